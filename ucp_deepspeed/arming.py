@@ -1,0 +1,64 @@
+"""Setting the hooks: when ``deepspeed.runtime.engine`` is imported, now or later, its engine's methods are wrapped.
+
+The wrappers keep the methods' signatures (other libraries inspect them) and import `ucp_deepspeed.engine` only for engines
+whose config asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+ENGINE_MODULE = "deepspeed.runtime.engine"
+
+
+def arm() -> None:
+    """Wrap DeepSpeed's engine as soon as it is imported. Calling it again changes nothing."""
+    wrapt.register_post_import_hook(_wrap_engine, ENGINE_MODULE)
+
+
+def _wrap_engine(module: ModuleType) -> None:
+    if isinstance(module.DeepSpeedEngine.load_checkpoint, wrapt.FunctionWrapper):
+        return
+    wrapt.wrap_function_wrapper(module, "DeepSpeedEngine.__init__", _init)
+    wrapt.wrap_function_wrapper(module, "DeepSpeedEngine.save_checkpoint", _save)
+    wrapt.wrap_function_wrapper(module, "DeepSpeedEngine.load_checkpoint", _load)
+
+
+def _init(wrapped: Callable[..., None], engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    from ucp_deepspeed.config import UniversalCheckpointConfig, parse_config
+
+    config = kwargs.get("config")
+    checked = parse_config(config) if isinstance(config, Mapping) else None
+    wrapped(*args, **kwargs)
+    if checked is None:  # a path, or arguments of the command line: DeepSpeed has read it by now
+        checked = parse_config(engine.config) if isinstance(engine.config, Mapping) else UniversalCheckpointConfig()
+    engine.universal_checkpoint_config = checked
+    if checked.enabled:
+        from ucp_deepspeed.engine.support import check_engine
+
+        check_engine(engine)
+
+
+def _save(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not _enabled(engine):
+        return wrapped(*args, **kwargs)
+    from ucp_deepspeed.engine.save import save_checkpoint
+
+    return save_checkpoint(wrapped, engine, *args, **kwargs)
+
+
+def _load(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not _enabled(engine):
+        return wrapped(*args, **kwargs)
+    from ucp_deepspeed.engine.load import load_checkpoint
+
+    return load_checkpoint(wrapped, engine, *args, **kwargs)
+
+
+def _enabled(engine: Any) -> bool:
+    config = getattr(engine, "universal_checkpoint_config", None)
+    return config is not None and config.enabled

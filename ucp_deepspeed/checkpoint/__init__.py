@@ -1,0 +1,26 @@
+"""On-disk forms of a checkpoint, each as a *catalog*: which range of which file holds which elements of which parameter.
+
+Every form is a `Checkpoint`; `open_checkpoint` finds out which one a path holds. Opening parses metadata only: a tensor's bytes
+stay on disk until a plan asks for them.
+"""
+
+from ucp_deepspeed.checkpoint.checkpoint import (
+    Checkpoint,
+    FileExtent,
+    LossScale,
+    Parameter,
+    ParameterGroup,
+    RunState,
+)
+from ucp_deepspeed.checkpoint.opening import open_checkpoint, resolve_tag
+
+__all__ = [
+    "Checkpoint",
+    "FileExtent",
+    "LossScale",
+    "Parameter",
+    "ParameterGroup",
+    "RunState",
+    "open_checkpoint",
+    "resolve_tag",
+]

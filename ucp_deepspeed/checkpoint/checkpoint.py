@@ -1,0 +1,134 @@
+"""What every form of checkpoint offers: the types of the catalog."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ucp_deepspeed.layout import Shape, Topology
+from ucp_deepspeed.layout.pattern import Pattern
+from ucp_deepspeed.plan import Fragment
+
+Kind = Literal["trainable", "frozen", "buffer"]
+"""``trainable`` parameters have an fp32 master weight and optimizer states; the others one state, ``weight``."""
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+MASTER = "fp32"
+"""Name of the state that holds a trainable parameter's master weight."""
+
+WEIGHT = "weight"
+"""Name of the one state of a frozen parameter or a buffer."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileExtent:
+    """A one-dimensional run of elements in a file.
+
+    Attributes:
+        path: the file.
+        file_offset: position of the first element, in bytes.
+        dtype: a key of `ucp_deepspeed.dtypes.ITEMSIZE`.
+        numel: length, in elements.
+    """
+
+    path: str
+    file_offset: int
+    dtype: str
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter or buffer of the model.
+
+    Attributes:
+        name: as in the model's ``state_dict``.
+        kind: see `Kind`.
+        local_shapes: shape of the local tensor of each model-parallel rank.
+        states: element-wise states that the checkpoint holds → their dtype.
+        scalars: states that are one number (``step``).
+    """
+
+    name: str
+    kind: Kind
+    local_shapes: tuple[Shape, ...]
+    states: Mapping[str, str]
+    scalars: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterGroup:
+    """One parameter group of the optimizer: hyper-parameters follow the names in it, not its position."""
+
+    names: tuple[str, ...]
+    hyperparameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LossScale:
+    """State of fp16 loss scaling, under the names of DeepSpeed's ``DynamicLossScaler``.
+
+    Attributes:
+        dynamic: whether the scale adapts.
+        values: ``cur_scale`` and, when dynamic, ``cur_iter``, ``last_overflow_iter``, ``scale_factor``, ``scale_window`` and
+            whatever else the source's scaler keeps.
+    """
+
+    dynamic: bool
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """Where the run stood, besides its tensors."""
+
+    precision: Precision
+    global_steps: int
+    global_samples: int | None
+    skipped_steps: int
+    lr_scheduler: Mapping[str, Any] | None
+    loss_scale: LossScale | None
+    ds_version: str
+
+
+class Checkpoint(ABC):
+    """A catalog. Created by `open_checkpoint` on any rank; all ranks see the same.
+
+    Attributes:
+        path: the tag folder.
+        form: what wrote it, for people: ``deepspeed zero-3``, ``universal 1``, …
+        topology: of the run that saved it.
+        run: counters, scheduler and loss scale.
+        parameters: by name, in the model's order.
+        groups: the optimizer's parameter groups.
+        patterns: pattern of each parameter as far as the checkpoint itself records it.
+        vocabulary_size: rows of the unpadded vocabulary, where recorded.
+    """
+
+    path: Path
+    form: str
+    topology: Topology
+    run: RunState
+    parameters: Mapping[str, Parameter]
+    groups: tuple[ParameterGroup, ...]
+    patterns: Mapping[str, Pattern]
+    vocabulary_size: int | None
+
+    @abstractmethod
+    def fragments(
+        self, name: str, state: str, rank: int, local_start: int, local_stop: int
+    ) -> Iterator[Fragment[FileExtent]]:
+        """Where the flat interval of a model-parallel rank's local tensor lies, in local order.
+
+        Raises:
+            KeyError: no such parameter or state.
+            DamagedCheckpointError: a file that holds a part of it is missing, truncated or of another size than expected.
+        """
+
+    @abstractmethod
+    def client_state(self) -> tuple[str, dict[str, Any]]:
+        """What ``engine.load_checkpoint`` returns: the path of the file with the common state, and that state's top level."""

@@ -1,0 +1,246 @@
+"""Slots of stage 0, where the optimizer's state lies in the model_states file and names no parameters.
+
+Three classes write it: the plain torch optimizer (fp32), ``FP16_UnfusedOptimizer`` (one tensor per parameter) and
+``FP16_Optimizer`` (one flat buffer per group). The wrappers step once in their constructor, so that their Adam ``step`` is one
+more than the number of steps taken; it is the value that the run's bias correction uses and is carried over as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Kind
+from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, split_states, whole_tensor_slot
+from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
+from ucp_deepspeed.errors import MismatchError, UnsupportedError
+from ucp_deepspeed.layout import FlatGroup, Shape
+
+Groups = list[list[str | None]]
+"""For each parameter group the names in the optimizer's order; None where no parameter of the model belongs to an index."""
+
+Expected = Sequence[Sequence[Shape | None]]
+"""For each parameter group the shape of each parameter, None where the file doesn't tell."""
+
+
+def stage0_form(optimizer: Mapping[str, Any], path: Path) -> str:
+    """``fp16-fused``, ``fp16-unfused`` or ``plain``.
+
+    Raises:
+        UnsupportedError: none of them.
+    """
+    for key, form in (("fp32_groups_flat", "fp16-fused"), ("fp32_groups", "fp16-unfused"), ("state", "plain")):
+        if key in optimizer:
+            return form
+    raise UnsupportedError(f"{path} holds an optimizer of a class that isn't known: keys {sorted(map(str, optimizer))}")
+
+
+def stage0_slots(
+    optimizer: Mapping[str, Any], module: Mapping[str, torch.Tensor], groups: Groups | None, path: Path
+) -> list[Slot]:
+    """The slots of one model-parallel rank.
+
+    Args:
+        optimizer: what the model_states file holds under ``optimizer``.
+        module: the model's parameters (no buffers, no tied duplicates), in the model's order.
+        groups: names as the manifest records them; None to map through the model's order.
+        path: the model_states file.
+
+    Raises:
+        MismatchError: without names, and the order leaves more than one way to assign them.
+        UnsupportedError: an optimizer state isn't element-wise.
+    """
+    form = stage0_form(optimizer, path)
+    if form == "plain":
+        return _plain_slots(optimizer, module, groups or _plain_groups(optimizer, module, path), path)
+    base = optimizer["optimizer_state_dict"]
+    if form == "fp16-unfused":
+        masters = optimizer["fp32_groups"]
+        groups = groups or assign_names(module, [[tuple(m.shape) for m in held] for held in masters], path)
+        return _unfused_slots(masters, base, groups, path)
+    flat = optimizer["fp32_groups_flat"]
+    return _fused_slots(flat, base, module, groups or _fused_groups(flat, module, path), path)
+
+
+def _plain_slots(
+    optimizer: Mapping[str, Any], module: Mapping[str, torch.Tensor], groups: Groups, path: Path
+) -> list[Slot]:
+    slots: list[Slot] = []
+    for group, (entry, names) in enumerate(zip(optimizer["param_groups"], groups, strict=True)):
+        for index, name in zip(entry["params"], names, strict=True):
+            if name is None:
+                continue
+            raw = optimizer["state"].get(index, {})
+            master = module[name]
+            states, scalars = split_states(raw, master, path, name)
+            kind: Kind = "trainable" if raw or not optimizer["state"] else "frozen"
+            state = MASTER if kind == "trainable" else WEIGHT
+            slots.append(
+                whole_tensor_slot(
+                    name,
+                    kind,
+                    _lookup({state: master} | {key: raw[key] for key in states}, path),
+                    shape=tuple(master.shape),
+                    states={state: TORCH_DTYPES[master.dtype]} | states,
+                    scalars=scalars,
+                    group=group if kind == "trainable" else None,
+                )
+            )
+    return slots
+
+
+def _unfused_slots(
+    masters: Sequence[Sequence[torch.Tensor]], base: Mapping[str, Any], groups: Groups, path: Path
+) -> list[Slot]:
+    slots: list[Slot] = []
+    for group, (entry, held, names) in enumerate(zip(base["param_groups"], masters, groups, strict=True)):
+        for index, master, name in zip(entry["params"], held, names, strict=True):
+            assert name is not None
+            raw = base["state"].get(index, {})
+            states, scalars = split_states(raw, master, path, name)
+            tensors = {MASTER: master} | {key: raw[key] for key in states}
+            dtypes = {state: TORCH_DTYPES[tensor.dtype] for state, tensor in tensors.items()}
+            slots.append(
+                whole_tensor_slot(
+                    name,
+                    "trainable",
+                    _lookup(tensors, path),
+                    shape=tuple(master.shape),
+                    states=dtypes,
+                    scalars=scalars,
+                    group=group,
+                )
+            )
+    return slots
+
+
+def _fused_slots(
+    masters: Sequence[torch.Tensor],
+    base: Mapping[str, Any],
+    module: Mapping[str, torch.Tensor],
+    groups: Groups,
+    path: Path,
+) -> list[Slot]:
+    slots: list[Slot] = []
+    for group, (master, names) in enumerate(zip(masters, groups, strict=True)):
+        held = tuple(name for name in names if name is not None)
+        shapes = tuple(tuple(module[name].shape) for name in held)
+        raw = base["state"].get(group, {})
+        states, scalars = split_states(raw, master, path, f"group {group}")
+        tensors = {MASTER: master} | {key: raw[key] for key in states}
+        dtypes = {state: TORCH_DTYPES[tensor.dtype] for state, tensor in tensors.items()}
+        flattening = FlatGroup(numels_of(shapes), partitions=1, alignment=1)
+        slots.append(Slot(held, shapes, "trainable", flattening, _lookup(tensors, path), dtypes, scalars, group))
+    return slots
+
+
+def _lookup(tensors: Mapping[str, torch.Tensor], path: Path) -> Callable[[int, str], Located]:
+    return lambda partition, state: (tensors[state], path)
+
+
+def _plain_groups(optimizer: Mapping[str, Any], module: Mapping[str, torch.Tensor], path: Path) -> Groups:
+    expected = [
+        [_state_shape(optimizer["state"].get(index)) for index in entry["params"]]
+        for entry in optimizer["param_groups"]
+    ]
+    return assign_names(module, expected, path)
+
+
+def _state_shape(entry: Mapping[str, Any] | None) -> Shape | None:
+    """Shape of a parameter as its element-wise states show it."""
+    for key, value in (entry or {}).items():
+        if key != "step" and isinstance(value, torch.Tensor):
+            return tuple(value.shape)
+    return None
+
+
+def _fused_groups(masters: Sequence[torch.Tensor], module: Mapping[str, torch.Tensor], path: Path) -> Groups:
+    if len(masters) == 1 and masters[0].numel() == sum(tensor.numel() for tensor in module.values()):
+        return [list(module)]
+    raise _ambiguous(
+        path, list(module), f"{len(masters)} flat groups of {[master.numel() for master in masters]} elements"
+    )
+
+
+def assign_names(module: Mapping[str, torch.Tensor], expected: Expected, path: Path) -> Groups:
+    """Names for each group's parameters, when the model's order leaves exactly one way.
+
+    Each group is taken to list its parameters in the model's order. Two assignments are looked for; if both exist, the
+    parameters on which they differ are ambiguous.
+
+    Raises:
+        MismatchError: no assignment, or more than one; lists the parameters concerned.
+    """
+    names = list(module)
+    shapes = [tuple(tensor.shape) for tensor in module.values()]
+    found = _assignments(shapes, expected)
+    first = next(found, None)
+    groups = f"{len(expected)} groups of {[len(group) for group in expected]} parameters"
+    if first is None:
+        raise _ambiguous(path, names, groups)
+    second = next(found, None)
+    if second is not None:
+        differing = [name for name, one, two in zip(names, first, second, strict=True) if one != two]
+        raise _ambiguous(path, differing, groups)
+    assigned: Groups = [[] for _ in expected]
+    for name, group in zip(names, first, strict=True):
+        if group is not None:
+            assigned[group].append(name)
+    return assigned
+
+
+def _assignments(shapes: Sequence[Shape], expected: Expected) -> Iterator[tuple[int | None, ...]]:
+    """Ways to hand the model's parameters, in order, to the groups (None: to no group)."""
+    layers = _reachable(shapes, expected)
+    alive: list[set[_Taken]] = [{layer for layer in layers[-1] if layer == tuple(len(group) for group in expected)}]
+    for layer, shape in zip(reversed(layers[:-1]), reversed(shapes), strict=True):
+        alive.append(
+            {taken for taken in layer if any(after in alive[-1] for _, after in _moves(shape, expected, taken))}
+        )
+    alive.reverse()
+    # Depth first; every state that is alive leads to an assignment, so that the first two are found without backtracking.
+    stack: list[tuple[_Taken, tuple[int | None, ...]]] = [((0,) * len(expected), ())] if alive[0] else []
+    while stack:
+        taken, choice = stack.pop()
+        if len(choice) == len(shapes):
+            yield choice
+            continue
+        for group, after in _moves(shapes[len(choice)], expected, taken):
+            if after in alive[len(choice) + 1]:
+                stack.append((after, (*choice, group)))
+
+
+_Taken = tuple[int, ...]
+"""How many parameters each group has been handed so far."""
+
+_MOST_STATES = 200_000
+"""Bound on the search: beyond it an order counts as ambiguous. Two groups of 400 parameters stay below."""
+
+
+def _reachable(shapes: Sequence[Shape], expected: Expected) -> list[set[_Taken]]:
+    """For each number of parameters handed out, the states that some choice leads to."""
+    layers: list[set[_Taken]] = [{(0,) * len(expected)}]
+    for shape in shapes:
+        layers.append({after for taken in layers[-1] for _, after in _moves(shape, expected, taken)})
+        if sum(map(len, layers)) > _MOST_STATES:
+            return [set() for _ in range(len(shapes) + 1)]
+    return layers
+
+
+def _moves(shape: Shape, expected: Expected, taken: _Taken) -> Iterator[tuple[int | None, _Taken]]:
+    """Groups whose next parameter may have this shape, and no group."""
+    yield None, taken
+    for group, position in enumerate(taken):
+        if position < len(expected[group]) and expected[group][position] in (None, shape):
+            yield group, (*taken[:group], position + 1, *taken[group + 1 :])
+
+
+def _ambiguous(path: Path, names: Sequence[str], groups: str) -> MismatchError:
+    return MismatchError(
+        f"{path} names no parameters in its optimizer state ({groups}) and the model's order doesn't tell which is which; "
+        f"save with ucp_deepspeed enabled, which records the names. Parameters that could be mixed up",
+        names,
+    )

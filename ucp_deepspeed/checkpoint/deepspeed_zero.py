@@ -1,0 +1,182 @@
+"""Slots of the ZeRO optimizers' files (``*_optim_states.pt``); formulas in `ucp_deepspeed.layout.zero`.
+
+The order of a flat group is that of ``param_shapes``, never of ``param_slice_mappings``: the latter is wrong with
+``round_robin_gradients``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
+from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of, split_states
+from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.layout import FlatGroup, Flattening, SlicedGroup
+
+OpenPartition = Callable[[int], tuple[dict[str, Any], Path]]
+"""``partition`` → (the file's ``optimizer_state_dict``, the file)."""
+
+
+@dataclass(frozen=True)
+class ZeroForm:
+    """How one ZeRO optimizer class names things in its file.
+
+    Attributes:
+        name: for people and for comparing topologies.
+        masters: key of the list of fp32 buffers.
+        optimizer: key of the base optimizer's state.
+    """
+
+    name: str
+    masters: str
+    optimizer: str
+
+    def state_entry(self, saved: Mapping[str, Any], slot: int) -> Mapping[str, Any]:
+        """The base optimizer's state for one slot; empty when no step was taken. Elastic files keep a list."""
+        base = saved[self.optimizer]
+        if isinstance(base, list):
+            return dict(base[slot]) | {
+                key: saved["base_optimizer_state_step"] for key in ("step",) if _lacks_step(saved, slot)
+            }
+        entry: Mapping[str, Any] = base["state"].get(slot, {})
+        return entry
+
+    def hyperparameters(self, saved: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """The base optimizer's parameter groups; none in elastic files."""
+        base = saved[self.optimizer]
+        return [] if isinstance(base, list) else list(base["param_groups"])
+
+
+ZERO_12 = ZeroForm("zero-1/2", "single_partition_of_fp32_groups", "base_optimizer_state")
+BF16_OPTIMIZER = ZeroForm("bf16-optimizer", "single_partition_of_fp32_groups", "base_optimizer_state")
+ZERO_3 = ZeroForm("zero-3", "fp32_flat_groups", "optimizer_state_dict")
+
+
+def recognise(saved: Mapping[str, Any], path: Path) -> ZeroForm:
+    """Which class wrote an ``optimizer_state_dict``.
+
+    Raises:
+        UnsupportedError: none that is known.
+    """
+    if ZERO_3.masters in saved:
+        return ZERO_3
+    if ZERO_12.masters in saved:
+        return ZERO_12 if "zero_stage" in saved else BF16_OPTIMIZER
+    raise UnsupportedError(f"{path} was written by an optimizer class that isn't known: keys {sorted(map(str, saved))}")
+
+
+def zero_slots(
+    param_shapes: Sequence[Mapping[str, Sequence[int]]], partitions: int, open_partition: OpenPartition
+) -> list[Slot]:
+    """The slots of one model-parallel rank.
+
+    Args:
+        param_shapes: from the model_states file; one mapping per slot, in buffer order.
+        partitions: data-parallel size.
+        open_partition: see `OpenPartition`.
+
+    Raises:
+        DamagedCheckpointError: the two files disagree on the number of slots.
+        UnsupportedError: a group is partitioned over another number of ranks, or an optimizer state isn't element-wise.
+    """
+    saved, path = open_partition(0)
+    form = recognise(saved, path)
+    masters = saved[form.masters]
+    if len(masters) != len(param_shapes):
+        raise DamagedCheckpointError(
+            f"{path} holds {len(masters)} flat groups; model_states describes {len(param_shapes)}"
+        )
+    _check_partitions(saved, partitions, path)
+    slots: list[Slot] = []
+    for index, named in enumerate(param_shapes):
+        shapes = shapes_of(named)
+        flattening = _flattening(form, saved, index, numels_of(shapes), partitions)
+        tensor = _locator(form, index, open_partition)
+        buffer = torch.empty(flattening.buffer_numel(0), device="meta")
+        if isinstance(saved[form.optimizer], list):
+            buffer = masters[index]
+        states, scalars = split_states(
+            form.state_entry(saved, index), buffer, path, f"group {index} ({next(iter(named), '')}, …)"
+        )
+        states = {MASTER: TORCH_DTYPES[masters[index].dtype]} | states
+        group = _group_of(form, saved, index)
+        slots.append(Slot(tuple(named), shapes, "trainable", flattening, tensor, states, scalars, group))
+    return slots
+
+
+def frozen_slice_slots(
+    shapes: Mapping[str, Sequence[int]],
+    partitions: int,
+    open_model_states: Callable[[int], tuple[dict[str, Any], Path]],
+) -> list[Slot]:
+    """Frozen parameters of ZeRO-3: each is cut over the ranks' own model_states files (``frozen_param_fragments``)."""
+
+    def tensor_of(name: str) -> Callable[[int, str], Located]:
+        def tensor(partition: int, state: str) -> Located:
+            saved, path = open_model_states(partition)
+            try:
+                return saved["frozen_param_fragments"][name], path
+            except (KeyError, TypeError) as error:
+                raise DamagedCheckpointError(f"{path} lacks the fragment of frozen parameter {name}") from error
+
+        return tensor
+
+    slots: list[Slot] = []
+    for (name, _), shape in zip(shapes.items(), shapes_of(shapes), strict=True):
+        tensor = tensor_of(name)
+        dtype = TORCH_DTYPES[tensor(0, WEIGHT)[0].dtype]
+        flattening = SlicedGroup(numels_of([shape]), partitions)
+        slots.append(Slot((name,), (shape,), "frozen", flattening, tensor, {WEIGHT: dtype}, {}, None))
+    return slots
+
+
+def _lacks_step(saved: Mapping[str, Any], slot: int) -> bool:
+    return "step" not in saved["base_optimizer_state"][slot] and saved.get("base_optimizer_state_step") is not None
+
+
+def _check_partitions(saved: Mapping[str, Any], partitions: int, path: Path) -> None:
+    counts = saved.get("partition_count", partitions)
+    if any(count != partitions for count in ([counts] if isinstance(counts, int) else counts)):
+        raise UnsupportedError(
+            f"{path} holds groups that are partitioned over {counts} ranks in a run of data-parallel size {partitions}: "
+            f"expert parallelism isn't supported"
+        )
+
+
+def _flattening(
+    form: ZeroForm, saved: Mapping[str, Any], index: int, numels: tuple[int, ...], partitions: int
+) -> Flattening:
+    if form is ZERO_3:
+        return SlicedGroup(numels, partitions)
+    gaps = saved.get("param_alignment_paddings")
+    return FlatGroup(numels, partitions, tuple(gaps[index]) if gaps else ())
+
+
+def _locator(form: ZeroForm, index: int, open_partition: OpenPartition) -> Callable[[int, str], Located]:
+    def tensor(partition: int, state: str) -> Located:
+        saved, path = open_partition(partition)
+        try:
+            if state == MASTER:
+                return saved[form.masters][index], path
+            return form.state_entry(saved, index)[state], path
+        except (KeyError, IndexError) as error:
+            raise DamagedCheckpointError(
+                f"{path} lacks {state!r} of flat group {index}, which other ranks have"
+            ) from error
+
+    return tensor
+
+
+def _group_of(form: ZeroForm, saved: Mapping[str, Any], slot: int) -> int:
+    """Parameter group of a slot: ZeRO-1/2 has one slot per group, ZeRO-3 lists its sub-groups in ``param_groups``."""
+    if form is ZERO_3:
+        for group, entry in enumerate(form.hyperparameters(saved)):
+            if slot in entry["params"]:
+                return group
+    return slot

@@ -1,0 +1,92 @@
+"""Python values as JSON, exactly: what JSON can't say is tagged. `docs/format.md`, *Values*, is the specification."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES, TORCH_DTYPES
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+
+
+def encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """A value as JSON.
+
+    Args:
+        place: the value's name, for messages and for the names of tensors in it.
+        tensors: receives the tensors in the value, by place.
+
+    Raises:
+        UnsupportedError: a value of a type that has no form; names its place.
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = [encode(item, f"{place}[{index}]", tensors) for index, item in enumerate(value)]
+        tag = "$tuple" if isinstance(value, tuple) else "$set"
+        return items if isinstance(value, list) else {tag: items}
+    if isinstance(value, Mapping):
+        return _encode_mapping(value, place, tensors)
+    if isinstance(value, torch.Tensor):
+        tensors[place] = value.detach()
+        return {"$tensor": place}
+    if isinstance(value, torch.dtype) and value in TORCH_DTYPES:
+        return {"$dtype": TORCH_DTYPES[value]}
+    if isinstance(value, bytes):
+        return {"$bytes": base64.b64encode(value).decode("ascii")}
+    raise UnsupportedError(
+        f"{place} is a {type(value).__module__}.{type(value).__qualname__}, which has no universal form"
+    )
+
+
+def _encode_mapping(value: Mapping[Any, Any], place: str, tensors: dict[str, torch.Tensor]) -> Any:
+    if all(isinstance(key, str) and not key.startswith("$") for key in value):
+        return {key: encode(item, f"{place}.{key}", tensors) for key, item in value.items()}
+    pairs = enumerate(value.items())
+    return {"$dict": [[encode(k, place, tensors), encode(v, f"{place}[{i}]", tensors)] for i, (k, v) in pairs]}
+
+
+def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The value that `encode` was given.
+
+    Raises:
+        DamagedCheckpointError: an unknown tag, or a tensor that isn't there.
+    """
+    if isinstance(value, list):
+        return [decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) != 1 or not next(iter(value)).startswith("$"):
+        return {key: decode(item, tensors) for key, item in value.items()}
+    [(tag, content)] = value.items()
+    try:
+        return _decode_tagged(tag, content, tensors)
+    except (KeyError, ValueError, TypeError) as error:
+        raise DamagedCheckpointError(f"the index holds a value that can't be decoded: {tag} {content!r}") from error
+
+
+def _decode_tagged(tag: str, content: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    match tag:
+        case "$float":
+            return float(content)
+        case "$tuple":
+            return tuple(decode(item, tensors) for item in content)
+        case "$set":
+            return {decode(item, tensors) for item in content}
+        case "$dict":
+            return {decode(key, tensors): decode(item, tensors) for key, item in content}
+        case "$tensor":
+            return tensors[content]
+        case "$dtype":
+            return NAMED_DTYPES[content]
+        case "$bytes":
+            return base64.b64decode(content)
+    raise ValueError(f"unknown tag {tag}")

@@ -1,0 +1,101 @@
+"""The manifest: what the save hook adds beside DeepSpeed's files. `docs/format.md`, *Manifest*, is its specification."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
+
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.layout import Shape
+from ucp_deepspeed.layout.pattern import Pattern
+
+MANIFEST_NAME = "ucp_manifest.json"
+MANIFEST_VERSION = 1
+
+
+class ManifestParameter(BaseModel):
+    """One parameter: its whole shape, and how it was sharded (None where nothing was known or needed)."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    logical_shape: Shape | None = None
+    pattern: Annotated[Pattern, Discriminator("pattern")] | None = None
+
+
+class ManifestTopology(BaseModel):
+    """Degrees of parallelism and ZeRO stage of the run that saved."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    tp: int
+    pp: int
+    dp: int
+    zero_stage: int
+
+
+class Manifest(BaseModel):
+    """See ``docs/format.md``.
+
+    Attributes:
+        format_version: `MANIFEST_VERSION`; a reader refuses a later one.
+        topology: see `ManifestTopology`.
+        optimizer: class of the engine's optimizer, for people.
+        vocabulary_size: rows of the unpadded vocabulary, where the user gave it.
+        parameter_groups: names in the optimizer's order; null for an entry that belongs to no parameter of the model.
+        parameters: see `ManifestParameter`.
+        files: size in bytes of each file in the tag folder when it was committed.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    format_version: int = MANIFEST_VERSION
+    topology: ManifestTopology
+    optimizer: str
+    vocabulary_size: int | None = None
+    parameter_groups: tuple[tuple[str | None, ...], ...]
+    parameters: Mapping[str, ManifestParameter]
+    files: Mapping[str, int]
+
+    @cached_property
+    def patterns(self) -> dict[str, Pattern]:
+        """The patterns that were known when saving."""
+        return {name: entry.pattern for name, entry in self.parameters.items() if entry.pattern is not None}
+
+    def check_file(self, path: Path) -> None:
+        """Compare a file's size with the recorded one.
+
+        Raises:
+            DamagedCheckpointError: it differs.
+        """
+        recorded = self.files.get(path.name)
+        if recorded is None or not path.is_file():
+            return
+        found = path.stat().st_size
+        if found != recorded:
+            state = "truncated" if found < recorded else "larger than when it was saved"
+            raise DamagedCheckpointError(f"{path} is {state}: expected {recorded} bytes, found {found}")
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a tag folder, or None when it was saved without the plugin.
+
+    Raises:
+        DamagedCheckpointError: it can't be parsed.
+        UnsupportedError: a later version wrote it.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        version = raw["format_version"]
+        if version > MANIFEST_VERSION:
+            raise UnsupportedError(f"{path} has format version {version}; this release reads up to {MANIFEST_VERSION}")
+        return Manifest.model_validate(raw)
+    except (ValueError, ValidationError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"{path} is not a manifest: {error}") from error

@@ -1,0 +1,74 @@
+"""From a path to a catalog."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.universal import INDEX_NAME, UniversalCheckpoint, is_unfinished
+from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, UnsupportedError
+
+LATEST_NAME = "latest"
+
+
+def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
+    """The tag folder that a path means.
+
+    Args:
+        path: a tag folder, or a folder with tag folders in it.
+        tag: name of the tag; without it ``path`` itself if it is a tag folder, else what its ``latest`` file says.
+
+    Raises:
+        CheckpointNotFoundError: no such folder, tag or ``latest`` file; says which tags there are.
+        DamagedCheckpointError: what is there was never finished.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise CheckpointNotFoundError(f"no checkpoint folder at {root}")
+    if tag is None and _holds_checkpoint(root):
+        return root
+    if is_unfinished(root):
+        raise DamagedCheckpointError(f"{root} is what an interrupted conversion left behind; convert again")
+    if tag is None:
+        latest = root / LATEST_NAME
+        if not latest.is_file():
+            raise CheckpointNotFoundError(
+                f"{root} is not a checkpoint: it holds neither checkpoint files nor a 'latest' file{_tags(root)}"
+            )
+        tag = latest.read_text(encoding="utf-8").strip()
+    folder = root / tag
+    if not folder.is_dir():
+        raise CheckpointNotFoundError(f"no tag {tag!r} in {root}{_tags(root)}")
+    return folder
+
+
+def open_checkpoint(path: str | Path, tag: str | None = None) -> Checkpoint:
+    """Open the catalog of whatever form of checkpoint is at a path; see `resolve_tag`.
+
+    Raises:
+        CheckpointNotFoundError: nothing there.
+        DamagedCheckpointError: files are missing, truncated or inconsistent.
+        UnsupportedError: a form that this release can't read.
+    """
+    folder = resolve_tag(path, tag)
+    if (folder / INDEX_NAME).is_file():
+        return UniversalCheckpoint(folder)
+    if is_unfinished(folder):
+        raise DamagedCheckpointError(f"{folder} is what an interrupted conversion left behind; convert again")
+    if any(folder.glob("*mp_rank_*_model_states.pt")):
+        return DeepSpeedCheckpoint(folder)
+    if any(folder.glob("layer_*-model_states.pt")) or (folder / "zero").is_dir():
+        raise UnsupportedError(
+            f"{folder} is a pipeline checkpoint or DeepSpeed's universal folder, which this release can't read"
+        )
+    raise DamagedCheckpointError(f"{folder} holds no model_states file and no universal index")
+
+
+def _holds_checkpoint(folder: Path) -> bool:
+    return (folder / INDEX_NAME).is_file() or any(folder.glob("*_model_states.pt"))
+
+
+def _tags(root: Path) -> str:
+    tags = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and _holds_checkpoint(entry))
+    return f"; tags there: {', '.join(tags)}" if tags else "; no tag folders there"

@@ -1,0 +1,124 @@
+"""Slots: what the families of DeepSpeed's optimizers have in common.
+
+Every family keeps its tensors in *slots*: a flat buffer for each partition, holding some parameters end to end, and with it one
+buffer of the same layout per optimizer state. ZeRO-1/2 has one slot per parameter group, ZeRO-3 one per sub-group, the stage-0
+fp16/bf16 wrapper one per group or one per parameter, a plain torch optimizer one per parameter. Only where a slot's buffer is
+found in the files differs; that is the `tensor` function each family gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Kind
+from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, extent_of, scalar_of
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.layout import FlatGroup, Flattening, Shape
+
+Located = tuple[torch.Tensor, Path]
+"""A described tensor and the file it is in."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Some parameters of one model-parallel rank, laid end to end.
+
+    Attributes:
+        names: the parameters, in buffer order.
+        shapes: their local shapes.
+        kind: see `ucp_deepspeed.checkpoint.checkpoint.Kind`.
+        flattening: where their elements lie in the buffers of the partitions.
+        tensor: ``(partition, state)`` → the buffer; raises `DamagedCheckpointError` when its file lacks it.
+        states: element-wise states → dtype.
+        scalars: states that are one number.
+        group: index of the optimizer's parameter group; None for frozen parameters and buffers.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    kind: Kind
+    flattening: Flattening
+    tensor: Callable[[int, str], Located]
+    states: Mapping[str, str]
+    scalars: Mapping[str, float]
+    group: int | None
+
+    def extent(self, partition: int, state: str) -> FileExtent:
+        """The file range of one partition's buffer.
+
+        Raises:
+            DamagedCheckpointError: the buffer is shorter or longer than the parameters in it need.
+        """
+        tensor, path = self.tensor(partition, state)
+        extent = extent_of(tensor, path)
+        padded = self.flattening.buffer_numel(partition)
+        lean = self.flattening.unpadded_numel(partition) if isinstance(self.flattening, FlatGroup) else padded
+        if extent.numel not in (padded, lean):
+            raise DamagedCheckpointError(
+                f"{path} holds {extent.numel} elements of {state!r} for partition {partition} of "
+                f"{self.names[0] if self.names else 'an empty group'}, …; expected {padded}"
+                + (f", or {lean} without padding" if lean != padded else "")
+            )
+        return extent
+
+
+def split_states(
+    raw: Mapping[str, Any], buffer: torch.Tensor, path: Path, owner: str
+) -> tuple[dict[str, str], dict[str, float]]:
+    """Sort one optimizer state entry into element-wise states (→ dtype) and scalars.
+
+    Args:
+        raw: the optimizer's ``state[i]``.
+        buffer: the tensor that the optimizer stepped on; an element-wise state has its number of elements.
+        owner: whose state it is, for the message.
+
+    Raises:
+        UnsupportedError: a state is neither.
+    """
+    states: dict[str, str] = {}
+    scalars: dict[str, float] = {}
+    for key, value in raw.items():
+        if isinstance(value, (bool, int, float)):
+            scalars[key] = value
+        elif isinstance(value, torch.Tensor) and (key == "step" or (value.ndim == 0 and buffer.ndim > 0)):
+            scalars[key] = scalar_of(value, path)
+        elif isinstance(value, torch.Tensor) and value.numel() == buffer.numel() and value.dtype in TORCH_DTYPES:
+            states[key] = TORCH_DTYPES[value.dtype]
+        elif value is not None:
+            found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise UnsupportedError(
+                f"optimizer state {key!r} of {owner} isn't element-wise: {found} where the parameters have "
+                f"{buffer.numel()} elements ({path})"
+            )
+    return states, scalars
+
+
+def whole_tensor_slot(
+    name: str,
+    kind: Kind,
+    tensor: Callable[[int, str], Located],
+    *,
+    shape: Shape,
+    states: Mapping[str, str],
+    scalars: Mapping[str, float] | None = None,
+    group: int | None = None,
+) -> Slot:
+    """A slot that holds one tensor, uncut and unpadded."""
+    numel = torch.Size(shape).numel()
+    flattening = FlatGroup((numel,), partitions=1, alignment=1)
+    return Slot((name,), (shape,), kind, flattening, tensor, states, scalars or {}, group)
+
+
+def shapes_of(named: Mapping[str, Sequence[int]]) -> tuple[Shape, ...]:
+    """Shapes as tuples of int, from ``torch.Size`` or tuple."""
+    return tuple(tuple(int(extent) for extent in shape) for shape in named.values())
+
+
+def numels_of(shapes: Sequence[Shape]) -> tuple[int, ...]:
+    """Elements of each shape."""
+    return tuple(torch.Size(shape).numel() for shape in shapes)

@@ -1,0 +1,164 @@
+"""Opening ``torch.save`` files without running their code and without reading their tensors.
+
+Tensors come back on the meta device; where their bytes lie in the file is kept on their storage (``torch.load`` records it when
+``map_location="meta"``), so that one reader serves these files and safetensors alike.
+"""
+
+from __future__ import annotations
+
+import enum
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ucp_deepspeed.checkpoint.checkpoint import FileExtent
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+
+TORCH_DTYPES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+"""torch's dtypes by the names of `ucp_deepspeed.dtypes`."""
+
+NAMED_DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in TORCH_DTYPES.items()}
+"""The inverse of `TORCH_DTYPES`."""
+
+
+class LossScaler:
+    """Stands in for DeepSpeed's class of this name: attributes only."""
+
+
+class DynamicLossScaler(LossScaler):
+    """Stands in for DeepSpeed's class of this name: attributes only."""
+
+
+@dataclass
+class FragmentAddress:
+    """Stands in for DeepSpeed's ``fragment_address``."""
+
+    numel: int
+    start: int
+
+
+class ZeroStage(enum.IntEnum):
+    """Stands in for DeepSpeed's ``ZeroStageEnum``."""
+
+    disabled = 0
+    optimizer_states = 1
+    gradients = 2
+    weights = 3
+
+
+ALLOWED_CLASSES: list[Any] = [
+    (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (DynamicLossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+]
+"""The only classes beyond torch's own that a checkpoint may name; each is replaced by a stand-in without behaviour."""
+
+
+UNREADABLE = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    OSError,
+)
+"""What ``torch.load`` raises for a file that is damaged or refused."""
+
+
+def open_torch_file(path: Path, *, tensors: bool = False) -> dict[str, Any]:
+    """The object in a checkpoint file.
+
+    Args:
+        path: a file that DeepSpeed wrote with ``torch.save``.
+        tensors: memory-map the tensors (on the CPU) instead of describing them (on the meta device).
+
+    Raises:
+        DamagedCheckpointError: the file is missing, isn't a whole zip archive, or names a class outside `ALLOWED_CLASSES`.
+        UnsupportedError: the file was written with ``"checkpoint_serialization": false``.
+    """
+    if not path.is_file():
+        raise DamagedCheckpointError(f"{path} is missing")
+    if not zipfile.is_zipfile(path):
+        _refuse_other_formats(path)
+    try:
+        with torch.serialization.safe_globals(ALLOWED_CLASSES):
+            loaded = torch.load(path, map_location="cpu" if tensors else "meta", mmap=tensors, weights_only=True)
+    except UNREADABLE as error:
+        raise DamagedCheckpointError(_explain(path, error)) from error
+    if not isinstance(loaded, dict):
+        raise DamagedCheckpointError(f"{path} holds a {type(loaded).__name__}, not a checkpoint dictionary")
+    return loaded
+
+
+def _refuse_other_formats(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start[:1] == b"\x80":
+        raise UnsupportedError(
+            f"{path} is in torch's legacy format, which can't be memory-mapped: it was saved with "
+            f'"checkpoint": {{"checkpoint_serialization": false}}; save again without that setting'
+        )
+    kind = "empty" if not start else "truncated" if start == b"PK\x03\x04" else "not a torch file"
+    raise DamagedCheckpointError(f"{path} is {kind} ({path.stat().st_size} bytes)")
+
+
+def _explain(path: Path, error: Exception) -> str:
+    foreign = re.search(r"GLOBAL (\S+) was not an allowed global|[Uu]nsupported (?:global|class) (\S+)", str(error))
+    if foreign:
+        name = foreign.group(1) or foreign.group(2)
+        return (
+            f"{path} holds an object of class {name}, which could run code when loaded and is refused; if you trust it, "
+            f"allow it with torch.serialization.add_safe_globals([{name.rsplit('.', 1)[-1]}]) before loading"
+        )
+    return f"{path} can't be read ({path.stat().st_size} bytes): {str(error).strip().splitlines()[0]}"
+
+
+def extent_of(tensor: torch.Tensor, path: Path) -> FileExtent:
+    """Where the bytes of a tensor from `open_torch_file` lie.
+
+    Raises:
+        UnsupportedError: the tensor isn't contiguous, or of a dtype outside the table.
+    """
+    if tensor.dtype not in TORCH_DTYPES:
+        raise UnsupportedError(f"{path} holds a tensor of {tensor.dtype}, which has no universal form")
+    if not tensor.is_contiguous():
+        raise UnsupportedError(f"{path} holds a tensor of shape {tuple(tensor.shape)} that isn't contiguous")
+    storage_offset: int = getattr(tensor.untyped_storage(), "_checkpoint_offset", 0)
+    return FileExtent(
+        str(path),
+        storage_offset + tensor.storage_offset() * tensor.element_size(),
+        TORCH_DTYPES[tensor.dtype],
+        tensor.numel(),
+    )
+
+
+def scalar_of(value: Any, path: Path) -> float | int | bool:
+    """The number that a Python number or a one-element tensor of `open_torch_file` stands for."""
+    if not isinstance(value, torch.Tensor):
+        return value  # type: ignore[no-any-return]
+    extent = extent_of(value, path)
+    with path.open("rb") as file:
+        file.seek(extent.file_offset)
+        raw = file.read(value.element_size())
+    return torch.frombuffer(bytearray(raw), dtype=value.dtype).item()

@@ -1,0 +1,232 @@
+"""The universal format on disk: an index in JSON and atoms in safetensors. `docs/format.md` is its specification."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import safetensors.torch
+from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
+
+from ucp_deepspeed.checkpoint.checkpoint import (
+    Checkpoint,
+    FileExtent,
+    Kind,
+    LossScale,
+    Parameter,
+    ParameterGroup,
+    Precision,
+    RunState,
+)
+from ucp_deepspeed.checkpoint.encoding import decode
+from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.layout import Shape, Topology
+from ucp_deepspeed.layout.pattern import Pattern
+from ucp_deepspeed.plan import Fragment
+
+INDEX_NAME = "ucp_index.json"
+CLIENT_TENSORS_NAME = "client_state.safetensors"
+FORMAT_VERSION = 1
+PARTIAL_MARK = ".partial-"
+
+
+class IndexParameter(BaseModel):
+    """One parameter. ``states`` maps each element-wise state to the file with its atom, whose key is `atom_key`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    kind: Kind
+    shape: Shape
+    pattern: Annotated[Pattern, Discriminator("pattern")]
+    states: Mapping[str, str]
+    scalars: Mapping[str, Any]
+
+
+class IndexGroup(BaseModel):
+    """One parameter group; ``hyperparameters`` is encoded (`ucp_deepspeed.checkpoint.encoding`)."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    names: tuple[str, ...]
+    hyperparameters: Any
+
+
+class IndexRun(BaseModel):
+    """See `ucp_deepspeed.checkpoint.checkpoint.RunState`; ``lr_scheduler`` and ``loss_scale`` are encoded."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    precision: Precision
+    global_steps: int
+    global_samples: int | None
+    skipped_steps: int
+    lr_scheduler: Any
+    loss_scale: Any
+    ds_version: str
+
+
+class IndexSource(BaseModel):
+    """The run that the atoms came from."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    form: str
+    tp: int
+    pp: int
+    dp: int
+    zero_stage: int
+
+
+class Index(BaseModel):
+    """The index; see ``docs/format.md``."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    format_version: int = FORMAT_VERSION
+    source: IndexSource
+    run: IndexRun
+    vocabulary_size: int | None
+    parameters: Mapping[str, IndexParameter]
+    groups: tuple[IndexGroup, ...]
+    client_state: Any
+    files: Mapping[str, int]
+
+
+def atom_key(name: str, state: str) -> str:
+    """Name of an atom in its safetensors file."""
+    return f"{name}/{state}"
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder is one that a conversion was still writing."""
+    return PARTIAL_MARK in folder.name
+
+
+class UniversalCheckpoint(Checkpoint):
+    """A universal checkpoint; its topology is one rank, ``source_topology`` that of the run it came from. See `Checkpoint`.
+
+    Raises:
+        DamagedCheckpointError: the index can't be parsed, or a file is missing or of another size.
+        UnsupportedError: a later version wrote it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        index = self._index = _read_index(path)
+        self.form = f"universal {index.format_version}"
+        self.topology = Topology()
+        source = index.source
+        self.source_topology = Topology(source.tp, source.pp, source.dp, source.zero_stage)
+        self._check_files()
+        self._extents = self._read_extents()
+        self.parameters = {
+            name: Parameter(
+                name,
+                entry.kind,
+                (entry.shape,),
+                {state: self._extents[name, state].dtype for state in entry.states},
+                decode(dict(entry.scalars), {}),
+            )
+            for name, entry in index.parameters.items()
+        }
+        self.groups = tuple(ParameterGroup(group.names, decode(group.hyperparameters, {})) for group in index.groups)
+        self.run = _run_state(index.run)
+        self.patterns = {name: entry.pattern for name, entry in index.parameters.items()}
+        self.vocabulary_size = index.vocabulary_size
+
+    def fragments(
+        self, name: str, state: str, rank: int, local_start: int, local_stop: int
+    ) -> Iterator[Fragment[FileExtent]]:
+        """See `Checkpoint.fragments`."""
+        yield Fragment(local_start, local_stop - local_start, self._extents[name, state], local_start)
+
+    def client_state(self) -> tuple[str, dict[str, Any]]:
+        """See `Checkpoint.client_state`."""
+        return str(self.path / INDEX_NAME), decode(self._index.client_state, self._client_tensors)
+
+    @cached_property
+    def _client_tensors(self) -> Mapping[str, Any]:
+        path = self.path / CLIENT_TENSORS_NAME
+        if CLIENT_TENSORS_NAME not in self._index.files:
+            return {}
+        loaded: Mapping[str, Any] = safetensors.torch.load_file(path)
+        return loaded
+
+    def _check_files(self) -> None:
+        for name, size in self._index.files.items():
+            path = self.path / name
+            if not path.is_file():
+                raise DamagedCheckpointError(f"{path} is missing")
+            if path.stat().st_size != size:
+                raise DamagedCheckpointError(f"{path} has {path.stat().st_size} bytes; the index says {size}")
+
+    def _read_extents(self) -> dict[tuple[str, str], FileExtent]:
+        headers = {file: _Header(self.path / file) for file in self._index.files if file != CLIENT_TENSORS_NAME}
+        extents: dict[tuple[str, str], FileExtent] = {}
+        for name, entry in self._index.parameters.items():
+            for state, file in entry.states.items():
+                if file not in headers:
+                    raise DamagedCheckpointError(
+                        f"{self.path / INDEX_NAME} puts {name}/{state} in {file}, which it doesn't list"
+                    )
+                extents[name, state] = headers[file].extent(atom_key(name, state), entry.shape)
+        return extents
+
+
+class _Header:
+    """The header of a safetensors file: where each tensor lies (format: the safetensors README)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            raw = file.read(length) if length <= path.stat().st_size else b""
+        try:
+            self.entries: dict[str, Any] = json.loads(raw)
+        except ValueError as error:
+            raise DamagedCheckpointError(f"{path} has no safetensors header") from error
+        self.data_offset = 8 + length
+        self.data_numbytes = path.stat().st_size - self.data_offset
+
+    def extent(self, key: str, shape: Shape) -> FileExtent:
+        """Where one tensor lies; it must have the shape that the index says and lie inside the file."""
+        entry = self.entries.get(key)
+        if entry is None:
+            raise DamagedCheckpointError(f"{self.path} lacks {key}")
+        begin, end = entry["data_offsets"]
+        numel = (end - begin) // ITEMSIZE[entry["dtype"]]
+        expected = 1
+        for extent in shape:
+            expected *= extent
+        if tuple(entry["shape"]) != shape or numel != expected or not 0 <= begin <= end <= self.data_numbytes:
+            raise DamagedCheckpointError(f"{self.path}: {key} has shape {entry['shape']}; the index says {list(shape)}")
+        return FileExtent(str(self.path), self.data_offset + begin, entry["dtype"], numel)
+
+
+def _read_index(folder: Path) -> Index:
+    path = folder / INDEX_NAME
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        version = raw["format_version"]
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise UnsupportedError(f"{path} has format version {version}; this release reads up to {FORMAT_VERSION}")
+        return Index.model_validate(raw)
+    except (ValueError, ValidationError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"{path} is not an index: {error}") from error
+
+
+def _run_state(run: IndexRun) -> RunState:
+    scale = decode(run.loss_scale, {})
+    return RunState(
+        run.precision,
+        run.global_steps,
+        run.global_samples,
+        run.skipped_steps,
+        decode(run.lr_scheduler, {}),
+        LossScale(scale["dynamic"], scale["values"]) if scale is not None else None,
+        run.ds_version,
+    )

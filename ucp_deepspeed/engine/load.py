@@ -1,0 +1,186 @@
+"""The load hook: fill an engine's partitions straight from the files of any checkpoint.
+
+Plan, prove, agree, fill: nothing of the engine is touched before every rank has a plan that covers what it holds.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepspeed import comm as dist
+
+from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint, resolve_tag
+from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.opening import LATEST_NAME
+from ucp_deepspeed.config import UniversalCheckpointConfig
+from ucp_deepspeed.engine.filling import plan_filling
+from ucp_deepspeed.engine.model import EngineModel, agree, describe_model, engine_topology, flat_order_of
+from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer
+from ucp_deepspeed.engine.training_state import restore_run
+from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError, UnsupportedError
+
+logger = logging.getLogger("ucp_deepspeed")
+
+Loaded = tuple[str | None, dict[str, Any] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """The arguments of ``engine.load_checkpoint`` under their own names."""
+
+    load_module_strict: bool = True
+    load_optimizer_states: bool = True
+    load_lr_scheduler_states: bool = True
+    load_module_only: bool = False
+    custom_load_fn: Callable[..., None] | None = None
+
+    @property
+    def optimizer_states(self) -> bool:
+        """Whether optimizer states and hyper-parameters are restored."""
+        return self.load_optimizer_states and not self.load_module_only
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a universal load did on this rank; kept as ``engine.universal_checkpoint_report``.
+
+    Attributes:
+        source: form and topology of the checkpoint.
+        target: topology of the engine.
+        bytes_read: bytes copied out of files.
+        bytes_needed: bytes that this rank's partitions, frozen parameters and buffers hold, in the source's dtypes.
+        files: files that bytes came from.
+        seconds: from the call to the return.
+    """
+
+    source: str
+    target: str
+    bytes_read: int
+    bytes_needed: int
+    files: int
+    seconds: float
+
+
+def load_checkpoint(
+    native: Callable[..., Loaded], engine: Any, load_dir: str, tag: str | None = None, **options: Any
+) -> Loaded:
+    """In place of ``engine.load_checkpoint``; same arguments, same result.
+
+    Raises:
+        UniversalCheckpointError: one of its subclasses, on every rank, before anything of the engine has changed.
+    """
+    config: UniversalCheckpointConfig = engine.universal_checkpoint_config
+    if tag is None and not _findable(Path(load_dir)):
+        return native(load_dir, tag=tag, **options)  # DeepSpeed warns and returns (None, None)
+    started = time.monotonic()
+    error, prepared = None, None
+    try:
+        checkpoint = open_checkpoint(load_dir, None if tag is None else str(tag))
+        optimizer = engine_optimizer(engine)
+        if not _takes_universal_path(config, checkpoint, engine, optimizer):
+            prepared = None
+        else:
+            prepared = (checkpoint, optimizer)
+    except UniversalCheckpointError as caught:
+        error = caught
+    agree(error)
+    if prepared is None:
+        return native(load_dir, tag=tag, **options)
+    return _load_universal(engine, *prepared, LoadOptions(**options), started)
+
+
+def _findable(load_dir: Path) -> bool:
+    if (load_dir / LATEST_NAME).is_file():
+        return True
+    try:
+        resolve_tag(load_dir)
+    except UniversalCheckpointError:
+        return False
+    return True
+
+
+def _takes_universal_path(
+    config: UniversalCheckpointConfig, checkpoint: Checkpoint, engine: Any, optimizer: EngineOptimizer
+) -> bool:
+    if not isinstance(checkpoint, DeepSpeedCheckpoint):
+        if config.load == "never":
+            raise ConfigError(f'{checkpoint.path} is a universal checkpoint, and "load" is "never"')
+        return True
+    if config.load != "auto":
+        return config.load == "always"
+    return not _same_topology(checkpoint, engine, optimizer)
+
+
+def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: EngineOptimizer) -> bool:
+    """Whether each rank can take over one rank's files as they are: same degrees, stage, class, precision and flat order.
+
+    The flat order catches what degrees don't: ``round_robin_gradients``, ``parameter_alignment`` or ``sub_group_size`` changed.
+    """
+    precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+    if (checkpoint.topology, checkpoint.optimizer_form, checkpoint.run.precision) != (
+        engine_topology(engine),
+        optimizer.form,
+        precision,
+    ):
+        return False
+    if checkpoint.topology.zero_stage == 0:
+        return True
+    rank = engine.mpu.get_model_parallel_rank() if engine.mp_world_size > 1 else 0
+    return checkpoint.flat_order(rank) == flat_order_of(optimizer.slots())
+
+
+def _load_universal(
+    engine: Any, checkpoint: Checkpoint, optimizer: EngineOptimizer, options: LoadOptions, started: float
+) -> Loaded:
+    if options.custom_load_fn is not None:
+        raise UnsupportedError("custom_load_fn can't be combined with a universal load")
+    model = describe_model(engine)
+    error, filling, client_state = None, None, None
+    try:
+        filling = plan_filling(checkpoint, model, optimizer, options.optimizer_states, options.load_module_strict)
+        client_state = checkpoint.client_state()
+    except UniversalCheckpointError as caught:
+        error = caught
+    agree(error)
+    assert filling is not None and client_state is not None
+    read = filling.run(optimizer)
+    restore_run(engine, checkpoint, model, optimizer, options)
+    engine.universal_checkpoint_report = report = LoadReport(
+        source=f"{checkpoint.form} {checkpoint.topology}",
+        target=f"{optimizer.form} {model.topology}",
+        bytes_read=read.bytes_read,
+        bytes_needed=filling.bytes_needed,
+        files=len(read.files),
+        seconds=time.monotonic() - started,
+    )
+    dist.barrier()
+    _log(report, checkpoint, model)
+    path, state = client_state
+    return path, _without_restored(state, options)
+
+
+def _without_restored(state: dict[str, Any], options: LoadOptions) -> dict[str, Any]:
+    """Drop what DeepSpeed doesn't return either (``runtime/engine.py::_load_checkpoint``)."""
+    restored = {"lr_scheduler"} if options.load_lr_scheduler_states else set()
+    if options.load_optimizer_states:
+        restored.add("optimizer")
+    return {key: value for key, value in state.items() if key not in restored}
+
+
+def _log(report: LoadReport, checkpoint: Checkpoint, model: EngineModel) -> None:
+    if dist.get_rank() == 0:
+        logger.info(
+            "resumed %s (step %d, saved as %s) on %s: rank 0 read %.1f MB from %d files in %.2f s",
+            checkpoint.path,
+            checkpoint.run.global_steps,
+            report.source,
+            model.topology,
+            report.bytes_read / 1e6,
+            report.files,
+            report.seconds,
+        )

@@ -1,0 +1,165 @@
+"""What an engine's model looks like from outside: topology, parameters and buffers with their local shapes, and layouts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.utils import is_optimized_parameter
+from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
+
+from ucp_deepspeed.checkpoint.checkpoint import Kind, Precision
+from ucp_deepspeed.config import UniversalCheckpointConfig
+from ucp_deepspeed.errors import MismatchError, UniversalCheckpointError
+from ucp_deepspeed.language import Spec, load_spec
+from ucp_deepspeed.layout import FlatGroup, Shape, SlicedGroup, Topology
+from ucp_deepspeed.layout.pattern import Pattern
+from ucp_deepspeed.plan import Fragment
+
+
+@dataclass(frozen=True)
+class EngineTensor:
+    """A parameter or persistent buffer of the live model.
+
+    Attributes:
+        name: the first name under which the model has it.
+        kind: see `ucp_deepspeed.checkpoint.checkpoint.Kind`.
+        tensor: the live one.
+        local_shapes: over the model-parallel ranks, of the whole local tensor also where ZeRO-3 has cut it.
+    """
+
+    name: str
+    kind: Kind
+    tensor: torch.Tensor
+    local_shapes: tuple[Shape, ...]
+
+    def held(self) -> tuple[torch.Tensor, tuple[Fragment[None], ...]]:
+        """The memory of this rank's share of the weight, and which elements lie in it."""
+        if not hasattr(self.tensor, "ds_tensor"):
+            whole = Fragment(0, self.tensor.numel(), None, 0)
+            return self.tensor.data, (whole,) if self.tensor.numel() else ()
+        group = self.tensor.ds_process_group
+        cut = SlicedGroup((self.tensor.ds_numel,), dist.get_world_size(group=group))
+        parts = cut.held_by(dist.get_rank(group=group))
+        return self.tensor.ds_tensor.data, tuple(Fragment(p.local_start, p.numel, None, p.buffer_start) for p in parts)
+
+
+@dataclass(frozen=True)
+class EngineModel:
+    """The target, or the run that saves. Built by `describe_model`, the same on every rank but for ``rank``.
+
+    Attributes:
+        topology: of the engine.
+        precision: of the weights.
+        rank: this rank's model-parallel rank.
+        tensors: by name, in the model's order.
+        inferred: patterns that parameter attributes tell (Megatron-Core), by name.
+        spec: the one named in the config.
+        vocabulary_size: as in the config.
+    """
+
+    topology: Topology
+    precision: Precision
+    rank: int
+    tensors: Mapping[str, EngineTensor]
+    inferred: Mapping[str, Pattern]
+    spec: Spec | None
+    vocabulary_size: int | None
+
+    def named(self, *kinds: Kind) -> list[str]:
+        """Names of the tensors of some kinds, in the model's order."""
+        return [name for name, tensor in self.tensors.items() if tensor.kind in kinds]
+
+
+def describe_model(engine: Any) -> EngineModel:
+    """Collective over the model-parallel group: ranks tell one another their local shapes.
+
+    Raises:
+        SpecError: the spec named in the config doesn't exist or isn't valid.
+        MismatchError: model-parallel ranks have different parameters.
+    """
+    config: UniversalCheckpointConfig = engine.universal_checkpoint_config
+    local = list(_local_tensors(engine))
+    rank, shapes = _exchange_shapes(engine, {name: _local_shape(tensor) for name, _, tensor in local})
+    tensors = {
+        name: EngineTensor(name, kind, tensor, tuple(held[name] for held in shapes)) for name, kind, tensor in local
+    }
+    return EngineModel(
+        topology=engine_topology(engine),
+        precision="bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
+        rank=rank,
+        tensors=tensors,
+        inferred=_inferred_patterns(engine.module),
+        spec=None if config.spec == "auto" else load_spec(config.spec),
+        vocabulary_size=config.vocabulary_size,
+    )
+
+
+def engine_topology(engine: Any) -> Topology:
+    """The topology under the names of this package; sequence-parallel ranks count as data-parallel, as in DeepSpeed's files."""
+    pp = bwc_pipeline_parallel_world_size(engine.mpu) if engine.mpu is not None else 1
+    return Topology(engine.mp_world_size // pp, pp, engine.seq_dp_world_size, engine.zero_optimization_stage())
+
+
+def _local_tensors(engine: Any) -> Iterator[tuple[str, Kind, torch.Tensor]]:
+    for param, name in engine.param_names.items():
+        yield name, "trainable" if is_optimized_parameter(param) else "frozen", param
+    buffers = dict(engine.module.named_buffers())
+    for name in engine._get_buffer_names():
+        if name in buffers:
+            yield name, "buffer", buffers[name]
+
+
+def _local_shape(tensor: torch.Tensor) -> Shape:
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def _exchange_shapes(engine: Any, shapes: dict[str, Shape]) -> tuple[int, list[dict[str, Shape]]]:
+    """This rank's model-parallel rank, and every model-parallel rank's local shapes, in rank order."""
+    if engine.mp_world_size == 1:
+        return 0, [shapes]
+    rank = engine.mpu.get_model_parallel_rank()
+    gathered: list[Any] = [None] * engine.mp_world_size
+    dist.all_gather_object(gathered, (rank, shapes), group=engine.mpu.get_model_parallel_group())
+    ordered = [held for _, held in sorted(gathered, key=lambda entry: entry[0])]
+    differing = {name for held in ordered for name in held.keys() ^ ordered[0].keys()}
+    if differing:
+        raise MismatchError("model-parallel ranks have different parameters", sorted(differing))
+    return rank, ordered
+
+
+def _inferred_patterns(module: torch.nn.Module) -> dict[str, Pattern]:
+    """What Megatron-Core's attributes tell; asked only when the process uses Megatron-Core anyway."""
+    if "megatron.core" not in sys.modules:
+        return {}
+    from ucp_deepspeed.megatron.layouts import inferred_patterns
+
+    return inferred_patterns(module)
+
+
+def agree(error: UniversalCheckpointError | None) -> None:
+    """Collective over all ranks: raise on every rank if some rank has an error, so that none goes on alone.
+
+    Raises:
+        UniversalCheckpointError: this rank's own error, or another's with its rank in the message.
+    """
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, error)
+    if error is not None:
+        raise error
+    for rank, other in enumerate(gathered):
+        if other is not None:
+            raise (
+                type(other)(*other.__reduce__()[1])
+                if isinstance(other, MismatchError)
+                else type(other)(f"rank {rank}: {other}")
+            )
+
+
+def flat_order_of(slots: Any) -> list[tuple[tuple[str, ...], FlatGroup | SlicedGroup]]:
+    """Names and flattening of an engine's slots, to compare with `DeepSpeedCheckpoint.flat_order`."""
+    return [(slot.names, slot.flattening) for slot in slots]

@@ -1,0 +1,47 @@
+"""One module per family of DeepSpeed's optimizer classes; `engine_optimizer` picks by the live optimizer's class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
+from ucp_deepspeed.engine.optimizers.fp16 import FusedOptimizer, UnfusedOptimizer
+from ucp_deepspeed.engine.optimizers.plain import PlainOptimizer
+from ucp_deepspeed.engine.optimizers.zero3 import Zero3Optimizer
+from ucp_deepspeed.engine.optimizers.zero12 import Bf16Optimizer, Zero12Optimizer
+from ucp_deepspeed.errors import UnsupportedError
+
+FAMILIES: dict[type, type[EngineOptimizer]] = {
+    DeepSpeedZeroOptimizer: Zero12Optimizer,
+    DeepSpeedZeroOptimizer_Stage3: Zero3Optimizer,
+    BF16_Optimizer: Bf16Optimizer,
+    FP16_Optimizer: FusedOptimizer,
+    FP16_UnfusedOptimizer: UnfusedOptimizer,
+}
+"""Exact classes: a subclass may keep its state elsewhere."""
+
+
+def engine_optimizer(engine: Any) -> EngineOptimizer:
+    """The family of an engine's optimizer.
+
+    Raises:
+        UnsupportedError: the engine has no optimizer, or one of a class that isn't known.
+    """
+    optimizer = engine.optimizer
+    if type(optimizer) in FAMILIES:
+        return FAMILIES[type(optimizer)](engine)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return PlainOptimizer(engine)
+    if optimizer is None:
+        raise UnsupportedError("the engine has no optimizer: universal checkpoints hold training state")
+    raise UnsupportedError(f"optimizer class {type(optimizer).__name__} is not supported by this release")
+
+
+__all__ = ["EngineOptimizer", "EngineSlot", "engine_optimizer"]

@@ -1,0 +1,100 @@
+"""What every optimizer class offers to loading and saving.
+
+A *slot* is one tensor that the base (torch) optimizer steps on, with the parameters in it; the source side's twin is
+`ucp_deepspeed.checkpoint.slots.Slot`. The base optimizer's state for a slot has that tensor as its key.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ucp_deepspeed.checkpoint.checkpoint import LossScale
+from ucp_deepspeed.layout import Flattening
+from ucp_deepspeed.plan import Fragment
+
+
+@dataclass(frozen=True)
+class EngineSlot:
+    """One tensor that the base optimizer steps on.
+
+    Attributes:
+        master: the fp32 master weights of this rank; contiguous, of any shape.
+        names: the parameters in it, in buffer order.
+        flattening: where their elements lie in the masters of all partitions.
+        partition: which partition this rank holds.
+        group: index of the parameter group.
+    """
+
+    master: torch.Tensor
+    names: tuple[str, ...]
+    flattening: Flattening
+    partition: int
+    group: int
+
+    def fragments(self) -> Iterator[tuple[str, Fragment[None]]]:
+        """For each run of elements that this rank holds: the parameter's name, and where it lies in ``master``."""
+        for part in self.flattening.held_by(self.partition):
+            yield self.names[part.index], Fragment(part.local_start, part.numel, None, part.buffer_start)
+
+
+class EngineOptimizer(ABC):
+    """An engine's optimizer, of one class. All methods are called on every rank, in the order in which they stand here.
+
+    Attributes:
+        form: as `DeepSpeedCheckpoint.optimizer_form` calls the files that this class writes.
+        base: the torch optimizer.
+    """
+
+    form: str
+    base: torch.optim.Optimizer
+
+    @abstractmethod
+    def slots(self) -> list[EngineSlot]:
+        """The slots of this rank."""
+
+    @abstractmethod
+    def group_names(self) -> list[list[str | None]]:
+        """For each parameter group the names, in the optimizer's order; None for a parameter that isn't the model's."""
+
+    def begin(self) -> None:
+        """Called before anything is filled."""
+
+    @abstractmethod
+    def refresh_weights(self) -> None:
+        """Make the model's (low-precision) weights from the masters. Collective."""
+
+    def end(self) -> None:
+        """Called after frozen parameters and buffers are filled too. Collective."""
+
+    @abstractmethod
+    def loss_scale(self) -> LossScale | None:
+        """The live loss scale; None without fp16."""
+
+    @abstractmethod
+    def set_loss_scale(self, values: Mapping[str, Any]) -> None:
+        """Take over values of a loss scale of the same kind, under the names of `LossScale`."""
+
+    def state_of(self, slot: EngineSlot) -> Mapping[str, Any]:
+        """The base optimizer's state for a slot as it is now; empty before the first step."""
+        return self.base.state.get(slot.master, {})
+
+    def set_state(self, slot: EngineSlot, states: Mapping[str, torch.Tensor], scalars: Mapping[str, float]) -> None:
+        """Replace the base optimizer's state for a slot; without states and scalars, as if no step had been taken."""
+        self.base.state.pop(slot.master, None)
+        if states or scalars:
+            self.base.state[slot.master] = dict(states) | {
+                key: self._scalar(value, slot) for key, value in scalars.items()
+            }
+
+    def _scalar(self, value: float, slot: EngineSlot) -> Any:
+        """A scalar state in the form that the base optimizer keeps: torch's in tensors, DeepSpeed's own in numbers."""
+        if not type(self.base).__module__.startswith("torch."):
+            return int(value) if float(value).is_integer() else value
+        group = self.base.param_groups[slot.group]
+        on_device = group.get("capturable") or group.get("fused")
+        return torch.tensor(float(value), dtype=torch.float32, device=slot.master.device if on_device else "cpu")

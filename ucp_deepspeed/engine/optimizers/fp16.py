@@ -1,0 +1,97 @@
+"""Stage 0 in bf16 or fp16: ``FP16_UnfusedOptimizer`` (one slot per parameter) and ``FP16_Optimizer`` (one per group).
+
+Source: ``runtime/fp16/unfused_optimizer.py``, ``runtime/fp16/fused_optimizer.py``. Both step once, with zero gradients, in their
+constructor; filling replaces the state that this leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ucp_deepspeed.checkpoint.checkpoint import LossScale
+from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
+from ucp_deepspeed.layout import FlatGroup
+
+SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
+"""What the wrappers' ``loss_scale_config`` and the ZeRO optimizers' loss scaler have in common."""
+
+
+class Fp16Optimizer(EngineOptimizer):
+    """Shared by both classes."""
+
+    def __init__(self, engine: Any) -> None:
+        self._wrapper = engine.optimizer
+        self.base = engine.optimizer.optimizer
+        self._names: Mapping[torch.Tensor, str] = engine.param_names
+
+    def group_names(self) -> list[list[str | None]]:
+        """See `EngineOptimizer.group_names`."""
+        return [[self._names[param] for param in group] for group in self._wrapper.fp16_groups]
+
+    def loss_scale(self) -> LossScale | None:
+        """See `EngineOptimizer.loss_scale`."""
+        config = self._wrapper.loss_scale_config
+        if not config.use_grad_scaling:
+            return None
+        return LossScale(config.dynamic_loss_scale, {key: getattr(config, key) for key in SCALE_KEYS})
+
+    def set_loss_scale(self, values: Mapping[str, Any]) -> None:
+        """See `EngineOptimizer.set_loss_scale`."""
+        for key in SCALE_KEYS:
+            if key in values:
+                setattr(self._wrapper.loss_scale_config, key, values[key])
+
+
+class UnfusedOptimizer(Fp16Optimizer):
+    """``FP16_UnfusedOptimizer``: a master tensor per parameter."""
+
+    form = "fp16-unfused"
+
+    def slots(self) -> list[EngineSlot]:
+        """See `EngineOptimizer.slots`."""
+        return [
+            EngineSlot(master, (self._names[param],), FlatGroup((master.numel(),), 1, alignment=1), 0, group)
+            for group, (masters, params) in enumerate(
+                zip(self._wrapper.fp32_groups, self._wrapper.fp16_groups, strict=True)
+            )
+            for master, param in zip(masters, params, strict=True)
+        ]
+
+    def refresh_weights(self) -> None:
+        """See `EngineOptimizer.refresh_weights`."""
+        for masters, params in zip(self._wrapper.fp32_groups, self._wrapper.fp16_groups, strict=True):
+            for master, param in zip(masters, params, strict=True):
+                param.data.copy_(master.data)
+
+
+class FusedOptimizer(Fp16Optimizer):
+    """``FP16_Optimizer``: a flat, unpadded master buffer per parameter group; the weights are views of its 16-bit twin."""
+
+    form = "fp16-fused"
+
+    def slots(self) -> list[EngineSlot]:
+        """See `EngineOptimizer.slots`."""
+        return [
+            EngineSlot(
+                master,
+                tuple(self._names[param] for param in params),
+                FlatGroup(tuple(param.numel() for param in params), 1, alignment=1),
+                0,
+                group,
+            )
+            for group, (master, params) in enumerate(
+                zip(self._wrapper.fp32_groups_flat, self._wrapper.fp16_groups, strict=True)
+            )
+        ]
+
+    def refresh_weights(self) -> None:
+        """See `EngineOptimizer.refresh_weights`."""
+        for master, weights in zip(self._wrapper.fp32_groups_flat, self._wrapper.fp16_groups_flat, strict=True):
+            weights.data.copy_(master.data)
+        for slot, params in zip(self.slots(), self._wrapper.fp16_groups, strict=True):
+            for part, param in zip(slot.flattening.held_by(0), params, strict=True):
+                held = slot.master.data[part.buffer_start : part.buffer_start + part.numel]
+                param.data.copy_(held.view(param.shape))

@@ -1,0 +1,107 @@
+"""ZeRO-1 and 2 (``DeepSpeedZeroOptimizer``) and ``BF16_Optimizer``: one slot per parameter group, cut over the ranks.
+
+Source: ``runtime/zero/stage_1_and_2.py``, ``runtime/bf16_optimizer.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+
+from ucp_deepspeed.checkpoint.checkpoint import LossScale
+from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
+from ucp_deepspeed.layout import FlatGroup
+
+
+class PartitionedOptimizer(EngineOptimizer):
+    """Shared by both classes."""
+
+    def __init__(self, engine: Any) -> None:
+        self._zero = engine.optimizer
+        self.base = engine.optimizer.optimizer
+        self._names: Mapping[torch.Tensor, str] = engine.param_names
+
+    def _groups(self) -> Sequence[tuple[Sequence[torch.Tensor], torch.Tensor, tuple[int, ...]]]:
+        """Per group: the parameters in flat order, this rank's master partition, and the alignment gaps."""
+        raise AssertionError("each class says where it keeps them")
+
+    def slots(self) -> list[EngineSlot]:
+        """See `EngineOptimizer.slots`."""
+        slots: list[EngineSlot] = []
+        for index, (params, master, gaps) in enumerate(self._groups()):
+            process_group = self._zero.real_dp_process_group[index]
+            partitions = dist.get_world_size(group=process_group)
+            flattening = FlatGroup(tuple(param.numel() for param in params), partitions, gaps)
+            assert flattening.partition_numel == master.numel(), (index, flattening.partition_numel, master.numel())
+            names = tuple(self._names[param] for param in params)
+            slots.append(EngineSlot(master, names, flattening, dist.get_rank(group=process_group), index))
+        return slots
+
+    def group_names(self) -> list[list[str | None]]:
+        """See `EngineOptimizer.group_names`."""
+        return [[self._names[param] for param in params] for params, _, _ in self._groups()]
+
+    def refresh_weights(self) -> None:
+        """See `EngineOptimizer.refresh_weights`. Also lets DeepSpeed's per-parameter views of the state be made anew."""
+        self._zero.update_lp_params()
+        self._zero._hp_optimizer_states_linked = False
+        if all(self.base.state.get(slot.master) for slot in self.slots()):
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+
+class Zero12Optimizer(PartitionedOptimizer):
+    """``DeepSpeedZeroOptimizer``. The flat order is that of the round-robin lists, which without that setting is the usual."""
+
+    form = "zero-1/2"
+
+    def _groups(self) -> Sequence[tuple[Sequence[torch.Tensor], torch.Tensor, tuple[int, ...]]]:
+        zero = self._zero
+        paddings = getattr(zero, "round_robin_bit16_padding", None)
+        gaps = [tuple(group) for group in paddings] if paddings else [()] * len(zero.round_robin_bit16_groups)
+        return list(zip(zero.round_robin_bit16_groups, zero.single_partition_of_fp32_groups, gaps, strict=True))
+
+    def loss_scale(self) -> LossScale | None:
+        """See `EngineOptimizer.loss_scale`."""
+        return scaler_state(self._zero)
+
+    def set_loss_scale(self, values: Mapping[str, Any]) -> None:
+        """See `EngineOptimizer.set_loss_scale`."""
+        set_scaler_state(self._zero, values)
+
+
+class Bf16Optimizer(PartitionedOptimizer):
+    """``BF16_Optimizer``: bf16 with fp32 gradient accumulation."""
+
+    form = "bf16-optimizer"
+
+    def _groups(self) -> Sequence[tuple[Sequence[torch.Tensor], torch.Tensor, tuple[int, ...]]]:
+        zero = self._zero
+        return [
+            (params, master, ())
+            for params, master in zip(zero.bf16_groups, zero.fp32_groups_flat_partition, strict=True)
+        ]
+
+    def loss_scale(self) -> LossScale | None:
+        """None: bf16 isn't scaled."""
+        return None
+
+    def set_loss_scale(self, values: Mapping[str, Any]) -> None:
+        """Nothing to do: bf16 isn't scaled."""
+
+
+def scaler_state(zero: Any) -> LossScale | None:
+    """The state of a ZeRO optimizer's loss scaler; None unless it trains in fp16."""
+    if zero.dtype != torch.float16:
+        return None
+    values = {key: value for key, value in vars(zero.loss_scaler).items() if key not in ("dynamic", "dtype")}
+    return LossScale(bool(zero.dynamic_loss_scale), values)
+
+
+def set_scaler_state(zero: Any, values: Mapping[str, Any]) -> None:
+    """Set those values that the live loss scaler has too."""
+    for key, value in values.items():
+        if hasattr(zero.loss_scaler, key) and key not in ("dynamic", "dtype"):
+            setattr(zero.loss_scaler, key, value)

@@ -1,0 +1,75 @@
+"""ZeRO-3 (``DeepSpeedZeroOptimizer_Stage3``): one slot per sub-group, each parameter cut on its own.
+
+Source: ``runtime/zero/stage3.py``, ``runtime/zero/partition_parameters.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+
+from ucp_deepspeed.checkpoint.checkpoint import LossScale
+from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
+from ucp_deepspeed.engine.optimizers.zero12 import scaler_state, set_scaler_state
+from ucp_deepspeed.layout import SlicedGroup
+
+
+class Zero3Optimizer(EngineOptimizer):
+    """The weights are slices too; a whole parameter exists only while a module uses it, or when it is persistent."""
+
+    form = "zero-3"
+
+    def __init__(self, engine: Any) -> None:
+        self._zero = engine.optimizer
+        self.base = engine.optimizer.optimizer
+        self._names: Mapping[torch.Tensor, str] = engine.param_names
+
+    def slots(self) -> list[EngineSlot]:
+        """See `EngineOptimizer.slots`."""
+        zero = self._zero
+        slots: list[EngineSlot] = []
+        for index, (params, master) in enumerate(zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)):
+            process_group = params[0].ds_process_group
+            flattening = SlicedGroup(
+                tuple(param.ds_numel for param in params), dist.get_world_size(group=process_group)
+            )
+            assert flattening.buffer_numel(0) == master.numel(), (index, flattening.buffer_numel(0), master.numel())
+            names = tuple(self._names[param] for param in params)
+            group = zero.sub_group_to_group_id[index]
+            slots.append(EngineSlot(master, names, flattening, dist.get_rank(group=process_group), group))
+        return slots
+
+    def group_names(self) -> list[list[str | None]]:
+        """See `EngineOptimizer.group_names`."""
+        names: list[list[str | None]] = [[] for _ in self.base.param_groups]
+        for index, params in enumerate(self._zero.fp16_groups):
+            names[self._zero.sub_group_to_group_id[index]] += [self._names[param] for param in params]
+        return names
+
+    def begin(self) -> None:
+        """Partition what is gathered, so that no stale whole copy outlives the filling."""
+        self._zero.checkpoint_event_prologue()
+
+    def refresh_weights(self) -> None:
+        """See `EngineOptimizer.refresh_weights`."""
+        zero = self._zero
+        for index, master in enumerate(zero.fp32_partitioned_groups_flat):
+            weights = zero.fp16_partitioned_groups_flat[index]
+            if weights is not master:
+                weights.data.copy_(master.data)
+            zero._unflatten_partitioned_parameters(index)
+
+    def end(self) -> None:
+        """Gather persistent parameters again and drop secondary copies."""
+        self._zero.checkpoint_event_epilogue()
+
+    def loss_scale(self) -> LossScale | None:
+        """See `EngineOptimizer.loss_scale`."""
+        return scaler_state(self._zero)
+
+    def set_loss_scale(self, values: Mapping[str, Any]) -> None:
+        """See `EngineOptimizer.set_loss_scale`."""
+        set_scaler_state(self._zero, values)

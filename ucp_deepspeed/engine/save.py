@@ -1,0 +1,101 @@
+"""The save hook: DeepSpeed's own files, and beside them a manifest of what they don't tell.
+
+Order of events: the old manifest goes, DeepSpeed writes its files, all ranks meet, rank 0 writes the manifest, then ``latest``
+moves. So ``latest`` never names a checkpoint that some rank is still writing, and a manifest never describes other files.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deepspeed import comm as dist
+
+from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, Manifest, ManifestParameter, ManifestTopology
+from ucp_deepspeed.checkpoint.opening import LATEST_NAME
+from ucp_deepspeed.checkpoint.view import layouts_of
+from ucp_deepspeed.engine.model import EngineModel, describe_model
+from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer
+from ucp_deepspeed.errors import SpecError
+from ucp_deepspeed.language import resolve_patterns
+from ucp_deepspeed.layout.pattern import Pattern, Replicate, Unique
+from ucp_deepspeed.transfer.commit import write_atomically
+
+logger = logging.getLogger("ucp_deepspeed")
+
+
+def save_checkpoint(
+    native: Callable[..., bool],
+    engine: Any,
+    save_dir: str,
+    tag: str | None = None,
+    client_state: dict[str, Any] | None = None,
+    save_latest: bool = True,
+    exclude_frozen_parameters: bool = False,
+) -> bool:
+    """In place of ``engine.save_checkpoint``; same arguments, same result. Collective.
+
+    Raises:
+        SpecError, MismatchError: the layouts that the config names don't fit the model; nothing is written.
+    """
+    rest = {"client_state": client_state or {}, "exclude_frozen_parameters": exclude_frozen_parameters}
+    if not save_dir or engine.checkpoint_engine.is_decoupled():
+        logger.warning("checkpoint engine commits later: no manifest is written")
+        return native(save_dir, tag=tag, save_latest=save_latest, **rest)
+    tag = str(tag) if tag is not None else f"global_step{engine.global_steps}"
+    folder = Path(save_dir) / tag
+    model, optimizer = describe_model(engine), engine_optimizer(engine)
+    parameters = _parameters(model)
+    if dist.get_rank() == 0:
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    saved = native(save_dir, tag=tag, save_latest=False, **rest)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        manifest = _manifest(model, optimizer, parameters, folder)
+        write_atomically(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1))
+        if save_latest:
+            write_atomically(Path(save_dir) / LATEST_NAME, tag)
+    dist.barrier()
+    return saved
+
+
+def _patterns(model: EngineModel) -> dict[str, Pattern]:
+    """What is known when saving; empty under tensor parallelism when nothing tells, which a later load may make up for."""
+    names = model.named("trainable", "frozen")
+    try:
+        return resolve_patterns(names, degree=model.topology.model_parallel, spec=model.spec, inferred=model.inferred)
+    except SpecError:
+        if model.spec is not None:
+            raise
+        logger.warning("no layouts are known for this model: a load on another tensor-parallel size will need a spec")
+        return {}
+
+
+def _parameters(model: EngineModel) -> dict[str, ManifestParameter]:
+    """Whole shape and pattern of each parameter and buffer, as far as they are known."""
+    known = _patterns(model) | {name: Replicate() for name in model.named("buffer")}
+    shapes = {name: tensor.local_shapes for name, tensor in model.tensors.items() if name in known}
+    layouts = layouts_of(known, shapes, model.vocabulary_size, "the model")
+    return {
+        name: ManifestParameter(
+            logical_shape=layouts[name].logical_shape if name in layouts else None,
+            pattern=None if isinstance(known.get(name), Unique) else known.get(name),
+        )
+        for name in model.tensors
+    }
+
+
+def _manifest(
+    model: EngineModel, optimizer: EngineOptimizer, parameters: dict[str, ManifestParameter], folder: Path
+) -> Manifest:
+    topology = model.topology
+    return Manifest(
+        topology=ManifestTopology(tp=topology.tp, pp=topology.pp, dp=topology.dp, zero_stage=topology.zero_stage),
+        optimizer=optimizer.form,
+        vocabulary_size=model.vocabulary_size,
+        parameter_groups=tuple(tuple(names) for names in optimizer.group_names()),
+        parameters=parameters,
+        files={entry.name: entry.stat().st_size for entry in sorted(folder.iterdir()) if entry.is_file()},
+    )

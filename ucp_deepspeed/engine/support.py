@@ -1,0 +1,45 @@
+"""Which engines and which versions of DeepSpeed this release handles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+from packaging.version import Version
+
+from ucp_deepspeed.errors import UnsupportedError
+
+OLDEST_DEEPSPEED = "0.19.8"
+"""First version that the tests pass with."""
+
+NEWEST_DEEPSPEED = "0.19"
+"""Last minor version that the tests pass with; its later patch releases are accepted."""
+
+
+def check_version(version: str = deepspeed.__version__) -> None:
+    """Refuse a version whose internals haven't been tested.
+
+    Raises:
+        UnsupportedError: names the version and the range.
+    """
+    found = Version(version.split("+")[0])
+    if found < Version(OLDEST_DEEPSPEED) or found.release[:2] > Version(NEWEST_DEEPSPEED).release[:2]:
+        raise UnsupportedError(
+            f"deepspeed {version} is outside the tested range {OLDEST_DEEPSPEED} to {NEWEST_DEEPSPEED}.x; install a version "
+            f'inside it, or set "universal_checkpoint": {{"enabled": false}}'
+        )
+
+
+def check_engine(engine: Any) -> None:
+    """Refuse, when the engine is built, what saving and loading couldn't handle.
+
+    Raises:
+        UnsupportedError: the version, a pipeline engine, or mixture-of-experts layers.
+    """
+    check_version()
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    if isinstance(engine, PipelineEngine):
+        raise UnsupportedError("universal checkpoints of pipeline engines are not supported by this release")
+    if engine.has_moe_layers:
+        raise UnsupportedError("universal checkpoints of mixture-of-experts layers are not supported by this release")

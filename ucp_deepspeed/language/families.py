@@ -1,0 +1,73 @@
+"""The spec files that come with the package (``configs/`` in the source tree), and the user's own by path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import yaml
+
+from ucp_deepspeed.errors import SpecError
+from ucp_deepspeed.language.spec import Spec
+
+
+def spec_folder() -> Path:
+    """Where the spec files are: inside the installed package, or ``configs/`` beside it in a source tree."""
+    package = Path(__file__).parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+@lru_cache(maxsize=1)
+def _families() -> dict[str, Spec]:
+    """Every spec that comes with the package, by its family's name."""
+    found: dict[str, Spec] = {}
+    for path in sorted(spec_folder().glob("*.yaml")):
+        spec = Spec.parse(yaml.safe_load(path.read_text(encoding="utf-8")), path.name)
+        found[spec.family] = spec
+    return found
+
+
+def spec_names() -> list[str]:
+    """Names of the families that come with the package."""
+    return list(_families())
+
+
+def load_spec(name_or_path: str) -> Spec:
+    """A family by name, or a spec file by path.
+
+    Raises:
+        SpecError: no such family and no such file, not YAML, or not a valid spec.
+    """
+    if name_or_path in _families():
+        return _families()[name_or_path]
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise SpecError(f"no family or spec file {name_or_path!r}; families: {', '.join(spec_names())}")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise SpecError(f"spec {path} is not YAML: {error}") from error
+    return Spec.parse(raw, str(path))
+
+
+def find_family(names: Sequence[str]) -> Spec | None:
+    """The family of which each of these parameters matches exactly one rule.
+
+    Returns:
+        None when no family fits.
+
+    Raises:
+        SpecError: more than one family fits and they disagree on a pattern: which one is right can't be told by names.
+    """
+    fitting = [spec for spec in _families().values() if spec.coverage(names) == 1.0]
+    for other in fitting[1:]:
+        first, second = fitting[0].patterns(names), other.patterns(names)
+        differing = [name for name in names if first[name] != second[name]]
+        if differing:
+            raise SpecError(
+                f"families {fitting[0].family!r} and {other.family!r} both fit and disagree on {differing[0]} "
+                f"({len(differing)} parameters); name one in the config or with --spec"
+            )
+    return fitting[0] if fitting else None

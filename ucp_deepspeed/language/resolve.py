@@ -1,0 +1,98 @@
+"""Which pattern each parameter follows, when several sources know something about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from ucp_deepspeed.errors import MismatchError, SpecError
+from ucp_deepspeed.language.families import find_family
+from ucp_deepspeed.layout.pattern import Partial, Pattern, Replicate, Shard, Unique
+
+if TYPE_CHECKING:
+    from ucp_deepspeed.language.spec import Spec
+
+
+class Agreement(Enum):
+    """How a pattern compares with what a live parameter's attributes say."""
+
+    SAME = "same"
+    REFINED = "refined"
+    CONTRADICTED = "contradicted"
+
+
+def resolve_patterns(
+    names: Sequence[str],
+    *,
+    degree: int,
+    spec: Spec | None = None,
+    recorded: Mapping[str, Pattern] | None = None,
+    inferred: Mapping[str, Pattern] | None = None,
+) -> dict[str, Pattern]:
+    """One pattern per parameter. What knows better wins: spec, then checkpoint, then live model, then family by names.
+
+    Args:
+        names: of the parameters, without buffers.
+        degree: the larger model-parallel size of source and target; at 1 every unknown parameter is *unique*.
+        spec: the one that the user named.
+        recorded: what the checkpoint's manifest says.
+        inferred: what the attributes of the live target's parameters say.
+
+    Raises:
+        SpecError: no source knows the parameters, several families fit, or the spec leaves some without exactly one rule.
+        MismatchError: the winner contradicts the live parameters; lists them.
+    """
+    chosen, origin = _choose(names, degree, spec, recorded or {}, inferred or {})
+    problems = [
+        f"{name}: {origin} says {describe(chosen[name])}, the live parameter is {describe(inferred[name])}"
+        for name in names
+        if inferred and name in inferred and compare(chosen[name], inferred[name]) is Agreement.CONTRADICTED
+    ]
+    if problems and degree > 1:
+        raise MismatchError("layouts contradict the live model's parameters", problems)
+    return chosen
+
+
+def _choose(
+    names: Sequence[str],
+    degree: int,
+    spec: Spec | None,
+    recorded: Mapping[str, Pattern],
+    inferred: Mapping[str, Pattern],
+) -> tuple[dict[str, Pattern], str]:
+    if spec is not None:
+        return spec.patterns(names), f"spec {spec.family!r}"
+    known = {**inferred, **recorded}
+    missing = [name for name in names if name not in known]
+    if not missing:
+        return {name: known[name] for name in names}, "the checkpoint"
+    if degree == 1:
+        return {name: known.get(name, Unique()) for name in names}, "the checkpoint"
+    family = find_family(names)
+    if family is None:
+        raise SpecError(
+            f"no layout is known for {len(missing)} parameters ({', '.join(missing[:3])}, …) and no family's names fit; "
+            f'name a spec: "universal_checkpoint": {{"spec": "path.yaml"}}, or --spec on the command line'
+        )
+    return family.patterns(names), f"family {family.family!r}"
+
+
+def compare(pattern: Pattern, live: Pattern) -> Agreement:
+    """Whether a pattern fits what attributes tell. Attributes know the dimension; a pattern may add fused parts, widths or more."""
+    if pattern == live:
+        return Agreement.SAME
+    if isinstance(pattern, Shard) and isinstance(live, Shard):
+        agrees = pattern.dim == live.dim and live.parts in ((1,), pattern.parts)
+    else:
+        whole = (Replicate, Partial, Unique)
+        agrees = isinstance(pattern, whole) and isinstance(live, whole)
+    return Agreement.REFINED if agrees else Agreement.CONTRADICTED
+
+
+def describe(pattern: Pattern) -> str:
+    """A pattern in a few words: ``shard on dimension 0 in parts 1:1``."""
+    if not isinstance(pattern, Shard):
+        return pattern.pattern
+    parts = f" in parts {':'.join(map(str, pattern.parts))}" if len(pattern.parts) > 1 else ""
+    return f"shard on dimension {pattern.dim}{parts}" + (" (vocabulary)" if pattern.vocabulary else "")

@@ -1,0 +1,125 @@
+"""Spec files: grammar, validation and matching.
+
+A spec is a list of rules; each names parameters by globs and gives their pattern. ``*`` stands for one part of a dotted name,
+or a piece of one; ``**`` for any number of parts. Every parameter must match exactly one rule.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from difflib import SequenceMatcher
+from functools import cached_property, lru_cache
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, ValidationError, model_validator
+
+from ucp_deepspeed.errors import MAX_LISTED, SpecError
+from ucp_deepspeed.layout.pattern import Pattern
+
+_STRICT = ConfigDict(extra="forbid")
+
+PATTERN: TypeAdapter[Pattern] = TypeAdapter(Annotated[Pattern, Discriminator("pattern")], config=_STRICT)
+"""Validates and writes patterns: in spec files, in manifests and in universal checkpoints."""
+
+
+class Rule(BaseModel):
+    """Parameters, by glob, and the pattern that they follow.
+
+    In YAML the pattern's fields stand beside ``match``: ``{match: "*.weight", pattern: shard, dim: 0}``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    match: Annotated[tuple[str, ...], Field(min_length=1)]
+    pattern: Annotated[Pattern, Discriminator("pattern")]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fold(cls, raw: Any) -> Any:
+        """Gather the pattern's fields, and accept one glob without a list."""
+        if not isinstance(raw, Mapping) or not isinstance(raw.get("pattern"), str):
+            return raw
+        match = raw.get("match")
+        pattern = {key: value for key, value in raw.items() if key != "match"}
+        return {"match": [match] if isinstance(match, str) else match, "pattern": PATTERN.validate_python(pattern)}
+
+    def matches(self, name: str) -> bool:
+        """Whether some glob fits the whole name."""
+        return any(_compiled(glob).fullmatch(name) for glob in self.match)
+
+
+class Spec(BaseModel):
+    """One model family.
+
+    Attributes:
+        family: its name.
+        description: which models, written by what.
+        rules: see `Rule`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    family: str
+    description: str = ""
+    rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
+
+    @classmethod
+    def parse(cls, raw: Any, origin: str) -> Spec:
+        """Validate a spec that was read from ``origin``.
+
+        Raises:
+            SpecError: lists every wrong key or value with its place.
+        """
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            problems = [f"  {_place(item['loc'])}: {item['msg']}" for item in error.errors()]
+            raise SpecError("\n".join([f"spec {origin} is not valid:", *problems])) from error
+
+    @cached_property
+    def _globs(self) -> list[str]:
+        return [glob for rule in self.rules for glob in rule.match]
+
+    def patterns(self, names: Iterable[str]) -> dict[str, Pattern]:
+        """The pattern of each parameter.
+
+        Raises:
+            SpecError: lists all parameters that match no rule, with the nearest globs, and all that match several.
+        """
+        found: dict[str, Pattern] = {}
+        problems: list[str] = []
+        for name in names:
+            rules = [rule for rule in self.rules if rule.matches(name)]
+            if len(rules) == 1:
+                found[name] = rules[0].pattern
+            elif rules:
+                globs = [glob for rule in rules for glob in rule.match if _compiled(glob).fullmatch(name)]
+                problems.append(f"  {name}: matches {len(rules)} rules ({', '.join(globs)})")
+            else:
+                problems.append(f"  {name}: matches no rule; nearest: {', '.join(self._nearest(name))}")
+        if problems:
+            heading = f"spec {self.family!r} doesn't give exactly one rule for {len(problems)} parameters:"
+            more = [f"  … and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+            raise SpecError("\n".join([heading, *problems[:MAX_LISTED], *more]))
+        return found
+
+    def coverage(self, names: Iterable[str]) -> float:
+        """Share of the names that match exactly one rule, 0 to 1."""
+        counts = [sum(rule.matches(name) for rule in self.rules) == 1 for name in names]
+        return sum(counts) / len(counts) if counts else 0.0
+
+    def _nearest(self, name: str) -> list[str]:
+        return sorted(self._globs, key=lambda glob: -SequenceMatcher(None, glob, name).ratio())[:2]
+
+
+@lru_cache(maxsize=4096)
+def _compiled(glob: str) -> re.Pattern[str]:
+    pieces = re.split(r"(\*\*|\*)", glob)
+    wild = {"**": r".*", "*": r"[^.]*"}
+    return re.compile("".join(wild.get(piece, re.escape(piece)) for piece in pieces))
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    """``rules[3].dim`` for ``("rules", 3, "dim")``."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".") or "top level"

@@ -1,0 +1,32 @@
+"""Geometry: how one parameter lies across ranks. Pure arithmetic on integers; no torch, no files, no ranks.
+
+Read `box` first, then `layout` (pieces: logical box ↔ local box), `pattern` (names for layouts) and `zero` (how ZeRO lays
+local tensors end to end and cuts them into partitions).
+"""
+
+from ucp_deepspeed.layout.box import Box, Shape, flat_interval_boxes, row_major_strides
+from ucp_deepspeed.layout.layout import Layout, LocalTensor, Piece
+from ucp_deepspeed.layout.pattern import Partial, Pattern, Replicate, Scale, Shard, Unique
+from ucp_deepspeed.layout.topology import Topology
+from ucp_deepspeed.layout.zero import FlatGroup, Flattening, Slice, SlicedGroup
+
+__all__ = [
+    "Box",
+    "FlatGroup",
+    "Flattening",
+    "Layout",
+    "LocalTensor",
+    "Partial",
+    "Pattern",
+    "Piece",
+    "Replicate",
+    "Scale",
+    "Shape",
+    "Shard",
+    "Slice",
+    "SlicedGroup",
+    "Topology",
+    "Unique",
+    "flat_interval_boxes",
+    "row_major_strides",
+]

@@ -1,0 +1,210 @@
+"""Layouts: which box of the logical tensor lies in which box of which model-parallel rank's local tensor.
+
+A `Layout` is the one description of a parameter's sharding; reading (local → logical) and filling (logical → local) both
+follow from it. The paper's *Union* is the reading direction, its *GenUcpMetadata* the filling one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from math import prod
+from typing import Literal
+
+from ucp_deepspeed.layout.box import Box, Shape
+
+Union = Literal["take", "mean"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements of ``logical_box`` lie, in the same order, in ``local_box`` of one rank's local tensor.
+
+    Raises:
+        ValueError: the boxes differ in shape.
+    """
+
+    logical_box: Box
+    local_box: Box
+
+    def __post_init__(self) -> None:
+        if self.logical_box.shape != self.local_box.shape:
+            raise ValueError(f"logical box {self.logical_box} and local box {self.local_box} differ in shape")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTensor:
+    """What one model-parallel rank holds: its tensor's shape and the pieces in it. Elements of no piece are padding.
+
+    Raises:
+        ValueError: a piece leaves the tensor, or two pieces share local elements.
+    """
+
+    shape: Shape
+    pieces: tuple[Piece, ...]
+
+    def __post_init__(self) -> None:
+        whole = Box.whole(self.shape)
+        for piece in self.pieces:
+            if not whole.contains(piece.local_box):
+                raise ValueError(f"piece {piece.local_box} leaves the local tensor of shape {self.shape}")
+        if overlap := overlapping(piece.local_box for piece in self.pieces):
+            raise ValueError(f"pieces overlap in the local tensor: {overlap[0]} and {overlap[1]}")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One parameter over all model-parallel ranks.
+
+    Attributes:
+        logical_shape: shape of the whole, unpadded parameter.
+        locals: one local tensor per model-parallel rank.
+        union: ``take``: ranks that hold the same logical box hold the same values, any one serves; ``mean``: they differ and
+            the logical value is their mean (the paper's *params_to_average*).
+        scale: ``local = logical * scale`` for the states named in ``scale_powers``, raised to the power given there.
+
+    Raises:
+        ValueError: the pieces of all ranks don't cover each logical element, or two logical boxes overlap without being equal.
+    """
+
+    logical_shape: Shape
+    locals: tuple[LocalTensor, ...]
+    union: Union = "take"
+    scale: Fraction = Fraction(1)
+    scale_powers: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        boxes = self.holders()
+        if overlap := overlapping(boxes):
+            raise ValueError(f"logical boxes overlap without being equal: {overlap[0]} and {overlap[1]}")
+        whole = Box.whole(self.logical_shape)
+        outside = [box for box in boxes if not whole.contains(box)]
+        covered = sum(box.numel for box in boxes)
+        if outside or covered != whole.numel:
+            raise ValueError(
+                f"pieces cover {covered} of the {whole.numel} elements of logical shape {self.logical_shape}"
+                + (f"; outside: {outside[0]}" if outside else "")
+            )
+
+    @classmethod
+    def whole(cls, shape: Shape) -> Layout:
+        """A parameter that one rank holds entirely."""
+        return cls(shape, (LocalTensor(shape, pieces_of(Box.whole(shape), (0,) * len(shape))),))
+
+    @property
+    def degree(self) -> int:
+        """Number of model-parallel ranks."""
+        return len(self.locals)
+
+    def holders(self) -> dict[Box, list[tuple[int, Piece]]]:
+        """For each distinct logical box the ranks that hold it, with their pieces, in rank order."""
+        found: dict[Box, list[tuple[int, Piece]]] = {}
+        for rank, local in enumerate(self.locals):
+            for piece in local.pieces:
+                found.setdefault(piece.logical_box, []).append((rank, piece))
+        return found
+
+    def mergeable_dims(self) -> frozenset[int]:
+        """Dimensions ``d`` that can be merged with ``d + 1`` into one, on every rank, keeping row-major order.
+
+        True where no piece cuts dimension ``d + 1``. Merging turns the common case, unsharded or sharded along dimension 0,
+        into one-dimensional intervals, so that a plan holds one copy per contiguous run.
+        """
+        dims = len(self.logical_shape)
+        return frozenset(
+            dim
+            for dim in range(dims - 1)
+            if all(
+                local.shape[dim + 1] == self.logical_shape[dim + 1]
+                and all(piece.local_box.shape[dim + 1] == self.logical_shape[dim + 1] for piece in local.pieces)
+                for local in self.locals
+            )
+        )
+
+    def merged(self, dims: frozenset[int]) -> Layout:
+        """The same layout with each dimension in ``dims`` merged with its successor.
+
+        Raises:
+            ValueError: a dimension isn't in `mergeable_dims`.
+        """
+        if not dims:
+            return self
+        if not dims <= self.mergeable_dims():
+            raise ValueError(f"dimensions {sorted(dims - self.mergeable_dims())} of {self.logical_shape} are cut")
+        return Layout(
+            merge_shape(self.logical_shape, dims),
+            tuple(
+                LocalTensor(
+                    merge_shape(local.shape, dims),
+                    tuple(
+                        Piece(
+                            _merge_box(piece.logical_box, self.logical_shape, dims),
+                            _merge_box(piece.local_box, local.shape, dims),
+                        )
+                        for piece in local.pieces
+                    ),
+                )
+                for local in self.locals
+            ),
+            self.union,
+            self.scale,
+            self.scale_powers,
+        )
+
+    def factor(self, state: str) -> Fraction | None:
+        """``local / logical`` for one state; None when this layout doesn't say how that state scales."""
+        if self.scale == 1:
+            return Fraction(1)
+        power = self.scale_powers.get(state)
+        return None if power is None else self.scale**power
+
+
+def pieces_of(logical_box: Box, local_start: Shape) -> tuple[Piece, ...]:
+    """The piece that puts ``logical_box`` at ``local_start``; none when the box is empty."""
+    if logical_box.numel == 0:
+        return ()
+    return (Piece(logical_box, logical_box.moved(logical_box.start, local_start)),)
+
+
+def overlapping(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
+    """Some two boxes with a common element, or None. Sweeps along the first dimension."""
+    ordered = sorted((box for box in boxes if box.numel), key=lambda box: box.start)
+    active: list[Box] = []
+    for box in ordered:
+        if not box.start:
+            if active:
+                return active[0], box
+        else:
+            active = [other for other in active if other.stop[0] > box.start[0]]
+            for other in active:
+                if other.intersect(box) is not None:
+                    return other, box
+        active.append(box)
+    return None
+
+
+def merge_shape(shape: Shape, dims: frozenset[int]) -> Shape:
+    """The shape after each dimension in ``dims`` is merged with its successor."""
+    merged: list[int] = []
+    for dim, extent in enumerate(shape):
+        if dim - 1 in dims:
+            merged[-1] *= extent
+        else:
+            merged.append(extent)
+    return tuple(merged)
+
+
+def _merge_box(box: Box, shape: Shape, dims: frozenset[int]) -> Box:
+    """The box after merging, given that it is full in every merged-in dimension of a tensor of ``shape``."""
+    start: list[int] = []
+    stop: list[int] = []
+    for dim, (low, high) in enumerate(zip(box.start, box.stop, strict=True)):
+        if dim - 1 in dims:
+            start[-1] *= shape[dim]
+            stop[-1] *= shape[dim]
+        else:
+            start.append(low)
+            stop.append(high)
+    assert prod(high - low for low, high in zip(start, stop, strict=True)) == box.numel
+    return Box(tuple(start), tuple(stop))

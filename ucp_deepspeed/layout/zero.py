@@ -1,0 +1,224 @@
+"""How ZeRO lays the local tensors of a group end to end in a flat buffer and cuts the buffer over data-parallel ranks.
+
+Two ways exist (formulas: DeepSpeed 0.19.8, files named below):
+
+* `FlatGroup`, stages 1 and 2 and the unpartitioned flat buffers of stage 0: all parameters of a group, one after the other,
+  with optional alignment gaps; the end is padded to a multiple of ``alignment * partitions``; each rank holds one
+  consecutive part (``runtime/zero/stage_1_and_2.py``, ``runtime/bf16_optimizer.py``, ``runtime/fp16/fused_optimizer.py``).
+* `SlicedGroup`, stage 3: each parameter is padded to a multiple of the number of partitions and cut on its own; a rank's
+  buffer is its slices of the group's parameters, end to end (``runtime/zero/partition_parameters.py``, ``stage3.py``).
+
+Padding lanes belong to no slice, so that nothing built on slices can read, copy or compare them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from math import gcd
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A run of consecutive elements of one local tensor in one rank's flat buffer. All in elements.
+
+    Attributes:
+        index: which tensor of the group.
+        partition: which rank of the partition group holds it.
+        local_start: flat position of the first element in the (row-major) local tensor.
+        buffer_start: position of the first element in that rank's flat buffer.
+        numel: length; never 0.
+    """
+
+    index: int
+    partition: int
+    local_start: int
+    buffer_start: int
+    numel: int
+
+
+class Flattening(Protocol):
+    """Where the elements of a group's local tensors lie. `FlatGroup` and `SlicedGroup` are the two implementations."""
+
+    numels: tuple[int, ...]
+    partitions: int
+
+    def slices(self, index: int, local_start: int, local_stop: int) -> Iterator[Slice]:
+        """Slices that hold ``local_start <= i < local_stop`` of tensor ``index``, in local order; costs only what it yields."""
+        ...
+
+    def held_by(self, partition: int) -> Iterator[Slice]:
+        """All slices in one rank's buffer, in buffer order; together with the padding they fill it."""
+        ...
+
+    def buffer_numel(self, partition: int) -> int:
+        """Length of one rank's flat buffer, padding included, in elements."""
+        ...
+
+
+@dataclass(frozen=True)
+class FlatGroup:
+    """Stages 0 to 2: one flat buffer, cut into equal consecutive partitions.
+
+    Attributes:
+        numels: elements of each local tensor, in flat order.
+        partitions: ranks that share the group; 1 for stage 0.
+        gaps: alignment zeros after each tensor (``parameter_alignment``); all 0 by default.
+        alignment: the total is padded to a multiple of ``alignment * partitions``; 2 under ZeRO
+            (``nccl_start_alignment_factor``), 1 for stage 0.
+
+    Raises:
+        ValueError: a negative number, no partition, or as many gaps as tensors isn't given.
+    """
+
+    numels: tuple[int, ...]
+    partitions: int
+    gaps: tuple[int, ...] = ()
+    alignment: int = 2
+
+    def __post_init__(self) -> None:
+        _check_group(self.numels, self.partitions)
+        if self.gaps and len(self.gaps) != len(self.numels):
+            raise ValueError(f"{len(self.gaps)} alignment gaps for {len(self.numels)} tensors")
+        if self.alignment < 1 or any(gap < 0 for gap in self.gaps):
+            raise ValueError("alignment must be positive and gaps not negative")
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Position of each tensor's first element in the whole flat buffer."""
+        gaps = self.gaps or (0,) * len(self.numels)
+        return tuple(accumulate((n + gap for n, gap in zip(self.numels, gaps, strict=True)), initial=0))[:-1]
+
+    @cached_property
+    def unpadded(self) -> int:
+        """Elements up to the end padding, gaps included."""
+        return sum(self.numels) + sum(self.gaps)
+
+    @cached_property
+    def partition_numel(self) -> int:
+        """Length of each rank's partition, end padding included."""
+        unit = self.alignment * self.partitions
+        return -(-self.unpadded // unit) * unit // self.partitions
+
+    def buffer_numel(self, partition: int) -> int:
+        """See `Flattening.buffer_numel`."""
+        return self.partition_numel
+
+    def unpadded_numel(self, partition: int) -> int:
+        """Elements of one partition before the end padding: what ZeRO-1/2 keeps of the fp32 partition when it saves."""
+        return min(max(self.unpadded - partition * self.partition_numel, 0), self.partition_numel)
+
+    def slices(self, index: int, local_start: int, local_stop: int) -> Iterator[Slice]:
+        """See `Flattening.slices`."""
+        position = local_start
+        while position < local_stop:
+            partition, buffer_start = divmod(self.offsets[index] + position, self.partition_numel)
+            numel = min(local_stop - position, self.partition_numel - buffer_start)
+            yield Slice(index, partition, position, buffer_start, numel)
+            position += numel
+
+    def held_by(self, partition: int) -> Iterator[Slice]:
+        """See `Flattening.held_by`."""
+        low, high = partition * self.partition_numel, (partition + 1) * self.partition_numel
+        for index, (offset, numel) in enumerate(zip(self.offsets, self.numels, strict=True)):
+            start, stop = max(low, offset), min(high, offset + numel)
+            if start < stop:
+                yield Slice(index, partition, start - offset, start - low, stop - start)
+
+
+@dataclass(frozen=True)
+class SlicedGroup:
+    """Stage 3: every tensor is padded and cut on its own; a sub-group's buffer is one slice of each.
+
+    Attributes:
+        numels: elements of each tensor of the sub-group, in buffer order.
+        partitions: ranks that share the parameters.
+
+    Raises:
+        ValueError: a negative number, or no partition.
+    """
+
+    numels: tuple[int, ...]
+    partitions: int
+
+    def __post_init__(self) -> None:
+        _check_group(self.numels, self.partitions)
+
+    @cached_property
+    def slice_numels(self) -> tuple[int, ...]:
+        """Length of each tensor's slice on every rank, padding included."""
+        return tuple(-(-numel // self.partitions) for numel in self.numels)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Position of each tensor's slice in a rank's buffer."""
+        return tuple(accumulate(self.slice_numels, initial=0))[:-1]
+
+    def buffer_numel(self, partition: int) -> int:
+        """See `Flattening.buffer_numel`."""
+        return sum(self.slice_numels)
+
+    def slices(self, index: int, local_start: int, local_stop: int) -> Iterator[Slice]:
+        """See `Flattening.slices`."""
+        position = local_start
+        while position < local_stop:
+            partition, within = divmod(position, self.slice_numels[index])
+            numel = min(local_stop - position, self.slice_numels[index] - within)
+            yield Slice(index, partition, position, self.offsets[index] + within, numel)
+            position += numel
+
+    def held_by(self, partition: int) -> Iterator[Slice]:
+        """See `Flattening.held_by`."""
+        for index, (offset, length, numel) in enumerate(zip(self.offsets, self.slice_numels, self.numels, strict=True)):
+            start, stop = partition * length, min((partition + 1) * length, numel)
+            if start < stop:
+                yield Slice(index, partition, start, offset, stop - start)
+
+
+def round_robin_order(count: int, partitions: int) -> tuple[int, ...]:
+    """Order in which ``round_robin_gradients`` flattens a group: indices 0, W, 2W, … then 1, W+1, … (W partitions).
+
+    Source: ``stage_1_and_2.py::_round_robin_reorder``.
+    """
+    return tuple(index for first in range(partitions) for index in range(first, count, partitions))
+
+
+def alignment_gaps(numels: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """Zeros after each tensor so that the next one starts on 16 bytes; none after the last.
+
+    Args:
+        numels: elements of each tensor, in flat order.
+        itemsize: bytes of one low-precision element.
+    """
+    unit = 16 // gcd(16, itemsize)
+    gaps: list[int] = []
+    offset = 0
+    for numel in numels[:-1]:
+        gaps.append(-(offset + numel) % unit)
+        offset += numel + gaps[-1]
+    return (*gaps, 0) if numels else ()
+
+
+def split_sub_groups(numels: Sequence[int], partitions: int, sub_group_size: int) -> tuple[range, ...]:
+    """Cut a parameter group into stage-3 sub-groups: one closes when its slices reach ``sub_group_size`` elements.
+
+    Source: ``stage3.py::_create_fp16_sub_groups``.
+    """
+    ranges: list[range] = []
+    start = held = 0
+    for index, numel in enumerate(numels):
+        held += -(-numel // partitions)
+        if held >= sub_group_size or index == len(numels) - 1:
+            ranges.append(range(start, index + 1))
+            start, held = index + 1, 0
+    return tuple(ranges)
+
+
+def _check_group(numels: tuple[int, ...], partitions: int) -> None:
+    if partitions < 1:
+        raise ValueError(f"a group needs at least one partition, not {partitions}")
+    if any(numel < 0 for numel in numels):
+        raise ValueError(f"negative tensor size in {numels}")

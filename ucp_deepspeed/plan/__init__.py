@@ -1,0 +1,25 @@
+"""Planning: source pieces ∩ target pieces, as strided block copies, proven to write each wanted element exactly once.
+
+Pure: integers in, frozen data out. Only `ucp_deepspeed.transfer` touches bytes.
+"""
+
+from ucp_deepspeed.plan.coverage import overlapping_fragments, prove_cover
+from ucp_deepspeed.plan.plan import (
+    BlockCopy,
+    Fragment,
+    Source,
+    StridedView,
+    Target,
+    plan_tensor,
+)
+
+__all__ = [
+    "BlockCopy",
+    "Fragment",
+    "Source",
+    "StridedView",
+    "Target",
+    "overlapping_fragments",
+    "plan_tensor",
+    "prove_cover",
+]

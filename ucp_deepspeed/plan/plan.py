@@ -1,0 +1,208 @@
+"""From two layouts and the fragments on either side to strided block copies.
+
+Cost grows with the number of fragments and pieces that meet, never with elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Generic, TypeVar
+
+from ucp_deepspeed.layout.box import Box, Shape, flat_interval_boxes, row_major_strides
+from ucp_deepspeed.layout.layout import Layout, Piece
+from ucp_deepspeed.plan.coverage import prove_cover
+
+B = TypeVar("B", bound=Hashable)
+S = TypeVar("S", bound=Hashable)
+T = TypeVar("T", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment(Generic[B]):
+    """A run of consecutive (row-major) elements of one rank's local tensor, consecutive in a buffer too. In elements.
+
+    Attributes:
+        local_start: flat position of its first element in the local tensor.
+        numel: length.
+        buffer: names the buffer: a range of a file, or a tensor of an engine.
+        buffer_start: position of its first element in the buffer.
+    """
+
+    local_start: int
+    numel: int
+    buffer: B
+    buffer_start: int
+
+
+@dataclass(frozen=True, slots=True)
+class StridedView(Generic[B]):
+    """A block inside a buffer: where its first element lies and the distance between neighbours, in elements."""
+
+    buffer: B
+    start: int
+    strides: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy(Generic[S, T]):
+    """``target = mean(sources) * factor``, element by element over a block of ``shape``.
+
+    One source and factor 1, which is all but *partial* and *scaled* parameters, is a plain copy.
+    """
+
+    shape: Shape
+    target: StridedView[T]
+    sources: tuple[StridedView[S], ...]
+    factor: Fraction = Fraction(1)
+
+
+@dataclass(frozen=True)
+class Source(Generic[S]):
+    """One state of one parameter, as the source checkpoint holds it.
+
+    Attributes:
+        layout: of the parameter over the source's model-parallel ranks.
+        fragments: ``(rank, local_start, local_stop)`` → the fragments of that rank's local tensor that meet the flat interval.
+    """
+
+    layout: Layout
+    fragments: Callable[[int, int, int], Iterable[Fragment[S]]]
+
+
+@dataclass(frozen=True)
+class Target(Generic[T]):
+    """One state of one parameter, as one target rank wants it.
+
+    Attributes:
+        layout: of the parameter over the target's model-parallel ranks.
+        rank: this rank's model-parallel rank.
+        fragments: what this rank holds of its local tensor.
+    """
+
+    layout: Layout
+    rank: int
+    fragments: Sequence[Fragment[T]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Region(Generic[B]):
+    """A logical box and where it lies in a buffer."""
+
+    logical_box: Box
+    view: StridedView[B]
+
+    def cut(self, box: Box) -> StridedView[B]:
+        """Where ``box``, inside this region, begins."""
+        steps = zip(box.start, self.logical_box.start, self.view.strides, strict=True)
+        start = self.view.start + sum((low - mine) * stride for low, mine, stride in steps)
+        return StridedView(self.view.buffer, start, self.view.strides)
+
+
+@dataclass(frozen=True, slots=True)
+class _Match(Generic[S]):
+    """A box of wanted elements and, for each rank read so far, where it lies."""
+
+    box: Box
+    views: tuple[StridedView[S], ...] = ()
+
+
+def plan_tensor(source: Source[S], target: Target[T], state: str) -> tuple[BlockCopy[S, T], ...]:
+    """Copies that fill everything the target rank wants of one state of one parameter.
+
+    Args:
+        state: name of the state; only scaled layouts look at it.
+
+    Raises:
+        ValueError: the logical shapes differ, the source doesn't hold each wanted element exactly once, or source and target
+            scale the state differently and the layout doesn't say how. The caller adds the parameter's name.
+    """
+    if source.layout.logical_shape != target.layout.logical_shape:
+        raise ValueError(
+            f"expected logical shape {target.layout.logical_shape}, found {source.layout.logical_shape} in the checkpoint"
+        )
+    factor = _factor(source.layout, target.layout, state)
+    merge = source.layout.mergeable_dims() & target.layout.mergeable_dims()
+    source_layout, target_layout = source.layout.merged(merge), target.layout.merged(merge)
+    holders = _holders_to_read(source_layout, target.rank)
+    copies: list[BlockCopy[S, T]] = []
+    for wanted in _target_regions(target_layout, target):
+        found: list[Box] = []
+        for match in _match(source_layout, source, holders, wanted.logical_box):
+            found.append(match.box)
+            copies.append(BlockCopy(match.box.shape, wanted.cut(match.box), match.views, factor))
+        prove_cover(wanted.logical_box, found)
+    return tuple(copies)
+
+
+def _factor(source: Layout, target: Layout, state: str) -> Fraction:
+    source_factor, target_factor = source.factor(state), target.factor(state)
+    if source_factor is not None and target_factor is not None:
+        return target_factor / source_factor
+    if source.scale == target.scale:
+        return Fraction(1)
+    raise ValueError(
+        f"state {state!r} is scaled by {source.scale} in the checkpoint and {target.scale} in the target, "
+        f"and the spec gives no power for it"
+    )
+
+
+def _holders_to_read(layout: Layout, target_rank: int) -> list[tuple[Box, list[tuple[int, Piece]]]]:
+    """For each distinct logical box the ranks to read: all of them for a mean, else one, chosen so that readers spread."""
+    if layout.union == "mean":
+        return list(layout.holders().items())
+    return [(box, [held[target_rank % len(held)]]) for box, held in layout.holders().items()]
+
+
+def _target_regions(layout: Layout, target: Target[T]) -> Iterator[_Region[T]]:
+    local = layout.locals[target.rank]
+    for fragment in target.fragments:
+        for piece in local.pieces:
+            yield from _regions(fragment, local.shape, piece, piece.local_box)
+
+
+def _match(
+    layout: Layout,
+    source: Source[S],
+    holders: Sequence[tuple[Box, list[tuple[int, Piece]]]],
+    wanted: Box,
+) -> Iterator[_Match[S]]:
+    """Boxes that tile ``wanted`` as far as the source reaches, each with one view per rank to read."""
+    for logical_box, held in holders:
+        box = wanted.intersect(logical_box)
+        if box is None:
+            continue
+        matches: list[_Match[S]] = [_Match(box)]
+        for rank, piece in held:
+            regions = list(_source_regions(layout, source, rank, piece, box))
+            matches = [
+                _Match(common, (*match.views, region.cut(common)))
+                for match in matches
+                for region in regions
+                if (common := match.box.intersect(region.logical_box)) is not None
+            ]
+        yield from matches
+
+
+def _source_regions(
+    layout: Layout, source: Source[S], rank: int, piece: Piece, logical_box: Box
+) -> Iterator[_Region[S]]:
+    """Where the source rank holds ``logical_box``, a part of ``piece``."""
+    local_shape = layout.locals[rank].shape
+    local_box = logical_box.moved(piece.logical_box.start, piece.local_box.start)
+    for fragment in source.fragments(rank, *local_box.flat_range(local_shape)):
+        yield from _regions(fragment, local_shape, piece, local_box)
+
+
+def _regions(fragment: Fragment[B], local_shape: Shape, piece: Piece, local_box: Box) -> Iterator[_Region[B]]:
+    """The parts of ``local_box``, itself a part of ``piece``, that lie in one fragment."""
+    strides = row_major_strides(local_shape)
+    for held in flat_interval_boxes(local_shape, fragment.local_start, fragment.local_start + fragment.numel):
+        common = held.intersect(local_box)
+        if common is None:
+            continue
+        local_flat = sum(low * stride for low, stride in zip(common.start, strides, strict=True))
+        start = fragment.buffer_start + local_flat - fragment.local_start
+        logical_box = common.moved(piece.local_box.start, piece.logical_box.start)
+        yield _Region(logical_box, StridedView(fragment.buffer, start, strides))

@@ -1,0 +1,27 @@
+"""``deepspeed --module ucp_deepspeed.run train.py …``: run an unmodified training script with the hooks set."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import ucp_deepspeed
+
+
+def main() -> None:
+    """Run the script named by the first argument as ``__main__``, with the arguments that follow (and any the launcher adds)."""
+    arguments = sys.argv[1:]
+    launcher = [argument for argument in arguments if argument.startswith("--local_rank")]
+    rest = [argument for argument in arguments if argument not in launcher]
+    if not rest:
+        raise SystemExit("usage: deepspeed --module ucp_deepspeed.run SCRIPT [ARGUMENT …]")
+    ucp_deepspeed.arm()
+    script = rest[0]
+    sys.argv = [script, *launcher, *rest[1:]]
+    sys.path[0] = str(Path(script).resolve().parent)
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Megatron-Core on CPU ranks: what it takes to run its GPT models over gloo, without a GPU.
+
+Megatron-Core 0.16 has a CPU initialisation path (``use_cpu_initialization``) but no CPU execution path: a handful of
+places ask CUDA for the current device or for the state of its generator. Only those are replaced here. The
+tensor-parallel layers, the collectives, the loss and the autograd functions are Megatron-Core's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from megatron.core.tensor_parallel import random as megatron_random
+
+_MODEL_PARALLEL_STATE = "model-parallel-rng"
+_DEFAULT_STATE = "default-rng"
+
+
+def run_megatron_on_cpu() -> bool:
+    """Make Megatron-Core run on CPU ranks of this process; does nothing where CUDA is available.
+
+    What is replaced, and why:
+
+    * ``torch.cuda.current_device`` answers the CPU device. Megatron-Core passes it as ``device=`` when it allocates:
+      the global memory buffer (every attention layer multiplies into it), the outputs of its collectives, position
+      tables.
+    * ``CudaRNGStatesTracker.add`` and ``fork`` keep and switch the states of the CPU generator instead of the CUDA one.
+      `fork` surrounds dropout in every attention layer, so the model can't run a forward pass without it. A state that
+      was never added leaves the generator as it is, so that a model without dropout needs no seeding.
+
+    Attention masks stay the caller's business: Megatron-Core builds a missing causal mask on the device ``"cuda"``, so
+    pass one to the model (`ucp_deepspeed.testing.megatron_models.causal_mask`).
+
+    Call it once in each rank, before the first model is built; later calls change nothing. It is meant for tests and
+    demonstrations: it changes ``torch.cuda`` for the whole process.
+
+    Returns:
+        Whether Megatron-Core runs on CPU in this process: False where CUDA is available and nothing was replaced.
+    """
+    if torch.cuda.is_available():
+        return False
+    torch.cuda.current_device = _current_device  # type: ignore[assignment]
+    megatron_random.CudaRNGStatesTracker.add = _add_cpu_state
+    megatron_random.CudaRNGStatesTracker.fork = _fork_cpu_state
+    return True
+
+
+def _current_device() -> torch.device:
+    """The device to allocate on: the CPU."""
+    return torch.device("cpu")
+
+
+def _add_cpu_state(tracker: megatron_random.CudaRNGStatesTracker, name: str, seed: int) -> None:
+    """Replaces ``CudaRNGStatesTracker.add``: keep, under a name, the CPU generator's state for a seed.
+
+    Args:
+        tracker: the tracker of this rank.
+        name: what `fork` will ask for.
+        seed: of this state; no two states of a tracker may share it.
+
+    Raises:
+        ValueError: the seed or the name is taken.
+    """
+    if seed in tracker.seeds_ or name in tracker.states_:
+        raise ValueError(f"random state {name!r} with seed {seed} is already in the tracker")
+    tracker._is_initialized = True
+    tracker.seeds_.add(seed)
+    tracker.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+
+@contextlib.contextmanager
+def _fork_cpu_state(tracker: megatron_random.CudaRNGStatesTracker, name: str = _MODEL_PARALLEL_STATE) -> Iterator[None]:
+    """Replaces ``CudaRNGStatesTracker.fork``: inside the block, draw from the named state.
+
+    Args:
+        tracker: the tracker of this rank.
+        name: the state to draw from; one that was never added leaves the CPU generator alone.
+    """
+    if name not in tracker.states_:
+        yield
+        return
+    outer_name, outer_state = tracker._current_state_name, torch.get_rng_state()
+    if outer_name != _DEFAULT_STATE:
+        tracker.states_[outer_name] = outer_state
+    torch.set_rng_state(tracker.states_[name])
+    tracker._current_state_name = name
+    try:
+        yield
+    finally:
+        tracker.states_[name] = torch.get_rng_state()
+        torch.set_rng_state(outer_state if outer_name == _DEFAULT_STATE else tracker.states_[outer_name])
+        tracker._current_state_name = outer_name

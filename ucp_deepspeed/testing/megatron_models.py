@@ -1,0 +1,212 @@
+"""Tiny real Megatron-Core GPT models whose initial weights don't depend on the tensor parallel degree."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
+
+INITIAL_STD = 0.02
+"""Standard deviation of initial weights and biases, and of the deviation of initial norm weights from 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronGptSize:
+    """Shape and flavour of a Megatron-Core GPT model; `gpt_flavour` and `llama_flavour` make the two usual ones.
+
+    Attributes:
+        layers: transformer layers.
+        hidden: width of the residual stream.
+        heads: query heads; divides ``hidden``.
+        query_groups: key/value heads; divides ``heads``.
+        ffn: width of the feed-forward layer, of the gate and of the up projection each.
+        vocabulary: logical vocabulary size.
+        vocabulary_multiple: the embedding is padded with rows of zeros to a multiple of this times the tensor
+            parallel degree, as Megatron-LM does for ``--make-vocab-size-divisible-by``. The loss counts the padding
+            as classes, so it agrees across degrees only where the padded sizes do.
+        sequence: longest sequence, in tokens.
+        tied: the output layer is the word embedding.
+        llama: gated SiLU feed-forward layer, RMSNorm and rotary positions; otherwise GELU, LayerNorm and learned
+            positions.
+        bias: the linear layers have biases.
+        qkv_bias: the attention input has a bias even when ``bias`` is off (Qwen2).
+    """
+
+    layers: int = 2
+    hidden: int = 64
+    heads: int = 8
+    query_groups: int = 8
+    ffn: int = 128
+    vocabulary: int = 256
+    vocabulary_multiple: int = 1
+    sequence: int = 32
+    tied: bool = True
+    llama: bool = False
+    bias: bool = True
+    qkv_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads or self.heads % self.query_groups:
+            raise ValueError(
+                f"heads {self.heads} must divide hidden {self.hidden}, and be a multiple of query_groups "
+                f"{self.query_groups}"
+            )
+
+    def padded_vocabulary(self, tensor_parallel: int) -> int:
+        """Rows of the embedding over all ranks of a tensor parallel degree."""
+        multiple = self.vocabulary_multiple * tensor_parallel
+        return -(-self.vocabulary // multiple) * multiple
+
+
+def gpt_flavour(**changes: Any) -> MegatronGptSize:
+    """GPT-2/3 in small: LayerNorm, biases, GELU, learned positions, tied embedding; ``changes`` are fields to set."""
+    return replace(MegatronGptSize(), **changes)
+
+
+def llama_flavour(**changes: Any) -> MegatronGptSize:
+    """Llama in small: RMSNorm, grouped-query attention, gated SiLU, rotary positions, untied output, no biases."""
+    return replace(MegatronGptSize(query_groups=4, tied=False, llama=True, bias=False), **changes)
+
+
+def build_megatron_gpt(size: MegatronGptSize, dtype: torch.dtype = torch.float32, seed: int = 0) -> GPTModel:
+    """A Megatron-Core GPT model on this rank's tensor parallel share, with Megatron-Core's own ("local") layers.
+
+    Every rank must call it, after ``parallel_state.initialize_model_parallel`` and, without CUDA, after
+    `ucp_deepspeed.testing.megatron_cpu.run_megatron_on_cpu`. It seeds Megatron-Core's generators with ``seed``. The
+    model has no dropout, so that its loss is the same on every topology.
+
+    Args:
+        size: shape and flavour.
+        dtype: of all parameters; initial values are drawn in fp32 and rounded.
+        seed: of the initial values. The same seed gives the same logical tensors at any tensor parallel degree.
+
+    Returns:
+        The model, on the CPU, whole (one pipeline stage).
+    """
+    model_parallel_cuda_manual_seed(seed)
+    degree = parallel_state.get_tensor_model_parallel_world_size()
+    model = GPTModel(
+        config=_transformer_config(size, dtype, degree),
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm" if size.llama else None),
+        vocab_size=size.padded_vocabulary(degree),
+        max_sequence_length=size.sequence,
+        share_embeddings_and_output_weights=size.tied,
+        position_embedding_type="rope" if size.llama else "learned_absolute",
+    )
+    initialise(model, size, seed)
+    return model.to(dtype)
+
+
+def causal_mask(sequence: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Hides later tokens: bool of shape ``[1, 1, sequence, sequence]``, True where attention is forbidden."""
+    return torch.ones(1, 1, sequence, sequence, dtype=torch.bool, device=device).triu(diagonal=1)
+
+
+def mean_loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean next-token cross entropy of a batch.
+
+    Args:
+        model: a model of `build_megatron_gpt`, or an engine around one.
+        tokens: int64 of shape ``[batch, sequence + 1]``; each position but the last predicts the next one.
+
+    Returns:
+        fp32 scalar, the same on all tensor parallel ranks.
+    """
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    positions = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs)
+    losses: torch.Tensor = model(inputs, positions, causal_mask(inputs.shape[1], tokens.device), labels=labels)
+    return losses.float().mean()
+
+
+@torch.no_grad()
+def initialise(model: GPTModel, size: MegatronGptSize, seed: int) -> None:
+    """Fill every parameter with this rank's share of a logical tensor that depends only on its name and the seed.
+
+    Biases and norms get random values too, so that a misplaced element shows.
+
+    Args:
+        model: on this rank's tensor parallel share; changed in place.
+        size: the size it was built with, for the rows of the vocabulary that are padding (set to zero).
+        seed: of the values.
+    """
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    degree = parallel_state.get_tensor_model_parallel_world_size()
+    for name, parameter in model.named_parameters():
+        split = bool(getattr(parameter, "tensor_model_parallel", False))
+        shape = list(parameter.shape)
+        if split:
+            shape[parameter.partition_dim] *= degree
+        padded_rows = 0
+        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            padded_rows, shape[0] = shape[0] - size.vocabulary, size.vocabulary
+        logical = logical_tensor(name, tuple(shape), seed)
+        if padded_rows:
+            logical = torch.cat([logical, torch.zeros(padded_rows, *shape[1:])])
+        if split:
+            logical = local_share(logical, parameter.partition_dim, parameter.partition_stride, rank, degree)
+        parameter.copy_(logical)
+
+
+def logical_tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Initial values of a whole parameter, in fp32: normal, around 1 for norm weights and around 0 for all others.
+
+    Args:
+        name: the parameter's name; chooses the values, together with the seed.
+        shape: logical (whole, unpadded).
+        seed: of the values.
+    """
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    values = torch.randn(shape, generator=generator) * INITIAL_STD
+    return values + 1 if "layernorm" in name and name.endswith("weight") else values
+
+
+def local_share(logical: torch.Tensor, dim: int, stride: int, rank: int, degree: int) -> torch.Tensor:
+    """One tensor parallel rank's share of a whole parameter, laid out as Megatron-Core does.
+
+    Args:
+        logical: the whole parameter.
+        dim: Megatron-Core's ``partition_dim``.
+        stride: its ``partition_stride``: number of parts (gate and up) that are split one by one and lie side by
+            side in each rank. Query/key/value weights have 1: query groups are contiguous, so that a plain cut keeps
+            them whole where the degree divides their number, and Megatron-Core gathers the outputs where it doesn't.
+        rank: tensor parallel rank.
+        degree: tensor parallel degree.
+    """
+    return torch.cat(logical.chunk(stride * degree, dim)[rank::degree], dim)
+
+
+def _transformer_config(size: MegatronGptSize, dtype: torch.dtype, degree: int) -> TransformerConfig:
+    """Megatron-Core's configuration of a size: no dropout, no fusion that needs CUDA, softmax in fp32."""
+    return TransformerConfig(
+        num_layers=size.layers,
+        hidden_size=size.hidden,
+        num_attention_heads=size.heads,
+        num_query_groups=size.query_groups,
+        ffn_hidden_size=size.ffn,
+        tensor_model_parallel_size=degree,
+        use_cpu_initialization=True,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        normalization="RMSNorm" if size.llama else "LayerNorm",
+        gated_linear_unit=size.llama,
+        activation_func=torch.nn.functional.silu if size.llama else torch.nn.functional.gelu,
+        add_bias_linear=size.bias,
+        add_qkv_bias=size.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+    )

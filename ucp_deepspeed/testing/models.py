@@ -1,0 +1,80 @@
+"""A tiny plain PyTorch model with the parameter and buffer shapes that checkpoints most often get wrong."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class TinyMlp(nn.Module):
+    """Token classifier: embedding, layer norm, two linear layers, an odd-sized offset and a gain.
+
+    Args:
+        vocabulary: number of tokens and of classes.
+        hidden: width of the embedding.
+        ffn: width of the middle layer.
+        odd: size of the odd-sized parameter; the last ``odd`` classes get an offset of their own.
+        gain_shape: ``(1,)``, or ``()`` for a 0-d parameter.
+
+    Attributes:
+        gain: parameter of one element: scales the middle layer.
+        odd_offset: parameter of shape ``[odd]``; an odd size leaves a remainder at every even data parallel degree.
+        calibration: persistent floating-point buffer of shape ``[hidden]``, added to the embedding; never trained.
+        calls: persistent 0-d int64 buffer: number of forward passes in training mode.
+        scratch: buffer of shape ``[hidden]`` that is not persistent, so that no checkpoint holds it.
+    """
+
+    calibration: torch.Tensor
+    calls: torch.Tensor
+    scratch: torch.Tensor
+
+    def __init__(self, vocabulary: int, hidden: int, ffn: int, odd: int, gain_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.linear_in = nn.Linear(hidden, ffn)
+        self.gain = nn.Parameter(torch.full(gain_shape, 1.5))
+        self.linear_out = nn.Linear(ffn, vocabulary, bias=False)
+        self.odd_offset = nn.Parameter(0.02 * torch.randn(odd))
+        self.register_buffer("calibration", 0.1 * torch.randn(hidden))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("scratch", torch.zeros(hidden), persistent=False)
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean cross entropy of predicting ``labels`` from ``tokens``, both int64 of the same shape; an fp32 scalar."""
+        if self.training:
+            self.calls.add_(1)
+        embedded = self.embedding(tokens)
+        embedded = self.norm(embedded + self.calibration.to(embedded.dtype))
+        logits = self.linear_out(self.gain * nn.functional.gelu(self.linear_in(embedded)))
+        offset = nn.functional.pad(self.odd_offset, (logits.shape[-1] - self.odd_offset.shape[0], 0))
+        return nn.functional.cross_entropy((logits + offset).float().flatten(0, -2), labels.flatten())
+
+
+def build_mlp(
+    vocabulary: int = 48,
+    hidden: int = 20,
+    ffn: int = 33,
+    odd: int = 7,
+    gain_shape: tuple[int, ...] = (1,),
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> TinyMlp:
+    """A `TinyMlp` with initial values that depend on the seed alone; the caller's random state is left as it was.
+
+    Args:
+        vocabulary: number of tokens and of classes.
+        hidden: width of the embedding.
+        ffn: width of the middle layer; odd by default.
+        odd: size of the odd-sized parameter, at most ``vocabulary``.
+        gain_shape: of the one-element parameter. With ``()`` it is 0-d, which a plain PyTorch run can train and save; a
+            DeepSpeed 0.19 engine refuses such parameters at construction (it broadcasts them viewed as bytes).
+        dtype: of the parameters. Buffers keep their own.
+        seed: of the initial values, which are drawn in fp32 and rounded.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = TinyMlp(vocabulary, hidden, ffn, odd, gain_shape)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model

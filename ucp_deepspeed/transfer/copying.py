@@ -1,0 +1,121 @@
+"""Reading files through memory maps and copying strided blocks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from ucp_deepspeed.checkpoint.checkpoint import FileExtent
+from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.layout import Layout
+from ucp_deepspeed.plan import BlockCopy, Fragment, StridedView, Target, plan_tensor
+
+T = TypeVar("T")
+
+
+@dataclass
+class TransferCount:
+    """What a transfer read: bytes, block copies, and the files they came from."""
+
+    bytes_read: int = 0
+    copies: int = 0
+    files: set[str] = field(default_factory=set)
+
+    def add(self, other: TransferCount) -> None:
+        """Add another transfer's figures."""
+        self.bytes_read += other.bytes_read
+        self.copies += other.copies
+        self.files |= other.files
+
+
+class FileReader:
+    """Memory-mapped files. Thread-safe; a file stays mapped until `close`."""
+
+    def __init__(self) -> None:
+        self._maps: dict[str, torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def tensor(self, extent: FileExtent) -> torch.Tensor:
+        """The elements of an extent, one-dimensional, still on disk until they are used.
+
+        Raises:
+            DamagedCheckpointError: the file is missing or ends before the extent does.
+        """
+        whole = self._map(extent.path)
+        stop = extent.file_offset + extent.numel * ITEMSIZE[extent.dtype]
+        if stop > whole.numel():
+            raise DamagedCheckpointError(f"{extent.path} is truncated: expected {stop} bytes, found {whole.numel()}")
+        return whole[extent.file_offset : stop].view(NAMED_DTYPES[extent.dtype])
+
+    def close(self) -> None:
+        """Forget the maps; each is unmapped with the last tensor that uses it."""
+        self._maps.clear()
+
+    def _map(self, path: str) -> torch.Tensor:
+        with self._lock:
+            if path not in self._maps:
+                if not Path(path).is_file():
+                    raise DamagedCheckpointError(f"{path} is missing")
+                # Copy-on-write: torch wants writable memory, and the file must never change.
+                self._maps[path] = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
+            return self._maps[path]
+
+
+def run_copies(
+    copies: Iterable[BlockCopy[FileExtent, T]], reader: FileReader, buffer: Callable[[T], torch.Tensor]
+) -> TransferCount:
+    """Carry out block copies; values are converted to the target buffer's dtype.
+
+    Args:
+        buffer: the target buffer of a key, contiguous and on any device; it is indexed as one-dimensional.
+    """
+    count = TransferCount()
+    for copy in copies:
+        target = _block(buffer(copy.target.buffer), copy.target, copy.shape)
+        blocks = [_block(reader.tensor(view.buffer), view, copy.shape) for view in copy.sources]
+        target.copy_(blocks[0] if len(blocks) == 1 and copy.factor == 1 else _combined(blocks, copy.factor))
+        count.copies += 1
+        for view, block in zip(copy.sources, blocks, strict=True):
+            count.bytes_read += block.numel() * block.element_size()
+            count.files.add(view.buffer.path)
+    return count
+
+
+def _combined(blocks: list[torch.Tensor], factor: Fraction) -> torch.Tensor:
+    """Mean of the blocks times the factor, in double precision: the mean of equal values is that value, exactly."""
+    total = blocks[0].to(torch.float64)
+    for block in blocks[1:]:
+        total = total + block
+    return total * factor.numerator / (len(blocks) * factor.denominator)
+
+
+def _block(flat: torch.Tensor, view: StridedView[T], shape: tuple[int, ...]) -> torch.Tensor:
+    return flat.as_strided(shape, view.strides, flat.storage_offset() + view.start)
+
+
+def gather(
+    view: UniversalView, name: str, state: str, flat_start: int, target: torch.Tensor, reader: FileReader
+) -> TransferCount:
+    """Fill ``target`` with a run of consecutive (row-major) elements of one whole parameter's state.
+
+    Args:
+        flat_start: position of the first element in the logical tensor.
+        target: one-dimensional; its length says how many elements.
+
+    Raises:
+        ValueError: the checkpoint doesn't hold each of them exactly once.
+    """
+    layout = Layout.whole(view.logical_shape(name))
+    fragment = Fragment(flat_start, target.numel(), None, 0)
+    copies = plan_tensor(view.source(name, state), Target(layout, 0, (fragment,)), state)
+    return run_copies(copies, reader, lambda _: target)
