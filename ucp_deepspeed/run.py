@@ -6,7 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
-import ucp_deepspeed
+from ucp_deepspeed.arming import arm
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     rest = [argument for argument in arguments if argument not in launcher]
     if not rest:
         raise SystemExit("usage: deepspeed --module ucp_deepspeed.run SCRIPT [ARGUMENT …]")
-    ucp_deepspeed.arm()
+    arm()
     script = rest[0]
     sys.argv = [script, *launcher, *rest[1:]]
     sys.path[0] = str(Path(script).resolve().parent)

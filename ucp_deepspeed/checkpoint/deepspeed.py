@@ -34,16 +34,36 @@ from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.plan import Fragment
 
 ENGINE_KEYS = frozenset(
-    (
-        "module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments lr_scheduler "
-        "data_sampler random_ltd skipped_steps global_steps global_samples dp_world_size mp_world_size ds_config ds_version "
-        "checkpoint_parallel_dimensions num_experts ds_autoep_layers autoep_layers universal_checkpoint_info folding"
-    ).split()
+    {
+        "module",
+        "buffer_names",
+        "optimizer",
+        "param_shapes",
+        "frozen_param_shapes",
+        "shared_params",
+        "frozen_param_fragments",
+        "lr_scheduler",
+        "data_sampler",
+        "random_ltd",
+        "skipped_steps",
+        "global_steps",
+        "global_samples",
+        "dp_world_size",
+        "mp_world_size",
+        "ds_config",
+        "ds_version",
+        "checkpoint_parallel_dimensions",
+        "num_experts",
+        "ds_autoep_layers",
+        "autoep_layers",
+        "universal_checkpoint_info",
+        "folding",
+    }
 )
 """Top-level keys of a model_states file that DeepSpeed writes; all others are the user's client state."""
 
 RETURNED_SEPARATELY = frozenset(
-    "module skipped_steps global_steps dp_world_size mp_world_size data_sampler random_ltd".split()
+    ["module", "skipped_steps", "global_steps", "dp_world_size", "mp_world_size", "data_sampler", "random_ltd"]
 )
 """Keys that ``engine.load_checkpoint`` never returns as client state (``runtime/engine.py::_load_checkpoint``)."""
 
@@ -225,9 +245,9 @@ class DeepSpeedCheckpoint(Checkpoint):
         path = self._model_states_path(0, 0)
         shared: set[str] = set()
         for name, tensor in saved["module"].items():
-            if isinstance(tensor, torch.Tensor) and tensor.numel() and name not in saved["buffer_names"]:
-                if first.setdefault(extent_of(tensor, path), name) != name:
-                    shared.add(name)
+            stored = isinstance(tensor, torch.Tensor) and tensor.numel() and name not in saved["buffer_names"]
+            if stored and first.setdefault(extent_of(tensor, path), name) != name:
+                shared.add(name)
         return listed | shared
 
     def _read_parameters(self) -> dict[str, Parameter]:
@@ -270,13 +290,14 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def _read_run(self) -> RunState:
         saved = self._model_states(0)
+        precision = _precision(saved.get("ds_config"))
         return RunState(
-            precision=_precision(saved.get("ds_config")),
+            precision=precision,
             global_steps=saved["global_steps"],
             global_samples=saved.get("global_samples"),
             skipped_steps=saved["skipped_steps"],
             lr_scheduler=saved.get("lr_scheduler"),
-            loss_scale=self._read_loss_scale(),
+            loss_scale=self._read_loss_scale() if precision == "fp16" else None,
             ds_version=str(saved.get("ds_version", "unknown")),
         )
 

@@ -12,7 +12,7 @@ import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -153,12 +153,12 @@ def extent_of(tensor: torch.Tensor, path: Path) -> FileExtent:
     )
 
 
-def scalar_of(value: Any, path: Path) -> float | int | bool:
+def scalar_of(value: Any, path: Path) -> float:
     """The number that a Python number or a one-element tensor of `open_torch_file` stands for."""
     if not isinstance(value, torch.Tensor):
-        return value  # type: ignore[no-any-return]
+        return cast(float, value)
     extent = extent_of(value, path)
     with path.open("rb") as file:
         file.seek(extent.file_offset)
         raw = file.read(value.element_size())
-    return torch.frombuffer(bytearray(raw), dtype=value.dtype).item()
+    return cast(float, torch.frombuffer(bytearray(raw), dtype=value.dtype).item())

@@ -108,7 +108,7 @@ def _check_names(checkpoint: Checkpoint, model: EngineModel, strict: bool) -> No
         if name not in source:
             if strict or target[name].kind == "trainable":
                 problems.append(
-                    f"{name}: missing in the checkpoint; the model expects {list(target[name].local_shapes)[0]}"
+                    f"{name}: missing in the checkpoint; the model expects {target[name].local_shapes[model.rank]}"
                 )
         elif name not in target:
             if strict or source[name].kind == "trainable":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.filling import plan_filling
-from ucp_deepspeed.engine.model import EngineModel, agree, describe_model, engine_topology, flat_order_of
+from ucp_deepspeed.engine.model import EngineModel, agree, describe_model, engine_topology
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer
 from ucp_deepspeed.engine.training_state import restore_run
 from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError, UnsupportedError
@@ -67,7 +67,15 @@ class LoadReport:
 
 
 def load_checkpoint(
-    native: Callable[..., Loaded], engine: Any, load_dir: str, tag: str | None = None, **options: Any
+    native: Callable[..., Loaded],
+    engine: Any,
+    load_dir: str,
+    tag: str | None = None,
+    load_module_strict: bool = True,
+    load_optimizer_states: bool = True,
+    load_lr_scheduler_states: bool = True,
+    load_module_only: bool = False,
+    custom_load_fn: Callable[..., None] | None = None,
 ) -> Loaded:
     """In place of ``engine.load_checkpoint``; same arguments, same result.
 
@@ -75,23 +83,24 @@ def load_checkpoint(
         UniversalCheckpointError: one of its subclasses, on every rank, before anything of the engine has changed.
     """
     config: UniversalCheckpointConfig = engine.universal_checkpoint_config
+    options = LoadOptions(
+        load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn
+    )
     if tag is None and not _findable(Path(load_dir)):
-        return native(load_dir, tag=tag, **options)  # DeepSpeed warns and returns (None, None)
+        return native(load_dir, tag=tag, **asdict(options))  # DeepSpeed warns and returns (None, None)
     started = time.monotonic()
     error, prepared = None, None
     try:
         checkpoint = open_checkpoint(load_dir, None if tag is None else str(tag))
         optimizer = engine_optimizer(engine)
-        if not _takes_universal_path(config, checkpoint, engine, optimizer):
-            prepared = None
-        else:
+        if _takes_universal_path(config, checkpoint, engine, optimizer):
             prepared = (checkpoint, optimizer)
     except UniversalCheckpointError as caught:
         error = caught
     agree(error)
     if prepared is None:
-        return native(load_dir, tag=tag, **options)
-    return _load_universal(engine, *prepared, LoadOptions(**options), started)
+        return native(load_dir, tag=tag, **asdict(options))
+    return _load_universal(engine, *prepared, options, started)
 
 
 def _findable(load_dir: Path) -> bool:
@@ -131,7 +140,7 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
     if checkpoint.topology.zero_stage == 0:
         return True
     rank = engine.mpu.get_model_parallel_rank() if engine.mp_world_size > 1 else 0
-    return checkpoint.flat_order(rank) == flat_order_of(optimizer.slots())
+    return checkpoint.flat_order(rank) == [(slot.names, slot.flattening) for slot in optimizer.slots()]
 
 
 def _load_universal(

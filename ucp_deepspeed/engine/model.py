@@ -16,7 +16,7 @@ from ucp_deepspeed.checkpoint.checkpoint import Kind, Precision
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.errors import MismatchError, UniversalCheckpointError
 from ucp_deepspeed.language import Spec, load_spec
-from ucp_deepspeed.layout import FlatGroup, Shape, SlicedGroup, Topology
+from ucp_deepspeed.layout import Shape, SlicedGroup, Topology
 from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.plan import Fragment
 
@@ -158,8 +158,3 @@ def agree(error: UniversalCheckpointError | None) -> None:
                 if isinstance(other, MismatchError)
                 else type(other)(f"rank {rank}: {other}")
             )
-
-
-def flat_order_of(slots: Any) -> list[tuple[tuple[str, ...], FlatGroup | SlicedGroup]]:
-    """Names and flattening of an engine's slots, to compare with `DeepSpeedCheckpoint.flat_order`."""
-    return [(slot.names, slot.flattening) for slot in slots]

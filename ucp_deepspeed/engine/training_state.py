@@ -70,7 +70,7 @@ def _restore_loss_scale(checkpoint: Checkpoint, optimizer: EngineOptimizer) -> N
     source, live = checkpoint.run.loss_scale, optimizer.loss_scale()
     if live is None:
         return
-    if source is None or checkpoint.run.precision != "fp16" or source.dynamic != live.dynamic:
+    if source is None or source.dynamic != live.dynamic:
         logger.warning(
             "the checkpoint holds no loss scale of this kind; keeping the configured one (%s)", live.values["cur_scale"]
         )

@@ -79,7 +79,7 @@ def _choose(
 
 
 def compare(pattern: Pattern, live: Pattern) -> Agreement:
-    """Whether a pattern fits what attributes tell. Attributes know the dimension; a pattern may add fused parts, widths or more."""
+    """Whether a pattern fits what attributes tell. A pattern may add to it: fused parts, widths."""
     if pattern == live:
         return Agreement.SAME
     if isinstance(pattern, Shard) and isinstance(live, Shard):

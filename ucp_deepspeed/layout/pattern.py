@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal, TypeAlias
 
 from ucp_deepspeed.layout.box import Box, Shape
@@ -170,7 +170,7 @@ class Shard:
             starts = list(accumulate(extents, initial=0))
             if starts[-1] < extent or (starts[-1] > extent and not self.vocabulary):
                 raise ValueError(f"local extents {extents} don't join to {extent} along dimension {self.dim}")
-            shares = [[(start, min(stop, extent) - start)] for start, stop in zip(starts, starts[1:], strict=False)]
+            shares = [[(start, min(stop, extent) - start)] for start, stop in pairwise(starts)]
         else:
             shares = self._part_shares(extent, len(local_shapes))
             held = [sum(numel for _, numel in share) for share in shares]

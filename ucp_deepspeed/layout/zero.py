@@ -43,8 +43,15 @@ class Slice:
 class Flattening(Protocol):
     """Where the elements of a group's local tensors lie. `FlatGroup` and `SlicedGroup` are the two implementations."""
 
-    numels: tuple[int, ...]
-    partitions: int
+    @property
+    def numels(self) -> tuple[int, ...]:
+        """Elements of each local tensor, in buffer order."""
+        ...
+
+    @property
+    def partitions(self) -> int:
+        """Ranks that share the group."""
+        ...
 
     def slices(self, index: int, local_start: int, local_stop: int) -> Iterator[Slice]:
         """Slices that hold ``local_start <= i < local_stop`` of tensor ``index``, in local order; costs only what it yields."""

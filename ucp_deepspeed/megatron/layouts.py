@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Shard
 
 OUTPUT_LAYER = "output_layer"
 """Name of the module that maps hidden states to the padded vocabulary (``megatron/core/models/gpt/gpt_model.py``)."""
 
+SHARDED_MODULES = (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
+"""Modules whose weight is always cut. Built with ``perform_initialization=False`` they set no attributes on it."""
+
 
 def inferred_patterns(module: torch.nn.Module) -> dict[str, Pattern]:
     """The pattern of each parameter, by its first name; empty for a model without a single tensor-parallel parameter.
 
     ``partition_dim`` is the dimension that is cut and ``partition_stride`` the number of equal fused parts side by side on
-    each rank (2 for a gated ``linear_fc1``). A parameter without the attributes is the same on every rank.
+    each rank (2 for a gated ``linear_fc1``). A parameter without the attributes is the same on every rank, unless it is the
+    weight of a module that is always cut: then nothing is known, and a spec has to tell.
     """
     named = dict(module.named_parameters())
     if not any(getattr(param, "tensor_model_parallel", False) for param in named.values()):
         return {}
-    vocabulary = {
-        f"{name}.weight" if name else "weight"
-        for name, child in module.named_modules()
-        if isinstance(child, VocabParallelEmbedding) or name.split(".")[-1] == OUTPUT_LAYER
-    }
-    return {name: _pattern(param, name in vocabulary) for name, param in named.items()}
+    modules = dict(module.named_modules())
+    patterns = {name: _pattern(param, name, modules) for name, param in named.items()}
+    return {name: pattern for name, pattern in patterns.items() if pattern is not None}
 
 
-def _pattern(param: torch.Tensor, vocabulary: bool) -> Pattern:
+def _pattern(param: torch.Tensor, name: str, modules: dict[str, torch.nn.Module]) -> Pattern | None:
+    owner, _, local_name = name.rpartition(".")
     if not getattr(param, "tensor_model_parallel", False):
-        return Replicate()
+        unmarked = local_name == "weight" and isinstance(modules[owner], SHARDED_MODULES)
+        return None if unmarked else Replicate()
     parts = (1,) * getattr(param, "partition_stride", 1)
+    vocabulary = isinstance(modules[owner], VocabParallelEmbedding) or owner.split(".")[-1] == OUTPUT_LAYER
     return Shard(param.partition_dim, parts=parts, vocabulary=vocabulary and len(parts) == 1)

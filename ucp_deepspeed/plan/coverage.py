@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
 
 from ucp_deepspeed.layout.box import Box
@@ -43,7 +44,7 @@ def overlapping_fragments(fragments: Iterable[Fragment[B]]) -> tuple[Fragment[B]
         by_buffer.setdefault(fragment.buffer, []).append(fragment)
     for held in by_buffer.values():
         held.sort(key=lambda fragment: fragment.buffer_start)
-        for before, after in zip(held, held[1:], strict=False):
+        for before, after in pairwise(held):
             if before.buffer_start + before.numel > after.buffer_start:
                 return before, after
     return None

@@ -49,16 +49,22 @@ def remove_abandoned(final: Path) -> None:
     """Remove what processes of this machine that are no longer alive left unfinished for ``final``."""
     prefix = f".{final.name}{PARTIAL_MARK}{socket.gethostname()}-"
     for entry in final.parent.iterdir():
-        if entry.name.startswith(prefix) and not _alive(entry.name.removeprefix(prefix)):
+        pid = entry.name.removeprefix(prefix)
+        # A host whose name begins with this one's leaves folders with the same prefix and more than a number after it.
+        if pid != entry.name and pid.isdecimal() and not _alive(int(pid)):
             shutil.rmtree(entry)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content in one step: a reader sees the old text or the new, whole."""
+    """Replace a file's content in one step: a reader sees the old text or the new, whole, and a failure leaves the old."""
     partial = path.with_name(f".{path.name}{PARTIAL_MARK}{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    flush(partial)
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        flush(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     flush(path.parent)
 
 
@@ -71,14 +77,15 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _alive(pid: str) -> bool:
+def _alive(pid: int) -> bool:
+    """Whether another process has this id."""
     try:
-        os.kill(int(pid), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    return int(pid) != os.getpid()
+    return pid != os.getpid()
 
 
 @contextmanager

@@ -9,36 +9,23 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
-from ucp_deepspeed.checkpoint.deepspeed import ENGINE_KEYS
-from ucp_deepspeed.checkpoint.encoding import encode
 from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
-from ucp_deepspeed.checkpoint.universal import (
-    CLIENT_TENSORS_NAME,
-    FORMAT_VERSION,
-    INDEX_NAME,
-    Index,
-    IndexGroup,
-    IndexParameter,
-    IndexRun,
-    IndexSource,
-    UniversalCheckpoint,
-    atom_key,
-)
+from ucp_deepspeed.checkpoint.universal import CLIENT_TENSORS_NAME, INDEX_NAME, atom_key
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.errors import ConfigError
 from ucp_deepspeed.transfer.commit import committed_folder
 from ucp_deepspeed.transfer.copying import FileReader, TransferCount, gather
+from ucp_deepspeed.transfer.describing import describe
 
 CHUNK_NUMBYTES = 64 << 20
 """Bytes that one worker gathers before it writes them: large enough for sequential speed, small enough for any machine."""
@@ -110,6 +97,7 @@ def convert(
     progress: Callable[[int, int], None] | None = None,
     chunk_numbytes: int = CHUNK_NUMBYTES,
     file_numbytes: int = FILE_NUMBYTES,
+    drop_client_state: Collection[str] = (),
 ) -> TransferCount:
     """Write the universal form of a checkpoint to a new folder.
 
@@ -117,15 +105,21 @@ def convert(
         destination: the folder to make; it appears when everything is in it.
         workers: threads; each needs one buffer of ``chunk_numbytes``.
         progress: called with (bytes written, bytes to write) after each chunk, from one thread at a time.
+        drop_client_state: top-level keys of the client state to leave out.
 
     Raises:
-        ConfigError: the folder exists already.
-        UnsupportedError: the client state holds something that has no universal form; nothing is written.
+        ConfigError: the folder exists already, or the client state has no such key; nothing is written.
+        UnsupportedError: the client state, a scheduler or a hyper-parameter holds something that has no universal form;
+            nothing is written.
         DamagedCheckpointError: a source file is missing or truncated; nothing is left behind.
+        MismatchError: the files don't hold each element of each parameter exactly once; nothing is left behind.
         OSError: the disk is full, or can't be written; nothing is left behind.
     """
+    if destination.exists():  # before anything is read; `committed_folder` is what makes sure
+        raise ConfigError(f"{destination} exists already; nothing was written")
     files = lay_out(view, file_numbytes)
-    index, tensors = _describe(view, files)
+    homes = {(atom.name, atom.state): file.file_name for file in files for atom in file.atoms}
+    index, tensors = describe(view, homes, drop_client_state)
     with committed_folder(destination) as folder:
         count = _write_atoms(view, folder, files, workers, progress, chunk_numbytes)
         if tensors:
@@ -179,7 +173,7 @@ def _write_atoms(
     count, lock = TransferCount(), threading.Lock()
     written = 0
     reader = FileReader()
-    descriptors = {file.file_name: _create(folder / file.file_name, file) for file in files}
+    descriptors: dict[str, int] = {}
     stop = threading.Event()
 
     def work(chunk: _Chunk) -> None:
@@ -194,6 +188,8 @@ def _write_atoms(
                 progress(written, total)
 
     try:
+        for file in files:
+            descriptors[file.file_name] = _create(folder / file.file_name, file)
         with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
             futures = [pool.submit(work, chunk) for file in files for chunk in _chunks(file, chunk_numbytes)]
             try:
@@ -205,6 +201,7 @@ def _write_atoms(
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
+        reader.close()
     return count
 
 
@@ -252,57 +249,3 @@ def _write_all(descriptor: int, data: memoryview, file_offset: int) -> None:
     while data:
         written = os.pwrite(descriptor, data, file_offset)
         data, file_offset = data[written:], file_offset + written
-
-
-def _describe(view: UniversalView, files: Sequence[AtomFile]) -> tuple[Index, dict[str, torch.Tensor]]:
-    checkpoint, run = view.checkpoint, view.checkpoint.run
-    tensors: dict[str, torch.Tensor] = {}
-    states: dict[str, dict[str, str]] = {name: {} for name in checkpoint.parameters}
-    for file in files:
-        for atom in file.atoms:
-            states[atom.name][atom.state] = file.file_name
-    client_state = _client_state(checkpoint)
-    index = Index(
-        format_version=FORMAT_VERSION,
-        source=_source(checkpoint),
-        run=IndexRun(
-            precision=run.precision,
-            global_steps=run.global_steps,
-            global_samples=run.global_samples,
-            skipped_steps=run.skipped_steps,
-            lr_scheduler=encode(run.lr_scheduler, "lr_scheduler", {}),
-            loss_scale=encode(asdict(run.loss_scale) if run.loss_scale else None, "loss_scale", {}),
-            ds_version=run.ds_version,
-        ),
-        vocabulary_size=view.vocabulary_size,
-        parameters={
-            name: IndexParameter(
-                kind=parameter.kind,
-                shape=view.logical_shape(name),
-                pattern=view.patterns[name],
-                states=states[name],
-                scalars=encode(dict(parameter.scalars), name, {}),
-            )
-            for name, parameter in checkpoint.parameters.items()
-        },
-        groups=tuple(
-            IndexGroup(names=group.names, hyperparameters=encode(dict(group.hyperparameters), f"group {number}", {}))
-            for number, group in enumerate(checkpoint.groups)
-        ),
-        client_state=encode(client_state, "client_state", tensors),
-        files={},
-    )
-    return index, {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
-
-
-def _source(checkpoint: Checkpoint) -> IndexSource:
-    topology = checkpoint.source_topology if isinstance(checkpoint, UniversalCheckpoint) else checkpoint.topology
-    return IndexSource(
-        form=checkpoint.form, tp=topology.tp, pp=topology.pp, dp=topology.dp, zero_stage=topology.zero_stage
-    )
-
-
-def _client_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The user's own keys; of DeepSpeed's only those that mean something on another topology."""
-    _, state = checkpoint.client_state()
-    return {key: value for key, value in state.items() if key not in ENGINE_KEYS or key in ("ds_config", "ds_version")}

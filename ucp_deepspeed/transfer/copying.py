@@ -16,7 +16,7 @@ from ucp_deepspeed.checkpoint.checkpoint import FileExtent
 from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
-from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.plan import BlockCopy, Fragment, StridedView, Target, plan_tensor
 
@@ -66,8 +66,10 @@ class FileReader:
             if path not in self._maps:
                 if not Path(path).is_file():
                     raise DamagedCheckpointError(f"{path} is missing")
-                # Copy-on-write: torch wants writable memory, and the file must never change.
-                self._maps[path] = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
+                # Copy-on-write: torch wants writable memory, and the file must never change. Nothing can't be mapped.
+                empty = Path(path).stat().st_size == 0
+                raw = np.empty(0, np.uint8) if empty else np.memmap(path, dtype=np.uint8, mode="c")
+                self._maps[path] = torch.from_numpy(raw)
             return self._maps[path]
 
 
@@ -113,9 +115,15 @@ def gather(
         target: one-dimensional; its length says how many elements.
 
     Raises:
-        ValueError: the checkpoint doesn't hold each of them exactly once.
+        MismatchError: the checkpoint doesn't hold each of them exactly once, or scales them in a way that isn't known.
+        DamagedCheckpointError: a source file is missing or truncated.
     """
     layout = Layout.whole(view.logical_shape(name))
     fragment = Fragment(flat_start, target.numel(), None, 0)
-    copies = plan_tensor(view.source(name, state), Target(layout, 0, (fragment,)), state)
+    try:
+        copies = plan_tensor(view.source(name, state), Target(layout, 0, (fragment,)), state)
+    except ValueError as error:
+        raise MismatchError(
+            f"{view.checkpoint.path} doesn't give whole parameters", [f"{name}/{state}: {error}"]
+        ) from error
     return run_copies(copies, reader, lambda _: target)

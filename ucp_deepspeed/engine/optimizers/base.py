@@ -54,6 +54,9 @@ class EngineOptimizer(ABC):
     base: torch.optim.Optimizer
 
     @abstractmethod
+    def __init__(self, engine: Any) -> None: ...
+
+    @abstractmethod
     def slots(self) -> list[EngineSlot]:
         """The slots of this rank."""
 
@@ -81,7 +84,8 @@ class EngineOptimizer(ABC):
 
     def state_of(self, slot: EngineSlot) -> Mapping[str, Any]:
         """The base optimizer's state for a slot as it is now; empty before the first step."""
-        return self.base.state.get(slot.master, {})
+        state: Mapping[str, Any] = self.base.state.get(slot.master, {})
+        return state
 
     def set_state(self, slot: EngineSlot, states: Mapping[str, torch.Tensor], scalars: Mapping[str, float]) -> None:
         """Replace the base optimizer's state for a slot; without states and scalars, as if no step had been taken."""

@@ -1,0 +1,30 @@
+# Makes .venv from nothing and exports what DeepSpeed needs on CPU ranks; source it from the repository root.
+# Quick when everything is in place: a stamp records for which requirements the environment was made.
+
+python=$(command -v python3.11 || command -v python3 || true)
+if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+    echo "python 3.11 is needed and was not found" >&2
+    exit 1
+fi
+
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
+export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions" PIP_DISABLE_PIP_VERSION_CHECK=1
+
+stamp=.venv/requirements.stamp
+wanted=$(cat constraints.txt setup.py scripts/setup_environment.sh | sha256sum)
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "setting up .venv (a few minutes the first time)"
+    # torch first and pinned: DeepSpeed's own build imports it, and an unpinned torch would bring CUDA.
+    pip install -q setuptools wheel ninja -c constraints.txt
+    pip install -q torch -c constraints.txt
+    pip install -q --no-build-isolation -e ".[megatron,plots,test,dev]" -c constraints.txt
+    echo "$wanted" > "$stamp"
+fi
+
+# DeepSpeed compiles a communication op at the first start. A build that was killed leaves a lock on which all later ones wait.
+if ! ls "$TORCH_EXTENSIONS_DIR"/*/deepspeed_shm_comm/*.so "$TORCH_EXTENSIONS_DIR"/deepspeed_shm_comm/*.so >/dev/null 2>&1; then
+    find "$TORCH_EXTENSIONS_DIR" -name lock -delete 2>/dev/null || true
+    python -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >/dev/null 2>&1 ||
+        echo "DeepSpeed's communication op could not be built; it falls back to gloo" >&2
+fi

@@ -1,0 +1,41 @@
+"""Packaging of ucp_deepspeed."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DEEPSPEED_RANGE = "deepspeed>=0.19.8,<0.20"
+
+packages = find_packages(include=["ucp_deepspeed", "ucp_deepspeed.*"])
+
+setup(
+    name="ucp-deepspeed",
+    version="0.1.0",
+    description="Universal checkpointing for DeepSpeed and Megatron-Core: a run saved on any topology resumes on any other.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*packages, "ucp_deepspeed.configs"],
+    package_dir={"ucp_deepspeed": "ucp_deepspeed", "ucp_deepspeed.configs": "configs"},
+    package_data={"ucp_deepspeed": ["py.typed"], "ucp_deepspeed.configs": ["*.yaml"]},
+    install_requires=[
+        DEEPSPEED_RANGE,
+        "torch>=2.6",
+        "numpy>=1.26",
+        "pydantic>=2.7",
+        "PyYAML>=6",
+        "safetensors>=0.4",
+        "click>=8.1",
+        "rich>=13",
+        "wrapt>=1.16",
+        "packaging>=23",
+    ],
+    extras_require={
+        "megatron": ["megatron-core>=0.16.1,<0.17"],
+        "plots": ["matplotlib>=3.8"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"],
+        "dev": ["ruff", "mypy", "pre-commit", "codespell", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["ucp = ucp_deepspeed.cli:main"]},
+)

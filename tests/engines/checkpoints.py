@@ -1,0 +1,47 @@
+"""What the engine tests share: comparing checkpoints, and a session-wide store of source checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.language import load_spec
+from ucp_deepspeed.testing.ranks import get_pool
+from ucp_deepspeed.testing.runs import Outcome, Run, train
+from ucp_deepspeed.transfer.compare import compare
+
+STEP = 3
+"""Step at which sources save."""
+
+LAST_STEP = 6
+"""Step to which runs are compared."""
+
+
+def differences(first: Path, second: Path, spec: str | None = None) -> list[str]:
+    """In what the universal views of two checkpoints differ, as text."""
+    named = load_spec(spec) if spec else None
+    views = [UniversalView.of(open_checkpoint(path), named) for path in (first, second)]
+    return [f"{found.name} {found.state or ''} {found.detail}" for found in compare(*views)]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run that saved at `STEP` and went on, uninterrupted, to `LAST_STEP`."""
+
+    run: Run
+    world_size: int
+    folder: Path
+    outcomes: list[Outcome]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Loss by step of the uninterrupted run."""
+        return self.outcomes[0].losses
+
+
+def make_source(run: Run, world_size: int, folder: Path) -> Source:
+    """Train a source on real ranks."""
+    outcomes = get_pool(world_size).run(train, run, LAST_STEP, save=str(folder), save_at=STEP)
+    return Source(run, world_size, folder, outcomes)

@@ -1,0 +1,81 @@
+"""``ucp convert``: any checkpoint → a universal checkpoint on disk."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.opening import LATEST_NAME
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.cli.options import CHECKPOINT, in_words, spec_option, tag_option, view_of, vocabulary_option
+from ucp_deepspeed.errors import ConfigError
+from ucp_deepspeed.transfer import TransferCount
+from ucp_deepspeed.transfer.commit import write_atomically
+from ucp_deepspeed.transfer.convert import convert
+
+
+@click.command("convert")
+@click.argument("source", metavar="SRC", type=CHECKPOINT)
+@click.argument("destination", metavar="DST", type=CHECKPOINT)
+@tag_option
+@spec_option
+@vocabulary_option
+@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads that copy.")
+@click.option(
+    "--drop-client-state", metavar="KEY", multiple=True, help="Leave this key of the client state out; repeatable."
+)
+@click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
+def convert_command(
+    source: Path,
+    destination: Path,
+    tag: str | None,
+    spec: str | None,
+    vocabulary_size: int | None,
+    workers: int,
+    drop_client_state: tuple[str, ...],
+    quiet: bool,
+) -> None:
+    """Write checkpoint SRC in universal form to DST/<tag>, and DST/latest, so that DST can be loaded from.
+
+    DST/<tag> must not exist yet. It appears when it is complete; an interrupted conversion leaves nothing to load.
+    """
+    started = time.monotonic()
+    checkpoint = open_checkpoint(source, tag)
+    folder = destination / _name(checkpoint.path)
+    if folder.exists():
+        raise ConfigError(f"{folder} exists already; nothing was written")
+    view = view_of(checkpoint, spec, vocabulary_size)
+    count = _convert(view, folder, workers, drop_client_state, quiet)
+    write_atomically(destination / LATEST_NAME, folder.name)
+    if not quiet:
+        sizes = [entry.stat().st_size for entry in folder.iterdir()]
+        click.echo(
+            f"{folder}: read {in_words(count.bytes_read)} from {len(count.files)} files, wrote {in_words(sum(sizes))} "
+            f"to {len(sizes)} files in {time.monotonic() - started:.1f} s"
+        )
+
+
+def _name(folder: Path) -> str:
+    """Name of a tag folder, which the user may have called ``.`` or ``..``; a link keeps its own name."""
+    return folder.name if folder.name not in ("", "..") else folder.resolve().name
+
+
+def _convert(
+    view: UniversalView, folder: Path, workers: int, drop_client_state: tuple[str, ...], quiet: bool
+) -> TransferCount:
+    columns = BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(file=sys.stderr), disable=quiet) as bar:
+        task = bar.add_task("convert", total=None)
+        return convert(
+            view,
+            folder,
+            workers=workers,
+            progress=lambda written, total: bar.update(task, completed=written, total=total),
+            drop_client_state=drop_client_state,
+        )

@@ -1,0 +1,78 @@
+"""``ucp diff``: whether two checkpoints, of whatever forms and topologies, hold the same state bit for bit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+import click
+
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.cli.options import CHECKPOINT, spec_option, view_of, vocabulary_option
+from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.transfer.compare import Difference, compare
+
+DIFFERENT = 1
+"""Exit status for checkpoints that differ."""
+
+
+@click.command("diff")
+@click.argument("a", type=CHECKPOINT)
+@click.argument("b", type=CHECKPOINT)
+@click.option("--tag-a", help="Name of A's tag folder; by default what its 'latest' file says.")
+@click.option("--tag-b", help="The same for B.")
+@spec_option
+@click.option("--spec-a", metavar="NAME|PATH", help="Family or spec file for A alone.")
+@click.option("--spec-b", metavar="NAME|PATH", help="Family or spec file for B alone.")
+@vocabulary_option
+@click.option("--limit", type=click.IntRange(min=0), default=20, show_default=True, help="Differences to print.")
+@click.option(
+    "--chunk", type=click.IntRange(min=1), default=16, show_default=True, metavar="MIB", help="Memory for each side."
+)
+def diff_command(
+    a: Path,
+    b: Path,
+    tag_a: str | None,
+    tag_b: str | None,
+    spec: str | None,
+    spec_a: str | None,
+    spec_b: str | None,
+    vocabulary_size: int | None,
+    limit: int,
+    chunk: int,
+) -> None:
+    """Compare the whole parameters, optimizer states and counters of checkpoints A and B, bit for bit.
+
+    Exit status: 0 when they are equal, 1 when they differ, 2 when they can't be compared.
+    """
+    view_a = view_of(open_checkpoint(a, tag_a), spec_a or spec, vocabulary_size)
+    view_b = view_of(open_checkpoint(b, tag_b), spec_b or spec, vocabulary_size)
+    differences = compare(view_a, view_b, chunk_numbytes=chunk << 20)
+    if not differences:
+        click.echo(f"equal: {_extent(view_a)}")
+        return
+    _print(differences, limit)
+    raise click.exceptions.Exit(DIFFERENT)
+
+
+def _extent(view: UniversalView) -> str:
+    """How much was compared."""
+    states = [
+        prod(view.logical_shape(name)) * ITEMSIZE[dtype]
+        for name, parameter in view.checkpoint.parameters.items()
+        for dtype in parameter.states.values()
+    ]
+    return f"{len(view.checkpoint.parameters)} parameters, {len(states)} states, {sum(states)} bytes"
+
+
+def _print(differences: Sequence[Difference], limit: int) -> None:
+    counts = Counter(difference.what for difference in differences)
+    kinds = ", ".join(f"{count} {what}" for what, count in counts.items())
+    click.echo(f"different: {len(differences)} differences ({kinds})")
+    for difference in differences[:limit]:
+        click.echo(f"  {difference}")
+    if len(differences) > limit:
+        click.echo(f"  … and {len(differences) - limit} more")

@@ -1,0 +1,234 @@
+"""``ucp inspect``: what a checkpoint holds, for people and, with ``--json``, for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ucp_deepspeed.checkpoint import Checkpoint, Parameter, open_checkpoint
+from ucp_deepspeed.checkpoint.encoding import encode
+from ucp_deepspeed.checkpoint.universal import UniversalCheckpoint
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.cli.options import CHECKPOINT, in_words, read_spec, spec_option, tag_option, vocabulary_option
+from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.errors import MismatchError, SpecError
+from ucp_deepspeed.language.resolve import describe
+
+PLAIN_WIDTH = 240
+"""Columns of the table where the output is no terminal: wide enough that names are not broken."""
+
+
+@click.command("inspect")
+@click.argument("checkpoint", metavar="CKPT", type=CHECKPOINT)
+@tag_option
+@spec_option
+@vocabulary_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def inspect_command(
+    checkpoint: Path, tag: str | None, spec: str | None, vocabulary_size: int | None, as_json: bool
+) -> None:
+    """Show what checkpoint CKPT holds; reads no tensors."""
+    report = inspect_checkpoint(open_checkpoint(checkpoint, tag), spec, vocabulary_size)
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+    else:
+        _print(report)
+
+
+def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size: int | None) -> dict[str, Any]:
+    """The object that ``--json`` prints.
+
+    Keys:
+        path, form: the tag folder and what wrote it.
+        topology: ``tp``, ``pp``, ``dp``, ``zero_stage`` of the files; source_topology: the same of the run that a universal
+            checkpoint came from, else null.
+        global_steps, global_samples, skipped_steps, precision, ds_version: of the run.
+        lr_scheduler: its state, or null; loss_scale: ``dynamic`` and ``values``, or null. Values that JSON lacks are written
+            as ``docs/format.md``, *Values*, says.
+        optimizer_steps: the distinct values of the optimizer's ``step``, ascending.
+        layouts: ``known``, and when not, ``reason``; then whole shapes are null and sizes are sums over the ranks' local
+            tensors.
+        vocabulary_size: rows of the unpadded vocabulary, or null.
+        numel: number of elements for each kind: ``trainable``, ``frozen``, ``buffer``.
+        state_bytes: size of each state over all parameters.
+        disk_bytes, files: of the tag folder.
+        groups: for each parameter group ``names`` and ``hyperparameters``.
+        parameters: for each, by name: ``kind``, ``shape`` (or null), ``local_shapes`` by model-parallel rank, ``pattern`` in
+            words (or null), ``states`` (name → dtype), ``scalars``.
+    """
+    parameters = checkpoint.parameters
+    view, reason = _view(checkpoint, spec, vocabulary_size)
+    source = checkpoint.source_topology if isinstance(checkpoint, UniversalCheckpoint) else None
+    files = [entry for entry in checkpoint.path.rglob("*") if entry.is_file()]
+    steps = {float(entry.scalars["step"]) for entry in parameters.values() if "step" in entry.scalars}
+    return {
+        "path": str(checkpoint.path),
+        "form": checkpoint.form,
+        "topology": _topology(checkpoint.topology),
+        "source_topology": _topology(source) if source else None,
+        **_run(checkpoint),
+        "optimizer_steps": sorted(int(step) if step.is_integer() else step for step in steps),
+        "layouts": {"known": view is not None, "reason": reason},
+        "vocabulary_size": view.vocabulary_size if view else vocabulary_size or checkpoint.vocabulary_size,
+        "numel": {
+            kind: sum(_numel(view, parameter) for parameter in parameters.values() if parameter.kind == kind)
+            for kind in ("trainable", "frozen", "buffer")
+        },
+        "state_bytes": _state_bytes(view, parameters),
+        "disk_bytes": sum(file.stat().st_size for file in files),
+        "files": len(files),
+        "groups": [
+            {"names": list(group.names), "hyperparameters": _json(dict(group.hyperparameters))}
+            for group in checkpoint.groups
+        ],
+        "parameters": {name: _parameter(view, parameter) for name, parameter in parameters.items()},
+    }
+
+
+def _view(
+    checkpoint: Checkpoint, spec: str | None, vocabulary_size: int | None
+) -> tuple[UniversalView | None, str | None]:
+    """The view; or, when the user named no spec and nothing else tells the layouts, why there is none."""
+    if spec is not None:
+        return UniversalView.of(checkpoint, read_spec(spec), vocabulary_size), None
+    try:
+        return UniversalView.of(checkpoint, None, vocabulary_size), None
+    except (SpecError, MismatchError) as error:
+        return None, str(error)
+
+
+def _topology(topology: Any) -> dict[str, int]:
+    return {key: getattr(topology, key) for key in ("tp", "pp", "dp", "zero_stage")}
+
+
+def _run(checkpoint: Checkpoint) -> dict[str, Any]:
+    run = checkpoint.run
+    scale = run.loss_scale
+    return {
+        "global_steps": run.global_steps,
+        "global_samples": run.global_samples,
+        "skipped_steps": run.skipped_steps,
+        "precision": run.precision,
+        "ds_version": run.ds_version,
+        "lr_scheduler": _json(run.lr_scheduler),
+        "loss_scale": {"dynamic": scale.dynamic, "values": _json(dict(scale.values))} if scale else None,
+    }
+
+
+def _numel(view: UniversalView | None, parameter: Parameter) -> int:
+    return prod(view.logical_shape(parameter.name)) if view else sum(map(prod, parameter.local_shapes))
+
+
+def _state_bytes(view: UniversalView | None, parameters: Mapping[str, Parameter]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for parameter in parameters.values():
+        for state, dtype in parameter.states.items():
+            sizes[state] = sizes.get(state, 0) + _numel(view, parameter) * ITEMSIZE[dtype]
+    return sizes
+
+
+def _parameter(view: UniversalView | None, parameter: Parameter) -> dict[str, Any]:
+    return {
+        "kind": parameter.kind,
+        "shape": list(view.logical_shape(parameter.name)) if view else None,
+        "local_shapes": [list(shape) for shape in parameter.local_shapes],
+        "pattern": describe(view.patterns[parameter.name]) if view else None,
+        "states": dict(parameter.states),
+        "scalars": _json(dict(parameter.scalars)),
+    }
+
+
+def _json(value: Any) -> Any:
+    return encode(value, "value", {})
+
+
+def _print(report: Mapping[str, Any]) -> None:
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    for label, value in _lines(report):
+        console.print(f"[bold]{label:<17}[/bold]{escape(value)}", soft_wrap=True)
+    console.print(_table(report))
+    for number, group in enumerate(report["groups"]):
+        settings = ", ".join(f"{key}={_plain(value)}" for key, value in group["hyperparameters"].items())
+        console.print(escape(f"group {number}: {len(group['names'])} parameters, {settings}"), soft_wrap=True)
+    if not report["layouts"]["known"]:
+        console.print(escape(f"Local shapes only: {report['layouts']['reason']}"), soft_wrap=True)
+
+
+def _lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Label and value of each line above the table."""
+    topology = _topology_in_words(report["topology"])
+    if report["source_topology"]:
+        topology += f" (saved by {_topology_in_words(report['source_topology'])})"
+    scale = report["loss_scale"]
+    sizes = [f"{state} {in_words(size)}" for state, size in report["state_bytes"].items()]
+    numels = [f"{numel:,} {kind}" for kind, numel in report["numel"].items() if numel]
+    local = "" if report["layouts"]["known"] else " (sum over the ranks' local tensors)"
+    return [
+        ("path", report["path"]),
+        ("form", f"{report['form']}, DeepSpeed {report['ds_version']}"),
+        ("topology", topology),
+        ("steps", f"{report['global_steps']}, {report['skipped_steps']} skipped, {report['global_samples']} samples"),
+        ("optimizer step", ", ".join(map(str, report["optimizer_steps"])) or "none"),
+        ("precision", report["precision"]),
+        (
+            "loss scale",
+            f"{'dynamic' if scale['dynamic'] else 'static'} {_settings(scale['values'])}" if scale else "none",
+        ),
+        ("lr scheduler", _settings(report["lr_scheduler"]) if report["lr_scheduler"] else "none"),
+        ("elements", (", ".join(numels) or "0") + local),
+        ("states", (", ".join(sizes) or "none") + local),
+        ("on disk", f"{in_words(report['disk_bytes'])} in {report['files']} files"),
+    ]
+
+
+def _topology_in_words(topology: Mapping[str, int]) -> str:
+    return "TP{tp}·PP{pp}·DP{dp} ZeRO-{zero_stage}".format(**topology)
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={_plain(value)}" for key, value in values.items())
+
+
+def _plain(value: Any) -> str:
+    """An encoded value without the tag."""
+    if isinstance(value, dict) and len(value) == 1 and next(iter(value)).startswith("$"):
+        value = next(iter(value.values()))
+    return str(value)
+
+
+def _table(report: Mapping[str, Any]) -> Table:
+    sharded = report["topology"]["tp"] * report["topology"]["pp"] > 1
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in (
+        "parameter",
+        "kind",
+        "shape",
+        *(["local shapes"] if sharded else []),
+        "pattern",
+        "states",
+        "scalars",
+    ):
+        table.add_column(column, overflow="fold", no_wrap=column == "kind")
+    for name, entry in report["parameters"].items():
+        shape = str(entry["shape"]) if entry["shape"] is not None else "unknown"
+        states = ", ".join(f"{state} {dtype}" for state, dtype in entry["states"].items())
+        local = [_local_shapes(entry["local_shapes"])] if sharded else []
+        cells = [name, entry["kind"], shape, *local, entry["pattern"] or "unknown", states, _settings(entry["scalars"])]
+        table.add_row(*map(escape, cells))
+    return table
+
+
+def _local_shapes(shapes: list[list[int]]) -> str:
+    """``4 × [8, 16]`` when all ranks have the same."""
+    if all(shape == shapes[0] for shape in shapes):
+        return f"{len(shapes)} × {shapes[0]}"
+    return ", ".join(map(str, shapes))

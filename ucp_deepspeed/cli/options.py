@@ -1,0 +1,45 @@
+"""What several commands share: their options, and words for sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ucp_deepspeed.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.language import Spec, load_spec
+
+CHECKPOINT = click.Path(path_type=Path)
+
+tag_option = click.option("--tag", help="Name of the tag folder; by default what the 'latest' file says.")
+
+spec_option = click.option(
+    "--spec", metavar="NAME|PATH", help="Family or spec file that gives the layouts under tensor parallelism."
+)
+
+vocabulary_option = click.option(
+    "--vocabulary-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Rows of the vocabulary without padding; by default what the checkpoint records.",
+)
+
+
+def read_spec(name_or_path: str | None) -> Spec | None:
+    """The spec that an option names."""
+    return load_spec(name_or_path) if name_or_path is not None else None
+
+
+def view_of(checkpoint: Checkpoint, spec: str | None, vocabulary_size: int | None = None) -> UniversalView:
+    """The universal view of a checkpoint, with the layouts that the options name."""
+    return UniversalView.of(checkpoint, read_spec(spec), vocabulary_size)
+
+
+def in_words(numbytes: float) -> str:
+    """``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if numbytes < 1024:
+            return f"{numbytes:.0f} {unit}" if unit == "B" else f"{numbytes:.1f} {unit}"
+        numbytes /= 1024
+    return f"{numbytes:.1f} TiB"

@@ -1,0 +1,217 @@
+"""Short training runs in real engines, for tests: called on every rank of a `ucp_deepspeed.testing.ranks.RankPool`.
+
+A run is described by numbers (`Run`), so that it can be sent to the ranks; what comes back is plain data too.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+
+import ucp_deepspeed  # noqa: F401  (its import sets the hooks)
+from ucp_deepspeed.checkpoint.checkpoint import Precision
+from ucp_deepspeed.testing.models import build_mlp
+from ucp_deepspeed.testing.ranks import fp16_on_cpu, reset_parallel_state
+
+VOCABULARY = 48
+GLOBAL_BATCH = 8
+SEQUENCE = 12
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+ModelName = Literal["llama", "gpt", "mlp"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to train, and on which topology; the data-parallel size is the rest of the ranks.
+
+    Attributes:
+        model: ``llama`` or ``gpt`` (Megatron-Core), or ``mlp`` (plain torch, no tensor parallelism).
+        size: changes to the model's shape.
+        tp: tensor-parallel size.
+        zero: settings of ``zero_optimization``, with ``stage``.
+        precision: of the weights.
+        config: further DeepSpeed settings, which win over the usual ones.
+        universal: the ``universal_checkpoint`` block; None to leave it out.
+        groups: ``one`` parameter group, or ``decay`` (matrices) and the rest without weight decay.
+        frozen: names of parameters that aren't trained.
+        fused: use DeepSpeed's FusedAdam instead of torch's AdamW.
+        seed: of the initial weights.
+    """
+
+    model: ModelName = "mlp"
+    size: Mapping[str, Any] = field(default_factory=dict)
+    tp: int = 1
+    zero: Mapping[str, Any] = field(default_factory=lambda: {"stage": 1})
+    precision: Precision = "fp32"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    universal: Mapping[str, Any] | None = field(default_factory=lambda: {"enabled": True})
+    groups: Literal["one", "decay"] = "one"
+    frozen: tuple[str, ...] = ()
+    fused: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank saw.
+
+    Attributes:
+        losses: mean loss over the global batch, by step (the first step is 1).
+        load_path: first result of ``engine.load_checkpoint``; None when nothing was loaded.
+        client_state: second result, without tensors.
+        report: of a universal load; None when DeepSpeed loaded by itself.
+        counters: ``global_steps``, ``global_samples``, ``skipped_steps`` at the end.
+        rates: learning rate of each parameter group at the end.
+        optimizer: class of the engine's optimizer.
+    """
+
+    losses: dict[int, float]
+    load_path: str | None
+    client_state: dict[str, Any]
+    report: Any
+    counters: dict[str, int]
+    rates: list[float]
+    optimizer: str
+
+
+def train(
+    run: Run,
+    steps: int,
+    *,
+    load: str | None = None,
+    tag: str | None = None,
+    save: str | None = None,
+    save_tag: str | None = None,
+    client_state: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    save_at: int | None = None,
+    save_first: bool = False,
+) -> Outcome:
+    """Build an engine, load if asked to, train up to a step, save if asked to. Collective.
+
+    Args:
+        steps: number of the last step, counted over all runs.
+        load: folder to load from, with ``tag`` and further ``options`` of ``engine.load_checkpoint``.
+        save: folder to save in at the end; instead after step ``save_at``, or with ``save_first`` before any step.
+    """
+    with fp16_on_cpu():
+        engine = build_engine(run)
+        load_path, returned = None, {}
+        if load is not None:
+            load_path, returned = engine.load_checkpoint(load, tag=tag, **(options or {}))
+        if save and save_first:
+            engine.save_checkpoint(save, tag=save_tag, client_state=dict(client_state or {}))
+        losses: dict[int, float] = {}
+        while engine.global_steps < steps:
+            step = engine.global_steps + 1
+            losses[step] = _train_step(engine, run, step)
+            if save and step == save_at:
+                engine.save_checkpoint(save, tag=save_tag, client_state=dict(client_state or {}))
+        if save and save_at is None and not save_first:
+            engine.save_checkpoint(save, tag=save_tag, client_state=dict(client_state or {}))
+        outcome = _outcome(engine, losses, load_path, returned or {})
+        engine.destroy()
+        del engine
+        gc.collect()
+        return outcome
+
+
+def build_engine(run: Run) -> Any:
+    """The engine of a run; replaces whatever parallel state an earlier run of this process left."""
+    reset_parallel_state()
+    model, mpu = _build_model(run)
+    for name, param in model.named_parameters():
+        param.requires_grad_(name not in run.frozen)
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=_parameter_groups(model, run), config=_config(run), mpu=mpu
+    )
+    return engine
+
+
+def _build_model(run: Run) -> tuple[torch.nn.Module, Any]:
+    dtype = DTYPES[run.precision]
+    if run.model == "mlp":
+        return build_mlp(**{"vocabulary": VOCABULARY, "dtype": dtype, "seed": run.seed, **run.size}), None
+    from megatron.core import parallel_state
+
+    from ucp_deepspeed.megatron import DeepSpeedMpu
+    from ucp_deepspeed.testing.megatron_cpu import run_megatron_on_cpu
+    from ucp_deepspeed.testing.megatron_models import build_megatron_gpt, gpt_flavour, llama_flavour
+
+    run_megatron_on_cpu()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=run.tp)
+    small = {"layers": 2, "hidden": 48, "heads": 8, "ffn": 40, "vocabulary": VOCABULARY, "sequence": SEQUENCE}
+    flavour = {"llama": llama_flavour, "gpt": gpt_flavour}[run.model]
+    return build_megatron_gpt(flavour(**{**small, **run.size}), dtype, run.seed), DeepSpeedMpu()
+
+
+def _parameter_groups(model: torch.nn.Module, run: Run) -> Any:
+    trained = [param for param in model.parameters() if param.requires_grad]
+    if run.groups == "one":
+        return trained
+    matrices = [param for param in trained if param.ndim > 1]
+    rest = [param for param in trained if param.ndim <= 1]
+    return [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0, "lr": 2e-3}]
+
+
+def _config(run: Run) -> dict[str, Any]:
+    optimizer: dict[str, Any] = {"lr": 4e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}
+    config: dict[str, Any] = {
+        "train_batch_size": GLOBAL_BATCH,
+        "steps_per_print": 2**31,
+        "gradient_clipping": 1.0,
+        "zero_optimization": dict(run.zero),
+        "optimizer": {"type": "AdamW", "params": optimizer | ({} if run.fused else {"torch_adam": True})},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 4e-3, "warmup_num_steps": 10}},
+    }
+    if run.zero["stage"] == 3:
+        config["zero_optimization"].setdefault("memory_efficient_linear", False)
+        config["zero_optimization"].setdefault("stage3_param_persistence_threshold", 100)
+    if run.precision != "fp32":
+        config[run.precision] = {"enabled": True}
+    if run.precision == "fp16":
+        config["fp16"]["initial_scale_power"] = 8
+    if run.universal is not None:
+        config["universal_checkpoint"] = dict(run.universal)
+    return config | dict(run.config)
+
+
+def _train_step(engine: Any, run: Run, step: int) -> float:
+    """One optimizer step on this rank's share of a batch that depends on the step alone; returns the mean loss."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    batch = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
+    data_parallel = engine.data_parallel_group
+    share = batch.chunk(dist.get_world_size(group=data_parallel))[dist.get_rank(group=data_parallel)]
+    if run.model == "mlp":
+        loss = engine(share[:, :-1], share[:, 1:])
+    else:
+        from ucp_deepspeed.testing.megatron_models import mean_loss
+
+        loss = mean_loss(engine, share)
+    engine.backward(loss)
+    engine.step()
+    total = loss.detach().float().clone()
+    dist.all_reduce(total, group=data_parallel)
+    return float(total) / int(dist.get_world_size(group=data_parallel))
+
+
+def _outcome(engine: Any, losses: dict[int, float], load_path: str | None, returned: dict[str, Any]) -> Outcome:
+    plain = {
+        key: value for key, value in returned.items() if isinstance(value, (int, float, str, list, tuple, type(None)))
+    }
+    return Outcome(
+        losses=losses,
+        load_path=load_path,
+        client_state=plain,
+        report=getattr(engine, "universal_checkpoint_report", None),
+        counters={key: getattr(engine, key) for key in ("global_steps", "global_samples", "skipped_steps")},
+        rates=[group["lr"] for group in engine.optimizer.param_groups],
+        optimizer=type(engine.optimizer).__name__,
+    )

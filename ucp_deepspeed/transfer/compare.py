@@ -1,0 +1,242 @@
+"""Two checkpoints compared through their universal views: element by element, bit by bit, in bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.layout import Shape
+from ucp_deepspeed.transfer.copying import FileReader, gather
+
+COMPARE_NUMBYTES = 16 << 20
+"""Bytes of each side held at a time: past a few MiB larger chunks are no faster."""
+
+IMPLEMENTATION_SWITCHES = frozenset(("foreach", "fused", "capturable", "differentiable", "step"))
+"""Entries of a parameter group that choose how torch computes, not what. ``step`` is FusedAdam's count of calls per group;
+the step that its bias correction means is a scalar of each parameter."""
+
+INTEGERS: dict[int, torch.dtype] = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By element size, the type as which elements are compared, so that NaN equals itself and -0.0 isn't 0.0."""
+
+What = Literal[
+    "presence",
+    "kind",
+    "shape",
+    "states",
+    "dtype",
+    "elements",
+    "scalar",
+    "hyperparameter",
+    "counter",
+    "lr_scheduler",
+    "loss_scale",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One respect in which two checkpoints differ.
+
+    Attributes:
+        name: the parameter, or for the run's own values their name (``global_steps``).
+        what: see `What`.
+        detail: both sides, in words.
+        state: for ``dtype`` and ``elements``, the state.
+        count: for ``elements``, how many differ.
+        first_index: for ``elements``, logical index of the first in row-major order.
+        max_abs: for ``elements`` of a floating-point type, the largest absolute difference; NaN if one side has a NaN.
+    """
+
+    name: str
+    what: What
+    detail: str
+    state: str | None = None
+    count: int | None = None
+    first_index: Shape | None = None
+    max_abs: float | None = None
+
+    def __str__(self) -> str:
+        state = f"/{self.state}" if self.state is not None else ""
+        return f"{self.name}{state}: {self.detail}"
+
+
+def compare(
+    view_a: UniversalView, view_b: UniversalView, *, chunk_numbytes: int = COMPARE_NUMBYTES
+) -> list[Difference]:
+    """Everything in which two checkpoints differ; empty when a run resumed from either would be in the same state.
+
+    Compared are the parameters that exist and their kinds, whole shapes, states and dtypes; every element; scalars such as
+    ``step``; the hyper-parameters of each parameter, without `IMPLEMENTATION_SWITCHES`; the run's counters, learning-rate
+    scheduler and, where both sides scale the loss, what both record of it. Precision, topology and client state are not.
+
+    Args:
+        chunk_numbytes: bytes of each side to hold at a time.
+
+    Raises:
+        DamagedCheckpointError: a file is missing or truncated.
+        MismatchError: a checkpoint doesn't hold each element of its parameters exactly once.
+    """
+    found = list(_presence(view_a.checkpoint, view_b.checkpoint))
+    hyper_a, hyper_b = _hyperparameters(view_a.checkpoint), _hyperparameters(view_b.checkpoint)
+    readers = FileReader(), FileReader()
+    try:
+        for name in view_a.checkpoint.parameters:
+            if name in view_b.checkpoint.parameters:
+                found += _parameter(view_a, view_b, name, readers, chunk_numbytes)
+                found += _mapping(name, "hyperparameter", hyper_a.get(name, {}), hyper_b.get(name, {}))
+    finally:
+        for reader in readers:
+            reader.close()
+    found += _run(view_a.checkpoint, view_b.checkpoint)
+    return found
+
+
+def _presence(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
+    for name in a.parameters:
+        if name not in b.parameters:
+            yield Difference(name, "presence", "only in A")
+    for name in b.parameters:
+        if name not in a.parameters:
+            yield Difference(name, "presence", "only in B")
+
+
+def _parameter(
+    a: UniversalView, b: UniversalView, name: str, readers: tuple[FileReader, FileReader], chunk_numbytes: int
+) -> Iterator[Difference]:
+    one, other = a.parameter(name), b.parameter(name)
+    if one.kind != other.kind:
+        yield Difference(name, "kind", f"{one.kind} in A, {other.kind} in B")
+    for state in sorted(one.states.keys() ^ other.states.keys()):
+        yield Difference(name, "states", f"state {state!r} only in {'A' if state in one.states else 'B'}")
+    yield from _mapping(name, "scalar", one.scalars, other.scalars)
+    if a.logical_shape(name) != b.logical_shape(name):
+        yield Difference(name, "shape", f"{list(a.logical_shape(name))} in A, {list(b.logical_shape(name))} in B")
+        return
+    for state, dtype in one.states.items():
+        if state not in other.states:
+            continue
+        if dtype != other.states[state]:
+            yield Difference(name, "dtype", f"{dtype} in A, {other.states[state]} in B", state)
+        else:
+            yield from _elements(a, b, name, state, readers, chunk_numbytes)
+
+
+def _elements(
+    a: UniversalView,
+    b: UniversalView,
+    name: str,
+    state: str,
+    readers: tuple[FileReader, FileReader],
+    chunk_numbytes: int,
+) -> Iterator[Difference]:
+    dtype = a.parameter(name).states[state]
+    shape = a.logical_shape(name)
+    numel = torch.Size(shape).numel()
+    step = max(chunk_numbytes // ITEMSIZE[dtype], 1)
+    buffers = [torch.empty(min(step, numel), dtype=NAMED_DTYPES[dtype]) for _ in readers]
+    count, first, largest = 0, -1, 0.0
+    for start in range(0, numel, step):
+        left, right = (buffer[: min(step, numel - start)] for buffer in buffers)
+        gather(a, name, state, start, left, readers[0])
+        gather(b, name, state, start, right, readers[1])
+        integer = INTEGERS[ITEMSIZE[dtype]]
+        if torch.equal(left.view(integer), right.view(integer)):
+            continue
+        differing = left.view(integer) != right.view(integer)
+        if first < 0:
+            first = start + int(differing.to(torch.uint8).argmax())
+        count += int(differing.sum())
+        if left.is_floating_point():
+            gap = float((left[differing].double() - right[differing].double()).abs().max())
+            largest = gap if math.isnan(gap) or gap > largest else largest  # a NaN stays: nothing is greater than it
+    if count:
+        yield _differing_elements(
+            name, state, shape, count, first, largest if NAMED_DTYPES[dtype].is_floating_point else None
+        )
+
+
+def _differing_elements(
+    name: str, state: str, shape: Shape, count: int, first: int, max_abs: float | None
+) -> Difference:
+    index = tuple(int(position) for position in torch.unravel_index(torch.tensor(first), shape)) if shape else ()
+    numel = torch.Size(shape).numel()
+    detail = f"{count} of {numel} elements differ, first at {list(index)}"
+    if max_abs is not None:
+        detail += f", at most by {max_abs:.6g}"
+    return Difference(name, "elements", detail, state, count, index, max_abs)
+
+
+def _hyperparameters(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """By parameter: groups may be cut and ordered in another way and mean the same."""
+    return {
+        name: {key: value for key, value in group.hyperparameters.items() if key not in IMPLEMENTATION_SWITCHES}
+        for group in checkpoint.groups
+        for name in group.names
+    }
+
+
+def _run(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
+    for counter in ("global_steps", "global_samples", "skipped_steps"):
+        one, other = getattr(a.run, counter), getattr(b.run, counter)
+        if one != other:
+            yield Difference(counter, "counter", f"{one} in A, {other} in B")
+    one, other = a.run.lr_scheduler, b.run.lr_scheduler
+    if one is not None and other is not None:
+        yield from _mapping("lr_scheduler", "lr_scheduler", one, other)
+    elif one is not other:
+        yield Difference("lr_scheduler", "lr_scheduler", f"only in {'B' if one is None else 'A'}")
+    if a.run.loss_scale is not None and b.run.loss_scale is not None:
+        one, other = a.run.loss_scale.values, b.run.loss_scale.values
+        common = one.keys() & other.keys()  # each class of scaler keeps other settings besides
+        yield from _mapping("loss_scale", "loss_scale", *({key: side[key] for key in common} for side in (one, other)))
+
+
+def _mapping(name: str, what: What, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Difference]:
+    for key in sorted(a.keys() | b.keys()):
+        if key not in a or key not in b:
+            yield Difference(
+                name, what, f"{key} = {a[key] if key in a else b[key]!r} only in {'A' if key in a else 'B'}"
+            )
+        elif not same_value(a[key], b[key]):
+            yield Difference(name, what, f"{key} is {a[key]!r} in A, {b[key]!r} in B")
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Whether two values of a state dict mean the same: NaN equals itself, 0.0 isn't -0.0, 1 is 1.0, a list equals a tuple.
+
+    Tensors without data (on the meta device) can't be told to be the same, so they are not.
+    """
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return _same_number(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(same_value(a[key], b[key]) for key in a)
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return _same_tensor(a, b)
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return False
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(same_value(one, other) for one, other in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def _same_number(a: float, b: float) -> bool:
+    if a != b:
+        return a != a and b != b
+    return a != 0 or math.copysign(1, a) == math.copysign(1, b)
+
+
+def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype or a.is_meta or b.is_meta:
+        return False
+    left, right = (side.detach().cpu().contiguous().flatten().view(torch.uint8) for side in (a, b))
+    return bool(torch.equal(left, right))

@@ -1,0 +1,135 @@
+"""The index of a universal checkpoint that is about to be written: everything but the atoms, checked before they move."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint.deepspeed import ENGINE_KEYS
+from ucp_deepspeed.checkpoint.encoding import encode
+from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
+from ucp_deepspeed.checkpoint.universal import (
+    FORMAT_VERSION,
+    Index,
+    IndexGroup,
+    IndexParameter,
+    IndexRun,
+    IndexSource,
+    UniversalCheckpoint,
+)
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.errors import ConfigError, UnsupportedError
+
+KEPT_ENGINE_KEYS = ("ds_config", "ds_version")
+"""Of what DeepSpeed puts beside the user's client state, that which means something on another topology."""
+
+
+def describe(
+    view: UniversalView, homes: Mapping[tuple[str, str], str], drop_client_state: Collection[str] = ()
+) -> tuple[Index, dict[str, torch.Tensor]]:
+    """The index, still without the sizes of files, and the tensors in the client state, which go to a file of their own.
+
+    Args:
+        homes: (parameter, state) → name of the file that will hold the atom.
+        drop_client_state: top-level keys of the client state to leave out.
+
+    Raises:
+        ConfigError: the client state has no such key.
+        UnsupportedError: a value has no universal form; says where it is.
+    """
+    checkpoint = view.checkpoint
+    client_state, tensors = _encoded_client_state(checkpoint, drop_client_state)
+    index = Index(
+        format_version=FORMAT_VERSION,
+        source=_source(checkpoint),
+        run=_run(checkpoint),
+        vocabulary_size=view.vocabulary_size,
+        parameters={
+            name: IndexParameter(
+                kind=parameter.kind,
+                shape=view.logical_shape(name),
+                pattern=view.patterns[name],
+                states={state: homes[name, state] for state in parameter.states},
+                scalars=_encoded(dict(parameter.scalars), name),
+            )
+            for name, parameter in checkpoint.parameters.items()
+        },
+        groups=tuple(
+            IndexGroup(names=group.names, hyperparameters=_encoded(dict(group.hyperparameters), f"group {number}"))
+            for number, group in enumerate(checkpoint.groups)
+        ),
+        client_state=client_state,
+        files={},
+    )
+    return index, {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+
+
+def client_state_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The user's own keys, and those of DeepSpeed's in `KEPT_ENGINE_KEYS`."""
+    _, state = checkpoint.client_state()
+    return {key: value for key, value in state.items() if key not in ENGINE_KEYS or key in KEPT_ENGINE_KEYS}
+
+
+def _run(checkpoint: Checkpoint) -> IndexRun:
+    run = checkpoint.run
+    return IndexRun(
+        precision=run.precision,
+        global_steps=run.global_steps,
+        global_samples=run.global_samples,
+        skipped_steps=run.skipped_steps,
+        lr_scheduler=_encoded(run.lr_scheduler, "lr_scheduler"),
+        loss_scale=_encoded(asdict(run.loss_scale) if run.loss_scale else None, "loss_scale"),
+        ds_version=run.ds_version,
+    )
+
+
+def _source(checkpoint: Checkpoint) -> IndexSource:
+    topology = checkpoint.source_topology if isinstance(checkpoint, UniversalCheckpoint) else checkpoint.topology
+    return IndexSource(
+        form=checkpoint.form, tp=topology.tp, pp=topology.pp, dp=topology.dp, zero_stage=topology.zero_stage
+    )
+
+
+def _encoded(value: Any, place: str) -> Any:
+    """A value of the index itself, which is JSON alone: a tensor in it would have nowhere to go."""
+    tensors: dict[str, torch.Tensor] = {}
+    encoded = encode(value, place, tensors)
+    if tensors:
+        raise UnsupportedError(f"{', '.join(tensors)}: a tensor here has no universal form; use a number")
+    return encoded
+
+
+class _Places(dict[str, torch.Tensor]):
+    """Tensors by place. Two at one place, as in ``{"a.b": x, "a": {"b": y}}``, would overwrite each other: refused."""
+
+    def __setitem__(self, place: str, tensor: torch.Tensor) -> None:
+        if place in self:
+            raise UnsupportedError(f"{place} stands for two tensors; rename one of the keys with dots")
+        if tensor.dtype not in TORCH_DTYPES or tensor.layout is not torch.strided:
+            raise UnsupportedError(
+                f"{place} is a tensor of {tensor.dtype}, {tensor.layout}, which has no universal form"
+            )
+        super().__setitem__(place, tensor)
+
+
+def _encoded_client_state(checkpoint: Checkpoint, drop: Collection[str]) -> tuple[Any, dict[str, torch.Tensor]]:
+    state = client_state_of(checkpoint)
+    unknown = sorted(set(drop) - state.keys())
+    if unknown:
+        raise ConfigError(f"client state has no key {', '.join(unknown)}; its keys: {', '.join(map(str, state))}")
+    kept = {key: value for key, value in state.items() if key not in drop}
+    places, problems = _Places(), dict[str, str]()
+    for key, value in kept.items():
+        try:
+            encode(value, f"client_state.{key}", places)
+        except UnsupportedError as error:
+            problems[str(key)] = str(error)
+    if problems:
+        fix = " ".join(f"--drop-client-state {key}" for key in problems)
+        raise UnsupportedError("\n".join([*problems.values(), f"leave them out with: ucp convert … {fix}"]))
+    tensors: dict[str, torch.Tensor] = {}
+    return encode(kept, "client_state", tensors), tensors
