@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -27,6 +28,9 @@ from typing import Any
 
 MOST_RANKS = 8
 """Ranks alive at a time over all shared pools: the least recently used pool makes room."""
+
+MOST_RUNS = 30
+"""Calls that the same processes answer: engines leave threads of process groups behind, and a fresh start gets rid of them."""
 
 GRACE_SECONDS = 5.0
 """How long the other ranks may take to finish once one has failed."""
@@ -56,6 +60,7 @@ class RankPool:
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
         self._log: Path | None = None
+        self._runs = 0
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 180.0, **kwargs: Any) -> list[Any]:
         """Call a module-level function on every rank; returns the results in rank order.
@@ -114,9 +119,11 @@ class RankPool:
         )
 
     def _start(self) -> None:
-        if self._processes and all(process.is_alive() for process in self._processes):
+        self._runs += 1
+        if self._processes and all(process.is_alive() for process in self._processes) and self._runs <= MOST_RUNS:
             return
         self.close()
+        self._runs = 1
         context = multiprocessing.get_context("spawn")
         descriptor, name = tempfile.mkstemp(prefix="ranks-", suffix=".log")
         os.close(descriptor)
@@ -159,14 +166,21 @@ def free_port() -> int:
 
 
 def reset_parallel_state() -> None:
-    """On a rank: forget DeepSpeed's and Megatron-Core's process groups, so that another topology can be set up."""
-    from deepspeed.utils import groups
+    """On a rank: end DeepSpeed's and Megatron-Core's process groups, so that another topology can be set up. Collective.
 
-    groups._release_process_group_references()
+    Each gloo group has threads and sockets of its own: groups that are only forgotten slow the machine down more and more.
+    """
+    from deepspeed.utils import groups
+    from torch.distributed import destroy_process_group, distributed_c10d
+
     if "megatron.core" in sys.modules:
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
+    groups._release_process_group_references()
+    world = distributed_c10d._get_default_group()
+    for group in [group for group in distributed_c10d._world.pg_map if group is not world]:
+        destroy_process_group(group)
     gc.collect()
 
 
@@ -202,6 +216,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, log: s
     os.environ.update(ENVIRONMENT | {key: str(value) for key, value in ranks.items()})
     import deepspeed
 
+    _use_gloo_only()
     deepspeed.init_distributed("gloo", verbose=False)
     while True:
         try:
@@ -221,6 +236,16 @@ def _call(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[bool, A
         except (TypeError, AttributeError, pickle.PicklingError):
             pickled = None
         return False, traceback.format_exc(), pickled
+
+
+def _use_gloo_only() -> None:
+    """Keep DeepSpeed from loading its shared-memory op, which only speeds up small reductions.
+
+    torch guards the loading of such an op with a file that a killed process leaves behind, on which every later start waits for
+    ever; and ranks of a pool are killed. Without the op DeepSpeed reduces through gloo.
+    """
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
 
 
 def _die_with_parent() -> None:

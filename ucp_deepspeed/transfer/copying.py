@@ -22,6 +22,9 @@ from ucp_deepspeed.plan import BlockCopy, Fragment, StridedView, Target, plan_te
 
 T = TypeVar("T")
 
+_PLANNING = threading.Lock()
+"""Held while a plan asks the catalog: that may open files, and torch's allow-list of classes belongs to the whole process."""
+
 
 @dataclass
 class TransferCount:
@@ -121,7 +124,8 @@ def gather(
     layout = Layout.whole(view.logical_shape(name))
     fragment = Fragment(flat_start, target.numel(), None, 0)
     try:
-        copies = plan_tensor(view.source(name, state), Target(layout, 0, (fragment,)), state)
+        with _PLANNING:
+            copies = plan_tensor(view.source(name, state), Target(layout, 0, (fragment,)), state)
     except ValueError as error:
         raise MismatchError(
             f"{view.checkpoint.path} doesn't give whole parameters", [f"{name}/{state}: {error}"]

@@ -1,0 +1,175 @@
+"""Bad input: a clear message that names the thing, on every rank, and an engine as it was before."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import STEP, Source
+
+from ucp_deepspeed.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    DamagedCheckpointError,
+    MismatchError,
+    SpecError,
+    UniversalCheckpointError,
+    UnsupportedError,
+)
+from ucp_deepspeed.testing.ranks import RankError, RankPool, fp16_on_cpu
+from ucp_deepspeed.testing.runs import Run, build_engine, train
+
+Ranks = Callable[[int], RankPool]
+GetSource = Callable[[str, Run, int], Source]
+
+SAVED = Run("llama", tp=2, zero={"stage": 1}, precision="bf16", groups="decay")
+TARGET = Run("llama", tp=1, zero={"stage": 3}, precision="bf16", groups="decay")
+
+
+def fingerprint(engine: Any) -> dict[str, bytes]:
+    """Everything that a load could have touched, as bytes."""
+    optimizer = engine.optimizer
+    held = {f"master {index}": master for index, master in enumerate(optimizer.fp32_partitioned_groups_flat)}
+    held |= {f"weight {name}": param.ds_tensor for param, name in engine.param_names.items()}
+    counters = (engine.global_steps, engine.global_samples, [group["lr"] for group in optimizer.param_groups])
+    states = {"state": torch.frombuffer(bytearray(pickle.dumps(len(optimizer.optimizer.state))), dtype=torch.uint8)}
+    raw = {key: value.detach().float().numpy().tobytes() for key, value in (held | states).items()}
+    return raw | {"counters": pickle.dumps(counters)}
+
+
+def failed_load(run: Run, load: str, tag: str | None) -> tuple[str, str, bool]:
+    """On a rank: try to load; returns the error's class and text, and whether the engine is as it was."""
+    with fp16_on_cpu():
+        engine = build_engine(run)
+        before = fingerprint(engine)
+        try:
+            engine.load_checkpoint(load, tag=tag)
+        except UniversalCheckpointError as error:
+            return type(error).__name__, str(error), fingerprint(engine) == before
+    raise AssertionError("the load went through")
+
+
+def check_refused(
+    ranks: Ranks, run: Run, load: Path, error: type[UniversalCheckpointError], *parts: str, tag: str | None = None
+) -> None:
+    for name, message, untouched in ranks(2).run(failed_load, run, str(load), tag):
+        assert name == error.__name__, message
+        assert untouched
+        for part in parts:
+            assert part in message
+
+
+@pytest.fixture
+def copy(source: GetSource, tmp_path: Path) -> Path:
+    """A copy of a TP2·DP2 ZeRO-1 checkpoint, to be damaged."""
+    saved = source("zero1-bf16", SAVED, 4)
+    copytree(saved.folder, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_no_such_tag(copy: Path, ranks: Ranks) -> None:
+    check_refused(
+        ranks, TARGET, copy, CheckpointNotFoundError, "no tag 'step7'", f"tags there: global_step{STEP}", tag="step7"
+    )
+
+
+def test_missing_rank_file(copy: Path, ranks: Ranks) -> None:
+    name = "bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt"
+    (copy / f"global_step{STEP}" / name).unlink()
+    check_refused(ranks, TARGET, copy, DamagedCheckpointError, name, "TP2·DP2 ZeRO-1", "lacks 1 of 6 files")
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_truncated_rank_file(manifest: bool, copy: Path, ranks: Ranks) -> None:
+    path = copy / f"global_step{STEP}" / "bf16_zero_pp_rank_0_mp_rank_01_optim_states.pt"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    if not manifest:
+        (path.parent / "ucp_manifest.json").unlink()
+    check_refused(ranks, TARGET, copy, DamagedCheckpointError, path.name, "truncated")
+
+
+class Foreign:
+    """Not on the allow-list."""
+
+
+def test_pickle_with_a_foreign_class(copy: Path, ranks: Ranks) -> None:
+    path = copy / f"global_step{STEP}" / "mp_rank_00_model_states.pt"
+    saved = torch.load(path, weights_only=False)
+    torch.save(saved | {"client": Foreign()}, path)
+    (path.parent / "ucp_manifest.json").unlink()
+    check_refused(ranks, TARGET, copy, DamagedCheckpointError, path.name, "Foreign", "refused")
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ({"hidden": 64}, ["output_layer.weight: expected logical shape (48, 64), found (48, 48) in the checkpoint"]),
+        ({"layers": 1}, ["decoder.layers.1.mlp.linear_fc2.weight: extra in the checkpoint"]),
+        ({"layers": 3}, ["decoder.layers.2.mlp.linear_fc2.weight: missing in the checkpoint", "(48, 40)"]),
+    ],
+    ids=["hidden-size", "extra-layer", "missing-layer"],
+)
+def test_another_model(size: dict[str, int], expected: list[str], copy: Path, ranks: Ranks) -> None:
+    check_refused(ranks, replace(TARGET, size=size), copy, MismatchError, *expected)
+
+
+def test_all_problems_are_listed_at_once(copy: Path, ranks: Ranks) -> None:
+    run = replace(TARGET, size={"hidden": 64})
+    _, message, _ = ranks(2).run(failed_load, run, str(copy), None)[0]
+    assert message.count("expected logical shape") == 15  # every parameter of two layers, the norms and both embeddings
+
+
+SPECS = {
+    "unknown-pattern": ("rules:\n  - {match: '**', pattern: shrad}\n", SpecError, "'shrad'"),
+    "unmatched": ("rules:\n  - {match: 'decoder.**', pattern: replicate}\n", SpecError, "output_layer.weight: matches no rule"),
+    "ambiguous": (
+        "rules:\n  - {match: '**', pattern: replicate}\n  - {match: 'output_*.weight', pattern: shard}\n",
+        SpecError,
+        "output_layer.weight: matches 2 rules",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_bad_spec(kind: str, copy: Path, ranks: Ranks, tmp_path: Path) -> None:
+    text, error, message = SPECS[kind]
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(f"family: mine\n{text}")
+    run = replace(TARGET, universal={"enabled": True, "spec": str(spec)})
+    check_refused(ranks, run, copy, error, message)
+
+
+def test_custom_load_function(copy: Path, ranks: Ranks) -> None:
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(train, TARGET, STEP, load=str(copy), options={"custom_load_fn": fingerprint})
+    assert isinstance(caught.value.original, UnsupportedError)
+
+
+def test_universal_load_switched_off(copy: Path, ranks: Ranks) -> None:
+    """``"load": "never"`` leaves even a hopeless load to DeepSpeed."""
+    run = replace(TARGET, universal={"enabled": True, "load": "never"})
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(train, run, STEP, load=str(copy))
+    assert not isinstance(caught.value.original, UniversalCheckpointError)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"enabled": True, "sepc": "auto"}, "universal_checkpoint.sepc: unknown key"),
+        ({"enabled": "yes"}, "universal_checkpoint.enabled"),
+        ({"enabled": True, "load": "sometimes"}, "universal_checkpoint.load"),
+    ],
+)
+def test_bad_config_block(block: dict[str, Any], message: str, ranks: Ranks) -> None:
+    with pytest.raises(RankError) as caught:
+        ranks(1).run(train, Run("mlp", universal=block), 0)
+    assert isinstance(caught.value.original, ConfigError)
+    assert message in str(caught.value.original)

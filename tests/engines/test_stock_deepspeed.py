@@ -1,0 +1,113 @@
+"""Beside DeepSpeed, not instead of it: its files stay its own, and checkpoints saved without the plugin load through it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoints import LAST_STEP, STEP, differences
+
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
+from ucp_deepspeed.errors import MismatchError, SpecError
+from ucp_deepspeed.testing.ranks import RankError, RankPool
+from ucp_deepspeed.testing.runs import Run, train
+
+Ranks = Callable[[int], RankPool]
+
+STOCK = None
+"""No ``universal_checkpoint`` block."""
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_alone_loads_what_was_saved(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    run = Run("mlp", zero={"stage": stage}, precision="bf16")
+    saved = ranks(2).run(train, run, LAST_STEP, save=str(tmp_path), save_at=STEP)
+    assert (tmp_path / f"global_step{STEP}" / MANIFEST_NAME).is_file()
+    alone = Run("mlp", zero={"stage": stage}, precision="bf16", universal=STOCK)
+    resumed = ranks(2).run(train, alone, LAST_STEP, load=str(tmp_path))
+    for found, expected in zip(resumed, saved, strict=True):
+        assert found.losses == {step: loss for step, loss in expected.losses.items() if step > STEP}
+
+
+def test_nothing_happens_without_the_block(ranks: Ranks, tmp_path: Path) -> None:
+    """No manifest, and DeepSpeed's own refusal of another data-parallel size."""
+    run = Run("mlp", zero={"stage": 1}, universal=STOCK)
+    ranks(2).run(train, run, STEP, save=str(tmp_path))
+    assert not list(tmp_path.rglob("ucp_*"))
+    with pytest.raises(RankError, match="DP world size of 2"):
+        ranks(4).run(train, run, STEP, load=str(tmp_path))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_saved_without_the_plugin(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """Tensor parallel, no manifest: the live model's attributes tell the layouts."""
+    source = Run("llama", tp=2, zero={"stage": stage}, precision="bf16", universal=STOCK)
+    ranks(2).run(train, source, STEP, save=str(tmp_path / "a"))
+    target = Run("llama", tp=1, zero={"stage": 3 - stage}, precision="bf16")
+    ranks(2).run(train, target, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
+    assert differences(tmp_path / "a", tmp_path / "b", "megatron_core_llama") == []
+
+
+def test_without_a_manifest_two_families_fit_and_none_is_guessed(ranks: Ranks, tmp_path: Path) -> None:
+    source = Run("llama", tp=2, zero={"stage": 1}, universal=STOCK)
+    ranks(2).run(train, source, STEP, save=str(tmp_path))
+    with pytest.raises(SpecError, match=r"both fit and disagree on decoder\.layers\.0\.mlp\.linear_fc1\.weight"):
+        differences(tmp_path, tmp_path)
+
+
+def test_round_robin_order_is_ours_to_get_right(ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed's own mappings are wrong with round_robin_gradients, and its native load into an engine without that
+    setting corrupts the run silently: the first loss is right, then it diverges."""
+    source = Run("mlp", zero={"stage": 2, "round_robin_gradients": True}, universal=STOCK)
+    plain = Run("mlp", zero={"stage": 2})
+    whole = ranks(4).run(train, source, LAST_STEP, save=str(tmp_path / "a"), save_at=STEP)
+    resumed = ranks(4).run(train, plain, LAST_STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"), save_first=True)
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+    assert all(found.report is not None for found in resumed)
+    for step in range(STEP + 1, LAST_STEP + 1):
+        assert abs(resumed[0].losses[step] - whole[0].losses[step]) < 1e-6
+
+
+def test_stage_0_names_come_from_the_manifest(ranks: Ranks, tmp_path: Path) -> None:
+    """Two groups of like-shaped parameters: without the names that the manifest records, the order is ambiguous."""
+    run = Run("llama", zero={"stage": 0}, groups="decay", precision="bf16")
+    ranks(1).run(train, run, STEP, save=str(tmp_path))
+    folder = tmp_path / f"global_step{STEP}"
+    named = open_checkpoint(folder).groups
+    assert "decoder.final_layernorm.weight" in named[1].names
+    recorded = json.loads((folder / MANIFEST_NAME).read_text())["parameter_groups"]
+    assert [list(group.names) for group in named] == recorded
+
+
+def test_save_moves_latest_last(ranks: Ranks, tmp_path: Path) -> None:
+    """``latest`` names the new tag, the manifest lists every file at its size, and nothing temporary stays."""
+    ranks(2).run(train, Run("mlp", zero={"stage": 3}), STEP, save=str(tmp_path))
+    assert (tmp_path / "latest").read_text() == f"global_step{STEP}"
+    folder = tmp_path / f"global_step{STEP}"
+    files = json.loads((folder / MANIFEST_NAME).read_text())["files"]
+    assert files == {p.name: p.stat().st_size for p in folder.iterdir() if p.name != MANIFEST_NAME}
+    assert len(files) == 4
+    assert not [p for p in tmp_path.rglob("*") if "partial" in p.name]
+
+
+def test_wrong_spec_is_refused_when_saving(ranks: Ranks, tmp_path: Path) -> None:
+    """A spec that contradicts the live parameters: a gated layer declared as a plain shard."""
+    spec = tmp_path / "wrong.yaml"
+    spec.write_text(
+        "family: wrong\nrules:\n"
+        "  - {match: ['**.word_embeddings.weight', output_layer.weight, '**.linear_qkv.weight'], pattern: shard, dim: 0}\n"
+        "  - {match: ['**.linear_fc1.weight'], pattern: shard, dim: 0}\n"
+        "  - {match: ['**.linear_proj.weight', '**.linear_fc2.weight'], pattern: shard, dim: 0}\n"
+        "  - {match: ['**layernorm.weight'], pattern: replicate}\n"
+    )
+    run = Run("llama", tp=2, zero={"stage": 1}, universal={"enabled": True, "spec": str(spec)})
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(train, run, 0, save=str(tmp_path / "a"))
+    assert isinstance(caught.value.original, MismatchError)
+    problems = "\n".join(caught.value.original.problems)
+    assert "linear_fc1.weight: spec 'wrong' says shard on dimension 0, the live parameter is" in problems
+    assert "linear_fc2.weight: spec 'wrong' says shard on dimension 0, the live parameter is shard on dimension 1" in problems
+    assert not (tmp_path / "a").exists()

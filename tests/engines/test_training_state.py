@@ -1,0 +1,135 @@
+"""What a run is beside Adam's tensors: hyper-parameters, scheduler, counters, client state, loss scale, frozen weights, buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoints import LAST_STEP, STEP, differences
+
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.testing.ranks import RankPool
+from ucp_deepspeed.testing.runs import Run, train
+
+Ranks = Callable[[int], RankPool]
+
+
+def test_hyperparameters_follow_their_parameters(ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed's universal load gives every ZeRO-3 group the weight decay of group 0."""
+    ranks(2).run(train, Run("mlp", zero={"stage": 1}, groups="decay"), STEP, save=str(tmp_path / "a"))
+    target = Run("mlp", zero={"stage": 3}, groups="decay")
+    ranks(1).run(train, target, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
+
+    for folder in ("a", "b"):
+        groups = open_checkpoint(tmp_path / folder).groups
+        assert [group.hyperparameters["weight_decay"] for group in groups] == [0.1, 0.0]
+        assert "linear_in.weight" in groups[0].names
+        assert "linear_in.bias" in groups[1].names
+
+
+def test_learning_rate_is_not_left_to_the_scheduler(ranks: Ranks, tmp_path: Path) -> None:
+    """The scheduler's state lacks the rate itself: WarmupLR would take one step at the new engine's first rate, 0."""
+    run = Run("mlp", zero={"stage": 2})
+    whole = ranks(2).run(train, run, LAST_STEP, save=str(tmp_path), save_at=STEP)[0]
+    resumed = ranks(1).run(train, Run("mlp", zero={"stage": 3}), LAST_STEP, load=str(tmp_path))[0]
+    stopped = ranks(1).run(train, Run("mlp", zero={"stage": 3}), STEP, load=str(tmp_path))[0]
+    assert resumed.rates == whole.rates
+    assert 0 < stopped.rates[0] < whole.rates[0]
+
+
+def test_result_is_that_of_deepspeed(ranks: Ranks, tmp_path: Path) -> None:
+    run = Run("mlp", zero={"stage": 2})
+    client_state = {"epoch": 3, "note": "north quay", "seen": [1, 2]}
+    ranks(2).run(train, run, STEP, save=str(tmp_path), client_state=client_state)
+    native = ranks(2).run(train, run, STEP, load=str(tmp_path))
+    always = Run("mlp", zero={"stage": 2}, universal={"enabled": True, "load": "always"})
+    universal = ranks(2).run(train, always, STEP, load=str(tmp_path))
+    assert native[0].report is None and universal[0].report is not None
+    for ours, theirs in zip(universal, native, strict=True):
+        assert (ours.load_path, ours.client_state, ours.counters) == (
+            theirs.load_path,
+            theirs.client_state,
+            theirs.counters,
+        )
+        assert {key: ours.client_state[key] for key in client_state} == client_state
+
+
+def test_frozen_parameters_and_buffers(ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed's universal load leaves both at their fresh values, without a word."""
+    frozen = ("embedding.weight", "norm.bias")
+    chain = [(1, 2, 0), (3, 4, 1), (0, 1, 2), (3, 2, 3), (2, 2, 4)]
+    for position, (stage, world_size, seed) in enumerate(chain):
+        run = Run("mlp", zero={"stage": stage}, frozen=frozen, seed=seed, precision="bf16")
+        load = str(tmp_path / str(position - 1)) if position else None
+        ranks(world_size).run(train, run, STEP, load=load, save=str(tmp_path / str(position)))
+        checkpoint = open_checkpoint(tmp_path / str(position))
+        kinds = {name: parameter.kind for name, parameter in checkpoint.parameters.items()}
+        assert [name for name, kind in kinds.items() if kind == "frozen"] == list(frozen)
+        assert [name for name, kind in kinds.items() if kind == "buffer"] == ["calibration", "calls"]
+        assert differences(tmp_path / "0", tmp_path / str(position)) == []
+
+
+def test_fp16_loss_scale(ranks: Ranks, tmp_path: Path) -> None:
+    scaling = {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2}}
+    source = Run("mlp", zero={"stage": 2}, precision="fp16", config=scaling)
+    ranks(2).run(train, source, LAST_STEP, save=str(tmp_path / "a"))
+    saved = open_checkpoint(tmp_path / "a").run.loss_scale
+    assert saved is not None and saved.dynamic
+    assert saved.values["cur_iter"] == LAST_STEP and saved.values["cur_scale"] > 2**8
+    for number, (stage, world_size) in enumerate([(3, 4), (0, 1)]):
+        target = Run("mlp", zero={"stage": stage}, precision="fp16", config=scaling)
+        folder = tmp_path / f"b{number}"
+        ranks(world_size).run(train, target, LAST_STEP, load=str(tmp_path / "a"), save=str(folder))
+        found = open_checkpoint(folder).run.loss_scale
+        assert found is not None
+        shared = found.values.keys() & saved.values.keys()
+        assert {"cur_scale", "cur_iter", "last_overflow_iter", "scale_window"} <= shared
+        assert {key: found.values[key] for key in shared} == {key: saved.values[key] for key in shared}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_precision_may_change(precision: str, ranks: Ranks, tmp_path: Path) -> None:
+    """The fp32 masters are what is carried over; the low-precision weights are made from them."""
+    ranks(2).run(train, Run("mlp", zero={"stage": 1}, precision=precision), STEP, save=str(tmp_path / "a"))  # type: ignore[arg-type]
+    ranks(2).run(train, Run("mlp", zero={"stage": 2}), STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+
+
+def test_wrapper_step_count_is_carried_over_unchanged(ranks: Ranks, tmp_path: Path) -> None:
+    """Stage-0 bf16 wrappers step once when they are built. Their count is what the run's bias correction uses, so it stays;
+    and a count that comes from elsewhere replaces the one that building left."""
+    ranks(2).run(train, Run("mlp", zero={"stage": 0}, precision="bf16"), STEP, save=str(tmp_path / "wrapped"))
+    ranks(2).run(train, Run("mlp", zero={"stage": 1}, precision="bf16"), STEP, save=str(tmp_path / "zero"))
+    hops = {"wrapped": (1, STEP + 1), "zero": (0, STEP)}
+    for name, (stage, expected) in hops.items():
+        run = Run("mlp", zero={"stage": stage}, precision="bf16")
+        ranks(2).run(train, run, STEP, load=str(tmp_path / name), save=str(tmp_path / f"{name}-on"))
+        for folder in (name, f"{name}-on"):
+            parameters = open_checkpoint(tmp_path / folder).parameters.values()
+            assert {p.scalars["step"] for p in parameters if p.kind == "trainable"} == {expected}
+
+
+def test_before_the_first_step(ranks: Ranks, tmp_path: Path) -> None:
+    """A checkpoint without optimizer state clears what a wrapper's constructor left."""
+    ranks(2).run(train, Run("mlp", zero={"stage": 1}, precision="bf16"), 0, save=str(tmp_path / "a"))
+    target = Run("mlp", zero={"stage": 0}, precision="bf16")
+    ranks(1).run(train, target, 0, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+    assert all(set(p.states) <= {"fp32", "weight"} for p in open_checkpoint(tmp_path / "b").parameters.values())
+
+
+def test_weights_only(ranks: Ranks, tmp_path: Path) -> None:
+    """``load_module_only`` takes the weights and leaves counters, rates and optimizer states alone."""
+    ranks(2).run(train, Run("mlp", zero={"stage": 1}, seed=1), STEP, save=str(tmp_path / "a"))
+    outcome = ranks(1).run(
+        train,
+        Run("mlp", zero={"stage": 3}),
+        0,
+        load=str(tmp_path / "a"),
+        options={"load_module_only": True},
+        save=str(tmp_path / "b"),
+    )
+    assert outcome[0].counters == {"global_steps": 0, "global_samples": 0, "skipped_steps": 0}
+    found = differences(tmp_path / "a", tmp_path / "b")
+    assert found and not any(line.split(" ")[1] == "fp32" for line in found)

@@ -1,0 +1,117 @@
+"""The package as a whole: who may import whom, what importing it costs, and the surface that users rely on."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ucp_deepspeed
+from ucp_deepspeed.config import UniversalCheckpointConfig, parse_config
+from ucp_deepspeed.engine import load, save
+from ucp_deepspeed.engine.support import check_version
+from ucp_deepspeed.errors import ConfigError, MismatchError, UnsupportedError
+
+PACKAGE = Path(ucp_deepspeed.__file__).parent
+
+MAY_IMPORT = {
+    "layout": set(),
+    "plan": {"layout"},
+    "language": {"layout"},
+    "checkpoint": {"layout", "plan", "language"},
+    "transfer": {"layout", "plan", "language", "checkpoint"},
+    "megatron": {"layout"},
+}
+"""Sub-package → those that it may import, besides itself, ``errors`` and ``dtypes``."""
+
+OUTSIDE = {
+    "layout": {"torch", "numpy", "deepspeed", "megatron"},
+    "plan": {"torch", "deepspeed", "megatron"},
+    "language": {"torch", "deepspeed", "megatron"},
+    "checkpoint": {"deepspeed", "megatron"},
+    "transfer": {"deepspeed", "megatron"},
+}
+"""Sub-package → libraries that it must not import."""
+
+
+def imports_of(folder: Path) -> set[str]:
+    """Names of the modules that the files of a folder import."""
+    found: set[str] = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_imports_point_one_way(name: str) -> None:
+    inside = {module.split(".")[1] for module in imports_of(PACKAGE / name) if module.startswith("ucp_deepspeed.")}
+    assert inside <= MAY_IMPORT[name] | {name, "errors", "dtypes"}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_pure_layers_stay_pure(name: str) -> None:
+    assert not {module.split(".")[0] for module in imports_of(PACKAGE / name)} & OUTSIDE[name]
+
+
+def test_importing_the_package_imports_neither_torch_nor_deepspeed() -> None:
+    code = "import sys, ucp_deepspeed; print([m for m in ('torch', 'deepspeed', 'megatron') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+def test_hooks_keep_deepspeeds_signatures() -> None:
+    from deepspeed import DeepSpeedEngine
+
+    for name, hook in (("save_checkpoint", save.save_checkpoint), ("load_checkpoint", load.load_checkpoint)):
+        wrapped = getattr(DeepSpeedEngine, name)
+        theirs = list(inspect.signature(wrapped).parameters)
+        assert theirs[1:] == list(inspect.signature(hook).parameters)[2:]
+        assert wrapped.__wrapped__.__module__ == "deepspeed.runtime.engine"
+
+
+def test_config_surface() -> None:
+    assert set(UniversalCheckpointConfig.model_fields) == {"enabled", "spec", "load", "vocabulary_size"}
+    assert parse_config({}).enabled is False
+    block = {"enabled": True, "spec": "megatron_core_gpt", "load": "always", "vocabulary_size": 50257}
+    assert parse_config({"universal_checkpoint": block}).model_dump() == block
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"enbaled": True}, "universal_checkpoint.enbaled: unknown key"),
+        ({"enabled": 1}, "universal_checkpoint.enabled"),
+        ({"vocabulary_size": 0}, "universal_checkpoint.vocabulary_size"),
+        (True, "must be a block of settings"),
+    ],
+)
+def test_config_errors_name_the_key(block: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        parse_config({"universal_checkpoint": block})
+
+
+@pytest.mark.parametrize("version", ["0.17.6", "0.20.0", "1.0.0"])
+def test_versions_outside_the_tested_range(version: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"deepspeed {version} is outside the tested range"):
+        check_version(version)
+
+
+def test_version_of_today() -> None:
+    check_version()
+
+
+def test_mismatch_survives_a_trip_to_another_rank() -> None:
+    import pickle
+
+    error = MismatchError("two models", [f"p{number}: gone" for number in range(60)])
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.problems) == (str(error), error.problems)
+    assert "and 10 more" in str(error) and "(60)" in str(error)
