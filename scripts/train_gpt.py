@@ -195,6 +195,20 @@ def report(arguments: argparse.Namespace, entry: dict[str, Any]) -> None:
         print("step {step:4d}  loss {loss:.5f}  lr {lr:.2e}  {seconds:.2f} s".format(**entry), flush=True)
 
 
+def report_resume(engine: deepspeed.DeepSpeedEngine, arguments: argparse.Namespace, path: str, seconds: float) -> None:
+    """On the first rank: log what was loaded and, after a universal load, the bytes that all ranks read together."""
+    loaded = getattr(engine, "universal_checkpoint_report", None)
+    numbytes = torch.tensor(loaded.bytes_read if loaded else 0)
+    dist.all_reduce(numbytes)
+    if dist.get_rank() != 0:
+        return
+    print(f"loaded {path} at step {engine.global_steps}", flush=True)
+    if arguments.log:
+        entry = {"event": "resumed", "step": engine.global_steps, "bytes_read": int(numbytes), "seconds": seconds}
+        with Path(arguments.log).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(entry) + "\n")
+
+
 def main() -> None:
     """Build the model and the engine, load if asked to, train, save if asked to."""
     arguments = parse_arguments()
@@ -210,11 +224,11 @@ def main() -> None:
         model=model, model_parameters=parameters, config=deepspeed_config(arguments), mpu=DeepSpeedMpu()
     )
     if arguments.load:
+        started = time.perf_counter()
         path, _ = engine.load_checkpoint(arguments.load, tag=arguments.tag)
         if path is None:
             raise SystemExit(f"no checkpoint to load in {arguments.load}")
-        if dist.get_rank() == 0:
-            print(f"loaded {path} at step {engine.global_steps}", flush=True)
+        report_resume(engine, arguments, path, time.perf_counter() - started)
     train(engine, arguments)
     dist.destroy_process_group()
 
