@@ -9,8 +9,10 @@ import pytest
 from checkpoints import LAST_STEP, STEP, differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.testing.ranks import RankPool
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, train
+from ucp_deepspeed.transfer.compare import compare
 
 Ranks = Callable[[int], RankPool]
 
@@ -133,3 +135,18 @@ def test_weights_only(ranks: Ranks, tmp_path: Path) -> None:
     assert outcome[0].counters == {"global_steps": 0, "global_samples": 0, "skipped_steps": 0}
     found = differences(tmp_path / "a", tmp_path / "b")
     assert found and not any(line.split(" ")[1] == "fp32" for line in found)
+
+
+def test_vocabulary_is_padded_anew(ranks: Ranks, tmp_path: Path) -> None:
+    """45 tokens, padded to 48 rows on TP1 and to 64 on TP4: only the 45 are carried over, and only when their number is known."""
+    size = {"vocabulary": 45, "vocabulary_multiple": 16}
+    ranks(2).run(train, Run("llama", size=size, tp=1, zero={"stage": 1}), 0, save=str(tmp_path / "a"))
+    unknown = Run("llama", size=size, tp=4, zero={"stage": 3})
+    with pytest.raises(RankError, match=r'expected logical shape \(64, 48\), found \(48, 48\).*"vocabulary_size"'):
+        ranks(4).run(train, unknown, 0, load=str(tmp_path / "a"))
+    told = Run("llama", size=size, tp=4, zero={"stage": 3}, universal={"enabled": True, "vocabulary_size": 45})
+    ranks(4).run(train, told, 0, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
+    again = UniversalView.of(open_checkpoint(tmp_path / "b"))
+    assert again.logical_shape("output_layer.weight") == (45, 48)
+    before = UniversalView.of(open_checkpoint(tmp_path / "a"), vocabulary_size=45)
+    assert compare(before, again) == []

@@ -24,6 +24,11 @@ WEIGHT = "weight"
 """Name of the one state of a frozen parameter or a buffer."""
 
 
+IMPLEMENTATION_SWITCHES = frozenset(("foreach", "fused", "capturable", "differentiable", "step"))
+"""Hyper-parameters that choose how a machine computes, not what: each side keeps its own. ``step`` is a constant that FusedAdam
+leaves in its groups; the step that bias correction uses is a scalar of each parameter."""
+
+
 @dataclass(frozen=True, slots=True)
 class FileExtent:
     """A one-dimensional run of elements in a file.

@@ -62,6 +62,9 @@ ENGINE_KEYS = frozenset(
 )
 """Top-level keys of a model_states file that DeepSpeed writes; all others are the user's client state."""
 
+REQUIRED_KEYS = ("module", "buffer_names", "dp_world_size", "mp_world_size", "global_steps", "skipped_steps")
+"""Keys without which a model_states file tells too little."""
+
 RETURNED_SEPARATELY = frozenset(
     ["module", "skipped_steps", "global_steps", "dp_world_size", "mp_world_size", "data_sampler", "random_ltd"]
 )
@@ -165,7 +168,11 @@ class DeepSpeedCheckpoint(Checkpoint):
         return open_torch_file(path)
 
     def _model_states(self, rank: int, partition: int = 0) -> dict[str, Any]:
-        return self._open(self._model_states_path(rank, partition))
+        path = self._model_states_path(rank, partition)
+        saved = self._open(path)
+        if lacking := [key for key in REQUIRED_KEYS if key not in saved]:
+            raise DamagedCheckpointError(f"{path} lacks {', '.join(map(repr, lacking))}")
+        return saved
 
     def _optimizer_state(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
         path = self._optimizer_paths(rank, partition)[0]

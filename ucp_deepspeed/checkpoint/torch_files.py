@@ -131,7 +131,8 @@ def _explain(path: Path, error: Exception) -> str:
             f"{path} holds an object of class {name}, which could run code when loaded and is refused; if you trust it, "
             f"allow it with torch.serialization.add_safe_globals([{name.rsplit('.', 1)[-1]}]) before loading"
         )
-    return f"{path} can't be read ({path.stat().st_size} bytes): {str(error).strip().splitlines()[0]}"
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{path} can't be read ({path.stat().st_size} bytes): {reason}"
 
 
 def extent_of(tensor: torch.Tensor, path: Path) -> FileExtent:

@@ -192,11 +192,16 @@ class _Planner:
             copies = plan_tensor(self.view.source(name, state), target, state)
         except ValueError as error:
             if not any(problem.startswith(f"{name}: ") for problem in self.problems):
-                self.problems.append(f"{name}: {error}")
+                self.problems.append(f"{name}: {error}{self._hint(name)}")
             return ()
         itemsize = ITEMSIZE[self.view.parameter(name).states[state]]
         self.bytes_needed += sum(fragment.numel for fragment in fragments) * itemsize
         return copies
+
+    def _hint(self, name: str) -> str:
+        """What to do about a vocabulary that source and target pad differently."""
+        padded = getattr(self.view.patterns[name], "vocabulary", False) and self.view.vocabulary_size is None
+        return '; if the rows are padding, give "universal_checkpoint": {"vocabulary_size": …}' if padded else ""
 
 
 def _states(parameter: Parameter) -> str:

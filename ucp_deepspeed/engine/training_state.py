@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ucp_deepspeed.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES
 from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.engine.optimizers import EngineOptimizer
 
@@ -14,10 +15,6 @@ if TYPE_CHECKING:
     from ucp_deepspeed.engine.load import LoadOptions
 
 logger = logging.getLogger("ucp_deepspeed")
-
-IMPLEMENTATION_SWITCHES = frozenset(("params", "foreach", "fused", "capturable", "differentiable", "step"))
-"""Keys of a parameter group that choose how this machine computes, not what; the target keeps its own. ``step`` is a constant
-that FusedAdam leaves there."""
 
 
 def restore_run(

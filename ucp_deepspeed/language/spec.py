@@ -40,9 +40,11 @@ class Rule(BaseModel):
         """Gather the pattern's fields, and accept one glob without a list."""
         if not isinstance(raw, Mapping) or not isinstance(raw.get("pattern"), str):
             return raw
-        match = raw.get("match")
-        pattern = {key: value for key, value in raw.items() if key != "match"}
-        return {"match": [match] if isinstance(match, str) else match, "pattern": PATTERN.validate_python(pattern)}
+        fields = {key: value for key, value in raw.items() if key != "match"}
+        folded: dict[str, Any] = {"pattern": PATTERN.validate_python(fields)}
+        if "match" in raw:
+            folded["match"] = [raw["match"]] if isinstance(raw["match"], str) else raw["match"]
+        return folded
 
     def matches(self, name: str) -> bool:
         """Whether some glob fits the whole name."""
@@ -74,7 +76,11 @@ class Spec(BaseModel):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            problems = [f"  {_place(item['loc'])}: {item['msg']}" for item in error.errors()]
+            items = error.errors()
+            # A wrong rule is also reported as one rule too few.
+            inside = [item for item in items if item["loc"][:1] == ("rules",) and len(item["loc"]) > 1]
+            shown = [item for item in items if not (inside and item["loc"] == ("rules",))]
+            problems = [f"  {_place(item['loc'])}: {item['msg']}" for item in shown]
             raise SpecError("\n".join([f"spec {origin} is not valid:", *problems])) from error
 
     @cached_property

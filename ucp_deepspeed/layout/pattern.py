@@ -58,6 +58,8 @@ class Unique:
 
     def layout(self, logical_shape: Shape, local_shapes: Sequence[Shape]) -> Layout:
         """The whole parameter on the only rank."""
+        if len(local_shapes) != 1:
+            raise ValueError(f"unique parameter is held by {len(local_shapes)} ranks")
         return _same_on_each_rank(logical_shape, local_shapes, "take", None)
 
 
@@ -130,6 +132,10 @@ class Shard:
             raise ValueError(f"parts must be positive: {self.parts}")
         if self.pad_to_multiple < 1:
             raise ValueError(f"pad_to_multiple must be positive: {self.pad_to_multiple}")
+        if self.widths is not None and any(width < 0 for width in self.widths):
+            raise ValueError(f"widths must not be negative: {self.widths}")
+        if self.widths is not None and self.vocabulary:
+            raise ValueError("widths don't apply to a vocabulary, whose ranks hold equal shares")
         if len(self.parts) > 1 and (self.widths is not None or self.vocabulary):
             raise ValueError("widths and vocabulary don't apply to a shard with parts")
 
@@ -163,7 +169,11 @@ class Shard:
 
     def layout(self, logical_shape: Shape, local_shapes: Sequence[Shape]) -> Layout:
         """One piece per part and rank."""
-        self._check_dim(logical_shape)
+        joined = self.logical_shape(local_shapes)
+        if len(joined) != len(logical_shape) or _without(joined, self.dim) != _without(logical_shape, self.dim):
+            raise ValueError(f"local shapes {list(local_shapes)} don't fit the logical shape {logical_shape}")
+        if self.widths is not None and tuple(shape[self.dim] for shape in local_shapes) != self.widths:
+            raise ValueError(f"local shapes {list(local_shapes)} don't have the widths {self.widths}")
         extent = logical_shape[self.dim]
         extents = [shape[self.dim] for shape in local_shapes]
         if len(self.parts) == 1:

@@ -102,10 +102,14 @@ class _Region(Generic[B]):
 
 @dataclass(frozen=True, slots=True)
 class _Match(Generic[S]):
-    """A box of wanted elements and, for each rank read so far, where it lies."""
+    """A box of wanted elements and, for each rank read so far, the region that holds it."""
 
     box: Box
-    views: tuple[StridedView[S], ...] = ()
+    regions: tuple[_Region[S], ...] = ()
+
+    def views(self) -> tuple[StridedView[S], ...]:
+        """Where the box begins on each rank; cut last, since each further rank may have narrowed it."""
+        return tuple(region.cut(self.box) for region in self.regions)
 
 
 def plan_tensor(source: Source[S], target: Target[T], state: str) -> tuple[BlockCopy[S, T], ...]:
@@ -131,7 +135,7 @@ def plan_tensor(source: Source[S], target: Target[T], state: str) -> tuple[Block
         found: list[Box] = []
         for match in _match(source_layout, source, holders, wanted.logical_box):
             found.append(match.box)
-            copies.append(BlockCopy(match.box.shape, wanted.cut(match.box), match.views, factor))
+            copies.append(BlockCopy(match.box.shape, wanted.cut(match.box), match.views(), factor))
         prove_cover(wanted.logical_box, found)
     return tuple(copies)
 
@@ -168,7 +172,7 @@ def _match(
     holders: Sequence[tuple[Box, list[tuple[int, Piece]]]],
     wanted: Box,
 ) -> Iterator[_Match[S]]:
-    """Boxes that tile ``wanted`` as far as the source reaches, each with one view per rank to read."""
+    """Boxes that tile ``wanted`` as far as the source reaches, each with one region per rank to read."""
     for logical_box, held in holders:
         box = wanted.intersect(logical_box)
         if box is None:
@@ -177,7 +181,7 @@ def _match(
         for rank, piece in held:
             regions = list(_source_regions(layout, source, rank, piece, box))
             matches = [
-                _Match(common, (*match.views, region.cut(common)))
+                _Match(common, (*match.regions, region))
                 for match in matches
                 for region in regions
                 if (common := match.box.intersect(region.logical_box)) is not None
@@ -191,8 +195,18 @@ def _source_regions(
     """Where the source rank holds ``logical_box``, a part of ``piece``."""
     local_shape = layout.locals[rank].shape
     local_box = logical_box.moved(piece.logical_box.start, piece.local_box.start)
-    for fragment in source.fragments(rank, *local_box.flat_range(local_shape)):
+    for fragment in source.fragments(rank, *_whole_rows(local_box, local_shape).flat_range(local_shape)):
         yield from _regions(fragment, local_shape, piece, local_box)
+
+
+def _whole_rows(box: Box, shape: Shape) -> Box:
+    """The box grown to all of each dimension after the first in which it is wider than 1.
+
+    The flat interval of the grown box starts and ends with a row, so that a source held in one piece stays one block.
+    """
+    run = next((dim for dim, extent in enumerate(box.shape) if extent > 1), len(shape) - 1)
+    rest = shape[run + 1 :]
+    return Box((*box.start[: run + 1], *(0,) * len(rest)), (*box.stop[: run + 1], *rest))
 
 
 def _regions(fragment: Fragment[B], local_shape: Shape, piece: Piece, local_box: Box) -> Iterator[_Region[B]]:

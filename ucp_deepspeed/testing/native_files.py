@@ -163,7 +163,10 @@ def held_by(model: NativeModel, run: NativeRun, tp_rank: int, dp_rank: int) -> l
         if run.kind in ("plain", "unfused"):
             held += [Held((name,), group, states) for name, states in local.items()]
         elif run.kind == "fused":
-            flat = {key: torch.cat([states[key].flatten() for states in local.values()]) for key in _keys(local)}
+            flat = {
+                key: torch.cat([states[key].flatten() for states in local.values()])
+                for key in next(iter(local.values()))
+            }
             held.append(Held(tuple(local), group, flat))
         elif run.stage == 3:
             held += _sub_groups(local, group, run, dp_rank)
@@ -216,12 +219,13 @@ def model_states(
     aside = [parameter for parameter in model.parameters if not parameter.optimized]
     shapes = OrderedDict((p.name, _local(p, run, tp_rank).shape) for p in aside)
     fragments = OrderedDict((p.name, _frozen_fragment(_local(p, run, tp_rank), run, dp_rank)) for p in aside)
+    described = [OrderedDict((name, _local(model[name], run, tp_rank).shape) for name in entry.names) for entry in held]
     with_frozen = run.stage >= 2 and not run.exclude_frozen
     return {
         "module": _module(model, run, tp_rank),
         "buffer_names": list(model.buffers),
         "optimizer": None if zero else _stage0_optimizer(model, run, held),
-        "param_shapes": [_shapes(model, run, entry, tp_rank) for entry in held] if zero else None,
+        "param_shapes": described if zero else None,
         "frozen_param_shapes": shapes if with_frozen else None,
         "shared_params": (dict(model.aliases) if tp_rank == dp_rank == 0 else {}) if zero else None,
         "frozen_param_fragments": fragments if with_frozen else None,
@@ -263,10 +267,6 @@ def _local_states(parameter: NativeParameter, run: NativeRun, tp_rank: int) -> d
     return {key: shares(tensor, parameter.cut, run.tp)[tp_rank] for key, tensor in whole.items()}
 
 
-def _keys(local: Mapping[str, Mapping[str, torch.Tensor]]) -> list[str]:
-    return list(next(iter(local.values())))
-
-
 def _padded(flat: torch.Tensor, multiple: int) -> torch.Tensor:
     """The tensor with NaN behind it up to a multiple of a length."""
     return torch.nn.functional.pad(flat, (0, -flat.numel() % multiple), value=float("nan"))
@@ -280,8 +280,8 @@ def _partition(local: Mapping[str, Mapping[str, torch.Tensor]], group: int, run:
     numels = [local[name]["fp32"].numel() for name in names]
     gaps = _gaps(numels, run) if run.parameter_alignment else [0] * len(names)
     states: dict[str, torch.Tensor] = {}
-    for key in _keys(local):
-        pieces = [torch.full((gap,), float("nan")) for gap in gaps]
+    for key in next(iter(local.values())):
+        pieces = [torch.full((gap,), float("nan"), dtype=local[names[0]][key].dtype) for gap in gaps]
         flat = torch.cat([part for i, name in enumerate(names) for part in (local[name][key].flatten(), pieces[i])])
         states[key] = _padded(flat, 2 * run.dp).chunk(run.dp)[dp_rank].clone()
     start = dp_rank * states["fp32"].numel()
@@ -306,7 +306,7 @@ def _sub_groups(
     """Stage 3: each parameter is padded and cut on its own; a sub-group closes when it has ``sub_group_size`` elements."""
     held: list[Held] = []
     names: list[str] = []
-    parts: dict[str, list[torch.Tensor]] = {key: [] for key in _keys(local)}
+    parts: dict[str, list[torch.Tensor]] = {key: [] for key in next(iter(local.values()))}
     for name, states in local.items():
         names.append(name)
         for key, tensor in states.items():
@@ -343,10 +343,6 @@ def _frozen_fragment(local: torch.Tensor, run: NativeRun, dp_rank: int) -> torch
     if run.stage < 3 or not weight.numel():
         return weight
     return _padded(weight.flatten(), run.dp).chunk(run.dp)[dp_rank].clone()
-
-
-def _shapes(model: NativeModel, run: NativeRun, held: Held, tp_rank: int) -> OrderedDict[str, torch.Size]:
-    return OrderedDict((name, _local(model[name], run, tp_rank).shape) for name in held.names)
 
 
 # Dictionaries
@@ -442,13 +438,17 @@ def _zero12_state(model: NativeModel, run: NativeRun, held: Sequence[Held], dp_r
 
     mappings = [_slice_mapping(model, run, entry, group) for group, entry in enumerate(held)]
     base: Any = _torch_state(run, held, _of_group(held))
-    common = {"clip_grad": 1.0, "partition_count": [run.dp] * len(held), "ds_version": VERSION}
+    common: dict[str, Any] = {"clip_grad": 1.0, "partition_count": [run.dp] * len(held), "ds_version": VERSION}
     if run.kind == "bf16":
         padding = [
             entry.states["fp32"].numel() * run.dp - entry.unpadded if dp_rank == run.dp - 1 else 0 for entry in held
         ]
         masters = [entry.states["fp32"] for entry in held]
-        more = {"single_partition_of_fp32_groups": masters, "group_paddings": padding, "param_slice_mappings": mappings}
+        more: dict[str, Any] = {
+            "single_partition_of_fp32_groups": masters,
+            "group_paddings": padding,
+            "param_slice_mappings": mappings,
+        }
         return common | {"base_optimizer_state": base} | more
     lean = [entry.states["fp32"].numel() - entry.end_padding for entry in held]
     more = {}

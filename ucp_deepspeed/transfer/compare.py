@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES, Checkpoint
 from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -18,10 +18,6 @@ from ucp_deepspeed.transfer.copying import FileReader, gather
 
 COMPARE_NUMBYTES = 16 << 20
 """Bytes of each side held at a time: past a few MiB larger chunks are no faster."""
-
-IMPLEMENTATION_SWITCHES = frozenset(("foreach", "fused", "capturable", "differentiable", "step"))
-"""Entries of a parameter group that choose how torch computes, not what. ``step`` is FusedAdam's count of calls per group;
-the step that its bias correction means is a scalar of each parameter."""
 
 INTEGERS: dict[int, torch.dtype] = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By element size, the type as which elements are compared, so that NaN equals itself and -0.0 isn't 0.0."""
@@ -86,15 +82,15 @@ def compare(
     """
     found = list(_presence(view_a.checkpoint, view_b.checkpoint))
     hyper_a, hyper_b = _hyperparameters(view_a.checkpoint), _hyperparameters(view_b.checkpoint)
-    readers = FileReader(), FileReader()
+    sides = _Side(view_a, chunk_numbytes), _Side(view_b, chunk_numbytes)
     try:
         for name in view_a.checkpoint.parameters:
             if name in view_b.checkpoint.parameters:
-                found += _parameter(view_a, view_b, name, readers, chunk_numbytes)
+                found += _parameter(*sides, name)
                 found += _mapping(name, "hyperparameter", hyper_a.get(name, {}), hyper_b.get(name, {}))
     finally:
-        for reader in readers:
-            reader.close()
+        for side in sides:
+            side.reader.close()
     found += _run(view_a.checkpoint, view_b.checkpoint)
     return found
 
@@ -108,9 +104,24 @@ def _presence(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
             yield Difference(name, "presence", "only in B")
 
 
-def _parameter(
-    a: UniversalView, b: UniversalView, name: str, readers: tuple[FileReader, FileReader], chunk_numbytes: int
-) -> Iterator[Difference]:
+class _Side:
+    """One checkpoint being compared: its view, its open files, and the one buffer that its elements pass through."""
+
+    def __init__(self, view: UniversalView, chunk_numbytes: int) -> None:
+        self.view = view
+        self.reader = FileReader()
+        self.buffer = torch.empty(max(chunk_numbytes // 8, 1) * 8, dtype=torch.uint8)
+
+    def elements(self, name: str, state: str, start: int, numel: int) -> torch.Tensor:
+        """Consecutive elements of a parameter's state; valid until the next call."""
+        dtype = self.view.parameter(name).states[state]
+        target = self.buffer[: numel * ITEMSIZE[dtype]].view(NAMED_DTYPES[dtype])
+        gather(self.view, name, state, start, target, self.reader)
+        return target
+
+
+def _parameter(side_a: _Side, side_b: _Side, name: str) -> Iterator[Difference]:
+    a, b = side_a.view, side_b.view
     one, other = a.parameter(name), b.parameter(name)
     if one.kind != other.kind:
         yield Difference(name, "kind", f"{one.kind} in A, {other.kind} in B")
@@ -126,27 +137,17 @@ def _parameter(
         if dtype != other.states[state]:
             yield Difference(name, "dtype", f"{dtype} in A, {other.states[state]} in B", state)
         else:
-            yield from _elements(a, b, name, state, readers, chunk_numbytes)
+            yield from _elements(side_a, side_b, name, state)
 
 
-def _elements(
-    a: UniversalView,
-    b: UniversalView,
-    name: str,
-    state: str,
-    readers: tuple[FileReader, FileReader],
-    chunk_numbytes: int,
-) -> Iterator[Difference]:
-    dtype = a.parameter(name).states[state]
-    shape = a.logical_shape(name)
+def _elements(a: _Side, b: _Side, name: str, state: str) -> Iterator[Difference]:
+    dtype = a.view.parameter(name).states[state]
+    shape = a.view.logical_shape(name)
     numel = torch.Size(shape).numel()
-    step = max(chunk_numbytes // ITEMSIZE[dtype], 1)
-    buffers = [torch.empty(min(step, numel), dtype=NAMED_DTYPES[dtype]) for _ in readers]
+    step = a.buffer.numel() // ITEMSIZE[dtype]
     count, first, largest = 0, -1, 0.0
     for start in range(0, numel, step):
-        left, right = (buffer[: min(step, numel - start)] for buffer in buffers)
-        gather(a, name, state, start, left, readers[0])
-        gather(b, name, state, start, right, readers[1])
+        left, right = (side.elements(name, state, start, min(step, numel - start)) for side in (a, b))
         integer = INTEGERS[ITEMSIZE[dtype]]
         if torch.equal(left.view(integer), right.view(integer)):
             continue

@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 
 import safetensors.torch
 import torch
@@ -175,12 +176,17 @@ def _write_atoms(
     reader = FileReader()
     descriptors: dict[str, int] = {}
     stop = threading.Event()
+    buffers = _buffers(max(workers, 1), min(_unit(chunk_numbytes), max(file.data_numbytes for file in files)))
 
     def work(chunk: _Chunk) -> None:
         nonlocal written
         if stop.is_set():
             return
-        done = _fill_chunk(view, chunk, descriptors[chunk.file.file_name], reader)
+        buffer = buffers.get()
+        try:
+            done = _fill_chunk(view, chunk, buffer, descriptors[chunk.file.file_name], reader)
+        finally:
+            buffers.put(buffer)
         with lock:
             count.add(done)
             written += chunk.data_stop - chunk.data_start
@@ -191,8 +197,8 @@ def _write_atoms(
         for file in files:
             descriptors[file.file_name] = _create(folder / file.file_name, file)
         with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
-            futures = [pool.submit(work, chunk) for file in files for chunk in _chunks(file, chunk_numbytes)]
             try:
+                futures = [pool.submit(work, chunk) for file in files for chunk in _chunks(file, chunk_numbytes)]
                 for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                     future.result()
             except BaseException:
@@ -203,6 +209,19 @@ def _write_atoms(
             os.close(descriptor)
         reader.close()
     return count
+
+
+def _buffers(count: int, numbytes: int) -> SimpleQueue[torch.Tensor]:
+    """The workers' buffers, used again and again: allocated anew for each chunk they would leave holes in the heap."""
+    buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
+    for _ in range(count):
+        buffers.put(torch.empty(numbytes, dtype=torch.uint8))
+    return buffers
+
+
+def _unit(chunk_numbytes: int) -> int:
+    """Size of a chunk, on an element boundary of every dtype."""
+    return max(chunk_numbytes // 8, 1) * 8
 
 
 def _create(path: Path, file: AtomFile) -> int:
@@ -220,7 +239,7 @@ def _create(path: Path, file: AtomFile) -> int:
 
 def _chunks(file: AtomFile, chunk_numbytes: int) -> Iterator[_Chunk]:
     """Cut a file's data into ranges of about ``chunk_numbytes``, on element boundaries."""
-    unit = max(chunk_numbytes // 8, 1) * 8
+    unit = _unit(chunk_numbytes)
     first = 0
     for start in range(0, file.data_numbytes, unit):
         stop = min(start + unit, file.data_numbytes)
@@ -232,8 +251,9 @@ def _chunks(file: AtomFile, chunk_numbytes: int) -> Iterator[_Chunk]:
         yield _Chunk(file, start, stop, file.atoms[first:met])
 
 
-def _fill_chunk(view: UniversalView, chunk: _Chunk, descriptor: int, reader: FileReader) -> TransferCount:
-    buffer = torch.empty(chunk.data_stop - chunk.data_start, dtype=torch.uint8)
+def _fill_chunk(
+    view: UniversalView, chunk: _Chunk, buffer: torch.Tensor, descriptor: int, reader: FileReader
+) -> TransferCount:
     count = TransferCount()
     for atom in chunk.atoms:
         itemsize = ITEMSIZE[atom.dtype]
@@ -241,7 +261,8 @@ def _fill_chunk(view: UniversalView, chunk: _Chunk, descriptor: int, reader: Fil
         stop = min(chunk.data_stop, atom.data_offset + atom.numbytes)
         target = buffer[start - chunk.data_start : stop - chunk.data_start].view(NAMED_DTYPES[atom.dtype])
         count.add(gather(view, atom.name, atom.state, (start - atom.data_offset) // itemsize, target, reader))
-    _write_all(descriptor, memoryview(buffer.numpy()), len(chunk.file.header) + chunk.data_start)
+    filled = buffer[: chunk.data_stop - chunk.data_start].numpy()
+    _write_all(descriptor, memoryview(filled), len(chunk.file.header) + chunk.data_start)
     return count
 
 

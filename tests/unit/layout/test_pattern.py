@@ -1,0 +1,246 @@
+"""Patterns against numpy: what each rank holds when an array of element numbers is split with numpy's own functions."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import prod
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from ucp_deepspeed.layout.box import Box, Shape
+from ucp_deepspeed.layout.layout import Layout
+from ucp_deepspeed.layout.pattern import Partial, Pattern, Replicate, Scale, Shard, Unique, split_evenly
+
+PADDING = -1
+Array = NDArray[np.int64]
+Case = tuple[Shape, Pattern, int]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """A logical shape, a pattern that fits it, and a degree."""
+    degree = draw(st.integers(1, 5))
+    shape = tuple(draw(st.lists(st.integers(0, 7), max_size=3)))
+    kinds = ["unique", "replicate", "partial"] + ["shard", "widths", "vocabulary", "parts"] * bool(shape)
+    kind = draw(st.sampled_from(kinds))
+    if kind == "unique":
+        return shape, Unique(), 1
+    if kind in ("replicate", "partial"):
+        return shape, Replicate() if kind == "replicate" else Partial(), degree
+    dim = draw(st.integers(0, len(shape) - 1))
+    if kind == "shard":
+        return shape, Shard(dim), degree
+    if kind == "vocabulary":
+        return shape, Shard(dim, vocabulary=True, pad_to_multiple=draw(st.integers(1, 4))), degree
+    if kind == "widths":
+        widths = tuple(draw(st.lists(st.integers(0, 5), min_size=degree, max_size=degree)))
+        return _with(shape, dim, sum(widths)), Shard(dim, widths=widths), degree
+    parts = draw(st.sampled_from([(1, 1), (2, 1, 1), (4, 1, 1), (1, 1, 1), (3,)]))
+    return _with(shape, dim, sum(parts) * draw(st.integers(0, 4))), Shard(dim, parts=parts), degree
+
+
+def _with(shape: Shape, dim: int, extent: int) -> Shape:
+    return (*shape[:dim], extent, *shape[dim + 1 :])
+
+
+def numbered(shape: Shape) -> Array:
+    return np.arange(prod(shape)).reshape(shape)
+
+
+def split_by_numpy(whole: Array, pattern: Pattern, degree: int) -> list[Array]:
+    """Each rank's local array."""
+    if not isinstance(pattern, Shard):
+        return [whole] * degree
+    dim = pattern.dim
+    if pattern.widths is not None:
+        return np.split(whole, np.cumsum(pattern.widths)[:-1], axis=dim)
+    if pattern.vocabulary:
+        while whole.shape[dim] % (pattern.pad_to_multiple * degree):
+            row = np.full(_with(whole.shape, dim, 1), PADDING)
+            whole = np.concatenate([whole, row], axis=dim)
+        return np.split(whole, degree, axis=dim)
+    unit = whole.shape[dim] // sum(pattern.parts)
+    fused = np.split(whole, np.cumsum([unit * part for part in pattern.parts])[:-1], axis=dim)
+    shares = [np.array_split(part, degree, axis=dim) for part in fused]
+    return [np.concatenate([share[rank] for share in shares], axis=dim) for rank in range(degree)]
+
+
+def placed(layout: Layout) -> list[Array]:
+    """Each rank's local array, filled with element numbers by the layout's pieces."""
+    whole = numbered(layout.logical_shape)
+    found = []
+    for local in layout.locals:
+        array = np.full(local.shape, PADDING)
+        for piece in local.pieces:
+            array[_region(piece.local_box)] = whole[_region(piece.logical_box)]
+        found.append(array)
+    return found
+
+
+def _region(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(low, high) for low, high in zip(box.start, box.stop, strict=True))
+
+
+def assert_same(found: list[Array], expected: list[Array]) -> None:
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(mine, theirs, strict=True)
+
+
+@settings(deadline=None, max_examples=500)
+@given(cases())
+def test_a_pattern_puts_each_element_where_numpy_does(case: Case) -> None:
+    shape, pattern, degree = case
+    expected = split_by_numpy(numbered(shape), pattern, degree)
+    local_shapes = pattern.local_shapes(shape, degree)
+    assert local_shapes == tuple(array.shape for array in expected)
+    layout = pattern.layout(shape, local_shapes)
+    assert (layout.logical_shape, layout.degree) == (shape, degree)
+    assert layout.union == ("mean" if isinstance(pattern, Partial) else "take")
+    assert_same(placed(layout), expected)
+
+
+@settings(deadline=None, max_examples=300)
+@given(cases())
+def test_logical_shape_inverts_local_shapes(case: Case) -> None:
+    shape, pattern, degree = case
+    local_shapes = pattern.local_shapes(shape, degree)
+    vocabulary = shape[pattern.dim] if isinstance(pattern, Shard) and pattern.vocabulary else None
+    assert pattern.logical_shape(local_shapes, vocabulary) == shape
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.integers(0, 2))
+def test_a_plain_shard_follows_the_widths_that_the_ranks_hold(widths: list[int], dim: int) -> None:
+    local_shapes = [_with((2, 3, 2), dim, width) for width in widths]
+    pattern = Shard(dim)
+    shape = pattern.logical_shape(local_shapes)
+    assert shape == _with((2, 3, 2), dim, sum(widths))
+    assert_same(
+        placed(pattern.layout(shape, local_shapes)), np.split(numbered(shape), np.cumsum(widths)[:-1], axis=dim)
+    )
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.data())
+def test_vocabulary_padding_may_fill_several_ranks(widths: list[int], data: st.DataObject) -> None:
+    size = data.draw(st.integers(0, sum(widths)))
+    local_shapes = [(width, 2) for width in widths]
+    pattern = Shard(vocabulary=True)
+    assert pattern.logical_shape(local_shapes) == (sum(widths), 2)
+    assert pattern.logical_shape(local_shapes, size) == (size, 2)
+    padded = np.full((sum(widths), 2), PADDING)
+    padded[:size] = numbered((size, 2))
+    assert_same(placed(pattern.layout((size, 2), local_shapes)), np.split(padded, np.cumsum(widths)[:-1]))
+
+
+def test_only_a_vocabulary_is_cut_to_its_size() -> None:
+    assert Shard().logical_shape([(3, 2), (3, 2)], vocabulary_size=5) == (6, 2)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 20), st.integers(1, 8))
+def test_split_evenly_is_array_split(extent: int, degree: int) -> None:
+    assert split_evenly(extent, degree) == tuple(len(part) for part in np.array_split(np.arange(extent), degree))
+
+
+def test_a_degree_above_the_extent_leaves_empty_shards() -> None:
+    layout = Shard(1).layout((2, 2), Shard(1).local_shapes((2, 2), 4))
+    assert [local.shape for local in layout.locals] == [(2, 1), (2, 1), (2, 0), (2, 0)]
+    assert [len(local.pieces) for local in layout.locals] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_scale_is_one_over_the_degree_to_the_power_of_the_state(degree: int) -> None:
+    powers = {"fp32": 1, "exp_avg": -1, "exp_avg_sq": -2}
+    layout = Replicate(scale=Scale(powers=powers)).layout((3,), [(3,)] * degree)
+    assert layout.factor("fp32") == Fraction(1, degree)
+    assert layout.factor("exp_avg") == degree
+    assert layout.factor("exp_avg_sq") == degree**2
+    assert_same(placed(layout), [np.arange(3)] * degree)
+    assert Replicate(scale=Scale()).layout((3,), [(3,)] * degree).factor("weight") == Fraction(1, degree)
+    assert Replicate().layout((3,), [(3,)] * degree).factor("fp32") == 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "local_shapes", "vocabulary_size", "message"),
+    [
+        (Unique(), [(2,), (2,)], None, "unique parameter is held by 2 ranks"),
+        (Replicate(), [(2,), (3,)], None, "replicated parameter has different shapes"),
+        (Partial(), [(2,), (3,)], None, "partial parameter has different shapes"),
+        (Shard(0), [(2, 3), (2, 4)], None, "differ outside dimension 0"),
+        (Shard(1), [(2, 3), (3, 3)], None, "differ outside dimension 1"),
+        (Shard(0), [(2, 3), (2,)], None, "differ outside dimension 0"),
+        (Shard(2), [(2, 3), (2, 3)], None, r"dimension 2 doesn't exist in shape \(2, 3\)"),
+        (Shard(vocabulary=True), [(3, 2), (3, 2)], 7, "vocabulary size 7 is above the 6 rows"),
+    ],
+)
+def test_contradicting_local_shapes_have_no_logical_shape(
+    pattern: Pattern, local_shapes: list[Shape], vocabulary_size: int | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        pattern.logical_shape(local_shapes, vocabulary_size)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape", "degree", "message"),
+    [
+        (Unique(), (4,), 2, "can't be spread over 2 ranks"),
+        (Shard(widths=(3, 2)), (6,), 2, r"widths \(3, 2\) don't split 6 over 2 ranks"),
+        (Shard(widths=(3, 3)), (6,), 3, r"widths \(3, 3\) don't split 6 over 3 ranks"),
+        (Shard(parts=(2, 1)), (7,), 2, r"parts \(2, 1\) don't divide an extent of 7"),
+        (Shard(1), (7,), 2, r"dimension 1 doesn't exist in shape \(7,\)"),
+        (Shard(), (), 2, r"dimension 0 doesn't exist in shape \(\)"),
+    ],
+)
+def test_a_logical_shape_that_cannot_be_split_is_refused(
+    pattern: Pattern, shape: Shape, degree: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        pattern.local_shapes(shape, degree)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape", "local_shapes", "message"),
+    [
+        (Unique(), (4,), [(3,)], "differ from the logical shape"),
+        (Replicate(), (4,), [(4,), (3,)], "differ from the logical shape"),
+        (Partial(), (4,), [(4,), (3,)], "differ from the logical shape"),
+        (Shard(), (6,), [(3,), (2,)], r"local extents \[3, 2\] don't join to 6 along dimension 0"),
+        (Shard(), (6,), [(3,), (4,)], r"local extents \[3, 4\] don't join to 6 along dimension 0"),
+        (Shard(vocabulary=True), (6,), [(3,), (2,)], r"local extents \[3, 2\] don't join to 6"),
+        (Shard(parts=(1, 1)), (6,), [(4,), (2,), (0,)], r"don't match parts \(1, 1\) of 6: expected \[2, 2, 2\]"),
+        (Shard(parts=(1, 1)), (7,), [(4,), (3,)], r"parts \(1, 1\) don't divide an extent of 7"),
+        (Shard(1), (6,), [(3,), (3,)], r"dimension 1 doesn't exist in shape \(3,\)"),
+        (Shard(0), (4, 3), [(2, 2), (2, 2)], r"don't fit the logical shape \(4, 3\)"),
+        (Shard(0), (6, 5), [(3, 6), (3, 6)], r"don't fit the logical shape \(6, 5\)"),
+        (Shard(0), (6, 5), [(3,), (3,)], r"don't fit the logical shape \(6, 5\)"),
+        (Shard(widths=(4, 2)), (6,), [(3,), (3,)], r"don't have the widths \(4, 2\)"),
+        (Unique(), (4,), [(4,), (4,)], "unique parameter is held by 2 ranks"),
+    ],
+)
+def test_a_layout_refuses_contradicting_shapes(
+    pattern: Pattern, shape: Shape, local_shapes: list[Shape], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        pattern.layout(shape, local_shapes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dim": -1}, "dim must not be negative: -1"),
+        ({"parts": ()}, "parts must be positive"),
+        ({"parts": (2, 0)}, "parts must be positive"),
+        ({"pad_to_multiple": 0}, "pad_to_multiple must be positive"),
+        ({"parts": (1, 1), "widths": (2, 2)}, "don't apply to a shard with parts"),
+        ({"parts": (1, 1), "vocabulary": True}, "don't apply to a shard with parts"),
+    ],
+)
+def test_an_impossible_shard_is_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Shard(**arguments)  # type: ignore[arg-type]
