@@ -22,9 +22,11 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "$wanted" > "$stamp"
 fi
 
-# DeepSpeed compiles a communication op at the first start. A build that was killed leaves a lock on which all later ones wait.
-if ! ls "$TORCH_EXTENSIONS_DIR"/*/deepspeed_shm_comm/*.so "$TORCH_EXTENSIONS_DIR"/deepspeed_shm_comm/*.so >/dev/null 2>&1; then
-    find "$TORCH_EXTENSIONS_DIR" -name lock -delete 2>/dev/null || true
-    python -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >/dev/null 2>&1 ||
-        echo "DeepSpeed's communication op could not be built; it falls back to gloo" >&2
-fi
+# DeepSpeed compiles its ops when they are first used. A build that was killed leaves a lock on which all later ones wait.
+build_op() { # folder of the op, Python that loads it
+    if ! ls "$TORCH_EXTENSIONS_DIR/$1"/*.so >/dev/null 2>&1; then
+        rm -f "$TORCH_EXTENSIONS_DIR/$1/lock"
+        python -c "$2" >.venv/build_op.log 2>&1 || { cat .venv/build_op.log >&2; return 1; }
+    fi
+}
+build_op deepspeed_shm_comm "from deepspeed.comm.torch import build_shm_op; build_shm_op()"

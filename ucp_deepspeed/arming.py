@@ -21,7 +21,7 @@ def arm() -> None:
 
 
 def _wrap_engine(module: ModuleType) -> None:
-    if isinstance(module.DeepSpeedEngine.load_checkpoint, wrapt.FunctionWrapper):
+    if isinstance(vars(module.DeepSpeedEngine)["load_checkpoint"], wrapt.FunctionWrapper):
         return
     wrapt.wrap_function_wrapper(module, "DeepSpeedEngine.__init__", _init)
     wrapt.wrap_function_wrapper(module, "DeepSpeedEngine.save_checkpoint", _save)

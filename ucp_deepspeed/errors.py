@@ -25,6 +25,10 @@ class DamagedCheckpointError(UniversalCheckpointError):
     """A checkpoint's files are missing, truncated, inconsistent or hold what must not be loaded."""
 
 
+class SaveError(UniversalCheckpointError):
+    """A checkpoint couldn't be completed."""
+
+
 class UnsupportedError(UniversalCheckpointError):
     """A sound checkpoint, engine or version that this release can't handle exactly."""
 

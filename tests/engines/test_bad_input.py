@@ -128,7 +128,11 @@ def test_all_problems_are_listed_at_once(copy: Path, ranks: Ranks) -> None:
 
 SPECS = {
     "unknown-pattern": ("rules:\n  - {match: '**', pattern: shrad}\n", SpecError, "'shrad'"),
-    "unmatched": ("rules:\n  - {match: 'decoder.**', pattern: replicate}\n", SpecError, "output_layer.weight: matches no rule"),
+    "unmatched": (
+        "rules:\n  - {match: 'decoder.**', pattern: replicate}\n",
+        SpecError,
+        "output_layer.weight: matches no rule",
+    ),
     "ambiguous": (
         "rules:\n  - {match: '**', pattern: replicate}\n  - {match: 'output_*.weight', pattern: shard}\n",
         SpecError,

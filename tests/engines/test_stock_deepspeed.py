@@ -109,5 +109,8 @@ def test_wrong_spec_is_refused_when_saving(ranks: Ranks, tmp_path: Path) -> None
     assert isinstance(caught.value.original, MismatchError)
     problems = "\n".join(caught.value.original.problems)
     assert "linear_fc1.weight: spec 'wrong' says shard on dimension 0, the live parameter is" in problems
-    assert "linear_fc2.weight: spec 'wrong' says shard on dimension 0, the live parameter is shard on dimension 1" in problems
+    assert (
+        "linear_fc2.weight: spec 'wrong' says shard on dimension 0, the live parameter is shard on dimension 1"
+        in problems
+    )
     assert not (tmp_path / "a").exists()

@@ -1,4 +1,5 @@
-"""What a run is beside Adam's tensors: hyper-parameters, scheduler, counters, client state, loss scale, frozen weights, buffers."""
+"""What a run is beside Adam's tensors: hyper-parameters, scheduler, counters, client state, loss scale, frozen weights,
+buffers, vocabulary padding."""
 
 from __future__ import annotations
 

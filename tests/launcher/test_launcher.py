@@ -76,7 +76,21 @@ def test_resuming_is_rerunning_with_other_numbers(tmp_path: Path) -> None:
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
     saved = str(tmp_path / "saved")
     launch(
-        2, script, *common, "--tp", "2", "--zero", "1", "--steps", "6", "--save", saved, "--save-every", "3", "--log", str(first)
+        2,
+        script,
+        *common,
+        "--tp",
+        "2",
+        "--zero",
+        "1",
+        "--steps",
+        "6",
+        "--save",
+        saved,
+        "--save-every",
+        "3",
+        "--log",
+        str(first),
     )
     load = ["--load", saved, "--tag", "global_step3", "--log", str(second)]
     launch(2, script, *common, "--tp", "1", "--zero", "3", "--steps", "6", *load)

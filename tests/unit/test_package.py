@@ -77,6 +77,18 @@ def test_hooks_keep_deepspeeds_signatures() -> None:
         assert wrapped.__wrapped__.__module__ == "deepspeed.runtime.engine"
 
 
+def test_arming_twice_wraps_once() -> None:
+    import wrapt
+    from deepspeed import DeepSpeedEngine
+
+    from ucp_deepspeed.arming import _wrap_engine
+
+    before = vars(DeepSpeedEngine)["save_checkpoint"]
+    assert isinstance(before, wrapt.FunctionWrapper)
+    _wrap_engine(sys.modules["deepspeed.runtime.engine"])
+    assert vars(DeepSpeedEngine)["save_checkpoint"] is before
+
+
 def test_config_surface() -> None:
     assert set(UniversalCheckpointConfig.model_fields) == {"enabled", "spec", "load", "vocabulary_size"}
     assert parse_config({}).enabled is False

@@ -148,8 +148,20 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     @cached_property
     def _sliced(self) -> bool:
-        """Whether each data-parallel rank wrote a model_states file of its own: ZeRO-3."""
-        return any(name.startswith("zero_pp_rank_") and name.endswith("_model_states.pt") for name in self._names)
+        """Whether each data-parallel rank wrote a model_states file of its own: ZeRO-3.
+
+        Raises:
+            DamagedCheckpointError: files of both kinds, and no manifest that tells which are the last run's.
+        """
+        if self.manifest is not None:
+            return self.manifest.topology.zero_stage == 3
+        found = [name for name in self._names if name.endswith("_model_states.pt")]
+        sliced = [name for name in found if name.startswith("zero_pp_rank_")]
+        if sliced and len(sliced) < len(found):
+            raise DamagedCheckpointError(
+                f"{self.path} holds the files of two runs, one with ZeRO-3 and one without ({sliced[0]}, …); keep one"
+            )
+        return bool(sliced)
 
     def _model_states_path(self, rank: int, partition: int) -> Path:
         prefix = f"zero_pp_rank_{partition}_" if self._sliced else ""

@@ -26,10 +26,10 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
     root = Path(path)
     if not root.is_dir():
         raise CheckpointNotFoundError(f"no checkpoint folder at {root}")
-    if tag is None and _holds_checkpoint(root):
-        return root
     if is_unfinished(root):
         raise DamagedCheckpointError(f"{root} is what an interrupted conversion left behind; convert again")
+    if tag is None and _holds_checkpoint(root):
+        return root
     if tag is None:
         latest = root / LATEST_NAME
         if not latest.is_file():
@@ -52,10 +52,10 @@ def open_checkpoint(path: str | Path, tag: str | None = None) -> Checkpoint:
         UnsupportedError: a form that this release can't read.
     """
     folder = resolve_tag(path, tag)
-    if (folder / INDEX_NAME).is_file():
-        return UniversalCheckpoint(folder)
     if is_unfinished(folder):
         raise DamagedCheckpointError(f"{folder} is what an interrupted conversion left behind; convert again")
+    if (folder / INDEX_NAME).is_file():
+        return UniversalCheckpoint(folder)
     if any(folder.glob("*mp_rank_*_model_states.pt")):
         return DeepSpeedCheckpoint(folder)
     if any(folder.glob("layer_*-model_states.pt")) or (folder / "zero").is_dir():

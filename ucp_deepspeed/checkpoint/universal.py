@@ -103,7 +103,7 @@ def atom_key(name: str, state: str) -> str:
 
 def is_unfinished(folder: Path) -> bool:
     """Whether a folder is one that a conversion was still writing."""
-    return PARTIAL_MARK in folder.name
+    return folder.name.startswith(".") and PARTIAL_MARK in folder.name
 
 
 class UniversalCheckpoint(Checkpoint):
@@ -197,6 +197,8 @@ class _Header:
         entry = self.entries.get(key)
         if entry is None:
             raise DamagedCheckpointError(f"{self.path} lacks {key}")
+        if entry["dtype"] not in ITEMSIZE:
+            raise DamagedCheckpointError(f"{self.path}: {key} has the unknown dtype {entry['dtype']!r}")
         begin, end = entry["data_offsets"]
         numel = (end - begin) // ITEMSIZE[entry["dtype"]]
         expected = 1
@@ -212,7 +214,7 @@ def _read_index(folder: Path) -> Index:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         version = raw["format_version"]
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise UnsupportedError(f"{path} has format version {version}; this release reads up to {FORMAT_VERSION}")
         return Index.model_validate(raw)
     except (ValueError, ValidationError, KeyError, TypeError) as error:

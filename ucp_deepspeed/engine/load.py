@@ -138,7 +138,8 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
     ):
         return False
     if checkpoint.topology.zero_stage == 0:
-        return True
+        recorded = checkpoint.manifest.parameter_groups if checkpoint.manifest else None
+        return recorded is None or recorded == tuple(tuple(names) for names in optimizer.group_names())
     rank = engine.mpu.get_model_parallel_rank() if engine.mp_world_size > 1 else 0
     return checkpoint.flat_order(rank) == [(slot.names, slot.flattening) for slot in optimizer.slots()]
 

@@ -16,9 +16,9 @@ from deepspeed import comm as dist
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, Manifest, ManifestParameter, ManifestTopology
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.view import layouts_of
-from ucp_deepspeed.engine.model import EngineModel, describe_model
+from ucp_deepspeed.engine.model import EngineModel, agree, describe_model
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer
-from ucp_deepspeed.errors import SpecError
+from ucp_deepspeed.errors import SaveError, SpecError
 from ucp_deepspeed.language import resolve_patterns
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Unique
 from ucp_deepspeed.transfer.commit import write_atomically
@@ -39,6 +39,7 @@ def save_checkpoint(
 
     Raises:
         SpecError, MismatchError: the layouts that the config names don't fit the model; nothing is written.
+        SaveError: DeepSpeed's files are written, the manifest couldn't be; ``latest`` names the checkpoint that it named before.
     """
     rest = {"client_state": client_state or {}, "exclude_frozen_parameters": exclude_frozen_parameters}
     if not save_dir or engine.checkpoint_engine.is_decoupled():
@@ -52,12 +53,16 @@ def save_checkpoint(
         (folder / MANIFEST_NAME).unlink(missing_ok=True)
     saved = native(save_dir, tag=tag, save_latest=False, **rest)
     dist.barrier()
+    error = None
     if dist.get_rank() == 0:
-        manifest = _manifest(model, optimizer, parameters, folder)
-        write_atomically(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1))
-        if save_latest:
-            write_atomically(Path(save_dir) / LATEST_NAME, tag)
-    dist.barrier()
+        try:
+            manifest = _manifest(model, optimizer, parameters, folder)
+            write_atomically(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1))
+            if save_latest:
+                write_atomically(Path(save_dir) / LATEST_NAME, tag)
+        except OSError as caught:
+            error = SaveError(f"the manifest of {folder} could not be written, and 'latest' was not moved: {caught}")
+    agree(error)
     return saved
 
 

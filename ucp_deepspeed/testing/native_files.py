@@ -375,9 +375,9 @@ def _entry(run: NativeRun, held: Held) -> dict[str, Any]:
 def _torch_state(run: NativeRun, held: Sequence[Held], params: Sequence[Sequence[int]]) -> dict[str, Any]:
     """``state_dict()`` of a torch optimizer that holds the entries of ``params``, one after the other."""
     indices = [index for group in params for index in group]
-    entries = {index: _entry(run, entry) for index, entry in zip(indices, held, strict=True)}
+    entries = {index: _entry(run, entry) for index, entry in zip(indices, held, strict=True) if len(entry.states) > 1}
     groups = [hyperparameters(group, run) | {"params": list(held_)} for group, held_ in enumerate(params)]
-    return {"state": {index: entry for index, entry in entries.items() if entry}, "param_groups": groups}
+    return {"state": entries, "param_groups": groups}
 
 
 def _of_group(held: Sequence[Held]) -> list[list[int]]:
@@ -424,13 +424,11 @@ def _plain_optimizer(model: NativeModel, run: NativeRun, held: Sequence[Held]) -
     """A torch optimizer numbers every parameter it was given, also those that have no state since they are frozen."""
     groups = _given_groups(model, run)
     numbered = [name for names in groups for name in names]
-    entries = {numbered.index(entry.names[0]): _entry(run, entry) for entry in held}
+    entries = {numbered.index(entry.names[0]): _entry(run, entry) for entry in held if len(entry.states) > 1}
     starts = [sum(map(len, groups[:group])) for group in range(len(groups))]
     listed = [list(range(start, start + len(names))) for start, names in zip(starts, groups, strict=True)]
-    return {
-        "state": {index: entry for index, entry in entries.items() if entry},
-        "param_groups": [hyperparameters(group, run) | {"params": params} for group, params in enumerate(listed)],
-    }
+    described = [hyperparameters(group, run) | {"params": params} for group, params in enumerate(listed)]
+    return {"state": entries, "param_groups": described}
 
 
 def _zero12_state(model: NativeModel, run: NativeRun, held: Sequence[Held], dp_rank: int) -> dict[str, Any]:
@@ -440,16 +438,13 @@ def _zero12_state(model: NativeModel, run: NativeRun, held: Sequence[Held], dp_r
     base: Any = _torch_state(run, held, _of_group(held))
     common: dict[str, Any] = {"clip_grad": 1.0, "partition_count": [run.dp] * len(held), "ds_version": VERSION}
     if run.kind == "bf16":
-        padding = [
-            entry.states["fp32"].numel() * run.dp - entry.unpadded if dp_rank == run.dp - 1 else 0 for entry in held
-        ]
-        masters = [entry.states["fp32"] for entry in held]
-        more: dict[str, Any] = {
-            "single_partition_of_fp32_groups": masters,
-            "group_paddings": padding,
+        last = dp_rank == run.dp - 1
+        return common | {
+            "base_optimizer_state": base,
+            "single_partition_of_fp32_groups": [entry.states["fp32"] for entry in held],
+            "group_paddings": [last * (entry.states["fp32"].numel() * run.dp - entry.unpadded) for entry in held],
             "param_slice_mappings": mappings,
         }
-        return common | {"base_optimizer_state": base} | more
     lean = [entry.states["fp32"].numel() - entry.end_padding for entry in held]
     more = {}
     if run.elastic:

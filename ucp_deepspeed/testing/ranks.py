@@ -1,8 +1,8 @@
 """Real ranks on one CPU machine, kept alive across tests: starting a DeepSpeed rank takes seconds, calling it milliseconds.
 
 A pool is a set of processes that have joined one gloo process group through ``deepspeed.init_distributed``.
-`RankPool.run` calls a module-level function on all of them. A rank that fails while others wait in a collective can't be rescued: the pool is then
-killed, and started again by the next call. Between calls the ranks keep their state, as any process does.
+`RankPool.run` calls a module-level function on all of them. A rank that fails while others wait in a collective can't be rescued:
+the pool is then killed, and started again by the next call. Between calls the ranks keep their state, as any process does.
 """
 
 from __future__ import annotations

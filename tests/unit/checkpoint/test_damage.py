@@ -1,0 +1,272 @@
+"""Files that are missing, cut, foreign or inconsistent: refused, with the file's name and the reason."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from native_models import SHAPES, model_of, write_manifest
+
+from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
+from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from ucp_deepspeed.checkpoint.torch_files import open_torch_file
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.errors import DamagedCheckpointError, UniversalCheckpointError, UnsupportedError
+from ucp_deepspeed.testing.native_files import NativeRun, write_native
+
+ZERO_2 = NativeRun(stage=2, dp=2, precision="bf16")
+LAST = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+FIRST = "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+MODEL = "mp_rank_00_model_states.pt"
+
+
+def read_all(folder: Path) -> Checkpoint:
+    """Open, and locate every element of every state."""
+    checkpoint = open_checkpoint(folder)
+    view = UniversalView.of(checkpoint)
+    for name, parameter in checkpoint.parameters.items():
+        numel = torch.Size(view.logical_shape(name)).numel()
+        for state in parameter.states:
+            assert sum(part.numel for part in checkpoint.fragments(name, state, 0, 0, numel)) == numel
+    return checkpoint
+
+
+def refused(folder: Path, error: type[UniversalCheckpointError], *parts: str) -> None:
+    with pytest.raises(error) as caught:
+        read_all(folder)
+    assert type(caught.value) is error
+    for part in parts:
+        assert part in str(caught.value), str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_native(tmp_path, model_of(SHAPES), ZERO_2)
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change what a file of this test holds."""
+    saved = torch.load(path, weights_only=False)
+    change(saved)
+    torch.save(saved, path)
+
+
+@pytest.mark.parametrize("name", [FIRST, LAST])
+def test_missing_optimizer_file(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    refused(folder, DamagedCheckpointError, name)
+
+
+def test_missing_model_file_of_a_tensor_parallel_rank(tmp_path: Path) -> None:
+    folder = write_native(tmp_path, model_of(SHAPES), NativeRun(tp=2, dp=2, stage=1))
+    (folder / "mp_rank_01_model_states.pt").unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"lacks 1 of 6 files: mp_rank_01_model_states\.pt"):
+        open_checkpoint(folder)
+
+
+def test_missing_model_file_of_stage_3(tmp_path: Path) -> None:
+    folder = write_native(tmp_path, model_of(SHAPES), NativeRun(dp=3, stage=3))
+    (folder / "zero_pp_rank_2_mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(DamagedCheckpointError, match="zero_pp_rank_2_mp_rank_00_model_states"):
+        open_checkpoint(folder)
+
+
+def test_missing_first_model_file(folder: Path) -> None:
+    (folder / MODEL).unlink()
+    with pytest.raises(DamagedCheckpointError, match="holds no model_states file"):
+        open_checkpoint(folder.parent, folder.name)
+
+
+@pytest.mark.parametrize("name", [MODEL, FIRST, LAST])
+@pytest.mark.parametrize("keep", [0, 3, 100, 0.5, 0.99, -1])
+def test_cut_file(folder: Path, name: str, keep: float) -> None:
+    """Wherever a file was cut off, it is refused by name."""
+    path = folder / name
+    size = path.stat().st_size
+    os.truncate(path, int(size * keep) if 0 < keep < 1 else int(keep) if keep >= 0 else size - 1)
+    refused(folder, DamagedCheckpointError, name)
+
+
+def test_a_cut_file_is_called_truncated(folder: Path) -> None:
+    os.truncate(folder / LAST, 500)
+    refused(folder, DamagedCheckpointError, LAST, "truncated (500 bytes)")
+
+
+def test_manifest_knows_the_size(folder: Path) -> None:
+    """A file that is whole by itself but not the one that was committed."""
+    write_manifest(folder, ZERO_2, (tuple(SHAPES),))
+    size = (folder / LAST).stat().st_size
+    edit(folder / LAST, lambda saved: saved.update(more=list(range(500))))
+    found = (folder / LAST).stat().st_size
+    assert found > size
+    refused(folder, DamagedCheckpointError, LAST, "larger than when it was saved", f"expected {size} bytes", str(found))
+    os.truncate(folder / LAST, size - 10)
+    refused(folder, DamagedCheckpointError, LAST, f"truncated: expected {size} bytes, found {size - 10}")
+
+
+class WritesAFile:
+    """Pickles as a call that writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return Path.touch, (self.path,)
+
+
+class Foreign:
+    """Any class of the user's."""
+
+
+@pytest.mark.parametrize("name", [MODEL, FIRST, LAST])
+def test_foreign_code_is_not_run(folder: Path, tmp_path: Path, name: str) -> None:
+    mark = tmp_path / "code-was-run"
+    edit(folder / name, lambda saved: saved.update(mine=WritesAFile(mark)))
+    refused(folder, DamagedCheckpointError, name, "refused")
+    assert not mark.exists()
+    torch.load(folder / name, weights_only=False)
+    assert mark.exists()
+
+
+def test_foreign_class_is_named(folder: Path) -> None:
+    edit(folder / MODEL, lambda saved: saved.update(mine=Foreign()))
+    refused(folder, DamagedCheckpointError, MODEL, f"{__name__}.Foreign", "add_safe_globals([Foreign])")
+
+
+def test_legacy_format(folder: Path) -> None:
+    saved = torch.load(folder / MODEL, weights_only=False)
+    torch.save(saved, folder / MODEL, _use_new_zipfile_serialization=False)
+    refused(folder, UnsupportedError, MODEL, '"checkpoint_serialization": false', "save again")
+
+
+@pytest.mark.parametrize(("content", "kind"), [(b"", "empty"), (b"hello", "not a torch file")])
+def test_not_a_torch_file(folder: Path, content: bytes, kind: str) -> None:
+    (folder / LAST).write_bytes(content)
+    refused(folder, DamagedCheckpointError, LAST, f"{kind} ({len(content)} bytes)")
+
+
+def test_not_a_dictionary(folder: Path) -> None:
+    torch.save([1, 2], folder / MODEL)
+    refused(folder, DamagedCheckpointError, MODEL, "holds a list")
+
+
+def test_another_zip_file(folder: Path) -> None:
+    with zipfile.ZipFile(folder / LAST, "w") as archive:
+        archive.writestr("a.txt", "a")
+    refused(folder, DamagedCheckpointError, LAST)
+
+
+def test_an_archive_with_an_empty_pickle(folder: Path) -> None:
+    with zipfile.ZipFile(folder / MODEL) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(folder / MODEL, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, b"" if name.endswith("data.pkl") else content)
+    refused(folder, DamagedCheckpointError, MODEL)
+
+
+def _shorten(saved: dict[str, Any]) -> None:
+    masters = saved["optimizer_state_dict"]["single_partition_of_fp32_groups"]
+    masters[0] = masters[0][:-1].clone()
+
+
+def test_partition_of_another_length(folder: Path) -> None:
+    edit(folder / LAST, _shorten)
+    refused(folder, DamagedCheckpointError, LAST, "'fp32'", "expected")
+
+
+def test_optimizer_state_of_another_length_on_one_rank(folder: Path) -> None:
+    def change(saved: dict[str, Any]) -> None:
+        entry = saved["optimizer_state_dict"]["base_optimizer_state"]["state"][0]
+        entry["exp_avg"] = entry["exp_avg"][:-3].clone()
+
+    edit(folder / LAST, change)
+    refused(folder, DamagedCheckpointError, LAST, "'exp_avg'")
+
+
+def test_optimizer_state_that_one_rank_lacks(folder: Path) -> None:
+    edit(folder / LAST, lambda saved: saved["optimizer_state_dict"]["base_optimizer_state"]["state"].clear())
+    refused(folder, DamagedCheckpointError, LAST, "lacks 'exp_avg' of flat group 0, which other ranks have")
+
+
+def test_groups_that_model_states_does_not_describe(folder: Path) -> None:
+    edit(folder / MODEL, lambda saved: saved["param_shapes"].append({"more": torch.Size([2])}))
+    refused(folder, DamagedCheckpointError, FIRST, "1 flat groups", "describes 2")
+
+
+def test_shapes_that_do_not_add_up(folder: Path) -> None:
+    edit(folder / MODEL, lambda saved: saved["param_shapes"][0].update(tail=torch.Size([40])))
+    with pytest.raises((DamagedCheckpointError, UnsupportedError), match=FIRST):
+        read_all(folder)
+
+
+@pytest.mark.parametrize("key", ["mp_world_size", "dp_world_size", "module", "buffer_names", "global_steps"])
+def test_model_states_without_a_key(folder: Path, key: str) -> None:
+    edit(folder / MODEL, lambda saved: saved.pop(key))
+    refused(folder, DamagedCheckpointError, MODEL, key)
+
+
+def test_optimizer_file_without_its_state(folder: Path) -> None:
+    edit(folder / LAST, lambda saved: saved.pop("optimizer_state_dict"))
+    refused(folder, DamagedCheckpointError, LAST, "lacks 'optimizer_state_dict'")
+
+
+def test_missing_frozen_fragment(tmp_path: Path) -> None:
+    folder = write_native(tmp_path, model_of(SHAPES | {"still": (5,)}, frozen=("still",)), NativeRun(stage=3, dp=2))
+    path = folder / "zero_pp_rank_1_mp_rank_00_model_states.pt"
+    edit(path, lambda saved: saved["frozen_param_fragments"].pop("still"))
+    refused(folder, DamagedCheckpointError, path.name, "still")
+
+
+def test_other_parameters_on_another_tensor_parallel_rank(tmp_path: Path) -> None:
+    folder = write_native(tmp_path, model_of(SHAPES), NativeRun(tp=2))
+    edit(folder / "mp_rank_01_model_states.pt", lambda saved: saved["module"].update(extra=torch.zeros(2)))
+    with pytest.raises(DamagedCheckpointError, match=r"rank 1 has other parameters than rank 0: \['extra'\]"):
+        assert open_checkpoint(folder).parameters
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda saved: saved.update(module=None), "pipeline"),
+        (lambda saved: saved.update(num_experts=[4]), "mixture-of-experts"),
+        (lambda saved: saved.update(ds_autoep_layers={"a": 1}), "mixture-of-experts"),
+    ],
+)
+def test_unsupported_models(folder: Path, change: Callable[[dict[str, Any]], Any], reason: str) -> None:
+    edit(folder / MODEL, change)
+    refused(folder, UnsupportedError, reason)
+
+
+def test_groups_over_fewer_ranks(folder: Path) -> None:
+    """Expert parallelism partitions over a part of the data-parallel ranks."""
+    edit(folder / FIRST, lambda saved: saved["optimizer_state_dict"].update(partition_count=[1]))
+    refused(folder, UnsupportedError, FIRST, "expert parallelism")
+
+
+def test_optimizer_class_that_is_not_known(folder: Path) -> None:
+    edit(folder / FIRST, lambda saved: saved.update(optimizer_state_dict={"strange": 1}))
+    refused(folder, UnsupportedError, FIRST, "strange")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format_version": "x"}', '{"format_version": 1}'])
+def test_damaged_manifest(folder: Path, content: str) -> None:
+    (folder / MANIFEST_NAME).write_text(content, encoding="utf-8")
+    with pytest.raises(DamagedCheckpointError, match=MANIFEST_NAME):
+        read_manifest(folder)
+
+
+def test_manifest_of_a_later_version(folder: Path) -> None:
+    (folder / MANIFEST_NAME).write_text('{"format_version": 99}', encoding="utf-8")
+    with pytest.raises(UnsupportedError, match="version 99"):
+        open_checkpoint(folder)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(DamagedCheckpointError, match=r"gone\.pt is missing"):
+        open_torch_file(tmp_path / "gone.pt")

@@ -1,0 +1,101 @@
+"""From a path to a tag folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from native_models import SHAPES, check_reads_back, model_of
+
+from ucp_deepspeed.checkpoint import open_checkpoint, resolve_tag
+from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.testing.native_files import NativeRun, write_native
+
+RUN = NativeRun(stage=1, dp=2)
+
+
+@pytest.mark.parametrize("name", ["run+v1", "a[1]", "a*b?", "with space", "ünïcode", "{x}", "100%"])
+def test_any_folder_name(tmp_path: Path, name: str) -> None:
+    """Names that mean something in a glob, a regular expression or a URL are names like any other."""
+    model = model_of(SHAPES)
+    folder = write_native(tmp_path / name, model, RUN, tag=f"{name}_tag")
+    assert resolve_tag(tmp_path / name) == folder
+    assert resolve_tag(tmp_path / name, f"{name}_tag") == folder
+    check_reads_back(folder, model, RUN)
+
+
+def test_latest_is_followed(tmp_path: Path) -> None:
+    first = write_native(tmp_path, model_of(SHAPES), RUN, tag="one")
+    second = write_native(tmp_path, model_of(SHAPES), RUN, tag="two")
+    assert resolve_tag(tmp_path) == second
+    (tmp_path / "latest").write_text("one\n", encoding="utf-8")
+    assert resolve_tag(str(tmp_path)) == first
+    assert open_checkpoint(tmp_path, "two").path == second
+
+
+def test_a_tag_folder_by_itself(tmp_path: Path) -> None:
+    folder = write_native(tmp_path, model_of(SHAPES), RUN)
+    assert resolve_tag(folder) == folder
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match=r"no checkpoint folder at .*nowhere"):
+        open_checkpoint(tmp_path / "nowhere")
+
+
+def test_no_such_tag_lists_the_tags(tmp_path: Path) -> None:
+    for tag in ("global_step10", "global_step5"):
+        write_native(tmp_path, model_of(SHAPES), RUN, tag=tag)
+    (tmp_path / "logs").mkdir()
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        open_checkpoint(tmp_path, "global_step7")
+    assert "no tag 'global_step7'" in str(caught.value)
+    assert "tags there: global_step10, global_step5" in str(caught.value)
+    assert "logs" not in str(caught.value)
+
+
+def test_no_latest_lists_the_tags(tmp_path: Path) -> None:
+    write_native(tmp_path, model_of(SHAPES), RUN, tag="step1")
+    (tmp_path / "latest").unlink()
+    with pytest.raises(CheckpointNotFoundError, match=r"'latest' file; tags there: step1"):
+        open_checkpoint(tmp_path)
+
+
+def test_latest_of_a_tag_that_is_gone(tmp_path: Path) -> None:
+    write_native(tmp_path, model_of(SHAPES), RUN, tag="step1")
+    (tmp_path / "latest").write_text("step2", encoding="utf-8")
+    with pytest.raises(CheckpointNotFoundError, match=r"no tag 'step2'.*tags there: step1"):
+        open_checkpoint(tmp_path)
+
+
+def test_no_tags_at_all(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="no tag folders there"):
+        open_checkpoint(tmp_path)
+
+
+def test_empty_tag_folder(tmp_path: Path) -> None:
+    (tmp_path / "tag").mkdir()
+    with pytest.raises(DamagedCheckpointError, match="holds no model_states file"):
+        open_checkpoint(tmp_path, "tag")
+
+
+@pytest.mark.parametrize("name", ["layer_00-model_states.pt", "layer_02-model_01-model_states.pt"])
+def test_pipeline_layers(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "tag"
+    folder.mkdir()
+    (folder / name).write_bytes(b"")
+    with pytest.raises(UnsupportedError, match="pipeline"):
+        open_checkpoint(tmp_path, "tag")
+
+
+def test_deepspeeds_universal_folder(tmp_path: Path) -> None:
+    (tmp_path / "tag" / "zero").mkdir(parents=True)
+    with pytest.raises(UnsupportedError, match="universal folder"):
+        open_checkpoint(tmp_path, "tag")
+
+
+def test_interrupted_conversion(tmp_path: Path) -> None:
+    folder = tmp_path / "tag.partial-123"
+    folder.mkdir()
+    with pytest.raises(DamagedCheckpointError, match="interrupted"):
+        open_checkpoint(folder)

@@ -1,0 +1,80 @@
+"""What all commands share: what is imported, how errors look, which options there are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import Result
+
+from ucp_deepspeed.cli import main
+
+Ucp = Callable[..., Result]
+
+OPTIONS = {
+    "inspect": {"--tag", "--spec", "--vocabulary-size", "--json"},
+    "convert": {"--tag", "--spec", "--vocabulary-size", "--workers", "--drop-client-state", "--quiet"},
+    "diff": {"--tag-a", "--tag-b", "--spec", "--spec-a", "--spec-b", "--vocabulary-size", "--limit", "--chunk"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_are_what_is_documented(name: str) -> None:
+    options = {opt for param in main.commands[name].params if isinstance(param, click.Option) for opt in param.opts}
+    assert options == OPTIONS[name]
+
+
+def test_importing_the_command_line_imports_no_engine(tmp_path: Path) -> None:
+    code = "import sys, ucp_deepspeed.cli; print({'deepspeed', 'megatron'} & {m.split('.')[0] for m in sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert run.stdout == "set()\n", run.stderr
+
+
+def test_a_command_runs_without_an_engine(saved: Path, tmp_path: Path) -> None:
+    """deepspeed and megatron can't even be imported here."""
+    code = "import sys; sys.modules.update(deepspeed=None, megatron=None); from ucp_deepspeed.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code]
+    for args in (["inspect", saved], ["convert", saved, tmp_path / "u"], ["diff", saved, tmp_path / "u"]):
+        run = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=60)
+        assert run.returncode == 0, run.stderr
+
+
+def test_as_a_module_and_as_a_script(saved: Path, tmp_path: Path) -> None:
+    script = Path(__file__).parents[3] / "scripts" / "convert.py"
+    run = subprocess.run([sys.executable, script, saved, tmp_path / "u"], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and run.stdout.startswith(str(tmp_path / "u" / "step3"))
+    run = subprocess.run(
+        [sys.executable, "-m", "ucp_deepspeed.cli", "diff", saved, tmp_path / "u"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 0 and run.stdout.startswith("equal: ")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["inspect", "nowhere"], "no checkpoint folder at nowhere"),
+        (["convert", "nowhere", "to"], "no checkpoint folder at nowhere"),
+        (["diff", "nowhere", "there"], "no checkpoint folder at nowhere"),
+        (["inspect", "SAVED", "--tag", "step9"], "no tag 'step9' in"),
+        (["inspect", "SAVED", "--spec", "unknown"], "no family or spec file 'unknown'"),
+        (["diff", "SAVED", "SAVED", "--tag-b", "step9"], "tags there: step2, step3"),
+    ],
+)
+def test_errors_are_one_message_and_status_2(args: list[str], message: str, saved: Path, ucp: Ucp) -> None:
+    result = ucp(*[saved if arg == "SAVED" else arg for arg in args])
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and message in result.stderr
+
+
+def test_errors_of_the_system_too(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
+    (tmp_path / "file").write_text("")
+    result = ucp("convert", saved, tmp_path / "file" / "below")
+    last = result.stderr.splitlines()[-1]
+    assert result.exit_code == 2 and last.startswith("error: ") and "Not a directory" in last

@@ -1,0 +1,90 @@
+"""``ucp convert``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from ucp_deepspeed.checkpoint import open_checkpoint
+
+Ucp = Callable[..., Result]
+
+
+def test_a_folder_that_can_be_loaded_from(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
+    result = ucp("convert", saved, tmp_path / "deep" / "u")
+    assert result.exit_code == 0
+    found = sorted(str(path.relative_to(tmp_path / "deep" / "u")) for path in (tmp_path / "deep" / "u").rglob("*"))
+    assert found == ["latest", "step3", "step3/atoms-00001-of-00001.safetensors", "step3/ucp_index.json"]
+    assert (tmp_path / "deep" / "u" / "latest").read_text() == "step3"
+    [line] = result.stdout.splitlines()
+    assert re.fullmatch(r".*/u/step3: read [\d.]+ KiB from 2 files, wrote [\d.]+ KiB to 2 files in [\d.]+ s", line)
+    assert "KiB" in result.stderr or "kB" in result.stderr  # the bar
+    assert open_checkpoint(tmp_path / "deep" / "u").run.global_steps == 3
+
+
+def test_quiet(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
+    result = ucp("convert", saved, tmp_path / "u", "--quiet", "--workers", 1)
+    assert (result.exit_code, result.output) == (0, "")
+
+
+def test_a_second_tag_beside_the_first(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
+    assert ucp("convert", saved, tmp_path / "u").exit_code == 0
+    assert ucp("convert", saved, tmp_path / "u", "--tag", "step2").exit_code == 0
+    assert (tmp_path / "u" / "latest").read_text() == "step2"
+    assert sorted(path.name for path in (tmp_path / "u").iterdir()) == ["latest", "step2", "step3"]
+
+
+@pytest.mark.parametrize("content", ["", "file"])
+def test_what_exists_is_not_touched(content: str, saved: Path, tmp_path: Path, ucp: Ucp) -> None:
+    (tmp_path / "u" / "step3").mkdir(parents=True)
+    (tmp_path / "u" / "latest").write_text("mine")
+    if content:
+        (tmp_path / "u" / "step3" / "file").write_text("kept")
+    before = sorted((str(path), path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    result = ucp("convert", saved, tmp_path / "u")
+    assert result.exit_code == 2 and "step3 exists already; nothing was written" in result.stderr
+    assert before == sorted((str(path), path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+
+
+def test_the_name_of_the_folder_one_stands_in(
+    saved: Path, tmp_path: Path, ucp: Ucp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved / "step2")
+    assert ucp("convert", ".", tmp_path / "u").exit_code == 0
+    assert (tmp_path / "u" / "latest").read_text() == "step2"
+
+
+def test_names_that_look_like_patterns(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
+    target = tmp_path / "run+v1 [a]*"
+    assert ucp("convert", saved, target).exit_code == 0
+    assert ucp("diff", saved, target).exit_code == 0
+    assert f"path             {target}/step3" in ucp("inspect", target).stdout
+
+
+def test_universal_to_universal(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
+    assert ucp("convert", saved, tmp_path / "u").exit_code == 0
+    assert ucp("convert", tmp_path / "u", tmp_path / "v").exit_code == 0
+    atoms = "step3/atoms-00001-of-00001.safetensors"
+    assert (tmp_path / "u" / atoms).read_bytes() == (tmp_path / "v" / atoms).read_bytes()
+
+
+def test_dropped_keys_of_the_client_state(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
+    assert ucp("convert", saved, tmp_path / "u").exit_code == 0
+    assert open_checkpoint(tmp_path / "u").client_state()[1]["epoch"] == 7
+    drop = ("--drop-client-state", "epoch", "--drop-client-state", "ds_config")
+    assert ucp("convert", saved, tmp_path / "v", *drop).exit_code == 0
+    assert open_checkpoint(tmp_path / "v").client_state()[1].keys() == {"ds_version"}
+    result = ucp("convert", saved, tmp_path / "w", "--drop-client-state", "epochs")
+    assert result.exit_code == 2 and "no key epochs" in result.stderr and not (tmp_path / "w").exists()
+
+
+def test_tensor_parallelism_needs_layouts(sharded: Path, spec_file: Path, tmp_path: Path, ucp: Ucp) -> None:
+    result = ucp("convert", sharded, tmp_path / "u")
+    assert result.exit_code == 2 and "no layout is known for 2 parameters" in result.stderr
+    assert not (tmp_path / "u").exists()
+    assert ucp("convert", sharded, tmp_path / "u", "--spec", spec_file).exit_code == 0
+    assert open_checkpoint(tmp_path / "u").parameters["block.rows"].local_shapes == ((6, 8),)

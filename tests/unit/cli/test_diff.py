@@ -1,0 +1,45 @@
+"""``ucp diff``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from click.testing import Result
+
+Ucp = Callable[..., Result]
+
+
+def test_equal(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
+    assert ucp("convert", saved, tmp_path / "u").exit_code == 0
+    result = ucp("diff", saved, tmp_path / "u", "--chunk", 1)
+    assert (result.exit_code, result.stderr) == (0, "")
+    size = 3 * 4 * 3252 + 2 * 33 + 4 * 20 + 8
+    assert result.stdout == f"equal: 10 parameters, 24 states, {size} bytes\n"
+
+
+def test_different(saved: Path, ucp: Ucp) -> None:
+    result = ucp("diff", saved, saved, "--tag-a", "step2", "--limit", 200)
+    assert result.exit_code == 1
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith(f"different: {len(lines) - 1} differences (")
+    assert any(line.startswith("  embedding.weight/fp32: ") and "elements differ, first at [" in line for line in lines)
+    assert "  norm.weight: step is 2.0 in A, 3.0 in B" in lines
+    assert "  global_steps: 2 in A, 3 in B" in lines
+    assert "  lr_scheduler: last_batch_iteration is 1 in A, 2 in B" in lines
+    assert any(line.startswith("  norm.bias: lr is ") for line in lines)
+
+
+def test_the_first_differences_only(saved: Path, ucp: Ucp) -> None:
+    every = ucp("diff", saved / "step2", saved, "--limit", 200).stdout.splitlines()
+    some = ucp("diff", saved / "step2", saved, "--limit", 3).stdout.splitlines()
+    assert some[:4] == every[:4] and len(some) == 5
+    assert some[4] == f"  … and {len(every) - 4} more"
+
+
+def test_a_spec_for_one_side(sharded: Path, spec_file: Path, tmp_path: Path, ucp: Ucp) -> None:
+    assert ucp("convert", sharded, tmp_path / "u", "--spec", spec_file).exit_code == 0
+    assert ucp("diff", sharded, tmp_path / "u").exit_code == 2
+    assert ucp("diff", sharded, tmp_path / "u", "--spec-a", spec_file).exit_code == 0
+    assert ucp("diff", tmp_path / "u", sharded, "--spec-b", spec_file).exit_code == 0
+    assert ucp("diff", sharded, sharded, "--spec", spec_file).exit_code == 0

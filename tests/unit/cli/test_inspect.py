@@ -1,0 +1,113 @@
+"""``ucp inspect``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from click.testing import Result
+
+Ucp = Callable[..., Result]
+
+KEYS = """
+    path form topology source_topology global_steps global_samples skipped_steps precision ds_version lr_scheduler loss_scale
+    optimizer_steps layouts vocabulary_size numel state_bytes disk_bytes files groups parameters
+"""
+
+
+def test_the_keys_of_the_object(saved: Path, ucp: Ucp) -> None:
+    report = json.loads(ucp("inspect", saved, "--json").stdout)
+    assert list(report) == KEYS.split()
+    assert report["path"] == str(saved / "step3") and report["form"] == "deepspeed zero-1/2"
+    assert report["topology"] == {"tp": 1, "pp": 1, "dp": 1, "zero_stage": 1} and report["source_topology"] is None
+    assert (report["global_steps"], report["global_samples"], report["skipped_steps"]) == (3, 24, 0)
+    assert report["precision"] == "bf16" and report["optimizer_steps"] == [3]
+    assert report["lr_scheduler"] == {"last_batch_iteration": 2}
+    assert report["layouts"] == {"known": True, "reason": None} and report["vocabulary_size"] is None
+    assert report["numel"] == {"trainable": 3252, "frozen": 33, "buffer": 21}
+    assert report["state_bytes"] == {
+        "fp32": 4 * 3252,
+        "exp_avg": 4 * 3252,
+        "exp_avg_sq": 4 * 3252,
+        "weight": 2 * 33 + 4 * 20 + 8,
+    }
+    files = [path for path in (saved / "step3").iterdir() if path.is_file()]
+    assert report["files"] == len(files) and report["disk_bytes"] == sum(path.stat().st_size for path in files)
+    assert [len(group["names"]) for group in report["groups"]] == [3, 4]
+    assert [group["hyperparameters"]["weight_decay"] for group in report["groups"]] == [0.1, 0.0]
+    assert report["parameters"]["linear_in.weight"] == {
+        "kind": "trainable",
+        "shape": [33, 20],
+        "local_shapes": [[33, 20]],
+        "pattern": "unique",
+        "states": {"fp32": "F32", "exp_avg": "F32", "exp_avg_sq": "F32"},
+        "scalars": {"step": 3.0},
+    }
+    assert report["parameters"]["linear_in.bias"]["kind"] == "frozen"
+    assert report["parameters"]["calls"]["states"] == {"weight": "I64"}
+
+
+def test_for_people(saved: Path, ucp: Ucp) -> None:
+    shown = ucp("inspect", saved).stdout
+    for expected in (
+        "deepspeed zero-1/2",
+        "TP1·PP1·DP1 ZeRO-1",
+        "3, 0 skipped, 24 samples",
+        "3,252 trainable, 33 frozen, 21 buffer",
+        "fp32 12.7 KiB",
+        "last_batch_iteration=2",
+        "group 1: 4 parameters, weight_decay=0.0",
+    ):
+        assert expected in shown
+    [row] = [line for line in shown.splitlines() if line.startswith("linear_in.weight")]
+    assert (
+        " ".join(row.split())
+        == "linear_in.weight trainable [33, 20] unique fp32 F32, exp_avg F32, exp_avg_sq F32 step=3.0"
+    )
+
+
+def test_a_tag(saved: Path, ucp: Ucp) -> None:
+    for args in ([saved, "--tag", "step2"], [saved / "step2"]):
+        assert json.loads(ucp("inspect", *args, "--json").stdout)["global_steps"] == 2
+
+
+def test_a_universal_checkpoint(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
+    assert ucp("convert", saved, tmp_path / "u").exit_code == 0
+    report = json.loads(ucp("inspect", tmp_path / "u", "--json").stdout)
+    native = json.loads(ucp("inspect", saved, "--json").stdout)
+    assert report["form"] == "universal 1" and report["source_topology"] == native["topology"]
+    for key in ("parameters", "numel", "state_bytes", "optimizer_steps", "lr_scheduler", "global_steps"):
+        assert report[key] == native[key]
+    assert "(saved by TP1·PP1·DP1 ZeRO-1)" in ucp("inspect", tmp_path / "u").stdout
+
+
+def test_local_shapes_where_no_layout_is_known(sharded: Path, ucp: Ucp) -> None:
+    report = json.loads(ucp("inspect", sharded, "--json").stdout)
+    assert report["layouts"]["known"] is False and "--spec" in report["layouts"]["reason"]
+    rows = report["parameters"]["block.rows"]
+    assert (rows["shape"], rows["pattern"], rows["local_shapes"]) == (None, None, [[3, 8], [3, 8]])
+    assert report["numel"]["trainable"] == 48 + 2 * 5
+    shown = ucp("inspect", sharded)
+    assert shown.exit_code == 0 and "Local shapes only: no layout is known for 2 parameters" in shown.stdout
+    assert "2 × [3, 8]" in shown.stdout and "sum over the ranks' local tensors" in shown.stdout
+
+
+def test_layouts_of_a_spec(sharded: Path, spec_file: Path, ucp: Ucp) -> None:
+    report = json.loads(ucp("inspect", sharded, "--spec", spec_file, "--json").stdout)
+    assert report["layouts"]["known"] and report["numel"]["trainable"] == 48 + 5
+    assert report["parameters"]["block.rows"]["shape"] == [6, 8]
+    assert report["parameters"]["block.rows"]["pattern"] == "shard on dimension 0"
+
+
+def test_the_unpadded_vocabulary(sharded: Path, spec_file: Path, ucp: Ucp) -> None:
+    spec_file.write_text(spec_file.read_text().replace("dim: 0}", "dim: 0, vocabulary: true}"))
+    report = json.loads(ucp("inspect", sharded, "--spec", spec_file, "--vocabulary-size", 5, "--json").stdout)
+    assert report["parameters"]["block.rows"]["shape"] == [5, 8] and report["vocabulary_size"] == 5
+    assert report["parameters"]["block.rows"]["pattern"] == "shard on dimension 0 (vocabulary)"
+
+
+def test_a_spec_that_does_not_fit_is_an_error(sharded: Path, spec_file: Path, ucp: Ucp) -> None:
+    spec_file.write_text("family: mine\nrules:\n  - {match: block.*, pattern: shard, dim: 1}\n")
+    result = ucp("inspect", sharded, "--spec", spec_file)
+    assert result.exit_code == 2 and "block.same: dimension 1" in result.stderr

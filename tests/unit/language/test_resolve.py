@@ -1,0 +1,118 @@
+"""Which source of patterns wins, and when they contradict each other."""
+
+from __future__ import annotations
+
+import pytest
+
+from ucp_deepspeed.errors import MismatchError, SpecError
+from ucp_deepspeed.language import Agreement, Spec, load_spec, resolve_patterns
+from ucp_deepspeed.language.resolve import compare, describe
+from ucp_deepspeed.layout import Partial, Pattern, Replicate, Scale, Shard, Unique
+
+SPEC = Spec.parse({"family": "mine", "rules": [{"match": "**", "pattern": "shard", "dim": 1}]}, "mine.yaml")
+FAMILY_NAMES = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight"]
+
+
+def test_spec_wins_over_all() -> None:
+    found = resolve_patterns(
+        ["a"], degree=2, spec=SPEC, recorded={"a": Partial()}, inferred={"a": Shard(1, parts=(1,))}
+    )
+    assert found == {"a": Shard(1)}
+
+
+def test_recorded_wins_over_inferred() -> None:
+    parts = Shard(0, parts=(1, 1))
+    names = ["a", "b"]
+    found = resolve_patterns(names, degree=2, recorded={"a": parts}, inferred={"a": Shard(0), "b": Replicate()})
+    assert found == {"a": parts, "b": Replicate()}
+
+
+def test_recorded_wins_over_the_family() -> None:
+    recorded: dict[str, Pattern] = dict.fromkeys(FAMILY_NAMES, Partial())
+    assert resolve_patterns(FAMILY_NAMES, degree=2, recorded=recorded) == recorded
+
+
+def test_inferred_wins_over_the_family() -> None:
+    inferred: dict[str, Pattern] = dict.fromkeys(FAMILY_NAMES, Shard(1))
+    assert resolve_patterns(FAMILY_NAMES, degree=2, inferred=inferred) == inferred
+
+
+def test_family_where_nothing_is_known() -> None:
+    expected = load_spec("megatron_core_llama").patterns(FAMILY_NAMES)
+    assert resolve_patterns(FAMILY_NAMES, degree=2) == expected
+    assert isinstance(expected[FAMILY_NAMES[0]], Shard) and expected[FAMILY_NAMES[1]] == Replicate()
+
+
+def test_unique_without_model_parallelism() -> None:
+    """What isn't known doesn't matter on one rank; what is known is kept, for those who read it later."""
+    assert resolve_patterns(["a", "b"], degree=1, recorded={"a": Shard(1)}) == {"a": Shard(1), "b": Unique()}
+
+
+def test_unknown_names_say_how_to_name_a_spec() -> None:
+    with pytest.raises(SpecError) as caught:
+        resolve_patterns(["a", "b", "c", "d"], degree=2, recorded={"d": Shard()})
+    for part in ("no layout is known for 3 parameters", "a, b, c", '"spec": "path.yaml"', "--spec"):
+        assert part in str(caught.value)
+
+
+def test_contradictions_are_all_listed() -> None:
+    inferred: dict[str, Pattern] = {"a": Shard(0), "b": Replicate(), "c": Shard(1)}
+    with pytest.raises(MismatchError) as caught:
+        resolve_patterns(["a", "b", "c"], degree=2, spec=SPEC, inferred=inferred)
+    assert caught.value.problems == (
+        "a: spec 'mine' says shard on dimension 1, the live parameter is shard on dimension 0",
+        "b: spec 'mine' says shard on dimension 1, the live parameter is replicate",
+    )
+
+
+def test_contradictions_of_the_checkpoint_name_it() -> None:
+    with pytest.raises(MismatchError, match="a: the checkpoint says partial, the live parameter is shard"):
+        resolve_patterns(["a"], degree=4, recorded={"a": Partial()}, inferred={"a": Shard()})
+
+
+def test_contradictions_do_not_matter_on_one_rank() -> None:
+    assert resolve_patterns(["a"], degree=1, spec=SPEC, inferred={"a": Replicate()}) == {"a": Shard(1)}
+
+
+def test_spec_that_does_not_fit() -> None:
+    with pytest.raises(SpecError, match="mystery: matches no rule"):
+        resolve_patterns(["mystery"], degree=1, spec=load_spec("megatron_core_gpt"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "live", "agreement"),
+    [
+        (Shard(0), Shard(0), Agreement.SAME),
+        (Replicate(), Replicate(), Agreement.SAME),
+        (Shard(0, parts=(1, 1)), Shard(0), Agreement.REFINED),
+        (Shard(0, vocabulary=True), Shard(0), Agreement.REFINED),
+        (Shard(0, widths=(3, 2)), Shard(0), Agreement.REFINED),
+        (Shard(0, parts=(1, 1), pad_to_multiple=2), Shard(0, parts=(1, 1)), Agreement.REFINED),
+        (Partial(), Replicate(), Agreement.REFINED),
+        (Replicate(scale=Scale()), Replicate(), Agreement.REFINED),
+        (Unique(), Replicate(), Agreement.REFINED),
+        (Shard(0), Shard(1), Agreement.CONTRADICTED),
+        (Shard(0), Shard(0, parts=(1, 1)), Agreement.CONTRADICTED),
+        (Shard(0, parts=(2, 1, 1)), Shard(0, parts=(1, 1)), Agreement.CONTRADICTED),
+        (Shard(0), Replicate(), Agreement.CONTRADICTED),
+        (Replicate(), Shard(0), Agreement.CONTRADICTED),
+    ],
+    ids=str,
+)
+def test_compare(pattern: Pattern, live: Pattern, agreement: Agreement) -> None:
+    assert compare(pattern, live) is agreement
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        (Unique(), "unique"),
+        (Replicate(), "replicate"),
+        (Partial(), "partial"),
+        (Shard(1), "shard on dimension 1"),
+        (Shard(0, parts=(1, 1)), "shard on dimension 0 in parts 1:1"),
+        (Shard(0, vocabulary=True), "shard on dimension 0 (vocabulary)"),
+    ],
+)
+def test_describe(pattern: Pattern, words: str) -> None:
+    assert describe(pattern) == words

@@ -1,0 +1,162 @@
+"""Committed or absent: what is left when a conversion is stopped, killed, or runs out of disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.universal import PARTIAL_MARK
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.cli import main
+from ucp_deepspeed.errors import ConfigError, DamagedCheckpointError
+from ucp_deepspeed.transfer import convert as convert_module
+from ucp_deepspeed.transfer.commit import committed_folder, write_atomically
+from ucp_deepspeed.transfer.convert import convert
+
+SLOWLY = """
+import sys, time
+from pathlib import Path
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.transfer.convert import convert
+def progress(written, total):
+    print(written, flush=True)
+    time.sleep(0.1)
+convert(UniversalView.of(open_checkpoint(sys.argv[1])), Path(sys.argv[2]), chunk_numbytes=64, progress=progress)
+"""
+
+
+def _stop_midway(source: Path, destination: Path, number: signal.Signals) -> tuple[int, int]:
+    """Start a slow conversion, send it a signal after its first chunk; returns its exit status and chunks written."""
+    process = subprocess.Popen([sys.executable, "-c", SLOWLY, source, destination], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline()
+        process.send_signal(number)
+        written, _ = process.communicate(timeout=120)
+        return process.returncode, 1 + len(written.splitlines())
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_conversion_leaves_nothing(
+    number: signal.Signals, engine_checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    status, written = _stop_midway(engine_checkpoints["zero1"], tmp_path / "u" / "step3", number)
+    assert status != 0 and written < 100  # of more than 600
+    assert list((tmp_path / "u").iterdir()) == []
+
+
+def test_a_killed_conversion_is_refused_and_then_replaced(engine_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    source, destination = engine_checkpoints["zero1"], tmp_path / "u"
+    status, _ = _stop_midway(source, destination / "step3", signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    [partial] = destination.iterdir()
+    assert partial.name.startswith(f".step3{PARTIAL_MARK}")
+    with pytest.raises(DamagedCheckpointError, match="interrupted conversion"):
+        open_checkpoint(partial)
+    with pytest.raises(DamagedCheckpointError, match="interrupted conversion"):
+        open_checkpoint(destination, partial.name)
+    shown = CliRunner().invoke(main, ["inspect", str(partial)])
+    assert shown.exit_code == 2 and "convert again" in shown.stderr
+    shown = CliRunner().invoke(main, ["inspect", str(destination)])
+    assert shown.exit_code == 2 and "no tag folders there" in shown.stderr
+    assert CliRunner().invoke(main, ["convert", str(source), str(destination)]).exit_code == 0
+    assert sorted(path.name for path in destination.iterdir()) == ["latest", "step3"]
+
+
+def test_only_what_is_abandoned_on_this_machine_is_removed(tmp_path: Path) -> None:
+    prefix = f".final{PARTIAL_MARK}{socket.gethostname()}"
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    kept = [
+        f"{prefix}-{os.getppid()}",
+        f"{prefix}-2-{ended.pid}",
+        f".final{PARTIAL_MARK}elsewhere-{ended.pid}",
+        "other",
+    ]
+    for name in [*kept, f"{prefix}-{ended.pid}"]:
+        (tmp_path / name).mkdir()
+    with committed_folder(tmp_path / "final") as folder:
+        assert folder.parent == tmp_path and folder.name.startswith(".")
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "final"}
+
+
+def test_a_folder_that_exists_is_not_touched(engine_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "u").mkdir()
+    (tmp_path / "u" / "mine").write_text("kept")
+    with pytest.raises(ConfigError, match="exists already"):
+        convert(UniversalView.of(open_checkpoint(engine_checkpoints["zero0"])), tmp_path / "u")
+    assert [path.name for path in tmp_path.rglob("*")] == ["u", "mine"]
+
+
+@pytest.mark.parametrize("failing", [0, 1, 7])
+def test_a_full_disk_leaves_nothing(
+    failing: int, engine_checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite, calls = os.pwrite, iter(range(1000))
+
+    def full(*args: Any) -> int:
+        if next(calls) == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(*args)
+
+    view = UniversalView.of(open_checkpoint(engine_checkpoints["zero1"]))
+    monkeypatch.setattr(convert_module.os, "pwrite", full)
+    open_before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(OSError, match="No space left"):
+        convert(view, tmp_path / "u", chunk_numbytes=1024, file_numbytes=9000)
+    assert list(tmp_path.iterdir()) == []
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_before
+
+
+def test_the_systems_file_size_limit(engine_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "ucp_deepspeed.cli",
+        "convert",
+        str(engine_checkpoints["zero1"]),
+        str(tmp_path / "u"),
+    ]
+    limit: Callable[[], None] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    run = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2 and "File too large" in run.stderr and "Traceback" not in run.stderr
+    assert list((tmp_path / "u").iterdir()) == []
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_atomically(tmp_path / "latest", "one")
+
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.EIO, "failed")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="failed"):
+        write_atomically(tmp_path / "latest", "two")
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+    assert (tmp_path / "latest").read_text() == "one"
+
+
+def test_a_source_that_shrinks_leaves_nothing(engine_copy: Callable[[str, str], Path], tmp_path: Path) -> None:
+    folder = engine_copy("zero1", "source")
+    view = UniversalView.of(open_checkpoint(folder))
+    convert(view, tmp_path / "before")
+    [path] = folder.glob("*_optim_states.pt")
+    os.truncate(path, 5000)
+    with pytest.raises(DamagedCheckpointError, match=f"{path.name} is truncated"):
+        convert(view, tmp_path / "u")
+    assert not (tmp_path / "u").exists() and not list(tmp_path.glob(".u*"))

@@ -1,0 +1,122 @@
+"""Client state, schedulers and hyper-parameters when converting: exact, or refused by name before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.errors import ConfigError, UnsupportedError
+from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
+from ucp_deepspeed.transfer.compare import same_value
+from ucp_deepspeed.transfer.convert import convert
+
+VALUES: dict[str, Any] = {
+    "none": None,
+    "flags": [True, False],
+    "integers": {"small": -3, "large": 2**80},
+    "floats": [0.1, -0.0, math.inf, -math.inf, math.nan, 5e-324],
+    "text": "naïve \u2028 \n",
+    "tuple": (1, (2.5, "x"), []),
+    "set": {1, 2, 3},
+    "by number": {0: "a", (1, 2): "b", None: "c"},
+    "tagged": {"$tensor": "not one", "$": 1},
+    "dtype": torch.bfloat16,
+    "bytes": b"\x00\xff raw",
+    "tensors": {
+        "generator": torch.arange(16, dtype=torch.uint8),
+        "nested": [torch.tensor(1.5, dtype=torch.bfloat16), (torch.tensor([[True, False]]),)],
+        "strided": torch.arange(12).view(3, 4).t(),
+        "empty": torch.empty(0, 2),
+    },
+    "empty": {},
+}
+
+
+def _saved(root: Path, client_state: Any) -> Path:
+    parameter = NativeParameter("weight", torch.ones(4), {"exp_avg": torch.ones(4)})
+    return write_native(root, NativeModel((parameter,)), NativeRun(stage=1), client_state=client_state)
+
+
+def _converted(folder: Path, to: Path, **options: Any) -> dict[str, Any]:
+    convert(UniversalView.of(open_checkpoint(folder)), to, **options)
+    return open_checkpoint(to).client_state()[1]
+
+
+def _typed(value: Any) -> Any:
+    """A value with the types of everything in it, which `same_value` takes no notice of."""
+    if isinstance(value, dict):
+        return dict, [(_typed(key), _typed(item)) for key, item in value.items()]
+    if isinstance(value, (list, tuple)):
+        return type(value), [_typed(item) for item in value]
+    return type(value)
+
+
+def test_every_kind_of_value_comes_back(tmp_path: Path) -> None:
+    found = _converted(_saved(tmp_path / "n", VALUES), tmp_path / "u")
+    assert [key for key, value in VALUES.items() if not same_value(value, found[key])] == []
+    assert [key for key, value in VALUES.items() if _typed(value) != _typed(found[key])] == []
+    assert (tmp_path / "u" / "client_state.safetensors").is_file()
+    again = tmp_path / "again"
+    convert(UniversalView.of(open_checkpoint(tmp_path / "u")), again)
+    assert same_value(found, open_checkpoint(again).client_state()[1])
+
+
+def test_what_has_no_form_is_refused_by_name(tmp_path: Path) -> None:
+    state = {"fine": 1, "device": torch.device("cpu"), "deep": {"list": [0, torch.ones(2, dtype=torch.complex64)]}}
+    folder = _saved(tmp_path / "n", state)
+    with pytest.raises(UnsupportedError) as caught:
+        _converted(folder, tmp_path / "u")
+    message = str(caught.value)
+    assert "client_state.device is a torch.device" in message
+    assert "client_state.deep.list[1] is a tensor of torch.complex64" in message
+    assert "--drop-client-state device --drop-client-state deep" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["n"]
+    found = _converted(folder, tmp_path / "u", drop_client_state=["device", "deep"])
+    assert found.keys() == {"fine", "ds_config", "ds_version"}
+
+
+def test_dropping_what_is_not_there_is_an_error(tmp_path: Path) -> None:
+    folder = _saved(tmp_path / "n", {"epoch": 1})
+    with pytest.raises(ConfigError, match="no key epochs; its keys: ds_config, ds_version, epoch"):
+        _converted(folder, tmp_path / "u", drop_client_state=["epochs"])
+    assert not (tmp_path / "u").exists()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}}, {"x": {"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}}],
+)
+def test_tensors_never_overwrite_each_other(state: dict[str, Any], tmp_path: Path) -> None:
+    folder = _saved(tmp_path / "n", state)
+    try:
+        found = _converted(folder, tmp_path / "u")
+    except UnsupportedError as error:
+        assert "two tensors" in str(error) and not (tmp_path / "u").exists()
+    else:
+        assert same_value(state, {key: found[key] for key in state})
+
+
+@pytest.mark.parametrize("place", ["group 1.lr", "lr_scheduler.base"])
+def test_a_tensor_where_the_index_has_no_room_is_refused(
+    place: str, engine_copy: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    folder = engine_copy("zero1", "source")
+    (folder / "ucp_manifest.json").unlink()  # it knows the sizes of the files
+    [path] = folder.glob("*_optim_states.pt" if "group" in place else "*_model_states.pt")
+    saved = torch.load(path, weights_only=False)
+    if "group" in place:
+        saved["optimizer_state_dict"]["base_optimizer_state"]["param_groups"][1]["lr"] = torch.tensor(0.1)
+    else:
+        saved["lr_scheduler"]["base"] = torch.tensor(0.1)
+    torch.save(saved, path)
+    view = UniversalView.of(open_checkpoint(folder))
+    with pytest.raises(UnsupportedError, match=place):
+        convert(view, tmp_path / "u")
+    assert not (tmp_path / "u").exists()

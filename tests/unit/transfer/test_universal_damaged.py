@@ -1,0 +1,108 @@
+"""Universal checkpoints whose files are wrong are refused with the file and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.transfer.convert import convert
+
+ATOMS = "atoms-00001-of-00001.safetensors"
+
+
+@pytest.fixture
+def universal(engine_checkpoints: dict[str, Path], tmp_path: Path) -> Path:
+    convert(UniversalView.of(open_checkpoint(engine_checkpoints["zero1"])), tmp_path / "u")
+    return tmp_path / "u"
+
+
+def _edit_index(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "ucp_index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+def _edit_header(folder: Path, old: bytes, new: bytes) -> None:
+    path = folder / ATOMS
+    raw = path.read_bytes()
+    assert old in raw and len(old) == len(new)
+    path.write_bytes(raw.replace(old, new, 1))
+
+
+def test_missing_atoms(universal: Path) -> None:
+    (universal / ATOMS).unlink()
+    with pytest.raises(DamagedCheckpointError, match=f"{ATOMS} is missing"):
+        open_checkpoint(universal)
+
+
+@pytest.mark.parametrize("change", [-1, 1, -10_000])
+def test_atoms_of_another_size(change: int, universal: Path) -> None:
+    size = (universal / ATOMS).stat().st_size
+    os.truncate(universal / ATOMS, size + change)
+    with pytest.raises(DamagedCheckpointError, match=f"{ATOMS} has {size + change} bytes; the index says {size}"):
+        open_checkpoint(universal)
+
+
+@pytest.mark.parametrize("version", [2, 99, "1", 1.5])
+def test_index_of_a_later_version(version: object, universal: Path) -> None:
+    _edit_index(universal, lambda index: index.update(format_version=version))
+    with pytest.raises(UnsupportedError, match=f"format version {version}"):
+        open_checkpoint(universal)
+
+
+def test_index_that_is_not_json(universal: Path) -> None:
+    os.truncate(universal / "ucp_index.json", 200)
+    with pytest.raises(DamagedCheckpointError, match="is not an index"):
+        open_checkpoint(universal)
+
+
+@pytest.mark.parametrize("key", ["run", "parameters", "groups", "files", "format_version"])
+def test_index_without_a_key(key: str, universal: Path) -> None:
+    def drop(index: dict[str, Any]) -> None:
+        del index[key]
+
+    _edit_index(universal, drop)
+    with pytest.raises(DamagedCheckpointError, match=rf"is not an index[\s\S]*{key}"):
+        open_checkpoint(universal)
+
+
+def test_header_with_another_shape(universal: Path) -> None:
+    _edit_header(universal, b'"shape":[48,20]', b'"shape":[20,48]')
+    with pytest.raises(
+        DamagedCheckpointError, match=r"embedding.weight/\w+ has shape \[20, 48\]; the index says \[48, 20\]"
+    ):
+        open_checkpoint(universal)
+
+
+def test_header_without_an_atom(universal: Path) -> None:
+    _edit_header(universal, b'"norm.bias/exp_avg"', b'"norm.bias/exp_abc"')
+    with pytest.raises(DamagedCheckpointError, match=r"lacks norm\.bias/exp_avg"):
+        open_checkpoint(universal)
+
+
+def test_header_with_another_dtype(universal: Path) -> None:
+    _edit_header(universal, b'"dtype":"F32"', b'"dtype":"F64"')
+    with pytest.raises(DamagedCheckpointError, match="the index says"):
+        open_checkpoint(universal)
+
+
+def test_header_that_is_none(universal: Path) -> None:
+    with (universal / ATOMS).open("r+b") as file:
+        file.write(b"\xff" * 8)
+    with pytest.raises(DamagedCheckpointError, match="no safetensors header"):
+        open_checkpoint(universal)
+
+
+def test_an_atom_in_a_file_that_the_index_does_not_list(universal: Path) -> None:
+    _edit_index(universal, lambda index: index.update(files={}))
+    with pytest.raises(DamagedCheckpointError, match="doesn't list"):
+        open_checkpoint(universal)
