@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 import ucp_deepspeed
 from ucp_deepspeed.config import UniversalCheckpointConfig, parse_config
 from ucp_deepspeed.engine import load, save
-from ucp_deepspeed.engine.support import check_version
+from ucp_deepspeed.engine.support import NEWEST_DEEPSPEED, OLDEST_DEEPSPEED, check_version
 from ucp_deepspeed.errors import ConfigError, MismatchError, UnsupportedError
 
 PACKAGE = Path(ucp_deepspeed.__file__).parent
@@ -118,6 +119,11 @@ def test_versions_outside_the_tested_range(version: str) -> None:
 
 def test_version_of_today() -> None:
     check_version()
+
+
+def test_the_version_range_is_that_of_the_package() -> None:
+    minor = Version(NEWEST_DEEPSPEED).minor + 1
+    assert f'"deepspeed>={OLDEST_DEEPSPEED},<0.{minor}"' in (PACKAGE.parent / "setup.py").read_text(encoding="utf-8")
 
 
 def test_mismatch_survives_a_trip_to_another_rank() -> None:
