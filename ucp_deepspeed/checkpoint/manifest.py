@@ -94,7 +94,9 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         version = raw["format_version"]
-        if type(version) is not int or not 1 <= version <= MANIFEST_VERSION:
+        if type(version) is not int:
+            raise TypeError(f"format_version is {version!r}, not an integer")
+        if not 1 <= version <= MANIFEST_VERSION:
             raise UnsupportedError(f"{path} has format version {version}; this release reads up to {MANIFEST_VERSION}")
         return Manifest.model_validate(raw)
     except (ValueError, ValidationError, KeyError, TypeError) as error:

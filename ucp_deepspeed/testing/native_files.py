@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from math import gcd
 from pathlib import Path
 from typing import Any, Literal
@@ -249,9 +248,6 @@ def optimizer_states(model: NativeModel, run: NativeRun, held: Sequence[Held], d
     return {"optimizer_state_dict": state, "ds_config": ds_config(run), "ds_version": VERSION}
 
 
-# Tensors
-
-
 def _given_groups(model: NativeModel, run: NativeRun) -> tuple[tuple[str, ...], ...]:
     return run.groups or (tuple(parameter.name for parameter in model.parameters if parameter.optimized),)
 
@@ -345,19 +341,10 @@ def _frozen_fragment(local: torch.Tensor, run: NativeRun, dp_rank: int) -> torch
     return _padded(weight.flatten(), run.dp).chunk(run.dp)[dp_rank].clone()
 
 
-# Dictionaries
-
-
-@lru_cache(maxsize=1)
-def _adamw_group() -> dict[str, Any]:
-    """Hyper-parameters as torch's AdamW lists them."""
-    group: dict[str, Any] = torch.optim.AdamW([torch.zeros(1)], lr=1e-3).state_dict()["param_groups"][0]
-    return group
-
-
 def hyperparameters(group: int, run: NativeRun) -> dict[str, Any]:
-    """Hyper-parameters of one parameter group; each group has a weight decay of its own."""
-    return _adamw_group() | {"weight_decay": 0.1 / (group + 1)} | ({"step": 0} if run.integer_step else {})
+    """Hyper-parameters of one parameter group, as torch's AdamW lists them; each group has a weight decay of its own."""
+    listed: dict[str, Any] = torch.optim.AdamW([torch.zeros(1)], lr=1e-3).state_dict()["param_groups"][0]
+    return listed | {"weight_decay": 0.1 / (group + 1)} | ({"step": 0} if run.integer_step else {})
 
 
 def _step(run: NativeRun) -> Any:

@@ -6,6 +6,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -270,3 +271,13 @@ def test_manifest_of_a_later_version(folder: Path) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DamagedCheckpointError, match=r"gone\.pt is missing"):
         open_torch_file(tmp_path / "gone.pt")
+
+
+def test_files_of_two_runs_are_not_mixed(folder: Path, tmp_path: Path) -> None:
+    """DeepSpeed overwrites a tag's files but leaves those that the later stage doesn't write. The manifest tells which are
+    which; without one nothing does."""
+    later = write_native(tmp_path / "later", model_of(SHAPES), NativeRun(stage=3, dp=2, precision="bf16"))
+    copytree(later, folder, dirs_exist_ok=True)
+    refused(folder, DamagedCheckpointError, "holds the files of two runs", "zero_pp_rank_")
+    write_manifest(folder, NativeRun(stage=3, dp=2, precision="bf16"), (tuple(SHAPES),))
+    assert read_all(folder).topology.zero_stage == 3

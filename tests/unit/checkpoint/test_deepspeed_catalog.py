@@ -218,3 +218,14 @@ def test_shapes_as_tuples(tmp_path: Path) -> None:
     saved["param_shapes"] = [{name: tuple(shape) for name, shape in group.items()} for group in saved["param_shapes"]]
     torch.save(saved, path)
     check_reads_back(folder, model, run)
+
+
+def test_aliases_that_share_nothing(tmp_path: Path) -> None:
+    """Under ZeRO the list of tied names counts, also where copies in the file hide that the storage was shared."""
+    run, model = NativeRun(stage=2, dp=2), awkward_model()
+    folder = write_native(tmp_path, model, run)
+    path = folder / "mp_rank_00_model_states.pt"
+    saved = torch.load(path, weights_only=False)
+    saved["module"]["head.weight"] = saved["module"]["head.weight"].clone()
+    torch.save(saved, path)
+    check_reads_back(folder, model, run)
