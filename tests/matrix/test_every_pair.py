@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
 
 from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.checkpoint import Precision
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.layout import FlatGroup, Flattening, SlicedGroup
@@ -47,9 +47,10 @@ PARAMETERS: dict[str, tuple[tuple[int, ...], Cut]] = {
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 TOPOLOGIES = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)]
 STEPS = 5
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 
-def runs(precision: Literal["fp32", "bf16"]) -> list[NativeRun]:
+def runs(precision: Precision) -> list[NativeRun]:
     """Every topology and stage of one precision, stage 0 once with each class of optimizer."""
     kinds = [(0, "plain")] if precision == "fp32" else [(0, "unfused"), (0, "fused")]
     kinds += [(stage, "zero") for stage in (1, 2, 3)]
@@ -164,7 +165,7 @@ def test_source_fills_every_target(tmp_path: Path, source: NativeRun) -> None:
 
 def test_the_matrix_is_complete() -> None:
     """All four stages with all six topologies, in both precisions."""
-    for precision in ("fp32", "bf16"):
+    for precision in PRECISIONS:
         assert {(run.stage, run.tp, run.dp) for run in runs(precision)} == {
             (stage, tp, dp) for stage in range(4) for tp, dp in TOPOLOGIES
         }
