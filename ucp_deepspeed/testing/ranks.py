@@ -29,7 +29,7 @@ from typing import Any
 MOST_RANKS = 8
 """Ranks alive at a time over all shared pools: the least recently used pool makes room."""
 
-MOST_RUNS = 30
+MOST_RUNS = 15
 """Calls that the same processes answer: engines leave threads of process groups behind, and a fresh start gets rid of them."""
 
 GRACE_SECONDS = 5.0
