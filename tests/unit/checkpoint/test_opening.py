@@ -95,7 +95,7 @@ def test_deepspeeds_universal_folder(tmp_path: Path) -> None:
 
 
 def test_interrupted_conversion(tmp_path: Path) -> None:
-    folder = tmp_path / "tag.partial-123"
+    folder = tmp_path / ".tag.partial-123"
     folder.mkdir()
     with pytest.raises(DamagedCheckpointError, match="interrupted"):
         open_checkpoint(folder)
