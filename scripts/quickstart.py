@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,16 +23,28 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
 
 from ucp_deepspeed.testing.ranks import free_port
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "quickstart"
-SWITCH, LAST = 20, 40
-BOUND = 0.04
-"""Largest accepted difference of a loss near 2.5: 20 steps in bf16 whose sums run in another order (measured: 0.02)."""
+PROGRAMS = Path(sys.executable).parent
+SWITCH, MIDDLE, LAST = 20, 30, 40
+TIMEOUT = 600.0
+"""Seconds that a run may take; it needs a fraction of a minute on two free cores."""
+
+BOUNDS = {"bf16": 0.02, "fp32": 1e-4}
+"""Largest accepted difference of the loss (near 2.4) at step 40, by precision.
+
+Other topologies sum in another order. Measured for sound resumes: 0.004 in bf16 and 1e-6 in fp32. In bf16, losing
+exp_avg, a wrong exp_avg_sq, scheduler or whole optimizer state came out between 0.03 and 0.12. Steps before the last
+are shown and not judged: single batches, step 26 above all, amplify rounding to 0.02 and more without any resume.
+"""
+
+DIGITS = {"bf16": 4, "fp32": 6}
 
 
 @dataclass(frozen=True)
@@ -45,13 +61,19 @@ class Training:
     @property
     def log(self) -> Path:
         """Where the training script writes its numbers."""
-        return WORK / f"{self.name.replace(' ', '_').replace('·', '_')}.jsonl"
+        return WORK / f"{re.sub(r'[^A-Za-z0-9-]+', '_', self.name)}.jsonl"
+
+    @property
+    def steps(self) -> range:
+        """The steps that this run has to train."""
+        return range(SWITCH + 1 if self.load else 1, LAST + 1)
 
 
 @dataclass
 class Result:
     """What a run wrote: losses by step, and what its resume cost."""
 
+    training: Training
     losses: dict[int, float] = field(default_factory=dict)
     bytes_read: int = 0
     resume_seconds: float = 0.0
@@ -59,21 +81,15 @@ class Result:
 
 
 def launch(run: Training, precision: str) -> Result:
-    """Run the training script under the launcher; its output goes to a file that is shown if it fails."""
-    command = [
-        Path(sys.executable).parent / "deepspeed",
-        "--master_port",
-        free_port(),
-        "--num_accelerators",
-        run.world_size,
-    ]
+    """Run the training script under the launcher, and read what it logged."""
+    command: list[object] = [PROGRAMS / "deepspeed", "--master_port", free_port(), "--num_accelerators", run.world_size]
     command += [ROOT / "scripts" / "train_gpt.py", "--tp", run.tp, "--zero", run.zero, "--precision", precision]
     command += ["--steps", LAST, "--log", run.log]
-    command += ["--load", run.load] if run.load else []
+    command += ["--load", run.load, "--tag", f"global_step{SWITCH}"] if run.load else []
     command += ["--save", run.save, "--save-every", SWITCH] if run.save else []
     started = time.monotonic()
     execute(command, run.log.with_suffix(".log"))
-    result = Result(seconds=time.monotonic() - started)
+    result = Result(run, seconds=time.monotonic() - started)
     for line in run.log.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         if entry.get("event") == "resumed":
@@ -84,31 +100,49 @@ def launch(run: Training, precision: str) -> Result:
 
 
 def execute(command: Sequence[object], output: Path) -> None:
-    """Run a command, quietly; on failure show what it printed and end."""
+    """Run a command with its output in a file; when it fails or takes too long, show the end of that and stop."""
+    words = [str(word) for word in command]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{PROGRAMS}{os.pathsep}{environment.get('PATH', os.defpath)}"
+    environment.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".venv" / "torch_extensions"))
     with output.open("w", encoding="utf-8") as file:
-        done = subprocess.run(
-            [str(part) for part in command], stdout=file, stderr=subprocess.STDOUT, timeout=600, cwd=ROOT
+        # A session of its own, so that the launcher's ranks can be ended with it.
+        process = subprocess.Popen(
+            words, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
         )
-    if done.returncode:
-        raise SystemExit(f"{output.read_text(encoding='utf-8')[-6000:]}\nfailed: {' '.join(map(str, command))}")
+        try:
+            code = process.wait(TIMEOUT)
+            problem = f"exit code {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            problem = f"not done after {TIMEOUT:.0f} s"
+        finally:
+            end_session(process)
+    if problem:
+        shown = output.read_text(encoding="utf-8", errors="replace")[-6000:]
+        raise SystemExit(f"{shown}\nfailed ({problem}): {' '.join(words)}\nits whole output: {output}")
 
 
-def point_at(folder: Path, step: int) -> Path:
-    """Make ``latest`` of a checkpoint folder name the checkpoint of a step."""
-    (folder / "latest").write_text(f"global_step{step}", encoding="utf-8")
-    return folder
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of a command and of the processes it started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        deadline = time.monotonic() + 5
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+    process.wait()
 
 
-def run_all(precision: str, console: Console) -> dict[str, Result]:
+def run_all(precision: str, console: Console) -> list[Result]:
     """All runs, in order; the first is the uninterrupted one."""
     saved, universal = WORK / "saved", WORK / "universal"
     reference = Training("TP2·DP2 ZeRO-1", 4, 2, 1, save=saved)
-    results: dict[str, Result] = {}
     with console.status(f"training {reference.name} to step {LAST}, saving at step {SWITCH}"):
-        results[reference.name] = launch(reference, precision)
-    point_at(saved, SWITCH)
+        results = [launch(reference, precision)]
     with console.status("converting to the universal format"):
-        convert = [Path(sys.executable).parent / "ucp", "convert", saved, universal, "--tag", f"global_step{SWITCH}"]
+        convert = [PROGRAMS / "ucp", "convert", saved, universal, "--tag", f"global_step{SWITCH}"]
         execute(convert, WORK / "convert.log")
     resumed = [
         Training("TP1·DP2 ZeRO-3", 2, 1, 3, load=saved),
@@ -118,88 +152,143 @@ def run_all(precision: str, console: Console) -> dict[str, Result]:
     ]
     for run in resumed:
         with console.status(f"resuming step {SWITCH} as {run.name}"):
-            results[run.name] = launch(run, precision)
+            results.append(launch(run, precision))
     return results
 
 
-def show(results: dict[str, Result], console: Console) -> float:
-    """Print the table; returns the largest difference from the uninterrupted run."""
-    reference = next(iter(results.values()))
-    steps = (SWITCH, SWITCH + 10, LAST)
-    table = Table(title=f"Loss after resuming step {SWITCH} on other topologies")
-    for heading in ("run", *(f"loss at {step}" for step in steps), "largest difference", "read", "resume", "whole run"):
-        table.add_column(heading, justify="left" if heading == "run" else "right")
-    worst = 0.0
-    for name, result in results.items():
-        gaps = [abs(loss - reference.losses[step]) for step, loss in result.losses.items()]
-        worst = max(worst, *gaps)
-        losses = [f"{result.losses[step]:.4f}" if step in result.losses else "(resumed)" for step in steps]
-        resumed = result.bytes_read > 0
+def gap(result: Result, reference: Result, step: int) -> float:
+    """Absolute difference of a step's loss from the uninterrupted run's; NaN where one of them is missing."""
+    return abs(result.losses.get(step, math.nan) - reference.losses.get(step, math.nan))
+
+
+def problems(results: list[Result], precision: str) -> list[str]:
+    """What is wrong with the runs, one line each; nothing when every resume is sound."""
+    reference, found = results[0], []
+    for result in results:
+        name = result.training.name
+        if sorted(result.losses) != list(result.training.steps):
+            # The seed fixes the initial weights: a run that silently began anew would follow the curve as well.
+            found.append(f"{name}: trained steps {sorted(result.losses)}, expected {result.training.steps}")
+        if not all(map(math.isfinite, result.losses.values())):
+            found.append(f"{name}: a loss is not finite")
+        if result.training.load and not result.bytes_read:
+            found.append(f"{name}: the universal load did not run; it read nothing")
+        if not gap(result, reference, LAST) <= BOUNDS[precision]:  # so that NaN fails
+            difference = gap(result, reference, LAST)
+            found.append(f"{name}: the loss at step {LAST} is off by {difference:.6f}, accepted {BOUNDS[precision]:g}")
+    return found
+
+
+def show(results: list[Result], precision: str, console: Console) -> None:
+    """Print the table: losses, differences from the uninterrupted run, and what the resume cost."""
+    reference, digits = results[0], DIGITS[precision]
+    table = Table(
+        title=f"{reference.training.name} saved at step {SWITCH}, resumed on other topologies ({precision})",
+        caption=f"± is the difference from the uninterrupted run; at step {LAST}, {BOUNDS[precision]:g} is accepted",
+    )
+    headings = (f"loss at {SWITCH}", f"loss at {MIDDLE}", f"loss at {LAST}", "largest ±", "read", "resume", "whole run")
+    table.add_column("run")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for result in results:
+        name, resumed = result.training.name, result.training.load is not None
+        losses = [f"[dim]{reference.losses.get(SWITCH, math.nan):.{digits}f}[/]"] if resumed else []
+        for step in (MIDDLE, LAST) if resumed else (SWITCH, MIDDLE, LAST):
+            difference = f" ±{gap(result, reference, step):.{digits}f}" if resumed else ""
+            losses.append(f"{result.losses.get(step, math.nan):.{digits}f}{difference}")
+        largest, where = max((gap(result, reference, step), step) for step in result.training.steps)
         table.add_row(
-            name,
+            name if resumed else f"{name}, uninterrupted",
             *losses,
-            f"{max(gaps):.4f} at any step" if resumed else "uninterrupted",
+            f"{largest:.{digits}f} at {where}" if resumed else "",
             f"{result.bytes_read / 1e6:.1f} MB" if resumed else "",
             f"{result.resume_seconds:.2f} s" if resumed else "",
             f"{result.seconds:.0f} s",
         )
     console.print(table)
-    return worst
 
 
-def draw(results: dict[str, Result], path: Path) -> None:
-    """Loss curves on top of each other, the resumed ones from the switch on, and below how far they are apart."""
-    colours = ("#1b1b1b", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
+def draw(results: list[Result], precision: str, path: Path) -> None:
+    """Loss curves on top of each other, the resumed ones enlarged, and below how far they are apart."""
     figure, (curves, gaps) = plt.subplots(
-        2, 1, figsize=(10, 6.4), dpi=160, sharex=True, gridspec_kw={"height_ratios": [3, 1.2], "hspace": 0.08}
+        2, 1, figsize=(10, 6.8), dpi=160, sharex=True, height_ratios=(3, 1.3), layout="constrained"
     )
-    reference = next(iter(results.values()))
-    for index, ((name, result), colour) in enumerate(zip(results.items(), colours, strict=True)):
-        steps = sorted(result.losses)
-        losses = [result.losses[step] for step in steps]
-        first = index == 0
-        label = f"{name}, uninterrupted" if first else f"resumed as {name}".replace("resumed as converted", "converted")
-        marks = {"linewidth": 5, "alpha": 0.25} if first else {"linewidth": 1.4, "marker": "o", "markersize": 3}
-        curves.plot(steps, losses, color=colour, label=label, **marks)  # type: ignore[arg-type]
-        if not first:
-            gaps.plot(steps, [result.losses[s] - reference.losses[s] for s in steps], color=colour, linewidth=1.4)
-    for axes in (curves, gaps):
-        axes.axvline(SWITCH, color="#888888", linewidth=1, linestyle=":")
+    closer = curves.inset_axes((0.555, 0.38, 0.435, 0.53), xlim=(SWITCH, LAST + 0.5))
+    reference, bound = results[0], BOUNDS[precision]
+    draw_losses(results, curves)
+    draw_losses(results, closer)
+    visible = [loss for result in results for step, loss in result.losses.items() if step > SWITCH]
+    closer.set(ylim=(min(visible) - 0.06, max(visible) + 0.06), xticks=range(SWITCH, LAST + 1, 5))
+    closer.set_title(f"steps {SWITCH} to {LAST}, enlarged", fontsize=10, color="#555555", y=0.93)
+    for result, (colour, marker) in zip(results[1:], STYLES, strict=True):
+        steps = sorted(set(result.losses) & set(reference.losses))
+        differences = [result.losses[step] - reference.losses[step] for step in steps]
+        gaps.plot(steps, differences, color=colour, marker=marker, markersize=3.5, linewidth=1.3)
+    gaps.errorbar([LAST + 0.6], [0], yerr=bound, color="#555555", capsize=4, linewidth=1.2)
+    gaps.annotate(f"accepted at {LAST}: ±{bound:g}", (LAST + 0.3, bound), ha="right", va="center", color="#555555")
+    gaps.axhline(0, color="#999999", linewidth=1)
+    largest = max(gap(result, reference, step) for result in results for step in result.training.steps)
+    gaps.set_ylim(-1.25 * max(bound, largest), 1.25 * max(bound, largest))
+    for axes in (curves, gaps, closer):
+        axes.axvline(SWITCH, color="#777777", linewidth=1, linestyle=":")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    curves.annotate(
-        f"checkpoint of step {SWITCH}",
-        (SWITCH, max(reference.losses.values())),
-        xytext=(6, -4),
-        textcoords="offset points",
-    )
-    curves.set_ylabel("training loss")
-    curves.legend(frameon=False)
-    gaps.axhline(0, color="#888888", linewidth=1)
-    gaps.set_ylim(-BOUND, BOUND)
-    gaps.set_ylabel("difference")
-    gaps.set_xlabel("step")
-    figure.savefig(path, bbox_inches="tight")
+    top = max(reference.losses.values())
+    curves.annotate(f"checkpoint at step {SWITCH}", (SWITCH - 0.4, top), ha="right", va="center", color="#555555")
+    curves.set(ylabel="training loss", xlim=(0, LAST + 1.2))
+    gaps.set(ylabel="difference", xlabel="step")
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(path)
     plt.close(figure)
+
+
+STYLES = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"))
+"""Colour (told apart by colour-blind readers as well) and marker of each resumed run."""
+
+
+def draw_losses(results: list[Result], axes: Axes) -> None:
+    """The uninterrupted run as a broad band, the resumed ones as thin lines that take turns with their markers."""
+    reference = results[0]
+    steps = sorted(reference.losses)
+    label = f"{reference.training.name}, uninterrupted"
+    axes.plot(steps, [reference.losses[step] for step in steps], color="#c4c4c4", linewidth=6, label=label)
+    for index, (result, (colour, marker)) in enumerate(zip(results[1:], STYLES, strict=True)):
+        steps = sorted(result.losses)
+        name = result.training.name
+        axes.plot(
+            steps,
+            [result.losses[step] for step in steps],
+            color=colour,
+            linewidth=1.2,
+            marker=marker,
+            markersize=5,
+            markevery=(index, len(STYLES)),
+            label=name if name.startswith("converted") else f"resumed as {name}",
+        )
 
 
 def main() -> None:
     """Run, compare, and fail if a resumed run leaves the uninterrupted one's curve."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
-    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
-    parser.add_argument("--update-docs", action="store_true", help="also draw docs/quickstart.png")
+    parser.add_argument("--precision", default="bf16", choices=tuple(BOUNDS))
+    parser.add_argument("--update-docs", action="store_true", help="also write docs/quickstart.png")
     arguments = parser.parse_args()
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
-    console = Console(width=130)
+    console = Console(width=140)
+    started = time.monotonic()
     results = run_all(arguments.precision, console)
-    worst = show(results, console)
-    draw(results, ROOT / "quickstart.png")
+    show(results, arguments.precision, console)
+    console.print((WORK / "convert.log").read_text(encoding="utf-8").splitlines()[-1], soft_wrap=True, highlight=False)
+    found = problems(results, arguments.precision)
+    if found:
+        raise SystemExit("\n".join(["not sound:", *found]))
+    picture = ROOT / "quickstart.png"
+    draw(results, arguments.precision, picture)
     if arguments.update_docs:
-        draw(results, ROOT / "docs" / "quickstart.png")
-    console.print(f"wrote quickstart.png; largest difference {worst:.4f}, accepted {BOUND}")
-    if worst > BOUND:
-        raise SystemExit("a resumed run left the uninterrupted run's curve")
+        (ROOT / "docs").mkdir(exist_ok=True)
+        shutil.copyfile(picture, ROOT / "docs" / picture.name)
+    console.print(f"all runs are sound; wrote {picture.name}; {time.monotonic() - started:.0f} s in all")
 
 
 if __name__ == "__main__":

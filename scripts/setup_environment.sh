@@ -23,6 +23,8 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
 fi
 
 # DeepSpeed compiles its ops when they are first used. A build that was killed leaves a lock on which all later ones wait.
+# Such a lock may also lie beside an op that was built before; no build takes ten minutes.
+find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +10 -delete 2>/dev/null || true
 build_op() { # folder of the op, Python that loads it
     if ! ls "$TORCH_EXTENSIONS_DIR/$1"/*.so >/dev/null 2>&1; then
         rm -f "$TORCH_EXTENSIONS_DIR/$1/lock"

@@ -1,16 +1,21 @@
 """Real ranks on one CPU machine, kept alive across tests: starting a DeepSpeed rank takes seconds, calling it milliseconds.
 
 A pool is a set of processes that have joined one gloo process group through ``deepspeed.init_distributed``.
-`RankPool.run` calls a module-level function on all of them. A rank that fails while others wait in a collective can't be rescued:
-the pool is then killed, and started again by the next call. Between calls the ranks keep their state, as any process does.
+`RankPool.run` calls a module-level function on all of them. Ranks of which some failed and others didn't may have lost step in
+their collectives: such a pool is killed, and started again by the next call. One whose ranks all failed is kept.
+
+Between calls only garbage is collected; a function that sets up parallel state, or expects none, calls `reset_parallel_state`.
+On Linux the ranks die with the thread that started them: call pools from the main thread.
 """
 
 from __future__ import annotations
 
 import atexit
 import ctypes
+import faulthandler
 import gc
 import importlib
+import logging
 import multiprocessing
 import os
 import pickle
@@ -20,9 +25,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +41,31 @@ MOST_RUNS = 15
 GRACE_SECONDS = 5.0
 """How long the other ranks may take to finish once one has failed."""
 
+START_SECONDS = 120.0
+"""How long ranks may take to join: seconds, more on a busy machine."""
+
+DUMP_SECONDS = 0.2
+"""How long a hanging rank gets to write down where it hangs."""
+
+LOG_CHARACTERS = 4000
+"""How much of the end of the ranks' output an error shows."""
+
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+
+
+_PICKLING_ERRORS = (
+    pickle.PickleError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+Answer = tuple[bool, Any, bytes | None]
+"""Of one rank: whether it succeeded, the result or the traceback, and the pickled exception where that is possible."""
 
 
 class RankError(Exception):
@@ -60,39 +90,26 @@ class RankPool:
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
         self._log: Path | None = None
+        self._damaged = False
         self._runs = 0
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 180.0, **kwargs: Any) -> list[Any]:
         """Call a module-level function on every rank; returns the results in rank order.
 
         Args:
-            timeout: seconds until the ranks are given up and killed.
+            function: sent by import path, with pickled arguments.
+            timeout: seconds until the ranks are given up and killed; starting them doesn't count.
 
         Raises:
             RankError: a rank failed or died, or the time is up.
         """
+        call = ForkingPickler.dumps((function, args, kwargs)).tobytes()
         self._start()
         for connection in self._connections:
-            connection.send((function, args, kwargs))
-        results: dict[int, Any] = {}
-        failures: list[tuple[int, str, BaseException | None]] = []
-        deadline = time.monotonic() + timeout
-        while len(results) + len(failures) < self.world_size:
-            answered = {rank for rank, *_ in failures} | results.keys()
-            pending = [rank for rank in range(self.world_size) if rank not in answered]
-            ready = wait([self._connections[rank] for rank in pending], timeout=max(deadline - time.monotonic(), 0))
-            if not ready:
-                break
-            for rank in (rank for rank in pending if self._connections[rank] in ready):
-                succeeded, content, original = _receive(self._connections[rank])
-                if succeeded:
-                    results[rank] = content
-                else:
-                    failures.append((rank, content, original))
-                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-        if len(results) == self.world_size:
-            return [results[rank] for rank in range(self.world_size)]
-        raise self._failure(function, failures, len(results) + len(failures), timeout)
+            # A rank that has died since its last answer is found when its answer is read.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                connection.send((sys.path, call))
+        return self._collect(function.__name__, timeout)
 
     def close(self) -> None:
         """End the ranks."""
@@ -102,28 +119,32 @@ class RankPool:
             process.join()
         for connection in self._connections:
             connection.close()
-        self._processes, self._connections = [], []
+        self._processes, self._connections, self._damaged = [], [], False
         if self._log is not None:
             self._log.unlink(missing_ok=True)
             self._log = None
 
-    def _failure(self, function: Callable[..., Any], failures: list[Any], answered: int, timeout: float) -> RankError:
-        log = self._log.read_text(errors="replace")[-4000:] if self._log and answered < self.world_size else ""
-        if answered < self.world_size:  # somebody hangs
-            self.close()
-        if not failures:
-            return RankError(f"{function.__name__} took more than {timeout} s on {self.world_size} ranks\n{log}")
-        rank, content, original = failures[0]
-        return RankError(
-            f"{function.__name__} failed on rank {rank} of {self.world_size}:\n{content}\n{log}", rank, original
-        )
+    def _dump_stacks(self, ranks: list[int]) -> None:
+        """Have these ranks write to the log where they hang."""
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(self._processes[rank].pid, signal.SIGUSR1)
+                time.sleep(DUMP_SECONDS)  # one after the other: they share the log
 
     def _start(self) -> None:
         self._runs += 1
-        if self._processes and all(process.is_alive() for process in self._processes) and self._runs <= MOST_RUNS:
+        usable = self._processes and not self._damaged and self._runs <= MOST_RUNS
+        if usable and all(process.is_alive() for process in self._processes):
             return
         self.close()
         self._runs = 1
+        try:
+            self._start_once()
+        except RankError:
+            # Between choosing a port and listening on it another process may have taken it.
+            self._start_once()
+
+    def _start_once(self) -> None:
         context = multiprocessing.get_context("spawn")
         descriptor, name = tempfile.mkstemp(prefix="ranks-", suffix=".log")
         os.close(descriptor)
@@ -136,6 +157,52 @@ class RankPool:
             theirs.close()
             self._processes.append(process)
             self._connections.append(ours)
+        try:
+            self._collect("starting", START_SECONDS)
+        except RankError:
+            self.close()
+            raise
+
+    def _collect(self, name: str, timeout: float) -> list[Any]:
+        """Wait for one answer of every rank; returns the results or raises `RankError`."""
+        results: dict[int, Any] = {}
+        failures: list[tuple[int, str, BaseException | None]] = []
+        pending = dict(enumerate(self._connections))
+        deadline = time.monotonic() + timeout
+        while pending:
+            ready = wait(pending.values(), timeout=max(deadline - time.monotonic(), 0))
+            if not ready:
+                break
+            for rank in [rank for rank, connection in pending.items() if connection in ready]:
+                try:
+                    succeeded, content, pickled = pending.pop(rank).recv()
+                except (EOFError, ConnectionResetError):
+                    succeeded, content, pickled = False, "the process died", None
+                    self._damaged = True
+                if succeeded:
+                    results[rank] = _unpickle(content)
+                else:
+                    failures.append((rank, content, _unpickle_error(pickled)))
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if len(results) == self.world_size:
+            return [results[rank] for rank in range(self.world_size)]
+        raise self._failure(name, timeout, results, failures)
+
+    def _failure(self, name: str, timeout: float, results: Mapping[int, Any], failures: list[Any]) -> RankError:
+        """The error to raise; ends the ranks unless all of them are alive and failed."""
+        log = ""
+        answered = results.keys() | {rank for rank, *_ in failures}
+        waiting = [rank for rank in range(self.world_size) if rank not in answered]
+        if self._damaged or len(failures) < self.world_size:
+            self._dump_stacks(waiting)
+            output = self._log.read_text(errors="replace").strip() if self._log else ""
+            log = f"\noutput of the ranks:\n{output[-LOG_CHARACTERS:]}" if output else ""
+            self.close()
+        if not failures:
+            return RankError(f"{name} took more than {timeout} s on ranks {waiting} of {self.world_size}{log}")
+        rank, content, original = failures[0]
+        others = f"\nranks {waiting} didn't finish and were killed" if waiting else ""
+        return RankError(f"{name} failed on rank {rank} of {self.world_size}:\n{content}{others}{log}", rank, original)
 
 
 _pools: dict[int, RankPool] = {}
@@ -198,44 +265,65 @@ def fp16_on_cpu() -> Iterator[None]:
         accelerator.is_fp16_supported = supported
 
 
-def _receive(connection: Connection) -> tuple[bool, Any, BaseException | None]:
-    try:
-        succeeded, content, pickled = connection.recv()
-    except (EOFError, ConnectionResetError):
-        return False, "the process died", None
-    return succeeded, content, pickle.loads(pickled) if pickled else None
-
-
 def _serve(rank: int, world_size: int, port: int, connection: Connection, log: str) -> None:
     """A rank's life: join the process group, then answer calls until the parent goes away."""
     _die_with_parent()
     with Path(log).open("a", encoding="utf-8") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    faulthandler.register(signal.SIGUSR1)
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update(ENVIRONMENT | {key: str(value) for key, value in ranks.items()})
-    import deepspeed
-
-    _use_gloo_only()
-    deepspeed.init_distributed("gloo", verbose=False)
+    connection.send(_call(_join, (), {}))
+    gc.freeze()  # what start-up left lives as long as the rank: collecting it after each call would take seconds
     while True:
         try:
-            function, args, kwargs = connection.recv()
+            path, call = connection.recv()
         except EOFError:
             return
-        connection.send(_call(function, args, kwargs))
+        sys.path[:] = path
+        connection.send(_call(_called, (call,), {}))
+        gc.collect()
 
 
-def _call(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[bool, Any, bytes | None]:
+def _join() -> None:
+    """Join the process group, quietly."""
+    import deepspeed
+    from deepspeed.utils.logging import logger
+
+    logger.setLevel(logging.ERROR)
+    _use_gloo_only()
+    deepspeed.init_distributed("gloo", verbose=False)
+
+
+def _called(call: bytes) -> bytes:
+    """Make a pickled call; returns the pickled result, so that what can't be sent fails here, on the rank."""
+    function, args, kwargs = pickle.loads(call)
+    return bytes(ForkingPickler.dumps(function(*args, **kwargs)))
+
+
+def _call(function: Callable[..., Any], args: Any, kwargs: Any) -> Answer:
     try:
         return True, function(*args, **kwargs), None
     except BaseException as error:
         try:
             pickled = pickle.dumps(error)
-            pickle.loads(pickled)
-        except (TypeError, AttributeError, pickle.PicklingError):
+        except _PICKLING_ERRORS:
             pickled = None
         return False, traceback.format_exc(), pickled
+
+
+def _unpickle(content: bytes | None) -> Any:
+    return None if content is None else pickle.loads(content)
+
+
+def _unpickle_error(pickled: bytes | None) -> BaseException | None:
+    """The exception of a rank, or None where it can't be made again here; its traceback is shown either way."""
+    try:
+        error = _unpickle(pickled)
+    except _PICKLING_ERRORS:
+        return None
+    return error if isinstance(error, BaseException) else None
 
 
 def _use_gloo_only() -> None:
