@@ -64,13 +64,23 @@ class ZeroStage(enum.IntEnum):
     weights = 3
 
 
+def zero_stage_by_name(owner: type, name: str) -> ZeroStage:
+    """Stands in for ``getattr``, by which early Python 3.11 (3.11.2) pickles an enum's members; finds those of `ZeroStage` only."""
+    if owner is not ZeroStage or name not in ZeroStage.__members__:
+        raise pickle.UnpicklingError(
+            f"Unsupported global: GLOBAL getattr was not an allowed global ({name} of {owner})"
+        )
+    return ZeroStage[name]
+
+
 ALLOWED_CLASSES: list[Any] = [
     (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (DynamicLossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
     (ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (zero_stage_by_name, "builtins.getattr"),
 ]
-"""The only classes beyond torch's own that a checkpoint may name; each is replaced by a stand-in without behaviour."""
+"""All that a checkpoint may name beyond torch's own classes; each is replaced by a stand-in that can't run anything else."""
 
 
 UNREADABLE = (
@@ -127,10 +137,11 @@ def _explain(path: Path, error: Exception) -> str:
     foreign = re.search(r"GLOBAL (\S+) was not an allowed global|[Uu]nsupported (?:global|class) (\S+)", str(error))
     if foreign:
         name = foreign.group(1) or foreign.group(2)
-        return (
-            f"{path} holds an object of class {name}, which could run code when loaded and is refused; if you trust it, "
-            f"allow it with torch.serialization.add_safe_globals([{name.rsplit('.', 1)[-1]}]) before loading"
-        )
+        refused = f"{path} holds an object of class {name}, which could run code when loaded and is refused"
+        if "." not in name:  # a builtin, such as eval
+            return refused
+        allowed = f"torch.serialization.add_safe_globals([{name.rsplit('.', 1)[-1]}])"
+        return f"{refused}; if you trust it, allow it with {allowed} before loading"
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"{path} can't be read ({path.stat().st_size} bytes): {reason}"
 
