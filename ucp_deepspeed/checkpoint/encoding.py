@@ -12,6 +12,9 @@ import torch
 from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES, TORCH_DTYPES
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 
+_COLLECTIONS = {list: "", tuple: "$tuple", set: "$set", frozenset: "$frozenset"}
+"""Tags of collections; JSON has lists itself."""
+
 
 def encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
     """A value as JSON.
@@ -29,10 +32,10 @@ def encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
         return int(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        items = [encode(item, f"{place}[{index}]", tensors) for index, item in enumerate(value)]
-        tag = "$tuple" if isinstance(value, tuple) else "$set"
-        return items if isinstance(value, list) else {tag: items}
+    for kind, tag in _COLLECTIONS.items():
+        if isinstance(value, kind):
+            items = [encode(item, f"{place}[{index}]", tensors) for index, item in enumerate(value)]
+            return {tag: items} if tag else items
     if isinstance(value, Mapping):
         return _encode_mapping(value, place, tensors)
     if isinstance(value, torch.Tensor):
@@ -81,6 +84,8 @@ def _decode_tagged(tag: str, content: Any, tensors: Mapping[str, torch.Tensor]) 
             return tuple(decode(item, tensors) for item in content)
         case "$set":
             return {decode(item, tensors) for item in content}
+        case "$frozenset":
+            return frozenset(decode(item, tensors) for item in content)
         case "$dict":
             return {decode(key, tensors): decode(item, tensors) for key, item in content}
         case "$tensor":

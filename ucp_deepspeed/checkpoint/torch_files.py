@@ -65,7 +65,7 @@ class ZeroStage(enum.IntEnum):
 
 
 def zero_stage_by_name(owner: type, name: str) -> ZeroStage:
-    """Stands in for ``getattr``, by which early Python 3.11 (3.11.2) pickles an enum's members; finds those of `ZeroStage` only."""
+    """Stands in for ``getattr``, by which Python 3.11.2 pickles an enum's members; finds only those of `ZeroStage`."""
     if owner is not ZeroStage or name not in ZeroStage.__members__:
         raise pickle.UnpicklingError(
             f"Unsupported global: GLOBAL getattr was not an allowed global ({name} of {owner})"
@@ -79,8 +79,9 @@ ALLOWED_CLASSES: list[Any] = [
     (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
     (ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (zero_stage_by_name, "builtins.getattr"),
+    (frozenset, "builtins.frozenset"),
 ]
-"""All that a checkpoint may name beyond torch's own classes; each is replaced by a stand-in that can't run anything else."""
+"""All that a checkpoint may name beyond torch's own classes: data without behaviour, and stand-ins for the rest."""
 
 
 UNREADABLE = (

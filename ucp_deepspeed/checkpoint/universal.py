@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, TypeAdapter, ValidationError
 
 from ucp_deepspeed.checkpoint.checkpoint import (
     Checkpoint,
@@ -107,7 +107,7 @@ def is_unfinished(folder: Path) -> bool:
 
 
 class UniversalCheckpoint(Checkpoint):
-    """A universal checkpoint; its topology is one rank, ``source_topology`` that of the run it came from. See `Checkpoint`.
+    """A universal checkpoint; its topology is one rank; ``source`` is the run it came from. See `Checkpoint`.
 
     Raises:
         DamagedCheckpointError: the index can't be parsed, or a file is missing or of another size.
@@ -119,8 +119,7 @@ class UniversalCheckpoint(Checkpoint):
         index = self._index = _read_index(path)
         self.form = f"universal {index.format_version}"
         self.topology = Topology()
-        source = index.source
-        self.source_topology = Topology(source.tp, source.pp, source.dp, source.zero_stage)
+        self.source = index.source
         self._check_files()
         self._extents = self._read_extents()
         self.parameters = {
@@ -177,6 +176,18 @@ class UniversalCheckpoint(Checkpoint):
         return extents
 
 
+class _Entry(BaseModel):
+    """One tensor in the header of a safetensors file; offsets are in bytes from the end of the header."""
+
+    dtype: str
+    shape: Shape
+    data_offsets: tuple[int, int]
+
+
+_ENTRIES = TypeAdapter(dict[str, _Entry | dict[str, str]])
+"""Tensors by name, and the metadata of the file."""
+
+
 class _Header:
     """The header of a safetensors file: where each tensor lies (format: the safetensors README)."""
 
@@ -186,27 +197,29 @@ class _Header:
             length = int.from_bytes(file.read(8), "little")
             raw = file.read(length) if length <= path.stat().st_size else b""
         try:
-            self.entries: dict[str, Any] = json.loads(raw)
-        except ValueError as error:
-            raise DamagedCheckpointError(f"{path} has no safetensors header") from error
+            self._entries = _ENTRIES.validate_json(raw)
+        except ValidationError as error:
+            raise DamagedCheckpointError(f"{path} has no safetensors header: {error.errors()[0]['msg']}") from error
         self.data_offset = 8 + length
         self.data_numbytes = path.stat().st_size - self.data_offset
 
     def extent(self, key: str, shape: Shape) -> FileExtent:
         """Where one tensor lies; it must have the shape that the index says and lie inside the file."""
-        entry = self.entries.get(key)
-        if entry is None:
+        entry = self._entries.get(key)
+        if not isinstance(entry, _Entry):
             raise DamagedCheckpointError(f"{self.path} lacks {key}")
-        if entry["dtype"] not in ITEMSIZE:
-            raise DamagedCheckpointError(f"{self.path}: {key} has the unknown dtype {entry['dtype']!r}")
-        begin, end = entry["data_offsets"]
-        numel = (end - begin) // ITEMSIZE[entry["dtype"]]
+        if entry.dtype not in ITEMSIZE:
+            raise DamagedCheckpointError(f"{self.path}: {key} has the unknown dtype {entry.dtype!r}")
+        begin, end = entry.data_offsets
+        numel = (end - begin) // ITEMSIZE[entry.dtype]
         expected = 1
         for extent in shape:
             expected *= extent
-        if tuple(entry["shape"]) != shape or numel != expected or not 0 <= begin <= end <= self.data_numbytes:
-            raise DamagedCheckpointError(f"{self.path}: {key} has shape {entry['shape']}; the index says {list(shape)}")
-        return FileExtent(str(self.path), self.data_offset + begin, entry["dtype"], numel)
+        if entry.shape != shape or numel != expected or not 0 <= begin <= end <= self.data_numbytes:
+            raise DamagedCheckpointError(
+                f"{self.path}: {key} has shape {list(entry.shape)}; the index says {list(shape)}"
+            )
+        return FileExtent(str(self.path), self.data_offset + begin, entry.dtype, numel)
 
 
 def _read_index(folder: Path) -> Index:

@@ -67,7 +67,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
     """
     parameters = checkpoint.parameters
     view, reason = _view(checkpoint, spec, vocabulary_size)
-    source = checkpoint.source_topology if isinstance(checkpoint, UniversalCheckpoint) else None
+    source = checkpoint.source if isinstance(checkpoint, UniversalCheckpoint) else None
     files = [entry for entry in checkpoint.path.rglob("*") if entry.is_file()]
     steps = {float(entry.scalars["step"]) for entry in parameters.values() if "step" in entry.scalars}
     return {

@@ -88,7 +88,9 @@ def _run(checkpoint: Checkpoint) -> IndexRun:
 
 
 def _source(checkpoint: Checkpoint) -> IndexSource:
-    topology = checkpoint.source_topology if isinstance(checkpoint, UniversalCheckpoint) else checkpoint.topology
+    if isinstance(checkpoint, UniversalCheckpoint):
+        return checkpoint.source
+    topology = checkpoint.topology
     return IndexSource(
         form=checkpoint.form, tp=topology.tp, pp=topology.pp, dp=topology.dp, zero_stage=topology.zero_stage
     )

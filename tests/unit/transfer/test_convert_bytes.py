@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 
 from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.universal import UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
 from ucp_deepspeed.transfer import convert as convert_module
@@ -161,7 +162,8 @@ def test_universal_to_universal_copies(engine_checkpoints: dict[str, Path], tmp_
     assert (tmp_path / "u" / "atoms-00001-of-00001.safetensors").read_bytes() == (
         tmp_path / "again" / "atoms-00001-of-00001.safetensors"
     ).read_bytes()
-    assert again.source_topology == first.source_topology and again.source_topology.zero_stage == 3  # type: ignore[attr-defined]
+    assert isinstance(again, UniversalCheckpoint) and isinstance(first, UniversalCheckpoint)
+    assert again.source == first.source and (again.source.form, again.source.zero_stage) == ("deepspeed zero-3", 3)
     assert (again.run, again.groups, again.parameters) == (first.run, first.groups, first.parameters)
 
 
@@ -191,6 +193,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.universal import UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.transfer.convert import convert
 def anonymous():

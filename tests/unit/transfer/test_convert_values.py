@@ -25,6 +25,7 @@ VALUES: dict[str, Any] = {
     "text": "naïve \u2028 \n",
     "tuple": (1, (2.5, "x"), []),
     "set": {1, 2, 3},
+    "frozen set": {frozenset({1, 2}): frozenset()},
     "by number": {0: "a", (1, 2): "b", None: "c"},
     "tagged": {"$tensor": "not one", "$": 1},
     "dtype": torch.bfloat16,

@@ -95,6 +95,13 @@ def test_header_with_another_dtype(universal: Path) -> None:
         open_checkpoint(universal)
 
 
+@pytest.mark.parametrize("key", ["dtype", "shape", "data_offsets"])
+def test_header_entry_without_a_key(key: str, universal: Path) -> None:
+    _edit_header(universal, f'"{key}":'.encode(), f'"{key[::-1]}":'.encode())
+    with pytest.raises(DamagedCheckpointError, match=r"no safetensors header: .* (required|string)"):
+        open_checkpoint(universal)
+
+
 def test_header_that_is_none(universal: Path) -> None:
     with (universal / ATOMS).open("r+b") as file:
         file.write(b"\xff" * 8)
