@@ -26,7 +26,7 @@ from ucp_deepspeed.transfer.commit import committed_folder, write_atomically
 from ucp_deepspeed.transfer.convert import convert
 
 SLOWLY = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -34,6 +34,7 @@ from ucp_deepspeed.transfer.convert import convert
 def progress(written, total):
     print(written, flush=True)
     time.sleep(0.1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
 convert(UniversalView.of(open_checkpoint(sys.argv[1])), Path(sys.argv[2]), chunk_numbytes=64, progress=progress)
 """
 
