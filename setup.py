@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-DEEPSPEED_RANGE = "deepspeed>=0.19.8,<0.20"
+DEEPSPEED_RANGE = "deepspeed>=0.19.0,<0.20"
 
 packages = find_packages(include=["ucp_deepspeed", "ucp_deepspeed.*"])
 

@@ -55,7 +55,7 @@ def test_each_rank_reads_what_its_partitions_hold(
     """Three fp32 tensors per parameter: 12 bytes for each element of the model, once over all ranks."""
     saved = source("zero1-bf16", NATIVE, 4)
     view = UniversalView.of(open_checkpoint(saved.folder))
-    elements = sum(_numel(view.logical_shape(name)) for name in view.checkpoint.parameters)
+    elements = sum(_numel(view.logical_shape(name)) for name in view.parameters)
     target = Run("llama", tp=1, zero={"stage": stage}, precision="bf16", groups="decay")
 
     reports = [outcome.report for outcome in ranks(2).run(train, target, STEP, load=str(saved.folder))]

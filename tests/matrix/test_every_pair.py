@@ -126,7 +126,7 @@ def target_shapes(run: NativeRun) -> Mapping[str, tuple[tuple[int, ...], ...]]:
 
 def problems_of(view: UniversalView, run: NativeRun, steps: int) -> Iterator[str]:
     """What is wrong when a source is read into a target; nothing when all is well."""
-    layouts = layouts_of(view.patterns, target_shapes(run), None, "the target")
+    layouts = layouts_of(view.patterns, target_shapes(run), run.tp, None, "the target")
     reader = FileReader()
     for wanted in target(run):
         count = TransferCount()
@@ -144,7 +144,7 @@ def problems_of(view: UniversalView, run: NativeRun, steps: int) -> Iterator[str
                     yield f"{place}: {state} of {entry.names} differs"
         if count.bytes_read != 4 * len(STATES) * wanted.numel:
             yield f"{place}: {count.bytes_read} bytes read, {4 * len(STATES) * wanted.numel} needed"
-    found = {parameter.scalars["step"] for parameter in view.checkpoint.parameters.values()}
+    found = {parameter.scalars["step"] for parameter in view.parameters.values()}
     if found != {steps}:
         yield f"step is {found}, expected {steps}"
     reader.close()

@@ -46,6 +46,10 @@ class FileExtent:
     numel: int
 
 
+HeldShapes = tuple[Shape | None, ...]
+"""Shape of each model-parallel rank's local tensor, stage by stage; None where a pipeline stage holds none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Parameter:
     """One parameter or buffer of the model.
@@ -53,14 +57,14 @@ class Parameter:
     Attributes:
         name: as in the model's ``state_dict``.
         kind: see `Kind`.
-        local_shapes: shape of the local tensor of each model-parallel rank.
+        local_shapes: see `HeldShapes`.
         states: element-wise states that the checkpoint holds → their dtype.
         scalars: states that are one number (``step``).
     """
 
     name: str
     kind: Kind
-    local_shapes: tuple[Shape, ...]
+    local_shapes: HeldShapes
     states: Mapping[str, str]
     scalars: Mapping[str, float]
 
@@ -111,6 +115,7 @@ class Checkpoint(ABC):
         parameters: by name, in the model's order.
         groups: the optimizer's parameter groups.
         patterns: pattern of each parameter as far as the checkpoint itself records it.
+        logical_names: name that a spec gave to each parameter when saving, where it isn't its own.
         vocabulary_size: rows of the unpadded vocabulary, where recorded.
     """
 
@@ -121,6 +126,7 @@ class Checkpoint(ABC):
     parameters: Mapping[str, Parameter]
     groups: tuple[ParameterGroup, ...]
     patterns: Mapping[str, Pattern]
+    logical_names: Mapping[str, str]
     vocabulary_size: int | None
 
     @abstractmethod

@@ -6,7 +6,7 @@ File names and keys: DeepSpeed 0.19.8, ``runtime/engine.py`` (``_get_ckpt_name``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,20 @@ from ucp_deepspeed.checkpoint.checkpoint import (
     WEIGHT,
     Checkpoint,
     FileExtent,
+    Kind,
     LossScale,
     Parameter,
     ParameterGroup,
     Precision,
     RunState,
 )
+from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED, layer_file, read_layers, tied_keys
 from ucp_deepspeed.checkpoint.deepspeed_stage0 import Groups, stage0_form, stage0_slots
-from ucp_deepspeed.checkpoint.deepspeed_zero import frozen_slice_slots, recognise, zero_slots
+from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER, frozen_slice_slots, recognise, zero_slots
 from ucp_deepspeed.checkpoint.manifest import Manifest, read_manifest
-from ucp_deepspeed.checkpoint.slots import Slot, shapes_of, whole_tensor_slot
+from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of, whole_tensor_slot
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, extent_of, open_torch_file
-from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
 from ucp_deepspeed.layout import Flattening, Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.plan import Fragment
@@ -80,8 +82,9 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     Raises:
         DamagedCheckpointError: a file is missing, truncated, or disagrees with another.
-        UnsupportedError: pipeline modules, expert parallelism, or an unknown optimizer class.
-        MismatchError: stage 0 without a manifest, and the parameter order is ambiguous; raised by ``parameters``.
+        UnsupportedError: expert parallelism, or an unknown optimizer class.
+        MismatchError: stage 0 without a manifest, and the parameter order is ambiguous or lies over several pipeline stages;
+            raised by ``parameters``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,6 +95,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         self.form = f"deepspeed {self.optimizer_form}"
         self.run = self._read_run()
         self.patterns: Mapping[str, Pattern] = self.manifest.patterns if self.manifest else {}
+        self.logical_names: Mapping[str, str] = self.manifest.logical_names if self.manifest else {}
         self.vocabulary_size = self.manifest.vocabulary_size if self.manifest else None
 
     def fragments(
@@ -111,7 +115,7 @@ class DeepSpeedCheckpoint(Checkpoint):
     @cached_property
     def optimizer_form(self) -> str:
         """Class of optimizer that wrote the state: ``plain``, ``fp16-fused``, …, ``zero-3``, or ``none``."""
-        if self.topology.zero_stage or self._optimizer_paths(0)[0].name in self._names:
+        if self._partitioned:
             return recognise(*self._optimizer_state(0, 0)).name
         optimizer = self._model_states(0)["optimizer"]
         return stage0_form(optimizer, self._model_states_path(0, 0)) if optimizer else "none"
@@ -198,8 +202,6 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def _read_topology(self) -> Topology:
         saved = self._model_states(0)
-        if saved.get("module") is None:
-            raise UnsupportedError(f"{self.path} was saved by a pipeline engine, which this release can't read")
         if saved.get("num_experts") or saved.get("ds_autoep_layers"):
             raise UnsupportedError(f"{self.path} holds mixture-of-experts layers, which this release can't read")
         model_parallel, dp = saved["mp_world_size"], saved["dp_world_size"]
@@ -213,99 +215,206 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def _check_files(self, topology: Topology) -> None:
         """Name each file that the topology calls for and that isn't there, or has another size than when it was saved."""
-        expected: list[Path] = []
+        expected: list[str] = [name for name in self.manifest.files if layer_file(name)] if self.manifest else []
         for rank in range(topology.model_parallel):
             partitions = range(topology.dp)
-            expected += [self._model_states_path(rank, part) for part in (partitions if self._sliced else [0])]
-            if topology.zero_stage:
-                expected += [self._optimizer_paths(rank, part)[0] for part in partitions]
-        missing = [path.name for path in expected if path.name not in self._names]
+            expected += [self._model_states_path(rank, part).name for part in (partitions if self._sliced else [0])]
+            if self._partitioned:
+                expected += [self._optimizer_paths(rank, part)[0].name for part in partitions]
+        missing = [name for name in expected if name not in self._names]
         if missing:
             raise DamagedCheckpointError(
                 f"{self.path} was saved as {topology} and lacks {len(missing)} of {len(expected)} files: "
                 + ", ".join(missing[:20])
             )
 
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether a pipeline engine saved it: weights and buffers lie in files of their own, one for each layer."""
+        return self._model_states(0).get("module") is None
+
+    @cached_property
+    def _partitioned(self) -> bool:
+        """Whether the optimizer's state is in files of its own: with ZeRO, and in a bf16 pipeline without."""
+        saved = self._model_states(0)
+        return saved.get("param_shapes") is not None or BF16_OPTIMIZER.masters in (saved.get("optimizer") or {})
+
     def _read_slots(self, rank: int) -> list[Slot]:
-        saved, path = self._model_states(rank), self._model_states_path(rank, 0)
-        module = {key: value for key, value in saved["module"].items() if isinstance(value, torch.Tensor)}
-        buffers = [name for name in saved["buffer_names"] if name in module]
-        owned = {name: tensor for name, tensor in module.items() if name not in self._aliases and name not in buffers}
-        param_shapes = saved.get("param_shapes")
-        if param_shapes is not None:
-            slots = zero_slots(param_shapes, self.topology.dp, partial(self._optimizer_state, rank))
-        elif saved.get("optimizer"):
-            slots = stage0_slots(saved["optimizer"], owned, self._recorded_groups(), path)
-        else:
-            slots = []
+        slots = self._optimizer_slots(rank)
         known = {name for slot in slots for name in slot.names}
+        saved, module = self._model_states(rank), self._module(rank)
+        buffers = [name for name in saved["buffer_names"] if name in module]
         if self._sliced:
             frozen = {
                 name: shape for name, shape in (saved.get("frozen_param_shapes") or {}).items() if name not in known
             }
             slots += frozen_slice_slots(frozen, self.topology.dp, lambda part: self._sliced_states(rank, part))
+        elif self.is_pipeline:
+            stage = rank // self.topology.tp
+            frozen_names = [name for name in self._unclaimed if name in module] if stage == 0 else []
+            slots += [_module_slot(name, "frozen", *module[name]) for name in frozen_names]
         else:
-            slots += [_module_slot(name, "frozen", owned[name], path) for name in owned if name not in known]
-        slots += [_module_slot(name, "buffer", module[name], path) for name in buffers]
+            owned = [name for name in module if name not in known and name not in self._aliases]
+            slots += [_module_slot(name, "frozen", *module[name]) for name in owned if name not in buffers]
+        slots += [_module_slot(name, "buffer", *module[name]) for name in buffers]
         return slots
+
+    def _optimizer_slots(self, rank: int) -> list[Slot]:
+        """The slots with an optimizer state."""
+        saved, path = self._model_states(rank), self._model_states_path(rank, 0)
+        open_partition = partial(self._optimizer_state, rank)
+        param_shapes = saved.get("param_shapes")
+        if param_shapes is not None:
+            return zero_slots(param_shapes, self.topology.dp, open_partition)
+        if self._partitioned:
+            module = self._module(rank)
+            shapes = [{name: tuple(module[name][0].shape) for name in group} for group in self._mapped_numels(rank)]
+            return zero_slots(shapes, self.topology.dp, open_partition)
+        if not saved.get("optimizer"):
+            return []
+        buffers = frozenset(saved["buffer_names"])
+        owned = {
+            name: located
+            for name, located in self._module(rank).items()
+            if name not in self._aliases and name not in buffers
+        }
+        groups = self.recorded_groups(rank)
+        if groups is None and self.is_pipeline and self.topology.pp > 1:
+            raise MismatchError(
+                f"{path} names no parameters in its optimizer state, and which layers a pipeline stage held isn't recorded; save "
+                f"with ucp_deepspeed enabled, which records the names. Parameters that could be mixed up",
+                list(owned),
+            )
+        return stage0_slots(saved["optimizer"], owned, groups, path)
+
+    def _mapped_numels(self, rank: int) -> list[dict[str, int]]:
+        """Names in flat order and their elements, from ``param_slice_mappings``; a pipeline's stage 0 has no ``param_shapes``."""
+        groups: list[dict[str, int]] = []
+        for partition in range(self.topology.dp):
+            saved, _ = self._optimizer_state(rank, partition)
+            for index, mapping in enumerate(saved["param_slice_mappings"]):
+                groups += [{}] if index == len(groups) else []
+                for name, address in sorted(mapping.items(), key=lambda entry: entry[1].start):
+                    groups[index][name] = groups[index].get(name, 0) + address.numel
+        return groups
+
+    def _module(self, rank: int) -> Mapping[str, Located]:
+        """Weights and buffers that a model-parallel rank's files hold; in a pipeline those of all stages.
+
+        Raises:
+            DamagedCheckpointError: a layer has files of some tensor-parallel ranks only.
+        """
+        if self.is_pipeline:
+            return self._layers[rank % self.topology.tp]
+        path = self._model_states_path(rank, 0)
+        module = self._model_states(rank)["module"]
+        return {name: (value, path) for name, value in module.items() if isinstance(value, torch.Tensor)}
+
+    @cached_property
+    def _layers(self) -> list[dict[str, Located]]:
+        """For each tensor-parallel rank the tensors of all layer files, tied ones under their own names."""
+        found = read_layers(self.path, self._names, self.topology.tp, self._open)
+        keys: Mapping[str, str] = self.manifest.layer_keys if self.manifest else self._tied_keys(found)
+        named: list[dict[str, Located]] = [{} for _ in found]
+        for tensors, held in zip(found, named, strict=True):
+            for name, located in tensors.items():
+                held.setdefault(keys.get(name, name), located)  # of a tied module's layers the first
+        return named
+
+    def _tied_keys(self, found: list[dict[str, Located]]) -> dict[str, str]:
+        trained: dict[str, int] = {}
+        for rank in range(0, self.topology.model_parallel, self.topology.tp) if self._partitioned else ():
+            described = self._model_states(rank).get("param_shapes")
+            groups = self._mapped_numels(rank) if described is None else map(_numels, described)
+            trained |= {name: numel for group in groups for name, numel in group.items()}
+        free = {name: tensor.numel() for name, (tensor, _) in found[0].items() if name not in trained}
+        return tied_keys({name: numel for name, numel in trained.items() if name.startswith(TIED)}, free)
+
+    @cached_property
+    def _unclaimed(self) -> list[str]:
+        """Of a pipeline's layer files what is neither a trained parameter nor a buffer, on any stage: frozen parameters."""
+        stages = range(0, self.topology.model_parallel, self.topology.tp)
+        claimed = {name for rank in stages for slot in self._optimizer_slots(rank) for name in slot.names}
+        claimed |= {name for rank in stages for name in self._model_states(rank)["buffer_names"]}
+        recorded = self.manifest.parameters if self.manifest else self._layers[0]
+        return [name for name in self._layers[0] if name not in claimed and name in recorded]
 
     def _sliced_states(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
         return self._model_states(rank, partition), self._model_states_path(rank, partition)
 
-    def _recorded_groups(self) -> Groups | None:
-        return [list(group) for group in self.manifest.parameter_groups] if self.manifest else None
+    def recorded_groups(self, rank: int) -> Groups | None:
+        """Names in the optimizer's order on one model-parallel rank, as the manifest records them."""
+        if self.manifest is None:
+            return None
+        return [list(group) for group in self.manifest.parameter_groups[rank // self.topology.tp]]
 
     @cached_property
     def _aliases(self) -> frozenset[str]:
         """Names of tied parameters under which they are not stored: listed by DeepSpeed under ZeRO, else found by sharing."""
         saved = self._model_states(0)
         listed = frozenset(saved.get("shared_params") or ())
+        if self.is_pipeline:
+            return listed
         first: dict[FileExtent, str] = {}
-        path = self._model_states_path(0, 0)
         shared: set[str] = set()
-        for name, tensor in saved["module"].items():
-            stored = isinstance(tensor, torch.Tensor) and tensor.numel() and name not in saved["buffer_names"]
+        for name, (tensor, path) in self._module(0).items():
+            stored = tensor.numel() and name not in saved["buffer_names"]
             if stored and first.setdefault(extent_of(tensor, path), name) != name:
                 shared.add(name)
         return listed | shared
 
     def _read_parameters(self) -> dict[str, Parameter]:
-        names = list(self._where[0])
+        degree = self.topology.tp
+        owners: dict[str, int] = {}
         for rank, where in enumerate(self._where):
-            if where.keys() != self._where[0].keys():
-                differing = sorted(where.keys() ^ self._where[0].keys())
+            first = rank - rank % degree
+            if where.keys() != self._where[first].keys():
+                differing = sorted(where.keys() ^ self._where[first].keys())
                 raise DamagedCheckpointError(
-                    f"{self.path}: model-parallel rank {rank} has other parameters than rank 0: {differing[:10]}"
+                    f"{self.path}: model-parallel rank {rank} has other parameters than rank {first}: {differing[:10]}"
                 )
+            for name in where:
+                owners.setdefault(name, rank)
         parameters: dict[str, Parameter] = {}
-        for name in self._in_model_order(names):
-            slot, _ = self._where[0][name]
-            shapes = tuple(where[name][0].shapes[where[name][1]] for where in self._where)
+        for name in self._in_model_order(owners):
+            slot, _ = self._where[owners[name]][name]
+            held = [where.get(name) for where in self._where]
+            shapes = tuple(None if entry is None else entry[0].shapes[entry[1]] for entry in held)
             parameters[name] = Parameter(name, slot.kind, shapes, slot.states, slot.scalars)
         return parameters
 
-    def _in_model_order(self, names: list[str]) -> list[str]:
-        order = {name: index for index, name in enumerate(self._model_states(0)["module"])}
+    def _in_model_order(self, names: Iterable[str]) -> list[str]:
+        order = {name: index for index, name in enumerate(self._model_order())}
         return sorted(names, key=lambda name: order.get(name, len(order)))
 
+    def _model_order(self) -> Iterable[str]:
+        return self._layers[0] if self.is_pipeline else self._model_states(0)["module"]
+
     def _read_groups(self) -> tuple[ParameterGroup, ...]:
-        saved = self._model_states(0)
-        if self.topology.zero_stage or self.optimizer_form == "bf16-optimizer":
-            state, path = self._optimizer_state(0, 0)
-            entries = recognise(state, path).hyperparameters(state)
-        elif saved["optimizer"]:
-            entries = saved["optimizer"].get("optimizer_state_dict", saved["optimizer"])["param_groups"]
-        else:
-            entries = []
-        named: dict[int, list[str]] = {}
-        for slot in self._slots[0]:
-            if slot.group is not None:
-                named.setdefault(slot.group, []).extend(slot.names)
-        return tuple(
-            ParameterGroup(tuple(names), {key: value for key, value in entries[group].items() if key != "params"})
-            for group, names in sorted(named.items())
-            if group < len(entries)
-        )
+        """The groups of all pipeline stages; each stage numbers its own, so that they are told apart by what is in them."""
+        groups: list[tuple[dict[str, None], dict[str, Any]]] = []
+        for rank in range(0, self.topology.model_parallel, self.topology.tp):
+            entries = self._hyperparameters(rank)
+            named: dict[int, list[str]] = {}
+            for slot in self._slots[rank]:
+                if slot.group is not None and slot.group < len(entries):
+                    named.setdefault(slot.group, []).extend(slot.names)
+            for group, names in sorted(named.items()):
+                settings = {key: value for key, value in entries[group].items() if key != "params"}
+                same = next((held for held, other in groups if rank and other == settings), None)
+                if same is None:
+                    groups.append((dict.fromkeys(names), settings))
+                else:
+                    same |= dict.fromkeys(names)
+        return tuple(ParameterGroup(tuple(names), settings) for names, settings in groups)
+
+    def _hyperparameters(self, rank: int) -> list[Mapping[str, Any]]:
+        """The base optimizer's parameter groups on one model-parallel rank."""
+        if self._partitioned:
+            state, path = self._optimizer_state(rank, 0)
+            return recognise(state, path).hyperparameters(state)
+        saved = self._model_states(rank)["optimizer"]
+        return list(saved.get("optimizer_state_dict", saved)["param_groups"]) if saved else []
 
     def _read_run(self) -> RunState:
         saved = self._model_states(0)
@@ -337,7 +446,11 @@ class DeepSpeedCheckpoint(Checkpoint):
         )
 
 
-def _module_slot(name: str, kind: Any, tensor: torch.Tensor, path: Path) -> Slot:
+def _numels(named: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    return dict(zip(named, numels_of(shapes_of(named)), strict=True))
+
+
+def _module_slot(name: str, kind: Kind, tensor: torch.Tensor, path: Path) -> Slot:
     lookup: Callable[[int, str], tuple[torch.Tensor, Path]] = lambda partition, state: (tensor, path)  # noqa: E731
     shape: Shape = shapes_of({name: tensor.shape})[0]
     return whole_tensor_slot(name, kind, lookup, shape=shape, states={WEIGHT: TORCH_DTYPES[tensor.dtype]})

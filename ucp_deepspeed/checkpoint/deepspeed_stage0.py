@@ -16,7 +16,7 @@ import torch
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Kind
 from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, split_states, whole_tensor_slot
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
-from ucp_deepspeed.errors import MismatchError, UnsupportedError
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
 from ucp_deepspeed.layout import FlatGroup, Shape
 
 Groups = list[list[str | None]]
@@ -39,13 +39,13 @@ def stage0_form(optimizer: Mapping[str, Any], path: Path) -> str:
 
 
 def stage0_slots(
-    optimizer: Mapping[str, Any], module: Mapping[str, torch.Tensor], groups: Groups | None, path: Path
+    optimizer: Mapping[str, Any], module: Mapping[str, Located], groups: Groups | None, path: Path
 ) -> list[Slot]:
     """The slots of one model-parallel rank.
 
     Args:
         optimizer: what the model_states file holds under ``optimizer``.
-        module: the model's parameters (no buffers, no tied duplicates), in the model's order.
+        module: the model's parameters (no buffers, no tied duplicates), in the model's order, each with its file.
         groups: names as the manifest records them; None to map through the model's order.
         path: the model_states file.
 
@@ -65,16 +65,16 @@ def stage0_slots(
     return _fused_slots(flat, base, module, groups or _fused_groups(flat, module, path), path)
 
 
-def _plain_slots(
-    optimizer: Mapping[str, Any], module: Mapping[str, torch.Tensor], groups: Groups, path: Path
-) -> list[Slot]:
+def _plain_slots(optimizer: Mapping[str, Any], module: Mapping[str, Located], groups: Groups, path: Path) -> list[Slot]:
     slots: list[Slot] = []
     for group, (entry, names) in enumerate(zip(optimizer["param_groups"], groups, strict=True)):
         for index, name in zip(entry["params"], names, strict=True):
             if name is None:
                 continue
             raw = optimizer["state"].get(index, {})
-            master = module[name]
+            if name not in module:
+                raise DamagedCheckpointError(f"{path} holds the optimizer state of {name}, whose weight is in no file")
+            master, home = module[name]
             states, scalars = split_states(raw, master, path, name)
             kind: Kind = "trainable" if raw or not optimizer["state"] else "frozen"
             state = MASTER if kind == "trainable" else WEIGHT
@@ -82,7 +82,7 @@ def _plain_slots(
                 whole_tensor_slot(
                     name,
                     kind,
-                    _lookup({state: master} | {key: raw[key] for key in states}, path),
+                    _lookup({state: (master, home)} | {key: (raw[key], path) for key in states}),
                     shape=tuple(master.shape),
                     states={state: TORCH_DTYPES[master.dtype]} | states,
                     scalars=scalars,
@@ -107,7 +107,7 @@ def _unfused_slots(
                 whole_tensor_slot(
                     name,
                     "trainable",
-                    _lookup(tensors, path),
+                    _lookup({state: (tensor, path) for state, tensor in tensors.items()}),
                     shape=tuple(master.shape),
                     states=dtypes,
                     scalars=scalars,
@@ -120,28 +120,29 @@ def _unfused_slots(
 def _fused_slots(
     masters: Sequence[torch.Tensor],
     base: Mapping[str, Any],
-    module: Mapping[str, torch.Tensor],
+    module: Mapping[str, Located],
     groups: Groups,
     path: Path,
 ) -> list[Slot]:
     slots: list[Slot] = []
     for group, (master, names) in enumerate(zip(masters, groups, strict=True)):
         held = tuple(name for name in names if name is not None)
-        shapes = tuple(tuple(module[name].shape) for name in held)
+        shapes = tuple(tuple(module[name][0].shape) for name in held)
         raw = base["state"].get(group, {})
         states, scalars = split_states(raw, master, path, f"group {group}")
         tensors = {MASTER: master} | {key: raw[key] for key in states}
         dtypes = {state: TORCH_DTYPES[tensor.dtype] for state, tensor in tensors.items()}
         flattening = FlatGroup(numels_of(shapes), partitions=1, alignment=1)
-        slots.append(Slot(held, shapes, "trainable", flattening, _lookup(tensors, path), dtypes, scalars, group))
+        lookup = _lookup({state: (tensor, path) for state, tensor in tensors.items()})
+        slots.append(Slot(held, shapes, "trainable", flattening, lookup, dtypes, scalars, group))
     return slots
 
 
-def _lookup(tensors: Mapping[str, torch.Tensor], path: Path) -> Callable[[int, str], Located]:
-    return lambda partition, state: (tensors[state], path)
+def _lookup(tensors: Mapping[str, Located]) -> Callable[[int, str], Located]:
+    return lambda partition, state: tensors[state]
 
 
-def _plain_groups(optimizer: Mapping[str, Any], module: Mapping[str, torch.Tensor], path: Path) -> Groups:
+def _plain_groups(optimizer: Mapping[str, Any], module: Mapping[str, Located], path: Path) -> Groups:
     expected = [
         [_state_shape(optimizer["state"].get(index)) for index in entry["params"]]
         for entry in optimizer["param_groups"]
@@ -157,15 +158,15 @@ def _state_shape(entry: Mapping[str, Any] | None) -> Shape | None:
     return None
 
 
-def _fused_groups(masters: Sequence[torch.Tensor], module: Mapping[str, torch.Tensor], path: Path) -> Groups:
-    if len(masters) == 1 and masters[0].numel() == sum(tensor.numel() for tensor in module.values()):
+def _fused_groups(masters: Sequence[torch.Tensor], module: Mapping[str, Located], path: Path) -> Groups:
+    if len(masters) == 1 and masters[0].numel() == sum(tensor.numel() for tensor, _ in module.values()):
         return [list(module)]
     raise _ambiguous(
         path, list(module), f"{len(masters)} flat groups of {[master.numel() for master in masters]} elements"
     )
 
 
-def assign_names(module: Mapping[str, torch.Tensor], expected: Expected, path: Path) -> Groups:
+def assign_names(module: Mapping[str, Located], expected: Expected, path: Path) -> Groups:
     """Names for each group's parameters, when the model's order leaves exactly one way.
 
     Each group is taken to list its parameters in the model's order. Two assignments are looked for; if both exist, the
@@ -175,7 +176,7 @@ def assign_names(module: Mapping[str, torch.Tensor], expected: Expected, path: P
         MismatchError: no assignment, or more than one; lists the parameters concerned.
     """
     names = list(module)
-    shapes = [tuple(tensor.shape) for tensor in module.values()]
+    shapes = [tuple(tensor.shape) for tensor, _ in module.values()]
     found = _assignments(shapes, expected)
     first = next(found, None)
     groups = f"{len(expected)} groups of {[len(group) for group in expected]} parameters"

@@ -19,12 +19,14 @@ MANIFEST_VERSION = 1
 
 
 class ManifestParameter(BaseModel):
-    """One parameter: its whole shape, and how it was sharded (None where nothing was known or needed)."""
+    """One parameter: its whole shape, how it was sharded (None where nothing was known or needed), and its logical name where
+    a spec gave it another than its own."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     logical_shape: Shape | None = None
     pattern: Annotated[Pattern, Discriminator("pattern")] | None = None
+    logical_name: str | None = None
 
 
 class ManifestTopology(BaseModel):
@@ -46,7 +48,10 @@ class Manifest(BaseModel):
         topology: see `ManifestTopology`.
         optimizer: class of the engine's optimizer, for people.
         vocabulary_size: rows of the unpadded vocabulary, where the user gave it.
-        parameter_groups: names in the optimizer's order; null for an entry that belongs to no parameter of the model.
+        parameter_groups: for each pipeline stage and each parameter group on it the names in the optimizer's order; null for an
+            entry that belongs to no parameter of the model.
+        layer_keys: for a pipeline, keys of its layer files → names of the parameters and buffers that lie there under another
+            name: those of tied modules.
         parameters: see `ManifestParameter`.
         files: size in bytes of each file in the tag folder when it was committed.
     """
@@ -57,7 +62,8 @@ class Manifest(BaseModel):
     topology: ManifestTopology
     optimizer: str
     vocabulary_size: int | None = None
-    parameter_groups: tuple[tuple[str | None, ...], ...]
+    parameter_groups: tuple[tuple[tuple[str | None, ...], ...], ...]
+    layer_keys: Mapping[str, str] = {}
     parameters: Mapping[str, ManifestParameter]
     files: Mapping[str, int]
 
@@ -65,6 +71,11 @@ class Manifest(BaseModel):
     def patterns(self) -> dict[str, Pattern]:
         """The patterns that were known when saving."""
         return {name: entry.pattern for name, entry in self.parameters.items() if entry.pattern is not None}
+
+    @cached_property
+    def logical_names(self) -> dict[str, str]:
+        """Logical names that are other than the parameters' own."""
+        return {name: entry.logical_name for name, entry in self.parameters.items() if entry.logical_name is not None}
 
     def check_file(self, path: Path) -> None:
         """Compare a file's size with the recorded one.

@@ -6,14 +6,17 @@ pieces, *StripPad* the logical shape.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 
-from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, Parameter
+from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, HeldShapes, Parameter
 from ucp_deepspeed.errors import MismatchError
+from ucp_deepspeed.language.families import naming_specs
+from ucp_deepspeed.language.naming import logical_names
 from ucp_deepspeed.language.resolve import resolve_patterns
 from ucp_deepspeed.language.spec import Spec
-from ucp_deepspeed.layout import Layout, Shape
+from ucp_deepspeed.layout import Layout, Shape, across_stages
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Unique
 from ucp_deepspeed.plan import Source
 
@@ -23,6 +26,8 @@ class UniversalView:
 
     Attributes:
         checkpoint: the catalog.
+        parameters: its entries, by logical name.
+        groups: the optimizer's parameter groups, with logical names.
         patterns: of every parameter and buffer.
         layouts: of every parameter and buffer, over the checkpoint's model-parallel ranks.
         vocabulary_size: rows of the unpadded vocabulary; None when not known, then nothing is stripped.
@@ -32,16 +37,30 @@ class UniversalView:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, patterns: Mapping[str, Pattern], vocabulary_size: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        names: Mapping[str, str],
+        patterns: Mapping[str, Pattern],
+        vocabulary_size: int | None = None,
     ) -> None:
+        """Args: names: parameter of the checkpoint → logical name. patterns: by logical name."""
         self.checkpoint = checkpoint
         self.vocabulary_size = vocabulary_size if vocabulary_size is not None else checkpoint.vocabulary_size
+        self.parameters: Mapping[str, Parameter] = {
+            names[name]: replace(parameter, name=names[name]) for name, parameter in checkpoint.parameters.items()
+        }
+        self.groups = tuple(
+            replace(group, names=tuple(names.get(name, name) for name in group.names)) for group in checkpoint.groups
+        )
         self.patterns = {
             name: patterns.get(name) or (Replicate() if parameter.kind == "buffer" else Unique())
-            for name, parameter in checkpoint.parameters.items()
+            for name, parameter in self.parameters.items()
         }
-        local_shapes = {name: parameter.local_shapes for name, parameter in checkpoint.parameters.items()}
-        self.layouts = layouts_of(self.patterns, local_shapes, self.vocabulary_size, "the checkpoint")
+        self._catalog_names = {logical: name for name, logical in names.items()}
+        degree = checkpoint.topology.tp
+        # A tied module's other copies may hold parameters that only its first stage trains: read the first.
+        local_shapes = {name: _first_stage(entry.local_shapes, degree) for name, entry in self.parameters.items()}
+        self.layouts = layouts_of(self.patterns, local_shapes, degree, self.vocabulary_size, "the checkpoint")
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, spec: Spec | None = None, vocabulary_size: int | None = None) -> UniversalView:
@@ -50,14 +69,15 @@ class UniversalView:
         Raises:
             SpecError: tensor parallelism, and nothing tells the layouts.
         """
-        names = [name for name, parameter in checkpoint.parameters.items() if parameter.kind != "buffer"]
-        degree = checkpoint.topology.model_parallel
-        patterns = resolve_patterns(names, degree=degree, spec=spec, recorded=checkpoint.patterns)
-        return cls(checkpoint, patterns, vocabulary_size)
-
-    def parameter(self, name: str) -> Parameter:
-        """The catalog's entry."""
-        return self.checkpoint.parameters[name]
+        specs = naming_specs(spec, parameter_names(checkpoint))
+        names = logical_names(list(checkpoint.parameters), specs, checkpoint.logical_names)
+        patterns = resolve_patterns(
+            [names[name] for name in parameter_names(checkpoint)],
+            degree=checkpoint.topology.tp,
+            spec=spec,
+            recorded={names[name]: pattern for name, pattern in checkpoint.patterns.items()},
+        )
+        return cls(checkpoint, names, patterns, vocabulary_size)
 
     def logical_shape(self, name: str) -> Shape:
         """Shape of the whole, unpadded parameter."""
@@ -67,20 +87,27 @@ class UniversalView:
         """What a plan reads from."""
         return Source(
             self.layouts[name],
-            lambda rank, start, stop: self.checkpoint.fragments(name, state, rank, start, stop),
+            lambda rank, start, stop: self.checkpoint.fragments(self._catalog_names[name], state, rank, start, stop),
         )
+
+
+def parameter_names(checkpoint: Checkpoint) -> list[str]:
+    """What a spec speaks of: parameters, without buffers."""
+    return [name for name, parameter in checkpoint.parameters.items() if parameter.kind != "buffer"]
 
 
 def layouts_of(
     patterns: Mapping[str, Pattern],
-    local_shapes: Mapping[str, Sequence[Shape]],
+    local_shapes: Mapping[str, HeldShapes],
+    degree: int,
     vocabulary_size: int | None,
     side: str,
 ) -> dict[str, Layout]:
     """The layout of each parameter on one side.
 
     Args:
-        local_shapes: shape of the local tensor of each model-parallel rank.
+        local_shapes: shape of the local tensor of each model-parallel rank; None where it holds none.
+        degree: tensor-parallel size.
         side: ``the checkpoint`` or ``the target``, for the message.
 
     Raises:
@@ -90,7 +117,7 @@ def layouts_of(
     problems: list[str] = []
     for name, shapes in local_shapes.items():
         try:
-            layouts[name] = _layout(patterns[name], tuple(shapes), vocabulary_size)
+            layouts[name] = _layout(patterns[name], shapes, degree, vocabulary_size)
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems:
@@ -99,6 +126,24 @@ def layouts_of(
 
 
 @lru_cache(maxsize=4096)
-def _layout(pattern: Pattern, shapes: tuple[Shape, ...], vocabulary_size: int | None) -> Layout:
+def _layout(pattern: Pattern, shapes: HeldShapes, degree: int, vocabulary_size: int | None) -> Layout:
     """Cached, since the layers of a model share a few layouts."""
-    return pattern.layout(pattern.logical_shape(shapes, vocabulary_size), shapes)
+    stages: list[Layout | None] = []
+    for stage in _stages(shapes, degree):
+        held = tuple(shape for shape in stage if shape is not None)
+        if held and len(held) < degree:
+            raise ValueError(f"{len(held)} of {degree} tensor-parallel ranks hold it")
+        stages.append(pattern.layout(pattern.logical_shape(held, vocabulary_size), held) if held else None)
+    return across_stages(stages)
+
+
+def _stages(shapes: HeldShapes, degree: int) -> list[HeldShapes]:
+    return [shapes[start : start + degree] for start in range(0, len(shapes), degree)]
+
+
+def _first_stage(shapes: HeldShapes, degree: int) -> HeldShapes:
+    """The shapes of the first pipeline stage that holds the parameter, and None for the others."""
+    stages = _stages(shapes, degree)
+    first = next((index for index, stage in enumerate(stages) if any(shape is not None for shape in stage)), 0)
+    nothing = (None,) * degree
+    return tuple(shape for index, stage in enumerate(stages) for shape in (stage if index == first else nothing))

@@ -62,10 +62,10 @@ def _extent(view: UniversalView) -> str:
     """How much was compared."""
     states = [
         prod(view.logical_shape(name)) * ITEMSIZE[dtype]
-        for name, parameter in view.checkpoint.parameters.items()
+        for name, parameter in view.parameters.items()
         for dtype in parameter.states.values()
     ]
-    return f"{len(view.checkpoint.parameters)} parameters, {len(states)} states, {sum(states)} bytes"
+    return f"{len(view.parameters)} parameters, {len(states)} states, {sum(states)} bytes"
 
 
 def _print(differences: Sequence[Difference], limit: int) -> None:

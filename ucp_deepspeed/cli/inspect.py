@@ -62,11 +62,11 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
         state_bytes: size of each state over all parameters.
         disk_bytes, files: of the tag folder.
         groups: for each parameter group ``names`` and ``hyperparameters``.
-        parameters: for each, by name: ``kind``, ``shape`` (or null), ``local_shapes`` by model-parallel rank, ``pattern`` in
-            words (or null), ``states`` (name → dtype), ``scalars``.
+        parameters: for each, by logical name: ``kind``, ``shape`` (or null), ``local_shapes`` by model-parallel rank (null
+            for a pipeline stage without it), ``pattern`` in words (or null), ``states`` (name → dtype), ``scalars``.
     """
-    parameters = checkpoint.parameters
     view, reason = _view(checkpoint, spec, vocabulary_size)
+    parameters = view.parameters if view else checkpoint.parameters
     source = checkpoint.source if isinstance(checkpoint, UniversalCheckpoint) else None
     files = [entry for entry in checkpoint.path.rglob("*") if entry.is_file()]
     steps = {float(entry.scalars["step"]) for entry in parameters.values() if "step" in entry.scalars}
@@ -88,7 +88,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
         "files": len(files),
         "groups": [
             {"names": list(group.names), "hyperparameters": _json(dict(group.hyperparameters))}
-            for group in checkpoint.groups
+            for group in (view or checkpoint).groups
         ],
         "parameters": {name: _parameter(view, parameter) for name, parameter in parameters.items()},
     }
@@ -125,7 +125,11 @@ def _run(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _numel(view: UniversalView | None, parameter: Parameter) -> int:
-    return prod(view.logical_shape(parameter.name)) if view else sum(map(prod, parameter.local_shapes))
+    return (
+        prod(view.logical_shape(parameter.name))
+        if view
+        else sum(prod(shape) for shape in parameter.local_shapes if shape is not None)
+    )
 
 
 def _state_bytes(view: UniversalView | None, parameters: Mapping[str, Parameter]) -> dict[str, int]:
@@ -140,7 +144,7 @@ def _parameter(view: UniversalView | None, parameter: Parameter) -> dict[str, An
     return {
         "kind": parameter.kind,
         "shape": list(view.logical_shape(parameter.name)) if view else None,
-        "local_shapes": [list(shape) for shape in parameter.local_shapes],
+        "local_shapes": [None if shape is None else list(shape) for shape in parameter.local_shapes],
         "pattern": describe(view.patterns[parameter.name]) if view else None,
         "states": dict(parameter.states),
         "scalars": _json(dict(parameter.scalars)),
@@ -227,8 +231,9 @@ def _table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def _local_shapes(shapes: list[list[int]]) -> str:
-    """``4 × [8, 16]`` when all ranks have the same."""
-    if all(shape == shapes[0] for shape in shapes):
-        return f"{len(shapes)} × {shapes[0]}"
-    return ", ".join(map(str, shapes))
+def _local_shapes(shapes: list[list[int] | None]) -> str:
+    """``4 × [8, 16]`` when all ranks that hold it have the same."""
+    held = [shape for shape in shapes if shape is not None]
+    if all(shape == held[0] for shape in held):
+        return f"{len(held)} × {held[0]}"
+    return ", ".join(map(str, held))

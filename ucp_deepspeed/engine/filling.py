@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from ucp_deepspeed.checkpoint import Checkpoint, FileExtent, Parameter
-from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
-from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, HeldShapes
+from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of, parameter_names
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.errors import MismatchError
-from ucp_deepspeed.language import resolve_patterns
-from ucp_deepspeed.layout import Layout
+from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
+from ucp_deepspeed.layout import Layout, Shape
 from ucp_deepspeed.plan import BlockCopy, Fragment, Target, overlapping_fragments, plan_tensor
 from ucp_deepspeed.transfer import FileReader, TransferCount, run_copies
 
@@ -84,12 +84,39 @@ def _fill(buffer: torch.Tensor, copies: Copies, reader: FileReader, count: Trans
     return buffer
 
 
+@dataclass(frozen=True)
+class Names:
+    """Logical names of the checkpoint's and the model's parameters and buffers, by the names that each side has for them."""
+
+    source: Mapping[str, str]
+    target: Mapping[str, str]
+
+
+def match_names(checkpoint: Checkpoint, model: EngineModel) -> Names:
+    """Translate the names of both sides by the same specs.
+
+    Raises:
+        SpecError: a spec gives a parameter two names, or two parameters one.
+    """
+    specs = naming_specs(model.spec, parameter_names(checkpoint), model.named("trainable", "frozen"))
+    recorded = checkpoint.logical_names
+    return Names(
+        logical_names(list(checkpoint.parameters), specs, recorded), logical_names(list(model.tensors), specs, recorded)
+    )
+
+
 def plan_filling(
-    checkpoint: Checkpoint, model: EngineModel, optimizer: EngineOptimizer, optimizer_states: bool, strict: bool
+    checkpoint: Checkpoint,
+    model: EngineModel,
+    optimizer: EngineOptimizer,
+    names: Names,
+    optimizer_states: bool,
+    strict: bool,
 ) -> Filling:
     """Plan all that this rank holds, and prove it covered.
 
     Args:
+        names: see `match_names`.
         optimizer_states: whether to plan more than the master weights.
         strict: whether frozen parameters and buffers must be the same on both sides.
 
@@ -97,23 +124,24 @@ def plan_filling(
         MismatchError: lists every parameter that is missing, extra, of another shape or kind, or not covered.
         SpecError: nothing tells the layouts, or the spec doesn't fit.
     """
-    _check_names(checkpoint, model, strict)
-    return _Planner(checkpoint, model, optimizer).plan(optimizer_states)
+    _check_names(checkpoint, model, names, strict)
+    return _Planner(checkpoint, model, optimizer, names).plan(optimizer_states)
 
 
-def _check_names(checkpoint: Checkpoint, model: EngineModel, strict: bool) -> None:
-    source, target = checkpoint.parameters, model.tensors
+def _check_names(checkpoint: Checkpoint, model: EngineModel, names: Names, strict: bool) -> None:
+    source = {names.source[name]: parameter for name, parameter in checkpoint.parameters.items()}
+    target = {names.target[name]: tensor for name, tensor in model.tensors.items()}
     problems: list[str] = []
     for name in sorted(source.keys() | target.keys()):
         if name not in source:
             if strict or target[name].kind == "trainable":
                 problems.append(
-                    f"{name}: missing in the checkpoint; the model expects {target[name].local_shapes[model.rank]}"
+                    f"{name}: missing in the checkpoint; the model expects {_some(target[name].local_shapes)}"
                 )
         elif name not in target:
             if strict or source[name].kind == "trainable":
                 problems.append(
-                    f"{name}: extra in the checkpoint ({source[name].kind}, {source[name].local_shapes[0]})"
+                    f"{name}: extra in the checkpoint ({source[name].kind}, {_some(source[name].local_shapes)})"
                 )
         elif source[name].kind != target[name].kind:
             problems.append(f"{name}: {source[name].kind} in the checkpoint, {target[name].kind} in the model")
@@ -121,21 +149,31 @@ def _check_names(checkpoint: Checkpoint, model: EngineModel, strict: bool) -> No
         raise MismatchError(f"{checkpoint.path} and the model have different parameters", problems)
 
 
-class _Planner:
-    """Plans one tensor after another and collects what is wrong."""
+def _some(shapes: HeldShapes) -> Shape | None:
+    return next((shape for shape in shapes if shape is not None), None)
 
-    def __init__(self, checkpoint: Checkpoint, model: EngineModel, optimizer: EngineOptimizer) -> None:
-        names = [name for name in model.named("trainable", "frozen") if name in checkpoint.parameters]
-        degree = max(checkpoint.topology.model_parallel, model.topology.model_parallel)
+
+class _Planner:
+    """Plans one tensor after another, under logical names, and collects what is wrong."""
+
+    def __init__(self, checkpoint: Checkpoint, model: EngineModel, optimizer: EngineOptimizer, names: Names) -> None:
+        source = set(names.source.values())
+        target = {names.target[name]: tensor for name, tensor in model.tensors.items()}
+        self.tensors = {name: tensor for name, tensor in target.items() if name in source}
         patterns = resolve_patterns(
-            names, degree=degree, spec=model.spec, recorded=checkpoint.patterns, inferred=model.inferred
+            [name for name, tensor in self.tensors.items() if tensor.kind != "buffer"],
+            degree=max(checkpoint.topology.tp, model.topology.tp),
+            spec=model.spec,
+            recorded={
+                names.source[name]: pattern for name, pattern in checkpoint.patterns.items() if name in names.source
+            },
+            inferred={names.target[name]: pattern for name, pattern in model.inferred.items()},
         )
-        self.model, self.optimizer = model, optimizer
-        self.view = UniversalView(checkpoint, patterns, model.vocabulary_size)
-        shared = [name for name in model.tensors if name in checkpoint.parameters]
-        local_shapes = {name: model.tensors[name].local_shapes for name in shared}
+        self.names, self.rank, self.optimizer = names.target, model.rank, optimizer
+        self.view = UniversalView(checkpoint, names.source, patterns, model.vocabulary_size)
+        local_shapes = {name: tensor.local_shapes for name, tensor in self.tensors.items()}
         self.layouts: Mapping[str, Layout] = layouts_of(
-            self.view.patterns, local_shapes, self.view.vocabulary_size, "the model"
+            self.view.patterns, local_shapes, model.topology.tp, self.view.vocabulary_size, "the model"
         )
         self.problems: list[str] = []
         self.bytes_needed = 0
@@ -152,7 +190,7 @@ class _Planner:
         copies: dict[str, list[BlockCopy[FileExtent, None]]] = {state: [] for state in states}
         held: dict[str, list[Fragment[None]]] = {}
         for name, fragment in slot.fragments():
-            held.setdefault(name, []).append(fragment)
+            held.setdefault(self.names[name], []).append(fragment)
         assert overlapping_fragments(fragment for group in held.values() for fragment in group) is None
         for name, fragments in held.items():
             for state in states:
@@ -161,7 +199,7 @@ class _Planner:
 
     def _common_states(self, slot: EngineSlot) -> tuple[tuple[str, ...], Mapping[str, float]]:
         """The states and scalars of a slot's parameters: one optimizer entry serves all, so they must be the same."""
-        parameters = [self.view.parameter(name) for name in slot.names]
+        parameters = [self.view.parameters[self.names[name]] for name in slot.names]
         if not parameters:
             return (MASTER,), {}
         first = parameters[0]
@@ -181,20 +219,20 @@ class _Planner:
         return tuple(first.states), first.scalars
 
     def _weights(self) -> Iterator[WeightPlan]:
-        for name in self.model.named("frozen", "buffer"):
-            if name in self.layouts:
-                weight, fragments = self.model.tensors[name].held()
+        for name, tensor in self.tensors.items():
+            if tensor.kind != "trainable" and tensor.tensor is not None:
+                weight, fragments = tensor.held()
                 yield WeightPlan(weight, self._tensor(name, WEIGHT, fragments))
 
     def _tensor(self, name: str, state: str, fragments: Sequence[Fragment[None]]) -> Copies:
-        target = Target(self.layouts[name], self.model.rank, fragments)
+        target = Target(self.layouts[name], self.rank, fragments)
         try:
             copies = plan_tensor(self.view.source(name, state), target, state)
         except ValueError as error:
             if not any(problem.startswith(f"{name}: ") for problem in self.problems):
                 self.problems.append(f"{name}: {error}{self._hint(name)}")
             return ()
-        itemsize = ITEMSIZE[self.view.parameter(name).states[state]]
+        itemsize = ITEMSIZE[self.view.parameters[name].states[state]]
         self.bytes_needed += sum(fragment.numel for fragment in fragments) * itemsize
         return copies
 

@@ -16,10 +16,11 @@ from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint, resolve_tag
 from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.config import UniversalCheckpointConfig
-from ucp_deepspeed.engine.filling import plan_filling
-from ucp_deepspeed.engine.model import EngineModel, agree, describe_model, engine_topology
+from ucp_deepspeed.engine.filling import match_names, plan_filling
+from ucp_deepspeed.engine.model import EngineModel, agree, describe_model, engine_topology, model_parallel_rank
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer
 from ucp_deepspeed.engine.training_state import restore_run
 from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError, UnsupportedError
@@ -89,18 +90,25 @@ def load_checkpoint(
     if tag is None and not _findable(Path(load_dir)):
         return native(load_dir, tag=tag, **asdict(options))  # DeepSpeed warns and returns (None, None)
     started = time.monotonic()
-    error, prepared = None, None
+    error, prepared, universal = None, None, False
     try:
         checkpoint = open_checkpoint(load_dir, None if tag is None else str(tag))
-        optimizer = engine_optimizer(engine)
-        if _takes_universal_path(config, checkpoint, engine, optimizer):
-            prepared = (checkpoint, optimizer)
+        prepared = checkpoint, engine_optimizer(engine)
+        universal = _takes_universal_path(config, engine, *prepared)
     except UniversalCheckpointError as caught:
         error = caught
     agree(error)
-    if prepared is None:
+    assert prepared is not None
+    if not _any_rank(universal):  # a pipeline's stages may have changed on some ranks only
         return native(load_dir, tag=tag, **asdict(options))
     return _load_universal(engine, *prepared, options, started)
+
+
+def _any_rank(value: bool) -> bool:
+    """Whether it is true on some rank. Collective over all ranks."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return any(gathered)
 
 
 def _findable(load_dir: Path) -> bool:
@@ -114,7 +122,7 @@ def _findable(load_dir: Path) -> bool:
 
 
 def _takes_universal_path(
-    config: UniversalCheckpointConfig, checkpoint: Checkpoint, engine: Any, optimizer: EngineOptimizer
+    config: UniversalCheckpointConfig, engine: Any, checkpoint: Checkpoint, optimizer: EngineOptimizer
 ) -> bool:
     if not isinstance(checkpoint, DeepSpeedCheckpoint):
         if config.load == "never":
@@ -137,10 +145,12 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
         precision,
     ):
         return False
+    rank = model_parallel_rank(engine)
     if checkpoint.topology.zero_stage == 0:
-        recorded = checkpoint.manifest.parameter_groups if checkpoint.manifest else None
-        return recorded is None or recorded == tuple(tuple(names) for names in optimizer.group_names())
-    rank = engine.mpu.get_model_parallel_rank() if engine.mp_world_size > 1 else 0
+        if checkpoint.optimizer_form == BF16_OPTIMIZER.name:
+            return False  # DeepSpeed can't read what it has written (KeyError in BF16_Optimizer.load_state_dict)
+        recorded = checkpoint.recorded_groups(rank)
+        return recorded is None or recorded == optimizer.group_names()
     return checkpoint.flat_order(rank) == [(slot.names, slot.flattening) for slot in optimizer.slots()]
 
 
@@ -150,16 +160,19 @@ def _load_universal(
     if options.custom_load_fn is not None:
         raise UnsupportedError("custom_load_fn can't be combined with a universal load")
     model = describe_model(engine)
-    error, filling, client_state = None, None, None
+    error, filling, names, client_state = None, None, None, None
     try:
-        filling = plan_filling(checkpoint, model, optimizer, options.optimizer_states, options.load_module_strict)
+        names = match_names(checkpoint, model)
+        filling = plan_filling(
+            checkpoint, model, optimizer, names, options.optimizer_states, options.load_module_strict
+        )
         client_state = checkpoint.client_state()
     except UniversalCheckpointError as caught:
         error = caught
     agree(error)
-    assert filling is not None and client_state is not None
+    assert filling is not None and names is not None and client_state is not None
     read = filling.run(optimizer)
-    restore_run(engine, checkpoint, model, optimizer, options)
+    restore_run(engine, checkpoint, names, optimizer, options)
     engine.universal_checkpoint_report = report = LoadReport(
         source=f"{checkpoint.form} {checkpoint.topology}",
         target=f"{optimizer.form} {model.topology}",

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.utils import is_optimized_parameter
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
 
-from ucp_deepspeed.checkpoint.checkpoint import Kind, Precision
+from ucp_deepspeed.checkpoint.checkpoint import HeldShapes, Kind, Precision
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.errors import MismatchError, UniversalCheckpointError
 from ucp_deepspeed.language import Spec, load_spec
 from ucp_deepspeed.layout import Shape, SlicedGroup, Topology
 from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.plan import Fragment
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,18 @@ class EngineTensor:
     Attributes:
         name: the first name under which the model has it.
         kind: see `ucp_deepspeed.checkpoint.checkpoint.Kind`.
-        tensor: the live one.
+        tensor: the live one; None where another pipeline stage has it.
         local_shapes: over the model-parallel ranks, of the whole local tensor also where ZeRO-3 has cut it.
     """
 
     name: str
     kind: Kind
-    tensor: torch.Tensor
-    local_shapes: tuple[Shape, ...]
+    tensor: torch.Tensor | None
+    local_shapes: HeldShapes
 
     def held(self) -> tuple[torch.Tensor, tuple[Fragment[None], ...]]:
         """The memory of this rank's share of the weight, and which elements lie in it."""
+        assert self.tensor is not None, f"{self.name} is on another pipeline stage"
         if not hasattr(self.tensor, "ds_tensor"):
             whole = Fragment(0, self.tensor.numel(), None, 0)
             return self.tensor.data, (whole,) if self.tensor.numel() else ()
@@ -56,7 +58,7 @@ class EngineModel:
         topology: of the engine.
         precision: of the weights.
         rank: this rank's model-parallel rank.
-        tensors: by name, in the model's order.
+        tensors: of all pipeline stages, by name, in the model's order.
         inferred: patterns that parameter attributes tell (Megatron-Core), by name.
         spec: the one named in the config.
         vocabulary_size: as in the config.
@@ -76,24 +78,38 @@ class EngineModel:
 
 
 def describe_model(engine: Any) -> EngineModel:
-    """Collective over the model-parallel group: ranks tell one another their local shapes.
+    """Collective over the model-parallel group: ranks tell one another what they hold.
 
     Raises:
         SpecError: the spec named in the config doesn't exist or isn't valid.
-        MismatchError: model-parallel ranks have different parameters.
+        MismatchError: the tensor-parallel ranks of a stage have different parameters.
     """
     config: UniversalCheckpointConfig = engine.universal_checkpoint_config
-    local = list(_local_tensors(engine))
-    rank, shapes = _exchange_shapes(engine, {name: _local_shape(tensor) for name, _, tensor in local})
+    topology = engine_topology(engine)
+    local = {name: (kind, tensor) for name, kind, tensor in _local_tensors(engine)}
+    mine = _Held(
+        {name: (kind, _local_shape(tensor)) for name, (kind, tensor) in local.items()},
+        _inferred_patterns(engine.module),
+    )
+    shares = gather_model_parallel(engine, mine)
+    for stage in range(0, len(shares), topology.tp):
+        _check_same_names([share.shapes.keys() for share in shares[stage : stage + topology.tp]])
+    kinds = {name: kind for share in shares for name, (kind, _) in share.shapes.items()}
     tensors = {
-        name: EngineTensor(name, kind, tensor, tuple(held[name] for held in shapes)) for name, kind, tensor in local
+        name: EngineTensor(
+            name,
+            kind,
+            local[name][1] if name in local else None,
+            tuple(share.shapes[name][1] if name in share.shapes else None for share in shares),
+        )
+        for name, kind in kinds.items()
     }
     return EngineModel(
-        topology=engine_topology(engine),
+        topology=topology,
         precision="bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
-        rank=rank,
+        rank=model_parallel_rank(engine),
         tensors=tensors,
-        inferred=_inferred_patterns(engine.module),
+        inferred={name: pattern for share in shares for name, pattern in share.inferred.items()},
         spec=None if config.spec == "auto" else load_spec(config.spec),
         vocabulary_size=config.vocabulary_size,
     )
@@ -107,29 +123,49 @@ def engine_topology(engine: Any) -> Topology:
 
 def _local_tensors(engine: Any) -> Iterator[tuple[str, Kind, torch.Tensor]]:
     for param, name in engine.param_names.items():
-        yield name, "trainable" if is_optimized_parameter(param) else "frozen", param
+        yield name, "trainable" if _is_trained(param) else "frozen", param
     buffers = dict(engine.module.named_buffers())
     for name in engine._get_buffer_names():
         if name in buffers:
             yield name, "buffer", buffers[name]
 
 
+def _is_trained(param: torch.Tensor) -> bool:
+    """Whether the optimizer keeps it: a parameter without elements counts as frozen (``runtime/utils.py``)."""
+    return param.requires_grad and torch.Size(_local_shape(param)).numel() > 0
+
+
 def _local_shape(tensor: torch.Tensor) -> Shape:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
-def _exchange_shapes(engine: Any, shapes: dict[str, Shape]) -> tuple[int, list[dict[str, Shape]]]:
-    """This rank's model-parallel rank, and every model-parallel rank's local shapes, in rank order."""
+@dataclass(frozen=True)
+class _Held:
+    """What one model-parallel rank tells the others: kinds and local shapes by name, and inferred patterns."""
+
+    shapes: Mapping[str, tuple[Kind, Shape]]
+    inferred: Mapping[str, Pattern]
+
+
+def model_parallel_rank(engine: Any) -> int:
+    """Position among the ranks that hold one copy of the model: stage by stage, tensor-parallel rank by rank."""
+    return int(engine.mpu.get_model_parallel_rank()) if engine.mp_world_size > 1 else 0
+
+
+def gather_model_parallel(engine: Any, value: T) -> list[T]:
+    """Every model-parallel rank's value, in rank order. Collective over the model-parallel group."""
     if engine.mp_world_size == 1:
-        return 0, [shapes]
-    rank = engine.mpu.get_model_parallel_rank()
+        return [value]
     gathered: list[Any] = [None] * engine.mp_world_size
-    dist.all_gather_object(gathered, (rank, shapes), group=engine.mpu.get_model_parallel_group())
-    ordered = [held for _, held in sorted(gathered, key=lambda entry: entry[0])]
-    differing = {name for held in ordered for name in held.keys() ^ ordered[0].keys()}
+    group = engine.mpu.get_model_parallel_group()
+    dist.all_gather_object(gathered, (model_parallel_rank(engine), value), group=group)
+    return [held for _, held in sorted(gathered, key=lambda entry: entry[0])]
+
+
+def _check_same_names(names: Sequence[Set[str]]) -> None:
+    differing = {name for held in names for name in held ^ names[0]}
     if differing:
-        raise MismatchError("model-parallel ranks have different parameters", sorted(differing))
-    return rank, ordered
+        raise MismatchError("tensor-parallel ranks have different parameters", sorted(differing))
 
 
 def _inferred_patterns(module: torch.nn.Module) -> dict[str, Pattern]:

@@ -7,7 +7,7 @@ moves. So ``latest`` never names a checkpoint that some rank is still writing, a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from deepspeed import comm as dist
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, Manifest, ManifestParameter, ManifestTopology
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.view import layouts_of
-from ucp_deepspeed.engine.model import EngineModel, agree, describe_model
-from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer
-from ucp_deepspeed.errors import SaveError, SpecError
-from ucp_deepspeed.language import resolve_patterns
+from ucp_deepspeed.engine.model import EngineModel, agree, describe_model, gather_model_parallel
+from ucp_deepspeed.engine.optimizers import engine_optimizer
+from ucp_deepspeed.engine.pipeline import check_tied_copies, layer_keys
+from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError
+from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Unique
 from ucp_deepspeed.transfer.commit import write_atomically
 
@@ -47,60 +48,84 @@ def save_checkpoint(
         return native(save_dir, tag=tag, save_latest=save_latest, **rest)
     tag = str(tag) if tag is not None else f"global_step{engine.global_steps}"
     folder = Path(save_dir) / tag
-    model, optimizer = describe_model(engine), engine_optimizer(engine)
-    parameters = _parameters(model)
+    manifest, error = None, None
+    try:
+        manifest = _manifest(engine)
+    except UniversalCheckpointError as caught:
+        error = caught
+    agree(error)
+    assert manifest is not None
     if dist.get_rank() == 0:
         (folder / MANIFEST_NAME).unlink(missing_ok=True)
     saved = native(save_dir, tag=tag, save_latest=False, **rest)
     dist.barrier()
-    error = None
     if dist.get_rank() == 0:
         try:
-            manifest = _manifest(model, optimizer, parameters, folder)
-            write_atomically(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1))
-            if save_latest:
-                write_atomically(Path(save_dir) / LATEST_NAME, tag)
+            _commit(manifest, folder, save_latest)
         except OSError as caught:
             error = SaveError(f"the manifest of {folder} could not be written, and 'latest' was not moved: {caught}")
     agree(error)
     return saved
 
 
-def _patterns(model: EngineModel) -> dict[str, Pattern]:
-    """What is known when saving; empty under tensor parallelism when nothing tells, which a later load may make up for."""
-    names = model.named("trainable", "frozen")
-    try:
-        return resolve_patterns(names, degree=model.topology.model_parallel, spec=model.spec, inferred=model.inferred)
-    except SpecError:
-        if model.spec is not None:
-            raise
-        logger.warning("no layouts are known for this model: a load on another tensor-parallel size will need a spec")
-        return {}
+def _commit(manifest: Manifest, folder: Path, save_latest: bool) -> None:
+    files = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir()) if entry.is_file()}
+    complete = manifest.model_copy(update={"files": files})
+    write_atomically(folder / MANIFEST_NAME, complete.model_dump_json(indent=1))
+    if save_latest:
+        write_atomically(folder.parent / LATEST_NAME, folder.name)
+
+
+def _manifest(engine: Any) -> Manifest:
+    """All but the files. Collective.
+
+    Raises:
+        SpecError, MismatchError: the layouts that the config names don't fit the model.
+        SaveError: pipeline stages hold different values of a tied weight.
+    """
+    model, optimizer = describe_model(engine), engine_optimizer(engine)
+    topology = model.topology
+    keys = layer_keys(engine)
+    groups = gather_model_parallel(engine, tuple(tuple(names) for names in optimizer.group_names()))
+    check_tied_copies(engine)
+    return Manifest(
+        topology=ManifestTopology(tp=topology.tp, pp=topology.pp, dp=topology.dp, zero_stage=topology.zero_stage),
+        optimizer=optimizer.form,
+        vocabulary_size=model.vocabulary_size,
+        parameter_groups=tuple(groups[:: topology.tp]),
+        layer_keys=keys,
+        parameters=_parameters(model),
+        files={},
+    )
 
 
 def _parameters(model: EngineModel) -> dict[str, ManifestParameter]:
-    """Whole shape and pattern of each parameter and buffer, as far as they are known."""
-    known = _patterns(model) | {name: Replicate() for name in model.named("buffer")}
+    """Whole shape, pattern and logical name of each parameter and buffer, as far as they are known."""
+    logical = logical_names(list(model.tensors), naming_specs(model.spec, model.named("trainable", "frozen")))
+    known = _patterns(model, logical) | {name: Replicate() for name in model.named("buffer")}
     shapes = {name: tensor.local_shapes for name, tensor in model.tensors.items() if name in known}
-    layouts = layouts_of(known, shapes, model.vocabulary_size, "the model")
+    layouts = layouts_of(known, shapes, model.topology.tp, model.vocabulary_size, "the model")
     return {
         name: ManifestParameter(
             logical_shape=layouts[name].logical_shape if name in layouts else None,
             pattern=None if isinstance(known.get(name), Unique) else known.get(name),
+            logical_name=None if logical[name] == name else logical[name],
         )
         for name in model.tensors
     }
 
 
-def _manifest(
-    model: EngineModel, optimizer: EngineOptimizer, parameters: dict[str, ManifestParameter], folder: Path
-) -> Manifest:
-    topology = model.topology
-    return Manifest(
-        topology=ManifestTopology(tp=topology.tp, pp=topology.pp, dp=topology.dp, zero_stage=topology.zero_stage),
-        optimizer=optimizer.form,
-        vocabulary_size=model.vocabulary_size,
-        parameter_groups=tuple(tuple(names) for names in optimizer.group_names()),
-        parameters=parameters,
-        files={entry.name: entry.stat().st_size for entry in sorted(folder.iterdir()) if entry.is_file()},
-    )
+def _patterns(model: EngineModel, logical: Mapping[str, str]) -> dict[str, Pattern]:
+    """What is known when saving; empty under tensor parallelism when nothing tells, which a later load may make up for."""
+    names = model.named("trainable", "frozen")
+    inferred = {logical[name]: pattern for name, pattern in model.inferred.items()}
+    try:
+        patterns = resolve_patterns(
+            [logical[name] for name in names], degree=model.topology.tp, spec=model.spec, inferred=inferred
+        )
+    except SpecError:
+        if model.spec is not None:
+            raise
+        logger.warning("no layouts are known for this model: a load on another tensor-parallel size will need a spec")
+        return {}
+    return {name: patterns[logical[name]] for name in names}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES
-from ucp_deepspeed.engine.model import EngineModel
+from ucp_deepspeed.engine.filling import Names
 from ucp_deepspeed.engine.optimizers import EngineOptimizer
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ logger = logging.getLogger("ucp_deepspeed")
 
 
 def restore_run(
-    engine: Any, checkpoint: Checkpoint, model: EngineModel, optimizer: EngineOptimizer, options: LoadOptions
+    engine: Any, checkpoint: Checkpoint, names: Names, optimizer: EngineOptimizer, options: LoadOptions
 ) -> None:
     """Take over counters, scheduler, hyper-parameters and loss scale, as far as the options ask for them."""
     run = checkpoint.run
@@ -32,7 +32,7 @@ def restore_run(
     if options.load_lr_scheduler_states and engine.lr_scheduler is not None and run.lr_scheduler is not None:
         engine.lr_scheduler.load_state_dict(dict(run.lr_scheduler))
     if options.load_optimizer_states:
-        restore_hyperparameters(checkpoint, optimizer)
+        restore_hyperparameters(checkpoint, names, optimizer)
         _restore_loss_scale(checkpoint, optimizer)
 
 
@@ -40,16 +40,17 @@ def _samples(engine: Any) -> int:
     return int(engine.global_steps * engine.train_batch_size())
 
 
-def restore_hyperparameters(checkpoint: Checkpoint, optimizer: EngineOptimizer) -> None:
+def restore_hyperparameters(checkpoint: Checkpoint, names: Names, optimizer: EngineOptimizer) -> None:
     """Give each live parameter group the hyper-parameters of its parameters, whatever their groups' order was.
 
     A group whose parameters come from groups with different values takes those of its first parameter, and a warning says so.
     """
     of_name: dict[str, Mapping[str, Any]] = {
-        name: group.hyperparameters for group in checkpoint.groups for name in group.names
+        names.source[name]: group.hyperparameters for group in checkpoint.groups for name in group.names
     }
-    for index, names in enumerate(optimizer.group_names()):
-        sources = [of_name[name] for name in names if name in of_name]
+    for index, group in enumerate(optimizer.group_names()):
+        logical = [names.target[name] for name in group if name is not None]
+        sources = [of_name[name] for name in logical if name in of_name]
         if not sources:
             continue
         live = optimizer.base.param_groups[index]

@@ -1,7 +1,19 @@
 """The language: spec files that say, for each parameter name of a model family, which pattern it follows."""
 
-from ucp_deepspeed.language.families import find_family, load_spec, spec_names
+from ucp_deepspeed.language.families import find_family, load_spec, naming_specs, spec_names
+from ucp_deepspeed.language.naming import logical_names
 from ucp_deepspeed.language.resolve import Agreement, resolve_patterns
 from ucp_deepspeed.language.spec import PATTERN, Rule, Spec
 
-__all__ = ["PATTERN", "Agreement", "Rule", "Spec", "find_family", "load_spec", "resolve_patterns", "spec_names"]
+__all__ = [
+    "PATTERN",
+    "Agreement",
+    "Rule",
+    "Spec",
+    "find_family",
+    "load_spec",
+    "logical_names",
+    "naming_specs",
+    "resolve_patterns",
+    "spec_names",
+]

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from ucp_deepspeed.errors import SpecError
+from ucp_deepspeed.language.naming import logical_names
 from ucp_deepspeed.language.spec import Spec
 
 
@@ -55,13 +56,16 @@ def load_spec(name_or_path: str) -> Spec:
 def find_family(names: Sequence[str]) -> Spec | None:
     """The family of which each of these parameters matches exactly one rule.
 
+    Args:
+        names: logical names.
+
     Returns:
         None when no family fits.
 
     Raises:
         SpecError: more than one family fits and they disagree on a pattern: which one is right can't be told by names.
     """
-    fitting = [spec for spec in _families().values() if spec.coverage(names) == 1.0]
+    fitting = _fitting(names)
     for other in fitting[1:]:
         first, second = fitting[0].patterns(names), other.patterns(names)
         differing = [name for name in names if first[name] != second[name]]
@@ -71,3 +75,19 @@ def find_family(names: Sequence[str]) -> Spec | None:
                 f"({len(differing)} parameters); name one in the config or with --spec"
             )
     return fitting[0] if fitting else None
+
+
+def naming_specs(spec: Spec | None, *sides: Sequence[str]) -> list[Spec]:
+    """The specs by which names are made logical: the one that the user named, else all that fit the parameters of one side.
+
+    Args:
+        sides: names of the source's and of the target's parameters; the first side that some family fits decides.
+    """
+    if spec is not None:
+        return [spec]
+    return next((fitting for names in sides if (fitting := _fitting(names))), [])
+
+
+def _fitting(names: Sequence[str]) -> list[Spec]:
+    """Families of which each of these parameters, under its logical name, matches exactly one rule."""
+    return [spec for spec in _families().values() if spec.coverage(logical_names(names, [spec]).values()) == 1.0]

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, ValidationError, model_validator
 
 from ucp_deepspeed.errors import MAX_LISTED, SpecError
+from ucp_deepspeed.language.naming import Renaming
 from ucp_deepspeed.layout.pattern import Pattern
 
 _STRICT = ConfigDict(extra="forbid")
@@ -57,7 +58,9 @@ class Spec(BaseModel):
     Attributes:
         family: its name.
         description: which models, written by what.
-        rules: see `Rule`.
+        rules: see `Rule`; they apply to logical names.
+        names: for classes of model that call the parameters otherwise, how to get at the logical names
+            (`ucp_deepspeed.language.naming`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,6 +68,7 @@ class Spec(BaseModel):
     family: str
     description: str = ""
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
+    names: Mapping[str, tuple[Renaming, ...]] = {}
 
     @classmethod
     def parse(cls, raw: Any, origin: str) -> Spec:

@@ -6,8 +6,8 @@ follow from it. The paper's *Union* is the reading direction, its *GenUcpMetadat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import prod
 from typing import Literal
@@ -36,6 +36,8 @@ class Piece:
 @dataclass(frozen=True, slots=True)
 class LocalTensor:
     """What one model-parallel rank holds: its tensor's shape and the pieces in it. Elements of no piece are padding.
+
+    A rank of a pipeline stage without the parameter holds `NOTHING`.
 
     Raises:
         ValueError: a piece leaves the tensor, or two pieces share local elements.
@@ -119,6 +121,7 @@ class Layout:
                 local.shape[dim + 1] == self.logical_shape[dim + 1]
                 and all(piece.local_box.shape[dim + 1] == self.logical_shape[dim + 1] for piece in local.pieces)
                 for local in self.locals
+                if local != NOTHING
             )
         )
 
@@ -158,6 +161,29 @@ class Layout:
             return Fraction(1)
         power = self.scale_powers.get(state)
         return None if power is None else self.scale**power
+
+
+def across_stages(stages: Sequence[Layout | None]) -> Layout:
+    """The layout over all model-parallel ranks of a pipeline, whose stages follow one another.
+
+    Args:
+        stages: for each stage the layout over its tensor-parallel ranks; None where it doesn't hold the parameter.
+
+    Raises:
+        ValueError: no stage holds it, or two hold it in another way.
+    """
+    held = [stage for stage in stages if stage is not None]
+    if not held:
+        raise ValueError("no pipeline stage holds it")
+    first = held[0]
+    if len(stages) == 1:
+        return first
+    for other in held[1:]:
+        if (other.logical_shape, other.degree) != (first.logical_shape, first.degree):
+            raise ValueError(f"pipeline stages hold it in shapes {first.logical_shape} and {other.logical_shape}")
+    nothing = (NOTHING,) * first.degree
+    locals_ = tuple(local for stage in stages for local in (stage.locals if stage is not None else nothing))
+    return replace(first, locals=locals_)
 
 
 def pieces_of(logical_box: Box, local_start: Shape) -> tuple[Piece, ...]:
@@ -208,3 +234,7 @@ def _merge_box(box: Box, shape: Shape, dims: frozenset[int]) -> Box:
             stop.append(high)
     assert prod(high - low for low, high in zip(start, stop, strict=True)) == box.numel
     return Box(tuple(start), tuple(stop))
+
+
+NOTHING = LocalTensor((), ())
+"""What a rank of another pipeline stage holds."""

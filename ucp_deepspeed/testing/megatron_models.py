@@ -93,7 +93,7 @@ def build_megatron_gpt(size: MegatronGptSize, dtype: torch.dtype = torch.float32
     model_parallel_cuda_manual_seed(seed)
     degree = parallel_state.get_tensor_model_parallel_world_size()
     model = GPTModel(
-        config=_transformer_config(size, dtype, degree),
+        config=transformer_config(size, dtype, degree),
         transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm" if size.llama else None),
         vocab_size=size.padded_vocabulary(degree),
         max_sequence_length=size.sequence,
@@ -126,7 +126,7 @@ def mean_loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def initialise(model: GPTModel, size: MegatronGptSize, seed: int) -> None:
+def initialise(model: torch.nn.Module, size: MegatronGptSize, seed: int, prefix: str = "") -> None:
     """Fill every parameter with this rank's share of a logical tensor that depends only on its name and the seed.
 
     Biases and norms get random values too, so that a misplaced element shows.
@@ -135,10 +135,12 @@ def initialise(model: GPTModel, size: MegatronGptSize, seed: int) -> None:
         model: on this rank's tensor parallel share; changed in place.
         size: the size it was built with, for the rows of the vocabulary that are padding (set to zero).
         seed: of the values.
+        prefix: what the whole model puts before the names of ``model``, when that is a part of it.
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     degree = parallel_state.get_tensor_model_parallel_world_size()
-    for name, parameter in model.named_parameters():
+    for local_name, parameter in model.named_parameters():
+        name = prefix + local_name
         split = bool(getattr(parameter, "tensor_model_parallel", False))
         shape = list(parameter.shape)
         if split:
@@ -183,7 +185,7 @@ def local_share(logical: torch.Tensor, dim: int, stride: int, rank: int, degree:
     return torch.cat(logical.chunk(stride * degree, dim)[rank::degree], dim)
 
 
-def _transformer_config(size: MegatronGptSize, dtype: torch.dtype, degree: int) -> TransformerConfig:
+def transformer_config(size: MegatronGptSize, dtype: torch.dtype, degree: int) -> TransformerConfig:
     """Megatron-Core's configuration of a size: no dropout, no fusion that needs CUDA, softmax in fp32."""
     return TransformerConfig(
         num_layers=size.layers,

@@ -244,11 +244,23 @@ def reset_parallel_state() -> None:
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
-    groups._release_process_group_references()
+    _forget_groups(groups)
     world = distributed_c10d._get_default_group()
     for group in [group for group in distributed_c10d._world.pg_map if group is not world]:
         destroy_process_group(group)
     gc.collect()
+
+
+def _forget_groups(groups: Any) -> None:
+    """Clear what ``deepspeed.utils.groups`` keeps of process groups; versions before 0.19.8 have no function for it."""
+    if hasattr(groups, "_release_process_group_references"):
+        groups._release_process_group_references()
+        return
+    for name, value in list(vars(groups).items()):
+        if name.startswith("_") and name.isupper():
+            setattr(groups, name, {} if isinstance(value, dict) else None)
+    groups.mpu = groups.mesh_device = None
+    groups.expert_tensor_parallel_world_size = 1
 
 
 @contextmanager

@@ -35,6 +35,8 @@ class Run:
         model: ``llama`` or ``gpt`` (Megatron-Core), or ``mlp`` (plain torch, no tensor parallelism).
         size: changes to the model's shape.
         tp: tensor-parallel size.
+        pp: pipeline-parallel size; None for a plain engine, 1 for a pipeline engine with one stage.
+        partition: ``partition_method`` of the pipeline.
         zero: settings of ``zero_optimization``, with ``stage``.
         precision: of the weights.
         config: further DeepSpeed settings, which win over the usual ones.
@@ -48,6 +50,8 @@ class Run:
     model: ModelName = "mlp"
     size: Mapping[str, Any] = field(default_factory=dict)
     tp: int = 1
+    pp: int | None = None
+    partition: str = "parameters"
     zero: Mapping[str, Any] = field(default_factory=lambda: {"stage": 1})
     precision: Precision = "fp32"
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -146,10 +150,15 @@ def _build_model(run: Run) -> tuple[torch.nn.Module, Any]:
     from ucp_deepspeed.testing.megatron_models import build_megatron_gpt, gpt_flavour, llama_flavour
 
     run_megatron_on_cpu()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=run.tp)
+    parallel_state.initialize_model_parallel(run.tp, pipeline_model_parallel_size=run.pp or 1)
     small = {"layers": 2, "hidden": 48, "heads": 8, "ffn": 40, "vocabulary": VOCABULARY, "sequence": SEQUENCE}
     flavour = {"llama": llama_flavour, "gpt": gpt_flavour}[run.model]
-    return build_megatron_gpt(flavour(**{**small, **run.size}), dtype, run.seed), DeepSpeedMpu()
+    size = flavour(**{**small, **run.size})
+    if run.pp is not None:
+        from ucp_deepspeed.testing.megatron_pipeline import build_megatron_pipeline
+
+        return build_megatron_pipeline(size, run.pp, dtype, run.seed, partition_method=run.partition), None
+    return build_megatron_gpt(size, dtype, run.seed), DeepSpeedMpu()
 
 
 def _parameter_groups(model: torch.nn.Module, run: Run) -> Any:
@@ -189,6 +198,9 @@ def _train_step(engine: Any, run: Run, step: int) -> float:
     batch = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
     data_parallel = engine.data_parallel_group
     share = batch.chunk(dist.get_world_size(group=data_parallel))[dist.get_rank(group=data_parallel)]
+    if run.pp is not None:
+        micro = share.split(engine.train_micro_batch_size_per_gpu())
+        return float(engine.train_batch(iter([(part[:, :-1], part[:, 1:]) for part in micro])))
     if run.model == "mlp":
         loss = engine(share[:, :-1], share[:, 1:])
     else:

@@ -80,12 +80,12 @@ def compare(
         DamagedCheckpointError: a file is missing or truncated.
         MismatchError: a checkpoint doesn't hold each element of its parameters exactly once.
     """
-    found = list(_presence(view_a.checkpoint, view_b.checkpoint))
-    hyper_a, hyper_b = _hyperparameters(view_a.checkpoint), _hyperparameters(view_b.checkpoint)
+    found = list(_presence(view_a, view_b))
+    hyper_a, hyper_b = _hyperparameters(view_a), _hyperparameters(view_b)
     sides = _Side(view_a, chunk_numbytes), _Side(view_b, chunk_numbytes)
     try:
-        for name in view_a.checkpoint.parameters:
-            if name in view_b.checkpoint.parameters:
+        for name in view_a.parameters:
+            if name in view_b.parameters:
                 found += _parameter(*sides, name)
                 found += _mapping(name, "hyperparameter", hyper_a.get(name, {}), hyper_b.get(name, {}))
     finally:
@@ -95,7 +95,7 @@ def compare(
     return found
 
 
-def _presence(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
+def _presence(a: UniversalView, b: UniversalView) -> Iterator[Difference]:
     for name in a.parameters:
         if name not in b.parameters:
             yield Difference(name, "presence", "only in A")
@@ -114,7 +114,7 @@ class _Side:
 
     def elements(self, name: str, state: str, start: int, numel: int) -> torch.Tensor:
         """Consecutive elements of a parameter's state; valid until the next call."""
-        dtype = self.view.parameter(name).states[state]
+        dtype = self.view.parameters[name].states[state]
         target = self.buffer[: numel * ITEMSIZE[dtype]].view(NAMED_DTYPES[dtype])
         gather(self.view, name, state, start, target, self.reader)
         return target
@@ -122,7 +122,7 @@ class _Side:
 
 def _parameter(side_a: _Side, side_b: _Side, name: str) -> Iterator[Difference]:
     a, b = side_a.view, side_b.view
-    one, other = a.parameter(name), b.parameter(name)
+    one, other = a.parameters[name], b.parameters[name]
     if one.kind != other.kind:
         yield Difference(name, "kind", f"{one.kind} in A, {other.kind} in B")
     for state in sorted(one.states.keys() ^ other.states.keys()):
@@ -141,7 +141,7 @@ def _parameter(side_a: _Side, side_b: _Side, name: str) -> Iterator[Difference]:
 
 
 def _elements(a: _Side, b: _Side, name: str, state: str) -> Iterator[Difference]:
-    dtype = a.view.parameter(name).states[state]
+    dtype = a.view.parameters[name].states[state]
     shape = a.view.logical_shape(name)
     numel = torch.Size(shape).numel()
     step = a.buffer.numel() // ITEMSIZE[dtype]
@@ -175,11 +175,11 @@ def _differing_elements(
     return Difference(name, "elements", detail, state, count, index, max_abs)
 
 
-def _hyperparameters(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+def _hyperparameters(view: UniversalView) -> dict[str, dict[str, Any]]:
     """By parameter: groups may be cut and ordered in another way and mean the same."""
     return {
         name: {key: value for key, value in group.hyperparameters.items() if key not in IMPLEMENTATION_SWITCHES}
-        for group in checkpoint.groups
+        for group in view.groups
         for name in group.names
     }
 

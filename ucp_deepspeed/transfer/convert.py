@@ -135,7 +135,7 @@ def lay_out(view: UniversalView, file_numbytes: int = FILE_NUMBYTES) -> tuple[At
     """Which atom goes where: by parameter, widest elements first within a file so that all are aligned."""
     sizes = [
         (name, state, dtype, view.logical_shape(name), torch.Size(view.logical_shape(name)).numel())
-        for name, parameter in view.checkpoint.parameters.items()
+        for name, parameter in view.parameters.items()
         for state, dtype in parameter.states.items()
     ]
     bins: list[list[tuple[str, str, str, tuple[int, ...], int]]] = [[]]

@@ -56,11 +56,11 @@ def describe(
                 states={state: homes[name, state] for state in parameter.states},
                 scalars=_encoded(dict(parameter.scalars), name),
             )
-            for name, parameter in checkpoint.parameters.items()
+            for name, parameter in view.parameters.items()
         },
         groups=tuple(
             IndexGroup(names=group.names, hyperparameters=_encoded(dict(group.hyperparameters), f"group {number}"))
-            for number, group in enumerate(checkpoint.groups)
+            for number, group in enumerate(view.groups)
         ),
         client_state=client_state,
         files={},

@@ -54,7 +54,7 @@ def whole(view: UniversalView, name: str, state: str) -> torch.Tensor:
     """One state of one whole parameter, read from the files."""
     shape = view.logical_shape(name)
     dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
-    flat = torch.zeros(prod(shape), dtype=dtype[view.parameter(name).states[state]])
+    flat = torch.zeros(prod(shape), dtype=dtype[view.parameters[name].states[state]])
     gather(view, name, state, 0, flat, FileReader())
     return flat.view(shape)
 
@@ -85,7 +85,7 @@ def write_manifest(folder: Path, run: NativeRun, groups: tuple[tuple[str | None,
     """A manifest as the save hook writes it, with the sizes of the files that are there."""
     topology = ManifestTopology(tp=run.tp, pp=1, dp=run.dp, zero_stage=run.stage)
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
-    manifest = Manifest(topology=topology, optimizer=run.kind, parameter_groups=groups, parameters={}, files=files)
+    manifest = Manifest(topology=topology, optimizer=run.kind, parameter_groups=(groups,), parameters={}, files=files)
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(), encoding="utf-8")
 
 

@@ -234,7 +234,6 @@ def test_other_parameters_on_another_tensor_parallel_rank(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda saved: saved.update(module=None), "pipeline"),
         (lambda saved: saved.update(num_experts=[4]), "mixture-of-experts"),
         (lambda saved: saved.update(ds_autoep_layers={"a": 1}), "mixture-of-experts"),
     ],

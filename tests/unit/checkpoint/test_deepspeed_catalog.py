@@ -188,7 +188,7 @@ def test_half_precision_masters(tmp_path: Path) -> None:
     model = NativeModel((NativeParameter("a", half[0], {"exp_avg": half[1], "exp_avg_sq": half[2]}),))
     run = NativeRun(stage=1, dp=2, precision="bf16")
     view = UniversalView.of(open_checkpoint(write_native(tmp_path, model, run)))
-    assert view.parameter("a").states == dict.fromkeys(("fp32", "exp_avg", "exp_avg_sq"), "BF16")
+    assert view.parameters["a"].states == dict.fromkeys(("fp32", "exp_avg", "exp_avg_sq"), "BF16")
     assert torch.equal(whole(view, "a", "exp_avg"), half[1])
 
 

@@ -1,0 +1,61 @@
+"""What a pipeline engine has beside its stages' parameters: tied modules, and the names of its layer files.
+
+Source: ``runtime/pipe/module.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.module import TiedLayerSpec
+
+from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED
+from ucp_deepspeed.engine.model import gather_model_parallel
+from ucp_deepspeed.errors import SaveError
+
+
+def layer_keys(engine: Any) -> dict[str, str]:
+    """Keys of layer files (``{layer}.{local name}``) → names, for tied modules. Collective over the model-parallel group."""
+    if not isinstance(engine, PipelineEngine):
+        return {}
+    return {key: name for held in gather_model_parallel(engine, dict(_tied_keys(engine))) for key, name in held.items()}
+
+
+def _tied_keys(engine: Any) -> Iterator[tuple[str, str]]:
+    for layer, spec in enumerate(engine.module._layer_specs):
+        if isinstance(spec, TiedLayerSpec) and spec.forward_fn is None and spec.key in engine.module.tied_modules:
+            for local_name in engine.module.tied_modules[spec.key].state_dict():
+                yield f"{layer}.{local_name}", f"{TIED}{spec.key}.{local_name}"
+
+
+def check_tied_copies(engine: Any) -> None:
+    """Compare the copies that pipeline stages hold of each tied weight. Collective over the stages that share one, on which alone
+    the error is raised.
+
+    Raises:
+        SaveError: they differ: a checkpoint could keep only one of them.
+    """
+    if not isinstance(engine, PipelineEngine):
+        return
+    differing: list[str] = []
+    for key, shared in engine.module.tied_comms.items():
+        weights = [engine.module._recursive_getattr(shared["module"], name) for name in shared["weight_attr"]]
+        digests: list[Any] = [None] * len(shared["ranks"])
+        dist.all_gather_object(digests, [_digest(weight) for weight in weights], group=shared["group"])
+        differing += [
+            f"{TIED}{key}.{name}"
+            for name, copies in zip(shared["weight_attr"], zip(*digests, strict=True), strict=True)
+            if len(set(copies)) > 1
+        ]
+    if differing:
+        raise SaveError(f"pipeline stages hold different values of tied weights: {', '.join(differing)}")
+
+
+def _digest(weight: torch.Tensor) -> bytes:
+    flat = weight.detach().cpu().contiguous().flatten()
+    return hashlib.blake2b(memoryview(flat.view(torch.uint8).numpy()), digest_size=16).digest()

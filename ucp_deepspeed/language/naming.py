@@ -1,0 +1,137 @@
+"""Naming schemes: one logical name for a parameter that other classes of model know under another.
+
+A pipeline engine calls a parameter ``5.self_attention.linear_qkv.weight`` that the plain model calls
+``decoder.layers.3.self_attention.linear_qkv.weight``. A spec says so with renamings, grouped into schemes by the class of model:
+
+    names:
+      pipeline:
+        - {from: "{n}.self_attention.**", to: "decoder.layers.{n - 2}.self_attention.**"}
+
+``{n}`` stands for a number, of which the other side may add or subtract; ``**`` for any number of parts of the dotted name. Names
+are only ever translated towards the logical one; both sides of a load are, and then they are compared.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ucp_deepspeed.errors import SpecError
+
+if TYPE_CHECKING:
+    from ucp_deepspeed.language.spec import Spec
+
+_PLACEHOLDER = re.compile(r"(\{[^{}]*\}|\*\*)")
+_NUMBER = re.compile(r"\{\s*([a-z_]\w*)\s*\}")
+_SUM = re.compile(r"\{\s*([a-z_]\w*)\s*(?:([+-])\s*(\d+)\s*)?\}")
+
+
+class Renaming(BaseModel):
+    """Names of one form, and their logical names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    from_: str = Field(alias="from")
+    to: str
+
+    @model_validator(mode="after")
+    def _check(self) -> Renaming:
+        known = {"**"} if "**" in self.from_ else set()
+        for place in _PLACEHOLDER.findall(self.from_):
+            number = _NUMBER.fullmatch(place)
+            if place != "**" and number is None:
+                raise ValueError(f"{place} in {self.from_!r} isn't a number's name in braces")
+            name = number[1] if number else "**"
+            if (number and name in known) or self.from_.count("**") > 1:
+                raise ValueError(f"{place} stands twice in {self.from_!r}")
+            known.add(name)
+        for place in _PLACEHOLDER.findall(self.to):
+            total = _SUM.fullmatch(place)
+            if place != "**" and total is None:
+                raise ValueError(f"{place} in {self.to!r} isn't a number, nor one plus or minus another")
+            if (total[1] if total else place) not in known:
+                raise ValueError(f"{place} in {self.to!r} doesn't stand in {self.from_!r}")
+        return self
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        pieces = []
+        for piece in _PLACEHOLDER.split(self.from_):
+            number = _NUMBER.fullmatch(piece)
+            if number:
+                pieces.append(rf"(?P<{number[1]}>\d+)")
+            else:
+                pieces.append("(?P<REST>.+)" if piece == "**" else re.escape(piece))
+        return re.compile("".join(pieces))
+
+    def logical_name(self, name: str) -> str | None:
+        """The logical name of a parameter; None when it isn't of this form, or its number would be negative."""
+        found = self._pattern.fullmatch(name)
+        if found is None:
+            return None
+        pieces: list[str] = []
+        for piece in _PLACEHOLDER.split(self.to):
+            total = _SUM.fullmatch(piece)
+            if total:
+                number = int(found[total[1]]) + int(f"{total[2] or '+'}{total[3] or 0}")
+                if number < 0:
+                    return None
+                pieces.append(str(number))
+            else:
+                pieces.append(found["REST"] if piece == "**" else piece)
+        return "".join(pieces)
+
+
+Scheme = tuple[Renaming, ...]
+"""The renamings for one class of model."""
+
+
+def translate(names: Sequence[str], scheme: Scheme) -> dict[str, str]:
+    """The logical name of each; one to which no renaming applies keeps its own.
+
+    Raises:
+        SpecError: two renamings apply to a name, or two names become the same.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        logical = {renamed for renaming in scheme if (renamed := renaming.logical_name(name)) is not None}
+        if len(logical) > 1:
+            raise SpecError(f"{name} has {len(logical)} logical names: {', '.join(sorted(logical))}")
+        found[name] = logical.pop() if logical else name
+    owners: dict[str, str] = {}
+    for name, logical_name in found.items():
+        if owners.setdefault(logical_name, name) != name:
+            raise SpecError(f"{owners[logical_name]} and {name} have the same logical name, {logical_name}")
+    return found
+
+
+def logical_names(
+    names: Sequence[str], specs: Sequence[Spec], recorded: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The logical name of each parameter: as the checkpoint records it, else by the specs, else its own.
+
+    Args:
+        specs: those that may apply (`ucp_deepspeed.language.families.naming_specs`); of each the scheme under which most names
+            match a rule.
+
+    Raises:
+        SpecError: the specs disagree on a name; see also `translate`.
+    """
+    found = [_best(names, spec) for spec in specs] or [{name: name for name in names}]
+    for other, spec in zip(found[1:], specs[1:], strict=True):
+        differing = [name for name in names if found[0][name] != other[name]]
+        if differing:
+            raise SpecError(
+                f"families {specs[0].family!r} and {spec.family!r} both fit and name {differing[0]} otherwise "
+                f"({len(differing)} parameters); name one in the config or with --spec"
+            )
+    return found[0] | {name: logical for name, logical in (recorded or {}).items() if name in found[0]}
+
+
+def _best(names: Sequence[str], spec: Spec) -> dict[str, str]:
+    schemes: list[Scheme] = [(), *spec.names.values()]
+    return max((translate(names, scheme) for scheme in schemes), key=lambda found: spec.coverage(found.values()))
