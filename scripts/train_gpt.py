@@ -2,6 +2,7 @@
 
     deepspeed --num_accelerators 4 scripts/train_gpt.py --tp 2 --zero 1 --steps 20 --save runs/a
     deepspeed --num_accelerators 2 scripts/train_gpt.py --tp 1 --zero 3 --steps 40 --load runs/a --save runs/b
+    deepspeed --num_accelerators 4 scripts/train_gpt.py --tp 2 --pp 2 --zero 1 --steps 60 --load runs/b
 
 The batch of a step depends only on the step and the global batch size, and the initial weights only on the seed, so the
 losses of a step can be compared across topologies. Runs on GPUs, and without any on CPU ranks (``DS_ACCELERATOR=cpu``).
@@ -21,6 +22,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from megatron.core import parallel_state
 
 import ucp_deepspeed  # noqa: F401  (its import is what turns the config block into universal checkpointing)
@@ -33,6 +35,7 @@ from ucp_deepspeed.testing.megatron_models import (
     llama_flavour,
     mean_loss,
 )
+from ucp_deepspeed.testing.megatron_pipeline import build_megatron_pipeline
 
 TEXT = Path(__file__).parent / "data" / "lower_quay.txt"
 VOCABULARY = 256
@@ -53,8 +56,9 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--log", metavar="FILE", help="append one JSON line per step")
     run.add_argument("--print-every", type=int, default=5, metavar="N", help="steps between printed lines")
     topology = parser.add_argument_group("topology")
-    topology.add_argument("--tp", type=int, default=1, help="tensor parallel degree; the other ranks are data parallel")
-    topology.add_argument("--zero", type=int, default=1, choices=range(4), help="ZeRO stage")
+    topology.add_argument("--tp", type=int, default=1, help="tensor parallel degree")
+    topology.add_argument("--pp", type=int, help="pipeline parallel degree, 1 too; without it the model is a plain one")
+    topology.add_argument("--zero", type=int, default=1, choices=range(4), help="ZeRO stage; up to 1 with --pp")
     topology.add_argument("--precision", default="bf16", choices=DTYPES)
     topology.add_argument("--spec", default="auto", help="parameter patterns: auto, a family's name or a spec file")
     topology.add_argument("--load-mode", default="auto", choices=("auto", "always", "never"), help="universal loading")
@@ -65,6 +69,9 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--heads", type=int, default=8)
     model.add_argument("--query-groups", type=int, help="key/value heads (default: 4 for llama, one per head for gpt)")
     model.add_argument("--ffn", type=int, default=512)
+    model.add_argument(
+        "--tied", default="auto", choices=("auto", "yes", "no"), help="output layer is the embedding (auto: gpt)"
+    )
     model.add_argument("--sequence", type=int, default=64, help="tokens (bytes) per sequence")
     model.add_argument("--seed", type=int, default=1)
     training = parser.add_argument_group("training")
@@ -78,13 +85,13 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def start_ranks(tensor_parallel: int) -> torch.device:
-    """Start communication and Megatron-Core's process groups; returns this rank's device."""
+def start_ranks(tensor_parallel: int, pipeline_parallel: int) -> torch.device:
+    """Start communication and Megatron-Core's process groups; ranks beyond both degrees are data parallel. Returns the device."""
     run_megatron_on_cpu()
     accelerator = get_accelerator()
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+    parallel_state.initialize_model_parallel(tensor_parallel, pipeline_model_parallel_size=pipeline_parallel)
     return torch.device(accelerator.current_device_name())
 
 
@@ -99,6 +106,7 @@ def model_size(arguments: argparse.Namespace) -> MegatronGptSize:
         ffn=arguments.ffn,
         vocabulary=VOCABULARY,
         sequence=arguments.sequence,
+        tied={"auto": arguments.model == "gpt", "yes": True, "no": False}[arguments.tied],
     )
 
 
@@ -158,6 +166,8 @@ def micro_batches(tokens: torch.Tensor, step: int, arguments: argparse.Namespace
 
 def train_step(engine: deepspeed.DeepSpeedEngine, batches: Iterator[torch.Tensor]) -> float:
     """One optimizer step; returns the loss of the global batch before it, the mean over all data parallel ranks."""
+    if isinstance(engine, PipelineEngine):
+        return float(engine.train_batch((batch[:, :-1], batch[:, 1:]) for batch in batches))
     losses = []
     for batch in batches:
         loss = mean_loss(engine, batch.to(engine.device))
@@ -212,16 +222,20 @@ def report_resume(engine: deepspeed.DeepSpeedEngine, arguments: argparse.Namespa
 def main() -> None:
     """Build the model and the engine, load if asked to, train, save if asked to."""
     arguments = parse_arguments()
-    start_ranks(arguments.tp)
+    start_ranks(arguments.tp, arguments.pp or 1)
     if arguments.global_batch % parallel_state.get_data_parallel_world_size():
         raise SystemExit(
             f"--global-batch {arguments.global_batch} is not divisible by the data parallel degree "
             f"{parallel_state.get_data_parallel_world_size()}"
         )
-    model = build_megatron_gpt(model_size(arguments), DTYPES[arguments.precision], arguments.seed)
+    size, dtype = model_size(arguments), DTYPES[arguments.precision]
+    if arguments.pp is None:
+        model, mpu = build_megatron_gpt(size, dtype, arguments.seed), DeepSpeedMpu()
+    else:
+        model, mpu = build_megatron_pipeline(size, arguments.pp, dtype, arguments.seed), None  # it brings its own
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=parameters, config=deepspeed_config(arguments), mpu=DeepSpeedMpu()
+        model=model, model_parameters=parameters, config=deepspeed_config(arguments), mpu=mpu
     )
     if arguments.load:
         started = time.perf_counter()
