@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -133,5 +134,9 @@ def logical_names(
 
 
 def _best(names: Sequence[str], spec: Spec) -> dict[str, str]:
-    schemes: list[Scheme] = [(), *spec.names.values()]
-    return max((translate(names, scheme) for scheme in schemes), key=lambda found: spec.coverage(found.values()))
+    """By the scheme under which most names match a rule; one under which names collide isn't meant for them."""
+    found = [{name: name for name in names}]
+    for scheme in spec.names.values():
+        with suppress(SpecError):
+            found.append(translate(names, scheme))
+    return max(found, key=lambda translated: spec.coverage(translated.values()))

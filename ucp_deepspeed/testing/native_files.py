@@ -4,14 +4,15 @@ Everything is plain ``cat``, ``pad`` and ``chunk`` on real tensors; no geometry 
 be checked against each other. Padding is NaN wherever DeepSpeed doesn't promise a value, so that any leak shows.
 
 File names, keys, types and order: DeepSpeed 0.19.8, ``runtime/engine.py``, ``runtime/zero/stage_1_and_2.py``,
-``runtime/zero/stage3.py``, ``runtime/bf16_optimizer.py``, ``runtime/fp16``.
+``runtime/zero/stage3.py``, ``runtime/bf16_optimizer.py``, ``runtime/fp16``, ``runtime/pipe/module.py``.
 """
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import gcd
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ optimizers (by stage), or ``BF16_Optimizer``."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VERSION = "0.19.8"
+TIED = "tied_modules"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class NativeParameter:
     """One whole parameter.
 
     Attributes:
-        name: as in the model's ``state_dict``.
+        name: as in the model's ``state_dict``; in a pipeline ``{layer}.{local name}`` or ``tied_modules.{key}.{local name}``.
         fp32: its master weight.
         states: optimizer states of the same shape (``exp_avg``, …).
         cut: see `Cut`.
@@ -62,12 +64,17 @@ class NativeModel:
         buffers: persistent buffers, the same on every rank.
         aliases: names of tied parameters → the name under which they are kept.
         extra_state: keys of the module's state dict whose value is None.
+        layers: of a pipeline, how many there are, with those that hold nothing.
+        tied: key of a pipeline's tied module → the layers that use it. The first has a file; the others use a function of their
+            own, and have none.
     """
 
     parameters: tuple[NativeParameter, ...]
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     extra_state: tuple[str, ...] = ()
+    layers: int = 0
+    tied: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> NativeParameter:
         return next(parameter for parameter in self.parameters if parameter.name == name)
@@ -78,6 +85,8 @@ class NativeRun:
     """How it is saved. The defaults are DeepSpeed's.
 
     Attributes:
+        pp: pipeline-parallel size; None for a plain engine, 1 for a pipeline engine with one stage.
+        parts: how many of a pipeline's layers each stage has; by default as even as possible, the first stages one more.
         groups: names of each parameter group, frozen ones included where the user passed them; by default all trainable
             parameters in one group.
         steps: optimizer steps taken; before the first one torch optimizers have no state.
@@ -100,13 +109,24 @@ class NativeRun:
     integer_step: bool = False
     dynamic_scale: bool = True
     exclude_frozen: bool = False
+    pp: int | None = None
+    parts: tuple[int, ...] | None = None
 
     @property
     def kind(self) -> Optimizer:
         """The optimizer's class; by default the one that the stage and precision lead to with a torch optimizer."""
         if self.optimizer is not None:
             return self.optimizer
-        return "zero" if self.stage else "plain" if self.precision == "fp32" else "unfused"
+        if self.stage:
+            return "zero"
+        if self.precision == "bf16" and self.pp is not None:
+            return "bf16"
+        return "plain" if self.precision == "fp32" else "unfused"
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether the data-parallel ranks share the optimizer's state, and write files of their own."""
+        return self.stage > 0 or self.kind == "bf16"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,7 +134,8 @@ class NativeRun:
         return DTYPES[self.precision]
 
     def __str__(self) -> str:
-        return f"tp{self.tp}dp{self.dp}z{self.stage}-{self.kind}-{self.precision}"
+        stages = "" if self.pp is None else f"pp{self.pp}"
+        return f"tp{self.tp}{stages}dp{self.dp}z{self.stage}-{self.kind}-{self.precision}"
 
 
 @dataclass(frozen=True)
@@ -154,8 +175,29 @@ def shares(whole: torch.Tensor, cut: Cut, degree: int) -> list[torch.Tensor]:
     return [part.contiguous() for part in whole.chunk(degree, 0 if cut == "rows" else 1)]
 
 
+def stage_layers(model: NativeModel, run: NativeRun) -> list[range]:
+    """The layers of each pipeline stage."""
+    assert run.pp is not None
+    even, more = divmod(model.layers, run.pp)
+    parts = run.parts or tuple(even + (stage < more) for stage in range(run.pp))
+    assert (len(parts), sum(parts)) == (run.pp, model.layers), f"{parts} for {run.pp} stages of {model.layers} layers"
+    return [range(sum(parts[:stage]), sum(parts[: stage + 1])) for stage in range(run.pp)]
+
+
+def of_stage(model: NativeModel, run: NativeRun, stage: int) -> NativeModel:
+    """What one pipeline stage holds, in the order of its modules: tied modules come first. The whole model of a plain run."""
+    if run.pp is None:
+        return model
+    layers = stage_layers(model, run)[stage]
+    prefixes = [f"{TIED}.{key}." for key, used in model.tied.items() if set(used) & set(layers)]
+    prefixes += [f"{layer}." for layer in layers]
+    kept = [parameter for prefix in prefixes for parameter in model.parameters if parameter.name.startswith(prefix)]
+    buffers = {name: value for prefix in prefixes for name, value in model.buffers.items() if name.startswith(prefix)}
+    return replace(model, parameters=tuple(kept), buffers=buffers)
+
+
 def held_by(model: NativeModel, run: NativeRun, tp_rank: int, dp_rank: int) -> list[Held]:
-    """The optimizer's buffers on one rank, in the order in which its files list them."""
+    """The optimizer's buffers on one rank, in the order in which its files list them; ``model`` is `of_stage`."""
     held: list[Held] = []
     for group, names in enumerate(optimized_groups(model, run)):
         local = {name: _local_states(model[name], run, tp_rank) for name in names}
@@ -174,6 +216,11 @@ def held_by(model: NativeModel, run: NativeRun, tp_rank: int, dp_rank: int) -> l
     return held
 
 
+def kept_parameters(model: NativeModel, run: NativeRun) -> list[NativeParameter]:
+    """Those in the module's state dict: one without elements isn't left out with the frozen ones."""
+    return [parameter for parameter in model.parameters if not (run.exclude_frozen and parameter.frozen)]
+
+
 def optimized_groups(model: NativeModel, run: NativeRun) -> list[list[str]]:
     """Names of the parameters that the optimizer keeps, by group, in the user's order."""
     return [[name for name in names if model[name].optimized] for names in _given_groups(model, run)]
@@ -185,19 +232,70 @@ def write_native(
     """Write all files of all ranks and ``latest``; returns the tag folder."""
     folder = root / tag
     folder.mkdir(parents=True)
-    for tp_rank in range(run.tp):
-        for dp_rank in range(run.dp):
-            held = held_by(model, run, tp_rank, dp_rank)
-            if run.stage == 3 or dp_rank == 0:
-                prefix = f"zero_pp_rank_{dp_rank}_" if run.stage == 3 else ""
-                saved = model_states(model, run, held, tp_rank, dp_rank) | dict(client_state or {})
-                torch.save(saved, folder / f"{prefix}mp_rank_{tp_rank:02d}_model_states.pt")
-            if run.stage:
-                prefix = "bf16_" if run.precision == "bf16" else ""
-                name = f"{prefix}zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}_optim_states.pt"
-                torch.save(optimizer_states(model, run, held, dp_rank), folder / name)
+    for stage in range(run.pp or 1):
+        for tp_rank in range(run.tp):
+            for name, saved in rank_files(model, run, stage, tp_rank, client_state).items():
+                torch.save(saved, folder / name)
     (root / "latest").write_text(tag, encoding="utf-8")
     return folder
+
+
+def rank_files(
+    model: NativeModel, run: NativeRun, stage: int, tp_rank: int, client_state: Any = None
+) -> dict[str, dict[str, Any]]:
+    """Names and contents of the files of one model-parallel rank: of all its data-parallel ranks, and of its layers."""
+    part, mp_rank = of_stage(model, run, stage), stage * run.tp + tp_rank
+    files: dict[str, dict[str, Any]] = {}
+    for dp_rank in range(run.dp):
+        held = held_by(part, run, tp_rank, dp_rank)
+        if run.stage == 3 or dp_rank == 0:
+            prefix = f"zero_pp_rank_{dp_rank}_" if run.stage == 3 else ""
+            saved = model_states(part, run, held, tp_rank, dp_rank) | dict(client_state or {})
+            files[f"{prefix}mp_rank_{mp_rank:02d}_model_states.pt"] = saved
+        if run.partitioned:
+            prefix = "bf16_" if run.precision == "bf16" else ""
+            name = f"{prefix}zero_pp_rank_{dp_rank}_mp_rank_{mp_rank:02d}_optim_states.pt"
+            files[name] = optimizer_states(part, run, held, dp_rank)
+    if run.pp is not None:
+        used_again = [layer for used in model.tied.values() for layer in used[1:]]
+        for layer in stage_layers(model, run)[stage]:
+            if layer not in used_again:
+                files[f"layer_{layer:02d}-model_{tp_rank:02d}-model_states.pt"] = layer_states(
+                    model, run, layer, tp_rank
+                )
+    return files
+
+
+def layer_states(model: NativeModel, run: NativeRun, layer: int, tp_rank: int) -> OrderedDict[str, Any]:
+    """Content of a pipeline layer's file (``PipelineModule.save_state_dict``): the module's state dict, its tensors cloned."""
+    prefix = next((f"{TIED}.{key}." for key, used in model.tied.items() if layer in used), f"{layer}.")
+    return OrderedDict(
+        (name.removeprefix(prefix), value)
+        for name, value in _module(model, run, tp_rank).items()
+        if name.startswith(prefix)
+    )
+
+
+def add_manifest(folder: Path, model: NativeModel, run: NativeRun) -> None:
+    """Add what the save hook adds: names, by group and pipeline stage, and the files' sizes; see ``docs/format.md``."""
+    parts = [of_stage(model, run, stage) for stage in range(run.pp or 1)]
+    tied = {key: f"{TIED}.{key}." for key in model.tied}
+    names = [parameter.name for parameter in model.parameters] + list(model.buffers)
+    manifest = {
+        "format_version": 1,
+        "topology": {"tp": run.tp, "pp": run.pp or 1, "dp": run.dp, "zero_stage": run.stage},
+        "optimizer": run.kind,
+        "parameter_groups": [_given_groups(part, run) for part in parts],
+        "layer_keys": {
+            f"{model.tied[key][0]}.{name.removeprefix(prefix)}": name
+            for key, prefix in tied.items()
+            for name in names
+            if name.startswith(prefix)
+        },
+        "parameters": {name: {} for name in names},
+        "files": {path.name: path.stat().st_size for path in folder.iterdir()},
+    }
+    (folder / "ucp_manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def ds_config(run: NativeRun) -> dict[str, Any]:
@@ -213,7 +311,7 @@ def ds_config(run: NativeRun) -> dict[str, Any]:
 def model_states(
     model: NativeModel, run: NativeRun, held: Sequence[Held], tp_rank: int, dp_rank: int
 ) -> dict[str, Any]:
-    """Content of a model_states file (``engine.py::_common_checkpoint_state``)."""
+    """Content of a model_states file (``engine.py::_common_checkpoint_state``); ``model`` is `of_stage`."""
     zero = run.stage > 0
     aside = [parameter for parameter in model.parameters if not parameter.optimized]
     shapes = OrderedDict((p.name, _local(p, run, tp_rank).shape) for p in aside)
@@ -221,7 +319,7 @@ def model_states(
     described = [OrderedDict((name, _local(model[name], run, tp_rank).shape) for name in entry.names) for entry in held]
     with_frozen = run.stage >= 2 and not run.exclude_frozen
     return {
-        "module": _module(model, run, tp_rank),
+        "module": _module(model, run, tp_rank) if run.pp is None else None,
         "buffer_names": list(model.buffers),
         "optimizer": None if zero else _stage0_optimizer(model, run, held),
         "param_shapes": described if zero else None,
@@ -235,8 +333,8 @@ def model_states(
         "global_steps": run.steps,
         "global_samples": run.steps * 4 * run.dp,
         "dp_world_size": run.dp,
-        "mp_world_size": run.tp,
-        "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": run.tp},
+        "mp_world_size": run.tp * (run.pp or 1),
+        "checkpoint_parallel_dimensions": {"pp_degree": run.pp or 1, "tp_degree": run.tp},
         "ds_config": ds_config(run),
         "ds_version": VERSION,
     }
@@ -249,7 +347,12 @@ def optimizer_states(model: NativeModel, run: NativeRun, held: Sequence[Held], d
 
 
 def _given_groups(model: NativeModel, run: NativeRun) -> tuple[tuple[str, ...], ...]:
-    return run.groups or (tuple(parameter.name for parameter in model.parameters if parameter.optimized),)
+    if run.groups is None:
+        return (tuple(parameter.name for parameter in model.parameters if parameter.optimized),)
+    if run.pp is None:
+        return run.groups
+    held = {parameter.name for parameter in model.parameters}
+    return tuple(tuple(name for name in names if name in held) for names in run.groups)
 
 
 def _local(parameter: NativeParameter, run: NativeRun, tp_rank: int) -> torch.Tensor:
@@ -317,12 +420,11 @@ def _sub_groups(
 def _module(model: NativeModel, run: NativeRun, tp_rank: int) -> OrderedDict[str, Any]:
     """The module's state dict. Weights of flattening optimizers are views of one storage per group; in stage 3 they are
     empty."""
-    kept = [p for p in model.parameters if p.optimized or not run.exclude_frozen]
     module: OrderedDict[str, Any] = OrderedDict()
-    for parameter in kept:
+    for parameter in kept_parameters(model, run):
         local = _local(parameter, run, tp_rank).to(run.dtype)
         module[parameter.name] = torch.empty(0, dtype=run.dtype) if run.stage == 3 else local.clone()
-    if run.kind in ("fused", "zero", "bf16") and run.stage != 3:
+    if run.kind in ("fused", "zero", "bf16") and run.stage != 3 and run.pp is None:
         for names in optimized_groups(model, run):
             flat = torch.cat([module[name].flatten() for name in names])
             for name, view in zip(names, flat.split([module[name].numel() for name in names]), strict=True):
@@ -398,6 +500,8 @@ def _scaler(run: NativeRun) -> Any:
 def _stage0_optimizer(model: NativeModel, run: NativeRun, held: Sequence[Held]) -> dict[str, Any]:
     if run.kind == "plain":
         return _plain_optimizer(model, run, held)
+    if run.kind == "bf16":
+        return _zero12_state(model, run, held, dp_rank=0)
     base = _torch_state(run, held, _of_group(held))
     masters = [entry.states["fp32"] for entry in held]
     if run.kind == "fused":

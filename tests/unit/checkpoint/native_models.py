@@ -12,7 +12,13 @@ import torch
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, Manifest, ManifestTopology
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, hyperparameters
+from ucp_deepspeed.testing.native_files import (
+    NativeModel,
+    NativeParameter,
+    NativeRun,
+    hyperparameters,
+    kept_parameters,
+)
 from ucp_deepspeed.transfer import FileReader, gather
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -64,7 +70,9 @@ def check_reads_back(folder: Path, model: NativeModel, run: NativeRun) -> Checkp
     checkpoint = open_checkpoint(folder)
     view = UniversalView.of(checkpoint)
     stepped = run.steps > 0 or run.kind in ("unfused", "fused")
-    kept = [p for p in model.parameters if p.optimized or not run.exclude_frozen]
+    kept = kept_parameters(model, run)
+    if run.stage == 3 and run.exclude_frozen:
+        kept = [parameter for parameter in kept if parameter.optimized]  # one without elements is described nowhere
     assert set(checkpoint.parameters) == {parameter.name for parameter in kept} | set(model.buffers)
     for parameter in kept:
         found = checkpoint.parameters[parameter.name]

@@ -21,7 +21,7 @@ from ucp_deepspeed.testing.native_files import (
     NativeRun,
     held_by,
     model_states,
-    optimizer_states,
+    rank_files,
 )
 from ucp_deepspeed.testing.ranks import fp16_on_cpu, get_pool, reset_parallel_state
 from ucp_deepspeed.testing.runs import VOCABULARY, Run, build_engine
@@ -37,6 +37,7 @@ CUTS: dict[str, Cut] = {
     "linear_qkv.weight": "rows",
     "linear_qkv.bias": "rows",
     "linear_fc1.weight": "gate_up",
+    "linear_fc1.bias": "gate_up",
     "linear_proj.weight": "columns",
     "linear_fc2.weight": "columns",
 }
@@ -65,6 +66,11 @@ def llama(**changes: Any) -> Run:
     return Run(**{"model": "llama", "universal": None, **changes})
 
 
+def pipeline(**changes: Any) -> Run:
+    """Two stages, the first of which has one layer more if they are odd; the word embedding is tied to the output."""
+    return Run(**{"model": "gpt", "pp": 2, "partition": "uniform", "universal": None, **changes})
+
+
 CASES = {
     "tp2dp2 zero-1": Case(4, llama(tp=2, precision="bf16")),
     "tp4 zero-2": Case(4, llama(tp=4, zero={"stage": 2}, precision="bf16")),
@@ -90,6 +96,10 @@ CASES = {
     "frozen zero-3": Case(2, mlp(zero={"stage": 3}, precision="bf16", frozen=("odd_offset", "gain"))),
     "fp16": Case(2, mlp(precision="fp16")),
     "fp16 unfused": Case(1, mlp(zero={"stage": 0}, precision="fp16")),
+    "pipeline": Case(2, pipeline(size={"layers": 3}, precision="bf16")),
+    "pipeline tp2": Case(4, pipeline(tp=2)),
+    "pipeline bf16 optimizer": Case(4, pipeline(zero={"stage": 0}, precision="bf16")),
+    "pipeline stage 0": Case(2, pipeline(zero={"stage": 0})),
 }
 
 
@@ -99,6 +109,10 @@ def trained(run: Run) -> Any:
     batch = torch.randint(0, VOCABULARY, (8, 13), generator=torch.Generator().manual_seed(5))
     group = engine.data_parallel_group
     share = batch.chunk(dist.get_world_size(group=group))[dist.get_rank(group=group)]
+    if run.pp is not None:
+        micro = share.split(engine.train_micro_batch_size_per_gpu())
+        engine.train_batch(iter([(part[:, :-1], part[:, 1:]) for part in micro]))
+        return engine
     if run.model == "mlp":
         loss = engine(share[:, :-1], share[:, 1:])
     else:
@@ -121,7 +135,7 @@ def local_tensors(engine: Any, states: tuple[str, ...]) -> dict[str, dict[str, t
             found[name] = {"fp32": param.detach().clone()}
             if hasattr(param, "ds_id"):
                 param.partition()
-        elif engine.zero_optimization_stage():
+        elif engine.zero_optimization_stage() or hasattr(optimizer, "bf16_groups"):
             found[name] = {"fp32": safe_get_full_fp32_param(param).clone()}
             found[name] |= {state: safe_get_full_optimizer_state(param, state).clone() for state in states}
         else:
@@ -163,18 +177,42 @@ def save(run: Run, donor: Run, folder: str) -> dict[str, dict[str, torch.Tensor]
         return told
 
 
-def whole_model(case: Case, told: list[dict[str, dict[str, torch.Tensor]]], real: Mapping[str, Any]) -> NativeModel:
-    """The logical model, from the local tensors of each tensor-parallel rank."""
-    tp = case.run.tp
-    parameters = []
-    for name in told[0]:
-        cut = next((cut for end, cut in CUTS.items() if name.endswith(end)), "replicated") if tp > 1 else "replicated"
-        joined = {key: joined_tensor([told[rank][name][key] for rank in range(tp)], cut) for key in told[0][name]}
-        master = joined.pop("fp32").float()
-        parameters.append(NativeParameter(name, master, joined, cut, frozen=name in case.run.frozen))
+def whole_model(case: Case, told: list[dict[str, dict[str, torch.Tensor]]], folder: Path) -> NativeModel:
+    """The logical model, from the local tensors of each tensor-parallel rank; in a pipeline, of the ranks of each stage."""
+    tp, stages = case.run.tp, case.run.pp or 1
+    parameters: dict[str, NativeParameter] = {}
+    for first in range(0, len(told), len(told) // stages):
+        for name in told[first]:
+            cut = cut_of(name, case.run)
+            of_ranks = [told[first + rank][name] for rank in range(tp)]
+            joined = {key: joined_tensor([tensors[key] for tensors in of_ranks], cut) for key in of_ranks[0]}
+            master = joined.pop("fp32").float()
+            frozen = name in case.run.frozen
+            parameters.setdefault(name, NativeParameter(name, master, joined, cut, frozen=frozen))
+    held = tuple(parameters.values())
+    real = load(next(iter(sorted(folder.glob("*mp_rank_00_model_states.pt")))))
+    if case.run.pp is not None:
+        assert real["buffer_names"] == []
+        layers = 4 + case.run.size.get("layers", 2)
+        return NativeModel(
+            held, extra_state=layers_without_value(folder), layers=layers, tied={"embedding": (0, layers - 1)}
+        )
     buffers = {name: real["module"][name] for name in real["buffer_names"]}
-    extra_state = tuple(key for key, value in real["module"].items() if value is None)
-    return NativeModel(tuple(parameters), buffers, extra_state=extra_state)
+    return NativeModel(held, buffers, extra_state=tuple(key for key, value in real["module"].items() if value is None))
+
+
+def layers_without_value(folder: Path) -> tuple[str, ...]:
+    """Keys of a pipeline's layer files whose value is None."""
+    files = {int(path.name.split("-")[0].removeprefix("layer_")): load(path) for path in folder.glob("layer_*")}
+    return tuple(f"{layer}.{key}" for layer, saved in files.items() for key, value in saved.items() if value is None)
+
+
+def cut_of(name: str, run: Run) -> Cut:
+    """Of the Megatron-Core models: one that isn't gated has a plain first layer of the feed-forward network."""
+    cut = next((cut for end, cut in CUTS.items() if name.endswith(end)), "replicated")
+    if run.tp == 1:
+        return "replicated"
+    return "rows" if cut == "gate_up" and run.model == "gpt" else cut
 
 
 def joined_tensor(locals_: list[torch.Tensor], cut: Cut) -> torch.Tensor:
@@ -191,8 +229,8 @@ def native_run(case: Case, model: NativeModel) -> NativeRun:
     if case.run.groups == "decay":
         matrices = tuple(p.name for p in model.parameters if p.fp32.ndim > 1)
         groups = (matrices, tuple(p.name for p in model.parameters if p.fp32.ndim <= 1))
-    dp, stage = case.ranks // case.run.tp, case.run.zero["stage"]
-    return NativeRun(case.run.tp, dp, stage, case.run.precision, groups=groups, steps=1, **case.native)
+    dp, stage = case.ranks // case.run.tp // (case.run.pp or 1), case.run.zero["stage"]
+    return NativeRun(case.run.tp, dp, stage, case.run.precision, groups=groups, steps=1, pp=case.run.pp, **case.native)
 
 
 def differences(real: Any, ours: Any, place: str) -> list[str]:
@@ -236,25 +274,13 @@ def test_files_are_those_of_a_real_engine(tmp_path: Path, name: str) -> None:
     case = CASES[name]
     told = get_pool(case.ranks).run(save, case.run, case.donor, str(tmp_path / "real"))
     real_folder = tmp_path / "real" / "saved"
-    first = real_folder / ("zero_pp_rank_0_" * (case.run.zero["stage"] == 3) + "mp_rank_00_model_states.pt")
-    model = whole_model(case, told, load(first))
+    model = whole_model(case, told, real_folder)
     run = native_run(case, model)
     found: list[str] = []
     expected: set[str] = set()
-    for tp_rank in range(run.tp):
-        for dp_rank in range(run.dp):
-            held = held_by(model, run, tp_rank, dp_rank)
-            files = {}
-            if run.stage == 3 or dp_rank == 0:
-                prefix = f"zero_pp_rank_{dp_rank}_" * (run.stage == 3)
-                files[f"{prefix}mp_rank_{tp_rank:02d}_model_states.pt"] = model_states(
-                    model, run, held, tp_rank, dp_rank
-                )
-            if run.stage:
-                prefix = "bf16_" * (run.precision == "bf16")
-                files[f"{prefix}zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}_optim_states.pt"] = optimizer_states(
-                    model, run, held, dp_rank
-                )
+    for stage in range(run.pp or 1):
+        for tp_rank in range(run.tp):
+            files = rank_files(model, run, stage, tp_rank)
             for file, ours in files.items():
                 real = load(real_folder / file)
                 found += differences(real, ours, file)
@@ -269,7 +295,11 @@ def order_differences(real: Mapping[str, Any], ours: Mapping[str, Any], file: st
     if "module" not in real:
         return []
     names = [
-        [key for key, value in saved["module"].items() if key not in saved["buffer_names"] and value is not None]
+        [
+            key
+            for key, value in (saved["module"] or {}).items()
+            if key not in saved["buffer_names"] and value is not None
+        ]
         for saved in (real, ours)
     ]
     groups = [[list(named) for named in saved["param_shapes"] or ()] for saved in (real, ours)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ucp_deepspeed.layout.box import Box, Shape
-from ucp_deepspeed.layout.layout import Layout, LocalTensor, Piece, overlapping
+from ucp_deepspeed.layout.layout import NOTHING, Layout, LocalTensor, Piece, across_stages, overlapping
 
 PADDING = -1
 
@@ -201,3 +201,74 @@ def test_factor_is_the_scale_to_the_power_of_the_state() -> None:
     factors = {state: scaled.factor(state) for state in ("fp32", "exp_avg", "exp_avg_sq", "momentum")}
     assert factors == {"fp32": Fraction(1, 4), "exp_avg": 4, "exp_avg_sq": 16, "momentum": None}
     assert Layout.whole((2,)).factor("momentum") == 1
+
+
+HELD_NOWHERE = [PADDING]
+"""What `element_map` says of a rank without the parameter: its tensor has no dimension, and no piece."""
+
+
+@settings(deadline=None, max_examples=200)
+@given(layouts(), st.lists(st.booleans(), min_size=1, max_size=4).filter(any))
+def test_across_stages_each_stage_that_holds_it_has_its_own_map(layout: Layout, held: list[bool]) -> None:
+    """Rank by rank, also after merging dimensions; and dimensions are mergeable where they were on a stage."""
+    built = across_stages([layout if here else None for here in held])
+    assert (built.logical_shape, built.degree) == (layout.logical_shape, len(held) * layout.degree)
+    own = [found.tolist() for found in element_map(layout)]
+    expected = [found for here in held for found in (own if here else [HELD_NOWHERE] * layout.degree)]
+    assert [found.tolist() for found in element_map(built)] == expected
+    assert built.mergeable_dims() == layout.mergeable_dims()
+    merged = built.merged(built.mergeable_dims())
+    assert [found.tolist() for found in element_map(merged)] == expected
+    holders = {box: len(found) for box, found in layout.holders().items()}
+    assert {box: len(found) for box, found in built.holders().items()} == {
+        box: count * sum(held) for box, count in holders.items()
+    }
+    nowhere = [rank for rank in range(built.degree) if not held[rank // layout.degree]]
+    assert all(built.locals[rank] == merged.locals[rank] == NOTHING for rank in nowhere)
+
+
+def test_across_stages_of_one_stage_is_its_layout() -> None:
+    layout = one_rank_each((4,), [Box((0,), (2,)), Box((2,), (4,))])
+    assert across_stages([layout]) is layout
+
+
+@pytest.mark.parametrize("stages", [[], [None], [None, None]])
+def test_across_stages_without_a_holder_is_refused(stages: list[None]) -> None:
+    with pytest.raises(ValueError, match="no pipeline stage holds it"):
+        across_stages(stages)
+
+
+def test_across_stages_keeps_union_and_scale() -> None:
+    local = Layout.whole((2, 3)).locals[0]
+    layout = Layout((2, 3), (local, local), "mean", Fraction(1, 2), {"fp32": 1})
+    built = across_stages([None, layout])
+    assert (built.union, built.scale, built.scale_powers) == ("mean", Fraction(1, 2), {"fp32": 1})
+    assert built.locals == (NOTHING, NOTHING, local, local)
+
+
+def test_across_stages_refuses_stages_of_other_shapes() -> None:
+    first, second = Layout.whole((4, 2)), Layout.whole((2, 4))
+    with pytest.raises(ValueError, match=r"hold it in shapes \(4, 2\) and \(2, 4\)"):
+        across_stages([first, None, second])
+    with pytest.raises(ValueError, match="pipeline stages hold it in shapes"):
+        across_stages([first, across_stages([first, first])])
+
+
+def test_across_stages_refuses_another_cut() -> None:
+    """Both halves by row here, by column there; the same halves, but the other way round, are one layout."""
+    rows = [Box((0, 0), (1, 2)), Box((1, 0), (2, 2))]
+    columns = [Box((0, 0), (2, 1)), Box((0, 1), (2, 2))]
+    with pytest.raises(ValueError, match="overlap without being equal"):
+        across_stages([one_rank_each((2, 2), rows), one_rank_each((2, 2), columns)])
+    built = across_stages([one_rank_each((2, 2), rows), None, one_rank_each((2, 2), rows[::-1])])
+    assert [found.tolist() for found in element_map(built)] == [[0, 1], [2, 3], [-1], [-1], [2, 3], [0, 1]]
+
+
+def test_a_stage_without_the_parameter_forbids_no_merging() -> None:
+    """A rank that holds an empty share of it does: its tensor has dimensions."""
+    whole = Layout.whole((2, 3, 4))
+    assert across_stages([None, whole, None]).mergeable_dims() == {0, 1}
+    assert across_stages([None, whole, None]).merged(frozenset({1})).locals[1].shape == (2, 12)
+    empty_share = LocalTensor((2, 3, 0), ())
+    beside = Layout((2, 3, 4), (*whole.locals, empty_share))
+    assert across_stages([None, beside]).mergeable_dims() == {0}
