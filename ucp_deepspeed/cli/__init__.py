@@ -13,10 +13,11 @@ import click
 from ucp_deepspeed.cli.convert import convert_command
 from ucp_deepspeed.cli.diff import diff_command
 from ucp_deepspeed.cli.inspect import inspect_command
+from ucp_deepspeed.cli.plan import plan_command
 from ucp_deepspeed.errors import UniversalCheckpointError
 
 FAILED = 2
-"""Exit status when a command couldn't do its work; 1 is `diff`'s answer that checkpoints differ."""
+"""Exit status when a command couldn't do its work; 1 is an answer: `diff` found differences, `plan` an impossible topology."""
 
 
 class _Commands(click.Group):
@@ -44,5 +45,6 @@ def main() -> None:
 main.add_command(inspect_command)
 main.add_command(convert_command)
 main.add_command(diff_command)
+main.add_command(plan_command)
 
 __all__ = ["main"]

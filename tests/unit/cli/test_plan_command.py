@@ -1,0 +1,143 @@
+"""``ucp plan``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import Result
+
+from ucp_deepspeed.cli import main
+
+Ucp = Callable[..., Result]
+
+KEYS = "path form source target possible reasons remarks restored total ranks"
+RANK_KEYS = "model_parallel_rank data_parallel_rank bytes_read bytes_held copies files"
+
+
+def cells(result: Result, place: int) -> list[str]:
+    """The table's row at a position: 0 is the heading."""
+    lines = result.stdout.splitlines()
+    heading = next(number for number, line in enumerate(lines) if line.startswith("model-parallel rank"))
+    return lines[heading + place].split()
+
+
+def test_options() -> None:
+    options = {opt for param in main.commands["plan"].params if isinstance(param, click.Option) for opt in param.opts}
+    assert options == {"--tp", "--pp", "--dp", "--zero", "--tag", "--spec", "--vocabulary-size", "--json"}
+
+
+def test_the_keys_of_the_object(sharded: Path, spec_file: Path, ucp: Ucp) -> None:
+    result = ucp("plan", sharded, "--dp", 2, "--zero", 1, "--spec", spec_file, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    report = json.loads(result.stdout)
+    assert list(report) == KEYS.split()
+    assert report["path"] == str(sharded) and report["form"] == "deepspeed zero-1/2"
+    assert report["source"] == {"tp": 2, "pp": 1, "dp": 1, "zero_stage": 1}
+    assert report["target"] == {"tp": 1, "pp": 1, "dp": 2, "zero_stage": 1}
+    assert (report["possible"], report["reasons"], report["remarks"]) == (True, [], [])
+    assert report["restored"] == ["block.rows", "block.same"]
+    assert [list(rank) for rank in report["ranks"]] == [RANK_KEYS.split()] * 2
+    # 48 and 5 elements, padded to 56; two states; both of the source's ranks hold a half of the rows
+    first, second = report["ranks"]
+    assert (first["bytes_read"], first["bytes_held"]) == (2 * 4 * 28, 2 * 4 * 28)
+    assert (second["bytes_read"], second["bytes_held"]) == (2 * 4 * 25, 2 * 4 * 28)
+    assert first["files"] == [f"zero_pp_rank_0_mp_rank_0{rank}_optim_states.pt" for rank in (0, 1)]
+    assert report["total"] == {
+        "bytes_read": 2 * 4 * 53,
+        "bytes_held": 2 * 4 * 56,
+        "copies": first["copies"] + second["copies"],
+        "files": 2,
+    }
+
+
+def test_for_people(sharded: Path, spec_file: Path, ucp: Ucp) -> None:
+    result = ucp("plan", sharded, "--tp", 2, "--dp", 2, "--zero", 3, "--spec", spec_file)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[:5] == [
+        f"path      {sharded}",
+        "source    deepspeed zero-1/2, TP2·DP1 ZeRO-1",
+        "target    TP2·DP2 ZeRO-3: possible",
+        "restored  2 parameters and buffers",
+        "read      464 B by 4 ranks from 2 files",
+    ]
+    assert lines[5] == "held      480 B of master weights and optimizer states"
+    assert cells(result, 1) == ["0", "0", "120", "B", "1", "4", "120", "B"]
+    assert cells(result, 4) == ["1", "1", "112", "B", "1", "4", "120", "B"]
+    assert cells(result, 5) == ["all", "464", "B", "2", "16", "480", "B"]
+    assert len(lines) == 12
+
+
+def test_of_many_ranks_both_ends(sharded: Path, spec_file: Path, ucp: Ucp) -> None:
+    args = ("plan", sharded, "--dp", 20, "--zero", 1, "--spec", spec_file)
+    result = ucp(*args)
+    assert cells(result, 1)[:4] == ["0", "14", "0", "B"] and cells(result, 16)[2:4] == ["32", "B"]
+    assert cells(result, 17) == ["…", "4", "more"]
+    assert cells(result, 18)[:3] == ["all", "424", "B"]
+    assert len(json.loads(ucp(*args, "--json").stdout)["ranks"]) == 20
+
+
+def test_impossible_by_parameter(sharded: Path, spec_file: Path, ucp: Ucp) -> None:
+    spec_file.write_text(spec_file.read_text().replace("dim: 0}", "dim: 0, widths: [3, 3]}"))
+    args = ("plan", sharded, "--tp", 3, "--pp", 2, "--dp", 1, "--zero", 2, "--spec", spec_file)
+    result = ucp(*args)
+    assert (result.exit_code, result.stderr) == (1, "")
+    lines = result.stdout.splitlines()
+    assert lines[2].startswith("target    TP3·PP2·DP1 ZeRO-2: impossible, 3 reasons")
+    assert "  DeepSpeed refuses ZeRO-2 with pipeline parallelism; use stage 0 or 1" in lines
+    assert "  block.rows: widths (3, 3) don't split 6 over 3 ranks" in lines
+    assert any(line.startswith("note: layers are dealt out evenly") and "partition_method" in line for line in lines)
+
+    result = ucp(*args, "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert (report["possible"], report["restored"], report["ranks"]) == (False, ["block.same"], [])
+    assert [reason["parameter"] for reason in report["reasons"]] == [None, None, "block.rows"]
+
+
+def test_impossible_without_layouts(sharded: Path, ucp: Ucp) -> None:
+    for tp in (1, 2):
+        result = ucp("plan", sharded, "--tp", tp, "--dp", 1, "--zero", 1)
+        assert result.exit_code == 1 and "no layout is known for 2 parameters" in result.stdout
+        assert "--spec on the command line" in result.stdout
+
+
+def test_impossible_without_the_size_of_the_vocabulary(sharded: Path, spec_file: Path, ucp: Ucp) -> None:
+    spec_file.write_text(spec_file.read_text().replace("dim: 0}", "dim: 0, vocabulary: true}"))
+    args = ("plan", sharded, "--tp", 4, "--dp", 1, "--zero", 0, "--spec", spec_file)
+    result = ucp(*args)
+    assert result.exit_code == 1
+    assert "  block.rows: the checkpoint has 6 rows, and the target pads them to 8; say with" in result.stdout
+    result = ucp(*args, "--vocabulary-size", 6)
+    assert result.exit_code == 0
+    assert "note: the 6 rows of block.rows are padded to 8; the engine may pad them in another way" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--zero", "1"], "Missing option '--dp'"),
+        (["--dp", "1"], "Missing option '--zero'"),
+        (["--dp", "1", "--zero", "4"], "4 is not in the range 0<=x<=3"),
+        (["--dp", "0", "--zero", "1"], "0 is not in the range x>=1"),
+        (["--dp", "1", "--zero", "1", "--tag", "step9"], "no tag 'step9' in"),
+        (["--dp", "1", "--zero", "1", "--spec", "unknown"], "no family or spec file 'unknown'"),
+        (["--dp", "1", "--zero", "1", "--spec", "megatron_core_gpt"], "doesn't give exactly one rule for 2 parameters"),
+    ],
+)
+def test_wrong_usage_is_status_2(args: list[str], message: str, sharded: Path, ucp: Ucp) -> None:
+    result = ucp("plan", sharded.parent, *args)
+    assert result.exit_code == 2 and result.stdout == "" and message in result.stderr
+
+
+def test_unreadable_checkpoints_are_status_2(sharded: Path, spec_file: Path, ucp: Ucp) -> None:
+    args = ("--dp", 1, "--zero", 1, "--spec", spec_file)
+    result = ucp("plan", sharded / "nowhere", *args)
+    assert result.exit_code == 2 and "no checkpoint folder at" in result.stderr
+    (sharded / "zero_pp_rank_0_mp_rank_01_optim_states.pt").write_bytes(b"PK")
+    result = ucp("plan", sharded, *args)
+    assert result.exit_code == 2 and result.stdout == "" and "mp_rank_01_optim_states.pt" in result.stderr

@@ -1,0 +1,165 @@
+"""``ucp plan``: what the ranks of another topology would read and hold, without starting them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.cli.inspect import PLAIN_WIDTH
+from ucp_deepspeed.cli.options import CHECKPOINT, in_words, read_spec, spec_option, tag_option, vocabulary_option
+from ucp_deepspeed.errors import MAX_LISTED
+from ucp_deepspeed.layout import Topology
+from ucp_deepspeed.transfer.targeting import RankPlan, TargetPlan, plan_target
+
+IMPOSSIBLE = 1
+"""Exit status for a topology on which the checkpoint can't be resumed."""
+
+MOST_ROWS = 16
+"""Ranks that the table shows; of more ranks it shows half as many with the fewest bytes, and half as many with the most."""
+
+
+@click.command("plan")
+@click.argument("checkpoint", metavar="CKPT", type=CHECKPOINT)
+@click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True, help="Tensor-parallel size.")
+@click.option("--pp", type=click.IntRange(min=1), default=1, show_default=True, help="Pipeline-parallel size.")
+@click.option("--dp", type=click.IntRange(min=1), required=True, help="Data-parallel size.")
+@click.option("--zero", type=click.IntRange(0, 3), required=True, help="ZeRO stage.")
+@tag_option
+@spec_option
+@vocabulary_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead, with all ranks.")
+def plan_command(
+    checkpoint: Path,
+    tp: int,
+    pp: int,
+    dp: int,
+    zero: int,
+    tag: str | None,
+    spec: str | None,
+    vocabulary_size: int | None,
+    as_json: bool,
+) -> None:
+    """Show what each rank of another topology would read of checkpoint CKPT, and hold; reads no tensors.
+
+    DeepSpeed's default settings are assumed. Exit status: 0 when the topology is possible, 1 when it isn't, 2 when that can't be
+    told.
+    """
+    opened = open_checkpoint(checkpoint, tag)
+    plan = plan_target(opened, Topology(tp, pp, dp, zero), read_spec(spec), vocabulary_size)
+    source = {"path": str(opened.path), "form": opened.form, "source": _topology(opened.topology)}
+    if as_json:
+        click.echo(json.dumps(source | _report(plan, opened.path), indent=1))
+    else:
+        _print(plan, f"{opened.path}", f"{opened.form}, {opened.topology}")
+    if not plan.possible:
+        raise click.exceptions.Exit(IMPOSSIBLE)
+
+
+def _report(plan: TargetPlan, folder: Path) -> dict[str, Any]:
+    """What ``--json`` prints beside ``path``, ``form`` and the ``source``'s topology.
+
+    Keys:
+        target: ``tp``, ``pp``, ``dp``, ``zero_stage``.
+        possible: whether a load would succeed.
+        reasons: why it would not: ``parameter`` (null when it is the whole model) and ``reason``.
+        remarks: what the figures rest on.
+        restored: logical names of the parameters and buffers that nothing stands against.
+        total: ``bytes_read``, ``bytes_held`` and ``copies`` of all ranks, and the number of ``files`` that they read from.
+        ranks: for each ``model_parallel_rank``, ``data_parallel_rank``, ``bytes_read``, ``bytes_held`` (master weights and
+            optimizer states in fp32, padding included), ``copies``, and the names of its ``files``. Empty when impossible.
+    """
+    return {
+        "target": _topology(plan.topology),
+        "possible": plan.possible,
+        "reasons": [{"parameter": obstacle.name, "reason": obstacle.reason} for obstacle in plan.obstacles],
+        "remarks": list(plan.remarks),
+        "restored": list(plan.restored),
+        "total": _total(plan),
+        "ranks": [
+            {
+                "model_parallel_rank": rank.model_parallel_rank,
+                "data_parallel_rank": rank.data_parallel_rank,
+                "bytes_read": rank.bytes_read,
+                "bytes_held": rank.bytes_held,
+                "copies": rank.copies,
+                "files": sorted(str(Path(file).relative_to(folder)) for file in rank.files),
+            }
+            for rank in plan.ranks
+        ],
+    }
+
+
+def _topology(topology: Topology) -> dict[str, int]:
+    return {key: getattr(topology, key) for key in ("tp", "pp", "dp", "zero_stage")}
+
+
+def _total(plan: TargetPlan) -> dict[str, int]:
+    summed = {key: sum(getattr(rank, key) for rank in plan.ranks) for key in ("bytes_read", "bytes_held", "copies")}
+    return summed | {"files": len(plan.files)}
+
+
+def _print(plan: TargetPlan, path: str, source: str) -> None:
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    lines = [("path", path), ("source", source), ("target", f"{plan.topology}: {_verdict(plan)}")]
+    if plan.possible:
+        total = _total(plan)
+        lines += [
+            ("restored", f"{len(plan.restored)} parameters and buffers"),
+            ("read", f"{in_words(total['bytes_read'])} by {len(plan.ranks)} ranks from {total['files']} files"),
+            ("held", f"{in_words(total['bytes_held'])} of master weights and optimizer states"),
+        ]
+    for label, value in lines:
+        console.print(f"[bold]{label:<10}[/bold]{escape(value)}", soft_wrap=True)
+    for obstacle in plan.obstacles[:MAX_LISTED]:
+        console.print(escape(f"  {obstacle}"), soft_wrap=True)
+    if len(plan.obstacles) > MAX_LISTED:
+        console.print(f"  … and {len(plan.obstacles) - MAX_LISTED} more")
+    if plan.possible:
+        console.print(_table(plan))
+    for remark in plan.remarks:
+        console.print(escape(f"note: {remark}"), soft_wrap=True)
+
+
+def _verdict(plan: TargetPlan) -> str:
+    if plan.possible:
+        return "possible"
+    count = len(plan.obstacles)
+    return f"impossible, {count} reason{'s' if count > 1 else ''}" + (
+        f" ({len(plan.restored)} parameters and buffers could be restored)" if plan.view else ""
+    )
+
+
+def _table(plan: TargetPlan) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("model-parallel rank", "data-parallel rank", "reads", "from files", "in copies", "holds"):
+        table.add_column(column, justify="right")
+    shown = _shown(plan.ranks)
+    for rank in shown:
+        table.add_row(str(rank.model_parallel_rank), str(rank.data_parallel_rank), *_cells(rank))
+    total = _total(plan)
+    if len(shown) < len(plan.ranks):
+        table.add_row("…", f"{len(plan.ranks) - len(shown)} more")
+    read, held = in_words(total["bytes_read"]), in_words(total["bytes_held"])
+    table.add_row("all", "", read, str(total["files"]), str(total["copies"]), held)
+    return table
+
+
+def _shown(ranks: Sequence[RankPlan]) -> Sequence[RankPlan]:
+    """All ranks, or, ordered by bytes read, those at both ends."""
+    if len(ranks) <= MOST_ROWS:
+        return ranks
+    ordered = sorted(ranks, key=lambda rank: rank.bytes_read)
+    return [*ordered[: MOST_ROWS // 2], *ordered[-(MOST_ROWS // 2) :]]
+
+
+def _cells(rank: RankPlan) -> list[str]:
+    return [in_words(rank.bytes_read), str(len(rank.files)), str(rank.copies), in_words(rank.bytes_held)]
