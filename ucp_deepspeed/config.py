@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
 from ucp_deepspeed.errors import ConfigError
 
@@ -18,8 +18,14 @@ class UniversalCheckpointConfig(BaseModel):
     Attributes:
         enabled: without it everything else is ignored and DeepSpeed behaves as if the package weren't there.
         spec: ``auto``, a family's name, or the path of a spec file.
-        load: ``auto`` takes DeepSpeed's own path when the topology is the same; ``always`` and ``never`` say so.
+        load: ``auto`` takes DeepSpeed's own path when the topology is the same and no policy is set; ``always`` and ``never`` say
+            so.
         vocabulary_size: rows of the unpadded vocabulary; needed when source and target pad it differently.
+        on_missing: what to do with trained parameters, rows of them, or their optimizer states that the checkpoint lacks:
+            ``error``, or ``init``: keep the model's value, with zero state, and list them.
+        on_extra: what to do with trained parameters or their optimizer states for which the model has no place: ``error``, or
+            ``drop`` and list them.
+        optimizer_states: ``restore``, or ``reset``: start all of them as before a first step.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -28,6 +34,20 @@ class UniversalCheckpointConfig(BaseModel):
     spec: str = "auto"
     load: Literal["auto", "always", "never"] = "auto"
     vocabulary_size: PositiveInt | None = None
+    on_missing: Literal["error", "init"] = "error"
+    on_extra: Literal["error", "drop"] = "error"
+    optimizer_states: Literal["restore", "reset"] = "restore"
+
+    @property
+    def has_policies(self) -> bool:
+        """Whether something else than a plain restore is allowed, or asked for; DeepSpeed's own path can't do it."""
+        return (self.on_missing, self.on_extra, self.optimizer_states) != ("error", "error", "restore")
+
+    @model_validator(mode="after")
+    def _can_follow(self) -> UniversalCheckpointConfig:
+        if self.load == "never" and self.has_policies:
+            raise ValueError("'on_missing', 'on_extra' and 'optimizer_states' need a load that is not 'never'")
+        return self
 
 
 def parse_config(ds_config: Mapping[str, Any]) -> UniversalCheckpointConfig:
@@ -45,7 +65,7 @@ def parse_config(ds_config: Mapping[str, Any]) -> UniversalCheckpointConfig:
         return UniversalCheckpointConfig.model_validate(dict(block))
     except ValidationError as error:
         allowed = ", ".join(UniversalCheckpointConfig.model_fields)
-        lines = [f"  {CONFIG_KEY}.{'.'.join(map(str, item['loc']))}: {_say(item)}" for item in error.errors()]
+        lines = [f"  {'.'.join(map(str, (CONFIG_KEY, *item['loc'])))}: {_say(item)}" for item in error.errors()]
         raise ConfigError(
             "\n".join(["the DeepSpeed config is not valid:", *lines, f"  known keys: {allowed}"])
         ) from error

@@ -91,9 +91,17 @@ def test_arming_twice_wraps_once() -> None:
 
 
 def test_config_surface() -> None:
-    assert set(UniversalCheckpointConfig.model_fields) == {"enabled", "spec", "load", "vocabulary_size"}
+    block = {
+        "enabled": True,
+        "spec": "megatron_core_gpt",
+        "load": "always",
+        "vocabulary_size": 50257,
+        "on_missing": "init",
+        "on_extra": "drop",
+        "optimizer_states": "reset",
+    }
+    assert set(UniversalCheckpointConfig.model_fields) == block.keys()
     assert parse_config({}).enabled is False
-    block = {"enabled": True, "spec": "megatron_core_gpt", "load": "always", "vocabulary_size": 50257}
     assert parse_config({"universal_checkpoint": block}).model_dump() == block
 
 
@@ -103,6 +111,8 @@ def test_config_surface() -> None:
         ({"enbaled": True}, "universal_checkpoint.enbaled: unknown key"),
         ({"enabled": 1}, "universal_checkpoint.enabled"),
         ({"vocabulary_size": 0}, "universal_checkpoint.vocabulary_size"),
+        ({"load": "never", "on_extra": "drop"}, "universal_checkpoint: Value error, 'on_missing', 'on_extra' and"),
+        ({"on_missing": "ignore"}, "universal_checkpoint.on_missing: Input should be 'error' or 'init'"),
         (True, "must be a block of settings"),
     ],
 )

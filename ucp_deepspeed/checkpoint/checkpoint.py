@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +60,7 @@ class Parameter:
         local_shapes: see `HeldShapes`.
         states: element-wise states that the checkpoint holds → their dtype.
         scalars: states that are one number (``step``).
+        refused: states that have no element-wise form, such as factored moments → why; they can't be restored.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Parameter:
     local_shapes: HeldShapes
     states: Mapping[str, str]
     scalars: Mapping[str, float]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

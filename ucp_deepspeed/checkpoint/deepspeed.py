@@ -285,7 +285,9 @@ class DeepSpeedCheckpoint(Checkpoint):
                 f"with ucp_deepspeed enabled, which records the names. Parameters that could be mixed up",
                 list(owned),
             )
-        return stage0_slots(saved["optimizer"], owned, groups, path)
+        recorded = self.manifest.parameters if self.manifest else {}
+        kinds = {name: entry.kind for name, entry in recorded.items()}
+        return stage0_slots(saved["optimizer"], owned, groups, path, kinds)
 
     def _mapped_numels(self, rank: int) -> list[dict[str, int]]:
         """Names in flat order and their elements, from ``param_slice_mappings``; a pipeline's stage 0 has no ``param_shapes``."""
@@ -380,7 +382,7 @@ class DeepSpeedCheckpoint(Checkpoint):
             slot, _ = self._where[owners[name]][name]
             held = [where.get(name) for where in self._where]
             shapes = tuple(None if entry is None else entry[0].shapes[entry[1]] for entry in held)
-            parameters[name] = Parameter(name, slot.kind, shapes, slot.states, slot.scalars)
+            parameters[name] = Parameter(name, slot.kind, shapes, slot.states, slot.scalars, slot.refused)
         return parameters
 
     def _in_model_order(self, names: Iterable[str]) -> list[str]:

@@ -39,7 +39,11 @@ def stage0_form(optimizer: Mapping[str, Any], path: Path) -> str:
 
 
 def stage0_slots(
-    optimizer: Mapping[str, Any], module: Mapping[str, Located], groups: Groups | None, path: Path
+    optimizer: Mapping[str, Any],
+    module: Mapping[str, Located],
+    groups: Groups | None,
+    path: Path,
+    kinds: Mapping[str, Kind | None],
 ) -> list[Slot]:
     """The slots of one model-parallel rank.
 
@@ -48,14 +52,16 @@ def stage0_slots(
         module: the model's parameters (no buffers, no tied duplicates), in the model's order, each with its file.
         groups: names as the manifest records them; None to map through the model's order.
         path: the model_states file.
+        kinds: as the manifest records them. Else what a plain optimizer has no state for, where it has some for others, counts as
+            frozen.
 
     Raises:
         MismatchError: without names, and the order leaves more than one way to assign them.
-        UnsupportedError: an optimizer state isn't element-wise.
+        UnsupportedError: an optimizer class that isn't known.
     """
     form = stage0_form(optimizer, path)
     if form == "plain":
-        return _plain_slots(optimizer, module, groups or _plain_groups(optimizer, module, path), path)
+        return _plain_slots(optimizer, module, groups or _plain_groups(optimizer, module, path), path, kinds)
     base = optimizer["optimizer_state_dict"]
     if form == "fp16-unfused":
         masters = optimizer["fp32_groups"]
@@ -65,7 +71,13 @@ def stage0_slots(
     return _fused_slots(flat, base, module, groups or _fused_groups(flat, module, path), path)
 
 
-def _plain_slots(optimizer: Mapping[str, Any], module: Mapping[str, Located], groups: Groups, path: Path) -> list[Slot]:
+def _plain_slots(
+    optimizer: Mapping[str, Any],
+    module: Mapping[str, Located],
+    groups: Groups,
+    path: Path,
+    kinds: Mapping[str, Kind | None],
+) -> list[Slot]:
     slots: list[Slot] = []
     for group, (entry, names) in enumerate(zip(optimizer["param_groups"], groups, strict=True)):
         for index, name in zip(entry["params"], names, strict=True):
@@ -75,17 +87,18 @@ def _plain_slots(optimizer: Mapping[str, Any], module: Mapping[str, Located], gr
             if name not in module:
                 raise DamagedCheckpointError(f"{path} holds the optimizer state of {name}, whose weight is in no file")
             master, home = module[name]
-            states, scalars = split_states(raw, master, path, name)
-            kind: Kind = "trainable" if raw or not optimizer["state"] else "frozen"
+            found = split_states(raw, master, path)
+            kind: Kind = kinds.get(name) or ("trainable" if raw or not optimizer["state"] else "frozen")
             state = MASTER if kind == "trainable" else WEIGHT
             slots.append(
                 whole_tensor_slot(
                     name,
                     kind,
-                    _lookup({state: (master, home)} | {key: (raw[key], path) for key in states}),
+                    _lookup({state: (master, home)} | {key: (raw[key], path) for key in found.states}),
                     shape=tuple(master.shape),
-                    states={state: TORCH_DTYPES[master.dtype]} | states,
-                    scalars=scalars,
+                    states={state: TORCH_DTYPES[master.dtype], **found.states},
+                    scalars=found.scalars,
+                    refused=found.refused,
                     group=group if kind == "trainable" else None,
                 )
             )
@@ -100,8 +113,8 @@ def _unfused_slots(
         for index, master, name in zip(entry["params"], held, names, strict=True):
             assert name is not None
             raw = base["state"].get(index, {})
-            states, scalars = split_states(raw, master, path, name)
-            tensors = {MASTER: master} | {key: raw[key] for key in states}
+            found = split_states(raw, master, path)
+            tensors = {MASTER: master} | {key: raw[key] for key in found.states}
             dtypes = {state: TORCH_DTYPES[tensor.dtype] for state, tensor in tensors.items()}
             slots.append(
                 whole_tensor_slot(
@@ -110,7 +123,8 @@ def _unfused_slots(
                     _lookup({state: (tensor, path) for state, tensor in tensors.items()}),
                     shape=tuple(master.shape),
                     states=dtypes,
-                    scalars=scalars,
+                    scalars=found.scalars,
+                    refused=found.refused,
                     group=group,
                 )
             )
@@ -129,12 +143,12 @@ def _fused_slots(
         held = tuple(name for name in names if name is not None)
         shapes = tuple(tuple(module[name][0].shape) for name in held)
         raw = base["state"].get(group, {})
-        states, scalars = split_states(raw, master, path, f"group {group}")
-        tensors = {MASTER: master} | {key: raw[key] for key in states}
+        found = split_states(raw, master, path)
+        tensors = {MASTER: master} | {key: raw[key] for key in found.states}
         dtypes = {state: TORCH_DTYPES[tensor.dtype] for state, tensor in tensors.items()}
         flattening = FlatGroup(numels_of(shapes), partitions=1, alignment=1)
         lookup = _lookup({state: (tensor, path) for state, tensor in tensors.items()})
-        slots.append(Slot(held, shapes, "trainable", flattening, lookup, dtypes, scalars, group))
+        slots.append(Slot(held, shapes, "trainable", flattening, lookup, dtypes, found.scalars, found.refused, group))
     return slots
 
 

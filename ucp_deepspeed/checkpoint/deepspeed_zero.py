@@ -44,7 +44,8 @@ class ZeroForm:
             return dict(base[slot]) | {
                 key: saved["base_optimizer_state_step"] for key in ("step",) if _lacks_step(saved, slot)
             }
-        entry: Mapping[str, Any] = base["state"].get(slot, {})
+        index = slot_indices(base["param_groups"])[slot] if self is ZERO_3 else slot
+        entry: Mapping[str, Any] = base["state"].get(index, {})
         return entry
 
     def hyperparameters(self, saved: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -56,6 +57,14 @@ class ZeroForm:
 ZERO_12 = ZeroForm("zero-1/2", "single_partition_of_fp32_groups", "base_optimizer_state")
 BF16_OPTIMIZER = ZeroForm("bf16-optimizer", "single_partition_of_fp32_groups", "base_optimizer_state")
 ZERO_3 = ZeroForm("zero-3", "fp32_flat_groups", "optimizer_state_dict")
+
+
+def slot_indices(groups: Sequence[Mapping[str, Any]]) -> list[int]:
+    """For each sub-group of ZeRO-3 its index in the base optimizer's state.
+
+    They are the same, but for an Adagrad that hasn't stepped yet: DeepSpeed then lists each sub-group twice.
+    """
+    return list(dict.fromkeys(index for group in groups for index in group["params"]))
 
 
 def recognise(saved: Mapping[str, Any], path: Path) -> ZeroForm:
@@ -83,7 +92,7 @@ def zero_slots(
 
     Raises:
         DamagedCheckpointError: the two files disagree on the number of slots.
-        UnsupportedError: a group is partitioned over another number of ranks, or an optimizer state isn't element-wise.
+        UnsupportedError: a group is partitioned over another number of ranks.
     """
     saved, path = open_partition(0)
     form = recognise(saved, path)
@@ -101,12 +110,11 @@ def zero_slots(
         buffer = torch.empty(flattening.buffer_numel(0), device="meta")
         if isinstance(saved[form.optimizer], list):
             buffer = masters[index]
-        states, scalars = split_states(
-            form.state_entry(saved, index), buffer, path, f"group {index} ({next(iter(named), '')}, …)"
-        )
-        states = {MASTER: TORCH_DTYPES[masters[index].dtype]} | states
+        found = split_states(form.state_entry(saved, index), buffer, path)
+        states = {MASTER: TORCH_DTYPES[masters[index].dtype], **found.states}
         group = _group_of(form, saved, index)
-        slots.append(Slot(tuple(named), shapes, "trainable", flattening, tensor, states, scalars, group))
+        names = tuple(named)
+        slots.append(Slot(names, shapes, "trainable", flattening, tensor, states, found.scalars, found.refused, group))
     return slots
 
 
@@ -132,7 +140,7 @@ def frozen_slice_slots(
         tensor = tensor_of(name)
         dtype = TORCH_DTYPES[tensor(0, WEIGHT)[0].dtype]
         flattening = SlicedGroup(numels_of([shape]), partitions)
-        slots.append(Slot((name,), (shape,), "frozen", flattening, tensor, {WEIGHT: dtype}, {}, None))
+        slots.append(Slot((name,), (shape,), "frozen", flattening, tensor, {WEIGHT: dtype}, {}, {}, None))
     return slots
 
 
@@ -176,7 +184,7 @@ def _locator(form: ZeroForm, index: int, open_partition: OpenPartition) -> Calla
 def _group_of(form: ZeroForm, saved: Mapping[str, Any], slot: int) -> int:
     """Parameter group of a slot: ZeRO-1/2 has one slot per group, ZeRO-3 lists its sub-groups in ``param_groups``."""
     if form is ZERO_3:
-        for group, entry in enumerate(form.hyperparameters(saved)):
-            if slot in entry["params"]:
-                return group
+        groups = form.hyperparameters(saved)
+        index = slot_indices(groups)[slot]
+        return next(group for group, entry in enumerate(groups) if index in entry["params"])
     return slot

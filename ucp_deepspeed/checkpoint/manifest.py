@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
+from ucp_deepspeed.checkpoint.checkpoint import Kind
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.layout import Shape
 from ucp_deepspeed.layout.pattern import Pattern
@@ -19,11 +20,12 @@ MANIFEST_VERSION = 1
 
 
 class ManifestParameter(BaseModel):
-    """One parameter: its whole shape, how it was sharded (None where nothing was known or needed), and its logical name where
-    a spec gave it another than its own."""
+    """One parameter: whether it was trained, its whole shape, how it was sharded (None where nothing was known or needed), and
+    its logical name where a spec gave it another than its own."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
+    kind: Kind | None = None
     logical_shape: Shape | None = None
     pattern: Annotated[Pattern, Discriminator("pattern")] | None = None
     logical_name: str | None = None

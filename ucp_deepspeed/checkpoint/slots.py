@@ -17,7 +17,7 @@ import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Kind
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, extent_of, scalar_of
-from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import FlatGroup, Flattening, Shape
 
 Located = tuple[torch.Tensor, Path]
@@ -36,6 +36,7 @@ class Slot:
         tensor: ``(partition, state)`` → the buffer; raises `DamagedCheckpointError` when its file lacks it.
         states: element-wise states → dtype.
         scalars: states that are one number.
+        refused: states that are neither → why.
         group: index of the optimizer's parameter group; None for frozen parameters and buffers.
     """
 
@@ -46,6 +47,7 @@ class Slot:
     tensor: Callable[[int, str], Located]
     states: Mapping[str, str]
     scalars: Mapping[str, float]
+    refused: Mapping[str, str]
     group: int | None
 
     def extent(self, partition: int, state: str) -> FileExtent:
@@ -67,21 +69,25 @@ class Slot:
         return extent
 
 
-def split_states(
-    raw: Mapping[str, Any], buffer: torch.Tensor, path: Path, owner: str
-) -> tuple[dict[str, str], dict[str, float]]:
-    """Sort one optimizer state entry into element-wise states (→ dtype) and scalars.
+@dataclass(frozen=True)
+class SplitStates:
+    """One optimizer state entry; see the fields of `Slot`."""
+
+    states: Mapping[str, str]
+    scalars: Mapping[str, float]
+    refused: Mapping[str, str]
+
+
+def split_states(raw: Mapping[str, Any], buffer: torch.Tensor, path: Path) -> SplitStates:
+    """Sort one optimizer state entry into element-wise states (→ dtype), scalars, and what is neither.
 
     Args:
         raw: the optimizer's ``state[i]``.
         buffer: the tensor that the optimizer stepped on; an element-wise state has its number of elements.
-        owner: whose state it is, for the message.
-
-    Raises:
-        UnsupportedError: a state is neither.
     """
     states: dict[str, str] = {}
     scalars: dict[str, float] = {}
+    refused: dict[str, str] = {}
     for key, value in raw.items():
         if isinstance(value, (bool, int, float)):
             scalars[key] = value
@@ -91,11 +97,10 @@ def split_states(
             states[key] = TORCH_DTYPES[value.dtype]
         elif value is not None:
             found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-            raise UnsupportedError(
-                f"optimizer state {key!r} of {owner} isn't element-wise: {found} where the parameters have "
-                f"{buffer.numel()} elements ({path})"
+            refused[key] = (
+                f"optimizer state {key!r} isn't element-wise: {found} where the buffer has {buffer.numel()} elements ({path})"
             )
-    return states, scalars
+    return SplitStates(states, scalars, refused)
 
 
 def whole_tensor_slot(
@@ -106,12 +111,13 @@ def whole_tensor_slot(
     shape: Shape,
     states: Mapping[str, str],
     scalars: Mapping[str, float] | None = None,
+    refused: Mapping[str, str] | None = None,
     group: int | None = None,
 ) -> Slot:
     """A slot that holds one tensor, uncut and unpadded."""
     numel = torch.Size(shape).numel()
     flattening = FlatGroup((numel,), partitions=1, alignment=1)
-    return Slot((name,), (shape,), kind, flattening, tensor, states, scalars or {}, group)
+    return Slot((name,), (shape,), kind, flattening, tensor, states, scalars or {}, refused or {}, group)
 
 
 def shapes_of(named: Mapping[str, Sequence[int]]) -> tuple[Shape, ...]:

@@ -6,7 +6,7 @@ pieces, *StripPad* the logical shape.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import lru_cache
 
@@ -42,12 +42,15 @@ class UniversalView:
         names: Mapping[str, str],
         patterns: Mapping[str, Pattern],
         vocabulary_size: int | None = None,
+        wanted: Collection[str] | None = None,
     ) -> None:
-        """Args: names: parameter of the checkpoint → logical name. patterns: by logical name."""
+        """Args: names: parameter of the checkpoint → logical name. patterns: by logical name. wanted: leave others out."""
         self.checkpoint = checkpoint
         self.vocabulary_size = vocabulary_size if vocabulary_size is not None else checkpoint.vocabulary_size
         self.parameters: Mapping[str, Parameter] = {
-            names[name]: replace(parameter, name=names[name]) for name, parameter in checkpoint.parameters.items()
+            names[name]: replace(parameter, name=names[name])
+            for name, parameter in checkpoint.parameters.items()
+            if wanted is None or names[name] in wanted
         }
         self.groups = tuple(
             replace(group, names=tuple(names.get(name, name) for name in group.names)) for group in checkpoint.groups

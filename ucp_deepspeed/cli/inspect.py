@@ -148,6 +148,7 @@ def _parameter(view: UniversalView | None, parameter: Parameter) -> dict[str, An
         "pattern": describe(view.patterns[parameter.name]) if view else None,
         "states": dict(parameter.states),
         "scalars": _json(dict(parameter.scalars)),
+        "refused": dict(parameter.refused),
     }
 
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from ucp_deepspeed.checkpoint import Checkpoint, FileExtent, Parameter
-from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, HeldShapes
-from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of, parameter_names
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
+from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.engine.matching import Matching, Policies
 from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.errors import MismatchError
-from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
-from ucp_deepspeed.layout import Layout, Shape
+from ucp_deepspeed.language import resolve_patterns
+from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.plan import BlockCopy, Fragment, Target, overlapping_fragments, plan_tensor
 from ucp_deepspeed.transfer import FileReader, TransferCount, run_copies
 
@@ -24,10 +25,17 @@ Copies = tuple[BlockCopy[FileExtent, None], ...]
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """How one slot is filled: copies per state, and the scalars that its parameters share."""
+    """How one slot is filled.
+
+    Attributes:
+        copies: by state; the master's are always there.
+        kept: parts of the master that keep the model's own values.
+        scalars: shared by the slot's parameters.
+    """
 
     slot: EngineSlot
     copies: Mapping[str, Copies]
+    kept: tuple[Fragment[None], ...]
     scalars: Mapping[str, float]
 
 
@@ -46,13 +54,16 @@ class Filling:
     Attributes:
         slots: see `SlotPlan`.
         weights: see `WeightPlan`.
-        optimizer_states: whether the base optimizer's state is replaced.
+        policies: whether the base optimizer's state is replaced, kept or reset.
+        initialised: parameters with more rows than in the checkpoint (the further ones keep the model's values), and those of
+            this rank that had no optimizer state where others in their buffer had.
         bytes_needed: bytes of the wanted elements, in the source's dtypes.
     """
 
     slots: tuple[SlotPlan, ...]
     weights: tuple[WeightPlan, ...]
-    optimizer_states: bool
+    policies: Policies
+    initialised: tuple[str, ...]
     bytes_needed: int
 
     def run(self, optimizer: EngineOptimizer) -> TransferCount:
@@ -61,14 +72,16 @@ class Filling:
         with torch.no_grad():
             optimizer.begin()
             for plan in self.slots:
-                _fill(plan.slot.master.data, plan.copies[MASTER], reader, count)
-                if self.optimizer_states:
+                _fill(plan.slot.master.data, plan.copies[MASTER], reader, count, plan.kept)
+                if self.policies.optimizer_states == "restore":
                     states = {
                         state: _fill(torch.empty_like(plan.slot.master.data), copies, reader, count)
                         for state, copies in plan.copies.items()
                         if state != MASTER
                     }
                     optimizer.set_state(plan.slot, states, plan.scalars)
+                elif self.policies.optimizer_states == "reset":
+                    optimizer.reset_state(plan.slot)
             optimizer.refresh_weights()
             for weight in self.weights:
                 count.add(run_copies(weight.copies, reader, lambda _, held=weight.weight: held))  # type: ignore[misc]
@@ -77,89 +90,54 @@ class Filling:
         return count
 
 
-def _fill(buffer: torch.Tensor, copies: Copies, reader: FileReader, count: TransferCount) -> torch.Tensor:
-    """Fill a buffer; what no copy reaches is padding and becomes zero."""
-    buffer.zero_()
+def _fill(
+    buffer: torch.Tensor,
+    copies: Copies,
+    reader: FileReader,
+    count: TransferCount,
+    kept: Sequence[Fragment[None]] = (),
+) -> torch.Tensor:
+    """Fill a buffer; what no copy reaches and isn't kept is padding and becomes zero."""
+    flat = buffer.view(-1)
+    own = [(part, flat[part.buffer_start : part.buffer_start + part.numel].clone()) for part in kept]
+    flat.zero_()
+    for part, values in own:
+        flat[part.buffer_start : part.buffer_start + part.numel] = values
     count.add(run_copies(copies, reader, lambda _: buffer))
     return buffer
 
 
-@dataclass(frozen=True)
-class Names:
-    """Logical names of the checkpoint's and the model's parameters and buffers, by the names that each side has for them."""
-
-    source: Mapping[str, str]
-    target: Mapping[str, str]
-
-
-def match_names(checkpoint: Checkpoint, model: EngineModel) -> Names:
-    """Translate the names of both sides by the same specs.
-
-    Raises:
-        SpecError: a spec gives a parameter two names, or two parameters one.
-    """
-    specs = naming_specs(model.spec, parameter_names(checkpoint), model.named("trainable", "frozen"))
-    recorded = checkpoint.logical_names
-    return Names(
-        logical_names(list(checkpoint.parameters), specs, recorded), logical_names(list(model.tensors), specs, recorded)
-    )
-
-
 def plan_filling(
-    checkpoint: Checkpoint,
-    model: EngineModel,
-    optimizer: EngineOptimizer,
-    names: Names,
-    optimizer_states: bool,
-    strict: bool,
+    checkpoint: Checkpoint, model: EngineModel, optimizer: EngineOptimizer, matching: Matching, policies: Policies
 ) -> Filling:
     """Plan all that this rank holds, and prove it covered.
 
-    Args:
-        names: see `match_names`.
-        optimizer_states: whether to plan more than the master weights.
-        strict: whether frozen parameters and buffers must be the same on both sides.
-
     Raises:
-        MismatchError: lists every parameter that is missing, extra, of another shape or kind, or not covered.
+        MismatchError: lists every parameter whose shape, states or scalars don't fit, or that isn't covered.
         SpecError: nothing tells the layouts, or the spec doesn't fit.
     """
-    _check_names(checkpoint, model, names, strict)
-    return _Planner(checkpoint, model, optimizer, names).plan(optimizer_states)
-
-
-def _check_names(checkpoint: Checkpoint, model: EngineModel, names: Names, strict: bool) -> None:
-    source = {names.source[name]: parameter for name, parameter in checkpoint.parameters.items()}
-    target = {names.target[name]: tensor for name, tensor in model.tensors.items()}
-    problems: list[str] = []
-    for name in sorted(source.keys() | target.keys()):
-        if name not in source:
-            if strict or target[name].kind == "trainable":
-                problems.append(
-                    f"{name}: missing in the checkpoint; the model expects {_some(target[name].local_shapes)}"
-                )
-        elif name not in target:
-            if strict or source[name].kind == "trainable":
-                problems.append(
-                    f"{name}: extra in the checkpoint ({source[name].kind}, {_some(source[name].local_shapes)})"
-                )
-        elif source[name].kind != target[name].kind:
-            problems.append(f"{name}: {source[name].kind} in the checkpoint, {target[name].kind} in the model")
-    if problems:
-        raise MismatchError(f"{checkpoint.path} and the model have different parameters", problems)
-
-
-def _some(shapes: HeldShapes) -> Shape | None:
-    return next((shape for shape in shapes if shape is not None), None)
+    return _Planner(checkpoint, model, optimizer, matching, policies).plan()
 
 
 class _Planner:
     """Plans one tensor after another, under logical names, and collects what is wrong."""
 
-    def __init__(self, checkpoint: Checkpoint, model: EngineModel, optimizer: EngineOptimizer, names: Names) -> None:
-        source = set(names.source.values())
-        target = {names.target[name]: tensor for name, tensor in model.tensors.items()}
-        self.tensors = {name: tensor for name, tensor in target.items() if name in source}
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: EngineModel,
+        optimizer: EngineOptimizer,
+        matching: Matching,
+        policies: Policies,
+    ) -> None:
+        names = matching.names
+        self.optimizer, self.policies, self.rank = optimizer, policies, model.rank
+        self.logical = names.target
+        self.tensors = {
+            names.target[name]: tensor
+            for name, tensor in model.tensors.items()
+            if names.target[name] in matching.restored
+        }
         patterns = resolve_patterns(
             [name for name, tensor in self.tensors.items() if tensor.kind != "buffer"],
             degree=max(checkpoint.topology.tp, model.topology.tp),
@@ -169,77 +147,124 @@ class _Planner:
             },
             inferred={names.target[name]: pattern for name, pattern in model.inferred.items()},
         )
-        self.names, self.rank, self.optimizer = names.target, model.rank, optimizer
-        self.view = UniversalView(checkpoint, names.source, patterns, model.vocabulary_size)
-        local_shapes = {name: tensor.local_shapes for name, tensor in self.tensors.items()}
+        saved_size, live_size = checkpoint.vocabulary_size, model.vocabulary_size
+        self.view = UniversalView(checkpoint, names.source, patterns, saved_size or live_size, matching.restored)
         self.layouts: Mapping[str, Layout] = layouts_of(
-            self.view.patterns, local_shapes, model.topology.tp, self.view.vocabulary_size, "the model"
+            self.view.patterns,
+            {name: tensor.local_shapes for name, tensor in self.tensors.items()},
+            model.topology.tp,
+            live_size or saved_size,
+            "the model",
         )
+        self.grown = tuple(name for name in self.tensors if policies.initialise and self._is_grown(name))
+        self.unstepped: list[str] = []
         self.problems: list[str] = []
         self.bytes_needed = 0
 
-    def plan(self, optimizer_states: bool) -> Filling:
-        slots = tuple(self._slot(slot, optimizer_states) for slot in self.optimizer.slots())
+    def _is_grown(self, name: str) -> bool:
+        """Whether the model has further rows and is the same otherwise: a vocabulary, or a layer's outputs, that grew."""
+        found, expected = self.view.logical_shape(name), self.layouts[name].logical_shape
+        return len(found) == len(expected) > 0 and found[0] < expected[0] and found[1:] == expected[1:]
+
+    def plan(self) -> Filling:
+        for name in self.tensors:  # the shapes of all, also of what lies on other ranks
+            self._tensor(name, self._weight_state(name), ())
+        slots = tuple(self._slot(slot) for slot in self.optimizer.slots())
         weights = tuple(self._weights())
         if self.problems:
             raise MismatchError(f"{self.view.checkpoint.path} doesn't fit the model", self.problems)
-        return Filling(slots, weights, optimizer_states, self.bytes_needed)
+        return Filling(slots, weights, self.policies, (*self.grown, *self.unstepped), self.bytes_needed)
 
-    def _slot(self, slot: EngineSlot, optimizer_states: bool) -> SlotPlan:
-        states, scalars = self._common_states(slot) if optimizer_states else ((MASTER,), {})
+    def _slot(self, slot: EngineSlot) -> SlotPlan:
+        states, scalars = self._common_states(slot)
         copies: dict[str, list[BlockCopy[FileExtent, None]]] = {state: [] for state in states}
         held: dict[str, list[Fragment[None]]] = {}
         for name, fragment in slot.fragments():
-            held.setdefault(self.names[name], []).append(fragment)
+            held.setdefault(self.logical[name], []).append(fragment)
         assert overlapping_fragments(fragment for group in held.values() for fragment in group) is None
+        kept: list[Fragment[None]] = []
         for name, fragments in held.items():
-            for state in states:
-                copies[state] += self._tensor(name, state, fragments)
-        return SlotPlan(slot, {state: tuple(found) for state, found in copies.items()}, scalars)
+            if name not in self.tensors or name in self.grown:
+                kept += fragments
+            if name in self.tensors:
+                source = self._weight_state(name)
+                copies[MASTER] += self._tensor(name, source, fragments)
+                for state in states if source == MASTER else ():
+                    if state != MASTER:
+                        copies[state] += self._tensor(name, state, fragments)
+        return SlotPlan(slot, {state: tuple(found) for state, found in copies.items()}, tuple(kept), scalars)
+
+    def _weight_state(self, name: str) -> str:
+        """State of the checkpoint that holds a weight: the master of a trained parameter, of others the weight itself."""
+        return MASTER if self.view.parameters[name].kind == "trainable" else WEIGHT
 
     def _common_states(self, slot: EngineSlot) -> tuple[tuple[str, ...], Mapping[str, float]]:
-        """The states and scalars of a slot's parameters: one optimizer entry serves all, so they must be the same."""
-        parameters = [self.view.parameters[self.names[name]] for name in slot.names]
-        if not parameters:
+        """The states and scalars of a slot: one optimizer entry serves all its parameters, so they must be the same."""
+        names = [self.logical[name] for name in slot.names]
+        trained = [
+            self.view.parameters[name] for name in names if name in self.tensors and self._weight_state(name) == MASTER
+        ]
+        if not trained or self.policies.optimizer_states != "restore":
             return (MASTER,), {}
-        first = parameters[0]
-        for parameter in parameters[1:]:
-            if parameter.states.keys() != first.states.keys() or parameter.scalars != first.scalars:
+        first = next(filter(_stepped, trained), trained[0])
+        for parameter in trained:
+            self.problems += [f"{parameter.name}: {reason}; {RESET_HINT}" for reason in parameter.refused.values()]
+            if _stepped(parameter) != _stepped(first) and self.policies.initialise:
+                self.unstepped.append(parameter.name)
+            elif (parameter.states.keys(), parameter.scalars) != (first.states.keys(), first.scalars):
                 self.problems.append(
                     f"{parameter.name}: has {_states(parameter)}, and {first.name}, which the target keeps in the same buffer, "
-                    f"has {_states(first)}"
+                    f"has {_states(first)}{'' if _stepped(parameter) else UNSTEPPED_HINT}"
                 )
-        live = self.optimizer.state_of(slot)
-        wanted = {key for key, value in live.items() if isinstance(value, torch.Tensor) and value.ndim > 0}
-        found = first.states.keys() - {MASTER}
-        if wanted and found and wanted != found:
+        return self._fitting_states(slot, first), first.scalars
+
+    def _fitting_states(self, slot: EngineSlot, first: Parameter) -> tuple[str, ...]:
+        """The states to restore; where the live optimizer keeps others, a problem unless the policies allow it."""
+        found, wanted = first.states.keys() - {MASTER}, self.optimizer.state_names(slot)
+        if wanted is None or not (found or first.scalars):
+            return tuple(first.states)
+        missing, extra = sorted(wanted - found), sorted(found - wanted)
+        if (missing and not self.policies.initialise) or (extra and not self.policies.drop):
             self.problems.append(
-                f"{first.name}: optimizer keeps {sorted(wanted)}, the checkpoint holds {sorted(found)}"
+                f"{first.name}: the optimizer keeps {sorted(wanted)}, the checkpoint holds {sorted(found)}; {RESET_HINT}"
             )
-        return tuple(first.states), first.scalars
+        return (MASTER, *missing, *(state for state in first.states if state in wanted))
 
     def _weights(self) -> Iterator[WeightPlan]:
         for name, tensor in self.tensors.items():
             if tensor.kind != "trainable" and tensor.tensor is not None:
                 weight, fragments = tensor.held()
-                yield WeightPlan(weight, self._tensor(name, WEIGHT, fragments))
+                yield WeightPlan(weight, self._tensor(name, self._weight_state(name), fragments))
 
     def _tensor(self, name: str, state: str, fragments: Sequence[Fragment[None]]) -> Copies:
-        target = Target(self.layouts[name], self.rank, fragments)
+        if state not in self.view.parameters[name].states:  # one that policies let start at zero
+            return ()
+        layout = self.layouts[name]
+        if name in self.grown:
+            layout = layout.cropped(self.view.logical_shape(name))
         try:
-            copies = plan_tensor(self.view.source(name, state), target, state)
+            copies = plan_tensor(self.view.source(name, state), Target(layout, self.rank, fragments), state)
         except ValueError as error:
             if not any(problem.startswith(f"{name}: ") for problem in self.problems):
                 self.problems.append(f"{name}: {error}{self._hint(name)}")
             return ()
         itemsize = ITEMSIZE[self.view.parameters[name].states[state]]
-        self.bytes_needed += sum(fragment.numel for fragment in fragments) * itemsize
+        self.bytes_needed += sum(torch.Size(copy.shape).numel() for copy in copies) * itemsize
         return copies
 
     def _hint(self, name: str) -> str:
         """What to do about a vocabulary that source and target pad differently."""
         padded = getattr(self.view.patterns[name], "vocabulary", False) and self.view.vocabulary_size is None
         return '; if the rows are padding, give "universal_checkpoint": {"vocabulary_size": …}' if padded else ""
+
+
+RESET_HINT = '"optimizer_states": "reset" starts all states afresh'
+UNSTEPPED_HINT = '; if it never had a gradient, "on_missing": "init" gives it zero state'
+
+
+def _stepped(parameter: Parameter) -> bool:
+    """Whether the optimizer had made a state for it: a torch optimizer does so at the first gradient."""
+    return bool(parameter.states.keys() - {MASTER} or parameter.scalars or parameter.refused)
 
 
 def _states(parameter: Parameter) -> str:

@@ -19,7 +19,8 @@ from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.config import UniversalCheckpointConfig
-from ucp_deepspeed.engine.filling import match_names, plan_filling
+from ucp_deepspeed.engine.filling import plan_filling
+from ucp_deepspeed.engine.matching import Policies, match
 from ucp_deepspeed.engine.model import EngineModel, agree, describe_model, engine_topology, model_parallel_rank
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer
 from ucp_deepspeed.engine.training_state import restore_run
@@ -57,6 +58,8 @@ class LoadReport:
         bytes_needed: bytes that this rank's partitions, frozen parameters and buffers hold, in the source's dtypes.
         files: files that bytes came from.
         seconds: from the call to the return.
+        initialised: parameters that kept the model's values, in whole, in further rows, or in their optimizer states alone.
+        dropped: parameters of the checkpoint that, or whose optimizer states, the model has no place for.
     """
 
     source: str
@@ -65,6 +68,8 @@ class LoadReport:
     bytes_needed: int
     files: int
     seconds: float
+    initialised: tuple[str, ...]
+    dropped: tuple[str, ...]
 
 
 def load_checkpoint(
@@ -130,7 +135,7 @@ def _takes_universal_path(
         return True
     if config.load != "auto":
         return config.load == "always"
-    return not _same_topology(checkpoint, engine, optimizer)
+    return config.has_policies or not _same_topology(checkpoint, engine, optimizer)
 
 
 def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: EngineOptimizer) -> bool:
@@ -160,19 +165,18 @@ def _load_universal(
     if options.custom_load_fn is not None:
         raise UnsupportedError("custom_load_fn can't be combined with a universal load")
     model = describe_model(engine)
-    error, filling, names, client_state = None, None, None, None
+    policies = Policies.of(engine.universal_checkpoint_config, options.optimizer_states, options.load_module_strict)
+    error, filling, matching, client_state = None, None, None, None
     try:
-        names = match_names(checkpoint, model)
-        filling = plan_filling(
-            checkpoint, model, optimizer, names, options.optimizer_states, options.load_module_strict
-        )
+        matching = match(checkpoint, model, policies)
+        filling = plan_filling(checkpoint, model, optimizer, matching, policies)
         client_state = checkpoint.client_state()
     except UniversalCheckpointError as caught:
         error = caught
     agree(error)
-    assert filling is not None and names is not None and client_state is not None
+    assert filling is not None and matching is not None and client_state is not None
     read = filling.run(optimizer)
-    restore_run(engine, checkpoint, names, optimizer, options)
+    restore_run(engine, checkpoint, matching.names, optimizer, options)
     engine.universal_checkpoint_report = report = LoadReport(
         source=f"{checkpoint.form} {checkpoint.topology}",
         target=f"{optimizer.form} {model.topology}",
@@ -180,6 +184,8 @@ def _load_universal(
         bytes_needed=filling.bytes_needed,
         files=len(read.files),
         seconds=time.monotonic() - started,
+        initialised=(*matching.initialised, *matching.unfrozen, *filling.initialised),
+        dropped=(*matching.dropped, *matching.frozen),
     )
     dist.barrier()
     _log(report, checkpoint, model)
@@ -207,3 +213,6 @@ def _log(report: LoadReport, checkpoint: Checkpoint, model: EngineModel) -> None
             report.files,
             report.seconds,
         )
+        for what, names in (("kept the model's own values", report.initialised), ("were dropped", report.dropped)):
+            if names:
+                logger.warning("%d parameters %s, in whole or in part: %s", len(names), what, ", ".join(names))

@@ -107,11 +107,12 @@ def _parameters(model: EngineModel) -> dict[str, ManifestParameter]:
     layouts = layouts_of(known, shapes, model.topology.tp, model.vocabulary_size, "the model")
     return {
         name: ManifestParameter(
+            kind=tensor.kind,
             logical_shape=layouts[name].logical_shape if name in layouts else None,
             pattern=None if isinstance(known.get(name), Unique) else known.get(name),
             logical_name=None if logical[name] == name else logical[name],
         )
-        for name in model.tensors
+        for name, tensor in model.tensors.items()
     }
 
 

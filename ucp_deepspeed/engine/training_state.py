@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES
-from ucp_deepspeed.engine.filling import Names
+from ucp_deepspeed.engine.matching import Names
 from ucp_deepspeed.engine.optimizers import EngineOptimizer
 
 if TYPE_CHECKING:

@@ -155,12 +155,35 @@ class Layout:
             self.scale_powers,
         )
 
+    def cropped(self, logical_shape: Shape) -> Layout:
+        """The same ranks and local tensors, with the pieces of the first ``logical_shape`` elements along each dimension.
+
+        Raises:
+            ValueError: the shape reaches beyond this layout's.
+        """
+        whole = Box.whole(logical_shape)
+        if len(logical_shape) != len(self.logical_shape) or not Box.whole(self.logical_shape).contains(whole):
+            raise ValueError(f"{logical_shape} reaches beyond {self.logical_shape}")
+        return replace(self, logical_shape=logical_shape, locals=tuple(_crop(local, whole) for local in self.locals))
+
     def factor(self, state: str) -> Fraction | None:
         """``local / logical`` for one state; None when this layout doesn't say how that state scales."""
         if self.scale == 1:
             return Fraction(1)
         power = self.scale_powers.get(state)
         return None if power is None else self.scale**power
+
+
+def _crop(local: LocalTensor, whole: Box) -> LocalTensor:
+    pieces = [(piece, piece.logical_box.intersect(whole)) for piece in local.pieces]
+    return LocalTensor(
+        local.shape,
+        tuple(
+            Piece(box, box.moved(piece.logical_box.start, piece.local_box.start))
+            for piece, box in pieces
+            if box is not None
+        ),
+    )
 
 
 def across_stages(stages: Sequence[Layout | None]) -> Layout:

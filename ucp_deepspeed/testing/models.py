@@ -15,6 +15,8 @@ class TinyMlp(nn.Module):
         ffn: width of the middle layer.
         odd: size of the odd-sized parameter; the last ``odd`` classes get an offset of their own.
         gain_shape: ``(1,)``, or ``()`` for a 0-d parameter.
+        adapter: add ``adapter``, a linear layer beside the norm that begins as zero.
+        idle: leave the adapter out of the forward pass, so that it never has a gradient.
 
     Attributes:
         gain: parameter of one element: scales the middle layer.
@@ -28,7 +30,9 @@ class TinyMlp(nn.Module):
     calls: torch.Tensor
     scratch: torch.Tensor
 
-    def __init__(self, vocabulary: int, hidden: int, ffn: int, odd: int, gain_shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, vocabulary: int, hidden: int, ffn: int, odd: int, gain_shape: tuple[int, ...], adapter: bool, idle: bool
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, hidden)
         self.norm = nn.LayerNorm(hidden)
@@ -36,6 +40,10 @@ class TinyMlp(nn.Module):
         self.gain = nn.Parameter(torch.full(gain_shape, 1.5))
         self.linear_out = nn.Linear(ffn, vocabulary, bias=False)
         self.odd_offset = nn.Parameter(0.02 * torch.randn(odd))
+        if adapter:
+            self.adapter = nn.Linear(hidden, hidden)
+            nn.init.zeros_(self.adapter.weight)
+        self.idle = idle
         self.register_buffer("calibration", 0.1 * torch.randn(hidden))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.register_buffer("scratch", torch.zeros(hidden), persistent=False)
@@ -46,6 +54,8 @@ class TinyMlp(nn.Module):
             self.calls.add_(1)
         embedded = self.embedding(tokens)
         embedded = self.norm(embedded + self.calibration.to(embedded.dtype))
+        if hasattr(self, "adapter") and not self.idle:
+            embedded = embedded + self.adapter(embedded)
         logits = self.linear_out(self.gain * nn.functional.gelu(self.linear_in(embedded)))
         offset = nn.functional.pad(self.odd_offset, (logits.shape[-1] - self.odd_offset.shape[0], 0))
         return nn.functional.cross_entropy((logits + offset).float().flatten(0, -2), labels.flatten())
@@ -57,6 +67,8 @@ def build_mlp(
     ffn: int = 33,
     odd: int = 7,
     gain_shape: tuple[int, ...] = (1,),
+    adapter: bool = False,
+    idle: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> TinyMlp:
@@ -69,12 +81,13 @@ def build_mlp(
         odd: size of the odd-sized parameter, at most ``vocabulary``.
         gain_shape: of the one-element parameter. With ``()`` it is 0-d, which a plain PyTorch run can train and save; a
             DeepSpeed 0.19 engine refuses such parameters at construction (it broadcasts them viewed as bytes).
+        adapter, idle: see `TinyMlp`.
         dtype: of the parameters. Buffers keep their own.
         seed: of the initial values, which are drawn in fp32 and rounded.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = TinyMlp(vocabulary, hidden, ffn, odd, gain_shape)
+        model = TinyMlp(vocabulary, hidden, ffn, odd, gain_shape, adapter, idle)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model

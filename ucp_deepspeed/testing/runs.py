@@ -44,6 +44,7 @@ class Run:
         groups: ``one`` parameter group, or ``decay`` (matrices) and the rest without weight decay.
         frozen: names of parameters that aren't trained.
         fused: use DeepSpeed's FusedAdam instead of torch's AdamW.
+        optimizer: name of a class of ``torch.optim`` and its arguments, passed to DeepSpeed as a client optimizer.
         seed: of the initial weights.
     """
 
@@ -59,6 +60,7 @@ class Run:
     groups: Literal["one", "decay"] = "one"
     frozen: tuple[str, ...] = ()
     fused: bool = False
+    optimizer: tuple[str, Mapping[str, Any]] | None = None
     seed: int = 0
 
 
@@ -133,9 +135,14 @@ def build_engine(run: Run) -> Any:
     model, mpu = _build_model(run)
     for name, param in model.named_parameters():
         param.requires_grad_(name not in run.frozen)
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=_parameter_groups(model, run), config=_config(run), mpu=mpu
-    )
+    groups, config = _parameter_groups(model, run), _config(run)
+    arguments: dict[str, Any] = {"model_parameters": groups}
+    if run.optimizer is not None:
+        name, options = run.optimizer
+        arguments["optimizer"] = getattr(torch.optim, name)(groups, **options)
+        del config["optimizer"]
+        config["zero_allow_untested_optimizer"] = True
+    engine, *_ = deepspeed.initialize(model=model, config=config, mpu=mpu, **arguments)
     return engine
 
 

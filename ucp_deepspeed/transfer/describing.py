@@ -22,7 +22,7 @@ from ucp_deepspeed.checkpoint.universal import (
     UniversalCheckpoint,
 )
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.errors import ConfigError, UnsupportedError
+from ucp_deepspeed.errors import MAX_LISTED, ConfigError, UnsupportedError
 
 KEPT_ENGINE_KEYS = ("ds_config", "ds_version")
 """Of what DeepSpeed puts beside the user's client state, that which means something on another topology."""
@@ -42,6 +42,9 @@ def describe(
         UnsupportedError: a value has no universal form; says where it is.
     """
     checkpoint = view.checkpoint
+    refused = [f"{name}: {why}" for name, parameter in view.parameters.items() for why in parameter.refused.values()]
+    if refused:
+        raise UnsupportedError("\n  ".join([f"{checkpoint.path} can't be converted:", *refused[:MAX_LISTED]]))
     client_state, tensors = _encoded_client_state(checkpoint, drop_client_state)
     index = Index(
         format_version=FORMAT_VERSION,

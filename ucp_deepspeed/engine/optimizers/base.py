@@ -6,7 +6,9 @@ A *slot* is one tensor that the base (torch) optimizer steps on, with the parame
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,9 @@ import torch
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
 from ucp_deepspeed.layout import Flattening
 from ucp_deepspeed.plan import Fragment
+
+DEEPSPEED_ADAMS = ("FusedAdam", "DeepSpeedCPUAdam")
+"""Classes whose compiled step can't be tried on a copy."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,39 @@ class EngineOptimizer(ABC):
             self.base.state[slot.master] = dict(states) | {
                 key: self._scalar(value, slot) for key, value in scalars.items()
             }
+
+    def reset_state(self, slot: EngineSlot) -> None:
+        """Make the base optimizer's state for a slot what it is before a first step."""
+        self.base.state.pop(slot.master, None)
+        if isinstance(self.base, torch.optim.Adagrad):  # whose constructor makes the state
+            initial = self.base.param_groups[slot.group]["initial_accumulator_value"]
+            self.base.state[slot.master] = {
+                "step": self._scalar(0.0, slot),
+                "sum": torch.full_like(slot.master.data, initial),
+            }
+
+    def state_names(self, slot: EngineSlot) -> frozenset[str] | None:
+        """Element-wise states that the base optimizer keeps for a slot once it has stepped; None when that can't be told."""
+        live = self.state_of(slot)
+        if not live and type(self.base).__name__ in DEEPSPEED_ADAMS:
+            return frozenset(("exp_avg", "exp_avg_sq"))
+        found = live or self._probed_state(slot)
+        if found is None:
+            return None
+        return frozenset(key for key, value in found.items() if isinstance(value, torch.Tensor) and value.ndim > 0)
+
+    def _probed_state(self, slot: EngineSlot) -> Mapping[str, Any] | None:
+        """What a copy of the base optimizer keeps after a step on a scratch tensor; torch's make their states then."""
+        scratch = torch.zeros((2,) * slot.master.ndim, device=slot.master.device, requires_grad=True)
+        scratch.grad = torch.zeros_like(scratch)
+        try:
+            probe = copy.copy(self.base)
+            probe.state = defaultdict(dict)
+            probe.param_groups = [{**self.base.param_groups[slot.group], "params": [scratch]}]
+            probe.step()
+        except Exception:  # a user's own class may raise anything; then the states are taken as they are
+            return None
+        return probe.state[scratch]
 
     def _scalar(self, value: float, slot: EngineSlot) -> Any:
         """A scalar state in the form that the base optimizer keeps: torch's in tensors, DeepSpeed's own in numbers."""

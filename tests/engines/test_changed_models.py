@@ -1,0 +1,192 @@
+"""A model that changed since it was saved: an error, or by an explicit choice what fits is restored and the rest listed.
+
+DeepSpeed's universal load fails when a parameter is unfrozen or added ('Steps not equal', FileNotFoundError), and never restores
+frozen parameters and buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import LAST_STEP, STEP, differences
+
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.errors import MismatchError
+from ucp_deepspeed.testing.models import build_mlp
+from ucp_deepspeed.testing.ranks import RankError, RankPool
+from ucp_deepspeed.testing.runs import Outcome, Run, train
+from ucp_deepspeed.transfer import FileReader
+from ucp_deepspeed.transfer.copying import gather
+
+Ranks = Callable[[int], RankPool]
+
+STAGES = [0, 1, 2, 3]
+FROZEN = ("linear_in.weight", "linear_in.bias")
+
+
+def saved(ranks: Ranks, folder: Path, **changes: Any) -> Path:
+    """Three steps of the small model, saved."""
+    run = replace(Run("mlp", zero={"stage": 2}), **changes)
+    ranks(2).run(train, run, STEP, save=str(folder / "a"))
+    return folder / "a"
+
+
+def resumed(
+    ranks: Ranks, stage: int, source: Path, universal: Mapping[str, Any], last: int = STEP, **changes: Any
+) -> tuple[Outcome, Path]:
+    """Load at a stage on two ranks, save again at once, and go on to step ``last``."""
+    run = replace(
+        Run("mlp", zero={"stage": stage}, universal={"enabled": True, "load": "always", **universal}), **changes
+    )
+    again = source.parent / "again"
+    outcome = ranks(2).run(train, run, last, load=str(source), save=str(again), save_first=True)
+    return outcome[0], again
+
+
+def refusal(ranks: Ranks, source: Path, **changes: Any) -> str:
+    with pytest.raises(RankError) as caught:
+        resumed(ranks, 1, source, {}, **changes)
+    assert isinstance(caught.value.original, MismatchError)
+    return str(caught.value.original)
+
+
+def whole(folder: Path, name: str, state: str = "fp32") -> torch.Tensor:
+    """One state of one whole parameter."""
+    view = UniversalView.of(open_checkpoint(folder))
+    flat = torch.zeros(torch.Size(view.logical_shape(name)).numel())
+    gather(view, name, state, 0, flat, FileReader())
+    return flat.view(view.logical_shape(name))
+
+
+def states(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """All states of one parameter."""
+    return {state: whole(folder, name, state) for state in open_checkpoint(folder).parameters[name].states}
+
+
+def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_unfreezing(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    source = saved(ranks, tmp_path, frozen=FROZEN)
+    assert "linear_in.weight: frozen in the checkpoint, trainable in the model" in refusal(ranks, source)
+    outcome, again = resumed(ranks, stage, source, {"on_missing": "init"}, LAST_STEP)
+    assert outcome.report.initialised == FROZEN and outcome.report.dropped == ()
+    assert torch.equal(whole(again, "linear_in.weight"), whole(source, "linear_in.weight", "weight"))
+    moments = states(again, "linear_in.weight")
+    assert all(not moments[key].any() for key in moments.keys() - {"fp32"})
+    assert same(states(again, "embedding.weight"), states(source, "embedding.weight"))
+    assert len(outcome.losses) == LAST_STEP - STEP
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_freezing(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    source = saved(ranks, tmp_path)
+    assert "linear_in.bias: trainable in the checkpoint, frozen in the model" in refusal(ranks, source, frozen=FROZEN)
+    outcome, again = resumed(ranks, stage, source, {"on_extra": "drop"}, LAST_STEP, frozen=FROZEN)
+    assert outcome.report.dropped == FROZEN and outcome.report.initialised == ()
+    assert torch.equal(whole(again, "linear_in.weight", "weight"), whole(source, "linear_in.weight"))
+    assert same(states(again, "gain"), states(source, "gain"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_adding_an_adapter(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    source = saved(ranks, tmp_path)
+    adapted = {"size": {"adapter": True}, "seed": 5}
+    assert "adapter.weight: missing in the checkpoint" in refusal(ranks, source, **adapted)
+    outcome, again = resumed(ranks, stage, source, {"on_missing": "init"}, LAST_STEP, **adapted)
+    assert outcome.report.initialised == ("adapter.weight", "adapter.bias")
+    fresh = build_mlp(adapter=True, seed=5).adapter
+    assert torch.equal(whole(again, "adapter.bias"), fresh.bias) and torch.equal(
+        whole(again, "adapter.weight"), fresh.weight
+    )
+    assert all(not values.any() for key, values in states(again, "adapter.bias").items() if key != "fp32")
+    assert same(states(again, "embedding.weight"), states(source, "embedding.weight"))
+    assert len(outcome.losses) == LAST_STEP - STEP
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dropping_a_part(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    source = saved(ranks, tmp_path, size={"adapter": True})
+    assert "adapter.bias: extra in the checkpoint (trainable" in refusal(ranks, source)
+    outcome, again = resumed(ranks, stage, source, {"on_extra": "drop"})
+    assert outcome.report.dropped == ("adapter.weight", "adapter.bias")
+    assert "adapter.weight" not in open_checkpoint(again).parameters
+    assert same(states(again, "odd_offset"), states(source, "odd_offset"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_growing_the_vocabulary(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """The old rows and their states are restored; the new ones keep the model's values, with zero state."""
+    source = saved(ranks, tmp_path)
+    grown = {"size": {"vocabulary": 53}, "seed": 9}
+    assert "embedding.weight: expected logical shape (53, 20), found (48, 20)" in refusal(ranks, source, **grown)
+    outcome, again = resumed(ranks, stage, source, {"on_missing": "init"}, LAST_STEP, **grown)
+    assert set(outcome.report.initialised) == {"embedding.weight", "linear_out.weight"}
+    fresh = build_mlp(vocabulary=53, seed=9)
+    for name in ("embedding.weight", "linear_out.weight"):
+        before, after = states(source, name), states(again, name)
+        assert all(torch.equal(after[key][:48], before[key]) for key in before)
+        assert torch.equal(after["fp32"][48:], fresh.get_parameter(name)[48:])
+        assert not after["exp_avg"][48:].any()
+    assert len(outcome.losses) == LAST_STEP - STEP
+
+
+def test_growing_a_sharded_vocabulary(ranks: Ranks, tmp_path: Path) -> None:
+    """Rows that were padding become tokens: under tensor parallelism, where the padding lies on the last rank."""
+    run = Run(
+        "llama", {"vocabulary": 47, "vocabulary_multiple": 4}, tp=2, universal={"enabled": True, "vocabulary_size": 47}
+    )
+    ranks(2).run(train, run, STEP, save=str(tmp_path / "a"))
+    policy = {"enabled": True, "vocabulary_size": 50, "on_missing": "init"}
+    target = replace(run, tp=1, size={"vocabulary": 50, "vocabulary_multiple": 4}, universal=policy, seed=3)
+    outcome = ranks(2).run(train, target, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"), save_first=True)
+    name = "embedding.word_embeddings.weight"
+    assert name in outcome[0].report.initialised
+    before, after = states(tmp_path / "a", name), states(tmp_path / "b", name)
+    assert before["fp32"].shape == (47, 48) and after["fp32"].shape == (50, 48)
+    assert all(torch.equal(after[key][:47], before[key]) for key in before)
+    assert after["fp32"][47:].any() and not after["exp_avg_sq"][47:].any()
+
+
+def test_a_parameter_that_never_had_a_gradient(ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed steps it with zeros in every class, so that its states are zero everywhere."""
+    idle = {"size": {"adapter": True, "idle": True}}
+    source = saved(ranks, tmp_path, zero={"stage": 0}, **idle)
+    for stage, target in ((3, "3"), (1, "1"), (0, "0")):
+        _, again = resumed(ranks, stage, source, {}, LAST_STEP, **idle)
+        source = again.rename(tmp_path / target)
+        assert differences(tmp_path / "a", source) == []
+    assert not states(source, "adapter.weight")["exp_avg"].any()
+
+
+def test_a_parameter_without_state_among_others(ranks: Ranks, tmp_path: Path) -> None:
+    """Unfrozen, and saved before the next step: a plain optimizer has no state for it, but a flat buffer has one for all."""
+    before = saved(ranks, tmp_path, frozen=FROZEN)
+    _, again = resumed(ranks, 0, before, {"on_missing": "init"})
+    source = again.rename(tmp_path / "unfrozen")
+    assert open_checkpoint(source).parameters["linear_in.weight"].states.keys() == {"fp32"}
+    message = refusal(ranks, source)
+    assert "linear_in.weight: has states ['fp32'], scalars {}, and " in message
+    assert '"on_missing": "init" gives it zero state' in message
+    _, again = resumed(ranks, 0, source, {}, LAST_STEP)
+    assert differences(source, again) == []
+    outcome, again = resumed(ranks, 1, source, {"on_missing": "init"}, LAST_STEP)
+    assert outcome.report.initialised == FROZEN
+    assert not states(again, "linear_in.weight")["exp_avg"].any()
+    assert same(states(again, "embedding.weight"), states(source, "embedding.weight"))
+
+
+def test_a_smaller_or_otherwise_different_shape_is_always_refused(ranks: Ranks, tmp_path: Path) -> None:
+    source = saved(ranks, tmp_path)
+    for size in ({"vocabulary": 47}, {"hidden": 24}):
+        with pytest.raises(RankError) as caught:
+            resumed(ranks, 1, source, {"on_missing": "init", "on_extra": "drop"}, size=size)
+        assert "embedding.weight: expected logical shape" in str(caught.value.original)

@@ -1,0 +1,112 @@
+"""Element-wise states of every optimizer, under whatever name; what isn't element-wise is refused by name, or reset on request.
+
+DeepSpeed's universal checkpoints know ``exp_avg`` and ``exp_avg_sq`` only: SGD with momentum and Adagrad raise KeyError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import LAST_STEP, STEP, differences
+
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.errors import MismatchError, UnsupportedError
+from ucp_deepspeed.testing.ranks import RankError, RankPool
+from ucp_deepspeed.testing.runs import Run, train
+from ucp_deepspeed.transfer.convert import convert
+
+Ranks = Callable[[int], RankPool]
+
+OPTIMIZERS: dict[str, tuple[str, Mapping[str, Any], set[str]]] = {
+    "momentum": ("SGD", {"lr": 0.05, "momentum": 0.9}, {"momentum_buffer"}),
+    "sgd": ("SGD", {"lr": 0.05}, set()),
+    "adagrad": ("Adagrad", {"lr": 0.01, "initial_accumulator_value": 0.1}, {"sum"}),
+    "rmsprop": (
+        "RMSprop",
+        {"lr": 1e-3, "momentum": 0.5, "centered": True},
+        {"square_avg", "momentum_buffer", "grad_avg"},
+    ),
+    "adamax": ("Adamax", {"lr": 1e-3}, {"exp_avg", "exp_inf"}),
+    "amsgrad": ("AdamW", {"lr": 1e-3, "amsgrad": True}, {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}),
+    "asgd": ("ASGD", {"lr": 0.01}, {"ax"}),
+    "rprop": ("Rprop", {"lr": 1e-3}, {"prev", "step_size"}),
+    "radam": ("RAdam", {"lr": 1e-3}, {"exp_avg", "exp_avg_sq"}),
+    "nadam": ("NAdam", {"lr": 1e-3}, {"exp_avg", "exp_avg_sq"}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_states_of_every_name(name: str, ranks: Ranks, tmp_path: Path) -> None:
+    """ZeRO-1 → ZeRO-3 → ZeRO-2 → no ZeRO: every state and scalar stays what it was, and the losses too."""
+    kind, options, states = OPTIMIZERS[name]
+    run = Run("mlp", zero={"stage": 1}, optimizer=(kind, options))
+    source = ranks(2).run(train, run, LAST_STEP, save=str(tmp_path / "0"), save_at=STEP)
+    found = open_checkpoint(tmp_path / "0").parameters["linear_in.weight"]
+    assert found.states.keys() - {"fp32"} == states
+    for hop, (stage, world_size) in enumerate([(3, 4), (2, 2), (0, 1)]):
+        target = replace(run, zero={"stage": stage})
+        folder = str(tmp_path / str(hop + 1))
+        outcome = ranks(world_size).run(
+            train, target, LAST_STEP, load=str(tmp_path / str(hop)), save=folder, save_first=True
+        )
+        assert differences(tmp_path / "0", tmp_path / str(hop + 1)) == []
+        gaps = [abs(outcome[0].losses[step] - source[0].losses[step]) for step in range(STEP + 1, LAST_STEP + 1)]
+        assert max(gaps) < 2e-5
+
+
+def test_before_the_first_step(ranks: Ranks, tmp_path: Path) -> None:
+    """No state anywhere: nothing is invented, and the first step makes it."""
+    run = Run("mlp", zero={"stage": 2})
+    ranks(2).run(train, run, 0, save=str(tmp_path / "a"))
+    whole = ranks(2).run(train, run, 2)
+    resumed = ranks(4).run(train, replace(run, zero={"stage": 3}), 2, load=str(tmp_path / "a"))
+    assert max(abs(whole[0].losses[step] - resumed[0].losses[step]) for step in (1, 2)) < 2e-5
+
+
+def refusal(ranks: Ranks, run: Run, folder: Path) -> str:
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(train, run, STEP, load=str(folder))
+    assert isinstance(caught.value.original, MismatchError)
+    return str(caught.value.original)
+
+
+def test_another_optimizer_is_refused_or_reset(ranks: Ranks, tmp_path: Path) -> None:
+    adam = Run("mlp", zero={"stage": 1})
+    sgd = replace(adam, zero={"stage": 2}, optimizer=("SGD", {"lr": 0.05, "momentum": 0.9}))
+    ranks(2).run(train, adam, STEP, save=str(tmp_path / "a"))
+    message = refusal(ranks, sgd, tmp_path / "a")
+    assert "keeps ['momentum_buffer'], the checkpoint holds ['exp_avg', 'exp_avg_sq']" in message
+    assert '"optimizer_states": "reset"' in message
+    reset = replace(sgd, universal={"enabled": True, "optimizer_states": "reset"})
+    ranks(2).run(train, reset, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"), save_first=True)
+    found = differences(tmp_path / "a", tmp_path / "b")
+    assert not [line for line in found if "elements differ" in line]  # the masters are the same
+    assert any("state 'exp_avg' only in A" in line for line in found)
+
+
+def test_factored_moments_are_refused_by_name_or_reset(ranks: Ranks, tmp_path: Path) -> None:
+    """Adafactor keeps a matrix's second moment as a row and a column."""
+    factored = Run("mlp", zero={"stage": 0}, optimizer=("Adafactor", {"lr": 1e-3}))
+    ranks(2).run(train, factored, STEP, save=str(tmp_path / "a"))
+    message = refusal(ranks, replace(factored, zero={"stage": 1}), tmp_path / "a")
+    assert "linear_in.weight: optimizer state 'row_var' isn't element-wise: shape (33, 1)" in message
+    with pytest.raises(UnsupportedError, match=r"linear_in\.weight: optimizer state 'row_var'"):
+        convert(UniversalView.of(open_checkpoint(tmp_path / "a")), tmp_path / "u")
+    reset = replace(factored, zero={"stage": 1}, universal={"enabled": True, "optimizer_states": "reset"})
+    outcome = ranks(2).run(train, reset, LAST_STEP, load=str(tmp_path / "a"))
+    assert sorted(outcome[0].losses) == [STEP + 1, STEP + 2, STEP + 3]
+
+
+def test_reset_is_as_before_the_first_step(ranks: Ranks, tmp_path: Path) -> None:
+    """Adagrad's constructor makes its state: it begins at its initial value again."""
+    run = Run("mlp", zero={"stage": 1}, optimizer=("Adagrad", {"lr": 0.01, "initial_accumulator_value": 0.1}))
+    ranks(2).run(train, run, STEP, save=str(tmp_path / "a"))
+    reset = replace(run, universal={"enabled": True, "optimizer_states": "reset"})
+    ranks(2).run(train, reset, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"), save_first=True)
+    parameter = open_checkpoint(tmp_path / "b").parameters["linear_in.weight"]
+    assert parameter.scalars == {"step": 0.0} and "sum" in parameter.states
