@@ -85,6 +85,28 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Say in one line what DeepSpeed or Megatron-Core would refuse with a traceback on every rank."""
+    ranks, model_parallel = int(os.environ["WORLD_SIZE"]), arguments.tp * (arguments.pp or 1)
+    size = model_size(arguments)
+    cut = {"--heads": size.heads, "--query-groups": size.query_groups, "--ffn": size.ffn}
+    problems = [
+        f"--tp {arguments.tp} doesn't divide {what} {number}" for what, number in cut.items() if number % arguments.tp
+    ]
+    if ranks % model_parallel:
+        problems.append(f"{ranks} ranks are not divisible by --tp x --pp, {model_parallel}")
+    elif arguments.global_batch % (ranks // model_parallel):
+        problems.append(
+            f"--global-batch {arguments.global_batch} is not divisible by the data parallel degree {ranks // model_parallel}"
+        )
+    if arguments.pp is not None and arguments.zero > 1:
+        problems.append(f"DeepSpeed has no --zero {arguments.zero} with --pp {arguments.pp}; 0 and 1 it has")
+    if DTYPES[arguments.precision] not in get_accelerator().supported_dtypes():
+        problems.append(f"--precision {arguments.precision} is not supported on {get_accelerator().device_name()}")
+    if problems:
+        raise SystemExit("\n".join(problems))
+
+
 def start_ranks(tensor_parallel: int, pipeline_parallel: int) -> torch.device:
     """Start communication and Megatron-Core's process groups; ranks beyond both degrees are data parallel. Returns the device."""
     run_megatron_on_cpu()
@@ -132,7 +154,12 @@ def deepspeed_config(arguments: argparse.Namespace) -> dict[str, Any]:
                 "warmup_type": "linear",
             },
         },
-        "universal_checkpoint": {"enabled": True, "spec": arguments.spec, "load": arguments.load_mode},
+        "universal_checkpoint": {
+            "enabled": True,
+            "spec": arguments.spec,
+            "load": arguments.load_mode,
+            "vocabulary_size": VOCABULARY,
+        },
     }
     if arguments.zero == 3:
         # The memory-efficient linear layer rounds differently in bf16: losses would not compare with other stages.
@@ -222,12 +249,8 @@ def report_resume(engine: deepspeed.DeepSpeedEngine, arguments: argparse.Namespa
 def main() -> None:
     """Build the model and the engine, load if asked to, train, save if asked to."""
     arguments = parse_arguments()
+    check(arguments)
     start_ranks(arguments.tp, arguments.pp or 1)
-    if arguments.global_batch % parallel_state.get_data_parallel_world_size():
-        raise SystemExit(
-            f"--global-batch {arguments.global_batch} is not divisible by the data parallel degree "
-            f"{parallel_state.get_data_parallel_world_size()}"
-        )
     size, dtype = model_size(arguments), DTYPES[arguments.precision]
     if arguments.pp is None:
         model, mpu = build_megatron_gpt(size, dtype, arguments.seed), DeepSpeedMpu()

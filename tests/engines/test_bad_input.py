@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoints import STEP, Source
 
+from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -23,7 +24,7 @@ from ucp_deepspeed.errors import (
     UnsupportedError,
 )
 from ucp_deepspeed.testing.ranks import RankError, RankPool, fp16_on_cpu
-from ucp_deepspeed.testing.runs import Run, build_engine, train
+from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
 
 Ranks = Callable[[int], RankPool]
 GetSource = Callable[[str, Run, int], Source]
@@ -34,19 +35,35 @@ TARGET = Run("llama", tp=1, zero={"stage": 3}, precision="bf16", groups="decay")
 
 def fingerprint(engine: Any) -> dict[str, bytes]:
     """Everything that a load could have touched, as bytes."""
-    optimizer = engine.optimizer
-    held = {f"master {index}": master for index, master in enumerate(optimizer.fp32_partitioned_groups_flat)}
-    held |= {f"weight {name}": param.ds_tensor for param, name in engine.param_names.items()}
-    counters = (engine.global_steps, engine.global_samples, [group["lr"] for group in optimizer.param_groups])
-    states = {"state": torch.frombuffer(bytearray(pickle.dumps(len(optimizer.optimizer.state))), dtype=torch.uint8)}
-    raw = {key: value.detach().float().numpy().tobytes() for key, value in (held | states).items()}
-    return raw | {"counters": pickle.dumps(counters)}
+    optimizer = engine_optimizer(engine)
+    slots = optimizer.slots()
+    held: dict[str, Any] = {f"master {index}": slot.master for index, slot in enumerate(slots)}
+    held |= {
+        f"{key} {index}": value for index, slot in enumerate(slots) for key, value in optimizer.state_of(slot).items()
+    }
+    held |= {f"weight {name}": getattr(param, "ds_tensor", param) for param, name in engine.param_names.items()}
+    held |= {f"buffer {name}": buffer for name, buffer in engine.module.named_buffers()}
+    scale = optimizer.loss_scale()
+    rest = {
+        "counters": (engine.global_steps, engine.global_samples, engine.skipped_steps),
+        "groups": [
+            {key: value for key, value in group.items() if key != "params"} for group in optimizer.base.param_groups
+        ],
+        "scheduler": engine.lr_scheduler.state_dict(),
+        "scale": None if scale is None else dict(scale.values),
+    }
+    raw = {
+        key: value.detach().float().numpy().tobytes() if isinstance(value, torch.Tensor) else pickle.dumps(value)
+        for key, value in held.items()
+    }
+    return raw | {key: pickle.dumps(value) for key, value in rest.items()}
 
 
 def failed_load(run: Run, load: str, tag: str | None) -> tuple[str, str, bool]:
     """On a rank: try to load; returns the error's class and text, and whether the engine is as it was."""
     with fp16_on_cpu():
         engine = build_engine(run)
+        train_step(engine, run, 1)  # so that there are states to lose
         before = fingerprint(engine)
         try:
             engine.load_checkpoint(load, tag=tag)
@@ -120,6 +137,13 @@ def test_another_model(size: dict[str, int], expected: list[str], copy: Path, ra
     check_refused(ranks, replace(TARGET, size=size), copy, MismatchError, *expected)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_engines_of_every_class_stay_as_they_were(stage: int, precision: Any, ranks: Ranks, copy: Path) -> None:
+    target = replace(TARGET, tp=2, zero={"stage": stage}, precision=precision, size={"layers": 1})
+    check_refused(ranks, target, copy, MismatchError, "extra in the checkpoint")
+
+
 def test_all_problems_are_listed_at_once(copy: Path, ranks: Ranks) -> None:
     run = replace(TARGET, size={"hidden": 64})
     _, message, _ = ranks(2).run(failed_load, run, str(copy), None)[0]
@@ -142,18 +166,38 @@ SPECS = {
 
 
 @pytest.mark.parametrize("kind", SPECS)
-def test_bad_spec(kind: str, copy: Path, ranks: Ranks, tmp_path: Path) -> None:
+def test_bad_spec(kind: str, ranks: Ranks, tmp_path: Path) -> None:
+    """Found when the engine is built, and not when the first checkpoint is saved."""
     text, error, message = SPECS[kind]
     spec = tmp_path / "spec.yaml"
     spec.write_text(f"family: mine\n{text}")
     run = replace(TARGET, universal={"enabled": True, "spec": str(spec)})
-    check_refused(ranks, run, copy, error, message)
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(train, run, 0)
+    assert isinstance(caught.value.original, error) and message in str(caught.value.original)
+
+
+def test_remains_of_a_conversion_are_not_taken_for_nothing(copy: Path, ranks: Ranks) -> None:
+    """DeepSpeed returns ``(None, None)`` where nothing was saved, and a script starts anew; here something was."""
+    (copy / f"global_step{STEP}").rename(copy / ".global_step3.partial-here-1")
+    (copy / "latest").write_text(".global_step3.partial-here-1")
+    check_refused(ranks, TARGET, copy, DamagedCheckpointError, "interrupted conversion")
 
 
 def test_custom_load_function(copy: Path, ranks: Ranks) -> None:
     with pytest.raises(RankError) as caught:
         ranks(2).run(train, TARGET, STEP, load=str(copy), options={"custom_load_fn": fingerprint})
     assert isinstance(caught.value.original, UnsupportedError)
+
+
+def test_never_opens_nothing(copy: Path, ranks: Ranks) -> None:
+    """What no reader of ours could open loads, where DeepSpeed can."""
+    path = copy / f"global_step{STEP}" / "mp_rank_00_model_states.pt"
+    saved = torch.load(path, weights_only=False)
+    torch.save(saved | {"client": Foreign()}, path)
+    run = replace(SAVED, universal={"enabled": True, "load": "never"})
+    outcome = ranks(4).run(train, run, STEP, load=str(copy))
+    assert outcome[0].counters["global_steps"] == STEP and outcome[0].report is None
 
 
 def test_universal_load_switched_off(copy: Path, ranks: Ranks) -> None:

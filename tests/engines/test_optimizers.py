@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import LAST_STEP, STEP, differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
@@ -57,6 +58,64 @@ def test_states_of_every_name(name: str, ranks: Ranks, tmp_path: Path) -> None:
         assert differences(tmp_path / "0", tmp_path / str(hop + 1)) == []
         gaps = [abs(outcome[0].losses[step] - source[0].losses[step]) for step in range(STEP + 1, LAST_STEP + 1)]
         assert max(gaps) < 2e-5
+
+
+class Sharp(torch.optim.AdamW):
+    """A user's subclass of one of torch's."""
+
+
+class Counting(torch.optim.Optimizer):
+    """A user's own class, which counts steps in a Python number and keeps its mean as a float."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Sign descent with a running mean."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                assert type(state.get("step", 0)) is int and type(state.get("decay", 0.5)) is float
+                state["step"] = state.get("step", 0) + 1
+                state["decay"] = state.get("decay", 0.5) * 2.0
+                state["mean"] = 0.5 * state.get("mean", 0.0) + 0.5 * param.grad
+                param.data.add_(state["mean"].sign(), alpha=-group["lr"])
+
+
+@pytest.mark.parametrize("kind", [Sharp, Counting])
+def test_classes_of_the_users_own(kind: type, ranks: Ranks, tmp_path: Path) -> None:
+    """Scalars come back in the form in which the class keeps them: a tensor for torch's, a number here."""
+    run = Run("mlp", zero={"stage": 1}, optimizer=(kind, {"lr": 1e-3}))
+    source = ranks(2).run(train, run, LAST_STEP, save=str(tmp_path / "0"), save_at=STEP)
+    for stage in (3, 0):
+        again = tmp_path / str(stage)
+        target = replace(run, zero={"stage": stage})
+        outcome = ranks(4).run(train, target, LAST_STEP, load=str(tmp_path / "0"), save=str(again), save_first=True)
+        assert differences(tmp_path / "0", again) == []
+        assert abs(outcome[0].losses[LAST_STEP] - source[0].losses[LAST_STEP]) < 2e-3
+
+
+class TensorRate(torch.optim.AdamW):
+    """Keeps its learning rate in a tensor, as compiled optimizers do."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, torch.tensor(lr), foreach=False)
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """As AdamW's."""
+        assert all(isinstance(group["lr"], torch.Tensor) for group in self.param_groups)
+        return super().step(closure)
+
+
+def test_a_learning_rate_that_is_a_tensor(ranks: Ranks, tmp_path: Path) -> None:
+    """It stays one, with the value of the run."""
+    run = Run("mlp", zero={"stage": 1}, optimizer=(TensorRate, {"lr": 2e-3}), config={"scheduler": {}})
+    source = ranks(2).run(train, run, LAST_STEP, save=str(tmp_path), save_at=STEP)
+    resumed = ranks(1).run(train, replace(run, zero={"stage": 2}), LAST_STEP, load=str(tmp_path))
+    assert resumed[0].rates == source[0].rates
+    assert abs(resumed[0].losses[LAST_STEP] - source[0].losses[LAST_STEP]) < 2e-5
 
 
 def test_before_the_first_step(ranks: Ranks, tmp_path: Path) -> None:

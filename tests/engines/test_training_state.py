@@ -3,10 +3,16 @@ buffers, vocabulary padding."""
 
 from __future__ import annotations
 
+import logging
+from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from checkpoints import LAST_STEP, STEP, differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
@@ -56,6 +62,65 @@ def test_result_is_that_of_deepspeed(ranks: Ranks, tmp_path: Path) -> None:
             theirs.counters,
         )
         assert {key: ours.client_state[key] for key in client_state} == client_state
+
+
+def test_plain_objects_in_the_client_state(ranks: Ranks, tmp_path: Path) -> None:
+    """Scripts keep their parsed arguments and numpy's numbers there."""
+    arguments = Namespace(lr=0.1, out=Path("runs/a"))
+    client_state = {"arguments": [arguments], "best": np.float64(0.5), "order": [np.arange(3)]}
+    ranks(2).run(train, Run("mlp", zero={"stage": 2}), STEP, save=str(tmp_path), client_state=client_state)
+    outcome = ranks(1).run(train, Run("mlp", zero={"stage": 3}), STEP, load=str(tmp_path))[0]
+    assert outcome.client_state["arguments"] == [arguments] and outcome.client_state["best"] == 0.5
+    assert outcome.client_state["order"][0].tolist() == [0, 1, 2]
+
+
+class Opaque:
+    """A class of the user's own."""
+
+
+def test_client_state_that_no_load_will_read_is_told_at_once(ranks: Ranks, tmp_path: Path) -> None:
+    found = ranks(1).run(saved_with_warnings, Run("mlp"), str(tmp_path), {"opaque": Opaque()})[0]
+    assert any("Opaque" in line and "can be loaded by DeepSpeed alone" in line for line in found)
+    assert ranks(1).run(saved_with_warnings, Run("mlp"), str(tmp_path), {"epoch": 1})[0] == []
+
+
+def saved_with_warnings(run: Run, folder: str, client_state: dict[str, Any]) -> list[str]:
+    """On a rank: what is logged when a run saves."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ucp_deepspeed").addHandler(handler)
+    try:
+        train(run, 1, save=folder, client_state=client_state)
+    finally:
+        logging.getLogger("ucp_deepspeed").removeHandler(handler)
+    return found
+
+
+def test_each_tensor_parallel_rank_has_its_own_client_state(ranks: Ranks, tmp_path: Path) -> None:
+    """As with DeepSpeed: where the tensor-parallel size stays, each rank finds what it gave; else all find the first one's."""
+    run = Run("llama", tp=2, zero={"stage": 1})
+    ranks(2).run(train_with_rank, run, str(tmp_path))
+    same = ranks(4).run(train, replace(run, zero={"stage": 3}), STEP, load=str(tmp_path))
+    assert [outcome.client_state["rank"] for outcome in same] == [0, 1, 0, 1]
+    assert [Path(outcome.load_path or "").name[-24:] for outcome in same[:2]] == [
+        f"mp_rank_0{rank}_model_states.pt"[-24:] for rank in (0, 1)
+    ]
+    other = ranks(2).run(train, replace(run, tp=1), STEP, load=str(tmp_path))
+    assert [outcome.client_state["rank"] for outcome in other] == [0, 0]
+
+
+def train_with_rank(run: Run, folder: str) -> None:
+    """On a rank: save its own rank in the client state."""
+    train(run, STEP, save=folder, client_state={"rank": torch.distributed.get_rank()})
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_tag_folder_itself(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """``load_dir`` may name it, also where the load is left to DeepSpeed, which knows no such thing."""
+    ranks(2).run(train, Run("mlp", zero={"stage": 2}), STEP, save=str(tmp_path))
+    outcome = ranks(2).run(train, Run("mlp", zero={"stage": stage}), STEP, load=str(tmp_path / f"global_step{STEP}"))[0]
+    assert outcome.counters["global_steps"] == STEP and (outcome.report is None) == (stage == 2)
 
 
 def test_frozen_parameters_and_buffers(ranks: Ranks, tmp_path: Path) -> None:

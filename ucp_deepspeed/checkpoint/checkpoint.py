@@ -106,6 +106,10 @@ class RunState:
     ds_version: str
 
 
+SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
+"""Values of a `LossScale` that every class keeps."""
+
+
 class Checkpoint(ABC):
     """A catalog. Created by `open_checkpoint` on any rank; all ranks see the same.
 
@@ -143,5 +147,9 @@ class Checkpoint(ABC):
         """
 
     @abstractmethod
-    def client_state(self) -> tuple[str, dict[str, Any]]:
-        """What ``engine.load_checkpoint`` returns: the path of the file with the common state, and that state's top level."""
+    def client_state(self, rank: int = 0) -> tuple[str, dict[str, Any]]:
+        """What ``engine.load_checkpoint`` returns: the path of the file with the common state, and that state's top level.
+
+        Args:
+            rank: model-parallel rank; a native checkpoint has such a file for each.
+        """

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import (
+    SCALE_KEYS,
     WEIGHT,
     Checkpoint,
     FileExtent,
@@ -29,7 +30,7 @@ from ucp_deepspeed.checkpoint.deepspeed_stage0 import Groups, stage0_form, stage
 from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER, frozen_slice_slots, recognise, zero_slots
 from ucp_deepspeed.checkpoint.manifest import Manifest, read_manifest
 from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of, whole_tensor_slot
-from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, extent_of, open_torch_file
+from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, extent_of, open_torch_file, read_tensors, scalar_of
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
 from ucp_deepspeed.layout import Flattening, Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern
@@ -106,9 +107,9 @@ class DeepSpeedCheckpoint(Checkpoint):
         for part in slot.flattening.slices(index, local_start, local_stop):
             yield Fragment(part.local_start, part.numel, slot.extent(part.partition, state), part.buffer_start)
 
-    def client_state(self) -> tuple[str, dict[str, Any]]:
+    def client_state(self, rank: int = 0) -> tuple[str, dict[str, Any]]:
         """See `Checkpoint.client_state`."""
-        path = self._model_states_path(0, 0)
+        path = self._model_states_path(rank, 0)
         saved = open_torch_file(path, tensors=True)
         return str(path), {key: value for key, value in saved.items() if key not in RETURNED_SEPARATELY}
 
@@ -411,12 +412,14 @@ class DeepSpeedCheckpoint(Checkpoint):
         return tuple(ParameterGroup(tuple(names), settings) for names, settings in groups)
 
     def _hyperparameters(self, rank: int) -> list[Mapping[str, Any]]:
-        """The base optimizer's parameter groups on one model-parallel rank."""
+        """The base optimizer's parameter groups on one model-parallel rank; rates that are tensors as numbers."""
         if self._partitioned:
             state, path = self._optimizer_state(rank, 0)
-            return recognise(state, path).hyperparameters(state)
-        saved = self._model_states(rank)["optimizer"]
-        return list(saved.get("optimizer_state_dict", saved)["param_groups"]) if saved else []
+            groups = recognise(state, path).hyperparameters(state)
+        else:
+            saved, path = self._model_states(rank)["optimizer"], self._model_states_path(rank, 0)
+            groups = list(saved.get("optimizer_state_dict", saved)["param_groups"]) if saved else []
+        return [{key: _as_number(value, path) for key, value in group.items()} for group in groups]
 
     def _read_run(self) -> RunState:
         saved = self._model_states(0)
@@ -426,7 +429,7 @@ class DeepSpeedCheckpoint(Checkpoint):
             global_steps=saved["global_steps"],
             global_samples=saved.get("global_samples"),
             skipped_steps=saved["skipped_steps"],
-            lr_scheduler=saved.get("lr_scheduler"),
+            lr_scheduler=read_tensors(saved.get("lr_scheduler"), self._model_states_path(0, 0)),
             loss_scale=self._read_loss_scale() if precision == "fp16" else None,
             ds_version=str(saved.get("ds_version", "unknown")),
         )
@@ -442,14 +445,18 @@ class DeepSpeedCheckpoint(Checkpoint):
         optimizer = self._model_states(0)["optimizer"] or {}
         if "cur_scale" not in optimizer:
             return None
-        keys = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
-        return LossScale(
-            bool(optimizer["dynamic_loss_scale"]), {key: optimizer[key] for key in keys if key in optimizer}
-        )
+        values = {key: optimizer[key] for key in SCALE_KEYS if key in optimizer}
+        return LossScale(bool(optimizer["dynamic_loss_scale"]), values)
 
 
 def _numels(named: Mapping[str, Sequence[int]]) -> dict[str, int]:
     return dict(zip(named, numels_of(shapes_of(named)), strict=True))
+
+
+def _as_number(value: Any, path: Path) -> Any:
+    return (
+        scalar_of(value, path) if isinstance(value, torch.Tensor) and value.numel() == 1 else read_tensors(value, path)
+    )
 
 
 def _module_slot(name: str, kind: Kind, tensor: torch.Tensor, path: Path) -> Slot:

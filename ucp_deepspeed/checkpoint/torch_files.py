@@ -6,14 +6,18 @@ Tensors come back on the meta device; where their bytes lie in the file is kept 
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import enum
 import pickle
 import re
+import types
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent
@@ -73,6 +77,16 @@ def zero_stage_by_name(owner: type, name: str) -> ZeroStage:
     return ZeroStage[name]
 
 
+NUMPY_MAKERS: list[Any] = [np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]]
+"""The functions by which arrays and scalars are unpickled."""
+
+NUMPY_CLASSES: list[Any] = [
+    *(np.ndarray, np.dtype),
+    *(getattr(np.dtypes, name) for name in np.dtypes.__all__ if name != "ObjectDType"),
+    *((make, f"numpy.{core}.multiarray.{make.__name__}") for make in NUMPY_MAKERS for core in ("core", "_core")),
+]
+"""Arrays and scalars of numpy, but for those that hold Python objects."""
+
 ALLOWED_CLASSES: list[Any] = [
     (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (DynamicLossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
@@ -80,6 +94,11 @@ ALLOWED_CLASSES: list[Any] = [
     (ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (zero_stage_by_name, "builtins.getattr"),
     (frozenset, "builtins.frozenset"),
+    (range, "builtins.range"),
+    (bytes, "builtins.bytes"),
+    *(argparse.Namespace, types.SimpleNamespace, PosixPath, PurePosixPath),
+    *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
+    *NUMPY_CLASSES,
 ]
 """All that a checkpoint may name beyond torch's own classes: data without behaviour, and stand-ins for the rest."""
 
@@ -143,7 +162,8 @@ def _explain(path: Path, error: Exception) -> str:
             return refused
         allowed = f"torch.serialization.add_safe_globals([{name.rsplit('.', 1)[-1]}])"
         return f"{refused}; if you trust it, allow it with {allowed} before loading"
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    refusal = re.search(r"WeightsUnpickler error: *(\S.*)", str(error))
+    reason = refusal.group(1) if refusal else (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"{path} can't be read ({path.stat().st_size} bytes): {reason}"
 
 
@@ -168,10 +188,26 @@ def extent_of(tensor: torch.Tensor, path: Path) -> FileExtent:
 
 def scalar_of(value: Any, path: Path) -> float:
     """The number that a Python number or a one-element tensor of `open_torch_file` stands for."""
-    if not isinstance(value, torch.Tensor):
-        return cast(float, value)
-    extent = extent_of(value, path)
+    return cast(float, read_tensor(value, path).item() if isinstance(value, torch.Tensor) else value)
+
+
+def read_tensor(tensor: torch.Tensor, path: Path) -> torch.Tensor:
+    """The tensor, on the CPU, that one of `open_torch_file` describes; for the few small ones that aren't planned."""
+    extent = extent_of(tensor, path)
     with path.open("rb") as file:
         file.seek(extent.file_offset)
-        raw = file.read(value.element_size())
-    return cast(float, torch.frombuffer(bytearray(raw), dtype=value.dtype).item())
+        raw = bytearray(file.read(tensor.numel() * tensor.element_size()))
+    return (
+        torch.frombuffer(raw, dtype=tensor.dtype).view(tensor.shape) if raw else torch.empty_like(tensor, device="cpu")
+    )
+
+
+def read_tensors(value: Any, path: Path) -> Any:
+    """A value of `open_torch_file` with all tensors in its dictionaries, lists and tuples read."""
+    if isinstance(value, torch.Tensor):
+        return read_tensor(value, path)
+    if isinstance(value, dict):
+        return {key: read_tensors(item, path) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(read_tensors(item, path) for item in value)
+    return value

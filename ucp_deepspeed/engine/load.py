@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,21 @@ from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint, resolve_tag
 from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
+from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.filling import plan_filling
 from ucp_deepspeed.engine.matching import Policies, match
-from ucp_deepspeed.engine.model import EngineModel, agree, describe_model, engine_topology, model_parallel_rank
+from ucp_deepspeed.engine.model import (
+    EngineModel,
+    agreement,
+    describe_model,
+    engine_precision,
+    engine_topology,
+    model_parallel_rank,
+)
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer
 from ucp_deepspeed.engine.training_state import restore_run
-from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError, UnsupportedError
+from ucp_deepspeed.errors import CheckpointNotFoundError, ConfigError, UnsupportedError
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -92,20 +100,21 @@ def load_checkpoint(
     options = LoadOptions(
         load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn
     )
-    if tag is None and not _findable(Path(load_dir)):
-        return native(load_dir, tag=tag, **asdict(options))  # DeepSpeed warns and returns (None, None)
     started = time.monotonic()
-    error, prepared, universal = None, None, False
-    try:
-        checkpoint = open_checkpoint(load_dir, None if tag is None else str(tag))
-        prepared = checkpoint, engine_optimizer(engine)
-        universal = _takes_universal_path(config, engine, *prepared)
-    except UniversalCheckpointError as caught:
-        error = caught
-    agree(error)
-    assert prepared is not None
+    folder, prepared, universal = None, None, False
+    with agreement():
+        folder = _find(Path(load_dir), None if tag is None else str(tag), config.load)
+        if folder is not None:
+            prepared = open_checkpoint(folder), engine_optimizer(engine)
+            universal = _takes_universal_path(config, engine, *prepared)
     if not _any_rank(universal):  # a pipeline's stages may have changed on some ranks only
+        if tag is None and folder == Path(load_dir):
+            load_dir, tag = str(folder.parent), folder.name
         return native(load_dir, tag=tag, **asdict(options))
+    with agreement():
+        if prepared is None:
+            raise CheckpointNotFoundError(f"no checkpoint at {load_dir}, where other ranks see one")
+    assert prepared is not None
     return _load_universal(engine, *prepared, options, started)
 
 
@@ -116,25 +125,26 @@ def _any_rank(value: bool) -> bool:
     return any(gathered)
 
 
-def _findable(load_dir: Path) -> bool:
-    if (load_dir / LATEST_NAME).is_file():
-        return True
+def _find(load_dir: Path, tag: str | None, load: str) -> Path | None:
+    """The tag folder; None leaves the load to DeepSpeed: it has words of its own for a folder in which no tag was ever saved."""
     try:
-        resolve_tag(load_dir)
-    except UniversalCheckpointError:
-        return False
-    return True
+        folder = resolve_tag(load_dir, tag)
+    except CheckpointNotFoundError:
+        if load == "never" or (tag is None and not (load_dir / LATEST_NAME).is_file()):
+            return None
+        raise
+    if load != "never":
+        return folder
+    if (folder / INDEX_NAME).is_file():
+        raise ConfigError(f'{folder} is a universal checkpoint, and "load" is "never"')
+    return None
 
 
 def _takes_universal_path(
     config: UniversalCheckpointConfig, engine: Any, checkpoint: Checkpoint, optimizer: EngineOptimizer
 ) -> bool:
-    if not isinstance(checkpoint, DeepSpeedCheckpoint):
-        if config.load == "never":
-            raise ConfigError(f'{checkpoint.path} is a universal checkpoint, and "load" is "never"')
+    if not isinstance(checkpoint, DeepSpeedCheckpoint) or config.load == "always":
         return True
-    if config.load != "auto":
-        return config.load == "always"
     return config.has_policies or not _same_topology(checkpoint, engine, optimizer)
 
 
@@ -143,11 +153,10 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
 
     The flat order catches what degrees don't: ``round_robin_gradients``, ``parameter_alignment`` or ``sub_group_size`` changed.
     """
-    precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
     if (checkpoint.topology, checkpoint.optimizer_form, checkpoint.run.precision) != (
         engine_topology(engine),
         optimizer.form,
-        precision,
+        engine_precision(engine),
     ):
         return False
     rank = model_parallel_rank(engine)
@@ -166,15 +175,11 @@ def _load_universal(
         raise UnsupportedError("custom_load_fn can't be combined with a universal load")
     model = describe_model(engine)
     policies = Policies.of(engine.universal_checkpoint_config, options.optimizer_states, options.load_module_strict)
-    error, filling, matching, client_state = None, None, None, None
-    try:
+    same_ranks = replace(checkpoint.topology, dp=1, zero_stage=0) == replace(model.topology, dp=1, zero_stage=0)
+    with agreement():
         matching = match(checkpoint, model, policies)
         filling = plan_filling(checkpoint, model, optimizer, matching, policies)
-        client_state = checkpoint.client_state()
-    except UniversalCheckpointError as caught:
-        error = caught
-    agree(error)
-    assert filling is not None and matching is not None and client_state is not None
+        path, state = checkpoint.client_state(model.rank if same_ranks else 0)
     read = filling.run(optimizer)
     restore_run(engine, checkpoint, matching.names, optimizer, options)
     engine.universal_checkpoint_report = report = LoadReport(
@@ -189,7 +194,6 @@ def _load_universal(
     )
     dist.barrier()
     _log(report, checkpoint, model)
-    path, state = client_state
     return path, _without_restored(state, options)
 
 

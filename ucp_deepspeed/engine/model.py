@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -106,7 +107,7 @@ def describe_model(engine: Any) -> EngineModel:
     }
     return EngineModel(
         topology=topology,
-        precision="bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
+        precision=engine_precision(engine),
         rank=model_parallel_rank(engine),
         tensors=tensors,
         inferred={name: pattern for share in shares for name, pattern in share.inferred.items()},
@@ -119,6 +120,11 @@ def engine_topology(engine: Any) -> Topology:
     """The topology under the names of this package; sequence-parallel ranks count as data-parallel, as in DeepSpeed's files."""
     pp = bwc_pipeline_parallel_world_size(engine.mpu) if engine.mpu is not None else 1
     return Topology(engine.mp_world_size // pp, pp, engine.seq_dp_world_size, engine.zero_optimization_stage())
+
+
+def engine_precision(engine: Any) -> Precision:
+    """Precision of the weights."""
+    return "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
 
 
 def _local_tensors(engine: Any) -> Iterator[tuple[str, Kind, torch.Tensor]]:
@@ -177,20 +183,30 @@ def _inferred_patterns(module: torch.nn.Module) -> dict[str, Pattern]:
     return inferred_patterns(module)
 
 
-def agree(error: UniversalCheckpointError | None) -> None:
-    """Collective over all ranks: raise on every rank if some rank has an error, so that none goes on alone.
+@contextmanager
+def agreement() -> Iterator[None]:
+    """Collective over all ranks, at its end: what is raised on one rank is raised on every rank, so that none goes on alone.
 
     Raises:
-        UniversalCheckpointError: this rank's own error, or another's with its rank in the message.
+        Exception: this rank's own error.
+        UniversalCheckpointError: another rank's, with its rank in the message where it doesn't list parameters.
     """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, error)
+    dist.all_gather_object(gathered, _portable(error))
     if error is not None:
         raise error
     for rank, other in enumerate(gathered):
         if other is not None:
-            raise (
-                type(other)(*other.__reduce__()[1])
-                if isinstance(other, MismatchError)
-                else type(other)(f"rank {rank}: {other}")
-            )
+            raise other if hasattr(other, "problems") else type(other)(f"rank {rank}: {other}")
+
+
+def _portable(error: Exception | None) -> UniversalCheckpointError | None:
+    """An error that other ranks can unpickle."""
+    if error is None or isinstance(error, UniversalCheckpointError):
+        return error
+    return UniversalCheckpointError(f"{type(error).__name__}: {error}")

@@ -14,9 +14,9 @@ from typing import Any
 from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, Manifest, ManifestParameter, ManifestTopology
-from ucp_deepspeed.checkpoint.opening import LATEST_NAME
+from ucp_deepspeed.checkpoint.opening import LATEST_NAME, open_checkpoint
 from ucp_deepspeed.checkpoint.view import layouts_of
-from ucp_deepspeed.engine.model import EngineModel, agree, describe_model, gather_model_parallel
+from ucp_deepspeed.engine.model import EngineModel, agreement, describe_model, gather_model_parallel
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.pipeline import check_tied_copies, layer_keys
 from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError
@@ -48,24 +48,39 @@ def save_checkpoint(
         return native(save_dir, tag=tag, save_latest=save_latest, **rest)
     tag = str(tag) if tag is not None else f"global_step{engine.global_steps}"
     folder = Path(save_dir) / tag
-    manifest, error = None, None
-    try:
+    with agreement():
         manifest = _manifest(engine)
-    except UniversalCheckpointError as caught:
-        error = caught
-    agree(error)
-    assert manifest is not None
-    if dist.get_rank() == 0:
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        if dist.get_rank() == 0:
+            (folder / MANIFEST_NAME).unlink(missing_ok=True)
     saved = native(save_dir, tag=tag, save_latest=False, **rest)
     dist.barrier()
-    if dist.get_rank() == 0:
-        try:
-            _commit(manifest, folder, save_latest)
-        except OSError as caught:
-            error = SaveError(f"the manifest of {folder} could not be written, and 'latest' was not moved: {caught}")
-    agree(error)
+    with agreement():
+        if dist.get_rank() == 0:
+            try:
+                _commit(manifest, folder, save_latest)
+            except OSError as error:
+                raise SaveError(
+                    f"the manifest of {folder} could not be written, and 'latest' was not moved: {error}"
+                ) from error
+            _warn_if_unreadable(folder)
     return saved
+
+
+def check_model(engine: Any) -> None:
+    """What saving would check, without saving: called when the engine is built. Collective.
+
+    Raises:
+        SpecError, MismatchError: the layouts that the config names don't fit the model.
+    """
+    _parameters(describe_model(engine))
+
+
+def _warn_if_unreadable(folder: Path) -> None:
+    """Tell at once, and not at the resume, that the client state holds what a load would refuse."""
+    try:
+        open_checkpoint(folder)
+    except UniversalCheckpointError as error:
+        logger.warning("what was just saved can be loaded by DeepSpeed alone, on the same topology: %s", error)
 
 
 def _commit(manifest: Manifest, folder: Path, save_latest: bool) -> None:

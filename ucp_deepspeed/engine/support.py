@@ -7,6 +7,9 @@ from typing import Any
 import deepspeed
 from packaging.version import Version
 
+from ucp_deepspeed.engine.model import agreement
+from ucp_deepspeed.engine.optimizers import engine_optimizer
+from ucp_deepspeed.engine.save import check_model
 from ucp_deepspeed.errors import UnsupportedError
 
 OLDEST_DEEPSPEED = "0.19.0"
@@ -31,11 +34,16 @@ def check_version(version: str = deepspeed.__version__) -> None:
 
 
 def check_engine(engine: Any) -> None:
-    """Refuse, when the engine is built, what saving and loading couldn't handle.
+    """Refuse, when the engine is built, what saving and loading couldn't handle. Collective.
 
     Raises:
-        UnsupportedError: the version, or mixture-of-experts layers.
+        UnsupportedError: the version, mixture-of-experts layers, or the optimizer's class.
+        SpecError, MismatchError: the layouts that the config names don't fit the model.
     """
     check_version()
     if engine.has_moe_layers:
         raise UnsupportedError("universal checkpoints of mixture-of-experts layers are not supported by this release")
+    with agreement():
+        if engine.optimizer is not None:
+            engine_optimizer(engine)
+        check_model(engine)

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES
 from ucp_deepspeed.engine.matching import Names
@@ -61,7 +63,10 @@ def restore_hyperparameters(checkpoint: Checkpoint, names: Names, optimizer: Eng
                 logger.warning(
                     "parameter group %d: %r differs between its parameters' source groups; took %r", index, key, value
                 )
-            live[key] = value
+            if isinstance(live[key], torch.Tensor):  # such as a rate on the device
+                live[key].fill_(value)
+            else:
+                live[key] = value
 
 
 def _restore_loss_scale(checkpoint: Checkpoint, optimizer: EngineOptimizer) -> None:

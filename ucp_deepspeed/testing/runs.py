@@ -44,7 +44,7 @@ class Run:
         groups: ``one`` parameter group, or ``decay`` (matrices) and the rest without weight decay.
         frozen: names of parameters that aren't trained.
         fused: use DeepSpeed's FusedAdam instead of torch's AdamW.
-        optimizer: name of a class of ``torch.optim`` and its arguments, passed to DeepSpeed as a client optimizer.
+        optimizer: a class, or the name of one in ``torch.optim``, and its arguments; passed to DeepSpeed as a client optimizer.
         seed: of the initial weights.
     """
 
@@ -60,7 +60,7 @@ class Run:
     groups: Literal["one", "decay"] = "one"
     frozen: tuple[str, ...] = ()
     fused: bool = False
-    optimizer: tuple[str, Mapping[str, Any]] | None = None
+    optimizer: tuple[str | type, Mapping[str, Any]] | None = None
     seed: int = 0
 
 
@@ -117,7 +117,7 @@ def train(
         losses: dict[int, float] = {}
         while engine.global_steps < steps:
             step = engine.global_steps + 1
-            losses[step] = _train_step(engine, run, step)
+            losses[step] = train_step(engine, run, step)
             if save and step == save_at:
                 engine.save_checkpoint(save, tag=save_tag, client_state=dict(client_state or {}))
         if save and save_at is None and not save_first:
@@ -138,8 +138,8 @@ def build_engine(run: Run) -> Any:
     groups, config = _parameter_groups(model, run), _config(run)
     arguments: dict[str, Any] = {"model_parameters": groups}
     if run.optimizer is not None:
-        name, options = run.optimizer
-        arguments["optimizer"] = getattr(torch.optim, name)(groups, **options)
+        kind, options = run.optimizer
+        arguments["optimizer"] = (getattr(torch.optim, kind) if isinstance(kind, str) else kind)(groups, **options)
         del config["optimizer"]
         config["zero_allow_untested_optimizer"] = True
     engine, *_ = deepspeed.initialize(model=model, config=config, mpu=mpu, **arguments)
@@ -199,7 +199,7 @@ def _config(run: Run) -> dict[str, Any]:
     return config | dict(run.config)
 
 
-def _train_step(engine: Any, run: Run, step: int) -> float:
+def train_step(engine: Any, run: Run, step: int) -> float:
     """One optimizer step on this rank's share of a batch that depends on the step alone; returns the mean loss."""
     generator = torch.Generator().manual_seed(1000 + step)
     batch = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)

@@ -94,10 +94,11 @@ class EngineOptimizer(ABC):
 
     def set_state(self, slot: EngineSlot, states: Mapping[str, torch.Tensor], scalars: Mapping[str, float]) -> None:
         """Replace the base optimizer's state for a slot; without states and scalars, as if no step had been taken."""
+        like = self._examples(slot) or {}
         self.base.state.pop(slot.master, None)
         if states or scalars:
             self.base.state[slot.master] = dict(states) | {
-                key: self._scalar(value, slot) for key, value in scalars.items()
+                key: _in_form_of(like.get(key), value) for key, value in scalars.items()
             }
 
     def reset_state(self, slot: EngineSlot) -> None:
@@ -106,19 +107,24 @@ class EngineOptimizer(ABC):
         if isinstance(self.base, torch.optim.Adagrad):  # whose constructor makes the state
             initial = self.base.param_groups[slot.group]["initial_accumulator_value"]
             self.base.state[slot.master] = {
-                "step": self._scalar(0.0, slot),
+                "step": torch.tensor(0.0),
                 "sum": torch.full_like(slot.master.data, initial),
             }
 
     def state_names(self, slot: EngineSlot) -> frozenset[str] | None:
         """Element-wise states that the base optimizer keeps for a slot once it has stepped; None when that can't be told."""
-        live = self.state_of(slot)
-        if not live and type(self.base).__name__ in DEEPSPEED_ADAMS:
-            return frozenset(("exp_avg", "exp_avg_sq"))
-        found = live or self._probed_state(slot)
+        found = self._examples(slot)
         if found is None:
             return None
         return frozenset(key for key, value in found.items() if isinstance(value, torch.Tensor) and value.ndim > 0)
+
+    def _examples(self, slot: EngineSlot) -> Mapping[str, Any] | None:
+        """Values, of any number, in the form in which the base optimizer keeps them for a slot; None when that can't be told."""
+        if live := self.state_of(slot):
+            return live
+        if type(self.base).__name__ in DEEPSPEED_ADAMS:
+            return {"step": 0} | dict.fromkeys(("exp_avg", "exp_avg_sq"), slot.master)
+        return self._probed_state(slot)
 
     def _probed_state(self, slot: EngineSlot) -> Mapping[str, Any] | None:
         """What a copy of the base optimizer keeps after a step on a scratch tensor; torch's make their states then."""
@@ -133,10 +139,9 @@ class EngineOptimizer(ABC):
             return None
         return probe.state[scratch]
 
-    def _scalar(self, value: float, slot: EngineSlot) -> Any:
-        """A scalar state in the form that the base optimizer keeps: torch's in tensors, DeepSpeed's own in numbers."""
-        if not type(self.base).__module__.startswith("torch."):
-            return int(value) if float(value).is_integer() else value
-        group = self.base.param_groups[slot.group]
-        on_device = group.get("capturable") or group.get("fused")
-        return torch.tensor(float(value), dtype=torch.float32, device=slot.master.device if on_device else "cpu")
+
+def _in_form_of(example: Any, value: float) -> Any:
+    """A scalar state as the optimizer keeps it: torch's classes do so in tensors, DeepSpeed's own in numbers."""
+    if isinstance(example, torch.Tensor):
+        return torch.full_like(example, value)
+    return int(value) if type(value) is float and value.is_integer() and type(example) is not float else value

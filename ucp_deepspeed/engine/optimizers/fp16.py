@@ -11,12 +11,9 @@ from typing import Any
 
 import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import LossScale
+from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, LossScale
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.layout import FlatGroup
-
-SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
-"""What the wrappers' ``loss_scale_config`` and the ZeRO optimizers' loss scaler have in common."""
 
 
 class Fp16Optimizer(EngineOptimizer):
