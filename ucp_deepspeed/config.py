@@ -26,6 +26,7 @@ class UniversalCheckpointConfig(BaseModel):
         on_extra: what to do with trained parameters or their optimizer states for which the model has no place: ``error``, or
             ``drop`` and list them.
         optimizer_states: ``restore``, or ``reset``: start all of them as before a first step.
+        hyperparameters: ``restore`` those of the parameter groups (rates, weight decay, …), or ``keep`` the configured ones.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -37,16 +38,18 @@ class UniversalCheckpointConfig(BaseModel):
     on_missing: Literal["error", "init"] = "error"
     on_extra: Literal["error", "drop"] = "error"
     optimizer_states: Literal["restore", "reset"] = "restore"
+    hyperparameters: Literal["restore", "keep"] = "restore"
 
     @property
     def has_policies(self) -> bool:
         """Whether something else than a plain restore is allowed, or asked for; DeepSpeed's own path can't do it."""
-        return (self.on_missing, self.on_extra, self.optimizer_states) != ("error", "error", "restore")
+        chosen = self.on_missing, self.on_extra, self.optimizer_states, self.hyperparameters
+        return chosen != ("error", "error", "restore", "restore")
 
     @model_validator(mode="after")
     def _can_follow(self) -> UniversalCheckpointConfig:
         if self.load == "never" and self.has_policies:
-            raise ValueError("'on_missing', 'on_extra' and 'optimizer_states' need a load that is not 'never'")
+            raise ValueError("'on_missing', 'on_extra', 'optimizer_states' and 'hyperparameters' need another 'load'")
         return self
 
 

@@ -17,6 +17,7 @@ from checkpoints import LAST_STEP, STEP, differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, train
 from ucp_deepspeed.transfer.compare import compare
@@ -37,6 +38,37 @@ def test_hyperparameters_follow_their_parameters(ranks: Ranks, tmp_path: Path) -
         assert "linear_in.bias" in groups[1].names
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_groups_may_be_split_and_reordered(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed restores groups by index, and refuses another number of them; here the values follow the parameters."""
+    ranks(2).run(train, Run("mlp", zero={"stage": 1}, groups="decay"), STEP, save=str(tmp_path / "a"))
+    target = Run("mlp", zero={"stage": stage}, groups="shuffled")
+    ranks(1).run(train, target, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
+    expected, found = (
+        {name: group.hyperparameters for group in open_checkpoint(tmp_path / folder).groups for name in group.names}
+        for folder in "ab"
+    )
+    assert len(open_checkpoint(tmp_path / "b").groups) == 3
+    assert found == expected
+    assert {found[name]["weight_decay"] for name in ("embedding.weight", "linear_out.weight")} == {0.1}
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+
+
+def test_groups_with_different_values_are_not_merged_unasked(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2).run(train, Run("mlp", zero={"stage": 2}, groups="decay"), STEP, save=str(tmp_path / "a"))
+    target = Run("mlp", zero={"stage": 3})
+    with pytest.raises(RankError) as caught:
+        ranks(1).run(train, target, STEP, load=str(tmp_path / "a"))
+    assert isinstance(caught.value.original, MismatchError)
+    message = str(caught.value.original)
+    assert "parameter group 0: 'weight_decay' is 0.0 for gain and 0.1 for embedding.weight" in message
+    kept = replace(target, universal={"enabled": True, "hyperparameters": "keep"})
+    ranks(1).run(train, kept, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"), save_first=True)
+    assert [group.hyperparameters["weight_decay"] for group in open_checkpoint(tmp_path / "b").groups] == [0.1]
+    found = differences(tmp_path / "a", tmp_path / "b")
+    assert found and all(" weight_decay " in line or " lr " in line for line in found), found
+
+
 def test_learning_rate_is_not_left_to_the_scheduler(ranks: Ranks, tmp_path: Path) -> None:
     """The scheduler's state lacks the rate itself: WarmupLR would take one step at the new engine's first rate, 0."""
     run = Run("mlp", zero={"stage": 2})
@@ -47,14 +79,29 @@ def test_learning_rate_is_not_left_to_the_scheduler(ranks: Ranks, tmp_path: Path
     assert 0 < stopped.rates[0] < whole.rates[0]
 
 
-def test_result_is_that_of_deepspeed(ranks: Ranks, tmp_path: Path) -> None:
-    run = Run("mlp", zero={"stage": 2})
+OPTIONS: dict[str, dict[str, bool]] = {
+    "defaults": {},
+    "module-only": {"load_module_only": True},
+    "no-optimizer": {"load_optimizer_states": False},
+    "no-scheduler": {"load_lr_scheduler_states": False},
+    "neither": {"load_optimizer_states": False, "load_lr_scheduler_states": False},
+}
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_result_is_that_of_deepspeed(name: str, stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """Path, client state, counters and learning rates after a load with each of its arguments."""
+    run = Run("mlp", zero={"stage": stage}, precision="bf16")
     client_state = {"epoch": 3, "note": "north quay", "seen": [1, 2]}
     ranks(2).run(train, run, STEP, save=str(tmp_path), client_state=client_state)
-    native = ranks(2).run(train, run, STEP, load=str(tmp_path))
-    always = Run("mlp", zero={"stage": 2}, universal={"enabled": True, "load": "always"})
-    universal = ranks(2).run(train, always, STEP, load=str(tmp_path))
+    load = {"load": str(tmp_path), "options": OPTIONS[name]}
+    last = STEP if name != "module-only" else 0
+    native = ranks(2).run(train, run, last, **load)
+    always = replace(run, universal={"enabled": True, "load": "always"})
+    universal = ranks(2).run(train, always, last, **load)
     assert native[0].report is None and universal[0].report is not None
+    assert universal[0].rates == native[0].rates
     for ours, theirs in zip(universal, native, strict=True):
         assert (ours.load_path, ours.client_state, ours.counters) == (
             theirs.load_path,

@@ -99,6 +99,7 @@ def test_config_surface() -> None:
         "on_missing": "init",
         "on_extra": "drop",
         "optimizer_states": "reset",
+        "hyperparameters": "keep",
     }
     assert set(UniversalCheckpointConfig.model_fields) == block.keys()
     assert parse_config({}).enabled is False
@@ -111,7 +112,7 @@ def test_config_surface() -> None:
         ({"enbaled": True}, "universal_checkpoint.enbaled: unknown key"),
         ({"enabled": 1}, "universal_checkpoint.enabled"),
         ({"vocabulary_size": 0}, "universal_checkpoint.vocabulary_size"),
-        ({"load": "never", "on_extra": "drop"}, "universal_checkpoint: Value error, 'on_missing', 'on_extra' and"),
+        ({"load": "never", "on_extra": "drop"}, "universal_checkpoint: Value error, 'on_missing', 'on_extra', "),
         ({"on_missing": "ignore"}, "universal_checkpoint.on_missing: Input should be 'error' or 'init'"),
         (True, "must be a block of settings"),
     ],

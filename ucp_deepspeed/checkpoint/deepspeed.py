@@ -68,12 +68,6 @@ ENGINE_KEYS = frozenset(
 REQUIRED_KEYS = ("module", "buffer_names", "dp_world_size", "mp_world_size", "global_steps", "skipped_steps")
 """Keys without which a model_states file tells too little."""
 
-RETURNED_SEPARATELY = frozenset(
-    ["module", "skipped_steps", "global_steps", "dp_world_size", "mp_world_size", "data_sampler", "random_ltd"]
-)
-"""Keys that ``engine.load_checkpoint`` never returns as client state (``runtime/engine.py::_load_checkpoint``)."""
-
-
 class DeepSpeedCheckpoint(Checkpoint):
     """A tag folder that DeepSpeed wrote. See `Checkpoint`.
 
@@ -111,7 +105,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         """See `Checkpoint.client_state`."""
         path = self._model_states_path(rank, 0)
         saved = open_torch_file(path, tensors=True)
-        return str(path), {key: value for key, value in saved.items() if key not in RETURNED_SEPARATELY}
+        return str(path), {key: value for key, value in saved.items() if key != "module"}
 
     @cached_property
     def optimizer_form(self) -> str:

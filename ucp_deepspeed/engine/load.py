@@ -31,7 +31,7 @@ from ucp_deepspeed.engine.model import (
     model_parallel_rank,
 )
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer
-from ucp_deepspeed.engine.training_state import restore_run
+from ucp_deepspeed.engine.training_state import Settings, plan_hyperparameters, restore_run
 from ucp_deepspeed.errors import CheckpointNotFoundError, ConfigError, UnsupportedError
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -179,9 +179,12 @@ def _load_universal(
     with agreement():
         matching = match(checkpoint, model, policies)
         filling = plan_filling(checkpoint, model, optimizer, matching, policies)
+        settings: Settings = ()
+        if options.optimizer_states and engine.universal_checkpoint_config.hyperparameters == "restore":
+            settings = plan_hyperparameters(checkpoint, matching.names, optimizer)
         path, state = checkpoint.client_state(model.rank if same_ranks else 0)
     read = filling.run(optimizer)
-    restore_run(engine, checkpoint, matching.names, optimizer, options)
+    restore_run(engine, checkpoint, optimizer, options, settings)
     engine.universal_checkpoint_report = report = LoadReport(
         source=f"{checkpoint.form} {checkpoint.topology}",
         target=f"{optimizer.form} {model.topology}",
@@ -197,9 +200,14 @@ def _load_universal(
     return path, _without_restored(state, options)
 
 
+COUNTERS = ("skipped_steps", "global_steps", "dp_world_size", "mp_world_size", "data_sampler", "random_ltd")
+
+
 def _without_restored(state: dict[str, Any], options: LoadOptions) -> dict[str, Any]:
     """Drop what DeepSpeed doesn't return either (``runtime/engine.py::_load_checkpoint``)."""
-    restored = {"lr_scheduler"} if options.load_lr_scheduler_states else set()
+    restored = set() if options.load_module_only else set(COUNTERS)
+    if options.load_lr_scheduler_states:
+        restored.add("lr_scheduler")
     if options.load_optimizer_states:
         restored.add("optimizer")
     return {key: value for key, value in state.items() if key not in restored}

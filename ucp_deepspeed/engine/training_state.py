@@ -12,6 +12,7 @@ from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES
 from ucp_deepspeed.engine.matching import Names
 from ucp_deepspeed.engine.optimizers import EngineOptimizer
+from ucp_deepspeed.errors import MismatchError
 
 if TYPE_CHECKING:
     from ucp_deepspeed.engine.load import LoadOptions
@@ -19,8 +20,41 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ucp_deepspeed")
 
 
+Settings = tuple[Mapping[str, Any], ...]
+"""For each live parameter group the hyper-parameters to take over."""
+
+
+def plan_hyperparameters(checkpoint: Checkpoint, names: Names, optimizer: EngineOptimizer) -> Settings:
+    """Give each live parameter group the hyper-parameters of its parameters, whatever their groups' order was.
+
+    Raises:
+        MismatchError: the parameters of a live group come from groups with different values; lists groups and keys.
+    """
+    of_name = {names.source[name]: group.hyperparameters for group in checkpoint.groups for name in group.names}
+    settings: list[Mapping[str, Any]] = []
+    problems: list[str] = []
+    for index, group in enumerate(optimizer.group_names()):
+        logical = [names.target[name] for name in group if name is not None]
+        held = [name for name in logical if name in of_name]
+        first = of_name[held[0]] if held else {}
+        keys = [
+            key for key in optimizer.base.param_groups[index] if key in first and key not in IMPLEMENTATION_SWITCHES
+        ]
+        settings.append({key: first[key] for key in keys})
+        for key in keys:
+            other = next((name for name in held if of_name[name].get(key) != first[key]), None)
+            if other is not None:
+                problems.append(
+                    f"parameter group {index}: {key!r} is {first[key]} for {held[0]} and {of_name[other].get(key)} for {other}; "
+                    f'"hyperparameters": "keep" keeps the configured ones'
+                )
+    if problems:
+        raise MismatchError(f"{checkpoint.path} and the engine group parameters differently", problems)
+    return tuple(settings)
+
+
 def restore_run(
-    engine: Any, checkpoint: Checkpoint, names: Names, optimizer: EngineOptimizer, options: LoadOptions
+    engine: Any, checkpoint: Checkpoint, optimizer: EngineOptimizer, options: LoadOptions, settings: Settings
 ) -> None:
     """Take over counters, scheduler, hyper-parameters and loss scale, as far as the options ask for them."""
     run = checkpoint.run
@@ -31,38 +65,29 @@ def restore_run(
     engine.global_steps = run.global_steps
     engine.global_samples = run.global_samples if run.global_samples is not None else _samples(engine)
     engine.skipped_steps = run.skipped_steps
-    if options.load_lr_scheduler_states and engine.lr_scheduler is not None and run.lr_scheduler is not None:
-        engine.lr_scheduler.load_state_dict(dict(run.lr_scheduler))
+    if options.load_lr_scheduler_states and engine.lr_scheduler is not None:
+        _restore_scheduler(engine.lr_scheduler, run.lr_scheduler)
+    _set_hyperparameters(optimizer, settings)
     if options.load_optimizer_states:
-        restore_hyperparameters(checkpoint, names, optimizer)
         _restore_loss_scale(checkpoint, optimizer)
+
+
+def _restore_scheduler(scheduler: Any, state: Mapping[str, Any] | None) -> None:
+    if state is None:
+        logger.warning(
+            "the checkpoint holds no state of a learning rate scheduler: the live one starts from its first step"
+        )
+    else:
+        scheduler.load_state_dict(dict(state))
 
 
 def _samples(engine: Any) -> int:
     return int(engine.global_steps * engine.train_batch_size())
 
 
-def restore_hyperparameters(checkpoint: Checkpoint, names: Names, optimizer: EngineOptimizer) -> None:
-    """Give each live parameter group the hyper-parameters of its parameters, whatever their groups' order was.
-
-    A group whose parameters come from groups with different values takes those of its first parameter, and a warning says so.
-    """
-    of_name: dict[str, Mapping[str, Any]] = {
-        names.source[name]: group.hyperparameters for group in checkpoint.groups for name in group.names
-    }
-    for index, group in enumerate(optimizer.group_names()):
-        logical = [names.target[name] for name in group if name is not None]
-        sources = [of_name[name] for name in logical if name in of_name]
-        if not sources:
-            continue
-        live = optimizer.base.param_groups[index]
-        for key, value in sources[0].items():
-            if key in IMPLEMENTATION_SWITCHES or key not in live:
-                continue
-            if any(other.get(key) != value for other in sources[1:]):
-                logger.warning(
-                    "parameter group %d: %r differs between its parameters' source groups; took %r", index, key, value
-                )
+def _set_hyperparameters(optimizer: EngineOptimizer, settings: Settings) -> None:
+    for live, values in zip(optimizer.base.param_groups, settings, strict=False):  # no settings: none are taken over
+        for key, value in values.items():
             if isinstance(live[key], torch.Tensor):  # such as a rate on the device
                 live[key].fill_(value)
             else:

@@ -36,12 +36,14 @@ class Run:
         size: changes to the model's shape.
         tp: tensor-parallel size.
         pp: pipeline-parallel size; None for a plain engine, 1 for a pipeline engine with one stage.
+        sp: size of DeepSpeed's Ulysses sequence parallelism; more than 1 without tensor or pipeline parallelism alone.
         partition: ``partition_method`` of the pipeline.
         zero: settings of ``zero_optimization``, with ``stage``.
         precision: of the weights.
         config: further DeepSpeed settings, which win over the usual ones.
         universal: the ``universal_checkpoint`` block; None to leave it out.
-        groups: ``one`` parameter group, or ``decay`` (matrices) and the rest without weight decay.
+        groups: ``one`` parameter group; ``decay``: matrices, and the rest without weight decay; ``shuffled``: the same in another
+            order, and matrices split once more, with hyper-parameters of their own.
         frozen: names of parameters that aren't trained.
         fused: use DeepSpeed's FusedAdam instead of torch's AdamW.
         optimizer: a class, or the name of one in ``torch.optim``, and its arguments; passed to DeepSpeed as a client optimizer.
@@ -52,12 +54,13 @@ class Run:
     size: Mapping[str, Any] = field(default_factory=dict)
     tp: int = 1
     pp: int | None = None
+    sp: int = 1
     partition: str = "parameters"
     zero: Mapping[str, Any] = field(default_factory=lambda: {"stage": 1})
     precision: Precision = "fp32"
     config: Mapping[str, Any] = field(default_factory=dict)
     universal: Mapping[str, Any] | None = field(default_factory=lambda: {"enabled": True})
-    groups: Literal["one", "decay"] = "one"
+    groups: Literal["one", "decay", "shuffled"] = "one"
     frozen: tuple[str, ...] = ()
     fused: bool = False
     optimizer: tuple[str | type, Mapping[str, Any]] | None = None
@@ -165,7 +168,15 @@ def _build_model(run: Run) -> tuple[torch.nn.Module, Any]:
         from ucp_deepspeed.testing.megatron_pipeline import build_megatron_pipeline
 
         return build_megatron_pipeline(size, run.pp, dtype, run.seed, partition_method=run.partition), None
-    return build_megatron_gpt(size, dtype, run.seed), DeepSpeedMpu()
+    model = build_megatron_gpt(size, dtype, run.seed)
+    if run.sp == 1:
+        return model, DeepSpeedMpu()
+    from ucp_deepspeed.testing.ulysses import share_sequences, start_sequence_parallel
+
+    assert run.tp == 1, "DeepSpeed's groups for sequence parallelism know of no tensor parallelism"
+    mpu = start_sequence_parallel(run.sp)
+    share_sequences(model)
+    return model, mpu
 
 
 def _parameter_groups(model: torch.nn.Module, run: Run) -> Any:
@@ -174,6 +185,8 @@ def _parameter_groups(model: torch.nn.Module, run: Run) -> Any:
         return trained
     matrices = [param for param in trained if param.ndim > 1]
     rest = [param for param in trained if param.ndim <= 1]
+    if run.groups == "shuffled":
+        return [{"params": rest, "lr": 0.5}, {"params": matrices[1:], "weight_decay": 0.3}, {"params": matrices[:1]}]
     return [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0, "lr": 2e-3}]
 
 
@@ -201,24 +214,39 @@ def _config(run: Run) -> dict[str, Any]:
 
 def train_step(engine: Any, run: Run, step: int) -> float:
     """One optimizer step on this rank's share of a batch that depends on the step alone; returns the mean loss."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    batch = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
-    data_parallel = engine.data_parallel_group
-    share = batch.chunk(dist.get_world_size(group=data_parallel))[dist.get_rank(group=data_parallel)]
+    batch = _batch(run, step)
+    group = engine.seq_data_parallel_group
+    copies = dist.get_world_size(group=group) // run.sp
+    share = batch.chunk(copies)[dist.get_rank(group=group) // run.sp]
     if run.pp is not None:
         micro = share.split(engine.train_micro_batch_size_per_gpu())
         return float(engine.train_batch(iter([(part[:, :-1], part[:, 1:]) for part in micro])))
-    if run.model == "mlp":
-        loss = engine(share[:, :-1], share[:, 1:])
-    else:
-        from ucp_deepspeed.testing.megatron_models import mean_loss
-
-        loss = mean_loss(engine, share)
+    loss = _loss(engine, run, share)
     engine.backward(loss)
     engine.step()
     total = loss.detach().float().clone()
-    dist.all_reduce(total, group=data_parallel)
-    return float(total) / int(dist.get_world_size(group=data_parallel))
+    dist.all_reduce(total, group=group)
+    return float(total) / copies
+
+
+def _batch(run: Run, step: int) -> torch.Tensor:
+    """The tokens of all ranks, int64 of shape ``[GLOBAL_BATCH, SEQUENCE + 1]``."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    return torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
+
+
+def _loss(engine: Any, run: Run, share: torch.Tensor) -> torch.Tensor:
+    """What this rank differentiates: mean loss of its sequences or, where ranks share sequences, its part of that."""
+    if run.model == "mlp":
+        loss: torch.Tensor = engine(share[:, :-1], share[:, 1:])
+        return loss
+    if run.sp > 1:
+        from ucp_deepspeed.testing.ulysses import share_of_mean_loss
+
+        return share_of_mean_loss(engine, share)
+    from ucp_deepspeed.testing.megatron_models import mean_loss
+
+    return mean_loss(engine, share)
 
 
 def _outcome(engine: Any, losses: dict[int, float], load_path: str | None, returned: dict[str, Any]) -> Outcome:
