@@ -21,7 +21,6 @@ from ucp_deepspeed.errors import (
     MismatchError,
     SpecError,
     UniversalCheckpointError,
-    UnsupportedError,
 )
 from ucp_deepspeed.testing.ranks import RankError, RankPool, fp16_on_cpu
 from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
@@ -182,12 +181,6 @@ def test_remains_of_a_conversion_are_not_taken_for_nothing(copy: Path, ranks: Ra
     (copy / f"global_step{STEP}").rename(copy / ".global_step3.partial-here-1")
     (copy / "latest").write_text(".global_step3.partial-here-1")
     check_refused(ranks, TARGET, copy, DamagedCheckpointError, "interrupted conversion")
-
-
-def test_custom_load_function(copy: Path, ranks: Ranks) -> None:
-    with pytest.raises(RankError) as caught:
-        ranks(2).run(train, TARGET, STEP, load=str(copy), options={"custom_load_fn": fingerprint})
-    assert isinstance(caught.value.original, UnsupportedError)
 
 
 def test_never_opens_nothing(copy: Path, ranks: Ranks) -> None:

@@ -139,6 +139,24 @@ def test_growing_the_vocabulary(stage: int, ranks: Ranks, tmp_path: Path) -> Non
     assert len(outcome.losses) == LAST_STEP - STEP
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_saved_without_frozen_parameters(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """``exclude_frozen_parameters``: as for an adapter's checkpoint, the frozen ones come from elsewhere."""
+    frozen = Run("mlp", zero={"stage": stage}, frozen=FROZEN)
+    ranks(2).run(train, frozen, STEP, save=str(tmp_path / "a"), save_options={"exclude_frozen_parameters": True})
+    source = tmp_path / "a"
+    assert open_checkpoint(source).parameters.keys().isdisjoint(FROZEN)
+    assert "linear_in.bias: missing in the checkpoint" in refusal(ranks, source, frozen=FROZEN)
+    target = replace(frozen, zero={"stage": 3 - stage}, seed=8)
+    options = {"load_module_strict": False}
+    again = tmp_path / "b"
+    outcome = ranks(2).run(train, target, STEP, load=str(source), options=options, save=str(again), save_first=True)
+    assert outcome[0].report.initialised == FROZEN
+    fresh = build_mlp(seed=8)
+    assert all(torch.equal(whole(again, name, "weight"), fresh.get_parameter(name)) for name in FROZEN)
+    assert same(states(again, "linear_out.weight"), states(source, "linear_out.weight"))
+
+
 def test_growing_a_sharded_vocabulary(ranks: Ranks, tmp_path: Path) -> None:
     """Rows that were padding become tokens: under tensor parallelism, where the padding lies on the last rank."""
     run = Run(
@@ -154,6 +172,56 @@ def test_growing_a_sharded_vocabulary(ranks: Ranks, tmp_path: Path) -> None:
     assert before["fp32"].shape == (47, 48) and after["fp32"].shape == (50, 48)
     assert all(torch.equal(after[key][:47], before[key]) for key in before)
     assert after["fp32"][47:].any() and not after["exp_avg_sq"][47:].any()
+
+
+def double_the_embedding(src: Mapping[str, torch.Tensor], dst: torch.nn.Module) -> None:
+    """A user's ``custom_load_fn``: changes one weight, fills one that the checkpoint lacks, and leaves the others as they are."""
+    live = dict(dst.named_parameters())
+    with torch.no_grad():
+        live["embedding.weight"].copy_(2 * src["embedding.weight"])
+        live["adapter.bias"].fill_(1.0)
+        live["linear_out.weight"][: src["linear_out.weight"].shape[0]].copy_(src["linear_out.weight"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_load_function_of_the_users_own(stage: int, precision: Any, ranks: Ranks, tmp_path: Path) -> None:
+    """What it changes reaches the masters; what it doesn't keeps its fp32 value; states follow their parameters."""
+    source = saved(ranks, tmp_path, precision=precision)
+    changed = {"size": {"adapter": True, "hidden": 20}, "seed": 4, "precision": precision}
+    run = replace(Run("mlp", zero={"stage": stage}), **changed)
+    again, options = tmp_path / "again", {"custom_load_fn": double_the_embedding}
+    outcome = ranks(2).run(train, run, STEP, load=str(source), save=str(again), save_first=True, options=options)
+    assert outcome[0].report.initialised == ("adapter.weight", "adapter.bias")
+    weight = whole(source, "embedding.weight").to(getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[precision]))
+    assert torch.equal(whole(again, "embedding.weight"), 2 * weight.float())
+    assert torch.equal(whole(again, "adapter.bias"), torch.ones(20))
+    assert same(states(again, "linear_out.weight"), states(source, "linear_out.weight"))
+    assert same(states(again, "norm.bias"), states(source, "norm.bias"))
+    assert torch.equal(whole(again, "embedding.weight", "exp_avg"), whole(source, "embedding.weight", "exp_avg"))
+
+
+def copy_rows(src: Mapping[str, torch.Tensor], dst: torch.nn.Module) -> None:
+    """A ``custom_load_fn`` for a model with fewer classes: it takes the first rows of this rank's share."""
+    for name, param in dst.named_parameters():
+        param.data.copy_(src[name][: param.shape[0]])
+
+
+def test_a_load_function_sees_its_ranks_share(ranks: Ranks, tmp_path: Path) -> None:
+    """From two tensor-parallel ranks to four, and to a smaller vocabulary, which no policy allows."""
+    size = {"vocabulary": 48, "vocabulary_multiple": 1}
+    ranks(2).run(train, Run("llama", size, tp=2), STEP, save=str(tmp_path / "a"))
+    target = Run("llama", {**size, "vocabulary": 40}, tp=4, zero={"stage": 1}, seed=7)
+    options = {"custom_load_fn": copy_rows}
+    outcome = ranks(4).run(
+        train, target, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"), save_first=True, options=options
+    )
+    assert set(outcome[0].report.initialised) == {"embedding.word_embeddings.weight", "output_layer.weight"}
+    before, after = (whole(tmp_path / folder, "embedding.word_embeddings.weight") for folder in "ab")
+    for rank in range(4):  # rows of a share, not of the whole
+        assert torch.equal(after[10 * rank : 10 * rank + 10], before[12 * rank : 12 * rank + 10])
+    name = "decoder.layers.1.mlp.linear_fc1.weight"
+    assert same(states(tmp_path / "a", name), states(tmp_path / "b", name))
 
 
 def test_a_parameter_that_never_had_a_gradient(ranks: Ranks, tmp_path: Path) -> None:

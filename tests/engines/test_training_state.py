@@ -20,7 +20,9 @@ from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, train
+from ucp_deepspeed.transfer import FileReader
 from ucp_deepspeed.transfer.compare import compare
+from ucp_deepspeed.transfer.copying import gather
 
 Ranks = Callable[[int], RankPool]
 
@@ -234,6 +236,22 @@ def test_before_the_first_step(ranks: Ranks, tmp_path: Path) -> None:
     ranks(1).run(train, target, 0, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
     assert differences(tmp_path / "a", tmp_path / "b") == []
     assert all(set(p.states) <= {"fp32", "weight"} for p in open_checkpoint(tmp_path / "b").parameters.values())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_masters_from_low_precision_weights(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """``load_from_fp32_weights: false``: the masters begin as the rounded weights, and the moments are restored."""
+    ranks(2).run(train, Run("mlp", zero={"stage": 0}, precision="bf16"), STEP, save=str(tmp_path / "a"))
+    target = Run("mlp", zero={"stage": stage, "load_from_fp32_weights": False}, precision="bf16")
+    ranks(2).run(train, target, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"), save_first=True)
+    found = differences(tmp_path / "a", tmp_path / "b")
+    assert found and {line.split(" ")[1] for line in found} == {"fp32"}
+    views = [UniversalView.of(open_checkpoint(tmp_path / folder)) for folder in "ab"]
+    for name in ("embedding.weight", "norm.bias"):
+        flat = [torch.zeros(torch.Size(view.logical_shape(name)).numel()) for view in views]
+        for view, buffer in zip(views, flat, strict=True):
+            gather(view, name, "fp32", 0, buffer, FileReader())
+        assert torch.equal(flat[1], flat[0].bfloat16().float())
 
 
 def test_weights_only(ranks: Ranks, tmp_path: Path) -> None:

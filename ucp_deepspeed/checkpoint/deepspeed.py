@@ -68,6 +68,7 @@ ENGINE_KEYS = frozenset(
 REQUIRED_KEYS = ("module", "buffer_names", "dp_world_size", "mp_world_size", "global_steps", "skipped_steps")
 """Keys without which a model_states file tells too little."""
 
+
 class DeepSpeedCheckpoint(Checkpoint):
     """A tag folder that DeepSpeed wrote. See `Checkpoint`.
 

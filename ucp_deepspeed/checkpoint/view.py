@@ -26,6 +26,7 @@ class UniversalView:
 
     Attributes:
         checkpoint: the catalog.
+        logical_of: the checkpoint's names → logical ones.
         parameters: its entries, by logical name.
         groups: the optimizer's parameter groups, with logical names.
         patterns: of every parameter and buffer.
@@ -59,6 +60,7 @@ class UniversalView:
             name: patterns.get(name) or (Replicate() if parameter.kind == "buffer" else Unique())
             for name, parameter in self.parameters.items()
         }
+        self.logical_of = {name: logical for name, logical in names.items() if logical in self.parameters}
         self._catalog_names = {logical: name for name, logical in names.items()}
         degree = checkpoint.topology.tp
         # A tied module's other copies may hold parameters that only its first stage trains: read the first.
@@ -66,8 +68,13 @@ class UniversalView:
         self.layouts = layouts_of(self.patterns, local_shapes, degree, self.vocabulary_size, "the checkpoint")
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, spec: Spec | None = None, vocabulary_size: int | None = None) -> UniversalView:
+    def of(
+        cls, checkpoint: Checkpoint, spec: Spec | None = None, vocabulary_size: int | None = None, degree: int = 1
+    ) -> UniversalView:
         """The view of a checkpoint by itself, without a live target.
+
+        Args:
+            degree: tensor-parallel size of a target that the patterns shall serve too.
 
         Raises:
             SpecError: tensor parallelism, and nothing tells the layouts.
@@ -76,7 +83,7 @@ class UniversalView:
         names = logical_names(list(checkpoint.parameters), specs, checkpoint.logical_names)
         patterns = resolve_patterns(
             [names[name] for name in parameter_names(checkpoint)],
-            degree=checkpoint.topology.tp,
+            degree=max(checkpoint.topology.tp, degree),
             spec=spec,
             recorded={names[name]: pattern for name, pattern in checkpoint.patterns.items()},
         )
@@ -85,6 +92,23 @@ class UniversalView:
     def logical_shape(self, name: str) -> Shape:
         """Shape of the whole, unpadded parameter."""
         return self.layouts[name].logical_shape
+
+    def layouts_on(self, degree: int) -> dict[str, Layout]:
+        """The layout of each parameter and buffer on a plain model of another tensor-parallel size.
+
+        Raises:
+            MismatchError: a parameter can't be cut that way; lists them all.
+        """
+        shapes: dict[str, HeldShapes] = {}
+        problems: list[str] = []
+        for name, pattern in self.patterns.items():
+            try:
+                shapes[name] = pattern.local_shapes(self.logical_shape(name), degree)
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
+        if problems:
+            raise MismatchError(f"{self.checkpoint.path} can't be cut over {degree} tensor-parallel ranks", problems)
+        return layouts_of(self.patterns, shapes, degree, self.vocabulary_size, "the target")
 
     def source(self, name: str, state: str) -> Source[FileExtent]:
         """What a plan reads from."""

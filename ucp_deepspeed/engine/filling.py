@@ -12,7 +12,7 @@ from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.engine.matching import Matching, Policies
-from ucp_deepspeed.engine.model import EngineModel
+from ucp_deepspeed.engine.model import WEIGHT_DTYPES, EngineModel
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import resolve_patterns
@@ -55,9 +55,10 @@ class Filling:
         slots: see `SlotPlan`.
         weights: see `WeightPlan`.
         policies: whether the base optimizer's state is replaced, kept or reset.
-        initialised: parameters with more rows than in the checkpoint (the further ones keep the model's values), and those of
-            this rank that had no optimizer state where others in their buffer had.
+        initialised: parameters with more rows than in the checkpoint (the further ones keep the model's values), of another
+            shape, and those of this rank that had no optimizer state where others in their buffer had.
         bytes_needed: bytes of the wanted elements, in the source's dtypes.
+        rounding: dtype to which masters are rounded; None to keep them exact.
     """
 
     slots: tuple[SlotPlan, ...]
@@ -65,6 +66,7 @@ class Filling:
     policies: Policies
     initialised: tuple[str, ...]
     bytes_needed: int
+    rounding: torch.dtype | None
 
     def run(self, optimizer: EngineOptimizer) -> TransferCount:
         """Fill the engine. Collective."""
@@ -73,6 +75,8 @@ class Filling:
             optimizer.begin()
             for plan in self.slots:
                 _fill(plan.slot.master.data, plan.copies[MASTER], reader, count, plan.kept)
+                if self.rounding is not None:
+                    plan.slot.master.data.copy_(plan.slot.master.data.to(self.rounding))
                 if self.policies.optimizer_states == "restore":
                     states = {
                         state: _fill(torch.empty_like(plan.slot.master.data), copies, reader, count)
@@ -157,6 +161,9 @@ class _Planner:
             "the model",
         )
         self.grown = tuple(name for name in self.tensors if policies.initialise and self._is_grown(name))
+        self.reshaped = tuple(name for name in self.tensors if policies.reshape and self._is_reshaped(name))
+        for name in self.reshaped:
+            del self.tensors[name]
         self.unstepped: list[str] = []
         self.problems: list[str] = []
         self.bytes_needed = 0
@@ -166,6 +173,9 @@ class _Planner:
         found, expected = self.view.logical_shape(name), self.layouts[name].logical_shape
         return len(found) == len(expected) > 0 and found[0] < expected[0] and found[1:] == expected[1:]
 
+    def _is_reshaped(self, name: str) -> bool:
+        return name not in self.grown and self.view.logical_shape(name) != self.layouts[name].logical_shape
+
     def plan(self) -> Filling:
         for name in self.tensors:  # the shapes of all, also of what lies on other ranks
             self._tensor(name, self._weight_state(name), ())
@@ -173,7 +183,17 @@ class _Planner:
         weights = tuple(self._weights())
         if self.problems:
             raise MismatchError(f"{self.view.checkpoint.path} doesn't fit the model", self.problems)
-        return Filling(slots, weights, self.policies, (*self.grown, *self.unstepped), self.bytes_needed)
+        return Filling(
+            slots,
+            weights,
+            self.policies,
+            (*self.grown, *self.reshaped, *self.unstepped),
+            self.bytes_needed,
+            self._rounding(),
+        )
+
+    def _rounding(self) -> torch.dtype | None:
+        return WEIGHT_DTYPES[self.view.checkpoint.run.precision] if self.policies.rounded else None
 
     def _slot(self, slot: EngineSlot) -> SlotPlan:
         states, scalars = self._common_states(slot)

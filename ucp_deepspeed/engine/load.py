@@ -20,6 +20,7 @@ from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.config import UniversalCheckpointConfig
+from ucp_deepspeed.engine.custom_load import check_custom_load, local_state_dict, run_custom_load
 from ucp_deepspeed.engine.filling import plan_filling
 from ucp_deepspeed.engine.matching import Policies, match
 from ucp_deepspeed.engine.model import (
@@ -32,7 +33,7 @@ from ucp_deepspeed.engine.model import (
 )
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer
 from ucp_deepspeed.engine.training_state import Settings, plan_hyperparameters, restore_run
-from ucp_deepspeed.errors import CheckpointNotFoundError, ConfigError, UnsupportedError
+from ucp_deepspeed.errors import CheckpointNotFoundError, ConfigError
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -171,12 +172,18 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
 def _load_universal(
     engine: Any, checkpoint: Checkpoint, optimizer: EngineOptimizer, options: LoadOptions, started: float
 ) -> Loaded:
-    if options.custom_load_fn is not None:
-        raise UnsupportedError("custom_load_fn can't be combined with a universal load")
-    model = describe_model(engine)
+    model, custom = describe_model(engine), options.custom_load_fn
     policies = Policies.of(engine.universal_checkpoint_config, options.optimizer_states, options.load_module_strict)
+    if model.topology.zero_stage > 0 and not engine.zero_load_from_fp32_weights():
+        policies = replace(policies, rounded=True)
+    if custom is not None:  # which may fill what is missing, and make use of what is extra
+        policies = replace(policies, initialise=True, drop=True, strict=False, reshape=True)
     same_ranks = replace(checkpoint.topology, dp=1, zero_stage=0) == replace(model.topology, dp=1, zero_stage=0)
     with agreement():
+        source = {}
+        if custom is not None:
+            check_custom_load(engine)
+            source = local_state_dict(checkpoint, model)
         matching = match(checkpoint, model, policies)
         filling = plan_filling(checkpoint, model, optimizer, matching, policies)
         settings: Settings = ()
@@ -184,6 +191,8 @@ def _load_universal(
             settings = plan_hyperparameters(checkpoint, matching.names, optimizer)
         path, state = checkpoint.client_state(model.rank if same_ranks else 0)
     read = filling.run(optimizer)
+    if custom is not None:
+        run_custom_load(engine, model, optimizer, custom, source)
     restore_run(engine, checkpoint, optimizer, options, settings)
     engine.universal_checkpoint_report = report = LoadReport(
         source=f"{checkpoint.form} {checkpoint.topology}",

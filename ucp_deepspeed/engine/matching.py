@@ -36,12 +36,16 @@ class Policies:
         drop: a trained parameter or an optimizer state that the model has no place for is left out.
         optimizer_states: ``restore`` them; ``keep`` the live ones; ``reset`` them to zero, as before a first step.
         strict: frozen parameters and buffers must be the same on both sides too.
+        reshape: parameters of another shape keep the model's value.
+        rounded: masters begin as the source's low-precision weights (``zero_optimization.load_from_fp32_weights: false``).
     """
 
     initialise: bool = False
     drop: bool = False
     optimizer_states: Literal["restore", "keep", "reset"] = "restore"
     strict: bool = True
+    reshape: bool = False
+    rounded: bool = False
 
     @classmethod
     def of(cls, config: UniversalCheckpointConfig, restore: bool, strict: bool) -> Policies:

@@ -23,6 +23,10 @@ from ucp_deepspeed.plan import Fragment
 T = TypeVar("T")
 
 
+WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of trained weights, by precision."""
+
+
 @dataclass(frozen=True)
 class EngineTensor:
     """A parameter or persistent buffer of the live model.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import deepspeed
 import torch
@@ -22,6 +22,9 @@ from ucp_deepspeed.testing.ranks import fp16_on_cpu, reset_parallel_state
 VOCABULARY = 48
 GLOBAL_BATCH = 8
 SEQUENCE = 12
+CHAINED = 0.8
+"""Share of tokens of a chain that follow from the one before; the others are random."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 ModelName = Literal["llama", "gpt", "mlp"]
@@ -36,7 +39,7 @@ class Run:
         size: changes to the model's shape.
         tp: tensor-parallel size.
         pp: pipeline-parallel size; None for a plain engine, 1 for a pipeline engine with one stage.
-        sp: size of DeepSpeed's Ulysses sequence parallelism; more than 1 without tensor or pipeline parallelism alone.
+        sp: size of DeepSpeed's Ulysses sequence parallelism; above 1 only for Megatron-Core models with neither of the two.
         partition: ``partition_method`` of the pipeline.
         zero: settings of ``zero_optimization``, with ``stage``.
         precision: of the weights.
@@ -48,6 +51,7 @@ class Run:
         fused: use DeepSpeed's FusedAdam instead of torch's AdamW.
         optimizer: a class, or the name of one in ``torch.optim``, and its arguments; passed to DeepSpeed as a client optimizer.
         seed: of the initial weights.
+        tokens: ``random`` ones, or those of a ``chain`` that can be learned, so that the loss falls.
     """
 
     model: ModelName = "mlp"
@@ -65,6 +69,7 @@ class Run:
     fused: bool = False
     optimizer: tuple[str | type, Mapping[str, Any]] | None = None
     seed: int = 0
+    tokens: Literal["random", "chain"] = "random"
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,57 @@ class Outcome:
     optimizer: str
 
 
+class PaperTopology(NamedTuple):
+    """A topology of the paper's resume experiments (Fig. 7): parallel sizes, and the ZeRO stage."""
+
+    tp: int
+    pp: int
+    dp: int
+    zero: int
+    sp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.tp * self.pp * self.dp * self.sp
+
+    def __str__(self) -> str:
+        shared = f"·SP{self.sp}" if self.sp > 1 else ""
+        return f"TP{self.tp}·PP{self.pp}·DP{self.dp}{shared} ZeRO-{self.zero}"
+
+    def run(self, **changes: Any) -> Run:
+        """The paper's experiment in small: a GPT with tied embedding; ``changes`` are further fields of `Run`.
+
+        Loads take this package's way also where DeepSpeed could load by itself. One pipeline stage is a plain engine, which ZeRO-2
+        and 3 need.
+        """
+        settings: dict[str, Any] = {"universal": {"enabled": True, "load": "always"}, "tokens": "chain"}
+        pp = self.pp if self.pp > 1 else None
+        return Run("gpt", tp=self.tp, pp=pp, sp=self.sp, zero={"stage": self.zero}, **(settings | changes))
+
+
+PAPER_SOURCE = PaperTopology(2, 2, 2, 1)
+"""Where the runs of Fig. 7a begin."""
+
+PAPER_TOPOLOGIES = (
+    PAPER_SOURCE,
+    PaperTopology(1, 1, 1, 1),
+    PaperTopology(1, 1, 2, 3),
+    PaperTopology(1, 1, 2, 1, sp=2),
+    PaperTopology(1, 1, 4, 2),
+    PaperTopology(1, 1, 4, 3),
+    PaperTopology(1, 2, 2, 1),
+    PaperTopology(2, 1, 1, 1),
+    PaperTopology(2, 1, 2, 1),
+    PaperTopology(2, 1, 2, 2),
+    PaperTopology(2, 2, 1, 1),
+)
+"""Where they go on; the one with most ranks first, since its pool of ranks leaves no room for others."""
+
+PAPER_TARGET = PaperTopology(2, 2, 1, 1)
+"""Where the runs of Fig. 7b go on."""
+
+
 def train(
     run: Run,
     steps: int,
@@ -100,6 +156,7 @@ def train(
     save_tag: str | None = None,
     client_state: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
+    save_options: Mapping[str, Any] | None = None,
     save_at: int | None = None,
     save_first: bool = False,
 ) -> Outcome:
@@ -108,23 +165,25 @@ def train(
     Args:
         steps: number of the last step, counted over all runs.
         load: folder to load from, with ``tag`` and further ``options`` of ``engine.load_checkpoint``.
-        save: folder to save in at the end; instead after step ``save_at``, or with ``save_first`` before any step.
+        save: folder to save in at the end, with further ``save_options`` of ``engine.save_checkpoint``; instead after step
+            ``save_at``, or with ``save_first`` before any step.
     """
     with fp16_on_cpu():
         engine = build_engine(run)
         load_path, returned = None, {}
+        saving = {"tag": save_tag, "client_state": dict(client_state or {}), **(save_options or {})}
         if load is not None:
             load_path, returned = engine.load_checkpoint(load, tag=tag, **(options or {}))
         if save and save_first:
-            engine.save_checkpoint(save, tag=save_tag, client_state=dict(client_state or {}))
+            engine.save_checkpoint(save, **saving)
         losses: dict[int, float] = {}
         while engine.global_steps < steps:
             step = engine.global_steps + 1
             losses[step] = train_step(engine, run, step)
             if save and step == save_at:
-                engine.save_checkpoint(save, tag=save_tag, client_state=dict(client_state or {}))
+                engine.save_checkpoint(save, **saving)
         if save and save_at is None and not save_first:
-            engine.save_checkpoint(save, tag=save_tag, client_state=dict(client_state or {}))
+            engine.save_checkpoint(save, **saving)
         outcome = _outcome(engine, losses, load_path, returned or {})
         engine.destroy()
         del engine
@@ -173,7 +232,8 @@ def _build_model(run: Run) -> tuple[torch.nn.Module, Any]:
         return model, DeepSpeedMpu()
     from ucp_deepspeed.testing.ulysses import share_sequences, start_sequence_parallel
 
-    assert run.tp == 1, "DeepSpeed's groups for sequence parallelism know of no tensor parallelism"
+    if run.tp > 1:
+        raise ValueError(f"tp {run.tp} with sp {run.sp}: DeepSpeed's sequence-parallel groups know of no tensor parallelism")
     mpu = start_sequence_parallel(run.sp)
     share_sequences(model)
     return model, mpu
@@ -232,7 +292,13 @@ def train_step(engine: Any, run: Run, step: int) -> float:
 def _batch(run: Run, step: int) -> torch.Tensor:
     """The tokens of all ranks, int64 of shape ``[GLOBAL_BATCH, SEQUENCE + 1]``."""
     generator = torch.Generator().manual_seed(1000 + step)
-    return torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
+    batch = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
+    if run.tokens == "chain":
+        followed = torch.rand(batch.shape, generator=generator) < CHAINED
+        for position in range(1, batch.shape[1]):
+            successor = (5 * batch[:, position - 1] + 7) % VOCABULARY
+            batch[:, position] = torch.where(followed[:, position], successor, batch[:, position])
+    return batch
 
 
 def _loss(engine: Any, run: Run, share: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,10 @@ from math import prod
 from typing import Literal
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, HeldShapes, Kind, Parameter, Precision
-from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of, parameter_names
+from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import MismatchError, SpecError
-from ucp_deepspeed.language import Spec, logical_names, naming_specs, resolve_patterns
+from ucp_deepspeed.language import Spec
 from ucp_deepspeed.layout import FlatGroup, Flattening, Layout, Shard, SlicedGroup, Topology
 from ucp_deepspeed.layout.pattern import Pattern, split_evenly
 from ucp_deepspeed.plan import BlockCopy, Fragment, Target, plan_tensor
@@ -145,7 +145,7 @@ def plan_target(
         DamagedCheckpointError: a file is missing, truncated or of another size than expected.
     """
     try:
-        view = _view(checkpoint, topology, spec, vocabulary_size)
+        view = UniversalView.of(checkpoint, spec, vocabulary_size, topology.tp)
     except SpecError as error:
         if spec is not None:
             raise
@@ -266,20 +266,6 @@ def _layer_of(name: str) -> _Layer | None:
     parts = name.split(".")
     place = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
     return None if place is None else (".".join(parts[:place]), int(parts[place]))
-
-
-def _view(checkpoint: Checkpoint, topology: Topology, spec: Spec | None, vocabulary_size: int | None) -> UniversalView:
-    """As `UniversalView.of`, with layouts that serve the target too."""
-    names = logical_names(
-        list(checkpoint.parameters), naming_specs(spec, parameter_names(checkpoint)), checkpoint.logical_names
-    )
-    patterns = resolve_patterns(
-        [names[name] for name in parameter_names(checkpoint)],
-        degree=max(checkpoint.topology.tp, topology.tp),
-        spec=spec,
-        recorded={names[name]: pattern for name, pattern in checkpoint.patterns.items()},
-    )
-    return UniversalView(checkpoint, names, patterns, vocabulary_size)
 
 
 def _refused_by_deepspeed(topology: Topology) -> list[Obstacle]:

@@ -113,7 +113,7 @@ def test_a_tensor_where_the_index_has_no_room_is_refused(
     [path] = folder.glob("*_optim_states.pt" if "group" in place else "*_model_states.pt")
     saved = torch.load(path, weights_only=False)
     if "group" in place:
-        saved["optimizer_state_dict"]["base_optimizer_state"]["param_groups"][1]["lr"] = torch.tensor(0.1)
+        saved["optimizer_state_dict"]["base_optimizer_state"]["param_groups"][1]["lr"] = torch.ones(2)
     else:
         saved["lr_scheduler"]["base"] = torch.tensor(0.1)
     torch.save(saved, path)
