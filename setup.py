@@ -1,19 +1,24 @@
 """Packaging of ucp_deepspeed."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 DEEPSPEED_RANGE = "deepspeed>=0.19.0,<0.20"
 
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "ucp_deepspeed" / "__init__.py").read_text(encoding="utf-8"))[1]
+
 packages = find_packages(include=["ucp_deepspeed", "ucp_deepspeed.*"])
 
 setup(
     name="ucp-deepspeed",
-    version="0.1.0",
+    version=VERSION,
     description="Universal checkpointing for DeepSpeed and Megatron-Core: a run saved on any topology resumes on any other.",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The developers of ucp_deepspeed",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[*packages, "ucp_deepspeed.configs"],
