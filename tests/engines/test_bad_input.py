@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,8 @@ import pytest
 import torch
 from checkpoints import STEP, Source
 
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.errors import (
     CheckpointNotFoundError,
@@ -22,6 +25,7 @@ from ucp_deepspeed.errors import (
     SpecError,
     UniversalCheckpointError,
 )
+from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.testing.ranks import RankError, RankPool, fp16_on_cpu
 from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
 
@@ -174,6 +178,29 @@ def test_bad_spec(kind: str, ranks: Ranks, tmp_path: Path) -> None:
     with pytest.raises(RankError) as caught:
         ranks(2).run(train, run, 0)
     assert isinstance(caught.value.original, error) and message in str(caught.value.original)
+
+
+def test_a_spec_that_contradicts_what_was_recorded(copy: Path, tmp_path: Path) -> None:
+    """The GPT flavour's spec fits a Llama's names, and would join its gate and up projections in another order."""
+    with pytest.raises(MismatchError) as caught:
+        UniversalView.of(open_checkpoint(copy), load_spec("megatron_core_gpt"))
+    expected = "mlp.linear_fc1.weight: shard on dimension 0; recorded was shard on dimension 0 in parts 1:1"
+    assert [problem.partition(".mlp")[0] for problem in caught.value.problems] == [
+        "decoder.layers.0",
+        "decoder.layers.1",
+    ]
+    assert all(expected in problem for problem in caught.value.problems)
+
+
+def test_a_manifest_of_other_shapes(copy: Path) -> None:
+    path = copy / f"global_step{STEP}" / "ucp_manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["parameters"]["decoder.final_layernorm.weight"]["logical_shape"] = [96]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(
+        MismatchError, match=r"decoder\.final_layernorm\.weight: logical shape \(48,\); recorded was \(96,\)"
+    ):
+        UniversalView.of(open_checkpoint(copy))
 
 
 def test_remains_of_a_conversion_are_not_taken_for_nothing(copy: Path, ranks: Ranks) -> None:

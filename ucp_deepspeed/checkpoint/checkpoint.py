@@ -120,7 +120,8 @@ class Checkpoint(ABC):
         run: counters, scheduler and loss scale.
         parameters: by name, in the model's order.
         groups: the optimizer's parameter groups.
-        patterns: pattern of each parameter as far as the checkpoint itself records it.
+        patterns: pattern of each parameter in the run that saved, as far as the checkpoint records it.
+        recorded_shapes: whole shape of each parameter, as a manifest records it of the files beside it.
         logical_names: name that a spec gave to each parameter when saving, where it isn't its own.
         vocabulary_size: rows of the unpadded vocabulary, where recorded.
     """
@@ -132,6 +133,7 @@ class Checkpoint(ABC):
     parameters: Mapping[str, Parameter]
     groups: tuple[ParameterGroup, ...]
     patterns: Mapping[str, Pattern]
+    recorded_shapes: Mapping[str, Shape]
     logical_names: Mapping[str, str]
     vocabulary_size: int | None
 

@@ -91,6 +91,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         self.form = f"deepspeed {self.optimizer_form}"
         self.run = self._read_run()
         self.patterns: Mapping[str, Pattern] = self.manifest.patterns if self.manifest else {}
+        self.recorded_shapes: Mapping[str, Shape] = self.manifest.logical_shapes if self.manifest else {}
         self.logical_names: Mapping[str, str] = self.manifest.logical_names if self.manifest else {}
         self.vocabulary_size = self.manifest.vocabulary_size if self.manifest else None
 

@@ -75,6 +75,12 @@ class Manifest(BaseModel):
         return {name: entry.pattern for name, entry in self.parameters.items() if entry.pattern is not None}
 
     @cached_property
+    def logical_shapes(self) -> dict[str, Shape]:
+        """Whole shapes, where a layout was known when saving."""
+        known = self.parameters.items()
+        return {name: entry.logical_shape for name, entry in known if entry.logical_shape is not None}
+
+    @cached_property
     def logical_names(self) -> dict[str, str]:
         """Logical names that are other than the parameters' own."""
         return {name: entry.logical_name for name, entry in self.parameters.items() if entry.logical_name is not None}

@@ -135,6 +135,7 @@ class UniversalCheckpoint(Checkpoint):
         self.groups = tuple(ParameterGroup(group.names, decode(group.hyperparameters, {})) for group in index.groups)
         self.run = _run_state(index.run)
         self.patterns = {name: entry.pattern for name, entry in index.parameters.items()}
+        self.recorded_shapes: Mapping[str, Shape] = {}  # its own files hold whole parameters
         self.logical_names = {}
         self.vocabulary_size = index.vocabulary_size
 

@@ -11,13 +11,14 @@ from dataclasses import replace
 from functools import lru_cache
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, HeldShapes, Parameter
+from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language.families import naming_specs
 from ucp_deepspeed.language.naming import logical_names
-from ucp_deepspeed.language.resolve import resolve_patterns
+from ucp_deepspeed.language.resolve import contradicts_record, describe, resolve_patterns
 from ucp_deepspeed.language.spec import Spec
 from ucp_deepspeed.layout import Layout, Shape, across_stages
-from ucp_deepspeed.layout.pattern import Pattern, Replicate, Unique
+from ucp_deepspeed.layout.pattern import Pattern, Replicate, Shard, Unique
 from ucp_deepspeed.plan import Source
 
 
@@ -34,7 +35,7 @@ class UniversalView:
         vocabulary_size: rows of the unpadded vocabulary; None when not known, then nothing is stripped.
 
     Raises:
-        MismatchError: local shapes contradict the patterns; lists the parameters.
+        MismatchError: local shapes, or what the checkpoint records, contradict the patterns; lists the parameters.
     """
 
     def __init__(
@@ -66,6 +67,24 @@ class UniversalView:
         # A tied module's other copies may hold parameters that only its first stage trains: read the first.
         local_shapes = {name: _first_stage(entry.local_shapes, degree) for name, entry in self.parameters.items()}
         self.layouts = layouts_of(self.patterns, local_shapes, degree, self.vocabulary_size, "the checkpoint")
+        self._check_record()
+
+    def _check_record(self) -> None:
+        """What the run that saved recorded of its own files holds: patterns that say otherwise would join them wrongly."""
+        problems: list[str] = []
+        for name, logical in self.logical_of.items():
+            pattern, recorded = self.patterns[logical], self.checkpoint.patterns.get(name)
+            if name not in self.checkpoint.recorded_shapes or recorded is None:
+                continue
+            found, expected = self.logical_shape(logical), self.checkpoint.recorded_shapes[name]
+            if contradicts_record(pattern, recorded):
+                problems.append(f"{logical}: {describe(pattern)}; recorded was {describe(recorded)}")
+            elif found != expected and not (isinstance(pattern, Shard) and pattern.vocabulary):
+                problems.append(f"{logical}: logical shape {found}; recorded was {expected}")
+        if problems:
+            raise MismatchError(
+                f"the layouts contradict {MANIFEST_NAME} in {self.checkpoint.path}; if that is wrong, remove it", problems
+            )
 
     @classmethod
     def of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ def resolve_patterns(
         for name in names
         if inferred and name in inferred and compare(chosen[name], inferred[name]) is Agreement.CONTRADICTED
     ]
-    if problems and degree > 1:
+    if problems and (degree > 1 or spec is not None):
         raise MismatchError("layouts contradict the live model's parameters", problems)
     return chosen
 
@@ -90,9 +91,18 @@ def compare(pattern: Pattern, live: Pattern) -> Agreement:
     return Agreement.REFINED if agrees else Agreement.CONTRADICTED
 
 
+def contradicts_record(pattern: Pattern, recorded: Pattern) -> bool:
+    """Whether a pattern differs from the one that was recorded when saving; it may only add what a vocabulary is."""
+    if isinstance(pattern, Shard) and isinstance(recorded, Shard):
+        vocabulary = recorded.vocabulary or pattern.vocabulary
+        recorded = replace(recorded, pad_to_multiple=pattern.pad_to_multiple)
+        return pattern != (replace(recorded, vocabulary=vocabulary) if len(recorded.parts) == 1 else recorded)
+    return pattern != recorded
+
+
 def describe(pattern: Pattern) -> str:
     """A pattern in a few words: ``shard on dimension 0 in parts 1:1``."""
     if not isinstance(pattern, Shard):
-        return pattern.pattern
+        return pattern.pattern + (" (scaled)" if getattr(pattern, "scale", None) else "")
     parts = f" in parts {':'.join(map(str, pattern.parts))}" if len(pattern.parts) > 1 else ""
     return f"shard on dimension {pattern.dim}{parts}" + (" (vocabulary)" if pattern.vocabulary else "")

@@ -163,14 +163,14 @@ def test_no_loss_scale_without_fp16(tmp_path: Path, run: NativeRun) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_client_state(tmp_path: Path, stage: int) -> None:
-    """What the user saved comes back, with the tensors in it; what DeepSpeed keeps for itself doesn't."""
+    """What the user saved comes back, with the tensors in it; the model doesn't."""
     mine = {"epoch": 3, "rng": torch.arange(4), "nested": {"a": [1, (2, None)]}}
     folder = write_native(tmp_path, awkward_model(), NativeRun(stage=stage), client_state=mine)
     path, found = open_checkpoint(folder).client_state()
     assert Path(path).is_file() and Path(path).parent == folder
     assert found["epoch"] == 3 and found["nested"] == {"a": [1, (2, None)]}
     assert torch.equal(found["rng"], torch.arange(4))
-    assert not {"module", "global_steps", "dp_world_size", "mp_world_size", "skipped_steps"} & found.keys()
+    assert "module" not in found
 
 
 @pytest.mark.parametrize("run", [NativeRun(), NativeRun(stage=2, dp=2), NativeRun(stage=3, dp=2)], ids=str)

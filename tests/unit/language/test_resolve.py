@@ -6,7 +6,7 @@ import pytest
 
 from ucp_deepspeed.errors import MismatchError, SpecError
 from ucp_deepspeed.language import Agreement, Spec, load_spec, resolve_patterns
-from ucp_deepspeed.language.resolve import compare, describe
+from ucp_deepspeed.language.resolve import compare, contradicts_record, describe
 from ucp_deepspeed.layout import Partial, Pattern, Replicate, Scale, Shard, Unique
 
 SPEC = Spec.parse({"family": "mine", "rules": [{"match": "**", "pattern": "shard", "dim": 1}]}, "mine.yaml")
@@ -70,8 +70,13 @@ def test_contradictions_of_the_checkpoint_name_it() -> None:
         resolve_patterns(["a"], degree=4, recorded={"a": Partial()}, inferred={"a": Shard()})
 
 
-def test_contradictions_do_not_matter_on_one_rank() -> None:
-    assert resolve_patterns(["a"], degree=1, spec=SPEC, inferred={"a": Replicate()}) == {"a": Shard(1)}
+def test_on_one_rank_only_a_spec_may_not_contradict() -> None:
+    """Nothing is cut there, but what a spec says is recorded, and serves when the checkpoint is cut later."""
+    assert resolve_patterns(["a"], degree=1, recorded={"a": Shard(1)}, inferred={"a": Replicate()}) == {"a": Shard(1)}
+    with pytest.raises(
+        MismatchError, match="a: spec 'mine' says shard on dimension 1, the live parameter is replicate"
+    ):
+        resolve_patterns(["a"], degree=1, spec=SPEC, inferred={"a": Replicate()})
 
 
 def test_spec_that_does_not_fit() -> None:
@@ -104,11 +109,33 @@ def test_compare(pattern: Pattern, live: Pattern, agreement: Agreement) -> None:
 
 
 @pytest.mark.parametrize(
+    ("pattern", "recorded", "expected"),
+    [
+        (Shard(0, vocabulary=True, pad_to_multiple=8), Shard(0), False),
+        (Shard(0), Shard(0, vocabulary=True), True),
+        (Shard(0, parts=(1, 1)), Shard(0, parts=(1, 1)), False),
+        (Shard(0, parts=(1, 1)), Shard(0), True),
+        (Shard(0), Shard(0, parts=(1, 1)), True),
+        (Shard(0, vocabulary=True), Shard(0, parts=(1, 1)), True),
+        (Shard(1), Shard(0), True),
+        (Shard(0, widths=(3, 2)), Shard(0), True),
+        (Partial(), Replicate(), True),
+        (Replicate(scale=Scale()), Replicate(), True),
+        (Replicate(), Shard(0), True),
+    ],
+    ids=str,
+)
+def test_what_was_recorded_binds(pattern: Pattern, recorded: Pattern, expected: bool) -> None:
+    assert contradicts_record(pattern, recorded) is expected
+
+
+@pytest.mark.parametrize(
     ("pattern", "words"),
     [
         (Unique(), "unique"),
         (Replicate(), "replicate"),
         (Partial(), "partial"),
+        (Replicate(scale=Scale()), "replicate (scaled)"),
         (Shard(1), "shard on dimension 1"),
         (Shard(0, parts=(1, 1)), "shard on dimension 0 in parts 1:1"),
         (Shard(0, vocabulary=True), "shard on dimension 0 (vocabulary)"),

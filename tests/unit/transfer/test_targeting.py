@@ -320,14 +320,14 @@ class Sketch(Checkpoint):
             for name, shapes in held.items()
         }
         self.groups = (ParameterGroup(tuple(held), {}),)
-        self.patterns, self.logical_names, self.vocabulary_size = {}, {}, None
+        self.patterns, self.recorded_shapes, self.logical_names, self.vocabulary_size = {}, {}, {}, None
 
     def fragments(
         self, name: str, state: str, rank: int, local_start: int, local_stop: int
     ) -> Iterator[Fragment[FileExtent]]:
         yield Fragment(local_start, local_stop - local_start, FileExtent("file", 0, "F32", 100), local_start)
 
-    def client_state(self) -> tuple[str, dict[str, object]]:
+    def client_state(self, rank: int = 0) -> tuple[str, dict[str, object]]:
         raise AssertionError("not needed for a plan")
 
 
