@@ -9,11 +9,34 @@ class UniversalCheckpointError(Exception):
     """Base of every error that this package raises for something a user can cause or mend."""
 
 
+class ListingError(UniversalCheckpointError):
+    """An error that may list everything that it concerns.
+
+    Attributes:
+        problems: one line each, starting with the name of what is concerned; empty where the heading says it all.
+    """
+
+    def __init__(self, heading: str, problems: Sequence[str] = ()) -> None:
+        self.heading, self.problems = heading, tuple(problems)
+        shown = [f"  {problem}" for problem in self.problems[:MAX_LISTED]]
+        if len(self.problems) > MAX_LISTED:
+            shown.append(f"  … and {len(self.problems) - MAX_LISTED} more")
+        super().__init__("\n".join([f"{heading} ({len(self.problems)}):", *shown]) if problems else heading)
+
+    def __reduce__(self) -> tuple[type[ListingError], tuple[str, tuple[str, ...]]]:
+        """Pickle by the constructor's arguments, so that the error can cross from one rank to another."""
+        return type(self), (self.heading, self.problems)
+
+
+MAX_LISTED = 50
+"""Problems printed in one message; the rest are counted (all are in ``ListingError.problems``)."""
+
+
 class ConfigError(UniversalCheckpointError):
     """The ``universal_checkpoint`` block of a DeepSpeed config, or a command-line option, is wrong."""
 
 
-class SpecError(UniversalCheckpointError):
+class SpecError(ListingError):
     """A spec file is wrong, or doesn't fit the parameters it is used for."""
 
 
@@ -33,25 +56,5 @@ class UnsupportedError(UniversalCheckpointError):
     """A sound checkpoint, engine or version that this release can't handle exactly."""
 
 
-class MismatchError(UniversalCheckpointError):
-    """Source and target don't fit together: lists every parameter concerned.
-
-    Attributes:
-        problems: one line each, starting with the parameter's name.
-    """
-
-    def __init__(self, heading: str, problems: Sequence[str]) -> None:
-        self.problems = tuple(problems)
-        shown = [f"  {problem}" for problem in self.problems[:MAX_LISTED]]
-        if len(self.problems) > MAX_LISTED:
-            shown.append(f"  … and {len(self.problems) - MAX_LISTED} more")
-        super().__init__("\n".join([f"{heading} ({len(self.problems)}):", *shown]))
-
-    def __reduce__(self) -> tuple[type[MismatchError], tuple[str, tuple[str, ...]]]:
-        """Pickle by the constructor's arguments, so that the error can cross from one rank to another."""
-        heading = str(self.args[0]).rsplit(f" ({len(self.problems)}):", 1)[0]
-        return type(self), (heading, self.problems)
-
-
-MAX_LISTED = 50
-"""Problems printed in one message; the rest are counted (all are in ``MismatchError.problems``)."""
+class MismatchError(ListingError):
+    """Source and target don't fit together: lists every parameter concerned."""

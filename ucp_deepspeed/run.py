@@ -16,8 +16,11 @@ def main() -> None:
     rest = [argument for argument in arguments if argument not in launcher]
     if not rest:
         raise SystemExit("usage: deepspeed --module ucp_deepspeed.run SCRIPT [ARGUMENT …]")
-    arm()
     script = rest[0]
+    if not Path(script).is_file():
+        print(f"ucp_deepspeed.run: no script at {script}", file=sys.stderr)
+        raise SystemExit(2)
+    arm()
     sys.argv = [script, *launcher, *rest[1:]]
     sys.path[0] = str(Path(script).resolve().parent)
     runpy.run_path(script, run_name="__main__")

@@ -60,15 +60,31 @@ def stage0_slots(
         UnsupportedError: an optimizer class that isn't known.
     """
     form = stage0_form(optimizer, path)
+    base = optimizer if form == "plain" else optimizer["optimizer_state_dict"]
+    if groups is not None:
+        _check_groups(groups, base["param_groups"], module, form, path)
     if form == "plain":
         return _plain_slots(optimizer, module, groups or _plain_groups(optimizer, module, path), path, kinds)
-    base = optimizer["optimizer_state_dict"]
     if form == "fp16-unfused":
         masters = optimizer["fp32_groups"]
         groups = groups or assign_names(module, [[tuple(m.shape) for m in held] for held in masters], path)
         return _unfused_slots(masters, base, groups, path)
     flat = optimizer["fp32_groups_flat"]
     return _fused_slots(flat, base, module, groups or _fused_groups(flat, module, path), path)
+
+
+def _check_groups(
+    groups: Groups, entries: Sequence[Mapping[str, Any]], module: Mapping[str, Located], form: str, path: Path
+) -> None:
+    """Names that the manifest gives must be the model's, and as many as the optimizer has."""
+    counts, named = [len(entry["params"]) for entry in entries], [len(group) for group in groups]
+    if form == "fp16-fused":  # one flat tensor for each group
+        counts, named = [len(entries)], [len(groups)]
+    if counts != named:
+        raise DamagedCheckpointError(f"{path} holds parameter groups of {counts}; the manifest names {named}")
+    strange = [name for group in groups for name in group if name not in module and (name is not None or form != "plain")]
+    if strange:
+        raise DamagedCheckpointError(f"{path} holds the optimizer state of {strange[0]}, whose weight is in no file")
 
 
 def _plain_slots(
@@ -84,8 +100,6 @@ def _plain_slots(
             if name is None:
                 continue
             raw = optimizer["state"].get(index, {})
-            if name not in module:
-                raise DamagedCheckpointError(f"{path} holds the optimizer state of {name}, whose weight is in no file")
             master, home = module[name]
             found = split_states(raw, master, path)
             kind: Kind = kinds.get(name) or ("trainable" if raw or not optimizer["state"] else "frozen")

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from ucp_deepspeed.checkpoint.checkpoint import Kind
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
@@ -36,10 +46,10 @@ class ManifestTopology(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    tp: int
-    pp: int
-    dp: int
-    zero_stage: int
+    tp: PositiveInt
+    pp: PositiveInt
+    dp: PositiveInt
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
 
 
 class Manifest(BaseModel):
@@ -63,11 +73,17 @@ class Manifest(BaseModel):
     format_version: int = MANIFEST_VERSION
     topology: ManifestTopology
     optimizer: str
-    vocabulary_size: int | None = None
+    vocabulary_size: PositiveInt | None = None
     parameter_groups: tuple[tuple[tuple[str | None, ...], ...], ...]
     layer_keys: Mapping[str, str] = {}
     parameters: Mapping[str, ManifestParameter]
-    files: Mapping[str, int]
+    files: Mapping[str, NonNegativeInt]
+
+    @model_validator(mode="after")
+    def _names_every_stage(self) -> Manifest:
+        if len(self.parameter_groups) != self.topology.pp:
+            raise ValueError(f"parameter_groups of {len(self.parameter_groups)} stages, of {self.topology.pp}")
+        return self
 
     @cached_property
     def patterns(self) -> dict[str, Pattern]:
@@ -95,9 +111,14 @@ class Manifest(BaseModel):
         if recorded is None or not path.is_file():
             return
         found = path.stat().st_size
-        if found != recorded:
-            state = "truncated" if found < recorded else "larger than when it was saved"
-            raise DamagedCheckpointError(f"{path} is {state}: expected {recorded} bytes, found {found}")
+        if found == recorded:
+            return
+        if zipfile.is_zipfile(path):
+            raise DamagedCheckpointError(
+                f"{path} isn't the file that {MANIFEST_NAME} describes ({recorded} bytes then, {found} now): if the tag was "
+                f"saved again without ucp_deepspeed, remove {MANIFEST_NAME}, which is of the run before"
+            )
+        raise DamagedCheckpointError(f"{path} is truncated: expected {recorded} bytes, found {found}")
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -117,6 +138,6 @@ def read_manifest(folder: Path) -> Manifest | None:
             raise TypeError(f"format_version is {version!r}, not an integer")
         if not 1 <= version <= MANIFEST_VERSION:
             raise UnsupportedError(f"{path} has format version {version}; this release reads up to {MANIFEST_VERSION}")
-        return Manifest.model_validate(raw)
+        return Manifest.model_validate_json(json.dumps(raw), strict=True)
     except (ValueError, ValidationError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{path} is not a manifest: {error}") from error

@@ -36,11 +36,21 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
             raise CheckpointNotFoundError(
                 f"{root} is not a checkpoint: it holds neither checkpoint files nor a 'latest' file{_tags(root)}"
             )
-        tag = latest.read_text(encoding="utf-8").strip()
+        tag = _read_latest(latest)
     folder = root / tag
-    if not folder.is_dir():
+    if Path(tag).is_absolute() or ".." in Path(tag).parts or not folder.is_dir():
         raise CheckpointNotFoundError(f"no tag {tag!r} in {root}{_tags(root)}")
     return folder
+
+
+def _read_latest(latest: Path) -> str:
+    try:
+        tag = latest.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise DamagedCheckpointError(f"{latest} holds no tag's name: {error}") from error
+    if not tag:
+        raise DamagedCheckpointError(f"{latest} is empty; name the tag{_tags(latest.parent)}")
+    return tag
 
 
 def open_checkpoint(path: str | Path, tag: str | None = None) -> Checkpoint:

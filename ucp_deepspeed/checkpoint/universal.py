@@ -6,12 +6,24 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, Discriminator, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from ucp_deepspeed.checkpoint.checkpoint import (
+    MASTER,
+    WEIGHT,
     Checkpoint,
     FileExtent,
     Kind,
@@ -40,10 +52,17 @@ class IndexParameter(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     kind: Kind
-    shape: Shape
+    shape: tuple[NonNegativeInt, ...]
     pattern: Annotated[Pattern, Discriminator("pattern")]
     states: Mapping[str, str]
     scalars: Mapping[str, Any]
+
+    @model_validator(mode="after")
+    def _has_a_weight(self) -> IndexParameter:
+        needed = MASTER if self.kind == "trainable" else WEIGHT
+        if needed not in self.states:
+            raise ValueError(f"a {self.kind} parameter without the state {needed!r}")
+        return self
 
 
 class IndexGroup(BaseModel):
@@ -61,9 +80,9 @@ class IndexRun(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     precision: Precision
-    global_steps: int
-    global_samples: int | None
-    skipped_steps: int
+    global_steps: NonNegativeInt
+    global_samples: NonNegativeInt | None
+    skipped_steps: NonNegativeInt
     lr_scheduler: Any
     loss_scale: Any
     ds_version: str
@@ -75,10 +94,10 @@ class IndexSource(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     form: str
-    tp: int
-    pp: int
-    dp: int
-    zero_stage: int
+    tp: PositiveInt
+    pp: PositiveInt
+    dp: PositiveInt
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
 
 
 class Index(BaseModel):
@@ -89,11 +108,11 @@ class Index(BaseModel):
     format_version: int = FORMAT_VERSION
     source: IndexSource
     run: IndexRun
-    vocabulary_size: int | None
+    vocabulary_size: PositiveInt | None
     parameters: Mapping[str, IndexParameter]
     groups: tuple[IndexGroup, ...]
     client_state: Any
-    files: Mapping[str, int]
+    files: Mapping[str, NonNegativeInt]
 
 
 def atom_key(name: str, state: str) -> str:
@@ -128,12 +147,15 @@ class UniversalCheckpoint(Checkpoint):
                 entry.kind,
                 (entry.shape,),
                 {state: self._extents[name, state].dtype for state in entry.states},
-                decode(dict(entry.scalars), {}),
+                self._decoded(dict(entry.scalars), f"{name}.scalars", numbers=True),
             )
             for name, entry in index.parameters.items()
         }
-        self.groups = tuple(ParameterGroup(group.names, decode(group.hyperparameters, {})) for group in index.groups)
-        self.run = _run_state(index.run)
+        self.groups = tuple(
+            ParameterGroup(group.names, self._decoded(group.hyperparameters, "hyperparameters"))
+            for group in index.groups
+        )
+        self.run = self._run_state(index.run)
         self.patterns = {name: entry.pattern for name, entry in index.parameters.items()}
         self.recorded_shapes: Mapping[str, Shape] = {}  # its own files hold whole parameters
         self.logical_names = {}
@@ -147,7 +169,33 @@ class UniversalCheckpoint(Checkpoint):
 
     def client_state(self, rank: int = 0) -> tuple[str, dict[str, Any]]:
         """See `Checkpoint.client_state`."""
-        return str(self.path / INDEX_NAME), decode(self._index.client_state, self._client_tensors)
+        return str(self.path / INDEX_NAME), self._decoded(
+            self._index.client_state, "client_state", self._client_tensors
+        )
+
+    def _decoded(
+        self, encoded: Any, what: str, tensors: Mapping[str, Any] | None = None, numbers: bool = False
+    ) -> dict[str, Any]:
+        """An encoded mapping; its values must be numbers if ``numbers``."""
+        value = decode(encoded, tensors or {})
+        keyed = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        if not keyed or (numbers and not all(isinstance(item, int | float) for item in value.values())):
+            raise DamagedCheckpointError(f"{self.path / INDEX_NAME}: {what} is {str(encoded)[:80]}")
+        return cast(dict[str, Any], value)
+
+    def _run_state(self, run: IndexRun) -> RunState:
+        scale = None if run.loss_scale is None else self._decoded(run.loss_scale, "loss_scale")
+        if scale is not None and not (isinstance(scale.get("values"), dict) and "cur_scale" in scale["values"]):
+            raise DamagedCheckpointError(f"{self.path / INDEX_NAME}: loss_scale is {str(scale)[:80]}")
+        return RunState(
+            run.precision,
+            run.global_steps,
+            run.global_samples,
+            run.skipped_steps,
+            None if run.lr_scheduler is None else self._decoded(run.lr_scheduler, "lr_scheduler"),
+            None if scale is None else LossScale(bool(scale.get("dynamic")), scale["values"]),
+            run.ds_version,
+        )
 
     @cached_property
     def _client_tensors(self) -> Mapping[str, Any]:
@@ -231,19 +279,6 @@ def _read_index(folder: Path) -> Index:
         version = raw["format_version"]
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise UnsupportedError(f"{path} has format version {version}; this release reads up to {FORMAT_VERSION}")
-        return Index.model_validate(raw)
+        return Index.model_validate_json(json.dumps(raw), strict=True)
     except (ValueError, ValidationError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{path} is not an index: {error}") from error
-
-
-def _run_state(run: IndexRun) -> RunState:
-    scale = decode(run.loss_scale, {})
-    return RunState(
-        run.precision,
-        run.global_steps,
-        run.global_samples,
-        run.skipped_steps,
-        decode(run.lr_scheduler, {}),
-        LossScale(scale["dynamic"], scale["values"]) if scale is not None else None,
-        run.ds_version,
-    )

@@ -83,7 +83,8 @@ class UniversalView:
                 problems.append(f"{logical}: logical shape {found}; recorded was {expected}")
         if problems:
             raise MismatchError(
-                f"the layouts contradict {MANIFEST_NAME} in {self.checkpoint.path}; if that is wrong, remove it", problems
+                f"the layouts contradict {MANIFEST_NAME} in {self.checkpoint.path}; if that is wrong, remove it",
+                problems,
             )
 
     @classmethod

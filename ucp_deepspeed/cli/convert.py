@@ -13,14 +13,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.cli.options import CHECKPOINT, in_words, spec_option, tag_option, view_of, vocabulary_option
-from ucp_deepspeed.errors import ConfigError
+from ucp_deepspeed.cli.options import CHECKPOINT, command, in_words, spec_option, tag_option, view_of, vocabulary_option
+from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError
 from ucp_deepspeed.transfer import TransferCount
 from ucp_deepspeed.transfer.commit import write_atomically
 from ucp_deepspeed.transfer.convert import convert
 
 
-@click.command("convert")
+@command("convert")
 @click.argument("source", metavar="SRC", type=CHECKPOINT)
 @click.argument("destination", metavar="DST", type=CHECKPOINT)
 @tag_option
@@ -43,6 +43,7 @@ def convert_command(
 ) -> None:
     """Write checkpoint SRC in universal form to DST/<tag>, and DST/latest, so that DST can be loaded from.
 
+    If DST/latest names a tag of a later step, it stays as it is.
     DST/<tag> must not exist yet. It appears when it is complete; an interrupted conversion leaves nothing to load.
     """
     started = time.monotonic()
@@ -52,13 +53,26 @@ def convert_command(
         raise ConfigError(f"{folder} exists already; nothing was written")
     view = view_of(checkpoint, spec, vocabulary_size)
     count = _convert(view, folder, workers, drop_client_state, quiet)
-    write_atomically(destination / LATEST_NAME, folder.name)
+    later = _later_tag(destination, checkpoint.run.global_steps)
+    if later is None:
+        write_atomically(destination / LATEST_NAME, folder.name)
+    elif not quiet:
+        click.echo(f"{destination / LATEST_NAME} still names {later}, which is of a later step", err=True)
     if not quiet:
         sizes = [entry.stat().st_size for entry in folder.iterdir()]
         click.echo(
             f"{folder}: read {in_words(count.bytes_read)} from {len(count.files)} files, wrote {in_words(sum(sizes))} "
             f"to {len(sizes)} files in {time.monotonic() - started:.1f} s"
         )
+
+
+def _later_tag(destination: Path, step: int) -> str | None:
+    """The tag that ``latest`` names already, if it is of a later step."""
+    try:
+        current = open_checkpoint(destination)
+    except UniversalCheckpointError:
+        return None
+    return current.path.name if current.run.global_steps > step else None
 
 
 def _name(folder: Path) -> str:

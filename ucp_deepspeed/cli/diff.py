@@ -11,7 +11,7 @@ import click
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.cli.options import CHECKPOINT, spec_option, view_of, vocabulary_option
+from ucp_deepspeed.cli.options import CHECKPOINT, command, spec_option, view_of, vocabulary_option
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.transfer.compare import Difference, compare
 
@@ -19,7 +19,7 @@ DIFFERENT = 1
 """Exit status for checkpoints that differ."""
 
 
-@click.command("diff")
+@command("diff")
 @click.argument("a", type=CHECKPOINT)
 @click.argument("b", type=CHECKPOINT)
 @click.option("--tag-a", help="Name of A's tag folder; by default what its 'latest' file says.")

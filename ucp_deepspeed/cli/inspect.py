@@ -18,7 +18,15 @@ from ucp_deepspeed.checkpoint import Checkpoint, Parameter, open_checkpoint
 from ucp_deepspeed.checkpoint.encoding import encode
 from ucp_deepspeed.checkpoint.universal import UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.cli.options import CHECKPOINT, in_words, read_spec, spec_option, tag_option, vocabulary_option
+from ucp_deepspeed.cli.options import (
+    CHECKPOINT,
+    command,
+    in_words,
+    read_spec,
+    spec_option,
+    tag_option,
+    vocabulary_option,
+)
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import MismatchError, SpecError
 from ucp_deepspeed.language.resolve import describe
@@ -27,7 +35,7 @@ PLAIN_WIDTH = 240
 """Columns of the table where the output is no terminal: wide enough that names are not broken."""
 
 
-@click.command("inspect")
+@command("inspect")
 @click.argument("checkpoint", metavar="CKPT", type=CHECKPOINT)
 @tag_option
 @spec_option

@@ -1,14 +1,43 @@
-"""What several commands share: their options, and words for sizes."""
+"""What all commands share: how they fail, options, and words for sizes."""
 
 from __future__ import annotations
 
+import errno
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.errors import UniversalCheckpointError
 from ucp_deepspeed.language import Spec, load_spec
+
+FAILED = 2
+"""Exit status when a command couldn't do its work; 1 is an answer: `diff` found differences, `plan` an impossible topology."""
+
+HELP = {"help_option_names": ["-h", "--help"]}
+
+
+class Command(click.Command):
+    """Turns the library's errors, and the system's, into one message."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except UniversalCheckpointError as error:
+            message = str(error)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output has gone: click ends quietly
+                raise
+            message = str(error)
+        click.echo(f"error: {message}", err=True)
+        ctx.exit(FAILED)
+
+
+command = partial(click.command, cls=Command, context_settings=HELP)
 
 CHECKPOINT = click.Path(path_type=Path)
 

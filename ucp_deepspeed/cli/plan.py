@@ -15,7 +15,15 @@ from rich.table import Table
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.cli.inspect import PLAIN_WIDTH
-from ucp_deepspeed.cli.options import CHECKPOINT, in_words, read_spec, spec_option, tag_option, vocabulary_option
+from ucp_deepspeed.cli.options import (
+    CHECKPOINT,
+    command,
+    in_words,
+    read_spec,
+    spec_option,
+    tag_option,
+    vocabulary_option,
+)
 from ucp_deepspeed.errors import MAX_LISTED
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.transfer.targeting import RankPlan, TargetPlan, plan_target
@@ -27,7 +35,7 @@ MOST_ROWS = 16
 """Ranks that the table shows; of more ranks it shows half as many with the fewest bytes, and half as many with the most."""
 
 
-@click.command("plan")
+@command("plan")
 @click.argument("checkpoint", metavar="CKPT", type=CHECKPOINT)
 @click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True, help="Tensor-parallel size.")
 @click.option("--pp", type=click.IntRange(min=1), default=1, show_default=True, help="Pipeline-parallel size.")

@@ -206,7 +206,7 @@ def agreement() -> Iterator[None]:
         raise error
     for rank, other in enumerate(gathered):
         if other is not None:
-            raise other if hasattr(other, "problems") else type(other)(f"rank {rank}: {other}")
+            raise other if getattr(other, "problems", ()) else type(other)(f"rank {rank}: {other}")
 
 
 def _portable(error: Exception | None) -> UniversalCheckpointError | None:

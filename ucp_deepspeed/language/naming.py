@@ -41,6 +41,9 @@ class Renaming(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Renaming:
+        for side in (self.from_, self.to):
+            if stray := set(_PLACEHOLDER.sub("", side)) & set("*{}"):
+                raise ValueError(f"{' and '.join(sorted(stray))} in {side!r} stands for nothing: write '{{n}}' or '**'")
         known = {"**"} if "**" in self.from_ else set()
         for place in _PLACEHOLDER.findall(self.from_):
             number = _NUMBER.fullmatch(place)
@@ -103,6 +106,10 @@ def translate(names: Sequence[str], scheme: Scheme) -> dict[str, str]:
         if len(logical) > 1:
             raise SpecError(f"{name} has {len(logical)} logical names: {', '.join(sorted(logical))}")
         found[name] = logical.pop() if logical else name
+    return _without_collisions(found)
+
+
+def _without_collisions(found: dict[str, str]) -> dict[str, str]:
     owners: dict[str, str] = {}
     for name, logical_name in found.items():
         if owners.setdefault(logical_name, name) != name:
@@ -130,7 +137,9 @@ def logical_names(
                 f"families {specs[0].family!r} and {spec.family!r} both fit and name {differing[0]} otherwise "
                 f"({len(differing)} parameters); name one in the config or with --spec"
             )
-    return found[0] | {name: logical for name, logical in (recorded or {}).items() if name in found[0]}
+    return _without_collisions(
+        found[0] | {name: logical for name, logical in (recorded or {}).items() if name in found[0]}
+    )
 
 
 def _best(names: Sequence[str], spec: Spec) -> dict[str, str]:

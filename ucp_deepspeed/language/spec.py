@@ -6,6 +6,7 @@ or a piece of one; ``**`` for any number of parts. Every parameter must match ex
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher
@@ -14,13 +15,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, ValidationError, model_validator
 
-from ucp_deepspeed.errors import MAX_LISTED, SpecError
+from ucp_deepspeed.errors import SpecError
 from ucp_deepspeed.language.naming import Renaming
 from ucp_deepspeed.layout.pattern import Pattern
 
-_STRICT = ConfigDict(extra="forbid")
-
-PATTERN: TypeAdapter[Pattern] = TypeAdapter(Annotated[Pattern, Discriminator("pattern")], config=_STRICT)
+PATTERN: TypeAdapter[Pattern] = TypeAdapter(
+    Annotated[Pattern, Discriminator("pattern")], config=ConfigDict(extra="forbid")
+)
 """Validates and writes patterns: in spec files, in manifests and in universal checkpoints."""
 
 
@@ -42,7 +43,8 @@ class Rule(BaseModel):
         if not isinstance(raw, Mapping) or not isinstance(raw.get("pattern"), str):
             return raw
         fields = {key: value for key, value in raw.items() if key != "match"}
-        folded: dict[str, Any] = {"pattern": PATTERN.validate_python(fields)}
+        # By way of JSON, where a list may stand for a tuple and yet "0" or true not for a number.
+        folded: dict[str, Any] = {"pattern": PATTERN.validate_json(json.dumps(fields, default=repr), strict=True)}
         if "match" in raw:
             folded["match"] = [raw["match"]] if isinstance(raw["match"], str) else raw["match"]
         return folded
@@ -84,8 +86,8 @@ class Spec(BaseModel):
             # A wrong rule is also reported as one rule too few.
             inside = [item for item in items if item["loc"][:1] == ("rules",) and len(item["loc"]) > 1]
             shown = [item for item in items if not (inside and item["loc"] == ("rules",))]
-            problems = [f"  {_place(item['loc'])}: {item['msg']}" for item in shown]
-            raise SpecError("\n".join([f"spec {origin} is not valid:", *problems])) from error
+            problems = [f"{_place(item['loc'])}: {item['msg']}" for item in shown]
+            raise SpecError(f"spec {origin} is not valid", problems) from error
 
     @cached_property
     def _globs(self) -> list[str]:
@@ -105,13 +107,11 @@ class Spec(BaseModel):
                 found[name] = rules[0].pattern
             elif rules:
                 globs = [glob for rule in rules for glob in rule.match if _compiled(glob).fullmatch(name)]
-                problems.append(f"  {name}: matches {len(rules)} rules ({', '.join(globs)})")
+                problems.append(f"{name}: matches {len(rules)} rules ({', '.join(globs)})")
             else:
-                problems.append(f"  {name}: matches no rule; nearest: {', '.join(self._nearest(name))}")
+                problems.append(f"{name}: matches no rule; nearest: {', '.join(self._nearest(name))}")
         if problems:
-            heading = f"spec {self.family!r} doesn't give exactly one rule for {len(problems)} parameters:"
-            more = [f"  … and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
-            raise SpecError("\n".join([heading, *problems[:MAX_LISTED], *more]))
+            raise SpecError(f"spec {self.family!r} doesn't give exactly one rule for each parameter", problems)
         return found
 
     def coverage(self, names: Iterable[str]) -> float:

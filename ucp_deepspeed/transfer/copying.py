@@ -58,7 +58,10 @@ class FileReader:
         stop = extent.file_offset + extent.numel * ITEMSIZE[extent.dtype]
         if stop > whole.numel():
             raise DamagedCheckpointError(f"{extent.path} is truncated: expected {stop} bytes, found {whole.numel()}")
-        return whole[extent.file_offset : stop].view(NAMED_DTYPES[extent.dtype])
+        raw = whole[extent.file_offset : stop]
+        # torch reads aligned memory only; safetensors files of others' may hold elements anywhere.
+        aligned = raw if extent.file_offset % ITEMSIZE[extent.dtype] == 0 else raw.clone()
+        return aligned.view(NAMED_DTYPES[extent.dtype])
 
     def close(self) -> None:
         """Forget the maps; each is unmapped with the last tensor that uses it."""

@@ -31,10 +31,13 @@ def test_quiet(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
     assert (result.exit_code, result.output) == (0, "")
 
 
-def test_a_second_tag_beside_the_first(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
-    assert ucp("convert", saved, tmp_path / "u").exit_code == 0
-    assert ucp("convert", saved, tmp_path / "u", "--tag", "step2").exit_code == 0
-    assert (tmp_path / "u" / "latest").read_text() == "step2"
+@pytest.mark.parametrize("tags", [("step2", "step3"), ("step3", "step2")])
+def test_a_second_tag_beside_the_first(tags: tuple[str, str], saved: Path, tmp_path: Path, ucp: Ucp) -> None:
+    """``latest`` never goes back to an earlier step."""
+    results = [ucp("convert", saved, tmp_path / "u", "--tag", tag) for tag in tags]
+    assert [result.exit_code for result in results] == [0, 0]
+    assert (tmp_path / "u" / "latest").read_text() == "step3"
+    assert ("still names step3" in results[1].stderr) == (tags[1] == "step2")
     assert sorted(path.name for path in (tmp_path / "u").iterdir()) == ["latest", "step2", "step3"]
 
 

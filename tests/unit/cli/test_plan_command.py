@@ -126,7 +126,10 @@ def test_impossible_without_the_size_of_the_vocabulary(sharded: Path, spec_file:
         (["--dp", "0", "--zero", "1"], "0 is not in the range x>=1"),
         (["--dp", "1", "--zero", "1", "--tag", "step9"], "no tag 'step9' in"),
         (["--dp", "1", "--zero", "1", "--spec", "unknown"], "no family or spec file 'unknown'"),
-        (["--dp", "1", "--zero", "1", "--spec", "megatron_core_gpt"], "doesn't give exactly one rule for 2 parameters"),
+        (
+            ["--dp", "1", "--zero", "1", "--spec", "megatron_core_gpt"],
+            "doesn't give exactly one rule for each parameter (2)",
+        ),
     ],
 )
 def test_wrong_usage_is_status_2(args: list[str], message: str, sharded: Path, ucp: Ucp) -> None:

@@ -76,8 +76,19 @@ def test_a_renaming_applies_to_names_of_its_form(from_: str, to: str, name: str,
 def test_wrong_renamings_are_refused_with_their_place(from_: str, to: str, message: str) -> None:
     with pytest.raises(SpecError) as caught:
         spec_of("mine", ["**"], {"pipeline": [("{n}.fine", "fine.{n}"), (from_, to)]})
-    assert str(caught.value).startswith("spec mine.yaml is not valid:\n  names.pipeline[1]: ")
+    assert str(caught.value).startswith("spec mine.yaml is not valid (1):\n  names.pipeline[1]: ")
     assert message in str(caught.value)
+
+
+def test_recorded_names_may_not_collide_either() -> None:
+    with pytest.raises(SpecError, match=r"a and b have the same logical name, a"):
+        logical_names(["a", "b"], [], {"b": "a"})
+
+
+@pytest.mark.parametrize(("from_", "to"), [("{n}.*", "x.{n}"), ("{n.a", "x"), ("a}", "x"), ("{n}.a", "{n}.*")])
+def test_signs_that_stand_for_nothing(from_: str, to: str) -> None:
+    with pytest.raises(SpecError, match="stands for nothing"):
+        spec_of("mine", ["**"], {"pipeline": [(from_, to)]})
 
 
 @pytest.mark.parametrize(

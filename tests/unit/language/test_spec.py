@@ -46,7 +46,7 @@ def test_wrong_rules_are_placed(raw: list[Any], lines: list[str]) -> None:
     with pytest.raises(SpecError) as caught:
         spec_of(*raw)
     message = str(caught.value)
-    assert message.startswith("spec mine.yaml is not valid:")
+    assert message.startswith("spec mine.yaml is not valid (")
     for line in lines:
         assert line in message
     assert "\n  rules: " not in message
@@ -103,10 +103,36 @@ def test_unmatched_parameters_are_all_listed_with_the_nearest_globs() -> None:
     with pytest.raises(SpecError) as caught:
         spec.patterns(["model.norm.weight", "model.norm.weigth", "model.up.weights"])
     lines = str(caught.value).splitlines()
-    assert lines[0] == "spec 'mine' doesn't give exactly one rule for 2 parameters:"
+    assert lines[0] == "spec 'mine' doesn't give exactly one rule for each parameter (2):"
     assert lines[1] == "  model.norm.weigth: matches no rule; nearest: model.norm.weight, model.up.weight"
     assert lines[2] == "  model.up.weights: matches no rule; nearest: model.up.weight, model.norm.weight"
-    assert len(lines) == 3
+    assert len(lines) == 3 and len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dim: true", "rules[0].shard.dim: Input should be a valid integer"),
+        ("dim: '0'", "rules[0].shard.dim: Input should be a valid integer"),
+        ("dim: 0.0", "rules[0].shard.dim: Input should be a valid integer"),
+        ("parts: ['1', 1]", "rules[0].shard.parts[0]: Input should be a valid integer"),
+        ("vocabulary: 1", "rules[0].shard.vocabulary: Input should be a valid boolean"),
+        ("dim: 0, dim: 1", "key 'dim' stands twice"),
+    ],
+)
+def test_nothing_is_taken_for_something_else(text: str, message: str, tmp_path: Path) -> None:
+    """YAML's booleans and strings aren't numbers, and of two equal keys none is the right one."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"family: mine\nrules:\n  - {{match: '**', pattern: shard, {text}}}\n")
+    with pytest.raises(SpecError) as caught:
+        load_spec(str(path))
+    assert message in str(caught.value)
+
+
+def test_a_spec_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(SpecError, match=r"mine\.yaml is not YAML"):
+        load_spec(str(tmp_path / "mine.yaml"))
 
 
 def test_ambiguous_parameters_are_listed_with_their_globs() -> None:

@@ -164,10 +164,15 @@ def test_structure_of_universal_checkpoints(native: Native, view_of: View, tmp_p
     index = json.loads(path.read_text())
     parameters = index["parameters"]
     del parameters["first"]
-    parameters["new"] = parameters.pop("same") | {"states": {}}
+    parameters["new"] = parameters.pop("same")
     del parameters["rows"]["states"]["exp_avg_sq"]
-    parameters["columns"]["kind"] = "frozen"
+    atoms = parameters["columns"]["states"]["fp32"]
+    parameters["columns"] |= {"kind": "frozen", "states": {"weight": atoms}}
     path.write_text(json.dumps(index))
+    raw = (path.parent / atoms).read_bytes()
+    for old, new in ((f'"same/{state}"', f'"new/{state}" ') for state in parameters["new"]["states"]):
+        raw = raw.replace(old.encode(), new.encode())
+    (path.parent / atoms).write_bytes(raw.replace(b'"columns/exp_avg"', b'"columns/weight" '))
     found = {(d.name, d.what, d.detail) for d in compare(a, view_of(tmp_path / "u")) if d.what != "hyperparameter"}
     assert found == {
         ("first", "presence", "only in A"),
@@ -175,6 +180,8 @@ def test_structure_of_universal_checkpoints(native: Native, view_of: View, tmp_p
         ("new", "presence", "only in B"),
         ("rows", "states", "state 'exp_avg_sq' only in A"),
         ("columns", "kind", "trainable in A, frozen in B"),
+        ("columns", "states", "state 'weight' only in B"),
+        *(("columns", "states", f"state {state!r} only in A") for state in ("fp32", "exp_avg", "exp_avg_sq")),
     }
 
 

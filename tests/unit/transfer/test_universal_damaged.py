@@ -13,6 +13,7 @@ import pytest
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.transfer.compare import compare
 from ucp_deepspeed.transfer.convert import convert
 
 ATOMS = "atoms-00001-of-00001.safetensors"
@@ -36,6 +37,19 @@ def _edit_header(folder: Path, old: bytes, new: bytes) -> None:
     raw = path.read_bytes()
     assert old in raw and len(old) == len(new)
     path.write_bytes(raw.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("shift", [1, 2, 4])
+def test_elements_may_lie_anywhere(shift: int, universal: Path, engine_checkpoints: dict[str, Path]) -> None:
+    """The safetensors format aligns nothing."""
+    path = universal / ATOMS
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + length] + b" " * shift
+    path.write_bytes((length + shift).to_bytes(8, "little") + header + raw[8 + length :])
+    _edit_index(universal, lambda index: index["files"].update({ATOMS: path.stat().st_size}))
+    views = [UniversalView.of(open_checkpoint(folder)) for folder in (universal, engine_checkpoints["zero1"])]
+    assert compare(*views) == []
 
 
 def test_missing_atoms(universal: Path) -> None:

@@ -1,0 +1,103 @@
+"""Any value of the index or of the manifest replaced by a wrong one: either it does no harm, or it is refused in words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from native_models import SHAPES, model_of
+
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.errors import DamagedCheckpointError, UniversalCheckpointError
+from ucp_deepspeed.testing.native_files import NativeRun, add_manifest, write_native
+from ucp_deepspeed.transfer import FileReader
+from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.copying import gather
+
+WRONG: list[Any] = [None, True, -1, 0, 3, 1e30, "0", "", "x", [], [-1], [[1]], {}, {"$tuple": 3}, {"$tensor": "x"}]
+"""Put in place of each value in turn."""
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where there is a value, at any depth."""
+    if path:
+        yield path
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in entries:
+        yield from places(item, (*path, key))
+
+
+def changed(document: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy with one value replaced."""
+    copy = json.loads(json.dumps(document))
+    inner = copy
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return copy
+
+
+def read_all(folder: Path) -> None:
+    """What a reader does with a checkpoint."""
+    checkpoint = open_checkpoint(folder)
+    view = UniversalView.of(checkpoint)
+    checkpoint.client_state()
+    for name, parameter in view.parameters.items():
+        for state in parameter.states:
+            gather(view, name, state, 0, torch.zeros(torch.Size(view.logical_shape(name)).numel()), FileReader())
+
+
+def check_every_change(file: Path, read: Callable[[], None]) -> int:
+    """Replace each value by each wrong one; returns how often the file was refused."""
+    document, refused = json.loads(file.read_text()), 0
+    for path in places(document):
+        for value in WRONG:
+            file.write_text(json.dumps(changed(document, path, value)))
+            try:
+                read()
+            except UniversalCheckpointError:
+                refused += 1
+            except Exception as error:
+                raise AssertionError(f"{path} as {value!r}: {type(error).__name__}: {error}") from error
+    return refused
+
+
+@pytest.mark.parametrize("run", [NativeRun(stage=0), NativeRun(stage=0, precision="bf16")], ids=str)
+def test_manifest(run: NativeRun, tmp_path: Path) -> None:
+    model = model_of({name: SHAPES[name] for name in ("gain", "up.weight")})
+    folder = write_native(tmp_path, model, run)
+    add_manifest(folder, model, run)
+    assert check_every_change(folder / "ucp_manifest.json", lambda: read_all(folder)) > 100
+
+
+def test_index(tmp_path: Path) -> None:
+    folder = write_native(tmp_path / "n", model_of({"a": (3, 2)}, ()), NativeRun(stage=1, precision="fp16"))
+    convert(UniversalView.of(open_checkpoint(folder)), tmp_path / "u")
+    assert check_every_change(tmp_path / "u" / "ucp_index.json", lambda: read_all(tmp_path / "u")) > 300
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe", b"../escape", b"/etc"])
+def test_latest(content: bytes, tmp_path: Path) -> None:
+    write_native(tmp_path / "runs", model_of({"a": (3,)}), NativeRun())
+    (tmp_path / "escape").mkdir()
+    (tmp_path / "runs" / "latest").write_bytes(content)
+    with pytest.raises(UniversalCheckpointError, match=r"latest|no tag"):
+        open_checkpoint(tmp_path / "runs")
+
+
+def test_a_manifest_of_the_run_before(tmp_path: Path) -> None:
+    """The tag was saved again, by DeepSpeed alone: nothing is truncated."""
+    model, run = model_of({"a": (3,)}), NativeRun(stage=1)
+    folder = write_native(tmp_path, model, run)
+    add_manifest(folder, model, run)
+    shutil.copytree(
+        write_native(tmp_path / "again", model_of({"a": (3,), "b": (700,)}), run), folder, dirs_exist_ok=True
+    )
+    with pytest.raises(DamagedCheckpointError, match=r"isn't the file that ucp_manifest\.json describes.*remove"):
+        open_checkpoint(folder)
