@@ -79,8 +79,8 @@ class DeepSpeedCheckpoint(Checkpoint):
     Raises:
         DamagedCheckpointError: a file is missing, truncated, or disagrees with another.
         UnsupportedError: expert parallelism, or an unknown optimizer class.
-        MismatchError: stage 0 without a manifest, and the parameter order is ambiguous or lies over several pipeline stages;
-            raised by ``parameters``.
+        MismatchError: stage 0 without a manifest, and the parameter order is ambiguous, or that of a pipeline; raised by
+            ``parameters``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -276,10 +276,10 @@ class DeepSpeedCheckpoint(Checkpoint):
             if name not in self._aliases and name not in buffers
         }
         groups = self.recorded_groups(rank)
-        if groups is None and self.is_pipeline and self.topology.pp > 1:
+        if groups is None and self.is_pipeline:
             raise MismatchError(
-                f"{path} names no parameters in its optimizer state, and which layers a pipeline stage held isn't recorded; save "
-                f"with ucp_deepspeed enabled, which records the names. Parameters that could be mixed up",
+                f"{path} names no parameters in its optimizer state, and which layers a pipeline stage held, or shared, isn't "
+                f"recorded; save with ucp_deepspeed enabled, which records the names. Parameters that could be mixed up",
                 list(owned),
             )
         recorded = self.manifest.parameters if self.manifest else {}

@@ -59,10 +59,10 @@ def read_layers(
 
 
 def tied_keys(tied: Mapping[str, int], free: Mapping[str, int]) -> dict[str, str]:
-    """Under which key of a layer file each tied parameter lies.
+    """Under which key of a layer file each parameter and buffer of a tied module lies.
 
     The layers that use a tied module aren't recorded: among the tensors that no other parameter claims, they are those with all
-    of the module's local names, of the same sizes.
+    of the module's local names, of the same sizes. What else such a layer holds, frozen or a buffer, is the module's too.
 
     Args:
         tied: names of tied parameters → elements.
@@ -78,9 +78,10 @@ def tied_keys(tied: Mapping[str, int], free: Mapping[str, int]) -> dict[str, str
         modules.setdefault(key, {})[local_name] = name
     found: dict[str, str] = {}
     layers = sorted({layer for name in free if (layer := layer_of(name)) is not None})
-    for members in modules.values():
+    for module, members in modules.items():
         for layer in layers:
             keys = {f"{layer}.{local_name}": name for local_name, name in members.items()}
             if all(key in free and key not in found and free[key] == tied[name] for key, name in keys.items()):
-                found |= keys
+                rest = [name for name in free if layer_of(name) == layer]
+                found |= {name: f"{TIED}{module}.{name.partition('.')[2]}" for name in rest}
     return found
