@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 from rich.console import Console
@@ -26,6 +26,7 @@ from ucp_deepspeed.cli.options import (
 )
 from ucp_deepspeed.errors import MAX_LISTED
 from ucp_deepspeed.layout import Topology
+from ucp_deepspeed.transfer.matching import Policies
 from ucp_deepspeed.transfer.targeting import RankPlan, TargetPlan, plan_target
 
 IMPOSSIBLE = 1
@@ -44,6 +45,17 @@ MOST_ROWS = 16
 @tag_option
 @spec_option
 @vocabulary_option
+@click.option(
+    "--model",
+    type=CHECKPOINT,
+    metavar="CKPT",
+    help="A checkpoint of the model to load into, where its parameters aren't CKPT's: one saved before the first step, say.",
+)
+@click.option("--on-missing", type=click.Choice(["error", "init"]), default="error", help="As in the config block.")
+@click.option("--on-extra", type=click.Choice(["error", "drop"]), default="error", help="As in the config block.")
+@click.option(
+    "--optimizer-states", type=click.Choice(["restore", "reset"]), default="restore", help="As in the config block."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead, with all ranks.")
 def plan_command(
     checkpoint: Path,
@@ -54,6 +66,10 @@ def plan_command(
     tag: str | None,
     spec: str | None,
     vocabulary_size: int | None,
+    model: Path | None,
+    on_missing: str,
+    on_extra: str,
+    optimizer_states: Literal["restore", "reset"],
     as_json: bool,
 ) -> None:
     """Show what each rank of another topology would read of checkpoint CKPT, and hold; reads no tensors.
@@ -62,7 +78,9 @@ def plan_command(
     told.
     """
     opened = open_checkpoint(checkpoint, tag)
-    plan = plan_target(opened, Topology(tp, pp, dp, zero), read_spec(spec), vocabulary_size)
+    policies = Policies(on_missing == "init", on_extra == "drop", optimizer_states)
+    target = None if model is None else open_checkpoint(model)
+    plan = plan_target(opened, Topology(tp, pp, dp, zero), read_spec(spec), vocabulary_size, target, policies)
     source = {"path": str(opened.path), "form": opened.form, "source": _topology(opened.topology)}
     if as_json:
         click.echo(json.dumps(source | _report(plan, opened.path), indent=1))
@@ -81,6 +99,9 @@ def _report(plan: TargetPlan, folder: Path) -> dict[str, Any]:
         reasons: why it would not: ``parameter`` (null when it is the whole model) and ``reason``.
         remarks: what the figures rest on.
         restored: logical names of the parameters and buffers that nothing stands against.
+        initialised: of those that keep the model's values: in whole, in further rows, or in their optimizer states alone.
+        dropped: of those that the model has no place for, or no place for their optimizer states.
+        reset: whether all optimizer states start afresh.
         total: ``bytes_read``, ``bytes_held`` and ``copies`` of all ranks, and the number of ``files`` that they read from.
         ranks: for each ``model_parallel_rank``, ``data_parallel_rank``, ``bytes_read``, ``bytes_held`` (master weights and
             optimizer states in fp32, padding included), ``copies``, and the names of its ``files``. Empty when impossible.
@@ -91,6 +112,9 @@ def _report(plan: TargetPlan, folder: Path) -> dict[str, Any]:
         "reasons": [{"parameter": obstacle.name, "reason": obstacle.reason} for obstacle in plan.obstacles],
         "remarks": list(plan.remarks),
         "restored": list(plan.restored),
+        "initialised": list(plan.initialised),
+        "dropped": list(plan.dropped),
+        "reset": plan.reset,
         "total": _total(plan),
         "ranks": [
             {
@@ -121,7 +145,8 @@ def _print(plan: TargetPlan, path: str, source: str) -> None:
     if plan.possible:
         total = _total(plan)
         lines += [
-            ("restored", f"{len(plan.restored)} parameters and buffers"),
+            ("restored", f"{len(plan.restored)} parameters and buffers" + _except_states(plan)),
+            *((what, ", ".join(names)) for what, names in _others(plan) if names),
             ("read", f"{in_words(total['bytes_read'])} by {len(plan.ranks)} ranks from {total['files']} files"),
             ("held", f"{in_words(total['bytes_held'])} of master weights and optimizer states"),
         ]
@@ -137,12 +162,20 @@ def _print(plan: TargetPlan, path: str, source: str) -> None:
         console.print(escape(f"note: {remark}"), soft_wrap=True)
 
 
+def _except_states(plan: TargetPlan) -> str:
+    return ", with all optimizer states reset" if plan.reset else ""
+
+
+def _others(plan: TargetPlan) -> list[tuple[str, tuple[str, ...]]]:
+    return [("kept", plan.initialised), ("dropped", plan.dropped)]
+
+
 def _verdict(plan: TargetPlan) -> str:
     if plan.possible:
         return "possible"
     count = len(plan.obstacles)
     return f"impossible, {count} reason{'s' if count > 1 else ''}" + (
-        f" ({len(plan.restored)} parameters and buffers could be restored)" if plan.view else ""
+        f" ({len(plan.restored)} parameters and buffers could be restored)" if plan.matching else ""
     )
 
 

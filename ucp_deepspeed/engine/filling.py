@@ -11,7 +11,7 @@ from ucp_deepspeed.checkpoint import Checkpoint, FileExtent, Parameter
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
-from ucp_deepspeed.engine.matching import Matching, Policies
+from ucp_deepspeed.engine.matching import Names
 from ucp_deepspeed.engine.model import WEIGHT_DTYPES, EngineModel
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.errors import MismatchError
@@ -19,6 +19,7 @@ from ucp_deepspeed.language import resolve_patterns
 from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.plan import BlockCopy, Fragment, Target, overlapping_fragments, plan_tensor
 from ucp_deepspeed.transfer import FileReader, TransferCount, run_copies
+from ucp_deepspeed.transfer.matching import Matching, Policies, is_grown
 
 Copies = tuple[BlockCopy[FileExtent, None], ...]
 
@@ -112,7 +113,12 @@ def _fill(
 
 
 def plan_filling(
-    checkpoint: Checkpoint, model: EngineModel, optimizer: EngineOptimizer, matching: Matching, policies: Policies
+    checkpoint: Checkpoint,
+    model: EngineModel,
+    optimizer: EngineOptimizer,
+    names: Names,
+    matching: Matching,
+    policies: Policies,
 ) -> Filling:
     """Plan all that this rank holds, and prove it covered.
 
@@ -120,7 +126,7 @@ def plan_filling(
         MismatchError: lists every parameter whose shape, states or scalars don't fit, or that isn't covered.
         SpecError: nothing tells the layouts, or the spec doesn't fit.
     """
-    return _Planner(checkpoint, model, optimizer, matching, policies).plan()
+    return _Planner(checkpoint, model, optimizer, names, matching, policies).plan()
 
 
 class _Planner:
@@ -131,16 +137,15 @@ class _Planner:
         checkpoint: Checkpoint,
         model: EngineModel,
         optimizer: EngineOptimizer,
+        names: Names,
         matching: Matching,
         policies: Policies,
     ) -> None:
-        names = matching.names
+        restored = frozenset(matching.restored)
         self.optimizer, self.policies, self.rank = optimizer, policies, model.rank
         self.logical = names.target
         self.tensors = {
-            names.target[name]: tensor
-            for name, tensor in model.tensors.items()
-            if names.target[name] in matching.restored
+            names.target[name]: tensor for name, tensor in model.tensors.items() if names.target[name] in restored
         }
         patterns = resolve_patterns(
             [name for name, tensor in self.tensors.items() if tensor.kind != "buffer"],
@@ -152,7 +157,7 @@ class _Planner:
             inferred={names.target[name]: pattern for name, pattern in model.inferred.items()},
         )
         saved_size, live_size = checkpoint.vocabulary_size, model.vocabulary_size
-        self.view = UniversalView(checkpoint, names.source, patterns, saved_size or live_size, matching.restored)
+        self.view = UniversalView(checkpoint, names.source, patterns, saved_size or live_size, restored)
         self.layouts: Mapping[str, Layout] = layouts_of(
             self.view.patterns,
             {name: tensor.local_shapes for name, tensor in self.tensors.items()},
@@ -169,9 +174,7 @@ class _Planner:
         self.bytes_needed = 0
 
     def _is_grown(self, name: str) -> bool:
-        """Whether the model has further rows and is the same otherwise: a vocabulary, or a layer's outputs, that grew."""
-        found, expected = self.view.logical_shape(name), self.layouts[name].logical_shape
-        return len(found) == len(expected) > 0 and found[0] < expected[0] and found[1:] == expected[1:]
+        return is_grown(self.view.logical_shape(name), self.layouts[name].logical_shape)
 
     def _is_reshaped(self, name: str) -> bool:
         return name not in self.grown and self.view.logical_shape(name) != self.layouts[name].logical_shape

@@ -22,7 +22,7 @@ from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.custom_load import check_custom_load, local_state_dict, run_custom_load
 from ucp_deepspeed.engine.filling import plan_filling
-from ucp_deepspeed.engine.matching import Policies, match
+from ucp_deepspeed.engine.matching import match_model, match_names, policies_of
 from ucp_deepspeed.engine.model import (
     EngineModel,
     agreement,
@@ -173,7 +173,7 @@ def _load_universal(
     engine: Any, checkpoint: Checkpoint, optimizer: EngineOptimizer, options: LoadOptions, started: float
 ) -> Loaded:
     model, custom = describe_model(engine), options.custom_load_fn
-    policies = Policies.of(engine.universal_checkpoint_config, options.optimizer_states, options.load_module_strict)
+    policies = policies_of(engine.universal_checkpoint_config, options.optimizer_states, options.load_module_strict)
     if model.topology.zero_stage > 0 and not engine.zero_load_from_fp32_weights():
         policies = replace(policies, rounded=True)
     if custom is not None:  # which may fill what is missing, and make use of what is extra
@@ -184,11 +184,12 @@ def _load_universal(
         if custom is not None:
             check_custom_load(engine)
             source = local_state_dict(checkpoint, model)
-        matching = match(checkpoint, model, policies)
-        filling = plan_filling(checkpoint, model, optimizer, matching, policies)
+        names = match_names(checkpoint, model)
+        matching = match_model(checkpoint, model, names, policies)
+        filling = plan_filling(checkpoint, model, optimizer, names, matching, policies)
         settings: Settings = ()
         if options.optimizer_states and engine.universal_checkpoint_config.hyperparameters == "restore":
-            settings = plan_hyperparameters(checkpoint, matching.names, optimizer)
+            settings = plan_hyperparameters(checkpoint, names, optimizer)
         path, state = checkpoint.client_state(model.rank if same_ranks else 0)
     read = filling.run(optimizer)
     if custom is not None:

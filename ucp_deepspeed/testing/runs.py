@@ -39,7 +39,7 @@ class Run:
         size: changes to the model's shape.
         tp: tensor-parallel size.
         pp: pipeline-parallel size; None for a plain engine, 1 for a pipeline engine with one stage.
-        sp: size of DeepSpeed's Ulysses sequence parallelism; above 1 only for Megatron-Core models with neither of the two.
+        sp: size of DeepSpeed's Ulysses sequence parallelism: Megatron-Core models on plain engines, without tensor parallelism.
         partition: ``partition_method`` of the pipeline.
         zero: settings of ``zero_optimization``, with ``stage``.
         precision: of the weights.
@@ -70,6 +70,10 @@ class Run:
     optimizer: tuple[str | type, Mapping[str, Any]] | None = None
     seed: int = 0
     tokens: Literal["random", "chain"] = "random"
+
+    def __post_init__(self) -> None:
+        if self.sp > 1 and (self.model == "mlp" or self.tp > 1 or self.pp is not None):
+            raise ValueError(f"sequence parallelism with model {self.model}, tp {self.tp}, pp {self.pp}: see Run.sp")
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,8 @@ class PaperTopology(NamedTuple):
     def run(self, **changes: Any) -> Run:
         """The paper's experiment in small: a GPT with tied embedding; ``changes`` are further fields of `Run`.
 
-        Loads take this package's way also where DeepSpeed could load by itself. One pipeline stage is a plain engine, which ZeRO-2
-        and 3 need.
+        Loads are universal ones also where DeepSpeed could load by itself. One pipeline stage is a plain engine, as ZeRO-2 and 3
+        need it.
         """
         settings: dict[str, Any] = {"universal": {"enabled": True, "load": "always"}, "tokens": "chain"}
         pp = self.pp if self.pp > 1 else None
@@ -232,8 +236,6 @@ def _build_model(run: Run) -> tuple[torch.nn.Module, Any]:
         return model, DeepSpeedMpu()
     from ucp_deepspeed.testing.ulysses import share_sequences, start_sequence_parallel
 
-    if run.tp > 1:
-        raise ValueError(f"tp {run.tp} with sp {run.sp}: DeepSpeed's sequence-parallel groups know of no tensor parallelism")
     mpu = start_sequence_parallel(run.sp)
     share_sequences(model)
     return model, mpu

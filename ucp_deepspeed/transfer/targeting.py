@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
-from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, HeldShapes, Kind, Parameter, Precision
+from ucp_deepspeed.checkpoint.checkpoint import (
+    MASTER,
+    WEIGHT,
+    Checkpoint,
+    FileExtent,
+    HeldShapes,
+    Kind,
+    Parameter,
+    Precision,
+)
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import MismatchError, SpecError
@@ -20,6 +29,10 @@ from ucp_deepspeed.layout import FlatGroup, Flattening, Layout, Shard, SlicedGro
 from ucp_deepspeed.layout.pattern import Pattern, split_evenly
 from ucp_deepspeed.plan import BlockCopy, Fragment, Target, plan_tensor
 from ucp_deepspeed.transfer.copying import TransferCount
+from ucp_deepspeed.transfer.matching import Matching, Policies, check_matching, is_grown, match
+
+RESTORE_ALL = Policies()
+"""Nothing may be missing or left out."""
 
 
 @dataclass(frozen=True)
@@ -101,17 +114,21 @@ class TargetPlan:
 
     Attributes:
         topology: the target's.
-        view: the checkpoint with its layouts; None when they aren't known.
+        matching: which parameters and buffers are on both sides, by logical name; None when the layouts aren't known.
+        reset: whether all optimizer states start afresh.
         obstacles: why it is impossible; empty when it isn't.
         remarks: what the figures rest on, in words.
         ranks: ordered by model-parallel and then data-parallel rank; empty when the topology is impossible.
+        grown: parameters with further rows than in the checkpoint.
     """
 
     topology: Topology
-    view: UniversalView | None
+    matching: Matching | None
+    reset: bool
     obstacles: tuple[Obstacle, ...]
     remarks: tuple[str, ...] = ()
     ranks: tuple[RankPlan, ...] = ()
+    grown: tuple[str, ...] = ()
 
     @property
     def possible(self) -> bool:
@@ -122,7 +139,18 @@ class TargetPlan:
     def restored(self) -> tuple[str, ...]:
         """Logical names of the parameters and buffers that nothing stands against, in the model's order."""
         refused = {obstacle.name for obstacle in self.obstacles}
-        return tuple(name for name in (self.view.parameters if self.view else ()) if name not in refused)
+        return tuple(name for name in (self.matching.restored if self.matching else ()) if name not in refused)
+
+    @property
+    def initialised(self) -> tuple[str, ...]:
+        """Those that keep the model's values: in whole, or in further rows, or in their optimizer states alone."""
+        found = self.matching
+        return (*found.initialised, *found.unfrozen, *self.grown) if found else ()
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Those of the checkpoint that the model has no place for, or whose optimizer states it has none for."""
+        return (*self.matching.dropped, *self.matching.frozen) if self.matching else ()
 
     @property
     def files(self) -> frozenset[str]:
@@ -131,11 +159,18 @@ class TargetPlan:
 
 
 def plan_target(
-    checkpoint: Checkpoint, topology: Topology, spec: Spec | None = None, vocabulary_size: int | None = None
+    checkpoint: Checkpoint,
+    topology: Topology,
+    spec: Spec | None = None,
+    vocabulary_size: int | None = None,
+    model: Checkpoint | None = None,
+    policies: Policies = RESTORE_ALL,
 ) -> TargetPlan:
     """Plan all ranks of a topology; reads no tensors.
 
     Args:
+        model: a checkpoint whose parameters are those of the model to load into, where that has changed.
+        policies: what the load may do beside restoring.
         spec: the one that the user named; without it, unknown layouts are an obstacle.
         vocabulary_size: rows of the vocabulary without padding; by default what the checkpoint records.
 
@@ -145,12 +180,13 @@ def plan_target(
         DamagedCheckpointError: a file is missing, truncated or of another size than expected.
     """
     try:
-        view = UniversalView.of(checkpoint, spec, vocabulary_size, topology.tp)
+        source = UniversalView.of(checkpoint, spec, vocabulary_size, topology.tp)
+        target = source if model is None else UniversalView.of(model, spec, vocabulary_size, topology.tp)
     except SpecError as error:
         if spec is not None:
             raise
-        return TargetPlan(topology, None, (*_refused_by_deepspeed(topology), Obstacle(None, str(error))))
-    return _Planner(view, topology).plan()
+        return TargetPlan(topology, None, False, (*_refused_by_deepspeed(topology), Obstacle(None, str(error))))
+    return _Planner(source, target, topology, policies).plan()
 
 
 def target_ranks(
@@ -278,10 +314,17 @@ def _refused_by_deepspeed(topology: Topology) -> list[Obstacle]:
 
 @dataclass
 class _Planner:
-    """Lays the target out, plans one rank after another, and collects what is wrong."""
+    """Lays the target out, plans one rank after another, and collects what is wrong.
 
+    Attributes:
+        source: the checkpoint.
+        view: the model, which has the checkpoint's own parameters where nothing has changed.
+    """
+
+    source: UniversalView
     view: UniversalView
     topology: Topology
+    policies: Policies
     obstacles: list[Obstacle] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
@@ -289,16 +332,29 @@ class _Planner:
         self._known: dict[tuple[str, int, tuple[Fragment[None], ...]], TransferCount] = {}
         self._shapes: dict[str, HeldShapes] = {}
         self._layouts: dict[str, Layout] = {}
+        self._grown: list[str] = []
+        self._matching = match(self.source.parameters, self.view.parameters)
+        self._restored = frozenset(self._matching.restored)
 
     def plan(self) -> TargetPlan:
         self.obstacles += _refused_by_deepspeed(self.topology)
+        self._match()
         self._lay_out()
         self._check_states()
         self._remark()
         targets = () if self.obstacles else target_ranks(self.view, self.topology, self._shapes)
         ranks = tuple(self._rank(target) for target in targets)
         found = tuple(self.obstacles)
-        return TargetPlan(self.topology, self.view, found, tuple(self.remarks), () if found else ranks)
+        reset = self.policies.optimizer_states == "reset"
+        grown, remarks = tuple(self._grown), tuple(self.remarks)
+        return TargetPlan(self.topology, self._matching, reset, found, remarks, () if found else ranks, grown)
+
+    def _match(self) -> None:
+        try:
+            check_matching(self.source.parameters, self.view.parameters, self.policies, "")
+        except MismatchError as error:
+            for problem in error.problems:
+                self._refuse(*problem.split(": ", 1))
 
     def _lay_out(self) -> None:
         """Local shapes and layouts of the target."""
@@ -335,9 +391,15 @@ class _Planner:
         return held
 
     def _check_rows(self, name: str, pattern: Pattern) -> None:
-        """A vocabulary whose padding isn't known can't be padded in another way."""
-        found, expected = self.view.logical_shape(name), self._layouts[name].logical_shape
-        if found != expected and isinstance(pattern, Shard):
+        """A vocabulary whose padding isn't known can't be padded in another way; other shapes must be equal, or have grown."""
+        if name not in self._restored:
+            return
+        found, expected = self.source.logical_shape(name), self._layouts[name].logical_shape
+        if self.policies.initialise and is_grown(found, expected):
+            self._grown.append(name)
+        elif found != expected and self.source is not self.view:
+            self._refuse(name, f"expected logical shape {expected}, found {found} in the checkpoint")
+        elif found != expected and isinstance(pattern, Shard):
             self._refuse(
                 name,
                 f"the checkpoint has {found[pattern.dim]} rows, and the target pads them to {expected[pattern.dim]}; say with "
@@ -346,9 +408,13 @@ class _Planner:
 
     def _check_states(self) -> None:
         """Each state must be element-wise, and all parameters of a slot must have the same."""
+        if self.policies.optimizer_states != "restore":
+            return
         for names in _slot_names(self.view, self.topology):
-            first = self.view.parameters[names[0]]
-            for parameter in (self.view.parameters[name] for name in names):
+            held = [self.source.parameters[name] for name in names if name in self._restored]
+            trained = [parameter for parameter in held if parameter.kind == "trainable"]
+            for parameter in trained:
+                first = trained[0]
                 for reason in parameter.refused.values():
                     self._refuse(parameter.name, reason)
                 if parameter.states.keys() != first.states.keys() or parameter.scalars != first.scalars:
@@ -402,7 +468,7 @@ class _Planner:
                 held.setdefault(name, []).append(fragment)
             for name, fragments in held.items():
                 count.add(self._read(name, target.model_parallel_rank, tuple(fragments)))
-        held_numels = sum(slot.numel * len(self.view.parameters[slot.names[0]].states) for slot in target.slots)
+        held_numels = sum(slot.numel * self._states_held(slot) for slot in target.slots)
         return RankPlan(
             target.model_parallel_rank,
             target.data_parallel_rank,
@@ -412,19 +478,33 @@ class _Planner:
             frozenset(count.files),
         )
 
+    def _states_held(self, slot: TargetSlot) -> int:
+        """Master included; as many as the slot's parameters have in the checkpoint."""
+        sources = [self.source.parameters[name] for name in slot.names if name in self._restored]
+        return max((len(source.states) for source in sources), default=1)
+
     def _read(self, name: str, rank: int, fragments: tuple[Fragment[None], ...]) -> TransferCount:
         """All states of one parameter; what data-parallel ranks have in common is planned once."""
         key = name, rank, fragments
         if key not in self._known:
             count = self._known[key] = TransferCount()
-            target = Target(self._layouts[name], rank, fragments)
-            for state in self.view.parameters[name].states:
+            layout = self._layouts[name]
+            target = Target(
+                layout.cropped(self.source.logical_shape(name)) if name in self._grown else layout, rank, fragments
+            )
+            for state in self._states_read(name):
                 try:
-                    count.add(counted(plan_tensor(self.view.source(name, state), target, state)))
+                    count.add(counted(plan_tensor(self.source.source(name, state), target, state)))
                 except ValueError as error:
                     if all(obstacle.name != name for obstacle in self.obstacles):
                         self._refuse(name, str(error))
         return self._known[key]
+
+    def _states_read(self, name: str) -> Sequence[str]:
+        """The weight alone where the model doesn't train the parameter, or starts its states afresh."""
+        states = list(self.source.parameters[name].states) if name in self._restored else []
+        both = self.view.parameters[name].kind == "trainable" and self.policies.optimizer_states == "restore"
+        return states if both else [state for state in states if state in (MASTER, WEIGHT)]
 
 
 def counted(copies: Sequence[BlockCopy[FileExtent, None]]) -> TransferCount:

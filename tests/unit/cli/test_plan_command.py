@@ -8,13 +8,15 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import Result
 
 from ucp_deepspeed.cli import main
+from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 Ucp = Callable[..., Result]
 
-KEYS = "path form source target possible reasons remarks restored total ranks"
+KEYS = "path form source target possible reasons remarks restored initialised dropped reset total ranks"
 RANK_KEYS = "model_parallel_rank data_parallel_rank bytes_read bytes_held copies files"
 
 
@@ -27,7 +29,9 @@ def cells(result: Result, place: int) -> list[str]:
 
 def test_options() -> None:
     options = {opt for param in main.commands["plan"].params if isinstance(param, click.Option) for opt in param.opts}
-    assert options == {"--tp", "--pp", "--dp", "--zero", "--tag", "--spec", "--vocabulary-size", "--json"}
+    topology = {"--tp", "--pp", "--dp", "--zero"}
+    changes = {"--model", "--on-missing", "--on-extra", "--optimizer-states"}
+    assert options == {*topology, *changes, "--tag", "--spec", "--vocabulary-size", "--json"}
 
 
 def test_the_keys_of_the_object(sharded: Path, spec_file: Path, ucp: Ucp) -> None:
@@ -52,6 +56,49 @@ def test_the_keys_of_the_object(sharded: Path, spec_file: Path, ucp: Ucp) -> Non
         "copies": first["copies"] + second["copies"],
         "files": 2,
     }
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> tuple[Path, Path]:
+    """A checkpoint, and one of the model that has taken its place: a head less, a row more, a layer more, one layer unfrozen."""
+    generator = torch.Generator().manual_seed(3)
+
+    def saved(name: str, shapes: dict[str, tuple[int, ...]], frozen: str) -> Path:
+        parameters = tuple(
+            NativeParameter(
+                key,
+                torch.randn(shape, generator=generator),
+                {} if key == frozen else {"exp_avg": torch.zeros(shape), "exp_avg_sq": torch.zeros(shape)},
+                frozen=key == frozen,
+            )
+            for key, shape in shapes.items()
+        )
+        return write_native(tmp_path / name, NativeModel(parameters), NativeRun(stage=1))
+
+    old = {"rows": (6, 4), "head": (3, 4), "late": (5,)}
+    return saved("old", old, "late"), saved("new", {"rows": (7, 4), "late": (5,), "more": (2,)}, "")
+
+
+def test_a_model_that_changed(changed: tuple[Path, Path], ucp: Ucp) -> None:
+    """What is restored, kept and dropped, as the engine would; and every reason why not, as the engine would refuse."""
+    source, model = changed
+    plan = ("plan", source, "--dp", 2, "--zero", 3, "--model", model, "--json")
+    refused = ucp(*plan)
+    reasons = {entry["parameter"]: entry["reason"] for entry in json.loads(refused.stdout)["reasons"]}
+    assert refused.exit_code == 1 and reasons.keys() == {"rows", "head", "late", "more"}
+    assert reasons["rows"] == "expected logical shape (7, 4), found (6, 4) in the checkpoint"
+    assert reasons["more"].startswith("missing") and reasons["head"].startswith("extra")
+    assert '"on_missing": "init"' in reasons["late"]
+    allowed = json.loads(ucp(*plan, "--on-missing", "init", "--on-extra", "drop").stdout)
+    assert allowed["possible"] and allowed["restored"] == ["rows", "late"] and allowed["dropped"] == ["head"]
+    assert allowed["initialised"] == ["more", "late", "rows"] and not allowed["reset"]
+    assert allowed["total"]["bytes_read"] == 4 * (3 * 6 * 4 + 5)
+    policies = ("--on-missing", "init", "--on-extra", "drop", "--optimizer-states", "reset")
+    reset = json.loads(ucp(*plan, *policies).stdout)
+    assert reset["reset"] and reset["total"]["bytes_read"] == 4 * (6 * 4 + 5)
+    shown = ucp(*plan[:-1], *policies).stdout
+    for line in ("2 parameters and buffers, with all optimizer states reset", "more, late, rows", "dropped   head"):
+        assert line in shown
 
 
 def test_for_people(sharded: Path, spec_file: Path, ucp: Ucp) -> None:

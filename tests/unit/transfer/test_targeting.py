@@ -215,7 +215,7 @@ def test_unknown_layouts(sources: dict[str, Path]) -> None:
     refused, unknown = map(str, plan.obstacles)
     assert refused.startswith("DeepSpeed refuses")
     assert unknown.startswith("no layout is known for 12 parameters") and "--spec" in unknown
-    assert plan.view is None and plan.restored == ()
+    assert plan.matching is None and plan.restored == ()
     other = Spec.parse({"family": "other", "rules": RULES[:1]}, "other")
     with pytest.raises(SpecError, match="matches no rule"):
         plan_target(checkpoint, Topology(), other)

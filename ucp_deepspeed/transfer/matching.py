@@ -1,0 +1,123 @@
+"""Which parameter of a checkpoint belongs to which of a model, and what happens to those that differ.
+
+Everything that isn't a plain restore is an error, unless a policy allows it by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from ucp_deepspeed.checkpoint.checkpoint import HeldShapes, Kind
+from ucp_deepspeed.errors import MismatchError
+from ucp_deepspeed.layout import Shape
+
+
+class Held(Protocol):
+    """What either side knows of a parameter or buffer."""
+
+    @property
+    def kind(self) -> Kind:
+        """See `ucp_deepspeed.checkpoint.checkpoint.Kind`."""
+
+    @property
+    def local_shapes(self) -> HeldShapes:
+        """See `ucp_deepspeed.checkpoint.checkpoint.HeldShapes`."""
+
+
+@dataclass(frozen=True)
+class Policies:
+    """What a load may do beside restoring.
+
+    Attributes:
+        initialise: a trained parameter, or a part of one, that the checkpoint lacks keeps the model's value, with zero state.
+        drop: a trained parameter or an optimizer state that the model has no place for is left out.
+        optimizer_states: ``restore`` them; ``keep`` the live ones; ``reset`` them to zero, as before a first step.
+        strict: frozen parameters and buffers must be the same on both sides too.
+        reshape: parameters of another shape keep the model's value.
+        rounded: masters begin as the source's low-precision weights (``zero_optimization.load_from_fp32_weights: false``).
+    """
+
+    initialise: bool = False
+    drop: bool = False
+    optimizer_states: Literal["restore", "keep", "reset"] = "restore"
+    strict: bool = True
+    reshape: bool = False
+    rounded: bool = False
+
+
+@dataclass(frozen=True)
+class Matching:
+    """The outcome, by logical name, in the order of the side that has them.
+
+    Attributes:
+        restored: parameters and buffers on both sides.
+        initialised: those that only the model has; they keep its values.
+        dropped: those that only the checkpoint has.
+        unfrozen: trained in the model and not in the checkpoint: the weight is restored, the optimizer state starts at zero.
+        frozen: trained in the checkpoint and not in the model: the master weight is restored, the optimizer state is dropped.
+    """
+
+    restored: tuple[str, ...]
+    initialised: tuple[str, ...]
+    dropped: tuple[str, ...]
+    unfrozen: tuple[str, ...]
+    frozen: tuple[str, ...]
+
+
+def match(source: Mapping[str, Held], target: Mapping[str, Held]) -> Matching:
+    """Pair both sides' parameters and buffers, by logical name."""
+    both = [name for name in target if name in source]
+    return Matching(
+        tuple(both),
+        tuple(name for name in target if name not in source),
+        tuple(name for name in source if name not in target),
+        tuple(name for name in both if target[name].kind == "trainable" != source[name].kind),
+        tuple(name for name in both if source[name].kind == "trainable" != target[name].kind),
+    )
+
+
+def check_matching(source: Mapping[str, Held], target: Mapping[str, Held], policies: Policies, heading: str) -> None:
+    """Refuse what no policy allows.
+
+    Raises:
+        MismatchError: lists every parameter that is missing, extra or of another kind.
+    """
+    names = sorted(source.keys() | target.keys())
+    problems = [problem for name in names for problem in _problems(name, source, target, policies)]
+    if problems:
+        raise MismatchError(heading, problems)
+
+
+def _problems(name: str, source: Mapping[str, Held], target: Mapping[str, Held], policies: Policies) -> Iterator[str]:
+    """What is wrong with one name; nothing when it is on both sides, or a policy allows that it isn't."""
+    if name not in source:
+        live = target[name]
+        if not (policies.initialise or (live.kind != "trainable" and not policies.strict)):
+            yield f"{name}: missing in the checkpoint; the model expects {some_shape(live.local_shapes)}"
+    elif name not in target:
+        saved = source[name]
+        if not (policies.drop or (saved.kind != "trainable" and not policies.strict)):
+            yield f"{name}: extra in the checkpoint ({saved.kind}, local shape {some_shape(saved.local_shapes)})"
+    else:
+        kinds = source[name].kind, target[name].kind
+        unfrozen, frozen = kinds == ("frozen", "trainable"), kinds == ("trainable", "frozen")
+        if kinds[0] != kinds[1] and not (unfrozen and policies.initialise) and not (frozen and policies.drop):
+            yield f"{name}: {kinds[0]} in the checkpoint, {kinds[1]} in the model{_hint(unfrozen, frozen)}"
+
+
+def _hint(unfrozen: bool, frozen: bool) -> str:
+    if unfrozen:
+        return '; "on_missing": "init" starts its optimizer state at zero'
+    return '; "on_extra": "drop" leaves its optimizer state out' if frozen else ""
+
+
+def some_shape(shapes: HeldShapes) -> Shape | None:
+    """Local shape on the first rank that holds the parameter."""
+    return next((shape for shape in shapes if shape is not None), None)
+
+
+def is_grown(found: Shape, expected: Shape) -> bool:
+    """Whether a model has further rows and is the same otherwise: a vocabulary, or a layer's outputs, that grew."""
+    return len(found) == len(expected) > 0 and found[0] < expected[0] and found[1:] == expected[1:]
