@@ -82,7 +82,9 @@ def _check_groups(
         counts, named = [len(entries)], [len(groups)]
     if counts != named:
         raise DamagedCheckpointError(f"{path} holds parameter groups of {counts}; the manifest names {named}")
-    strange = [name for group in groups for name in group if name not in module and (name is not None or form != "plain")]
+    strange = [
+        name for group in groups for name in group if name not in module and (name is not None or form != "plain")
+    ]
     if strange:
         raise DamagedCheckpointError(f"{path} holds the optimizer state of {strange[0]}, whose weight is in no file")
 
