@@ -27,6 +27,7 @@ class UniversalCheckpointConfig(BaseModel):
             ``drop`` and list them.
         optimizer_states: ``restore``, or ``reset``: start all of them as before a first step.
         hyperparameters: ``restore`` those of the parameter groups (rates, weight decay, …), or ``keep`` the configured ones.
+        random_state: ``restore`` each rank's random streams, or derive new ones on another topology; ``keep``: leave them alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -39,6 +40,7 @@ class UniversalCheckpointConfig(BaseModel):
     on_extra: Literal["error", "drop"] = "error"
     optimizer_states: Literal["restore", "reset"] = "restore"
     hyperparameters: Literal["restore", "keep"] = "restore"
+    random_state: Literal["restore", "keep"] = "restore"
 
     @property
     def has_policies(self) -> bool:

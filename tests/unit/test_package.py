@@ -100,6 +100,7 @@ def test_config_surface() -> None:
         "on_extra": "drop",
         "optimizer_states": "reset",
         "hyperparameters": "keep",
+        "random_state": "keep",
     }
     assert set(UniversalCheckpointConfig.model_fields) == block.keys()
     assert parse_config({}).enabled is False

@@ -32,7 +32,8 @@ from ucp_deepspeed.engine.model import (
     model_parallel_rank,
 )
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer
-from ucp_deepspeed.engine.training_state import Settings, plan_hyperparameters, restore_run
+from ucp_deepspeed.engine.random_state import read_random_state, restore_random_state
+from ucp_deepspeed.engine.training_state import Settings, plan_hyperparameters, restore_data_schedules, restore_run
 from ucp_deepspeed.errors import CheckpointNotFoundError, ConfigError
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -102,21 +103,27 @@ def load_checkpoint(
         load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn
     )
     started = time.monotonic()
-    folder, prepared, universal = None, None, False
+    folder, prepared, universal, random_state = None, None, False, None
+    goes_on = config.random_state == "restore" and config.load != "never" and not load_module_only
     with agreement():
         folder = _find(Path(load_dir), None if tag is None else str(tag), config.load)
         if folder is not None:
             prepared = open_checkpoint(folder), engine_optimizer(engine)
             universal = _takes_universal_path(config, engine, *prepared)
+            random_state = read_random_state(folder) if goes_on else None
     if not _any_rank(universal):  # a pipeline's stages may have changed on some ranks only
         if tag is None and folder == Path(load_dir):
             load_dir, tag = str(folder.parent), folder.name
-        return native(load_dir, tag=tag, **asdict(options))
-    with agreement():
-        if prepared is None:
-            raise CheckpointNotFoundError(f"no checkpoint at {load_dir}, where other ranks see one")
-    assert prepared is not None
-    return _load_universal(engine, *prepared, options, started)
+        loaded = native(load_dir, tag=tag, **asdict(options))
+    else:
+        with agreement():
+            if prepared is None:
+                raise CheckpointNotFoundError(f"no checkpoint at {load_dir}, where other ranks see one")
+        assert prepared is not None
+        loaded = _load_universal(engine, *prepared, options, started)
+    if goes_on and loaded[0] is not None:
+        restore_random_state(engine, random_state)
+    return loaded
 
 
 def _any_rank(value: bool) -> bool:
@@ -195,6 +202,8 @@ def _load_universal(
     if custom is not None:
         run_custom_load(engine, model, optimizer, custom, source)
     restore_run(engine, checkpoint, optimizer, options, settings)
+    if not options.load_module_only:
+        restore_data_schedules(engine, state)
     engine.universal_checkpoint_report = report = LoadReport(
         source=f"{checkpoint.form} {checkpoint.topology}",
         target=f"{optimizer.form} {model.topology}",

@@ -19,6 +19,7 @@ from ucp_deepspeed.checkpoint.view import layouts_of
 from ucp_deepspeed.engine.model import EngineModel, agreement, describe_model, gather_model_parallel
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.pipeline import check_tied_copies, layer_keys
+from ucp_deepspeed.engine.random_state import save_random_state
 from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError
 from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Unique
@@ -53,7 +54,13 @@ def save_checkpoint(
         if dist.get_rank() == 0:
             (folder / MANIFEST_NAME).unlink(missing_ok=True)
     saved = native(save_dir, tag=tag, save_latest=False, **rest)
-    dist.barrier()
+    with agreement():
+        try:
+            save_random_state(engine, folder)
+        except OSError as error:
+            raise SaveError(
+                f"the random state could not be written to {folder}, and 'latest' was not moved: {error}"
+            ) from error
     with agreement():
         if dist.get_rank() == 0:
             try:

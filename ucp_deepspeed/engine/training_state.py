@@ -72,6 +72,25 @@ def restore_run(
         _restore_loss_scale(checkpoint, optimizer)
 
 
+def restore_data_schedules(engine: Any, state: Mapping[str, Any]) -> None:
+    """Take over DeepSpeed's curriculum sampler and random layer-token dropping.
+
+    Both count samples, steps and tokens of the whole run, so that they go on unchanged on any number of ranks.
+    """
+    loader = engine.training_dataloader
+    schedules = {
+        "random_ltd": engine.random_ltd_scheduler if engine.random_ltd_enabled() else None,
+        "data_sampler": loader.data_sampler if loader is not None and engine.curriculum_learning_enabled() else None,
+    }
+    for key, live in schedules.items():
+        saved = state.get(key)
+        if live is not None and saved is not None:
+            live.load_state_dict(saved)
+        elif live is not None or saved is not None:
+            side = "the checkpoint" if saved is None else "the engine"
+            logger.warning("%s has no %r, the other side has: the schedule of the data starts anew", side, key)
+
+
 def _restore_scheduler(scheduler: Any, state: Mapping[str, Any] | None) -> None:
     if state is None:
         logger.warning(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -90,6 +91,10 @@ class _Chunk:
     atoms: tuple[Atom, ...]
 
 
+FIRST_RANDOM_STATE_NAME = "ucp_random_state_rank_00000.json"
+"""From its seed, new streams of random numbers are derived on any topology (``docs/format.md``, *Random state*)."""
+
+
 def convert(
     view: UniversalView,
     destination: Path,
@@ -127,6 +132,9 @@ def convert(
             safetensors.torch.save_file(tensors, folder / CLIENT_TENSORS_NAME)
         sizes = {entry.name: entry.stat().st_size for entry in folder.iterdir()}
         index = index.model_copy(update={"files": sizes})
+        random_state = view.checkpoint.path / FIRST_RANDOM_STATE_NAME
+        if random_state.is_file():
+            shutil.copyfile(random_state, folder / FIRST_RANDOM_STATE_NAME)
         (folder / INDEX_NAME).write_text(index.model_dump_json(indent=1), encoding="utf-8")
     return count
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
@@ -23,6 +24,9 @@ from ucp_deepspeed.checkpoint.universal import (
 )
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import MAX_LISTED, ConfigError, UnsupportedError
+
+DATA_SCHEDULES = ("data_sampler", "random_ltd")
+"""DeepSpeed's keys for its curriculum and its random layer-token dropping; None where a run has none."""
 
 KEPT_ENGINE_KEYS = ("ds_config", "ds_version")
 """Of what DeepSpeed puts beside the user's client state, that which means something on another topology."""
@@ -74,7 +78,17 @@ def describe(
 def client_state_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """The user's own keys, and those of DeepSpeed's in `KEPT_ENGINE_KEYS`."""
     _, state = checkpoint.client_state()
-    return {key: value for key, value in state.items() if key not in ENGINE_KEYS or key in KEPT_ENGINE_KEYS}
+    kept = {key: value for key, value in state.items() if key not in ENGINE_KEYS or key in KEPT_ENGINE_KEYS}
+    return kept | {key: _without_numpy(state[key]) for key in DATA_SCHEDULES if state.get(key) is not None}
+
+
+def _without_numpy(value: Any) -> Any:
+    """DeepSpeed's schedules hold numpy's numbers and arrays, in whose place they take plain ones."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _without_numpy(item) for key, item in value.items()}
+    return type(value)(map(_without_numpy, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _run(checkpoint: Checkpoint) -> IndexRun:

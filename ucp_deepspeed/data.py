@@ -1,0 +1,312 @@
+"""Where a run stands in its data: a sampler that goes on at the same sample, whatever the data-parallel size was and is.
+
+All ranks together read one endless *stream* of indices: epoch after epoch, each in an order that depends on nothing but the seed
+and the epoch's number. A *position* in it is a number of samples. Each global batch is the next run of the stream, so that the
+position is ``engine.global_samples``, which DeepSpeed counts, saves and restores itself; nothing else needs to be stored::
+
+    sampler = ResumableSampler(dataset, seed=1234).follow(engine)
+    loader = DataLoader(dataset, batch_size=engine.train_micro_batch_size_per_gpu(), sampler=sampler)
+    engine.load_checkpoint("runs/a")
+    while sampler.epoch < 3:
+        for batch in loader:
+            ...
+
+``engine.deepspeed_io(dataset, data_sampler=sampler)`` makes DeepSpeed's own loader of it, in place of ``training_data=``, whose
+sampler knows no position; ``engine.set_dataloader(RepeatingLoader(that))``, after loading, feeds a pipeline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+from ucp_deepspeed.errors import MismatchError, UniversalCheckpointError
+
+Indices = NDArray[np.int64]
+
+BLOCK = 4096
+"""Indices that are computed at a time."""
+
+
+class DataPositionError(UniversalCheckpointError):
+    """A sampler's position, or its share of the stream, is impossible."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleStream:
+    """The endless sequence of indices that a run reads, computed where it is needed and never stored.
+
+    Position ``p`` lies in epoch ``p // samples``; the positions of one epoch hold each index exactly once.
+
+    Attributes:
+        samples: of the dataset.
+        seed: of all orders.
+        shuffle: each epoch has an order of its own; False: all have the dataset's.
+    """
+
+    samples: int
+    seed: int = 0
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise DataPositionError(f"a dataset of {self.samples} samples has nothing to read")
+
+    def at(self, positions: Indices) -> Indices:
+        """Indices at ascending positions."""
+        epochs, places = np.divmod(positions, self.samples)
+        if not self.shuffle or not len(positions):
+            return places
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            inside = slice(*np.searchsorted(epochs, [epoch, epoch + 1]))
+            places[inside] = permuted(places[inside], self.samples, self.seed, epoch)
+        return places
+
+
+def permuted(places: Indices, size: int, seed: int, epoch: int) -> Indices:
+    """Images of some places under the permutation of ``range(size)`` that a seed and an epoch choose.
+
+    A Feistel network over the next larger square of a power of two, repeated for what falls outside ``size``: integer arithmetic
+    alone, so that no version of a library and no platform changes an order in the middle of an epoch, and no memory is needed.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    keys = np.frombuffer(hashlib.blake2b(f"{seed}/{epoch}".encode()).digest(), dtype="<u8")
+    images = _permuted_square(places.astype(np.uint64), half, keys)
+    while (outside := np.flatnonzero(images >= np.uint64(size))).size:
+        images[outside] = _permuted_square(images[outside], half, keys)
+    return images.astype(np.int64)
+
+
+def _permuted_square(values: NDArray[np.uint64], half: np.uint64, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = values >> half, values & mask
+    for key in keys:
+        left, right = right, left ^ (_mixed(right + key) & mask)
+    return (left << half) | right
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one iteration over a sampler hands out, to all ranks together: the stream from ``start`` to ``stop``, in samples."""
+
+    start: int
+    stop: int
+
+    @classmethod
+    def of(cls, start: int, boundary: int, samples: int, batch: int) -> Pass:
+        """From ``start`` to the end of its epoch, and on into the next one until the global batch is full.
+
+        Args:
+            boundary: where the global batch of ``start`` began.
+            samples: of an epoch.
+            batch: size of a global batch.
+        """
+        epoch_end = (start // samples + 1) * samples
+        return cls(start, boundary + -(-(epoch_end - boundary) // batch) * batch)
+
+
+class ResumableSampler(Sampler[int]):
+    """In place of torch's ``DistributedSampler``: a data-parallel rank's share of a `SampleStream`, from any position on.
+
+    One iteration is what is left of an epoch. Nothing is dropped or repeated where an epoch doesn't end with a global batch: that
+    batch goes on with the next epoch's first samples, and the next iteration after them. Ranks take positions in turn, so that
+    the samples of a global batch depend neither on the data-parallel size nor on micro-batches and accumulation.
+
+    What a loader has prefetched isn't consumed: with `follow`, each iteration begins after what the engine has trained on. Load
+    before iterating, and begin an iteration only when the engine has taken all of the one before. Steps that were skipped because
+    of an overflow have consumed their samples. A save within an accumulation goes back to its first micro-batch, whose gradients
+    no checkpoint holds. Where the script itself decides when to step (``managed_gradient_accumulation: false``), it must step
+    before it begins another iteration.
+
+    A torch ``DataLoader`` draws a seed for its workers from the default generator whenever an iteration begins; with a
+    ``generator`` of its own it leaves that alone, and a resumed run draws the same random numbers as one never interrupted.
+
+    Args:
+        dataset: what the indices are for, or its number of samples.
+        num_replicas: data-parallel size; `follow` takes it from the engine.
+        rank: data-parallel rank; likewise.
+        shuffle: give each epoch an order of its own.
+        seed: of all orders; the same on all ranks and in all runs.
+        global_batch_size: samples per optimizer step over all ranks, a multiple of ``num_replicas``; likewise.
+        begins_at: ``engine.global_samples`` at which the run began with this dataset, where it read another one before.
+
+    Raises:
+        DataPositionError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        dataset: Sized | int,
+        num_replicas: int = 1,
+        rank: int = 0,
+        shuffle: bool = True,
+        seed: int = 0,
+        *,
+        global_batch_size: int | None = None,
+        begins_at: int = 0,
+    ) -> None:
+        self.stream = SampleStream(dataset if isinstance(dataset, int) else len(dataset), seed, shuffle)
+        self.num_replicas, self.rank, self.begins_at = num_replicas, rank, begins_at
+        self._global_batch_size = num_replicas if global_batch_size is None else global_batch_size
+        self._position = 0
+        self._engine: Any = None
+        if not 0 <= rank < num_replicas:
+            raise DataPositionError(f"rank {rank} of {num_replicas} data-parallel ranks")
+        if self._global_batch_size < 1 or self._global_batch_size % num_replicas:
+            raise DataPositionError(
+                f"a global batch of {self._global_batch_size} samples can't be shared by {num_replicas} data-parallel ranks"
+            )
+
+    def follow(self, engine: Any) -> ResumableSampler:
+        """Take the share of the data and the position from a DeepSpeed engine, from now on; returns itself."""
+        shares = engine.sequence_parallel_size  # ranks that read the same samples
+        group = engine.seq_data_parallel_group
+        self.num_replicas = dist.get_world_size(group=group) // shares
+        self.rank = dist.get_rank(group=group) // shares
+        self._engine = engine
+        return self
+
+    @property
+    def position(self) -> int:
+        """Samples of the stream that have been consumed, over all ranks."""
+        return self._boundary + self._accumulating
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch that the next sample belongs to, from 0."""
+        return self.position // self.stream.samples
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per optimizer step, over all ranks."""
+        return self._global_batch_size if self._engine is None else int(self._engine.train_batch_size())
+
+    def set_position(self, samples: int) -> None:
+        """Begin the next iteration there; only for a sampler that follows no engine.
+
+        Args:
+            samples: of the stream that have been consumed, over all ranks.
+
+        Raises:
+            DataPositionError: it is negative, or the sampler follows an engine.
+        """
+        if self._engine is not None:
+            raise DataPositionError("this sampler follows an engine: its position is engine.global_samples")
+        if samples < 0:
+            raise DataPositionError(f"position {samples} lies before the first sample")
+        self._position = samples
+
+    def __len__(self) -> int:
+        """Samples of this rank in the next iteration."""
+        ahead = self._next_pass()
+        return (ahead.stop - ahead.start) // self.num_replicas
+
+    def __iter__(self) -> Iterator[int]:
+        """Indices for this rank; the position is looked up when the first one is asked for."""
+        ahead, ranks = self._next_pass(), self.num_replicas
+        seen = handed = ahead.start
+        for start in range(ahead.start, ahead.stop, BLOCK * ranks):
+            stop = min(start + BLOCK * ranks, ahead.stop)
+            for index in self.stream.at(np.arange(start + self.rank, stop, ranks)).tolist():
+                if self._engine is not None:
+                    seen = self._checked(seen, handed)
+                yield index
+                handed += ranks
+        if self._engine is None:
+            self._position = ahead.stop
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data for the client state. With `follow` it isn't needed; loading it checks that the stream is still the same."""
+        return self._identity() | {"position": self._boundary}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the position, or, with `follow`, check that it is the engine's.
+
+        Raises:
+            MismatchError: it comes from another stream: lists dataset size, seed and whatever else differs.
+            DataPositionError: the engine stands elsewhere: its checkpoint isn't the one of this state, or isn't loaded yet.
+        """
+        mine = self._identity()
+        problems = [
+            f"{key}: {state.get(key)!r} when saved, {value!r} now"
+            for key, value in mine.items()
+            if state.get(key) != value
+        ]
+        if problems:
+            raise MismatchError("the sampler reads another stream than the one that was saved", problems)
+        if self._engine is None:
+            self.set_position(int(state["position"]))
+        elif self._boundary != state["position"]:
+            raise DataPositionError(
+                f"the saved sampler stood at sample {state['position']}, the engine stands at {self._boundary}; "
+                "load the engine's checkpoint first"
+            )
+
+    def _identity(self) -> dict[str, Any]:
+        stream = self.stream
+        return {
+            "samples": stream.samples,
+            "seed": stream.seed,
+            "shuffle": stream.shuffle,
+            "begins_at": self.begins_at,
+        }
+
+    def _next_pass(self) -> Pass:
+        batch = self.global_batch_size if self._accumulates() else self._micro_batches
+        return Pass.of(self.position, self._boundary, self.stream.samples, batch)
+
+    def _accumulates(self) -> bool:
+        """Whether the engine decides after how many micro-batches it steps. (Releases before that was a setting always do.)"""
+        return bool(getattr(self._engine, "managed_gradient_accumulation", lambda: True)())
+
+    @property
+    def _micro_batches(self) -> int:
+        """Samples of one micro-batch of each rank, over all ranks."""
+        return int(self.global_batch_size // self._engine.gradient_accumulation_steps())
+
+    @property
+    def _boundary(self) -> int:
+        """Position at which the present global batch began."""
+        if self._engine is None:
+            return self._position
+        boundary = int(self._engine.global_samples) - self.begins_at
+        if boundary < 0:
+            raise DataPositionError(
+                f"the engine stands at sample {self._engine.global_samples}; this dataset begins at sample {self.begins_at}"
+            )
+        return boundary
+
+    @property
+    def _accumulating(self) -> int:
+        """Samples of the present global batch whose gradients the engine has accumulated."""
+        if self._engine is None or not self._accumulates():
+            return 0
+        return int(self._engine.micro_steps % self._engine.gradient_accumulation_steps()) * self._micro_batches
+
+    def _checked(self, seen: int, handed: int) -> int:
+        """The engine's position, which can't have gone back, nor have passed what was handed out.
+
+        Raises:
+            DataPositionError: it has.
+        """
+        position = self.position
+        if not seen <= position <= handed:
+            raise DataPositionError(
+                f"the engine went from sample {seen} to {position}, and this iteration has handed out those before {handed}: "
+                "it has loaded a checkpoint or trained on other data meanwhile; iterate over the loader anew"
+            )
+        return position

@@ -1,0 +1,341 @@
+"""Random numbers: what each rank's streams were when a run saved, and what they become when it resumes.
+
+On the same ranks every stream goes on exactly where it stood. On others, new streams are derived from the saved seed, so that
+resuming twice draws the same numbers. Which ranks share a stream is then taken from the live run, as its script has seeded it:
+ranks that are alike stay alike, and others differ. That is Megatron's rule where its seeding is used (tensor-parallel ranks share
+the default stream and differ in the tracker's), and it keeps ranks together that must decide alike, such as which layers to skip
+under ZeRO-3.
+
+Each rank writes a small file of its own beside DeepSpeed's (``docs/format.md``, *Random state*).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import sys
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.activation_checkpointing import checkpointing
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ucp_deepspeed.checkpoint.encoding import decode, encode
+from ucp_deepspeed.checkpoint.manifest import read_manifest
+from ucp_deepspeed.checkpoint.universal import INDEX_NAME
+from ucp_deepspeed.engine.model import agreement, engine_topology, model_parallel_rank
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.transfer.commit import write_atomically
+
+logger = logging.getLogger("ucp_deepspeed")
+
+RANDOM_STATE_VERSION = 1
+RANDOM_STATE_NAME = "ucp_random_state_rank_{rank:05d}.json"
+
+NUMPY_GENERATOR = "MT19937"
+"""Behind numpy's global functions; a script that has put another one there seeds it itself."""
+
+
+class Place(BaseModel):
+    """A rank's role in its run; streams go on only where every rank has its role again."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    world_size: int
+    rank: int
+    data_parallel_rank: int
+    sequence_parallel_rank: int
+    stage: int
+    tensor_parallel_rank: int
+    accelerator: str
+
+
+class RandomState(BaseModel):
+    """The file of one rank.
+
+    Attributes:
+        format_version: `RANDOM_STATE_VERSION`; a reader refuses a later one.
+        place: of the rank that wrote it.
+        global_steps: of the run when it saved.
+        seed: ``torch.initial_seed()``; that of rank 0 is what new streams are derived from.
+        streams: by name, encoded (`ucp_deepspeed.checkpoint.encoding`).
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    format_version: int = RANDOM_STATE_VERSION
+    place: Place
+    global_steps: int
+    seed: int
+    streams: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One live source of random numbers.
+
+    Attributes:
+        read: its state, as `encode` takes it.
+        write: go on from such a state.
+        reseed: begin anew, from a seed of 63 bits.
+        identity: equal on ranks that were seeded alike, as far as can be told; None if the stream belongs to the whole run and
+            not to a rank: it then goes on exactly on any topology.
+    """
+
+    read: Callable[[], Any]
+    write: Callable[[Any], None]
+    reseed: Callable[[int], None]
+    identity: Hashable
+
+
+def save_random_state(engine: Any, folder: Path) -> None:
+    """Write this rank's file. Called on every rank between DeepSpeed's files and the manifest, without which it doesn't count."""
+    place = _place(engine)
+    state = RandomState(
+        place=place,
+        global_steps=engine.global_steps,
+        seed=torch.initial_seed(),
+        streams={name: encode(stream.read(), name, {}) for name, stream in _live_streams(engine).items()},
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / RANDOM_STATE_NAME.format(rank=place.rank), json.dumps(state.model_dump()))
+
+
+def read_random_state(folder: Path) -> RandomState | None:
+    """This rank's file; None if there is none, or none that was committed. Nothing of the engine or the streams changes.
+
+    Raises:
+        DamagedCheckpointError: it can't be parsed, or has another size than the manifest says.
+        UnsupportedError: a later version wrote it.
+    """
+    path = folder / RANDOM_STATE_NAME.format(rank=dist.get_rank())
+    manifest = read_manifest(folder)
+    if not path.is_file() or (manifest is None and not (folder / INDEX_NAME).is_file()):
+        return None
+    if manifest is not None:
+        manifest.check_file(path)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if type(raw["format_version"]) is not int or raw["format_version"] < 1:
+            raise TypeError(f"format_version is {raw['format_version']!r}")
+        if raw["format_version"] > RANDOM_STATE_VERSION:
+            raise UnsupportedError(
+                f"{path} has format version {raw['format_version']}; this release reads up to {RANDOM_STATE_VERSION}"
+            )
+        return RandomState.model_validate(raw)
+    except (ValueError, ValidationError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"{path} is not a random state: {error}") from error
+
+
+def restore_random_state(engine: Any, saved: RandomState | None) -> None:
+    """Let the streams go on, or derive new ones. Collective; the last thing that a load does.
+
+    Args:
+        saved: of `read_random_state`.
+
+    Raises:
+        DamagedCheckpointError: a stream doesn't take the state that was saved of it.
+    """
+    streams, place = _live_streams(engine), _place(engine)
+    mine = _Live(place, {name: stream.identity for name, stream in streams.items()}, _origin(saved, place))
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
+    origin = ranks[0].origin
+    if origin is None:
+        if place.rank == 0:
+            logger.info("the checkpoint holds no random state: the streams stay as the script has seeded them")
+        return
+    exact = all(live.origin is not None and live.origin.same_place for live in ranks)
+    with agreement():
+        for name, stream in streams.items():
+            held = saved.streams.get(name) if saved is not None else None
+            if held is not None and (exact or stream.identity is None):
+                _go_on(name, stream, held)
+            elif stream.identity is not None:
+                stream.reseed(derived_seed(origin.seed, origin.global_steps, name, _first_alike(ranks, name, stream)))
+    if place.rank == 0:
+        _log(exact, origin)
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """What a rank's own file tells: seed and step of the run that saved, and whether the rank has the place that it had there."""
+
+    seed: int
+    global_steps: int
+    world_size: int
+    same_place: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """What one rank tells the others."""
+
+    place: Place
+    identities: Mapping[str, Hashable]
+    origin: _Origin | None
+
+
+def _origin(saved: RandomState | None, place: Place) -> _Origin | None:
+    if saved is None:
+        return None
+    return _Origin(saved.seed, saved.global_steps, saved.place.world_size, saved.place == place)
+
+
+def _first_alike(ranks: Sequence[_Live], name: str, stream: Stream) -> Place:
+    """Place of the first rank that was seeded like this one."""
+    return next(live.place for live in ranks if live.identities.get(name) == stream.identity)
+
+
+def _go_on(name: str, stream: Stream, held: Any) -> None:
+    try:
+        stream.write(decode(held, {}))
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise DamagedCheckpointError(
+            f'the saved state of the random stream {name!r} can\'t be taken over ({error}); "random_state": "keep" leaves it out'
+        ) from error
+
+
+def derived_seed(seed: int, global_steps: int, stream: str, place: Place) -> int:
+    """Seed of a new stream, 63 bits wide; it depends on a rank's role, and not on the size of either topology."""
+    role = place.model_dump(exclude={"world_size", "rank", "accelerator"})
+    text = json.dumps([seed, global_steps, stream, role], sort_keys=True)
+    return int.from_bytes(_digest(text), "little") >> 1
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+def _log(exact: bool, origin: _Origin) -> None:
+    if exact:
+        logger.info("random state: each rank's streams go on where they stood at step %d", origin.global_steps)
+        return
+    logger.info(
+        "random state: saved at step %d by %d ranks, or in other roles, or on another accelerator; new streams are derived from "
+        "its seed %d",
+        origin.global_steps,
+        origin.world_size,
+        origin.seed,
+    )
+
+
+def _place(engine: Any) -> Place:
+    stage, tensor_parallel_rank = divmod(model_parallel_rank(engine), engine_topology(engine).tp)
+    copy, share = divmod(dist.get_rank(group=engine.seq_data_parallel_group), engine.sequence_parallel_size)
+    return Place(
+        world_size=dist.get_world_size(),
+        rank=dist.get_rank(),
+        data_parallel_rank=copy,
+        sequence_parallel_rank=share,
+        stage=stage,
+        tensor_parallel_rank=tensor_parallel_rank,
+        accelerator=get_accelerator().device_name(),
+    )
+
+
+def _live_streams(engine: Any) -> dict[str, Stream]:
+    """All sources of this rank, by the names that they have in the file."""
+    streams = {"python": _python_stream(), "torch": _generator_stream(torch.default_generator)}
+    if np.random.get_state(legacy=False)["bit_generator"] == NUMPY_GENERATOR:
+        streams["numpy"] = _numpy_stream()
+    if get_accelerator().device_name() != "cpu":
+        streams["accelerator"] = _accelerator_stream()
+    for owner, tracker in _trackers():
+        for name in tracker.get_states():
+            streams[f"{owner}/{name}"] = _tracked_stream(tracker, name)
+    curriculum = getattr(getattr(engine.training_dataloader, "data_sampler", None), "np_rng", None)
+    if curriculum is not None:
+        streams["curriculum"] = _curriculum_stream(curriculum)
+    return streams
+
+
+def _python_stream() -> Stream:
+    return Stream(random.getstate, random.setstate, random.seed, _digest(repr(random.getstate())))
+
+
+def _numpy_stream() -> Stream:
+    def read() -> dict[str, Any]:
+        state = dict(np.random.get_state(legacy=False))
+        return state | {"state": {"key": state["state"]["key"].tolist(), "pos": int(state["state"]["pos"])}}
+
+    def write(state: dict[str, Any]) -> None:
+        key = np.asarray(state["state"]["key"], dtype=np.uint32)
+        np.random.set_state(state | {"state": {"key": key, "pos": state["state"]["pos"]}})
+
+    return Stream(read, write, lambda seed: np.random.seed(seed % 2**32), _digest(repr(read())))
+
+
+def _generator_stream(generator: torch.Generator) -> Stream:
+    return Stream(
+        lambda: _to_bytes(generator.get_state()),
+        lambda state: _discard(generator.set_state(_to_tensor(state))),
+        lambda seed: _discard(generator.manual_seed(seed)),
+        generator.initial_seed(),
+    )
+
+
+def _accelerator_stream() -> Stream:
+    accelerator = get_accelerator()
+    return Stream(
+        lambda: _to_bytes(accelerator.get_rng_state()),
+        lambda state: _discard(accelerator.set_rng_state(_to_tensor(state))),
+        lambda seed: _discard(accelerator.manual_seed(seed)),
+        accelerator.initial_seed(),
+    )
+
+
+def _trackers() -> Iterator[tuple[str, Any]]:
+    """The named streams that DeepSpeed's activation checkpointing and Megatron-Core keep beside the default one."""
+    yield "deepspeed", checkpointing.get_cuda_rng_tracker()
+    megatron: Any = sys.modules.get("megatron.core.tensor_parallel.random")
+    if megatron is not None and megatron._CUDA_RNG_STATE_TRACKER_INITIALIZED:
+        yield "megatron", megatron.get_cuda_rng_tracker()
+
+
+def _tracked_stream(tracker: Any, name: str) -> Stream:
+    """A tracker's stream is a generator where CUDA graphs use it, which must stay the same object; otherwise a state."""
+    held = tracker.get_states()[name]
+    if isinstance(held, torch.Generator):
+        return _generator_stream(held)
+    generator = torch.Generator(device=get_accelerator().current_device_name())
+    generator.set_state(held)
+
+    def put(state: torch.Tensor) -> None:
+        tracker.set_states(tracker.get_states() | {name: state})
+
+    return Stream(
+        lambda: _to_bytes(held),
+        lambda state: put(_to_tensor(state)),
+        lambda seed: put(generator.manual_seed(seed).get_state()),
+        generator.initial_seed(),
+    )
+
+
+def _curriculum_stream(generator: np.random.Generator) -> Stream:
+    """What DeepSpeed's curriculum sampler draws from, on rank 0 for all; its state dict holds numpy's global stream instead."""
+
+    def write(state: Any) -> None:
+        generator.bit_generator.state = state
+
+    return Stream(lambda: generator.bit_generator.state, write, lambda seed: None, None)
+
+
+def _to_bytes(state: torch.Tensor) -> bytes:
+    return state.cpu().numpy().tobytes()
+
+
+def _to_tensor(state: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
+
+
+def _discard(_: object) -> None:
+    """For calls whose result nobody needs."""
