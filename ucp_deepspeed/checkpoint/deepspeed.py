@@ -100,7 +100,7 @@ class DeepSpeedCheckpoint(Checkpoint):
     ) -> Iterator[Fragment[FileExtent]]:
         """See `Checkpoint.fragments`."""
         slot, index = self._where[rank][name]
-        for part in slot.flattening.slices(index, local_start, local_stop):
+        for part in slot.flattening_of(state).slices(index, local_start, local_stop):
             yield Fragment(part.local_start, part.numel, slot.extent(part.partition, state), part.buffer_start)
 
     def client_state(self, rank: int = 0) -> tuple[str, dict[str, Any]]:
@@ -127,9 +127,11 @@ class DeepSpeedCheckpoint(Checkpoint):
         """See `Checkpoint`."""
         return self._read_groups()
 
-    def flat_order(self, rank: int) -> list[tuple[tuple[str, ...], Flattening]]:
-        """Names and flattening of the trainable slots of one model-parallel rank: equal orders can exchange files."""
-        return [(slot.names, slot.flattening) for slot in self._slots[rank] if slot.kind == "trainable"]
+    def flat_order(self, rank: int) -> list[tuple[tuple[str, ...], Flattening, frozenset[str]]]:
+        """Names, flattening and `Slot.overlapping` of a model-parallel rank's trainable slots: equal orders can exchange files."""
+        return [
+            (slot.names, slot.flattening, slot.overlapping) for slot in self._slots[rank] if slot.kind == "trainable"
+        ]
 
     @cached_property
     def _slots(self) -> list[list[Slot]]:

@@ -18,6 +18,7 @@ from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of, 
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.layout import FlatGroup, Flattening, SlicedGroup
+from ucp_deepspeed.layout.overlap import OverlappingGroup
 
 OpenPartition = Callable[[int], tuple[dict[str, Any], Path]]
 """``partition`` → (the file's ``optimizer_state_dict``, the file)."""
@@ -59,6 +60,13 @@ BF16_OPTIMIZER = ZeroForm("bf16-optimizer", "single_partition_of_fp32_groups", "
 ZERO_3 = ZeroForm("zero-3", "fp32_flat_groups", "optimizer_state_dict")
 
 
+NVME_FOLDER = "offloaded_tensors"
+"""Where DeepSpeed copies what was on NVMe."""
+
+MOMENTUM = "momentum_buffer"
+"""State of Muon's matrices."""
+
+
 def slot_indices(groups: Sequence[Mapping[str, Any]]) -> list[int]:
     """For each sub-group of ZeRO-3 its index in the base optimizer's state.
 
@@ -71,13 +79,26 @@ def recognise(saved: Mapping[str, Any], path: Path) -> ZeroForm:
     """Which class wrote an ``optimizer_state_dict``.
 
     Raises:
-        UnsupportedError: none that is known.
+        UnsupportedError: none that is known, or the masters were on NVMe.
     """
     if ZERO_3.masters in saved:
+        _check_masters(saved[ZERO_3.masters], path)
         return ZERO_3
     if ZERO_12.masters in saved:
         return ZERO_12 if "zero_stage" in saved else BF16_OPTIMIZER
     raise UnsupportedError(f"{path} was written by an optimizer class that isn't known: keys {sorted(map(str, saved))}")
+
+
+def _check_masters(masters: Sequence[torch.Tensor], path: Path) -> None:
+    """Refuse what DeepSpeed writes of sub-groups that it has swapped out.
+
+    That is an empty tensor, and in a folder beside a copy of its swap files (``runtime/engine.py::save_checkpoint``).
+    """
+    if (path.parent / NVME_FOLDER).is_dir() and any(master.numel() == 0 for master in masters):
+        raise UnsupportedError(
+            f"{path} holds no master weights: they were on NVMe (offload_optimizer.device: nvme) and are in {NVME_FOLDER}/, "
+            f"which this release can't read; DeepSpeed itself can, on the same topology"
+        )
 
 
 def zero_slots(
@@ -110,12 +131,45 @@ def zero_slots(
         buffer = torch.empty(flattening.buffer_numel(0), device="meta")
         if isinstance(saved[form.optimizer], list):
             buffer = masters[index]
-        found = split_states(form.state_entry(saved, index), buffer, path)
-        states = {MASTER: TORCH_DTYPES[masters[index].dtype], **found.states}
-        group = _group_of(form, saved, index)
-        names = tuple(named)
-        slots.append(Slot(names, shapes, "trainable", flattening, tensor, states, found.scalars, found.refused, group))
+        entry = form.state_entry(saved, index)
+        overlapping = _overlapping(form, index, flattening, open_partition)
+        found = split_states({key: value for key, value in entry.items() if key not in overlapping}, buffer, path)
+        whole = {key: TORCH_DTYPES[entry[key].dtype] for key in overlapping}
+        slots.append(
+            Slot(
+                tuple(named),
+                shapes,
+                "trainable",
+                flattening,
+                tensor,
+                {MASTER: TORCH_DTYPES[masters[index].dtype], **found.states, **whole},
+                found.scalars,
+                found.refused,
+                _group_of(form, saved, index),
+                overlapping,
+            )
+        )
     return slots
+
+
+def _overlapping(form: ZeroForm, index: int, flattening: Flattening, open_partition: OpenPartition) -> frozenset[str]:
+    """See `Slot.overlapping`: under ZeRO-1/2 the momentum of Muon's groups, unless it was offloaded.
+
+    Both ways differ in the first partition whose tensors aren't exactly those that it has whole; before it they are the same.
+    """
+    saved, _ = open_partition(0)
+    if form is not ZERO_12 or not isinstance(flattening, FlatGroup) or MOMENTUM not in form.state_entry(saved, index):
+        return frozenset()
+    if not any(group.get("use_muon") for group in form.hyperparameters(saved)[index : index + 1]):
+        return frozenset()
+    whole = OverlappingGroup(flattening)
+    for partition in range(flattening.partitions):
+        numel = whole.buffer_numel(partition)
+        if numel != flattening.partition_numel:
+            momentum = form.state_entry(open_partition(partition)[0], index).get(MOMENTUM)
+            held = 0 if momentum is None else momentum.numel()
+            return frozenset((MOMENTUM,)) if held == numel else frozenset()
+    return frozenset()
 
 
 def frozen_slice_slots(

@@ -19,6 +19,7 @@ from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Kind
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, extent_of, scalar_of
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import FlatGroup, Flattening, Shape
+from ucp_deepspeed.layout.overlap import OverlappingGroup
 
 Located = tuple[torch.Tensor, Path]
 """A described tensor and the file it is in."""
@@ -38,6 +39,7 @@ class Slot:
         scalars: states that are one number.
         refused: states that are neither → why.
         group: index of the optimizer's parameter group; None for frozen parameters and buffers.
+        overlapping: states of which each partition has whole every parameter that it has a part of; see `OverlappingGroup`.
     """
 
     names: tuple[str, ...]
@@ -49,6 +51,13 @@ class Slot:
     scalars: Mapping[str, float]
     refused: Mapping[str, str]
     group: int | None
+    overlapping: frozenset[str] = frozenset()
+
+    def flattening_of(self, state: str) -> Flattening:
+        """Where the elements of a state lie: as those of the masters do, but for ``overlapping``."""
+        if state in self.overlapping and isinstance(self.flattening, FlatGroup):
+            return OverlappingGroup(self.flattening)
+        return self.flattening
 
     def extent(self, partition: int, state: str) -> FileExtent:
         """The file range of one partition's buffer.
@@ -58,8 +67,9 @@ class Slot:
         """
         tensor, path = self.tensor(partition, state)
         extent = extent_of(tensor, path)
-        padded = self.flattening.buffer_numel(partition)
-        lean = self.flattening.unpadded_numel(partition) if isinstance(self.flattening, FlatGroup) else padded
+        flattening = self.flattening_of(state)
+        padded = flattening.buffer_numel(partition)
+        lean = flattening.unpadded_numel(partition) if isinstance(flattening, FlatGroup) else padded
         if extent.numel not in (padded, lean):
             raise DamagedCheckpointError(
                 f"{path} holds {extent.numel} elements of {state!r} for partition {partition} of "

@@ -80,7 +80,7 @@ class Filling:
                     plan.slot.master.data.copy_(plan.slot.master.data.to(self.rounding))
                 if self.policies.optimizer_states == "restore":
                     states = {
-                        state: _fill(torch.empty_like(plan.slot.master.data), copies, reader, count)
+                        state: _fill(optimizer.state_buffer(plan.slot, state), copies, reader, count)
                         for state, copies in plan.copies.items()
                         if state != MASTER
                     }
@@ -201,12 +201,9 @@ class _Planner:
     def _slot(self, slot: EngineSlot) -> SlotPlan:
         states, scalars = self._common_states(slot)
         copies: dict[str, list[BlockCopy[FileExtent, None]]] = {state: [] for state in states}
-        held: dict[str, list[Fragment[None]]] = {}
-        for name, fragment in slot.fragments():
-            held.setdefault(self.logical[name], []).append(fragment)
-        assert overlapping_fragments(fragment for group in held.values() for fragment in group) is None
+        held = {state: self._held(slot, state) for state in states}
         kept: list[Fragment[None]] = []
-        for name, fragments in held.items():
+        for name, fragments in held[MASTER].items():
             if name not in self.tensors or name in self.grown:
                 kept += fragments
             if name in self.tensors:
@@ -214,8 +211,16 @@ class _Planner:
                 copies[MASTER] += self._tensor(name, source, fragments)
                 for state in states if source == MASTER else ():
                     if state != MASTER:
-                        copies[state] += self._tensor(name, state, fragments)
+                        copies[state] += self._tensor(name, state, held[state][name])
         return SlotPlan(slot, {state: tuple(found) for state, found in copies.items()}, tuple(kept), scalars)
+
+    def _held(self, slot: EngineSlot, state: str) -> Mapping[str, Sequence[Fragment[None]]]:
+        """By logical name, what this rank holds of a state of a slot."""
+        held: dict[str, list[Fragment[None]]] = {}
+        for name, fragment in slot.fragments(state):
+            held.setdefault(self.logical[name], []).append(fragment)
+        assert overlapping_fragments(fragment for group in held.values() for fragment in group) is None
+        return held
 
     def _weight_state(self, name: str) -> str:
         """State of the checkpoint that holds a weight: the master of a trained parameter, of others the weight itself."""

@@ -173,7 +173,8 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
             return False  # DeepSpeed can't read what it has written (KeyError in BF16_Optimizer.load_state_dict)
         recorded = checkpoint.recorded_groups(rank)
         return recorded is None or recorded == optimizer.group_names()
-    return checkpoint.flat_order(rank) == [(slot.names, slot.flattening) for slot in optimizer.slots()]
+    slots = optimizer.slots()
+    return checkpoint.flat_order(rank) == [(slot.names, slot.flattening, slot.overlapping) for slot in slots]
 
 
 def _load_universal(

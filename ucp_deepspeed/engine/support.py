@@ -37,7 +37,7 @@ def check_engine(engine: Any) -> None:
     """Refuse, when the engine is built, what saving and loading couldn't handle. Collective.
 
     Raises:
-        UnsupportedError: the version, mixture-of-experts layers, or the optimizer's class.
+        UnsupportedError: the version, mixture-of-experts layers, the optimizer's class, or where its settings keep its tensors.
         SpecError, MismatchError: the layouts that the config names don't fit the model.
     """
     check_version()

@@ -32,7 +32,7 @@ def engine_optimizer(engine: Any) -> EngineOptimizer:
     """The family of an engine's optimizer.
 
     Raises:
-        UnsupportedError: the engine has no optimizer, or one of a class that isn't known.
+        UnsupportedError: the engine has no optimizer, one of a class that isn't known, or one whose tensors lie on NVMe.
     """
     optimizer = engine.optimizer
     if type(optimizer) in FAMILIES:

@@ -6,21 +6,18 @@ A *slot* is one tensor that the base (torch) optimizer steps on, with the parame
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import LossScale
-from ucp_deepspeed.layout import Flattening
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, LossScale
+from ucp_deepspeed.engine.optimizers.states import example_states
+from ucp_deepspeed.layout import FlatGroup, Flattening
+from ucp_deepspeed.layout.overlap import OverlappingGroup
 from ucp_deepspeed.plan import Fragment
-
-DEEPSPEED_ADAMS = ("FusedAdam", "DeepSpeedCPUAdam")
-"""Classes whose compiled step can't be tried on a copy."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,7 @@ class EngineSlot:
         flattening: where their elements lie in the masters of all partitions.
         partition: which partition this rank holds.
         group: index of the parameter group.
+        overlapping: states that are kept whole of every parameter that this rank holds a part of; see `OverlappingGroup`.
     """
 
     master: torch.Tensor
@@ -40,10 +38,17 @@ class EngineSlot:
     flattening: Flattening
     partition: int
     group: int
+    overlapping: frozenset[str] = frozenset()
 
-    def fragments(self) -> Iterator[tuple[str, Fragment[None]]]:
-        """For each run of elements that this rank holds: the parameter's name, and where it lies in ``master``."""
-        for part in self.flattening.held_by(self.partition):
+    def flattening_of(self, state: str) -> Flattening:
+        """Where the elements of a state lie; the masters' way but for ``overlapping``."""
+        if state in self.overlapping and isinstance(self.flattening, FlatGroup):
+            return OverlappingGroup(self.flattening)
+        return self.flattening
+
+    def fragments(self, state: str = MASTER) -> Iterator[tuple[str, Fragment[None]]]:
+        """For each run of elements that this rank holds of a state: the parameter's name, and where it lies in the buffer."""
+        for part in self.flattening_of(state).held_by(self.partition):
             yield self.names[part.index], Fragment(part.local_start, part.numel, None, part.buffer_start)
 
 
@@ -92,14 +97,19 @@ class EngineOptimizer(ABC):
         state: Mapping[str, Any] = self.base.state.get(slot.master, {})
         return state
 
+    def state_buffer(self, slot: EngineSlot, state: str) -> torch.Tensor:
+        """A tensor to fill with an element-wise state and to give to `set_state`; its values are undefined."""
+        return torch.empty_like(slot.master.data)
+
     def set_state(self, slot: EngineSlot, states: Mapping[str, torch.Tensor], scalars: Mapping[str, float]) -> None:
         """Replace the base optimizer's state for a slot; without states and scalars, as if no step had been taken."""
+        if not (states or scalars):
+            self.reset_state(slot)
+            return
         like = self._examples(slot) or {}
-        self.base.state.pop(slot.master, None)
-        if states or scalars:
-            self.base.state[slot.master] = dict(states) | {
-                key: _in_form_of(like.get(key), value) for key, value in scalars.items()
-            }
+        self.base.state[slot.master] = dict(states) | {
+            key: _in_form_of(like.get(key), value) for key, value in scalars.items()
+        }
 
     def reset_state(self, slot: EngineSlot) -> None:
         """Make the base optimizer's state for a slot what it is before a first step."""
@@ -119,25 +129,8 @@ class EngineOptimizer(ABC):
         return frozenset(key for key, value in found.items() if isinstance(value, torch.Tensor) and value.ndim > 0)
 
     def _examples(self, slot: EngineSlot) -> Mapping[str, Any] | None:
-        """Values, of any number, in the form in which the base optimizer keeps them for a slot; None when that can't be told."""
-        if live := self.state_of(slot):
-            return live
-        if type(self.base).__name__ in DEEPSPEED_ADAMS:
-            return {"step": 0} | dict.fromkeys(("exp_avg", "exp_avg_sq"), slot.master)
-        return self._probed_state(slot)
-
-    def _probed_state(self, slot: EngineSlot) -> Mapping[str, Any] | None:
-        """What a copy of the base optimizer keeps after a step on a scratch tensor; torch's make their states then."""
-        scratch = torch.zeros((2,) * slot.master.ndim, device=slot.master.device, requires_grad=True)
-        scratch.grad = torch.zeros_like(scratch)
-        try:
-            probe = copy.copy(self.base)
-            probe.state = defaultdict(dict)
-            probe.param_groups = [{**self.base.param_groups[slot.group], "params": [scratch]}]
-            probe.step()
-        except Exception:  # a user's own class may raise anything; then the states are taken as they are
-            return None
-        return probe.state[scratch]
+        """See `example_states`; the live state itself where there is one."""
+        return self.state_of(slot) or example_states(self.base, slot.group, slot.master)
 
 
 def _in_form_of(example: Any, value: float) -> Any:

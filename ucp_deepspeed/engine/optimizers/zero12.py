@@ -12,7 +12,9 @@ import torch
 from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
+from ucp_deepspeed.checkpoint.deepspeed_zero import MOMENTUM
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
+from ucp_deepspeed.engine.optimizers.states import is_muon_group
 from ucp_deepspeed.layout import FlatGroup
 
 
@@ -37,8 +39,13 @@ class PartitionedOptimizer(EngineOptimizer):
             flattening = FlatGroup(tuple(param.numel() for param in params), partitions, gaps)
             assert flattening.partition_numel == master.numel(), (index, flattening.partition_numel, master.numel())
             names = tuple(self._names[param] for param in params)
-            slots.append(EngineSlot(master, names, flattening, dist.get_rank(group=process_group), index))
+            rank, overlapping = dist.get_rank(group=process_group), self._overlapping(index)
+            slots.append(EngineSlot(master, names, flattening, rank, index, overlapping))
         return slots
+
+    def _overlapping(self, group: int) -> frozenset[str]:
+        """See `EngineSlot.overlapping`."""
+        return frozenset()
 
     def group_names(self) -> list[list[str | None]]:
         """See `EngineOptimizer.group_names`."""
@@ -62,6 +69,20 @@ class Zero12Optimizer(PartitionedOptimizer):
         paddings = getattr(zero, "round_robin_bit16_padding", None)
         gaps = [tuple(group) for group in paddings] if paddings else [()] * len(zero.round_robin_bit16_groups)
         return list(zip(zero.round_robin_bit16_groups, zero.single_partition_of_fp32_groups, gaps, strict=True))
+
+    def _overlapping(self, group: int) -> frozenset[str]:
+        """Muon's momentum: its update needs whole matrices, which are gathered where the state is offloaded, else kept."""
+        kept_whole = is_muon_group(self.base, group) and not self._zero.cpu_offload
+        return frozenset((MOMENTUM,)) if kept_whole else frozenset()
+
+    def state_buffer(self, slot: EngineSlot, state: str) -> torch.Tensor:
+        """See `EngineOptimizer.state_buffer`. Momentum that is kept whole has the gradients' type (``_muon_momentum_buffer``)."""
+        if state not in slot.overlapping:
+            return super().state_buffer(slot, state)
+        zero = self._zero
+        dtype = zero.gradient_accumulation_dtype if zero.use_grad_accum_attribute else zero.dtype
+        numel = slot.flattening_of(state).buffer_numel(slot.partition)
+        return torch.empty(numel, dtype=dtype, device=slot.master.device)
 
     def loss_scale(self) -> LossScale | None:
         """See `EngineOptimizer.loss_scale`."""

@@ -12,8 +12,11 @@ import torch
 from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
+from ucp_deepspeed.checkpoint.deepspeed_zero import MOMENTUM
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
+from ucp_deepspeed.engine.optimizers.states import is_muon_group
 from ucp_deepspeed.engine.optimizers.zero12 import scaler_state, set_scaler_state
+from ucp_deepspeed.errors import UnsupportedError
 from ucp_deepspeed.layout import SlicedGroup
 
 
@@ -26,6 +29,7 @@ class Zero3Optimizer(EngineOptimizer):
         self._zero = engine.optimizer
         self.base = engine.optimizer.optimizer
         self._names: Mapping[torch.Tensor, str] = engine.param_names
+        _check_settings(self._zero)
 
     def slots(self) -> list[EngineSlot]:
         """See `EngineOptimizer.slots`."""
@@ -63,8 +67,31 @@ class Zero3Optimizer(EngineOptimizer):
             zero._unflatten_partitioned_parameters(index)
 
     def end(self) -> None:
-        """Gather persistent parameters again and drop secondary copies."""
+        """Drop secondary copies (hpZ) and gather persistent parameters again.
+
+        ``checkpoint_event_epilogue`` drops those of trained parameters alone, and gathers from secondary copies where there are.
+        """
+        for param in self._names:
+            param.ds_secondary_tensor = None  # type: ignore[attr-defined]
         self._zero.checkpoint_event_epilogue()
+
+    def state_buffer(self, slot: EngineSlot, state: str) -> torch.Tensor:
+        """See `EngineOptimizer.state_buffer`; of Muon the live momentum.
+
+        Its type is that of the gradients' communication, and ``save_muon_momentum_buffer_in_memory`` refers to it a second time.
+        """
+        live = self._live_momentum(slot)
+        return super().state_buffer(slot, state) if live is None else live
+
+    def reset_state(self, slot: EngineSlot) -> None:
+        """See `EngineOptimizer.reset_state`. Muon's momentum is made with the engine, so it stays."""
+        live = self._live_momentum(slot)
+        super().reset_state(slot)
+        if live is not None:
+            self.base.state[slot.master] = {MOMENTUM: live.zero_()}
+
+    def _live_momentum(self, slot: EngineSlot) -> torch.Tensor | None:
+        return self.state_of(slot).get(MOMENTUM) if is_muon_group(self.base, slot.group) else None
 
     def loss_scale(self) -> LossScale | None:
         """See `EngineOptimizer.loss_scale`."""
@@ -73,3 +100,22 @@ class Zero3Optimizer(EngineOptimizer):
     def set_loss_scale(self, values: Mapping[str, Any]) -> None:
         """See `EngineOptimizer.set_loss_scale`."""
         set_scaler_state(self._zero, values)
+
+
+def _check_settings(zero: Any) -> None:
+    """Refuse settings under which masters, states or weights are not where this module fills them.
+
+    Raises:
+        UnsupportedError: names the setting.
+    """
+    refused = {
+        "offload_optimizer.device: nvme": zero.swap_optimizer,
+        "offload_param.device: nvme": zero.params_in_nvme_and_cpu,
+        "offload_optimizer.ratio below 1": zero.offload_optimizer and zero.partial_offload != 1,
+        "zero_quantized_nontrainable_weights": zero.zero_quantized_nontrainable_weights,
+    }
+    if found := [setting for setting, used in refused.items() if used]:
+        raise UnsupportedError(
+            f"zero_optimization.{', '.join(found)} is not supported by this release: it keeps tensors outside ZeRO's partitions; "
+            f'change it, or set "universal_checkpoint": {{"enabled": false}}'
+        )

@@ -1,0 +1,290 @@
+"""Settings that move tensors, or keep second copies of them: offload, hpZ, persistent parameters, accumulation in fp32.
+
+None of them changes what a checkpoint holds, but each has copies of its own that a load must refresh. NVMe is refused: there
+DeepSpeed's universal checkpointing skips the load of the optimizer without a word (``runtime/engine.py:4456``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from checkpoints import LAST_STEP, STEP, Source, differences
+from deepspeed import comm as dist
+from deepspeed.runtime.superoffload.superoffload_stage3 import SuperOffloadOptimizer_Stage3
+from deepspeed.runtime.swap_tensor import partitioned_optimizer_swapper
+from deepspeed.runtime.zenflow.zenflow_stage_1_and_2 import ZenFlowZeroOptimizerParallel
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.config import UniversalCheckpointConfig
+from ucp_deepspeed.engine.optimizers import engine_optimizer
+from ucp_deepspeed.engine.optimizers.zero3 import Zero3Optimizer
+from ucp_deepspeed.errors import UnsupportedError
+from ucp_deepspeed.testing.ranks import RankError, RankPool
+from ucp_deepspeed.testing.runs import Run, _batch, build_engine, train, train_step
+
+Ranks = Callable[[int], RankPool]
+Sources = Callable[[str, Run, int], Source]
+
+CPU = {"device": "cpu", "pin_memory": False}
+FROZEN = ("linear_in.weight",)
+PLAIN = Run("mlp", zero={"stage": 1}, precision="bf16", frozen=FROZEN)
+
+SETTINGS: dict[str, Mapping[str, Any]] = {
+    "zero-1, offloaded": {"stage": 1, "offload_optimizer": CPU},
+    "zero-2, offloaded": {"stage": 2, "offload_optimizer": CPU},
+    "zero-3, offloaded": {"stage": 3, "offload_optimizer": CPU},
+    "zero-3, weights offloaded": {"stage": 3, "offload_param": CPU},
+    "zero-3, both offloaded": {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU, "sub_group_size": 600},
+    "zero-3, hpZ": {"stage": 3, "zero_hpz_partition_size": 2},
+    "zero-3, all persistent": {"stage": 3, "stage3_param_persistence_threshold": 10**6},
+    "zero-3, none persistent": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+
+
+def run_with(setting: str, **changes: Any) -> Run:
+    """The plain run with one of the settings."""
+    return replace(PLAIN, zero=SETTINGS[setting], **changes)
+
+
+class Reloaded(NamedTuple):
+    """What `reload` returns: the loss of a forward pass right after the load, and of the training after it, by step."""
+
+    first: float
+    losses: dict[int, float]
+
+
+def reload(run: Run, load: str, save: str) -> Reloaded:
+    """On a rank: train an engine that begins elsewhere, load into it, save at once, and go on."""
+    engine = build_engine(replace(run, seed=5, universal={"enabled": True, "load": "always"}))
+    for step in (1, 2):
+        train_step(engine, run, step)
+    engine.load_checkpoint(load)
+    first = loss_of_forward(engine, run, STEP + 1)
+    engine.save_checkpoint(save)
+    losses = {step: train_step(engine, run, step) for step in range(STEP + 1, LAST_STEP + 1)}
+    engine.destroy()
+    return Reloaded(first, losses)
+
+
+def loss_of_forward(engine: Any, run: Run, step: int) -> float:
+    """What `train_step` would return, without a step."""
+    tokens = _batch(run, step).chunk(dist.get_world_size())[dist.get_rank()]
+    engine.eval()
+    with torch.no_grad():
+        total = engine(tokens[:, :-1], tokens[:, 1:]).float().clone()
+    engine.train()
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()
+
+
+def check_reload(ranks: Ranks, source: Source, run: Run, folder: Path) -> None:
+    """Nothing differs, and the first forward pass has the source's loss bit for bit, so all weights are the source's."""
+    found = ranks(source.world_size).run(reload, run, str(source.folder), str(folder))[0]
+    assert found.first == found.losses[STEP + 1] == source.losses[STEP + 1]
+    assert differences(source.folder, folder) == []
+    assert max(abs(found.losses[step] - source.losses[step]) for step in found.losses) < 2e-4
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_as_target(setting: str, source: Sources, ranks: Ranks, tmp_path: Path) -> None:
+    """From ZeRO-1 into an engine that has trained: ZeRO 1 → 3 fails in DeepSpeed, which restores no frozen parameter either."""
+    check_reload(ranks, source("plain_bf16", PLAIN, 4), run_with(setting), tmp_path)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_as_source(setting: str, source: Sources, ranks: Ranks, tmp_path: Path) -> None:
+    """Into ZeRO-2 without any of it, which in DeepSpeed no ZeRO-3 checkpoint can be loaded into."""
+    saved = source(setting.replace(", ", "_").replace(" ", "_"), run_with(setting), 4)
+    check_reload(ranks, saved, replace(PLAIN, zero={"stage": 2, "round_robin_gradients": True}), tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_offload_on_another_number_of_ranks(precision: Any, source: Sources, ranks: Ranks, tmp_path: Path) -> None:
+    """'The checkpoint being loaded used a DP world size of …': what DeepSpeed says to another number of ranks."""
+    saved = source(f"plain_{precision}", replace(PLAIN, precision=precision), 4)
+    folder = saved.folder
+    for setting, world_size in (("zero-3, both offloaded", 2), ("zero-1, offloaded", 4), ("zero-3, offloaded", 2)):
+        again = tmp_path / setting.replace(", ", "_")
+        run = run_with(setting, precision=precision)
+        found = ranks(world_size).run(reload, run, str(folder), str(again))[0]
+        folder = again
+        assert differences(saved.folder, folder) == []
+        assert abs(found.first - saved.losses[STEP + 1]) < {"fp32": 2e-6, "bf16": 2e-3}[precision]
+
+
+def test_offload_with_an_optimizer_of_the_users(ranks: Ranks, source: Sources, tmp_path: Path) -> None:
+    """``momentum_buffer`` is a KeyError in DeepSpeed's conversion and in its ZeRO-3 load (``stage3.py:3665``)."""
+    client = {"zero_force_ds_cpu_optimizer": False}
+    run = replace(PLAIN, optimizer=("SGD", {"lr": 0.05, "momentum": 0.9}), config=client)
+    saved = source("sgd_bf16", replace(run, zero=SETTINGS["zero-2, offloaded"]), 4)
+    check_reload(ranks, saved, replace(run, zero=SETTINGS["zero-3, both offloaded"]), tmp_path / "a")
+    check_reload(ranks, saved, replace(run, zero={"stage": 3}), tmp_path / "b")
+
+
+def test_accumulation_in_fp32(ranks: Ranks, source: Sources, tmp_path: Path) -> None:
+    """``BF16_Optimizer`` to ZeRO-3 and stage 0 and back, which DeepSpeed can't; its buffers are padded in a way of their own."""
+    run = replace(PLAIN, config={"data_types": {"grad_accum_dtype": "fp32"}}, groups="decay")
+    saved = source("accumulated_bf16", run, 4)
+    assert saved.outcomes[0].optimizer == "BF16_Optimizer"
+    folder = saved.folder
+    plain = replace(PLAIN, groups="decay")
+    for name, target in {
+        "3": replace(plain, zero={"stage": 3}),
+        "0": replace(plain, zero={"stage": 0}),
+        "accumulated": run,
+    }.items():
+        found = ranks(4).run(reload, target, str(folder), str(tmp_path / name))[0]
+        folder = tmp_path / name
+        assert differences(saved.folder, folder) == [] and found.first == saved.losses[STEP + 1]
+    assert found.losses == {step: saved.losses[step] for step in found.losses}
+
+
+class FileHandle:
+    """In place of DeepSpeed's asynchronous reads and writes, which need libaio: the same, done at once."""
+
+    def __init__(self, **_: Any) -> None:
+        self._locked: set[int] = set()
+        self._done = 0
+
+    def new_cpu_locked_tensor(self, numel: int, like: torch.Tensor) -> torch.Tensor:
+        tensor = torch.zeros(numel, dtype=like.dtype)
+        self._locked.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    def free_cpu_locked_tensor(self, tensor: torch.Tensor) -> None:
+        self._locked.discard(tensor.untyped_storage().data_ptr())
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._locked
+
+    def async_pwrite(self, tensor: torch.Tensor, path: str, offset: int) -> int:
+        Path(path).write_bytes(tensor.detach().numpy().tobytes())
+        self._done += 1
+        return offset
+
+    def async_pread(self, tensor: torch.Tensor, path: str, offset: int) -> int:
+        held = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=tensor.dtype)
+        tensor.copy_(held[: tensor.numel()])
+        self._done += 1
+        return offset
+
+    def wait(self) -> int:
+        done, self._done = self._done, 0
+        return done
+
+
+@contextmanager
+def nvme_as_files() -> Iterator[None]:
+    """On a rank: let DeepSpeed offload to "NVMe" without libaio."""
+    builder: Any = partitioned_optimizer_swapper.AsyncIOBuilder
+    partitioned_optimizer_swapper.AsyncIOBuilder = lambda: SimpleNamespace(  # type: ignore[misc,assignment]
+        load=lambda: SimpleNamespace(aio_handle=FileHandle)
+    )
+    try:
+        yield
+    finally:
+        partitioned_optimizer_swapper.AsyncIOBuilder = builder  # type: ignore[misc]
+
+
+def train_on_nvme(run: Run, save: str | None = None) -> None:
+    """On a rank: `train`, with `nvme_as_files`."""
+    with nvme_as_files():
+        train(run, STEP, save=save)
+
+
+def refusals(run: Run, load: str, save: str) -> list[str]:
+    """On a rank: what saving and loading say to an engine whose states are on NVMe and that wasn't checked when it was built."""
+    with nvme_as_files():
+        engine = build_engine(replace(run, universal=None))
+        engine.universal_checkpoint_config = UniversalCheckpointConfig(enabled=True)
+        said: list[str] = []
+        for call in (lambda: engine.load_checkpoint(load), lambda: engine.save_checkpoint(save)):
+            with pytest.raises(UnsupportedError) as caught:
+                call()
+            said.append(str(caught.value))
+        engine.destroy()
+        return said
+
+
+def nvme_run(folder: Path, **changes: Any) -> Run:
+    """A run whose matrices are large enough (1 MiB) to be swapped out."""
+    nvme = {"device": "nvme", "nvme_path": str(folder), "pin_memory": False}
+    return Run("mlp", size={"ffn": 30001}, zero={"stage": 3, "offload_optimizer": nvme}, **changes)
+
+
+def test_nvme_is_refused_by_name(ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed's universal load skips the optimizer; here nothing is built, written or loaded."""
+    run = nvme_run(tmp_path / "nvme")
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(train_on_nvme, run)
+    assert isinstance(caught.value.original, UnsupportedError)
+    assert "zero_optimization.offload_optimizer.device: nvme is not supported" in str(caught.value.original)
+
+    plain = replace(run, zero={"stage": 1})
+    ranks(2).run(train, plain, 1, save=str(tmp_path / "a"))
+    for said in ranks(2).run(refusals, run, str(tmp_path / "a"), str(tmp_path / "b")):
+        assert len(said) == 2 and all("offload_optimizer.device: nvme" in message for message in said)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_checkpoint_from_nvme_is_refused_by_name(ranks: Ranks, tmp_path: Path) -> None:
+    """Its masters are empty tensors; what they were is in files that no tool of DeepSpeed's converts."""
+    ranks(2).run(train_on_nvme, nvme_run(tmp_path / "nvme", universal=None), str(tmp_path / "a"))
+    assert (tmp_path / "a" / f"global_step{STEP}" / "offloaded_tensors").is_dir()
+    with pytest.raises(
+        UnsupportedError, match=r"no master weights: they were on NVMe \(offload_optimizer.device: nvme\)"
+    ):
+        open_checkpoint(tmp_path / "a")
+
+
+def test_nvme_that_a_run_was_too_small_for(ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed leaves sub-groups below 1 MiB in memory: then the files hold everything."""
+    small = replace(nvme_run(tmp_path / "nvme", universal=None), size={})
+    ranks(2).run(train_on_nvme, small, str(tmp_path / "a"))
+    target = Run("mlp", zero={"stage": 2})
+    ranks(4).run(train, target, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"params_in_nvme_and_cpu": True}, "offload_param.device: nvme"),
+        ({"offload_optimizer": True, "partial_offload": 0.5}, "offload_optimizer.ratio below 1"),
+        ({"zero_quantized_nontrainable_weights": True}, "zero_quantized_nontrainable_weights"),
+    ],
+)
+def test_settings_that_need_hardware_are_refused_too(settings: Mapping[str, Any], name: str) -> None:
+    """libaio, a compiled Adam and CUDA kernels: DeepSpeed builds none of them here."""
+    zero = SimpleNamespace(
+        **{
+            "swap_optimizer": False,
+            "params_in_nvme_and_cpu": False,
+            "offload_optimizer": False,
+            "partial_offload": 1.0,
+            "zero_quantized_nontrainable_weights": False,
+            "optimizer": None,
+            **settings,
+        }
+    )
+    with pytest.raises(UnsupportedError, match=f"zero_optimization.{name} is not supported"):
+        Zero3Optimizer(SimpleNamespace(optimizer=zero, param_names={}))
+
+
+class MiCS_Optimizer(DeepSpeedZeroOptimizer_Stage3):  # noqa: N801
+    """A stand-in: DeepSpeed has removed it (0.19.8 refuses ``mics_shard_size`` itself)."""
+
+
+@pytest.mark.parametrize("kind", [MiCS_Optimizer, ZenFlowZeroOptimizerParallel, SuperOffloadOptimizer_Stage3])
+def test_classes_that_keep_their_state_elsewhere_are_refused_by_name(kind: type) -> None:
+    """They derive from classes that are supported, and need CUDA or compiled code to be built."""
+    with pytest.raises(UnsupportedError, match=f"optimizer class {kind.__name__} is not supported"):
+        engine_optimizer(SimpleNamespace(optimizer=object.__new__(kind)))

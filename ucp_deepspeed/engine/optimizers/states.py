@@ -1,0 +1,80 @@
+"""Which states a torch optimizer keeps, and in which form, before it has made them.
+
+DeepSpeed's own classes are listed; of others a copy takes a step on a scratch tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ucp_deepspeed.checkpoint.deepspeed_zero import MOMENTUM
+
+COMPILED_STATES: Mapping[str, tuple[str, ...]] = {
+    "FusedAdam": ("exp_avg", "exp_avg_sq"),
+    "DeepSpeedCPUAdam": ("exp_avg", "exp_avg_sq"),
+    "FusedLamb": ("exp_avg", "exp_avg_sq"),
+    "FusedLion": ("exp_avg",),
+    "DeepSpeedCPULion": ("exp_avg", "exp_avg_sq"),  # the second is never used (``ops/lion/cpu_lion.py``)
+    "DeepSpeedCPUAdagrad": ("exp_avg_sq",),
+}
+"""Element-wise states of DeepSpeed's compiled classes (``ops/*/``), all of which count steps in a Python number. A copy must not
+step, nor be deleted: some of them free their compiled half in ``__del__``."""
+
+MUON = "MuonWithAuxAdam"
+"""DeepSpeed's Muon (``runtime/zero/muon/muon_optimizer.py``), whose groups with ``use_muon`` keep a momentum and whose others are
+stepped on by ``aux_optimizer`` or, without one, by the class itself."""
+
+
+def is_muon_group(optimizer: torch.optim.Optimizer, group: int) -> bool:
+    """Whether a parameter group is one of Muon's own."""
+    return type(optimizer).__name__ == MUON and bool(optimizer.param_groups[group]["use_muon"])
+
+
+def example_states(optimizer: torch.optim.Optimizer, group: int, master: torch.Tensor) -> Mapping[str, Any] | None:
+    """Values, of any number, in the form in which an optimizer keeps them; None when that can't be told.
+
+    Args:
+        group: index of the parameter group.
+        master: what the optimizer steps on.
+    """
+    if is_muon_group(optimizer, group):
+        return {MOMENTUM: master}
+    if type(optimizer).__name__ == MUON:
+        auxiliary = getattr(optimizer, "aux_optimizer", None)
+        if auxiliary is None:
+            return _counting("exp_avg", "exp_avg_sq", master=master)
+        return _listed_or_probed(auxiliary, optimizer.param_groups[group], master)
+    return _listed_or_probed(optimizer, optimizer.param_groups[group], master)
+
+
+def _listed_or_probed(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], master: torch.Tensor
+) -> Mapping[str, Any] | None:
+    if names := COMPILED_STATES.get(type(optimizer).__name__):
+        return _counting(*names, master=master)
+    return _probed(optimizer, group, master)
+
+
+def _counting(*names: str, master: torch.Tensor) -> Mapping[str, Any]:
+    return {"step": 0} | dict.fromkeys(names, master)
+
+
+def _probed(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], master: torch.Tensor
+) -> Mapping[str, Any] | None:
+    """What a copy of the optimizer keeps after a step on a scratch tensor; torch's make their states then."""
+    scratch = torch.zeros((2,) * master.ndim, device=master.device, requires_grad=True)
+    scratch.grad = torch.zeros_like(scratch)
+    try:
+        probe = copy.copy(optimizer)
+        probe.state = defaultdict(dict)
+        probe.param_groups = [{**group, "params": [scratch]}]
+        probe.step()
+    except Exception:  # a user's own class may raise anything; then the states are taken as they are
+        return None
+    return probe.state[scratch]
