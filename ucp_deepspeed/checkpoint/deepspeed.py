@@ -128,7 +128,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         return self._read_groups()
 
     def flat_order(self, rank: int) -> list[tuple[tuple[str, ...], Flattening, frozenset[str]]]:
-        """Names, flattening and `Slot.overlapping` of a model-parallel rank's trainable slots: equal orders can exchange files."""
+        """Names, flattening and `Slot.overlapping` of a rank's trainable slots: equal orders can exchange files."""
         return [
             (slot.names, slot.flattening, slot.overlapping) for slot in self._slots[rank] if slot.kind == "trainable"
         ]
