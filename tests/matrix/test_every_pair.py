@@ -290,7 +290,7 @@ def opened(folder: Path, flavour: Flavour, run: NativeRun) -> UniversalView:
     """The source's files, read by the names of the plain model."""
     model = model_of(flavour, run.pp is not None)
     written = write_native(folder, model, run)
-    if run.kind == "plain" and run.pp in (2, 4):
+    if run.kind == "plain" and run.pp is not None:
         add_manifest(written, model, run)  # else nothing tells which parameters a stage's optimizer had
     checkpoint = open_checkpoint(written)
     topology = checkpoint.topology

@@ -18,10 +18,11 @@ def test_a_folder_that_can_be_loaded_from(saved: Path, tmp_path: Path, ucp: Ucp)
     result = ucp("convert", saved, tmp_path / "deep" / "u")
     assert result.exit_code == 0
     found = sorted(str(path.relative_to(tmp_path / "deep" / "u")) for path in (tmp_path / "deep" / "u").rglob("*"))
-    assert found == ["latest", "step3", "step3/atoms-00001-of-00001.safetensors", "step3/ucp_index.json"]
+    files = ["atoms-00001-of-00001.safetensors", "ucp_index.json", "ucp_random_state_rank_00000.json"]
+    assert found == ["latest", "step3", *(f"step3/{file}" for file in files)]
     assert (tmp_path / "deep" / "u" / "latest").read_text() == "step3"
     [line] = result.stdout.splitlines()
-    assert re.fullmatch(r".*/u/step3: read [\d.]+ KiB from 2 files, wrote [\d.]+ KiB to 2 files in [\d.]+ s", line)
+    assert re.fullmatch(r".*/u/step3: read [\d.]+ KiB from 2 files, wrote [\d.]+ KiB to 3 files in [\d.]+ s", line)
     assert "KiB" in result.stderr or "kB" in result.stderr  # the bar
     assert open_checkpoint(tmp_path / "deep" / "u").run.global_steps == 3
 
