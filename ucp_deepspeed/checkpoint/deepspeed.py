@@ -28,7 +28,7 @@ from ucp_deepspeed.checkpoint.checkpoint import (
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED, layer_file, read_layers, tied_keys
 from ucp_deepspeed.checkpoint.deepspeed_stage0 import Groups, stage0_form, stage0_slots
 from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER, frozen_slice_slots, recognise, zero_slots
-from ucp_deepspeed.checkpoint.manifest import Manifest, read_manifest
+from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest
 from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of, whole_tensor_slot
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, extent_of, open_torch_file, read_tensors, scalar_of
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
@@ -79,8 +79,8 @@ class DeepSpeedCheckpoint(Checkpoint):
     Raises:
         DamagedCheckpointError: a file is missing, truncated, or disagrees with another.
         UnsupportedError: expert parallelism, or an unknown optimizer class.
-        MismatchError: stage 0 without a manifest, and the parameter order is ambiguous, or that of a pipeline; raised by
-            ``parameters``.
+        MismatchError: without a manifest stage 0 whose parameter order is ambiguous, or that of a pipeline, and a pipeline in
+            which several layers could be a tied module's; raised by ``parameters``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -154,12 +154,16 @@ class DeepSpeedCheckpoint(Checkpoint):
         """Whether each data-parallel rank wrote a model_states file of its own: ZeRO-3.
 
         Raises:
-            DamagedCheckpointError: files of both kinds, and no manifest that tells which are the last run's.
+            DamagedCheckpointError: files of both kinds, and no manifest, or one from before, tells which are the last run's.
         """
-        if self.manifest is not None:
-            return self.manifest.topology.zero_stage == 3
-        found = [name for name in self._names if name.endswith("_model_states.pt")]
+        found = sorted(name for name in self._names if name.endswith("_model_states.pt"))
         sliced = [name for name in found if name.startswith("zero_pp_rank_")]
+        if self.manifest is not None:
+            recorded = self.manifest.topology.zero_stage == 3
+            others = [name for name in found if (name in sliced) != recorded and name not in self.manifest.files]
+            if others:
+                raise DamagedCheckpointError(f"{self.path / others[0]} isn't in {MANIFEST_NAME}{STALE_MANIFEST}")
+            return recorded
         if sliced and len(sliced) < len(found):
             raise DamagedCheckpointError(
                 f"{self.path} holds the files of two runs, one with ZeRO-3 and one without ({sliced[0]}, …); keep one"
@@ -329,7 +333,7 @@ class DeepSpeedCheckpoint(Checkpoint):
             groups = self._mapped_numels(rank) if described is None else map(_numels, described)
             trained |= {name: numel for group in groups for name, numel in group.items()}
         free = {name: tensor.numel() for name, (tensor, _) in found[0].items() if name not in trained}
-        return tied_keys({name: numel for name, numel in trained.items() if name.startswith(TIED)}, free)
+        return tied_keys({name: numel for name, numel in trained.items() if name.startswith(TIED)}, free, self.path)
 
     @cached_property
     def _unclaimed(self) -> list[str]:

@@ -7,6 +7,7 @@ and for tied modules ``tied_modules.{key}.{local name}``, whatever layers use th
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from ucp_deepspeed.checkpoint.slots import Located
-from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 
 TIED = "tied_modules."
 """How the names of tied parameters begin."""
@@ -58,30 +59,49 @@ def read_layers(
     return tensors
 
 
-def tied_keys(tied: Mapping[str, int], free: Mapping[str, int]) -> dict[str, str]:
+def tied_keys(tied: Mapping[str, int], free: Mapping[str, int], folder: Path) -> dict[str, str]:
     """Under which key of a layer file each parameter and buffer of a tied module lies.
 
-    The layers that use a tied module aren't recorded: among the tensors that no other parameter claims, they are those with all
-    of the module's local names, of the same sizes. What else such a layer holds, frozen or a buffer, is the module's too.
+    The layers that use a tied module aren't recorded: among the tensors that no other parameter claims, it is the layer with all
+    of the module's local names, of the same sizes. What else that layer holds, frozen or a buffer, is the module's too.
 
     Args:
         tied: names of tied parameters → elements.
         free: keys of layer files (``{layer}.{local name}``) that are no parameter's own → elements.
+        folder: the tag folder, for the message.
 
     Returns:
-        Key → name, several keys for one name where several layers have a file of the module; without a module whose layers all
-        use a function of their own, which have no file.
+        Key → name; without a module whose layers all use a function of their own, which have no file.
+
+    Raises:
+        MismatchError: several layers could be a module's, or several modules a layer's: one may be a frozen layer of its own;
+            lists the keys of those layers.
     """
-    modules: dict[str, dict[str, str]] = {}
-    for name in tied:
-        key, _, local_name = name.removeprefix(TIED).partition(".")
-        modules.setdefault(key, {})[local_name] = name
-    found: dict[str, str] = {}
-    layers = sorted({layer for name in free if (layer := layer_of(name)) is not None})
-    for module, members in modules.items():
-        for layer in layers:
-            keys = {f"{layer}.{local_name}": name for local_name, name in members.items()}
-            if all(key in free and key not in found and free[key] == tied[name] for key, name in keys.items()):
-                rest = [name for name in free if layer_of(name) == layer]
-                found |= {name: f"{TIED}{module}.{name.partition('.')[2]}" for name in rest}
-    return found
+    layers: dict[int, list[str]] = {}
+    for name in free:
+        if (layer := layer_of(name)) is not None:
+            layers.setdefault(layer, []).append(name)
+    fitting = [
+        (layer, module)
+        for module, members in _modules(tied).items()
+        for layer in layers
+        if all(free.get(f"{layer}.{local_name}") == numel for local_name, numel in members.items())
+    ]
+    layer_uses, module_uses = (Counter(place[index] for place in fitting) for index in (0, 1))
+    ambiguous = {layer for layer, module in fitting if layer_uses[layer] > 1 or module_uses[module] > 1}
+    if ambiguous:
+        raise MismatchError(
+            f"{folder} doesn't record which layers use a tied module, and several fit; save with ucp_deepspeed enabled, which "
+            f"records them. Parameters and buffers that could be a tied module's or their own layer's",
+            [name for layer in sorted(ambiguous) for name in layers[layer]],
+        )
+    return {name: f"{TIED}{module}.{name.partition('.')[2]}" for layer, module in fitting for name in layers[layer]}
+
+
+def _modules(tied: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """For each tied module its local names → elements."""
+    modules: dict[str, dict[str, int]] = {}
+    for name, numel in tied.items():
+        module, _, local_name = name.removeprefix(TIED).partition(".")
+        modules.setdefault(module, {})[local_name] = numel
+    return modules

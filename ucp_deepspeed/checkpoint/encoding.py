@@ -1,19 +1,55 @@
-"""Python values as JSON, exactly: what JSON can't say is tagged. `docs/format.md`, *Values*, is the specification."""
+"""Python values as JSON, exactly: what JSON can't say is tagged. `docs/format.md`, *Values*, is the specification.
+
+Also how the index and the manifest are read, which are JSON of one form each.
+"""
 
 from __future__ import annotations
 
 import base64
+import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from pydantic import BaseModel, ValidationError
 
 from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES, TORCH_DTYPES
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 
 _COLLECTIONS = {list: "", tuple: "$tuple", set: "$set", frozenset: "$frozenset"}
 """Tags of collections; JSON has lists itself."""
+
+Document = TypeVar("Document", bound=BaseModel)
+
+
+def read_document(path: Path, form: type[Document], what: str, newest: int) -> Document:
+    """A JSON file of a given form.
+
+    Args:
+        what: ``an index`` or ``a manifest``, for messages.
+        newest: the highest ``format_version`` that this release reads.
+
+    Raises:
+        DamagedCheckpointError: it isn't JSON, or lacks a key, or a value is of another type.
+        UnsupportedError: a later version wrote it.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{path} is not {what}: {error}") from error
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if type(version) is not int:
+        raise DamagedCheckpointError(f"{path} is not {what}: format_version must be an integer, found {version!r}")
+    if not 1 <= version <= newest:
+        raise UnsupportedError(f"{path} has format version {version}; this release reads up to {newest}")
+    try:
+        return form.model_validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise DamagedCheckpointError(f"{path} is not {what}: {'; '.join(problems[:3])}{more}") from error
 
 
 def encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Mapping
 from functools import cached_property
@@ -16,17 +15,21 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
 from ucp_deepspeed.checkpoint.checkpoint import Kind
-from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.checkpoint.encoding import read_document
+from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import Shape
 from ucp_deepspeed.layout.pattern import Pattern
 
 MANIFEST_NAME = "ucp_manifest.json"
 MANIFEST_VERSION = 1
+STALE_MANIFEST = (
+    f": if the tag was saved again without ucp_deepspeed, remove {MANIFEST_NAME}, which is of the run before"
+)
+"""What to do about files that a manifest doesn't describe."""
 
 
 class ManifestParameter(BaseModel):
@@ -115,8 +118,7 @@ class Manifest(BaseModel):
             return
         if zipfile.is_zipfile(path):
             raise DamagedCheckpointError(
-                f"{path} isn't the file that {MANIFEST_NAME} describes ({recorded} bytes then, {found} now): if the tag was "
-                f"saved again without ucp_deepspeed, remove {MANIFEST_NAME}, which is of the run before"
+                f"{path} isn't the file that {MANIFEST_NAME} describes ({recorded} bytes then, {found} now){STALE_MANIFEST}"
             )
         raise DamagedCheckpointError(f"{path} is truncated: expected {recorded} bytes, found {found}")
 
@@ -131,13 +133,4 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return None
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        version = raw["format_version"]
-        if type(version) is not int:
-            raise TypeError(f"format_version is {version!r}, not an integer")
-        if not 1 <= version <= MANIFEST_VERSION:
-            raise UnsupportedError(f"{path} has format version {version}; this release reads up to {MANIFEST_VERSION}")
-        return Manifest.model_validate_json(json.dumps(raw), strict=True)
-    except (ValueError, ValidationError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{path} is not a manifest: {error}") from error
+    return read_document(path, Manifest, "a manifest", MANIFEST_VERSION)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -33,9 +33,9 @@ from ucp_deepspeed.checkpoint.checkpoint import (
     Precision,
     RunState,
 )
-from ucp_deepspeed.checkpoint.encoding import decode
+from ucp_deepspeed.checkpoint.encoding import decode, read_document
 from ucp_deepspeed.dtypes import ITEMSIZE
-from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.plan import Fragment
@@ -135,7 +135,7 @@ class UniversalCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        index = self._index = _read_index(path)
+        index = self._index = read_document(path / INDEX_NAME, Index, "an index", FORMAT_VERSION)
         self.form = f"universal {index.format_version}"
         self.topology = Topology()
         self.source = index.source
@@ -202,7 +202,10 @@ class UniversalCheckpoint(Checkpoint):
         path = self.path / CLIENT_TENSORS_NAME
         if CLIENT_TENSORS_NAME not in self._index.files:
             return {}
-        loaded: Mapping[str, Any] = safetensors.torch.load_file(path)
+        try:
+            loaded: Mapping[str, Any] = safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise DamagedCheckpointError(f"{path} can't be read: {error}") from error
         return loaded
 
     def _check_files(self) -> None:
@@ -261,24 +264,14 @@ class _Header:
         if entry.dtype not in ITEMSIZE:
             raise DamagedCheckpointError(f"{self.path}: {key} has the unknown dtype {entry.dtype!r}")
         begin, end = entry.data_offsets
-        numel = (end - begin) // ITEMSIZE[entry.dtype]
-        expected = 1
-        for extent in shape:
-            expected *= extent
-        if entry.shape != shape or numel != expected or not 0 <= begin <= end <= self.data_numbytes:
+        numel = math.prod(shape)
+        if entry.shape != shape:
             raise DamagedCheckpointError(
                 f"{self.path}: {key} has shape {list(entry.shape)}; the index says {list(shape)}"
             )
+        if end - begin != numel * ITEMSIZE[entry.dtype] or not 0 <= begin <= end <= self.data_numbytes:
+            raise DamagedCheckpointError(
+                f"{self.path}: {key}, {entry.dtype} of shape {list(shape)}, can't lie in bytes {begin} to {end} of "
+                f"{self.data_numbytes}"
+            )
         return FileExtent(str(self.path), self.data_offset + begin, entry.dtype, numel)
-
-
-def _read_index(folder: Path) -> Index:
-    path = folder / INDEX_NAME
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        version = raw["format_version"]
-        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-            raise UnsupportedError(f"{path} has format version {version}; this release reads up to {FORMAT_VERSION}")
-        return Index.model_validate_json(json.dumps(raw), strict=True)
-    except (ValueError, ValidationError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{path} is not an index: {error}") from error

@@ -56,7 +56,7 @@ def convert_command(
     later = _later_tag(destination, checkpoint.run.global_steps)
     if later is None:
         write_atomically(destination / LATEST_NAME, folder.name)
-    elif not quiet:
+    else:
         click.echo(f"{destination / LATEST_NAME} still names {later}, which is of a later step", err=True)
     if not quiet:
         sizes = [entry.stat().st_size for entry in folder.iterdir()]
@@ -84,7 +84,9 @@ def _convert(
     view: UniversalView, folder: Path, workers: int, drop_client_state: tuple[str, ...], quiet: bool
 ) -> TransferCount:
     columns = BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(file=sys.stderr), disable=quiet) as bar:
+    console = Console(file=sys.stderr)
+    # In a log the bar would be one line of no use; on a terminal it makes place for the summary, or for an error.
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task("convert", total=None)
         return convert(
             view,

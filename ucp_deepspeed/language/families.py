@@ -26,7 +26,7 @@ def _families() -> dict[str, Spec]:
     """Every spec that comes with the package, by its family's name."""
     found: dict[str, Spec] = {}
     for path in sorted(spec_folder().glob("*.yaml")):
-        spec = Spec.parse(yaml.safe_load(path.read_text(encoding="utf-8")), path.name)
+        spec = _read(path)
         found[spec.family] = spec
     return found
 
@@ -47,23 +47,32 @@ def load_spec(name_or_path: str) -> Spec:
     path = Path(name_or_path)
     if not path.is_file():
         raise SpecError(f"no family or spec file {name_or_path!r}; families: {', '.join(spec_names())}")
+    return _read(path)
+
+
+def _read(path: Path) -> Spec:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"spec {path} is not YAML: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise SpecError(f"spec {path}{place} is not YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # The reader of YAML lets some of Python's own errors through, as of a date that there isn't.
+        raise SpecError(f"spec {path} is not YAML: {str(error).splitlines()[0]}") from error
     return Spec.parse(raw, str(path))
 
 
 class _UniqueKeys(yaml.SafeLoader):
     """Refuses a key that stands twice in a mapping, where YAML's usual reader would take the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As the base class's, but for keys that stand twice."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """As the base class's, but for keys that stand twice. Here ``<<`` hasn't added a mapping's keys to another's yet."""
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for index, (key, _) in enumerate(node.value):
+            if key.value in keys[:index]:
+                raise yaml.composer.ComposerError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+        return node
 
 
 def find_family(names: Sequence[str]) -> Spec | None:
@@ -84,8 +93,9 @@ def find_family(names: Sequence[str]) -> Spec | None:
         differing = [name for name in names if first[name] != second[name]]
         if differing:
             raise SpecError(
-                f"families {fitting[0].family!r} and {other.family!r} both fit and disagree on {differing[0]} "
-                f"({len(differing)} parameters); name one in the config or with --spec"
+                f"families {fitting[0].family!r} and {other.family!r} both fit and disagree on {differing[0]}; name one in the "
+                f"config or with --spec. Parameters on which they disagree",
+                differing,
             )
     return fitting[0] if fitting else None
 

@@ -134,8 +134,9 @@ def logical_names(
         differing = [name for name in names if found[0][name] != other[name]]
         if differing:
             raise SpecError(
-                f"families {specs[0].family!r} and {spec.family!r} both fit and name {differing[0]} otherwise "
-                f"({len(differing)} parameters); name one in the config or with --spec"
+                f"families {specs[0].family!r} and {spec.family!r} both fit and name {differing[0]} otherwise; name one in the "
+                f"config or with --spec. Parameters that they name otherwise",
+                differing,
             )
     return _without_collisions(
         found[0] | {name: logical for name, logical in (recorded or {}).items() if name in found[0]}

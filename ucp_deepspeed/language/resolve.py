@@ -73,8 +73,9 @@ def _choose(
     family = find_family(names)
     if family is None:
         raise SpecError(
-            f"no layout is known for {len(missing)} parameters ({', '.join(missing[:3])}, …) and no family's names fit; "
-            f'name a spec: "universal_checkpoint": {{"spec": "path.yaml"}}, or --spec on the command line'
+            f"no layout is known for {len(missing)} parameters and no family's names fit; name a spec: "
+            f'"universal_checkpoint": {{"spec": "path.yaml"}}, or --spec on the command line. Without a layout are',
+            missing,
         )
     return family.patterns(names), f"family {family.family!r}"
 
@@ -102,7 +103,11 @@ def contradicts_record(pattern: Pattern, recorded: Pattern) -> bool:
 
 def describe(pattern: Pattern) -> str:
     """A pattern in a few words: ``shard on dimension 0 in parts 1:1``."""
+    if isinstance(pattern, Replicate) and pattern.scale is not None:
+        powers = ", ".join(f"{state} {power}" for state, power in sorted(pattern.scale.powers.items()))
+        return f"replicate (scaled, powers {powers})"
     if not isinstance(pattern, Shard):
-        return pattern.pattern + (" (scaled)" if getattr(pattern, "scale", None) else "")
+        return pattern.pattern
     parts = f" in parts {':'.join(map(str, pattern.parts))}" if len(pattern.parts) > 1 else ""
-    return f"shard on dimension {pattern.dim}{parts}" + (" (vocabulary)" if pattern.vocabulary else "")
+    widths = f" in widths {', '.join(map(str, pattern.widths))}" if pattern.widths is not None else ""
+    return f"shard on dimension {pattern.dim}{parts}{widths}" + (" (vocabulary)" if pattern.vocabulary else "")

@@ -203,7 +203,10 @@ def across_stages(stages: Sequence[Layout | None]) -> Layout:
         return first
     for other in held[1:]:
         if (other.logical_shape, other.degree) != (first.logical_shape, first.degree):
-            raise ValueError(f"pipeline stages hold it in shapes {first.logical_shape} and {other.logical_shape}")
+            raise ValueError(
+                f"pipeline stages hold it in shapes {first.logical_shape} and {other.logical_shape}, over {first.degree} and "
+                f"{other.degree} tensor-parallel ranks"
+            )
     nothing = (NOTHING,) * first.degree
     locals_ = tuple(local for stage in stages for local in (stage.locals if stage is not None else nothing))
     return replace(first, locals=locals_)

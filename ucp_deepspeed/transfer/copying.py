@@ -48,20 +48,23 @@ class FileReader:
         self._maps: dict[str, torch.Tensor] = {}
         self._lock = threading.Lock()
 
-    def tensor(self, extent: FileExtent) -> torch.Tensor:
-        """The elements of an extent, one-dimensional, still on disk until they are used.
+    def block(self, view: StridedView[FileExtent], shape: tuple[int, ...]) -> torch.Tensor:
+        """A block inside an extent, still on disk until it is used, where its elements are aligned.
 
         Raises:
             DamagedCheckpointError: the file is missing or ends before the extent does.
         """
+        extent, itemsize = view.buffer, ITEMSIZE[view.buffer.dtype]
         whole = self._map(extent.path)
-        stop = extent.file_offset + extent.numel * ITEMSIZE[extent.dtype]
+        stop = extent.file_offset + extent.numel * itemsize
         if stop > whole.numel():
             raise DamagedCheckpointError(f"{extent.path} is truncated: expected {stop} bytes, found {whole.numel()}")
-        raw = whole[extent.file_offset : stop]
+        span = 1 + sum((count - 1) * stride for count, stride in zip(shape, view.strides, strict=True))
+        start = extent.file_offset + view.start * itemsize
+        raw = whole[start : start + span * itemsize]
         # torch reads aligned memory only; safetensors files of others' may hold elements anywhere.
-        aligned = raw if extent.file_offset % ITEMSIZE[extent.dtype] == 0 else raw.clone()
-        return aligned.view(NAMED_DTYPES[extent.dtype])
+        aligned = raw if start % itemsize == 0 else raw.clone()
+        return aligned.view(NAMED_DTYPES[extent.dtype]).as_strided(shape, view.strides)
 
     def close(self) -> None:
         """Forget the maps; each is unmapped with the last tensor that uses it."""
@@ -90,7 +93,7 @@ def run_copies(
     count = TransferCount()
     for copy in copies:
         target = _block(buffer(copy.target.buffer), copy.target, copy.shape)
-        blocks = [_block(reader.tensor(view.buffer), view, copy.shape) for view in copy.sources]
+        blocks = [reader.block(view, copy.shape) for view in copy.sources]
         target.copy_(blocks[0] if len(blocks) == 1 and copy.factor == 1 else _combined(blocks, copy.factor))
         count.copies += 1
         for view, block in zip(copy.sources, blocks, strict=True):

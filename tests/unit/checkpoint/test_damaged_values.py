@@ -14,7 +14,7 @@ from native_models import SHAPES, model_of
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.errors import DamagedCheckpointError, UniversalCheckpointError
+from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, UniversalCheckpointError
 from ucp_deepspeed.testing.native_files import NativeRun, add_manifest, write_native
 from ucp_deepspeed.transfer import FileReader
 from ucp_deepspeed.transfer.convert import convert
@@ -82,13 +82,45 @@ def test_index(tmp_path: Path) -> None:
     assert check_every_change(tmp_path / "u" / "ucp_index.json", lambda: read_all(tmp_path / "u")) > 300
 
 
-@pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe", b"../escape", b"/etc"])
-def test_latest(content: bytes, tmp_path: Path) -> None:
-    write_native(tmp_path / "runs", model_of({"a": (3,)}), NativeRun())
-    (tmp_path / "escape").mkdir()
-    (tmp_path / "runs" / "latest").write_bytes(content)
-    with pytest.raises(UniversalCheckpointError, match=r"latest|no tag"):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "/latest is empty; name the tag; tags there: step"),
+        (" \n", "/latest is empty; name the tag; tags there: step"),
+        (b"\xff\xfe", "/latest holds no tag's name: "),
+        ("../other/step", "no tag '../other/step' in .*; tags there: step"),
+        ("step/../../other/step", "no tag "),
+        ("{}/other/step", "no tag "),
+    ],
+)
+def test_latest(content: str | bytes, reason: str, tmp_path: Path) -> None:
+    """A tag lies in the folder: what else is sound isn't meant."""
+    for root in ("runs", "other"):
+        write_native(tmp_path / root, model_of({"a": (3,)}), NativeRun(), tag="step")
+    raw = content if isinstance(content, bytes) else content.format(tmp_path).encode()
+    (tmp_path / "runs" / "latest").write_bytes(raw)
+    with pytest.raises(UniversalCheckpointError, match=reason):
         open_checkpoint(tmp_path / "runs")
+
+
+@pytest.mark.parametrize("tag", ["../other/step", "step/../../other/step", "{}/other/step"])
+def test_a_tag_outside_the_folder(tag: str, tmp_path: Path) -> None:
+    for root in ("runs", "other"):
+        write_native(tmp_path / root, model_of({"a": (3,)}), NativeRun(), tag="step")
+    with pytest.raises(CheckpointNotFoundError, match="no tag '"):
+        open_checkpoint(tmp_path / "runs", tag.format(tmp_path))
+
+
+@pytest.mark.parametrize(("stage", "later"), [(1, 3), (3, 1)])
+def test_a_manifest_of_the_run_before_with_files_of_its_own(stage: int, later: int, tmp_path: Path) -> None:
+    """DeepSpeed left the former files in place, as the manifest describes them: they aren't what was saved last."""
+    model, run = model_of({"a": (3,)}), NativeRun(stage=stage)
+    folder = write_native(tmp_path, model, run)
+    add_manifest(folder, model, run)
+    again = write_native(tmp_path / "again", model, NativeRun(stage=later))
+    shutil.copytree(again, folder, dirs_exist_ok=True)
+    with pytest.raises(DamagedCheckpointError, match=r"model_states\.pt isn't in ucp_manifest\.json.*remove"):
+        open_checkpoint(folder)
 
 
 def test_a_manifest_of_the_run_before(tmp_path: Path) -> None:

@@ -11,9 +11,12 @@ import torch
 from native_models import check_reads_back, group_decay, model_of, whole
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
+from ucp_deepspeed.checkpoint.checkpoint import Precision
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
+from ucp_deepspeed.layout import Layout, across_stages
+from ucp_deepspeed.layout.layout import LocalTensor
 from ucp_deepspeed.testing.native_files import (
     NativeModel,
     NativeParameter,
@@ -170,22 +173,17 @@ def test_of_a_tied_module_the_first_stage_is_read(tmp_path: Path, recorded: bool
     assert torch.equal(whole(view, "4.tail", "exp_avg"), model["4.tail"].states["exp_avg"] + 1)
 
 
-@pytest.mark.parametrize(
-    ("run", "recorded"),
-    [(NativeRun(pp=2), True), (NativeRun(stage=1, dp=2, pp=2), True), (NativeRun(stage=1, dp=2, pp=2), False)],
-    ids=str,
-)
-def test_of_several_files_of_a_tied_module_the_first_is_read(tmp_path: Path, run: NativeRun, recorded: bool) -> None:
+@pytest.mark.parametrize("run", [NativeRun(pp=2), NativeRun(stage=1, dp=2, pp=2)], ids=str)
+def test_of_several_files_of_a_tied_module_the_first_is_read(tmp_path: Path, run: NativeRun) -> None:
     """Each layer that uses the module without a function of its own has a file; none of them is another parameter."""
     model = pipeline_model()
     folder = write_native(tmp_path, model, run)
     saved = torch.load(folder / "layer_00-model_00-model_states.pt")
     torch.save({key: tensor + 1 for key, tensor in saved.items()}, folder / "layer_05-model_00-model_states.pt")
-    if recorded:
-        add_manifest(folder, model, run)
-        manifest = json.loads((folder / MANIFEST_NAME).read_text())
-        manifest["layer_keys"] |= {f"5.{key}": f"tied_modules.words.{key}" for key in saved}
-        (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    add_manifest(folder, model, run)
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    manifest["layer_keys"] |= {f"5.{key}": f"tied_modules.words.{key}" for key in saved}
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
     check(folder, model, run)
 
 
@@ -211,6 +209,41 @@ def test_what_isnt_trained_in_a_tied_module(tmp_path: Path, recorded: bool) -> N
     if recorded:
         add_manifest(folder, model, run)
     check(folder, model, run)
+
+
+def test_stages_of_other_degrees() -> None:
+    shape, half = (4, 2), LocalTensor((2, 2), ())
+    one = Layout.whole(shape)
+    two = replace(one, locals=(*one.locals, half))
+    with pytest.raises(ValueError, match=r"shapes \(4, 2\) and \(4, 2\), over 1 and 2 tensor-parallel ranks"):
+        across_stages([one, two])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("frozen", [0, 1], ids=["before", "after"])
+def test_a_frozen_layer_of_the_form_of_a_tied_module(tmp_path: Path, frozen: int, precision: Precision) -> None:
+    """It may be another file of the module: only a manifest tells."""
+    run = NativeRun(stage=int(precision == "fp32"), dp=2, pp=2, precision=precision)
+    shapes = {"tied_modules.b.weight": (3, 2), "tied_modules.b.shift": (2,), "2.up": (5,)}
+    shapes |= {f"{frozen}.weight": (3, 2), f"{frozen}.shift": (4,)}
+    model = model_of(shapes, frozen=("tied_modules.b.shift", f"{frozen}.weight", f"{frozen}.shift"))
+    model = replace(model, layers=4, tied={"b": (1 - frozen, 3)})
+    folder = write_native(tmp_path, model, run)
+    with pytest.raises(MismatchError, match="which layers use a tied module, and several fit") as caught:
+        _ = open_checkpoint(folder).parameters
+    assert caught.value.problems == ("0.weight", "0.shift", "1.weight", "1.shift")
+    add_manifest(folder, model, run)
+    check(folder, model, run)
+
+
+def test_two_tied_modules_and_one_file(tmp_path: Path) -> None:
+    """It could be that of either."""
+    shapes = {"tied_modules.b.weight": (3, 2), "tied_modules.a.weight": (3, 2), "2.up": (5,)}
+    run, model = NativeRun(stage=1, pp=2), replace(model_of(shapes), layers=5, tied={"b": (0, 4), "a": (1, 3)})
+    folder = write_native(tmp_path, model, run)
+    (folder / "layer_01-model_00-model_states.pt").unlink()
+    with pytest.raises(MismatchError, match=r"several fit[\s\S]*\(1\):\n  0\.weight$"):
+        _ = open_checkpoint(folder).parameters
 
 
 def test_a_frozen_layer_of_another_size_is_no_tied_module(tmp_path: Path) -> None:

@@ -57,6 +57,20 @@ def test_as_a_module_and_as_a_script(saved: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("command", "status", "line"),
+    [
+        (["-m", "ucp_deepspeed.run", "nosuch.py"], 2, "ucp_deepspeed.run: no script at nosuch.py"),
+        ([Path(__file__).parents[3] / "scripts" / "convert.py", "-h"], 0, "Usage: convert.py [OPTIONS] SRC DST"),
+    ],
+    ids=["run", "convert.py"],
+)
+def test_scripts_say_how_they_are_called(command: list[str | Path], status: int, line: str) -> None:
+    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, (run.stdout + run.stderr).splitlines()[0]) == (status, line)
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
     ("args", "message"),
     [
         (["inspect", "nowhere"], "no checkpoint folder at nowhere"),
@@ -76,5 +90,23 @@ def test_errors_are_one_message_and_status_2(args: list[str], message: str, save
 def test_errors_of_the_system_too(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
     (tmp_path / "file").write_text("")
     result = ucp("convert", saved, tmp_path / "file" / "below")
-    last = result.stderr.splitlines()[-1]
-    assert result.exit_code == 2 and last.startswith("error: ") and "Not a directory" in last
+    [line] = result.stderr.splitlines()
+    assert result.exit_code == 2 and line.startswith("error: ") and "Not a directory" in line
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"family: 2020-13-45", b"a: 1\na: 2"])
+def test_a_spec_that_cant_be_read_is_one_line(content: bytes, saved: Path, tmp_path: Path, ucp: Ucp) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    result = ucp("convert", saved, tmp_path / "u", "--spec", tmp_path / "mine.yaml")
+    [line] = result.stderr.splitlines()
+    assert result.exit_code == 2 and line.startswith(f"error: spec {tmp_path / 'mine.yaml'}")
+    assert "is not YAML: " in line
+
+
+@pytest.mark.parametrize("content", ["", "[]", "\xff", "{}", '{"format_version": 1}', "[" * 100_000])
+def test_an_index_that_cant_be_read_is_one_line(content: str, tmp_path: Path, ucp: Ucp) -> None:
+    (tmp_path / "u").mkdir()
+    (tmp_path / "u" / "ucp_index.json").write_bytes(content.encode("latin-1"))
+    result = ucp("inspect", tmp_path / "u")
+    [line] = result.stderr.splitlines()
+    assert result.exit_code == 2 and line.startswith(f"error: {tmp_path / 'u' / 'ucp_index.json'} is not an index: ")

@@ -51,8 +51,9 @@ def test_unique_without_model_parallelism() -> None:
 def test_unknown_names_say_how_to_name_a_spec() -> None:
     with pytest.raises(SpecError) as caught:
         resolve_patterns(["a", "b", "c", "d"], degree=2, recorded={"d": Shard()})
-    for part in ("no layout is known for 3 parameters", "a, b, c", '"spec": "path.yaml"', "--spec"):
+    for part in ("no layout is known for 3 parameters", '"spec": "path.yaml"', "--spec", "\n  a\n  b\n  c"):
         assert part in str(caught.value)
+    assert caught.value.problems == ("a", "b", "c")
 
 
 def test_contradictions_are_all_listed() -> None:
@@ -135,9 +136,10 @@ def test_what_was_recorded_binds(pattern: Pattern, recorded: Pattern, expected: 
         (Unique(), "unique"),
         (Replicate(), "replicate"),
         (Partial(), "partial"),
-        (Replicate(scale=Scale()), "replicate (scaled)"),
+        (Replicate(scale=Scale()), "replicate (scaled, powers fp32 1, weight 1)"),
         (Shard(1), "shard on dimension 1"),
         (Shard(0, parts=(1, 1)), "shard on dimension 0 in parts 1:1"),
+        (Shard(0, widths=(3, 2)), "shard on dimension 0 in widths 3, 2"),
         (Shard(0, vocabulary=True), "shard on dimension 0 (vocabulary)"),
     ],
 )

@@ -129,10 +129,27 @@ def test_nothing_is_taken_for_something_else(text: str, message: str, tmp_path: 
     assert message in str(caught.value)
 
 
-def test_a_spec_that_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe")
-    with pytest.raises(SpecError, match=r"mine\.yaml is not YAML"):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xff\xfe", r"mine\.yaml is not YAML: "),
+        (b"family: x\nfamily: y", r"mine\.yaml, line 2 is not YAML: key 'family' stands twice"),
+        (b"family: x\nrules: !!map 3", r"mine\.yaml, line 2 is not YAML: expected a mapping"),
+        (b"family: 2020-13-45", r"mine\.yaml is not YAML: month must be"),
+        (b"family: " + b"[" * 10_000, r"mine\.yaml is not YAML: maximum recursion"),
+    ],
+)
+def test_a_spec_that_cant_be_read(content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(SpecError, match=reason):
         load_spec(str(tmp_path / "mine.yaml"))
+
+
+def test_a_mapping_may_take_over_another(tmp_path: Path) -> None:
+    """A key of its own goes before one that it takes over: it stands there once."""
+    path, rules = tmp_path / "mine.yaml", "  - &a {match: x, pattern: shard, dim: 1}\n  - {<<: *a, match: y}\n"
+    path.write_text(f"family: mine\nrules:\n{rules}")
+    assert load_spec(str(path)).patterns(["x", "y"]) == {"x": Shard(1), "y": Shard(1)}
 
 
 def test_ambiguous_parameters_are_listed_with_their_globs() -> None:

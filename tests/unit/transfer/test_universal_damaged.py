@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -66,10 +67,56 @@ def test_atoms_of_another_size(change: int, universal: Path) -> None:
         open_checkpoint(universal)
 
 
-@pytest.mark.parametrize("version", [2, 99, "1", 1.5])
+@pytest.mark.parametrize("version", [2, 99, 0])
 def test_index_of_a_later_version(version: object, universal: Path) -> None:
     _edit_index(universal, lambda index: index.update(format_version=version))
     with pytest.raises(UnsupportedError, match=f"format version {version}"):
+        open_checkpoint(universal)
+
+
+@pytest.mark.parametrize("version", ["1", 1.5, True, None])
+def test_index_whose_version_is_no_integer(version: object, universal: Path) -> None:
+    _edit_index(universal, lambda index: index.update(format_version=version))
+    with pytest.raises(DamagedCheckpointError, match=f"format_version must be an integer, found {version!r}"):
+        open_checkpoint(universal)
+
+
+def test_wrong_values_are_named_by_their_place(universal: Path) -> None:
+    def change(index: dict[str, Any]) -> None:
+        index["parameters"]["norm.bias"].update(kind="x", shape=[-1], scalars=3)
+        index["run"].update(global_steps="5")
+
+    _edit_index(universal, change)
+    with pytest.raises(DamagedCheckpointError) as caught:
+        open_checkpoint(universal)
+    message = str(caught.value)
+    assert "\n" not in message and "run.global_steps: Input should be a valid integer; " in message
+    assert "parameters.norm.bias.kind: Input should be 'trainable'" in message and message.endswith("; and 1 more")
+
+
+def test_client_state_that_cant_be_read(
+    tmp_path: Path, native: Callable[..., Path], view_of: Callable[..., Any]
+) -> None:
+    folder = native("n", stage=1)
+    saved = torch.load(folder / "mp_rank_00_model_states.pt")
+    torch.save(saved | {"order": torch.arange(3)}, folder / "mp_rank_00_model_states.pt")
+    convert(view_of(folder), tmp_path / "u")
+    path = tmp_path / "u" / "client_state.safetensors"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(DamagedCheckpointError, match=r"client_state\.safetensors can't be read: "):
+        open_checkpoint(tmp_path / "u").client_state()
+
+
+@pytest.mark.parametrize("offsets", [(0, 1), (0, 3841), (-8, 3832), (1 << 40, (1 << 40) + 3840)])
+def test_an_atom_that_lies_elsewhere(offsets: tuple[int, int], universal: Path) -> None:
+    raw = (universal / ATOMS).read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    header["embedding.weight/fp32"]["data_offsets"] = offsets
+    text = json.dumps(header).encode()
+    (universal / ATOMS).write_bytes(len(text).to_bytes(8, "little") + text + raw[start:])
+    _edit_index(universal, lambda index: index["files"].update({ATOMS: (universal / ATOMS).stat().st_size}))
+    with pytest.raises(DamagedCheckpointError, match=r"embedding\.weight/fp32, F32 of shape \[48, 20\], can't lie in"):
         open_checkpoint(universal)
 
 
@@ -105,7 +152,7 @@ def test_header_without_an_atom(universal: Path) -> None:
 
 def test_header_with_another_dtype(universal: Path) -> None:
     _edit_header(universal, b'"dtype":"F32"', b'"dtype":"F64"')
-    with pytest.raises(DamagedCheckpointError, match="the index says"):
+    with pytest.raises(DamagedCheckpointError, match=r"F64 of shape .* can't lie in bytes"):
         open_checkpoint(universal)
 
 
