@@ -59,7 +59,7 @@ def parse_config(ds_config: Mapping[str, Any]) -> UniversalCheckpointConfig:
     """The block of a DeepSpeed config; disabled when there is none.
 
     Raises:
-        ConfigError: lists each unknown key and each value of a wrong type.
+        ConfigError: lists each unknown key and each value of a wrong type; or DeepSpeed's own universal load is on too.
     """
     block = ds_config.get(CONFIG_KEY)
     if block is None:
@@ -67,13 +67,24 @@ def parse_config(ds_config: Mapping[str, Any]) -> UniversalCheckpointConfig:
     if not isinstance(block, Mapping):
         raise ConfigError(f"{CONFIG_KEY!r} must be a block of settings, not {block!r}")
     try:
-        return UniversalCheckpointConfig.model_validate(dict(block))
+        config = UniversalCheckpointConfig.model_validate(dict(block))
     except ValidationError as error:
         allowed = ", ".join(UniversalCheckpointConfig.model_fields)
         lines = [f"  {'.'.join(map(str, (CONFIG_KEY, *item['loc'])))}: {_say(item)}" for item in error.errors()]
         raise ConfigError(
             "\n".join(["the DeepSpeed config is not valid:", *lines, f"  known keys: {allowed}"])
         ) from error
+    checkpoint = ds_config.get("checkpoint")
+    if config.enabled and config.load != "never" and _asks_for_universal(checkpoint):
+        raise ConfigError(
+            f"'checkpoint.load_universal' and {CONFIG_KEY!r} are two ways to load: the first reads what DeepSpeed's own tool "
+            f'converted, the second any checkpoint; remove one of them, or set "load": "never" in the second'
+        )
+    return config
+
+
+def _asks_for_universal(checkpoint: Any) -> bool:
+    return isinstance(checkpoint, Mapping) and bool(checkpoint.get("load_universal"))
 
 
 def _say(item: Any) -> str:

@@ -22,12 +22,15 @@ from ucp_deepspeed.errors import (
     ConfigError,
     DamagedCheckpointError,
     MismatchError,
+    SaveError,
     SpecError,
     UniversalCheckpointError,
 )
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.testing.ranks import RankError, RankPool, fp16_on_cpu
 from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
+from ucp_deepspeed.transfer.commit import write_atomically
+from ucp_deepspeed.transfer.convert import convert
 
 Ranks = Callable[[int], RankPool]
 GetSource = Callable[[str, Run, int], Source]
@@ -241,3 +244,27 @@ def test_bad_config_block(block: dict[str, Any], message: str, ranks: Ranks) -> 
         ranks(1).run(train, Run("mlp", universal=block), 0)
     assert isinstance(caught.value.original, ConfigError)
     assert message in str(caught.value.original)
+
+
+def test_saving_over_a_universal_checkpoint(copy: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """Its index would go before DeepSpeed's files at the next load, and what was trained since would be lost."""
+    tag = f"global_step{STEP}"
+    convert(UniversalView.of(open_checkpoint(copy)), tmp_path / "u" / tag)
+    write_atomically(tmp_path / "u" / "latest", tag)
+    before = sorted(path.name for path in (tmp_path / "u" / tag).iterdir())
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(train, TARGET, STEP, load=str(tmp_path / "u"), save=str(tmp_path / "u"))
+    assert isinstance(caught.value.original, SaveError)
+    assert f"{tmp_path / 'u' / tag} holds a universal checkpoint" in str(caught.value.original)
+    assert sorted(path.name for path in (tmp_path / "u" / tag).iterdir()) == before
+    stock = replace(TARGET, universal=None)  # which doesn't look
+    ranks(2).run(train, stock, STEP, save=str(tmp_path / "u"))
+    check_refused(ranks, TARGET, tmp_path / "u", DamagedCheckpointError, "holds two checkpoints", "ucp_index.json")
+
+
+def test_two_universal_loads_at_once(ranks: Ranks) -> None:
+    run = replace(TARGET, config={"checkpoint": {"load_universal": True}})
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(train, run, 0)
+    assert isinstance(caught.value.original, ConfigError)
+    assert "'checkpoint.load_universal' and 'universal_checkpoint' are two ways to load" in str(caught.value.original)

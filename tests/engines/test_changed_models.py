@@ -6,6 +6,7 @@ frozen parameters and buffers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LAST_STEP, STEP, differences
+from checkpoints import LAST_STEP, STEP, differences, shared_differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.models import build_mlp
 from ucp_deepspeed.testing.ranks import RankError, RankPool
-from ucp_deepspeed.testing.runs import Outcome, Run, train
+from ucp_deepspeed.testing.runs import Outcome, Run, build_engine, train
 from ucp_deepspeed.transfer import FileReader
 from ucp_deepspeed.transfer.copying import gather
 
@@ -250,6 +251,72 @@ def test_a_parameter_without_state_among_others(ranks: Ranks, tmp_path: Path) ->
     assert outcome.report.initialised == FROZEN
     assert not states(again, "linear_in.weight")["exp_avg"].any()
     assert same(states(again, "embedding.weight"), states(source, "embedding.weight"))
+
+
+OUTSIDE = ("norm.weight", "linear_out.weight")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_parameter_with_gradients_that_no_optimizer_has(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """It isn't trained, so it goes on as frozen ones do, at any stage that keeps it in its files."""
+    source = saved(ranks, tmp_path, zero={"stage": stage}, outside=OUTSIDE)
+    found = open_checkpoint(source).parameters
+    assert [name for name, parameter in found.items() if parameter.kind == "frozen"] == list(OUTSIDE)
+    for target in (0, 1, 2, 3):
+        outcome, again = resumed(ranks, target, source, {}, outside=OUTSIDE, seed=1)
+        assert outcome.report.initialised == outcome.report.dropped == ()
+        if target < 3:  # whose files leave it out
+            assert shared_differences(source, again) == []
+
+
+def test_zero3_leaves_out_what_no_optimizer_has(ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed's files for ZeRO-3 hold only trained and frozen parameters: told when the engine is built, refused in a load."""
+    run = Run("mlp", zero={"stage": 3}, outside=OUTSIDE)
+    [warnings, _] = ranks(2).run(warnings_of_building, run)
+    assert "norm.weight, linear_out.weight" in "".join(warnings)
+    source = saved(ranks, tmp_path, zero={"stage": 3}, outside=OUTSIDE)
+    message = refusal(ranks, source, outside=OUTSIDE)
+    assert all(f"{name}: missing in the checkpoint" in message for name in OUTSIDE)
+    assert message.count("\n") == len(OUTSIDE)
+
+
+def warnings_of_building(run: Run) -> list[str]:
+    """On a rank: what the package warns of when an engine is built."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("ucp_deepspeed")
+    logger.addHandler(handler)
+    try:
+        build_engine(run).destroy()
+    finally:
+        logger.removeHandler(handler)
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_shape_of_the_same_size_is_refused_on_the_same_topology_too(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed's ZeRO-3 load takes a weight of 20 x 33 for one of 33 x 20."""
+    source = saved(ranks, tmp_path, zero={"stage": stage})
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(train, Run("mlp", zero={"stage": stage}, size={"gain_shape": (1, 1)}), STEP, load=str(source))
+    assert isinstance(caught.value.original, MismatchError)
+    assert "gain: " in str(caught.value.original)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_another_optimizer_on_the_same_topology(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed would load the states of one into the other, and fail at the next step (KeyError)."""
+    source = saved(ranks, tmp_path, zero={"stage": stage})
+    sgd = Run("mlp", zero={"stage": stage}, optimizer=("SGD", {"lr": 0.1, "momentum": 0.9}))
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(train, sgd, LAST_STEP, load=str(source))
+    assert isinstance(caught.value.original, MismatchError)
+    assert "the optimizer keeps ['momentum_buffer'], the checkpoint holds ['exp_avg', 'exp_avg_sq']" in str(
+        caught.value.original
+    )
+    reset = replace(sgd, universal={"enabled": True, "optimizer_states": "reset"})
+    assert set(ranks(2).run(train, reset, LAST_STEP, load=str(source))[0].losses) == {4, 5, 6}
 
 
 def test_a_smaller_or_otherwise_different_shape_is_always_refused(ranks: Ranks, tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ from checkpoints import LAST_STEP, STEP, differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.errors import MismatchError
+from ucp_deepspeed.errors import MismatchError, UnsupportedError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
-from ucp_deepspeed.testing.runs import Run, train
+from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
 from ucp_deepspeed.transfer import FileReader
 from ucp_deepspeed.transfer.compare import compare
+from ucp_deepspeed.transfer.convert import convert
 from ucp_deepspeed.transfer.copying import gather
 
 Ranks = Callable[[int], RankPool]
@@ -79,6 +80,15 @@ def test_learning_rate_is_not_left_to_the_scheduler(ranks: Ranks, tmp_path: Path
     stopped = ranks(1).run(train, Run("mlp", zero={"stage": 3}), STEP, load=str(tmp_path))[0]
     assert resumed.rates == whole.rates
     assert 0 < stopped.rates[0] < whole.rates[0]
+
+
+def test_groups_that_keep_their_hyperparameters_have_the_schedulers_rate(ranks: Ranks, tmp_path: Path) -> None:
+    """Here too the first step would be at rate 0, and lost."""
+    whole = ranks(2).run(train, Run("mlp", zero={"stage": 2}), LAST_STEP, save=str(tmp_path), save_at=STEP)[0]
+    at_once = ranks(2).run(train, Run("mlp", zero={"stage": 2}), STEP, load=str(tmp_path))[0]
+    target = Run("mlp", zero={"stage": 3}, universal={"enabled": True, "hyperparameters": "keep"})
+    assert ranks(1).run(train, target, STEP, load=str(tmp_path))[0].rates == at_once.rates
+    assert ranks(1).run(train, target, LAST_STEP, load=str(tmp_path))[0].rates == whole.rates
 
 
 OPTIONS: dict[str, dict[str, bool]] = {
@@ -185,6 +195,94 @@ def test_frozen_parameters_and_buffers(ranks: Ranks, tmp_path: Path) -> None:
         assert [name for name, kind in kinds.items() if kind == "frozen"] == list(frozen)
         assert [name for name, kind in kinds.items() if kind == "buffer"] == ["calibration", "calls"]
         assert differences(tmp_path / "0", tmp_path / str(position)) == []
+
+
+@pytest.mark.parametrize(("source", "target"), [(1, 3), (3, 2), (0, 1)])
+def test_complex_buffers_and_extra_states(source: int, target: int, ranks: Ranks, tmp_path: Path) -> None:
+    """What modules keep beside parameters and buffers is restored too, also by way of a conversion.
+
+    DeepSpeed's universal load restores neither (peers: frozen parameters and buffers are silently not restored).
+    """
+    run = Run("mlp", size={"remembers": True}, zero={"stage": source})
+    ranks(2).run(train, run, STEP, save=str(tmp_path / "a"))
+    view = UniversalView.of(open_checkpoint(tmp_path / "a"))
+    assert view.parameters["angles"].states == {"weight": "C64"}
+    assert view.checkpoint.extra_states() == ({"_extra_state": {"passes": STEP}},)
+    convert(view, tmp_path / "u" / "step")
+    other = replace(run, zero={"stage": target}, size={"remembers": True}, seed=1)
+    for folder in (tmp_path / "a", tmp_path / "u" / "step"):
+        again = tmp_path / f"again-{folder.name}"
+        ranks(1).run(train, other, STEP, load=str(folder), save=str(again), save_first=True)
+        assert differences(tmp_path / "a", again) == []
+    ranks(1).run(train, other, STEP + 1, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
+    assert open_checkpoint(tmp_path / "b").extra_states() == ({"_extra_state": {"passes": STEP + 1}},)
+    assert "extra_state passes" not in "".join(differences(tmp_path / "a", again))
+    assert "_extra_state is {'passes': 3} in A, {'passes': 4} in B" in "".join(
+        differences(tmp_path / "a", tmp_path / "b")
+    )
+
+
+def save_with_complex128(run: Run, folder: str) -> None:
+    """On a rank: save with a buffer of a dtype that the universal form lacks; then DeepSpeed loads it by itself."""
+    engine = build_engine(run)
+    engine.module.register_buffer("angles", torch.full((3,), 1j, dtype=torch.complex128))
+    train_step(engine, run, 1)
+    engine.save_checkpoint(folder)
+    engine.module.angles.zero_()
+    engine.load_checkpoint(folder)
+    assert engine.module.angles.tolist() == [1j] * 3
+
+
+def test_a_buffer_of_another_dtype_is_refused_by_name(ranks: Ranks, tmp_path: Path) -> None:
+    run = Run("mlp", size={"remembers": True}, zero={"stage": 1})
+    ranks(2).run(save_with_complex128, run, str(tmp_path / "a"))
+    with pytest.raises(RankError) as caught:
+        ranks(1).run(train, run, STEP, load=str(tmp_path / "a"))
+    assert "angles: torch.complex128 has no universal form" in str(caught.value.original)
+    with pytest.raises(UnsupportedError, match="angles: torch.complex128 has no universal form"):
+        convert(UniversalView.of(open_checkpoint(tmp_path / "a")), tmp_path / "u")
+
+
+def test_an_extra_state_that_one_side_lacks(ranks: Ranks, tmp_path: Path) -> None:
+    plain, remembering = Run("mlp", zero={"stage": 1}), Run("mlp", size={"remembers": True}, zero={"stage": 2})
+    ranks(2).run(train, plain, STEP, save=str(tmp_path / "plain"))
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(train, remembering, STEP, load=str(tmp_path / "plain"), options={"load_module_strict": True})
+    assert "angles: missing in the checkpoint" in str(caught.value.original)
+    ranks(2).run(train, remembering, STEP, save=str(tmp_path / "remembering"))
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(train, plain, STEP, load=str(tmp_path / "remembering"))
+    assert "angles: extra in the checkpoint" in str(caught.value.original)
+    loose = {"load_module_strict": False}
+    assert ranks(2).run(train, plain, STEP, load=str(tmp_path / "remembering"), options=loose)[0].report is not None
+
+
+def test_a_tag_with_a_slash(ranks: Ranks, tmp_path: Path) -> None:
+    run = Run("mlp", zero={"stage": 1})
+    ranks(2).run(train, run, STEP, save=str(tmp_path / "a"), save_tag="epoch1/step3")
+    assert (tmp_path / "a" / "latest").read_text() == "epoch1/step3"
+    assert not (tmp_path / "a" / "epoch1" / "latest").exists()
+    outcome = ranks(2).run(
+        train, Run("mlp", zero={"stage": 3}), STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b")
+    )
+    assert outcome[0].counters["global_steps"] == STEP
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+
+
+@pytest.mark.parametrize("universal", [{"enabled": True}, None], ids=["manifest", "stock"])
+@pytest.mark.parametrize(("first", "second"), [("bf16", "fp32"), ("fp32", "bf16")])
+def test_a_tag_saved_again_in_another_precision(
+    first: Any, second: Any, universal: Any, ranks: Ranks, tmp_path: Path
+) -> None:
+    """DeepSpeed's optimizer files then have another name, and those of the run before stay beside them."""
+    saving = {"save": str(tmp_path / "a"), "save_tag": "same"}
+    ranks(2).run(train, Run("mlp", zero={"stage": 1}, precision=first, universal=universal, seed=1), STEP, **saving)
+    again = Run("mlp", zero={"stage": 1}, precision=second, universal=universal)
+    ranks(2).run(train, again, STEP, **saving)
+    ranks(2).run(train, again, STEP, save=str(tmp_path / "alone"), save_tag="same")
+    names = {path.name for path in (tmp_path / "a" / "same").glob("*optim_states.pt")}
+    assert {name.startswith("bf16_") for name in names} == {True, False}
+    assert differences(tmp_path / "a", tmp_path / "alone") == []
 
 
 def test_fp16_loss_scale(ranks: Ranks, tmp_path: Path) -> None:

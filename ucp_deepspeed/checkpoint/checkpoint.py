@@ -60,7 +60,8 @@ class Parameter:
         local_shapes: see `HeldShapes`.
         states: element-wise states that the checkpoint holds → their dtype.
         scalars: states that are one number (``step``).
-        refused: states that have no element-wise form, such as factored moments → why; they can't be restored.
+        refused: states that can't be restored → why: of no element-wise form, such as factored moments, or of another dtype than
+            `ucp_deepspeed.dtypes` lists.
     """
 
     name: str
@@ -154,4 +155,15 @@ class Checkpoint(ABC):
 
         Args:
             rank: model-parallel rank; a native checkpoint has such a file for each.
+        """
+
+    @abstractmethod
+    def extra_states(self) -> tuple[dict[str, Any], ...]:
+        """For each tensor-parallel rank what modules' ``get_extra_state`` returned, but None, by key of the ``state_dict``."""
+
+    def check_sizes(self) -> None:
+        """Compare the sizes of all files with what is recorded of them; a load checks those that it opens.
+
+        Raises:
+            DamagedCheckpointError: a file is truncated, or isn't the one that was recorded.
         """

@@ -6,6 +6,7 @@ File names and keys: DeepSpeed 0.19.8, ``runtime/engine.py`` (``_get_ckpt_name``
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -28,11 +29,12 @@ from ucp_deepspeed.checkpoint.checkpoint import (
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED, layer_file, read_layers, tied_keys
 from ucp_deepspeed.checkpoint.deepspeed_stage0 import Groups, stage0_form, stage0_slots
 from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER, frozen_slice_slots, recognise, zero_slots
+from ucp_deepspeed.checkpoint.extra_states import extra_states_in, is_extra_state
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest
 from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of, whole_tensor_slot
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, extent_of, open_torch_file, read_tensors, scalar_of
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
-from ucp_deepspeed.layout import Flattening, Shape, Topology
+from ucp_deepspeed.layout import Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.plan import Fragment
 
@@ -109,6 +111,22 @@ class DeepSpeedCheckpoint(Checkpoint):
         saved = open_torch_file(path, tensors=True)
         return str(path), {key: value for key, value in saved.items() if key != "module"}
 
+    def extra_states(self) -> tuple[dict[str, Any], ...]:
+        """See `Checkpoint.extra_states`."""
+        found: tuple[dict[str, Any], ...] = tuple({} for _ in range(self.topology.tp))
+        for rank in range(self.topology.model_parallel):
+            found[rank % self.topology.tp].update(self._extra_states(rank))
+        return found
+
+    def check_sizes(self) -> None:
+        """See `Checkpoint.check_sizes`; without a manifest, whether each file has the end of an archive."""
+        for name in self._expected_files(self.topology):
+            path = self.path / name
+            if self.manifest is not None:
+                self.manifest.check_file(path)
+            elif not zipfile.is_zipfile(path):
+                open_torch_file(path)
+
     @cached_property
     def optimizer_form(self) -> str:
         """Class of optimizer that wrote the state: ``plain``, ``fp16-fused``, …, ``zero-3``, or ``none``."""
@@ -127,11 +145,13 @@ class DeepSpeedCheckpoint(Checkpoint):
         """See `Checkpoint`."""
         return self._read_groups()
 
-    def flat_order(self, rank: int) -> list[tuple[tuple[str, ...], Flattening, frozenset[str]]]:
-        """Names, flattening and `Slot.overlapping` of a rank's trainable slots: equal orders can exchange files."""
-        return [
-            (slot.names, slot.flattening, slot.overlapping) for slot in self._slots[rank] if slot.kind == "trainable"
-        ]
+    def trained_slots(self, rank: int) -> list[Slot]:
+        """A model-parallel rank's slots with an optimizer state, in the order of the file."""
+        return [slot for slot in self._slots[rank] if slot.kind == "trainable"]
+
+    def local_shapes(self, rank: int) -> dict[str, Shape]:
+        """Shape of each parameter and buffer on a model-parallel rank."""
+        return {name: shape for slot in self._slots[rank] for name, shape in zip(slot.names, slot.shapes, strict=True)}
 
     @cached_property
     def _slots(self) -> list[list[Slot]]:
@@ -174,12 +194,10 @@ class DeepSpeedCheckpoint(Checkpoint):
         prefix = f"zero_pp_rank_{partition}_" if self._sliced else ""
         return self.path / f"{prefix}mp_rank_{rank:02d}_model_states.pt"
 
-    def _optimizer_paths(self, rank: int, partition: int = 0) -> list[Path]:
-        """The one file that exists of the two names that DeepSpeed uses, or the likelier one."""
-        names = [f"{prefix}zero_pp_rank_{partition}_mp_rank_{rank:02d}_optim_states.pt" for prefix in ("bf16_", "")]
-        present = [name for name in names if name in self._names]
-        other = next((name for name in self._names if name.endswith("_optim_states.pt")), "")
-        return [self.path / (present[0] if present else names[0 if other.startswith("bf16_") else 1])]
+    def _optimizer_path(self, rank: int, partition: int) -> Path:
+        """Of the two names that DeepSpeed uses that of the run's precision: a folder saved to twice may hold both."""
+        prefix = "bf16_" if _precision(self._model_states(0).get("ds_config")) == "bf16" else ""
+        return self.path / f"{prefix}zero_pp_rank_{partition}_mp_rank_{rank:02d}_optim_states.pt"
 
     def _open_checked(self, path: Path) -> dict[str, Any]:
         if self.manifest is not None:
@@ -194,7 +212,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         return saved
 
     def _optimizer_state(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
-        path = self._optimizer_paths(rank, partition)[0]
+        path = self._optimizer_path(rank, partition)
         saved = self._open(path)
         if "optimizer_state_dict" not in saved:
             raise DamagedCheckpointError(f"{path} lacks 'optimizer_state_dict'")
@@ -217,19 +235,23 @@ class DeepSpeedCheckpoint(Checkpoint):
         return topology
 
     def _check_files(self, topology: Topology) -> None:
-        """Name each file that the topology calls for and that isn't there, or has another size than when it was saved."""
-        expected: list[str] = [name for name in self.manifest.files if layer_file(name)] if self.manifest else []
-        for rank in range(topology.model_parallel):
-            partitions = range(topology.dp)
-            expected += [self._model_states_path(rank, part).name for part in (partitions if self._sliced else [0])]
-            if self._partitioned:
-                expected += [self._optimizer_paths(rank, part)[0].name for part in partitions]
+        """Name each file that the topology calls for and that isn't there; sizes are checked when a file is opened."""
+        expected = self._expected_files(topology)
         missing = [name for name in expected if name not in self._names]
         if missing:
             raise DamagedCheckpointError(
                 f"{self.path} was saved as {topology} and lacks {len(missing)} of {len(expected)} files: "
                 + ", ".join(missing[:20])
             )
+
+    def _expected_files(self, topology: Topology) -> list[str]:
+        expected = [name for name in self.manifest.files if layer_file(name)] if self.manifest else []
+        for rank in range(topology.model_parallel):
+            partitions = range(topology.dp)
+            expected += [self._model_states_path(rank, part).name for part in (partitions if self._sliced else [0])]
+            if self._partitioned:
+                expected += [self._optimizer_path(rank, part).name for part in partitions]
+        return expected
 
     @property
     def is_pipeline(self) -> bool:
@@ -313,7 +335,24 @@ class DeepSpeedCheckpoint(Checkpoint):
             return self._layers[rank % self.topology.tp]
         path = self._model_states_path(rank, 0)
         module = self._model_states(rank)["module"]
-        return {name: (value, path) for name, value in module.items() if isinstance(value, torch.Tensor)}
+        return {
+            name: (value, path)
+            for name, value in module.items()
+            if isinstance(value, torch.Tensor) and not is_extra_state(name)
+        }
+
+    def _extra_states(self, rank: int) -> dict[str, Any]:
+        if not self.is_pipeline:
+            return extra_states_in(self._model_states(rank)["module"], self._model_states_path(rank, 0))
+        if rank >= self.topology.tp:  # the layers' files are those of all stages
+            return {}
+        found: dict[str, Any] = {}
+        for name in sorted(self._names):
+            place = layer_file(name)
+            if place is not None and place[1] == rank:
+                held = extra_states_in(self._open(self.path / name), self.path / name)
+                found |= {f"{place[0]}.{key}": value for key, value in held.items()}
+        return found
 
     @cached_property
     def _layers(self) -> list[dict[str, Located]]:
@@ -464,7 +503,10 @@ def _as_number(value: Any, path: Path) -> Any:
 def _module_slot(name: str, kind: Kind, tensor: torch.Tensor, path: Path) -> Slot:
     lookup: Callable[[int, str], tuple[torch.Tensor, Path]] = lambda partition, state: (tensor, path)  # noqa: E731
     shape: Shape = shapes_of({name: tensor.shape})[0]
-    return whole_tensor_slot(name, kind, lookup, shape=shape, states={WEIGHT: TORCH_DTYPES[tensor.dtype]})
+    if tensor.dtype in TORCH_DTYPES:
+        return whole_tensor_slot(name, kind, lookup, shape=shape, states={WEIGHT: TORCH_DTYPES[tensor.dtype]})
+    refused = {WEIGHT: f"{tensor.dtype} has no universal form ({path})"}
+    return whole_tensor_slot(name, kind, lookup, shape=shape, states={}, refused=refused)
 
 
 def _precision(ds_config: Any) -> Precision:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ucp_deepspeed.checkpoint.extra_states import is_extra_state
 from ucp_deepspeed.checkpoint.slots import Located
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 
@@ -54,7 +55,7 @@ def read_layers(
     tensors: list[dict[str, Located]] = [{} for _ in range(degree)]
     for (layer, rank), name in found:
         for key, value in open_file(folder / name).items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and not is_extra_state(key):
                 tensors[rank][f"{layer}.{key}"] = value, folder / name
     return tensors
 

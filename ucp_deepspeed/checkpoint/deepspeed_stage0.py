@@ -15,7 +15,7 @@ import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Kind
 from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, split_states, whole_tensor_slot
-from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
+from ucp_deepspeed.checkpoint.torch_files import dtype_of
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
 from ucp_deepspeed.layout import FlatGroup, Shape
 
@@ -112,7 +112,7 @@ def _plain_slots(
                     kind,
                     _lookup({state: (master, home)} | {key: (raw[key], path) for key in found.states}),
                     shape=tuple(master.shape),
-                    states={state: TORCH_DTYPES[master.dtype], **found.states},
+                    states={state: dtype_of(master, home), **found.states},
                     scalars=found.scalars,
                     refused=found.refused,
                     group=group if kind == "trainable" else None,
@@ -131,7 +131,7 @@ def _unfused_slots(
             raw = base["state"].get(index, {})
             found = split_states(raw, master, path)
             tensors = {MASTER: master} | {key: raw[key] for key in found.states}
-            dtypes = {state: TORCH_DTYPES[tensor.dtype] for state, tensor in tensors.items()}
+            dtypes = {state: dtype_of(tensor, path) for state, tensor in tensors.items()}
             slots.append(
                 whole_tensor_slot(
                     name,
@@ -161,7 +161,7 @@ def _fused_slots(
         raw = base["state"].get(group, {})
         found = split_states(raw, master, path)
         tensors = {MASTER: master} | {key: raw[key] for key in found.states}
-        dtypes = {state: TORCH_DTYPES[tensor.dtype] for state, tensor in tensors.items()}
+        dtypes = {state: dtype_of(tensor, path) for state, tensor in tensors.items()}
         flattening = FlatGroup(numels_of(shapes), partitions=1, alignment=1)
         lookup = _lookup({state: (tensor, path) for state, tensor in tensors.items()})
         slots.append(Slot(held, shapes, "trainable", flattening, lookup, dtypes, found.scalars, found.refused, group))

@@ -1,6 +1,6 @@
 """Python values as JSON, exactly: what JSON can't say is tagged. `docs/format.md`, *Values*, is the specification.
 
-Also how the index and the manifest are read, which are JSON of one form each.
+Also when two values are the same, and how the index and the manifest are read, which are JSON of one form each.
 """
 
 from __future__ import annotations
@@ -131,3 +131,36 @@ def _decode_tagged(tag: str, content: Any, tensors: Mapping[str, torch.Tensor]) 
         case "$bytes":
             return base64.b64decode(content)
     raise ValueError(f"unknown tag {tag}")
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Whether two values of a state dict mean the same: NaN equals itself, 0.0 isn't -0.0, 1 is 1.0, a list equals a tuple.
+
+    Tensors without data (on the meta device) can't be told to be the same, so they are not.
+    """
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return _same_number(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(same_value(a[key], b[key]) for key in a)
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return _same_tensor(a, b)
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return False
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(same_value(one, other) for one, other in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def _same_number(a: float, b: float) -> bool:
+    if a != b:
+        return a != a and b != b
+    return a != 0 or math.copysign(1, a) == math.copysign(1, b)
+
+
+def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype or a.is_meta or b.is_meta:
+        return False
+    left, right = (side.detach().cpu().contiguous().flatten().view(torch.uint8) for side in (a, b))
+    return bool(torch.equal(left, right))

@@ -64,9 +64,15 @@ def open_checkpoint(path: str | Path, tag: str | None = None) -> Checkpoint:
     folder = resolve_tag(path, tag)
     if is_unfinished(folder):
         raise DamagedCheckpointError(f"{folder} is what an interrupted conversion left behind; convert again")
+    native = next(folder.glob("*mp_rank_*_model_states.pt"), None)
     if (folder / INDEX_NAME).is_file():
+        if native is not None:
+            raise DamagedCheckpointError(
+                f"{folder} holds two checkpoints, a universal one ({INDEX_NAME}) and one of DeepSpeed's ({native.name}, …): "
+                f"move one of them to another folder"
+            )
         return UniversalCheckpoint(folder)
-    if any(folder.glob("*mp_rank_*_model_states.pt")):
+    if native is not None:
         return DeepSpeedCheckpoint(folder)
     if any(folder.glob("layer_*-model_states.pt")) or (folder / "zero").is_dir():
         raise UnsupportedError(

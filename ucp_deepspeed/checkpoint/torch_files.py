@@ -32,8 +32,12 @@ TORCH_DTYPES: dict[torch.dtype, str] = {
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.complex64: "C64",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
@@ -167,21 +171,31 @@ def _explain(path: Path, error: Exception) -> str:
     return f"{path} can't be read ({path.stat().st_size} bytes): {reason}"
 
 
+def dtype_of(tensor: torch.Tensor, path: Path) -> str:
+    """Name of a tensor's dtype.
+
+    Raises:
+        UnsupportedError: it is outside the table.
+    """
+    if tensor.dtype not in TORCH_DTYPES:
+        raise UnsupportedError(f"{path} holds a tensor of {tensor.dtype}, which has no universal form")
+    return TORCH_DTYPES[tensor.dtype]
+
+
 def extent_of(tensor: torch.Tensor, path: Path) -> FileExtent:
     """Where the bytes of a tensor from `open_torch_file` lie.
 
     Raises:
         UnsupportedError: the tensor isn't contiguous, or of a dtype outside the table.
     """
-    if tensor.dtype not in TORCH_DTYPES:
-        raise UnsupportedError(f"{path} holds a tensor of {tensor.dtype}, which has no universal form")
+    dtype = dtype_of(tensor, path)
     if not tensor.is_contiguous():
         raise UnsupportedError(f"{path} holds a tensor of shape {tuple(tensor.shape)} that isn't contiguous")
     storage_offset: int = getattr(tensor.untyped_storage(), "_checkpoint_offset", 0)
     return FileExtent(
         str(path),
         storage_offset + tensor.storage_offset() * tensor.element_size(),
-        TORCH_DTYPES[tensor.dtype],
+        dtype,
         tensor.numel(),
     )
 

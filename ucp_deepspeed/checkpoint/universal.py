@@ -112,6 +112,7 @@ class Index(BaseModel):
     parameters: Mapping[str, IndexParameter]
     groups: tuple[IndexGroup, ...]
     client_state: Any
+    extra_states: Any = {}
     files: Mapping[str, NonNegativeInt]
 
 
@@ -172,6 +173,10 @@ class UniversalCheckpoint(Checkpoint):
         return str(self.path / INDEX_NAME), self._decoded(
             self._index.client_state, "client_state", self._client_tensors
         )
+
+    def extra_states(self) -> tuple[dict[str, Any], ...]:
+        """See `Checkpoint.extra_states`."""
+        return (self._decoded(self._index.extra_states, "extra_states", self._client_tensors),)
 
     def _decoded(
         self, encoded: Any, what: str, tensors: Mapping[str, Any] | None = None, numbers: bool = False

@@ -45,7 +45,9 @@ def inspect_command(
     checkpoint: Path, tag: str | None, spec: str | None, vocabulary_size: int | None, as_json: bool
 ) -> None:
     """Show what checkpoint CKPT holds; reads no tensors."""
-    report = inspect_checkpoint(open_checkpoint(checkpoint, tag), spec, vocabulary_size)
+    opened = open_checkpoint(checkpoint, tag)
+    opened.check_sizes()
+    report = inspect_checkpoint(opened, spec, vocabulary_size)
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:

@@ -51,6 +51,8 @@ def local_state_dict(checkpoint: Checkpoint, model: EngineModel) -> dict[str, to
     found: dict[str, torch.Tensor] = {}
     for name, logical in view.logical_of.items():
         parameter, layout = view.parameters[logical], layouts[logical]
+        if not parameter.states:
+            continue
         rank = model.rank % degree
         flat = torch.empty(prod(layout.locals[rank].shape), dtype=_dtype(parameter, model))
         target = Target(layout, rank, (Fragment(0, flat.numel(), None, 0),))

@@ -261,7 +261,9 @@ class _Planner:
     def _weights(self) -> Iterator[WeightPlan]:
         for name, tensor in self.tensors.items():
             if tensor.kind != "trainable" and tensor.tensor is not None:
-                weight, fragments = tensor.held()
+                parameter, (weight, fragments) = self.view.parameters[name], tensor.held()
+                if WEIGHT not in parameter.states and parameter.kind != "trainable":
+                    self.problems += [f"{name}: {reason}" for reason in parameter.refused.values()]
                 yield WeightPlan(weight, self._tensor(name, self._weight_state(name), fragments))
 
     def _tensor(self, name: str, state: str, fragments: Sequence[Fragment[None]]) -> Copies:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,15 @@ from typing import Any
 from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint, resolve_tag
+from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
+from ucp_deepspeed.checkpoint.slots import Slot
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.custom_load import check_custom_load, local_state_dict, run_custom_load
+from ucp_deepspeed.engine.extra_states import plan_extra_states
 from ucp_deepspeed.engine.filling import plan_filling
 from ucp_deepspeed.engine.matching import match_model, match_names, policies_of
 from ucp_deepspeed.engine.model import (
@@ -29,9 +32,10 @@ from ucp_deepspeed.engine.model import (
     describe_model,
     engine_precision,
     engine_topology,
+    local_shape,
     model_parallel_rank,
 )
-from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer
+from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, engine_optimizer
 from ucp_deepspeed.engine.random_state import read_random_state, restore_random_state
 from ucp_deepspeed.engine.training_state import Settings, plan_hyperparameters, restore_data_schedules, restore_run
 from ucp_deepspeed.errors import CheckpointNotFoundError, ConfigError
@@ -157,9 +161,10 @@ def _takes_universal_path(
 
 
 def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: EngineOptimizer) -> bool:
-    """Whether each rank can take over one rank's files as they are: same degrees, stage, class, precision and flat order.
+    """Whether each rank can take over one rank's files as they are: same degrees, stage, precision and slots.
 
-    The flat order catches what degrees don't: ``round_robin_gradients``, ``parameter_alignment`` or ``sub_group_size`` changed.
+    The slots catch what degrees don't: another optimizer, ``round_robin_gradients``, ``parameter_alignment`` or
+    ``sub_group_size``, and a parameter with another shape of the same size.
     """
     if (checkpoint.topology, checkpoint.optimizer_form, checkpoint.run.precision) != (
         engine_topology(engine),
@@ -172,9 +177,30 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
         if checkpoint.optimizer_form == BF16_OPTIMIZER.name:
             return False  # DeepSpeed can't read what it has written (KeyError in BF16_Optimizer.load_state_dict)
         recorded = checkpoint.recorded_groups(rank)
-        return recorded is None or recorded == optimizer.group_names()
-    slots = optimizer.slots()
-    return checkpoint.flat_order(rank) == [(slot.names, slot.flattening, slot.overlapping) for slot in slots]
+        if recorded is None:
+            return True  # the files name no parameters: only their order can tell, and DeepSpeed goes by it
+        if recorded != optimizer.group_names():
+            return False
+    saved, live = checkpoint.trained_slots(rank), optimizer.slots()
+    order = [[(slot.names, slot.flattening, slot.overlapping) for slot in slots] for slots in (saved, live)]
+    shapes = checkpoint.local_shapes(rank)
+    return (
+        order[0] == order[1]
+        and all(
+            shapes.get(name, local_shape(param)) == local_shape(param) for param, name in engine.param_names.items()
+        )
+        and _same_states(saved, live, optimizer)
+    )
+
+
+def _same_states(saved: Sequence[Slot], live: Sequence[EngineSlot], optimizer: EngineOptimizer) -> bool:
+    """Whether the optimizer keeps the states that the checkpoint holds, by the first slot of each group."""
+    first = {slot.group: index for index, slot in reversed(list(enumerate(live)))}
+    for index in first.values():
+        found, wanted = saved[index].states.keys() - {MASTER}, optimizer.state_names(live[index])
+        if wanted is not None and found and found != wanted:
+            return False
+    return True
 
 
 def _load_universal(
@@ -198,8 +224,11 @@ def _load_universal(
         settings: Settings = ()
         if options.optimizer_states and engine.universal_checkpoint_config.hyperparameters == "restore":
             settings = plan_hyperparameters(checkpoint, names, optimizer)
+        extra_states = plan_extra_states(checkpoint, engine.module, model, policies)
         path, state = checkpoint.client_state(model.rank if same_ranks else 0)
     read = filling.run(optimizer)
+    for module, value in extra_states:
+        module.set_extra_state(value)
     if custom is not None:
         run_custom_load(engine, model, optimizer, custom, source)
     restore_run(engine, checkpoint, optimizer, options, settings)

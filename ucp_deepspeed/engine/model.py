@@ -14,6 +14,7 @@ from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
 
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes, Kind, Precision
 from ucp_deepspeed.config import UniversalCheckpointConfig
+from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.errors import MismatchError, UniversalCheckpointError
 from ucp_deepspeed.language import Spec, load_spec
 from ucp_deepspeed.layout import Shape, SlicedGroup, Topology
@@ -93,7 +94,7 @@ def describe_model(engine: Any) -> EngineModel:
     topology = engine_topology(engine)
     local = {name: (kind, tensor) for name, kind, tensor in _local_tensors(engine)}
     mine = _Held(
-        {name: (kind, _local_shape(tensor)) for name, (kind, tensor) in local.items()},
+        {name: (kind, local_shape(tensor)) for name, (kind, tensor) in local.items()},
         _inferred_patterns(engine.module),
     )
     shares = gather_model_parallel(engine, mine)
@@ -132,20 +133,29 @@ def engine_precision(engine: Any) -> Precision:
 
 
 def _local_tensors(engine: Any) -> Iterator[tuple[str, Kind, torch.Tensor]]:
+    stepped = _names_in_optimizer(engine)
     for param, name in engine.param_names.items():
-        yield name, "trainable" if _is_trained(param) else "frozen", param
+        yield name, "trainable" if name in stepped and can_be_trained(param) else "frozen", param
     buffers = dict(engine.module.named_buffers())
     for name in engine._get_buffer_names():
         if name in buffers:
             yield name, "buffer", buffers[name]
 
 
-def _is_trained(param: torch.Tensor) -> bool:
-    """Whether the optimizer keeps it: a parameter without elements counts as frozen (``runtime/utils.py``)."""
-    return param.requires_grad and torch.Size(_local_shape(param)).numel() > 0
+def _names_in_optimizer(engine: Any) -> frozenset[str | None]:
+    if engine.optimizer is None:
+        return frozenset()
+    return frozenset(name for group in engine_optimizer(engine).group_names() for name in group)
 
 
-def _local_shape(tensor: torch.Tensor) -> Shape:
+def can_be_trained(param: torch.Tensor) -> bool:
+    """Whether an optimizer that has it steps on it: a parameter without elements counts as frozen (``runtime/utils.py``)."""
+    return param.requires_grad and torch.Size(local_shape(param)).numel() > 0
+
+
+def local_shape(tensor: torch.Tensor) -> Shape:
+    """Shape of the whole local tensor, also where ZeRO-3 has cut it."""
+    """Shape of the whole local tensor, also where ZeRO-3 has cut it."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 

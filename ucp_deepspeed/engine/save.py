@@ -15,8 +15,10 @@ from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, Manifest, ManifestParameter, ManifestTopology
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME, open_checkpoint
+from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
+from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.checkpoint.view import layouts_of
-from ucp_deepspeed.engine.model import EngineModel, agreement, describe_model, gather_model_parallel
+from ucp_deepspeed.engine.model import EngineModel, agreement, can_be_trained, describe_model, gather_model_parallel
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.pipeline import check_tied_copies, layer_keys
 from ucp_deepspeed.engine.random_state import save_random_state
@@ -41,7 +43,8 @@ def save_checkpoint(
 
     Raises:
         SpecError, MismatchError: the layouts that the config names don't fit the model; nothing is written.
-        SaveError: DeepSpeed's files are written, the manifest couldn't be; ``latest`` names the checkpoint that it named before.
+        SaveError: the tag is a universal checkpoint, and nothing is written; or DeepSpeed's files are written and the manifest
+            couldn't be: then ``latest`` names the checkpoint that it named before.
     """
     rest = {"client_state": client_state or {}, "exclude_frozen_parameters": exclude_frozen_parameters}
     if not save_dir or engine.checkpoint_engine.is_decoupled():
@@ -50,6 +53,10 @@ def save_checkpoint(
     tag = str(tag) if tag is not None else f"global_step{engine.global_steps}"
     folder = Path(save_dir) / tag
     with agreement():
+        if (folder / INDEX_NAME).is_file():
+            raise SaveError(
+                f"{folder} holds a universal checkpoint, which DeepSpeed's files would hide; save under another tag"
+            )
         manifest = _manifest(engine)
         if dist.get_rank() == 0:
             (folder / MANIFEST_NAME).unlink(missing_ok=True)
@@ -64,7 +71,9 @@ def save_checkpoint(
     with agreement():
         if dist.get_rank() == 0:
             try:
-                _commit(manifest, folder, save_latest)
+                _commit(manifest, folder)
+                if save_latest:
+                    write_atomically(Path(save_dir) / LATEST_NAME, tag)
             except OSError as error:
                 raise SaveError(
                     f"the manifest of {folder} could not be written, and 'latest' was not moved: {error}"
@@ -79,7 +88,30 @@ def check_model(engine: Any) -> None:
     Raises:
         SpecError, MismatchError: the layouts that the config names don't fit the model.
     """
-    _parameters(describe_model(engine))
+    model = describe_model(engine)
+    _parameters(model)
+    _warn_of_dtypes(model)
+    if model.topology.zero_stage == 3:
+        _warn_of_left_out(engine, model)
+
+
+def _warn_of_dtypes(model: EngineModel) -> None:
+    tensors = {name: entry.tensor for name, entry in model.tensors.items() if entry.tensor is not None}
+    strange = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in TORCH_DTYPES]
+    if strange:
+        logger.warning("of these dtypes only DeepSpeed can save and load, on the same topology: %s", ", ".join(strange))
+
+
+def _warn_of_left_out(engine: Any, model: EngineModel) -> None:
+    """DeepSpeed's ZeRO-3 files hold trained parameters, and frozen ones that need no gradient (``runtime/engine.py``)."""
+    needing = {name for param, name in engine.param_names.items() if can_be_trained(param)}
+    left_out = [name for name in model.named("frozen") if name in needing]
+    if left_out and dist.get_rank() == 0:
+        logger.warning(
+            "with ZeRO-3 DeepSpeed saves no parameters that have gradients and that the optimizer doesn't have; give them to it, "
+            "or set requires_grad to False: %s",
+            ", ".join(left_out),
+        )
 
 
 def _warn_if_unreadable(folder: Path) -> None:
@@ -90,12 +122,10 @@ def _warn_if_unreadable(folder: Path) -> None:
         logger.warning("what was just saved can be loaded by DeepSpeed alone, on the same topology: %s", error)
 
 
-def _commit(manifest: Manifest, folder: Path, save_latest: bool) -> None:
+def _commit(manifest: Manifest, folder: Path) -> None:
     files = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir()) if entry.is_file()}
     complete = manifest.model_copy(update={"files": files})
     write_atomically(folder / MANIFEST_NAME, complete.model_dump_json(indent=1))
-    if save_latest:
-        write_atomically(folder.parent / LATEST_NAME, folder.name)
 
 
 def _manifest(engine: Any) -> Manifest:

@@ -67,6 +67,8 @@ def restore_run(
     engine.skipped_steps = run.skipped_steps
     if options.load_lr_scheduler_states and engine.lr_scheduler is not None:
         _restore_scheduler(engine.lr_scheduler, run.lr_scheduler)
+        if options.load_optimizer_states:  # else the groups' rates stay too, as with DeepSpeed
+            _set_scheduled(engine.lr_scheduler, optimizer)
     _set_hyperparameters(optimizer, settings)
     if options.load_optimizer_states:
         _restore_loss_scale(checkpoint, optimizer)
@@ -100,6 +102,16 @@ def _restore_scheduler(scheduler: Any, state: Mapping[str, Any] | None) -> None:
         scheduler.load_state_dict(dict(state))
 
 
+def _set_scheduled(scheduler: Any, optimizer: EngineOptimizer) -> None:
+    """Set what the scheduler gives for where it stands, for groups that keep their own hyper-parameters: loading its state
+    doesn't, and the next step would be at the first rate of all."""
+    if getattr(scheduler, "last_batch_iteration", -1) >= 0:  # DeepSpeed's, some of which cycle momentum too
+        scheduler.step(scheduler.last_batch_iteration)
+    elif isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+        for group, rate in zip(optimizer.base.param_groups, scheduler.get_last_lr(), strict=True):
+            _set(group, "lr", rate)
+
+
 def _samples(engine: Any) -> int:
     return int(engine.global_steps * engine.train_batch_size())
 
@@ -107,10 +119,14 @@ def _samples(engine: Any) -> int:
 def _set_hyperparameters(optimizer: EngineOptimizer, settings: Settings) -> None:
     for live, values in zip(optimizer.base.param_groups, settings, strict=False):  # no settings: none are taken over
         for key, value in values.items():
-            if isinstance(live[key], torch.Tensor):  # such as a rate on the device
-                live[key].fill_(value)
-            else:
-                live[key] = value
+            _set(live, key, value)
+
+
+def _set(group: dict[str, Any], key: str, value: Any) -> None:
+    if isinstance(group[key], torch.Tensor):  # such as a rate on the device
+        group[key].fill_(value)
+    else:
+        group[key] = value
 
 
 def _restore_loss_scale(checkpoint: Checkpoint, optimizer: EngineOptimizer) -> None:

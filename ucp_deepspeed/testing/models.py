@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,12 +19,15 @@ class TinyMlp(nn.Module):
         gain_shape: ``(1,)``, or ``()`` for a 0-d parameter.
         adapter: add ``adapter``, a linear layer beside the norm that begins as zero.
         idle: leave the adapter out of the forward pass, so that it never has a gradient.
+        remembers: keep ``angles`` and ``notes``.
 
     Attributes:
         gain: parameter of one element: scales the middle layer.
         odd_offset: parameter of shape ``[odd]``; an odd size leaves a remainder at every even data parallel degree.
         calibration: persistent floating-point buffer of shape ``[hidden]``, added to the embedding; never trained.
         calls: persistent 0-d int64 buffer: number of forward passes in training mode.
+        angles: persistent complex64 buffer of shape ``[3]``, in no forward pass.
+        notes: what ``get_extra_state`` returns, a dictionary that counts forward passes.
         scratch: buffer of shape ``[hidden]`` that is not persistent, so that no checkpoint holds it.
     """
 
@@ -31,7 +36,15 @@ class TinyMlp(nn.Module):
     scratch: torch.Tensor
 
     def __init__(
-        self, vocabulary: int, hidden: int, ffn: int, odd: int, gain_shape: tuple[int, ...], adapter: bool, idle: bool
+        self,
+        vocabulary: int,
+        hidden: int,
+        ffn: int,
+        odd: int,
+        gain_shape: tuple[int, ...],
+        adapter: bool,
+        idle: bool,
+        remembers: bool,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, hidden)
@@ -46,12 +59,17 @@ class TinyMlp(nn.Module):
         self.idle = idle
         self.register_buffer("calibration", 0.1 * torch.randn(hidden))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.notes: dict[str, Any] | None = {"passes": 0} if remembers else None
+        if remembers:
+            self.register_buffer("angles", torch.polar(torch.ones(3), torch.randn(3)))
         self.register_buffer("scratch", torch.zeros(hidden), persistent=False)
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross entropy of predicting ``labels`` from ``tokens``, both int64 of the same shape; an fp32 scalar."""
         if self.training:
             self.calls.add_(1)
+            if self.notes is not None:
+                self.notes["passes"] += 1
         embedded = self.embedding(tokens)
         embedded = self.norm(embedded + self.calibration.to(embedded.dtype))
         if hasattr(self, "adapter") and not self.idle:
@@ -59,6 +77,14 @@ class TinyMlp(nn.Module):
         logits = self.linear_out(self.gain * nn.functional.gelu(self.linear_in(embedded)))
         offset = nn.functional.pad(self.odd_offset, (logits.shape[-1] - self.odd_offset.shape[0], 0))
         return nn.functional.cross_entropy((logits + offset).float().flatten(0, -2), labels.flatten())
+
+    def get_extra_state(self) -> Any:
+        """See ``notes``."""
+        return self.notes
+
+    def set_extra_state(self, state: Any) -> None:
+        """See ``notes``."""
+        self.notes = state
 
 
 def build_mlp(
@@ -69,6 +95,7 @@ def build_mlp(
     gain_shape: tuple[int, ...] = (1,),
     adapter: bool = False,
     idle: bool = False,
+    remembers: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> TinyMlp:
@@ -81,13 +108,13 @@ def build_mlp(
         odd: size of the odd-sized parameter, at most ``vocabulary``.
         gain_shape: of the one-element parameter. With ``()`` it is 0-d, which a plain PyTorch run can train and save; a
             DeepSpeed 0.19 engine refuses such parameters at construction (it broadcasts them viewed as bytes).
-        adapter, idle: see `TinyMlp`.
+        adapter, idle, remembers: see `TinyMlp`.
         dtype: of the parameters. Buffers keep their own.
         seed: of the initial values, which are drawn in fp32 and rounded.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = TinyMlp(vocabulary, hidden, ffn, odd, gain_shape, adapter, idle)
+        model = TinyMlp(vocabulary, hidden, ffn, odd, gain_shape, adapter, idle, remembers)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model

@@ -48,6 +48,7 @@ class Run:
         groups: ``one`` parameter group; ``decay``: matrices, and the rest without weight decay; ``shuffled``: the same in another
             order, and matrices split once more, with hyper-parameters of their own.
         frozen: names of parameters that aren't trained.
+        outside: names of parameters that have gradients and aren't given to the optimizer.
         fused: use DeepSpeed's FusedAdam instead of torch's AdamW.
         optimizer: a class, or the name of one in ``torch.optim``, and its arguments; passed to DeepSpeed as a client optimizer.
         seed: of the initial weights.
@@ -66,6 +67,7 @@ class Run:
     universal: Mapping[str, Any] | None = field(default_factory=lambda: {"enabled": True})
     groups: Literal["one", "decay", "shuffled"] = "one"
     frozen: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
     fused: bool = False
     optimizer: tuple[str | type, Mapping[str, Any]] | None = None
     seed: int = 0
@@ -242,7 +244,7 @@ def _build_model(run: Run) -> tuple[torch.nn.Module, Any]:
 
 
 def _parameter_groups(model: torch.nn.Module, run: Run) -> Any:
-    trained = [param for param in model.parameters() if param.requires_grad]
+    trained = [param for name, param in model.named_parameters() if param.requires_grad and name not in run.outside]
     if run.groups == "one":
         return trained
     matrices = [param for param in trained if param.ndim > 1]

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES, Checkpoint
+from ucp_deepspeed.checkpoint.encoding import same_value
+from ucp_deepspeed.checkpoint.extra_states import shared_extra_states
 from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -34,6 +36,7 @@ What = Literal[
     "counter",
     "lr_scheduler",
     "loss_scale",
+    "extra_state",
 ]
 
 
@@ -70,8 +73,9 @@ def compare(
     """Everything in which two checkpoints differ; empty when a run resumed from either would be in the same state.
 
     Compared are the parameters that exist and their kinds, whole shapes, states and dtypes; every element; scalars such as
-    ``step``; the hyper-parameters of each parameter, without `IMPLEMENTATION_SWITCHES`; the run's counters, learning-rate
-    scheduler and, where both sides scale the loss, what both record of it. Precision, topology and client state are not.
+    ``step``; the hyper-parameters of each parameter, without `IMPLEMENTATION_SWITCHES`; the modules' extra states; the run's
+    counters, learning-rate scheduler and, where both sides scale the loss, what both record of it. Precision, topology and client
+    state are not.
 
     Args:
         chunk_numbytes: bytes of each side to hold at a time.
@@ -91,6 +95,7 @@ def compare(
     finally:
         for side in sides:
             side.reader.close()
+    found += _mapping("extra_state", "extra_state", *map(_extra_states, (view_a.checkpoint, view_b.checkpoint)))
     found += _run(view_a.checkpoint, view_b.checkpoint)
     return found
 
@@ -184,6 +189,14 @@ def _hyperparameters(view: UniversalView) -> dict[str, dict[str, Any]]:
     }
 
 
+def _extra_states(checkpoint: Checkpoint) -> dict[str, Any]:
+    """One value for each module, or where the ranks' differ all of them."""
+    found = checkpoint.extra_states()
+    shared, _ = shared_extra_states(found)
+    names = dict.fromkeys(name for held in found for name in held)
+    return {name: shared.get(name, [held.get(name) for held in found]) for name in names}
+
+
 def _run(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
     for counter in ("global_steps", "global_samples", "skipped_steps"):
         one, other = getattr(a.run, counter), getattr(b.run, counter)
@@ -208,36 +221,3 @@ def _mapping(name: str, what: What, a: Mapping[str, Any], b: Mapping[str, Any]) 
             )
         elif not same_value(a[key], b[key]):
             yield Difference(name, what, f"{key} is {a[key]!r} in A, {b[key]!r} in B")
-
-
-def same_value(a: Any, b: Any) -> bool:
-    """Whether two values of a state dict mean the same: NaN equals itself, 0.0 isn't -0.0, 1 is 1.0, a list equals a tuple.
-
-    Tensors without data (on the meta device) can't be told to be the same, so they are not.
-    """
-    if isinstance(a, bool) or isinstance(b, bool):
-        return a is b
-    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-        return _same_number(a, b)
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(same_value(a[key], b[key]) for key in a)
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return _same_tensor(a, b)
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return False
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(same_value(one, other) for one, other in zip(a, b, strict=True))
-    return bool(a == b)
-
-
-def _same_number(a: float, b: float) -> bool:
-    if a != b:
-        return a != a and b != b
-    return a != 0 or math.copysign(1, a) == math.copysign(1, b)
-
-
-def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype or a.is_meta or b.is_meta:
-        return False
-    left, right = (side.detach().cpu().contiguous().flatten().view(torch.uint8) for side in (a, b))
-    return bool(torch.equal(left, right))

@@ -114,7 +114,7 @@ def convert(
         drop_client_state: top-level keys of the client state to leave out.
 
     Raises:
-        ConfigError: the folder exists already, or the client state has no such key; nothing is written.
+        ConfigError: the folder exists already, or would lie in a file, or the client state has no such key; nothing is written.
         UnsupportedError: the client state, a scheduler or a hyper-parameter holds something that has no universal form;
             nothing is written.
         DamagedCheckpointError: a source file is missing or truncated; nothing is left behind.
@@ -123,6 +123,8 @@ def convert(
     """
     if destination.exists():  # before anything is read; `committed_folder` is what makes sure
         raise ConfigError(f"{destination} exists already; nothing was written")
+    if blocking := next((parent for parent in destination.parents if parent.exists() and not parent.is_dir()), None):
+        raise ConfigError(f"{blocking} is a file; nothing was written")
     files = lay_out(view, file_numbytes)
     homes = {(atom.name, atom.state): file.file_name for file in files for atom in file.atoms}
     index, tensors = describe(view, homes, drop_client_state)

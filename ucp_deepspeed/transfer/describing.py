@@ -12,6 +12,7 @@ import torch
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed import ENGINE_KEYS
 from ucp_deepspeed.checkpoint.encoding import encode
+from ucp_deepspeed.checkpoint.extra_states import shared_extra_states
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
 from ucp_deepspeed.checkpoint.universal import (
     FORMAT_VERSION,
@@ -39,7 +40,7 @@ def describe(
 
     Args:
         homes: (parameter, state) → name of the file that will hold the atom.
-        drop_client_state: top-level keys of the client state to leave out.
+        drop_client_state: top-level keys of the client state, and keys of extra states, to leave out.
 
     Raises:
         ConfigError: the client state has no such key.
@@ -49,7 +50,7 @@ def describe(
     refused = [f"{name}: {why}" for name, parameter in view.parameters.items() for why in parameter.refused.values()]
     if refused:
         raise UnsupportedError("\n  ".join([f"{checkpoint.path} can't be converted:", *refused[:MAX_LISTED]]))
-    client_state, tensors = _encoded_client_state(checkpoint, drop_client_state)
+    values, tensors = _encoded_values(checkpoint, drop_client_state)
     index = Index(
         format_version=FORMAT_VERSION,
         source=_source(checkpoint),
@@ -69,7 +70,8 @@ def describe(
             IndexGroup(names=group.names, hyperparameters=_encoded(dict(group.hyperparameters), f"group {number}"))
             for number, group in enumerate(view.groups)
         ),
-        client_state=client_state,
+        client_state=values["client_state"],
+        extra_states=values["extra_states"],
         files={},
     )
     return index, {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
@@ -135,20 +137,25 @@ class _Places(dict[str, torch.Tensor]):
         super().__setitem__(place, tensor)
 
 
-def _encoded_client_state(checkpoint: Checkpoint, drop: Collection[str]) -> tuple[Any, dict[str, torch.Tensor]]:
-    state = client_state_of(checkpoint)
-    unknown = sorted(set(drop) - state.keys())
+def _encoded_values(checkpoint: Checkpoint, drop: Collection[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Client state and extra states, encoded, and the tensors in them."""
+    shared, differing = shared_extra_states(checkpoint.extra_states())
+    held: dict[str, dict[str, Any]] = {"client_state": client_state_of(checkpoint), "extra_states": shared}
+    keys = [*held["client_state"], *shared, *differing]
+    unknown = sorted(set(drop) - set(keys))
     if unknown:
-        raise ConfigError(f"client state has no key {', '.join(unknown)}; its keys: {', '.join(map(str, state))}")
-    kept = {key: value for key, value in state.items() if key not in drop}
-    places, problems = _Places(), dict[str, str]()
-    for key, value in kept.items():
-        try:
-            encode(value, f"client_state.{key}", places)
-        except UnsupportedError as error:
-            problems[str(key)] = str(error)
+        raise ConfigError(f"client state has no key {', '.join(unknown)}; its keys: {', '.join(map(str, keys))}")
+    kept = {what: {key: value for key, value in values.items() if key not in drop} for what, values in held.items()}
+    places = _Places()
+    problems = {key: f"{key} differs over the tensor-parallel ranks" for key in differing if key not in drop}
+    for what, values in kept.items():
+        for key, value in values.items():
+            try:
+                encode(value, f"{what}.{key}", places)
+            except UnsupportedError as error:
+                problems[str(key)] = str(error)
     if problems:
         fix = " ".join(f"--drop-client-state {key}" for key in problems)
         raise UnsupportedError("\n".join([*problems.values(), f"leave them out with: ucp convert … {fix}"]))
     tensors: dict[str, torch.Tensor] = {}
-    return encode(kept, "client_state", tensors), tensors
+    return {what: encode(values, what, tensors) for what, values in kept.items()}, tensors

@@ -408,6 +408,10 @@ class _Planner:
 
     def _check_states(self) -> None:
         """Each state must be element-wise, and all parameters of a slot must have the same."""
+        for name in sorted(self._restored):
+            parameter = self.source.parameters[name]
+            if parameter.kind != "trainable":
+                self.obstacles += [Obstacle(name, reason) for reason in parameter.refused.values()]
         if self.policies.optimizer_states != "restore":
             return
         for names in _slot_names(self.view, self.topology):

@@ -88,10 +88,18 @@ def test_errors_are_one_message_and_status_2(args: list[str], message: str, save
 
 
 def test_errors_of_the_system_too(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
-    (tmp_path / "file").write_text("")
-    result = ucp("convert", saved, tmp_path / "file" / "below")
+    result = ucp("convert", saved, tmp_path / ("n" * 300))
     [line] = result.stderr.splitlines()
-    assert result.exit_code == 2 and line.startswith("error: ") and "Not a directory" in line
+    assert result.exit_code == 2 and line.startswith("error: ") and "File name too long" in line
+
+
+def test_a_destination_in_a_file(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
+    (tmp_path / "file").write_text("kept")
+    for destination in (tmp_path / "file", tmp_path / "file" / "below"):
+        result = ucp("convert", saved, destination)
+        [line] = result.stderr.splitlines()
+        assert (result.exit_code, line) == (2, f"error: {tmp_path / 'file'} is a file; nothing was written")
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"family: 2020-13-45", b"a: 1\na: 2"])

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.transfer import compare as compare_module
-from ucp_deepspeed.transfer.compare import Difference, compare, same_value
+from ucp_deepspeed.transfer.compare import Difference, compare
 from ucp_deepspeed.transfer.convert import convert
 
 Native = Callable[..., Path]

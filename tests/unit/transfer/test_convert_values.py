@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError, UnsupportedError
 from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
-from ucp_deepspeed.transfer.compare import same_value
 from ucp_deepspeed.transfer.convert import convert
 
 VALUES: dict[str, Any] = {
@@ -70,13 +70,13 @@ def test_every_kind_of_value_comes_back(tmp_path: Path) -> None:
 
 
 def test_what_has_no_form_is_refused_by_name(tmp_path: Path) -> None:
-    state = {"fine": 1, "device": torch.device("cpu"), "deep": {"list": [0, torch.ones(2, dtype=torch.complex64)]}}
+    state = {"fine": 1, "device": torch.device("cpu"), "deep": {"list": [0, torch.ones(2, dtype=torch.complex128)]}}
     folder = _saved(tmp_path / "n", state)
     with pytest.raises(UnsupportedError) as caught:
         _converted(folder, tmp_path / "u")
     message = str(caught.value)
     assert "client_state.device is a torch.device" in message
-    assert "client_state.deep.list[1] is a tensor of torch.complex64" in message
+    assert "client_state.deep.list[1] is a tensor of torch.complex128" in message
     assert "--drop-client-state device --drop-client-state deep" in message
     assert [path.name for path in tmp_path.iterdir()] == ["n"]
     found = _converted(folder, tmp_path / "u", drop_client_state=["device", "deep"])

@@ -327,6 +327,9 @@ class Sketch(Checkpoint):
     ) -> Iterator[Fragment[FileExtent]]:
         yield Fragment(local_start, local_stop - local_start, FileExtent("file", 0, "F32", 100), local_start)
 
+    def extra_states(self) -> tuple[dict[str, object], ...]:
+        return ({},)
+
     def client_state(self, rank: int = 0) -> tuple[str, dict[str, object]]:
         raise AssertionError("not needed for a plan")
 

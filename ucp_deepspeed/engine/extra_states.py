@@ -1,0 +1,66 @@
+"""Restoring what modules keep beside parameters and buffers: torch's ``get_extra_state`` and ``set_extra_state``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.nn import Module
+
+from ucp_deepspeed.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint.extra_states import shared_extra_states
+from ucp_deepspeed.engine.model import EngineModel
+from ucp_deepspeed.errors import MismatchError
+from ucp_deepspeed.transfer.matching import Policies
+
+ExtraStates = tuple[tuple[Module, Any], ...]
+"""Modules, and what to give to ``set_extra_state``."""
+
+
+def plan_extra_states(checkpoint: Checkpoint, module: Module, model: EngineModel, policies: Policies) -> ExtraStates:
+    """Pair the modules of this rank with what the checkpoint holds for them.
+
+    With as many tensor-parallel ranks as before each takes its own; else only what was the same on all of them has a meaning.
+
+    Raises:
+        MismatchError: lists every extra state that one side lacks, or that can't be shared, where no policy allows it.
+    """
+    found, degree = checkpoint.extra_states(), model.topology.tp
+    shared, differing = shared_extra_states(found)
+    if len(found) == degree:
+        shared, differing = found[model.rank % degree], ()
+    live = _modules(module)
+    lacking = not (policies.initialise or not policies.strict)
+    surplus = not (policies.drop or not policies.strict)
+    problems = [f"{key}: missing in the checkpoint" for key in live if lacking and key not in (*shared, *differing)]
+    problems += [
+        f'{key}: differs over the {len(found)} tensor-parallel ranks that saved; "on_extra": "drop" leaves it out'
+        for key in differing
+        if surplus
+    ]
+    if model.topology.pp == 1:  # a stage has no modules for the others' extra states
+        problems += [f"{key}: extra in the checkpoint" for key in shared if surplus and not _is_live(key, module)]
+    if problems:
+        raise MismatchError(f"{checkpoint.path} and the model have different extra states of modules", problems)
+    return tuple((module.get_submodule(_owner(key)), shared[key]) for key in shared if _is_live(key, module))
+
+
+def _modules(module: Module) -> Mapping[str, Module]:
+    """By key of the ``state_dict``, the modules that have something to restore."""
+    own = {f"{name}._extra_state".lstrip("."): part for name, part in module.named_modules() if _restores(part)}
+    return {key: part for key, part in own.items() if part.get_extra_state() is not None}
+
+
+def _restores(module: Module) -> bool:
+    return type(module).set_extra_state is not Module.set_extra_state
+
+
+def _is_live(key: str, module: Module) -> bool:
+    try:
+        return _restores(module.get_submodule(_owner(key)))
+    except AttributeError:
+        return False
+
+
+def _owner(key: str) -> str:
+    return key.rpartition(".")[0]
