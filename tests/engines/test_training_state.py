@@ -239,7 +239,7 @@ def test_a_buffer_of_another_dtype_is_refused_by_name(ranks: Ranks, tmp_path: Pa
     with pytest.raises(RankError) as caught:
         ranks(1).run(train, run, STEP, load=str(tmp_path / "a"))
     assert "angles: torch.complex128 has no universal form" in str(caught.value.original)
-    with pytest.raises(UnsupportedError, match="angles: torch.complex128 has no universal form"):
+    with pytest.raises(UnsupportedError, match=r"angles: torch\.complex128 has no universal form"):
         convert(UniversalView.of(open_checkpoint(tmp_path / "a")), tmp_path / "u")
 
 

@@ -19,15 +19,12 @@ class TinyMlp(nn.Module):
         gain_shape: ``(1,)``, or ``()`` for a 0-d parameter.
         adapter: add ``adapter``, a linear layer beside the norm that begins as zero.
         idle: leave the adapter out of the forward pass, so that it never has a gradient.
-        remembers: keep ``angles`` and ``notes``.
 
     Attributes:
         gain: parameter of one element: scales the middle layer.
         odd_offset: parameter of shape ``[odd]``; an odd size leaves a remainder at every even data parallel degree.
         calibration: persistent floating-point buffer of shape ``[hidden]``, added to the embedding; never trained.
         calls: persistent 0-d int64 buffer: number of forward passes in training mode.
-        angles: persistent complex64 buffer of shape ``[3]``, in no forward pass.
-        notes: what ``get_extra_state`` returns, a dictionary that counts forward passes.
         scratch: buffer of shape ``[hidden]`` that is not persistent, so that no checkpoint holds it.
     """
 
@@ -44,7 +41,6 @@ class TinyMlp(nn.Module):
         gain_shape: tuple[int, ...],
         adapter: bool,
         idle: bool,
-        remembers: bool,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, hidden)
@@ -59,17 +55,12 @@ class TinyMlp(nn.Module):
         self.idle = idle
         self.register_buffer("calibration", 0.1 * torch.randn(hidden))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-        self.notes: dict[str, Any] | None = {"passes": 0} if remembers else None
-        if remembers:
-            self.register_buffer("angles", torch.polar(torch.ones(3), torch.randn(3)))
         self.register_buffer("scratch", torch.zeros(hidden), persistent=False)
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross entropy of predicting ``labels`` from ``tokens``, both int64 of the same shape; an fp32 scalar."""
         if self.training:
             self.calls.add_(1)
-            if self.notes is not None:
-                self.notes["passes"] += 1
         embedded = self.embedding(tokens)
         embedded = self.norm(embedded + self.calibration.to(embedded.dtype))
         if hasattr(self, "adapter") and not self.idle:
@@ -77,6 +68,27 @@ class TinyMlp(nn.Module):
         logits = self.linear_out(self.gain * nn.functional.gelu(self.linear_in(embedded)))
         offset = nn.functional.pad(self.odd_offset, (logits.shape[-1] - self.odd_offset.shape[0], 0))
         return nn.functional.cross_entropy((logits + offset).float().flatten(0, -2), labels.flatten())
+
+
+class RememberingMlp(TinyMlp):
+    """The same with a complex buffer, and with values that are no tensors.
+
+    Attributes:
+        angles: persistent complex64 buffer of shape ``[3]``, in no forward pass.
+        notes: what ``get_extra_state`` returns: a count of forward passes in training mode.
+    """
+
+    angles: torch.Tensor
+
+    def __init__(self, *sizes: Any) -> None:
+        super().__init__(*sizes)
+        self.register_buffer("angles", torch.polar(torch.ones(3), torch.randn(3)))
+        self.notes = {"passes": 0}
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """See `TinyMlp.forward`."""
+        self.notes["passes"] += self.training
+        return super().forward(tokens, labels)
 
     def get_extra_state(self) -> Any:
         """See ``notes``."""
@@ -108,13 +120,14 @@ def build_mlp(
         odd: size of the odd-sized parameter, at most ``vocabulary``.
         gain_shape: of the one-element parameter. With ``()`` it is 0-d, which a plain PyTorch run can train and save; a
             DeepSpeed 0.19 engine refuses such parameters at construction (it broadcasts them viewed as bytes).
-        adapter, idle, remembers: see `TinyMlp`.
+        adapter, idle: see `TinyMlp`.
+        remembers: whether it is a `RememberingMlp`.
         dtype: of the parameters. Buffers keep their own.
         seed: of the initial values, which are drawn in fp32 and rounded.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = TinyMlp(vocabulary, hidden, ffn, odd, gain_shape, adapter, idle, remembers)
+        model = (RememberingMlp if remembers else TinyMlp)(vocabulary, hidden, ffn, odd, gain_shape, adapter, idle)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
