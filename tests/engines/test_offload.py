@@ -28,7 +28,7 @@ from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.optimizers.zero3 import Zero3Optimizer
 from ucp_deepspeed.errors import UnsupportedError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
-from ucp_deepspeed.testing.runs import Run, _batch, build_engine, train, train_step
+from ucp_deepspeed.testing.runs import Run, batch_of, build_engine, train, train_step
 
 Ranks = Callable[[int], RankPool]
 Sources = Callable[[str, Run, int], Source]
@@ -76,7 +76,7 @@ def reload(run: Run, load: str, save: str) -> Reloaded:
 
 def loss_of_forward(engine: Any, run: Run, step: int) -> float:
     """What `train_step` would return, without a step."""
-    tokens = _batch(run, step).chunk(dist.get_world_size())[dist.get_rank()]
+    tokens = batch_of(run, step).chunk(dist.get_world_size())[dist.get_rank()]
     engine.eval()
     with torch.no_grad():
         total = engine(tokens[:, :-1], tokens[:, 1:]).float().clone()

@@ -17,8 +17,7 @@ from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
 from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of, split_states
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
-from ucp_deepspeed.layout import FlatGroup, Flattening, SlicedGroup
-from ucp_deepspeed.layout.overlap import OverlappingGroup
+from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup, SlicedGroup
 
 OpenPartition = Callable[[int], tuple[dict[str, Any], Path]]
 """``partition`` → (the file's ``optimizer_state_dict``, the file)."""

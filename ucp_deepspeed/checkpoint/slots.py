@@ -18,8 +18,7 @@ import torch
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Kind
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, extent_of, scalar_of
 from ucp_deepspeed.errors import DamagedCheckpointError
-from ucp_deepspeed.layout import FlatGroup, Flattening, Shape
-from ucp_deepspeed.layout.overlap import OverlappingGroup
+from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup, Shape
 
 Located = tuple[torch.Tensor, Path]
 """A described tensor and the file it is in."""

@@ -278,7 +278,7 @@ def _config(run: Run) -> dict[str, Any]:
 
 def train_step(engine: Any, run: Run, step: int) -> float:
     """One optimizer step on this rank's share of a batch that depends on the step alone; returns the mean loss."""
-    batch = _batch(run, step)
+    batch = batch_of(run, step)
     group = engine.seq_data_parallel_group
     copies = dist.get_world_size(group=group) // run.sp
     share = batch.chunk(copies)[dist.get_rank(group=group) // run.sp]
@@ -293,7 +293,7 @@ def train_step(engine: Any, run: Run, step: int) -> float:
     return float(total) / copies
 
 
-def _batch(run: Run, step: int) -> torch.Tensor:
+def batch_of(run: Run, step: int) -> torch.Tensor:
     """The tokens of all ranks, int64 of shape ``[GLOBAL_BATCH, SEQUENCE + 1]``."""
     generator = torch.Generator().manual_seed(1000 + step)
     batch = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)

@@ -15,8 +15,7 @@ import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, LossScale
 from ucp_deepspeed.engine.optimizers.states import example_states
-from ucp_deepspeed.layout import FlatGroup, Flattening
-from ucp_deepspeed.layout.overlap import OverlappingGroup
+from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup
 from ucp_deepspeed.plan import Fragment
 
 
