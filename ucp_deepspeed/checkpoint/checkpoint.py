@@ -24,9 +24,10 @@ WEIGHT = "weight"
 """Name of the one state of a frozen parameter or a buffer."""
 
 
-IMPLEMENTATION_SWITCHES = frozenset(("foreach", "fused", "capturable", "differentiable", "step"))
+IMPLEMENTATION_SWITCHES = frozenset(("foreach", "fused", "capturable", "differentiable", "step", "name", "moe"))
 """Hyper-parameters that choose how a machine computes, not what: each side keeps its own. ``step`` is a constant that FusedAdam
-leaves in its groups; the step that bias correction uses is a scalar of each parameter."""
+leaves in its groups; the step that bias correction uses is a scalar of each parameter. ``name`` and ``moe`` are DeepSpeed's marks
+on groups of experts, which say over which ranks they are cut."""
 
 
 @dataclass(frozen=True, slots=True)

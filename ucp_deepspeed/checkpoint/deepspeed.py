@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,24 @@ from ucp_deepspeed.checkpoint.checkpoint import (
 )
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED, layer_file, read_layers, tied_keys
 from ucp_deepspeed.checkpoint.deepspeed_stage0 import Groups, stage0_form, stage0_slots
-from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER, frozen_slice_slots, recognise, zero_slots
+from ucp_deepspeed.checkpoint.deepspeed_zero import (
+    BF16_OPTIMIZER,
+    Share,
+    frozen_slice_slots,
+    partition_count,
+    recognise,
+    zero_slots,
+)
+from ucp_deepspeed.checkpoint.experts import (
+    ExpertRanks,
+    expert_of,
+    names_on,
+    names_on_all,
+    numbers_of_experts,
+    optimizer_file,
+    recognise_experts,
+    weight_file,
+)
 from ucp_deepspeed.checkpoint.extra_states import extra_states_in, is_extra_state
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest
 from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of, whole_tensor_slot
@@ -80,7 +98,7 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     Raises:
         DamagedCheckpointError: a file is missing, truncated, or disagrees with another.
-        UnsupportedError: expert parallelism, or an unknown optimizer class.
+        UnsupportedError: an unknown optimizer class, or experts that are spread in a way that can't be told.
         MismatchError: without a manifest stage 0 whose parameter order is ambiguous, or that of a pipeline, and a pipeline in
             which several layers could be a tied module's; raised by ``parameters``.
     """
@@ -223,8 +241,8 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def _read_topology(self) -> Topology:
         saved = self._model_states(0)
-        if saved.get("num_experts") or saved.get("ds_autoep_layers"):
-            raise UnsupportedError(f"{self.path} holds mixture-of-experts layers, which this release can't read")
+        if saved.get("ds_autoep_layers"):
+            raise UnsupportedError(f"{self.path} holds layers of DeepSpeed's AutoEP, which this release can't read")
         model_parallel, dp = saved["mp_world_size"], saved["dp_world_size"]
         pp = saved.get("checkpoint_parallel_dimensions", {}).get("pp_degree", 1)
         stage = 0
@@ -232,7 +250,44 @@ class DeepSpeedCheckpoint(Checkpoint):
             stage = 3 if self._sliced else int(self._optimizer_state(0, 0)[0].get("zero_stage", 1))
         topology = Topology(model_parallel // pp, pp, dp, stage)
         self._check_files(topology)
-        return topology
+        return replace(topology, ep=self._read_expert_parallel_size(topology)) if self._expert_totals else topology
+
+    @cached_property
+    def _expert_totals(self) -> tuple[int, ...]:
+        """Number of experts of each mixture-of-experts layer."""
+        return tuple(self._model_states(0).get("num_experts") or ())
+
+    def _read_expert_parallel_size(self, topology: Topology) -> int:
+        """The largest; layers may differ in it."""
+        param_shapes = self._model_states(0).get("param_shapes")
+        if param_shapes is None:
+            return 1 + max((held[0] for name in self._names if (held := optimizer_file(name))), default=0)
+        groups = enumerate(tuple(group) for group in param_shapes)
+        sizes = [
+            self._expert_ranks(0, index, names, topology).ep for index, names in groups if numbers_of_experts(names)
+        ]
+        return max(sizes, default=1)
+
+    def _expert_ranks(self, rank: int, index: int, names: tuple[str, ...], topology: Topology) -> ExpertRanks:
+        state, path = self._optimizer_state(rank, 0)
+        data_first = bool((self._model_states(0).get("ds_config") or {}).get("use_data_before_expert_parallelism"))
+        cut = partition_count(state, index, topology.dp)
+        return recognise_experts(names, self._expert_totals, cut, topology.dp, topology.tp, data_first, path)
+
+    def _shares(self, rank: int, index: int, names: tuple[str, ...]) -> list[Share]:
+        """Of a flat group under ZeRO, what the ranks hold: all the same, or each some of the experts."""
+        if not numbers_of_experts(names):
+            return [Share(names, self.topology.dp, partial(self._optimizer_state, rank))]
+        ranks = self._expert_ranks(rank, index, names, self.topology)
+
+        def share(ep_rank: int) -> Share:
+            return Share(
+                names_on(names, ep_rank),
+                ranks.partitions,
+                lambda partition: self._optimizer_state(*ranks.holder(ep_rank, partition, rank)),
+            )
+
+        return [share(ep_rank) for ep_rank in range(ranks.ep)]
 
     def _check_files(self, topology: Topology) -> None:
         """Name each file that the topology calls for and that isn't there; sizes are checked when a file is opened."""
@@ -245,7 +300,8 @@ class DeepSpeedCheckpoint(Checkpoint):
             )
 
     def _expected_files(self, topology: Topology) -> list[str]:
-        expected = [name for name in self.manifest.files if layer_file(name)] if self.manifest else []
+        recorded = self.manifest.files if self.manifest else {}
+        expected = [name for name in recorded if layer_file(name) or weight_file(name) or optimizer_file(name)]
         for rank in range(topology.model_parallel):
             partitions = range(topology.dp)
             expected += [self._model_states_path(rank, part).name for part in (partitions if self._sliced else [0])]
@@ -268,7 +324,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         slots = self._optimizer_slots(rank)
         known = {name for slot in slots for name in slot.names}
         saved, module = self._model_states(rank), self._module(rank)
-        buffers = [name for name in saved["buffer_names"] if name in module]
+        buffers = [name for name in names_on_all(saved["buffer_names"], self.topology.ep) if name in module]
         if self._sliced:
             frozen = {
                 name: shape for name, shape in (saved.get("frozen_param_shapes") or {}).items() if name not in known
@@ -290,7 +346,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         open_partition = partial(self._optimizer_state, rank)
         param_shapes = saved.get("param_shapes")
         if param_shapes is not None:
-            return zero_slots(param_shapes, self.topology.dp, open_partition)
+            return zero_slots(param_shapes, self.topology.dp, open_partition, partial(self._shares, rank))
         if self._partitioned:
             module = self._module(rank)
             shapes = [{name: tuple(module[name][0].shape) for name in group} for group in self._mapped_numels(rank)]
@@ -312,7 +368,30 @@ class DeepSpeedCheckpoint(Checkpoint):
             )
         recorded = self.manifest.parameters if self.manifest else {}
         kinds = {name: entry.kind for name, entry in recorded.items()}
-        return stage0_slots(saved["optimizer"], owned, groups, path, kinds)
+        if self.topology.ep == 1:
+            return stage0_slots(saved["optimizer"], owned, groups, path, kinds)
+        return [slot for ep_rank in range(self.topology.ep) for slot in self._expert_slots(rank, ep_rank, owned, kinds)]
+
+    def _expert_slots(
+        self, rank: int, ep_rank: int, owned: Mapping[str, Located], kinds: Mapping[str, Kind | None]
+    ) -> list[Slot]:
+        """At stage 0, the slots of one expert-parallel rank's experts, with the first one's also all others."""
+        path = self._expert_optimizer_path(rank, ep_rank)
+        counts = {layer: count // self.topology.ep for layer, count in numbers_of_experts(owned).items()}
+        held = {
+            name: located
+            for name, located in owned.items()
+            if (found := expert_of(name)) is None or found[1] // counts[found[0]] == ep_rank
+        }
+        slots = stage0_slots(self._open(path)["optimizer"], held, self.recorded_groups(rank, ep_rank), path, kinds)
+        return [slot for slot in slots if ep_rank == 0 or expert_of(slot.names[0])]
+
+    def _expert_optimizer_path(self, rank: int, ep_rank: int) -> Path:
+        """Where experts aren't cut over tensor-parallel ranks, one of these alone has the file."""
+        found = {held[1]: name for name in self._names if (held := optimizer_file(name)) and held[0] == ep_rank}
+        if not found:
+            raise DamagedCheckpointError(f"{self.path} lacks the optimizer's file of expert-parallel rank {ep_rank}")
+        return self.path / found.get(rank, found[min(found)])
 
     def _mapped_numels(self, rank: int) -> list[dict[str, int]]:
         """Names in flat order and their elements, from ``param_slice_mappings``; a pipeline's stage 0 has no ``param_shapes``."""
@@ -334,12 +413,26 @@ class DeepSpeedCheckpoint(Checkpoint):
         if self.is_pipeline:
             return self._layers[rank % self.topology.tp]
         path = self._model_states_path(rank, 0)
-        module = self._model_states(rank)["module"]
-        return {
-            name: (value, path)
-            for name, value in module.items()
-            if isinstance(value, torch.Tensor) and not is_extra_state(name)
-        }
+        found = _tensors_in(self._model_states(rank)["module"], path)
+        for expert in self._expert_files(rank):
+            found |= _tensors_in(self._open(expert), expert)
+        return found
+
+    def _expert_files(self, rank: int) -> list[Path]:
+        """The files of all experts' weights, which under ZeRO only frozen parameters and buffers are taken from."""
+        recorded = self.manifest.parameters if self.manifest else {}
+        if not self._expert_totals or (
+            self._partitioned
+            and self.manifest is not None
+            and not any(expert_of(name) and entry.kind != "trainable" for name, entry in recorded.items())
+        ):
+            return []
+        files: dict[tuple[int, int], str] = {}
+        for name in sorted(self._names):
+            place = weight_file(name)
+            if place is not None and (place[2] == rank or place[:2] not in files):
+                files[place[:2]] = name
+        return [self.path / name for _, name in sorted(files.items())]
 
     def _extra_states(self, rank: int) -> dict[str, Any]:
         if not self.is_pipeline:
@@ -386,11 +479,13 @@ class DeepSpeedCheckpoint(Checkpoint):
     def _sliced_states(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
         return self._model_states(rank, partition), self._model_states_path(rank, partition)
 
-    def recorded_groups(self, rank: int) -> Groups | None:
-        """Names in the optimizer's order on one model-parallel rank, as the manifest records them."""
+    def recorded_groups(self, rank: int, ep_rank: int = 0) -> Groups | None:
+        """Names in the optimizer's order on one model- and expert-parallel rank, as the manifest records those of the first."""
         if self.manifest is None:
             return None
-        return [list(group) for group in self.manifest.parameter_groups[rank // self.topology.tp]]
+        groups = self.manifest.parameter_groups[rank // self.topology.tp]
+        named = iter(names_on((name for group in groups for name in group if name is not None), ep_rank))
+        return [[name if name is None else next(named) for name in group] for group in groups]
 
     @cached_property
     def _aliases(self) -> frozenset[str]:
@@ -488,6 +583,11 @@ class DeepSpeedCheckpoint(Checkpoint):
             return None
         values = {key: optimizer[key] for key in SCALE_KEYS if key in optimizer}
         return LossScale(bool(optimizer["dynamic_loss_scale"]), values)
+
+
+def _tensors_in(state_dict: Mapping[str, Any], path: Path) -> dict[str, Located]:
+    tensors = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    return {name: (value, path) for name, value in tensors.items() if not is_extra_state(name)}
 
 
 def _numels(named: Mapping[str, Sequence[int]]) -> dict[str, int]:

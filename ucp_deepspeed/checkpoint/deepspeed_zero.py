@@ -17,7 +17,7 @@ from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
 from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of, split_states
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
-from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup, SlicedGroup
+from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup, Shape, SlicedGroup
 
 OpenPartition = Callable[[int], tuple[dict[str, Any], Path]]
 """``partition`` → (the file's ``optimizer_state_dict``, the file)."""
@@ -101,7 +101,10 @@ def _check_masters(masters: Sequence[torch.Tensor], path: Path) -> None:
 
 
 def zero_slots(
-    param_shapes: Sequence[Mapping[str, Sequence[int]]], partitions: int, open_partition: OpenPartition
+    param_shapes: Sequence[Mapping[str, Sequence[int]]],
+    partitions: int,
+    open_partition: OpenPartition,
+    spread: Callable[[int, tuple[str, ...]], Sequence[Share]] | None = None,
 ) -> list[Slot]:
     """The slots of one model-parallel rank.
 
@@ -109,6 +112,7 @@ def zero_slots(
         param_shapes: from the model_states file; one mapping per slot, in buffer order.
         partitions: data-parallel size.
         open_partition: see `OpenPartition`.
+        spread: of a group (index, names) its shares, where ranks hold different parameters under the same names: experts.
 
     Raises:
         DamagedCheckpointError: the two files disagree on the number of slots.
@@ -121,34 +125,47 @@ def zero_slots(
         raise DamagedCheckpointError(
             f"{path} holds {len(masters)} flat groups; model_states describes {len(param_shapes)}"
         )
-    _check_partitions(saved, partitions, path)
     slots: list[Slot] = []
     for index, named in enumerate(param_shapes):
-        shapes = shapes_of(named)
-        flattening = _flattening(form, saved, index, numels_of(shapes), partitions)
-        tensor = _locator(form, index, open_partition)
-        buffer = torch.empty(flattening.buffer_numel(0), device="meta")
-        if isinstance(saved[form.optimizer], list):
-            buffer = masters[index]
-        entry = form.state_entry(saved, index)
-        overlapping = _overlapping(form, index, flattening, open_partition)
-        found = split_states({key: value for key, value in entry.items() if key not in overlapping}, buffer, path)
-        whole = {key: TORCH_DTYPES[entry[key].dtype] for key in overlapping}
-        slots.append(
-            Slot(
-                tuple(named),
-                shapes,
-                "trainable",
-                flattening,
-                tensor,
-                {MASTER: TORCH_DTYPES[masters[index].dtype], **found.states, **whole},
-                found.scalars,
-                found.refused,
-                _group_of(form, saved, index),
-                overlapping,
-            )
-        )
+        whole = Share(tuple(named), partitions, open_partition)
+        for share in spread(index, whole.names) if spread else (whole,):
+            slots.append(_zero_slot(form, index, share, shapes_of(named)))
     return slots
+
+
+@dataclass(frozen=True)
+class Share:
+    """What some ranks hold of a flat group: parameters, as many partitions as ranks, and their files."""
+
+    names: tuple[str, ...]
+    partitions: int
+    open_partition: OpenPartition
+
+
+def _zero_slot(form: ZeroForm, index: int, share: Share, shapes: tuple[Shape, ...]) -> Slot:
+    saved, path = share.open_partition(0)
+    _check_partitions(saved, index, share.partitions, path)
+    master = saved[form.masters][index]
+    flattening = _flattening(form, saved, index, numels_of(shapes), share.partitions)
+    buffer = torch.empty(flattening.buffer_numel(0), device="meta")
+    if isinstance(saved[form.optimizer], list):
+        buffer = master
+    entry = form.state_entry(saved, index)
+    overlapping = _overlapping(form, index, flattening, share.open_partition)
+    found = split_states({key: value for key, value in entry.items() if key not in overlapping}, buffer, path)
+    whole = {key: TORCH_DTYPES[entry[key].dtype] for key in overlapping}
+    return Slot(
+        share.names,
+        shapes,
+        "trainable",
+        flattening,
+        _locator(form, index, share.open_partition),
+        {MASTER: TORCH_DTYPES[master.dtype], **found.states, **whole},
+        found.scalars,
+        found.refused,
+        _group_of(form, saved, index),
+        overlapping,
+    )
 
 
 def _overlapping(form: ZeroForm, index: int, flattening: Flattening, open_partition: OpenPartition) -> frozenset[str]:
@@ -201,12 +218,17 @@ def _lacks_step(saved: Mapping[str, Any], slot: int) -> bool:
     return "step" not in saved["base_optimizer_state"][slot] and saved.get("base_optimizer_state_step") is not None
 
 
-def _check_partitions(saved: Mapping[str, Any], partitions: int, path: Path) -> None:
-    counts = saved.get("partition_count", partitions)
-    if any(count != partitions for count in ([counts] if isinstance(counts, int) else counts)):
+def partition_count(saved: Mapping[str, Any], index: int, usual: int) -> int:
+    """Over how many ranks a flat group is cut."""
+    counts = saved.get("partition_count", usual)
+    return int(counts if isinstance(counts, int) else counts[index])
+
+
+def _check_partitions(saved: Mapping[str, Any], index: int, partitions: int, path: Path) -> None:
+    found = partition_count(saved, index, partitions)
+    if found != partitions:
         raise UnsupportedError(
-            f"{path} holds groups that are partitioned over {counts} ranks in a run of data-parallel size {partitions}: "
-            f"expert parallelism isn't supported"
+            f"{path} holds group {index} cut over {found} ranks, where {partitions} hold it: which ranks these are can't be told"
         )
 
 

@@ -45,7 +45,7 @@ class ManifestParameter(BaseModel):
 
 
 class ManifestTopology(BaseModel):
-    """Degrees of parallelism and ZeRO stage of the run that saved."""
+    """Degrees of parallelism and ZeRO stage of the run that saved; see `Topology`."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -53,6 +53,7 @@ class ManifestTopology(BaseModel):
     pp: PositiveInt
     dp: PositiveInt
     zero_stage: Annotated[int, Field(ge=0, le=3)]
+    ep: PositiveInt = 1
 
 
 class Manifest(BaseModel):

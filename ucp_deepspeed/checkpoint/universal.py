@@ -98,6 +98,7 @@ class IndexSource(BaseModel):
     pp: PositiveInt
     dp: PositiveInt
     zero_stage: Annotated[int, Field(ge=0, le=3)]
+    ep: PositiveInt = 1
 
 
 class Index(BaseModel):

@@ -59,8 +59,8 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
 
     Keys:
         path, form: the tag folder and what wrote it.
-        topology: ``tp``, ``pp``, ``dp``, ``zero_stage`` of the files; source_topology: the same of the run that a universal
-            checkpoint came from, else null.
+        topology: ``tp``, ``pp``, ``dp``, ``zero_stage``, ``ep`` of the files; source_topology: the same of the run that a
+            universal checkpoint came from, else null.
         global_steps, global_samples, skipped_steps, precision, ds_version: of the run.
         lr_scheduler: its state, or null; loss_scale: ``dynamic`` and ``values``, or null. Values that JSON lacks are written
             as ``docs/format.md``, *Values*, says.
@@ -117,7 +117,7 @@ def _view(
 
 
 def _topology(topology: Any) -> dict[str, int]:
-    return {key: getattr(topology, key) for key in ("tp", "pp", "dp", "zero_stage")}
+    return {key: getattr(topology, key) for key in ("tp", "pp", "dp", "zero_stage", "ep")}
 
 
 def _run(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from ucp_deepspeed.engine.model import (
     local_shape,
     model_parallel_rank,
 )
+from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, engine_optimizer
 from ucp_deepspeed.engine.random_state import read_random_state, restore_random_state
 from ucp_deepspeed.engine.training_state import Settings, plan_hyperparameters, restore_data_schedules, restore_run
@@ -172,22 +173,23 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
         engine_precision(engine),
     ):
         return False
-    rank = model_parallel_rank(engine)
+    rank, names = model_parallel_rank(engine), ModelNames(engine)
     if checkpoint.topology.zero_stage == 0:
         if checkpoint.optimizer_form == BF16_OPTIMIZER.name:
             return False  # DeepSpeed can't read what it has written (KeyError in BF16_Optimizer.load_state_dict)
-        recorded = checkpoint.recorded_groups(rank)
+        recorded = checkpoint.recorded_groups(rank, names.ep_rank)
         if recorded is None:
             return True  # the files name no parameters: only their order can tell, and DeepSpeed goes by it
         if recorded != optimizer.group_names():
             return False
-    saved, live = checkpoint.trained_slots(rank), optimizer.slots()
+    live, held = optimizer.slots(), frozenset(names.of_parameters.values())
+    saved = [slot for slot in checkpoint.trained_slots(rank) if held.issuperset(slot.names)]
     order = [[(slot.names, slot.flattening, slot.overlapping) for slot in slots] for slots in (saved, live)]
     shapes = checkpoint.local_shapes(rank)
     return (
         order[0] == order[1]
         and all(
-            shapes.get(name, local_shape(param)) == local_shape(param) for param, name in engine.param_names.items()
+            shapes.get(name, local_shape(param)) == local_shape(param) for param, name in names.of_parameters.items()
         )
         and _same_states(saved, live, optimizer)
     )

@@ -14,6 +14,7 @@ from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
 
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes, Kind, Precision
 from ucp_deepspeed.config import UniversalCheckpointConfig
+from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.errors import MismatchError, UniversalCheckpointError
 from ucp_deepspeed.language import Spec, load_spec
@@ -35,7 +36,7 @@ class EngineTensor:
     Attributes:
         name: the first name under which the model has it.
         kind: see `ucp_deepspeed.checkpoint.checkpoint.Kind`.
-        tensor: the live one; None where another pipeline stage has it.
+        tensor: the live one; None where another pipeline stage has it, or another expert-parallel rank.
         local_shapes: over the model-parallel ranks, of the whole local tensor also where ZeRO-3 has cut it.
     """
 
@@ -46,7 +47,7 @@ class EngineTensor:
 
     def held(self) -> tuple[torch.Tensor, tuple[Fragment[None], ...]]:
         """The memory of this rank's share of the weight, and which elements lie in it."""
-        assert self.tensor is not None, f"{self.name} is on another pipeline stage"
+        assert self.tensor is not None, f"{self.name} is on another rank"
         if not hasattr(self.tensor, "ds_tensor"):
             whole = Fragment(0, self.tensor.numel(), None, 0)
             return self.tensor.data, (whole,) if self.tensor.numel() else ()
@@ -92,10 +93,12 @@ def describe_model(engine: Any) -> EngineModel:
     """
     config: UniversalCheckpointConfig = engine.universal_checkpoint_config
     topology = engine_topology(engine)
-    local = {name: (kind, tensor) for name, kind, tensor in _local_tensors(engine)}
+    names, tensors_here = ModelNames(engine), list(_local_tensors(engine))
+    local = {names.in_model(name): tensor for name, _, tensor in tensors_here}
+    inferred = _inferred_patterns(engine.module)
     mine = _Held(
-        {name: (kind, local_shape(tensor)) for name, (kind, tensor) in local.items()},
-        _inferred_patterns(engine.module),
+        {each: (kind, local_shape(tensor)) for name, kind, tensor in tensors_here for each in names.on_all_ranks(name)},
+        {each: pattern for name, pattern in inferred.items() for each in names.on_all_ranks(name)},
     )
     shares = gather_model_parallel(engine, mine)
     for stage in range(0, len(shares), topology.tp):
@@ -105,7 +108,7 @@ def describe_model(engine: Any) -> EngineModel:
         name: EngineTensor(
             name,
             kind,
-            local[name][1] if name in local else None,
+            local.get(name),
             tuple(share.shapes[name][1] if name in share.shapes else None for share in shares),
         )
         for name, kind in kinds.items()
@@ -124,7 +127,8 @@ def describe_model(engine: Any) -> EngineModel:
 def engine_topology(engine: Any) -> Topology:
     """The topology under the names of this package; sequence-parallel ranks count as data-parallel, as in DeepSpeed's files."""
     pp = bwc_pipeline_parallel_world_size(engine.mpu) if engine.mpu is not None else 1
-    return Topology(engine.mp_world_size // pp, pp, engine.seq_dp_world_size, engine.zero_optimization_stage())
+    stage, ep = engine.zero_optimization_stage(), ModelNames(engine).ep
+    return Topology(engine.mp_world_size // pp, pp, engine.seq_dp_world_size, stage, ep)
 
 
 def engine_precision(engine: Any) -> Precision:
@@ -133,9 +137,10 @@ def engine_precision(engine: Any) -> Precision:
 
 
 def _local_tensors(engine: Any) -> Iterator[tuple[str, Kind, torch.Tensor]]:
-    stepped = _names_in_optimizer(engine)
+    """Parameters and persistent buffers, under the names of this rank's modules."""
+    stepped, names = _names_in_optimizer(engine), ModelNames(engine).of_parameters
     for param, name in engine.param_names.items():
-        yield name, "trainable" if name in stepped and can_be_trained(param) else "frozen", param
+        yield name, "trainable" if names[param] in stepped and can_be_trained(param) else "frozen", param
     buffers = dict(engine.module.named_buffers())
     for name in engine._get_buffer_names():
         if name in buffers:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.checkpoint.view import layouts_of
 from ucp_deepspeed.engine.model import EngineModel, agreement, can_be_trained, describe_model, gather_model_parallel
+from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.pipeline import check_tied_copies, layer_keys
 from ucp_deepspeed.engine.random_state import save_random_state
@@ -104,7 +106,7 @@ def _warn_of_dtypes(model: EngineModel) -> None:
 
 def _warn_of_left_out(engine: Any, model: EngineModel) -> None:
     """DeepSpeed's ZeRO-3 files hold trained parameters, and frozen ones that need no gradient (``runtime/engine.py``)."""
-    needing = {name for param, name in engine.param_names.items() if can_be_trained(param)}
+    needing = {name for param, name in ModelNames(engine).of_parameters.items() if can_be_trained(param)}
     left_out = [name for name in model.named("frozen") if name in needing]
     if left_out and dist.get_rank() == 0:
         logger.warning(
@@ -141,7 +143,7 @@ def _manifest(engine: Any) -> Manifest:
     groups = gather_model_parallel(engine, tuple(tuple(names) for names in optimizer.group_names()))
     check_tied_copies(engine)
     return Manifest(
-        topology=ManifestTopology(tp=topology.tp, pp=topology.pp, dp=topology.dp, zero_stage=topology.zero_stage),
+        topology=ManifestTopology(**asdict(topology)),
         optimizer=optimizer.form,
         vocabulary_size=model.vocabulary_size,
         parameter_groups=tuple(groups[:: topology.tp]),

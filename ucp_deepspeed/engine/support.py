@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import deepspeed
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from packaging.version import Version
 
 from ucp_deepspeed.engine.model import agreement
+from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.save import check_model
 from ucp_deepspeed.errors import UnsupportedError
@@ -37,13 +40,32 @@ def check_engine(engine: Any) -> None:
     """Refuse, when the engine is built, what saving and loading couldn't handle. Collective.
 
     Raises:
-        UnsupportedError: the version, mixture-of-experts layers, the optimizer's class, or where its settings keep its tensors.
+        UnsupportedError: the version, the kind of mixture-of-experts layers, the optimizer's class, or where its settings keep
+            its tensors.
         SpecError, MismatchError: the layouts that the config names don't fit the model.
     """
     check_version()
-    if engine.has_moe_layers:
-        raise UnsupportedError("universal checkpoints of mixture-of-experts layers are not supported by this release")
     with agreement():
+        if engine.has_moe_layers:
+            _check_experts(engine)
         if engine.optimizer is not None:
             engine_optimizer(engine)
         check_model(engine)
+
+
+def _check_experts(engine: Any) -> None:
+    """Refuse experts whose ranks or files this release doesn't know.
+
+    Raises:
+        UnsupportedError: layers of AutoEP, experts in a pipeline, or at stage 0 layers of several expert-parallel sizes.
+    """
+    sizes = {layer.ep for layer in ModelNames(engine).layers.values()}
+    reason = ""
+    if any(isinstance(module, AutoEPMoELayer) for module in engine.module.modules()):
+        reason = "layers of DeepSpeed's AutoEP"
+    elif isinstance(engine, PipelineEngine):
+        reason = "mixture-of-experts layers in a pipeline"
+    elif len(sizes) > 1 and engine.zero_optimization_stage() == 0:
+        reason = f"at stage 0, layers of several expert-parallel sizes ({sorted(sizes)})"
+    if reason:
+        raise UnsupportedError(f"universal checkpoints of {reason} are not supported by this release")

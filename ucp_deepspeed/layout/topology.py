@@ -9,6 +9,11 @@ from dataclasses import dataclass
 class Topology:
     """Degrees of parallelism and the ZeRO stage.
 
+    Attributes:
+        tp, pp, dp: tensor-, pipeline- and data-parallel size.
+        zero_stage: 0 to 3.
+        ep: expert-parallel size: how many ranks hold different experts; they count among the data-parallel ones.
+
     Raises:
         ValueError: a degree below 1, or a stage outside 0 to 3.
     """
@@ -17,9 +22,10 @@ class Topology:
     pp: int = 1
     dp: int = 1
     zero_stage: int = 0
+    ep: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.tp, self.pp, self.dp) < 1:
+        if min(self.tp, self.pp, self.dp, self.ep) < 1:
             raise ValueError(f"degrees must be positive: {self}")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"ZeRO stage must be 0 to 3, not {self.zero_stage}")
@@ -36,4 +42,5 @@ class Topology:
 
     def __str__(self) -> str:
         pipeline = f"·PP{self.pp}" if self.pp > 1 else ""
-        return f"TP{self.tp}{pipeline}·DP{self.dp} ZeRO-{self.zero_stage}"
+        experts = f"·EP{self.ep}" if self.ep > 1 else ""
+        return f"TP{self.tp}{pipeline}·DP{self.dp}{experts} ZeRO-{self.zero_stage}"

@@ -99,6 +99,81 @@ class RememberingMlp(TinyMlp):
         self.notes = state
 
 
+class _Expert(nn.Module):
+    """Two linear layers, and a persistent 0-d int64 buffer ``seen``: the number of tokens that came by in training mode."""
+
+    seen: torch.Tensor
+
+    def __init__(self, hidden: int, ffn: int) -> None:
+        super().__init__()
+        self.linear_in = nn.Linear(hidden, ffn)
+        self.linear_out = nn.Linear(ffn, hidden, bias=False)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.seen += (states != 0).any(-1).sum()
+        out: torch.Tensor = self.linear_out(nn.functional.gelu(self.linear_in(states)))
+        return out
+
+
+class TinyMoe(nn.Module):
+    """The same task with DeepSpeed's mixture-of-experts layers between embedding and head.
+
+    No token is dropped and nothing is drawn at random, so that the loss doesn't depend on how many ranks hold the experts.
+
+    Args:
+        vocabulary: number of tokens and of classes.
+        hidden: width of the embedding.
+        ffn: width of each expert.
+        experts: number of experts of each layer.
+        ep: expert-parallel size of each layer.
+        residual: give the last layer a dense branch beside its experts (``use_residual``).
+    """
+
+    def __init__(
+        self, vocabulary: int, hidden: int, ffn: int, experts: tuple[int, ...], ep: tuple[int, ...], residual: bool
+    ) -> None:
+        from deepspeed.moe.layer import MoE
+
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, hidden)
+        self.layers = nn.ModuleList(
+            MoE(hidden, _Expert(hidden, ffn), total, size, drop_tokens=False, use_rts=False)
+            for total, size in zip(experts, ep, strict=True)
+        )
+        if residual:
+            self.layers.append(MoE(hidden, _Expert(hidden, ffn), experts[-1], ep[-1], use_residual=True, use_rts=False))
+        self.norm = nn.LayerNorm(hidden)
+        self.head = nn.Linear(hidden, vocabulary)
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """See `TinyMlp.forward`."""
+        states = self.embedding(tokens)
+        for layer in self.layers:
+            states = states + layer(states)[0]
+        return nn.functional.cross_entropy(self.head(self.norm(states)).float().flatten(0, -2), labels.flatten())
+
+
+def build_moe(
+    vocabulary: int = 48,
+    hidden: int = 12,
+    ffn: int = 9,
+    experts: tuple[int, ...] = (4, 4),
+    ep: tuple[int, ...] = (2, 2),
+    residual: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> TinyMoe:
+    """A `TinyMoe` with initial values that depend on the seed alone, also of ``ep``: DeepSpeed copies one expert."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = TinyMoe(vocabulary, hidden, ffn, experts, ep, residual)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def build_mlp(
     vocabulary: int = 48,
     hidden: int = 20,

@@ -16,7 +16,7 @@ from deepspeed import comm as dist
 
 import ucp_deepspeed  # noqa: F401  (its import sets the hooks)
 from ucp_deepspeed.checkpoint.checkpoint import Precision
-from ucp_deepspeed.testing.models import build_mlp
+from ucp_deepspeed.testing.models import build_mlp, build_moe
 from ucp_deepspeed.testing.ranks import fp16_on_cpu, reset_parallel_state
 
 VOCABULARY = 48
@@ -27,7 +27,7 @@ CHAINED = 0.8
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-ModelName = Literal["llama", "gpt", "mlp"]
+ModelName = Literal["llama", "gpt", "mlp", "moe"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Run:
     """What to train, and on which topology; the data-parallel size is the rest of the ranks.
 
     Attributes:
-        model: ``llama`` or ``gpt`` (Megatron-Core), or ``mlp`` (plain torch, no tensor parallelism).
+        model: ``llama`` or ``gpt`` (Megatron-Core), ``mlp`` or ``moe`` (plain torch, no tensor parallelism).
         size: changes to the model's shape.
         tp: tensor-parallel size.
         pp: pipeline-parallel size; None for a plain engine, 1 for a pipeline engine with one stage.
@@ -74,7 +74,7 @@ class Run:
     tokens: Literal["random", "chain"] = "random"
 
     def __post_init__(self) -> None:
-        if self.sp > 1 and (self.model == "mlp" or self.tp > 1 or self.pp is not None):
+        if self.sp > 1 and (self.model in ("mlp", "moe") or self.tp > 1 or self.pp is not None):
             raise ValueError(f"sequence parallelism with model {self.model}, tp {self.tp}, pp {self.pp}: see Run.sp")
 
 
@@ -218,6 +218,8 @@ def _build_model(run: Run) -> tuple[torch.nn.Module, Any]:
     dtype = DTYPES[run.precision]
     if run.model == "mlp":
         return build_mlp(**{"vocabulary": VOCABULARY, "dtype": dtype, "seed": run.seed, **run.size}), None
+    if run.model == "moe":
+        return build_moe(**{"vocabulary": VOCABULARY, "dtype": dtype, "seed": run.seed, **run.size}), None
     from megatron.core import parallel_state
 
     from ucp_deepspeed.megatron import DeepSpeedMpu
@@ -251,7 +253,11 @@ def _parameter_groups(model: torch.nn.Module, run: Run) -> Any:
     rest = [param for param in trained if param.ndim <= 1]
     if run.groups == "shuffled":
         return [{"params": rest, "lr": 0.5}, {"params": matrices[1:], "weight_decay": 0.3}, {"params": matrices[:1]}]
-    return [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0, "lr": 2e-3}]
+    matrix_group: dict[str, Any] = {"params": matrices, "weight_decay": 0.1}
+    rest_group: dict[str, Any] = {"params": rest, "weight_decay": 0.0, "lr": 2e-3}
+    if run.model == "moe":  # DeepSpeed splits off the experts of each group by its name
+        return [matrix_group | {"name": "matrices"}, rest_group | {"name": "rest"}]
+    return [matrix_group, rest_group]
 
 
 def _config(run: Run) -> dict[str, Any]:
@@ -307,7 +313,7 @@ def batch_of(run: Run, step: int) -> torch.Tensor:
 
 def _loss(engine: Any, run: Run, share: torch.Tensor) -> torch.Tensor:
     """What this rank differentiates: mean loss of its sequences or, where ranks share sequences, its part of that."""
-    if run.model == "mlp":
+    if run.model in ("mlp", "moe"):
         loss: torch.Tensor = engine(share[:, :-1], share[:, 1:])
         return loss
     if run.sp > 1:

@@ -109,10 +109,7 @@ def _run(checkpoint: Checkpoint) -> IndexRun:
 def _source(checkpoint: Checkpoint) -> IndexSource:
     if isinstance(checkpoint, UniversalCheckpoint):
         return checkpoint.source
-    topology = checkpoint.topology
-    return IndexSource(
-        form=checkpoint.form, tp=topology.tp, pp=topology.pp, dp=topology.dp, zero_stage=topology.zero_stage
-    )
+    return IndexSource(form=checkpoint.form, **asdict(checkpoint.topology))
 
 
 def _encoded(value: Any, place: str) -> Any:

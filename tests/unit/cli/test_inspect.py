@@ -20,7 +20,10 @@ def test_the_keys_of_the_object(saved: Path, ucp: Ucp) -> None:
     report = json.loads(ucp("inspect", saved, "--json").stdout)
     assert list(report) == KEYS.split()
     assert report["path"] == str(saved / "step3") and report["form"] == "deepspeed zero-1/2"
-    assert report["topology"] == {"tp": 1, "pp": 1, "dp": 1, "zero_stage": 1} and report["source_topology"] is None
+    assert (
+        report["topology"] == {"tp": 1, "pp": 1, "dp": 1, "zero_stage": 1, "ep": 1}
+        and report["source_topology"] is None
+    )
     assert (report["global_steps"], report["global_samples"], report["skipped_steps"]) == (3, 24, 0)
     assert report["precision"] == "bf16" and report["optimizer_steps"] == [3]
     assert report["lr_scheduler"] == {"last_batch_iteration": 2}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, LossScale
+from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.layout import FlatGroup
 
@@ -22,7 +23,7 @@ class Fp16Optimizer(EngineOptimizer):
     def __init__(self, engine: Any) -> None:
         self._wrapper = engine.optimizer
         self.base = engine.optimizer.optimizer
-        self._names: Mapping[torch.Tensor, str] = engine.param_names
+        self._names: Mapping[torch.Tensor, str] = ModelNames(engine).of_parameters
 
     def group_names(self) -> list[list[str | None]]:
         """See `EngineOptimizer.group_names`."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
+from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.layout import FlatGroup
 
@@ -19,7 +20,7 @@ class PlainOptimizer(EngineOptimizer):
 
     def __init__(self, engine: Any) -> None:
         self.base = engine.optimizer
-        self._names: Mapping[torch.Tensor, str] = engine.param_names
+        self._names: Mapping[torch.Tensor, str] = ModelNames(engine).of_parameters
 
     def slots(self) -> list[EngineSlot]:
         """See `EngineOptimizer.slots`."""

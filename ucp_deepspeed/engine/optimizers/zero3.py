@@ -13,6 +13,7 @@ from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
 from ucp_deepspeed.checkpoint.deepspeed_zero import MOMENTUM
+from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.engine.optimizers.states import is_muon_group
 from ucp_deepspeed.engine.optimizers.zero12 import scaler_state, set_scaler_state
@@ -28,7 +29,7 @@ class Zero3Optimizer(EngineOptimizer):
     def __init__(self, engine: Any) -> None:
         self._zero = engine.optimizer
         self.base = engine.optimizer.optimizer
-        self._names: Mapping[torch.Tensor, str] = engine.param_names
+        self._names: Mapping[torch.Tensor, str] = ModelNames(engine).of_parameters
         _check_settings(self._zero)
 
     def slots(self) -> list[EngineSlot]:

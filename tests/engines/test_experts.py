@@ -1,0 +1,153 @@
+"""DeepSpeed's mixture-of-experts layers: another expert-parallel size, data-parallel size and ZeRO stage, state bit for bit.
+
+DeepSpeed's universal checkpointing skips native mixture-of-experts layers, and its own load with another expert-parallel size
+fails with a misleading message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import LAST_STEP, STEP, differences, shared_differences
+
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
+from ucp_deepspeed.testing.ranks import RankError, RankPool
+from ucp_deepspeed.testing.runs import Run, train
+from ucp_deepspeed.transfer import FileReader
+from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.copying import gather
+
+Ranks = Callable[[int], RankPool]
+
+
+def moe(ep: int, stage: int, **changes: Any) -> Run:
+    """A model with two layers of four experts."""
+    return Run("moe", size={"ep": (ep, ep), **changes.pop("size", {})}, zero={"stage": stage}, **changes)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("groups", ["one", "decay"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_every_expert_parallel_size(stage: int, groups: Any, precision: Any, ranks: Ranks, tmp_path: Path) -> None:
+    """From EP2 on four ranks to EP4, EP1, fewer ranks and the other stages, and back."""
+    source = moe(2, stage, groups=groups, precision=precision)
+    ranks(4).run(train, source, STEP, save=str(tmp_path / "a"))
+    assert open_checkpoint(tmp_path / "a").topology.ep == 2
+    for ep, world_size, target in [(4, 4, 1), (1, 2, 2), (2, 2, 0), (1, 1, 1)]:
+        run = replace(moe(ep, target), groups=groups, precision=precision)
+        middle, back = tmp_path / f"ep{ep}", tmp_path / f"back{ep}"
+        outcome = ranks(world_size).run(train, run, STEP, load=str(tmp_path / "a"), save=str(middle), save_first=True)
+        assert outcome[0].report is not None
+        ranks(4).run(train, source, STEP, load=str(middle), save=str(back), save_first=True)
+        assert shared_differences(tmp_path / "a", middle) == shared_differences(tmp_path / "a", back) == []
+
+
+def test_each_expert_is_one_parameter(ranks: Ranks, tmp_path: Path) -> None:
+    """Two ranks' experts 0 are not one: every expert has been trained on other tokens, and has its number in the layer."""
+    ranks(4).run(train, moe(2, 1), STEP, save=str(tmp_path))
+    names = [f"layers.1.deepspeed_moe.experts.deepspeed_experts.{expert}.linear_in.weight" for expert in range(4)]
+    values = [whole(tmp_path, name) for name in names]
+    assert all(not values[one].equal(values[other]) for one in range(4) for other in range(one))
+    held = open_checkpoint(tmp_path).parameters
+    assert (
+        sum("deepspeed_experts" in name for name in held) == 2 * 4 * 4
+    )  # layers, experts, two weights, a bias, a buffer
+    assert not any(".4." in name for name in held)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_losses_go_on(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """The same loss as without interruption, on other expert-parallel sizes; sums of floats in another order differ a little."""
+    whole_run = ranks(4).run(train, moe(2, stage), LAST_STEP, save=str(tmp_path), save_at=STEP)[0].losses
+    same = ranks(4).run(train, moe(2, stage), LAST_STEP, load=str(tmp_path))[0]
+    assert same.report is None and same.losses == {step: whole_run[step] for step in same.losses}
+    always = replace(moe(2, stage), universal={"enabled": True, "load": "always"})
+    assert ranks(4).run(train, always, LAST_STEP, load=str(tmp_path))[0].losses == same.losses
+    for ep, world_size in [(4, 4), (1, 2), (1, 1)]:
+        losses = ranks(world_size).run(train, moe(ep, 2), LAST_STEP, load=str(tmp_path))[0].losses
+        assert losses.keys() == same.losses.keys()
+        assert all(abs(losses[step] - same.losses[step]) < 1e-5 for step in losses)
+
+
+SGD = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "data-first": {"config": {"use_data_before_expert_parallelism": True}},
+    "residual": {"size": {"residual": True}},
+    "mixed-sizes": {"size": {"ep": (2, 4)}},
+    "mixed-experts": {"size": {"experts": (4, 6)}},
+    "frozen": {
+        "frozen": tuple(f"layers.0.deepspeed_moe.experts.deepspeed_experts.{i}.linear_in.weight" for i in (0, 1))
+    },
+    "round-robin": {"zero": {"stage": 2, "round_robin_gradients": True}},
+    "fp32-accumulation": {"precision": "bf16", "config": {"data_types": {"grad_accum_dtype": "fp32"}}},
+    "sgd": {"config": {"optimizer": SGD, "zero_allow_untested_optimizer": True}, "groups": "decay"},
+}
+
+
+@pytest.mark.parametrize("manifest", [True, False], ids=["manifest", "stock"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_settings(other: str, manifest: bool, ranks: Ranks, tmp_path: Path) -> None:
+    """Each once with the manifest and once as stock DeepSpeed writes it."""
+    source = moe(2, 1, **{key: value for key, value in OTHERS[other].items() if key != "zero"})
+    if "zero" in OTHERS[other]:
+        source = replace(source, zero=OTHERS[other]["zero"])
+    written = source if manifest else replace(source, universal=None)
+    ranks(4).run(train, written, STEP, save=str(tmp_path / "a"))
+    size = {key: value for key, value in source.size.items()} | {"ep": (1, 1)}
+    frozen = tuple(f"layers.0.deepspeed_moe.experts.deepspeed_experts.{i}.linear_in.weight" for i in range(4))
+    target = replace(source, size=size, frozen=frozen if source.frozen else ())
+    ranks(2).run(train, target, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"), save_first=True)
+    ranks(4).run(train, source, STEP, load=str(tmp_path / "b"), save=str(tmp_path / "c"), save_first=True)
+    assert differences(tmp_path / "a", tmp_path / "b") == differences(tmp_path / "a", tmp_path / "c") == []
+
+
+def test_stage_0_of_stock_deepspeed(ranks: Ranks, tmp_path: Path) -> None:
+    """Its files name no parameters, and experts of one layer have the same shapes: the model's order tells, or nothing does."""
+    ranks(4).run(train, moe(2, 0, universal=None), STEP, save=str(tmp_path / "a"))
+    ranks(4).run(train, moe(2, 0), STEP, save=str(tmp_path / "b"))
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+
+
+def test_universal_form(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(4).run(train, moe(2, 1), STEP, save=str(tmp_path / "a"))
+    convert(UniversalView.of(open_checkpoint(tmp_path / "a")), tmp_path / "u")
+    assert differences(tmp_path / "a", tmp_path / "u") == []
+    ranks(2).run(train, moe(2, 2), STEP, load=str(tmp_path / "u"), save=str(tmp_path / "b"), save_first=True)
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+
+
+def test_another_number_of_experts(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2).run(train, moe(2, 1), STEP, save=str(tmp_path))
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(train, moe(2, 1, size={"experts": (4, 6)}), STEP, load=str(tmp_path))
+    message = str(caught.value.original)
+    assert isinstance(caught.value.original, MismatchError)
+    assert "layers.1.deepspeed_moe.experts.deepspeed_experts.4.linear_in.weight: missing in the checkpoint" in message
+    assert "deepspeed_experts.3." not in message
+
+
+def test_a_file_of_an_expert_is_missing(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2).run(train, moe(2, 0), STEP, save=str(tmp_path / "a"))
+    for name in ("layer_1_expert_3_mp_rank_00_model_states.pt", "expp_rank_1_mp_rank_00_optim_states.pt"):
+        folder = tmp_path / name
+        copytree(tmp_path / "a" / f"global_step{STEP}", folder)
+        (folder / name).unlink()
+        with pytest.raises(DamagedCheckpointError, match=name):
+            open_checkpoint(folder)
+
+
+def whole(folder: Path, name: str) -> torch.Tensor:
+    """A whole master weight."""
+    view = UniversalView.of(open_checkpoint(folder))
+    buffer = torch.empty(view.logical_shape(name)).flatten()
+    gather(view, name, "fp32", 0, buffer, FileReader())
+    return buffer

@@ -1,0 +1,146 @@
+"""DeepSpeed's mixture-of-experts layers, whose experts are spread over expert-parallel ranks.
+
+Every rank calls its own experts 0, 1, …, in the model and in the optimizer's files; files of experts' weights have the numbers in
+the whole layer. Here names always have the latter, so that no two ranks' experts are mistaken for one.
+
+Source: ``moe/experts.py``, ``utils/groups.py::_create_expert_and_data_parallel``, ``runtime/engine.py::_save_moe_checkpoint``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ucp_deepspeed.errors import UnsupportedError
+
+EXPERTS = "deepspeed_moe.experts.deepspeed_experts"
+"""Where a layer (``deepspeed.moe.layer.MoE``) keeps its experts."""
+
+_NAME = re.compile(rf"((?:.+\.)?{re.escape(EXPERTS)}\.)(\d+)(\..+)")
+_WEIGHT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_OPTIMIZER_FILE = re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+
+
+def expert_of(name: str) -> tuple[str, int] | None:
+    """The layer's list of experts, and the expert's number in it; None for what isn't an expert's."""
+    found = _NAME.fullmatch(name)
+    return (found[1], int(found[2])) if found else None
+
+
+def renumbered(name: str, shift: int) -> str:
+    """The same tensor of the expert whose number is higher by ``shift``; other names stay as they are."""
+    found = _NAME.fullmatch(name)
+    return f"{found[1]}{int(found[2]) + shift}{found[3]}" if found else name
+
+
+def numbers_of_experts(names: Iterable[str]) -> dict[str, int]:
+    """For each layer's list of experts, how many there are among the names."""
+    counts: dict[str, int] = {}
+    for name in names:
+        if (found := expert_of(name)) is not None:
+            counts[found[0]] = max(counts.get(found[0], 0), found[1] + 1)
+    return counts
+
+
+def names_on(names: Iterable[str], ep_rank: int) -> tuple[str, ...]:
+    """Names with which a rank calls its own parameters → what they are called in the whole model."""
+    held = tuple(names)
+    counts = numbers_of_experts(held)
+    return tuple(_shifted(name, counts, ep_rank) for name in held)
+
+
+def names_on_all(names: Iterable[str], ep: int) -> list[str]:
+    """The same for all expert-parallel ranks, without repeating what all of them hold."""
+    held = tuple(names)
+    return list(dict.fromkeys(name for ep_rank in range(ep) for name in names_on(held, ep_rank)))
+
+
+def _shifted(name: str, counts: Mapping[str, int], ep_rank: int) -> str:
+    found = expert_of(name)
+    return renumbered(name, ep_rank * counts[found[0]]) if found else name
+
+
+def weight_file(file_name: str) -> tuple[int, int, int] | None:
+    """Layer, expert and model-parallel rank of a file with one expert's weights; None for any other file."""
+    found = _WEIGHT_FILE.fullmatch(file_name)
+    return (int(found[1]), int(found[2]), int(found[3])) if found else None
+
+
+def optimizer_file(file_name: str) -> tuple[int, int] | None:
+    """Expert-parallel and model-parallel rank of a stage-0 optimizer file; None for any other file."""
+    found = _OPTIMIZER_FILE.fullmatch(file_name)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRanks:
+    """Which ranks hold which experts of a layer.
+
+    Attributes:
+        ep: expert-parallel size: expert ``i`` of rank ``e`` is number ``e * local experts + i`` of the layer.
+        dp: data-parallel size.
+        tp: tensor-parallel size.
+        tensor_parallel: whether each expert is cut over the tensor-parallel ranks (``enable_expert_tensor_parallelism``); if not,
+            these count as further ranks over which experts are spread.
+        data_first: the config's ``use_data_before_expert_parallelism``.
+    """
+
+    ep: int
+    dp: int
+    tp: int
+    tensor_parallel: bool
+    data_first: bool = False
+
+    @property
+    def partitions(self) -> int:
+        """Ranks that hold the same experts: over so many ZeRO cuts their group."""
+        return self._spread // self.ep
+
+    @property
+    def _spread(self) -> int:
+        return self.dp if self.tensor_parallel else self.dp * self.tp
+
+    def holder(self, ep_rank: int, partition: int, rank: int) -> tuple[int, int]:
+        """Model-parallel and data-parallel rank of one of the ranks that hold an expert-parallel rank's experts.
+
+        Args:
+            partition: its position among them.
+            rank: the model-parallel rank, of which only the pipeline stage counts where experts aren't cut.
+        """
+        position = ep_rank * self.partitions + partition if self.data_first else ep_rank + self.ep * partition
+        if self.tensor_parallel:
+            return rank, position
+        return rank - rank % self.tp + position % self.tp, position // self.tp
+
+
+def recognise_experts(
+    names: Iterable[str], totals: Collection[int], partitions: int, dp: int, tp: int, data_first: bool, where: Path
+) -> ExpertRanks:
+    """How the experts of a group are spread, from what DeepSpeed writes of it.
+
+    Args:
+        names: of one rank's parameters in the group.
+        totals: number of experts of each layer of the model, in any order.
+        partitions: over how many ranks the group is cut.
+        where: the file, for the message.
+
+    Raises:
+        UnsupportedError: no way, or more than one, fits these numbers.
+    """
+    local = set(numbers_of_experts(names).values())
+    fitting = {
+        ranks
+        for cut in (True, False)
+        for ep in [(dp if cut else dp * tp) // partitions]
+        if all(count * ep in totals for count in local)
+        for ranks in [ExpertRanks(ep, dp, tp, cut or tp == 1, data_first)]
+        if ranks.partitions == partitions
+    }
+    if len(fitting) != 1:
+        raise UnsupportedError(
+            f"{where} has {sorted(local)} experts of layers with {sorted(totals)}, cut over {partitions} ranks of TP{tp}·DP{dp}: "
+            f"how they are spread can't be told"
+        )
+    return fitting.pop()

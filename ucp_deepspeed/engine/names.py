@@ -1,0 +1,77 @@
+"""What parameters and buffers of a live engine are called in the whole model, whatever rank holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
+
+from ucp_deepspeed.checkpoint.experts import EXPERTS, expert_of, renumbered
+
+
+@dataclass(frozen=True, slots=True)
+class LayerExperts:
+    """Of one mixture-of-experts layer, what this rank holds: ``local`` of ``total`` experts, from ``ep_rank * local``."""
+
+    ep_rank: int
+    local: int
+    total: int
+
+    @property
+    def ep(self) -> int:
+        """Expert-parallel size."""
+        return self.total // self.local
+
+
+class ModelNames:
+    """From the names of this rank's modules to those in the whole model, which differ for experts alone.
+
+    Attributes:
+        layers: by the beginning of its experts' names.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.layers: Mapping[str, LayerExperts] = {
+            f"{name}.{EXPERTS}.".lstrip("."): LayerExperts(
+                groups._get_expert_parallel_rank(module.expert_group_name), module.num_local_experts, module.num_experts
+            )
+            for name, module in engine.module.named_modules()
+            if isinstance(module, MoE)
+        }
+
+    @cached_property
+    def of_parameters(self) -> Mapping[torch.Tensor, str]:
+        """This rank's parameters → names in the whole model."""
+        return {param: self.in_model(name) for param, name in self._engine.param_names.items()}
+
+    def in_model(self, name: str) -> str:
+        """Of a name of this rank's, that in the whole model."""
+        found = expert_of(name)
+        if found is None:
+            return name
+        layer = self.layers[found[0]]
+        return renumbered(name, layer.ep_rank * layer.local)
+
+    def on_all_ranks(self, name: str) -> list[str]:
+        """Of a name of this rank's, the names in the whole model of what the expert-parallel ranks call so."""
+        found = expert_of(name)
+        if found is None:
+            return [name]
+        layer = self.layers[found[0]]
+        return [renumbered(name, ep_rank * layer.local) for ep_rank in range(layer.ep)]
+
+    @property
+    def ep(self) -> int:
+        """The largest expert-parallel size of a layer; 1 without experts."""
+        return max((layer.ep for layer in self.layers.values()), default=1)
+
+    @property
+    def ep_rank(self) -> int:
+        """This rank's position among those of the largest; 0 without experts."""
+        return next((layer.ep_rank for layer in self.layers.values() if layer.ep == self.ep), 0)
