@@ -26,9 +26,9 @@ def differences(first: Path, second: Path, spec: str | None = None) -> list[str]
     return [f"{found.name} {found.state or ''} {found.detail}" for found in compare(*views)]
 
 
-def shared_differences(first: Path, second: Path) -> list[str]:
+def shared_differences(first: Path, second: Path, spec: str | None = None) -> list[str]:
     """The same, without hyper-parameters that only one side's optimizer class has (torch's AdamW has ``amsgrad``)."""
-    return [line for line in differences(first, second) if not line.endswith((" only in A", " only in B"))]
+    return [line for line in differences(first, second, spec) if not line.endswith((" only in A", " only in B"))]
 
 
 @dataclass(frozen=True)

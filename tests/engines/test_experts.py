@@ -18,7 +18,7 @@ from checkpoints import LAST_STEP, STEP, differences, shared_differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, train
 from ucp_deepspeed.transfer import FileReader
@@ -108,6 +108,62 @@ def test_settings(other: str, manifest: bool, ranks: Ranks, tmp_path: Path) -> N
     ranks(2).run(train, target, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"), save_first=True)
     ranks(4).run(train, source, STEP, load=str(tmp_path / "b"), save=str(tmp_path / "c"), save_first=True)
     assert differences(tmp_path / "a", tmp_path / "b") == differences(tmp_path / "a", tmp_path / "c") == []
+
+
+SPEC = """
+family: tiny_moe
+rules:
+  - {match: "layers.*.deepspeed_moe.experts.deepspeed_experts.*.linear_in.*", pattern: shard, dim: 0}
+  - {match: "layers.*.deepspeed_moe.experts.deepspeed_experts.*.linear_out.weight", pattern: shard, dim: 1}
+  - {match: ["embedding.*", "norm.*", "head.*", "layers.*.deepspeed_moe.gate.**"], pattern: replicate}
+"""
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("manifest", [True, False], ids=["manifest", "stock"])
+def test_experts_cut_over_tensor_parallel_ranks(manifest: bool, stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """``enable_expert_tensor_parallelism``: TP2·DP2·EP2 to TP1·DP2·EP1, TP1·DP4·EP4 and TP2·DP1·EP1, and back."""
+    spec = tmp_path / "moe.yaml"
+    spec.write_text(SPEC)
+    universal = {"enabled": True, "spec": str(spec)}
+    source = moe(2, stage, tp=2, size={"cut": True, "ffn": 10}, universal=universal)
+    ranks(4).run(train, source if manifest else replace(source, universal=None), STEP, save=str(tmp_path / "a"))
+    for tp, ep, world_size in [(1, 1, 2), (1, 4, 4), (2, 1, 2)]:
+        target = moe(ep, 1, tp=tp, size={"cut": tp > 1, "ffn": 10}, universal=universal)
+        middle, back = tmp_path / f"{tp}{ep}", tmp_path / f"back{tp}{ep}"
+        ranks(world_size).run(train, target, STEP, load=str(tmp_path / "a"), save=str(middle), save_first=True)
+        ranks(4).run(train, source, STEP, load=str(middle), save=str(back), save_first=True)
+        assert shared_differences(tmp_path / "a", middle, str(spec)) == []
+        assert shared_differences(tmp_path / "a", back, str(spec)) == []
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("manifest", [True, False], ids=["manifest", "stock"])
+@pytest.mark.parametrize("ep", [2, 4])
+def test_experts_spread_over_tensor_parallel_ranks(
+    ep: int, manifest: bool, stage: int, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Without expert tensor parallelism, DeepSpeed's default, tensor-parallel ranks hold different experts."""
+    spec = tmp_path / "moe.yaml"
+    spec.write_text('{family: tiny_moe, rules: [{match: "**", pattern: replicate}]}')
+    universal = {"enabled": True, "spec": str(spec)}
+    source = moe(ep, stage, tp=2, universal=universal)
+    ranks(4).run(train, source if manifest else replace(source, universal=None), STEP, save=str(tmp_path / "a"))
+    for tp, target_ep, world_size in [(1, 1, 2), (1, 4, 4), (2, 2, 2)]:
+        target = moe(target_ep, 1, tp=tp, universal=universal)
+        middle, back = tmp_path / f"{tp}{target_ep}", tmp_path / f"back{tp}{target_ep}"
+        ranks(world_size).run(train, target, STEP, load=str(tmp_path / "a"), save=str(middle), save_first=True)
+        ranks(4).run(train, source, STEP, load=str(middle), save=str(back), save_first=True)
+        assert shared_differences(tmp_path / "a", middle, str(spec)) == []
+        assert shared_differences(tmp_path / "a", back, str(spec)) == []
+
+
+def test_what_deepspeed_saves_incompletely_is_refused_when_the_engine_is_built(ranks: Ranks) -> None:
+    """EP1 on TP2: DeepSpeed writes mp_rank_00_model_states.pt alone, and can't load that itself."""
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(train, moe(1, 1, tp=2), 0)
+    assert isinstance(caught.value.original, UnsupportedError)
+    assert "an expert-parallel size (1) below the tensor-parallel one" in str(caught.value.original)
 
 
 def test_stage_0_of_stock_deepspeed(ranks: Ranks, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.layer import MoE
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from packaging.version import Version
 
@@ -57,9 +58,13 @@ def _check_experts(engine: Any) -> None:
     """Refuse experts whose ranks or files this release doesn't know.
 
     Raises:
-        UnsupportedError: layers of AutoEP, experts in a pipeline, or at stage 0 layers of several expert-parallel sizes.
+        UnsupportedError: layers of AutoEP, experts in a pipeline, at stage 0 layers of several expert-parallel sizes, or experts
+            of which DeepSpeed's own checkpoints are incomplete.
     """
     sizes = {layer.ep for layer in ModelNames(engine).layers.values()}
+    spread = any(
+        isinstance(module, MoE) and not module.enable_expert_tensor_parallelism for module in engine.module.modules()
+    )
     reason = ""
     if any(isinstance(module, AutoEPMoELayer) for module in engine.module.modules()):
         reason = "layers of DeepSpeed's AutoEP"
@@ -67,5 +72,10 @@ def _check_experts(engine: Any) -> None:
         reason = "mixture-of-experts layers in a pipeline"
     elif len(sizes) > 1 and engine.zero_optimization_stage() == 0:
         reason = f"at stage 0, layers of several expert-parallel sizes ({sorted(sizes)})"
+    elif spread and max(sizes) < engine.mp_world_size:
+        reason = (
+            f"an expert-parallel size ({max(sizes)}) below the tensor-parallel one without enable_expert_tensor_parallelism "
+            f"(DeepSpeed writes no model_states file of the other tensor-parallel ranks)"
+        )
     if reason:
         raise UnsupportedError(f"universal checkpoints of {reason} are not supported by this release")

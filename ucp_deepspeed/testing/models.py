@@ -100,27 +100,58 @@ class RememberingMlp(TinyMlp):
 
 
 class _Expert(nn.Module):
-    """Two linear layers, and a persistent 0-d int64 buffer ``seen``: the number of tokens that came by in training mode."""
+    """Two linear layers, and a persistent 0-d int64 buffer ``seen``: the number of tokens that came by in training mode.
+
+    Args:
+        cut: hold this tensor-parallel rank's share of both layers, as Megatron-Core's column- and row-parallel layers do (which
+            DeepSpeed can't copy: they hold their process group).
+    """
 
     seen: torch.Tensor
 
-    def __init__(self, hidden: int, ffn: int) -> None:
+    def __init__(self, hidden: int, ffn: int, cut: bool) -> None:
         super().__init__()
         self.linear_in = nn.Linear(hidden, ffn)
         self.linear_out = nn.Linear(ffn, hidden, bias=False)
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.cut = cut
+        if cut:
+            for parameter, dim in ((self.linear_in.weight, 0), (self.linear_in.bias, 0), (self.linear_out.weight, 1)):
+                _keep_share(parameter, dim)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         if self.training:
             self.seen += (states != 0).any(-1).sum()
-        out: torch.Tensor = self.linear_out(nn.functional.gelu(self.linear_in(states)))
+        if not self.cut:
+            out: torch.Tensor = self.linear_out(nn.functional.gelu(self.linear_in(states)))
+            return out
+        from megatron.core.tensor_parallel import mappings
+
+        shared = mappings.copy_to_tensor_model_parallel_region(states)
+        out = mappings.reduce_from_tensor_model_parallel_region(
+            self.linear_out(nn.functional.gelu(self.linear_in(shared)))
+        )
         return out
+
+
+def _keep_share(parameter: nn.Parameter, dim: int) -> None:
+    """Cut a parameter to this tensor-parallel rank's share and mark it as Megatron-Core does."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+
+    degree, rank = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    parameter.data = parameter.data.chunk(degree, dim)[rank].clone()
+    set_tensor_model_parallel_attributes(parameter, True, dim, 1)
 
 
 class TinyMoe(nn.Module):
     """The same task with DeepSpeed's mixture-of-experts layers between embedding and head.
 
-    No token is dropped and nothing is drawn at random, so that the loss doesn't depend on how many ranks hold the experts.
+    Each expert has room for all tokens and nothing is drawn at random, so that the loss doesn't depend on how many ranks hold the
+    experts.
 
     Args:
         vocabulary: number of tokens and of classes.
@@ -128,22 +159,33 @@ class TinyMoe(nn.Module):
         ffn: width of each expert.
         experts: number of experts of each layer.
         ep: expert-parallel size of each layer.
-        residual: give the last layer a dense branch beside its experts (``use_residual``).
+        residual: add a layer with a dense branch beside its experts (``use_residual``).
+        cut: cut each expert over the tensor-parallel ranks (``enable_expert_tensor_parallelism``); else these ranks hold
+            different experts.
     """
 
     def __init__(
-        self, vocabulary: int, hidden: int, ffn: int, experts: tuple[int, ...], ep: tuple[int, ...], residual: bool
+        self,
+        vocabulary: int,
+        hidden: int,
+        ffn: int,
+        experts: tuple[int, ...],
+        ep: tuple[int, ...],
+        residual: bool,
+        cut: bool,
     ) -> None:
         from deepspeed.moe.layer import MoE
 
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, hidden)
+        settings = {"use_rts": False, "enable_expert_tensor_parallelism": cut}
         self.layers = nn.ModuleList(
-            MoE(hidden, _Expert(hidden, ffn), total, size, drop_tokens=False, use_rts=False)
-            for total, size in zip(experts, ep, strict=True)
+            MoE(hidden, _Expert(hidden, ffn, cut), total, size, capacity_factor=total, use_residual=dense, **settings)
+            for total, size, dense in [
+                *((total, size, False) for total, size in zip(experts, ep, strict=True)),
+                *((experts[-1], ep[-1], True) for _ in range(residual)),
+            ]
         )
-        if residual:
-            self.layers.append(MoE(hidden, _Expert(hidden, ffn), experts[-1], ep[-1], use_residual=True, use_rts=False))
         self.norm = nn.LayerNorm(hidden)
         self.head = nn.Linear(hidden, vocabulary)
 
@@ -162,13 +204,14 @@ def build_moe(
     experts: tuple[int, ...] = (4, 4),
     ep: tuple[int, ...] = (2, 2),
     residual: bool = False,
+    cut: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> TinyMoe:
     """A `TinyMoe` with initial values that depend on the seed alone, also of ``ep``: DeepSpeed copies one expert."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = TinyMoe(vocabulary, hidden, ffn, experts, ep, residual)
+        model = TinyMoe(vocabulary, hidden, ffn, experts, ep, residual, cut)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model

@@ -277,6 +277,22 @@ def fp16_on_cpu() -> Iterator[None]:
         accelerator.is_fp16_supported = supported
 
 
+def gather_tokens_over_gloo() -> None:
+    """On a rank: let DeepSpeed's mixture-of-experts layers run under tensor parallelism.
+
+    ``moe/mappings.py`` gathers a tensor of three dimensions into a flat one, which NCCL takes and gloo doesn't. Only that call is
+    replaced; calling this again changes nothing.
+    """
+    import deepspeed.comm
+
+    native = deepspeed.comm.comm.all_gather_into_tensor
+
+    def all_gather_into_tensor(output_tensor: Any, tensor: Any, *rest: Any, **settings: Any) -> Any:
+        return native(output_tensor, tensor.view(-1) if output_tensor.dim() == 1 else tensor, *rest, **settings)
+
+    deepspeed.comm.all_gather_into_tensor = all_gather_into_tensor
+
+
 def _serve(rank: int, world_size: int, port: int, connection: Connection, log: str) -> None:
     """A rank's life: join the process group, then answer calls until the parent goes away."""
     _die_with_parent()

@@ -17,7 +17,7 @@ from deepspeed import comm as dist
 import ucp_deepspeed  # noqa: F401  (its import sets the hooks)
 from ucp_deepspeed.checkpoint.checkpoint import Precision
 from ucp_deepspeed.testing.models import build_mlp, build_moe
-from ucp_deepspeed.testing.ranks import fp16_on_cpu, reset_parallel_state
+from ucp_deepspeed.testing.ranks import fp16_on_cpu, gather_tokens_over_gloo, reset_parallel_state
 
 VOCABULARY = 48
 GLOBAL_BATCH = 8
@@ -35,7 +35,8 @@ class Run:
     """What to train, and on which topology; the data-parallel size is the rest of the ranks.
 
     Attributes:
-        model: ``llama`` or ``gpt`` (Megatron-Core), ``mlp`` or ``moe`` (plain torch, no tensor parallelism).
+        model: ``llama`` or ``gpt`` (Megatron-Core), ``mlp`` (plain torch, no tensor parallelism), or ``moe``
+            (DeepSpeed's mixture of experts).
         size: changes to the model's shape.
         tp: tensor-parallel size.
         pp: pipeline-parallel size; None for a plain engine, 1 for a pipeline engine with one stage.
@@ -218,8 +219,9 @@ def _build_model(run: Run) -> tuple[torch.nn.Module, Any]:
     dtype = DTYPES[run.precision]
     if run.model == "mlp":
         return build_mlp(**{"vocabulary": VOCABULARY, "dtype": dtype, "seed": run.seed, **run.size}), None
-    if run.model == "moe":
-        return build_moe(**{"vocabulary": VOCABULARY, "dtype": dtype, "seed": run.seed, **run.size}), None
+    moe = {"vocabulary": VOCABULARY, "dtype": dtype, "seed": run.seed, **run.size}
+    if run.model == "moe" and run.tp == 1:
+        return build_moe(**moe), None
     from megatron.core import parallel_state
 
     from ucp_deepspeed.megatron import DeepSpeedMpu
@@ -228,6 +230,9 @@ def _build_model(run: Run) -> tuple[torch.nn.Module, Any]:
 
     run_megatron_on_cpu()
     parallel_state.initialize_model_parallel(run.tp, pipeline_model_parallel_size=run.pp or 1)
+    if run.model == "moe":
+        gather_tokens_over_gloo()
+        return build_moe(**moe), DeepSpeedMpu()
     small = {"layers": 2, "hidden": 48, "heads": 8, "ffn": 40, "vocabulary": VOCABULARY, "sequence": SEQUENCE}
     flavour = {"llama": llama_flavour, "gpt": gpt_flavour}[run.model]
     size = flavour(**{**small, **run.size})
