@@ -36,6 +36,21 @@ def test_bytes_of_each_rank(target: Topology, ranks: Ranks, tmp_path: Path) -> N
     assert [len(rank.files) for rank in planned] == [outcome.report.files for outcome in outcomes]
 
 
+@pytest.mark.parametrize(("ep", "stage", "world_size"), [(1, 1, 2), (2, 2, 4), (4, 1, 4), (2, 0, 2)])
+def test_experts(ep: int, stage: int, world_size: int, ranks: Ranks, tmp_path: Path) -> None:
+    source = Run("moe", size={"ep": (2, 2)}, zero={"stage": 1}, universal={"enabled": True, "load": "always"})
+    ranks(2).run(train, source, STEP, save=str(tmp_path))
+    target = replace(source, size={"ep": (ep, ep)}, zero={"stage": stage})
+    outcomes = ranks(world_size).run(train, target, STEP, load=str(tmp_path))
+    plan = plan_target(open_checkpoint(tmp_path), Topology(1, 1, world_size, stage, ep))
+    assert [rank.bytes_read for rank in plan.ranks] == [outcome.report.bytes_read for outcome in outcomes]
+    impossible = plan_target(open_checkpoint(tmp_path), Topology(1, 1, 3, 3, 3))
+    assert {obstacle.reason for obstacle in impossible.obstacles} == {
+        "DeepSpeed's own mixture-of-experts layers can't be trained with ZeRO-3",
+        "EP 3 doesn't divide its 4 experts",
+    }
+
+
 def test_a_model_that_changed(ranks: Ranks, tmp_path: Path) -> None:
     old, new = Run("mlp", frozen=("norm.bias",)), Run("mlp", {"adapter": True, "vocabulary": 50}, seed=2)
     ranks(2).run(train, old, STEP, save=str(tmp_path / "old"))

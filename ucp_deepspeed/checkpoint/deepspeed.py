@@ -40,6 +40,7 @@ from ucp_deepspeed.checkpoint.deepspeed_zero import (
 from ucp_deepspeed.checkpoint.experts import (
     ExpertRanks,
     expert_of,
+    holder_of,
     names_on,
     names_on_all,
     numbers_of_experts,
@@ -377,11 +378,11 @@ class DeepSpeedCheckpoint(Checkpoint):
     ) -> list[Slot]:
         """At stage 0, the slots of one expert-parallel rank's experts, with the first one's also all others."""
         path = self._expert_optimizer_path(rank, ep_rank)
-        counts = {layer: count // self.topology.ep for layer, count in numbers_of_experts(owned).items()}
+        numbers = numbers_of_experts(owned)
         held = {
             name: located
             for name, located in owned.items()
-            if (found := expert_of(name)) is None or found[1] // counts[found[0]] == ep_rank
+            if holder_of(name, numbers, self.topology.ep) in (None, ep_rank)
         }
         slots = stage0_slots(self._open(path)["optimizer"], held, self.recorded_groups(rank, ep_rank), path, kinds)
         return [slot for slot in slots if ep_rank == 0 or expert_of(slot.names[0])]

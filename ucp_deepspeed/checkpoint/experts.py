@@ -44,6 +44,12 @@ def numbers_of_experts(names: Iterable[str]) -> dict[str, int]:
     return counts
 
 
+def holder_of(name: str, numbers: Mapping[str, int], ep: int) -> int | None:
+    """Which expert-parallel rank holds it; None for what isn't an expert's. ``numbers``: of all experts, by layer."""
+    found = expert_of(name)
+    return None if found is None else found[1] // max(numbers[found[0]] // ep, 1)
+
+
 def names_on(names: Iterable[str], ep_rank: int) -> tuple[str, ...]:
     """Names with which a rank calls its own parameters → what they are called in the whole model."""
     held = tuple(names)

@@ -42,6 +42,7 @@ MOST_ROWS = 16
 @click.option("--pp", type=click.IntRange(min=1), default=1, show_default=True, help="Pipeline-parallel size.")
 @click.option("--dp", type=click.IntRange(min=1), required=True, help="Data-parallel size.")
 @click.option("--zero", type=click.IntRange(0, 3), required=True, help="ZeRO stage.")
+@click.option("--ep", type=click.IntRange(min=1), default=1, show_default=True, help="Expert-parallel size.")
 @tag_option
 @spec_option
 @vocabulary_option
@@ -63,6 +64,7 @@ def plan_command(
     pp: int,
     dp: int,
     zero: int,
+    ep: int,
     tag: str | None,
     spec: str | None,
     vocabulary_size: int | None,
@@ -80,7 +82,7 @@ def plan_command(
     opened = open_checkpoint(checkpoint, tag)
     policies = Policies(on_missing == "init", on_extra == "drop", optimizer_states)
     target = None if model is None else open_checkpoint(model)
-    plan = plan_target(opened, Topology(tp, pp, dp, zero), read_spec(spec), vocabulary_size, target, policies)
+    plan = plan_target(opened, Topology(tp, pp, dp, zero, ep), read_spec(spec), vocabulary_size, target, policies)
     source = {"path": str(opened.path), "form": opened.form, "source": _topology(opened.topology)}
     if as_json:
         click.echo(json.dumps(source | _report(plan, opened.path), indent=1))
@@ -94,7 +96,7 @@ def _report(plan: TargetPlan, folder: Path) -> dict[str, Any]:
     """What ``--json`` prints beside ``path``, ``form`` and the ``source``'s topology.
 
     Keys:
-        target: ``tp``, ``pp``, ``dp``, ``zero_stage``.
+        target: ``tp``, ``pp``, ``dp``, ``zero_stage``, ``ep``.
         possible: whether a load would succeed.
         reasons: why it would not: ``parameter`` (null when it is the whole model) and ``reason``.
         remarks: what the figures rest on.
@@ -131,7 +133,7 @@ def _report(plan: TargetPlan, folder: Path) -> dict[str, Any]:
 
 
 def _topology(topology: Topology) -> dict[str, int]:
-    return {key: getattr(topology, key) for key in ("tp", "pp", "dp", "zero_stage")}
+    return {key: getattr(topology, key) for key in ("tp", "pp", "dp", "zero_stage", "ep")}
 
 
 def _total(plan: TargetPlan) -> dict[str, int]:

@@ -7,7 +7,7 @@ each parameter group. Local shapes follow from the patterns alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
 
@@ -21,6 +21,7 @@ from ucp_deepspeed.checkpoint.checkpoint import (
     Parameter,
     Precision,
 )
+from ucp_deepspeed.checkpoint.experts import expert_of, holder_of, numbers_of_experts
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import MismatchError, SpecError
@@ -197,21 +198,42 @@ def target_ranks(
     Args:
         local_shapes: by logical name, over the target's model-parallel ranks.
     """
-    trained, groups = _cutting(topology, "trainable", view.checkpoint.run.precision), _slot_names(view, topology)
+    numbers = numbers_of_experts(local_shapes)
     for rank in range(topology.model_parallel):
         numels = {name: prod(shape) for name, shapes in local_shapes.items() if (shape := shapes[rank]) is not None}
-        slots = [
-            (names, trained.flattening(numels, names))
-            for group in groups
-            if (names := tuple(name for name in group if name in numels))
-        ]
-        weights = [
-            ((name,), _cutting(topology, parameter.kind).flattening(numels, (name,)))
-            for name, parameter in view.parameters.items()
-            if parameter.kind != "trainable" and name in numels
+        shared = _buffers(view, topology, {name: numel for name, numel in numels.items() if expert_of(name) is None})
+        spread = replace(topology, dp=topology.dp // topology.ep)
+        experts = [
+            _buffers(
+                view,
+                spread,
+                {name: numel for name, numel in numels.items() if holder_of(name, numbers, topology.ep) == e},
+            )
+            for e in range(topology.ep)
         ]
         for part in range(topology.dp):
-            yield TargetRank(rank, part, _held(slots, part), _held(weights, part))
+            position, ep_rank = divmod(part, topology.ep)
+            held = zip(_held(shared, part), _held(experts[ep_rank], position), strict=True)
+            yield TargetRank(rank, part, *(one + other for one, other in held))
+
+
+_Buffers = list[tuple[tuple[str, ...], Flattening]]
+
+
+def _buffers(view: UniversalView, topology: Topology, numels: Mapping[str, int]) -> tuple[_Buffers, _Buffers]:
+    """What ranks that hold these parameters cut among them: the optimizer's slots, and frozen parameters and buffers."""
+    trained = _cutting(topology, "trainable", view.checkpoint.run.precision)
+    slots = [
+        (names, trained.flattening(numels, names))
+        for group in _slot_names(view, topology)
+        if (names := tuple(name for name in group if name in numels))
+    ]
+    weights: _Buffers = [
+        ((name,), _cutting(topology, parameter.kind).flattening(numels, (name,)))
+        for name, parameter in view.parameters.items()
+        if parameter.kind != "trainable" and name in numels
+    ]
+    return slots, weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,8 +278,12 @@ def _slot_names(view: UniversalView, topology: Topology) -> list[tuple[str, ...]
     return [tuple(names) for names in groups.values()]
 
 
-def _held(buffers: Sequence[tuple[tuple[str, ...], Flattening]], part: int) -> tuple[TargetSlot, ...]:
-    return tuple(TargetSlot(names, cut, part if cut.partitions > 1 else 0) for names, cut in buffers)
+def _held(buffers: tuple[_Buffers, _Buffers], part: int) -> tuple[tuple[TargetSlot, ...], tuple[TargetSlot, ...]]:
+    """What one of the ranks has of them."""
+    slots, weights = (
+        tuple(TargetSlot(names, cut, part if cut.partitions > 1 else 0) for names, cut in kind) for kind in buffers
+    )
+    return slots, weights
 
 
 _Layer = tuple[str, int]
@@ -338,6 +364,7 @@ class _Planner:
 
     def plan(self) -> TargetPlan:
         self.obstacles += _refused_by_deepspeed(self.topology)
+        self._check_experts()
         self._match()
         self._lay_out()
         self._check_states()
@@ -348,6 +375,22 @@ class _Planner:
         reset = self.policies.optimizer_states == "reset"
         grown, remarks = tuple(self._grown), tuple(self.remarks)
         return TargetPlan(self.topology, self._matching, reset, found, remarks, () if found else ranks, grown)
+
+    def _check_experts(self) -> None:
+        """DeepSpeed's layers want as many experts on each rank, and neither ZeRO-3 nor, here, a pipeline."""
+        numbers, topology = numbers_of_experts(self.view.parameters), self.topology
+        reasons = {f"EP {topology.ep} doesn't divide DP {topology.dp}": topology.dp % topology.ep > 0}
+        if numbers:
+            reasons |= {
+                "DeepSpeed's own mixture-of-experts layers can't be trained with ZeRO-3": topology.zero_stage == 3,
+                "experts in a pipeline are not supported": topology.pp > 1,
+            }
+        else:
+            reasons |= {f"EP {topology.ep}, and the model has no experts": topology.ep > 1}
+        self.obstacles += [Obstacle(None, reason) for reason, holds in reasons.items() if holds]
+        for layer, number in numbers.items():
+            if number % topology.ep:
+                self._refuse(layer.rstrip("."), f"EP {topology.ep} doesn't divide its {number} experts")
 
     def _match(self) -> None:
         try:

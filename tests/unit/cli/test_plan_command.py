@@ -29,7 +29,7 @@ def cells(result: Result, place: int) -> list[str]:
 
 def test_options() -> None:
     options = {opt for param in main.commands["plan"].params if isinstance(param, click.Option) for opt in param.opts}
-    topology = {"--tp", "--pp", "--dp", "--zero"}
+    topology = {"--tp", "--pp", "--dp", "--zero", "--ep"}
     changes = {"--model", "--on-missing", "--on-extra", "--optimizer-states"}
     assert options == {*topology, *changes, "--tag", "--spec", "--vocabulary-size", "--json"}
 
