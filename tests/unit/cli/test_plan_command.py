@@ -40,8 +40,8 @@ def test_the_keys_of_the_object(sharded: Path, spec_file: Path, ucp: Ucp) -> Non
     report = json.loads(result.stdout)
     assert list(report) == KEYS.split()
     assert report["path"] == str(sharded) and report["form"] == "deepspeed zero-1/2"
-    assert report["source"] == {"tp": 2, "pp": 1, "dp": 1, "zero_stage": 1}
-    assert report["target"] == {"tp": 1, "pp": 1, "dp": 2, "zero_stage": 1}
+    assert report["source"] == {"tp": 2, "pp": 1, "dp": 1, "zero_stage": 1, "ep": 1}
+    assert report["target"] == {"tp": 1, "pp": 1, "dp": 2, "zero_stage": 1, "ep": 1}
     assert (report["possible"], report["reasons"], report["remarks"]) == (True, [], [])
     assert report["restored"] == ["block.rows", "block.same"]
     assert [list(rank) for rank in report["ranks"]] == [RANK_KEYS.split()] * 2
