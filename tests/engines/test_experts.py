@@ -33,8 +33,7 @@ def moe(ep: int, stage: int, **changes: Any) -> Run:
     return Run("moe", size={"ep": (ep, ep), **changes.pop("size", {})}, zero={"stage": stage}, **changes)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("groups", ["one", "decay"])
+@pytest.mark.parametrize(("groups", "precision"), [("one", "fp32"), ("decay", "bf16")])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_every_expert_parallel_size(stage: int, groups: Any, precision: Any, ranks: Ranks, tmp_path: Path) -> None:
     """From EP2 on four ranks to EP4, EP1, fewer ranks and the other stages, and back."""
@@ -93,10 +92,15 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("manifest", [True, False], ids=["manifest", "stock"])
-@pytest.mark.parametrize("other", OTHERS)
+TOLD_BY_NUMBERS = ("data-first", "mixed-sizes", "mixed-experts", "frozen")
+"""Where the manifest isn't asked."""
+
+
+@pytest.mark.parametrize(
+    ("other", "manifest"), [*((key, True) for key in OTHERS), *((key, False) for key in TOLD_BY_NUMBERS)]
+)
 def test_settings(other: str, manifest: bool, ranks: Ranks, tmp_path: Path) -> None:
-    """Each once with the manifest and once as stock DeepSpeed writes it."""
+    """With the manifest, and as stock DeepSpeed writes it."""
     source = moe(2, 1, **{key: value for key, value in OTHERS[other].items() if key != "zero"})
     if "zero" in OTHERS[other]:
         source = replace(source, zero=OTHERS[other]["zero"])
@@ -119,8 +123,7 @@ rules:
 """
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-@pytest.mark.parametrize("manifest", [True, False], ids=["manifest", "stock"])
+@pytest.mark.parametrize(("stage", "manifest"), [(0, True), (1, False)], ids=["zero0-manifest", "zero1-stock"])
 def test_experts_cut_over_tensor_parallel_ranks(manifest: bool, stage: int, ranks: Ranks, tmp_path: Path) -> None:
     """``enable_expert_tensor_parallelism``: TP2·DP2·EP2 to TP1·DP2·EP1, TP1·DP4·EP4 and TP2·DP1·EP1, and back."""
     spec = tmp_path / "moe.yaml"
@@ -137,9 +140,7 @@ def test_experts_cut_over_tensor_parallel_ranks(manifest: bool, stage: int, rank
         assert shared_differences(tmp_path / "a", back, str(spec)) == []
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-@pytest.mark.parametrize("manifest", [True, False], ids=["manifest", "stock"])
-@pytest.mark.parametrize("ep", [2, 4])
+@pytest.mark.parametrize(("ep", "stage", "manifest"), [(2, 0, True), (2, 1, False), (4, 0, False), (4, 1, True)])
 def test_experts_spread_over_tensor_parallel_ranks(
     ep: int, manifest: bool, stage: int, ranks: Ranks, tmp_path: Path
 ) -> None:
