@@ -3,11 +3,12 @@
 from ucp_deepspeed.language.families import find_family, load_spec, naming_specs, spec_names
 from ucp_deepspeed.language.naming import logical_names
 from ucp_deepspeed.language.resolve import Agreement, resolve_patterns
-from ucp_deepspeed.language.spec import PATTERN, Rule, Spec
+from ucp_deepspeed.language.spec import PATTERN, Match, Rule, Spec
 
 __all__ = [
     "PATTERN",
     "Agreement",
+    "Match",
     "Rule",
     "Spec",
     "find_family",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import yaml
 
 from ucp_deepspeed.errors import SpecError
 from ucp_deepspeed.language.naming import logical_names
-from ucp_deepspeed.language.spec import Spec
+from ucp_deepspeed.language.spec import Lines, Spec
 
 
 def spec_folder() -> Path:
@@ -52,14 +52,40 @@ def load_spec(name_or_path: str) -> Spec:
 
 def _read(path: Path) -> Spec:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        raw, lines = _parse(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise SpecError(f"spec {path}{place} is not YAML: {error.problem}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # The reader of YAML lets some of Python's own errors through, as of a date that there isn't.
         raise SpecError(f"spec {path} is not YAML: {str(error).splitlines()[0]}") from error
-    return Spec.parse(raw, str(path))
+    return Spec.parse(raw, str(path), lines)
+
+
+def _parse(text: str) -> tuple[Any, Lines]:
+    """A document's content, and where its globs stand."""
+    loader = _UniqueKeys(text)
+    try:
+        node = loader.get_single_node()
+        lines = dict(_lines(node))  # before the content is made, which moves keys that ``<<`` takes over
+        return (None if node is None else loader.construct_document(node)), lines
+    finally:
+        loader.dispose()
+
+
+def _lines(node: Any) -> Iterator[tuple[tuple[int, int], int]]:
+    """Line of each glob; of one that ``<<`` takes over there is none. What isn't a spec has no lines."""
+    rules = _value_of(node, "rules")
+    for number, rule in enumerate(rules.value if isinstance(rules, yaml.SequenceNode) else ()):
+        match = _value_of(rule, "match")
+        globs = match.value if isinstance(match, yaml.SequenceNode) else [match] if match is not None else []
+        for place, glob in enumerate(globs):
+            yield (number, place), glob.start_mark.line + 1
+
+
+def _value_of(node: Any, key: str) -> Any:
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+    return next((value for name, value in pairs if name.value == key), None)
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -9,11 +9,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cached_property, lru_cache
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from ucp_deepspeed.errors import SpecError
 from ucp_deepspeed.language.naming import Renaming
@@ -23,6 +33,30 @@ PATTERN: TypeAdapter[Pattern] = TypeAdapter(
     Annotated[Pattern, Discriminator("pattern")], config=ConfigDict(extra="forbid")
 )
 """Validates and writes patterns: in spec files, in manifests and in universal checkpoints."""
+
+
+Lines = Mapping[tuple[int, int], int]
+"""Line of each glob in its file, by the positions of the rule and of the glob in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A rule that a parameter matches.
+
+    Attributes:
+        rule: its position in the spec, from 0.
+        glob: the first of its globs that fits.
+        line: where the glob stands in the file; None when the spec didn't come from one.
+        pattern: what the rule says.
+    """
+
+    rule: int
+    glob: str
+    line: int | None
+    pattern: Pattern
+
+    def __str__(self) -> str:
+        return self.glob if self.line is None else f"{self.glob} (line {self.line})"
 
 
 class Rule(BaseModel):
@@ -71,16 +105,19 @@ class Spec(BaseModel):
     description: str = ""
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
     names: Mapping[str, tuple[Renaming, ...]] = {}
+    _lines: Lines = PrivateAttr(default_factory=dict)
 
     @classmethod
-    def parse(cls, raw: Any, origin: str) -> Spec:
+    def parse(cls, raw: Any, origin: str, lines: Lines | None = None) -> Spec:
         """Validate a spec that was read from ``origin``.
 
         Raises:
             SpecError: lists every wrong key or value with its place.
         """
         try:
-            return cls.model_validate(raw)
+            spec = cls.model_validate(raw)
+            spec._lines = dict(lines or {})
+            return spec
         except ValidationError as error:
             items = error.errors()
             # A wrong rule is also reported as one rule too few.
@@ -102,24 +139,43 @@ class Spec(BaseModel):
         found: dict[str, Pattern] = {}
         problems: list[str] = []
         for name in names:
-            rules = [rule for rule in self.rules if rule.matches(name)]
-            if len(rules) == 1:
-                found[name] = rules[0].pattern
-            elif rules:
-                globs = [glob for rule in rules for glob in rule.match if _compiled(glob).fullmatch(name)]
-                problems.append(f"{name}: matches {len(rules)} rules ({', '.join(globs)})")
+            matches = self.matches(name)
+            if len(matches) == 1:
+                found[name] = matches[0].pattern
+            elif matches:
+                problems.append(f"{name}: matches {len(matches)} rules ({', '.join(map(str, matches))})")
             else:
-                problems.append(f"{name}: matches no rule; nearest: {', '.join(self._nearest(name))}")
+                problems.append(f"{name}: matches no rule; nearest: {', '.join(self.nearest(name))}")
         if problems:
             raise SpecError(f"spec {self.family!r} doesn't give exactly one rule for each parameter", problems)
         return found
+
+    def matches(self, name: str) -> tuple[Match, ...]:
+        """Every rule that a parameter matches, in the spec's order; there should be exactly one."""
+        found: list[Match] = []
+        for number, rule in enumerate(self.rules):
+            fitting = (place for place, glob in enumerate(rule.match) if _compiled(glob).fullmatch(name))
+            if (place := next(fitting, None)) is not None:
+                found.append(Match(number, rule.match[place], self._lines.get((number, place)), rule.pattern))
+        return tuple(found)
+
+    def unused(self, names: Iterable[str]) -> tuple[Match, ...]:
+        """The globs that fit none of these names, in the spec's order."""
+        known = list(names)
+        return tuple(
+            Match(number, glob, self._lines.get((number, place)), rule.pattern)
+            for number, rule in enumerate(self.rules)
+            for place, glob in enumerate(rule.match)
+            if not any(_compiled(glob).fullmatch(name) for name in known)
+        )
 
     def coverage(self, names: Iterable[str]) -> float:
         """Share of the names that match exactly one rule, 0 to 1."""
         counts = [sum(rule.matches(name) for rule in self.rules) == 1 for name in names]
         return sum(counts) / len(counts) if counts else 0.0
 
-    def _nearest(self, name: str) -> list[str]:
+    def nearest(self, name: str) -> list[str]:
+        """The two globs that look most like a name."""
         return sorted(self._globs, key=lambda glob: -SequenceMatcher(None, glob, name).ratio())[:2]
 
 
