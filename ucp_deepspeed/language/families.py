@@ -59,7 +59,7 @@ def _read(path: Path) -> Spec:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # The reader of YAML lets some of Python's own errors through, as of a date that there isn't.
         raise SpecError(f"spec {path} is not YAML: {str(error).splitlines()[0]}") from error
-    return Spec.parse(raw, str(path), lines)
+    return Spec.parse(raw, str(path), lines, path.parent)
 
 
 def _parse(text: str) -> tuple[Any, Lines]:

@@ -11,10 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 
 from ucp_deepspeed.language.spec import PATTERN
 from ucp_deepspeed.layout.box import Shape
-from ucp_deepspeed.layout.pattern import Pattern, Replicate, Shard
+from ucp_deepspeed.layout.pattern import Pattern, Replicate, Shard, ShardGrid
 
 FUSED_PARTS = ((1, 1), (1, 1, 1), *((share, 1, 1) for share in range(2, 17)))
 """Parts that fused tensors are known to have: gate and up; q, k and v; up to 16 q heads for each k head."""
@@ -48,25 +49,46 @@ def guess_from_shapes(local_shapes: Sequence[Shape], whole: Shape) -> Guess:
     if any(len(shape) != len(whole) for shape in local_shapes):
         return Guess(None, (f"{list(whole)} on one rank, {_listed(local_shapes)} on {degree}: no pattern is known",))
     cut = [dim for dim in range(len(whole)) if any(shape[dim] != whole[dim] for shape in local_shapes)]
+    unknown = Guess(None, (f"{list(whole)} on one rank, {_listed(local_shapes)} on {degree}: no pattern is known",))
     if len(cut) > 1:
-        grid = f"it is cut along dimensions {', '.join(map(str, cut))}"
-        return Guess(None, (f"{list(whole)} on one rank, {_listed(local_shapes)} on {degree}: {grid}",))
+        return _guess_grid(local_shapes, whole, cut) or unknown
     dim = cut[0]
     total = sum(shape[dim] for shape in local_shapes)
     if total == whole[dim]:
         return Guess(Shard(dim))
     even = all(shape == first for shape in local_shapes)
+    copies, rest = divmod(total, max(whole[dim], 1))
+    if even and copies > 1 and rest == 0 and degree % copies == 0 and whole[dim] % (degree // copies) == 0:
+        heads = degree // copies
+        comment = (
+            f"each of {heads} equal shares is held by {copies} ranks: taken for {heads} kv heads, on neighbouring ranks"
+        )
+        return Guess(Shard(dim, heads=(heads,)), (comment,))
     if total > whole[dim] and even and dim == 0 and len(whole) == 2 and total - whole[dim] < whole[dim]:
         comment = (
             f"{total} rows over {degree} ranks, {whole[dim]} on one: taken for a vocabulary that is padded otherwise"
         )
         return Guess(Shard(dim, vocabulary=True), (comment,))
-    return Guess(None, (f"{list(whole)} on one rank, {_listed(local_shapes)} on {degree}: no pattern is known",))
+    return unknown
+
+
+def _guess_grid(local_shapes: Sequence[Shape], whole: Shape, cut: Sequence[int]) -> Guess | None:
+    """A cut along several dimensions, if the ranks form a grid."""
+    first = local_shapes[0]
+    grid = tuple(-(-whole[dim] // max(first[dim], 1)) for dim in cut)
+    if prod(grid) != len(local_shapes):
+        return None
+    pattern = ShardGrid(tuple(cut), (grid,))
+    try:
+        pattern.layout(whole, local_shapes)
+    except ValueError:
+        return None
+    return Guess(pattern, ("taken for a grid of which the last axis runs fastest over the ranks",))
 
 
 def fused_candidates(pattern: Shard, local_shapes: Sequence[Shape], logical_shape: Shape) -> tuple[Shard, ...]:
     """Shards with parts that have the same local shapes as a plain shard: shapes can't tell them apart."""
-    if pattern.parts != (1,) or pattern.vocabulary or len(local_shapes) < 2:
+    if pattern.parts != (1,) or pattern.heads is not None or pattern.vocabulary or len(local_shapes) < 2:
         return ()
     found = []
     for parts in FUSED_PARTS:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ucp_deepspeed.errors import MismatchError, SpecError
 from ucp_deepspeed.language.families import find_family
-from ucp_deepspeed.layout.pattern import Partial, Pattern, Replicate, Shard, Unique
+from ucp_deepspeed.layout.pattern import Partial, Pattern, Replicate, Shard, ShardGrid, Unique
 
 if TYPE_CHECKING:
     from ucp_deepspeed.language.spec import Spec
@@ -86,6 +86,8 @@ def compare(pattern: Pattern, live: Pattern) -> Agreement:
         return Agreement.SAME
     if isinstance(pattern, Shard) and isinstance(live, Shard):
         agrees = pattern.dim == live.dim and live.parts in ((1,), pattern.parts)
+    elif isinstance(pattern, ShardGrid) or isinstance(live, ShardGrid):
+        agrees = False
     else:
         whole = (Replicate, Partial, Unique)
         agrees = isinstance(pattern, whole) and isinstance(live, whole)
@@ -106,8 +108,12 @@ def describe(pattern: Pattern) -> str:
     if isinstance(pattern, Replicate) and pattern.scale is not None:
         powers = ", ".join(f"{state} {power}" for state, power in sorted(pattern.scale.powers.items()))
         return f"replicate (scaled, powers {powers})"
+    if isinstance(pattern, ShardGrid):
+        grids = ", ".join("×".join(map(str, grid)) for grid in pattern.grids)
+        return f"shard on dimensions {', '.join(map(str, pattern.dims))} in grids {grids or 'of one rank'}"
     if not isinstance(pattern, Shard):
         return pattern.pattern
     parts = f" in parts {':'.join(map(str, pattern.parts))}" if len(pattern.parts) > 1 else ""
+    heads = f" with heads {':'.join(map(str, pattern.heads))}" if pattern.heads is not None else ""
     widths = f" in widths {', '.join(map(str, pattern.widths))}" if pattern.widths is not None else ""
-    return f"shard on dimension {pattern.dim}{parts}{widths}" + (" (vocabulary)" if pattern.vocabulary else "")
+    return f"shard on dimension {pattern.dim}{parts}{heads}{widths}" + (" (vocabulary)" if pattern.vocabulary else "")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import (
@@ -26,7 +27,9 @@ from pydantic import (
 )
 
 from ucp_deepspeed.errors import SpecError
+from ucp_deepspeed.language.dimensions import Dimension, dimension_values, read_config, with_numbers
 from ucp_deepspeed.language.naming import Renaming
+from ucp_deepspeed.layout.box import Shape
 from ucp_deepspeed.layout.pattern import Pattern
 
 PATTERN: TypeAdapter[Pattern] = TypeAdapter(
@@ -48,12 +51,14 @@ class Match:
         glob: the first of its globs that fits.
         line: where the glob stands in the file; None when the spec didn't come from one.
         pattern: what the rule says.
+        shape: of the whole parameter, if the rule says it.
     """
 
     rule: int
     glob: str
     line: int | None
     pattern: Pattern
+    shape: Shape | None = None
 
     def __str__(self) -> str:
         return self.glob if self.line is None else f"{self.glob} (line {self.line})"
@@ -62,13 +67,15 @@ class Match:
 class Rule(BaseModel):
     """Parameters, by glob, and the pattern that they follow.
 
-    In YAML the pattern's fields stand beside ``match``: ``{match: "*.weight", pattern: shard, dim: 0}``.
+    In YAML the pattern's fields stand beside ``match``: ``{match: "*.weight", pattern: shard, dim: 0}``. ``shape``, where given,
+    is the whole parameter's: ``ucp spec check`` compares it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     match: Annotated[tuple[str, ...], Field(min_length=1)]
     pattern: Annotated[Pattern, Discriminator("pattern")]
+    shape: tuple[Annotated[int, Field(strict=True, ge=0)], ...] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -76,11 +83,13 @@ class Rule(BaseModel):
         """Gather the pattern's fields, and accept one glob without a list."""
         if not isinstance(raw, Mapping) or not isinstance(raw.get("pattern"), str):
             return raw
-        fields = {key: value for key, value in raw.items() if key != "match"}
+        fields = {key: value for key, value in raw.items() if key not in ("match", "shape")}
         # By way of JSON, where a list may stand for a tuple and yet "0" or true not for a number.
         folded: dict[str, Any] = {"pattern": PATTERN.validate_json(json.dumps(fields, default=repr), strict=True)}
         if "match" in raw:
             folded["match"] = [raw["match"]] if isinstance(raw["match"], str) else raw["match"]
+        if "shape" in raw:
+            folded["shape"] = raw["shape"]
         return folded
 
     def matches(self, name: str) -> bool:
@@ -95,6 +104,8 @@ class Spec(BaseModel):
         family: its name.
         description: which models, written by what.
         rules: see `Rule`; they apply to logical names.
+        config: the model's own configuration, a JSON file, by its path from the spec's folder.
+        dimensions: numbers with names, for expressions in rules (`ucp_deepspeed.language.dimensions`).
         names: for classes of model that call the parameters otherwise, how to get at the logical names
             (`ucp_deepspeed.language.naming`).
     """
@@ -104,18 +115,27 @@ class Spec(BaseModel):
     family: str
     description: str = ""
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
+    config: str | None = None
+    dimensions: Mapping[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Dimension] = {}
     names: Mapping[str, tuple[Renaming, ...]] = {}
     _lines: Lines = PrivateAttr(default_factory=dict)
 
     @classmethod
-    def parse(cls, raw: Any, origin: str, lines: Lines | None = None) -> Spec:
-        """Validate a spec that was read from ``origin``.
+    def parse(cls, raw: Any, origin: str, lines: Lines | None = None, folder: Path | None = None) -> Spec:
+        """Validate a spec that was read from ``origin``, and put numbers for the expressions in it.
+
+        Args:
+            lines: where its globs stand.
+            folder: from which the path of the model's configuration goes out; by default the current one.
 
         Raises:
             SpecError: lists every wrong key or value with its place.
         """
+        numbered, wrong = _with_numbers(raw, folder or Path())
+        if wrong:
+            raise SpecError(f"spec {origin} is not valid", wrong)
         try:
-            spec = cls.model_validate(raw)
+            spec = cls.model_validate(numbered)
             spec._lines = dict(lines or {})
             return spec
         except ValidationError as error:
@@ -156,7 +176,8 @@ class Spec(BaseModel):
         for number, rule in enumerate(self.rules):
             fitting = (place for place, glob in enumerate(rule.match) if _compiled(glob).fullmatch(name))
             if (place := next(fitting, None)) is not None:
-                found.append(Match(number, rule.match[place], self._lines.get((number, place)), rule.pattern))
+                line = self._lines.get((number, place))
+                found.append(Match(number, rule.match[place], line, rule.pattern, rule.shape))
         return tuple(found)
 
     def unused(self, names: Iterable[str]) -> tuple[Match, ...]:
@@ -177,6 +198,35 @@ class Spec(BaseModel):
     def nearest(self, name: str) -> list[str]:
         """The two globs that look most like a name."""
         return sorted(self._globs, key=lambda glob: -SequenceMatcher(None, glob, name).ratio())[:2]
+
+
+class _Dimensions(BaseModel):
+    """What has to be known of a spec before its expressions can be read."""
+
+    config: str | None = None
+    dimensions: Mapping[str, Dimension] = {}
+
+
+def _with_numbers(raw: Any, folder: Path) -> tuple[Any, list[str]]:
+    """A spec without expressions, and what is wrong with them; what is no spec at all is left to the validation."""
+    if not isinstance(raw, Mapping) or not isinstance(raw.get("rules"), list):
+        return raw, []
+    try:
+        given = _Dimensions.model_validate({key: raw[key] for key in ("config", "dimensions") if key in raw})
+    except ValidationError:
+        return raw, []
+    try:
+        config = read_config(folder / given.config) if given.config is not None else None
+        values = dimension_values(given.dimensions, config)
+    except ValueError as error:
+        return raw, [str(error) if str(error).startswith("config: ") else f"dimensions.{error}"]
+    rules: list[Any] = []
+    problems: list[str] = []
+    for number, rule in enumerate(raw["rules"]):
+        numbered, wrong = with_numbers(rule, values) if isinstance(rule, Mapping) else (rule, [])
+        rules.append(numbered)
+        problems += [f"rules[{number}].{problem}" for problem in wrong]
+    return {**raw, "rules": rules}, problems
 
 
 @lru_cache(maxsize=4096)

@@ -20,7 +20,7 @@ from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import Match, Spec, logical_names
 from ucp_deepspeed.language.resolve import contradicts_record, describe
-from ucp_deepspeed.layout import Layout, Partial, Replicate, Shape, Shard
+from ucp_deepspeed.layout import Layout, Partial, Replicate, Shape, Shard, ShardGrid
 from ucp_deepspeed.layout.layout import NOTHING, Piece
 from ucp_deepspeed.layout.pattern import Pattern, split_evenly
 from ucp_deepspeed.plan import StridedView
@@ -178,8 +178,12 @@ def _of_first_stage(layout: Layout, degree: int) -> Layout:
 
 def _of_shapes(checked: Checked, size: int | None) -> Iterator[Finding]:
     """What the widths of a plain shard, and a vocabulary of unknown size, leave open."""
-    pattern = checked.pattern
-    if not isinstance(pattern, Shard) or pattern.parts != (1,):
+    pattern, layout = checked.pattern, checked.layout
+    expected = checked.matches[0].shape
+    if expected is not None and layout is not None and not _fits(layout.logical_shape, expected, pattern, size):
+        detail = f"logical shape {list(layout.logical_shape)} as {_words(checked)}; the rule says {list(expected)}"
+        yield Finding(checked.name, "shapes", detail)
+    if not isinstance(pattern, Shard) or pattern.parts != (1,) or pattern.heads is not None:
         return
     extents = [shape[pattern.dim] for shape in checked.local_shapes if shape is not None]
     if pattern.vocabulary:
@@ -260,7 +264,7 @@ def _values_of(checked: Checked, ranks: _Ranks) -> tuple[list[Finding], bool]:
         if all(ranks.equal(parameter, state, checked.layout) for state in parameter.states):
             return [Finding(checked.name, "remark", "partial, and all ranks hold the same values")], True
         return [], True
-    if isinstance(checked.pattern, Shard) and checked.layout.degree > 1:
+    if isinstance(checked.pattern, Shard | ShardGrid) and checked.layout.degree > 1:
         return _alike(checked, parameter, ranks)
     return [], False
 
@@ -447,9 +451,9 @@ def whole_shape(parameter: Parameter) -> Shape:
     return next(shape for shape in parameter.local_shapes if shape is not None)
 
 
-def _fits(found: Shape, expected: Shape, pattern: Pattern) -> bool:
-    """Whether a logical shape is that of the whole; a vocabulary may be padded otherwise on either side."""
-    if isinstance(pattern, Shard) and pattern.vocabulary and len(found) == len(expected):
+def _fits(found: Shape, expected: Shape, pattern: Pattern | None, size: int | None = None) -> bool:
+    """Whether a logical shape is that of the whole; a vocabulary of unknown size may be padded otherwise on either side."""
+    if isinstance(pattern, Shard) and pattern.vocabulary and size is None and len(found) == len(expected):
         return all(
             one == other for dim, (one, other) in enumerate(zip(found, expected, strict=True)) if dim != pattern.dim
         )

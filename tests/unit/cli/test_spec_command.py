@@ -123,41 +123,45 @@ def test_for_people(two: Path, right: Path, ucp: Ucp) -> None:
     assert lines[-1] == "note: globs that fit nothing: nrom.weight (line 9)"
 
 
-WRONG_RULES = [
-    ("wrong dimension, no such one", ("layers.*.up.*], pattern: shard, dim: 0", "layers.*.up.*], pattern: shard, dim: 1"), "shapes"),
-    ("wrong dimension, beside a bias", ("down.weight, pattern: shard, dim: 1", "down.weight, pattern: shard, dim: 0"), "bias"),
-    ("replicate where values differ", ("down.weight, pattern: shard, dim: 1", "down.weight, pattern: replicate"), "values"),
-    ("shard of copies", ("norm.weight], pattern: replicate", "norm.weight], pattern: shard, dim: 0"), "values"),
-    ("parts that don't divide", ("parts: [1, 1]", "parts: [2, 1, 4]"), "shapes"),
-    ("ambiguous", ("[embed.weight, ", "[embed.*, embed.weight, norm.*, "), "ambiguous"),
-    ("unmatched", ("embed.weight", "embedding.weight"), "unmatched"),
-    ("unique", ("norm.weight], pattern: replicate", "norm.weight], pattern: unique"), "shapes"),
-]  # fmt: skip
+DOWN = "down.weight, pattern: shard, dim: 1"
+NORM = "norm.weight], pattern: replicate"
+WRONG_RULES = {
+    "no such dimension": ("up.*], pattern: shard, dim: 0", "up.*], pattern: shard, dim: 1", "shapes"),
+    "wrong dimension, beside a bias": (DOWN, "down.weight, pattern: shard, dim: 0", "bias"),
+    "replicate where values differ": (DOWN, "down.weight, pattern: replicate", "values"),
+    "shard of copies": (NORM, "norm.weight], pattern: shard, dim: 0", "values"),
+    "kv heads that differ": (DOWN, "down.weight, pattern: shard, dim: 1, heads: [1]", "values"),
+    "parts that don't divide": ("parts: [1, 1]", "parts: [2, 1, 4]", "shapes"),
+    "a shape that it isn't": (DOWN, f"{DOWN}, shape: [4, 4]", "shapes"),
+    "ambiguous": ("[embed.weight, ", "[embed.*, embed.weight, norm.*, ", "ambiguous"),
+    "unmatched": ("embed.weight", "embedding.weight", "unmatched"),
+    "unique": (NORM, "norm.weight], pattern: unique", "shapes"),
+}
 
 
-@pytest.mark.parametrize(("change", "what"), [case[1:] for case in WRONG_RULES], ids=[case[0] for case in WRONG_RULES])
-def test_a_wrong_rule_is_caught(change: tuple[str, str], what: str, two: Path, right: Path, ucp: Ucp) -> None:
-    assert change[0] in RIGHT
-    right.write_text(RIGHT.replace(*change))
+@pytest.mark.parametrize(("old", "new", "what"), WRONG_RULES.values(), ids=WRONG_RULES.keys())
+def test_a_wrong_rule_is_caught(old: str, new: str, what: str, two: Path, right: Path, ucp: Ucp) -> None:
+    assert old in RIGHT
+    right.write_text(RIGHT.replace(old, new))
     result = ucp("spec", "check", right, "--against", two, "--json")
     assert result.exit_code == 1
     assert what in {finding["what"] for finding in findings(result) if finding["wrong"]}
 
 
-WHOLE_ONLY = [
-    ("fused declared plain", ("    parts: [1, 1]\n", ""), "joined that way it isn't what it is without tensor parallelism"),
-    ("other parts", ("parts: [1, 1]", "parts: [1, 1, 1]"), "joined that way it isn't"),
-    ("wrong dimension", ("gate_up.weight\n    pattern: shard\n    dim: 0\n    parts: [1, 1]", "gate_up.weight\n    pattern: shard\n    dim: 1"), "without tensor parallelism it is [12, 4]"),
-]  # fmt: skip
+GATE_UP = "    dim: 0\n    parts: [1, 1]\n"
+OTHERWISE = "joined that way it isn't what it is without tensor parallelism"
+WHOLE_ONLY = {
+    "fused declared plain": ("    dim: 0\n", OTHERWISE),
+    "other parts": ("    dim: 0\n    parts: [1, 1, 1]\n", OTHERWISE),
+    "wrong dimension": ("    dim: 1\n", "without tensor parallelism it is [12, 4]"),
+}
 
 
-@pytest.mark.parametrize(("change", "detail"), [case[1:] for case in WHOLE_ONLY], ids=[case[0] for case in WHOLE_ONLY])
-def test_what_only_a_single_rank_tells(
-    change: tuple[str, str], detail: str, two: Path, one: Path, right: Path, ucp: Ucp
-) -> None:
+@pytest.mark.parametrize(("fields", "detail"), WHOLE_ONLY.values(), ids=WHOLE_ONLY.keys())
+def test_what_only_a_single_rank_tells(fields: str, detail: str, two: Path, one: Path, right: Path, ucp: Ucp) -> None:
     """By itself the checkpoint holds no evidence: the same shapes, other values."""
-    assert change[0] in RIGHT
-    right.write_text(RIGHT.replace(*change))
+    assert GATE_UP in RIGHT
+    right.write_text(RIGHT.replace(GATE_UP, fields))
     assert ucp("spec", "check", right, "--against", two).exit_code == 0
     result = ucp("spec", "check", right, "--against", two, "--single-rank", one, "--json")
     assert result.exit_code == 1
