@@ -23,6 +23,7 @@ from ucp_deepspeed.language import Match, Spec, load_spec, logical_names, spec_n
 from ucp_deepspeed.language.inference import Guess, spec_text
 from ucp_deepspeed.language.naming import best_scheme
 from ucp_deepspeed.language.resolve import describe
+from ucp_deepspeed.language.schema import spec_schema
 from ucp_deepspeed.layout import Box, Layout
 from ucp_deepspeed.layout.layout import NOTHING
 from ucp_deepspeed.transfer.evidence import Checked, SpecCheck, check_spec
@@ -360,5 +361,11 @@ def _new_table(*columns: str) -> Table:
     return table
 
 
-for _command in (list_command, check_command, explain_command, infer_command):
+@command("schema")
+def schema_command() -> None:
+    """Print the JSON Schema of spec files, for completion in editors."""
+    click.echo(json.dumps(spec_schema(), indent=2, ensure_ascii=False))
+
+
+for _command in (list_command, schema_command, check_command, explain_command, infer_command):
     spec_command.add_command(_command)

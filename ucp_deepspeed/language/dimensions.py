@@ -16,7 +16,7 @@ from __future__ import annotations
 import ast
 import json
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,8 +50,9 @@ class FromConfig(BaseModel):
     ] = None
 
 
-Dimension = Annotated[int, Field(strict=True, gt=0)] | str | FromConfig
-"""A number, an expression over other dimensions, or a key of the model's configuration."""
+Dimension = Annotated[int, Field(strict=True, gt=0)] | str | FromConfig | None
+"""A number, an expression over other dimensions, a key of the model's configuration; or nothing: then the parameters whose shapes
+the rules state give it its value, and it can be used in such shapes only."""
 
 
 def evaluate(expression: str, values: Mapping[str, int]) -> int:
@@ -63,13 +64,22 @@ def evaluate(expression: str, values: Mapping[str, int]) -> int:
     return _value(_parsed(expression), expression, values.__getitem__, values)
 
 
+def names_in(expression: str) -> frozenset[str]:
+    """The dimensions that an expression uses.
+
+    Raises:
+        ValueError: it isn't one.
+    """
+    return frozenset(node.id for node in ast.walk(_parsed(expression)) if isinstance(node, ast.Name))
+
+
 def is_expression(text: str) -> bool:
     """Whether a string is meant as an expression: there is more in it than a number, which wouldn't be in quotes."""
     return not text.strip().isdecimal()
 
 
 def dimension_values(dimensions: Mapping[str, Dimension], config: Mapping[str, Any] | None) -> dict[str, int]:
-    """The number that each name stands for.
+    """The number that each name stands for, but for those that parameters give a value.
 
     Args:
         config: content of the model's configuration file; None where the spec names none.
@@ -78,7 +88,7 @@ def dimension_values(dimensions: Mapping[str, Dimension], config: Mapping[str, A
         ValueError: names the dimension that has no value, and why.
     """
     found: dict[str, int] = {}
-    for name in dimensions:
+    for name in (name for name, given in dimensions.items() if given is not None):
         _resolve(name, dimensions, config, found, ())
     return found
 
@@ -101,6 +111,8 @@ def _resolve(
             f"{name}: {' → '.join((*open_names[open_names.index(name) :], name))} goes round in a circle"
         )
     given = dimensions[name]
+    if given is None:
+        raise _NoValueError(f"{name}: it has no value of its own, so nothing can be computed from it but a shape")
     if isinstance(given, FromConfig):
         given = _configured(name, given, config)
     if isinstance(given, str):
@@ -184,14 +196,24 @@ NUMBERS = ("parts", "heads", "widths", "shape", "pad_to_multiple")
 """Fields of a rule in which an expression may stand for a number."""
 
 
-def with_numbers(rule: Mapping[str, Any], values: Mapping[str, int]) -> tuple[dict[str, Any], list[str]]:
-    """A rule with its expressions replaced by what they stand for, and what is wrong with them, by place."""
+def with_numbers(
+    rule: Mapping[str, Any], values: Mapping[str, int], free_dims: Iterable[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """A rule with its expressions replaced by what they stand for, and what is wrong with them, by place.
+
+    Args:
+        free_dims: dimensions without a value; expressions with these stay in ``shape``.
+    """
     problems: list[str] = []
+    samples = dict.fromkeys(free_dims, 1)
 
     def number(value: Any, place: str) -> Any:
         if not isinstance(value, str) or not is_expression(value):
             return value
         try:
+            if place.startswith("shape") and names_in(value) & samples.keys():
+                _value(_parsed(value), value, lambda name: values.get(name, 1), {**values, **samples})
+                return value
             return evaluate(value, values)
         except ValueError as error:
             problems.append(f"{place}: {error}")

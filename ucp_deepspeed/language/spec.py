@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -27,16 +28,28 @@ from pydantic import (
 )
 
 from ucp_deepspeed.errors import SpecError
-from ucp_deepspeed.language.dimensions import Dimension, dimension_values, read_config, with_numbers
+from ucp_deepspeed.language.dimensions import Dimension, dimension_values, is_expression, read_config, with_numbers
 from ucp_deepspeed.language.naming import Renaming
+from ucp_deepspeed.language.shapes import ShapeCheck, StatedShape, check_shapes
 from ucp_deepspeed.layout.box import Shape
 from ucp_deepspeed.layout.pattern import Pattern
+
+
+def _checked_extent(value: Any) -> Any:
+    """Let nothing be taken for something else: a boolean for a number, or a number in quotes for an expression."""
+    if value is None or (type(value) is int and value >= 0) or (isinstance(value, str) and is_expression(value)):
+        return value
+    raise ValueError(f"an extent is a number from 0 or an expression, not {value!r}")
+
 
 PATTERN: TypeAdapter[Pattern] = TypeAdapter(
     Annotated[Pattern, Discriminator("pattern")], config=ConfigDict(extra="forbid")
 )
 """Validates and writes patterns: in spec files, in manifests and in universal checkpoints."""
 
+
+Extent = Annotated[int | str | None, BeforeValidator(_checked_extent)]
+"""One extent of a stated shape: a number, an expression over dimensions without a value, or nothing, which says nothing."""
 
 Lines = Mapping[tuple[int, int], int]
 """Line of each glob in its file, by the positions of the rule and of the glob in it."""
@@ -58,7 +71,7 @@ class Match:
     glob: str
     line: int | None
     pattern: Pattern
-    shape: Shape | None = None
+    shape: StatedShape | None = None
 
     def __str__(self) -> str:
         return self.glob if self.line is None else f"{self.glob} (line {self.line})"
@@ -75,7 +88,7 @@ class Rule(BaseModel):
 
     match: Annotated[tuple[str, ...], Field(min_length=1)]
     pattern: Annotated[Pattern, Discriminator("pattern")]
-    shape: tuple[Annotated[int, Field(strict=True, ge=0)], ...] | None = None
+    shape: tuple[Extent, ...] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -119,6 +132,7 @@ class Spec(BaseModel):
     dimensions: Mapping[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Dimension] = {}
     names: Mapping[str, tuple[Renaming, ...]] = {}
     _lines: Lines = PrivateAttr(default_factory=dict)
+    _values: Mapping[str, int] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def parse(cls, raw: Any, origin: str, lines: Lines | None = None, folder: Path | None = None) -> Spec:
@@ -131,12 +145,12 @@ class Spec(BaseModel):
         Raises:
             SpecError: lists every wrong key or value with its place.
         """
-        numbered, wrong = _with_numbers(raw, folder or Path())
+        numbered, values, wrong = _with_numbers(raw, folder or Path())
         if wrong:
             raise SpecError(f"spec {origin} is not valid", wrong)
         try:
             spec = cls.model_validate(numbered)
-            spec._lines = dict(lines or {})
+            spec._lines, spec._values = dict(lines or {}), values
             return spec
         except ValidationError as error:
             items = error.errors()
@@ -190,6 +204,13 @@ class Spec(BaseModel):
             if not any(_compiled(glob).fullmatch(name) for name in known)
         )
 
+    def check_shapes(self, logical_shapes: Mapping[str, Shape]) -> ShapeCheck:
+        """Compare the whole shapes that the rules state with those of parameters that match one rule each."""
+        stated = {name: matches[0].shape for name in logical_shapes if len(matches := self.matches(name)) == 1}
+        known = {name: shape for name, shape in stated.items() if shape is not None}
+        free_dims = {name: None for name, value in self.dimensions.items() if value is None}
+        return check_shapes(known, logical_shapes, self._values, free_dims)
+
     def coverage(self, names: Iterable[str]) -> float:
         """Share of the names that match exactly one rule, 0 to 1."""
         counts = [sum(rule.matches(name) for rule in self.rules) == 1 for name in names]
@@ -207,26 +228,27 @@ class _Dimensions(BaseModel):
     dimensions: Mapping[str, Dimension] = {}
 
 
-def _with_numbers(raw: Any, folder: Path) -> tuple[Any, list[str]]:
-    """A spec without expressions, and what is wrong with them; what is no spec at all is left to the validation."""
+def _with_numbers(raw: Any, folder: Path) -> tuple[Any, dict[str, int], list[str]]:
+    """A spec without expressions, its dimensions, and what is wrong with them. What is no spec is left to the validation."""
     if not isinstance(raw, Mapping) or not isinstance(raw.get("rules"), list):
-        return raw, []
+        return raw, {}, []
     try:
         given = _Dimensions.model_validate({key: raw[key] for key in ("config", "dimensions") if key in raw})
     except ValidationError:
-        return raw, []
+        return raw, {}, []
     try:
         config = read_config(folder / given.config) if given.config is not None else None
         values = dimension_values(given.dimensions, config)
     except ValueError as error:
-        return raw, [str(error) if str(error).startswith("config: ") else f"dimensions.{error}"]
+        return raw, {}, [str(error) if str(error).startswith("config: ") else f"dimensions.{error}"]
+    free_dims = [name for name, value in given.dimensions.items() if value is None]
     rules: list[Any] = []
     problems: list[str] = []
     for number, rule in enumerate(raw["rules"]):
-        numbered, wrong = with_numbers(rule, values) if isinstance(rule, Mapping) else (rule, [])
+        numbered, wrong = with_numbers(rule, values, free_dims) if isinstance(rule, Mapping) else (rule, [])
         rules.append(numbered)
         problems += [f"rules[{number}].{problem}" for problem in wrong]
-    return {**raw, "rules": rules}, problems
+    return {**raw, "rules": rules}, values, problems
 
 
 @lru_cache(maxsize=4096)

@@ -135,6 +135,7 @@ def check_spec(
         findings += against
         parameters.append(Checked(names[own_name], own_name, matches, shapes, layout))
     fitting = {checked.name: checked for checked in parameters if checked.layout is not None}
+    findings += _of_stated_shapes(spec, fitting, size)
     for checked in fitting.values():
         findings += _of_shapes(checked, size)
         findings += _of_record(checked, checkpoint)
@@ -176,13 +177,21 @@ def _of_first_stage(layout: Layout, degree: int) -> Layout:
     return replace(layout, locals=tuple(locals_))
 
 
+def _of_stated_shapes(spec: Spec, fitting: Mapping[str, Checked], size: int | None) -> Iterator[Finding]:
+    """Whole shapes that the rules state. Nothing is said of a vocabulary of unknown size, whose padding counts as rows."""
+    shapes = {
+        name: checked.layout.logical_shape
+        for name, checked in fitting.items()
+        if checked.layout is not None
+        and (size is not None or not (isinstance(checked.pattern, Shard) and checked.pattern.vocabulary))
+    }
+    for name, problem in spec.check_shapes(shapes).problems.items():
+        yield Finding(name, "shapes", f"logical shape {list(shapes[name])} as {_words(fitting[name])}; {problem}")
+
+
 def _of_shapes(checked: Checked, size: int | None) -> Iterator[Finding]:
     """What the widths of a plain shard, and a vocabulary of unknown size, leave open."""
-    pattern, layout = checked.pattern, checked.layout
-    expected = checked.matches[0].shape
-    if expected is not None and layout is not None and not _fits(layout.logical_shape, expected, pattern, size):
-        detail = f"logical shape {list(layout.logical_shape)} as {_words(checked)}; the rule says {list(expected)}"
-        yield Finding(checked.name, "shapes", detail)
+    pattern = checked.pattern
     if not isinstance(pattern, Shard) or pattern.parts != (1,) or pattern.heads is not None:
         return
     extents = [shape[pattern.dim] for shape in checked.local_shapes if shape is not None]
@@ -406,12 +415,6 @@ def check_single_rank(whole: Checkpoint) -> None:
         )
 
 
-def held_shapes(parameter: Parameter, degree: int) -> tuple[Shape, ...]:
-    """Local shapes on the tensor-parallel ranks of the first pipeline stage that holds a parameter."""
-    first = next(rank for rank, shape in enumerate(parameter.local_shapes) if shape is not None) // degree * degree
-    return tuple(shape for shape in parameter.local_shapes[first : first + degree] if shape is not None)
-
-
 def copies_agree(checkpoint: Checkpoint, name: str) -> bool:
     """Whether all tensor-parallel ranks hold the same values of a parameter in every state."""
     parameter, degree = checkpoint.parameters[name], checkpoint.topology.tp
@@ -451,9 +454,9 @@ def whole_shape(parameter: Parameter) -> Shape:
     return next(shape for shape in parameter.local_shapes if shape is not None)
 
 
-def _fits(found: Shape, expected: Shape, pattern: Pattern | None, size: int | None = None) -> bool:
-    """Whether a logical shape is that of the whole; a vocabulary of unknown size may be padded otherwise on either side."""
-    if isinstance(pattern, Shard) and pattern.vocabulary and size is None and len(found) == len(expected):
+def _fits(found: Shape, expected: Shape, pattern: Pattern) -> bool:
+    """Whether a logical shape is that of the whole; a vocabulary may be padded otherwise on either side."""
+    if isinstance(pattern, Shard) and pattern.vocabulary and len(found) == len(expected):
         return all(
             one == other for dim, (one, other) in enumerate(zip(found, expected, strict=True)) if dim != pattern.dim
         )

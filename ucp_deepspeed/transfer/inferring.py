@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
-from ucp_deepspeed.checkpoint.view import parameter_names
+from ucp_deepspeed.checkpoint.view import held_shapes, parameter_names
 from ucp_deepspeed.errors import MismatchError, SpecError
 from ucp_deepspeed.language.inference import Guess, fused_candidates, fused_comment, guess_from_shapes
 from ucp_deepspeed.layout import Partial, Replicate, Scale, Shard
 from ucp_deepspeed.layout.pattern import Pattern
-from ucp_deepspeed.transfer.evidence import check_single_rank, copies_agree, held_shapes, joins_to, whole_shape
+from ucp_deepspeed.transfer.evidence import check_single_rank, copies_agree, joins_to, whole_shape
 
 SCALE_COMMENT = "each rank holds the value divided by their number; give powers for the optimizer's states, too"
 PARTIAL_COMMENT = "all ranks hold the whole shape with different values: partial, if each rank updates its own"
@@ -58,7 +58,7 @@ Candidates = tuple[tuple[Pattern, ...], tuple[Pattern, ...]]
 
 def _of_parameter(checkpoint: Checkpoint, whole: Checkpoint, name: str) -> tuple[Guess, Candidates, bool]:
     """The guess from shapes, the candidates, and whether some candidate gives values that tell two states apart."""
-    local_shapes = held_shapes(checkpoint.parameters[name], checkpoint.topology.tp)
+    local_shapes = held_shapes(checkpoint, {name: name})[name]
     logical_shape = whole_shape(whole.parameters[name])
     guess = guess_from_shapes(local_shapes, logical_shape)
     if guess.pattern is None:

@@ -118,6 +118,12 @@ def test_compare(pattern: Pattern, live: Pattern, agreement: Agreement) -> None:
     [
         (Shard(0, vocabulary=True, pad_to_multiple=8), Shard(0), False),
         (Shard(0), Shard(0, vocabulary=True), True),
+        (Shard(0, vocabulary=True), Shard(0, widths=(3, 2)), True),
+        (Shard(0, heads=(4,)), Shard(0), False),
+        (Shard(0), Shard(0, heads=(4,)), True),
+        (Shard(0, parts=(1, 1), heads=(4, 4)), Shard(0, parts=(1, 1)), True),
+        (Shard(0, heads=(4,)), Shard(1), True),
+        (ShardGrid((0, 1), ()), Shard(0), True),
         (Shard(0, parts=(1, 1)), Shard(0, parts=(1, 1)), False),
         (Shard(0, parts=(1, 1)), Shard(0), True),
         (Shard(0), Shard(0, parts=(1, 1)), True),
