@@ -15,11 +15,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
-from ucp_deepspeed.checkpoint.view import layouts_of
+from ucp_deepspeed.checkpoint.view import held_shapes, layouts_of, parameter_names
 from ucp_deepspeed.cli.inspect import PLAIN_WIDTH
 from ucp_deepspeed.cli.options import CHECKPOINT, HELP, command, tag_option, vocabulary_option
 from ucp_deepspeed.errors import ConfigError, MismatchError, SpecError, UnsupportedError
-from ucp_deepspeed.language import Match, Spec, load_spec, logical_names, spec_names
+from ucp_deepspeed.language import (
+    Detection,
+    Match,
+    Spec,
+    find_family,
+    load_spec,
+    logical_names,
+    naming_specs,
+    spec_names,
+)
 from ucp_deepspeed.language.inference import Guess, spec_text
 from ucp_deepspeed.language.naming import best_scheme
 from ucp_deepspeed.language.resolve import describe
@@ -39,9 +48,17 @@ def spec_command() -> None:
 
 
 @command("list")
+@click.option("--against", type=CHECKPOINT, metavar="CKPT", help="A checkpoint: say how well each family fits it.")
+@tag_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-def list_command(as_json: bool) -> None:
-    """List the families that come with the package."""
+def list_command(against: Path | None, tag: str | None, as_json: bool) -> None:
+    """List the families that come with the package; with --against, how well each fits a checkpoint's names and shapes.
+
+    Exit status with --against: 0 when one family fits, else 1.
+    """
+    if against is not None:
+        _detect(open_checkpoint(against, tag), as_json)
+        return
     specs = [load_spec(name) for name in spec_names()]
     if as_json:
         click.echo(json.dumps({spec.family: spec.description for spec in specs}, indent=1))
@@ -50,6 +67,46 @@ def list_command(as_json: bool) -> None:
     for spec in specs:
         table.add_row(spec.family, str(len(spec.rules)), escape(spec.description))
     _console().print(table)
+
+
+def _detect(checkpoint: Checkpoint, as_json: bool) -> None:
+    """What ``--json`` prints: ``path``; ``confidence``, ``disagreement`` and ``unconfirmed`` of
+    `ucp_deepspeed.language.families.Detection`; ``families``, best first, each with ``coverage``, ``fits``, ``why``."""
+    own = parameter_names(checkpoint)
+    names = logical_names(list(checkpoint.parameters), naming_specs(None, own), checkpoint.logical_names)
+    found = find_family([names[name] for name in own], held_shapes(checkpoint, {name: names[name] for name in own}))
+    if as_json:
+        report = {
+            "path": str(checkpoint.path),
+            "confidence": found.confidence,
+            "disagreement": list(found.disagreement),
+            "unconfirmed": list(found.unconfirmed),
+            "families": {
+                one.spec.family: {"coverage": one.coverage, "fits": one.fits, "why": str(one)}
+                for one in found.candidates
+            },
+        }
+        click.echo(json.dumps(report, indent=1))
+    else:
+        _print_detection(found)
+    if found.confidence in ("ambiguous", "none"):
+        raise click.exceptions.Exit(WRONG)
+
+
+def _print_detection(found: Detection) -> None:
+    console = _console()
+    verdict = {
+        "shapes": "one family fits, and shapes confirm it",
+        "names": "one family fits by names; no shape confirms it",
+        "ambiguous": "several families fit and disagree: name one",
+        "none": "no family fits",
+    }
+    console.print(verdict[found.confidence], soft_wrap=True)
+    for candidate in found.candidates:
+        console.print(escape(f"  {candidate}"), soft_wrap=True)
+    for label, names in (("disagree on", found.disagreement), ("not confirmed by shapes", found.unconfirmed)):
+        if names:
+            console.print(escape(f"note: {label}: {', '.join(names)}"), soft_wrap=True)
 
 
 @command("check")

@@ -209,19 +209,10 @@ def _candidate(spec: Spec, names: Sequence[str], local_shapes: Mapping[str, Sequ
     coverage = spec.coverage(names)
     if unmatched or not names:
         return Candidate(spec, coverage, unmatched)
-    logical_shapes: dict[str, Shape] = {}
-    problems: list[str] = []
-    for name, pattern in spec.patterns([name for name in names if name in local_shapes]).items():
-        try:
-            shape = pattern.logical_shape(local_shapes[name])
-        except ValueError as error:
-            problems.append(f"{name}: {error}")
-        else:
-            if not (isinstance(pattern, Shard) and pattern.vocabulary):  # the size without padding isn't known here
-                logical_shapes[name] = shape
-    check = spec.check_shapes(logical_shapes)
-    problems += [f"{name}: logical shape {list(logical_shapes[name])}; {why}" for name, why in check.problems.items()]
-    return Candidate(spec, coverage, (), tuple(problems), len(check.confirmed))
+    known = {name: shapes for name, shapes in local_shapes.items() if name in set(names)}
+    impossible, check = spec.check_local_shapes(known)
+    problems = (*impossible, *(f"{name}: {why}" for name, why in check.problems.items()))
+    return Candidate(spec, coverage, (), problems, len(check.confirmed))
 
 
 def naming_specs(spec: Spec | None, *sides: Sequence[str]) -> list[Spec]:

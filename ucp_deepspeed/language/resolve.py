@@ -44,7 +44,7 @@ def resolve_patterns(
 
     Raises:
         SpecError: no source knows the parameters, several families fit, or the spec leaves some without exactly one rule.
-        MismatchError: the winner contradicts the live parameters; lists them.
+        MismatchError: the winner contradicts the live parameters, or shapes contradict those that the spec states; lists them.
     """
     chosen, origin = _choose(names, degree, spec, recorded or {}, inferred or {}, local_shapes)
     problems = [
@@ -66,7 +66,15 @@ def _choose(
     local_shapes: Mapping[str, Sequence[Shape]] | None,
 ) -> tuple[dict[str, Pattern], str]:
     if spec is not None:
-        return spec.patterns(names), f"spec {spec.family!r}"
+        patterns = spec.patterns(names)
+        # What can't be joined at all is found, with its local shapes, when layouts are made of the patterns.
+        _, check = spec.check_local_shapes(
+            {name: shapes for name, shapes in (local_shapes or {}).items() if name in patterns}
+        )
+        if check.problems:
+            problems = [f"{name}: {describe(patterns[name])}; {why}" for name, why in check.problems.items()]
+            raise MismatchError(f"shapes contradict what spec {spec.family!r} states", problems)
+        return patterns, f"spec {spec.family!r}"
     known = {**inferred, **recorded}
     missing = [name for name in names if name not in known]
     if not missing:

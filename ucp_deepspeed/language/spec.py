@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -32,7 +32,7 @@ from ucp_deepspeed.language.dimensions import Dimension, dimension_values, is_ex
 from ucp_deepspeed.language.naming import Renaming
 from ucp_deepspeed.language.shapes import ShapeCheck, StatedShape, check_shapes
 from ucp_deepspeed.layout.box import Shape
-from ucp_deepspeed.layout.pattern import Pattern
+from ucp_deepspeed.layout.pattern import Pattern, Shard
 
 
 def _checked_extent(value: Any) -> Any:
@@ -210,6 +210,27 @@ class Spec(BaseModel):
         known = {name: shape for name, shape in stated.items() if shape is not None}
         free_dims = {name: None for name, value in self.dimensions.items() if value is None}
         return check_shapes(known, logical_shapes, self._values, free_dims)
+
+    def check_local_shapes(self, local_shapes: Mapping[str, Sequence[Shape]]) -> tuple[list[str], ShapeCheck]:
+        """Join what the tensor-parallel ranks hold by the rules' patterns, and compare it with the shapes that they state.
+
+        Returns:
+            Parameters that can't be joined, each with the reason, and the comparison of the others. Vocabularies are left out,
+            since their size without padding isn't known here.
+        """
+        impossible: list[str] = []
+        logical_shapes: dict[str, Shape] = {}
+        for name, shapes in local_shapes.items():
+            matches = self.matches(name)
+            if len(matches) != 1 or (isinstance(matches[0].pattern, Shard) and matches[0].pattern.vocabulary):
+                continue
+            try:
+                logical_shapes[name] = matches[0].pattern.logical_shape(shapes)
+            except ValueError as error:
+                impossible.append(f"{name}: {error}")
+        check = self.check_shapes(logical_shapes)
+        worded = {name: f"logical shape {list(logical_shapes[name])}; {why}" for name, why in check.problems.items()}
+        return impossible, replace(check, problems=worded)
 
     def coverage(self, names: Iterable[str]) -> float:
         """Share of the names that match exactly one rule, 0 to 1."""

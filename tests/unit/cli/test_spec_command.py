@@ -89,6 +89,37 @@ def test_list(ucp: Ucp) -> None:
     assert set(json.loads(ucp("spec", "list", "--json").stdout)) == set(spec_names())
 
 
+def test_how_well_families_fit(tmp_path: Path, two: Path, ucp: Ucp) -> None:
+    none = ucp("spec", "list", "--against", two, "--json")
+    assert (none.exit_code, json.loads(none.stdout)["confidence"]) == (1, "none")
+    layer = "decoder.layers.{n}.mlp.linear_"
+    shapes: dict[str, tuple[tuple[int, ...], Cut]] = {
+        "decoder.final_layernorm.weight": ((4,), "replicated"),
+        f"{layer}fc1.weight": ((12, 4), "gate_up"),
+        f"{layer}fc2.weight": ((4, 6), "columns"),
+    }
+    path = write_native(tmp_path / "llama", model_of(shapes=shapes), NativeRun(tp=2, stage=1))
+    report = json.loads(ucp("spec", "list", "--against", path, "--json").stdout)
+    assert report["confidence"] == "shapes" and report["unconfirmed"] == []
+    assert next(iter(report["families"])) == "megatron_core_llama"
+    shown = ucp("spec", "list", "--against", path)
+    assert shown.exit_code == 0 and "one family fits, and shapes confirm it" in shown.stdout
+    assert "megatron_core_gpt: all names match, 2 shapes don't; " in shown.stdout
+    # The same decides which layouts are used where no spec is named.
+    inspected = json.loads(ucp("inspect", path, "--json").stdout)
+    assert inspected["parameters"]["decoder.layers.0.mlp.linear_fc1.weight"]["pattern"].endswith("in parts 1:1")
+
+
+def test_a_load_refuses_shapes_that_the_spec_denies(two: Path, right: Path, ucp: Ucp) -> None:
+    """Declared along the wrong dimension the matrix would be joined to [8, 3], and every byte be kept."""
+    right.write_text(RIGHT.replace(DOWN, "down.weight, pattern: shard, dim: 0, shape: [4, 6]"))
+    result = ucp("inspect", two, "--spec", right)
+    assert result.exit_code == 2
+    assert "layers.0.down.weight: shard on dimension 0; logical shape [8, 3]; the rule states [4, 6]" in result.stderr
+    right.write_text(RIGHT.replace(DOWN, f"{DOWN}, shape: [4, 6]"))
+    assert ucp("inspect", two, "--spec", right).exit_code == 0
+
+
 def test_a_right_spec(two: Path, one: Path, right: Path, ucp: Ucp) -> None:
     result = ucp("spec", "check", right, "--against", two, "--strict", "--json")
     report = json.loads(result.stdout)

@@ -93,7 +93,7 @@ def test_expressions_stand_for_numbers() -> None:
         (VALUES, {"pad_to_multiple": "heads ** 2"}, "rules[0].pad_to_multiple: 'heads ** 2' in"),
         (VALUES, {"shape": ["heads -"]}, "rules[0].shape[0]: 'heads -' isn't an expression"),
         (VALUES, {"shape": ["8"]}, "rules[0].shape[0]: Value error, an extent is a number from 0 or an expression, not '8'"),
-        (VALUES, {"shape": ["heads - 9"]}, "rules[0].shape[0]: Value error, an extent is a number from 0 or an expression, not -1"),
+        (VALUES, {"shape": ["heads - 9"]}, "rules[0].shape[0]: Value error, an extent is a number from 0 or"),
         (VALUES, {"shape": [True]}, "rules[0].shape[0]: Value error, an extent is a number"),
         ({"free": None}, {"shape": ["free * nothing"]}, "rules[0].shape[0]: 'nothing' in 'free * nothing' isn't a dim"),
         ({"free": None}, {"shape": ["free ** 2"]}, "rules[0].shape[0]: 'free ** 2' in 'free ** 2' isn't an integer"),
