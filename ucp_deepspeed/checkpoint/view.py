@@ -106,6 +106,7 @@ class UniversalView:
             degree=max(checkpoint.topology.tp, degree),
             spec=spec,
             recorded={names[name]: pattern for name, pattern in checkpoint.patterns.items()},
+            local_shapes=held_shapes(checkpoint, names),
         )
         return cls(checkpoint, names, patterns, vocabulary_size)
 
@@ -141,6 +142,16 @@ class UniversalView:
 def parameter_names(checkpoint: Checkpoint) -> list[str]:
     """What a spec speaks of: parameters, without buffers."""
     return [name for name, parameter in checkpoint.parameters.items() if parameter.kind != "buffer"]
+
+
+def held_shapes(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, tuple[Shape, ...]]:
+    """Shapes on the tensor-parallel ranks of the first pipeline stage that holds a parameter, by logical name."""
+    degree = checkpoint.topology.tp
+    return {
+        names[name]: tuple(shape for shape in _first_stage(entry.local_shapes, degree) if shape is not None)
+        for name, entry in checkpoint.parameters.items()
+        if name in names
+    }
 
 
 def layouts_of(

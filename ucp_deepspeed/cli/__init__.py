@@ -12,6 +12,7 @@ from ucp_deepspeed.cli.diff import diff_command
 from ucp_deepspeed.cli.inspect import inspect_command
 from ucp_deepspeed.cli.options import HELP
 from ucp_deepspeed.cli.plan import plan_command
+from ucp_deepspeed.cli.spec import spec_command
 
 
 @click.group(context_settings=HELP)
@@ -24,5 +25,6 @@ main.add_command(inspect_command)
 main.add_command(convert_command)
 main.add_command(diff_command)
 main.add_command(plan_command)
+main.add_command(spec_command)
 
 __all__ = ["main"]

@@ -9,7 +9,7 @@ import torch
 
 from ucp_deepspeed.checkpoint import Checkpoint, FileExtent, Parameter
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
-from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
+from ucp_deepspeed.checkpoint.view import UniversalView, held_shapes, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.engine.matching import Names
 from ucp_deepspeed.engine.model import WEIGHT_DTYPES, EngineModel
@@ -155,6 +155,7 @@ class _Planner:
                 names.source[name]: pattern for name, pattern in checkpoint.patterns.items() if name in names.source
             },
             inferred={names.target[name]: pattern for name, pattern in model.inferred.items()},
+            local_shapes=held_shapes(checkpoint, names.source),
         )
         saved_size, live_size = checkpoint.vocabulary_size, model.vocabulary_size
         self.view = UniversalView(checkpoint, names.source, patterns, saved_size or live_size, restored)

@@ -1,13 +1,15 @@
 """The language: spec files that say, for each parameter name of a model family, which pattern it follows."""
 
-from ucp_deepspeed.language.families import find_family, load_spec, naming_specs, spec_names
+from ucp_deepspeed.language.families import Detection, find_family, load_spec, naming_specs, spec_names
 from ucp_deepspeed.language.naming import logical_names
 from ucp_deepspeed.language.resolve import Agreement, resolve_patterns
-from ucp_deepspeed.language.spec import PATTERN, Rule, Spec
+from ucp_deepspeed.language.spec import PATTERN, Match, Rule, Spec
 
 __all__ = [
     "PATTERN",
     "Agreement",
+    "Detection",
+    "Match",
     "Rule",
     "Spec",
     "find_family",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from ucp_deepspeed.errors import SpecError
 from ucp_deepspeed.language.naming import logical_names
-from ucp_deepspeed.language.spec import Spec
+from ucp_deepspeed.language.spec import Lines, Spec
+from ucp_deepspeed.layout.box import Shape
+from ucp_deepspeed.layout.pattern import Shard
 
 
 def spec_folder() -> Path:
@@ -52,14 +55,40 @@ def load_spec(name_or_path: str) -> Spec:
 
 def _read(path: Path) -> Spec:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        raw, lines = _parse(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise SpecError(f"spec {path}{place} is not YAML: {error.problem}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # The reader of YAML lets some of Python's own errors through, as of a date that there isn't.
         raise SpecError(f"spec {path} is not YAML: {str(error).splitlines()[0]}") from error
-    return Spec.parse(raw, str(path))
+    return Spec.parse(raw, str(path), lines, path.parent)
+
+
+def _parse(text: str) -> tuple[Any, Lines]:
+    """A document's content, and where its globs stand."""
+    loader = _UniqueKeys(text)
+    try:
+        node = loader.get_single_node()
+        lines = dict(_lines(node))  # before the content is made, which moves keys that ``<<`` takes over
+        return (None if node is None else loader.construct_document(node)), lines
+    finally:
+        loader.dispose()
+
+
+def _lines(node: Any) -> Iterator[tuple[tuple[int, int], int]]:
+    """Line of each glob; of one that ``<<`` takes over there is none. What isn't a spec has no lines."""
+    rules = _value_of(node, "rules")
+    for number, rule in enumerate(rules.value if isinstance(rules, yaml.SequenceNode) else ()):
+        match = _value_of(rule, "match")
+        globs = match.value if isinstance(match, yaml.SequenceNode) else [match] if match is not None else []
+        for place, glob in enumerate(globs):
+            yield (number, place), glob.start_mark.line + 1
+
+
+def _value_of(node: Any, key: str) -> Any:
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+    return next((value for name, value in pairs if name.value == key), None)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -75,29 +104,115 @@ class _UniqueKeys(yaml.SafeLoader):
         return node
 
 
-def find_family(names: Sequence[str]) -> Spec | None:
-    """The family of which each of these parameters matches exactly one rule.
+@dataclass(frozen=True)
+class Candidate:
+    """How well one family fits a model.
+
+    Attributes:
+        spec: the family.
+        coverage: share of the parameters that match exactly one rule, 0 to 1.
+        unmatched: parameters that don't.
+        problems: parameters that match, and whose shapes contradict the rule; each with the reason.
+        confirmed: how many parameters have a whole shape that the rules state and that nothing contradicts.
+    """
+
+    spec: Spec
+    coverage: float
+    unmatched: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    confirmed: int = 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether all names fit, and no shape contradicts."""
+        return self.coverage == 1.0 and not self.problems
+
+    def __str__(self) -> str:
+        family = self.spec.family
+        if self.coverage < 1.0:
+            return f"{family}: {self.coverage:.0%} of the names match one rule; {self.unmatched[0]} doesn't"
+        if self.problems:
+            return f"{family}: all names match, {len(self.problems)} shapes don't; {self.problems[0]}"
+        shapes = f"{self.confirmed} stated shapes agree" if self.confirmed else "no shape was compared"
+        return f"{family}: all names match, {shapes}"
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Which family a model belongs to, and why.
+
+    Attributes:
+        confidence: ``shapes``: one family fits, and shapes that its rules state confirm it; ``names``: one family fits, by names
+            alone; ``ambiguous``: several fit and say different things; ``none``: no family fits.
+        candidates: every family, best first.
+        disagreement: when ambiguous, the parameters for which the families that fit give different patterns.
+        unconfirmed: cut parameters of which shapes don't tell whether they are fused: that they are laid out as the family says
+            rests on their names.
+    """
+
+    confidence: Literal["shapes", "names", "ambiguous", "none"]
+    candidates: tuple[Candidate, ...]
+    disagreement: tuple[str, ...] = ()
+    unconfirmed: tuple[str, ...] = ()
+
+    @property
+    def spec(self) -> Spec | None:
+        """The family; None when none fits.
+
+        Raises:
+            SpecError: several fit and disagree.
+        """
+        if self.confidence == "ambiguous":
+            one, other = (candidate.spec.family for candidate in self.candidates[:2])
+            raise SpecError(
+                f"families {one!r} and {other!r} both fit and disagree on {self.disagreement[0]}; name one in the config or "
+                f"with --spec. Parameters on which they disagree",
+                self.disagreement,
+            )
+        return None if self.confidence == "none" else self.candidates[0].spec
+
+    def __str__(self) -> str:
+        return f"{self.confidence}: " + "; ".join(map(str, self.candidates))
+
+
+def find_family(names: Sequence[str], local_shapes: Mapping[str, Sequence[Shape]] | None = None) -> Detection:
+    """The family of which each of these parameters matches exactly one rule, and whose stated shapes theirs don't contradict.
 
     Args:
         names: logical names.
-
-    Returns:
-        None when no family fits.
-
-    Raises:
-        SpecError: more than one family fits and they disagree on a pattern: which one is right can't be told by names.
+        local_shapes: by name, the shapes on the tensor-parallel ranks of one stage; without, only names tell.
     """
-    fitting = _fitting(names)
-    for other in fitting[1:]:
-        first, second = fitting[0].patterns(names), other.patterns(names)
-        differing = [name for name in names if first[name] != second[name]]
-        if differing:
-            raise SpecError(
-                f"families {fitting[0].family!r} and {other.family!r} both fit and disagree on {differing[0]}; name one in the "
-                f"config or with --spec. Parameters on which they disagree",
-                differing,
-            )
-    return fitting[0] if fitting else None
+    ordered = sorted(
+        (_candidate(spec, names, local_shapes or {}) for spec in _families().values()),
+        key=lambda candidate: (not candidate.fits, -candidate.coverage, len(candidate.problems)),
+    )
+    fitting = [candidate for candidate in ordered if candidate.fits]
+    if not fitting:
+        return Detection("none", tuple(ordered))
+    patterns = [candidate.spec.patterns(names) for candidate in fitting]
+    differing = tuple(name for name in names if any(other[name] != patterns[0][name] for other in patterns[1:]))
+    if differing:
+        # The first two of the candidates are to be ones that disagree.
+        other = next(place for place, found in enumerate(patterns) if found != patterns[0])
+        ordered.insert(1, ordered.pop(other))
+        first = patterns[other]
+        differing = tuple(name for name in names if first[name] != patterns[0][name])
+        return Detection("ambiguous", tuple(ordered), differing)
+    stated = {name for name in names if fitting[0].spec.matches(name)[0].shape is not None}
+    cut = (name for name, pattern in patterns[0].items() if isinstance(pattern, Shard) and not pattern.vocabulary)
+    unconfirmed = tuple(name for name in cut if name not in stated or not local_shapes or name not in local_shapes)
+    return Detection("shapes" if fitting[0].confirmed else "names", tuple(ordered), (), unconfirmed)
+
+
+def _candidate(spec: Spec, names: Sequence[str], local_shapes: Mapping[str, Sequence[Shape]]) -> Candidate:
+    unmatched = tuple(name for name in names if len(spec.matches(name)) != 1)
+    coverage = spec.coverage(names)
+    if unmatched or not names:
+        return Candidate(spec, coverage, unmatched)
+    known = {name: shapes for name, shapes in local_shapes.items() if name in set(names)}
+    impossible, check = spec.check_local_shapes(known)
+    problems = (*impossible, *(f"{name}: {why}" for name, why in check.problems.items()))
+    return Candidate(spec, coverage, (), problems, len(check.confirmed))
 
 
 def naming_specs(spec: Spec | None, *sides: Sequence[str]) -> list[Spec]:

@@ -129,7 +129,7 @@ def logical_names(
     Raises:
         SpecError: the specs disagree on a name; see also `translate`.
     """
-    found = [_best(names, spec) for spec in specs] or [{name: name for name in names}]
+    found = [best_scheme(names, spec)[1] for spec in specs] or [{name: name for name in names}]
     for other, spec in zip(found[1:], specs[1:], strict=True):
         differing = [name for name in names if found[0][name] != other[name]]
         if differing:
@@ -143,10 +143,14 @@ def logical_names(
     )
 
 
-def _best(names: Sequence[str], spec: Spec) -> dict[str, str]:
-    """By the scheme under which most names match a rule; one under which names collide isn't meant for them."""
-    found = [{name: name for name in names}]
-    for scheme in spec.names.values():
+def best_scheme(names: Sequence[str], spec: Spec) -> tuple[str | None, dict[str, str]]:
+    """The scheme under which most names match a rule, and the logical names under it.
+
+    Returns:
+        None and the names themselves where no scheme does better. One under which names collide isn't meant for them.
+    """
+    found: list[tuple[str | None, dict[str, str]]] = [(None, {name: name for name in names})]
+    for title, scheme in spec.names.items():
         with suppress(SpecError):
-            found.append(translate(names, scheme))
-    return max(found, key=lambda translated: spec.coverage(translated.values()))
+            found.append((title, translate(names, scheme)))
+    return max(found, key=lambda named: spec.coverage(named[1].values()))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from ucp_deepspeed.errors import MismatchError, SpecError
 from ucp_deepspeed.language.families import find_family
-from ucp_deepspeed.layout.pattern import Partial, Pattern, Replicate, Shard, Unique
+from ucp_deepspeed.layout.box import Shape
+from ucp_deepspeed.layout.pattern import Partial, Pattern, Replicate, Shard, ShardGrid, Unique
 
 if TYPE_CHECKING:
     from ucp_deepspeed.language.spec import Spec
@@ -30,6 +30,7 @@ def resolve_patterns(
     spec: Spec | None = None,
     recorded: Mapping[str, Pattern] | None = None,
     inferred: Mapping[str, Pattern] | None = None,
+    local_shapes: Mapping[str, Sequence[Shape]] | None = None,
 ) -> dict[str, Pattern]:
     """One pattern per parameter. What knows better wins: spec, then checkpoint, then live model, then family by names.
 
@@ -39,12 +40,13 @@ def resolve_patterns(
         spec: the one that the user named.
         recorded: what the checkpoint's manifest says.
         inferred: what the attributes of the live target's parameters say.
+        local_shapes: on the source's tensor-parallel ranks, for telling families apart.
 
     Raises:
         SpecError: no source knows the parameters, several families fit, or the spec leaves some without exactly one rule.
-        MismatchError: the winner contradicts the live parameters; lists them.
+        MismatchError: the winner contradicts the live parameters, or shapes contradict those that the spec states; lists them.
     """
-    chosen, origin = _choose(names, degree, spec, recorded or {}, inferred or {})
+    chosen, origin = _choose(names, degree, spec, recorded or {}, inferred or {}, local_shapes)
     problems = [
         f"{name}: {origin} says {describe(chosen[name])}, the live parameter is {describe(inferred[name])}"
         for name in names
@@ -61,19 +63,30 @@ def _choose(
     spec: Spec | None,
     recorded: Mapping[str, Pattern],
     inferred: Mapping[str, Pattern],
+    local_shapes: Mapping[str, Sequence[Shape]] | None,
 ) -> tuple[dict[str, Pattern], str]:
     if spec is not None:
-        return spec.patterns(names), f"spec {spec.family!r}"
+        patterns = spec.patterns(names)
+        # What can't be joined at all is found, with its local shapes, when layouts are made of the patterns.
+        _, check = spec.check_local_shapes(
+            {name: shapes for name, shapes in (local_shapes or {}).items() if name in patterns}
+        )
+        if check.problems:
+            problems = [f"{name}: {describe(patterns[name])}; {why}" for name, why in check.problems.items()]
+            raise MismatchError(f"shapes contradict what spec {spec.family!r} states", problems)
+        return patterns, f"spec {spec.family!r}"
     known = {**inferred, **recorded}
     missing = [name for name in names if name not in known]
     if not missing:
         return {name: known[name] for name in names}, "the checkpoint"
     if degree == 1:
         return {name: known.get(name, Unique()) for name in names}, "the checkpoint"
-    family = find_family(names)
+    detection = find_family(names, local_shapes)
+    family = detection.spec
     if family is None:
+        nearest = f" (nearest is {detection.candidates[0]})" if detection.candidates[0].coverage > 0 else ""
         raise SpecError(
-            f"no layout is known for {len(missing)} parameters and no family's names fit; name a spec: "
+            f"no layout is known for {len(missing)} parameters and no family fits{nearest}; name a spec: "
             f'"universal_checkpoint": {{"spec": "path.yaml"}}, or --spec on the command line. Without a layout are',
             missing,
         )
@@ -86,6 +99,8 @@ def compare(pattern: Pattern, live: Pattern) -> Agreement:
         return Agreement.SAME
     if isinstance(pattern, Shard) and isinstance(live, Shard):
         agrees = pattern.dim == live.dim and live.parts in ((1,), pattern.parts)
+    elif isinstance(pattern, ShardGrid) or isinstance(live, ShardGrid):
+        agrees = False
     else:
         whole = (Replicate, Partial, Unique)
         agrees = isinstance(pattern, whole) and isinstance(live, whole)
@@ -93,12 +108,16 @@ def compare(pattern: Pattern, live: Pattern) -> Agreement:
 
 
 def contradicts_record(pattern: Pattern, recorded: Pattern) -> bool:
-    """Whether a pattern differs from the one that was recorded when saving; it may only add what a vocabulary is."""
-    if isinstance(pattern, Shard) and isinstance(recorded, Shard):
-        vocabulary = recorded.vocabulary or pattern.vocabulary
-        recorded = replace(recorded, pad_to_multiple=pattern.pad_to_multiple)
-        return pattern != (replace(recorded, vocabulary=vocabulary) if len(recorded.parts) == 1 else recorded)
-    return pattern != recorded
+    """Whether a pattern differs from the one that was recorded when saving.
+
+    It may add what a vocabulary is, and which heads a plain shard has: the recorded whole shape still has to come out.
+    """
+    if not (isinstance(pattern, Shard) and isinstance(recorded, Shard)):
+        return pattern != recorded
+    if (pattern.dim, pattern.parts, pattern.widths) != (recorded.dim, recorded.parts, recorded.widths):
+        return True
+    adds_heads = recorded.heads is None and recorded.parts == (1,)
+    return (recorded.vocabulary and not pattern.vocabulary) or (pattern.heads != recorded.heads and not adds_heads)
 
 
 def describe(pattern: Pattern) -> str:
@@ -106,8 +125,12 @@ def describe(pattern: Pattern) -> str:
     if isinstance(pattern, Replicate) and pattern.scale is not None:
         powers = ", ".join(f"{state} {power}" for state, power in sorted(pattern.scale.powers.items()))
         return f"replicate (scaled, powers {powers})"
+    if isinstance(pattern, ShardGrid):
+        grids = ", ".join("×".join(map(str, grid)) for grid in pattern.grids)
+        return f"shard on dimensions {', '.join(map(str, pattern.dims))} in grids {grids or 'of one rank'}"
     if not isinstance(pattern, Shard):
         return pattern.pattern
     parts = f" in parts {':'.join(map(str, pattern.parts))}" if len(pattern.parts) > 1 else ""
+    heads = f" with heads {':'.join(map(str, pattern.heads))}" if pattern.heads is not None else ""
     widths = f" in widths {', '.join(map(str, pattern.widths))}" if pattern.widths is not None else ""
-    return f"shard on dimension {pattern.dim}{parts}{widths}" + (" (vocabulary)" if pattern.vocabulary else "")
+    return f"shard on dimension {pattern.dim}{parts}{heads}{widths}" + (" (vocabulary)" if pattern.vocabulary else "")

@@ -8,16 +8,39 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from ucp_deepspeed.errors import SpecError
+from ucp_deepspeed.language.dimensions import Dimension, dimension_values, is_expression, read_config, with_numbers
 from ucp_deepspeed.language.naming import Renaming
-from ucp_deepspeed.layout.pattern import Pattern
+from ucp_deepspeed.language.shapes import ShapeCheck, StatedShape, check_shapes
+from ucp_deepspeed.layout.box import Shape
+from ucp_deepspeed.layout.pattern import Pattern, Shard
+
+
+def _checked_extent(value: Any) -> Any:
+    """Let nothing be taken for something else: a boolean for a number, or a number in quotes for an expression."""
+    if value is None or (type(value) is int and value >= 0) or (isinstance(value, str) and is_expression(value)):
+        return value
+    raise ValueError(f"an extent is a number from 0 or an expression, not {value!r}")
+
 
 PATTERN: TypeAdapter[Pattern] = TypeAdapter(
     Annotated[Pattern, Discriminator("pattern")], config=ConfigDict(extra="forbid")
@@ -25,16 +48,47 @@ PATTERN: TypeAdapter[Pattern] = TypeAdapter(
 """Validates and writes patterns: in spec files, in manifests and in universal checkpoints."""
 
 
+Extent = Annotated[int | str | None, BeforeValidator(_checked_extent)]
+"""One extent of a stated shape: a number, an expression over dimensions without a value, or nothing, which says nothing."""
+
+Lines = Mapping[tuple[int, int], int]
+"""Line of each glob in its file, by the positions of the rule and of the glob in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A rule that a parameter matches.
+
+    Attributes:
+        rule: its position in the spec, from 0.
+        glob: the first of its globs that fits.
+        line: where the glob stands in the file; None when the spec didn't come from one.
+        pattern: what the rule says.
+        shape: of the whole parameter, if the rule says it.
+    """
+
+    rule: int
+    glob: str
+    line: int | None
+    pattern: Pattern
+    shape: StatedShape | None = None
+
+    def __str__(self) -> str:
+        return self.glob if self.line is None else f"{self.glob} (line {self.line})"
+
+
 class Rule(BaseModel):
     """Parameters, by glob, and the pattern that they follow.
 
-    In YAML the pattern's fields stand beside ``match``: ``{match: "*.weight", pattern: shard, dim: 0}``.
+    In YAML the pattern's fields stand beside ``match``: ``{match: "*.weight", pattern: shard, dim: 0}``. ``shape``, where given,
+    is the whole parameter's: ``ucp spec check`` compares it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     match: Annotated[tuple[str, ...], Field(min_length=1)]
     pattern: Annotated[Pattern, Discriminator("pattern")]
+    shape: tuple[Extent, ...] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -42,11 +96,13 @@ class Rule(BaseModel):
         """Gather the pattern's fields, and accept one glob without a list."""
         if not isinstance(raw, Mapping) or not isinstance(raw.get("pattern"), str):
             return raw
-        fields = {key: value for key, value in raw.items() if key != "match"}
+        fields = {key: value for key, value in raw.items() if key not in ("match", "shape")}
         # By way of JSON, where a list may stand for a tuple and yet "0" or true not for a number.
         folded: dict[str, Any] = {"pattern": PATTERN.validate_json(json.dumps(fields, default=repr), strict=True)}
         if "match" in raw:
             folded["match"] = [raw["match"]] if isinstance(raw["match"], str) else raw["match"]
+        if "shape" in raw:
+            folded["shape"] = raw["shape"]
         return folded
 
     def matches(self, name: str) -> bool:
@@ -61,6 +117,8 @@ class Spec(BaseModel):
         family: its name.
         description: which models, written by what.
         rules: see `Rule`; they apply to logical names.
+        config: the model's own configuration, a JSON file, by its path from the spec's folder.
+        dimensions: numbers with names, for expressions in rules (`ucp_deepspeed.language.dimensions`).
         names: for classes of model that call the parameters otherwise, how to get at the logical names
             (`ucp_deepspeed.language.naming`).
     """
@@ -70,17 +128,30 @@ class Spec(BaseModel):
     family: str
     description: str = ""
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
+    config: str | None = None
+    dimensions: Mapping[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Dimension] = {}
     names: Mapping[str, tuple[Renaming, ...]] = {}
+    _lines: Lines = PrivateAttr(default_factory=dict)
+    _values: Mapping[str, int] = PrivateAttr(default_factory=dict)
 
     @classmethod
-    def parse(cls, raw: Any, origin: str) -> Spec:
-        """Validate a spec that was read from ``origin``.
+    def parse(cls, raw: Any, origin: str, lines: Lines | None = None, folder: Path | None = None) -> Spec:
+        """Validate a spec that was read from ``origin``, and put numbers for the expressions in it.
+
+        Args:
+            lines: where its globs stand.
+            folder: from which the path of the model's configuration goes out; by default the current one.
 
         Raises:
             SpecError: lists every wrong key or value with its place.
         """
+        numbered, values, wrong = _with_numbers(raw, folder or Path())
+        if wrong:
+            raise SpecError(f"spec {origin} is not valid", wrong)
         try:
-            return cls.model_validate(raw)
+            spec = cls.model_validate(numbered)
+            spec._lines, spec._values = dict(lines or {}), values
+            return spec
         except ValidationError as error:
             items = error.errors()
             # A wrong rule is also reported as one rule too few.
@@ -102,25 +173,103 @@ class Spec(BaseModel):
         found: dict[str, Pattern] = {}
         problems: list[str] = []
         for name in names:
-            rules = [rule for rule in self.rules if rule.matches(name)]
-            if len(rules) == 1:
-                found[name] = rules[0].pattern
-            elif rules:
-                globs = [glob for rule in rules for glob in rule.match if _compiled(glob).fullmatch(name)]
-                problems.append(f"{name}: matches {len(rules)} rules ({', '.join(globs)})")
+            matches = self.matches(name)
+            if len(matches) == 1:
+                found[name] = matches[0].pattern
+            elif matches:
+                problems.append(f"{name}: matches {len(matches)} rules ({', '.join(map(str, matches))})")
             else:
-                problems.append(f"{name}: matches no rule; nearest: {', '.join(self._nearest(name))}")
+                problems.append(f"{name}: matches no rule; nearest: {', '.join(self.nearest(name))}")
         if problems:
             raise SpecError(f"spec {self.family!r} doesn't give exactly one rule for each parameter", problems)
         return found
+
+    def matches(self, name: str) -> tuple[Match, ...]:
+        """Every rule that a parameter matches, in the spec's order; there should be exactly one."""
+        found: list[Match] = []
+        for number, rule in enumerate(self.rules):
+            fitting = (place for place, glob in enumerate(rule.match) if _compiled(glob).fullmatch(name))
+            if (place := next(fitting, None)) is not None:
+                line = self._lines.get((number, place))
+                found.append(Match(number, rule.match[place], line, rule.pattern, rule.shape))
+        return tuple(found)
+
+    def unused(self, names: Iterable[str]) -> tuple[Match, ...]:
+        """The globs that fit none of these names, in the spec's order."""
+        known = list(names)
+        return tuple(
+            Match(number, glob, self._lines.get((number, place)), rule.pattern)
+            for number, rule in enumerate(self.rules)
+            for place, glob in enumerate(rule.match)
+            if not any(_compiled(glob).fullmatch(name) for name in known)
+        )
+
+    def check_shapes(self, logical_shapes: Mapping[str, Shape]) -> ShapeCheck:
+        """Compare the whole shapes that the rules state with those of parameters that match one rule each."""
+        stated = {name: matches[0].shape for name in logical_shapes if len(matches := self.matches(name)) == 1}
+        known = {name: shape for name, shape in stated.items() if shape is not None}
+        free_dims = {name: None for name, value in self.dimensions.items() if value is None}
+        return check_shapes(known, logical_shapes, self._values, free_dims)
+
+    def check_local_shapes(self, local_shapes: Mapping[str, Sequence[Shape]]) -> tuple[list[str], ShapeCheck]:
+        """Join what the tensor-parallel ranks hold by the rules' patterns, and compare it with the shapes that they state.
+
+        Returns:
+            Parameters that can't be joined, each with the reason, and the comparison of the others. Vocabularies are left out,
+            since their size without padding isn't known here.
+        """
+        impossible: list[str] = []
+        logical_shapes: dict[str, Shape] = {}
+        for name, shapes in local_shapes.items():
+            matches = self.matches(name)
+            if len(matches) != 1 or (isinstance(matches[0].pattern, Shard) and matches[0].pattern.vocabulary):
+                continue
+            try:
+                logical_shapes[name] = matches[0].pattern.logical_shape(shapes)
+            except ValueError as error:
+                impossible.append(f"{name}: {error}")
+        check = self.check_shapes(logical_shapes)
+        worded = {name: f"logical shape {list(logical_shapes[name])}; {why}" for name, why in check.problems.items()}
+        return impossible, replace(check, problems=worded)
 
     def coverage(self, names: Iterable[str]) -> float:
         """Share of the names that match exactly one rule, 0 to 1."""
         counts = [sum(rule.matches(name) for rule in self.rules) == 1 for name in names]
         return sum(counts) / len(counts) if counts else 0.0
 
-    def _nearest(self, name: str) -> list[str]:
+    def nearest(self, name: str) -> list[str]:
+        """The two globs that look most like a name."""
         return sorted(self._globs, key=lambda glob: -SequenceMatcher(None, glob, name).ratio())[:2]
+
+
+class _Dimensions(BaseModel):
+    """What has to be known of a spec before its expressions can be read."""
+
+    config: str | None = None
+    dimensions: Mapping[str, Dimension] = {}
+
+
+def _with_numbers(raw: Any, folder: Path) -> tuple[Any, dict[str, int], list[str]]:
+    """A spec without expressions, its dimensions, and what is wrong with them. What is no spec is left to the validation."""
+    if not isinstance(raw, Mapping) or not isinstance(raw.get("rules"), list):
+        return raw, {}, []
+    try:
+        given = _Dimensions.model_validate({key: raw[key] for key in ("config", "dimensions") if key in raw})
+    except ValidationError:
+        return raw, {}, []
+    try:
+        config = read_config(folder / given.config) if given.config is not None else None
+        values = dimension_values(given.dimensions, config)
+    except ValueError as error:
+        return raw, {}, [str(error) if str(error).startswith("config: ") else f"dimensions.{error}"]
+    free_dims = [name for name, value in given.dimensions.items() if value is None]
+    rules: list[Any] = []
+    problems: list[str] = []
+    for number, rule in enumerate(raw["rules"]):
+        numbered, wrong = with_numbers(rule, values, free_dims) if isinstance(rule, Mapping) else (rule, [])
+        rules.append(numbered)
+        problems += [f"rules[{number}].{problem}" for problem in wrong]
+    return {**raw, "rules": rules}, values, problems
 
 
 @lru_cache(maxsize=4096)

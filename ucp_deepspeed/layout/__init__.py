@@ -7,7 +7,7 @@ local tensors end to end and cuts them into partitions), with `overlap` for stat
 from ucp_deepspeed.layout.box import Box, Shape, flat_interval_boxes, row_major_strides
 from ucp_deepspeed.layout.layout import Layout, LocalTensor, Piece, across_stages
 from ucp_deepspeed.layout.overlap import OverlappingGroup
-from ucp_deepspeed.layout.pattern import Partial, Pattern, Replicate, Scale, Shard, Unique
+from ucp_deepspeed.layout.pattern import Partial, Pattern, Replicate, Scale, Shard, ShardGrid, Unique
 from ucp_deepspeed.layout.topology import Topology
 from ucp_deepspeed.layout.zero import FlatGroup, Flattening, Slice, SlicedGroup
 
@@ -25,6 +25,7 @@ __all__ = [
     "Scale",
     "Shape",
     "Shard",
+    "ShardGrid",
     "Slice",
     "SlicedGroup",
     "Topology",

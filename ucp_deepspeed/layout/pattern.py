@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
+from math import prod
 from typing import Literal, TypeAlias
 
 from ucp_deepspeed.layout.box import Box, Shape
@@ -111,8 +112,11 @@ class Shard:
         parts: relative sizes of the fused parts along ``dim``, in logical order. Each part is split over the ranks on its
             own, and a rank's local tensor is its shares of the parts, side by side (the paper's *Shard-NC*). ``(1,)`` is a
             plain shard; ``(1, 1)`` a fused gate/up pair.
+        heads: for each part the number of equal units that no cut goes through. A rank holds whole units of a part: consecutive
+            ones, dealt out evenly, or, where a part has fewer units than there are ranks, one that it shares with its neighbours
+            (kv heads fewer than tensor-parallel ranks).
         widths: share of each rank along ``dim``, in elements; by default an even split in which the first ranks hold one more
-            where the degree doesn't divide. With several parts, shares are always the default ones.
+            where the degree doesn't divide. With several parts or with heads, shares follow from those.
         vocabulary: the logical end of ``dim`` is the vocabulary size; what lies behind it in the local tensors is padding.
         pad_to_multiple: with ``vocabulary``, a target without a live model pads the vocabulary to a multiple of this times
             the degree.
@@ -124,6 +128,7 @@ class Shard:
     widths: tuple[int, ...] | None = None
     vocabulary: bool = False
     pad_to_multiple: int = 1
+    heads: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.dim < 0:
@@ -138,6 +143,12 @@ class Shard:
             raise ValueError("widths don't apply to a vocabulary, whose ranks hold equal shares")
         if len(self.parts) > 1 and (self.widths is not None or self.vocabulary):
             raise ValueError("widths and vocabulary don't apply to a shard with parts")
+        if self.heads is None:
+            return
+        if len(self.heads) != len(self.parts) or any(count < 1 for count in self.heads):
+            raise ValueError(f"heads must be a positive number for each of {len(self.parts)} parts: {self.heads}")
+        if self.widths is not None or self.vocabulary:
+            raise ValueError("widths and vocabulary don't apply to a shard with heads")
 
     def logical_shape(self, local_shapes: Sequence[Shape], vocabulary_size: int | None = None) -> Shape:
         """The local shapes joined along ``dim``, without vocabulary padding."""
@@ -146,7 +157,7 @@ class Shard:
         for shape in local_shapes:
             if len(shape) != len(first) or _without(shape, self.dim) != _without(first, self.dim):
                 raise ValueError(f"local shapes {list(local_shapes)} differ outside dimension {self.dim}")
-        total = sum(shape[self.dim] for shape in local_shapes)
+        total = self._without_copies(sum(shape[self.dim] for shape in local_shapes), len(local_shapes))
         if self.vocabulary and vocabulary_size is not None:
             if vocabulary_size > total:
                 raise ValueError(f"vocabulary size {vocabulary_size} is above the {total} rows that the ranks hold")
@@ -164,8 +175,8 @@ class Shard:
         if self.vocabulary:
             unit = self.pad_to_multiple * degree
             return (_with(logical_shape, self.dim, -(-extent // unit) * unit // degree),) * degree
-        shares = [split_evenly(size, degree) for size in self._part_sizes(extent)]
-        return tuple(_with(logical_shape, self.dim, sum(share[rank] for share in shares)) for rank in range(degree))
+        shares = self._part_shares(extent, degree)
+        return tuple(_with(logical_shape, self.dim, sum(width for _, width in share)) for share in shares)
 
     def layout(self, logical_shape: Shape, local_shapes: Sequence[Shape]) -> Layout:
         """One piece per part and rank."""
@@ -176,7 +187,7 @@ class Shard:
             raise ValueError(f"local shapes {list(local_shapes)} don't have the widths {self.widths}")
         extent = logical_shape[self.dim]
         extents = [shape[self.dim] for shape in local_shapes]
-        if len(self.parts) == 1:
+        if len(self.parts) == 1 and self.heads is None:
             starts = list(accumulate(extents, initial=0))
             if starts[-1] < extent or (starts[-1] > extent and not self.vocabulary):
                 raise ValueError(f"local extents {extents} don't join to {extent} along dimension {self.dim}")
@@ -185,7 +196,10 @@ class Shard:
             shares = self._part_shares(extent, len(local_shapes))
             held = [sum(numel for _, numel in share) for share in shares]
             if held != extents:
-                raise ValueError(f"local extents {extents} don't match parts {self.parts} of {extent}: expected {held}")
+                heads = f" with heads {self.heads}" if self.heads is not None else ""
+                raise ValueError(
+                    f"local extents {extents} don't match parts {self.parts}{heads} of {extent}: expected {held}"
+                )
         locals_ = tuple(
             LocalTensor(shape, self._pieces(logical_shape, share))
             for shape, share in zip(local_shapes, shares, strict=True)
@@ -212,28 +226,145 @@ class Shard:
 
     def _part_shares(self, extent: int, degree: int) -> list[list[tuple[int, int]]]:
         """For each rank its (logical start, extent) run in each part."""
-        shares: list[list[tuple[int, int]]] = [[] for _ in range(degree)]
-        part_start = 0
-        for size in self._part_sizes(extent):
-            start = part_start
-            for rank, width in enumerate(split_evenly(size, degree)):
-                shares[rank].append((start, width))
-                start += width
-            part_start += size
-        return shares
+        sizes = self._part_sizes(extent)
+        heads = self.heads or (None,) * len(sizes)
+        starts = accumulate(sizes, initial=0)
+        by_part = [
+            [(start + run, width) for run, width in _runs(size, count, degree)]
+            for start, size, count in zip(starts, sizes, heads, strict=False)
+        ]
+        return [[runs[rank] for runs in by_part] for rank in range(degree)]
+
+    def _without_copies(self, total: int, degree: int) -> int:
+        """The logical extent, when all ranks together hold ``total``."""
+        if self.heads is None:
+            return total
+        held = sum(
+            part * Fraction(max(degree, count), count) for part, count in zip(self.parts, self.heads, strict=True)
+        )
+        extent = Fraction(total * sum(self.parts)) / held
+        if extent.denominator != 1:
+            wanted = f"parts {self.parts} with heads {self.heads}"
+            raise ValueError(f"{total} along dimension {self.dim} over {degree} ranks fit no {wanted}")
+        return int(extent)
 
     def _check_dim(self, shape: Shape) -> None:
         if self.dim >= len(shape):
             raise ValueError(f"dimension {self.dim} doesn't exist in shape {shape}")
 
 
-Pattern: TypeAlias = Unique | Replicate | Partial | Shard
+@dataclass(frozen=True, slots=True)
+class ShardGrid:
+    """Split along several dimensions at once (the paper's *Shard-Hy*) over a grid of ranks, whose last axis runs fastest.
+
+    Attributes:
+        dims: the dimensions that are split, one for each axis of the grid.
+        grids: how many ranks there are along each axis; one entry for each number of ranks that may occur, besides 1.
+    """
+
+    dims: tuple[int, ...]
+    grids: tuple[tuple[int, ...], ...]
+    pattern: Literal["shard_grid"] = "shard_grid"
+
+    def __post_init__(self) -> None:
+        if len(self.dims) < 2 or len(set(self.dims)) < len(self.dims) or min(self.dims) < 0:
+            raise ValueError(f"dims must be two or more different dimensions: {self.dims}")
+        if any(len(grid) != len(self.dims) or min(grid) < 1 for grid in self.grids):
+            raise ValueError(f"each of grids must have {len(self.dims)} positive numbers: {self.grids}")
+        if len({prod(grid) for grid in self.grids}) < len(self.grids):
+            raise ValueError(f"two of grids {self.grids} are for the same number of ranks")
+
+    def logical_shape(self, local_shapes: Sequence[Shape], vocabulary_size: int | None = None) -> Shape:
+        """The local shapes joined along each axis."""
+        extents = self._extents(local_shapes)
+        shape = local_shapes[0]
+        for dim, along in zip(self.dims, extents, strict=True):
+            shape = _with(shape, dim, sum(along))
+        return shape
+
+    def local_shapes(self, logical_shape: Shape, degree: int) -> tuple[Shape, ...]:
+        """The share of each of ``degree`` ranks: an even cut along each axis."""
+        self._check_dims(logical_shape)
+        grid = self._grid(degree)
+        shares = [split_evenly(logical_shape[dim], count) for dim, count in zip(self.dims, grid, strict=True)]
+        found = []
+        for place in product(*(range(count) for count in grid)):
+            shape = logical_shape
+            for dim, share, position in zip(self.dims, shares, place, strict=True):
+                shape = _with(shape, dim, share[position])
+            found.append(shape)
+        return tuple(found)
+
+    def layout(self, logical_shape: Shape, local_shapes: Sequence[Shape]) -> Layout:
+        """One piece per rank."""
+        if self.logical_shape(local_shapes) != logical_shape:
+            raise ValueError(f"local shapes {list(local_shapes)} don't join to the logical shape {logical_shape}")
+        starts = [list(accumulate(along, initial=0)) for along in self._extents(local_shapes)]
+        places = product(*(range(count) for count in self._grid(len(local_shapes))))
+        locals_ = []
+        for shape, place in zip(local_shapes, places, strict=True):
+            origin = (0,) * len(shape)
+            logical_start = origin
+            for dim, along, position in zip(self.dims, starts, place, strict=True):
+                logical_start = _with(logical_start, dim, along[position])
+            box = Box.whole(shape).moved(origin, logical_start)
+            locals_.append(LocalTensor(shape, pieces_of(box, origin)))
+        return Layout(logical_shape, tuple(locals_))
+
+    def _extents(self, local_shapes: Sequence[Shape]) -> list[list[int]]:
+        """For each axis the extents along it; the same whatever the position on the other axes."""
+        for shape in local_shapes:
+            self._check_dims(shape)
+        places = list(product(*(range(count) for count in self._grid(len(local_shapes)))))
+        found = []
+        for axis, dim in enumerate(self.dims):
+            along: dict[int, int] = {}
+            for place, shape in zip(places, local_shapes, strict=True):
+                along.setdefault(place[axis], shape[dim])
+            found.append([along[position] for position in sorted(along)])
+        first = local_shapes[0]
+        for place, shape in zip(places, local_shapes, strict=True):
+            expected = first
+            for axis, dim in enumerate(self.dims):
+                expected = _with(expected, dim, found[axis][place[axis]])
+            if shape != expected:
+                raise ValueError(f"local shapes {list(local_shapes)} form no grid of {self._grid(len(local_shapes))}")
+        return found
+
+    def _grid(self, degree: int) -> tuple[int, ...]:
+        if degree == 1:
+            return (1,) * len(self.dims)
+        found = next((grid for grid in self.grids if prod(grid) == degree), None)
+        if found is None:
+            raise ValueError(f"no grid for {degree} ranks; there are {[list(grid) for grid in self.grids]}")
+        return found
+
+    def _check_dims(self, shape: Shape) -> None:
+        if max(self.dims) >= len(shape):
+            raise ValueError(f"dimension {max(self.dims)} doesn't exist in shape {shape}")
+
+
+Pattern: TypeAlias = Unique | Replicate | Partial | Shard | ShardGrid
 
 
 def split_evenly(extent: int, degree: int) -> tuple[int, ...]:
     """Shares of ``degree`` ranks; the first ``extent % degree`` hold one more (as ``torch.tensor_split`` does)."""
     share, rest = divmod(extent, degree)
     return tuple(share + (rank < rest) for rank in range(degree))
+
+
+def _runs(size: int, heads: int | None, degree: int) -> list[tuple[int, int]]:
+    """For each rank its (start, extent) run in a part, which heads, where there are any, divide into equal units."""
+    unit, count = (1, size) if heads is None else (size // heads, heads)
+    if unit * count != size:
+        raise ValueError(f"{count} heads don't divide an extent of {size}")
+    if heads is None or heads >= degree:
+        shares = split_evenly(count, degree)
+        starts = accumulate(shares, initial=0)
+        return [(start * unit, share * unit) for start, share in zip(starts, shares, strict=False)]
+    if degree % heads:
+        raise ValueError(f"{heads} heads can't be shared by {degree} ranks: their numbers don't divide")
+    return [(rank * heads // degree * unit, unit) for rank in range(degree)]
 
 
 def _same_on_each_rank(

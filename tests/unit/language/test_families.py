@@ -10,13 +10,13 @@ import pytest
 from ucp_deepspeed.errors import SpecError
 from ucp_deepspeed.language import families, find_family, load_spec
 from ucp_deepspeed.language.spec import Spec
-from ucp_deepspeed.layout import Replicate, Shard, Unique
+from ucp_deepspeed.layout import Replicate, Shape, Shard, Unique
 from ucp_deepspeed.testing.ranks import get_pool, reset_parallel_state
 
 
-def parameters_of(flavour: str, changes: Mapping[str, Any]) -> dict[str, tuple[bool, int, int]]:
-    """On a rank: names of a Megatron-Core model's parameters, whether and along which dimension they are cut, and in how many
-    parts side by side."""
+def parameters_of(flavour: str, changes: Mapping[str, Any]) -> dict[str, tuple[bool, int, int, Shape]]:
+    """On a rank: names of a Megatron-Core model's parameters, whether and along which dimension they are cut, in how many parts
+    side by side, and their shapes."""
     reset_parallel_state()
     from megatron.core import parallel_state
 
@@ -31,6 +31,7 @@ def parameters_of(flavour: str, changes: Mapping[str, Any]) -> dict[str, tuple[b
             bool(getattr(parameter, "tensor_model_parallel", False)),
             int(getattr(parameter, "partition_dim", -1)),
             int(getattr(parameter, "partition_stride", 1)),
+            tuple(parameter.shape),
         )
         for name, parameter in megatron_models.build_megatron_gpt(size).named_parameters()
     }
@@ -50,37 +51,82 @@ def test_real_models_match_their_family(flavour: str, changes: Mapping[str, Any]
     [found] = get_pool(1).run(parameters_of, flavour, changes)
     spec = load_spec(f"megatron_core_{flavour}")
     for name, pattern in spec.patterns(found).items():
-        split, dim, stride = found[name]
+        split, dim, stride, _ = found[name]
         if split:
             assert isinstance(pattern, Shard) and (pattern.dim, len(pattern.parts)) == (dim, stride), name
         else:
             assert pattern == Replicate(), name
+    by_names = find_family(list(found))
     if flavour == "gpt":
-        family = find_family(list(found))
-        assert family is not None and family.family == spec.family
+        assert by_names.spec == spec and by_names.confidence == "names"
+        assert "decoder.layers.0.mlp.linear_fc1.weight" in by_names.unconfirmed
     else:
-        # An ungated model without biases has the same names: only attributes or a spec can tell.
+        # An ungated model without biases has the same names: only attributes, shapes or a spec can tell.
+        assert by_names.confidence == "ambiguous"
         with pytest.raises(SpecError, match=r"disagree on decoder\.layers\.0\.mlp\.linear_fc1\.weight; ") as caught:
-            find_family(list(found))
+            _ = by_names.spec
         assert caught.value.problems == tuple(f"decoder.layers.{layer}.mlp.linear_fc1.weight" for layer in (0, 1))
+    by_shapes = find_family(list(found), {name: [shape] for name, (*_, shape) in found.items()})
+    assert by_shapes.spec == spec and by_shapes.confidence == "shapes"
+    assert str(by_shapes.candidates[0]).startswith(f"megatron_core_{flavour}: all names match, ")
+    assert not [name for name in by_shapes.unconfirmed if "linear_qkv.bias" not in name]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("degree", [1, 2])
+def test_shapes_tell_a_gated_model_from_an_ungated_one(gated: bool, degree: int) -> None:
+    """The names are the same; the first layer of a gated MLP has twice the rows that the second has columns."""
+    layer = "decoder.layers.0.mlp.linear_"
+    rows = 48 if gated else 24
+    shapes: dict[str, list[Shape]] = {
+        f"{layer}fc1.weight": [(rows // degree, 8)] * degree,
+        f"{layer}fc2.weight": [(8, 24 // degree)] * degree,
+        "decoder.final_layernorm.weight": [(8,)] * degree,
+    }
+    found = find_family(list(shapes), shapes)
+    assert found.spec is not None and found.spec.family == f"megatron_core_{'llama' if gated else 'gpt'}"
+    assert found.confidence == "shapes" and found.unconfirmed == ()
+    assert f"{layer}fc" in str(found.candidates[1]) and "all names match, " in str(found.candidates[1])
+
+
+def test_a_gated_model_with_biases_is_no_family_of_ours() -> None:
+    """All its names are those of the ungated family: cut plainly, its gate and up would be mixed. Shapes refuse that."""
+    layer = "decoder.layers.0.mlp.linear_"
+    shapes: dict[str, list[Shape]] = {
+        f"{layer}fc1.weight": [(24, 8)] * 2,
+        f"{layer}fc1.bias": [(24,)] * 2,
+        f"{layer}fc2.weight": [(8, 12)] * 2,
+    }
+    assert find_family(list(shapes)).confidence == "names"
+    found = find_family(list(shapes), shapes)
+    assert found.spec is None and found.confidence == "none"
+    assert str(found.candidates[0]).startswith("megatron_core_gpt: all names match, ")
+    assert "logical shape [8, 24]; the rule states [hidden_size, ffn_hidden_size], which is [8, 48]" in str(found)
+
+
+def test_shapes_that_a_family_cant_have() -> None:
+    shapes: dict[str, list[Shape]] = {"decoder.final_layernorm.weight": [(8,), (7,)]}
+    found = find_family(list(shapes), shapes)
+    assert found.spec is None and "different shapes on its ranks" in str(found)
 
 
 def test_no_family() -> None:
-    assert find_family(["embedding.word_embeddings.weight", "mystery.weight"]) is None
-    assert find_family([]) is None
+    found = find_family(["embedding.word_embeddings.weight", "mystery.weight"])
+    assert found.spec is None and found.confidence == "none"
+    assert "50% of the names match one rule; mystery.weight doesn't" in str(found)
+    assert find_family([]).spec is None
 
 
 def test_both_families_that_agree_fit() -> None:
     """Names that mean the same in both: the first serves."""
-    family = find_family(["embedding.word_embeddings.weight", "decoder.final_layernorm.weight"])
-    assert family is not None
+    assert find_family(["embedding.word_embeddings.weight", "decoder.final_layernorm.weight"]).spec is not None
 
 
 def test_families_that_disagree_are_refused() -> None:
     """The first layer of a feed-forward network is one part in one family and two in the other."""
     names = ["embedding.word_embeddings.weight", "decoder.layers.3.mlp.linear_fc1.weight"]
     with pytest.raises(SpecError) as caught:
-        find_family(names)
+        _ = find_family(names).spec
     for part in ("megatron_core_gpt", "megatron_core_llama", "--spec"):
         assert part in str(caught.value)
     assert caught.value.problems == (names[1],)

@@ -7,7 +7,7 @@ import pytest
 from ucp_deepspeed.errors import MismatchError, SpecError
 from ucp_deepspeed.language import Agreement, Spec, load_spec, resolve_patterns
 from ucp_deepspeed.language.resolve import compare, contradicts_record, describe
-from ucp_deepspeed.layout import Partial, Pattern, Replicate, Scale, Shard, Unique
+from ucp_deepspeed.layout import Partial, Pattern, Replicate, Scale, Shard, ShardGrid, Unique
 
 SPEC = Spec.parse({"family": "mine", "rules": [{"match": "**", "pattern": "shard", "dim": 1}]}, "mine.yaml")
 FAMILY_NAMES = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight"]
@@ -102,6 +102,10 @@ def test_spec_that_does_not_fit() -> None:
         (Shard(0, parts=(2, 1, 1)), Shard(0, parts=(1, 1)), Agreement.CONTRADICTED),
         (Shard(0), Replicate(), Agreement.CONTRADICTED),
         (Replicate(), Shard(0), Agreement.CONTRADICTED),
+        (Shard(0, heads=(2,)), Shard(0), Agreement.REFINED),
+        (ShardGrid((0, 1), ()), Shard(0), Agreement.CONTRADICTED),
+        (ShardGrid((0, 1), ()), Replicate(), Agreement.CONTRADICTED),
+        (Replicate(), ShardGrid((0, 1), ()), Agreement.CONTRADICTED),
     ],
     ids=str,
 )
@@ -114,6 +118,12 @@ def test_compare(pattern: Pattern, live: Pattern, agreement: Agreement) -> None:
     [
         (Shard(0, vocabulary=True, pad_to_multiple=8), Shard(0), False),
         (Shard(0), Shard(0, vocabulary=True), True),
+        (Shard(0, vocabulary=True), Shard(0, widths=(3, 2)), True),
+        (Shard(0, heads=(4,)), Shard(0), False),
+        (Shard(0), Shard(0, heads=(4,)), True),
+        (Shard(0, parts=(1, 1), heads=(4, 4)), Shard(0, parts=(1, 1)), True),
+        (Shard(0, heads=(4,)), Shard(1), True),
+        (ShardGrid((0, 1), ()), Shard(0), True),
         (Shard(0, parts=(1, 1)), Shard(0, parts=(1, 1)), False),
         (Shard(0, parts=(1, 1)), Shard(0), True),
         (Shard(0), Shard(0, parts=(1, 1)), True),
@@ -141,6 +151,8 @@ def test_what_was_recorded_binds(pattern: Pattern, recorded: Pattern, expected: 
         (Shard(0, parts=(1, 1)), "shard on dimension 0 in parts 1:1"),
         (Shard(0, widths=(3, 2)), "shard on dimension 0 in widths 3, 2"),
         (Shard(0, vocabulary=True), "shard on dimension 0 (vocabulary)"),
+        (Shard(0, parts=(4, 1, 1), heads=(8, 2, 2)), "shard on dimension 0 in parts 4:1:1 with heads 8:2:2"),
+        (ShardGrid((0, 1), ((2, 2), (4, 2))), "shard on dimensions 0, 1 in grids 2×2, 4×2"),
     ],
 )
 def test_describe(pattern: Pattern, words: str) -> None:

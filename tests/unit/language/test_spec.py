@@ -9,7 +9,7 @@ import pytest
 
 from ucp_deepspeed.errors import MAX_LISTED, SpecError
 from ucp_deepspeed.language import PATTERN, Rule, Spec, load_spec, spec_names
-from ucp_deepspeed.layout import Partial, Pattern, Replicate, Scale, Shard, Unique
+from ucp_deepspeed.layout import Partial, Pattern, Replicate, Scale, Shard, ShardGrid, Unique
 
 
 def spec_of(*rules: Any) -> Spec:
@@ -24,7 +24,7 @@ GOOD = {"match": "a", "pattern": "unique"}
     [
         (
             [{"match": "a", "pattern": "shardd"}],
-            ["rules[0]: ", "'shardd'", "'unique', 'replicate', 'partial', 'shard'"],
+            ["rules[0]: ", "'shardd'", "'unique', 'replicate', 'partial', 'shard', 'shard_grid'"],
         ),
         ([GOOD, {"match": "a", "pattern": "shard", "dimm": 1}], ["rules[1].shard.dimm: Unexpected keyword"]),
         ([GOOD, GOOD, {"match": "a", "pattern": "shard", "dim": "zero"}], ["rules[2].shard.dim: ", "valid integer"]),
@@ -185,6 +185,8 @@ PATTERNS: list[Pattern] = [
     Shard(parts=(2, 1, 1)),
     Shard(widths=(3, 2)),
     Shard(vocabulary=True, pad_to_multiple=128),
+    Shard(parts=(4, 1, 1), heads=(8, 2, 2)),
+    ShardGrid((0, 1), ((2, 1), (2, 2))),
 ]
 
 

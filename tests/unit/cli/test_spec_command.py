@@ -1,0 +1,414 @@
+"""``ucp spec``: specs against checkpoints of two tensor-parallel ranks, written by brute force."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+
+from ucp_deepspeed.cli import main
+from ucp_deepspeed.language import PATTERN, Spec, load_spec, spec_names
+from ucp_deepspeed.layout import Partial, Pattern, Replicate, Scale, Shard
+from ucp_deepspeed.testing.native_files import Cut, NativeModel, NativeParameter, NativeRun, add_manifest, write_native
+from ucp_deepspeed.testing.ranks import get_pool
+
+Ucp = Callable[..., Result]
+
+SHAPES: dict[str, tuple[tuple[int, ...], Cut]] = {
+    "embed.weight": ((10, 4), "rows"),
+    "layers.{n}.up.weight": ((8, 4), "rows"),
+    "layers.{n}.up.bias": ((8,), "rows"),
+    "layers.{n}.gate_up.weight": ((12, 4), "gate_up"),
+    "layers.{n}.down.weight": ((4, 6), "columns"),
+    "layers.{n}.down.bias": ((4,), "replicated"),
+    "norm.weight": ((4,), "replicated"),
+}
+
+RIGHT = """\
+family: mine
+rules:
+  - {match: [embed.weight, layers.*.up.*], pattern: shard, dim: 0}
+  - match: layers.*.gate_up.weight
+    pattern: shard
+    dim: 0
+    parts: [1, 1]
+  - {match: layers.*.down.weight, pattern: shard, dim: 1}
+  - {match: [layers.*.down.bias, norm.weight], pattern: replicate}
+names:
+  wrapped:
+    - {from: "module.**", to: "**"}
+"""
+
+
+def model_of(seed: int = 3, scaled: int = 1, shapes: Mapping[str, tuple[tuple[int, ...], Cut]] = SHAPES) -> NativeModel:
+    """Two layers of the shapes above; the biases that no rank cuts are divided by ``scaled``."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [name.format(n=n) for name in shapes for n in (range(2) if "{n}" in name else (0,))]
+    parameters = []
+    for name in names:
+        shape, cut = shapes[name.replace(".0.", ".{n}.").replace(".1.", ".{n}.")]
+        value = torch.randn(shape, generator=generator) / (scaled if name.endswith("down.bias") else 1)
+        states = {key: torch.randn(shape, generator=generator) for key in ("exp_avg", "exp_avg_sq")}
+        parameters.append(NativeParameter(name, value, states, cut=cut))
+    return NativeModel(tuple(parameters))
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    return write_native(tmp_path / "two", model_of(), NativeRun(tp=2, dp=2, stage=1))
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Path:
+    """The same state on one tensor-parallel rank."""
+    return write_native(tmp_path / "one", model_of(), NativeRun(dp=2, stage=2))
+
+
+@pytest.fixture
+def right(tmp_path: Path) -> Path:
+    path = tmp_path / "right.yaml"
+    path.write_text(RIGHT)
+    return path
+
+
+def findings(result: Result) -> list[dict[str, Any]]:
+    return json.loads(result.stdout)["findings"]
+
+
+def test_list(ucp: Ucp) -> None:
+    shown = ucp("spec", "list").stdout
+    for name in spec_names():
+        assert name in shown and load_spec(name).description in shown
+    assert set(json.loads(ucp("spec", "list", "--json").stdout)) == set(spec_names())
+
+
+def test_how_well_families_fit(tmp_path: Path, two: Path, ucp: Ucp) -> None:
+    none = ucp("spec", "list", "--against", two, "--json")
+    assert (none.exit_code, json.loads(none.stdout)["confidence"]) == (1, "none")
+    layer = "decoder.layers.{n}.mlp.linear_"
+    shapes: dict[str, tuple[tuple[int, ...], Cut]] = {
+        "decoder.final_layernorm.weight": ((4,), "replicated"),
+        f"{layer}fc1.weight": ((12, 4), "gate_up"),
+        f"{layer}fc2.weight": ((4, 6), "columns"),
+    }
+    path = write_native(tmp_path / "llama", model_of(shapes=shapes), NativeRun(tp=2, stage=1))
+    report = json.loads(ucp("spec", "list", "--against", path, "--json").stdout)
+    assert report["confidence"] == "shapes" and report["unconfirmed"] == []
+    assert next(iter(report["families"])) == "megatron_core_llama"
+    shown = ucp("spec", "list", "--against", path)
+    assert shown.exit_code == 0 and "one family fits, and shapes confirm it" in shown.stdout
+    assert "megatron_core_gpt: all names match, 2 shapes don't; " in shown.stdout
+    # The same decides which layouts are used where no spec is named.
+    inspected = json.loads(ucp("inspect", path, "--json").stdout)
+    assert inspected["parameters"]["decoder.layers.0.mlp.linear_fc1.weight"]["pattern"].endswith("in parts 1:1")
+
+
+def test_a_load_refuses_shapes_that_the_spec_denies(two: Path, right: Path, ucp: Ucp) -> None:
+    """Declared along the wrong dimension the matrix would be joined to [8, 3], and every byte be kept."""
+    right.write_text(RIGHT.replace(DOWN, "down.weight, pattern: shard, dim: 0, shape: [4, 6]"))
+    result = ucp("inspect", two, "--spec", right)
+    assert result.exit_code == 2
+    assert "layers.0.down.weight: shard on dimension 0; logical shape [8, 3]; the rule states [4, 6]" in result.stderr
+    right.write_text(RIGHT.replace(DOWN, f"{DOWN}, shape: [4, 6]"))
+    assert ucp("inspect", two, "--spec", right).exit_code == 0
+
+
+def test_a_right_spec(two: Path, one: Path, right: Path, ucp: Ucp) -> None:
+    result = ucp("spec", "check", right, "--against", two, "--strict", "--json")
+    report = json.loads(result.stdout)
+    assert (result.exit_code, report["sound"], report["findings"], report["unused"]) == (0, True, [], [])
+    assert report["parameters"]["layers.1.gate_up.weight"] == {
+        "own_name": "layers.1.gate_up.weight",
+        "rules": [
+            {"rule": 1, "glob": "layers.*.gate_up.weight", "line": 4, "pattern": "shard on dimension 0 in parts 1:1"}
+        ],
+        "local_shapes": [[6, 4], [6, 4]],
+        "shape": [12, 4],
+    }
+    assert report["values_compared"] == 12 and report["single_rank"] == "no"
+    assert (
+        json.loads(ucp("spec", "check", right, "--against", two, "--no-values", "--json").stdout)["values_compared"]
+        == 0
+    )
+    compared = ucp("spec", "check", right, "--against", two, "--single-rank", one, "--json")
+    assert compared.exit_code == 0 and json.loads(compared.stdout)["single_rank"] == "values"
+
+
+def test_for_people(two: Path, right: Path, ucp: Ucp) -> None:
+    right.write_text(RIGHT.replace("norm.weight]", "nrom.weight]"))
+    result = ucp("spec", "check", right, "--against", two)
+    assert result.exit_code == 1
+    lines = result.stdout.splitlines()
+    assert lines[2] == "verdict   1 contradiction"
+    assert lines[3] == "compared  names and shapes of 12 parameters, values of 11"
+    assert lines[4].startswith("  norm.weight: matches no rule; nearest: nrom.weight, ")
+    [row] = [line for line in lines if line.startswith("layers.0.down.weight")]
+    assert row.split(maxsplit=1)[1].startswith("layers.*.down.weight (line 8)")
+    assert lines[-1] == "note: globs that fit nothing: nrom.weight (line 9)"
+
+
+DOWN = "down.weight, pattern: shard, dim: 1"
+NORM = "norm.weight], pattern: replicate"
+WRONG_RULES = {
+    "no such dimension": ("up.*], pattern: shard, dim: 0", "up.*], pattern: shard, dim: 1", "shapes"),
+    "wrong dimension, beside a bias": (DOWN, "down.weight, pattern: shard, dim: 0", "bias"),
+    "replicate where values differ": (DOWN, "down.weight, pattern: replicate", "values"),
+    "shard of copies": (NORM, "norm.weight], pattern: shard, dim: 0", "values"),
+    "kv heads that differ": (DOWN, "down.weight, pattern: shard, dim: 1, heads: [1]", "values"),
+    "parts that don't divide": ("parts: [1, 1]", "parts: [2, 1, 4]", "shapes"),
+    "a shape that it isn't": (DOWN, f"{DOWN}, shape: [4, 4]", "shapes"),
+    "ambiguous": ("[embed.weight, ", "[embed.*, embed.weight, norm.*, ", "ambiguous"),
+    "unmatched": ("embed.weight", "embedding.weight", "unmatched"),
+    "unique": (NORM, "norm.weight], pattern: unique", "shapes"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "what"), WRONG_RULES.values(), ids=WRONG_RULES.keys())
+def test_a_wrong_rule_is_caught(old: str, new: str, what: str, two: Path, right: Path, ucp: Ucp) -> None:
+    assert old in RIGHT
+    right.write_text(RIGHT.replace(old, new))
+    result = ucp("spec", "check", right, "--against", two, "--json")
+    assert result.exit_code == 1
+    assert what in {finding["what"] for finding in findings(result) if finding["wrong"]}
+
+
+GATE_UP = "    dim: 0\n    parts: [1, 1]\n"
+OTHERWISE = "joined that way it isn't what it is without tensor parallelism"
+WHOLE_ONLY = {
+    "fused declared plain": ("    dim: 0\n", OTHERWISE),
+    "other parts": ("    dim: 0\n    parts: [1, 1, 1]\n", OTHERWISE),
+    "wrong dimension": ("    dim: 1\n", "without tensor parallelism it is [12, 4]"),
+}
+
+
+@pytest.mark.parametrize(("fields", "detail"), WHOLE_ONLY.values(), ids=WHOLE_ONLY.keys())
+def test_what_only_a_single_rank_tells(fields: str, detail: str, two: Path, one: Path, right: Path, ucp: Ucp) -> None:
+    """By itself the checkpoint holds no evidence: the same shapes, other values."""
+    assert GATE_UP in RIGHT
+    right.write_text(RIGHT.replace(GATE_UP, fields))
+    assert ucp("spec", "check", right, "--against", two).exit_code == 0
+    result = ucp("spec", "check", right, "--against", two, "--single-rank", one, "--json")
+    assert result.exit_code == 1
+    wrong = findings(result)
+    assert {finding["parameter"] for finding in wrong} == {f"layers.{n}.gate_up.weight" for n in range(2)}
+    assert all(finding["what"] == "whole" and detail in finding["detail"] for finding in wrong)
+
+
+def test_another_state_of_a_single_rank_tells_by_shapes(two: Path, right: Path, tmp_path: Path, ucp: Ucp) -> None:
+    other = write_native(tmp_path / "other", model_of(seed=4), NativeRun(stage=1))
+    result = ucp("spec", "check", right, "--against", two, "--single-rank", other, "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["single_rank"] == "shapes"
+    right.write_text(RIGHT.replace("    parts: [1, 1]\n", ""))
+    assert ucp("spec", "check", right, "--against", two, "--single-rank", other).exit_code == 0
+    refused = ucp("spec", "check", right, "--against", two, "--single-rank", two)
+    assert refused.exit_code == 2 and "is of 2 tensor-parallel ranks" in refused.stderr
+
+
+def test_a_missing_scale(one: Path, right: Path, tmp_path: Path, ucp: Ucp) -> None:
+    """AutoTP stores a row-parallel bias divided by the degree."""
+    scaled = write_native(tmp_path / "scaled", model_of(scaled=2), NativeRun(tp=2, stage=1))
+    assert ucp("spec", "check", right, "--against", scaled).exit_code == 0
+    result = ucp("spec", "check", right, "--against", scaled, "--single-rank", one, "--json")
+    assert {finding["parameter"] for finding in findings(result)} == {f"layers.{n}.down.bias" for n in range(2)}
+    rules = (
+        "  - {match: layers.*.down.bias, pattern: replicate, scale: {}}\n  - {match: norm.weight, pattern: replicate}\n"
+    )
+    right.write_text(RIGHT.replace("  - {match: [layers.*.down.bias, norm.weight], pattern: replicate}\n", rules))
+    result = ucp("spec", "check", right, "--against", scaled, "--single-rank", one, "--json")
+    assert (result.exit_code, findings(result)) == (0, [])
+
+
+def test_what_was_recorded(two: Path, right: Path, ucp: Ucp) -> None:
+    record(two, {"layers.0.gate_up.weight": {"pattern": "shard", "dim": 0, "parts": [1, 1]}})
+    assert ucp("spec", "check", right, "--against", two).exit_code == 0
+    right.write_text(RIGHT.replace("    parts: [1, 1]\n", ""))
+    result = ucp("spec", "check", right, "--against", two, "--json")
+    [finding] = findings(result)
+    assert (result.exit_code, finding["what"], finding["parameter"]) == (1, "record", "layers.0.gate_up.weight")
+    assert "(layers.*.gate_up.weight (line 4)); recorded was shard on dimension 0 in parts 1:1" in finding["detail"]
+
+
+def record(folder: Path, patterns: Mapping[str, Any]) -> None:
+    """Add a manifest with patterns."""
+    add_manifest(folder, model_of(), NativeRun(tp=2, dp=2, stage=1))
+    path = folder / "ucp_manifest.json"
+    manifest = json.loads(path.read_text())
+    for name, pattern in patterns.items():
+        manifest["parameters"][name] = {"pattern": pattern}
+    path.write_text(json.dumps(manifest))
+
+
+def test_a_vocabulary_of_unknown_size_is_remarked(two: Path, right: Path, ucp: Ucp) -> None:
+    rules = "  - {match: embed.weight, pattern: shard, dim: 0, vocabulary: true}\n  - {match: layers.*.up.*,"
+    right.write_text(RIGHT.replace("  - {match: [embed.weight, layers.*.up.*],", rules))
+    args = ("spec", "check", right, "--against", two)
+    result = ucp(*args, "--json")
+    assert result.exit_code == 0
+    [finding] = findings(result)
+    assert finding["detail"] == "the vocabulary's size isn't known: all 10 rows are kept" and not finding["wrong"]
+    assert ucp(*args, "--strict").exit_code == 1
+    assert ucp(*args, "--strict", "--vocabulary-size", 9).exit_code == 0
+    too_large = ucp(*args, "--vocabulary-size", 11, "--json")
+    assert too_large.exit_code == 1 and findings(too_large)[0]["what"] == "shapes"
+
+
+def test_an_uneven_cut_is_remarked(tmp_path: Path, right: Path, ucp: Ucp) -> None:
+    """Two parts of 5 rows each on two ranks are 6 and 4 rows, and so is no even cut of 10."""
+    shapes: dict[str, tuple[tuple[int, ...], Cut]] = {"fused.weight": ((10, 3), "gate_up")}
+    path = write_native(tmp_path / "uneven", model_of(shapes=shapes), NativeRun(tp=2, stage=1))
+    right.write_text("family: mine\nrules:\n  - {match: fused.weight, pattern: shard, dim: 0}\n")
+    result = ucp("spec", "check", right, "--against", path, "--json")
+    assert [one["detail"] for one in findings(result)] == [
+        "the ranks hold [6, 4], which is no even cut, and 2 fused parts would be"
+    ]
+    right.write_text("family: mine\nrules:\n  - {match: fused.weight, pattern: shard, dim: 0, parts: [1, 1]}\n")
+    assert ucp("spec", "check", right, "--against", path, "--strict").exit_code == 0
+
+
+def test_explain(two: Path, right: Path, ucp: Ucp) -> None:
+    report = json.loads(
+        ucp("spec", "explain", "layers.1.gate_up.weight", "--spec", right, "--against", two, "--json").stdout
+    )
+    assert (report["scheme"], report["problem"], report["shape"]) == (None, None, [12, 4])
+    assert report["ranks"][1]["pieces"] == [
+        {"logical": [[3, 6], [0, 4]], "local": [[0, 3], [0, 4]]},
+        {"logical": [[9, 12], [0, 4]], "local": [[3, 6], [0, 4]]},
+    ]
+    shown = ucp("spec", "explain", "module.norm.weight", "--spec", right).stdout.splitlines()
+    assert shown == [
+        "parameter module.norm.weight",
+        "logical   norm.weight (by naming scheme 'wrapped')",
+        "rule      norm.weight (line 9): replicate",
+    ]
+    shown = ucp("spec", "explain", "layers.1.down.weight", "--spec", right, "--against", two).stdout
+    assert " ".join(shown.splitlines()[-1].split()) == "1 [4, 3] [0:4, 3:6] [0:4, 0:3]"
+
+
+def test_explain_what_is_wrong(two: Path, right: Path, ucp: Ucp) -> None:
+    result = ucp("spec", "explain", "nowhere", "--spec", right)
+    assert result.exit_code == 1 and "problem   matches no rule; nearest: " in result.stdout
+    result = ucp("spec", "explain", "nowhere", "--spec", right, "--against", two)
+    assert result.exit_code == 2 and "holds no parameter 'nowhere'" in result.stderr
+    right.write_text(RIGHT.replace("norm.weight], pattern: replicate", "norm.weight], pattern: shard, dim: 1"))
+    result = ucp("spec", "explain", "norm.weight", "--spec", right, "--against", two)
+    assert result.exit_code == 1 and "dimension 1 doesn't exist in shape (4,)" in result.stdout
+
+
+def inferred(result: Result, path: Path) -> Spec:
+    path.write_text(result.stdout)
+    return load_spec(str(path))
+
+
+def test_infer_by_comparison(two: Path, one: Path, tmp_path: Path, ucp: Ucp) -> None:
+    """Of the same state: values tell which shards are fused."""
+    result = ucp("spec", "infer", two, "--single-rank", one)
+    assert (result.exit_code, result.stderr) == (0, "")
+    spec = inferred(result, tmp_path / "new.yaml")
+    assert spec.patterns(["layers.7.gate_up.weight", "layers.7.up.weight", "layers.7.down.weight"]) == {
+        "layers.7.gate_up.weight": Shard(0, parts=(1, 1)),
+        "layers.7.up.weight": Shard(0),
+        "layers.7.down.weight": Shard(1),
+    }
+    assert "shapes can't tell" not in result.stdout
+    checked = ucp("spec", "check", tmp_path / "new.yaml", "--against", two, "--single-rank", one, "--strict")
+    assert checked.exit_code == 0, checked.stdout
+
+
+def test_infer_by_shapes_alone(two: Path, tmp_path: Path, ucp: Ucp) -> None:
+    other = write_native(tmp_path / "other", model_of(seed=4), NativeRun(stage=1))
+    result = ucp("spec", "infer", two, "--single-rank", other, "--family", "mine")
+    spec = inferred(result, tmp_path / "new.yaml")
+    assert spec.family == "mine" and spec.patterns(["layers.0.gate_up.weight"]) == {"layers.0.gate_up.weight": Shard(0)}
+    assert "# shapes can't tell whether this is fused" in result.stdout
+    assert ucp("spec", "check", tmp_path / "new.yaml", "--against", two, "--single-rank", other).exit_code == 0
+
+
+def test_infer_a_scale_and_a_partial(one: Path, tmp_path: Path, ucp: Ucp) -> None:
+    shapes: dict[str, tuple[tuple[int, ...], Cut]] = {
+        "partial.weight": ((6,), "rows"),
+        "down.bias": ((4,), "replicated"),
+    }
+    whole = model_of(shapes=shapes)
+    halved = model_of(shapes=shapes, scaled=2)
+    [first, second] = whole.parameters
+    narrow = NativeModel((replace(first, fp32=first.fp32[:3], states={}), replace(second, states={})))
+    # A frozen one is needed for no state to be missing; both parameters have none.
+    single = write_native(tmp_path / "single", narrow, NativeRun(stage=1, steps=0))
+    both = NativeModel(tuple(replace(parameter, states={}) for parameter in halved.parameters))
+    sharded = write_native(tmp_path / "sharded", both, NativeRun(tp=2, stage=1, steps=0))
+    result = ucp("spec", "infer", sharded, "--single-rank", single)
+    patterns = inferred(result, tmp_path / "new.yaml").patterns(["partial.weight", "down.bias"])
+    assert patterns == {"partial.weight": Partial(), "down.bias": Replicate(scale=Scale())}
+    assert "each rank holds the value divided by their number" in result.stdout
+
+
+def test_infer_from_the_record(two: Path, tmp_path: Path, ucp: Ucp) -> None:
+    refused = ucp("spec", "infer", two)
+    assert refused.exit_code == 2 and "doesn't record how 12 parameters are cut" in refused.stderr
+    right = Spec.parse(yaml.safe_load(RIGHT), "right")
+    names = [parameter.name for parameter in model_of().parameters]
+    recorded = {name: PATTERN.dump_python(pattern, mode="json") for name, pattern in right.patterns(names).items()}
+    record(two, recorded)
+    spec = inferred(ucp("spec", "infer", two), tmp_path / "new.yaml")
+    assert spec.patterns(names) == right.patterns(names)
+    assert len(spec.rules) == 4
+
+
+MEGATRON_MODEL = """
+def build():
+    from ucp_deepspeed.testing import megatron_models
+    return megatron_models.build_megatron_gpt(megatron_models.llama_flavour())
+
+def nothing():
+    import torch
+    return torch.nn.Linear(2, 2)
+"""
+
+
+def infer_on_rank(folder: str, function: str) -> tuple[int, str, str]:
+    """On a rank: ``ucp spec infer --model``."""
+    import os
+
+    from ucp_deepspeed.testing.ranks import reset_parallel_state
+
+    reset_parallel_state()
+    from megatron.core import parallel_state
+
+    from ucp_deepspeed.testing.megatron_cpu import run_megatron_on_cpu
+
+    run_megatron_on_cpu()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=1)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        result = CliRunner().invoke(main, ["spec", "infer", "--model", f"model_of_mine:{function}"])
+    finally:
+        os.chdir(before)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_infer_from_a_model(tmp_path: Path) -> None:
+    (tmp_path / "model_of_mine.py").write_text(MEGATRON_MODEL)
+    [(status, stdout, stderr)] = get_pool(1).run(infer_on_rank, str(tmp_path), "build")
+    assert status == 0, stderr
+    (tmp_path / "new.yaml").write_text(stdout)
+    spec, family = load_spec(str(tmp_path / "new.yaml")), load_spec("megatron_core_llama")
+    names = [f"decoder.layers.{n}.mlp.linear_{fc}.weight" for n in range(2) for fc in ("fc1", "fc2")]
+    expected: dict[str, Pattern] = family.patterns(names)
+    assert spec.patterns(names) == expected
+    for function, message in (("nothing", "carries attributes"), ("nowhere", "has no attribute 'nowhere'")):
+        [(status, _, stderr)] = get_pool(1).run(infer_on_rank, str(tmp_path), function)
+        assert status == 2 and message in stderr
+
+
+def test_infer_wants_one_source(two: Path, ucp: Ucp) -> None:
+    for args in ((), (two, "--model", "a:b")):
+        result = ucp("spec", "infer", *args)
+        assert result.exit_code == 2 and "name a checkpoint, or a function with --model" in result.stderr

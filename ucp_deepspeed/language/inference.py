@@ -1,0 +1,169 @@
+"""A first spec from what is known of a model: patterns by parameter, folded into rules; and patterns from shapes.
+
+What shapes leave open is said in comments of the written file. A parameter about which nothing is certain gets no rule: its globs
+are written as a comment, so that the spec is refused until somebody has decided.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+
+from ucp_deepspeed.language.spec import PATTERN
+from ucp_deepspeed.layout.box import Shape
+from ucp_deepspeed.layout.pattern import Pattern, Replicate, Shard, ShardGrid
+
+FUSED_PARTS = ((1, 1), (1, 1, 1), *((share, 1, 1) for share in range(2, 17)))
+"""Parts that fused tensors are known to have: gate and up; q, k and v; up to 16 q heads for each k head."""
+
+_PLAIN = re.compile(r"[A-Za-z_][\w.*-]*")
+"""Strings that YAML reads as such without quotes, as far as names of parameters go."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What is known of one parameter.
+
+    Attributes:
+        pattern: None where nothing is certain.
+        comments: what is left open, in words; one line each.
+    """
+
+    pattern: Pattern | None
+    comments: tuple[str, ...] = ()
+
+
+def guess_from_shapes(local_shapes: Sequence[Shape], whole: Shape) -> Guess:
+    """The pattern that leads from a whole tensor's shape to those of the tensor-parallel ranks, as far as shapes tell.
+
+    Args:
+        whole: shape on a single rank.
+    """
+    first, degree = local_shapes[0], len(local_shapes)
+    if all(shape == whole for shape in local_shapes):
+        return Guess(Replicate())
+    if any(len(shape) != len(whole) for shape in local_shapes):
+        return Guess(None, (f"{list(whole)} on one rank, {_listed(local_shapes)} on {degree}: no pattern is known",))
+    cut = [dim for dim in range(len(whole)) if any(shape[dim] != whole[dim] for shape in local_shapes)]
+    unknown = Guess(None, (f"{list(whole)} on one rank, {_listed(local_shapes)} on {degree}: no pattern is known",))
+    if len(cut) > 1:
+        return _guess_grid(local_shapes, whole, cut) or unknown
+    dim = cut[0]
+    total = sum(shape[dim] for shape in local_shapes)
+    if total == whole[dim]:
+        return Guess(Shard(dim))
+    even = all(shape == first for shape in local_shapes)
+    copies, rest = divmod(total, max(whole[dim], 1))
+    if even and copies > 1 and rest == 0 and degree % copies == 0 and whole[dim] % (degree // copies) == 0:
+        heads = degree // copies
+        comment = (
+            f"each of {heads} equal shares is held by {copies} ranks: taken for {heads} kv heads, on neighbouring ranks"
+        )
+        return Guess(Shard(dim, heads=(heads,)), (comment,))
+    if total > whole[dim] and even and dim == 0 and len(whole) == 2 and total - whole[dim] < whole[dim]:
+        comment = (
+            f"{total} rows over {degree} ranks, {whole[dim]} on one: taken for a vocabulary that is padded otherwise"
+        )
+        return Guess(Shard(dim, vocabulary=True), (comment,))
+    return unknown
+
+
+def _guess_grid(local_shapes: Sequence[Shape], whole: Shape, cut: Sequence[int]) -> Guess | None:
+    """A cut along several dimensions, if the ranks form a grid."""
+    first = local_shapes[0]
+    grid = tuple(-(-whole[dim] // max(first[dim], 1)) for dim in cut)
+    if prod(grid) != len(local_shapes):
+        return None
+    pattern = ShardGrid(tuple(cut), (grid,))
+    try:
+        pattern.layout(whole, local_shapes)
+    except ValueError:
+        return None
+    return Guess(pattern, ("taken for a grid of which the last axis runs fastest over the ranks",))
+
+
+def fused_candidates(pattern: Shard, local_shapes: Sequence[Shape], logical_shape: Shape) -> tuple[Shard, ...]:
+    """Shards with parts that have the same local shapes as a plain shard: shapes can't tell them apart."""
+    if pattern.parts != (1,) or pattern.heads is not None or pattern.vocabulary or len(local_shapes) < 2:
+        return ()
+    found = []
+    for parts in FUSED_PARTS:
+        candidate = Shard(pattern.dim, parts=parts)
+        try:
+            candidate.layout(logical_shape, local_shapes)
+        except ValueError:
+            continue
+        found.append(candidate)
+    return tuple(found)
+
+
+def fused_comment(candidates: Sequence[Shard]) -> str:
+    """What to say of a plain shard that might be fused."""
+    listed = [list(candidate.parts) for candidate in candidates]
+    several = ", ".join(map(str, listed[:3])) + (", …" if len(listed) > 3 else "")
+    return f"shapes can't tell whether this is fused (gate and up; q, k and v); if it is, add parts, one of {several}"
+
+
+def generalised(name: str) -> str:
+    """A parameter's name with ``*`` for its numbers: ``layers.*.weight`` for ``layers.3.weight``."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def spec_text(family: str, description: str, guesses: Mapping[str, Guess], heading: Sequence[str] = ()) -> str:
+    """A spec file in which each parameter with a known pattern matches exactly one rule.
+
+    Args:
+        guesses: by logical name.
+        heading: lines of the comment at the top.
+    """
+    known: dict[Guess, list[str]] = {}
+    for glob, guess in _globs(guesses).items():
+        known.setdefault(guess, []).append(glob)
+    lines = [f"# {line}" for line in heading]
+    lines += [f"family: {_scalar(family)}", f"description: {_scalar(description)}", "rules:"]
+    for guess, globs in sorted(known.items(), key=lambda entry: entry[0].pattern is None):
+        lines += [f"  # {comment}" for comment in guess.comments]
+        lines += _rule(globs, guess.pattern) if guess.pattern is not None else _undecided(globs)
+    return "\n".join(lines) + "\n"
+
+
+def _globs(guesses: Mapping[str, Guess]) -> dict[str, Guess]:
+    """Globs for all names: numbers are left out where that makes no difference."""
+    members: dict[str, list[str]] = {}
+    for name in guesses:
+        members.setdefault(generalised(name), []).append(name)
+    found: dict[str, Guess] = {}
+    for glob, names in members.items():
+        if len({guesses[name] for name in names}) == 1:
+            found[glob] = guesses[names[0]]
+        else:
+            found |= {name: guesses[name] for name in names}
+    return found
+
+
+def _rule(globs: Sequence[str], pattern: Pattern) -> list[str]:
+    fields = PATTERN.dump_python(pattern, mode="json", exclude_defaults=True)
+    lines = [f"  - match: {_scalar(globs[0])}"] if len(globs) == 1 else ["  - match:"]
+    lines += [f"      - {_scalar(glob)}" for glob in globs] if len(globs) > 1 else []
+    lines.append(f"    pattern: {pattern.pattern}")
+    if isinstance(pattern, Shard):
+        fields = {"dim": pattern.dim} | fields
+    return lines + [f"    {key}: {json.dumps(value)}" for key, value in fields.items() if key != "pattern"]
+
+
+def _undecided(globs: Sequence[str]) -> list[str]:
+    """A rule that isn't one yet."""
+    return ["  # - match:", *(f"  #     - {_scalar(glob)}" for glob in globs), "  #   pattern: ?"]
+
+
+def _scalar(text: str) -> str:
+    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+
+
+def _listed(shapes: Sequence[Shape]) -> str:
+    same = all(one == other for one, other in pairwise(shapes))
+    return f"{len(shapes)} × {list(shapes[0])}" if same else ", ".join(str(list(shape)) for shape in shapes)

@@ -1,0 +1,98 @@
+"""Whole shapes that rules state: dimensions without a value get theirs from the parameters, and then all must agree.
+
+dimensions: {hidden: null, ffn: null}
+rules:
+  - {match: layers.*.up.weight, pattern: shard, dim: 0, shape: [ffn, hidden]}
+  - {match: layers.*.gate_up.weight, pattern: shard, dim: 0, parts: [1, 1], shape: [2 * ffn, hidden]}
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ucp_deepspeed.language.dimensions import evaluate
+from ucp_deepspeed.layout.box import Shape
+
+StatedShape = tuple[int | str | None, ...]
+"""What a rule says: numbers, expressions, and None for an extent of which it says nothing."""
+
+
+@dataclass(frozen=True)
+class ShapeCheck:
+    """Stated shapes against those that there are.
+
+    Attributes:
+        values: of the dimensions that the parameters gave.
+        problems: parameter → in what its shape differs.
+        confirmed: parameters of which some stated extent agrees with another parameter's, or with a given number.
+    """
+
+    values: Mapping[str, int]
+    problems: Mapping[str, str]
+    confirmed: frozenset[str]
+
+
+def check_shapes(
+    stated: Mapping[str, StatedShape],
+    found: Mapping[str, Shape],
+    given: Mapping[str, int],
+    free_dims: Mapping[str, Any],
+) -> ShapeCheck:
+    """Compare what rules state with whole shapes.
+
+    A free dimension has the value that most parameters give it; the others are then the wrong ones.
+
+    Args:
+        stated: parameter → what its rule says.
+        found: parameter → its whole shape; those without one are left out.
+        given: dimensions that have a value.
+        free_dims: names of those that have none.
+    """
+    problems: dict[str, str] = {}
+    votes: dict[str, Counter[int]] = {name: Counter() for name in free_dims}
+    fitting: dict[str, tuple[StatedShape, Shape]] = {}
+    for name, shape in stated.items():
+        if name not in found:
+            continue
+        if len(shape) != len(found[name]):
+            problems[name] = f"has {len(found[name])} dimensions, and the rule states {_words(shape)}"
+            continue
+        fitting[name] = shape, found[name]
+        for item, extent in zip(shape, found[name], strict=True):
+            if isinstance(item, str) and item in votes:
+                votes[item][extent] += 1
+    solved = {name: counts.most_common(1)[0][0] for name, counts in votes.items() if counts}
+    values = {**given, **solved}
+    confirmed: set[str] = set()
+    for name, (shape, extents) in fitting.items():
+        expected = [_extent(item, values) for item in shape]
+        wrong = [one for one, extent in zip(expected, extents, strict=True) if one is not None and one != extent]
+        if wrong:
+            problems[name] = f"the rule states {_words(shape)}, which is {_words(expected)}"
+        elif any(_tells(item, votes, values) for item in shape):
+            confirmed.add(name)
+    return ShapeCheck(solved, problems, frozenset(confirmed))
+
+
+def _extent(item: int | str | None, values: Mapping[str, int]) -> int | None:
+    """A stated number; None where dimensions in it have no value."""
+    if not isinstance(item, str):
+        return item
+    try:
+        return evaluate(item, values)
+    except ValueError:
+        return None
+
+
+def _tells(item: int | str | None, votes: Mapping[str, Counter[int]], values: Mapping[str, int]) -> bool:
+    """Whether an extent could have been another: one that it alone gave a value to couldn't."""
+    if isinstance(item, str) and item in votes:
+        return votes[item].total() > 1
+    return item is not None and _extent(item, values) is not None
+
+
+def _words(shape: Sequence[int | str | None]) -> str:
+    return f"[{', '.join('?' if item is None else str(item) for item in shape)}]"

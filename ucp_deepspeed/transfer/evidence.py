@@ -1,0 +1,503 @@
+"""What a checkpoint tells for and against a spec: names, shapes, values, what was recorded, and a whole copy beside it.
+
+A wrong rule can keep every byte and ruin the model, so everything that the checkpoint knows is held against it. What it doesn't
+know is listed in ``docs/language.md``, *What can't be caught*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal
+
+import torch
+
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Checkpoint, FileExtent, HeldShapes, Parameter
+from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
+from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of, parameter_names
+from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.errors import MismatchError
+from ucp_deepspeed.language import Match, Spec, logical_names
+from ucp_deepspeed.language.resolve import contradicts_record, describe
+from ucp_deepspeed.layout import Layout, Partial, Replicate, Shape, Shard, ShardGrid
+from ucp_deepspeed.layout.layout import NOTHING, Piece
+from ucp_deepspeed.layout.pattern import Pattern, split_evenly
+from ucp_deepspeed.plan import StridedView
+from ucp_deepspeed.transfer.compare import INTEGERS
+from ucp_deepspeed.transfer.copying import FileReader, gather
+
+CHUNK_NUMBYTES = 8 << 20
+"""Bytes of each of two tensors that are held when values are compared."""
+
+What = Literal["unmatched", "ambiguous", "shapes", "record", "bias", "values", "whole", "remark"]
+"""Where a finding comes from: no rule, or several; shapes of the ranks; what was recorded when saving; the weight and the bias of
+one module; values of the ranks; a checkpoint without tensor parallelism. A ``remark`` contradicts nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that a checkpoint says about a spec.
+
+    Attributes:
+        name: logical name of the parameter.
+        what: see `What`.
+        detail: in words.
+    """
+
+    name: str
+    what: What
+    detail: str
+
+    @property
+    def wrong(self) -> bool:
+        """Whether it contradicts the spec."""
+        return self.what != "remark"
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One parameter.
+
+    Attributes:
+        name: logical name.
+        own_name: in the checkpoint.
+        matches: the rules that it matches.
+        local_shapes: see `HeldShapes`.
+        layout: None when it doesn't match one rule, or shapes contradict it.
+    """
+
+    name: str
+    own_name: str
+    matches: tuple[Match, ...]
+    local_shapes: HeldShapes
+    layout: Layout | None
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """What its one rule says."""
+        return self.matches[0].pattern if len(self.matches) == 1 else None
+
+
+@dataclass(frozen=True)
+class SpecCheck:
+    """A spec held against a checkpoint.
+
+    Attributes:
+        parameters: without buffers, in the checkpoint's order.
+        findings: in the same order.
+        unused: globs that fit nothing; those of one family serve several variants of a model.
+        values_compared: parameters of which the values of several ranks were compared.
+        whole_compared: how the checkpoint without tensor parallelism served: not at all, by shapes, or by values too.
+    """
+
+    parameters: tuple[Checked, ...]
+    findings: tuple[Finding, ...]
+    unused: tuple[Match, ...]
+    values_compared: int
+    whole_compared: Literal["no", "shapes", "values"]
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing contradicts the spec."""
+        return not any(finding.wrong for finding in self.findings)
+
+
+def check_spec(
+    spec: Spec,
+    checkpoint: Checkpoint,
+    *,
+    vocabulary_size: int | None = None,
+    values: bool = True,
+    whole: Checkpoint | None = None,
+) -> SpecCheck:
+    """Hold a spec against a checkpoint.
+
+    Args:
+        values: read tensors; without, only metadata.
+        whole: a checkpoint of the same model without tensor parallelism; if it is of the same state, values are compared too.
+
+    Raises:
+        SpecError: names collide under the spec's naming scheme.
+        DamagedCheckpointError: a file is missing or truncated.
+    """
+    size = vocabulary_size if vocabulary_size is not None else checkpoint.vocabulary_size
+    names = logical_names(list(checkpoint.parameters), [spec], checkpoint.logical_names)
+    findings: list[Finding] = []
+    parameters: list[Checked] = []
+    for own_name in parameter_names(checkpoint):
+        matches = spec.matches(names[own_name])
+        shapes = checkpoint.parameters[own_name].local_shapes
+        layout, against = _layout(names[own_name], matches, shapes, checkpoint.topology.tp, size, spec)
+        findings += against
+        parameters.append(Checked(names[own_name], own_name, matches, shapes, layout))
+    fitting = {checked.name: checked for checked in parameters if checked.layout is not None}
+    findings += _of_stated_shapes(spec, fitting, size)
+    for checked in fitting.values():
+        findings += _of_shapes(checked, size)
+        findings += _of_record(checked, checkpoint)
+        findings += _of_bias(checked, fitting)
+    compared = 0
+    if values and checkpoint.topology.tp > 1:
+        found, compared = _of_values(checkpoint, fitting)
+        findings += found
+    extent: Literal["no", "shapes", "values"] = "no"
+    if whole is not None:
+        accused = {finding.name for finding in findings if finding.wrong}
+        extent, found = _of_whole(checkpoint, whole, fitting, names, spec, size, accused if values else None)
+        findings += found
+    order = {checked.name: place for place, checked in enumerate(parameters)}
+    findings.sort(key=lambda finding: order[finding.name])
+    unused = spec.unused(checked.name for checked in parameters)
+    return SpecCheck(tuple(parameters), tuple(findings), unused, compared, extent)
+
+
+def _layout(
+    name: str, matches: Sequence[Match], shapes: HeldShapes, degree: int, size: int | None, spec: Spec
+) -> tuple[Layout | None, list[Finding]]:
+    if not matches:
+        return None, [Finding(name, "unmatched", f"matches no rule; nearest: {', '.join(spec.nearest(name))}")]
+    if len(matches) > 1:
+        return None, [Finding(name, "ambiguous", f"matches {len(matches)} rules ({', '.join(map(str, matches))})")]
+    try:
+        layout = layouts_of({name: matches[0].pattern}, {name: shapes}, degree, size, "the checkpoint")[name]
+        return _of_first_stage(layout, degree), []
+    except MismatchError as error:
+        detail = error.problems[0].removeprefix(f"{name}: ")
+        return None, [Finding(name, "shapes", f"{describe(matches[0].pattern)} ({matches[0]}): {detail}")]
+
+
+def _of_first_stage(layout: Layout, degree: int) -> Layout:
+    """The layout without the copies on later pipeline stages, which may hold values that nothing trains there."""
+    first = next((rank for rank, local in enumerate(layout.locals) if local != NOTHING), 0) // degree
+    locals_ = (local if rank // degree == first else NOTHING for rank, local in enumerate(layout.locals))
+    return replace(layout, locals=tuple(locals_))
+
+
+def _of_stated_shapes(spec: Spec, fitting: Mapping[str, Checked], size: int | None) -> Iterator[Finding]:
+    """Whole shapes that the rules state. Nothing is said of a vocabulary of unknown size, whose padding counts as rows."""
+    shapes = {
+        name: checked.layout.logical_shape
+        for name, checked in fitting.items()
+        if checked.layout is not None
+        and (size is not None or not (isinstance(checked.pattern, Shard) and checked.pattern.vocabulary))
+    }
+    for name, problem in spec.check_shapes(shapes).problems.items():
+        yield Finding(name, "shapes", f"logical shape {list(shapes[name])} as {_words(fitting[name])}; {problem}")
+
+
+def _of_shapes(checked: Checked, size: int | None) -> Iterator[Finding]:
+    """What the widths of a plain shard, and a vocabulary of unknown size, leave open."""
+    pattern = checked.pattern
+    if not isinstance(pattern, Shard) or pattern.parts != (1,) or pattern.heads is not None:
+        return
+    extents = [shape[pattern.dim] for shape in checked.local_shapes if shape is not None]
+    if pattern.vocabulary:
+        if size is None:
+            yield Finding(
+                checked.name, "remark", f"the vocabulary's size isn't known: all {sum(extents)} rows are kept"
+            )
+    elif pattern.widths is None and tuple(extents) != split_evenly(sum(extents), len(extents)):
+        fused = [count for count in (2, 3) if _fused_extents(sum(extents), count, len(extents)) == extents]
+        hint = f", and {fused[0]} fused parts would be" if fused else ""
+        yield Finding(checked.name, "remark", f"the ranks hold {extents}, which is no even cut{hint}")
+
+
+def _fused_extents(total: int, count: int, degree: int) -> list[int] | None:
+    """What ranks hold of equal fused parts; None where the parts wouldn't be equal."""
+    if total % count:
+        return None
+    return [count * share for share in split_evenly(total // count, degree)]
+
+
+def _of_record(checked: Checked, checkpoint: Checkpoint) -> Iterator[Finding]:
+    recorded, pattern = checkpoint.patterns.get(checked.own_name), checked.pattern
+    if recorded is not None and pattern is not None and contradicts_record(pattern, recorded):
+        yield Finding(
+            checked.name, "record", f"{describe(pattern)} ({checked.matches[0]}); recorded was {describe(recorded)}"
+        )
+
+
+def _of_bias(checked: Checked, fitting: Mapping[str, Checked]) -> Iterator[Finding]:
+    """A bias is as long as one dimension of its weight: the output's, which is dimension 0 of most modules."""
+    weight = fitting.get(f"{checked.name.removesuffix('.bias')}.weight") if checked.name.endswith(".bias") else None
+    if weight is None or weight.layout is None or checked.layout is None:
+        return
+    sizes, length = weight.layout.logical_shape, checked.layout.logical_shape
+    if len(sizes) == 2 and len(length) == 1 and length[0] not in sizes:
+        yield Finding(
+            weight.name,
+            "bias",
+            f"logical shape {list(sizes)} as {_words(weight)}, but its bias is {list(length)} as {_words(checked)}: "
+            f"one of the two rules is wrong",
+        )
+
+
+def _words(checked: Checked) -> str:
+    return f"{describe(checked.matches[0].pattern)} ({checked.matches[0]})"
+
+
+def _of_values(checkpoint: Checkpoint, fitting: Mapping[str, Checked]) -> tuple[list[Finding], int]:
+    ranks = _Ranks(checkpoint)
+    findings: list[Finding] = []
+    compared = 0
+    try:
+        for checked in fitting.values():
+            found, looked = _values_of(checked, ranks)
+            findings += found
+            compared += looked
+    finally:
+        ranks.reader.close()
+    return findings, compared
+
+
+def _values_of(checked: Checked, ranks: _Ranks) -> tuple[list[Finding], bool]:
+    """What the ranks' values say of one parameter, and whether there were values to compare."""
+    assert checked.layout is not None
+    parameter = ranks.checkpoint.parameters[checked.own_name]
+    shared = [(box, held) for box, held in checked.layout.holders().items() if len(held) > 1 and box.numel]
+    if shared and checked.layout.union == "take":
+        for state in parameter.states:
+            for _, ((first, piece), *others) in shared:
+                for rank, other in others:
+                    if (count := ranks.differing(parameter, state, (first, piece), (rank, other))) > 0:
+                        detail = (
+                            f"{_words(checked)}, but {state} differs between model-parallel ranks {first} and {rank}"
+                        )
+                        return [Finding(checked.name, "values", f"{detail} in {count} elements")], True
+        return [], True
+    if shared:
+        if all(ranks.equal(parameter, state, checked.layout) for state in parameter.states):
+            return [Finding(checked.name, "remark", "partial, and all ranks hold the same values")], True
+        return [], True
+    if isinstance(checked.pattern, Shard | ShardGrid) and checked.layout.degree > 1:
+        return _alike(checked, parameter, ranks)
+    return [], False
+
+
+def _alike(checked: Checked, parameter: Parameter, ranks: _Ranks) -> tuple[list[Finding], bool]:
+    """Shares of one tensor that are equal in every state, and more than one repeated number, are copies of it."""
+    assert checked.layout is not None
+    locals_ = [local for local in checked.layout.locals if local.pieces]
+    if len(locals_) < 2 or len({local.shape for local in locals_}) > 1:
+        return [], False
+    state = MASTER if MASTER in parameter.states else WEIGHT
+    if not ranks.equal(parameter, state, checked.layout) or ranks.constant(parameter, state, checked.layout):
+        return [], True
+    if all(ranks.equal(parameter, other, checked.layout) for other in parameter.states):
+        detail = f"{_words(checked)}, but all ranks hold the same values: it looks replicated"
+        return [Finding(checked.name, "values", detail)], True
+    return [], True
+
+
+class _Ranks:
+    """The local tensors of a checkpoint's ranks, read a few rows at a time."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.reader = FileReader()
+
+    def differing(self, parameter: Parameter, state: str, one: tuple[int, Piece], other: tuple[int, Piece]) -> int:
+        """In how many elements, bit by bit, two ranks' copies of a logical box differ."""
+        count = 0
+        for left, right in zip(self._rows(parameter, state, *one), self._rows(parameter, state, *other), strict=True):
+            count += int((left != right).sum())
+        return count
+
+    def equal(self, parameter: Parameter, state: str, layout: Layout) -> bool:
+        """Whether the local tensors of all ranks that hold something are equal, bit by bit."""
+        first, *others = [(rank, local.pieces) for rank, local in enumerate(layout.locals) if local.pieces]
+        for rank, pieces in others:
+            for piece, mine in zip(pieces, first[1], strict=True):
+                rows = zip(
+                    self._rows(parameter, state, rank, piece),
+                    self._rows(parameter, state, first[0], mine),
+                    strict=True,
+                )
+                if not all(torch.equal(left, right) for left, right in rows):
+                    return False
+        return True
+
+    def constant(self, parameter: Parameter, state: str, layout: Layout) -> bool:
+        """Whether the first rank that holds something holds one number again and again."""
+        rank, local = next((rank, local) for rank, local in enumerate(layout.locals) if local.pieces)
+        seen = {
+            bits
+            for piece in local.pieces
+            for rows in self._rows(parameter, state, rank, piece)
+            for bits in (int(rows.min()), int(rows.max()))
+        }
+        return len(seen) == 1
+
+    def _rows(self, parameter: Parameter, state: str, rank: int, piece: Piece) -> Iterator[torch.Tensor]:
+        """The bits of a piece of a rank's local tensor, as integers."""
+        shape, box = parameter.local_shapes[rank], piece.local_box
+        assert shape is not None
+        if not shape:
+            yield self._flat(parameter, state, rank, 0, 1)
+            return
+        row = prod(shape[1:])
+        step = max(CHUNK_NUMBYTES // max(row * ITEMSIZE[parameter.states[state]], 1), 1)
+        inner = tuple(slice(low, high) for low, high in zip(box.start[1:], box.stop[1:], strict=True))
+        for start in range(box.start[0], box.stop[0], step):
+            stop = min(start + step, box.stop[0])
+            flat = self._flat(parameter, state, rank, start * row, stop * row)
+            yield flat.view(stop - start, *shape[1:])[(slice(None), *inner)]
+
+    def _flat(self, parameter: Parameter, state: str, rank: int, start: int, stop: int) -> torch.Tensor:
+        dtype = parameter.states[state]
+        flat = torch.empty(stop - start, dtype=NAMED_DTYPES[dtype])
+        for fragment in self.checkpoint.fragments(parameter.name, state, rank, start, stop):
+            low, high = max(fragment.local_start, start), min(fragment.local_start + fragment.numel, stop)
+            if low < high:
+                at = fragment.buffer_start + low - fragment.local_start
+                view: StridedView[FileExtent] = StridedView(fragment.buffer, at, (1,))
+                flat[low - start : high - start] = self.reader.block(view, (high - low,))
+        return flat.view(INTEGERS[ITEMSIZE[dtype]])
+
+
+def _of_whole(
+    checkpoint: Checkpoint,
+    whole: Checkpoint,
+    fitting: Mapping[str, Checked],
+    names: Mapping[str, str],
+    spec: Spec,
+    size: int | None,
+    accused: set[str] | None,
+) -> tuple[Literal["shapes", "values"], list[Finding]]:
+    """What a checkpoint of the same model without tensor parallelism says.
+
+    Args:
+        accused: parameters of which the values needn't be compared; None when no values shall be.
+    """
+    check_single_rank(whole)
+    own = logical_names(list(whole.parameters), [spec], whole.logical_names)
+    wholes = {logical: whole.parameters[name] for name, logical in own.items()}
+    findings: list[Finding] = []
+    same: dict[str, Pattern] = {}
+    for name, checked in fitting.items():
+        assert checked.layout is not None and checked.pattern is not None
+        if name not in wholes:
+            findings.append(Finding(name, "remark", f"isn't in {whole.path}"))
+            continue
+        expected = whole_shape(wholes[name])
+        if not _fits(checked.layout.logical_shape, expected, checked.pattern):
+            found = f"logical shape {list(checked.layout.logical_shape)} as {_words(checked)}"
+            findings.append(Finding(name, "whole", f"{found}; without tensor parallelism it is {list(expected)}"))
+        elif checked.layout.logical_shape == expected and not isinstance(checked.pattern, Partial):
+            same[name] = checked.pattern
+    if accused is None:
+        return "shapes", findings
+    wanted = {name: pattern for name, pattern in same.items() if name not in accused}
+    one = UniversalView(checkpoint, names, wanted, size, wanted)
+    flat = UniversalView(whole, own, dict.fromkeys(wanted, Replicate()), None, wanted)
+    differing = _differing_wholes(one, flat)
+    if differing is None:
+        return "shapes", findings
+    for name in differing:
+        detail = f"{_words(fitting[name])}: joined that way it isn't what it is without tensor parallelism"
+        findings.append(Finding(name, "whole", detail))
+    return "values", findings
+
+
+def check_single_rank(whole: Checkpoint) -> None:
+    """Refuse a checkpoint with tensor parallelism.
+
+    Raises:
+        MismatchError: it has several tensor-parallel ranks.
+    """
+    if whole.topology.tp > 1:
+        raise MismatchError(
+            f"{whole.path} is of {whole.topology.tp} tensor-parallel ranks; one of a single rank is needed"
+        )
+
+
+def copies_agree(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether all tensor-parallel ranks hold the same values of a parameter in every state."""
+    parameter, degree = checkpoint.parameters[name], checkpoint.topology.tp
+    layout = layouts_of({name: Replicate()}, {name: parameter.local_shapes}, degree, None, "the checkpoint")[name]
+    ranks = _Ranks(checkpoint)
+    try:
+        return all(ranks.equal(parameter, state, _of_first_stage(layout, degree)) for state in parameter.states)
+    finally:
+        ranks.reader.close()
+
+
+def joins_to(checkpoint: Checkpoint, whole: Checkpoint, name: str, pattern: Pattern) -> tuple[bool, bool]:
+    """Whether a trained parameter, joined by a pattern, has the values that it has without tensor parallelism.
+
+    Returns:
+        That, and whether it tells the state from others: a parameter that is one number again and again doesn't.
+    """
+    if checkpoint.parameters[name].kind != "trainable":
+        return False, False
+    own = {key: key for key in (*checkpoint.parameters, *whole.parameters)}
+    try:
+        one = UniversalView(checkpoint, own, {name: pattern}, None, {name})
+        other = UniversalView(whole, own, {name: Replicate()}, None, {name})
+    except MismatchError:
+        return False, False
+    if one.logical_shape(name) != other.logical_shape(name):
+        return False, False
+    reader = FileReader()
+    try:
+        return _same_whole(one, other, name, reader)
+    finally:
+        reader.close()
+
+
+def whole_shape(parameter: Parameter) -> Shape:
+    """Shape of a parameter without tensor parallelism, on the first pipeline stage that holds it."""
+    return next(shape for shape in parameter.local_shapes if shape is not None)
+
+
+def _fits(found: Shape, expected: Shape, pattern: Pattern) -> bool:
+    """Whether a logical shape is that of the whole; a vocabulary may be padded otherwise on either side."""
+    if isinstance(pattern, Shard) and pattern.vocabulary and len(found) == len(expected):
+        return all(
+            one == other for dim, (one, other) in enumerate(zip(found, expected, strict=True)) if dim != pattern.dim
+        )
+    return found == expected
+
+
+def _differing_wholes(one: UniversalView, other: UniversalView) -> list[str] | None:
+    """Trained parameters whose values differ; None when the two checkpoints aren't of the same state.
+
+    They are, if some parameter has the same values in both that no two initialisations share.
+    """
+    differing: list[str] = []
+    same_state = False
+    reader = FileReader()
+    try:
+        for name, parameter in one.parameters.items():
+            if parameter.kind != "trainable":
+                continue
+            equal, told = _same_whole(one, other, name, reader)
+            same_state |= equal and told
+            if not equal:
+                differing.append(name)
+    finally:
+        reader.close()
+    return differing if same_state else None
+
+
+def _same_whole(one: UniversalView, other: UniversalView, name: str, reader: FileReader) -> tuple[bool, bool]:
+    """Whether both hold the same values, bit by bit, and whether that tells anything: more than one number."""
+    dtype = one.parameters[name].states[MASTER]
+    if other.parameters[name].states.get(MASTER) != dtype:
+        return False, False
+    integer = INTEGERS[ITEMSIZE[dtype]]
+    numel, step = prod(one.logical_shape(name)), CHUNK_NUMBYTES // ITEMSIZE[dtype]
+    seen: set[int] = set()
+    for start in range(0, numel, step):
+        sides = [torch.empty(min(step, numel - start), dtype=NAMED_DTYPES[dtype]) for _ in range(2)]
+        for view, side in zip((one, other), sides, strict=True):
+            gather(view, name, MASTER, start, side, reader)
+        left, right = (side.view(integer) for side in sides)
+        if not torch.equal(left, right):
+            return False, True
+        seen |= {int(left.min()), int(left.max())}
+    return True, len(seen) > 1

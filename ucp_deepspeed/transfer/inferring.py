@@ -1,0 +1,99 @@
+"""A first spec for a checkpoint: from what it records, else by comparison with one of a single rank."""
+
+from __future__ import annotations
+
+from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint.view import held_shapes, parameter_names
+from ucp_deepspeed.errors import MismatchError, SpecError
+from ucp_deepspeed.language.inference import Guess, fused_candidates, fused_comment, guess_from_shapes
+from ucp_deepspeed.layout import Partial, Replicate, Scale, Shard
+from ucp_deepspeed.layout.pattern import Pattern
+from ucp_deepspeed.transfer.evidence import check_single_rank, copies_agree, joins_to, whole_shape
+
+SCALE_COMMENT = "each rank holds the value divided by their number; give powers for the optimizer's states, too"
+PARTIAL_COMMENT = "all ranks hold the whole shape with different values: partial, if each rank updates its own"
+
+
+def infer_from_record(checkpoint: Checkpoint) -> dict[str, Guess]:
+    """What the manifest or the index says, by logical name.
+
+    Raises:
+        SpecError: it says nothing of some parameter.
+    """
+    names = parameter_names(checkpoint)
+    missing = [name for name in names if name not in checkpoint.patterns]
+    if missing:
+        raise SpecError(
+            f"{checkpoint.path} doesn't record how {len(missing)} parameters are cut; compare it with a checkpoint of the same "
+            f"model without tensor parallelism (--single-rank), or read the attributes of the model (--model). Not recorded are",
+            missing,
+        )
+    return {checkpoint.logical_names.get(name, name): Guess(checkpoint.patterns[name]) for name in names}
+
+
+def infer_by_comparison(checkpoint: Checkpoint, whole: Checkpoint) -> dict[str, Guess]:
+    """What local and whole shapes tell; and the values, where both checkpoints are of the same state.
+
+    Raises:
+        MismatchError: the second checkpoint is of several tensor-parallel ranks, or lacks a parameter.
+    """
+    if checkpoint.topology.tp == 1:
+        raise MismatchError(f"{checkpoint.path} is of one tensor-parallel rank: nothing is cut there")
+    check_single_rank(whole)
+    names = parameter_names(checkpoint)
+    missing = [name for name in names if name not in whole.parameters]
+    if missing:
+        raise MismatchError(f"{whole.path} isn't of the same model: these parameters are missing there", missing)
+    found = {name: _of_parameter(checkpoint, whole, name) for name in names}
+    same_state = any(told for _, _, told in found.values())
+    return {
+        checkpoint.logical_names.get(name, name): _decided(checkpoint, name, guess, candidates, agreeing, same_state)
+        for name, (guess, (candidates, agreeing), _) in found.items()
+    }
+
+
+Candidates = tuple[tuple[Pattern, ...], tuple[Pattern, ...]]
+"""Patterns that the shapes allow, and those of them that give the whole's values."""
+
+
+def _of_parameter(checkpoint: Checkpoint, whole: Checkpoint, name: str) -> tuple[Guess, Candidates, bool]:
+    """The guess from shapes, the candidates, and whether some candidate gives values that tell two states apart."""
+    local_shapes = held_shapes(checkpoint, {name: name})[name]
+    logical_shape = whole_shape(whole.parameters[name])
+    guess = guess_from_shapes(local_shapes, logical_shape)
+    if guess.pattern is None:
+        return guess, ((), ()), False
+    candidates: tuple[Pattern, ...] = (guess.pattern,)
+    if isinstance(guess.pattern, Replicate):
+        candidates = (Replicate(), Replicate(scale=Scale()))
+    elif isinstance(guess.pattern, Shard):
+        candidates += fused_candidates(guess.pattern, local_shapes, logical_shape)
+    results = {pattern: joins_to(checkpoint, whole, name, pattern) for pattern in candidates}
+    agreeing = tuple(pattern for pattern, (equal, _) in results.items() if equal)
+    return guess, (candidates, agreeing), any(equal and told for equal, told in results.values())
+
+
+def _decided(
+    checkpoint: Checkpoint,
+    name: str,
+    guess: Guess,
+    candidates: tuple[Pattern, ...],
+    agreeing: tuple[Pattern, ...],
+    same_state: bool,
+) -> Guess:
+    """A guess from shapes, with what values tell."""
+    if isinstance(guess.pattern, Replicate):
+        if not copies_agree(checkpoint, name):
+            return Guess(Partial(), (PARTIAL_COMMENT,))
+        if same_state and agreeing[:1] == (Replicate(scale=Scale()),):
+            return Guess(agreeing[0], (SCALE_COMMENT,))
+        return guess
+    if len(candidates) < 2:
+        return guess
+    if same_state and checkpoint.parameters[name].kind == "trainable":
+        if len(agreeing) == 1:
+            return Guess(agreeing[0])
+        if not agreeing:
+            return Guess(None, ("no known way to join the ranks' values gives those of the single rank",))
+    shards = [pattern for pattern in candidates[1:] if isinstance(pattern, Shard)]
+    return Guess(guess.pattern, (fused_comment(shards),))
