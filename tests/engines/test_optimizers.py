@@ -232,6 +232,60 @@ def test_another_optimizer_is_refused_or_reset(ranks: Ranks, tmp_path: Path) -> 
     assert any("state 'exp_avg' only in A" in line for line in found)
 
 
+ADAM = {"lr": 1e-2}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [
+        ("AdamW", {**ADAM, "amsgrad": True}, {**ADAM, "amsgrad": False}),
+        ("AdamW", {**ADAM, "amsgrad": False}, {**ADAM, "amsgrad": True}),
+        ("RMSprop", {**ADAM, "centered": True, "momentum": 0.9}, ADAM),
+    ],
+    ids=["amsgrad-off", "amsgrad-on", "rmsprop"],
+)
+def test_a_setting_that_decides_which_states_there_are(
+    name: str, one: dict[str, Any], other: dict[str, Any], stage: int, ranks: Ranks, tmp_path: Path
+) -> None:
+    """It is a hyper-parameter, and restored like the others: the run goes on as it was, on any topology and on the same. Kept as
+    configured, the states must be allowed to differ."""
+    source = Run("mlp", zero={"stage": stage}, optimizer=(name, one))
+    whole_run = ranks(2).run(train, source, LAST_STEP, save=str(tmp_path), save_at=STEP)[0].losses
+    for changes in ({}, {"load": "always", "on_missing": "init", "on_extra": "drop"}):
+        target = replace(source, optimizer=(name, other), universal={"enabled": True, **changes})
+        losses = ranks(2).run(train, target, LAST_STEP, load=str(tmp_path))[0].losses
+        assert losses == {step: whole_run[step] for step in losses}
+    keep = {"enabled": True, "hyperparameters": "keep"}
+    kept = replace(source, optimizer=(name, other), universal=keep)
+    with pytest.raises(RankError, match=r"the optimizer keeps \["):
+        ranks(2).run(train, kept, LAST_STEP, load=str(tmp_path))
+    allowed = replace(kept, universal={**keep, "on_missing": "init", "on_extra": "drop"})
+    assert set(ranks(2).run(train, allowed, LAST_STEP, load=str(tmp_path))[0].losses) == {4, 5, 6}
+
+
+class TransposedMoment(torch.optim.SGD):
+    """Keeps a state of each matrix as the transposed matrix."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self.state[param]["turned"] = param.grad.t().contiguous() if param.ndim == 2 else param.grad.clone()
+        return super().step(closure)
+
+
+def test_a_state_of_another_shape_is_not_element_wise(ranks: Ranks, tmp_path: Path) -> None:
+    """As many elements, in another order: flattened it would be cut as if it were the weight's."""
+    run = Run("mlp", zero={"stage": 0}, optimizer=(TransposedMoment, {"lr": 0.1}))
+    ranks(2).run(train, run, STEP, save=str(tmp_path))
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(train, replace(run, zero={"stage": 1}), STEP, load=str(tmp_path))
+    assert isinstance(caught.value.original, MismatchError)
+    assert "linear_in.weight: optimizer state 'turned' isn't element-wise: shape (20, 33)" in str(caught.value.original)
+
+
 def test_factored_moments_are_refused_by_name_or_reset(ranks: Ranks, tmp_path: Path) -> None:
     """Adafactor keeps a matrix's second moment as a row and a column."""
     factored = Run("mlp", zero={"stage": 0}, optimizer=("Adafactor", {"lr": 1e-3}))

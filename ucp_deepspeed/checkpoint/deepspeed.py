@@ -534,7 +534,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         """The groups of all pipeline stages; each stage numbers its own, so that they are told apart by what is in them."""
         groups: list[tuple[dict[str, None], dict[str, Any]]] = []
         for rank in range(0, self.topology.model_parallel, self.topology.tp):
-            entries = self._hyperparameters(rank)
+            entries = self.hyperparameters(rank)
             named: dict[int, list[str]] = {}
             for slot in self._slots[rank]:
                 if slot.group is not None and slot.group < len(entries):
@@ -548,7 +548,7 @@ class DeepSpeedCheckpoint(Checkpoint):
                     same |= dict.fromkeys(names)
         return tuple(ParameterGroup(tuple(names), settings) for names, settings in groups)
 
-    def _hyperparameters(self, rank: int) -> list[Mapping[str, Any]]:
+    def hyperparameters(self, rank: int) -> list[Mapping[str, Any]]:
         """The base optimizer's parameter groups on one model-parallel rank; rates that are tensors as numbers."""
         if self._partitioned:
             state, path = self._optimizer_state(rank, 0)

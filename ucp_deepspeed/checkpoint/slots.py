@@ -102,14 +102,20 @@ def split_states(raw: Mapping[str, Any], buffer: torch.Tensor, path: Path) -> Sp
             scalars[key] = value
         elif isinstance(value, torch.Tensor) and (key == "step" or (value.ndim == 0 and buffer.ndim > 0)):
             scalars[key] = scalar_of(value, path)
-        elif isinstance(value, torch.Tensor) and value.numel() == buffer.numel() and value.dtype in TORCH_DTYPES:
+        elif isinstance(value, torch.Tensor) and _is_elementwise(value, buffer) and value.dtype in TORCH_DTYPES:
             states[key] = TORCH_DTYPES[value.dtype]
         elif value is not None:
             found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             refused[key] = (
-                f"optimizer state {key!r} isn't element-wise: {found} where the buffer has {buffer.numel()} elements ({path})"
+                f"optimizer state {key!r} isn't element-wise: {found} where the buffer has shape {tuple(buffer.shape)} ({path})"
             )
     return SplitStates(states, scalars, refused)
+
+
+def _is_elementwise(state: torch.Tensor, buffer: torch.Tensor) -> bool:
+    """Whether each element of a state belongs to the buffer's at its place; flat ones hold the elements of any shape in order."""
+    flat = 1 in (state.ndim, buffer.ndim)
+    return state.shape == buffer.shape or (flat and state.numel() == buffer.numel())
 
 
 def whole_tensor_slot(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -119,14 +120,18 @@ def plan_filling(
     names: Names,
     matching: Matching,
     policies: Policies,
+    settings: Sequence[Mapping[str, Any]],
 ) -> Filling:
     """Plan all that this rank holds, and prove it covered.
+
+    Args:
+        settings: for each live parameter group the hyper-parameters that it will have in place of its own; none to keep them.
 
     Raises:
         MismatchError: lists every parameter whose shape, states or scalars don't fit, or that isn't covered.
         SpecError: nothing tells the layouts, or the spec doesn't fit.
     """
-    return _Planner(checkpoint, model, optimizer, names, matching, policies).plan()
+    return _Planner(checkpoint, model, optimizer, names, matching, policies, settings).plan()
 
 
 class _Planner:
@@ -140,7 +145,10 @@ class _Planner:
         names: Names,
         matching: Matching,
         policies: Policies,
+        settings: Sequence[Mapping[str, Any]],
     ) -> None:
+        self.settings = settings
+        self._kept: dict[tuple[int, int], frozenset[str] | None] = {}
         restored = frozenset(matching.restored)
         self.optimizer, self.policies, self.rank = optimizer, policies, model.rank
         self.logical = names.target
@@ -249,7 +257,7 @@ class _Planner:
 
     def _fitting_states(self, slot: EngineSlot, first: Parameter) -> tuple[str, ...]:
         """The states to restore; where the live optimizer keeps others, a problem unless the policies allow it."""
-        found, wanted = first.states.keys() - {MASTER}, self.optimizer.state_names(slot)
+        found, wanted = first.states.keys() - {MASTER}, self._states_kept(slot)
         if wanted is None or not (found or first.scalars):
             return tuple(first.states)
         missing, extra = sorted(wanted - found), sorted(found - wanted)
@@ -258,6 +266,14 @@ class _Planner:
                 f"{first.name}: the optimizer keeps {sorted(wanted)}, the checkpoint holds {sorted(found)}; {RESET_HINT}"
             )
         return (MASTER, *missing, *(state for state in first.states if state in wanted))
+
+    def _states_kept(self, slot: EngineSlot) -> frozenset[str] | None:
+        """What the optimizer will keep for a slot; the same for all of a group that have as many dimensions."""
+        key = slot.group, slot.master.ndim
+        if key not in self._kept:
+            settings = self.settings[slot.group] if slot.group < len(self.settings) else {}
+            self._kept[key] = self.optimizer.state_names(slot, settings)
+        return self._kept[key]
 
     def _weights(self) -> Iterator[WeightPlan]:
         for name, tensor in self.tensors.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,13 @@ from ucp_deepspeed.engine.model import (
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, engine_optimizer
 from ucp_deepspeed.engine.random_state import read_random_state, restore_random_state
-from ucp_deepspeed.engine.training_state import Settings, plan_hyperparameters, restore_data_schedules, restore_run
+from ucp_deepspeed.engine.training_state import (
+    Settings,
+    plan_hyperparameters,
+    restore_data_schedules,
+    restore_run,
+    usable,
+)
 from ucp_deepspeed.errors import CheckpointNotFoundError, ConfigError
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -191,15 +197,22 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
         and all(
             shapes.get(name, local_shape(param)) == local_shape(param) for param, name in names.of_parameters.items()
         )
-        and _same_states(saved, live, optimizer)
+        and _same_states(saved, live, checkpoint.hyperparameters(rank), optimizer)
     )
 
 
-def _same_states(saved: Sequence[Slot], live: Sequence[EngineSlot], optimizer: EngineOptimizer) -> bool:
-    """Whether the optimizer keeps the states that the checkpoint holds, by the first slot of each group."""
+def _same_states(
+    saved: Sequence[Slot], live: Sequence[EngineSlot], groups: Sequence[Mapping[str, Any]], optimizer: EngineOptimizer
+) -> bool:
+    """Whether the optimizer keeps the states that the checkpoint holds, by the first slot of each group.
+
+    Args:
+        groups: hyper-parameters of the checkpoint's groups, which DeepSpeed restores too; none in elastic files.
+    """
     first = {slot.group: index for index, slot in reversed(list(enumerate(live)))}
-    for index in first.values():
-        found, wanted = saved[index].states.keys() - {MASTER}, optimizer.state_names(live[index])
+    for group, index in first.items():
+        settings = groups[group] if group < len(groups) else {}
+        found, wanted = saved[index].states.keys() - {MASTER}, optimizer.state_names(live[index], usable(settings))
         if wanted is not None and found and found != wanted:
             return False
     return True
@@ -222,10 +235,10 @@ def _load_universal(
             source = local_state_dict(checkpoint, model)
         names = match_names(checkpoint, model)
         matching = match_model(checkpoint, model, names, policies)
-        filling = plan_filling(checkpoint, model, optimizer, names, matching, policies)
         settings: Settings = ()
         if options.optimizer_states and engine.universal_checkpoint_config.hyperparameters == "restore":
             settings = plan_hyperparameters(checkpoint, names, optimizer)
+        filling = plan_filling(checkpoint, model, optimizer, names, matching, policies, settings)
         extra_states = plan_extra_states(checkpoint, engine.module, model, policies)
         path, state = checkpoint.client_state(model.rank if same_ranks else 0)
     read = filling.run(optimizer)

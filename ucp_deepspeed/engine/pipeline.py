@@ -6,7 +6,8 @@ Source: ``runtime/pipe/module.py``.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from deepspeed.runtime.pipe.module import TiedLayerSpec
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED
 from ucp_deepspeed.engine.model import gather_model_parallel
 from ucp_deepspeed.errors import SaveError
+
+logger = logging.getLogger("ucp_deepspeed")
 
 
 def layer_keys(engine: Any) -> dict[str, str]:
@@ -34,8 +37,8 @@ def _tied_keys(engine: Any) -> Iterator[tuple[str, str]]:
 
 
 def check_tied_copies(engine: Any) -> None:
-    """Compare the copies that pipeline stages hold of each tied weight. Collective over the stages that share one, on which alone
-    the error is raised.
+    """Compare the copies that pipeline stages hold of each tied module. Collective over the stages that share one, on which alone
+    the error is raised. Of what isn't tied in it, a difference is told.
 
     Raises:
         SaveError: they differ: a checkpoint could keep only one of them.
@@ -52,8 +55,37 @@ def check_tied_copies(engine: Any) -> None:
             for name, copies in zip(shared["weight_attr"], zip(*digests, strict=True), strict=True)
             if len(set(copies)) > 1
         ]
+        _tell_of_others(engine, key, shared, weights)
     if differing:
         raise SaveError(f"pipeline stages hold different values of tied weights: {', '.join(differing)}")
+
+
+def _tell_of_others(engine: Any, key: str, shared: Mapping[str, Any], weights: Sequence[torch.Tensor]) -> None:
+    """Of what a tied module holds beside its tied weights each stage has a copy of its own, of which a load takes the first.
+
+    Told once for each engine: often the later stages don't use theirs.
+    """
+    told = engine.__dict__.setdefault("_universal_checkpoint_told", set())
+    if key in told:
+        return
+    told.add(key)
+    held = shared["module"].state_dict(keep_vars=True)
+    tied = {id(weight) for weight in weights}
+    mine = {
+        name: _digest(value)
+        for name, value in held.items()
+        if isinstance(value, torch.Tensor) and id(value) not in tied
+    }
+    copies: list[Any] = [None] * len(shared["ranks"])
+    dist.all_gather_object(copies, mine, group=shared["group"])
+    differing = [name for name in mine if len({copy.get(name) for copy in copies}) > 1]
+    if differing and dist.get_rank() == min(shared["ranks"]):
+        logger.warning(
+            "pipeline stages hold different values of what isn't tied in module %r; on another topology all of them get those "
+            "of the first stage that has it: %s",
+            key,
+            ", ".join(differing),
+        )
 
 
 def _digest(weight: torch.Tensor) -> bytes:

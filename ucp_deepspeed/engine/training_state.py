@@ -37,9 +37,7 @@ def plan_hyperparameters(checkpoint: Checkpoint, names: Names, optimizer: Engine
         logical = [names.target[name] for name in group if name is not None]
         held = [name for name in logical if name in of_name]
         first = of_name[held[0]] if held else {}
-        keys = [
-            key for key in optimizer.base.param_groups[index] if key in first and key not in IMPLEMENTATION_SWITCHES
-        ]
+        keys = [key for key in usable(first) if key in optimizer.base.param_groups[index]]
         settings.append({key: first[key] for key in keys})
         for key in keys:
             other = next((name for name in held if of_name[name].get(key) != first[key]), None)
@@ -51,6 +49,11 @@ def plan_hyperparameters(checkpoint: Checkpoint, names: Names, optimizer: Engine
     if problems:
         raise MismatchError(f"{checkpoint.path} and the engine group parameters differently", problems)
     return tuple(settings)
+
+
+def usable(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a group that mean the same on every machine."""
+    return {key: value for key, value in hyperparameters.items() if key not in (*IMPLEMENTATION_SWITCHES, "params")}
 
 
 def restore_run(

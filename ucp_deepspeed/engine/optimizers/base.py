@@ -120,16 +120,22 @@ class EngineOptimizer(ABC):
                 "sum": torch.full_like(slot.master.data, initial),
             }
 
-    def state_names(self, slot: EngineSlot) -> frozenset[str] | None:
-        """Element-wise states that the base optimizer keeps for a slot once it has stepped; None when that can't be told."""
-        found = self._examples(slot)
+    def state_names(self, slot: EngineSlot, settings: Mapping[str, Any]) -> frozenset[str] | None:
+        """Element-wise states that the base optimizer keeps for a slot once it has stepped; None when that can't be told.
+
+        Args:
+            settings: hyper-parameters that the slot's group will have in place of its own.
+        """
+        group = self.base.param_groups[slot.group]
+        changes = {key: value for key, value in settings.items() if key in group}
+        found = self._examples(slot) if not changes else example_states(self.base, slot.group, slot.master, changes)
         if found is None:
             return None
         return frozenset(key for key, value in found.items() if isinstance(value, torch.Tensor) and value.ndim > 0)
 
     def _examples(self, slot: EngineSlot) -> Mapping[str, Any] | None:
         """See `example_states`; the live state itself where there is one."""
-        return self.state_of(slot) or example_states(self.base, slot.group, slot.master)
+        return self.state_of(slot) or example_states(self.base, slot.group, slot.master, {})
 
 
 def _in_form_of(example: Any, value: float) -> Any:

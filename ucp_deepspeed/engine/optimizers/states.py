@@ -35,12 +35,15 @@ def is_muon_group(optimizer: torch.optim.Optimizer, group: int) -> bool:
     return type(optimizer).__name__ == MUON and bool(optimizer.param_groups[group]["use_muon"])
 
 
-def example_states(optimizer: torch.optim.Optimizer, group: int, master: torch.Tensor) -> Mapping[str, Any] | None:
+def example_states(
+    optimizer: torch.optim.Optimizer, group: int, master: torch.Tensor, settings: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
     """Values, of any number, in the form in which an optimizer keeps them; None when that can't be told.
 
     Args:
         group: index of the parameter group.
         master: what the optimizer steps on.
+        settings: hyper-parameters in place of the group's own, since some decide which states there are (``amsgrad``).
     """
     if is_muon_group(optimizer, group):
         return {MOMENTUM: master}
@@ -48,8 +51,8 @@ def example_states(optimizer: torch.optim.Optimizer, group: int, master: torch.T
         auxiliary = getattr(optimizer, "aux_optimizer", None)
         if auxiliary is None:
             return _counting("exp_avg", "exp_avg_sq", master=master)
-        return _listed_or_probed(auxiliary, optimizer.param_groups[group], master)
-    return _listed_or_probed(optimizer, optimizer.param_groups[group], master)
+        return _listed_or_probed(auxiliary, {**optimizer.param_groups[group], **settings}, master)
+    return _listed_or_probed(optimizer, {**optimizer.param_groups[group], **settings}, master)
 
 
 def _listed_or_probed(
