@@ -71,8 +71,10 @@ def _choose(
         _, check = spec.check_local_shapes(
             {name: shapes for name, shapes in (local_shapes or {}).items() if name in patterns}
         )
-        if check.problems:
-            problems = [f"{name}: {describe(patterns[name])}; {why}" for name, why in check.problems.items()]
+        # What was recorded knows better than shapes, and is compared with the spec where the files are read.
+        denied = {name: why for name, why in check.problems.items() if name not in recorded}
+        if denied:
+            problems = [f"{name}: {describe(patterns[name])}; {why}" for name, why in denied.items()]
             raise MismatchError(f"shapes contradict what spec {spec.family!r} states", problems)
         return patterns, f"spec {spec.family!r}"
     known = {**inferred, **recorded}

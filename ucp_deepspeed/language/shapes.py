@@ -71,7 +71,8 @@ def check_shapes(
         expected = [_extent(item, values) for item in shape]
         wrong = [one for one, extent in zip(expected, extents, strict=True) if one is not None and one != extent]
         if wrong:
-            problems[name] = f"the rule states {_words(shape)}, which is {_words(expected)}"
+            means = f", which is {_words(expected)}" if any(isinstance(item, str) for item in shape) else ""
+            problems[name] = f"the rule states {_words(shape)}{means}"
         elif any(_tells(item, votes, values) for item in shape):
             confirmed.add(name)
     return ShapeCheck(solved, problems, frozenset(confirmed))

@@ -108,7 +108,7 @@ def test_expressions_stand_for_numbers() -> None:
         ({"a": 1.0}, {}, "dimensions.a"),
         ({"a b": 1}, {}, "dimensions.a b"),
         ({"a": {"config": "x"}}, {}, "dimensions.a: the spec names no file with 'config' from which 'x' could be read"),
-        ({"a": {"confg": "x"}}, {}, "dimensions.a"),
+        ({"a": {"key": "x"}}, {}, "dimensions.a"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_has_its_place(dimensions: Any, rule: Any, line: str) -> None:

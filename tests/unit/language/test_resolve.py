@@ -80,6 +80,33 @@ def test_on_one_rank_only_a_spec_may_not_contradict() -> None:
         resolve_patterns(["a"], degree=1, spec=SPEC, inferred={"a": Replicate()})
 
 
+def test_shapes_that_the_spec_denies() -> None:
+    """Joined along dimension 1 it would be (2, 8). What was recorded needs no such evidence."""
+    rules = [{"match": "**", "pattern": "shard", "dim": 1, "shape": [4, 4]}]
+    spec = Spec.parse({"family": "mine", "rules": rules}, "mine.yaml")
+    local_shapes = {"a": [(2, 4), (2, 4)], "b": [(4, 2), (4, 2)], "elsewhere": [(1,)]}
+    with pytest.raises(MismatchError) as caught:
+        resolve_patterns(["a", "b"], degree=2, spec=spec, local_shapes=local_shapes)
+    assert caught.value.problems == ("a: shard on dimension 1; logical shape [2, 8]; the rule states [4, 4]",)
+    found = resolve_patterns(["a", "b"], degree=2, spec=spec, recorded={"a": Shard(1)}, local_shapes=local_shapes)
+    assert found == {"a": Shard(1), "b": Shard(1)}
+
+
+def test_shapes_choose_between_families() -> None:
+    """The same names: an ungated model, by the rows of its first layer."""
+    layer = "decoder.layers.0.mlp.linear_"
+    names = [f"{layer}fc1.weight", f"{layer}fc2.weight"]
+    with pytest.raises(SpecError, match="both fit and disagree"):
+        resolve_patterns(names, degree=2)
+    for rows, parts in ((6, (1,)), (12, (1, 1))):
+        shapes = {names[0]: [(rows, 4)] * 2, names[1]: [(4, 6)] * 2}
+        assert resolve_patterns(names, degree=2, local_shapes=shapes)[names[0]] == Shard(0, parts=parts)
+    with pytest.raises(
+        SpecError, match=r"no family fits \(nearest is megatron_core_\w+: all names match, \d shapes don't"
+    ):
+        resolve_patterns(names, degree=2, local_shapes={names[0]: [(9, 4)] * 2, names[1]: [(4, 6)] * 2})
+
+
 def test_spec_that_does_not_fit() -> None:
     with pytest.raises(SpecError, match="mystery: matches no rule"):
         resolve_patterns(["mystery"], degree=1, spec=load_spec("megatron_core_gpt"))

@@ -382,3 +382,15 @@ def test_a_vocabulary_may_be_padded_otherwise_on_the_target(
     np.testing.assert_array_equal(joined, whole)
     expected = split_by_numpy(whole, target, target_degree)
     assert_same(placed(target.layout(logical_shape, target.local_shapes(logical_shape, target_degree))), expected)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data(), st.sampled_from([2, 4, 6, 8]), st.integers(1, 2), st.booleans())
+def test_heads_are_held_whole_wherever_numpy_puts_them(data: st.DataObject, degree: int, unit: int, wide: bool) -> None:
+    parts, heads = data.draw(head_counts(degree))
+    shape = (sum(parts) * unit * prod(heads), 2)[: 1 + wide]
+    pattern = Shard(parts=parts, heads=heads)
+    expected = split_by_numpy(numbered(shape), pattern, degree)
+    local_shapes = pattern.local_shapes(shape, degree)
+    assert pattern.logical_shape(local_shapes) == shape
+    assert_same(placed(pattern.layout(shape, local_shapes)), expected)
