@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,8 @@ from checkpoints import LAST_STEP, STEP, differences
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import MismatchError, UnsupportedError
-from ucp_deepspeed.testing.ranks import RankError, RankPool
+from ucp_deepspeed.testing.models import build_mlp
+from ucp_deepspeed.testing.ranks import RankError, RankPool, reset_parallel_state
 from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
 from ucp_deepspeed.transfer import FileReader
 from ucp_deepspeed.transfer.compare import compare
@@ -283,6 +285,78 @@ def test_a_tag_saved_again_in_another_precision(
     names = {path.name for path in (tmp_path / "a" / "same").glob("*optim_states.pt")}
     assert {name.startswith("bf16_") for name in names} == {True, False}
     assert differences(tmp_path / "a", tmp_path / "alone") == []
+
+
+def trained_in_order(run: Run, order: str, last: int, folder: str | None, save: str | None) -> list[tuple[str, float]]:
+    """On a rank: train with a torch scheduler on groups in some order; the rate of each group, by its first parameter."""
+    reset_parallel_state()
+    model = build_mlp(seed=run.seed)
+    named = list(model.named_parameters())
+    matrices, rest = [param for _, param in named if param.ndim > 1], [param for _, param in named if param.ndim <= 1]
+    groups = {"m": {"params": matrices, "lr": 1e-2}, "r": {"params": rest, "lr": 1e-4}}
+    if "x" in order:
+        groups |= {"m": {"params": matrices[:1], "lr": 1e-2}, "x": {"params": matrices[1:], "lr": 1e-2}}
+    optimizer = torch.optim.AdamW([groups[key] for key in order])
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+        config={
+            "train_batch_size": 8,
+            "zero_optimization": dict(run.zero),
+            "zero_allow_untested_optimizer": True,
+            "universal_checkpoint": {"enabled": True},
+        },
+    )
+    if folder is not None:
+        engine.load_checkpoint(folder)
+    while engine.global_steps < last:
+        train_step(engine, run, engine.global_steps + 1)
+    if save is not None:
+        engine.save_checkpoint(save)
+    rates = sorted((key, group["lr"]) for key, group in zip(order, optimizer.param_groups, strict=True))
+    engine.destroy()
+    return rates
+
+
+@pytest.mark.parametrize(("order", "stage"), [("rm", 1), ("rm", 2), ("xrm", 3), ("mxr", 0)])
+def test_a_scheduler_follows_the_parameters_too(order: str, stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """torch's keep the first rates of all groups in the optimizer's order: with the groups in another one, they would change
+    sides at the next step, and DeepSpeed gives all groups of ZeRO-3 the first one's."""
+    source = Run("mlp", zero={"stage": 1})
+    ranks(1).run(trained_in_order, source, "mr", STEP, None, str(tmp_path))
+    expected = dict(ranks(1).run(trained_in_order, source, "mr", LAST_STEP, None, None)[0])
+    target = Run("mlp", zero={"stage": stage})
+    found = dict(ranks(1).run(trained_in_order, target, order, LAST_STEP, str(tmp_path), None)[0])
+    assert found == {key: expected["m" if key == "x" else key] for key in order}
+
+
+def with_a_grid(run: Run, turned: bool, folder: str | None, save: str | None) -> torch.Tensor:
+    """On a rank: a model with one more buffer, whose elements lie column by column if ``turned``; returns it row by row."""
+    engine = build_engine(run)
+    grid = torch.arange(15.0).view(3, 5) * (run.seed + 1)
+    engine.module.register_buffer("grid", grid.t().contiguous().t() if turned else grid)
+    if folder is not None:
+        engine.load_checkpoint(folder)
+    if save is not None:
+        engine.save_checkpoint(save)
+    assert engine.module.grid.is_contiguous() != turned
+    found = engine.module.grid.clone(memory_format=torch.contiguous_format)
+    engine.destroy()
+    return found
+
+
+def test_a_buffer_in_another_order_of_elements(ranks: Ranks, tmp_path: Path) -> None:
+    """As with channels_last: filled as if it were row-major, every element would be there and in a wrong place."""
+    run, other = Run("mlp", zero={"stage": 1}), Run("mlp", zero={"stage": 2}, seed=3)
+    [saved] = ranks(1).run(with_a_grid, run, False, None, str(tmp_path / "a"))
+    [loaded] = ranks(1).run(with_a_grid, other, True, str(tmp_path / "a"), None)
+    assert saved.equal(loaded)
+    ranks(1).run(with_a_grid, run, True, None, str(tmp_path / "b"))
+    with pytest.raises(RankError) as caught:
+        ranks(1).run(with_a_grid, other, False, str(tmp_path / "b"), None)
+    assert isinstance(caught.value.original, UnsupportedError)
+    assert "holds a tensor of shape (3, 5) that isn't contiguous" in str(caught.value.original)
 
 
 def test_fp16_loss_scale(ranks: Ranks, tmp_path: Path) -> None:

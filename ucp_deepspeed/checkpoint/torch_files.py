@@ -190,7 +190,10 @@ def extent_of(tensor: torch.Tensor, path: Path) -> FileExtent:
     """
     dtype = dtype_of(tensor, path)
     if not tensor.is_contiguous():
-        raise UnsupportedError(f"{path} holds a tensor of shape {tuple(tensor.shape)} that isn't contiguous")
+        raise UnsupportedError(
+            f"{path} holds a tensor of shape {tuple(tensor.shape)} that isn't contiguous: its elements are in another order than "
+            f"row-major, as with channels_last, which DeepSpeed alone can load, on the same topology"
+        )
     storage_offset: int = getattr(tensor.untyped_storage(), "_checkpoint_offset", 0)
     return FileExtent(
         str(path),

@@ -90,7 +90,10 @@ class Filling:
                     optimizer.reset_state(plan.slot)
             optimizer.refresh_weights()
             for weight in self.weights:
-                count.add(run_copies(weight.copies, reader, lambda _, held=weight.weight: held))  # type: ignore[misc]
+                held = weight.weight.contiguous()  # the tensor itself unless its elements lie in another order
+                count.add(run_copies(weight.copies, reader, lambda _, held=held: held))  # type: ignore[misc]
+                if held is not weight.weight:
+                    weight.weight.copy_(held)
             optimizer.end()
         reader.close()
         return count
@@ -104,6 +107,9 @@ def _fill(
     kept: Sequence[Fragment[None]] = (),
 ) -> torch.Tensor:
     """Fill a buffer; what no copy reaches and isn't kept is padding and becomes zero."""
+    if not buffer.is_contiguous():  # copies count in row-major order
+        buffer.copy_(_fill(buffer.contiguous(), copies, reader, count, kept))
+        return buffer
     flat = buffer.view(-1)
     own = [(part, flat[part.buffer_start : part.buffer_start + part.numel].clone()) for part in kept]
     flat.zero_()

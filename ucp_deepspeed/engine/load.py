@@ -41,6 +41,7 @@ from ucp_deepspeed.engine.random_state import read_random_state, restore_random_
 from ucp_deepspeed.engine.training_state import (
     Settings,
     plan_hyperparameters,
+    plan_scheduler,
     restore_data_schedules,
     restore_run,
     usable,
@@ -238,6 +239,9 @@ def _load_universal(
         settings: Settings = ()
         if options.optimizer_states and engine.universal_checkpoint_config.hyperparameters == "restore":
             settings = plan_hyperparameters(checkpoint, names, optimizer)
+        schedule = None
+        if options.load_lr_scheduler_states and engine.lr_scheduler is not None:
+            schedule = plan_scheduler(checkpoint, names, optimizer, engine.lr_scheduler.state_dict())
         filling = plan_filling(checkpoint, model, optimizer, names, matching, policies, settings)
         extra_states = plan_extra_states(checkpoint, engine.module, model, policies)
         path, state = checkpoint.client_state(model.rank if same_ranks else 0)
@@ -246,7 +250,7 @@ def _load_universal(
         module.set_extra_state(value)
     if custom is not None:
         run_custom_load(engine, model, optimizer, custom, source)
-    restore_run(engine, checkpoint, optimizer, options, settings)
+    restore_run(engine, checkpoint, optimizer, options, settings, schedule)
     if not options.load_module_only:
         restore_data_schedules(engine, state)
     engine.universal_checkpoint_report = report = LoadReport(

@@ -92,16 +92,24 @@ def check_model(engine: Any) -> None:
     """
     model = describe_model(engine)
     _parameters(model)
-    _warn_of_dtypes(model)
+    _warn_of_forms(model)
     if model.topology.zero_stage == 3:
         _warn_of_left_out(engine, model)
 
 
-def _warn_of_dtypes(model: EngineModel) -> None:
-    tensors = {name: entry.tensor for name, entry in model.tensors.items() if entry.tensor is not None}
-    strange = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in TORCH_DTYPES]
-    if strange:
-        logger.warning("of these dtypes only DeepSpeed can save and load, on the same topology: %s", ", ".join(strange))
+def _warn_of_forms(model: EngineModel) -> None:
+    """Tell at once of tensors that DeepSpeed saves and no universal load reads."""
+    strange = {
+        name: str(entry.tensor.dtype) if entry.tensor.dtype not in TORCH_DTYPES else f"strides {entry.tensor.stride()}"
+        for name, entry in model.tensors.items()
+        if entry.tensor is not None and (entry.tensor.dtype not in TORCH_DTYPES or not entry.tensor.is_contiguous())
+    }
+    if strange and dist.get_rank() == 0:
+        logger.warning(
+            "of these dtypes, or in another order of elements than row-major, DeepSpeed alone can load what it saves, on the "
+            "same topology: %s",
+            ", ".join(f"{name} ({form})" for name, form in strange.items()),
+        )
 
 
 def _warn_of_left_out(engine: Any, model: EngineModel) -> None:

@@ -51,13 +51,80 @@ def plan_hyperparameters(checkpoint: Checkpoint, names: Names, optimizer: Engine
     return tuple(settings)
 
 
+PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
+"""What torch's schedulers keep of each parameter group, in the optimizer's order (``torch/optim/lr_scheduler.py``)."""
+
+
+def plan_scheduler(
+    checkpoint: Checkpoint, names: Names, optimizer: EngineOptimizer, live: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
+    """The scheduler's state with what it keeps of each group in the order of the live groups.
+
+    Args:
+        live: the live scheduler's state, whose values a group keeps of which the checkpoint has no parameter.
+
+    Raises:
+        MismatchError: groups are joined of which the scheduler keeps different values, or as many values as there are groups are
+            kept under a name that isn't known.
+    """
+    state = checkpoint.run.lr_scheduler
+    group_of = {names.source[name]: index for index, group in enumerate(checkpoint.groups) for name in group.names}
+    sources = [
+        sorted(
+            {group_of[logical] for name in group if name is not None and (logical := names.target[name]) in group_of}
+        )
+        for group in optimizer.group_names()
+    ]
+    if state is None or sources == [[index] for index in range(len(checkpoint.groups))]:
+        return state
+    problems: list[str] = []
+    planned = _regrouped(state, live, sources, len(checkpoint.groups), "", problems)
+    if problems:
+        raise MismatchError(
+            f"{checkpoint.path} and the engine group parameters differently; the scheduler's state", problems
+        )
+    return planned
+
+
+def _regrouped(
+    state: Mapping[str, Any], live: Any, sources: list[list[int]], count: int, place: str, problems: list[str]
+) -> dict[str, Any]:
+    found = dict(state)
+    for key, value in state.items():
+        other = live.get(key) if isinstance(live, Mapping) else None
+        if isinstance(value, (list, tuple)) and key == "_schedulers":
+            parts = other if isinstance(other, (list, tuple)) and len(other) == len(value) else [None] * len(value)
+            found[key] = [
+                _regrouped(one, mine, sources, count, f"{place}{key}.", problems)
+                for one, mine in zip(value, parts, strict=True)
+            ]
+        elif isinstance(value, (list, tuple)) and len(value) == count and key in PER_GROUP:
+            found[key] = [_of_group(value, other, held, i, f"{place}{key}", problems) for i, held in enumerate(sources)]
+        elif isinstance(value, (list, tuple)) and len(value) == count > 1:
+            problems.append(f"{place}{key}: {value} may be of the groups, in an order that isn't the engine's")
+    return found
+
+
+def _of_group(value: Any, live: Any, held: list[int], index: int, place: str, problems: list[str]) -> Any:
+    if not held:
+        return live[index] if isinstance(live, (list, tuple)) and index < len(live) else value[0]
+    if any(value[other] != value[held[0]] for other in held):
+        problems.append(f"{place}: parameter group {index} joins groups with {[value[other] for other in held]}")
+    return value[held[0]]
+
+
 def usable(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a group that mean the same on every machine."""
     return {key: value for key, value in hyperparameters.items() if key not in (*IMPLEMENTATION_SWITCHES, "params")}
 
 
 def restore_run(
-    engine: Any, checkpoint: Checkpoint, optimizer: EngineOptimizer, options: LoadOptions, settings: Settings
+    engine: Any,
+    checkpoint: Checkpoint,
+    optimizer: EngineOptimizer,
+    options: LoadOptions,
+    settings: Settings,
+    schedule: Mapping[str, Any] | None,
 ) -> None:
     """Take over counters, scheduler, hyper-parameters and loss scale, as far as the options ask for them."""
     run = checkpoint.run
@@ -69,7 +136,7 @@ def restore_run(
     engine.global_samples = run.global_samples if run.global_samples is not None else _samples(engine)
     engine.skipped_steps = run.skipped_steps
     if options.load_lr_scheduler_states and engine.lr_scheduler is not None:
-        _restore_scheduler(engine.lr_scheduler, run.lr_scheduler)
+        _restore_scheduler(engine.lr_scheduler, schedule)
         if options.load_optimizer_states:  # else the groups' rates stay too, as with DeepSpeed
             _set_scheduled(engine.lr_scheduler, optimizer)
     _set_hyperparameters(optimizer, settings)

@@ -98,7 +98,7 @@ class EngineOptimizer(ABC):
 
     def state_buffer(self, slot: EngineSlot, state: str) -> torch.Tensor:
         """A tensor to fill with an element-wise state and to give to `set_state`; its values are undefined."""
-        return torch.empty_like(slot.master.data)
+        return torch.empty_like(slot.master.data, memory_format=torch.contiguous_format)
 
     def set_state(self, slot: EngineSlot, states: Mapping[str, torch.Tensor], scalars: Mapping[str, float]) -> None:
         """Replace the base optimizer's state for a slot; without states and scalars, as if no step had been taken."""
