@@ -21,7 +21,7 @@ from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import MismatchError, UnsupportedError
 from ucp_deepspeed.testing.models import build_mlp
 from ucp_deepspeed.testing.ranks import RankError, RankPool, reset_parallel_state
-from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
+from ucp_deepspeed.testing.runs import Run, batch_of, build_engine, train, train_step
 from ucp_deepspeed.transfer import FileReader
 from ucp_deepspeed.transfer.compare import compare
 from ucp_deepspeed.transfer.convert import convert
@@ -287,15 +287,19 @@ def test_a_tag_saved_again_in_another_precision(
     assert differences(tmp_path / "a", tmp_path / "alone") == []
 
 
-def trained_in_order(run: Run, order: str, last: int, folder: str | None, save: str | None) -> list[tuple[str, float]]:
-    """On a rank: train with a torch scheduler on groups in some order; the rate of each group, by its first parameter."""
+def trained_in_order(
+    run: Run, order: str, last: int, folder: str | None, save: str | None, scale: float = 1.0
+) -> list[tuple[str, float]]:
+    """On a rank: train with a torch scheduler on groups in some order, with scaled rates; the rate of each group."""
     reset_parallel_state()
     model = build_mlp(seed=run.seed)
     named = list(model.named_parameters())
     matrices, rest = [param for _, param in named if param.ndim > 1], [param for _, param in named if param.ndim <= 1]
-    groups = {"m": {"params": matrices, "lr": 1e-2}, "r": {"params": rest, "lr": 1e-4}}
+    groups: dict[str, dict[str, Any]] = {"m": {"params": matrices, "lr": 1e-2}, "r": {"params": rest, "lr": 1e-4}}
     if "x" in order:
         groups |= {"m": {"params": matrices[:1], "lr": 1e-2}, "x": {"params": matrices[1:], "lr": 1e-2}}
+    for group in groups.values():
+        group["lr"] *= scale
     optimizer = torch.optim.AdamW([groups[key] for key in order])
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -305,7 +309,7 @@ def trained_in_order(run: Run, order: str, last: int, folder: str | None, save: 
             "train_batch_size": 8,
             "zero_optimization": dict(run.zero),
             "zero_allow_untested_optimizer": True,
-            "universal_checkpoint": {"enabled": True},
+            "universal_checkpoint": dict(run.universal or {}),
         },
     )
     if folder is not None:
@@ -329,6 +333,37 @@ def test_a_scheduler_follows_the_parameters_too(order: str, stage: int, ranks: R
     target = Run("mlp", zero={"stage": stage})
     found = dict(ranks(1).run(trained_in_order, target, order, LAST_STEP, str(tmp_path), None)[0])
     assert found == {key: expected["m" if key == "x" else key] for key in order}
+
+
+def test_a_schedule_from_the_configured_rates(ranks: Ranks, tmp_path: Path) -> None:
+    """``"hyperparameters": "keep"`` with half the rates: half of what they would be, at every step after the resume."""
+    source = Run("mlp", zero={"stage": 1})
+    ranks(1).run(trained_in_order, source, "mr", STEP, None, str(tmp_path))
+    keep = Run("mlp", zero={"stage": 2}, universal={"enabled": True, "hyperparameters": "keep"})
+    for last in (STEP, LAST_STEP):
+        expected = ranks(1).run(trained_in_order, source, "mr", last, None, None)[0]
+        found = ranks(1).run(trained_in_order, keep, "rm", last, str(tmp_path), None, 0.5)[0]
+        assert found == [(key, pytest.approx(rate / 2)) for key, rate in expected]
+
+
+def evaluated(folder: str, stage: int) -> list[float]:
+    """On a rank: load weights into an engine without an optimizer; a loss."""
+    run = Run("mlp", zero={"stage": stage})
+    reset_parallel_state()
+    config = {"train_batch_size": 8, "zero_optimization": {"stage": stage}, "universal_checkpoint": {"enabled": True}}
+    engine, *_ = deepspeed.initialize(model=build_mlp(seed=3), config=config)
+    engine.load_checkpoint(folder, load_module_only=True)
+    tokens = batch_of(run, 1)
+    loss = float(engine(tokens[:, :-1], tokens[:, 1:]))
+    engine.destroy()
+    return [loss]
+
+
+def test_an_engine_that_only_evaluates_is_left_to_deepspeed(ranks: Ranks, tmp_path: Path) -> None:
+    """It has no training state to restore; stock DeepSpeed loads its weights."""
+    run = Run("mlp", zero={"stage": 0})
+    outcome = ranks(1).run(train, run, 1, save=str(tmp_path))[0]
+    assert ranks(1).run(evaluated, str(tmp_path), 0)[0] == [outcome.losses[1]]  # the rate of the first step is 0
 
 
 def with_a_grid(run: Run, turned: bool, folder: str | None, save: str | None) -> torch.Tensor:

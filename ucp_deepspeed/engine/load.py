@@ -34,6 +34,7 @@ from ucp_deepspeed.engine.model import (
     engine_topology,
     local_shape,
     model_parallel_rank,
+    only_evaluates,
 )
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, engine_optimizer
@@ -119,7 +120,9 @@ def load_checkpoint(
     goes_on = config.random_state == "restore" and config.load != "never" and not load_module_only
     with agreement():
         folder = _find(Path(load_dir), None if tag is None else str(tag), config.load)
-        if folder is not None:
+        if folder is not None and only_evaluates(engine) and not (folder / INDEX_NAME).is_file():
+            logger.info("the engine has no optimizer: the load is left to DeepSpeed")
+        elif folder is not None:
             prepared = open_checkpoint(folder), engine_optimizer(engine)
             universal = _takes_universal_path(config, engine, *prepared)
             random_state = read_random_state(folder) if goes_on else None
@@ -241,7 +244,8 @@ def _load_universal(
             settings = plan_hyperparameters(checkpoint, names, optimizer)
         schedule = None
         if options.load_lr_scheduler_states and engine.lr_scheduler is not None:
-            schedule = plan_scheduler(checkpoint, names, optimizer, engine.lr_scheduler.state_dict())
+            keep = engine.universal_checkpoint_config.hyperparameters == "keep"
+            schedule = plan_scheduler(checkpoint, names, optimizer, engine.lr_scheduler.state_dict(), keep)
         filling = plan_filling(checkpoint, model, optimizer, names, matching, policies, settings)
         extra_states = plan_extra_states(checkpoint, engine.module, model, policies)
         path, state = checkpoint.client_state(model.rank if same_ranks else 0)

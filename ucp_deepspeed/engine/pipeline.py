@@ -81,8 +81,8 @@ def _tell_of_others(engine: Any, key: str, shared: Mapping[str, Any], weights: S
     differing = [name for name in mine if len({copy.get(name) for copy in copies}) > 1]
     if differing and dist.get_rank() == min(shared["ranks"]):
         logger.warning(
-            "pipeline stages hold different values of what isn't tied in module %r; on another topology all of them get those "
-            "of the first stage that has it: %s",
+            "pipeline stages hold different values of what isn't tied in module %r; no checkpoint holds those of later ones: a "
+            "load gives them those of the first, or, where it is left to DeepSpeed, none: %s",
             key,
             ", ".join(differing),
         )

@@ -10,7 +10,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from packaging.version import Version
 
-from ucp_deepspeed.engine.model import agreement
+from ucp_deepspeed.engine.model import agreement, only_evaluates
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.save import check_model
@@ -49,9 +49,9 @@ def check_engine(engine: Any) -> None:
     with agreement():
         if engine.has_moe_layers:
             _check_experts(engine)
-        if engine.optimizer is not None:
+        if not only_evaluates(engine):
             engine_optimizer(engine)
-        check_model(engine)
+            check_model(engine)
 
 
 def _check_experts(engine: Any) -> None:

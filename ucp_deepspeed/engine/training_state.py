@@ -56,12 +56,13 @@ PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_m
 
 
 def plan_scheduler(
-    checkpoint: Checkpoint, names: Names, optimizer: EngineOptimizer, live: Mapping[str, Any]
+    checkpoint: Checkpoint, names: Names, optimizer: EngineOptimizer, live: Mapping[str, Any], keep: bool
 ) -> Mapping[str, Any] | None:
     """The scheduler's state with what it keeps of each group in the order of the live groups.
 
     Args:
         live: the live scheduler's state, whose values a group keeps of which the checkpoint has no parameter.
+        keep: whether all groups keep their configured hyper-parameters: the schedule then goes on from these.
 
     Raises:
         MismatchError: groups are joined of which the scheduler keeps different values, or as many values as there are groups are
@@ -75,15 +76,23 @@ def plan_scheduler(
         )
         for group in optimizer.group_names()
     ]
-    if state is None or sources == [[index] for index in range(len(checkpoint.groups))]:
+    if state is not None and sources != [[index] for index in range(len(checkpoint.groups))]:
+        problems: list[str] = []
+        state = _regrouped(state, live, sources, len(checkpoint.groups), "", problems)
+        if problems:
+            heading = f"{checkpoint.path} and the engine group parameters differently; the scheduler's state"
+            raise MismatchError(heading, problems)
+    return _from_configured(state, live) if state is not None and keep else state
+
+
+def _from_configured(state: Mapping[str, Any], live: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a schedule that began at the saved rates would be had it begun at the live ones (torch's, which know ``base_lrs``)."""
+    began, now = state.get("base_lrs"), live.get("base_lrs")
+    if not (isinstance(began, list) and isinstance(now, list) and len(began) == len(now)):
         return state
-    problems: list[str] = []
-    planned = _regrouped(state, live, sources, len(checkpoint.groups), "", problems)
-    if problems:
-        raise MismatchError(
-            f"{checkpoint.path} and the engine group parameters differently; the scheduler's state", problems
-        )
-    return planned
+    last = state.get("_last_lr", began)
+    scaled = [rate * new / old if old else rate for rate, old, new in zip(last, began, now, strict=True)]
+    return {**state, **{key: live[key] for key in PER_GROUP if key in live}, "_last_lr": scaled}
 
 
 def _regrouped(

@@ -153,4 +153,9 @@ def best_scheme(names: Sequence[str], spec: Spec) -> tuple[str | None, dict[str,
     for title, scheme in spec.names.items():
         with suppress(SpecError):
             found.append((title, translate(names, scheme)))
-    return max(found, key=lambda named: spec.coverage(named[1].values()))
+    return max(found, key=lambda named: (spec.coverage(named[1].values()), _renamed(named[1])))
+
+
+def _renamed(names: Mapping[str, str]) -> int:
+    """Where as many match, as with a rule for every name, the scheme that has something to say about them is meant."""
+    return sum(name != logical for name, logical in names.items())

@@ -277,3 +277,17 @@ def test_all_families_that_fit_the_side_are_taken() -> None:
         "embedding.word_embeddings.weight",
         "decoder.layers.0.mlp.linear_fc1.weight",
     ]
+
+
+def test_a_scheme_is_taken_also_where_every_name_matches_anyway() -> None:
+    """The natural rule without tensor parallelism: with it, names match as they are, too."""
+    spec = Spec.parse(
+        {
+            "family": "own",
+            "rules": [{"match": "**", "pattern": "replicate"}],
+            "names": {"pipeline": [{"from": "{n}.**", "to": "blocks.{n - 1}.**"}]},
+        },
+        "test",
+    )
+    assert logical_names(["1.w", "2.w"], [spec]) == {"1.w": "blocks.0.w", "2.w": "blocks.1.w"}
+    assert logical_names(["blocks.0.w"], [spec]) == {"blocks.0.w": "blocks.0.w"}
