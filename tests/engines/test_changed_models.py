@@ -76,6 +76,7 @@ def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_unfreezing(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed's universal load: 'Steps not equal', or FileNotFoundError for the state that isn't there (#2921, #6771)."""
     source = saved(ranks, tmp_path, frozen=FROZEN)
     assert "linear_in.weight: frozen in the checkpoint, trainable in the model" in refusal(ranks, source)
     outcome, again = resumed(ranks, stage, source, {"on_missing": "init"}, LAST_STEP)
@@ -89,6 +90,7 @@ def test_unfreezing(stage: int, ranks: Ranks, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_freezing(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """What is frozen keeps its trained value; DeepSpeed's universal load never restores frozen parameters."""
     source = saved(ranks, tmp_path)
     assert "linear_in.bias: trainable in the checkpoint, frozen in the model" in refusal(ranks, source, frozen=FROZEN)
     outcome, again = resumed(ranks, stage, source, {"on_extra": "drop"}, LAST_STEP, frozen=FROZEN)
@@ -99,6 +101,7 @@ def test_freezing(stage: int, ranks: Ranks, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_adding_an_adapter(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """FileNotFoundError in DeepSpeed's universal load; here an error that names it, or by policy the adapter as it began."""
     source = saved(ranks, tmp_path)
     adapted = {"size": {"adapter": True}, "seed": 5}
     assert "adapter.weight: missing in the checkpoint" in refusal(ranks, source, **adapted)
@@ -115,6 +118,7 @@ def test_adding_an_adapter(stage: int, ranks: Ranks, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_dropping_a_part(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed's universal load leaves out what the model lacks without a word."""
     source = saved(ranks, tmp_path, size={"adapter": True})
     assert "adapter.bias: extra in the checkpoint (trainable" in refusal(ranks, source)
     outcome, again = resumed(ranks, stage, source, {"on_extra": "drop"})

@@ -73,6 +73,7 @@ def like(target: Run, source: Run) -> Run:
 def test_state_is_bit_exact_and_training_goes_on(
     origin: str, target: str, source: GetSource, ranks: Ranks, tmp_path: Path
 ) -> None:
+    """Each source to each target; of these pairs DeepSpeed's universal load manages those within ZeRO-1 and pipelines."""
     run, world_size, form = SOURCES[origin]
     saved = source(origin, run, world_size)
     wanted, target_world = TARGETS[target]

@@ -394,7 +394,23 @@ def test_a_buffer_in_another_order_of_elements(ranks: Ranks, tmp_path: Path) -> 
     assert "holds a tensor of shape (3, 5) that isn't contiguous" in str(caught.value.original)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_optimizer_states_that_are_not_asked_for_stay_the_engines(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """``load_optimizer_states=False``: DeepSpeed's universal load ignores it under ZeRO-1 and 2."""
+    ranks(2).run(train, Run("mlp", zero={"stage": 2}), STEP, save=str(tmp_path / "a"))
+    target = Run("mlp", zero={"stage": stage}, seed=1)
+    settings = {"load": str(tmp_path / "a"), "options": {"load_optimizer_states": False}}
+    ranks(1).run(train, target, STEP, **settings, save=str(tmp_path / "b"), save_first=True)
+    first, second = (UniversalView.of(open_checkpoint(tmp_path / name)) for name in "ab")
+    assert all(
+        parameter.states.keys() == {"fp32"} for parameter in second.parameters.values() if parameter.kind != "buffer"
+    )
+    found = {(entry.what, entry.state) for entry in compare(first, second)}
+    assert ("elements", "fp32") not in found and ("elements", "weight") not in found
+
+
 def test_fp16_loss_scale(ranks: Ranks, tmp_path: Path) -> None:
+    """Across stages, which DeepSpeed's universal checkpoints don't load at all, and data-parallel sizes."""
     scaling = {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2}}
     source = Run("mlp", zero={"stage": 2}, precision="fp16", config=scaling)
     ranks(2).run(train, source, LAST_STEP, save=str(tmp_path / "a"))
