@@ -22,6 +22,9 @@ from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup, Shape,
 OpenPartition = Callable[[int], tuple[dict[str, Any], Path]]
 """``partition`` → (the file's ``optimizer_state_dict``, the file)."""
 
+OpenGroup = Callable[[int], tuple[dict[str, Any], Path, int]]
+"""``partition`` → the same, and the index that one flat group has in this file."""
+
 
 @dataclass(frozen=True)
 class ZeroForm:
@@ -129,8 +132,49 @@ def zero_slots(
     for index, named in enumerate(param_shapes):
         whole = Share(tuple(named), partitions, open_partition)
         for share in spread(index, whole.names) if spread else (whole,):
-            slots.append(_zero_slot(form, index, share, shapes_of(named)))
+            open_group = _open_group(share.open_partition, _place_among_named(form, saved, index))
+            slots.append(_zero_slot(form, index, share, open_group, shapes_of(named)))
     return slots
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where one of the flat groups is in any file: the ``number``-th of those that are called ``name``, else at ``index``."""
+
+    form: ZeroForm
+    index: int
+    name: str | None
+    number: int
+
+    def index_in(self, saved: Mapping[str, Any]) -> int:
+        named = _indices_of_named(self.form, saved, self.name)
+        return named[self.number] if self.number < len(named) else self.index
+
+
+def _place_among_named(form: ZeroForm, saved: Mapping[str, Any], index: int) -> _Place:
+    """The place of a group that has ``index`` in one of the files.
+
+    DeepSpeed takes the groups of experts of several expert-parallel sizes from a set (``moe/utils.py``), so that each rank's file
+    may have an order of its own.
+    """
+    groups = form.hyperparameters(saved)
+    name = groups[index].get("name") if form is not ZERO_3 and index < len(groups) else None
+    named = _indices_of_named(form, saved, name)
+    return _Place(form, index, name, named.index(index) if named else 0)
+
+
+def _indices_of_named(form: ZeroForm, saved: Mapping[str, Any], name: str | None) -> list[int]:
+    if name is None:
+        return []
+    return [index for index, group in enumerate(form.hyperparameters(saved)) if group.get("name") == name]
+
+
+def _open_group(open_partition: OpenPartition, place: _Place) -> OpenGroup:
+    def opened(partition: int) -> tuple[dict[str, Any], Path, int]:
+        saved, path = open_partition(partition)
+        return saved, path, place.index_in(saved)
+
+    return opened
 
 
 @dataclass(frozen=True)
@@ -142,8 +186,8 @@ class Share:
     open_partition: OpenPartition
 
 
-def _zero_slot(form: ZeroForm, index: int, share: Share, shapes: tuple[Shape, ...]) -> Slot:
-    saved, path = share.open_partition(0)
+def _zero_slot(form: ZeroForm, group: int, share: Share, open_group: OpenGroup, shapes: tuple[Shape, ...]) -> Slot:
+    saved, path, index = open_group(0)
     _check_partitions(saved, index, share.partitions, path)
     master = saved[form.masters][index]
     flattening = _flattening(form, saved, index, numels_of(shapes), share.partitions)
@@ -151,7 +195,7 @@ def _zero_slot(form: ZeroForm, index: int, share: Share, shapes: tuple[Shape, ..
     if isinstance(saved[form.optimizer], list):
         buffer = master
     entry = form.state_entry(saved, index)
-    overlapping = _overlapping(form, index, flattening, share.open_partition)
+    overlapping = _overlapping(form, flattening, open_group)
     found = split_states({key: value for key, value in entry.items() if key not in overlapping}, buffer, path)
     whole = {key: TORCH_DTYPES[entry[key].dtype] for key in overlapping}
     return Slot(
@@ -159,21 +203,21 @@ def _zero_slot(form: ZeroForm, index: int, share: Share, shapes: tuple[Shape, ..
         shapes,
         "trainable",
         flattening,
-        _locator(form, index, share.open_partition),
+        _locator(form, open_group),
         {MASTER: TORCH_DTYPES[master.dtype], **found.states, **whole},
         found.scalars,
         found.refused,
-        _group_of(form, saved, index),
+        _group_of(form, saved, group),
         overlapping,
     )
 
 
-def _overlapping(form: ZeroForm, index: int, flattening: Flattening, open_partition: OpenPartition) -> frozenset[str]:
+def _overlapping(form: ZeroForm, flattening: Flattening, open_group: OpenGroup) -> frozenset[str]:
     """See `Slot.overlapping`: under ZeRO-1/2 the momentum of Muon's groups, unless it was offloaded.
 
     Both ways differ in the first partition whose tensors aren't exactly those that it has whole; before it they are the same.
     """
-    saved, _ = open_partition(0)
+    saved, _, index = open_group(0)
     if form is not ZERO_12 or not isinstance(flattening, FlatGroup) or MOMENTUM not in form.state_entry(saved, index):
         return frozenset()
     if not any(group.get("use_muon") for group in form.hyperparameters(saved)[index : index + 1]):
@@ -182,7 +226,8 @@ def _overlapping(form: ZeroForm, index: int, flattening: Flattening, open_partit
     for partition in range(flattening.partitions):
         numel = whole.buffer_numel(partition)
         if numel != flattening.partition_numel:
-            momentum = form.state_entry(open_partition(partition)[0], index).get(MOMENTUM)
+            saved, _, index = open_group(partition)
+            momentum = form.state_entry(saved, index).get(MOMENTUM)
             held = 0 if momentum is None else momentum.numel()
             return frozenset((MOMENTUM,)) if held == numel else frozenset()
     return frozenset()
@@ -241,9 +286,9 @@ def _flattening(
     return FlatGroup(numels, partitions, tuple(gaps[index]) if gaps else ())
 
 
-def _locator(form: ZeroForm, index: int, open_partition: OpenPartition) -> Callable[[int, str], Located]:
+def _locator(form: ZeroForm, open_group: OpenGroup) -> Callable[[int, str], Located]:
     def tensor(partition: int, state: str) -> Located:
-        saved, path = open_partition(partition)
+        saved, path, index = open_group(partition)
         try:
             if state == MASTER:
                 return saved[form.masters][index], path

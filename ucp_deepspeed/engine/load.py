@@ -184,6 +184,8 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
     ):
         return False
     rank, names = model_parallel_rank(engine), ModelNames(engine)
+    if len({layer.ep for layer in names.layers.values()}) > 1:
+        return False  # DeepSpeed goes by the order of the groups of experts, which it takes from a set
     if checkpoint.topology.zero_stage == 0:
         if checkpoint.optimizer_form == BF16_OPTIMIZER.name:
             return False  # DeepSpeed can't read what it has written (KeyError in BF16_Optimizer.load_state_dict)

@@ -29,8 +29,8 @@ class Zero3Optimizer(EngineOptimizer):
     def __init__(self, engine: Any) -> None:
         self._zero = engine.optimizer
         self.base = engine.optimizer.optimizer
-        self._names: Mapping[torch.Tensor, str] = ModelNames(engine).of_parameters
         _check_settings(self._zero)
+        self._names: Mapping[torch.Tensor, str] = ModelNames(engine).of_parameters
 
     def slots(self) -> list[EngineSlot]:
         """See `EngineOptimizer.slots`."""
