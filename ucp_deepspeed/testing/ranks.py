@@ -1,4 +1,4 @@
-"""Real ranks on one CPU machine, kept alive across tests: starting a DeepSpeed rank takes seconds, calling it milliseconds.
+"""Real ranks on one CPU machine, kept alive across tests and forked from one process: importing DeepSpeed takes seconds.
 
 A pool is a set of processes that have joined one gloo process group through ``deepspeed.init_distributed``.
 `RankPool.run` calls a module-level function on all of them. Ranks of which some failed and others didn't may have lost step in
@@ -27,6 +27,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -51,6 +52,10 @@ LOG_CHARACTERS = 4000
 """How much of the end of the ranks' output an error shows."""
 
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+
+
+IMPORTED_ONCE = ("ucp_deepspeed.testing.runs", "ucp_deepspeed.testing.megatron_pipeline")
+"""Modules with all that they import: torch, DeepSpeed and Megatron-Core, which takes seconds of each rank's start otherwise."""
 
 
 _PICKLING_ERRORS = (
@@ -145,7 +150,7 @@ class RankPool:
             self._start_once()
 
     def _start_once(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         descriptor, name = tempfile.mkstemp(prefix="ranks-", suffix=".log")
         os.close(descriptor)
         self._log = Path(name)
@@ -223,6 +228,24 @@ def close_pools() -> None:
     """End all shared pools."""
     while _pools:
         _pools.popitem()[1].close()
+
+
+def _context() -> Any:
+    """Ranks are forked from a process that has imported what is slow to import, and has run nothing of it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED_ONCE))
+    meanwhile = ENVIRONMENT | {"PYTHONWARNINGS": "ignore"}  # DeepSpeed looks at the environment when it is imported
+    own = {key: os.environ.get(key) for key in meanwhile}
+    os.environ.update(meanwhile)
+    try:
+        forkserver.ensure_running()
+    finally:
+        for key, value in own.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+    return context
 
 
 def free_port() -> int:
