@@ -88,10 +88,11 @@ class RankError(Exception):
 
 
 class RankPool:
-    """Ranks of one world size; started by the first `run`."""
+    """Ranks of one world size; started by the first `run`, and again after ``most_runs``: what a call left is gone then."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, most_runs: int = MOST_RUNS) -> None:
         self.world_size = world_size
+        self._most_runs = most_runs
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
         self._log: Path | None = None
@@ -138,7 +139,7 @@ class RankPool:
 
     def _start(self) -> None:
         self._runs += 1
-        usable = self._processes and not self._damaged and self._runs <= MOST_RUNS
+        usable = self._processes and not self._damaged and self._runs <= self._most_runs
         if usable and all(process.is_alive() for process in self._processes):
             return
         self.close()
