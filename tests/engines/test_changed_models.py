@@ -206,6 +206,28 @@ def test_a_load_function_of_the_users_own(stage: int, precision: Any, ranks: Ran
     assert torch.equal(whole(again, "embedding.weight", "exp_avg"), whole(source, "embedding.weight", "exp_avg"))
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_load_function_where_nothing_else_has_changed(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """Under ZeRO-1 and 2 DeepSpeed's saved masters undo the function's work at the next step; under ZeRO-3 it never shows."""
+    run = Run("mlp", zero={"stage": stage})
+    ranks(2).run(train, run, STEP, save=str(tmp_path / "a"))
+    options = {"custom_load_fn": double_one}
+    for last, folder in [(STEP, "now"), (LAST_STEP, "later")]:
+        ranks(2).run(train, run, last, load=str(tmp_path / "a"), save=str(tmp_path / folder), options=options)
+    ranks(2).run(train, run, LAST_STEP, load=str(tmp_path / "a"), save=str(tmp_path / "plain"))
+    doubled = 2 * whole(tmp_path / "a", "linear_in.weight")
+    assert torch.equal(whole(tmp_path / "now", "linear_in.weight"), doubled)
+    gone_on, plain = (whole(tmp_path / folder, "linear_in.weight") for folder in ("later", "plain"))
+    assert (gone_on - doubled).abs().mean() < (gone_on - plain).abs().mean()
+
+
+def double_one(src: Mapping[str, torch.Tensor], dst: torch.nn.Module) -> None:
+    """A ``custom_load_fn`` for a model that hasn't changed."""
+    with torch.no_grad():
+        for name, param in dst.named_parameters():
+            param.copy_(src[name] * (2 if name == "linear_in.weight" else 1))
+
+
 def copy_rows(src: Mapping[str, torch.Tensor], dst: torch.nn.Module) -> None:
     """A ``custom_load_fn`` for a model with fewer classes: it takes the first rows of this rank's share."""
     for name, param in dst.named_parameters():
@@ -316,7 +338,7 @@ def test_another_optimizer_on_the_same_topology(stage: int, ranks: Ranks, tmp_pa
     with pytest.raises(RankError) as caught:
         ranks(2).run(train, sgd, LAST_STEP, load=str(source))
     assert isinstance(caught.value.original, MismatchError)
-    assert "the optimizer keeps ['momentum_buffer'], the checkpoint holds ['exp_avg', 'exp_avg_sq']" in str(
+    assert "the optimizer keeps ['momentum_buffer'], the checkpoint holds ['exp_avg', 'exp_avg_sq', 'step']" in str(
         caught.value.original
     )
     reset = replace(sgd, universal={"enabled": True, "optimizer_states": "reset"})

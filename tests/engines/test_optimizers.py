@@ -175,7 +175,7 @@ def test_a_state_that_one_side_lacks_is_named(ranks: Ranks, tmp_path: Path) -> N
     ranks(2).run(train, lion, STEP, save=str(tmp_path / "a"))
     offloaded = replace(lion, zero={"stage": 2}, optimizer=(DeepSpeedCPULion, {"lr": 1e-3}))
     message = refusal(ranks, offloaded, tmp_path / "a")
-    assert "keeps ['exp_avg', 'exp_avg_sq'], the checkpoint holds ['exp_avg']" in message
+    assert "keeps ['exp_avg', 'exp_avg_sq', 'step'], the checkpoint holds ['exp_avg', 'step']" in message
     begun = replace(offloaded, universal={"enabled": True, "on_missing": "init"})
     outcome = ranks(2).run(train, begun, LAST_STEP, load=str(tmp_path / "a"))
     assert sorted(outcome[0].losses) == [STEP + 1, STEP + 2, STEP + 3]
@@ -223,7 +223,7 @@ def test_another_optimizer_is_refused_or_reset(ranks: Ranks, tmp_path: Path) -> 
     sgd = replace(adam, zero={"stage": 2}, optimizer=("SGD", {"lr": 0.05, "momentum": 0.9}))
     ranks(2).run(train, adam, STEP, save=str(tmp_path / "a"))
     message = refusal(ranks, sgd, tmp_path / "a")
-    assert "keeps ['momentum_buffer'], the checkpoint holds ['exp_avg', 'exp_avg_sq']" in message
+    assert "keeps ['momentum_buffer'], the checkpoint holds ['exp_avg', 'exp_avg_sq', 'step']" in message
     assert '"optimizer_states": "reset"' in message
     reset = replace(sgd, universal={"enabled": True, "optimizer_states": "reset"})
     ranks(2).run(train, reset, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"), save_first=True)
@@ -307,3 +307,36 @@ def test_reset_is_as_before_the_first_step(ranks: Ranks, tmp_path: Path) -> None
     ranks(2).run(train, reset, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"), save_first=True)
     parameter = open_checkpoint(tmp_path / "b").parameters["linear_in.weight"]
     assert parameter.scalars == {"step": 0.0} and "sum" in parameter.states
+
+
+BOTH = {"enabled": True, "on_missing": "init", "on_extra": "drop"}
+
+
+def test_numbers_beside_the_states_must_be_there_too(ranks: Ranks, tmp_path: Path) -> None:
+    """NAdam keeps Adam's states and a product: with the states alone the first step after the load would fail (KeyError)."""
+    ranks(2).run(train, Run("mlp", optimizer=("AdamW", {})), STEP, save=str(tmp_path))
+    for world_size in (1, 2):
+        run = Run("mlp", optimizer=("NAdam", {}))
+        with pytest.raises(RankError) as caught:
+            ranks(world_size).run(train, run, LAST_STEP, load=str(tmp_path))
+        assert isinstance(caught.value.original, MismatchError)
+        assert "the optimizer keeps ['exp_avg', 'exp_avg_sq', 'mu_product', 'step']" in str(caught.value.original)
+
+
+@pytest.mark.parametrize("name", ["NAdam", "ASGD", "Adagrad", "Rprop", "SGD"])
+def test_another_optimizer_by_policy(name: str, ranks: Ranks, tmp_path: Path) -> None:
+    """What the new class lacks begins as before a first step, unless it begins at zero; all of it is listed."""
+    ranks(2).run(train, Run("mlp", optimizer=("AdamW", {"lr": 0.01})), STEP, save=str(tmp_path / "a"))
+    settings = {"SGD": {"momentum": 0.9}, "Adagrad": {"initial_accumulator_value": 0.5}}.get(name, {})
+    run = Run("mlp", zero={"stage": 3}, optimizer=(name, {"lr": 0.01, **settings}), universal=BOTH)
+    outcome = ranks(1).run(train, run, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"), save_first=True)[0]
+    held = open_checkpoint(tmp_path / "b").parameters
+    trained = {key for key, parameter in held.items() if parameter.kind == "trainable"}
+    assert set(outcome.report.initialised) == trained
+    assert set(outcome.report.dropped) == (set() if name == "NAdam" else trained)
+    ranks(1).run(train, run, LAST_STEP, load=str(tmp_path / "a"), save=str(tmp_path / "c"))  # its first step
+    fresh = ranks(1).run(
+        train, replace(run, universal={**BOTH, "optimizer_states": "reset"}), LAST_STEP, load=str(tmp_path / "a")
+    )
+    again = ranks(1).run(train, run, LAST_STEP, load=str(tmp_path / "a"))
+    assert again[0].losses == fresh[0].losses

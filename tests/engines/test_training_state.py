@@ -335,6 +335,53 @@ def test_a_scheduler_follows_the_parameters_too(order: str, stage: int, ranks: R
     assert found == {key: expected["m" if key == "x" else key] for key in order}
 
 
+def scheduled(kind: str, reverse: bool, folder: str, save: bool) -> list[list[float]]:
+    """On a rank: three steps of a scheduler over two groups, in one order or the other; their rates at each, by group."""
+    reset_parallel_state()
+    model = build_mlp(seed=0)
+    groups = [
+        {"params": [param for param in model.parameters() if param.ndim > 1], "lr": 1e-3},
+        {"params": [param for param in model.parameters() if param.ndim <= 1], "lr": 2e-3},
+    ]
+    rates = [1e-3, 2e-3][:: -1 if reverse else 1]
+    make = {
+        "OneCycleLR": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rates, total_steps=10),
+        "SequentialLR": lambda optimizer: torch.optim.lr_scheduler.SequentialLR(
+            optimizer,
+            [torch.optim.lr_scheduler.ConstantLR(optimizer, factor) for factor in (0.5, 0.25, 0.125)],
+            milestones=[2, 4],
+        ),
+    }[kind]
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(groups[:: -1 if reverse else 1]),
+        lr_scheduler=make,
+        config={
+            "train_batch_size": 8,
+            "zero_optimization": {"stage": 1},
+            "zero_allow_untested_optimizer": True,
+            "universal_checkpoint": {"enabled": True},
+        },
+    )
+    if not save:
+        engine.load_checkpoint(folder)
+    found: list[list[float]] = []
+    for _ in range(3):
+        train_step(engine, Run("mlp"), engine.global_steps + 1)
+        if save and engine.global_steps == 1:
+            engine.save_checkpoint(folder)
+        found.append(engine.get_lr()[:: -1 if reverse else 1])
+    engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["OneCycleLR", "SequentialLR"])
+def test_a_schedule_whose_phases_are_as_many_as_the_groups(kind: str, ranks: Ranks, tmp_path: Path) -> None:
+    """Two phases, two groups: the list is of the schedule, and stays in its order where the groups change theirs."""
+    expected = ranks(1).run(scheduled, kind, False, str(tmp_path), True)[0]
+    assert ranks(1).run(scheduled, kind, True, str(tmp_path), False)[0][:2] == expected[1:]
+
+
 def test_a_schedule_from_the_configured_rates(ranks: Ranks, tmp_path: Path) -> None:
     """``"hyperparameters": "keep"`` with half the rates: half of what they would be, at every step after the resume."""
     source = Run("mlp", zero={"stage": 1})
@@ -364,6 +411,56 @@ def test_an_engine_that_only_evaluates_is_left_to_deepspeed(ranks: Ranks, tmp_pa
     run = Run("mlp", zero={"stage": 0})
     outcome = ranks(1).run(train, run, 1, save=str(tmp_path))[0]
     assert ranks(1).run(evaluated, str(tmp_path), 0)[0] == [outcome.losses[1]]  # the rate of the first step is 0
+
+
+class Turning(torch.nn.Module):
+    """Two layers that share a module with a buffer, as layers share rotary positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = torch.nn.BatchNorm1d(4, affine=False)
+        self.first, self.second = (torch.nn.Sequential(torch.nn.Linear(4, 4), shared) for _ in range(2))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.second(self.first(values)).square().mean()
+        return result
+
+
+def turned(stage: int, named: int, folder: str, load: bool) -> tuple[dict[str, torch.Tensor], list[list[str]]]:
+    """On a rank: load or train the model of shared modules, with groups of named parameters; its state and those names."""
+    reset_parallel_state()
+    torch.manual_seed(load)
+    model = Turning()
+    parameters = list(model.named_parameters())
+    groups = [{"params": parameters}] if named == 1 else [{"params": parameters[:1]}, {"params": parameters[1:]}]
+    config = {
+        "train_batch_size": 8,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "universal_checkpoint": {"enabled": True},
+    }
+    optimizer = torch.optim.AdamW(groups)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if load:
+        engine.load_checkpoint(folder)
+    else:
+        engine.backward(engine(torch.randn(8 // engine.dp_world_size, 4)))
+        engine.step()
+        engine.save_checkpoint(folder)
+    buffers = {name: value.clone() for name, value in engine.module.named_buffers(remove_duplicate=False)}
+    names = [group["param_names"] for group in engine.optimizer.param_groups]
+    engine.destroy()
+    return buffers, names
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_buffer_with_two_names_and_groups_with_torchs_names(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """A module shared by layers: DeepSpeed saves its buffers under each name. torch's own lists of names stay the target's."""
+    expected, names = ranks(2).run(turned, 1, 1, str(tmp_path), False)[0]
+    found, parted = ranks(1).run(turned, stage, 2, str(tmp_path), True)[0]
+    assert {"first.1.running_mean", "second.1.running_mean"} <= expected.keys() == found.keys()
+    assert all(found[name].equal(expected[name]) for name in expected)
+    assert parted == [names[0][:1], names[0][1:]]
 
 
 def with_a_grid(run: Run, turned: bool, folder: str | None, save: str | None) -> torch.Tensor:

@@ -24,10 +24,12 @@ WEIGHT = "weight"
 """Name of the one state of a frozen parameter or a buffer."""
 
 
-IMPLEMENTATION_SWITCHES = frozenset(("foreach", "fused", "capturable", "differentiable", "step", "name", "moe"))
+IMPLEMENTATION_SWITCHES = frozenset(
+    ("foreach", "fused", "capturable", "differentiable", "step", "name", "moe", "param_names")
+)
 """Hyper-parameters that choose how a machine computes, not what: each side keeps its own. ``step`` is a constant that FusedAdam
 leaves in its groups; the step that bias correction uses is a scalar of each parameter. ``name`` and ``moe`` are DeepSpeed's marks
-on groups of experts, which say over which ranks they are cut."""
+on groups of experts, which say over which ranks they are cut. ``param_names`` is torch's list of what is in the group."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ from ucp_deepspeed.checkpoint.experts import (
 from ucp_deepspeed.checkpoint.extra_states import extra_states_in, is_extra_state
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest
 from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of, whole_tensor_slot
-from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, extent_of, open_torch_file, read_tensors, scalar_of
+from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, open_torch_file, read_tensors, scalar_of, storage_start
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
 from ucp_deepspeed.layout import Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern
@@ -495,11 +495,12 @@ class DeepSpeedCheckpoint(Checkpoint):
         listed = frozenset(saved.get("shared_params") or ())
         if self.is_pipeline:
             return listed
-        first: dict[FileExtent, str] = {}
+        first: dict[tuple[Any, ...], str] = {}
         shared: set[str] = set()
         for name, (tensor, path) in self._module(0).items():
-            stored = tensor.numel() and name not in saved["buffer_names"]
-            if stored and first.setdefault(extent_of(tensor, path), name) != name:
+            place = path, storage_start(tensor), tensor.storage_offset(), tensor.dtype, tensor.shape
+            repeated = tensor.numel() and first.setdefault(place, name) != name
+            if repeated and name not in saved["buffer_names"]:
                 shared.add(name)
         return listed | shared
 
@@ -540,7 +541,7 @@ class DeepSpeedCheckpoint(Checkpoint):
                 if slot.group is not None and slot.group < len(entries):
                     named.setdefault(slot.group, []).extend(slot.names)
             for group, names in sorted(named.items()):
-                settings = {key: value for key, value in entries[group].items() if key != "params"}
+                settings = {key: value for key, value in entries[group].items() if key not in ("params", "param_names")}
                 same = next((held for held, other in groups if rank and other == settings), None)
                 if same is None:
                     groups.append((dict.fromkeys(names), settings))

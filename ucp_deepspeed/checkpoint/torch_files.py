@@ -194,13 +194,14 @@ def extent_of(tensor: torch.Tensor, path: Path) -> FileExtent:
             f"{path} holds a tensor of shape {tuple(tensor.shape)} that isn't contiguous: its elements are in another order than "
             f"row-major, as with channels_last, which DeepSpeed alone can load, on the same topology"
         )
-    storage_offset: int = getattr(tensor.untyped_storage(), "_checkpoint_offset", 0)
-    return FileExtent(
-        str(path),
-        storage_offset + tensor.storage_offset() * tensor.element_size(),
-        dtype,
-        tensor.numel(),
-    )
+    start = storage_start(tensor) + tensor.storage_offset() * tensor.element_size()
+    return FileExtent(str(path), start, dtype, tensor.numel())
+
+
+def storage_start(tensor: torch.Tensor) -> int:
+    """Where in its file the storage of a tensor from `open_torch_file` begins, in bytes; views share one."""
+    start: int = getattr(tensor.untyped_storage(), "_checkpoint_offset", 0)
+    return start
 
 
 def scalar_of(value: Any, path: Path) -> float:

@@ -15,6 +15,7 @@ from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.engine.matching import Names
 from ucp_deepspeed.engine.model import WEIGHT_DTYPES, EngineModel
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
+from ucp_deepspeed.engine.optimizers.states import KeptStates
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import resolve_patterns
 from ucp_deepspeed.layout import Layout
@@ -58,7 +59,8 @@ class Filling:
         weights: see `WeightPlan`.
         policies: whether the base optimizer's state is replaced, kept or reset.
         initialised: parameters with more rows than in the checkpoint (the further ones keep the model's values), of another
-            shape, and those of this rank that had no optimizer state where others in their buffer had.
+            shape, and those of this rank of which optimizer states begin anew.
+        dropped: parameters of this rank of which optimizer states are left out.
         bytes_needed: bytes of the wanted elements, in the source's dtypes.
         rounding: dtype to which masters are rounded; None to keep them exact.
     """
@@ -67,6 +69,7 @@ class Filling:
     weights: tuple[WeightPlan, ...]
     policies: Policies
     initialised: tuple[str, ...]
+    dropped: tuple[str, ...]
     bytes_needed: int
     rounding: torch.dtype | None
 
@@ -154,7 +157,7 @@ class _Planner:
         settings: Sequence[Mapping[str, Any]],
     ) -> None:
         self.settings = settings
-        self._kept: dict[tuple[int, int], frozenset[str] | None] = {}
+        self._kept: dict[tuple[int, int], KeptStates | None] = {}
         restored = frozenset(matching.restored)
         self.optimizer, self.policies, self.rank = optimizer, policies, model.rank
         self.logical = names.target
@@ -185,6 +188,7 @@ class _Planner:
         for name in self.reshaped:
             del self.tensors[name]
         self.unstepped: list[str] = []
+        self.dropped: list[str] = []
         self.problems: list[str] = []
         self.bytes_needed = 0
 
@@ -206,6 +210,7 @@ class _Planner:
             weights,
             self.policies,
             (*self.grown, *self.reshaped, *self.unstepped),
+            tuple(self.dropped),
             self.bytes_needed,
             self._rounding(),
         )
@@ -257,28 +262,36 @@ class _Planner:
             elif (parameter.states.keys(), parameter.scalars) != (first.states.keys(), first.scalars):
                 self.problems.append(
                     f"{parameter.name}: has {_states(parameter)}, and {first.name}, which the target keeps in the same buffer, "
-                    f"has {_states(first)}{'' if _stepped(parameter) else UNSTEPPED_HINT}"
+                    f"has {_states(first)}{DIFFERING_HINT if _stepped(parameter) else UNSTEPPED_HINT}"
                 )
-        return self._fitting_states(slot, first), first.scalars
+        return self._fitting_states(slot, first, [parameter.name for parameter in trained])
 
-    def _fitting_states(self, slot: EngineSlot, first: Parameter) -> tuple[str, ...]:
-        """The states to restore; where the live optimizer keeps others, a problem unless the policies allow it."""
+    def _fitting_states(
+        self, slot: EngineSlot, first: Parameter, names: Sequence[str]
+    ) -> tuple[tuple[str, ...], Mapping[str, float]]:
+        """The states and scalars to restore; where the live optimizer keeps others, a problem unless the policies allow it."""
         found, wanted = first.states.keys() - {MASTER}, self._states_kept(slot)
         if wanted is None or not (found or first.scalars):
-            return tuple(first.states)
-        missing, extra = sorted(wanted - found), sorted(found - wanted)
+            return tuple(first.states), first.scalars
+        held, kept = found | first.scalars.keys(), wanted.elementwise | wanted.scalars
+        missing, extra = kept - held, held - kept
         if (missing and not self.policies.initialise) or (extra and not self.policies.drop):
             self.problems.append(
-                f"{first.name}: the optimizer keeps {sorted(wanted)}, the checkpoint holds {sorted(found)}; {RESET_HINT}"
+                f"{first.name}: the optimizer keeps {sorted(kept)}, the checkpoint holds {sorted(held)}; {RESET_HINT}"
             )
-        return (MASTER, *missing, *(state for state in first.states if state in wanted))
+        self.unstepped += names if missing else ()
+        self.dropped += names if extra else ()
+        if missing - wanted.from_zero:  # a number, or a state whose first value isn't known: all begin anew
+            return (MASTER,), {}
+        states = (MASTER, *sorted(missing), *(state for state in first.states if state in wanted.elementwise))
+        return states, {key: value for key, value in first.scalars.items() if key in wanted.scalars}
 
-    def _states_kept(self, slot: EngineSlot) -> frozenset[str] | None:
+    def _states_kept(self, slot: EngineSlot) -> KeptStates | None:
         """What the optimizer will keep for a slot; the same for all of a group that have as many dimensions."""
         key = slot.group, slot.master.ndim
         if key not in self._kept:
             settings = self.settings[slot.group] if slot.group < len(self.settings) else {}
-            self._kept[key] = self.optimizer.state_names(slot, settings)
+            self._kept[key] = self.optimizer.kept_states(slot, settings)
         return self._kept[key]
 
     def _weights(self) -> Iterator[WeightPlan]:
@@ -312,6 +325,7 @@ class _Planner:
 
 
 RESET_HINT = '"optimizer_states": "reset" starts all states afresh'
+DIFFERING_HINT = f"; give them parameter groups of their own, or {RESET_HINT}"
 UNSTEPPED_HINT = '; if it never had a gradient, "on_missing": "init" gives it zero state'
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed import comm as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint, resolve_tag
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
@@ -124,7 +125,7 @@ def load_checkpoint(
             logger.info("the engine has no optimizer: the load is left to DeepSpeed")
         elif folder is not None:
             prepared = open_checkpoint(folder), engine_optimizer(engine)
-            universal = _takes_universal_path(config, engine, *prepared)
+            universal = _takes_universal_path(config, engine, *prepared, options)
             random_state = read_random_state(folder) if goes_on else None
     if not _any_rank(universal):  # a pipeline's stages may have changed on some ranks only
         if tag is None and folder == Path(load_dir):
@@ -164,11 +165,17 @@ def _find(load_dir: Path, tag: str | None, load: str) -> Path | None:
 
 
 def _takes_universal_path(
-    config: UniversalCheckpointConfig, engine: Any, checkpoint: Checkpoint, optimizer: EngineOptimizer
+    config: UniversalCheckpointConfig,
+    engine: Any,
+    checkpoint: Checkpoint,
+    optimizer: EngineOptimizer,
+    options: LoadOptions,
 ) -> bool:
-    if not isinstance(checkpoint, DeepSpeedCheckpoint) or config.load == "always":
+    if not isinstance(checkpoint, DeepSpeedCheckpoint) or config.load == "always" or config.has_policies:
         return True
-    return config.has_policies or not _same_topology(checkpoint, engine, optimizer)
+    if options.custom_load_fn is not None and not isinstance(engine, PipelineEngine):
+        return True  # under ZeRO, DeepSpeed overwrites with the saved masters what the function has changed
+    return not _same_topology(checkpoint, engine, optimizer)
 
 
 def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: EngineOptimizer) -> bool:
@@ -218,8 +225,13 @@ def _same_states(
     first = {slot.group: index for index, slot in reversed(list(enumerate(live)))}
     for group, index in first.items():
         settings = groups[group] if group < len(groups) else {}
-        found, wanted = saved[index].states.keys() - {MASTER}, optimizer.state_names(live[index], usable(settings))
-        if wanted is not None and found and found != wanted:
+        found, wanted = saved[index].states.keys() - {MASTER}, optimizer.kept_states(live[index], usable(settings))
+        stepped = found or saved[index].scalars
+        if (
+            wanted is not None
+            and stepped
+            and (found, saved[index].scalars.keys()) != (wanted.elementwise, wanted.scalars)
+        ):
             return False
     return True
 
@@ -266,8 +278,8 @@ def _load_universal(
         bytes_needed=filling.bytes_needed,
         files=len(read.files),
         seconds=time.monotonic() - started,
-        initialised=(*matching.initialised, *matching.unfrozen, *filling.initialised),
-        dropped=(*matching.dropped, *matching.frozen),
+        initialised=tuple(dict.fromkeys((*matching.initialised, *matching.unfrozen, *filling.initialised))),
+        dropped=tuple(dict.fromkeys((*matching.dropped, *matching.frozen, *filling.dropped))),
     )
     dist.barrier()
     _log(report, checkpoint, model)

@@ -147,7 +147,7 @@ def _local_tensors(engine: Any) -> Iterator[tuple[str, Kind, torch.Tensor]]:
     stepped, names = _names_in_optimizer(engine), ModelNames(engine).of_parameters
     for param, name in engine.param_names.items():
         yield name, "trainable" if names[param] in stepped and can_be_trained(param) else "frozen", param
-    buffers = dict(engine.module.named_buffers())
+    buffers = dict(engine.module.named_buffers(remove_duplicate=False))  # DeepSpeed saves one under each of its names
     for name in engine._get_buffer_names():
         if name in buffers:
             yield name, "buffer", buffers[name]

@@ -55,6 +55,10 @@ PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_m
 """What torch's schedulers keep of each parameter group, in the optimizer's order (``torch/optim/lr_scheduler.py``)."""
 
 
+OF_ALL_GROUPS = ("_milestones", "milestones", "_schedule_phases")
+"""Lists of theirs that are of the whole schedule, even if they are as long as there are groups."""
+
+
 def plan_scheduler(
     checkpoint: Checkpoint, names: Names, optimizer: EngineOptimizer, live: Mapping[str, Any], keep: bool
 ) -> Mapping[str, Any] | None:
@@ -109,8 +113,13 @@ def _regrouped(
             ]
         elif isinstance(value, (list, tuple)) and len(value) == count and key in PER_GROUP:
             found[key] = [_of_group(value, other, held, i, f"{place}{key}", problems) for i, held in enumerate(sources)]
-        elif isinstance(value, (list, tuple)) and len(value) == count > 1:
-            problems.append(f"{place}{key}: {value} may be of the groups, in an order that isn't the engine's")
+        elif (
+            isinstance(value, (list, tuple)) and len(value) == count > 1 and key not in OF_ALL_GROUPS and value != other
+        ):
+            problems.append(
+                f"{place}{key}: {value} may be of the groups, in an order that isn't the engine's; "
+                f"load_lr_scheduler_states=False starts the schedule anew"
+            )
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, LossScale
-from ucp_deepspeed.engine.optimizers.states import example_states
+from ucp_deepspeed.engine.optimizers.states import KeptStates, example_states, kept_states
 from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup
 from ucp_deepspeed.plan import Fragment
 
@@ -120,18 +120,17 @@ class EngineOptimizer(ABC):
                 "sum": torch.full_like(slot.master.data, initial),
             }
 
-    def state_names(self, slot: EngineSlot, settings: Mapping[str, Any]) -> frozenset[str] | None:
-        """Element-wise states that the base optimizer keeps for a slot once it has stepped; None when that can't be told.
+    def kept_states(self, slot: EngineSlot, settings: Mapping[str, Any]) -> KeptStates | None:
+        """What the base optimizer keeps for a slot once it has stepped; None when that can't be told.
 
         Args:
             settings: hyper-parameters that the slot's group will have in place of its own.
         """
         group = self.base.param_groups[slot.group]
         changes = {key: value for key, value in settings.items() if key in group}
-        found = self._examples(slot) if not changes else example_states(self.base, slot.group, slot.master, changes)
-        if found is None:
-            return None
-        return frozenset(key for key, value in found.items() if isinstance(value, torch.Tensor) and value.ndim > 0)
+        probed = example_states(self.base, slot.group, slot.master, changes)
+        found = probed if changes else (self.state_of(slot) or probed)
+        return None if found is None else kept_states(found, probed or {}, slot.master)
 
     def _examples(self, slot: EngineSlot) -> Mapping[str, Any] | None:
         """See `example_states`; the live state itself where there is one."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,35 @@ MUON = "MuonWithAuxAdam"
 stepped on by ``aux_optimizer`` or, without one, by the class itself."""
 
 
+@dataclass(frozen=True, slots=True)
+class KeptStates:
+    """What an optimizer keeps for what it steps on, by name.
+
+    Attributes:
+        elementwise: states with a value for each element.
+        scalars: states that are one number.
+        from_zero: those of the element-wise ones that begin at zero.
+    """
+
+    elementwise: frozenset[str]
+    scalars: frozenset[str]
+    from_zero: frozenset[str]
+
+
+def kept_states(found: Mapping[str, Any], probed: Mapping[str, Any], master: torch.Tensor) -> KeptStates:
+    """Sort states, told apart as `ucp_deepspeed.checkpoint.slots.split_states` does.
+
+    Args:
+        found: as the optimizer has them, or would.
+        probed: after one step without a gradient, from which it is told what begins at zero.
+    """
+    tensors = {key: value for key, value in found.items() if isinstance(value, torch.Tensor) and key != "step"}
+    elementwise = frozenset(key for key, value in tensors.items() if value.ndim > 0 or master.ndim == 0)
+    numbers = {key for key, value in found.items() if isinstance(value, (bool, int, float, torch.Tensor))}
+    from_zero = frozenset(key for key in elementwise if key in probed and not probed[key].any())
+    return KeptStates(elementwise, frozenset(numbers - elementwise), from_zero)
+
+
 def is_muon_group(optimizer: torch.optim.Optimizer, group: int) -> bool:
     """Whether a parameter group is one of Muon's own."""
     return type(optimizer).__name__ == MUON and bool(optimizer.param_groups[group]["use_muon"])
@@ -46,7 +76,7 @@ def example_states(
         settings: hyper-parameters in place of the group's own, since some decide which states there are (``amsgrad``).
     """
     if is_muon_group(optimizer, group):
-        return {MOMENTUM: master}
+        return {MOMENTUM: _nothing(master)}
     if type(optimizer).__name__ == MUON:
         auxiliary = getattr(optimizer, "aux_optimizer", None)
         if auxiliary is None:
@@ -64,7 +94,11 @@ def _listed_or_probed(
 
 
 def _counting(*names: str, master: torch.Tensor) -> Mapping[str, Any]:
-    return {"step": 0} | dict.fromkeys(names, master)
+    return {"step": 0} | dict.fromkeys(names, _nothing(master))
+
+
+def _nothing(master: torch.Tensor) -> torch.Tensor:
+    return torch.zeros((1,) * master.ndim, device=master.device)
 
 
 def _probed(
