@@ -463,6 +463,43 @@ def test_a_buffer_with_two_names_and_groups_with_torchs_names(stage: int, ranks:
     assert parted == [names[0][:1], names[0][1:]]
 
 
+def tied(head_first: bool, stage: int, folder: str, load: bool) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """On a rank: load or train an embedding and a tied head, in one order or the other; the weight, and what began anew."""
+    reset_parallel_state()
+    torch.manual_seed(load)
+    embedding, head = torch.nn.Embedding(12, 6), torch.nn.Linear(6, 12, bias=False)
+    parts = {"head": head, "embedding": embedding} if head_first else {"embedding": embedding, "head": head}
+    model = torch.nn.ModuleDict(parts)
+    head.weight = embedding.weight
+    model.forward = lambda tokens: head(embedding(tokens)).square().mean()  # type: ignore[method-assign]
+    config = {
+        "train_batch_size": 8,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True}},
+        "universal_checkpoint": {"enabled": True},
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    if load:
+        engine.load_checkpoint(folder)
+    else:
+        engine.backward(engine(torch.arange(8 // engine.dp_world_size)))
+        engine.step()
+        engine.save_checkpoint(folder)
+    report = getattr(engine, "universal_checkpoint_report", None)
+    with deepspeed.zero.GatheredParameters([embedding.weight]):
+        weight = embedding.weight.detach().clone()
+    engine.destroy()
+    return weight, report.initialised if report else ()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_tied_parameters_in_another_order(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed stores a tied parameter under the first of its names, which depends on the order of the modules."""
+    [saved] = ranks(1).run(tied, False, stage, str(tmp_path), False)
+    for loaded, initialised in ranks(2).run(tied, True, 1, str(tmp_path), True):
+        assert loaded.equal(saved[0]) and initialised == ()
+
+
 def with_a_grid(run: Run, turned: bool, folder: str | None, save: str | None) -> torch.Tensor:
     """On a rank: a model with one more buffer, whose elements lie column by column if ``turned``; returns it row by row."""
     engine = build_engine(run)

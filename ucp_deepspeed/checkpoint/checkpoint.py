@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from ucp_deepspeed.layout import Shape, Topology
@@ -128,6 +129,7 @@ class Checkpoint(ABC):
         recorded_shapes: whole shape of each parameter, as a manifest records it of the files beside it.
         logical_names: name that a spec gave to each parameter when saving, where it isn't its own.
         vocabulary_size: rows of the unpadded vocabulary, where recorded.
+        tied: further names of parameters → the name that each has here, as far as the checkpoint tells.
     """
 
     path: Path
@@ -140,6 +142,7 @@ class Checkpoint(ABC):
     recorded_shapes: Mapping[str, Shape]
     logical_names: Mapping[str, str]
     vocabulary_size: int | None
+    tied: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def fragments(

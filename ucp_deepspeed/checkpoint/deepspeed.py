@@ -488,20 +488,25 @@ class DeepSpeedCheckpoint(Checkpoint):
         named = iter(names_on((name for group in groups for name in group if name is not None), ep_rank))
         return [[name if name is None else next(named) for name in group] for group in groups]
 
+    @property
+    def tied(self) -> Mapping[str, str]:  # type: ignore[override]
+        """See `Checkpoint`."""
+        return self._aliases
+
     @cached_property
-    def _aliases(self) -> frozenset[str]:
+    def _aliases(self) -> Mapping[str, str]:
         """Names of tied parameters under which they are not stored: listed by DeepSpeed under ZeRO, else found by sharing."""
         saved = self._model_states(0)
-        listed = frozenset(saved.get("shared_params") or ())
+        listed = dict(saved.get("shared_params") or {})
         if self.is_pipeline:
             return listed
         first: dict[tuple[Any, ...], str] = {}
-        shared: set[str] = set()
+        shared: dict[str, str] = {}
         for name, (tensor, path) in self._module(0).items():
             place = path, storage_start(tensor), tensor.storage_offset(), tensor.dtype, tensor.shape
             repeated = tensor.numel() and first.setdefault(place, name) != name
             if repeated and name not in saved["buffer_names"]:
-                shared.add(name)
+                shared[name] = first[place]
         return listed | shared
 
     def _read_parameters(self) -> dict[str, Parameter]:

@@ -40,9 +40,21 @@ def match_names(checkpoint: Checkpoint, model: EngineModel) -> Names:
     """
     specs = naming_specs(model.spec, parameter_names(checkpoint), model.named("trainable", "frozen"))
     recorded = checkpoint.logical_names
-    return Names(
-        logical_names(list(checkpoint.parameters), specs, recorded), logical_names(list(model.tensors), specs, recorded)
-    )
+    source = logical_names(list(checkpoint.parameters), specs, recorded)
+    target = logical_names(list(model.tensors), specs, recorded)
+    return Names(source | _tied_otherwise(checkpoint, model, source, target), target)
+
+
+def _tied_otherwise(
+    checkpoint: Checkpoint, model: EngineModel, source: Mapping[str, str], target: Mapping[str, str]
+) -> dict[str, str]:
+    """Of tied parameters that the model has under another of their names, since its modules stand in another order, that name."""
+    wanted = frozenset(target.values())
+    return {
+        owner: target[alias]
+        for alias, owner in checkpoint.tied.items()
+        if alias in model.tensors and owner in source and source[owner] not in wanted
+    }
 
 
 def match_model(checkpoint: Checkpoint, model: EngineModel, names: Names, policies: Policies) -> Matching:
