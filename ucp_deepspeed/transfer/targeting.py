@@ -6,8 +6,9 @@ each parameter group. Local shapes follow from the patterns alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from math import prod
 from typing import Literal
 
@@ -21,7 +22,7 @@ from ucp_deepspeed.checkpoint.checkpoint import (
     Parameter,
     Precision,
 )
-from ucp_deepspeed.checkpoint.experts import expert_of, holder_of, numbers_of_experts
+from ucp_deepspeed.checkpoint.experts import holder_of, numbers_of_experts
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import MismatchError, SpecError
@@ -31,6 +32,9 @@ from ucp_deepspeed.layout.pattern import Pattern, split_evenly
 from ucp_deepspeed.plan import BlockCopy, Fragment, Target, plan_tensor
 from ucp_deepspeed.transfer.copying import TransferCount
 from ucp_deepspeed.transfer.matching import Matching, Policies, check_matching, is_grown, match
+
+RankNumber = tuple[int, int]
+"""Model-parallel and data-parallel rank."""
 
 RESTORE_ALL = Policies()
 """Nothing may be missing or left out."""
@@ -166,10 +170,12 @@ def plan_target(
     vocabulary_size: int | None = None,
     model: Checkpoint | None = None,
     policies: Policies = RESTORE_ALL,
+    only: Collection[RankNumber] | None = None,
 ) -> TargetPlan:
-    """Plan all ranks of a topology; reads no tensors.
+    """Plan the ranks of a topology; reads no tensors.
 
     Args:
+        only: leave out all other ranks; costs what these hold, however many there are.
         model: a checkpoint whose parameters are those of the model to load into, where that has changed.
         policies: what the load may do beside restoring.
         spec: the one that the user named; without it, unknown layouts are an obstacle.
@@ -187,34 +193,40 @@ def plan_target(
         if spec is not None:
             raise
         return TargetPlan(topology, None, False, (*_refused_by_deepspeed(topology), Obstacle(None, str(error))))
-    return _Planner(source, target, topology, policies).plan()
+    return _Planner(source, target, topology, policies, only).plan()
 
 
 def target_ranks(
-    view: UniversalView, topology: Topology, local_shapes: Mapping[str, HeldShapes]
+    view: UniversalView,
+    topology: Topology,
+    local_shapes: Mapping[str, HeldShapes],
+    only: Collection[RankNumber] | None = None,
 ) -> Iterator[TargetRank]:
     """What each rank of a topology keeps, ordered by model-parallel and then data-parallel rank.
 
     Args:
         local_shapes: by logical name, over the target's model-parallel ranks.
+        only: leave out all other ranks.
     """
-    numbers = numbers_of_experts(local_shapes)
-    for rank in range(topology.model_parallel):
-        numels = {name: prod(shape) for name, shapes in local_shapes.items() if (shape := shapes[rank]) is not None}
-        shared = _buffers(view, topology, {name: numel for name, numel in numels.items() if expert_of(name) is None})
-        spread = replace(topology, dp=topology.dp // topology.ep)
-        experts = [
-            _buffers(
-                view,
-                spread,
-                {name: numel for name, numel in numels.items() if holder_of(name, numbers, topology.ep) == e},
-            )
-            for e in range(topology.ep)
-        ]
-        for part in range(topology.dp):
+    wanted = only if only is not None else set(product(range(topology.model_parallel), range(topology.dp)))
+    numbers, spread = numbers_of_experts(local_shapes), replace(topology, dp=topology.dp // topology.ep)
+    by_holder: dict[int | None, list[str]] = {}
+    for name in local_shapes:
+        by_holder.setdefault(holder_of(name, numbers, topology.ep), []).append(name)
+    for rank in sorted({rank for rank, _ in wanted}):
+        shared = _buffers(view, topology, _numels(local_shapes, by_holder.get(None, ()), rank))
+        experts: dict[int, tuple[_Buffers, _Buffers]] = {}
+        for part in sorted(part for held, part in wanted if held == rank):
             position, ep_rank = divmod(part, topology.ep)
+            if ep_rank not in experts:
+                numels = _numels(local_shapes, by_holder.get(ep_rank, ()), rank)
+                experts[ep_rank] = _buffers(view, spread, numels)
             held = zip(_held(shared, part), _held(experts[ep_rank], position), strict=True)
             yield TargetRank(rank, part, *(one + other for one, other in held))
+
+
+def _numels(local_shapes: Mapping[str, HeldShapes], names: Sequence[str], rank: int) -> dict[str, int]:
+    return {name: prod(shape) for name in names if (shape := local_shapes[name][rank]) is not None}
 
 
 _Buffers = list[tuple[tuple[str, ...], Flattening]]
@@ -351,6 +363,7 @@ class _Planner:
     view: UniversalView
     topology: Topology
     policies: Policies
+    only: Collection[RankNumber] | None = None
     obstacles: list[Obstacle] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
@@ -369,7 +382,7 @@ class _Planner:
         self._lay_out()
         self._check_states()
         self._remark()
-        targets = () if self.obstacles else target_ranks(self.view, self.topology, self._shapes)
+        targets = () if self.obstacles else target_ranks(self.view, self.topology, self._shapes, self.only)
         ranks = tuple(self._rank(target) for target in targets)
         found = tuple(self.obstacles)
         reset = self.policies.optimizer_states == "reset"
