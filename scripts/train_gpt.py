@@ -56,33 +56,46 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--log", metavar="FILE", help="append one JSON line per step")
     run.add_argument("--print-every", type=int, default=5, metavar="N", help="steps between printed lines")
     topology = parser.add_argument_group("topology")
-    topology.add_argument("--tp", type=int, default=1, help="tensor parallel degree")
-    topology.add_argument("--pp", type=int, help="pipeline parallel degree, 1 too; without it the model is a plain one")
+    topology.add_argument("--tp", type=positive, default=1, help="tensor parallel degree")
+    topology.add_argument(
+        "--pp", type=positive, help="pipeline parallel degree, 1 too; without it the model is a plain one"
+    )
     topology.add_argument("--zero", type=int, default=1, choices=range(4), help="ZeRO stage; up to 1 with --pp")
     topology.add_argument("--precision", default="bf16", choices=DTYPES)
     topology.add_argument("--spec", default="auto", help="parameter patterns: auto, a family's name or a spec file")
     topology.add_argument("--load-mode", default="auto", choices=("auto", "always", "never"), help="universal loading")
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="llama", choices=("llama", "gpt"))
-    model.add_argument("--layers", type=int, default=4)
-    model.add_argument("--hidden", type=int, default=192)
-    model.add_argument("--heads", type=int, default=8)
-    model.add_argument("--query-groups", type=int, help="key/value heads (default: 4 for llama, one per head for gpt)")
-    model.add_argument("--ffn", type=int, default=512)
+    model.add_argument("--layers", type=positive, default=4)
+    model.add_argument("--hidden", type=positive, default=192)
+    model.add_argument("--heads", type=positive, default=8)
+    model.add_argument(
+        "--query-groups", type=positive, help="key/value heads (default: 4 for llama, one per head for gpt)"
+    )
+    model.add_argument("--ffn", type=positive, default=512)
     model.add_argument(
         "--tied", default="auto", choices=("auto", "yes", "no"), help="output layer is the embedding (auto: gpt)"
     )
-    model.add_argument("--sequence", type=int, default=64, help="tokens (bytes) per sequence")
+    model.add_argument("--sequence", type=positive, default=64, help="tokens (bytes) per sequence")
     model.add_argument("--seed", type=int, default=1)
     training = parser.add_argument_group("training")
-    training.add_argument("--global-batch", type=int, default=8, help="sequences per step, over all ranks")
-    training.add_argument("--micro-batch", type=int, help="sequences per rank at a time (default: all of its share)")
+    training.add_argument("--global-batch", type=positive, default=8, help="sequences per step, over all ranks")
+    training.add_argument(
+        "--micro-batch", type=positive, help="sequences per rank at a time (default: all of its share)"
+    )
     training.add_argument("--lr", type=float, default=2e-3)
     training.add_argument("--warmup", type=int, default=10, help="steps until the full learning rate")
     training.add_argument("--decay", type=int, default=400, help="steps until the learning rate is zero again")
     training.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    """A number that is at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {text}")
+    return value
 
 
 def check(arguments: argparse.Namespace) -> None:

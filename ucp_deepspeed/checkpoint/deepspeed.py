@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -108,9 +109,10 @@ class DeepSpeedCheckpoint(Checkpoint):
         self.path = path
         self.manifest: Manifest | None = read_manifest(path)
         self._open = lru_cache(maxsize=None)(self._open_checked)
-        self.topology = self._read_topology()
-        self.form = f"deepspeed {self.optimizer_form}"
-        self.run = self._read_run()
+        with self._sound():
+            self.topology = self._read_topology()
+            self.form = f"deepspeed {self.optimizer_form}"
+            self.run = self._read_run()
         self.patterns: Mapping[str, Pattern] = self.manifest.patterns if self.manifest else {}
         self.recorded_shapes: Mapping[str, Shape] = self.manifest.logical_shapes if self.manifest else {}
         self.logical_names: Mapping[str, str] = self.manifest.logical_names if self.manifest else {}
@@ -122,7 +124,9 @@ class DeepSpeedCheckpoint(Checkpoint):
         """See `Checkpoint.fragments`."""
         slot, index = self._where[rank][name]
         for part in slot.flattening_of(state).slices(index, local_start, local_stop):
-            yield Fragment(part.local_start, part.numel, slot.extent(part.partition, state), part.buffer_start)
+            with self._sound():
+                extent = slot.extent(part.partition, state)
+            yield Fragment(part.local_start, part.numel, extent, part.buffer_start)
 
     def client_state(self, rank: int = 0) -> tuple[str, dict[str, Any]]:
         """See `Checkpoint.client_state`."""
@@ -157,12 +161,14 @@ class DeepSpeedCheckpoint(Checkpoint):
     @cached_property
     def parameters(self) -> Mapping[str, Parameter]:  # type: ignore[override]
         """See `Checkpoint`."""
-        return self._read_parameters()
+        with self._sound():
+            return self._read_parameters()
 
     @cached_property
     def groups(self) -> tuple[ParameterGroup, ...]:  # type: ignore[override]
         """See `Checkpoint`."""
-        return self._read_groups()
+        with self._sound():
+            return self._read_groups()
 
     def trained_slots(self, rank: int) -> list[Slot]:
         """A model-parallel rank's slots with an optimizer state, in the order of the file."""
@@ -174,7 +180,22 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     @cached_property
     def _slots(self) -> list[list[Slot]]:
-        return [self._read_slots(rank) for rank in range(self.topology.model_parallel)]
+        with self._sound():
+            return [self._read_slots(rank) for rank in range(self.topology.model_parallel)]
+
+    @contextmanager
+    def _sound(self) -> Iterator[None]:
+        """While files are read that are whole, and may still hold something else than DeepSpeed writes.
+
+        Raises:
+            DamagedCheckpointError: they do; the cause tells where it was found.
+        """
+        try:
+            yield
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+            raise DamagedCheckpointError(
+                f"a file in {self.path} holds something else than DeepSpeed writes ({type(error).__name__}: {error})"
+            ) from error
 
     @cached_property
     def _where(self) -> list[dict[str, tuple[Slot, int]]]:
@@ -246,6 +267,10 @@ class DeepSpeedCheckpoint(Checkpoint):
             raise UnsupportedError(f"{self.path} holds layers of DeepSpeed's AutoEP, which this release can't read")
         model_parallel, dp = saved["mp_world_size"], saved["dp_world_size"]
         pp = saved.get("checkpoint_parallel_dimensions", {}).get("pp_degree", 1)
+        if any(type(size) is not int or size < 1 for size in (model_parallel, dp, pp)):
+            raise DamagedCheckpointError(
+                f"{self._model_states_path(0, 0)} has mp_world_size {model_parallel!r}, dp_world_size {dp!r}, pp_degree {pp!r}"
+            )
         stage = 0
         if saved.get("param_shapes") is not None:
             stage = 3 if self._sliced else int(self._optimizer_state(0, 0)[0].get("zero_stage", 1))
@@ -500,9 +525,12 @@ class DeepSpeedCheckpoint(Checkpoint):
         listed = dict(saved.get("shared_params") or {})
         if self.is_pipeline:
             return listed
+        module = self._module(0)
+        if not self._sliced:  # DeepSpeed takes parameters without elements for one: they have the same address
+            listed = {alias: name for alias, name in listed.items() if alias not in module or module[alias][0].numel()}
         first: dict[tuple[Any, ...], str] = {}
         shared: dict[str, str] = {}
-        for name, (tensor, path) in self._module(0).items():
+        for name, (tensor, path) in module.items():
             place = path, storage_start(tensor), tensor.storage_offset(), tensor.dtype, tensor.shape
             repeated = tensor.numel() and first.setdefault(place, name) != name
             if repeated and name not in saved["buffer_names"]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pydantic_core
 import torch
 from pydantic import BaseModel, ValidationError
 
@@ -84,6 +85,20 @@ def encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
     raise UnsupportedError(
         f"{place} is a {type(value).__module__}.{type(value).__qualname__}, which has no universal form"
     )
+
+
+def check_encoded(encoded: Any, place: str) -> None:
+    """Whether what `encode` returned can be written, and read again as a part of an index.
+
+    Raises:
+        UnsupportedError: a string without a UTF-8 form, such as the name of a file may be, or too many values inside others.
+    """
+    try:
+        pydantic_core.from_json(json.dumps([[[[encoded]]]], ensure_ascii=False).encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise UnsupportedError(f"{place} holds a string that UTF-8 can't write: {error.object[:40]!r}") from error
+    except (ValueError, RecursionError) as error:
+        raise UnsupportedError(f"{place} has no universal form: {error}") from error
 
 
 def _encode_mapping(value: Mapping[Any, Any], place: str, tensors: dict[str, torch.Tensor]) -> Any:

@@ -171,9 +171,10 @@ class UniversalCheckpoint(Checkpoint):
 
     def client_state(self, rank: int = 0) -> tuple[str, dict[str, Any]]:
         """See `Checkpoint.client_state`."""
-        return str(self.path / INDEX_NAME), self._decoded(
-            self._index.client_state, "client_state", self._client_tensors
-        )
+        state = decode(self._index.client_state, self._client_tensors)
+        if not isinstance(state, dict):
+            raise DamagedCheckpointError(f"{self.path / INDEX_NAME}: client_state is {str(state)[:80]}")
+        return str(self.path / INDEX_NAME), state
 
     def extra_states(self) -> tuple[dict[str, Any], ...]:
         """See `Checkpoint.extra_states`."""

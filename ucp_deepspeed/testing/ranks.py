@@ -5,13 +5,12 @@ A pool is a set of processes that have joined one gloo process group through ``d
 their collectives: such a pool is killed, and started again by the next call. One whose ranks all failed is kept.
 
 Between calls only garbage is collected; a function that sets up parallel state, or expects none, calls `reset_parallel_state`.
-On Linux the ranks die with the thread that started them: call pools from the main thread.
+Ranks die with the process that started them.
 """
 
 from __future__ import annotations
 
 import atexit
-import ctypes
 import faulthandler
 import gc
 import importlib
@@ -19,10 +18,12 @@ import logging
 import multiprocessing
 import os
 import pickle
+import select
 import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -319,7 +320,7 @@ def gather_tokens_over_gloo() -> None:
 
 def _serve(rank: int, world_size: int, port: int, connection: Connection, log: str) -> None:
     """A rank's life: join the process group, then answer calls until the parent goes away."""
-    _die_with_parent()
+    _die_with_parent(connection)
     with Path(log).open("a", encoding="utf-8") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -388,8 +389,13 @@ def _use_gloo_only() -> None:
     backend.build_shm_op = lambda: None
 
 
-def _die_with_parent() -> None:
-    """Linux: be killed when the parent dies, however it dies."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+def _die_with_parent(connection: Connection) -> None:
+    """End as soon as nothing holds the other end of the connection, whatever this rank does meanwhile."""
+    watch = select.poll()
+    watch.register(connection.fileno(), 0)  # a hang-up is told unasked
+
+    def end() -> None:
+        watch.poll()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()

@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,9 @@ from ucp_deepspeed.transfer.describing import describe
 
 CHUNK_NUMBYTES = 64 << 20
 """Bytes that one worker gathers before it writes them: large enough for sequential speed, small enough for any machine."""
+
+LOOK_UP_SECONDS = 0.2
+"""A signal that comes just before Python begins to wait for a lock is handled at the end of the wait only."""
 
 FILE_NUMBYTES = 4 << 30
 """Bytes of atoms in one file, unless a single atom is larger."""
@@ -209,8 +212,7 @@ def _write_atoms(
         with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
             try:
                 futures = [pool.submit(work, chunk) for file in files for chunk in _chunks(file, chunk_numbytes)]
-                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                    future.result()
+                _wait(futures)
             except BaseException:
                 stop.set()
                 raise
@@ -219,6 +221,15 @@ def _write_atoms(
             os.close(descriptor)
         reader.close()
     return count
+
+
+def _wait(futures: Collection[Future[None]]) -> None:
+    """Until all are done, or one has failed, whose error is raised. Looks up in between, so that signals are handled in time."""
+    pending: set[Future[None]] = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=LOOK_UP_SECONDS, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
 
 
 def _buffers(count: int, numbytes: int) -> SimpleQueue[torch.Tensor]:

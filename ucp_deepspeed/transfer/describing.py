@@ -11,7 +11,7 @@ import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed import ENGINE_KEYS
-from ucp_deepspeed.checkpoint.encoding import encode
+from ucp_deepspeed.checkpoint.encoding import check_encoded, encode
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
 from ucp_deepspeed.checkpoint.universal import (
@@ -118,6 +118,7 @@ def _encoded(value: Any, place: str) -> Any:
     encoded = encode(value, place, tensors)
     if tensors:
         raise UnsupportedError(f"{', '.join(tensors)}: a tensor here has no universal form; use a number")
+    check_encoded(encoded, place)
     return encoded
 
 
@@ -139,16 +140,20 @@ def _encoded_values(checkpoint: Checkpoint, drop: Collection[str]) -> tuple[dict
     shared, differing = shared_extra_states(checkpoint.extra_states())
     held: dict[str, dict[str, Any]] = {"client_state": client_state_of(checkpoint), "extra_states": shared}
     keys = [*held["client_state"], *shared, *differing]
-    unknown = sorted(set(drop) - set(keys))
+    unknown = sorted(set(drop) - {str(key) for key in keys})
     if unknown:
         raise ConfigError(f"client state has no key {', '.join(unknown)}; its keys: {', '.join(map(str, keys))}")
-    kept = {what: {key: value for key, value in values.items() if key not in drop} for what, values in held.items()}
+    kept = {
+        what: {key: value for key, value in values.items() if str(key) not in drop} for what, values in held.items()
+    }
     places = _Places()
     problems = {key: f"{key} differs over the tensor-parallel ranks" for key in differing if key not in drop}
     for what, values in kept.items():
         for key, value in values.items():
             try:
-                encode(value, f"{what}.{key}", places)
+                check_encoded([str(key), encode(value, f"{what}.{key}", places)], f"{what}.{key}")
+            except RecursionError:
+                problems[str(key)] = f"{what}.{key} has too many values inside others"
             except UnsupportedError as error:
                 problems[str(key)] = str(error)
     if problems:

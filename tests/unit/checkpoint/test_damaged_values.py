@@ -133,3 +133,50 @@ def test_a_manifest_of_the_run_before(tmp_path: Path) -> None:
     )
     with pytest.raises(DamagedCheckpointError, match=r"isn't the file that ucp_manifest\.json describes.*remove"):
         open_checkpoint(folder)
+
+
+def items(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where there is a value in a file of DeepSpeed's, whose keys need not be strings."""
+    if path:
+        yield path
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in entries:
+        if key != "ds_config":
+            yield from items(item, (*path, key))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [NativeRun(stage=1), NativeRun(stage=3), NativeRun(), NativeRun(precision="fp16", optimizer="unfused")],
+    ids=str,
+)
+def test_any_value_of_deepspeeds_files(run: NativeRun, tmp_path: Path) -> None:
+    """The archive is whole, and one value in it has another type: refused in words, or of no account."""
+    source, folder = write_native(tmp_path / "n", model_of(dict(list(SHAPES.items())[:3])), run), tmp_path / "changed"
+    refused = 0
+    shutil.copytree(source, folder)
+    for file in sorted(source.glob("*.pt")):
+        for path in items(torch.load(file, weights_only=False)):
+            for value in (None, 0, "x", [], {}):
+                saved = torch.load(file, weights_only=False)
+                inner = saved
+                for key in path[:-1]:
+                    inner = inner[key]
+                inner[path[-1]] = value
+                torch.save(saved, folder / file.name)
+                try:
+                    read_all(folder)
+                except UniversalCheckpointError:
+                    refused += 1
+        shutil.copy(file, folder / file.name)
+    assert refused > 50
+
+
+def test_parameters_without_elements_are_not_tied(tmp_path: Path) -> None:
+    """DeepSpeed lists the second as another name of the first: both have the address 0."""
+    run, model = NativeRun(stage=1), model_of({"full": (3,), "empty": (0, 4), "void": (3, 0)})
+    folder = write_native(tmp_path, model, run)
+    path = folder / "mp_rank_00_model_states.pt"
+    saved = torch.load(path, weights_only=False)
+    torch.save(saved | {"shared_params": {"void": "empty"}}, path)
+    assert set(open_checkpoint(folder).parameters) == {"full", "empty", "void"}

@@ -220,6 +220,7 @@ def test_no_rank_outlives_its_parent(way: str, tmp_path: Path) -> None:
         pids = [int(pid) for pid in output.readline().split()]
         assert len(pids) == 2
         if way == "hang":
+            time.sleep(0.5)  # until the ranks have got their call
             parent.send_signal(signal.SIGKILL)
         parent.wait()
     assert ended(pids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,27 @@ def test_every_kind_of_value_comes_back(tmp_path: Path) -> None:
     again = tmp_path / "again"
     convert(UniversalView.of(open_checkpoint(tmp_path / "u")), again)
     assert same_value(found, open_checkpoint(again).client_state()[1])
+
+
+def test_keys_of_any_kind(tmp_path: Path) -> None:
+    """The client state's own, too."""
+    found = _converted(_saved(tmp_path / "n", {7: "seven", (1, 2): "pair", "best": 1}), tmp_path / "u")
+    assert found[7] == "seven" and found[1, 2] == "pair" and found["best"] == 1
+    kept = _converted(tmp_path / "n", tmp_path / "v", drop_client_state=["7"])
+    assert 7 not in kept and kept["best"] == 1
+
+
+def test_what_no_index_could_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """Lists in lists beyond what is read again, and the name of a file that isn't UTF-8."""
+    nested: list[Any] = []
+    for _ in range(240):
+        nested = [nested]
+    state = {"nested": nested, "file": os.fsdecode(b"\xff.txt"), "fine": 1}
+    folder = _saved(tmp_path / "n", state)
+    with pytest.raises(UnsupportedError) as caught:
+        convert(UniversalView.of(open_checkpoint(folder)), tmp_path / "u")
+    assert "client_state.nested" in str(caught.value) and "client_state.file holds a string" in str(caught.value)
+    assert "fine" not in str(caught.value) and not (tmp_path / "u").exists()
 
 
 def test_what_has_no_form_is_refused_by_name(tmp_path: Path) -> None:
