@@ -105,7 +105,8 @@ class UniversalView:
             [names[name] for name in parameter_names(checkpoint)],
             degree=max(checkpoint.topology.tp, degree),
             spec=spec,
-            recorded={names[name]: pattern for name, pattern in checkpoint.patterns.items()},
+            recorded={names[name]: pattern for name, pattern in checkpoint.patterns.items() if name in names},
+            refused={names[name]: why for name, why in checkpoint.refused.items() if name in names},
             local_shapes=held_shapes(checkpoint, names),
         )
         return cls(checkpoint, names, patterns, vocabulary_size)

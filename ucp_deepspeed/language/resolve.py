@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from ucp_deepspeed.errors import MismatchError, SpecError
+from ucp_deepspeed.errors import MismatchError, SpecError, UnsupportedError
 from ucp_deepspeed.language.families import find_family
 from ucp_deepspeed.layout.box import Shape
 from ucp_deepspeed.layout.pattern import Partial, Pattern, Replicate, Shard, ShardGrid, Unique
@@ -30,6 +30,7 @@ def resolve_patterns(
     spec: Spec | None = None,
     recorded: Mapping[str, Pattern] | None = None,
     inferred: Mapping[str, Pattern] | None = None,
+    refused: Mapping[str, str] | None = None,
     local_shapes: Mapping[str, Sequence[Shape]] | None = None,
 ) -> dict[str, Pattern]:
     """One pattern per parameter. What knows better wins: spec, then checkpoint, then live model, then family by names.
@@ -40,12 +41,16 @@ def resolve_patterns(
         spec: the one that the user named.
         recorded: what the checkpoint's manifest says.
         inferred: what the attributes of the live target's parameters say.
+        refused: parameters that source or target say are cut in a way that can't be told, and why. Only a named spec can.
         local_shapes: on the source's tensor-parallel ranks, for telling families apart.
 
     Raises:
+        UnsupportedError: nothing but a guess is left for a parameter of ``refused``.
         SpecError: no source knows the parameters, several families fit, or the spec leaves some without exactly one rule.
         MismatchError: the winner contradicts the live parameters, or shapes contradict those that the spec states; lists them.
     """
+    if spec is None and degree > 1:
+        _check_refused(names, {**(inferred or {}), **(recorded or {})}, refused or {})
     chosen, origin = _choose(names, degree, spec, recorded or {}, inferred or {}, local_shapes)
     problems = [
         f"{name}: {origin} says {describe(chosen[name])}, the live parameter is {describe(inferred[name])}"
@@ -93,6 +98,16 @@ def _choose(
             missing,
         )
     return family.patterns(names), f"family {family.family!r}"
+
+
+def _check_refused(names: Sequence[str], known: Mapping[str, Pattern], refused: Mapping[str, str]) -> None:
+    problems = [f"{name}: {refused[name]}" for name in names if name in refused and name not in known]
+    if problems:
+        raise UnsupportedError(
+            "tensor parallelism has cut parameters in a way that this release can't tell; name a spec that says how they are "
+            'laid out: "universal_checkpoint": {"spec": "path.yaml"}, or --spec on the command line',
+            problems,
+        )
 
 
 def compare(pattern: Pattern, live: Pattern) -> Agreement:
