@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ucp_deepspeed.errors import UnsupportedError
+from ucp_deepspeed.layout import Shape
 from ucp_deepspeed.layout.affine import MAP_VERSION, pattern_of_map
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Shard
 
@@ -27,10 +28,12 @@ class RecordedLayouts:
 
     Attributes:
         patterns: by name.
+        shapes: of whole parameters, by name.
         refused: name → why its layout can't be told, by DeepSpeed or here.
     """
 
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -56,14 +59,18 @@ def read_autotp_layouts(info: Any, degree: int, place: Path | str) -> RecordedLa
     patterns: dict[str, Pattern] = {name: Replicate() for name in _names(info.get(REPLICATED, ()))}
     # Of embeddings that are cut AutoTP records this alone.
     patterns |= {name: Shard(1) for name in _names(info.get(ROW, ()))}
+    shapes: dict[str, Shape] = {}
     refused = {_name(key): str(reason) for key, reason in info[REFUSED].items()}
     for key, entry in maps["params"].items():
         name = _name(key)
         try:
             patterns[name] = pattern_of_map(entry)
+            shapes[name] = tuple(entry["logical_shape"])
         except ValueError as error:
             refused[name] = str(error)
-    return RecordedLayouts({name: found for name, found in patterns.items() if name not in refused}, refused)
+    patterns = {name: found for name, found in patterns.items() if name not in refused}
+    # ZeRO-3 may have cut what AutoTP leaves alone before AutoTP looked at it.
+    return RecordedLayouts(patterns, {name: shape for name, shape in shapes.items() if 0 not in shape}, refused)
 
 
 def _names(keys: Collection[str]) -> list[str]:

@@ -124,7 +124,7 @@ class Checkpoint(ABC):
         groups: the optimizer's parameter groups.
         patterns: pattern of each parameter in the run that saved, as far as the checkpoint records it.
         refused: parameters of which it records that their layout can't be told, and why.
-        recorded_shapes: whole shape of each parameter, as a manifest records it of the files beside it.
+        recorded_shapes: whole shape of each parameter, as a manifest or AutoTP records it of the files beside it.
         logical_names: name that a spec gave to each parameter when saving, where it isn't its own.
         vocabulary_size: rows of the unpadded vocabulary, where recorded.
     """

@@ -117,7 +117,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         )
         self.patterns: Mapping[str, Pattern] = {**cut.patterns, **(self.manifest.patterns if self.manifest else {})}
         self.refused = cut.refused
-        self.recorded_shapes: Mapping[str, Shape] = self.manifest.logical_shapes if self.manifest else {}
+        self.recorded_shapes: Mapping[str, Shape] = self.manifest.logical_shapes if self.manifest else cut.shapes
         self.logical_names: Mapping[str, str] = self.manifest.logical_names if self.manifest else {}
         self.vocabulary_size = self.manifest.vocabulary_size if self.manifest else None
 

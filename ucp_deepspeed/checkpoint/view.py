@@ -82,10 +82,11 @@ class UniversalView:
             elif found != expected and not (isinstance(pattern, Shard) and pattern.vocabulary):
                 problems.append(f"{logical}: logical shape {found}; recorded was {expected}")
         if problems:
-            raise MismatchError(
-                f"the layouts contradict {MANIFEST_NAME} in {self.checkpoint.path}; if that is wrong, remove it",
-                problems,
-            )
+            path = self.checkpoint.path
+            record = f"{MANIFEST_NAME} in {path}; if that is wrong, remove it"
+            if not (path / MANIFEST_NAME).exists():
+                record = f"what AutoTP recorded in {path}; correct the spec"
+            raise MismatchError(f"the layouts contradict {record}", problems)
 
     @classmethod
     def of(

@@ -70,6 +70,7 @@ class EngineModel:
         rank: this rank's model-parallel rank.
         tensors: of all pipeline stages, by name, in the model's order.
         inferred: patterns that parameter attributes tell (Megatron-Core, AutoTP), by name.
+        exact: whether they tell the whole cut, as AutoTP's do.
         refused: parameters that AutoTP has cut in a way that can't be told, and why.
         spec: the one named in the config.
         vocabulary_size: as in the config.
@@ -80,6 +81,7 @@ class EngineModel:
     rank: int
     tensors: Mapping[str, EngineTensor]
     inferred: Mapping[str, Pattern]
+    exact: bool
     refused: Mapping[str, str]
     spec: Spec | None
     vocabulary_size: int | None
@@ -128,6 +130,7 @@ def describe_model(engine: Any) -> EngineModel:
         rank=model_parallel_rank(engine),
         tensors=tensors,
         inferred={name: pattern for share in shares for name, pattern in share.inferred.items()},
+        exact=engine.autotp_size() > 1,
         refused=live.refused,
         spec=None if config.spec == "auto" else load_spec(config.spec),
         vocabulary_size=config.vocabulary_size,

@@ -188,6 +188,7 @@ def _patterns(model: EngineModel, logical: Mapping[str, str]) -> dict[str, Patte
             degree=model.topology.tp,
             spec=model.spec,
             inferred=inferred,
+            exact=model.exact,
             refused={logical[name]: why for name, why in model.refused.items()},
         )
     except (SpecError, UnsupportedError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from math import gcd
 from typing import TYPE_CHECKING
 
 from ucp_deepspeed.errors import MismatchError, SpecError, UnsupportedError
@@ -30,6 +31,7 @@ def resolve_patterns(
     spec: Spec | None = None,
     recorded: Mapping[str, Pattern] | None = None,
     inferred: Mapping[str, Pattern] | None = None,
+    exact: bool = False,
     refused: Mapping[str, str] | None = None,
     local_shapes: Mapping[str, Sequence[Shape]] | None = None,
 ) -> dict[str, Pattern]:
@@ -41,6 +43,7 @@ def resolve_patterns(
         spec: the one that the user named.
         recorded: what the checkpoint's manifest says.
         inferred: what the attributes of the live target's parameters say.
+        exact: whether they tell the whole cut (AutoTP): then a plain shard has no fused parts.
         refused: parameters that source or target say are cut in a way that can't be told, and why. Only a named spec can.
         local_shapes: on the source's tensor-parallel ranks, for telling families apart.
 
@@ -55,7 +58,7 @@ def resolve_patterns(
     problems = [
         f"{name}: {origin} says {describe(chosen[name])}, the live parameter is {describe(inferred[name])}"
         for name in names
-        if inferred and name in inferred and compare(chosen[name], inferred[name]) is Agreement.CONTRADICTED
+        if inferred and name in inferred and compare(chosen[name], inferred[name], exact) is Agreement.CONTRADICTED
     ]
     if problems and (degree > 1 or spec is not None):
         raise MismatchError("layouts contradict the live model's parameters", problems)
@@ -110,18 +113,23 @@ def _check_refused(names: Sequence[str], known: Mapping[str, Pattern], refused: 
         )
 
 
-def compare(pattern: Pattern, live: Pattern) -> Agreement:
-    """Whether a pattern fits what attributes tell. A pattern may add to it: fused parts, widths."""
+def compare(pattern: Pattern, live: Pattern, exact: bool = False) -> Agreement:
+    """Whether a pattern fits what attributes tell. A pattern may add to it: widths and, if it isn't ``exact``, parts."""
     if pattern == live:
         return Agreement.SAME
     if isinstance(pattern, Shard) and isinstance(live, Shard):
-        agrees = pattern.dim == live.dim and live.parts in ((1,), pattern.parts)
+        unknown_parts = live.parts == (1,) and not exact
+        agrees = pattern.dim == live.dim and (unknown_parts or _reduced(live.parts) == _reduced(pattern.parts))
     elif isinstance(pattern, ShardGrid) or isinstance(live, ShardGrid):
         agrees = False
     else:
         whole = (Replicate, Partial, Unique)
         agrees = isinstance(pattern, whole) and isinstance(live, whole)
     return Agreement.REFINED if agrees else Agreement.CONTRADICTED
+
+
+def _reduced(parts: Sequence[int]) -> tuple[int, ...]:
+    return tuple(part // gcd(*parts) for part in parts)
 
 
 def contradicts_record(pattern: Pattern, recorded: Pattern) -> bool:
@@ -131,7 +139,11 @@ def contradicts_record(pattern: Pattern, recorded: Pattern) -> bool:
     """
     if not (isinstance(pattern, Shard) and isinstance(recorded, Shard)):
         return pattern != recorded
-    if (pattern.dim, pattern.parts, pattern.widths) != (recorded.dim, recorded.parts, recorded.widths):
+    if (pattern.dim, _reduced(pattern.parts), pattern.widths) != (
+        recorded.dim,
+        _reduced(recorded.parts),
+        recorded.widths,
+    ):
         return True
     adds_heads = recorded.heads is None and recorded.parts == (1,)
     return (recorded.vocabulary and not pattern.vocabulary) or (pattern.heads != recorded.heads and not adds_heads)
