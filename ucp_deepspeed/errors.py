@@ -52,7 +52,7 @@ class SaveError(UniversalCheckpointError):
     """A checkpoint couldn't be completed."""
 
 
-class UnsupportedError(UniversalCheckpointError):
+class UnsupportedError(ListingError):
     """A sound checkpoint, engine or version that this release can't handle exactly."""
 
 

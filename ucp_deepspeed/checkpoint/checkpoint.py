@@ -126,7 +126,8 @@ class Checkpoint(ABC):
         parameters: by name, in the model's order.
         groups: the optimizer's parameter groups.
         patterns: pattern of each parameter in the run that saved, as far as the checkpoint records it.
-        recorded_shapes: whole shape of each parameter, as a manifest records it of the files beside it.
+        refused: parameters of which it records that their layout can't be told, and why.
+        recorded_shapes: whole shape of each parameter, as a manifest or AutoTP records it of the files beside it.
         logical_names: name that a spec gave to each parameter when saving, where it isn't its own.
         vocabulary_size: rows of the unpadded vocabulary, where recorded.
         tied: further names of parameters → the name that each has here, as far as the checkpoint tells.
@@ -139,6 +140,7 @@ class Checkpoint(ABC):
     parameters: Mapping[str, Parameter]
     groups: tuple[ParameterGroup, ...]
     patterns: Mapping[str, Pattern]
+    refused: Mapping[str, str] = {}
     recorded_shapes: Mapping[str, Shape]
     logical_names: Mapping[str, str]
     vocabulary_size: int | None

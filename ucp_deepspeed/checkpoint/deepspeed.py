@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ucp_deepspeed.checkpoint.autotp import read_autotp_layouts
 from ucp_deepspeed.checkpoint.checkpoint import (
     SCALE_KEYS,
     WEIGHT,
@@ -113,8 +114,11 @@ class DeepSpeedCheckpoint(Checkpoint):
             self.topology = self._read_topology()
             self.form = f"deepspeed {self.optimizer_form}"
             self.run = self._read_run()
-        self.patterns: Mapping[str, Pattern] = self.manifest.patterns if self.manifest else {}
-        self.recorded_shapes: Mapping[str, Shape] = self.manifest.logical_shapes if self.manifest else {}
+            info = self._model_states(0).get("universal_checkpoint_info")
+            cut = read_autotp_layouts(info, self.topology.tp, self._model_states_path(0, 0))
+        self.patterns: Mapping[str, Pattern] = {**cut.patterns, **(self.manifest.patterns if self.manifest else {})}
+        self.refused = cut.refused
+        self.recorded_shapes: Mapping[str, Shape] = self.manifest.logical_shapes if self.manifest else cut.shapes
         self.logical_names: Mapping[str, str] = self.manifest.logical_names if self.manifest else {}
         self.vocabulary_size = self.manifest.vocabulary_size if self.manifest else None
 

@@ -82,10 +82,11 @@ class UniversalView:
             elif found != expected and not (isinstance(pattern, Shard) and pattern.vocabulary):
                 problems.append(f"{logical}: logical shape {found}; recorded was {expected}")
         if problems:
-            raise MismatchError(
-                f"the layouts contradict {MANIFEST_NAME} in {self.checkpoint.path}; if that is wrong, remove it",
-                problems,
-            )
+            path = self.checkpoint.path
+            record = f"{MANIFEST_NAME} in {path}; if that is wrong, remove it"
+            if not (path / MANIFEST_NAME).exists():
+                record = f"what AutoTP recorded in {path}; correct the spec"
+            raise MismatchError(f"the layouts contradict {record}", problems)
 
     @classmethod
     def of(
@@ -105,7 +106,8 @@ class UniversalView:
             [names[name] for name in parameter_names(checkpoint)],
             degree=max(checkpoint.topology.tp, degree),
             spec=spec,
-            recorded={names[name]: pattern for name, pattern in checkpoint.patterns.items()},
+            recorded={names[name]: pattern for name, pattern in checkpoint.patterns.items() if name in names},
+            refused={names[name]: why for name, why in checkpoint.refused.items() if name in names},
             local_shapes=held_shapes(checkpoint, names),
         )
         return cls(checkpoint, names, patterns, vocabulary_size)

@@ -172,6 +172,9 @@ class _Planner:
                 names.source[name]: pattern for name, pattern in checkpoint.patterns.items() if name in names.source
             },
             inferred={names.target[name]: pattern for name, pattern in model.inferred.items()},
+            exact=model.exact,
+            refused={names.source[name]: why for name, why in checkpoint.refused.items() if name in names.source}
+            | {names.target[name]: why for name, why in model.refused.items()},
             local_shapes=held_shapes(checkpoint, names.source),
         )
         saved_size, live_size = checkpoint.vocabulary_size, model.vocabulary_size

@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
 
+from ucp_deepspeed.checkpoint.autotp import RecordedLayouts, read_autotp_layouts
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes, Kind, Precision
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.names import ModelNames
@@ -67,7 +69,9 @@ class EngineModel:
         precision: of the weights.
         rank: this rank's model-parallel rank.
         tensors: of all pipeline stages, by name, in the model's order.
-        inferred: patterns that parameter attributes tell (Megatron-Core), by name.
+        inferred: patterns that parameter attributes tell (Megatron-Core, AutoTP), by name.
+        exact: whether they tell the whole cut, as AutoTP's do.
+        refused: parameters that AutoTP has cut in a way that can't be told, and why.
         spec: the one named in the config.
         vocabulary_size: as in the config.
     """
@@ -77,6 +81,8 @@ class EngineModel:
     rank: int
     tensors: Mapping[str, EngineTensor]
     inferred: Mapping[str, Pattern]
+    exact: bool
+    refused: Mapping[str, str]
     spec: Spec | None
     vocabulary_size: int | None
 
@@ -96,15 +102,19 @@ def describe_model(engine: Any) -> EngineModel:
     topology = engine_topology(engine)
     names, tensors_here = ModelNames(engine), list(_local_tensors(engine))
     local = {names.in_model(name): tensor for name, _, tensor in tensors_here}
-    inferred = _inferred_patterns(engine.module)
+    live = _live_layouts(engine)
     mine = _Held(
         {each: (kind, local_shape(tensor)) for name, kind, tensor in tensors_here for each in names.on_all_ranks(name)},
-        {each: pattern for name, pattern in inferred.items() for each in names.on_all_ranks(name)},
+        {each: pattern for name, pattern in live.patterns.items() for each in names.on_all_ranks(name)},
     )
     shares = gather_model_parallel(engine, mine)
     for stage in range(0, len(shares), topology.tp):
         _check_same_names([share.shapes.keys() for share in shares[stage : stage + topology.tp]])
     kinds = {name: kind for share in shares for name, (kind, _) in share.shapes.items()}
+    # Where a rank's share is empty DeepSpeed doesn't train it.
+    kinds |= dict.fromkeys(
+        (n for share in shares for n, (kind, _) in share.shapes.items() if kind == "trainable"), "trainable"
+    )
     tensors = {
         name: EngineTensor(
             name,
@@ -120,6 +130,8 @@ def describe_model(engine: Any) -> EngineModel:
         rank=model_parallel_rank(engine),
         tensors=tensors,
         inferred={name: pattern for share in shares for name, pattern in share.inferred.items()},
+        exact=engine.autotp_size() > 1,
+        refused=live.refused,
         spec=None if config.spec == "auto" else load_spec(config.spec),
         vocabulary_size=config.vocabulary_size,
     )
@@ -199,13 +211,16 @@ def _check_same_names(names: Sequence[Set[str]]) -> None:
         raise MismatchError("tensor-parallel ranks have different parameters", sorted(differing))
 
 
-def _inferred_patterns(module: torch.nn.Module) -> dict[str, Pattern]:
-    """What Megatron-Core's attributes tell; asked only when the process uses Megatron-Core anyway."""
+def _live_layouts(engine: Any) -> RecordedLayouts:
+    """What AutoTP's or Megatron-Core's attributes of parameters tell; the latter's if the process uses Megatron-Core anyway."""
+    if engine.autotp_size() > 1:
+        info = getattr(engine.module, UNIVERSAL_CHECKPOINT_INFO, None)
+        return read_autotp_layouts(info, engine.autotp_size(), "the engine's model")
     if "megatron.core" not in sys.modules:
-        return {}
+        return RecordedLayouts()
     from ucp_deepspeed.megatron.layouts import inferred_patterns
 
-    return inferred_patterns(module)
+    return RecordedLayouts(inferred_patterns(engine.module))
 
 
 @contextmanager

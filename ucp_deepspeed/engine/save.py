@@ -24,7 +24,7 @@ from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.pipeline import check_tied_copies, layer_keys
 from ucp_deepspeed.engine.random_state import save_random_state
-from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError
+from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError, UnsupportedError
 from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Unique
 from ucp_deepspeed.transfer.commit import write_atomically
@@ -184,9 +184,14 @@ def _patterns(model: EngineModel, logical: Mapping[str, str]) -> dict[str, Patte
     inferred = {logical[name]: pattern for name, pattern in model.inferred.items()}
     try:
         patterns = resolve_patterns(
-            [logical[name] for name in names], degree=model.topology.tp, spec=model.spec, inferred=inferred
+            [logical[name] for name in names],
+            degree=model.topology.tp,
+            spec=model.spec,
+            inferred=inferred,
+            exact=model.exact,
+            refused={logical[name]: why for name, why in model.refused.items()},
         )
-    except SpecError:
+    except (SpecError, UnsupportedError):
         if model.spec is not None:
             raise
         logger.warning("no layouts are known for this model: a load on another tensor-parallel size will need a spec")

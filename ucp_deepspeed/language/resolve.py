@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from math import gcd
 from typing import TYPE_CHECKING
 
-from ucp_deepspeed.errors import MismatchError, SpecError
+from ucp_deepspeed.errors import MismatchError, SpecError, UnsupportedError
 from ucp_deepspeed.language.families import find_family
 from ucp_deepspeed.layout.box import Shape
 from ucp_deepspeed.layout.pattern import Partial, Pattern, Replicate, Shard, ShardGrid, Unique
@@ -30,6 +31,8 @@ def resolve_patterns(
     spec: Spec | None = None,
     recorded: Mapping[str, Pattern] | None = None,
     inferred: Mapping[str, Pattern] | None = None,
+    exact: bool = False,
+    refused: Mapping[str, str] | None = None,
     local_shapes: Mapping[str, Sequence[Shape]] | None = None,
 ) -> dict[str, Pattern]:
     """One pattern per parameter. What knows better wins: spec, then checkpoint, then live model, then family by names.
@@ -40,17 +43,22 @@ def resolve_patterns(
         spec: the one that the user named.
         recorded: what the checkpoint's manifest says.
         inferred: what the attributes of the live target's parameters say.
+        exact: whether they tell the whole cut (AutoTP): then a plain shard has no fused parts.
+        refused: parameters that source or target say are cut in a way that can't be told, and why. Only a named spec can.
         local_shapes: on the source's tensor-parallel ranks, for telling families apart.
 
     Raises:
+        UnsupportedError: nothing but a guess is left for a parameter of ``refused``.
         SpecError: no source knows the parameters, several families fit, or the spec leaves some without exactly one rule.
         MismatchError: the winner contradicts the live parameters, or shapes contradict those that the spec states; lists them.
     """
+    if spec is None and degree > 1:
+        _check_refused(names, {**(inferred or {}), **(recorded or {})}, refused or {})
     chosen, origin = _choose(names, degree, spec, recorded or {}, inferred or {}, local_shapes)
     problems = [
         f"{name}: {origin} says {describe(chosen[name])}, the live parameter is {describe(inferred[name])}"
         for name in names
-        if inferred and name in inferred and compare(chosen[name], inferred[name]) is Agreement.CONTRADICTED
+        if inferred and name in inferred and compare(chosen[name], inferred[name], exact) is Agreement.CONTRADICTED
     ]
     if problems and (degree > 1 or spec is not None):
         raise MismatchError("layouts contradict the live model's parameters", problems)
@@ -95,18 +103,33 @@ def _choose(
     return family.patterns(names), f"family {family.family!r}"
 
 
-def compare(pattern: Pattern, live: Pattern) -> Agreement:
-    """Whether a pattern fits what attributes tell. A pattern may add to it: fused parts, widths."""
+def _check_refused(names: Sequence[str], known: Mapping[str, Pattern], refused: Mapping[str, str]) -> None:
+    problems = [f"{name}: {refused[name]}" for name in names if name in refused and name not in known]
+    if problems:
+        raise UnsupportedError(
+            "tensor parallelism has cut parameters in a way that this release can't tell; name a spec that says how they are "
+            'laid out: "universal_checkpoint": {"spec": "path.yaml"}, or --spec on the command line',
+            problems,
+        )
+
+
+def compare(pattern: Pattern, live: Pattern, exact: bool = False) -> Agreement:
+    """Whether a pattern fits what attributes tell. A pattern may add to it: widths and, if it isn't ``exact``, parts."""
     if pattern == live:
         return Agreement.SAME
     if isinstance(pattern, Shard) and isinstance(live, Shard):
-        agrees = pattern.dim == live.dim and live.parts in ((1,), pattern.parts)
+        unknown_parts = live.parts == (1,) and not exact
+        agrees = pattern.dim == live.dim and (unknown_parts or _reduced(live.parts) == _reduced(pattern.parts))
     elif isinstance(pattern, ShardGrid) or isinstance(live, ShardGrid):
         agrees = False
     else:
         whole = (Replicate, Partial, Unique)
         agrees = isinstance(pattern, whole) and isinstance(live, whole)
     return Agreement.REFINED if agrees else Agreement.CONTRADICTED
+
+
+def _reduced(parts: Sequence[int]) -> tuple[int, ...]:
+    return tuple(part // gcd(*parts) for part in parts)
 
 
 def contradicts_record(pattern: Pattern, recorded: Pattern) -> bool:
@@ -116,7 +139,11 @@ def contradicts_record(pattern: Pattern, recorded: Pattern) -> bool:
     """
     if not (isinstance(pattern, Shard) and isinstance(recorded, Shard)):
         return pattern != recorded
-    if (pattern.dim, pattern.parts, pattern.widths) != (recorded.dim, recorded.parts, recorded.widths):
+    if (pattern.dim, _reduced(pattern.parts), pattern.widths) != (
+        recorded.dim,
+        _reduced(recorded.parts),
+        recorded.widths,
+    ):
         return True
     adds_heads = recorded.heads is None and recorded.parts == (1,)
     return (recorded.vocabulary and not pattern.vocabulary) or (pattern.heads != recorded.heads and not adds_heads)

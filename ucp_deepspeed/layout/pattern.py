@@ -27,7 +27,7 @@ class Scale:
     """Modifier: each rank stores ``logical * factor ** power``, with one power for each state that it applies to.
 
     Attributes:
-        factor: ``one_over_degree`` is what DeepSpeed's automatic tensor parallelism does to a row-parallel bias.
+        factor: ``one_over_degree`` suits a row-parallel bias that every rank adds before the sum over the ranks.
         powers: state name → exponent. A state that isn't named can't be moved between different degrees: it is refused.
     """
 

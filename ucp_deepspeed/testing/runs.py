@@ -27,7 +27,7 @@ CHAINED = 0.8
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-ModelName = Literal["llama", "gpt", "mlp", "moe"]
+ModelName = Literal["llama", "gpt", "mlp", "moe", "huggingface"]
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Run:
     """What to train, and on which topology; the data-parallel size is the rest of the ranks.
 
     Attributes:
-        model: ``llama`` or ``gpt`` (Megatron-Core), ``mlp`` (plain torch, no tensor parallelism), or ``moe``
-            (DeepSpeed's mixture of experts).
-        size: changes to the model's shape.
+        model: ``llama`` or ``gpt`` (Megatron-Core), ``mlp`` (plain torch, no tensor parallelism), ``moe``
+            (DeepSpeed's mixture of experts), or ``huggingface``, which AutoTP cuts.
+        size: changes to the model's shape; of ``huggingface`` with the ``family``.
         tp: tensor-parallel size.
         pp: pipeline-parallel size; None for a plain engine, 1 for a pipeline engine with one stage.
         sp: size of DeepSpeed's Ulysses sequence parallelism: Megatron-Core models on plain engines, without tensor parallelism.
@@ -75,7 +75,7 @@ class Run:
     tokens: Literal["random", "chain"] = "random"
 
     def __post_init__(self) -> None:
-        if self.sp > 1 and (self.model in ("mlp", "moe") or self.tp > 1 or self.pp is not None):
+        if self.sp > 1 and (self.model in ("mlp", "moe", "huggingface") or self.tp > 1 or self.pp is not None):
             raise ValueError(f"sequence parallelism with model {self.model}, tp {self.tp}, pp {self.pp}: see Run.sp")
 
 
@@ -212,6 +212,10 @@ def build_engine(run: Run) -> Any:
         del config["optimizer"]
         config["zero_allow_untested_optimizer"] = True
     engine, *_ = deepspeed.initialize(model=model, config=config, mpu=mpu, **arguments)
+    if run.model == "huggingface":
+        from ucp_deepspeed.testing.huggingface_models import count_heads_here
+
+        count_heads_here(engine.module)
     return engine
 
 
@@ -219,6 +223,10 @@ def _build_model(run: Run) -> tuple[torch.nn.Module, Any]:
     dtype = DTYPES[run.precision]
     if run.model == "mlp":
         return build_mlp(**{"vocabulary": VOCABULARY, "dtype": dtype, "seed": run.seed, **run.size}), None
+    if run.model == "huggingface":
+        from ucp_deepspeed.testing.huggingface_models import build_huggingface
+
+        return build_huggingface(**{"vocabulary": VOCABULARY, "dtype": dtype, "seed": run.seed, **run.size}), None
     moe = {"vocabulary": VOCABULARY, "dtype": dtype, "seed": run.seed, **run.size}
     if run.model == "moe" and run.tp == 1:
         return build_moe(**moe), None
@@ -278,6 +286,10 @@ def _config(run: Run) -> dict[str, Any]:
     if run.zero["stage"] == 3:
         config["zero_optimization"].setdefault("memory_efficient_linear", False)
         config["zero_optimization"].setdefault("stage3_param_persistence_threshold", 100)
+    if run.model == "huggingface" and run.tp > 1:
+        from ucp_deepspeed.testing.huggingface_models import tensor_parallel_settings
+
+        config["tensor_parallel"] = {"autotp_size": run.tp, **tensor_parallel_settings(**run.size)}
     if run.precision != "fp32":
         config[run.precision] = {"enabled": True}
     if run.precision == "fp16":
@@ -321,6 +333,10 @@ def _loss(engine: Any, run: Run, share: torch.Tensor) -> torch.Tensor:
     if run.model in ("mlp", "moe"):
         loss: torch.Tensor = engine(share[:, :-1], share[:, 1:])
         return loss
+    if run.model == "huggingface":
+        from ucp_deepspeed.testing.huggingface_models import mean_loss as huggingface_loss
+
+        return huggingface_loss(engine, share)
     if run.sp > 1:
         from ucp_deepspeed.testing.ulysses import share_of_mean_loss
 

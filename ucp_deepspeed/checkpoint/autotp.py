@@ -1,0 +1,82 @@
+"""What DeepSpeed's automatic tensor parallelism (AutoTP) records of layouts, in every model_states file.
+
+Keys: DeepSpeed 0.19.8, ``module_inject/layers.py::collect_autotp_universal_checkpoint_info``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ucp_deepspeed.errors import UnsupportedError
+from ucp_deepspeed.layout import Shape
+from ucp_deepspeed.layout.affine import MAP_VERSION, pattern_of_map
+from ucp_deepspeed.layout.pattern import Pattern, Replicate, Shard
+
+MAPS = "affine_map"
+REFUSED = "autotp_unsupported_parameter_patterns"
+REPLICATED = "tp_replicated_parameter_patterns"
+ROW = "parameter_with_row_parallelism_patterns"
+
+
+@dataclass(frozen=True)
+class RecordedLayouts:
+    """What a run has recorded of its own layouts.
+
+    Attributes:
+        patterns: by name.
+        shapes: of whole parameters, by name.
+        refused: name → why its layout can't be told, by DeepSpeed or here.
+    """
+
+    patterns: Mapping[str, Pattern] = field(default_factory=dict)
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_autotp_layouts(info: Any, degree: int, place: Path | str) -> RecordedLayouts:
+    """Layouts that AutoTP has recorded; nothing where it didn't run, or on one rank, where nothing is cut.
+
+    Args:
+        info: ``universal_checkpoint_info`` of a model_states file.
+        degree: tensor-parallel size.
+        place: where it stands, for messages.
+
+    Raises:
+        UnsupportedError: maps of another version.
+    """
+    if not isinstance(info, Mapping) or REFUSED not in info or degree == 1:
+        return RecordedLayouts()
+    maps = info.get(MAPS) or {"version": MAP_VERSION, "params": {}}
+    if maps.get("version") != MAP_VERSION:
+        raise UnsupportedError(
+            f"{place}: affine maps of version {maps.get('version')}; this release reads version {MAP_VERSION}. Name a spec, or "
+            f"use a later release"
+        )
+    patterns: dict[str, Pattern] = {name: Replicate() for name in _names(info.get(REPLICATED, ()))}
+    # Of embeddings that are cut AutoTP records this alone.
+    patterns |= {name: Shard(1) for name in _names(info.get(ROW, ()))}
+    shapes: dict[str, Shape] = {}
+    refused = {_name(key): str(reason) for key, reason in info[REFUSED].items()}
+    for key, entry in maps["params"].items():
+        name = _name(key)
+        try:
+            patterns[name] = pattern_of_map(entry)
+            shapes[name] = tuple(entry["logical_shape"])
+        except ValueError as error:
+            refused[name] = str(error)
+    patterns = {name: found for name, found in patterns.items() if name not in refused}
+    # ZeRO-3 may have cut what AutoTP leaves alone before AutoTP looked at it.
+    return RecordedLayouts(patterns, {name: shape for name, shape in shapes.items() if 0 not in shape}, refused)
+
+
+def _names(keys: Collection[str]) -> list[str]:
+    return [_name(key) for key in keys]
+
+
+def _name(key: str) -> str:
+    """The parameter of a key: a regular expression that is its name, escaped."""
+    return re.sub(r"\\(.)", r"\1", key.removeprefix("^").removesuffix("$"))

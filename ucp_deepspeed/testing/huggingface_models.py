@@ -1,0 +1,151 @@
+"""Tiny Hugging Face models, built from configurations: no weights are fetched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    Attributes:
+        config: class of its configuration.
+        model: class of the model with the head that is trained.
+        settings: of the tiny model's configuration, besides the size of its vocabulary.
+        spec: name of its spec in ``configs/``.
+    """
+
+    config: str
+    model: str
+    settings: Mapping[str, Any]
+    spec: str
+
+
+_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaConfig", "LlamaForCausalLM", _LLAMA, "hf_llama"),
+    "mistral": Family("MistralConfig", "MistralForCausalLM", _LLAMA, "hf_llama"),
+    "qwen2": Family("Qwen2Config", "Qwen2ForCausalLM", _LLAMA, "hf_llama"),
+    "phi3": Family("Phi3Config", "Phi3ForCausalLM", _LLAMA | {"pad_token_id": 0, "num_key_value_heads": 8}, "hf_phi3"),
+    "phi3_medium": Family(
+        "Phi3Config", "Phi3ForCausalLM", _LLAMA | {"pad_token_id": 0, "num_attention_heads": 16}, "hf_phi3_medium"
+    ),
+    "gpt_neox": Family(
+        "GPTNeoXConfig",
+        "GPTNeoXForCausalLM",
+        {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
+        | {"max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 0},
+        "hf_gpt_neox",
+    ),
+    "falcon": Family(
+        "FalconConfig",
+        "FalconForCausalLM",
+        {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_kv_heads": 4}
+        | {"new_decoder_architecture": False, "multi_query": False, "parallel_attn": False, "bias": True},
+        "hf_falcon",
+    ),
+    "opt": Family(
+        "OPTConfig",
+        "OPTForCausalLM",
+        {"hidden_size": 32, "ffn_dim": 40, "num_hidden_layers": 1, "num_attention_heads": 4, "word_embed_proj_dim": 32}
+        | {"max_position_embeddings": 32, "dropout": 0.0},
+        "hf_opt",
+    ),
+    "t5": Family(
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 1, "num_heads": 4, "dropout_rate": 0.0}
+        | {"decoder_start_token_id": 0},
+        "hf_t5",
+    ),
+    "bert": Family(
+        "BertConfig",
+        "BertForMaskedLM",
+        {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
+        | {"max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        "hf_bert",
+    ),
+}
+
+
+def build_huggingface(
+    family: str, vocabulary: int, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+) -> torch.nn.Module:
+    """A tiny model of a family, with the same weights on every rank.
+
+    Args:
+        family: key of `FAMILIES`.
+        changes: to the configuration.
+    """
+    kind = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = getattr(transformers, kind.config)(vocab_size=vocabulary, use_cache=False, **{**kind.settings, **changes})
+    model: torch.nn.Module = getattr(transformers, kind.model)(config).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for param in model.parameters():  # biases and norms too, so that a lost or doubled one shows
+            param.add_(torch.randn(param.shape, generator=generator).to(dtype) * 0.05)
+    return model
+
+
+def tensor_parallel_settings(family: str, **changes: Any) -> dict[str, Any]:
+    """What DeepSpeed's ``tensor_parallel`` block has to say besides the size.
+
+    DeepSpeed refuses the plan that comes with Phi-3 (``rowwise_split_input``), and its own preset takes q, k and v for equally
+    large, which they aren't with grouped queries.
+    """
+    if family == "phi3":
+        return {"preset_model": "phi3"}
+    if family != "phi3_medium":
+        return {}
+    settings = {**FAMILIES[family].settings, **changes}
+    head = settings["hidden_size"] // settings["num_attention_heads"]
+    query, key = settings["hidden_size"], settings["num_key_value_heads"] * head
+    attention, mlp = r".*\.self_attn\.{}\.weight$", r".*\.mlp\.{}\.weight$"
+    row = {"patterns": [attention.format("o_proj"), mlp.format("down_proj")], "partition_type": "row"}
+    qkv = {"patterns": [attention.format("qkv_proj")], "shape": [[query, key, key], -1]}
+    gate_up = {"patterns": [mlp.format("gate_up_proj")], "shape": [2, -1]}
+    column = {"partition_type": "column", "partition_dim": 0}
+    return {"partition_config": {"use_default_specs": False, "layer_specs": [row, qkv | column, gate_up | column]}}
+
+
+def count_heads_here(model: torch.nn.Module) -> None:
+    """On a rank: tell Phi-3's attention how many heads AutoTP has left here; it takes fused q, k and v apart by their number."""
+    for layer in model.modules():
+        if isinstance(layer, transformers.models.phi3.modeling_phi3.Phi3Attention):
+            whole: Any = layer.config
+            layer.config = copy.copy(whole)
+            size = layer.qkv_proj.tp_world_size if hasattr(layer.qkv_proj, "tp_world_size") else 1
+            layer.config.num_attention_heads = whole.num_attention_heads // size
+            layer.num_key_value_heads = whole.num_key_value_heads // size
+
+
+def causal_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """What the model says about tokens, float32 of shape ``[batch, sequence, vocabulary]``."""
+    arguments = {"decoder_input_ids": tokens} if hasattr(getattr(model, "module", model), "decoder") else {}
+    logits: torch.Tensor = model(input_ids=tokens, **arguments).logits
+    return logits.float()
+
+
+def mean_loss(model: Any, share: torch.Tensor) -> torch.Tensor:
+    """Mean loss of the next token over sequences of one token more than the model is given."""
+    logits = causal_logits(model, share[:, :-1])
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), share[:, 1:].flatten())
