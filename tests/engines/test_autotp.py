@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.errors import MismatchError
+from ucp_deepspeed.errors import MismatchError, UnsupportedError
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.language.families import spec_folder
 from ucp_deepspeed.testing.huggingface_models import FAMILIES, build_huggingface, causal_logits
-from ucp_deepspeed.testing.ranks import RankPool
+from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import VOCABULARY, Run, batch_of, build_engine, train_step
 from ucp_deepspeed.transfer.convert import convert
 
@@ -57,10 +57,15 @@ def save_after(run: Run, steps: int, save: str, tag: str, load: str | None = Non
     return logits
 
 
+def whole_states(checkpoint: Path, folder: Path, spec: str | None = None) -> dict[str, torch.Tensor]:
+    """A checkpoint's states, whole, by parameter and state; joined by a spec or by what is recorded."""
+    convert(UniversalView.of(open_checkpoint(checkpoint), load_spec(spec) if spec else None), folder)
+    return {key: atom for path in folder.glob("atoms-*") for key, atom in load_file(path).items()}
+
+
 def logits_of_whole(run: Run, checkpoint: Path, folder: Path, spec: str | None) -> torch.Tensor:
     """What a plain model says that is given the checkpoint's whole weights, joined by a spec or by what is recorded."""
-    convert(UniversalView.of(open_checkpoint(checkpoint), load_spec(spec) if spec else None), folder)
-    atoms = {key: atom for path in folder.glob("atoms-*") for key, atom in load_file(path).items()}
+    atoms = whole_states(checkpoint, folder, spec)
     model = build_huggingface(**{"vocabulary": VOCABULARY, "seed": 1, **run.size})
     with torch.no_grad():
         for name, param in model.named_parameters():
@@ -102,6 +107,18 @@ def test_other_sizes_and_stages(family: str, stages: tuple[int, ...], ranks: Ran
     check_chain(ranks, runs, [world for _, world in CHAIN], tmp_path, FAMILIES[family].spec)
 
 
+def test_states_are_those_of_training_on_one_rank(ranks: Ranks, tmp_path: Path) -> None:
+    """Biases of row-parallel layers among them: AutoTP adds them once, and neither they nor their moments are scaled."""
+    found = {}
+    for tp in (1, 2):
+        ranks(tp).run(save_after, hugging_face("gpt_neox", tp), STEPS, str(tmp_path / str(tp)), "step")
+        found[tp] = whole_states(tmp_path / str(tp), tmp_path / f"whole-{tp}")
+    assert "gpt_neox.layers.0.attention.dense.bias/exp_avg_sq" in found[1]
+    assert found[1].keys() == found[2].keys()
+    for key, expected in found[1].items():
+        torch.testing.assert_close(found[2][key], expected, rtol=0, atol=1e-5 * float(expected.abs().max()), msg=key)
+
+
 def test_layouts_without_a_manifest(ranks: Ranks, tmp_path: Path) -> None:
     """DeepSpeed's own record tells all, but for embeddings that are cut its maps; uneven cuts and a kv head that one rank has."""
     for family, changes in (("t5", {}), ("llama", {"num_key_value_heads": 1, "intermediate_size": 41})):
@@ -125,3 +142,18 @@ def test_a_spec_that_contradicts_the_record(ranks: Ranks, tmp_path: Path) -> Non
         with pytest.raises(MismatchError, match=rf"{record}(.|\n)*qkv_proj.weight: shard on dimension 0 in parts 2:1"):
             UniversalView.of(open_checkpoint(tmp_path), load_spec(str(wrong)))
         (tmp_path / "step" / MANIFEST_NAME).unlink(missing_ok=True)
+
+
+def test_fused_heads_that_some_ranks_lack_are_refused(ranks: Ranks, tmp_path: Path) -> None:
+    """Two kv heads on four ranks: the last two have nothing of q, k and v, which is how no cut of parts continues."""
+    few = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    for tp, kind, words in (
+        (1, UnsupportedError, "qkv_proj.weight: its affine map"),
+        (2, MismatchError, "qkv_proj.weight"),
+    ):
+        ranks(tp).run(save_after, hugging_face("phi3_medium", tp, **few), 0, str(tmp_path / str(tp)), "step")
+        with pytest.raises(RankError) as caught:
+            target = hugging_face("phi3_medium", 4, **few)
+            ranks(4).run(save_after, target, 0, str(tmp_path / "4"), "step", str(tmp_path / str(tp)))
+        assert isinstance(caught.value.original, kind)
+        assert words in str(caught.value.original)
