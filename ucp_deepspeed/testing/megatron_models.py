@@ -37,6 +37,7 @@ class MegatronGptSize:
             positions.
         bias: the linear layers have biases.
         qkv_bias: the attention input has a bias even when ``bias`` is off (Qwen2).
+        qk_norm: queries and keys of each head are normalised (Qwen3).
     """
 
     layers: int = 2
@@ -51,6 +52,7 @@ class MegatronGptSize:
     llama: bool = False
     bias: bool = True
     qkv_bias: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads or self.heads % self.query_groups:
@@ -94,14 +96,36 @@ def build_megatron_gpt(size: MegatronGptSize, dtype: torch.dtype = torch.float32
     degree = parallel_state.get_tensor_model_parallel_world_size()
     model = GPTModel(
         config=transformer_config(size, dtype, degree),
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm" if size.llama else None),
+        transformer_layer_spec=get_gpt_layer_local_spec(
+            normalization="RMSNorm" if size.llama else None, qk_layernorm=size.qk_norm
+        ),
         vocab_size=size.padded_vocabulary(degree),
         max_sequence_length=size.sequence,
         share_embeddings_and_output_weights=size.tied,
         position_embedding_type="rope" if size.llama else "learned_absolute",
     )
     initialise(model, size, seed)
+    if size.qk_norm:
+        sum_gradients_of_head_norms(model)
     return model.to(dtype)
+
+
+def sum_gradients_of_head_norms(model: torch.nn.Module) -> None:
+    """Add up the gradients of queries' and keys' norms over the tensor-parallel ranks, each of which sees its own heads' only.
+
+    Megatron-Core's trainer does it (``distributed/finalize_model_grads.py``), DeepSpeed doesn't: without, the ranks' copies of
+    these norms drift apart, and aren't replicated but partial.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+
+    def summed(gradient: torch.Tensor) -> torch.Tensor:
+        total = gradient.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    for name, parameter in model.named_parameters():
+        if name.split(".")[-2] in ("q_layernorm", "k_layernorm"):
+            parameter.register_hook(summed)
 
 
 def causal_mask(sequence: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -203,6 +227,7 @@ def transformer_config(size: MegatronGptSize, dtype: torch.dtype, degree: int) -
         activation_func=torch.nn.functional.silu if size.llama else torch.nn.functional.gelu,
         add_bias_linear=size.bias,
         add_qkv_bias=size.qkv_bias,
+        qk_layernorm=size.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
