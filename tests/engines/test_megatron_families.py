@@ -27,6 +27,8 @@ ALWAYS = {"enabled": True, "load": "always"}
 FAMILIES = {
     "qwen2": Run("llama", {"qkv_bias": True}, universal=ALWAYS),
     "qwen3": Run("llama", {"qk_norm": True}, universal=ALWAYS),
+    "mixtral": Run("llama", {"experts": 3, "layers": 1}, universal=ALWAYS),
+    "deepseek": Run("llama", {"experts": 3, "latent": True, "query_groups": 8}, universal=ALWAYS),
 }
 
 Ranks = Callable[[int], RankPool]
