@@ -7,14 +7,18 @@ both sides are read in the same wrong way; but the model computes something else
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import STEP, differences
 
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.view import held_shapes
+from ucp_deepspeed.language import find_family, load_spec
 from ucp_deepspeed.testing.ranks import RankPool
 from ucp_deepspeed.testing.runs import SEQUENCE, VOCABULARY, Run, batch_of, build_engine, train_step
 
@@ -34,7 +38,9 @@ FAMILIES = {
 Ranks = Callable[[int], RankPool]
 
 
-def logits_of(run: Run, *, load: str | None, save: str, steps: int) -> torch.Tensor:
+def logits_of(
+    run: Run, *, load: str | None, save: str, steps: int, client_state: Mapping[str, Any] | None = None
+) -> torch.Tensor:
     """On each rank: load, train, save, and what the engine then makes of a batch, for the whole vocabulary."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
@@ -45,7 +51,7 @@ def logits_of(run: Run, *, load: str | None, save: str, steps: int) -> torch.Ten
         engine.load_checkpoint(load)
     while engine.global_steps < steps:
         train_step(engine, run, engine.global_steps + 1)
-    engine.save_checkpoint(save)
+    engine.save_checkpoint(save, client_state=dict(client_state or {}))
     tokens = batch_of(run, 0)[:, :-1]
     engine.eval()
     with torch.no_grad():
@@ -71,3 +77,33 @@ def test_tensor_parallel_sizes_and_stages_change(family: str, ranks: Ranks, tmp_
     for number in (1, 2):
         assert differences(tmp_path / "0", tmp_path / str(number)) == []
         torch.testing.assert_close(logits[number], logits[0], rtol=0, atol=ROUNDING)
+
+
+INFOS = {"gpt": (False, False), "llama": (True, False), "bloom": (False, True)}
+"""Of Megatron-DeepSpeed's families: whether the feed-forward layer is gated, and whether a norm stands behind the embedding."""
+
+
+@pytest.mark.parametrize("flavour", INFOS)
+def test_what_megatron_deepspeed_records(flavour: str, ranks: Ranks, tmp_path: Path) -> None:
+    """Saved without the plugin at TP2, with the info of Megatron-DeepSpeed: that tells the layouts, and the family agrees."""
+    from ucp_deepspeed.testing.megatron_deepspeed import universal_checkpoint_info
+
+    info = universal_checkpoint_info(VOCABULARY, *INFOS[flavour])
+    run = Run(f"megatron-deepspeed-{flavour}", {"layers": 1}, tp=2, universal=None)  # type: ignore[arg-type]
+    saved = {"universal_checkpoint_info": info}
+    paths = [tmp_path / str(number) for number in range(3)]
+    first = ranks(2).run(logits_of, run, load=None, save=str(paths[0]), steps=STEP, client_state=saved)[0]
+    checkpoint = open_checkpoint(paths[0])
+    assert checkpoint.vocabulary_size == VOCABULARY
+    family = load_spec(f"megatron_deepspeed_{flavour}")
+    assert checkpoint.patterns == family.patterns(checkpoint.patterns)
+    assert (
+        find_family(list(checkpoint.patterns), held_shapes(checkpoint, {n: n for n in checkpoint.patterns})).spec
+        == family
+    )
+    for number, (tp, stage) in enumerate([(1, 3), (2, 2)], start=1):
+        target = replace(run, tp=tp, zero={"stage": stage}, universal=ALWAYS)
+        load, save = str(paths[number - 1]), str(paths[number])
+        logits = ranks(2).run(logits_of, target, load=load, save=save, steps=STEP)[0]
+        assert differences(paths[0], paths[number]) == []
+        torch.testing.assert_close(logits, first, rtol=0, atol=ROUNDING)

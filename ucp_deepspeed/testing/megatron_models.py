@@ -44,6 +44,7 @@ class MegatronGptSize:
         experts: experts of each feed-forward layer, of which two serve a token (Mixtral); 0 for a plain one.
         latent: latent attention, and behind a first layer that is dense, experts with one that all share and a bias of the router
             (DeepSeek).
+        positions: without the Llama flavour, learned positions; False for models that have none in their parameters (ALiBi).
     """
 
     layers: int = 2
@@ -61,6 +62,7 @@ class MegatronGptSize:
     qk_norm: bool = False
     experts: int = 0
     latent: bool = False
+    positions: bool = True
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads or self.heads % self.query_groups:
@@ -109,11 +111,11 @@ def build_megatron_gpt(size: MegatronGptSize, dtype: torch.dtype = torch.float32
         vocab_size=size.padded_vocabulary(degree),
         max_sequence_length=size.sequence,
         share_embeddings_and_output_weights=size.tied,
-        position_embedding_type="rope" if size.llama else "learned_absolute",
+        position_embedding_type="rope" if size.llama else "learned_absolute" if size.positions else "none",
     )
     initialise(model, size, seed)
     if size.experts:
-        forward_without_sequence_parallelism(model)
+        prepare_experts(model)
     if size.qk_norm:
         sum_gradients_of_head_norms(model)
     return model.to(dtype)
@@ -146,7 +148,7 @@ class LatentDotProductAttention(DotProductAttention):
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
 
-def forward_without_sequence_parallelism(model: torch.nn.Module) -> None:
+def prepare_experts(model: torch.nn.Module) -> None:
     """Let experts be trained under tensor parallelism alone, which Megatron-Core refuses while training, as it is slow.
 
     Its sequence parallelism needs norms of Apex or Transformer Engine, which need CUDA.
@@ -154,6 +156,10 @@ def forward_without_sequence_parallelism(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, MoELayer):
             module.training = False
+            if (
+                module.router.expert_bias is not None
+            ):  # as if balancing had moved it: it is to change which experts serve
+                module.router.expert_bias.copy_(torch.linspace(-0.05, 0.05, module.router.expert_bias.numel()))
 
 
 def sum_gradients_of_head_norms(model: torch.nn.Module) -> None:
