@@ -18,8 +18,9 @@ from checkpoints import STEP, differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import held_shapes
+from ucp_deepspeed.errors import UnsupportedError
 from ucp_deepspeed.language import find_family, load_spec
-from ucp_deepspeed.testing.ranks import RankPool
+from ucp_deepspeed.testing.ranks import RankError, RankPool, reset_parallel_state
 from ucp_deepspeed.testing.runs import SEQUENCE, VOCABULARY, Run, batch_of, build_engine, train_step
 
 ROUNDING = 2e-5
@@ -107,3 +108,40 @@ def test_what_megatron_deepspeed_records(flavour: str, ranks: Ranks, tmp_path: P
         logits = ranks(2).run(logits_of, target, load=load, save=save, steps=STEP)[0]
         assert differences(paths[0], paths[number]) == []
         torch.testing.assert_close(logits, first, rtol=0, atol=ROUNDING)
+
+
+def test_a_record_that_contradicts_the_model_is_refused(ranks: Ranks, tmp_path: Path) -> None:
+    """An info that doesn't know of the gate: joined plainly, every byte would be there, and the model ruined."""
+    from ucp_deepspeed.testing.megatron_deepspeed import universal_checkpoint_info
+
+    info = universal_checkpoint_info(VOCABULARY, gated=False, embedding_norm=False)
+    run = Run("megatron-deepspeed-llama", {"layers": 1}, tp=2, universal=None)
+    saved = {"universal_checkpoint_info": info}
+    ranks(2).run(logits_of, run, load=None, save=str(tmp_path / "0"), steps=0, client_state=saved)
+    target = replace(run, zero={"stage": 2}, universal=ALWAYS)
+    with pytest.raises(
+        RankError, match=r"dense_h_to_4h\.weight: the checkpoint says shard on dimension 0, .* in parts 1:1"
+    ):
+        ranks(2).run(logits_of, target, load=str(tmp_path / "0"), save=str(tmp_path / "1"), steps=0)
+
+
+def mpu_of_expert_parallel_ranks() -> str:
+    """On a rank: why experts of Megatron-Core that are spread over ranks can't be trained by DeepSpeed."""
+    from megatron.core import parallel_state
+
+    from ucp_deepspeed.megatron import DeepSpeedMpu
+
+    reset_parallel_state()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+    try:
+        DeepSpeedMpu()
+    except UnsupportedError as error:
+        return str(error)
+    finally:
+        reset_parallel_state()
+    return ""
+
+
+def test_experts_spread_over_ranks_are_refused(ranks: Ranks) -> None:
+    message, _ = ranks(2).run(mpu_of_expert_parallel_ranks)
+    assert message.startswith("expert parallel size 2: ") and "expert_model_parallel_size=1" in message
