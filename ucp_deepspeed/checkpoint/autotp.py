@@ -28,12 +28,12 @@ class RecordedLayouts:
 
     Attributes:
         patterns: by name.
-        shapes: of whole parameters, by name.
+        logical_shapes: of whole parameters, by name.
         refused: name → why its layout can't be told, by DeepSpeed or here.
     """
 
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
-    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    logical_shapes: Mapping[str, Shape] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
 

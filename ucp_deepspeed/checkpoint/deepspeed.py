@@ -52,6 +52,7 @@ from ucp_deepspeed.checkpoint.experts import (
 )
 from ucp_deepspeed.checkpoint.extra_states import extra_states_in, is_extra_state
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest
+from ucp_deepspeed.checkpoint.megatron_deepspeed_info import MegatronDeepSpeedInfo
 from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of, whole_tensor_slot
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, open_torch_file, read_tensors, scalar_of, storage_start
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
@@ -114,13 +115,15 @@ class DeepSpeedCheckpoint(Checkpoint):
             self.topology = self._read_topology()
             self.form = f"deepspeed {self.optimizer_form}"
             self.run = self._read_run()
-            info = self._model_states(0).get("universal_checkpoint_info")
-            cut = read_autotp_layouts(info, self.topology.tp, self._model_states_path(0, 0))
-        self.patterns: Mapping[str, Pattern] = {**cut.patterns, **(self.manifest.patterns if self.manifest else {})}
-        self.refused = cut.refused
-        self.recorded_shapes: Mapping[str, Shape] = self.manifest.logical_shapes if self.manifest else cut.shapes
+            saved, place = self._model_states(0), self._model_states_path(0, 0)
+            self._cut = read_autotp_layouts(saved.get("universal_checkpoint_info"), self.topology.tp, place)
+            self._info = MegatronDeepSpeedInfo.read(saved, str(place))
+        self.refused = self._cut.refused
+        self.recorded_shapes: Mapping[str, Shape] = (self.manifest or self._cut).logical_shapes
         self.logical_names: Mapping[str, str] = self.manifest.logical_names if self.manifest else {}
         self.vocabulary_size = self.manifest.vocabulary_size if self.manifest else None
+        if self.vocabulary_size is None and self._info is not None:
+            self.vocabulary_size = self._info.vocabulary_size
 
     def fragments(
         self, name: str, state: str, rank: int, local_start: int, local_stop: int
@@ -161,6 +164,20 @@ class DeepSpeedCheckpoint(Checkpoint):
             return recognise(*self._optimizer_state(0, 0)).name
         optimizer = self._model_states(0)["optimizer"]
         return stage0_form(optimizer, self._model_states_path(0, 0)) if optimizer else "none"
+
+    @cached_property
+    def patterns(self) -> Mapping[str, Pattern]:  # type: ignore[override]
+        """What the manifest records and, for parameters of which it says nothing, what AutoTP or Megatron-DeepSpeed recorded."""
+        recorded = {**self._cut.patterns, **(self.manifest.patterns if self.manifest else {})}
+        if self._info is None:
+            return recorded
+        shapes = {name: held.local_shapes for name, held in self.parameters.items() if held.kind != "buffer"}
+        unknown = {
+            name: next(shape for shape in local_shapes if shape is not None)
+            for name, local_shapes in shapes.items()
+            if name not in recorded
+        }
+        return {**self._info.patterns(unknown, str(self._model_states_path(0, 0))), **recorded}
 
     @cached_property
     def parameters(self) -> Mapping[str, Parameter]:  # type: ignore[override]

@@ -51,8 +51,9 @@ class DeepSpeedMpu:
         expert_parallel = parallel_state.get_expert_model_parallel_world_size()
         if expert_parallel > 1:
             raise UnsupportedError(
-                f"expert parallel size {expert_parallel}: DeepSpeed would average expert gradients over ranks with "
-                "other experts; use expert_model_parallel_size=1"
+                f"expert parallel size {expert_parallel}: Megatron-Core marks such experts with allreduce=False, which "
+                "DeepSpeed takes for experts of its own layers and can't find the group of (parameters without "
+                "group_name), and it would average others over ranks with other experts; use expert_model_parallel_size=1"
             )
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:

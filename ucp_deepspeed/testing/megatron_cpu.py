@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.moe import moe_utils
 
 _MODEL_PARALLEL_STATE = "model-parallel-rng"
 _DEFAULT_STATE = "default-rng"
@@ -28,6 +30,8 @@ def run_megatron_on_cpu() -> bool:
     * ``CudaRNGStatesTracker.add`` and ``fork`` keep and switch the states of the CPU generator instead of the CUDA one.
       `fork` surrounds dropout in every attention layer, so the model can't run a forward pass without it. A state that
       was never added leaves the generator as it is, so that a model without dropout needs no seeding.
+    * ``moe_utils.te_general_gemm`` is None where Transformer Engine is missing: the router asks for the name all the same.
+    * ``multi_latent_attention.HAVE_TE`` is False there, where it is True though the classes that it stands for are missing.
 
     Attention masks stay the caller's business: Megatron-Core builds a missing causal mask on the device ``"cuda"``, so
     pass one to the model (`ucp_deepspeed.testing.megatron_models.causal_mask`).
@@ -43,6 +47,10 @@ def run_megatron_on_cpu() -> bool:
     torch.cuda.current_device = _current_device  # type: ignore[assignment]
     megatron_random.CudaRNGStatesTracker.add = _add_cpu_state
     megatron_random.CudaRNGStatesTracker.fork = _fork_cpu_state
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    if not isinstance(multi_latent_attention.TELinear, type):
+        multi_latent_attention.HAVE_TE = False
     return True
 
 

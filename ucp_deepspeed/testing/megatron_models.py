@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, ModuleSpec, TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 INITIAL_STD = 0.02
 """Standard deviation of initial weights and biases, and of the deviation of initial norm weights from 1."""
@@ -37,6 +40,11 @@ class MegatronGptSize:
             positions.
         bias: the linear layers have biases.
         qkv_bias: the attention input has a bias even when ``bias`` is off (Qwen2).
+        qk_norm: queries and keys of each head are normalised (Qwen3).
+        experts: experts of each feed-forward layer, of which two serve a token (Mixtral); 0 for a plain one.
+        latent: latent attention, and behind a first layer that is dense, experts with one that all share and a bias of the router
+            (DeepSeek).
+        positions: without the Llama flavour, learned positions; False for models that have none in their parameters (ALiBi).
     """
 
     layers: int = 2
@@ -51,6 +59,10 @@ class MegatronGptSize:
     llama: bool = False
     bias: bool = True
     qkv_bias: bool = False
+    qk_norm: bool = False
+    experts: int = 0
+    latent: bool = False
+    positions: bool = True
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads or self.heads % self.query_groups:
@@ -92,16 +104,80 @@ def build_megatron_gpt(size: MegatronGptSize, dtype: torch.dtype = torch.float32
     """
     model_parallel_cuda_manual_seed(seed)
     degree = parallel_state.get_tensor_model_parallel_world_size()
+    config = transformer_config(size, dtype, degree)
     model = GPTModel(
-        config=transformer_config(size, dtype, degree),
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm" if size.llama else None),
+        config=config,
+        transformer_layer_spec=layer_spec(size, config),
         vocab_size=size.padded_vocabulary(degree),
         max_sequence_length=size.sequence,
         share_embeddings_and_output_weights=size.tied,
-        position_embedding_type="rope" if size.llama else "learned_absolute",
+        position_embedding_type="rope" if size.llama else "learned_absolute" if size.positions else "none",
     )
     initialise(model, size, seed)
+    if size.experts:
+        prepare_experts(model)
+    if size.qk_norm:
+        sum_gradients_of_head_norms(model)
     return model.to(dtype)
+
+
+def layer_spec(size: MegatronGptSize, config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    """Megatron-Core's own layers ("local"): the same for all, or, where the first one has no experts, one by one."""
+    norm = "RMSNorm" if size.llama else None
+    if not size.latent:
+        return get_gpt_layer_local_spec(
+            num_experts=size.experts or None,
+            moe_grouped_gemm=False,
+            normalization=norm,
+            qk_layernorm=size.qk_norm,
+        )
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=norm)
+    for layer in block.layer_specs:
+        layer.submodules.self_attention.submodules.core_attention = LatentDotProductAttention
+    return block
+
+
+class LatentDotProductAttention(DotProductAttention):
+    """Megatron-Core's, which has no parameters, with values of another width than keys: its own takes them with CUDA only."""
+
+    def __init__(
+        self, *positional: Any, k_channels: int | None = None, v_channels: int | None = None, **named: Any
+    ) -> None:
+        super().__init__(*positional, **named)
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+
+def prepare_experts(model: torch.nn.Module) -> None:
+    """Let experts be trained under tensor parallelism alone, which Megatron-Core refuses while training, as it is slow.
+
+    Its sequence parallelism needs norms of Apex or Transformer Engine, which need CUDA.
+    """
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            module.training = False
+            if (
+                module.router.expert_bias is not None
+            ):  # as if balancing had moved it: it is to change which experts serve
+                module.router.expert_bias.copy_(torch.linspace(-0.05, 0.05, module.router.expert_bias.numel()))
+
+
+def sum_gradients_of_head_norms(model: torch.nn.Module) -> None:
+    """Add up the gradients of queries' and keys' norms over the tensor-parallel ranks, each of which sees its own heads' only.
+
+    Megatron-Core's trainer does it (``distributed/finalize_model_grads.py``), DeepSpeed doesn't: without, the ranks' copies of
+    these norms drift apart, and aren't replicated but partial.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+
+    def summed(gradient: torch.Tensor) -> torch.Tensor:
+        total = gradient.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    for name, parameter in model.named_parameters():
+        if name.split(".")[-2] in ("q_layernorm", "k_layernorm"):
+            parameter.register_hook(summed)
 
 
 def causal_mask(sequence: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -187,7 +263,10 @@ def local_share(logical: torch.Tensor, dim: int, stride: int, rank: int, degree:
 
 def transformer_config(size: MegatronGptSize, dtype: torch.dtype, degree: int) -> TransformerConfig:
     """Megatron-Core's configuration of a size: no dropout, no fusion that needs CUDA, softmax in fp32."""
-    return TransformerConfig(
+    kind = MLATransformerConfig if size.latent else TransformerConfig
+    return kind(
+        **(experts_config(size) if size.experts else {}),
+        **(latent_config(size) if size.latent else {}),
         num_layers=size.layers,
         hidden_size=size.hidden,
         num_attention_heads=size.heads,
@@ -203,6 +282,7 @@ def transformer_config(size: MegatronGptSize, dtype: torch.dtype, degree: int) -
         activation_func=torch.nn.functional.silu if size.llama else torch.nn.functional.gelu,
         add_bias_linear=size.bias,
         add_qkv_bias=size.qkv_bias,
+        qk_layernorm=size.qk_norm or size.latent,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
@@ -212,3 +292,34 @@ def transformer_config(size: MegatronGptSize, dtype: torch.dtype, degree: int) -
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
     )
+
+
+def experts_config(size: MegatronGptSize) -> dict[str, Any]:
+    """What Megatron-Core wants to know of experts: each a module of its own, two for each token, and no loss of the router's.
+
+    Of its dispatchers the one that gathers all tokens works without CUDA.
+    """
+    return {
+        "num_moe_experts": size.experts,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": size.ffn,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",
+    }
+
+
+def latent_config(size: MegatronGptSize) -> dict[str, Any]:
+    """DeepSeek in small: ranks and head dimensions that all differ, so that one taken for another shows."""
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 20,
+        "qk_head_dim": 8,
+        "qk_pos_emb_head_dim": 4,
+        "v_head_dim": 6,
+        "rope_type": "rope",
+        "moe_layer_freq": [0] + [1] * (size.layers - 1),
+        "moe_shared_expert_intermediate_size": size.ffn // 2,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+    }

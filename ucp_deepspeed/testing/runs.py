@@ -27,7 +27,16 @@ CHAINED = 0.8
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-ModelName = Literal["llama", "gpt", "mlp", "moe", "huggingface"]
+ModelName = Literal[
+    "llama",
+    "gpt",
+    "mlp",
+    "moe",
+    "huggingface",
+    "megatron-deepspeed-gpt",
+    "megatron-deepspeed-llama",
+    "megatron-deepspeed-bloom",
+]
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,8 @@ class Run:
     """What to train, and on which topology; the data-parallel size is the rest of the ranks.
 
     Attributes:
-        model: ``llama`` or ``gpt`` (Megatron-Core), ``mlp`` (plain torch, no tensor parallelism), ``moe``
-            (DeepSpeed's mixture of experts), or ``huggingface``, which AutoTP cuts.
+        model: ``llama`` or ``gpt`` (Megatron-Core), flavours under the names of Megatron-DeepSpeed, ``mlp`` (plain torch, no
+            tensor parallelism), ``moe`` (DeepSpeed's mixture of experts), or ``huggingface``, which AutoTP cuts.
         size: changes to the model's shape; of ``huggingface`` with the ``family``.
         tp: tensor-parallel size.
         pp: pipeline-parallel size; None for a plain engine, 1 for a pipeline engine with one stage.
@@ -241,14 +250,27 @@ def _build_model(run: Run) -> tuple[torch.nn.Module, Any]:
     if run.model == "moe":
         gather_tokens_over_gloo()
         return build_moe(**moe), DeepSpeedMpu()
-    small = {"layers": 2, "hidden": 48, "heads": 8, "ffn": 40, "vocabulary": VOCABULARY, "sequence": SEQUENCE}
-    flavour = {"llama": llama_flavour, "gpt": gpt_flavour}[run.model]
+    small: dict[str, Any] = {
+        "layers": 2,
+        "hidden": 48,
+        "heads": 8,
+        "ffn": 40,
+        "vocabulary": VOCABULARY,
+        "sequence": SEQUENCE,
+    }
+    if run.model.endswith("bloom"):
+        small["positions"] = False
+    flavour = llama_flavour if run.model.endswith("llama") else gpt_flavour
     size = flavour(**{**small, **run.size})
     if run.pp is not None:
         from ucp_deepspeed.testing.megatron_pipeline import build_megatron_pipeline
 
         return build_megatron_pipeline(size, run.pp, dtype, run.seed, partition_method=run.partition), None
     model = build_megatron_gpt(size, dtype, run.seed)
+    if run.model.startswith("megatron-deepspeed"):
+        from ucp_deepspeed.testing.megatron_deepspeed import MegatronDeepSpeedModel
+
+        return MegatronDeepSpeedModel(model, embedding_norm=run.model.endswith("bloom")), DeepSpeedMpu()
     if run.sp == 1:
         return model, DeepSpeedMpu()
     from ucp_deepspeed.testing.ulysses import share_sequences, start_sequence_parallel

@@ -72,6 +72,29 @@ def test_real_models_match_their_family(flavour: str, changes: Mapping[str, Any]
     assert not [name for name in by_shapes.unconfirmed if "linear_qkv.bias" not in name]
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"qkv_bias": True, "qk_norm": True}),
+        ("mixtral", {"experts": 3}),
+        ("mixtral", {"experts": 3, "qk_norm": True}),
+        ("deepseek", {"experts": 3, "latent": True, "query_groups": 8}),
+    ],
+    ids=str,
+)
+def test_real_models_that_are_told_by_their_names(family: str, changes: Mapping[str, Any]) -> None:
+    """Families that build on the Llama flavour; what shapes say agrees, and Megatron-Core's attributes do."""
+    [found] = get_pool(1).run(parameters_of, "llama", changes)
+    shapes = {name: [shape] for name, (*_, shape) in found.items()}
+    detected = find_family(list(found), shapes)
+    assert detected.confidence == "shapes" and detected.spec is not None
+    assert detected.spec.family == f"megatron_core_{family}"
+    for name, pattern in detected.spec.patterns(found).items():
+        split, dim, stride, _ = found[name]
+        expected = (dim, stride) if split else None
+        assert expected == ((pattern.dim, len(pattern.parts)) if isinstance(pattern, Shard) else None), name
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("degree", [1, 2])
 def test_shapes_tell_a_gated_model_from_an_ungated_one(gated: bool, degree: int) -> None:
@@ -81,6 +104,7 @@ def test_shapes_tell_a_gated_model_from_an_ungated_one(gated: bool, degree: int)
     shapes: dict[str, list[Shape]] = {
         f"{layer}fc1.weight": [(rows // degree, 8)] * degree,
         f"{layer}fc2.weight": [(8, 24 // degree)] * degree,
+        "decoder.layers.0.self_attention.linear_qkv.weight": [(24 // degree, 8)] * degree,
         "decoder.final_layernorm.weight": [(8,)] * degree,
     }
     found = find_family(list(shapes), shapes)
@@ -124,7 +148,7 @@ def test_both_families_that_agree_fit() -> None:
 
 def test_families_that_disagree_are_refused() -> None:
     """The first layer of a feed-forward network is one part in one family and two in the other."""
-    names = ["embedding.word_embeddings.weight", "decoder.layers.3.mlp.linear_fc1.weight"]
+    names = ["decoder.layers.3.self_attention.linear_qkv.weight", "decoder.layers.3.mlp.linear_fc1.weight"]
     with pytest.raises(SpecError) as caught:
         _ = find_family(names).spec
     for part in ("megatron_core_gpt", "megatron_core_llama", "--spec"):

@@ -263,7 +263,8 @@ def test_the_first_side_that_a_family_fits_decides(pipeline: bool) -> None:
     def families(*sides: list[str]) -> list[str]:
         return [spec.family for spec in naming_specs(None, *sides)]
 
-    gpt, llama, foreign = gpt_names(2, pipeline), llama_names(2, pipeline), ["mystery.weight"]
+    qkv = "2.self_attention.linear_qkv.weight" if pipeline else "decoder.layers.0.self_attention.linear_qkv.weight"
+    gpt, llama, foreign = gpt_names(2, pipeline), [*llama_names(2, pipeline), qkv], ["mystery.weight"]
     assert families(gpt) == families(gpt, llama) == families(foreign, gpt) == ["megatron_core_gpt"]
     assert families(llama) == families(llama, gpt) == families([], llama) == ["megatron_core_llama"]
     assert families(foreign) == families([*gpt, "mystery.weight"]) == families([*gpt, *llama[2:4]]) == families() == []
@@ -272,7 +273,7 @@ def test_the_first_side_that_a_family_fits_decides(pipeline: bool) -> None:
 def test_all_families_that_fit_the_side_are_taken() -> None:
     names = ["0.word_embeddings.weight", "2.mlp.linear_fc1.weight"]
     found = naming_specs(None, names)
-    assert [spec.family for spec in found] == ["megatron_core_gpt", "megatron_core_llama"]
+    assert [spec.family for spec in found] == ["megatron_core_deepseek", "megatron_core_gpt", "megatron_core_llama"]
     assert list(logical_names(names, found).values()) == [
         "embedding.word_embeddings.weight",
         "decoder.layers.0.mlp.linear_fc1.weight",
