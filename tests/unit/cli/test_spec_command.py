@@ -95,6 +95,7 @@ def test_how_well_families_fit(tmp_path: Path, two: Path, ucp: Ucp) -> None:
     layer = "decoder.layers.{n}.mlp.linear_"
     shapes: dict[str, tuple[tuple[int, ...], Cut]] = {
         "decoder.final_layernorm.weight": ((4,), "replicated"),
+        "decoder.layers.{n}.self_attention.linear_qkv.weight": ((12, 4), "rows"),
         f"{layer}fc1.weight": ((12, 4), "gate_up"),
         f"{layer}fc2.weight": ((4, 6), "columns"),
     }
