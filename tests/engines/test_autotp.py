@@ -86,6 +86,17 @@ def check_chain(ranks: Ranks, runs: list[Run], worlds: list[int], folder: Path, 
         assert max(float((logits - expected).abs().max()) for logits in found) <= BOUND
 
 
+@pytest.mark.covers(
+    "hf_llama",
+    "hf_phi3",
+    "hf_phi3_medium",
+    "hf_gpt_neox",
+    "hf_falcon",
+    "hf_opt",
+    "hf_t5",
+    "hf_bert",
+    shows="TP 2→1→2, state and logits",
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family(family: str, ranks: Ranks, tmp_path: Path) -> None:
     sizes = [2, 1, 2]
@@ -97,6 +108,7 @@ CHAIN = ((1, 1), (2, 2), (4, 4), (1, 2))
 """Tensor-parallel sizes, each with a number of ranks."""
 
 
+@pytest.mark.covers("hf_llama", "hf_phi3", "hf_phi3_medium", shows="TP 1→2→4→1, ZeRO 1, 2, 3")
 @pytest.mark.parametrize(
     ("family", "stages"),
     [("llama", (1, 2, 3, 1)), ("llama", (3, 3, 1, 2)), ("phi3", (2, 1, 2, 3)), ("phi3_medium", (3, 2, 3, 1))],
@@ -119,6 +131,7 @@ def test_states_are_those_of_training_on_one_rank(ranks: Ranks, tmp_path: Path) 
         torch.testing.assert_close(found[2][key], expected, rtol=0, atol=1e-5 * float(expected.abs().max()), msg=key)
 
 
+@pytest.mark.covers("hf_llama", "hf_t5", shows="without a manifest")
 def test_layouts_without_a_manifest(ranks: Ranks, tmp_path: Path) -> None:
     """DeepSpeed's own record tells all, but for embeddings that are cut its maps; uneven cuts and a kv head that one rank has."""
     for family, changes in (("t5", {}), ("llama", {"num_key_value_heads": 1, "intermediate_size": 41})):

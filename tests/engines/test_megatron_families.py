@@ -64,6 +64,12 @@ def logits_of(
     return whole
 
 
+@pytest.mark.covers(
+    "megatron_core_llama",
+    "megatron_core_mixtral",
+    "megatron_core_deepseek",
+    shows="TP 2→1→2, ZeRO 1→3→2, state and logits",
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensor_parallel_sizes_and_stages_change(family: str, ranks: Ranks, tmp_path: Path) -> None:
     """TP2 ZeRO-1, to TP1 ZeRO-3, to TP2 ZeRO-2: states bit for bit, logits as they were."""
@@ -84,6 +90,12 @@ INFOS = {"gpt": (False, False), "llama": (True, False), "bloom": (False, True)}
 """Of Megatron-DeepSpeed's families: whether the feed-forward layer is gated, and whether a norm stands behind the embedding."""
 
 
+@pytest.mark.covers(
+    "megatron_deepspeed_gpt",
+    "megatron_deepspeed_llama",
+    "megatron_deepspeed_bloom",
+    shows="plain names: TP 2→1→2 from `universal_checkpoint_info`, state and logits",
+)
 @pytest.mark.parametrize("flavour", INFOS)
 def test_what_megatron_deepspeed_records(flavour: str, ranks: Ranks, tmp_path: Path) -> None:
     """Saved without the plugin at TP2, with the info of Megatron-DeepSpeed: that tells the layouts, and the family agrees."""

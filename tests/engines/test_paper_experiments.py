@@ -62,6 +62,7 @@ def check_resume(saved: Source, target: PaperTopology, ranks: Ranks, folder: Pat
     assert max(gaps.values()) <= BOUND, (gaps, saved.losses)
 
 
+@pytest.mark.covers("megatron_core_gpt", shows="topologies of the paper's Fig. 7, state and losses")
 @pytest.mark.parametrize("target", PAPER_TOPOLOGIES, ids=name_of)
 def test_one_source_to_many_targets(target: PaperTopology, source: GetSource, ranks: Ranks, tmp_path: Path) -> None:
     """Fig. 7a: a run on TP2·PP2·DP2 under ZeRO-1 goes on anywhere, the source's own topology included.

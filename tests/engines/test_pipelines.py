@@ -68,6 +68,9 @@ def like(target: Run, source: Run) -> Run:
     return replace(target, model=source.model, size=source.size, precision=source.precision, config=UNCLIPPED)
 
 
+@pytest.mark.covers(
+    "megatron_core_gpt", "megatron_core_llama", shows="pipelines, as plain models and back, state and losses"
+)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("origin", SOURCES)
 def test_state_is_bit_exact_and_training_goes_on(

@@ -22,6 +22,7 @@ from ucp_deepspeed.checkpoint.checkpoint import (
     Parameter,
     Precision,
 )
+from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED
 from ucp_deepspeed.checkpoint.experts import holder_of, numbers_of_experts
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -493,6 +494,12 @@ class _Planner:
             self.remarks.append(
                 "layers are dealt out evenly over the stages; the engine's partition_method may cut elsewhere, and stages that "
                 "share a tied weight each read it"
+            )
+        layers = [name for name in self.view.parameters if name.startswith(TIED) or name.split(".")[0].isdecimal()]
+        if layers and self.topology.pp == 1:
+            self.remarks.append(
+                f"names such as {_listed(layers[:1])} are those of a pipeline, of one stage too: for a plain model a spec has to "
+                f"give both the same"
             )
         if uneven := [name for name in self._layouts if self._is_uneven(name)]:
             self.remarks.append(

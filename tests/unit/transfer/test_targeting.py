@@ -365,3 +365,11 @@ def test_real_engines_read_what_was_planned(tmp_path: Path) -> None:
         for report, rank in zip(reports, planned.ranks, strict=True):
             assert rank.bytes_read == report.bytes_read == report.bytes_needed, stage
             assert len(rank.files) == report.files
+
+
+def test_names_of_layers_are_remarked_on_where_the_target_may_be_a_plain_model(tmp_path: Path) -> None:
+    """Without a naming scheme a plain model, which ZeRO-3 needs, has to call its parameters as the pipeline did."""
+    model = NativeModel((NativeParameter("3.up", torch.ones(4), {"exp_avg": torch.ones(4)}),))
+    checkpoint = open_checkpoint(write_native(tmp_path, model, NativeRun(stage=1)))
+    assert "3.up are those of a pipeline" in plan_target(checkpoint, Topology(1, 1, 1, 3)).remarks[0]
+    assert "3.up" not in "".join(plan_target(checkpoint, Topology(1, 2, 1, 1)).remarks)
