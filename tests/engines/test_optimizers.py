@@ -43,7 +43,8 @@ OPTIMIZERS: dict[str, tuple[str, Mapping[str, Any], set[str]]] = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_states_of_every_name(name: str, ranks: Ranks, tmp_path: Path) -> None:
-    """ZeRO-1 → ZeRO-3 → ZeRO-2 → no ZeRO: every state and scalar stays what it was, and the losses too."""
+    """ZeRO-1 → ZeRO-3 → ZeRO-2 → no ZeRO: every state and scalar stays what it was, and the losses too. DeepSpeed's converter and
+    ZeRO-3 raise KeyError for states that aren't called exp_avg and exp_avg_sq."""
     kind, options, states = OPTIMIZERS[name]
     run = Run("mlp", zero={"stage": 1}, optimizer=(kind, options))
     source = ranks(2).run(train, run, LAST_STEP, save=str(tmp_path / "0"), save_at=STEP)

@@ -67,6 +67,7 @@ def check_resume(saved: Source, target: PaperTopology, ranks: Ranks, folder: Pat
 def test_one_source_to_many_targets(target: PaperTopology, source: GetSource, ranks: Ranks, tmp_path: Path) -> None:
     """Fig. 7a: a run on TP2·PP2·DP2 under ZeRO-1 goes on anywhere, the source's own topology included.
 
+    DeepSpeed's public code gets there only by a conversion, and not to ZeRO-3: its universal load fails across those stages.
     Shows that all master weights, ``exp_avg``, ``exp_avg_sq`` and ``step`` arrive bit for bit, with hyper-parameters, counters
     and scheduler, and that the resumed run's losses are the uninterrupted run's within `BOUND`.
     """
