@@ -60,7 +60,7 @@ def with_precision(run: Run, precision: str, groups: str) -> Run:
 def test_state_is_bit_exact_and_training_goes_on(
     origin: str, target: str, source: GetSource, ranks: Callable[[int], RankPool], tmp_path: Path
 ) -> None:
-    """DeepSpeed's universal load fails between ZeRO-3 and the other stages, and to and from stage 0 (AssertionError, TypeError)."""
+    """DeepSpeed's universal load fails between ZeRO-3 and other stages, and to and from stage 0 (AssertionError, TypeError)."""
     run, world_size, form = SOURCES[origin]
     saved = source(origin, run, world_size)
     wanted, target_world = TARGETS[target]
