@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -32,13 +33,13 @@ class SlotPlan:
 
     Attributes:
         copies: by state; the master's are always there.
-        kept: parts of the master that keep the model's own values.
+        held: by state, the parts that copies fill, or of the master keep the model's own values; all else becomes zero.
         scalars: shared by the slot's parameters.
     """
 
     slot: EngineSlot
     copies: Mapping[str, Copies]
-    kept: tuple[Fragment[None], ...]
+    held: Mapping[str, tuple[Fragment[None], ...]]
     scalars: Mapping[str, float]
 
 
@@ -79,12 +80,12 @@ class Filling:
         with torch.no_grad():
             optimizer.begin()
             for plan in self.slots:
-                _fill(plan.slot.master.data, plan.copies[MASTER], reader, count, plan.kept)
+                _fill(plan.slot.master.data, plan.copies[MASTER], plan.held[MASTER], reader, count)
                 if self.rounding is not None:
                     plan.slot.master.data.copy_(plan.slot.master.data.to(self.rounding))
                 if self.policies.optimizer_states == "restore":
                     states = {
-                        state: _fill(optimizer.state_buffer(plan.slot, state), copies, reader, count)
+                        state: _fill(optimizer.state_buffer(plan.slot, state), copies, plan.held[state], reader, count)
                         for state, copies in plan.copies.items()
                         if state != MASTER
                     }
@@ -105,19 +106,19 @@ class Filling:
 def _fill(
     buffer: torch.Tensor,
     copies: Copies,
+    held: Sequence[Fragment[None]],
     reader: FileReader,
     count: TransferCount,
-    kept: Sequence[Fragment[None]] = (),
 ) -> torch.Tensor:
-    """Fill a buffer; what no copy reaches and isn't kept is padding and becomes zero."""
+    """Fill a buffer; what isn't ``held`` is padding, or begins at zero, and is cleared: once over all of it would cost a pass."""
     if not buffer.is_contiguous():  # copies count in row-major order
-        buffer.copy_(_fill(buffer.contiguous(), copies, reader, count, kept))
+        buffer.copy_(_fill(buffer.contiguous(), copies, held, reader, count))
         return buffer
-    flat = buffer.view(-1)
-    own = [(part, flat[part.buffer_start : part.buffer_start + part.numel].clone()) for part in kept]
-    flat.zero_()
-    for part, values in own:
-        flat[part.buffer_start : part.buffer_start + part.numel] = values
+    flat, stop = buffer.view(-1), 0
+    for part in sorted(held, key=lambda part: part.buffer_start):
+        flat[stop : part.buffer_start].zero_()
+        stop = part.buffer_start + part.numel
+    flat[stop:].zero_()
     count.add(run_copies(copies, reader, lambda _: buffer))
     return buffer
 
@@ -224,18 +225,25 @@ class _Planner:
     def _slot(self, slot: EngineSlot) -> SlotPlan:
         states, scalars = self._common_states(slot)
         copies: dict[str, list[BlockCopy[FileExtent, None]]] = {state: [] for state in states}
-        held = {state: self._held(slot, state) for state in states}
-        kept: list[Fragment[None]] = []
-        for name, fragments in held[MASTER].items():
-            if name not in self.tensors or name in self.grown:
-                kept += fragments
-            if name in self.tensors:
-                source = self._weight_state(name)
-                copies[MASTER] += self._tensor(name, source, fragments)
-                for state in states if source == MASTER else ():
-                    if state != MASTER:
-                        copies[state] += self._tensor(name, state, held[state][name])
-        return SlotPlan(slot, {state: tuple(found) for state, found in copies.items()}, tuple(kept), scalars)
+        parts = {state: self._held(slot, state) for state in states}
+        held: dict[str, list[Fragment[None]]] = {state: [] for state in states}
+        for name in parts[MASTER]:
+            source = self._weight_state(name) if name in self.tensors else None
+            kept = name not in self.tensors or name in self.grown
+            for state in states if source == MASTER else (MASTER,):
+                fragments = parts[state][name]
+                wanted = source if state == MASTER else state
+                found = self._tensor(name, wanted, fragments) if wanted is not None else ()
+                copies[state] += found
+                # Rows of padding, and those that a model has more, are in no copy.
+                if (kept and state == MASTER) or _numel(found) == sum(part.numel for part in fragments):
+                    held[state] += fragments
+        return SlotPlan(
+            slot,
+            {state: tuple(found) for state, found in copies.items()},
+            {state: tuple(found) for state, found in held.items()},
+            scalars,
+        )
 
     def _held(self, slot: EngineSlot, state: str) -> Mapping[str, Sequence[Fragment[None]]]:
         """By logical name, what this rank holds of a state of a slot."""
@@ -318,7 +326,7 @@ class _Planner:
                 self.problems.append(f"{name}: {error}{self._hint(name)}")
             return ()
         itemsize = ITEMSIZE[self.view.parameters[name].states[state]]
-        self.bytes_needed += sum(torch.Size(copy.shape).numel() for copy in copies) * itemsize
+        self.bytes_needed += _numel(copies) * itemsize
         return copies
 
     def _hint(self, name: str) -> str:
@@ -330,6 +338,10 @@ class _Planner:
 RESET_HINT = '"optimizer_states": "reset" starts all states afresh'
 DIFFERING_HINT = f"; give them parameter groups of their own, or {RESET_HINT}"
 UNSTEPPED_HINT = '; if it never had a gradient, "on_missing": "init" gives it zero state'
+
+
+def _numel(copies: Copies) -> int:
+    return sum(prod(copy.shape) for copy in copies)
 
 
 def _stepped(parameter: Parameter) -> bool:
