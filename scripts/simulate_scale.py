@@ -23,7 +23,8 @@ from ucp_deepspeed.checkpoint.experts import EXPERTS, holder_of, numbers_of_expe
 from ucp_deepspeed.layout import FlatGroup, Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Shard
 from ucp_deepspeed.plan import Fragment
-from ucp_deepspeed.transfer.targeting import plan_target, stages_of
+from ucp_deepspeed.transfer.target_ranks import stages_of
+from ucp_deepspeed.transfer.targeting import plan_target
 
 STATES = {"fp32": "F32", "exp_avg": "F32", "exp_avg_sq": "F32"}
 

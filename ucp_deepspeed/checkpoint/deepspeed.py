@@ -1,16 +1,10 @@
-"""The catalog of a native DeepSpeed checkpoint, stages 0 to 3, saved with this plugin or without.
-
-File names and keys: DeepSpeed 0.19.8, ``runtime/engine.py`` (``_get_ckpt_name``, ``_get_rank_zero_ckpt_name``,
-``_common_checkpoint_state``).
-"""
+"""The catalog of a native DeepSpeed checkpoint, stages 0 to 3, saved with this plugin or without."""
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +12,18 @@ import torch
 
 from ucp_deepspeed.checkpoint.autotp import read_autotp_layouts
 from ucp_deepspeed.checkpoint.checkpoint import (
-    SCALE_KEYS,
     WEIGHT,
     Checkpoint,
     FileExtent,
     Kind,
-    LossScale,
     Parameter,
     ParameterGroup,
-    Precision,
-    RunState,
 )
+from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED, layer_file, read_layers, tied_keys
+from ucp_deepspeed.checkpoint.deepspeed_run import hyperparameters, read_run
 from ucp_deepspeed.checkpoint.deepspeed_stage0 import Groups, stage0_form, stage0_slots
 from ucp_deepspeed.checkpoint.deepspeed_zero import (
-    BF16_OPTIMIZER,
     Share,
     frozen_slice_slots,
     partition_count,
@@ -48,49 +39,15 @@ from ucp_deepspeed.checkpoint.experts import (
     numbers_of_experts,
     optimizer_file,
     recognise_experts,
-    weight_file,
 )
 from ucp_deepspeed.checkpoint.extra_states import extra_states_in, is_extra_state
-from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest
 from ucp_deepspeed.checkpoint.megatron_deepspeed_info import MegatronDeepSpeedInfo
 from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of, whole_tensor_slot
-from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, open_torch_file, read_tensors, scalar_of, storage_start
+from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, open_torch_file, storage_start
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
 from ucp_deepspeed.layout import Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.plan import Fragment
-
-ENGINE_KEYS = frozenset(
-    {
-        "module",
-        "buffer_names",
-        "optimizer",
-        "param_shapes",
-        "frozen_param_shapes",
-        "shared_params",
-        "frozen_param_fragments",
-        "lr_scheduler",
-        "data_sampler",
-        "random_ltd",
-        "skipped_steps",
-        "global_steps",
-        "global_samples",
-        "dp_world_size",
-        "mp_world_size",
-        "ds_config",
-        "ds_version",
-        "checkpoint_parallel_dimensions",
-        "num_experts",
-        "ds_autoep_layers",
-        "autoep_layers",
-        "universal_checkpoint_info",
-        "folding",
-    }
-)
-"""Top-level keys of a model_states file that DeepSpeed writes; all others are the user's client state."""
-
-REQUIRED_KEYS = ("module", "buffer_names", "dp_world_size", "mp_world_size", "global_steps", "skipped_steps")
-"""Keys without which a model_states file tells too little."""
 
 
 class DeepSpeedCheckpoint(Checkpoint):
@@ -109,13 +66,13 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.manifest: Manifest | None = read_manifest(path)
-        self._open = lru_cache(maxsize=None)(self._open_checked)
-        with self._sound():
+        self.files = DeepSpeedFiles(path)
+        self.manifest = self.files.manifest
+        with self.files.sound():
             self.topology = self._read_topology()
             self.form = f"deepspeed {self.optimizer_form}"
-            self.run = self._read_run()
-            saved, place = self._model_states(0), self._model_states_path(0, 0)
+            self.run = read_run(self.files)
+            saved, place = self.files.model_states(0), self.files.model_states_path(0, 0)
             self._cut = read_autotp_layouts(saved.get("universal_checkpoint_info"), self.topology.tp, place)
             self._info = MegatronDeepSpeedInfo.read(saved, str(place))
         self.refused = self._cut.refused
@@ -131,13 +88,13 @@ class DeepSpeedCheckpoint(Checkpoint):
         """See `Checkpoint.fragments`."""
         slot, index = self._where[rank][name]
         for part in slot.flattening_of(state).slices(index, local_start, local_stop):
-            with self._sound():
+            with self.files.sound():
                 extent = slot.extent(part.partition, state)
             yield Fragment(part.local_start, part.numel, extent, part.buffer_start)
 
     def client_state(self, rank: int = 0) -> tuple[str, dict[str, Any]]:
         """See `Checkpoint.client_state`."""
-        path = self._model_states_path(rank, 0)
+        path = self.files.model_states_path(rank, 0)
         saved = open_torch_file(path, tensors=True)
         return str(path), {key: value for key, value in saved.items() if key != "module"}
 
@@ -149,21 +106,16 @@ class DeepSpeedCheckpoint(Checkpoint):
         return found
 
     def check_sizes(self) -> None:
-        """See `Checkpoint.check_sizes`; without a manifest, whether each file has the end of an archive."""
-        for name in self._expected_files(self.topology):
-            path = self.path / name
-            if self.manifest is not None:
-                self.manifest.check_file(path)
-            elif not zipfile.is_zipfile(path):
-                open_torch_file(path)
+        """See `Checkpoint.check_sizes`."""
+        self.files.check_sizes(self.topology)
 
     @cached_property
     def optimizer_form(self) -> str:
         """Class of optimizer that wrote the state: ``plain``, ``fp16-fused``, …, ``zero-3``, or ``none``."""
-        if self._partitioned:
-            return recognise(*self._optimizer_state(0, 0)).name
-        optimizer = self._model_states(0)["optimizer"]
-        return stage0_form(optimizer, self._model_states_path(0, 0)) if optimizer else "none"
+        if self.files.partitioned:
+            return recognise(*self.files.optimizer_state(0, 0)).name
+        optimizer = self.files.model_states(0)["optimizer"]
+        return stage0_form(optimizer, self.files.model_states_path(0, 0)) if optimizer else "none"
 
     @cached_property
     def patterns(self) -> Mapping[str, Pattern]:  # type: ignore[override]
@@ -177,18 +129,18 @@ class DeepSpeedCheckpoint(Checkpoint):
             for name, local_shapes in shapes.items()
             if name not in recorded
         }
-        return {**self._info.patterns(unknown, str(self._model_states_path(0, 0))), **recorded}
+        return {**self._info.patterns(unknown, str(self.files.model_states_path(0, 0))), **recorded}
 
     @cached_property
     def parameters(self) -> Mapping[str, Parameter]:  # type: ignore[override]
         """See `Checkpoint`."""
-        with self._sound():
+        with self.files.sound():
             return self._read_parameters()
 
     @cached_property
     def groups(self) -> tuple[ParameterGroup, ...]:  # type: ignore[override]
         """See `Checkpoint`."""
-        with self._sound():
+        with self.files.sound():
             return self._read_groups()
 
     def trained_slots(self, rank: int) -> list[Slot]:
@@ -201,22 +153,8 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     @cached_property
     def _slots(self) -> list[list[Slot]]:
-        with self._sound():
+        with self.files.sound():
             return [self._read_slots(rank) for rank in range(self.topology.model_parallel)]
-
-    @contextmanager
-    def _sound(self) -> Iterator[None]:
-        """While files are read that are whole, and may still hold something else than DeepSpeed writes.
-
-        Raises:
-            DamagedCheckpointError: they do; the cause tells where it was found.
-        """
-        try:
-            yield
-        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
-            raise DamagedCheckpointError(
-                f"a file in {self.path} holds something else than DeepSpeed writes ({type(error).__name__}: {error})"
-            ) from error
 
     @cached_property
     def _where(self) -> list[dict[str, tuple[Slot, int]]]:
@@ -224,91 +162,29 @@ class DeepSpeedCheckpoint(Checkpoint):
             {name: (slot, index) for slot in slots for index, name in enumerate(slot.names)} for slots in self._slots
         ]
 
-    # Files
-
-    @cached_property
-    def _names(self) -> frozenset[str]:
-        return frozenset(entry.name for entry in self.path.iterdir())
-
-    @cached_property
-    def _sliced(self) -> bool:
-        """Whether each data-parallel rank wrote a model_states file of its own: ZeRO-3.
-
-        Raises:
-            DamagedCheckpointError: files of both kinds, and no manifest, or one from before, tells which are the last run's.
-        """
-        found = sorted(name for name in self._names if name.endswith("_model_states.pt"))
-        sliced = [name for name in found if name.startswith("zero_pp_rank_")]
-        if self.manifest is not None:
-            recorded = self.manifest.topology.zero_stage == 3
-            others = [name for name in found if (name in sliced) != recorded and name not in self.manifest.files]
-            if others:
-                raise DamagedCheckpointError(f"{self.path / others[0]} isn't in {MANIFEST_NAME}{STALE_MANIFEST}")
-            return recorded
-        if sliced and len(sliced) < len(found):
-            raise DamagedCheckpointError(
-                f"{self.path} holds the files of two runs, one with ZeRO-3 and one without ({sliced[0]}, …); keep one"
-            )
-        return bool(sliced)
-
-    def _model_states_path(self, rank: int, partition: int) -> Path:
-        prefix = f"zero_pp_rank_{partition}_" if self._sliced else ""
-        return self.path / f"{prefix}mp_rank_{rank:02d}_model_states.pt"
-
-    def _optimizer_path(self, rank: int, partition: int) -> Path:
-        """Of the two names that DeepSpeed uses that of the run's precision: a folder saved to twice may hold both."""
-        prefix = "bf16_" if _precision(self._model_states(0).get("ds_config")) == "bf16" else ""
-        return self.path / f"{prefix}zero_pp_rank_{partition}_mp_rank_{rank:02d}_optim_states.pt"
-
-    def _open_checked(self, path: Path) -> dict[str, Any]:
-        if self.manifest is not None:
-            self.manifest.check_file(path)
-        return open_torch_file(path)
-
-    def _model_states(self, rank: int, partition: int = 0) -> dict[str, Any]:
-        path = self._model_states_path(rank, partition)
-        saved = self._open(path)
-        if lacking := [key for key in REQUIRED_KEYS if key not in saved]:
-            raise DamagedCheckpointError(f"{path} lacks {', '.join(map(repr, lacking))}")
-        return saved
-
-    def _optimizer_state(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
-        path = self._optimizer_path(rank, partition)
-        saved = self._open(path)
-        if "optimizer_state_dict" not in saved:
-            raise DamagedCheckpointError(f"{path} lacks 'optimizer_state_dict'")
-        state: dict[str, Any] = saved["optimizer_state_dict"]
-        return state, path
-
-    # Reading
-
     def _read_topology(self) -> Topology:
-        saved = self._model_states(0)
+        saved = self.files.model_states(0)
         if saved.get("ds_autoep_layers"):
             raise UnsupportedError(f"{self.path} holds layers of DeepSpeed's AutoEP, which this release can't read")
         model_parallel, dp = saved["mp_world_size"], saved["dp_world_size"]
         pp = saved.get("checkpoint_parallel_dimensions", {}).get("pp_degree", 1)
         if any(type(size) is not int or size < 1 for size in (model_parallel, dp, pp)):
             raise DamagedCheckpointError(
-                f"{self._model_states_path(0, 0)} has mp_world_size {model_parallel!r}, dp_world_size {dp!r}, pp_degree {pp!r}"
+                f"{self.files.model_states_path(0, 0)} has mp_world_size {model_parallel!r}, dp_world_size {dp!r}, "
+                f"pp_degree {pp!r}"
             )
         stage = 0
         if saved.get("param_shapes") is not None:
-            stage = 3 if self._sliced else int(self._optimizer_state(0, 0)[0].get("zero_stage", 1))
+            stage = 3 if self.files.sliced else int(self.files.optimizer_state(0, 0)[0].get("zero_stage", 1))
         topology = Topology(model_parallel // pp, pp, dp, stage)
-        self._check_files(topology)
-        return replace(topology, ep=self._read_expert_parallel_size(topology)) if self._expert_totals else topology
-
-    @cached_property
-    def _expert_totals(self) -> tuple[int, ...]:
-        """Number of experts of each mixture-of-experts layer."""
-        return tuple(self._model_states(0).get("num_experts") or ())
+        self.files.check_complete(topology)
+        return replace(topology, ep=self._read_expert_parallel_size(topology)) if self.files.expert_totals else topology
 
     def _read_expert_parallel_size(self, topology: Topology) -> int:
         """The largest; layers may differ in it."""
-        param_shapes = self._model_states(0).get("param_shapes")
+        param_shapes = self.files.model_states(0).get("param_shapes")
         if param_shapes is None:
-            return 1 + max((held[0] for name in self._names if (held := optimizer_file(name))), default=0)
+            return 1 + max((held[0] for name in self.files.names if (held := optimizer_file(name))), default=0)
         groups = enumerate(tuple(group) for group in param_shapes)
         sizes = [
             self._expert_ranks(0, index, names, topology).ep for index, names in groups if numbers_of_experts(names)
@@ -316,68 +192,37 @@ class DeepSpeedCheckpoint(Checkpoint):
         return max(sizes, default=1)
 
     def _expert_ranks(self, rank: int, index: int, names: tuple[str, ...], topology: Topology) -> ExpertRanks:
-        state, path = self._optimizer_state(rank, 0)
-        data_first = bool((self._model_states(0).get("ds_config") or {}).get("use_data_before_expert_parallelism"))
+        state, path = self.files.optimizer_state(rank, 0)
+        data_first = bool((self.files.model_states(0).get("ds_config") or {}).get("use_data_before_expert_parallelism"))
         cut = partition_count(state, index, topology.dp)
-        return recognise_experts(names, self._expert_totals, cut, topology.dp, topology.tp, data_first, path)
+        return recognise_experts(names, self.files.expert_totals, cut, topology.dp, topology.tp, data_first, path)
 
     def _shares(self, rank: int, index: int, names: tuple[str, ...]) -> list[Share]:
         """Of a flat group under ZeRO, what the ranks hold: all the same, or each some of the experts."""
         if not numbers_of_experts(names):
-            return [Share(names, self.topology.dp, partial(self._optimizer_state, rank))]
+            return [Share(names, self.topology.dp, partial(self.files.optimizer_state, rank))]
         ranks = self._expert_ranks(rank, index, names, self.topology)
 
         def share(ep_rank: int) -> Share:
             return Share(
                 names_on(names, ep_rank),
                 ranks.partitions,
-                lambda partition: self._optimizer_state(*ranks.holder(ep_rank, partition, rank)),
+                lambda partition: self.files.optimizer_state(*ranks.holder(ep_rank, partition, rank)),
             )
 
         return [share(ep_rank) for ep_rank in range(ranks.ep)]
 
-    def _check_files(self, topology: Topology) -> None:
-        """Name each file that the topology calls for and that isn't there; sizes are checked when a file is opened."""
-        expected = self._expected_files(topology)
-        missing = [name for name in expected if name not in self._names]
-        if missing:
-            raise DamagedCheckpointError(
-                f"{self.path} was saved as {topology} and lacks {len(missing)} of {len(expected)} files: "
-                + ", ".join(missing[:20])
-            )
-
-    def _expected_files(self, topology: Topology) -> list[str]:
-        recorded = self.manifest.files if self.manifest else {}
-        expected = [name for name in recorded if layer_file(name) or weight_file(name) or optimizer_file(name)]
-        for rank in range(topology.model_parallel):
-            partitions = range(topology.dp)
-            expected += [self._model_states_path(rank, part).name for part in (partitions if self._sliced else [0])]
-            if self._partitioned:
-                expected += [self._optimizer_path(rank, part).name for part in partitions]
-        return expected
-
-    @property
-    def is_pipeline(self) -> bool:
-        """Whether a pipeline engine saved it: weights and buffers lie in files of their own, one for each layer."""
-        return self._model_states(0).get("module") is None
-
-    @cached_property
-    def _partitioned(self) -> bool:
-        """Whether the optimizer's state is in files of its own: with ZeRO, and in a bf16 pipeline without."""
-        saved = self._model_states(0)
-        return saved.get("param_shapes") is not None or BF16_OPTIMIZER.masters in (saved.get("optimizer") or {})
-
     def _read_slots(self, rank: int) -> list[Slot]:
         slots = self._optimizer_slots(rank)
         known = {name for slot in slots for name in slot.names}
-        saved, module = self._model_states(rank), self._module(rank)
+        saved, module = self.files.model_states(rank), self._module(rank)
         buffers = [name for name in names_on_all(saved["buffer_names"], self.topology.ep) if name in module]
-        if self._sliced:
+        if self.files.sliced:
             frozen = {
                 name: shape for name, shape in (saved.get("frozen_param_shapes") or {}).items() if name not in known
             }
-            slots += frozen_slice_slots(frozen, self.topology.dp, lambda part: self._sliced_states(rank, part))
-        elif self.is_pipeline:
+            slots += frozen_slice_slots(frozen, self.topology.dp, lambda part: self.files.sliced_states(rank, part))
+        elif self.files.is_pipeline:
             stage = rank // self.topology.tp
             frozen_names = [name for name in self._unclaimed if name in module] if stage == 0 else []
             slots += [_module_slot(name, "frozen", *module[name]) for name in frozen_names]
@@ -389,12 +234,12 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def _optimizer_slots(self, rank: int) -> list[Slot]:
         """The slots with an optimizer state."""
-        saved, path = self._model_states(rank), self._model_states_path(rank, 0)
-        open_partition = partial(self._optimizer_state, rank)
+        saved, path = self.files.model_states(rank), self.files.model_states_path(rank, 0)
+        open_partition = partial(self.files.optimizer_state, rank)
         param_shapes = saved.get("param_shapes")
         if param_shapes is not None:
             return zero_slots(param_shapes, self.topology.dp, open_partition, partial(self._shares, rank))
-        if self._partitioned:
+        if self.files.partitioned:
             module = self._module(rank)
             shapes = [{name: tuple(module[name][0].shape) for name in group} for group in self._mapped_numels(rank)]
             return zero_slots(shapes, self.topology.dp, open_partition)
@@ -407,7 +252,7 @@ class DeepSpeedCheckpoint(Checkpoint):
             if name not in self._aliases and name not in buffers
         }
         groups = self.recorded_groups(rank)
-        if groups is None and self.is_pipeline:
+        if groups is None and self.files.is_pipeline:
             raise MismatchError(
                 f"{path} names no parameters in its optimizer state, and which layers a pipeline stage held, or shared, isn't "
                 f"recorded; save with ucp_deepspeed enabled, which records the names. Parameters that could be mixed up",
@@ -423,28 +268,21 @@ class DeepSpeedCheckpoint(Checkpoint):
         self, rank: int, ep_rank: int, owned: Mapping[str, Located], kinds: Mapping[str, Kind | None]
     ) -> list[Slot]:
         """At stage 0, the slots of one expert-parallel rank's experts, with the first one's also all others."""
-        path = self._expert_optimizer_path(rank, ep_rank)
+        path = self.files.expert_optimizer_path(rank, ep_rank)
         numbers = numbers_of_experts(owned)
         held = {
             name: located
             for name, located in owned.items()
             if holder_of(name, numbers, self.topology.ep) in (None, ep_rank)
         }
-        slots = stage0_slots(self._open(path)["optimizer"], held, self.recorded_groups(rank, ep_rank), path, kinds)
+        slots = stage0_slots(self.files.open(path)["optimizer"], held, self.recorded_groups(rank, ep_rank), path, kinds)
         return [slot for slot in slots if ep_rank == 0 or expert_of(slot.names[0])]
-
-    def _expert_optimizer_path(self, rank: int, ep_rank: int) -> Path:
-        """Where experts aren't cut over tensor-parallel ranks, one of these alone has the file."""
-        found = {held[1]: name for name in self._names if (held := optimizer_file(name)) and held[0] == ep_rank}
-        if not found:
-            raise DamagedCheckpointError(f"{self.path} lacks the optimizer's file of expert-parallel rank {ep_rank}")
-        return self.path / found.get(rank, found[min(found)])
 
     def _mapped_numels(self, rank: int) -> list[dict[str, int]]:
         """Names in flat order and their elements, from ``param_slice_mappings``; a pipeline's stage 0 has no ``param_shapes``."""
         groups: list[dict[str, int]] = []
         for partition in range(self.topology.dp):
-            saved, _ = self._optimizer_state(rank, partition)
+            saved, _ = self.files.optimizer_state(rank, partition)
             for index, mapping in enumerate(saved["param_slice_mappings"]):
                 groups += [{}] if index == len(groups) else []
                 for name, address in sorted(mapping.items(), key=lambda entry: entry[1].start):
@@ -457,47 +295,31 @@ class DeepSpeedCheckpoint(Checkpoint):
         Raises:
             DamagedCheckpointError: a layer has files of some tensor-parallel ranks only.
         """
-        if self.is_pipeline:
+        if self.files.is_pipeline:
             return self._layers[rank % self.topology.tp]
-        path = self._model_states_path(rank, 0)
-        found = _tensors_in(self._model_states(rank)["module"], path)
-        for expert in self._expert_files(rank):
-            found |= _tensors_in(self._open(expert), expert)
+        path = self.files.model_states_path(rank, 0)
+        found = _tensors_in(self.files.model_states(rank)["module"], path)
+        for expert in self.files.expert_files(rank):
+            found |= _tensors_in(self.files.open(expert), expert)
         return found
 
-    def _expert_files(self, rank: int) -> list[Path]:
-        """The files of all experts' weights, which under ZeRO only frozen parameters and buffers are taken from."""
-        recorded = self.manifest.parameters if self.manifest else {}
-        if not self._expert_totals or (
-            self._partitioned
-            and self.manifest is not None
-            and not any(expert_of(name) and entry.kind != "trainable" for name, entry in recorded.items())
-        ):
-            return []
-        files: dict[tuple[int, int], str] = {}
-        for name in sorted(self._names):
-            place = weight_file(name)
-            if place is not None and (place[2] == rank or place[:2] not in files):
-                files[place[:2]] = name
-        return [self.path / name for _, name in sorted(files.items())]
-
     def _extra_states(self, rank: int) -> dict[str, Any]:
-        if not self.is_pipeline:
-            return extra_states_in(self._model_states(rank)["module"], self._model_states_path(rank, 0))
+        if not self.files.is_pipeline:
+            return extra_states_in(self.files.model_states(rank)["module"], self.files.model_states_path(rank, 0))
         if rank >= self.topology.tp:  # the layers' files are those of all stages
             return {}
         found: dict[str, Any] = {}
-        for name in sorted(self._names):
+        for name in sorted(self.files.names):
             place = layer_file(name)
             if place is not None and place[1] == rank:
-                held = extra_states_in(self._open(self.path / name), self.path / name)
+                held = extra_states_in(self.files.open(self.path / name), self.path / name)
                 found |= {f"{place[0]}.{key}": value for key, value in held.items()}
         return found
 
     @cached_property
     def _layers(self) -> list[dict[str, Located]]:
         """For each tensor-parallel rank the tensors of all layer files, tied ones under their own names."""
-        found = read_layers(self.path, self._names, self.topology.tp, self._open)
+        found = read_layers(self.path, self.files.names, self.topology.tp, self.files.open)
         keys: Mapping[str, str] = self.manifest.layer_keys if self.manifest else self._tied_keys(found)
         named: list[dict[str, Located]] = [{} for _ in found]
         for tensors, held in zip(found, named, strict=True):
@@ -507,8 +329,8 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def _tied_keys(self, found: list[dict[str, Located]]) -> dict[str, str]:
         trained: dict[str, int] = {}
-        for rank in range(0, self.topology.model_parallel, self.topology.tp) if self._partitioned else ():
-            described = self._model_states(rank).get("param_shapes")
+        for rank in range(0, self.topology.model_parallel, self.topology.tp) if self.files.partitioned else ():
+            described = self.files.model_states(rank).get("param_shapes")
             groups = self._mapped_numels(rank) if described is None else map(_numels, described)
             trained |= {name: numel for group in groups for name, numel in group.items()}
         free = {name: tensor.numel() for name, (tensor, _) in found[0].items() if name not in trained}
@@ -519,12 +341,9 @@ class DeepSpeedCheckpoint(Checkpoint):
         """Of a pipeline's layer files what is neither a trained parameter nor a buffer, on any stage: frozen parameters."""
         stages = range(0, self.topology.model_parallel, self.topology.tp)
         claimed = {name for rank in stages for slot in self._optimizer_slots(rank) for name in slot.names}
-        claimed |= {name for rank in stages for name in self._model_states(rank)["buffer_names"]}
+        claimed |= {name for rank in stages for name in self.files.model_states(rank)["buffer_names"]}
         recorded = self.manifest.parameters if self.manifest else self._layers[0]
         return [name for name in self._layers[0] if name not in claimed and name in recorded]
-
-    def _sliced_states(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
-        return self._model_states(rank, partition), self._model_states_path(rank, partition)
 
     def recorded_groups(self, rank: int, ep_rank: int = 0) -> Groups | None:
         """Names in the optimizer's order on one model- and expert-parallel rank, as the manifest records those of the first."""
@@ -542,12 +361,12 @@ class DeepSpeedCheckpoint(Checkpoint):
     @cached_property
     def _aliases(self) -> Mapping[str, str]:
         """Names of tied parameters under which they are not stored: listed by DeepSpeed under ZeRO, else found by sharing."""
-        saved = self._model_states(0)
+        saved = self.files.model_states(0)
         listed = dict(saved.get("shared_params") or {})
-        if self.is_pipeline:
+        if self.files.is_pipeline:
             return listed
         module = self._module(0)
-        if not self._sliced:  # DeepSpeed takes parameters without elements for one: they have the same address
+        if not self.files.sliced:  # DeepSpeed takes parameters without elements for one: they have the same address
             listed = {alias: name for alias, name in listed.items() if alias not in module or module[alias][0].numel()}
         first: dict[tuple[Any, ...], str] = {}
         shared: dict[str, str] = {}
@@ -583,13 +402,13 @@ class DeepSpeedCheckpoint(Checkpoint):
         return sorted(names, key=lambda name: order.get(name, len(order)))
 
     def _model_order(self) -> Iterable[str]:
-        return self._layers[0] if self.is_pipeline else self._model_states(0)["module"]
+        return self._layers[0] if self.files.is_pipeline else self.files.model_states(0)["module"]
 
     def _read_groups(self) -> tuple[ParameterGroup, ...]:
         """The groups of all pipeline stages; each stage numbers its own, so that they are told apart by what is in them."""
         groups: list[tuple[dict[str, None], dict[str, Any]]] = []
         for rank in range(0, self.topology.model_parallel, self.topology.tp):
-            entries = self.hyperparameters(rank)
+            entries = hyperparameters(self.files, rank)
             named: dict[int, list[str]] = {}
             for slot in self._slots[rank]:
                 if slot.group is not None and slot.group < len(entries):
@@ -603,43 +422,6 @@ class DeepSpeedCheckpoint(Checkpoint):
                     same |= dict.fromkeys(names)
         return tuple(ParameterGroup(tuple(names), settings) for names, settings in groups)
 
-    def hyperparameters(self, rank: int) -> list[Mapping[str, Any]]:
-        """The base optimizer's parameter groups on one model-parallel rank; rates that are tensors as numbers."""
-        if self._partitioned:
-            state, path = self._optimizer_state(rank, 0)
-            groups = recognise(state, path).hyperparameters(state)
-        else:
-            saved, path = self._model_states(rank)["optimizer"], self._model_states_path(rank, 0)
-            groups = list(saved.get("optimizer_state_dict", saved)["param_groups"]) if saved else []
-        return [{key: _as_number(value, path) for key, value in group.items()} for group in groups]
-
-    def _read_run(self) -> RunState:
-        saved = self._model_states(0)
-        precision = _precision(saved.get("ds_config"))
-        return RunState(
-            precision=precision,
-            global_steps=saved["global_steps"],
-            global_samples=saved.get("global_samples"),
-            skipped_steps=saved["skipped_steps"],
-            lr_scheduler=read_tensors(saved.get("lr_scheduler"), self._model_states_path(0, 0)),
-            loss_scale=self._read_loss_scale() if precision == "fp16" else None,
-            ds_version=str(saved.get("ds_version", "unknown")),
-        )
-
-    def _read_loss_scale(self) -> LossScale | None:
-        if self.topology.zero_stage:
-            state, _ = self._optimizer_state(0, 0)
-            scaler = state.get("loss_scaler")
-            if scaler is None:
-                return None
-            values = {key: value for key, value in vars(scaler).items() if key not in ("dynamic", "dtype")}
-            return LossScale(bool(state.get("dynamic_loss_scale", scaler.dynamic)), values)
-        optimizer = self._model_states(0)["optimizer"] or {}
-        if "cur_scale" not in optimizer:
-            return None
-        values = {key: optimizer[key] for key in SCALE_KEYS if key in optimizer}
-        return LossScale(bool(optimizer["dynamic_loss_scale"]), values)
-
 
 def _tensors_in(state_dict: Mapping[str, Any], path: Path) -> dict[str, Located]:
     tensors = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
@@ -650,12 +432,6 @@ def _numels(named: Mapping[str, Sequence[int]]) -> dict[str, int]:
     return dict(zip(named, numels_of(shapes_of(named)), strict=True))
 
 
-def _as_number(value: Any, path: Path) -> Any:
-    return (
-        scalar_of(value, path) if isinstance(value, torch.Tensor) and value.numel() == 1 else read_tensors(value, path)
-    )
-
-
 def _module_slot(name: str, kind: Kind, tensor: torch.Tensor, path: Path) -> Slot:
     lookup: Callable[[int, str], tuple[torch.Tensor, Path]] = lambda partition, state: (tensor, path)  # noqa: E731
     shape: Shape = shapes_of({name: tensor.shape})[0]
@@ -663,11 +439,3 @@ def _module_slot(name: str, kind: Kind, tensor: torch.Tensor, path: Path) -> Slo
         return whole_tensor_slot(name, kind, lookup, shape=shape, states={WEIGHT: TORCH_DTYPES[tensor.dtype]})
     refused = {WEIGHT: f"{tensor.dtype} has no universal form ({path})"}
     return whole_tensor_slot(name, kind, lookup, shape=shape, states={}, refused=refused)
-
-
-def _precision(ds_config: Any) -> Precision:
-    config = ds_config if isinstance(ds_config, dict) else {}
-    for name, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
-        if any(isinstance(config.get(key), dict) and config[key].get("enabled") for key in keys):
-            return name  # type: ignore[return-value]
-    return "fp32"

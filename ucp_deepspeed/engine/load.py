@@ -18,6 +18,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint, resolve_tag
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.deepspeed_run import hyperparameters
 from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.slots import Slot
@@ -210,7 +211,7 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
         and all(
             shapes.get(name, local_shape(param)) == local_shape(param) for param, name in names.of_parameters.items()
         )
-        and _same_states(saved, live, checkpoint.hyperparameters(rank), optimizer)
+        and _same_states(saved, live, hyperparameters(checkpoint.files, rank), optimizer)
     )
 
 

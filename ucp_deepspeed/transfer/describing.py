@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
-from ucp_deepspeed.checkpoint.deepspeed import ENGINE_KEYS
+from ucp_deepspeed.checkpoint.deepspeed_files import ENGINE_KEYS
 from ucp_deepspeed.checkpoint.encoding import check_encoded, encode
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES

@@ -1,0 +1,227 @@
+"""The files of a tag folder that DeepSpeed wrote: which there are, what they are called, and opening them.
+
+File names and keys: DeepSpeed 0.19.8, ``runtime/engine.py`` (``_get_ckpt_name``, ``_get_rank_zero_ckpt_name``,
+``_common_checkpoint_state``).
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from ucp_deepspeed.checkpoint.checkpoint import Precision
+from ucp_deepspeed.checkpoint.deepspeed_pipeline import layer_file
+from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER
+from ucp_deepspeed.checkpoint.experts import expert_of, optimizer_file, weight_file
+from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest
+from ucp_deepspeed.checkpoint.torch_files import open_torch_file
+from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.layout import Topology
+
+ENGINE_KEYS = frozenset(
+    {
+        "module",
+        "buffer_names",
+        "optimizer",
+        "param_shapes",
+        "frozen_param_shapes",
+        "shared_params",
+        "frozen_param_fragments",
+        "lr_scheduler",
+        "data_sampler",
+        "random_ltd",
+        "skipped_steps",
+        "global_steps",
+        "global_samples",
+        "dp_world_size",
+        "mp_world_size",
+        "ds_config",
+        "ds_version",
+        "checkpoint_parallel_dimensions",
+        "num_experts",
+        "ds_autoep_layers",
+        "autoep_layers",
+        "universal_checkpoint_info",
+        "folding",
+    }
+)
+"""Top-level keys of a model_states file that DeepSpeed writes; all others are the user's client state."""
+
+REQUIRED_KEYS = ("module", "buffer_names", "dp_world_size", "mp_world_size", "global_steps", "skipped_steps")
+"""Keys without which a model_states file tells too little."""
+
+
+class DeepSpeedFiles:
+    """A tag folder, and what DeepSpeed wrote into it; a file that has been opened stays known.
+
+    Attributes:
+        path: the folder.
+        manifest: what the save hook wrote, or None.
+
+    Raises:
+        DamagedCheckpointError: a file is missing, truncated, or of another size than the manifest says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest: Manifest | None = read_manifest(path)
+        self.open = lru_cache(maxsize=None)(self._open_checked)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Of all files in the folder."""
+        return frozenset(entry.name for entry in self.path.iterdir())
+
+    @cached_property
+    def sliced(self) -> bool:
+        """Whether each data-parallel rank wrote a model_states file of its own: ZeRO-3.
+
+        Raises:
+            DamagedCheckpointError: files of both kinds, and no manifest, or one from before, tells which are the last run's.
+        """
+        found = sorted(name for name in self.names if name.endswith("_model_states.pt"))
+        sliced = [name for name in found if name.startswith("zero_pp_rank_")]
+        if self.manifest is not None:
+            recorded = self.manifest.topology.zero_stage == 3
+            others = [name for name in found if (name in sliced) != recorded and name not in self.manifest.files]
+            if others:
+                raise DamagedCheckpointError(f"{self.path / others[0]} isn't in {MANIFEST_NAME}{STALE_MANIFEST}")
+            return recorded
+        if sliced and len(sliced) < len(found):
+            raise DamagedCheckpointError(
+                f"{self.path} holds the files of two runs, one with ZeRO-3 and one without ({sliced[0]}, …); keep one"
+            )
+        return bool(sliced)
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether a pipeline engine saved it: weights and buffers lie in files of their own, one for each layer."""
+        return self.model_states(0).get("module") is None
+
+    @cached_property
+    def partitioned(self) -> bool:
+        """Whether the optimizer's state is in files of its own: with ZeRO, and in a bf16 pipeline without."""
+        saved = self.model_states(0)
+        return saved.get("param_shapes") is not None or BF16_OPTIMIZER.masters in (saved.get("optimizer") or {})
+
+    @cached_property
+    def precision(self) -> Precision:
+        """Of the weights that the run trained with."""
+        config = self.model_states(0).get("ds_config")
+        config = config if isinstance(config, dict) else {}
+        for name, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
+            if any(isinstance(config.get(key), dict) and config[key].get("enabled") for key in keys):
+                return name  # type: ignore[return-value]
+        return "fp32"
+
+    @cached_property
+    def expert_totals(self) -> tuple[int, ...]:
+        """Number of experts of each mixture-of-experts layer."""
+        return tuple(self.model_states(0).get("num_experts") or ())
+
+    def model_states_path(self, rank: int, partition: int) -> Path:
+        """Of a model-parallel rank; with ZeRO-3, of one of its partitions."""
+        prefix = f"zero_pp_rank_{partition}_" if self.sliced else ""
+        return self.path / f"{prefix}mp_rank_{rank:02d}_model_states.pt"
+
+    def optimizer_path(self, rank: int, partition: int) -> Path:
+        """Of the two names that DeepSpeed uses that of the run's precision: a folder saved to twice may hold both."""
+        prefix = "bf16_" if self.precision == "bf16" else ""
+        return self.path / f"{prefix}zero_pp_rank_{partition}_mp_rank_{rank:02d}_optim_states.pt"
+
+    def expert_optimizer_path(self, rank: int, ep_rank: int) -> Path:
+        """Where experts aren't cut over tensor-parallel ranks, one of these alone has the file."""
+        found = {held[1]: name for name in self.names if (held := optimizer_file(name)) and held[0] == ep_rank}
+        if not found:
+            raise DamagedCheckpointError(f"{self.path} lacks the optimizer's file of expert-parallel rank {ep_rank}")
+        return self.path / found.get(rank, found[min(found)])
+
+    def expert_files(self, rank: int) -> list[Path]:
+        """The files of all experts' weights, which under ZeRO only frozen parameters and buffers are taken from."""
+        recorded = self.manifest.parameters if self.manifest else {}
+        if not self.expert_totals or (
+            self.partitioned
+            and self.manifest is not None
+            and not any(expert_of(name) and entry.kind != "trainable" for name, entry in recorded.items())
+        ):
+            return []
+        files: dict[tuple[int, int], str] = {}
+        for name in sorted(self.names):
+            place = weight_file(name)
+            if place is not None and (place[2] == rank or place[:2] not in files):
+                files[place[:2]] = name
+        return [self.path / name for _, name in sorted(files.items())]
+
+    def model_states(self, rank: int, partition: int = 0) -> dict[str, Any]:
+        """The content of a model_states file; tensors are described, not read (`open_torch_file`)."""
+        path = self.model_states_path(rank, partition)
+        saved = self.open(path)
+        if lacking := [key for key in REQUIRED_KEYS if key not in saved]:
+            raise DamagedCheckpointError(f"{path} lacks {', '.join(map(repr, lacking))}")
+        return saved
+
+    def sliced_states(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
+        """As `model_states`, with the file's path."""
+        return self.model_states(rank, partition), self.model_states_path(rank, partition)
+
+    def optimizer_state(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
+        """The optimizer's state in the file of one partition, and the file's path."""
+        path = self.optimizer_path(rank, partition)
+        saved = self.open(path)
+        if "optimizer_state_dict" not in saved:
+            raise DamagedCheckpointError(f"{path} lacks 'optimizer_state_dict'")
+        state: dict[str, Any] = saved["optimizer_state_dict"]
+        return state, path
+
+    def _open_checked(self, path: Path) -> dict[str, Any]:
+        if self.manifest is not None:
+            self.manifest.check_file(path)
+        return open_torch_file(path)
+
+    def check_complete(self, topology: Topology) -> None:
+        """Name each file that the topology calls for and that isn't there; sizes are checked when a file is opened."""
+        expected = self.expected(topology)
+        missing = [name for name in expected if name not in self.names]
+        if missing:
+            raise DamagedCheckpointError(
+                f"{self.path} was saved as {topology} and lacks {len(missing)} of {len(expected)} files: "
+                + ", ".join(missing[:20])
+            )
+
+    def check_sizes(self, topology: Topology) -> None:
+        """Whether each file has the size that the manifest says; without one, whether it has the end of an archive."""
+        for name in self.expected(topology):
+            path = self.path / name
+            if self.manifest is not None:
+                self.manifest.check_file(path)
+            elif not zipfile.is_zipfile(path):
+                open_torch_file(path)
+
+    def expected(self, topology: Topology) -> list[str]:
+        """Names of the files that a run on this topology writes."""
+        recorded = self.manifest.files if self.manifest else {}
+        expected = [name for name in recorded if layer_file(name) or weight_file(name) or optimizer_file(name)]
+        for rank in range(topology.model_parallel):
+            partitions = range(topology.dp)
+            expected += [self.model_states_path(rank, part).name for part in (partitions if self.sliced else [0])]
+            if self.partitioned:
+                expected += [self.optimizer_path(rank, part).name for part in partitions]
+        return expected
+
+    @contextmanager
+    def sound(self) -> Iterator[None]:
+        """While files are read that are whole, and may still hold something else than DeepSpeed writes.
+
+        Raises:
+            DamagedCheckpointError: they do; the cause tells where it was found.
+        """
+        try:
+            yield
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+            raise DamagedCheckpointError(
+                f"a file in {self.path} holds something else than DeepSpeed writes ({type(error).__name__}: {error})"
+            ) from error

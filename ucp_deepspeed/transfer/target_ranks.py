@@ -1,0 +1,211 @@
+"""The ranks of a topology on which no engine runs yet: what each of them would hold.
+
+They are laid out as DeepSpeed does it with its default settings: no round robin, no alignment gaps, the model's order inside
+each parameter group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
+from typing import Literal
+
+from ucp_deepspeed.checkpoint.checkpoint import HeldShapes, Kind, Precision
+from ucp_deepspeed.checkpoint.experts import holder_of, numbers_of_experts
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.layout import FlatGroup, Flattening, SlicedGroup, Topology
+from ucp_deepspeed.layout.pattern import split_evenly
+from ucp_deepspeed.plan import Fragment
+
+RankNumber = tuple[int, int]
+"""Model-parallel and data-parallel rank."""
+
+
+@dataclass(frozen=True)
+class TargetSlot:
+    """Parameters that one rank keeps in one buffer: a partition of master weights, or a frozen weight or buffer of its own.
+
+    Attributes:
+        names: logical names, in buffer order.
+        flattening: where their elements lie in the buffers of all partitions.
+        partition: which partition the rank holds.
+    """
+
+    names: tuple[str, ...]
+    flattening: Flattening
+    partition: int
+
+    def fragments(self) -> Iterator[tuple[str, Fragment[None]]]:
+        """For each run of elements that the rank holds: the parameter's name, and where it lies in the buffer."""
+        for part in self.flattening.held_by(self.partition):
+            yield self.names[part.index], Fragment(part.local_start, part.numel, None, part.buffer_start)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the buffer, padding included."""
+        return self.flattening.buffer_numel(self.partition)
+
+
+@dataclass(frozen=True)
+class TargetRank:
+    """One rank of the target.
+
+    Attributes:
+        model_parallel_rank: pipeline stage times tensor-parallel size plus tensor-parallel rank.
+        data_parallel_rank: which replica of the model, or which partition of it.
+        slots: trained parameters.
+        weights: frozen parameters and buffers, each by itself.
+    """
+
+    model_parallel_rank: int
+    data_parallel_rank: int
+    slots: tuple[TargetSlot, ...]
+    weights: tuple[TargetSlot, ...]
+
+
+def target_ranks(
+    view: UniversalView,
+    topology: Topology,
+    local_shapes: Mapping[str, HeldShapes],
+    only: Collection[RankNumber] | None = None,
+) -> Iterator[TargetRank]:
+    """What each rank of a topology keeps, ordered by model-parallel and then data-parallel rank.
+
+    Args:
+        local_shapes: by logical name, over the target's model-parallel ranks.
+        only: leave out all other ranks.
+    """
+    wanted = only if only is not None else set(product(range(topology.model_parallel), range(topology.dp)))
+    numbers, spread = numbers_of_experts(local_shapes), replace(topology, dp=topology.dp // topology.ep)
+    by_holder: dict[int | None, list[str]] = {}
+    for name in local_shapes:
+        by_holder.setdefault(holder_of(name, numbers, topology.ep), []).append(name)
+    for rank in sorted({rank for rank, _ in wanted}):
+        shared = _buffers(view, topology, _numels(local_shapes, by_holder.get(None, ()), rank))
+        experts: dict[int, tuple[_Buffers, _Buffers]] = {}
+        for part in sorted(part for held, part in wanted if held == rank):
+            position, ep_rank = divmod(part, topology.ep)
+            if ep_rank not in experts:
+                numels = _numels(local_shapes, by_holder.get(ep_rank, ()), rank)
+                experts[ep_rank] = _buffers(view, spread, numels)
+            held = zip(_held(shared, part), _held(experts[ep_rank], position), strict=True)
+            yield TargetRank(rank, part, *(one + other for one, other in held))
+
+
+def _numels(local_shapes: Mapping[str, HeldShapes], names: Sequence[str], rank: int) -> dict[str, int]:
+    return {name: prod(shape) for name in names if (shape := local_shapes[name][rank]) is not None}
+
+
+_Buffers = list[tuple[tuple[str, ...], Flattening]]
+
+
+def _buffers(view: UniversalView, topology: Topology, numels: Mapping[str, int]) -> tuple[_Buffers, _Buffers]:
+    """What ranks that hold these parameters cut among them: the optimizer's slots, and frozen parameters and buffers."""
+    trained = _cutting(topology, "trainable", view.checkpoint.run.precision)
+    slots = [
+        (names, trained.flattening(numels, names))
+        for group in slot_names(view, topology)
+        if (names := tuple(name for name in group if name in numels))
+    ]
+    weights: _Buffers = [
+        ((name,), _cutting(topology, parameter.kind).flattening(numels, (name,)))
+        for name, parameter in view.parameters.items()
+        if parameter.kind != "trainable" and name in numels
+    ]
+    return slots, weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Cutting:
+    """How data-parallel ranks share a buffer: not at all, each tensor on its own, or all end to end."""
+
+    how: Literal["whole", "sliced", "flat"]
+    partitions: int = 1
+
+    def flattening(self, numels: Mapping[str, int], names: Sequence[str]) -> Flattening:
+        sizes = tuple(numels[name] for name in names)
+        if self.how == "sliced":
+            return SlicedGroup(sizes, self.partitions)
+        return FlatGroup(sizes, self.partitions, alignment=2 if self.how == "flat" else 1)
+
+
+def _cutting(topology: Topology, kind: Kind, precision: Precision = "fp32") -> _Cutting:
+    if topology.zero_stage == 3 and kind != "buffer":
+        return _Cutting("sliced", topology.dp)
+    if kind == "trainable" and (topology.zero_stage > 0 or _takes_bf16_optimizer(topology, precision)):
+        return _Cutting("flat", topology.dp)
+    return _Cutting("whole")
+
+
+def _takes_bf16_optimizer(topology: Topology, precision: Precision) -> bool:
+    """A bf16 pipeline without ZeRO cuts its states all the same (``engine.py::_do_optimizer_sanity_check``)."""
+    return topology.zero_stage == 0 and topology.pp > 1 and precision == "bf16"
+
+
+def slot_names(view: UniversalView, topology: Topology) -> list[tuple[str, ...]]:
+    """Trained parameters, by the slot that would hold them: one per group, or without ZeRO one per parameter.
+
+    Elastic files name no groups; then all count as one.
+    """
+    trained = [name for name, parameter in view.parameters.items() if parameter.kind == "trainable"]
+    if _cutting(topology, "trainable", view.checkpoint.run.precision).how == "whole":
+        return [(name,) for name in trained]
+    group_of = {name: number for number, group in enumerate(view.groups) for name in group.names}
+    groups: dict[int | None, list[str]] = {}
+    for name in trained:
+        groups.setdefault(group_of.get(name), []).append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+def _held(buffers: tuple[_Buffers, _Buffers], part: int) -> tuple[tuple[TargetSlot, ...], tuple[TargetSlot, ...]]:
+    """What one of the ranks has of them."""
+    slots, weights = (
+        tuple(TargetSlot(names, cut, part if cut.partitions > 1 else 0) for names, cut in kind) for kind in buffers
+    )
+    return slots, weights
+
+
+_Layer = tuple[str, int]
+"""What stands before a layer's number in the names of its parameters, and that number."""
+
+_BEFORE, _BEHIND = ("<", 0), (">", 0)
+"""In place of a layer, for what stands before the first and behind the last."""
+
+
+def stages_of(names: Sequence[str], pp: int) -> dict[str, int]:
+    """The pipeline stage of each parameter: as many layers on each stage, the first stages one more where they don't divide.
+
+    A layer is known by the first number in its logical name (``decoder.layers.3.mlp.weight``). What stands before the layers is
+    on the first stage, what stands behind them on the last; where there are fewer layers than stages, both count as layers. What
+    stands between two layers belongs to the former.
+
+    Args:
+        names: logical names, in the model's order.
+    """
+    units = _units(names)
+    found = list(dict.fromkeys(units))
+    layers = [unit for unit in found if unit not in (_BEFORE, _BEHIND)]
+    dealt = layers if len(layers) >= pp else found
+    stages = [stage for stage, share in enumerate(split_evenly(len(dealt), pp)) for _ in range(share)]
+    stage_of = {_BEFORE: 0, _BEHIND: pp - 1} | dict(zip(dealt, stages, strict=True))
+    return {name: stage_of[unit] for name, unit in zip(names, units, strict=True)}
+
+
+def _units(names: Sequence[str]) -> list[_Layer]:
+    layers = [layer_of(name) for name in names]
+    last = max((place for place, layer in enumerate(layers) if layer), default=len(names))
+    units: list[_Layer] = []
+    unit = _BEFORE
+    for place, layer in enumerate(layers):
+        unit = layer or (_BEHIND if place > last else unit)
+        units.append(unit)
+    return units
+
+
+def layer_of(name: str) -> _Layer | None:
+    """None for a name without a number between dots."""
+    parts = name.split(".")
+    place = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
+    return None if place is None else (".".join(parts[:place]), int(parts[place]))
