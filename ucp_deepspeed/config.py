@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from ucp_deepspeed.errors import ConfigError
+from ucp_deepspeed.plan import SHARED_READ_NUMBYTES
+from ucp_deepspeed.transfer.copying import MEMORY_NUMBYTES
 
 CONFIG_KEY = "universal_checkpoint"
 
@@ -27,6 +29,9 @@ class UniversalCheckpointConfig(BaseModel):
             ``drop`` and list them.
         optimizer_states: ``restore``, or ``reset``: start all of them as before a first step.
         hyperparameters: ``restore`` those of the parameter groups (rates, weight decay, …), or ``keep`` the configured ones.
+        shared_read_bytes: what all data-parallel ranks hold alike (everything at stage 0, frozen weights, buffers) is read once,
+            a part by each, and exchanged, if it has at least so many bytes; below that each reads it all.
+        read_memory_bytes: most memory of a rank for what is on its way from a file to where it belongs.
         random_state: ``restore`` each rank's random streams, or derive new ones on another topology; ``keep``: leave them alone.
     """
 
@@ -41,6 +46,8 @@ class UniversalCheckpointConfig(BaseModel):
     optimizer_states: Literal["restore", "reset"] = "restore"
     hyperparameters: Literal["restore", "keep"] = "restore"
     random_state: Literal["restore", "keep"] = "restore"
+    shared_read_bytes: NonNegativeInt = SHARED_READ_NUMBYTES
+    read_memory_bytes: PositiveInt = MEMORY_NUMBYTES
 
     @property
     def has_policies(self) -> bool:

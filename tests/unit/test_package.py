@@ -101,6 +101,8 @@ def test_config_surface() -> None:
         "optimizer_states": "reset",
         "hyperparameters": "keep",
         "random_state": "keep",
+        "shared_read_bytes": 0,
+        "read_memory_bytes": 1 << 20,
     }
     assert set(UniversalCheckpointConfig.model_fields) == block.keys()
     assert parse_config({}).enabled is False

@@ -1,30 +1,48 @@
-"""From a checkpoint and a live engine to a proven plan, and its execution."""
+"""Filling an engine as planned: reading, giving replicas what they need, and making the weights.
+
+The masters come first, so that the weights made of them travel while the optimizer's states are read.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 
-from ucp_deepspeed.checkpoint import Checkpoint, FileExtent, Parameter
-from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
-from ucp_deepspeed.checkpoint.view import UniversalView, held_shapes, layouts_of
-from ucp_deepspeed.dtypes import ITEMSIZE
-from ucp_deepspeed.engine.matching import Names
-from ucp_deepspeed.engine.model import WEIGHT_DTYPES, EngineModel
+from ucp_deepspeed.checkpoint import FileExtent
+from ucp_deepspeed.checkpoint.checkpoint import MASTER
+from ucp_deepspeed.engine.exchange import Exchange, begin_exchange
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
-from ucp_deepspeed.engine.optimizers.states import KeptStates
-from ucp_deepspeed.errors import MismatchError
-from ucp_deepspeed.language import resolve_patterns
-from ucp_deepspeed.layout import Layout
-from ucp_deepspeed.plan import BlockCopy, Fragment, Target, overlapping_fragments, plan_tensor
-from ucp_deepspeed.transfer import FileReader, TransferCount, run_copies
-from ucp_deepspeed.transfer.matching import Matching, Policies, is_grown
+from ucp_deepspeed.plan import BlockCopy, Fragment, Sharing
+from ucp_deepspeed.transfer import CopyPool, FileReader, TransferCount, run_copies
+from ucp_deepspeed.transfer.matching import Policies
 
 Copies = tuple[BlockCopy[FileExtent, None], ...]
+
+MOST_THREADS = 8
+"""Of one rank; more don't make copies of memory faster."""
+
+
+@dataclass(frozen=True)
+class BufferPlan:
+    """How one buffer is filled.
+
+    Attributes:
+        copies: what this rank reads.
+        held: the parts that copies fill, or that keep the model's own values; all else becomes zero.
+        sharing: where replicas hold the same, the part that this rank reads for all; None to read everything.
+        group: the replicas' process group.
+    """
+
+    copies: Copies
+    held: tuple[Fragment[None], ...]
+    sharing: Sharing | None = None
+    group: Any = None
 
 
 @dataclass(frozen=True)
@@ -32,14 +50,12 @@ class SlotPlan:
     """How one slot is filled.
 
     Attributes:
-        copies: by state; the master's are always there.
-        held: by state, the parts that copies fill, or of the master keep the model's own values; all else becomes zero.
+        buffers: by state; the master's is always there.
         scalars: shared by the slot's parameters.
     """
 
     slot: EngineSlot
-    copies: Mapping[str, Copies]
-    held: Mapping[str, tuple[Fragment[None], ...]]
+    buffers: Mapping[str, BufferPlan]
     scalars: Mapping[str, float]
 
 
@@ -48,7 +64,7 @@ class WeightPlan:
     """How a frozen parameter or a buffer is filled."""
 
     weight: torch.Tensor
-    copies: Copies
+    buffer: BufferPlan
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,7 @@ class Filling:
         initialised: parameters with more rows than in the checkpoint (the further ones keep the model's values), of another
             shape, and those of this rank of which optimizer states begin anew.
         dropped: parameters of this rank of which optimizer states are left out.
-        bytes_needed: bytes of the wanted elements, in the source's dtypes.
+        bytes_needed: bytes of the elements that this rank is to read, in the source's dtypes.
         rounding: dtype to which masters are rounded; None to keep them exact.
     """
 
@@ -74,280 +90,90 @@ class Filling:
     bytes_needed: int
     rounding: torch.dtype | None
 
-    def run(self, optimizer: EngineOptimizer) -> TransferCount:
-        """Fill the engine. Collective."""
-        reader, count = FileReader(), TransferCount()
-        with torch.no_grad():
+    def run(self, optimizer: EngineOptimizer, memory_numbytes: int) -> TransferCount:
+        """Fill the engine. Collective.
+
+        Args:
+            memory_numbytes: most bytes of memory for blocks on their way from a file into a buffer.
+        """
+        with torch.no_grad(), closing(_Filler(memory_numbytes)) as filler:
             optimizer.begin()
-            for plan in self.slots:
-                _fill(plan.slot.master.data, plan.copies[MASTER], plan.held[MASTER], reader, count)
-                if self.rounding is not None:
-                    plan.slot.master.data.copy_(plan.slot.master.data.to(self.rounding))
-                if self.policies.optimizer_states == "restore":
-                    states = {
-                        state: _fill(optimizer.state_buffer(plan.slot, state), copies, plan.held[state], reader, count)
-                        for state, copies in plan.copies.items()
-                        if state != MASTER
-                    }
-                    optimizer.set_state(plan.slot, states, plan.scalars)
-                elif self.policies.optimizer_states == "reset":
-                    optimizer.reset_state(plan.slot)
+            filler.fill([(plan.slot.master.data, plan.buffers[MASTER]) for plan in self.slots], self.rounding)
+            optimizer.begin_refresh()
+            filler.fill(list(self._states(optimizer)))
+            filler.fill([(plan.weight, plan.buffer) for plan in self.weights])
+            filler.wait()
             optimizer.refresh_weights()
-            for weight in self.weights:
-                held = weight.weight.contiguous()  # the tensor itself unless its elements lie in another order
-                count.add(run_copies(weight.copies, reader, lambda _, held=held: held))  # type: ignore[misc]
-                if held is not weight.weight:
-                    weight.weight.copy_(held)
             optimizer.end()
-        reader.close()
-        return count
+        return filler.count
+
+    def _states(self, optimizer: EngineOptimizer) -> Iterator[tuple[torch.Tensor, BufferPlan]]:
+        """The buffers of the optimizer's states, which become part of it."""
+        for plan in self.slots:
+            if self.policies.optimizer_states == "reset":
+                optimizer.reset_state(plan.slot)
+            if self.policies.optimizer_states == "restore":
+                states = {state: optimizer.state_buffer(plan.slot, state) for state in plan.buffers if state != MASTER}
+                yield from ((buffer, plan.buffers[state]) for state, buffer in states.items())
+                optimizer.set_state(plan.slot, states, plan.scalars)
 
 
-def _fill(
-    buffer: torch.Tensor,
-    copies: Copies,
-    held: Sequence[Fragment[None]],
-    reader: FileReader,
-    count: TransferCount,
-) -> torch.Tensor:
-    """Fill a buffer; what isn't ``held`` is padding, or begins at zero, and is cleared: once over all of it would cost a pass."""
-    if not buffer.is_contiguous():  # copies count in row-major order
-        buffer.copy_(_fill(buffer.contiguous(), copies, held, reader, count))
-        return buffer
-    flat, stop = buffer.view(-1), 0
+class _Filler:
+    """Fills buffers one after another; what replicas share is on its way meanwhile."""
+
+    def __init__(self, memory_numbytes: int) -> None:
+        self.count = TransferCount()
+        self._reader = FileReader()
+        self._pool = CopyPool(_threads(), memory_numbytes)
+        self._exchanges: list[Exchange] = []
+
+    def fill(self, buffers: Sequence[tuple[torch.Tensor, BufferPlan]], rounding: torch.dtype | None = None) -> None:
+        """Fill this rank's part of each, and begin to exchange the parts with replicas. Collective."""
+        for buffer, plan in buffers:
+            whole = buffer.contiguous()  # the tensor itself unless its elements lie in another order
+            start, stop = plan.sharing.mine if plan.sharing else (0, whole.numel())
+            flat = whole.view(-1)
+            for low, high in _gaps(plan.held, start, stop):
+                flat[low:high].zero_()
+            self.count.add(run_copies(plan.copies, self._reader, lambda _, flat=flat: flat, self._pool))  # type: ignore[misc]
+            if rounding is not None:
+                flat[start:stop] = flat[start:stop].to(rounding)
+            if whole is not buffer:
+                buffer.copy_(whole)
+        self._exchange(buffers)
+
+    def _exchange(self, buffers: Sequence[tuple[torch.Tensor, BufferPlan]]) -> None:
+        by_group: dict[Any, list[tuple[torch.Tensor, Sharing]]] = {}
+        for buffer, plan in buffers:
+            if plan.sharing is not None:
+                by_group.setdefault(plan.group, []).append((buffer.view(-1), plan.sharing))
+        for group, shared in by_group.items():
+            ranks = range(dist.get_world_size(group))
+            held = [[flat[how.bounds[rank] : how.bounds[rank + 1]] for flat, how in shared] for rank in ranks]
+            self._exchanges.append(begin_exchange(held, group))
+
+    def wait(self) -> None:
+        """Until replicas have what they need. Collective."""
+        for exchange in self._exchanges:
+            exchange.wait()
+
+    def close(self) -> None:
+        """End the threads, and close the files."""
+        self._pool.close()
+        self._reader.close()
+
+
+def _gaps(held: Sequence[Fragment[None]], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """What isn't held between two places: padding, or states that begin at zero. To clear all first would cost a pass."""
     for part in sorted(held, key=lambda part: part.buffer_start):
-        flat[stop : part.buffer_start].zero_()
-        stop = part.buffer_start + part.numel
-    flat[stop:].zero_()
-    count.add(run_copies(copies, reader, lambda _: buffer))
-    return buffer
+        if start < part.buffer_start:
+            yield start, part.buffer_start
+        start = part.buffer_start + part.numel
+    if start < stop:
+        yield start, stop
 
 
-def plan_filling(
-    checkpoint: Checkpoint,
-    model: EngineModel,
-    optimizer: EngineOptimizer,
-    names: Names,
-    matching: Matching,
-    policies: Policies,
-    settings: Sequence[Mapping[str, Any]],
-) -> Filling:
-    """Plan all that this rank holds, and prove it covered.
-
-    Args:
-        settings: for each live parameter group the hyper-parameters that it will have in place of its own; none to keep them.
-
-    Raises:
-        MismatchError: lists every parameter whose shape, states or scalars don't fit, or that isn't covered.
-        SpecError: nothing tells the layouts, or the spec doesn't fit.
-    """
-    return _Planner(checkpoint, model, optimizer, names, matching, policies, settings).plan()
-
-
-class _Planner:
-    """Plans one tensor after another, under logical names, and collects what is wrong."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        model: EngineModel,
-        optimizer: EngineOptimizer,
-        names: Names,
-        matching: Matching,
-        policies: Policies,
-        settings: Sequence[Mapping[str, Any]],
-    ) -> None:
-        self.settings = settings
-        self._kept: dict[tuple[int, int], KeptStates | None] = {}
-        restored = frozenset(matching.restored)
-        self.optimizer, self.policies, self.rank = optimizer, policies, model.rank
-        self.logical = names.target
-        self.tensors = {
-            names.target[name]: tensor for name, tensor in model.tensors.items() if names.target[name] in restored
-        }
-        patterns = resolve_patterns(
-            [name for name, tensor in self.tensors.items() if tensor.kind != "buffer"],
-            degree=max(checkpoint.topology.tp, model.topology.tp),
-            spec=model.spec,
-            recorded={
-                names.source[name]: pattern for name, pattern in checkpoint.patterns.items() if name in names.source
-            },
-            inferred={names.target[name]: pattern for name, pattern in model.inferred.items()},
-            exact=model.exact,
-            refused={names.source[name]: why for name, why in checkpoint.refused.items() if name in names.source}
-            | {names.target[name]: why for name, why in model.refused.items()},
-            local_shapes=held_shapes(checkpoint, names.source),
-        )
-        saved_size, live_size = checkpoint.vocabulary_size, model.vocabulary_size
-        self.view = UniversalView(checkpoint, names.source, patterns, saved_size or live_size, restored)
-        self.layouts: Mapping[str, Layout] = layouts_of(
-            self.view.patterns,
-            {name: tensor.local_shapes for name, tensor in self.tensors.items()},
-            model.topology.tp,
-            live_size or saved_size,
-            "the model",
-        )
-        self.grown = tuple(name for name in self.tensors if policies.initialise and self._is_grown(name))
-        self.reshaped = tuple(name for name in self.tensors if policies.reshape and self._is_reshaped(name))
-        for name in self.reshaped:
-            del self.tensors[name]
-        self.unstepped: list[str] = []
-        self.dropped: list[str] = []
-        self.problems: list[str] = []
-        self.bytes_needed = 0
-
-    def _is_grown(self, name: str) -> bool:
-        return is_grown(self.view.logical_shape(name), self.layouts[name].logical_shape)
-
-    def _is_reshaped(self, name: str) -> bool:
-        return name not in self.grown and self.view.logical_shape(name) != self.layouts[name].logical_shape
-
-    def plan(self) -> Filling:
-        for name in self.tensors:  # the shapes of all, also of what lies on other ranks
-            self._tensor(name, self._weight_state(name), ())
-        slots = tuple(self._slot(slot) for slot in self.optimizer.slots())
-        weights = tuple(self._weights())
-        if self.problems:
-            raise MismatchError(f"{self.view.checkpoint.path} doesn't fit the model", self.problems)
-        return Filling(
-            slots,
-            weights,
-            self.policies,
-            (*self.grown, *self.reshaped, *self.unstepped),
-            tuple(self.dropped),
-            self.bytes_needed,
-            self._rounding(),
-        )
-
-    def _rounding(self) -> torch.dtype | None:
-        return WEIGHT_DTYPES[self.view.checkpoint.run.precision] if self.policies.rounded else None
-
-    def _slot(self, slot: EngineSlot) -> SlotPlan:
-        states, scalars = self._common_states(slot)
-        copies: dict[str, list[BlockCopy[FileExtent, None]]] = {state: [] for state in states}
-        parts = {state: self._held(slot, state) for state in states}
-        held: dict[str, list[Fragment[None]]] = {state: [] for state in states}
-        for name in parts[MASTER]:
-            source = self._weight_state(name) if name in self.tensors else None
-            kept = name not in self.tensors or name in self.grown
-            for state in states if source == MASTER else (MASTER,):
-                fragments = parts[state][name]
-                wanted = source if state == MASTER else state
-                found = self._tensor(name, wanted, fragments) if wanted is not None else ()
-                copies[state] += found
-                # Rows of padding, and those that a model has more, are in no copy.
-                if (kept and state == MASTER) or _numel(found) == sum(part.numel for part in fragments):
-                    held[state] += fragments
-        return SlotPlan(
-            slot,
-            {state: tuple(found) for state, found in copies.items()},
-            {state: tuple(found) for state, found in held.items()},
-            scalars,
-        )
-
-    def _held(self, slot: EngineSlot, state: str) -> Mapping[str, Sequence[Fragment[None]]]:
-        """By logical name, what this rank holds of a state of a slot."""
-        held: dict[str, list[Fragment[None]]] = {}
-        for name, fragment in slot.fragments(state):
-            held.setdefault(self.logical[name], []).append(fragment)
-        assert overlapping_fragments(fragment for group in held.values() for fragment in group) is None
-        return held
-
-    def _weight_state(self, name: str) -> str:
-        """State of the checkpoint that holds a weight: the master of a trained parameter, of others the weight itself."""
-        return MASTER if self.view.parameters[name].kind == "trainable" else WEIGHT
-
-    def _common_states(self, slot: EngineSlot) -> tuple[tuple[str, ...], Mapping[str, float]]:
-        """The states and scalars of a slot: one optimizer entry serves all its parameters, so they must be the same."""
-        names = [self.logical[name] for name in slot.names]
-        trained = [
-            self.view.parameters[name] for name in names if name in self.tensors and self._weight_state(name) == MASTER
-        ]
-        if not trained or self.policies.optimizer_states != "restore":
-            return (MASTER,), {}
-        first = next(filter(_stepped, trained), trained[0])
-        for parameter in trained:
-            self.problems += [f"{parameter.name}: {reason}; {RESET_HINT}" for reason in parameter.refused.values()]
-            if _stepped(parameter) != _stepped(first) and self.policies.initialise:
-                self.unstepped.append(parameter.name)
-            elif (parameter.states.keys(), parameter.scalars) != (first.states.keys(), first.scalars):
-                self.problems.append(
-                    f"{parameter.name}: has {_states(parameter)}, and {first.name}, which the target keeps in the same buffer, "
-                    f"has {_states(first)}{DIFFERING_HINT if _stepped(parameter) else UNSTEPPED_HINT}"
-                )
-        return self._fitting_states(slot, first, [parameter.name for parameter in trained])
-
-    def _fitting_states(
-        self, slot: EngineSlot, first: Parameter, names: Sequence[str]
-    ) -> tuple[tuple[str, ...], Mapping[str, float]]:
-        """The states and scalars to restore; where the live optimizer keeps others, a problem unless the policies allow it."""
-        found, wanted = first.states.keys() - {MASTER}, self._states_kept(slot)
-        if wanted is None or not (found or first.scalars):
-            return tuple(first.states), first.scalars
-        held, kept = found | first.scalars.keys(), wanted.elementwise | wanted.scalars
-        missing, extra = kept - held, held - kept
-        if (missing and not self.policies.initialise) or (extra and not self.policies.drop):
-            self.problems.append(
-                f"{first.name}: the optimizer keeps {sorted(kept)}, the checkpoint holds {sorted(held)}; {RESET_HINT}"
-            )
-        self.unstepped += names if missing else ()
-        self.dropped += names if extra else ()
-        if missing - wanted.from_zero:  # a number, or a state whose first value isn't known: all begin anew
-            return (MASTER,), {}
-        states = (MASTER, *sorted(missing), *(state for state in first.states if state in wanted.elementwise))
-        return states, {key: value for key, value in first.scalars.items() if key in wanted.scalars}
-
-    def _states_kept(self, slot: EngineSlot) -> KeptStates | None:
-        """What the optimizer will keep for a slot; the same for all of a group that have as many dimensions."""
-        key = slot.group, slot.master.ndim
-        if key not in self._kept:
-            settings = self.settings[slot.group] if slot.group < len(self.settings) else {}
-            self._kept[key] = self.optimizer.kept_states(slot, settings)
-        return self._kept[key]
-
-    def _weights(self) -> Iterator[WeightPlan]:
-        for name, tensor in self.tensors.items():
-            if tensor.kind != "trainable" and tensor.tensor is not None:
-                parameter, (weight, fragments) = self.view.parameters[name], tensor.held()
-                if WEIGHT not in parameter.states and parameter.kind != "trainable":
-                    self.problems += [f"{name}: {reason}" for reason in parameter.refused.values()]
-                yield WeightPlan(weight, self._tensor(name, self._weight_state(name), fragments))
-
-    def _tensor(self, name: str, state: str, fragments: Sequence[Fragment[None]]) -> Copies:
-        if state not in self.view.parameters[name].states:  # one that policies let start at zero
-            return ()
-        layout = self.layouts[name]
-        if name in self.grown:
-            layout = layout.cropped(self.view.logical_shape(name))
-        try:
-            copies = plan_tensor(self.view.source(name, state), Target(layout, self.rank, fragments), state)
-        except ValueError as error:
-            if not any(problem.startswith(f"{name}: ") for problem in self.problems):
-                self.problems.append(f"{name}: {error}{self._hint(name)}")
-            return ()
-        itemsize = ITEMSIZE[self.view.parameters[name].states[state]]
-        self.bytes_needed += _numel(copies) * itemsize
-        return copies
-
-    def _hint(self, name: str) -> str:
-        """What to do about a vocabulary that source and target pad differently."""
-        padded = getattr(self.view.patterns[name], "vocabulary", False) and self.view.vocabulary_size is None
-        return '; if the rows are padding, give "universal_checkpoint": {"vocabulary_size": …}' if padded else ""
-
-
-RESET_HINT = '"optimizer_states": "reset" starts all states afresh'
-DIFFERING_HINT = f"; give them parameter groups of their own, or {RESET_HINT}"
-UNSTEPPED_HINT = '; if it never had a gradient, "on_missing": "init" gives it zero state'
-
-
-def _numel(copies: Copies) -> int:
-    return sum(prod(copy.shape) for copy in copies)
-
-
-def _stepped(parameter: Parameter) -> bool:
-    """Whether the optimizer had made a state for it: a torch optimizer does so at the first gradient."""
-    return bool(parameter.states.keys() - {MASTER} or parameter.scalars or parameter.refused)
-
-
-def _states(parameter: Parameter) -> str:
-    return f"states {sorted(parameter.states)}, scalars {dict(parameter.scalars)}"
+def _threads() -> int:
+    """As many as there are cores for each rank of this machine."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return max(min(len(os.sched_getaffinity(0)) // ranks, MOST_THREADS), 1)

@@ -26,7 +26,6 @@ from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.custom_load import check_custom_load, local_state_dict, run_custom_load
 from ucp_deepspeed.engine.extra_states import plan_extra_states
-from ucp_deepspeed.engine.filling import plan_filling
 from ucp_deepspeed.engine.matching import match_model, match_names, policies_of
 from ucp_deepspeed.engine.model import (
     EngineModel,
@@ -40,6 +39,7 @@ from ucp_deepspeed.engine.model import (
 )
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, engine_optimizer
+from ucp_deepspeed.engine.planning import plan_filling
 from ucp_deepspeed.engine.random_state import read_random_state, restore_random_state
 from ucp_deepspeed.engine.training_state import (
     Settings,
@@ -80,7 +80,8 @@ class LoadReport:
         source: form and topology of the checkpoint.
         target: topology of the engine.
         bytes_read: bytes copied out of files.
-        bytes_needed: bytes that this rank's partitions, frozen parameters and buffers hold, in the source's dtypes.
+        bytes_needed: bytes that this rank's partitions, frozen parameters and buffers hold, in the source's dtypes; of what
+            replicas hold too and read together, its part.
         files: files that bytes came from.
         seconds: from the call to the return.
         initialised: parameters that kept the model's values, in whole, in further rows, or in their optimizer states alone.
@@ -241,7 +242,8 @@ def _load_universal(
     engine: Any, checkpoint: Checkpoint, optimizer: EngineOptimizer, options: LoadOptions, started: float
 ) -> Loaded:
     model, custom = describe_model(engine), options.custom_load_fn
-    policies = policies_of(engine.universal_checkpoint_config, options.optimizer_states, options.load_module_strict)
+    config: UniversalCheckpointConfig = engine.universal_checkpoint_config
+    policies = policies_of(config, options.optimizer_states, options.load_module_strict)
     if model.topology.zero_stage > 0 and not engine.zero_load_from_fp32_weights():
         policies = replace(policies, rounded=True)
     if custom is not None:  # which may fill what is missing, and make use of what is extra
@@ -255,16 +257,18 @@ def _load_universal(
         names = match_names(checkpoint, model)
         matching = match_model(checkpoint, model, names, policies)
         settings: Settings = ()
-        if options.optimizer_states and engine.universal_checkpoint_config.hyperparameters == "restore":
+        if options.optimizer_states and config.hyperparameters == "restore":
             settings = plan_hyperparameters(checkpoint, names, optimizer)
         schedule = None
         if options.load_lr_scheduler_states and engine.lr_scheduler is not None:
-            keep = engine.universal_checkpoint_config.hyperparameters == "keep"
+            keep = config.hyperparameters == "keep"
             schedule = plan_scheduler(checkpoint, names, optimizer, engine.lr_scheduler.state_dict(), keep)
-        filling = plan_filling(checkpoint, model, optimizer, names, matching, policies, settings)
+        filling = plan_filling(
+            checkpoint, model, optimizer, names, matching, policies, settings, config.shared_read_bytes
+        )
         extra_states = plan_extra_states(checkpoint, engine.module, model, policies)
         path, state = checkpoint.client_state(model.rank if same_ranks else 0)
-    read = filling.run(optimizer)
+    read = filling.run(optimizer, config.read_memory_bytes)
     for module, value in extra_states:
         module.set_extra_state(value)
     if custom is not None:

@@ -16,7 +16,9 @@ from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
 
 from ucp_deepspeed.checkpoint.autotp import RecordedLayouts, read_autotp_layouts
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes, Kind, Precision
+from ucp_deepspeed.checkpoint.experts import expert_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
+from ucp_deepspeed.engine.exchange import replica_group
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.errors import MismatchError, UniversalCheckpointError
@@ -41,12 +43,14 @@ class EngineTensor:
         kind: see `ucp_deepspeed.checkpoint.checkpoint.Kind`.
         tensor: the live one; None where another pipeline stage has it, or another expert-parallel rank.
         local_shapes: over the model-parallel ranks, of the whole local tensor also where ZeRO-3 has cut it.
+        replicas: process group of the ranks that hold it as this one does; None if there are no others, or it isn't here.
     """
 
     name: str
     kind: Kind
     tensor: torch.Tensor | None
     local_shapes: HeldShapes
+    replicas: Any = None
 
     def held(self) -> tuple[torch.Tensor, tuple[Fragment[None], ...]]:
         """The memory of this rank's share of the weight, and which elements lie in it."""
@@ -121,6 +125,7 @@ def describe_model(engine: Any) -> EngineModel:
             kind,
             local.get(name),
             tuple(share.shapes[name][1] if name in share.shapes else None for share in shares),
+            None if name not in local or _is_expert_buffer(name, kind) else replica_group(engine, local[name]),
         )
         for name, kind in kinds.items()
     }
@@ -135,6 +140,11 @@ def describe_model(engine: Any) -> EngineModel:
         spec=None if config.spec == "auto" else load_spec(config.spec),
         vocabulary_size=config.vocabulary_size,
     )
+
+
+def _is_expert_buffer(name: str, kind: Kind) -> bool:
+    """DeepSpeed marks an expert's parameters with the group that holds them, and its buffers with nothing."""
+    return kind == "buffer" and expert_of(name) is not None
 
 
 def engine_topology(engine: Any) -> Topology:

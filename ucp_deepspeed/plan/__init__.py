@@ -12,14 +12,18 @@ from ucp_deepspeed.plan.plan import (
     Target,
     plan_tensor,
 )
+from ucp_deepspeed.plan.sharing import SHARED_READ_NUMBYTES, Sharing, share
 
 __all__ = [
+    "SHARED_READ_NUMBYTES",
     "BlockCopy",
     "Fragment",
+    "Sharing",
     "Source",
     "StridedView",
     "Target",
     "overlapping_fragments",
     "plan_tensor",
     "prove_cover",
+    "share",
 ]

@@ -35,6 +35,13 @@ class Fragment(Generic[B]):
     buffer: B
     buffer_start: int
 
+    def clipped(self, start: int, stop: int) -> Fragment[B] | None:
+        """What of it lies in the buffer from ``start`` up to ``stop``; None for nothing."""
+        low, high = max(self.buffer_start, start), min(self.buffer_start + self.numel, stop)
+        if low >= high:
+            return None
+        return Fragment(self.local_start + low - self.buffer_start, high - low, self.buffer, low)
+
 
 @dataclass(frozen=True, slots=True)
 class StridedView(Generic[B]):
@@ -43,6 +50,14 @@ class StridedView(Generic[B]):
     buffer: B
     start: int
     strides: Shape
+
+    def span(self, shape: Shape) -> int:
+        """Elements from a block's first to its last, with what lies between them."""
+        return 1 + sum((count - 1) * stride for count, stride in zip(shape, self.strides, strict=True))
+
+    def moved(self, dim: int, steps: int) -> StridedView[B]:
+        """The view that begins ``steps`` further along a dimension."""
+        return StridedView(self.buffer, self.start + steps * self.strides[dim], self.strides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +71,24 @@ class BlockCopy(Generic[S, T]):
     target: StridedView[T]
     sources: tuple[StridedView[S], ...]
     factor: Fraction = Fraction(1)
+
+    def parts(self, most: int) -> Iterator[BlockCopy[S, T]]:
+        """Copies that together do the same, none of which spans more than ``most`` elements of a source, or more than one.
+
+        Cut along the dimension in which neighbours lie farthest apart in the source.
+        """
+        span = max(view.span(self.shape) for view in self.sources)
+        if span <= most or max(self.shape, default=1) <= 1:
+            yield self
+            return
+        strides = self.sources[0].strides
+        dim = max((dim for dim, count in enumerate(self.shape) if count > 1), key=strides.__getitem__)
+        step = max(self.shape[dim] * most // span, 1)
+        for start in range(0, self.shape[dim], step):
+            count = min(step, self.shape[dim] - start)
+            shape = (*self.shape[:dim], count, *self.shape[dim + 1 :])
+            sources = tuple(view.moved(dim, start) for view in self.sources)
+            yield from BlockCopy(shape, self.target.moved(dim, start), sources, self.factor).parts(most)
 
 
 @dataclass(frozen=True)

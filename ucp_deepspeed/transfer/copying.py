@@ -1,11 +1,17 @@
-"""Reading files through memory maps and copying strided blocks."""
+"""Reading files, through memory maps where they can be had, and copying strided blocks."""
 
 from __future__ import annotations
 
+import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +27,12 @@ from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.plan import BlockCopy, Fragment, StridedView, Target, plan_tensor
 
 T = TypeVar("T")
+
+MEMORY_NUMBYTES = 256 << 20
+"""Bytes that a transfer may use beyond the buffers that it fills."""
+
+PART_NUMBYTES = 32 << 20
+"""Most bytes of memory for one block at a time: enough that a block's start costs nothing, and few enough to stay in caches."""
 
 _PLANNING = threading.Lock()
 """Held while a plan asks the catalog: that may open files, and torch's allow-list of classes belongs to the whole process."""
@@ -42,64 +54,164 @@ class TransferCount:
 
 
 class FileReader:
-    """Memory-mapped files. Thread-safe; a file stays mapped until `close`."""
+    """Blocks of files, through memory maps, or by positioned reads where the file system has no maps. Thread-safe.
 
-    def __init__(self) -> None:
-        self._maps: dict[str, torch.Tensor] = {}
+    A file stays open until `close`.
+
+    Args:
+        mapped: False to read by position everywhere.
+    """
+
+    def __init__(self, *, mapped: bool = True) -> None:
+        self._mapped = mapped
+        self._files: dict[str, _File] = {}
         self._lock = threading.Lock()
 
     def block(self, view: StridedView[FileExtent], shape: tuple[int, ...]) -> torch.Tensor:
-        """A block inside an extent, still on disk until it is used, where its elements are aligned.
+        """A block inside an extent: still on disk until it is used, where the file is mapped and its elements are aligned.
+
+        Otherwise memory is taken for what it spans.
 
         Raises:
             DamagedCheckpointError: the file is missing or ends before the extent does.
         """
         extent, itemsize = view.buffer, ITEMSIZE[view.buffer.dtype]
-        whole = self._map(extent.path)
+        file = self._open(extent.path)
         stop = extent.file_offset + extent.numel * itemsize
-        if stop > whole.numel():
-            raise DamagedCheckpointError(f"{extent.path} is truncated: expected {stop} bytes, found {whole.numel()}")
-        span = 1 + sum((count - 1) * stride for count, stride in zip(shape, view.strides, strict=True))
+        if stop > file.numbytes:
+            raise DamagedCheckpointError(f"{extent.path} is truncated: expected {stop} bytes, found {file.numbytes}")
         start = extent.file_offset + view.start * itemsize
-        raw = whole[start : start + span * itemsize]
+        raw = file.range(start, start + view.span(shape) * itemsize)
         # torch reads aligned memory only; safetensors files of others' may hold elements anywhere.
-        aligned = raw if start % itemsize == 0 else raw.clone()
+        aligned = raw if raw.data_ptr() % itemsize == 0 else raw.clone()
         return aligned.view(NAMED_DTYPES[extent.dtype]).as_strided(shape, view.strides)
 
-    def close(self) -> None:
-        """Forget the maps; each is unmapped with the last tensor that uses it."""
-        self._maps.clear()
+    def read_ahead(self, copies: Iterable[BlockCopy[FileExtent, T]]) -> None:
+        """Ask the system to have at hand what copies will read; returns before it is."""
+        for copy in copies:
+            for view in copy.sources:
+                itemsize = ITEMSIZE[view.buffer.dtype]
+                start = view.buffer.file_offset + view.start * itemsize
+                self._open(view.buffer.path).read_ahead(start, view.span(copy.shape) * itemsize)
 
-    def _map(self, path: str) -> torch.Tensor:
+    def close(self) -> None:
+        """Close the files; a map goes with the last tensor that uses it."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _open(self, path: str) -> _File:
         with self._lock:
-            if path not in self._maps:
+            if path not in self._files:
                 if not Path(path).is_file():
                     raise DamagedCheckpointError(f"{path} is missing")
-                # Copy-on-write: torch wants writable memory, and the file must never change. Nothing can't be mapped.
-                empty = Path(path).stat().st_size == 0
-                raw = np.empty(0, np.uint8) if empty else np.memmap(path, dtype=np.uint8, mode="c")
-                self._maps[path] = torch.from_numpy(raw)
-            return self._maps[path]
+                self._files[path] = _File(path, self._mapped)
+            return self._files[path]
+
+
+class _File:
+    """An open file, mapped if that is wanted and possible."""
+
+    def __init__(self, path: str, mapped: bool) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self.numbytes = os.fstat(self._descriptor).st_size
+        self._map: torch.Tensor | None = None
+        if mapped and self.numbytes:  # nothing can't be mapped
+            with suppress(OSError):
+                # Copy-on-write: torch wants writable memory, and the file must never change.
+                self._map = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
+
+    def range(self, start: int, stop: int) -> torch.Tensor:
+        """Bytes of the file: a view of the map, or read into new memory."""
+        if self._map is not None:
+            return self._map[start:stop]
+        raw = torch.empty(stop - start, dtype=torch.uint8)
+        rest = memoryview(raw.numpy())
+        while rest:
+            count = os.preadv(self._descriptor, [rest], stop - len(rest))
+            if count == 0:
+                raise DamagedCheckpointError(
+                    f"{self.path} became shorter while it was read: {stop} bytes were expected"
+                )
+            rest = rest[count:]
+        return raw
+
+    def read_ahead(self, start: int, numbytes: int) -> None:
+        with suppress(OSError):  # it is a hint, which not all file systems take
+            os.posix_fadvise(self._descriptor, start, numbytes, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
 
 def run_copies(
-    copies: Iterable[BlockCopy[FileExtent, T]], reader: FileReader, buffer: Callable[[T], torch.Tensor]
+    copies: Iterable[BlockCopy[FileExtent, T]],
+    reader: FileReader,
+    buffer: Callable[[T], torch.Tensor],
+    pool: CopyPool | None = None,
 ) -> TransferCount:
     """Carry out block copies; values are converted to the target buffer's dtype.
 
     Args:
         buffer: the target buffer of a key, contiguous and on any device; it is indexed as one-dimensional.
+        pool: the threads to use, and how much memory; by default the calling thread, and `MEMORY_NUMBYTES`.
     """
-    count = TransferCount()
+    count, pool = TransferCount(), pool or CopyPool()
     for copy in copies:
-        target = _block(buffer(copy.target.buffer), copy.target, copy.shape)
-        blocks = [reader.block(view, copy.shape) for view in copy.sources]
-        target.copy_(blocks[0] if len(blocks) == 1 and copy.factor == 1 else _combined(blocks, copy.factor))
+        flat = buffer(copy.target.buffer)
+        for part in copy.parts(pool.span(copy)):
+            pool.run(partial(_run, part, reader, flat))
         count.copies += 1
-        for view, block in zip(copy.sources, blocks, strict=True):
-            count.bytes_read += block.numel() * block.element_size()
+        for view in copy.sources:
+            count.bytes_read += prod(copy.shape) * ITEMSIZE[view.buffer.dtype]
             count.files.add(view.buffer.path)
+    pool.wait()
     return count
+
+
+def _run(copy: BlockCopy[FileExtent, T], reader: FileReader, flat: torch.Tensor) -> None:
+    target = _block(flat, copy.target, copy.shape)
+    blocks = [reader.block(view, copy.shape) for view in copy.sources]
+    target.copy_(blocks[0] if len(blocks) == 1 and copy.factor == 1 else _combined(blocks, copy.factor))
+
+
+class CopyPool:
+    """Threads that copy, and the memory that they may use for it in all. To be used from one thread.
+
+    Args:
+        threads: 1 for the calling thread alone.
+        memory_numbytes: bytes for blocks that are read, converted or combined before they are copied; see `span`.
+    """
+
+    def __init__(self, threads: int = 1, memory_numbytes: int = MEMORY_NUMBYTES) -> None:
+        self._threads, self._memory_numbytes = threads, memory_numbytes
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self._pending: deque[Future[None]] = deque()
+
+    def span(self, copy: BlockCopy[FileExtent, T]) -> int:
+        """Most elements that a part of a copy may span: for each source they are held as read and in double precision."""
+        widths = [ITEMSIZE[view.buffer.dtype] + ITEMSIZE["F64"] for view in copy.sources]
+        return max(min(self._memory_numbytes // self._threads, PART_NUMBYTES) // sum(widths), 1)
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Do it now, or soon on another thread."""
+        if self._pool is None:
+            work()
+            return
+        self._pending.append(self._pool.submit(work))
+        while self._pending and self._pending[0].done():
+            self._pending.popleft().result()
+
+    def wait(self) -> None:
+        """Until all is done; raises the first error."""
+        while self._pending:
+            self._pending.popleft().result()
+
+    def close(self) -> None:
+        """End the threads; what hasn't begun is left undone."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
 
 def _combined(blocks: list[torch.Tensor], factor: Fraction) -> torch.Tensor:

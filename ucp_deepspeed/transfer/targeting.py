@@ -25,7 +25,7 @@ from ucp_deepspeed.errors import MismatchError, SpecError
 from ucp_deepspeed.language import Spec
 from ucp_deepspeed.layout import Layout, Shard, Topology
 from ucp_deepspeed.layout.pattern import Pattern
-from ucp_deepspeed.plan import BlockCopy, Fragment, Target, plan_tensor
+from ucp_deepspeed.plan import SHARED_READ_NUMBYTES, BlockCopy, Fragment, Sharing, Target, plan_tensor, share
 from ucp_deepspeed.transfer.copying import TransferCount
 from ucp_deepspeed.transfer.matching import Matching, Policies, check_matching, is_grown, match
 from ucp_deepspeed.transfer.target_ranks import (
@@ -182,7 +182,7 @@ class _Planner:
     remarks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._known: dict[tuple[str, int, tuple[Fragment[None], ...]], TransferCount] = {}
+        self._known: dict[tuple[str, str, int, tuple[Fragment[None], ...]], TransferCount] = {}
         self._shapes: dict[str, HeldShapes] = {}
         self._layouts: dict[str, Layout] = {}
         self._grown: list[str] = []
@@ -342,12 +342,15 @@ class _Planner:
 
     def _rank(self, target: TargetRank) -> RankPlan:
         count = TransferCount()
-        for slot in (*target.slots, *target.weights):
+        buffers = [(slot, state) for slot in target.slots for state in self._buffers_of(slot)]
+        buffers += [(slot, WEIGHT) for slot in target.weights]
+        for (slot, state), sharing in zip(buffers, self._shared(target, buffers), strict=True):
             held: dict[str, list[Fragment[None]]] = {}
             for name, fragment in slot.fragments():
-                held.setdefault(name, []).append(fragment)
+                if part := fragment if sharing is None else fragment.clipped(*sharing.mine):
+                    held.setdefault(name, []).append(part)
             for name, fragments in held.items():
-                count.add(self._read(name, target.model_parallel_rank, tuple(fragments)))
+                count.add(self._read(name, state, target.model_parallel_rank, tuple(fragments)))
         held_numels = sum(slot.numel * self._states_held(slot) for slot in target.slots)
         return RankPlan(
             target.model_parallel_rank,
@@ -358,26 +361,53 @@ class _Planner:
             frozenset(count.files),
         )
 
+    def _shared(self, target: TargetRank, buffers: Sequence[tuple[TargetSlot, str]]) -> list[Sharing | None]:
+        """What the replicas of a rank divide among them; of experts on several ranks nothing, as if each read them all."""
+        ranks, rank = self.topology.dp, target.data_parallel_rank
+        alike = [slot.flattening.partitions == 1 and ranks > 1 and self.topology.ep == 1 for slot, _ in buffers]
+        sizes = [
+            (slot.numel, ITEMSIZE[self._dtype(slot, state)])
+            for (slot, state), shared in zip(buffers, alike, strict=True)
+            if shared
+        ]
+        if sum(numel * itemsize for numel, itemsize in sizes) < SHARED_READ_NUMBYTES:
+            return [None] * len(buffers)
+        shares = iter(share(sizes, ranks, rank))
+        return [next(shares) if shared else None for shared in alike]
+
+    def _dtype(self, slot: TargetSlot, state: str) -> str:
+        """Of a buffer in memory; a frozen weight or a buffer of the model has that of the checkpoint."""
+        return self.source.parameters[slot.names[0]].states.get(WEIGHT, "F32") if state == WEIGHT else "F32"
+
+    def _buffers_of(self, slot: TargetSlot) -> tuple[str, ...]:
+        """Master and optimizer states that the target keeps for a slot."""
+        if self.policies.optimizer_states != "restore":
+            return (MASTER,)
+        states = (state for name in slot.names for state in self._states_read(name) if state != WEIGHT)
+        return tuple(dict.fromkeys((MASTER, *states)))
+
     def _states_held(self, slot: TargetSlot) -> int:
         """Master included; as many as the slot's parameters have in the checkpoint."""
         sources = [self.source.parameters[name] for name in slot.names if name in self._restored]
         return max((len(source.states) for source in sources), default=1)
 
-    def _read(self, name: str, rank: int, fragments: tuple[Fragment[None], ...]) -> TransferCount:
-        """All states of one parameter; what data-parallel ranks have in common is planned once."""
-        key = name, rank, fragments
+    def _read(self, name: str, state: str, rank: int, fragments: tuple[Fragment[None], ...]) -> TransferCount:
+        """One state of one parameter, a master standing for a weight too; what ranks have in common is planned once."""
+        wanted = [each for each in self._states_read(name) if each == state or {each, state} == {MASTER, WEIGHT}]
+        if not wanted:
+            return TransferCount()
+        key = name, state, rank, fragments
         if key not in self._known:
             count = self._known[key] = TransferCount()
             layout = self._layouts[name]
             target = Target(
                 layout.cropped(self.source.logical_shape(name)) if name in self._grown else layout, rank, fragments
             )
-            for state in self._states_read(name):
-                try:
-                    count.add(counted(plan_tensor(self.source.source(name, state), target, state)))
-                except ValueError as error:
-                    if all(obstacle.name != name for obstacle in self.obstacles):
-                        self._refuse(name, str(error))
+            try:
+                count.add(counted(plan_tensor(self.source.source(name, wanted[0]), target, wanted[0])))
+            except ValueError as error:
+                if all(obstacle.name != name for obstacle in self.obstacles):
+                    self._refuse(name, str(error))
         return self._known[key]
 
     def _states_read(self, name: str) -> Sequence[str]:

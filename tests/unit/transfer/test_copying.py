@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,8 @@ import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent
 from ucp_deepspeed.errors import DamagedCheckpointError
-from ucp_deepspeed.plan import StridedView
-from ucp_deepspeed.transfer import FileReader
+from ucp_deepspeed.plan import BlockCopy, StridedView
+from ucp_deepspeed.transfer import CopyPool, FileReader, run_copies
 
 
 @pytest.mark.parametrize("shift", range(5))
@@ -35,3 +37,54 @@ def test_a_file_that_ends_before_the_extent_does(tmp_path: Path) -> None:
     view = StridedView(FileExtent(str(tmp_path / "f"), 0, "F32", 100), 0, (1,))
     with pytest.raises(DamagedCheckpointError, match="is truncated: expected 400 bytes, found 399"):
         FileReader().block(view, (1,))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "by position"])
+def test_copies_by_either_way_and_on_threads_are_the_same(mapped: bool, threads: int, tmp_path: Path) -> None:
+    """A strided block, the mean of two, and one whose elements aren't aligned, in parts of a few elements."""
+    whole = torch.arange(200.0).view(10, 20)
+    (tmp_path / "f").write_bytes(b"x" + whole.numpy().tobytes())
+    extent = FileExtent(str(tmp_path / "f"), 1, "F32", 200)
+    columns = StridedView(extent, 3, (20, 1)), StridedView(extent, 11, (20, 1))
+    copies = [
+        BlockCopy((10, 6), StridedView("a", 0, (6, 1)), columns[:1]),
+        BlockCopy((10, 6), StridedView("b", 1, (7, 1)), columns, Fraction(3)),
+    ]
+    buffers = {"a": torch.zeros(60), "b": torch.zeros(71)}
+    reader, pool = FileReader(mapped=mapped), CopyPool(threads, memory_numbytes=600)
+    with closing(reader), closing(pool):
+        count = run_copies(copies, reader, buffers.__getitem__, pool)
+    assert torch.equal(buffers["a"].view(10, 6), whole[:, 3:9])
+    assert torch.equal(buffers["b"][1:].view(10, 7)[:, :6], (whole[:, 3:9] + whole[:, 11:17]) / 2 * 3)
+    assert (count.bytes_read, count.copies, count.files) == (3 * 240, 2, {str(tmp_path / "f")})
+
+
+@pytest.mark.parametrize("sources", [1, 2])
+def test_memory_beyond_the_buffers_is_bounded(sources: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is mapped, a block's span as read, and in double precision, is what a copy takes."""
+    rows, columns = 64, 256
+    (tmp_path / "f").write_bytes(bytes(4 * rows * columns))
+    extent = FileExtent(str(tmp_path / "f"), 0, "F32", rows * columns)
+    views = tuple(StridedView(extent, start, (columns, 1)) for start in (0, 64)[:sources])
+    taken: list[int] = []
+    plain = FileReader.block
+
+    def block(self: FileReader, view: StridedView[FileExtent], shape: tuple[int, ...]) -> torch.Tensor:
+        found = plain(self, view, shape)
+        taken.append(found.untyped_storage().nbytes() + 8 * view.span(shape))
+        return found
+
+    monkeypatch.setattr(FileReader, "block", block)
+    copy = BlockCopy((rows, 128), StridedView("a", 0, (128, 1)), views)
+    run_copies([copy], FileReader(mapped=False), lambda _: torch.zeros(rows * 128), CopyPool(1, 16_000))
+    assert len(taken) > 2 * sources
+    assert max(sum(taken[first : first + sources]) for first in range(0, len(taken), sources)) <= 16_000
+
+
+def test_an_error_on_a_thread_is_raised(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"x" * 399)
+    view = StridedView(FileExtent(str(tmp_path / "f"), 0, "F32", 100), 0, (1,))
+    copy = BlockCopy((100,), StridedView("a", 0, (1,)), (view,))
+    with closing(CopyPool(2)) as pool, pytest.raises(DamagedCheckpointError, match="is truncated"):
+        run_copies([copy], FileReader(), lambda _: torch.zeros(100), pool)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, LossScale
@@ -76,6 +77,9 @@ class EngineOptimizer(ABC):
     def begin(self) -> None:
         """Called before anything is filled."""
 
+    def begin_refresh(self) -> None:
+        """Called when the masters are filled that are cut over ranks, and the optimizer's states aren't yet. Collective."""
+
     @abstractmethod
     def refresh_weights(self) -> None:
         """Make the model's (low-precision) weights from the masters. Collective."""
@@ -96,9 +100,20 @@ class EngineOptimizer(ABC):
         state: Mapping[str, Any] = self.base.state.get(slot.master, {})
         return state
 
+    def replicas(self, slot: EngineSlot) -> Any:
+        """The process group of the ranks that hold all of a slot as this one does; None for a slot that is cut over ranks."""
+        return None
+
     def state_buffer(self, slot: EngineSlot, state: str) -> torch.Tensor:
-        """A tensor to fill with an element-wise state and to give to `set_state`; its values are undefined."""
-        return torch.empty_like(slot.master.data, memory_format=torch.contiguous_format)
+        """A tensor to fill with an element-wise state and to give to `set_state`: the live one, or one of undefined values."""
+        live, master = self.state_of(slot).get(state), slot.master.data
+        if (
+            isinstance(live, torch.Tensor)
+            and (live.shape, live.dtype, live.device) == (master.shape, master.dtype, master.device)
+            and live.is_contiguous()
+        ):
+            return live
+        return _empty_like(master)
 
     def set_state(self, slot: EngineSlot, states: Mapping[str, torch.Tensor], scalars: Mapping[str, float]) -> None:
         """Replace the base optimizer's state for a slot; without states and scalars, as if no step had been taken."""
@@ -135,6 +150,14 @@ class EngineOptimizer(ABC):
     def _examples(self, slot: EngineSlot) -> Mapping[str, Any] | None:
         """See `example_states`; the live state itself where there is one."""
         return self.state_of(slot) or example_states(self.base, slot.group, slot.master, {})
+
+
+def _empty_like(master: torch.Tensor) -> torch.Tensor:
+    """numpy asks the system for large pages, of which a first pass takes half the time."""
+    if master.device.type != "cpu":
+        return torch.empty_like(master, memory_format=torch.contiguous_format)
+    raw = np.empty(master.numel() * master.element_size(), np.uint8)
+    return torch.from_numpy(raw).view(master.dtype).view(master.shape)
 
 
 def _in_form_of(example: Any, value: float) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, LossScale
+from ucp_deepspeed.engine.exchange import replica_group
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.layout import FlatGroup
@@ -21,13 +22,18 @@ class Fp16Optimizer(EngineOptimizer):
     """Shared by both classes."""
 
     def __init__(self, engine: Any) -> None:
-        self._wrapper = engine.optimizer
+        self._engine, self._wrapper = engine, engine.optimizer
         self.base = engine.optimizer.optimizer
         self._names: Mapping[torch.Tensor, str] = ModelNames(engine).of_parameters
+        self._params = {name: param for param, name in self._names.items()}
 
     def group_names(self) -> list[list[str | None]]:
         """See `EngineOptimizer.group_names`."""
         return [[self._names[param] for param in group] for group in self._wrapper.fp16_groups]
+
+    def replicas(self, slot: EngineSlot) -> Any:
+        """See `EngineOptimizer.replicas`; all parameters of a slot have the same."""
+        return replica_group(self._engine, self._params[slot.names[0]])
 
     def loss_scale(self) -> LossScale | None:
         """See `EngineOptimizer.loss_scale`."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
+from ucp_deepspeed.engine.exchange import replica_group
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.layout import FlatGroup
@@ -19,7 +20,7 @@ class PlainOptimizer(EngineOptimizer):
     form = "plain"
 
     def __init__(self, engine: Any) -> None:
-        self.base = engine.optimizer
+        self._engine, self.base = engine, engine.optimizer
         self._names: Mapping[torch.Tensor, str] = ModelNames(engine).of_parameters
 
     def slots(self) -> list[EngineSlot]:
@@ -34,6 +35,10 @@ class PlainOptimizer(EngineOptimizer):
     def group_names(self) -> list[list[str | None]]:
         """See `EngineOptimizer.group_names`."""
         return [[self._names.get(param) for param in group["params"]] for group in self.base.param_groups]
+
+    def replicas(self, slot: EngineSlot) -> Any:
+        """See `EngineOptimizer.replicas`."""
+        return replica_group(self._engine, slot.master)
 
     def refresh_weights(self) -> None:
         """Nothing to do: the masters are the weights."""

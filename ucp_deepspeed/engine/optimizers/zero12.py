@@ -13,6 +13,7 @@ from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
 from ucp_deepspeed.checkpoint.deepspeed_zero import MOMENTUM
+from ucp_deepspeed.engine.exchange import Exchange, begin_exchange, goes_over_gloo
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.engine.optimizers.states import is_muon_group
@@ -26,6 +27,7 @@ class PartitionedOptimizer(EngineOptimizer):
         self._zero = engine.optimizer
         self.base = engine.optimizer.optimizer
         self._names: Mapping[torch.Tensor, str] = ModelNames(engine).of_parameters
+        self._exchanges: list[Exchange] = []
 
     def _groups(self) -> Sequence[tuple[Sequence[torch.Tensor], torch.Tensor, tuple[int, ...]]]:
         """Per group: the parameters in flat order, this rank's master partition, and the alignment gaps."""
@@ -52,9 +54,27 @@ class PartitionedOptimizer(EngineOptimizer):
         """See `EngineOptimizer.group_names`."""
         return [[self._names[param] for param in params] for params, _, _ in self._groups()]
 
+    def _weights(self) -> Sequence[Sequence[torch.Tensor]]:
+        """Per group, of all ranks, the partitions of the weights that belong to the partitions of the masters."""
+        raise AssertionError("each class says where it keeps them")
+
+    def begin_refresh(self) -> None:
+        """See `EngineOptimizer.begin_refresh`. Over gloo the weights go to the other ranks while the states are read."""
+        slots, weights = self.slots(), self._weights()
+        groups = [self._zero.real_dp_process_group[slot.group] for slot in slots]
+        if not all(goes_over_gloo(group, parts[0]) for group, parts in zip(groups, weights, strict=True)):
+            return
+        for slot, parts in zip(slots, weights, strict=True):
+            parts[slot.partition].data.copy_(slot.master.data)
+        held = zip(groups, weights, strict=True)
+        self._exchanges = [begin_exchange([[part.data] for part in parts], group) for group, parts in held]
+
     def refresh_weights(self) -> None:
         """See `EngineOptimizer.refresh_weights`. Also lets DeepSpeed's per-parameter views of the state be made anew."""
-        self._zero.update_lp_params()
+        for exchange in self._exchanges:
+            exchange.wait()
+        if not self._exchanges:
+            self._zero.update_lp_params()
         self._zero._hp_optimizer_states_linked = False
         if all(self.base.state.get(slot.master) for slot in self.slots()):
             self._zero._lazy_init_hp_params_optimizer_state()
@@ -70,6 +90,10 @@ class Zero12Optimizer(PartitionedOptimizer):
         paddings = getattr(zero, "round_robin_bit16_padding", None)
         gaps = [tuple(group) for group in paddings] if paddings else [()] * len(zero.round_robin_bit16_groups)
         return list(zip(zero.round_robin_bit16_groups, zero.single_partition_of_fp32_groups, gaps, strict=True))
+
+    def _weights(self) -> Sequence[Sequence[torch.Tensor]]:
+        partitions: Sequence[Sequence[torch.Tensor]] = self._zero.parallel_partitioned_bit16_groups
+        return partitions
 
     def _overlapping(self, group: int) -> frozenset[str]:
         """Muon's momentum: its update needs whole matrices, which are gathered where the state is offloaded, else kept."""
@@ -105,6 +129,10 @@ class Bf16Optimizer(PartitionedOptimizer):
             (params, master, ())
             for params, master in zip(zero.bf16_groups, zero.fp32_groups_flat_partition, strict=True)
         ]
+
+    def _weights(self) -> Sequence[Sequence[torch.Tensor]]:
+        partitions: Sequence[Sequence[torch.Tensor]] = self._zero.bf16_partitioned_groups
+        return partitions
 
     def loss_scale(self) -> LossScale | None:
         """None: bf16 isn't scaled."""

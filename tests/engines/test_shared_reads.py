@@ -1,0 +1,102 @@
+"""Where replicas hold the same, each byte of the checkpoint is read once; DeepSpeed's ranks each read all of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import STEP, differences
+
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.engine import exchange
+from ucp_deepspeed.engine.optimizers import engine_optimizer
+from ucp_deepspeed.layout import Topology
+from ucp_deepspeed.plan import sharing
+from ucp_deepspeed.testing.ranks import RankPool
+from ucp_deepspeed.testing.runs import Run, build_engine, train
+from ucp_deepspeed.transfer import targeting
+
+Ranks = Callable[[int], RankPool]
+
+ALL = {"enabled": True, "load": "always", "shared_read_bytes": 0}
+"""Share however little it is."""
+
+TARGETS = {
+    "fp32": Run("mlp", zero={"stage": 0}),
+    "bf16, one master for each parameter": Run("mlp", zero={"stage": 0}, precision="bf16"),
+    "bf16, one master for each group": Run("mlp", zero={"stage": 0}, precision="bf16", fused=True),
+    "frozen weights and buffers": Run("mlp", zero={"stage": 1}, frozen=("norm.bias", "layers.0.weight")),
+    "experts on every rank": Run("moe", size={"ep": (1, 1)}, zero={"stage": 0}),
+    "experts on two ranks each": Run("moe", size={"ep": (2, 2)}, zero={"stage": 0}),
+}
+
+
+def loaded(run: Run, folder: str, broadcasts: bool = False) -> tuple[Any, dict[str, str]]:
+    """Load on this rank: its report, and a digest of each tensor that it holds.
+
+    Args:
+        broadcasts: exchange as over other backends than gloo.
+    """
+    engine = build_engine(run)
+    with pytest.MonkeyPatch.context() as patch:
+        if broadcasts:
+            patch.setattr(exchange, "_reaches", lambda group, tensor: True)
+            patch.setattr(exchange, "goes_over_gloo", lambda group, tensor: False)
+        engine.load_checkpoint(folder)
+    held = dict(engine.module.state_dict())
+    optimizer = engine_optimizer(engine)
+    for slot in optimizer.slots():
+        held |= {f"{slot.names}/{key}": value for key, value in optimizer.state_of(slot).items()}
+        held[f"{slot.names}/fp32"] = slot.master.data
+    report = engine.universal_checkpoint_report
+    engine.destroy()
+    tensors = {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
+    return report, {name: _digest(value) for name, value in tensors.items()}
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("broadcasts", [False, True], ids=["messages", "broadcasts"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_ranks_read_for_one_another_is_what_each_would_read(
+    name: str, broadcasts: bool, ranks: Ranks, tmp_path: Path
+) -> None:
+    target = replace(TARGETS[name], universal=ALL)
+    ranks(2).run(train, replace(target, zero={"stage": 1}), STEP, save=str(tmp_path))
+    alone = ranks(4).run(loaded, replace(target, universal={**ALL, "shared_read_bytes": 1 << 40}), str(tmp_path))
+    shared = ranks(4).run(loaded, target, str(tmp_path), broadcasts)
+    for (_, expected), (_, found) in zip(alone, shared, strict=True):
+        assert found == expected
+    assert sum(report.bytes_read for report, _ in shared) < sum(report.bytes_read for report, _ in alone)
+
+
+def test_all_ranks_together_read_the_checkpoint_once(ranks: Ranks, tmp_path: Path) -> None:
+    run = Run("llama", tp=2, zero={"stage": 1}, universal=ALL)
+    ranks(4).run(train, run, STEP, save=str(tmp_path / "a"))
+    target = replace(run, tp=1, zero={"stage": 0})
+    outcomes = ranks(4).run(train, target, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+    view = UniversalView.of(open_checkpoint(tmp_path / "a"))
+    elements = sum(torch.Size(view.logical_shape(name)).numel() for name in view.parameters)
+    read = [outcome.report.bytes_read for outcome in outcomes]
+    assert sum(read) <= 1.05 * 12 * elements
+    assert max(read) - min(read) <= 128
+
+
+def test_the_plan_foretells_it(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run("llama", tp=2, zero={"stage": 1}, precision="bf16", universal=ALL)
+    ranks(2).run(train, run, STEP, save=str(tmp_path))
+    outcomes = ranks(4).run(train, replace(run, zero={"stage": 0}), STEP, load=str(tmp_path))
+    assert outcomes[0].report.bytes_read < sharing.SHARED_READ_NUMBYTES
+    monkeypatch.setattr(targeting, "SHARED_READ_NUMBYTES", 0)
+    plan = targeting.plan_target(open_checkpoint(tmp_path), Topology(2, 1, 2, 0))
+    by_place = {(rank.data_parallel_rank, rank.model_parallel_rank): rank.bytes_read for rank in plan.ranks}
+    assert [by_place[divmod(rank, 2)] for rank in range(4)] == [outcome.report.bytes_read for outcome in outcomes]

@@ -1,0 +1,296 @@
+"""From a checkpoint and a live engine to a proven plan of what this rank reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+
+from ucp_deepspeed.checkpoint import Checkpoint, FileExtent, Parameter
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
+from ucp_deepspeed.checkpoint.view import UniversalView, held_shapes, layouts_of
+from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.engine.filling import BufferPlan, Copies, Filling, SlotPlan, WeightPlan
+from ucp_deepspeed.engine.matching import Names
+from ucp_deepspeed.engine.model import WEIGHT_DTYPES, EngineModel, EngineTensor
+from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
+from ucp_deepspeed.engine.optimizers.states import KeptStates
+from ucp_deepspeed.errors import MismatchError
+from ucp_deepspeed.language import resolve_patterns
+from ucp_deepspeed.layout import Layout
+from ucp_deepspeed.plan import BlockCopy, Fragment, Sharing, Target, overlapping_fragments, plan_tensor, share
+from ucp_deepspeed.transfer.matching import Matching, Policies, is_grown
+
+
+def plan_filling(
+    checkpoint: Checkpoint,
+    model: EngineModel,
+    optimizer: EngineOptimizer,
+    names: Names,
+    matching: Matching,
+    policies: Policies,
+    settings: Sequence[Mapping[str, Any]],
+    shared_read_bytes: int,
+) -> Filling:
+    """Plan all that this rank holds, and prove it covered.
+
+    Args:
+        settings: for each live parameter group the hyper-parameters that it will have in place of its own; none to keep them.
+        shared_read_bytes: what replicas hold alike is read once, a part by each, if it has at least so many bytes.
+
+    Raises:
+        MismatchError: lists every parameter whose shape, states or scalars don't fit, or that isn't covered.
+        SpecError: nothing tells the layouts, or the spec doesn't fit.
+    """
+    return _Planner(checkpoint, model, optimizer, names, matching, policies, settings, shared_read_bytes).plan()
+
+
+@dataclass(frozen=True)
+class _SlotWanted:
+    """A slot with the states and scalars that it will have; see `SlotPlan`."""
+
+    slot: EngineSlot
+    states: tuple[str, ...]
+    scalars: Mapping[str, float]
+
+
+class _Planner:
+    """Plans one tensor after another, under logical names, and collects what is wrong."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: EngineModel,
+        optimizer: EngineOptimizer,
+        names: Names,
+        matching: Matching,
+        policies: Policies,
+        settings: Sequence[Mapping[str, Any]],
+        shared_read_bytes: int,
+    ) -> None:
+        self.settings, self.shared_read_bytes = settings, shared_read_bytes
+        self._shared: dict[tuple[Any, ...], tuple[Sharing, Any]] = {}
+        self._kept: dict[tuple[int, int], KeptStates | None] = {}
+        restored = frozenset(matching.restored)
+        self.optimizer, self.policies, self.rank = optimizer, policies, model.rank
+        self.logical = names.target
+        self.tensors = {
+            names.target[name]: tensor for name, tensor in model.tensors.items() if names.target[name] in restored
+        }
+        patterns = resolve_patterns(
+            [name for name, tensor in self.tensors.items() if tensor.kind != "buffer"],
+            degree=max(checkpoint.topology.tp, model.topology.tp),
+            spec=model.spec,
+            recorded={
+                names.source[name]: pattern for name, pattern in checkpoint.patterns.items() if name in names.source
+            },
+            inferred={names.target[name]: pattern for name, pattern in model.inferred.items()},
+            exact=model.exact,
+            refused={names.source[name]: why for name, why in checkpoint.refused.items() if name in names.source}
+            | {names.target[name]: why for name, why in model.refused.items()},
+            local_shapes=held_shapes(checkpoint, names.source),
+        )
+        saved_size, live_size = checkpoint.vocabulary_size, model.vocabulary_size
+        self.view = UniversalView(checkpoint, names.source, patterns, saved_size or live_size, restored)
+        self.layouts: Mapping[str, Layout] = layouts_of(
+            self.view.patterns,
+            {name: tensor.local_shapes for name, tensor in self.tensors.items()},
+            model.topology.tp,
+            live_size or saved_size,
+            "the model",
+        )
+        self.grown = tuple(name for name in self.tensors if policies.initialise and self._is_grown(name))
+        self.reshaped = tuple(name for name in self.tensors if policies.reshape and self._is_reshaped(name))
+        for name in self.reshaped:
+            del self.tensors[name]
+        self.unstepped: list[str] = []
+        self.dropped: list[str] = []
+        self.problems: list[str] = []
+        self.bytes_needed = 0
+
+    def _is_grown(self, name: str) -> bool:
+        return is_grown(self.view.logical_shape(name), self.layouts[name].logical_shape)
+
+    def _is_reshaped(self, name: str) -> bool:
+        return name not in self.grown and self.view.logical_shape(name) != self.layouts[name].logical_shape
+
+    def plan(self) -> Filling:
+        for name in self.tensors:  # the shapes of all, also of what lies on other ranks
+            self._tensor(name, self._weight_state(name), ())
+        slots = [_SlotWanted(slot, *self._common_states(slot)) for slot in self.optimizer.slots()]
+        weights = [
+            tensor for tensor in self.tensors.values() if tensor.kind != "trainable" and tensor.tensor is not None
+        ]
+        self._share(slots, weights)
+        filled = tuple(self._slot(number, wanted) for number, wanted in enumerate(slots))
+        read = tuple(self._weight(tensor) for tensor in weights)
+        if self.problems:
+            raise MismatchError(f"{self.view.checkpoint.path} doesn't fit the model", self.problems)
+        return Filling(
+            filled,
+            read,
+            self.policies,
+            (*self.grown, *self.reshaped, *self.unstepped),
+            tuple(self.dropped),
+            self.bytes_needed,
+            self._rounding(),
+        )
+
+    def _rounding(self) -> torch.dtype | None:
+        return WEIGHT_DTYPES[self.view.checkpoint.run.precision] if self.policies.rounded else None
+
+    def _share(self, slots: Sequence[_SlotWanted], weights: Sequence[EngineTensor]) -> None:
+        """Divide among replicas what they all hold, where it is enough to be worth the exchange."""
+        by_group: dict[Any, list[tuple[tuple[Any, ...], int, int]]] = {}
+        for number, wanted in enumerate(slots):
+            slot, group = wanted.slot, self.optimizer.replicas(wanted.slot)
+            if group is not None and slot.master.is_contiguous():
+                size = slot.master.numel(), slot.master.element_size()
+                by_group.setdefault(group, []).extend(((number, state), *size) for state in wanted.states)
+        for tensor in weights:
+            held, _ = tensor.held()
+            group = tensor.replicas
+            if group is not None and held.is_contiguous():
+                by_group.setdefault(group, []).append(((tensor.name,), held.numel(), held.element_size()))
+        for group, buffers in by_group.items():
+            if sum(numel * itemsize for _, numel, itemsize in buffers) >= self.shared_read_bytes:
+                ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+                shares = share([(numel, itemsize) for _, numel, itemsize in buffers], ranks, rank)
+                self._shared |= {key: (how, group) for (key, _, _), how in zip(buffers, shares, strict=True)}
+
+    def _slot(self, number: int, wanted: _SlotWanted) -> SlotPlan:
+        buffers = {state: self._buffer(wanted, state, (number, state)) for state in wanted.states}
+        return SlotPlan(wanted.slot, buffers, wanted.scalars)
+
+    def _buffer(self, wanted: _SlotWanted, state: str, key: tuple[Any, ...]) -> BufferPlan:
+        """Plan what this rank reads of a slot's master or of one of its states."""
+        sharing, group = self._shared.get(key, (None, None))
+        copies: list[BlockCopy[FileExtent, None]] = []
+        held: list[Fragment[None]] = []
+        for name, fragments in self._held(wanted.slot, state, sharing).items():
+            source = self._weight_state(name) if name in self.tensors else None
+            kept = state == MASTER and (name not in self.tensors or name in self.grown)
+            found: Copies = ()
+            if source is not None and (source == MASTER or state == MASTER):
+                found = self._tensor(name, source if state == MASTER else state, fragments)
+            copies += found
+            # Rows of padding, and those that a model has more, are in no copy.
+            if kept or _numel(found) == sum(part.numel for part in fragments):
+                held += fragments
+        return BufferPlan(tuple(copies), tuple(held), sharing, group)
+
+    def _held(self, slot: EngineSlot, state: str, sharing: Sharing | None) -> Mapping[str, Sequence[Fragment[None]]]:
+        """By logical name, what this rank reads of a state of a slot."""
+        held: dict[str, list[Fragment[None]]] = {}
+        for name, fragment in slot.fragments(state):
+            if part := fragment if sharing is None else fragment.clipped(*sharing.mine):
+                held.setdefault(self.logical[name], []).append(part)
+        assert overlapping_fragments(fragment for group in held.values() for fragment in group) is None
+        return held
+
+    def _weight_state(self, name: str) -> str:
+        """State of the checkpoint that holds a weight: the master of a trained parameter, of others the weight itself."""
+        return MASTER if self.view.parameters[name].kind == "trainable" else WEIGHT
+
+    def _common_states(self, slot: EngineSlot) -> tuple[tuple[str, ...], Mapping[str, float]]:
+        """The states and scalars of a slot: one optimizer entry serves all its parameters, so they must be the same."""
+        names = [self.logical[name] for name in slot.names]
+        trained = [
+            self.view.parameters[name] for name in names if name in self.tensors and self._weight_state(name) == MASTER
+        ]
+        if not trained or self.policies.optimizer_states != "restore":
+            return (MASTER,), {}
+        first = next(filter(_stepped, trained), trained[0])
+        for parameter in trained:
+            self.problems += [f"{parameter.name}: {reason}; {RESET_HINT}" for reason in parameter.refused.values()]
+            if _stepped(parameter) != _stepped(first) and self.policies.initialise:
+                self.unstepped.append(parameter.name)
+            elif (parameter.states.keys(), parameter.scalars) != (first.states.keys(), first.scalars):
+                self.problems.append(
+                    f"{parameter.name}: has {_states(parameter)}, and {first.name}, which the target keeps in the same buffer, "
+                    f"has {_states(first)}{DIFFERING_HINT if _stepped(parameter) else UNSTEPPED_HINT}"
+                )
+        return self._fitting_states(slot, first, [parameter.name for parameter in trained])
+
+    def _fitting_states(
+        self, slot: EngineSlot, first: Parameter, names: Sequence[str]
+    ) -> tuple[tuple[str, ...], Mapping[str, float]]:
+        """The states and scalars to restore; where the live optimizer keeps others, a problem unless the policies allow it."""
+        found, wanted = first.states.keys() - {MASTER}, self._states_kept(slot)
+        if wanted is None or not (found or first.scalars):
+            return tuple(first.states), first.scalars
+        held, kept = found | first.scalars.keys(), wanted.elementwise | wanted.scalars
+        missing, extra = kept - held, held - kept
+        if (missing and not self.policies.initialise) or (extra and not self.policies.drop):
+            self.problems.append(
+                f"{first.name}: the optimizer keeps {sorted(kept)}, the checkpoint holds {sorted(held)}; {RESET_HINT}"
+            )
+        self.unstepped += names if missing else ()
+        self.dropped += names if extra else ()
+        if missing - wanted.from_zero:  # a number, or a state whose first value isn't known: all begin anew
+            return (MASTER,), {}
+        states = (MASTER, *sorted(missing), *(state for state in first.states if state in wanted.elementwise))
+        return states, {key: value for key, value in first.scalars.items() if key in wanted.scalars}
+
+    def _states_kept(self, slot: EngineSlot) -> KeptStates | None:
+        """What the optimizer will keep for a slot; the same for all of a group that have as many dimensions."""
+        key = slot.group, slot.master.ndim
+        if key not in self._kept:
+            settings = self.settings[slot.group] if slot.group < len(self.settings) else {}
+            self._kept[key] = self.optimizer.kept_states(slot, settings)
+        return self._kept[key]
+
+    def _weight(self, tensor: EngineTensor) -> WeightPlan:
+        """Plan a frozen parameter or a buffer."""
+        name, (weight, fragments) = tensor.name, tensor.held()
+        logical = self.logical[name]
+        parameter = self.view.parameters[logical]
+        if WEIGHT not in parameter.states and parameter.kind != "trainable":
+            self.problems += [f"{logical}: {reason}" for reason in parameter.refused.values()]
+        sharing, group = self._shared.get((name,), (None, None))
+        parts = [part for part in (f.clipped(*sharing.mine) if sharing else f for f in fragments) if part]
+        copies = self._tensor(logical, self._weight_state(logical), parts)
+        return WeightPlan(weight, BufferPlan(copies, (Fragment(0, weight.numel(), None, 0),), sharing, group))
+
+    def _tensor(self, name: str, state: str, fragments: Sequence[Fragment[None]]) -> Copies:
+        if state not in self.view.parameters[name].states:  # one that policies let start at zero
+            return ()
+        layout = self.layouts[name]
+        if name in self.grown:
+            layout = layout.cropped(self.view.logical_shape(name))
+        try:
+            copies = plan_tensor(self.view.source(name, state), Target(layout, self.rank, fragments), state)
+        except ValueError as error:
+            if not any(problem.startswith(f"{name}: ") for problem in self.problems):
+                self.problems.append(f"{name}: {error}{self._hint(name)}")
+            return ()
+        itemsize = ITEMSIZE[self.view.parameters[name].states[state]]
+        self.bytes_needed += _numel(copies) * itemsize
+        return copies
+
+    def _hint(self, name: str) -> str:
+        """What to do about a vocabulary that source and target pad differently."""
+        padded = getattr(self.view.patterns[name], "vocabulary", False) and self.view.vocabulary_size is None
+        return '; if the rows are padding, give "universal_checkpoint": {"vocabulary_size": …}' if padded else ""
+
+
+RESET_HINT = '"optimizer_states": "reset" starts all states afresh'
+DIFFERING_HINT = f"; give them parameter groups of their own, or {RESET_HINT}"
+UNSTEPPED_HINT = '; if it never had a gradient, "on_missing": "init" gives it zero state'
+
+
+def _numel(copies: Copies) -> int:
+    return sum(prod(copy.shape) for copy in copies)
+
+
+def _stepped(parameter: Parameter) -> bool:
+    """Whether the optimizer had made a state for it: a torch optimizer does so at the first gradient."""
+    return bool(parameter.states.keys() - {MASTER} or parameter.scalars or parameter.refused)
+
+
+def _states(parameter: Parameter) -> str:
+    return f"states {sorted(parameter.states)}, scalars {dict(parameter.scalars)}"
