@@ -44,6 +44,8 @@ FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaConfig", "LlamaForCausalLM", _LLAMA, "hf_llama"),
     "mistral": Family("MistralConfig", "MistralForCausalLM", _LLAMA, "hf_llama"),
     "qwen2": Family("Qwen2Config", "Qwen2ForCausalLM", _LLAMA, "hf_llama"),
+    "qwen2_tied": Family("Qwen2Config", "Qwen2ForCausalLM", _LLAMA | {"tie_word_embeddings": True}, "hf_llama"),
+    "qwen3": Family("Qwen3Config", "Qwen3ForCausalLM", _LLAMA | {"head_dim": 8}, "hf_llama"),
     "phi3": Family("Phi3Config", "Phi3ForCausalLM", _LLAMA | {"pad_token_id": 0, "num_key_value_heads": 8}, "hf_phi3"),
     "phi3_medium": Family(
         "Phi3Config", "Phi3ForCausalLM", _LLAMA | {"pad_token_id": 0, "num_attention_heads": 16}, "hf_phi3_medium"
