@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import STEP, differences
+from checkpoints import LAST_STEP, STEP, differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import held_shapes
 from ucp_deepspeed.errors import UnsupportedError
 from ucp_deepspeed.language import find_family, load_spec
 from ucp_deepspeed.testing.ranks import RankError, RankPool, reset_parallel_state
-from ucp_deepspeed.testing.runs import SEQUENCE, VOCABULARY, Run, batch_of, build_engine, train_step
+from ucp_deepspeed.testing.runs import SEQUENCE, VOCABULARY, Run, batch_of, build_engine, train, train_step
 
 ROUNDING = 2e-5
 """Largest accepted difference of a logit: two tensor-parallel ranks add up each row in another order than one, in float32.
@@ -120,6 +120,80 @@ def test_what_megatron_deepspeed_records(flavour: str, ranks: Ranks, tmp_path: P
         logits = ranks(2).run(logits_of, target, load=load, save=save, steps=STEP)[0]
         assert differences(paths[0], paths[number]) == []
         torch.testing.assert_close(logits, first, rtol=0, atol=ROUNDING)
+
+
+PIPELINES = {
+    "gpt": ("gpt", {"layers": 2}),
+    "gpt-older": ("gpt", {"layers": 2, "reordering": True}),
+    "llama": ("llama", {"layers": 2}),
+    "bloom": ("bloom", {"layers": 2, "reordering": True}),
+}
+"""Flavour and changes to the model; BLOOM was trained with the older numbers of layers."""
+
+
+def pipeline_info(vocabulary: int, tied: bool, gated: bool) -> dict[str, Any]:
+    """What Megatron-DeepSpeed's pipelines save of their layouts (``megatron/model/gpt_model.py``)."""
+    embeddings = (
+        ["tied_modules.embed.word_embeddings.weight"] if tied else [r"1.word_embeddings.weight", r"\d+.lm_head.weight"]
+    )
+    layers = ["input_layernorm.weight", "input_layernorm.bias", "post_attention_layernorm.weight"]
+    layers += ["post_attention_layernorm.bias", "self_attention.dense.bias", "mlp.dense_4h_to_h.bias", "weight", "bias"]
+    others = [
+        r"tied_modules.embed.word_embeddings.norm.(weight|bias)",
+        r"(tied_modules.embed|1).position_embeddings.weight",
+    ]
+    return {
+        "universal_checkpoint_version": 0.2,
+        "original_vocab_size": vocabulary,
+        "vocabulary_parameter_patterns": embeddings,
+        "tp_replicated_parameter_patterns": [*others, *(rf"\d+.{name}" for name in layers)],
+        "parameter_with_row_parallelism_patterns": [
+            r"\d+.mlp.dense_4h_to_h.weight",
+            r"\d+.self_attention.dense.weight",
+        ],
+        "parameter_with_2_sub_params_cat_dim_0": [r"\d+.mlp.dense_h_to_4h.weight"] if gated else [],
+    }
+
+
+def trained_pipeline(run: Run, save: str, info: Mapping[str, Any]) -> list[float]:
+    """On each rank: train, save with what Megatron-DeepSpeed records, and train on; the losses of the further steps."""
+    engine = build_engine(run)
+    for step in range(1, STEP + 1):
+        train_step(engine, run, step)
+    engine.save_checkpoint(save, client_state={"universal_checkpoint_info": dict(info)})
+    losses = [train_step(engine, run, step) for step in range(STEP + 1, LAST_STEP + 1)]
+    engine.destroy()
+    return losses
+
+
+@pytest.mark.covers(
+    "megatron_deepspeed_gpt",
+    "megatron_deepspeed_llama",
+    "megatron_deepspeed_bloom",
+    shows="TP2·PP2 saved without the plugin, as a plain model, as a pipeline again, state and losses",
+)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pipelines_of_megatron_deepspeed(name: str, ranks: Ranks, tmp_path: Path) -> None:
+    flavour, size = PIPELINES[name]
+    plain = {key: value for key, value in size.items() if key != "reordering"}
+    unclipped = {"gradient_clipping": 0.0}
+    model: Any = f"megatron-deepspeed-{flavour}"
+    source = Run(model, size, tp=2, pp=2, universal=None, config=unclipped)
+    info = pipeline_info(VOCABULARY, tied=flavour != "llama", gated=flavour == "llama")
+    losses = ranks(4).run(trained_pipeline, source, str(tmp_path / "0"), info)[0]
+    assert open_checkpoint(tmp_path / "0").vocabulary_size == VOCABULARY
+    targets = [
+        (2, replace(source, size=plain, tp=1, pp=None, zero={"stage": 3}, universal=ALWAYS)),
+        (4, replace(source, size=plain, tp=1, pp=2, universal=ALWAYS)),
+        (2, replace(source, tp=1, pp=1, universal=ALWAYS)),
+    ]
+    for number, (world, target) in enumerate(targets, start=1):
+        load, save = str(tmp_path / str(number - 1)), str(tmp_path / str(number))
+        tag = f"global_step{STEP}"
+        outcome = ranks(world).run(train, target, LAST_STEP, load=load, save=save, save_tag=tag, save_first=True)[0]
+        assert differences(tmp_path / "0" / f"global_step{STEP}", tmp_path / str(number) / f"global_step{STEP}") == []
+        gaps = [abs(outcome.losses[STEP + 1 + at] - loss) for at, loss in enumerate(losses)]
+        assert max(gaps) <= ROUNDING, gaps
 
 
 def test_a_record_that_contradicts_the_model_is_refused(ranks: Ranks, tmp_path: Path) -> None:

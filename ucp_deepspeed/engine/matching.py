@@ -35,13 +35,17 @@ def policies_of(config: UniversalCheckpointConfig, restore: bool, strict: bool) 
 def match_names(checkpoint: Checkpoint, model: EngineModel) -> Names:
     """Translate the names of both sides by the same specs.
 
+    What the checkpoint records tells the model's names only where no spec does: a layer may have another number there.
+
     Raises:
         SpecError: a spec gives a parameter two names, or two parameters one.
     """
     specs = naming_specs(model.spec, parameter_names(checkpoint), model.named("trainable", "frozen"))
     recorded = checkpoint.logical_names
     source = logical_names(list(checkpoint.parameters), specs, recorded)
-    target = logical_names(list(model.tensors), specs, recorded)
+    target = logical_names(list(model.tensors), specs)
+    if all(name == logical for name, logical in target.items()):
+        target = logical_names(list(model.tensors), specs, recorded)
     return Names(source | _tied_otherwise(checkpoint, model, source, target), target)
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ucp_deepspeed.language.spec import Spec
 
 _PLACEHOLDER = re.compile(r"(\{[^{}]*\}|\*\*)")
+_FIRST_NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 _NUMBER = re.compile(r"\{\s*([a-z_]\w*)\s*\}")
 _SUM = re.compile(r"\{\s*([a-z_]\w*)\s*(?:([+-])\s*(\d+)\s*)?\}")
 
@@ -147,13 +148,21 @@ def best_scheme(names: Sequence[str], spec: Spec) -> tuple[str | None, dict[str,
     """The scheme under which most names match a rule, and the logical names under it.
 
     Returns:
-        None and the names themselves where no scheme does better. One under which names collide isn't meant for them.
+        None and the names themselves where no scheme does better. One under which names collide isn't meant for them; of two
+        that count layers from different numbers, that is which begins at 0.
     """
     found: list[tuple[str | None, dict[str, str]]] = [(None, {name: name for name in names})]
     for title, scheme in spec.names.items():
         with suppress(SpecError):
             found.append((title, translate(names, scheme)))
-    return max(found, key=lambda named: (spec.coverage(named[1].values()), _renamed(named[1])))
+    return max(
+        found, key=lambda named: (spec.coverage(named[1].values()), _renamed(named[1]), -_first_number(named[1]))
+    )
+
+
+def _first_number(names: Mapping[str, str]) -> int:
+    """Layers count from 0: of two schemes that differ in the number of the first, that is meant which begins there."""
+    return min((int(number) for name in names.values() for number in _FIRST_NUMBER.findall(name)), default=0)
 
 
 def _renamed(names: Mapping[str, str]) -> int:

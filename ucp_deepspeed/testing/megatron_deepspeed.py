@@ -30,19 +30,19 @@ class MegatronDeepSpeedModel(nn.Module):
     def __init__(self, core: GPTModel, embedding_norm: bool) -> None:
         super().__init__()
         self._core = [core]  # in a list, so that its own names aren't registered
-        _register(self, "language_model.embedding.word_embeddings", core.embedding.word_embeddings)
+        register(self, "language_model.embedding.word_embeddings", core.embedding.word_embeddings)
         if hasattr(core.embedding, "position_embeddings"):
-            _register(self, "language_model.embedding.position_embeddings", core.embedding.position_embeddings)
+            register(self, "language_model.embedding.position_embeddings", core.embedding.position_embeddings)
         if embedding_norm:
             norm = nn.LayerNorm(core.config.hidden_size, dtype=core.embedding.word_embeddings.weight.dtype)
             core.embedding.word_embeddings.norm = norm
             core.embedding.word_embeddings.register_forward_hook(lambda module, inputs, output: module.norm(output))
         for number, layer in enumerate(core.decoder.layers):
             for theirs, ours in LAYER.items():
-                _register(self, f"language_model.encoder.layers.{number}.{ours}", layer.get_submodule(theirs))
-        _register(self, "language_model.encoder.final_layernorm", core.decoder.final_layernorm)
+                register(self, f"language_model.encoder.layers.{number}.{ours}", layer.get_submodule(theirs))
+        register(self, "language_model.encoder.final_layernorm", core.decoder.final_layernorm)
         if not core.share_embeddings_and_output_weights:
-            _register(self, "language_model.output_layer", core.output_layer)
+            register(self, "language_model.output_layer", core.output_layer)
 
     def forward(self, *inputs: torch.Tensor, **named: Any) -> torch.Tensor:
         """As the model of Megatron-Core."""
@@ -50,7 +50,8 @@ class MegatronDeepSpeedModel(nn.Module):
         return output
 
 
-def _register(root: nn.Module, name: str, module: nn.Module) -> None:
+def register(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Make a module known to another under a dotted name."""
     *path, last = name.split(".")
     for part in path:
         if not hasattr(root, part):

@@ -58,11 +58,11 @@ def tied_logits(embeddings: WordEmbeddings, hidden: torch.Tensor) -> torch.Tenso
 
 
 class Positions(nn.Module):
-    """Adds learned positions; with rotary ones there is nothing to add."""
+    """Adds learned positions; with rotary ones, or none, there is nothing to add."""
 
     def __init__(self, size: MegatronGptSize, config: TransformerConfig, seed: int) -> None:
         super().__init__()
-        if not size.llama:
+        if not size.llama and size.positions:
             self.position_embeddings = nn.Embedding(size.sequence, config.hidden_size)
         initialise(self, size, seed, "embedding.")
         self.to(config.params_dtype)

@@ -46,7 +46,8 @@ class Run:
     Attributes:
         model: ``llama`` or ``gpt`` (Megatron-Core), flavours under the names of Megatron-DeepSpeed, ``mlp`` (plain torch, no
             tensor parallelism), ``moe`` (DeepSpeed's mixture of experts), or ``huggingface``, which AutoTP cuts.
-        size: changes to the model's shape; of ``huggingface`` with the ``family``.
+        size: changes to the model's shape; of ``huggingface`` with the ``family``; of a pipeline of Megatron-DeepSpeed with
+            ``reordering``, see `ucp_deepspeed.testing.megatron_deepspeed_pipeline`.
         tp: tensor-parallel size.
         pp: pipeline-parallel size; None for a plain engine, 1 for a pipeline engine with one stage.
         sp: size of DeepSpeed's Ulysses sequence parallelism: Megatron-Core models on plain engines, without tensor parallelism.
@@ -261,7 +262,16 @@ def _build_model(run: Run) -> tuple[torch.nn.Module, Any]:
     if run.model.endswith("bloom"):
         small["positions"] = False
     flavour = llama_flavour if run.model.endswith("llama") else gpt_flavour
-    size = flavour(**{**small, **run.size})
+    changes = dict(run.size)
+    reordering = changes.pop("reordering", False)
+    size = flavour(**{**small, **changes})
+    if run.pp is not None and run.model.startswith("megatron-deepspeed"):
+        from ucp_deepspeed.testing.megatron_deepspeed_pipeline import build_megatron_deepspeed_pipeline
+
+        kind = {"embedding_norm": run.model.endswith("bloom"), "reordering": reordering}
+        return build_megatron_deepspeed_pipeline(
+            size, run.pp, dtype, run.seed, partition_method=run.partition, **kind
+        ), None
     if run.pp is not None:
         from ucp_deepspeed.testing.megatron_pipeline import build_megatron_pipeline
 

@@ -100,15 +100,19 @@ def test_contradictions_are_listed(changes: dict[str, Any], shape: tuple[int, ..
     assert caught.value.problems[0].startswith(f"wide: {problem}")
 
 
-def test_names_of_a_pipeline() -> None:
+@pytest.mark.parametrize(("first", "scheme"), [(2, "pipeline"), (3, "pipeline_with_reordering")])
+def test_names_of_a_pipeline(first: int, scheme: str) -> None:
+    """The first transformer layer's number tells the version; its names alone would fit both schemes."""
     names = {
         "tied_modules.embed.word_embeddings.weight": "language_model.embedding.word_embeddings.weight",
         "tied_modules.embed.word_embeddings.norm.bias": "language_model.embedding.word_embeddings.norm.bias",
-        "3.self_attention.query_key_value.weight": "language_model.encoder.layers.0.self_attention.query_key_value.weight",
-        "4.mlp.dense_4h_to_h.bias": "language_model.encoder.layers.1.mlp.dense_4h_to_h.bias",
-        "6.bias": "language_model.encoder.final_layernorm.bias",
+        f"{first}.self_attention.query_key_value.weight": (
+            "language_model.encoder.layers.0.self_attention.query_key_value.weight"
+        ),
+        f"{first + 1}.mlp.dense_4h_to_h.bias": "language_model.encoder.layers.1.mlp.dense_4h_to_h.bias",
+        f"{first + 3}.bias": "language_model.encoder.final_layernorm.bias",
     }
-    assert best_scheme(list(names), load_spec("megatron_deepspeed_bloom")) == ("pipeline", names)
+    assert best_scheme(list(names), load_spec("megatron_deepspeed_bloom")) == (scheme, names)
     untied = {
         "1.word_embeddings.weight": "language_model.embedding.word_embeddings.weight",
         "5.weight": "language_model.encoder.final_layernorm.weight",
