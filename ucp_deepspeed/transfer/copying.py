@@ -1,4 +1,4 @@
-"""Reading files, through memory maps where they can be had, and copying strided blocks."""
+"""Reading files straight into place, or through memory maps, and copying strided blocks."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 from ucp_deepspeed.layout import Layout
+from ucp_deepspeed.layout.box import row_major_strides
 from ucp_deepspeed.plan import BlockCopy, Fragment, StridedView, Target, plan_tensor
 
 T = TypeVar("T")
@@ -54,18 +55,27 @@ class TransferCount:
 
 
 class FileReader:
-    """Blocks of files, through memory maps, or by positioned reads where the file system has no maps. Thread-safe.
+    """Blocks of files: read straight to where they belong, or through memory maps where they are strided or converted.
 
-    A file stays open until `close`.
+    Thread-safe. A file stays open until `close`.
 
     Args:
-        mapped: False to read by position everywhere.
+        mapped: False to do without maps, as where the file system has none: what a block spans is read into memory first.
     """
 
     def __init__(self, *, mapped: bool = True) -> None:
         self._mapped = mapped
         self._files: dict[str, _File] = {}
         self._lock = threading.Lock()
+
+    def read_into(self, view: StridedView[FileExtent], target: torch.Tensor) -> None:
+        """Read a run of elements into contiguous memory of the CPU, of the same dtype: one copy, and no faults of a map's pages.
+
+        Raises:
+            DamagedCheckpointError: the file is missing or ends before the extent does.
+        """
+        file, start = self._open(view, target.numel())
+        file.read_into(start, memoryview(target.detach().view(-1).view(torch.uint8).numpy()))
 
     def block(self, view: StridedView[FileExtent], shape: tuple[int, ...]) -> torch.Tensor:
         """A block inside an extent: still on disk until it is used, where the file is mapped and its elements are aligned.
@@ -75,38 +85,33 @@ class FileReader:
         Raises:
             DamagedCheckpointError: the file is missing or ends before the extent does.
         """
+        itemsize, span = ITEMSIZE[view.buffer.dtype], view.span(shape)
+        file, start = self._open(view, span)
+        raw = file.range(start, start + span * itemsize)
+        # torch reads aligned memory only; safetensors files of others' may hold elements anywhere.
+        aligned = raw if raw.data_ptr() % itemsize == 0 else raw.clone()
+        return aligned.view(NAMED_DTYPES[view.buffer.dtype]).as_strided(shape, view.strides)
+
+    def _open(self, view: StridedView[FileExtent], span: int) -> tuple[_File, int]:
+        """The file of a view, and the place of the view's first byte in it."""
         extent, itemsize = view.buffer, ITEMSIZE[view.buffer.dtype]
-        file = self._open(extent.path)
+        with self._lock:
+            if extent.path not in self._files:
+                if not Path(extent.path).is_file():
+                    raise DamagedCheckpointError(f"{extent.path} is missing")
+                self._files[extent.path] = _File(extent.path, self._mapped)
+            file = self._files[extent.path]
         stop = extent.file_offset + extent.numel * itemsize
         if stop > file.numbytes:
             raise DamagedCheckpointError(f"{extent.path} is truncated: expected {stop} bytes, found {file.numbytes}")
-        start = extent.file_offset + view.start * itemsize
-        raw = file.range(start, start + view.span(shape) * itemsize)
-        # torch reads aligned memory only; safetensors files of others' may hold elements anywhere.
-        aligned = raw if raw.data_ptr() % itemsize == 0 else raw.clone()
-        return aligned.view(NAMED_DTYPES[extent.dtype]).as_strided(shape, view.strides)
-
-    def read_ahead(self, copies: Iterable[BlockCopy[FileExtent, T]]) -> None:
-        """Ask the system to have at hand what copies will read; returns before it is."""
-        for copy in copies:
-            for view in copy.sources:
-                itemsize = ITEMSIZE[view.buffer.dtype]
-                start = view.buffer.file_offset + view.start * itemsize
-                self._open(view.buffer.path).read_ahead(start, view.span(copy.shape) * itemsize)
+        assert view.start + span <= extent.numel, (view, span)
+        return file, extent.file_offset + view.start * itemsize
 
     def close(self) -> None:
         """Close the files; a map goes with the last tensor that uses it."""
         for file in self._files.values():
             file.close()
         self._files.clear()
-
-    def _open(self, path: str) -> _File:
-        with self._lock:
-            if path not in self._files:
-                if not Path(path).is_file():
-                    raise DamagedCheckpointError(f"{path} is missing")
-                self._files[path] = _File(path, self._mapped)
-            return self._files[path]
 
 
 class _File:
@@ -127,19 +132,19 @@ class _File:
         if self._map is not None:
             return self._map[start:stop]
         raw = torch.empty(stop - start, dtype=torch.uint8)
-        rest = memoryview(raw.numpy())
-        while rest:
-            count = os.preadv(self._descriptor, [rest], stop - len(rest))
+        self.read_into(start, memoryview(raw.numpy()))
+        return raw
+
+    def read_into(self, start: int, target: memoryview) -> None:
+        """Fill memory with the bytes from a place on."""
+        stop = start + len(target)
+        while target:
+            count = os.preadv(self._descriptor, [target], stop - len(target))
             if count == 0:
                 raise DamagedCheckpointError(
                     f"{self.path} became shorter while it was read: {stop} bytes were expected"
                 )
-            rest = rest[count:]
-        return raw
-
-    def read_ahead(self, start: int, numbytes: int) -> None:
-        with suppress(OSError):  # it is a hint, which not all file systems take
-            os.posix_fadvise(self._descriptor, start, numbytes, os.POSIX_FADV_WILLNEED)
+            target = target[count:]
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -172,8 +177,22 @@ def run_copies(
 
 def _run(copy: BlockCopy[FileExtent, T], reader: FileReader, flat: torch.Tensor) -> None:
     target = _block(flat, copy.target, copy.shape)
+    if _is_plain(copy, target):
+        reader.read_into(copy.sources[0], target)
+        return
     blocks = [reader.block(view, copy.shape) for view in copy.sources]
     target.copy_(blocks[0] if len(blocks) == 1 and copy.factor == 1 else _combined(blocks, copy.factor))
+
+
+def _is_plain(copy: BlockCopy[FileExtent, T], target: torch.Tensor) -> bool:
+    """Whether consecutive bytes of a file become consecutive bytes of the CPU's memory."""
+    source = copy.sources[0]
+    dense = row_major_strides(copy.shape)
+    in_a_row = all(
+        count == 1 or stride == step for count, stride, step in zip(copy.shape, source.strides, dense, strict=True)
+    )
+    kept = len(copy.sources) == 1 and copy.factor == 1 and target.dtype == NAMED_DTYPES[source.buffer.dtype]
+    return kept and in_a_row and target.is_contiguous() and target.device.type == "cpu"
 
 
 class CopyPool:
