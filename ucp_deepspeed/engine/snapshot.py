@@ -1,0 +1,209 @@
+"""What a file of ``torch.save`` will hold, taken at once into host memory, and written later.
+
+`snapshot` goes over an object as ``torch.save`` does (``torch/serialization.py::_save``): everything but tensors is pickled on
+the spot, and each storage is copied once, into a buffer that the next save uses again. What is written later is, byte for byte,
+the file that ``torch.save`` would have written, so that tensors that share a storage still do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import mmap
+import os
+import pickle
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch.serialization import DEFAULT_PROTOCOL, _get_storage_alignment, location_tag, normalize_storage_type
+
+from ucp_deepspeed.transfer.commit import flush
+
+LEAST_MAPPED = 1 << 20
+"""Bytes from which a buffer is mapped with huge pages, which makes the first copy into it several times faster."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileSnapshot:
+    """One file that is still to be written.
+
+    Attributes:
+        name: its path in the tag folder.
+        records: of the zip file, in order: name → bytes, or a buffer of bytes on the host.
+    """
+
+    name: str
+    records: tuple[tuple[str, bytes | torch.Tensor], ...]
+
+    def write(self, folder: Path) -> None:
+        """Write the file and wait until it is on disk. The interpreter's lock is free while tensors are written.
+
+        Raises:
+            OSError: it can't be created, or the disk fails.
+            RuntimeError: torch's for a write that failed, such as on a full disk.
+        """
+        path = folder / self.name
+        path.touch()  # which tells why it can't be created; torch doesn't
+        opened = torch.serialization._open_zipfile_writer(str(path))
+        writer = opened.__enter__()
+        try:
+            for name, data in self.records:
+                if isinstance(data, bytes):
+                    writer.write_record(name, data, len(data))
+                else:
+                    writer.write_record(name, data.untyped_storage(), data.numel())
+            opened.__exit__()
+        except Exception:
+            _never_destroy(writer)
+            os.truncate(path, 0)  # it stays open: give back its space
+            raise
+        flush(path)
+
+
+def _never_destroy(writer: Any) -> None:
+    """Keep a failed writer for ever: its destructor would try to complete the file, fail again, and end the process
+    (``std::terminate``, torch 2.13)."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(writer))
+
+
+class HostBuffers:
+    """Buffers in host memory that one save after the other uses; pinned if there is an accelerator.
+
+    A buffer has exactly the size that is asked for: the sizes of a run's tensors don't change from save to save.
+
+    Attributes:
+        bytes_copied: into buffers since the last `reuse`.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_copied = 0
+        self._free: dict[int, list[torch.Tensor]] = {}
+        self._taken: list[torch.Tensor] = []
+        self._pinned = get_accelerator().device_name() != "cpu"
+
+    @property
+    def bytes_held(self) -> int:
+        """Of all buffers."""
+        return sum(buffer.numel() for buffer in (*self._taken, *(one for free in self._free.values() for one in free)))
+
+    def reuse(self) -> None:
+        """Let all buffers be taken anew; those that the last save didn't take are freed."""
+        self._free, taken, self._taken, self.bytes_copied = {}, self._taken, [], 0
+        for buffer in taken:
+            self._free.setdefault(buffer.numel(), []).append(buffer)
+
+    def take(self, size: int) -> torch.Tensor:
+        """A buffer of so many bytes, with anything in it."""
+        free = self._free.get(size)
+        buffer = free.pop() if free else self._new(size)
+        self._taken.append(buffer)
+        return buffer
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Begin to copy; `wait` ends it."""
+        target.copy_(source, non_blocking=self._pinned)
+        self.bytes_copied += source.numel() * source.element_size()
+
+    def wait(self) -> None:
+        """Until all copies are done."""
+        if self._pinned:
+            get_accelerator().synchronize()
+
+    def _new(self, size: int) -> torch.Tensor:
+        if self._pinned or size < LEAST_MAPPED:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned and size > 0)
+        memory = mmap.mmap(-1, size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def snapshot(state: Any, name: str, buffers: HostBuffers, apart: bool) -> FileSnapshot:
+    """Take a copy of everything that ``torch.save(state)`` would write; nothing that happens to ``state`` later is in it.
+
+    Args:
+        apart: give each tensor a storage of its own on the CPU, of its own size, as DeepSpeed's
+            ``checkpoint/utils.py::clone_tensors_for_torch_save`` does before it saves; here the copy is the only one.
+
+    Raises:
+        Exception: what pickling raises.
+    """
+    placed: dict[int, torch.Tensor] = {}
+    data = io.BytesIO()
+    pickler = _Pickler(data)
+    pickler.dump(_apart(state, buffers, placed) if apart else state)
+    records: list[tuple[str, bytes | torch.Tensor]] = [
+        ("data.pkl", data.getvalue()),
+        (".format_version", b"1"),
+        (".storage_alignment", str(_get_storage_alignment()).encode()),
+        ("byteorder", sys.byteorder.encode()),
+    ]
+    for key, storage in enumerate(pickler.storages):
+        buffer = placed.get(storage._cdata)
+        if buffer is None:
+            buffer = buffers.take(storage.nbytes())
+            buffers.copy(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage), buffer)
+        records.append((f"data/{key}", buffer))
+    buffers.wait()
+    return FileSnapshot(name, tuple(records))
+
+
+class _Pickler(pickle.Pickler):
+    """The pickler of ``torch/serialization.py::_save``, which leaves out the contents of storages.
+
+    Attributes:
+        storages: each once, in the order of their keys.
+    """
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=DEFAULT_PROTOCOL)
+        self.storages: list[torch.UntypedStorage] = []
+        self._keys: dict[int, str] = {}
+        self._dtypes: dict[int, torch.dtype] = {}
+
+    def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
+        if isinstance(obj, torch.storage.TypedStorage):
+            storage, dtype, size = obj._untyped_storage, obj.dtype, obj._size()
+            kind = getattr(torch, obj._pickle_storage_type())
+        elif torch.is_storage(obj):
+            storage, dtype, size = obj, torch.uint8, obj.nbytes()
+            kind = normalize_storage_type(type(obj))
+        else:
+            return None
+        address = storage.data_ptr() if storage.device.type != "meta" else 0
+        if address and self._dtypes.setdefault(address, dtype) != dtype:
+            raise RuntimeError("Cannot save multiple tensors or storages that view the same data as different types")
+        key = self._keys.get(storage._cdata)
+        if key is None:
+            key = self._keys[storage._cdata] = str(len(self.storages))
+            self.storages.append(storage)
+        return ("storage", kind, key, location_tag(storage), size)
+
+
+def _apart(item: Any, buffers: HostBuffers, placed: dict[int, torch.Tensor]) -> Any:
+    """The containers and tensors of ``clone_tensors_for_torch_save``."""
+    if torch.is_tensor(item):
+        return _placed(item.detach(), buffers, placed)
+    if isinstance(item, list):
+        return [_apart(value, buffers, placed) for value in item]
+    if isinstance(item, tuple):
+        return tuple(_apart(value, buffers, placed) for value in item)
+    if isinstance(item, dict):
+        return type(item)({key: _apart(value, buffers, placed) for key, value in item.items()})
+    return item
+
+
+def _placed(tensor: torch.Tensor, buffers: HostBuffers, placed: dict[int, torch.Tensor]) -> torch.Tensor:
+    """A clone on the CPU whose memory is a buffer; ``placed`` tells the buffer of its storage."""
+    if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.is_quantized:
+        return tensor.clone() if tensor.device.type == "cpu" else tensor.to("cpu")
+    like = torch.empty_like(tensor, device="meta")  # with the strides that a clone has
+    buffer = buffers.take(like.untyped_storage().nbytes())
+    clone = torch.empty(0, dtype=tensor.dtype).set_(buffer.untyped_storage(), 0, like.shape, like.stride())
+    buffers.copy(tensor, clone)
+    placed[clone.untyped_storage()._cdata] = buffer
+    return clone
