@@ -257,7 +257,7 @@ def count_copies(run: Run, folder: str) -> tuple[list[int], list[int], bool]:
         ucp_deepspeed.wait_for_save()
         buffers = getattr(engine, background.BUFFERS)
         copied.append((counted.bytes, buffers.bytes_copied))
-        held.append((buffers.bytes_held, {buffer.data_ptr() for buffer in buffers._taken}))
+        held.append((buffers.bytes_held, {buffer.data_ptr() for buffer in buffers.taken}))
     engine.destroy()
     return [total for total, _ in copied], [into for _, into in copied], held[0] == held[1]
 

@@ -76,23 +76,24 @@ class HostBuffers:
     A buffer has exactly the size that is asked for: the sizes of a run's tensors don't change from save to save.
 
     Attributes:
-        bytes_copied: into buffers since the last `reuse`.
+        taken: since the last `reuse`.
+        bytes_copied: into buffers since then.
     """
 
     def __init__(self) -> None:
         self.bytes_copied = 0
         self._free: dict[int, list[torch.Tensor]] = {}
-        self._taken: list[torch.Tensor] = []
+        self.taken: list[torch.Tensor] = []
         self._pinned = get_accelerator().device_name() != "cpu"
 
     @property
     def bytes_held(self) -> int:
         """Of all buffers."""
-        return sum(buffer.numel() for buffer in (*self._taken, *(one for free in self._free.values() for one in free)))
+        return sum(buffer.numel() for buffer in (*self.taken, *(one for free in self._free.values() for one in free)))
 
     def reuse(self) -> None:
         """Let all buffers be taken anew; those that the last save didn't take are freed."""
-        self._free, taken, self._taken, self.bytes_copied = {}, self._taken, [], 0
+        self._free, taken, self.taken, self.bytes_copied = {}, self.taken, [], 0
         for buffer in taken:
             self._free.setdefault(buffer.numel(), []).append(buffer)
 
@@ -100,7 +101,7 @@ class HostBuffers:
         """A buffer of so many bytes, with anything in it."""
         free = self._free.get(size)
         buffer = free.pop() if free else self._new(size)
-        self._taken.append(buffer)
+        self.taken.append(buffer)
         return buffer
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
