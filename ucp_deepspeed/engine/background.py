@@ -188,6 +188,7 @@ class Writing(threading.Thread):
             with self._failing():
                 self._await_ranks()
                 self.job.commit()
+                logger.info("saved %s", self.job.folder)
 
     def give_up(self) -> None:
         """Commit nothing, since a rank has failed; returns when the thread has ended."""

@@ -1,25 +1,25 @@
 """What a file of ``torch.save`` will hold, taken at once into host memory, and written later.
 
-`snapshot` goes over an object as ``torch.save`` does (``torch/serialization.py::_save``): everything but tensors is pickled on
-the spot, and each storage is copied once, into a buffer that the next save uses again. What is written later is, byte for byte,
+`snapshot` has ``torch.save`` go over an object (``torch/serialization.py::_save``): everything but tensors is pickled on the
+spot, and each storage is copied once, into a buffer that the next save uses again. What is written later is, byte for byte,
 the file that ``torch.save`` would have written, so that tensors that share a storage still do.
 """
 
 from __future__ import annotations
 
 import ctypes
-import io
 import mmap
 import os
 import pickle
-import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch.serialization import DEFAULT_PROTOCOL, _get_storage_alignment, location_tag, normalize_storage_type
+from torch.serialization import DEFAULT_PROTOCOL
 
 from ucp_deepspeed.transfer.commit import flush
 
@@ -118,12 +118,12 @@ class HostBuffers:
         if self._pinned or size < LEAST_MAPPED:
             return torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned and size > 0)
         memory = mmap.mmap(-1, size)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(AttributeError, OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def snapshot(state: Any, name: str, buffers: HostBuffers, apart: bool) -> FileSnapshot:
+def snapshot(state: Any, file_name: str, buffers: HostBuffers, apart: bool) -> FileSnapshot:
     """Take a copy of everything that ``torch.save(state)`` would write; nothing that happens to ``state`` later is in it.
 
     Args:
@@ -134,55 +134,60 @@ def snapshot(state: Any, name: str, buffers: HostBuffers, apart: bool) -> FileSn
         Exception: what pickling raises.
     """
     placed: dict[int, torch.Tensor] = {}
-    data = io.BytesIO()
-    pickler = _Pickler(data)
-    pickler.dump(_apart(state, buffers, placed) if apart else state)
-    records: list[tuple[str, bytes | torch.Tensor]] = [
-        ("data.pkl", data.getvalue()),
-        (".format_version", b"1"),
-        (".storage_alignment", str(_get_storage_alignment()).encode()),
-        ("byteorder", sys.byteorder.encode()),
-    ]
-    for key, storage in enumerate(pickler.storages):
-        buffer = placed.get(storage._cdata)
-        if buffer is None:
-            buffer = buffers.take(storage.nbytes())
-            buffers.copy(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage), buffer)
-        records.append((f"data/{key}", buffer))
+    found, storages = _records(_apart(state, buffers, placed) if apart else state)
+    records: list[tuple[str, bytes | torch.Tensor]] = []
+    for name, data in found:
+        if data is None:
+            storage = storages[name.removeprefix("data/")]
+            data = placed.get(storage._cdata)
+            if data is None:
+                data = buffers.take(storage.nbytes())
+                buffers.copy(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage), data)
+        records.append((name, data))
     buffers.wait()
-    return FileSnapshot(name, tuple(records))
+    return FileSnapshot(file_name, tuple(records))
 
 
-class _Pickler(pickle.Pickler):
-    """The pickler of ``torch/serialization.py::_save``, which leaves out the contents of storages.
+def _records(state: Any) -> tuple[list[tuple[str, bytes | None]], dict[str, torch.UntypedStorage]]:
+    """The records of the zip file, in order, with None for the contents of storages; and the storages by their keys.
 
-    Attributes:
-        storages: each once, in the order of their keys.
+    torch's own ``_save`` makes them, so that they are those of its version.
     """
+    zip_file = _Collector()
+    storages: dict[str, torch.UntypedStorage] = {}
 
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=DEFAULT_PROTOCOL)
-        self.storages: list[torch.UntypedStorage] = []
-        self._keys: dict[int, str] = {}
-        self._dtypes: dict[int, torch.dtype] = {}
+    class Pickler(pickle.Pickler):
+        """Base of the pickler in ``_save``; sees which key that gives to which storage."""
 
-    def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
-        if isinstance(obj, torch.storage.TypedStorage):
-            storage, dtype, size = obj._untyped_storage, obj.dtype, obj._size()
-            kind = getattr(torch, obj._pickle_storage_type())
-        elif torch.is_storage(obj):
-            storage, dtype, size = obj, torch.uint8, obj.nbytes()
-            kind = normalize_storage_type(type(obj))
-        else:
-            return None
-        address = storage.data_ptr() if storage.device.type != "meta" else 0
-        if address and self._dtypes.setdefault(address, dtype) != dtype:
-            raise RuntimeError("Cannot save multiple tensors or storages that view the same data as different types")
-        key = self._keys.get(storage._cdata)
-        if key is None:
-            key = self._keys[storage._cdata] = str(len(self.storages))
-            self.storages.append(storage)
-        return ("storage", kind, key, location_tag(storage), size)
+        def __init_subclass__(cls) -> None:
+            identify = cls.persistent_id
+
+            def persistent_id(self: Any, obj: Any) -> Any:
+                identity = identify(self, obj)
+                if identity is not None:
+                    storages[identity[2]] = getattr(obj, "_untyped_storage", obj)
+                return identity
+
+            cls.persistent_id = persistent_id  # type: ignore[method-assign]
+
+    with torch.serialization.skip_data():
+        torch.serialization._save(state, zip_file, SimpleNamespace(Pickler=Pickler), DEFAULT_PROTOCOL, False)
+    found = dict(storages)
+    storages.clear()  # the class, which only the garbage collector frees, would keep them
+    return zip_file.records, found
+
+
+class _Collector:
+    """In the place of torch's ``PyTorchFileWriter``."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[str, bytes | None]] = []
+
+    def write_record(self, name: str, data: str | bytes, size: int) -> None:
+        self.records.append((name, data.encode() if isinstance(data, str) else data))
+
+    def write_record_metadata(self, name: str, size: int) -> None:
+        self.records.append((name, None))
 
 
 def _apart(item: Any, buffers: HostBuffers, placed: dict[int, torch.Tensor]) -> Any:
