@@ -99,8 +99,8 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
 
     def save(self, state_dict: Any, path: str) -> None:
         """Copy what ``torch.save`` would write."""
-        name = str(Path(path).absolute().relative_to(self._folder))
         try:
+            name = str(Path(path).absolute().relative_to(self._folder))
             self.files.append(snapshot(state_dict, name, self._buffers, apart=self._is_cloned(name)))
         except Exception as error:
             self._error = self._error or error

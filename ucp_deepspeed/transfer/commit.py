@@ -72,7 +72,7 @@ def replace_folder(partial: Path, final: Path, is_part: Callable[[str], bool]) -
         _take_along(final, partial, is_part)
         replaced = _exchange(partial, final)
         _take_along(replaced, final, is_part)  # what somebody put there just now
-        shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)  # the new one is in place, whatever happens to this
     flush(final.parent)
 
 
