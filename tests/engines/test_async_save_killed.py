@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from checkpoints import differences
+from deepspeed import comm as dist
 from test_async_save import ASYNC, FILE_LIMIT, contents, save_and_wait, trained
 
 from ucp_deepspeed.checkpoint import open_checkpoint
@@ -94,6 +95,21 @@ def test_the_checkpoint_before_stays(moment: str, tag: str, before: Path, tmp_pa
     assert contents(folder / "old") == contents(before / "old")
     assert open_checkpoint(folder).run.global_steps == 3
     pool.close()
+
+
+def save_until_one_is_killed(folder: str, killed: int) -> None:
+    """Two ranks, one of which dies between its files."""
+    save_until("after 1 files" if dist.get_rank() == killed else "never", folder, "old")
+
+
+def test_one_rank_of_two_is_killed(tmp_path: Path) -> None:
+    pool = RankPool(2)
+    pool.run(save_and_wait, RUN, str(tmp_path), "old")
+    before = contents(tmp_path / "old")
+    with pytest.raises(RankError):
+        pool.run(save_until_one_is_killed, str(tmp_path), 0)
+    pool.close()
+    assert contents(tmp_path / "old") == before
 
 
 def test_a_tag_whose_folder_has_just_taken_its_place(before: Path, tmp_path: Path) -> None:
