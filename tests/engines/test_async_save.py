@@ -235,7 +235,7 @@ def test_what_cant_be_pickled_is_refused_at_once_on_all_ranks(ranks: Ranks, tmp_
 
 
 class Copied(TorchDispatchMode):
-    """Counts the bytes of all tensors that are copied."""
+    """Counts the bytes of all tensors that torch copies; of those that go into buffers none does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ class Copied(TorchDispatchMode):
 
 
 def count_copies(run: Run, folder: str) -> tuple[list[int], list[int], bool]:
-    """Of two saves: bytes copied by torch, bytes copied into buffers; and whether the buffers were the same."""
+    """Of two saves: bytes copied by torch, and into buffers beside that; and whether the buffers were the same."""
     engine, copied, held = trained(run, 1), [], []
     for tag in "ab":
         with Copied() as counted:

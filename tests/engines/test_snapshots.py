@@ -27,11 +27,12 @@ def everything() -> dict[str, Any]:
         "whole": flat,
         "expanded": torch.arange(3).expand(4, 3),
         "gaps": torch.arange(24).view(4, 6)[:, ::2],
+        "conjugate": torch.tensor([1 + 2j, 3j]).conj(),
         "parameter": torch.nn.Parameter(torch.randn(2, 3)),
         "dtypes": (torch.tensor(True), torch.tensor(1 + 2j), torch.zeros(2, dtype=torch.bfloat16)),
         "empty": torch.empty(0),
         "number": torch.tensor(3.5),
-        "large": torch.ones(module.LEAST_MAPPED // 4),
+        "large": torch.arange(module.LEAST_SHARED // 4 + 5),
         "ordered": ordered,
         "storage": torch.arange(4).untyped_storage(),
         "text": ["é", None, 1.5, {"x": (1, 2)}],
@@ -47,8 +48,9 @@ def files(folder: Path, taken: FileSnapshot, expected: Any) -> list[bytes]:
     return [(folder / name / taken.name).read_bytes() for name in ("ours", "torch")]
 
 
-@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "naïve.pt"])
-def test_as_torch_saves(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "threads"), [("mp_rank_00_model_states.pt", 3), ("naïve.pt", 1)])
+def test_as_torch_saves(name: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     state = everything()
     found, expected = files(tmp_path, snapshot(state, name, HostBuffers(), apart=False), state)
     assert found == expected
