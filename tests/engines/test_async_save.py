@@ -16,7 +16,7 @@ import pytest
 import torch
 from checkpoints import LAST_STEP, STEP
 from deepspeed import comm as dist
-from deepspeed.runtime.checkpoint_engine import FastCheckpointEngine
+from deepspeed.runtime.checkpoint_engine import FastCheckpointEngine, TorchCheckpointEngine
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ucp_deepspeed
@@ -232,6 +232,22 @@ def test_what_cant_be_pickled_is_refused_at_once_on_all_ranks(ranks: Ranks, tmp_
         assert "lambda" in message
     assert open_checkpoint(tmp_path).run.global_steps == 1
     assert not [path for path in tmp_path.rglob(".*")]
+
+
+def save_where_nothing_can_be(run: Run, folder: str) -> str:
+    """Into a folder whose name a file has."""
+    engine = trained(run, 0)
+    with pytest.raises(SaveError) as caught:
+        engine.save_checkpoint(f"{folder}/file/run")
+    assert type(engine.checkpoint_engine) is TorchCheckpointEngine
+    engine.destroy()
+    return str(caught.value)
+
+
+def test_a_folder_that_cant_be_made(ranks: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for message in ranks(2).run(save_where_nothing_can_be, Run("mlp", universal=ASYNC), str(tmp_path)):
+        assert "can't be saved, and 'latest' was not moved" in message
 
 
 class Copied(TorchDispatchMode):

@@ -106,14 +106,8 @@ def _save_in_background(
     with agreement():
         _refuse_universal(folder)
         manifest = _manifest(engine)
-        if rank == 0:
-            _make_partial(folder)
-    partials: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(partials, partial_folder(folder))
-    partial: Path = partials[0]
     try:
-        with agreement():
-            _await_folder(partial)
+        partial = _make_partial(folder)
         taken = SnapshotEngine(engine, folder)
         engine.checkpoint_engine, own = taken, engine.checkpoint_engine
         try:
@@ -125,7 +119,7 @@ def _save_in_background(
             texts = dict([random_state_file(engine)])
     except BaseException:
         if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(partial_folder(folder), ignore_errors=True)
         raise
     latest = Path(save_dir).absolute() / LATEST_NAME
 
@@ -147,13 +141,22 @@ def _refuse_universal(folder: Path) -> None:
         )
 
 
-def _make_partial(folder: Path) -> None:
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(folder)
-        partial_folder(folder).mkdir()
-    except OSError as error:
-        raise SaveError(f"{folder} can't be saved, and 'latest' was not moved: {error}") from error
+def _make_partial(folder: Path) -> Path:
+    """The hidden folder, made by rank 0 and seen by all. Collective."""
+    with agreement():
+        if dist.get_rank() == 0:
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                remove_abandoned(folder)
+                partial_folder(folder).mkdir()
+            except OSError as error:
+                raise SaveError(f"{folder} can't be saved, and 'latest' was not moved: {error}") from error
+    partials: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(partials, partial_folder(folder))  # it is named for rank 0's host and process
+    partial: Path = partials[0]
+    with agreement():
+        _await_folder(partial)
+    return partial
 
 
 def _await_folder(partial: Path) -> None:
