@@ -43,6 +43,9 @@ SIZES = {
 }
 """GPTs with a tied embedding, by their number of parameters."""
 
+MOST_COPIED = 500_000_000
+"""Parameters below which 24 GiB hold a second copy of the state, and the limit a third."""
+
 
 @dataclass(frozen=True, slots=True)
 class Way:
@@ -164,7 +167,21 @@ class Bench:
                 Way("DeepSpeed alone", source, lambda: _slowest(pool, on_rank.save, str(saved), False)),
             ],
         )
+        if self.parameters < MOST_COPIED:
+            self.stall(saved)
         _call(pool, on_rank.release)
+
+    def stall(self, saved: Path) -> None:
+        """For how long saving stops the training of the engine that is there."""
+        pool = self.pool(2)
+        self.compare(
+            "save stall",
+            [
+                Way("ours: asynchronous", saved, lambda: _slowest(pool, on_rank.save, str(saved), True, True)),
+                Way("DeepSpeed's native save", saved, lambda: _slowest(pool, on_rank.save, str(saved), False)),
+                Way("bare memory copy (the limit)", saved, lambda: _slowest(pool, on_rank.copy_state)),
+            ],
+        )
 
     def convert(self, source: Path) -> None:
         """To the universal form: whole commands, from start to end."""

@@ -5,13 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from ucp_deepspeed.errors import ConfigError
 from ucp_deepspeed.plan import SHARED_READ_NUMBYTES
 from ucp_deepspeed.transfer.copying import MEMORY_NUMBYTES
 
 CONFIG_KEY = "universal_checkpoint"
+
+
+class SaveConfig(BaseModel):
+    """The block ``save``.
+
+    Attributes:
+        asynchronous: ``async`` in the config: ``save_checkpoint`` copies the state into host memory and returns; the files are
+            written in the background.
+        timeout: seconds that rank 0 waits in the background for the files of the slowest rank, once its own are written. Only a
+            rank that died without its launcher noticing takes so long; half an hour is more than any file system needs.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+    asynchronous: bool = Field(default=False, alias="async")
+    timeout: PositiveFloat = 1800.0
 
 
 class UniversalCheckpointConfig(BaseModel):
@@ -33,6 +58,7 @@ class UniversalCheckpointConfig(BaseModel):
             a part by each, and exchanged, if it has at least so many bytes; below that each reads it all.
         read_memory_bytes: most memory of a rank for what is on its way from a file to where it belongs.
         random_state: ``restore`` each rank's random streams, or derive new ones on another topology; ``keep``: leave them alone.
+        save: how checkpoints are written; see `SaveConfig`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -48,6 +74,7 @@ class UniversalCheckpointConfig(BaseModel):
     random_state: Literal["restore", "keep"] = "restore"
     shared_read_bytes: NonNegativeInt = SHARED_READ_NUMBYTES
     read_memory_bytes: PositiveInt = MEMORY_NUMBYTES
+    save: SaveConfig = SaveConfig()
 
     @property
     def has_policies(self) -> bool:

@@ -103,10 +103,11 @@ def test_config_surface() -> None:
         "random_state": "keep",
         "shared_read_bytes": 0,
         "read_memory_bytes": 1 << 20,
+        "save": {"async": True, "timeout": 60.0},
     }
     assert set(UniversalCheckpointConfig.model_fields) == block.keys()
     assert parse_config({}).enabled is False
-    assert parse_config({"universal_checkpoint": block}).model_dump() == block
+    assert parse_config({"universal_checkpoint": block}).model_dump(by_alias=True) == block
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,8 @@ def test_config_surface() -> None:
         ({"vocabulary_size": 0}, "universal_checkpoint.vocabulary_size"),
         ({"load": "never", "on_extra": "drop"}, "universal_checkpoint: Value error, 'on_missing', 'on_extra', "),
         ({"on_missing": "ignore"}, "universal_checkpoint.on_missing: Input should be 'error' or 'init'"),
+        ({"save": {"async": "yes"}}, "universal_checkpoint.save.async: Input should be a valid boolean"),
+        ({"save": {"asynchronous_": True}}, "universal_checkpoint.save.asynchronous_: unknown key"),
         (True, "must be a block of settings"),
     ],
 )

@@ -11,6 +11,8 @@ from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError
 
 LATEST_NAME = "latest"
 
+UNFINISHED = "is what an interrupted conversion, or save in the background, left behind; convert again, or save again"
+
 
 def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
     """The tag folder that a path means.
@@ -27,7 +29,7 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
     if not root.is_dir():
         raise CheckpointNotFoundError(f"no checkpoint folder at {root}")
     if is_unfinished(root):
-        raise DamagedCheckpointError(f"{root} is what an interrupted conversion left behind; convert again")
+        raise DamagedCheckpointError(f"{root} {UNFINISHED}")
     if tag is None and _holds_checkpoint(root):
         return root
     if tag is None:
@@ -63,7 +65,7 @@ def open_checkpoint(path: str | Path, tag: str | None = None) -> Checkpoint:
     """
     folder = resolve_tag(path, tag)
     if is_unfinished(folder):
-        raise DamagedCheckpointError(f"{folder} is what an interrupted conversion left behind; convert again")
+        raise DamagedCheckpointError(f"{folder} {UNFINISHED}")
     native = next(folder.glob("*mp_rank_*_model_states.pt"), None)
     if (folder / INDEX_NAME).is_file():
         if native is not None:

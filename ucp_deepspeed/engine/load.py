@@ -24,6 +24,7 @@ from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.slots import Slot
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.config import UniversalCheckpointConfig
+from ucp_deepspeed.engine.background import wait_for_save
 from ucp_deepspeed.engine.custom_load import check_custom_load, local_state_dict, run_custom_load
 from ucp_deepspeed.engine.extra_states import plan_extra_states
 from ucp_deepspeed.engine.matching import match_model, match_names, policies_of
@@ -112,8 +113,10 @@ def load_checkpoint(
     """In place of ``engine.load_checkpoint``; same arguments, same result.
 
     Raises:
-        UniversalCheckpointError: one of its subclasses, on every rank, before anything of the engine has changed.
+        UniversalCheckpointError: one of its subclasses, on every rank, before anything of the engine has changed; SaveError if an
+            asynchronous save, for which this waits, failed.
     """
+    wait_for_save()
     config: UniversalCheckpointConfig = engine.universal_checkpoint_config
     options = LoadOptions(
         load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn

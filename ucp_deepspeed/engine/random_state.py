@@ -98,6 +98,13 @@ class Stream:
 
 def save_random_state(engine: Any, folder: Path) -> None:
     """Write this rank's file. Called on every rank between DeepSpeed's files and the manifest, without which it doesn't count."""
+    name, text = random_state_file(engine)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / name, text)
+
+
+def random_state_file(engine: Any) -> tuple[str, str]:
+    """Name and content of this rank's file."""
     place = _place(engine)
     state = RandomState(
         place=place,
@@ -105,8 +112,7 @@ def save_random_state(engine: Any, folder: Path) -> None:
         seed=torch.initial_seed(),
         streams={name: encode(stream.read(), name, {}) for name, stream in _live_streams(engine).items()},
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / RANDOM_STATE_NAME.format(rank=place.rank), json.dumps(state.model_dump()))
+    return RANDOM_STATE_NAME.format(rank=place.rank), json.dumps(state.model_dump())
 
 
 def read_random_state(folder: Path) -> RandomState | None:

@@ -2,11 +2,17 @@
 
 Order of events: the old manifest goes, DeepSpeed writes its files, all ranks meet, rank 0 writes the manifest, then ``latest``
 moves. So ``latest`` never names a checkpoint that some rank is still writing, and a manifest never describes other files.
+
+With ``"save": {"async": true}`` DeepSpeed's files go into host memory instead, and from there, in the background, into a hidden
+folder (`background`). The manifest is added to it, it takes the place of the tag's folder in one step, then ``latest`` moves. So
+a checkpoint that was there before stays whole until then, also one of the same tag.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,17 +25,21 @@ from ucp_deepspeed.checkpoint.opening import LATEST_NAME, open_checkpoint
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.checkpoint.view import layouts_of
+from ucp_deepspeed.engine.background import ENDED_NAME, Job, SnapshotEngine, begin, wait_for_save
 from ucp_deepspeed.engine.model import EngineModel, agreement, can_be_trained, describe_model, gather_model_parallel
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.pipeline import check_tied_copies, layer_keys
-from ucp_deepspeed.engine.random_state import save_random_state
+from ucp_deepspeed.engine.random_state import random_state_file, save_random_state
 from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError, UnsupportedError
 from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Unique
-from ucp_deepspeed.transfer.commit import write_atomically
+from ucp_deepspeed.transfer.commit import flush, partial_folder, remove_abandoned, replace_folder, write_atomically
 
 logger = logging.getLogger("ucp_deepspeed")
+
+SEEN_SECONDS = 10.0
+"""How long a folder that one node makes may take to be seen on another, on a shared file system that caches."""
 
 
 def save_checkpoint(
@@ -46,19 +56,19 @@ def save_checkpoint(
     Raises:
         SpecError, MismatchError: the layouts that the config names don't fit the model; nothing is written.
         SaveError: the tag is a universal checkpoint, and nothing is written; or DeepSpeed's files are written and the manifest
-            couldn't be: then ``latest`` names the checkpoint that it named before.
+            couldn't be: then ``latest`` names the checkpoint that it named before; or the last asynchronous save failed.
     """
+    wait_for_save()
     rest = {"client_state": client_state or {}, "exclude_frozen_parameters": exclude_frozen_parameters}
     if not save_dir or engine.checkpoint_engine.is_decoupled():
         logger.warning("checkpoint engine commits later: no manifest is written")
         return native(save_dir, tag=tag, save_latest=save_latest, **rest)
     tag = str(tag) if tag is not None else f"global_step{engine.global_steps}"
     folder = Path(save_dir) / tag
+    if engine.universal_checkpoint_config.save.asynchronous:
+        return _save_in_background(native, engine, save_dir, tag, save_latest, rest)
     with agreement():
-        if (folder / INDEX_NAME).is_file():
-            raise SaveError(
-                f"{folder} holds a universal checkpoint, which DeepSpeed's files would hide; save under another tag"
-            )
+        _refuse_universal(folder)
         manifest = _manifest(engine)
         if dist.get_rank() == 0:
             (folder / MANIFEST_NAME).unlink(missing_ok=True)
@@ -82,6 +92,101 @@ def save_checkpoint(
                 ) from error
             _warn_if_unreadable(folder)
     return saved
+
+
+def _save_in_background(
+    native: Callable[..., bool], engine: Any, save_dir: str, tag: str, save_latest: bool, rest: Mapping[str, Any]
+) -> bool:
+    """Copy into host memory what DeepSpeed would write, and begin to write it. Collective.
+
+    Raises:
+        SaveError: the tag is a universal checkpoint, or the folder can't be written by rank 0 or isn't seen by all ranks.
+    """
+    folder, rank = Path(save_dir).absolute() / tag, dist.get_rank()
+    with agreement():
+        _refuse_universal(folder)
+        manifest = _manifest(engine)
+    try:
+        partial = _make_partial(folder)
+        taken = SnapshotEngine(engine, folder)
+        engine.checkpoint_engine, own = taken, engine.checkpoint_engine
+        try:
+            saved = native(save_dir, tag=tag, save_latest=False, **rest)
+        finally:
+            engine.checkpoint_engine = own
+        with agreement():
+            taken.check()
+            texts = dict([random_state_file(engine)])
+    except BaseException:
+        if rank == 0:
+            shutil.rmtree(partial_folder(folder), ignore_errors=True)
+        raise
+    latest = Path(save_dir).absolute() / LATEST_NAME
+
+    def commit() -> None:
+        _commit_partial(manifest, partial, folder)
+        if save_latest:
+            write_atomically(latest, tag)
+        _warn_if_unreadable(folder)
+
+    timeout = engine.universal_checkpoint_config.save.timeout
+    begin(Job(partial, folder, tuple(taken.files), texts, commit, rank, dist.get_world_size(), timeout))
+    return saved
+
+
+def _refuse_universal(folder: Path) -> None:
+    if (folder / INDEX_NAME).is_file():
+        raise SaveError(
+            f"{folder} holds a universal checkpoint, which DeepSpeed's files would hide; save under another tag"
+        )
+
+
+def _make_partial(folder: Path) -> Path:
+    """The hidden folder, made by rank 0 and seen by all. Collective."""
+    with agreement():
+        if dist.get_rank() == 0:
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                remove_abandoned(folder)
+                partial_folder(folder).mkdir()
+            except OSError as error:
+                raise SaveError(f"{folder} can't be saved, and 'latest' was not moved: {error}") from error
+    partials: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(partials, partial_folder(folder))  # it is named for rank 0's host and process
+    partial: Path = partials[0]
+    with agreement():
+        _await_folder(partial)
+    return partial
+
+
+def _await_folder(partial: Path) -> None:
+    """Until this rank sees what rank 0 has made.
+
+    Raises:
+        SaveError: it doesn't.
+    """
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not partial.is_dir():
+        if time.monotonic() > deadline:
+            raise SaveError(
+                f"{partial.parent} isn't the same folder on all ranks: rank {dist.get_rank()} doesn't see what rank 0 made; "
+                f"save on a shared file system, or set \"async\": false in 'universal_checkpoint.save'"
+            )
+        time.sleep(0.05)
+
+
+def _commit_partial(manifest: Manifest, partial: Path, folder: Path) -> None:
+    """Make a hidden folder, in which all ranks' files are on disk, the checkpoint. On rank 0, in the background."""
+    for ended in partial.glob(ENDED_NAME.format(rank=0).replace("00000", "*")):
+        ended.unlink()
+    _commit(manifest, partial)
+    flush(partial)
+    replace_folder(partial, folder, _is_part)
+
+
+def _is_part(name: str) -> bool:
+    """Whether a file of a tag's folder is DeepSpeed's or this package's."""
+    return name.endswith("_states.pt") or name.startswith(("ucp_", "."))
 
 
 def check_model(engine: Any) -> None:

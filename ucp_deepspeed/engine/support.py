@@ -10,6 +10,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from packaging.version import Version
 
+from ucp_deepspeed.engine.background import check_background
 from ucp_deepspeed.engine.model import agreement, only_evaluates
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer
@@ -43,10 +44,13 @@ def check_engine(engine: Any) -> None:
     Raises:
         UnsupportedError: the version, the kind of mixture-of-experts layers, the optimizer's class, or where its settings keep
             its tensors.
+        ConfigError: DeepSpeed's settings that asynchronous saving can't go with.
         SpecError, MismatchError: the layouts that the config names don't fit the model.
     """
     check_version()
     with agreement():
+        if engine.universal_checkpoint_config.save.asynchronous:
+            check_background(engine)
         if engine.has_moe_layers:
             _check_experts(engine)
         if not only_evaluates(engine):

@@ -223,9 +223,10 @@ def naming_specs(spec: Spec | None, *sides: Sequence[str]) -> list[Spec]:
     """
     if spec is not None:
         return [spec]
-    return next((fitting for names in sides if (fitting := _fitting(names))), [])
+    return next((list(fitting) for names in sides if (fitting := _fitting(tuple(names)))), [])
 
 
-def _fitting(names: Sequence[str]) -> list[Spec]:
+@lru_cache(maxsize=8)  # each save asks for the same names, and training waits
+def _fitting(names: tuple[str, ...]) -> tuple[Spec, ...]:
     """Families of which each of these parameters, under its logical name, matches exactly one rule."""
-    return [spec for spec in _families().values() if spec.coverage(logical_names(names, [spec]).values()) == 1.0]
+    return tuple(spec for spec in _families().values() if spec.coverage(logical_names(names, [spec]).values()) == 1.0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import shutil
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -30,7 +32,7 @@ def committed_folder(final: Path) -> Iterator[Path]:
         raise ConfigError(f"{final} exists already; nothing was written")
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(final)
-    partial = final.parent / f".{final.name}{PARTIAL_MARK}{socket.gethostname()}-{os.getpid()}"
+    partial = partial_folder(final)
     with _terminated_as_exception():
         try:
             partial.mkdir()
@@ -43,6 +45,69 @@ def committed_folder(final: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     flush(final.parent)
+
+
+def partial_folder(final: Path) -> Path:
+    """Where this process writes what is to become ``final``: hidden, beside it, and refused by readers."""
+    return final.parent / f".{final.name}{PARTIAL_MARK}{socket.gethostname()}-{os.getpid()}"
+
+
+def replace_folder(partial: Path, final: Path, is_part: Callable[[str], bool]) -> None:
+    """Put a finished folder in the place of another, or of none, in one step: a reader finds the old one or the new one, whole.
+
+    What else lies in the old folder (other than its parts and what the new one has too) is taken along. A file system that can't
+    exchange two folders (NFS can't) gets two renames; killed between them, it has the old one as ``.<name>.partial-…-replaced``.
+
+    Args:
+        is_part: whether a file of this name was a part of the old content, and goes with it.
+
+    Raises:
+        OSError: a rename failed.
+    """
+    try:
+        partial.rename(final)  # works if there is none, or an empty one
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        _take_along(final, partial, is_part)
+        replaced = _exchange(partial, final)
+        _take_along(replaced, final, is_part)  # what somebody put there just now
+        shutil.rmtree(replaced, ignore_errors=True)  # the new one is in place, whatever happens to this
+    flush(final.parent)
+
+
+def _take_along(source: Path, target: Path, is_part: Callable[[str], bool]) -> None:
+    """Link or copy entries, at the top, that ``target`` doesn't have."""
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if is_part(name) or (target / name).exists()] if Path(folder) == source else []
+
+    def link(old: str, new: str) -> None:
+        try:
+            os.link(old, new)  # so that whoever has it open goes on writing the same file
+        except OSError:
+            shutil.copy2(old, new)
+
+    shutil.copytree(source, target, ignore=left_out, copy_function=link, dirs_exist_ok=True)
+
+
+def _exchange(partial: Path, final: Path) -> Path:
+    """Let two folders change names; returns where the old one is now."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # not Linux
+        call = None
+    if call is not None:
+        if call(here, os.fsencode(partial), here, os.fsencode(final), ctypes.c_uint(exchange)) == 0:
+            return partial
+        number = ctypes.get_errno()
+        if number not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+            raise OSError(number, os.strerror(number), str(final))
+    replaced = partial.with_name(f"{partial.name}-replaced")
+    final.rename(replaced)
+    partial.rename(final)
+    return replaced
 
 
 def remove_abandoned(final: Path) -> None:

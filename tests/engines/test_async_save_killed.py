@@ -1,0 +1,177 @@
+"""A process killed at any moment of an asynchronous save, and processes that end before it is through."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import differences
+from deepspeed import comm as dist
+from test_async_save import ASYNC, FILE_LIMIT, contents, save_and_wait, trained
+
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.engine import save
+from ucp_deepspeed.engine.snapshot import FileSnapshot
+from ucp_deepspeed.testing.ranks import RankError, RankPool, free_port
+from ucp_deepspeed.testing.runs import Run, train
+from ucp_deepspeed.transfer import commit
+
+Ranks = Callable[[int], RankPool]
+
+RUN = Run("mlp", zero={"stage": 1}, universal=ASYNC)
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint that there is before: tag ``old``, at another step than what is saved then."""
+    folder = tmp_path_factory.mktemp("before")
+    pool = RankPool(1)
+    pool.run(save_and_wait, RUN, str(folder), "old")
+    pool.close()
+    return folder
+
+
+def kill(*_: Any, **__: Any) -> None:
+    """As the kernel would."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_until(moment: str, folder: str, tag: str) -> None:
+    """Save, and be killed at that moment."""
+    written: list[str] = []
+    write, replace, move = FileSnapshot.write, save.replace_folder, save.write_atomically
+
+    def write_some(self: FileSnapshot, partial: Path) -> None:
+        if moment == f"after {len(written)} files":
+            kill()
+        write(self, partial)
+        written.append(self.name)
+        if moment == "within a file" and len(written) == 2:
+            os.truncate(partial / self.name, 100)
+            kill()
+
+    def replace_or_not(*arguments: Any) -> None:
+        if moment == "before the folder takes its place":
+            kill()
+        replace(*arguments)
+
+    def move_or_not(path: Path, text: str) -> None:
+        if path.name == "latest" and moment == "before latest moves":
+            kill()
+        move(path, text)
+
+    FileSnapshot.write = write_some  # type: ignore[method-assign]
+    save.replace_folder, save.write_atomically = replace_or_not, move_or_not
+    if moment == "before the old folder is removed":
+        commit.shutil.rmtree = kill  # type: ignore[assignment]
+    trained(RUN, 1).save_checkpoint(folder, tag=tag)
+    save.wait_for_save()
+
+
+@pytest.mark.parametrize(
+    ("moment", "tag"),
+    [
+        ("after 0 files", "new"),
+        ("after 1 files", "old"),
+        ("within a file", "new"),
+        ("before the folder takes its place", "old"),
+        ("before latest moves", "new"),
+    ],
+)
+def test_the_checkpoint_before_stays(moment: str, tag: str, before: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(before, folder)
+    pool = RankPool(1)
+    with pytest.raises(RankError, match="died"):
+        pool.run(save_until, moment, str(folder), tag)
+    assert (folder / "latest").read_text() == "old"
+    assert contents(folder / "old") == contents(before / "old")
+    assert open_checkpoint(folder).run.global_steps == 3
+    pool.close()
+
+
+def save_until_one_is_killed(folder: str, killed: int) -> None:
+    """Two ranks, one of which dies between its files."""
+    save_until("after 1 files" if dist.get_rank() == killed else "never", folder, "old")
+
+
+def test_one_rank_of_two_is_killed(tmp_path: Path) -> None:
+    pool = RankPool(2)
+    pool.run(save_and_wait, RUN, str(tmp_path), "old")
+    before = contents(tmp_path / "old")
+    with pytest.raises(RankError):
+        pool.run(save_until_one_is_killed, str(tmp_path), 0)
+    pool.close()
+    assert contents(tmp_path / "old") == before
+
+
+def test_a_tag_whose_folder_has_just_taken_its_place(before: Path, tmp_path: Path) -> None:
+    """Killed while the old one is being removed: the new one is there, whole. The next save of the tag tidies up."""
+    folder = tmp_path / "run"
+    shutil.copytree(before, folder)
+    pool = RankPool(1)
+    with pytest.raises(RankError, match="died"):
+        pool.run(save_until, "before the old folder is removed", str(folder), "old")
+    assert open_checkpoint(folder).run.global_steps == 1
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".old.partial-")]
+
+    outcome = pool.run(train, RUN, 3, load=str(folder))
+    assert sorted(outcome[0].losses) == [2, 3]
+    pool.run(save_and_wait, RUN, str(folder), "old")
+    pool.close()
+    assert differences(folder, before) == []
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+SCRIPT = """
+import os, resource, sys, time
+import ucp_deepspeed
+import deepspeed, torch
+from ucp_deepspeed.engine.snapshot import FileSnapshot
+from ucp_deepspeed.testing.ranks import _use_gloo_only
+
+folder, limit = sys.argv[1:]
+_use_gloo_only()
+model = torch.nn.Linear(200, 200)
+config = {
+    "train_batch_size": 1,
+    "optimizer": {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True}},
+    "universal_checkpoint": {"enabled": True, "save": {"async": True}},
+}
+engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+write = FileSnapshot.write
+def late(self, folder):
+    time.sleep(0.3)
+    write(self, folder)
+FileSnapshot.write = late
+engine.save_checkpoint(folder)
+assert not os.path.exists(folder + "/latest")
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+engine.destroy()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_process_that_ends_finishes_its_save_or_fails(tmp_path: Path) -> None:
+    """Its process group is gone by then."""
+    places = {"PYTHONPATH": os.pathsep.join(sys.path), "DS_ACCELERATOR": "cpu"}
+    started = {}
+    for name, limit in (("sound", 10**9), ("full", FILE_LIMIT)):
+        ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        environment = os.environ | places | {key: str(value) for key, value in ranks.items()}
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path / name), str(limit)]
+        started[name] = subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True)
+    ended = {name: (process.communicate(timeout=120)[1], process.returncode) for name, process in started.items()}
+
+    assert ended["sound"][1] == 0, ended["sound"][0]
+    assert open_checkpoint(tmp_path / "sound").run.global_steps == 0
+    assert ended["full"][1] == 1, ended["full"][0]
+    assert "ucp_deepspeed: the last asynchronous save failed: " in ended["full"][0]
+    assert not (tmp_path / "full" / "latest").exists()

@@ -1,0 +1,320 @@
+"""Asynchronous saving: DeepSpeed saves into host memory, and a thread of each rank writes from there.
+
+`SnapshotEngine` stands in for DeepSpeed's checkpoint engine while ``engine.save_checkpoint`` runs. What it is given goes into
+host buffers (`snapshot`). Then `begin` starts a thread, which writes this rank's files into a hidden folder beside the tag's.
+When the files of all ranks are on disk, rank 0's thread adds the manifest, puts the folder in the tag's place and moves
+``latest``.
+
+**How rank 0 learns that the others are done.** Each rank leaves a small file in the hidden folder when its own files are on
+disk, or couldn't be written; rank 0 looks for them. The ranks write to one file system anyway. A collective in the background
+could meet the training's own on the same group in another order on each rank, and a further group, or torch's store, may be gone
+before the files are written: scripts destroy their process group first and end then.
+
+**How the others learn of a failure.** By a collective in the foreground: `wait_for_save`, which the next save or load calls. At
+the end of the process there is no collective any more: each rank finishes its files, rank 0 waits for the others, and a rank
+whose own save failed ends with a status other than zero (`ucp_deepspeed.waiting`).
+
+**Why a thread.** Nearly all of its time is spent outside the interpreter's lock: checksums and writes of whole tensors, fsync.
+Another process would need the buffers in shared memory, which can't be pinned in general.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepspeed import comm as dist
+from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo, TorchCheckpointEngine
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+
+from ucp_deepspeed.engine.model import agreement
+from ucp_deepspeed.engine.snapshot import FileSnapshot, HostBuffers, snapshot
+from ucp_deepspeed.errors import ConfigError, SaveError
+from ucp_deepspeed.transfer.commit import flush, write_atomically
+
+logger = logging.getLogger("ucp_deepspeed")
+
+ENDED_NAME = ".ended_rank_{rank:05d}.json"
+"""What a rank leaves in the hidden folder: ``error`` is a text, or null if all of its files are on disk."""
+
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.01, 1.0
+"""Seconds between two looks for the other ranks' files."""
+
+BUFFERS = "universal_checkpoint_buffers"
+"""Attribute of an engine: its `HostBuffers`."""
+
+
+def check_background(engine: Any) -> None:
+    """Refuse settings that asynchronous saving can't go with.
+
+    Raises:
+        ConfigError: another of DeepSpeed's checkpoint engines, its old file format, or files on each node's own disk.
+    """
+    native = engine.checkpoint_engine
+    if type(native) is not TorchCheckpointEngine:
+        raise ConfigError(
+            f"'checkpoint.writer' or 'datastates_ckpt' (DeepSpeed's {type(native).__name__}) and \"async\" in "
+            f"'universal_checkpoint.save' are two ways to write in the background; remove one of them"
+        )
+    if not native.zipfile_serialization:
+        raise ConfigError(
+            "asynchronous saving writes torch's zip format, and 'checkpoint.checkpoint_serialization' turns it off"
+        )
+    if engine.use_node_local_storage():
+        raise ConfigError(
+            "asynchronous saving needs a folder that all ranks see, and 'checkpoint.use_node_local_storage' gives each node its "
+            "own; set \"async\": false in 'universal_checkpoint.save'"
+        )
+
+
+class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
+    """Stands in for DeepSpeed's ``TorchCheckpointEngine`` during one ``save_checkpoint``; `save` only copies.
+
+    An error is kept until DeepSpeed is through with its barriers (`check`), so that no rank waits there for one that failed.
+
+    Attributes:
+        files: what is to be written.
+    """
+
+    def __init__(self, engine: Any, folder: Path) -> None:
+        super().__init__()
+        self.name = "SnapshotEngine"
+        self.files: list[FileSnapshot] = []
+        self._native, self._folder = engine.checkpoint_engine, folder
+        self._experts, self._zero = engine.has_moe_layers, engine.zero_optimization()
+        self._error: Exception | None = None
+        self._buffers = vars(engine).setdefault(BUFFERS, HostBuffers())
+        self._buffers.reuse()
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        """Called first; nothing is to be done."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Copy what ``torch.save`` would write."""
+        try:
+            name = str(Path(path).absolute().relative_to(self._folder))
+            self.files.append(snapshot(state_dict, name, self._buffers, apart=self._is_cloned(name)))
+        except Exception as error:
+            self._error = self._error or error
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """As ever; a save loads nothing."""
+        return self._native.load(path, map_location)
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        """Called last; the files are committed in the background."""
+        return True
+
+    def is_data_parallel_writer(self, dp_rank: int) -> bool:
+        """Which ranks save what all ranks have."""
+        return bool(self._native.is_data_parallel_writer(dp_rank))
+
+    def preserves_storage_sharing(self) -> bool:
+        """No: DeepSpeed needn't clone tensors before it saves them, since copying them does as well."""
+        return False
+
+    def check(self) -> None:
+        """Raise what went wrong in `save`."""
+        if self._error is not None:
+            raise self._error
+
+    def _is_cloned(self, name: str) -> bool:
+        """Whether this is a file for which DeepSpeed clones tensors otherwise: layers of pipelines (``runtime/pipe/module.py``,
+        ``save_state_dict``), and with experts all but ZeRO's (``runtime/engine.py``, ``_save_moe_checkpoint``)."""
+        return name.startswith("layer_") or (self._experts and not (self._zero and name.endswith("optim_states.pt")))
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What one rank is to write.
+
+    Attributes:
+        partial: the hidden folder, which exists.
+        folder: that of the tag.
+        files: this rank's.
+        texts: further files of this rank, with their content.
+        commit: makes ``partial`` the checkpoint.
+        rank: this one; rank 0 commits.
+        world_size: of all that write.
+        timeout: seconds that rank 0 waits for the others.
+    """
+
+    partial: Path
+    folder: Path
+    files: Sequence[FileSnapshot]
+    texts: Mapping[str, str]
+    commit: Callable[[], None]
+    rank: int
+    world_size: int
+    timeout: float
+
+
+class Writing(threading.Thread):
+    """Does a job. Not a daemon: the interpreter waits for it before it ends.
+
+    Attributes:
+        written: set when this rank's own files are on disk or have failed.
+        own_error: what failed of this rank's files; to be read after ``written``.
+        error: the first that failed; to be read when the thread has ended.
+    """
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(name=f"save of {job.folder.name}", daemon=False)
+        self.job = job
+        self.written = threading.Event()
+        self.own_error: SaveError | None = None
+        self.error: SaveError | None = None
+        self._given_up = threading.Event()
+
+    def run(self) -> None:
+        """Write, and commit on rank 0."""
+        with self._failing():
+            self._write()
+        with self._failing():
+            write_atomically(
+                self.job.partial / ENDED_NAME.format(rank=self.job.rank), json.dumps({"error": self._text})
+            )
+        self.own_error = self.error
+        self.written.set()
+        if self.job.rank == 0:
+            with self._failing():
+                self._await_ranks()
+                self.job.commit()
+                logger.info("saved %s", self.job.folder)
+
+    def give_up(self) -> None:
+        """Commit nothing, since a rank has failed; returns when the thread has ended."""
+        self._given_up.set()
+        self.join()
+
+    def clear(self) -> None:
+        """Remove what a failed save has written. Only when no rank writes any more."""
+        if self.job.rank == 0:
+            shutil.rmtree(self.job.partial, ignore_errors=True)
+
+    @property
+    def _text(self) -> str | None:
+        return None if self.error is None else str(self.error)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Keep the first error, and log it at once: nobody may be left to raise it to."""
+        try:
+            yield
+        except Exception as error:
+            if self.error is None:
+                self.error = error if isinstance(error, SaveError) else _as_save_error(error, self.job)
+                logger.error("%s", self.error)
+
+    def _write(self) -> None:
+        for name, text in self.job.texts.items():
+            path = self.job.partial / name
+            path.write_text(text, encoding="utf-8")
+            flush(path)
+        for file in self.job.files:
+            file.write(self.job.partial)
+
+    def _await_ranks(self) -> None:
+        """Until all ranks have ended.
+
+        Raises:
+            SaveError: some have failed, or didn't end in time.
+        """
+        deadline, pause = time.monotonic() + self.job.timeout, SHORTEST_PAUSE
+        waiting = {rank: self.job.partial / ENDED_NAME.format(rank=rank) for rank in range(self.job.world_size)}
+        failed: dict[int, str] = {}
+        while waiting and not self._given_up.is_set():
+            for rank, path in [(rank, path) for rank, path in waiting.items() if path.is_file()]:
+                error = json.loads(path.read_text(encoding="utf-8"))["error"]
+                del waiting[rank]
+                if error is not None:
+                    failed[rank] = error
+            if waiting and time.monotonic() > deadline:
+                raise SaveError(
+                    f"ranks {sorted(waiting)} didn't write their files of {self.job.folder} within {self.job.timeout:g} s of "
+                    f"rank 0's, and 'latest' was not moved"
+                )
+            if waiting:
+                self._given_up.wait(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+        if failed and not waiting:
+            self.clear()
+        if failed or waiting:
+            raise SaveError("; ".join(f"rank {rank}: {text}" for rank, text in failed.items()) or "a rank has failed")
+
+
+def _as_save_error(error: Exception, job: Job) -> SaveError:
+    found = SaveError(
+        f"{job.folder} could not be saved, and 'latest' was not moved: {type(error).__name__}: {error}{_space(job.partial)}"
+    )
+    found.__cause__ = error
+    return found
+
+
+def _space(folder: Path) -> str:
+    """For a write that failed, of which torch doesn't tell the reason."""
+    try:
+        return f" ({shutil.disk_usage(folder).free / 1e6:.0f} MB are free there)"
+    except OSError:
+        return ""
+
+
+_writing: Writing | None = None
+"""The save that may not be finished, or has failed and nobody has been told. One for all engines of a process: every rank must
+find the same one, whatever engine it saves or loads with."""
+
+
+def begin(job: Job) -> None:
+    """Start to write."""
+    global _writing
+    assert _writing is None, "a save waits for the last one"
+    _writing = Writing(job)
+    _writing.start()
+
+
+def wait_for_save() -> None:
+    """Wait until the last asynchronous save is on disk and ``latest`` has moved. Collective, unless the process group is gone.
+
+    Raises:
+        SaveError: on all ranks, if it failed on one of them. It is told once.
+    """
+    global _writing
+    writing = _writing
+    if writing is None:
+        return
+    writing.written.wait()
+    _writing = None
+    try:
+        with _agreement():
+            if writing.own_error is not None:
+                raise writing.own_error
+        with _agreement():
+            writing.join()
+            if writing.error is not None:
+                raise writing.error
+    except BaseException:
+        writing.give_up()
+        writing.clear()
+        raise
+
+
+def failure() -> SaveError | None:
+    """Of a save that has ended, if nobody has been told."""
+    return _writing.error if _writing is not None and not _writing.is_alive() else None
+
+
+@contextmanager
+def _agreement() -> Iterator[None]:
+    if not dist.is_initialized():
+        yield
+        return
+    with agreement():
+        yield
