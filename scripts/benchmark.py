@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import benchmark_megatron
 import benchmark_ranks as on_rank
 import click
 import matplotlib
@@ -143,7 +144,7 @@ class Bench:
                     lambda: _slowest(pool, on_rank.load_natively, str(converted), True),
                 )
             )
-            ways.append(self._distributed(source, pool))
+            ways += self._distributed(source, pool)
         self.compare(operation, ways)
         _call(pool, on_rank.release)
 
@@ -203,22 +204,38 @@ class Bench:
         _command(_deepspeed_converter(source, target / TAG, 2), target, keep=True)
         return target
 
-    def _distributed(self, source: Path, pool: RankPool) -> Way:
-        """PyTorch's distributed checkpoint of the same whole state: cut as the source is, loaded cut over two ranks."""
+    def _distributed(self, source: Path, pool: RankPool) -> list[Way]:
+        """Other distributed checkpoints of the same whole state: cut as the source is, loaded cut over two ranks."""
         view = UniversalView.of(open_checkpoint(source))
-        trained = {
+        shapes = {
             name: view.logical_shape(name) for name, entry in view.parameters.items() if entry.kind == "trainable"
         }
         patterns, tp = view.patterns, view.checkpoint.topology.tp
-        cut = {name: pattern.dim if isinstance(pattern := patterns[name], Shard) else None for name in trained}
-        rows: dict[str, int | None] = dict.fromkeys(trained, 0)
-        folder = self.folder / f"{source.name}-distributed"
-        ranks = tp if tp > 1 else self.source_ranks
+        cut = {name: pattern.dim if isinstance(pattern := patterns[name], Shard) else None for name in shapes}
+        rows: dict[str, int | None] = dict.fromkeys(shapes, 0)
+        dims, ranks = (cut, tp) if tp > 1 else (rows, self.source_ranks)
+        torch_folder = self.folder / f"{source.name}-distributed"
         savers = RankPool(ranks)
-        _call(savers, on_rank.distribute, trained, cut if tp > 1 else rows, str(folder), False)
+        _call(savers, on_rank.distribute, shapes, dims, str(torch_folder), False)
         savers.close()
-        load = (trained, rows, str(folder), True)
-        return Way("PyTorch: dcp.load of the same state", folder, lambda: _slowest(pool, on_rank.distribute, *load))
+        megatron_folder = self.folder / f"{source.name}-megatron"
+        described = self.folder / f"{source.name}-megatron.json"
+        described.write_text(json.dumps({"shapes": shapes, "dims": dims}))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+        _command(
+            [*torchrun, ROOT / "scripts" / "benchmark_megatron.py", megatron_folder, described],
+            megatron_folder,
+            keep=True,
+        )
+        load = (shapes, rows, str(torch_folder), True)
+        return [
+            Way("PyTorch: dcp.load of the same state", torch_folder, lambda: _slowest(pool, on_rank.distribute, *load)),
+            Way(
+                "Megatron-Core: dist_checkpointing.load of the same state",
+                megatron_folder,
+                lambda: _slowest(pool, benchmark_megatron.load, shapes, str(megatron_folder)),
+            ),
+        ]
 
 
 def _call(pool: RankPool, function: Callable[..., object], *arguments: object) -> list:

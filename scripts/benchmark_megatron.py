@@ -1,4 +1,4 @@
-"""Megatron-Core's distributed checkpoint, for ``benchmark.py``: saved by ranks that torchrun starts, loaded by the benchmark's own.
+"""Megatron-Core's distributed checkpoint, for ``benchmark.py``: saved by ranks of torchrun, loaded by the benchmark's own.
 
 Its writer starts processes, which the benchmark's ranks, being children themselves, may not.
 """

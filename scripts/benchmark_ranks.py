@@ -85,7 +85,7 @@ def save(folder: str, hook: bool, background: bool = False) -> Measured:
     _engine.universal_checkpoint_config = UniversalCheckpointConfig(
         enabled=hook, save=SaveConfig(asynchronous=background)
     )
-    with _measured() as figures:
+    with measured() as figures:
         _engine.save_checkpoint(folder, tag=TAG, client_state={"universal_checkpoint_info": info})
     wait_for_save()
     return figures()
@@ -97,7 +97,7 @@ def copy_state() -> Measured:
 
     sources = [buffer.numpy() for buffer in getattr(_engine, BUFFERS).taken]
     targets = [np.full_like(source, 1) for source in sources]
-    with _measured() as figures:
+    with measured() as figures:
         for target, source in zip(targets, sources, strict=True):
             np.copyto(target, source)
     return figures()
@@ -106,7 +106,7 @@ def copy_state() -> Measured:
 def load_directly(folder: str) -> Measured:
     """The package's load, also where nothing has changed."""
     _engine.universal_checkpoint_config = UniversalCheckpointConfig(enabled=True, load="always")
-    with _measured() as figures:
+    with measured() as figures:
         path, _ = _engine.load_checkpoint(folder, tag=TAG)
     assert path is not None
     report = _engine.universal_checkpoint_report
@@ -118,7 +118,7 @@ def load_natively(folder: str, universal: bool = False) -> Measured:
     _engine.universal_checkpoint_config = UniversalCheckpointConfig()
     _engine._config.load_universal_checkpoint = universal
     try:
-        with _measured() as figures:
+        with measured() as figures:
             path, _ = _engine.load_checkpoint(folder, tag=TAG)
     finally:
         _engine._config.load_universal_checkpoint = False
@@ -134,7 +134,7 @@ def copy_mapped(paths: list[str]) -> Measured:
     world, rank = dist.get_world_size(), dist.get_rank()
     shares = [held.tensor_split(world)[rank] for held in maps]
     targets = [torch.zeros_like(share) for share in shares]
-    with _measured() as figures:
+    with measured() as figures:
         for target, share in zip(targets, shares, strict=True):
             target.copy_(share)
     return figures(sum(share.numel() for share in shares), len(paths))
@@ -160,7 +160,7 @@ def distribute(
         for name, shape in shapes.items()
         for kind in ("fp32", "exp_avg", "exp_avg_sq")
     }
-    with _measured() as figures:
+    with measured() as figures:
         if load:
             dcp.load(state, checkpoint_id=folder)
         else:
@@ -169,7 +169,7 @@ def distribute(
 
 
 @contextmanager
-def _measured() -> Iterator[Callable[..., Measured]]:
+def measured() -> Iterator[Callable[..., Measured]]:
     """From when all ranks are ready until this rank is done."""
     gc.collect()
     dist.barrier()
