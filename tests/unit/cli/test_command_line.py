@@ -11,7 +11,7 @@ import click
 import pytest
 from click.testing import Result
 
-from ucp_deepspeed.cli import main
+from ucp_deepspeed.cli import load_command, main
 
 Ucp = Callable[..., Result]
 
@@ -24,7 +24,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_are_what_is_documented(name: str) -> None:
-    options = {opt for param in main.commands[name].params if isinstance(param, click.Option) for opt in param.opts}
+    options = {opt for param in load_command(name).params if isinstance(param, click.Option) for opt in param.opts}
     assert options == OPTIONS[name]
 
 
