@@ -52,6 +52,10 @@ class SaveError(UniversalCheckpointError):
     """A checkpoint couldn't be completed."""
 
 
+class OtherRankError(UniversalCheckpointError):
+    """Another process of those that convert together failed; says which, and why."""
+
+
 class UnsupportedError(ListingError):
     """A sound checkpoint, engine or version that this release can't handle exactly."""
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
@@ -18,6 +19,7 @@ from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError
 from ucp_deepspeed.transfer import TransferCount
 from ucp_deepspeed.transfer.commit import write_atomically
 from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.ranks import Ranks, alone
 
 
 @command("convert")
@@ -31,7 +33,9 @@ from ucp_deepspeed.transfer.convert import convert
     "--drop-client-state", metavar="KEY", multiple=True, help="Leave this key of the client state out; repeatable."
 )
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
+@click.pass_obj
 def convert_command(
+    join: Callable[[], AbstractContextManager[Ranks]] | None,
     source: Path,
     destination: Path,
     tag: str | None,
@@ -47,23 +51,31 @@ def convert_command(
     DST/<tag> must not exist yet. It appears when it is complete; an interrupted conversion leaves nothing to load.
     """
     started = time.monotonic()
-    checkpoint = open_checkpoint(source, tag)
-    folder = destination / _name(checkpoint.path)
-    if folder.exists():
-        raise ConfigError(f"{folder} exists already; nothing was written")
-    view = view_of(checkpoint, spec, vocabulary_size)
-    count = _convert(view, folder, workers, drop_client_state, quiet)
-    later = _later_tag(destination, checkpoint.run.global_steps)
-    if later is None:
-        write_atomically(destination / LATEST_NAME, folder.name)
-    else:
-        click.echo(f"{destination / LATEST_NAME} still names {later}, which is of a later step", err=True)
-    if not quiet:
+    with (join or alone)() as ranks:
+        checkpoint = open_checkpoint(source, tag)
+        folder = destination / _name(checkpoint.path)
+        if folder.exists():
+            raise ConfigError(f"{folder} exists already; nothing was written")
+        view = view_of(checkpoint, spec, vocabulary_size)
+        count = _convert(view, folder, workers, drop_client_state, quiet or ranks.rank != 0, ranks)
+        if ranks.rank == 0:
+            _point_to(folder, checkpoint.run.global_steps)
+    if not quiet and ranks.rank == 0:
         sizes = [entry.stat().st_size for entry in folder.iterdir()]
         click.echo(
             f"{folder}: read {in_words(count.bytes_read)} from {len(count.files)} files, wrote {in_words(sum(sizes))} "
             f"to {len(sizes)} files in {time.monotonic() - started:.1f} s"
         )
+
+
+def _point_to(folder: Path, step: int) -> None:
+    """Have ``latest`` name a new tag folder, unless it names one of a later step."""
+    latest = folder.parent / LATEST_NAME
+    later = _later_tag(folder.parent, step)
+    if later is None:
+        write_atomically(latest, folder.name)
+    else:
+        click.echo(f"{latest} still names {later}, which is of a later step", err=True)
 
 
 def _later_tag(destination: Path, step: int) -> str | None:
@@ -81,12 +93,16 @@ def _name(folder: Path) -> str:
 
 
 def _convert(
-    view: UniversalView, folder: Path, workers: int, drop_client_state: tuple[str, ...], quiet: bool
+    view: UniversalView, folder: Path, workers: int, drop_client_state: tuple[str, ...], quiet: bool, ranks: Ranks
 ) -> TransferCount:
-    columns = BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()
     console = Console(file=sys.stderr)
-    # In a log the bar would be one line of no use; on a terminal it makes place for the summary, or for an error.
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+    if quiet or not console.is_terminal:  # in a log the bar would be one line of no use
+        return convert(view, folder, workers=workers, drop_client_state=drop_client_state, ranks=ranks)
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()
+    # On a terminal it makes place for the summary, or for an error.
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("convert", total=None)
         return convert(
             view,
@@ -94,4 +110,5 @@ def _convert(
             workers=workers,
             progress=lambda written, total: bar.update(task, completed=written, total=total),
             drop_client_state=drop_client_state,
+            ranks=ranks,
         )

@@ -11,13 +11,12 @@ import click
 
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.cli import HELP
 from ucp_deepspeed.errors import UniversalCheckpointError
 from ucp_deepspeed.language import Spec, load_spec
 
 FAILED = 2
 """Exit status when a command couldn't do its work; 1 is an answer: `diff` found differences, `plan` an impossible topology."""
-
-HELP = {"help_option_names": ["-h", "--help"]}
 
 
 class Command(click.Command):

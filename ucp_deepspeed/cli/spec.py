@@ -16,8 +16,9 @@ from rich.table import Table
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.view import held_shapes, layouts_of, parameter_names
+from ucp_deepspeed.cli import HELP
 from ucp_deepspeed.cli.inspect import PLAIN_WIDTH
-from ucp_deepspeed.cli.options import CHECKPOINT, HELP, command, tag_option, vocabulary_option
+from ucp_deepspeed.cli.options import CHECKPOINT, command, tag_option, vocabulary_option
 from ucp_deepspeed.errors import ConfigError, MismatchError, SpecError, UnsupportedError
 from ucp_deepspeed.language import (
     Detection,

@@ -33,7 +33,7 @@ def committed_folder(final: Path) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(final)
     partial = partial_folder(final)
-    with _terminated_as_exception():
+    with terminated_as_exception():
         try:
             partial.mkdir()
             yield partial
@@ -42,7 +42,8 @@ def committed_folder(final: Path) -> Iterator[Path]:
             flush(partial)
             partial.rename(final)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            with _undisturbed():
+                shutil.rmtree(partial, ignore_errors=True)
             raise
     flush(final.parent)
 
@@ -154,7 +155,7 @@ def _alive(pid: int) -> bool:
 
 
 @contextmanager
-def _terminated_as_exception() -> Iterator[None]:
+def terminated_as_exception() -> Iterator[None]:
     """Turn SIGTERM into SystemExit inside the block, so that cleaning up runs; only possible in the main thread."""
 
     def terminate(signum: int, frame: FrameType | None) -> None:
@@ -168,3 +169,17 @@ def _terminated_as_exception() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Cleaning up, which ends soon: a further SIGTERM, as launchers send when one rank has failed, or Ctrl-C is overheard."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -11,7 +11,7 @@ import click
 import pytest
 from click.testing import Result
 
-from ucp_deepspeed.cli import main
+from ucp_deepspeed.cli import COMMANDS, load_command
 
 Ucp = Callable[..., Result]
 
@@ -24,14 +24,40 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_are_what_is_documented(name: str) -> None:
-    options = {opt for param in main.commands[name].params if isinstance(param, click.Option) for opt in param.opts}
+    options = {opt for param in load_command(name).params if isinstance(param, click.Option) for opt in param.opts}
     assert options == OPTIONS[name]
 
 
 def test_importing_the_command_line_imports_no_engine(tmp_path: Path) -> None:
-    code = "import sys, ucp_deepspeed.cli; print({'deepspeed', 'megatron'} & {m.split('.')[0] for m in sys.modules})"
+    code = """
+import sys
+from ucp_deepspeed.cli import COMMANDS, load_command
+for name in COMMANDS:
+    load_command(name)
+print({'deepspeed', 'megatron'} & {m.split('.')[0] for m in sys.modules})
+"""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert run.stdout == "set()\n", run.stderr
+
+
+def test_a_conversion_imports_what_it_needs(saved: Path, tmp_path: Path) -> None:
+    """Imports are most of what a short command takes."""
+    code = """
+import sys
+from ucp_deepspeed.cli import main
+main(sys.argv[1:], standalone_mode=False)
+print([m for m in %s if m in sys.modules])
+"""
+    others = ["deepspeed", "megatron", "ucp_deepspeed.engine", "rich.progress", "transformers"]
+    others += [f"ucp_deepspeed.cli.{name}" for name in COMMANDS if name != "convert"]
+    command = [sys.executable, "-c", code % others, "convert", str(saved), str(tmp_path / "u"), "--quiet"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.stdout == "[]\n", run.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_there(name: str) -> None:
+    assert load_command(name).name == name
 
 
 def test_a_command_runs_without_an_engine(saved: Path, tmp_path: Path) -> None:

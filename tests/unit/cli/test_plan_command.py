@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import Result
 
-from ucp_deepspeed.cli import main
+from ucp_deepspeed.cli import load_command
 from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 Ucp = Callable[..., Result]
@@ -28,7 +28,7 @@ def cells(result: Result, place: int) -> list[str]:
 
 
 def test_options() -> None:
-    options = {opt for param in main.commands["plan"].params if isinstance(param, click.Option) for opt in param.opts}
+    options = {opt for param in load_command("plan").params if isinstance(param, click.Option) for opt in param.opts}
     topology = {"--tp", "--pp", "--dp", "--zero", "--ep"}
     changes = {"--model", "--on-missing", "--on-extra", "--optimizer-states"}
     assert options == {*topology, *changes, "--tag", "--spec", "--vocabulary-size", "--json"}

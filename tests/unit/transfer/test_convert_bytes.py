@@ -20,7 +20,6 @@ from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.universal import UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
-from ucp_deepspeed.transfer import convert as convert_module
 from ucp_deepspeed.transfer.convert import convert, lay_out
 
 
@@ -129,7 +128,7 @@ def test_each_byte_is_written_once(
         written.setdefault(name, []).append((offset, offset + count))
         return count
 
-    monkeypatch.setattr(convert_module.os, "pwrite", spy)
+    monkeypatch.setattr(os, "pwrite", spy)
     convert(
         UniversalView.of(open_checkpoint(engine_checkpoints["zero3"])),
         tmp_path / "u",

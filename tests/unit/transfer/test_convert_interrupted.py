@@ -21,7 +21,6 @@ from ucp_deepspeed.checkpoint.universal import PARTIAL_MARK
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import main
 from ucp_deepspeed.errors import ConfigError, DamagedCheckpointError
-from ucp_deepspeed.transfer import convert as convert_module
 from ucp_deepspeed.transfer.commit import committed_folder, write_atomically
 from ucp_deepspeed.transfer.convert import convert
 
@@ -116,7 +115,7 @@ def test_a_full_disk_leaves_nothing(
         return pwrite(*args)
 
     view = UniversalView.of(open_checkpoint(engine_checkpoints["zero1"]))
-    monkeypatch.setattr(convert_module.os, "pwrite", full)
+    monkeypatch.setattr(os, "pwrite", full)
     open_before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(OSError, match="No space left"):
         convert(view, tmp_path / "u", chunk_numbytes=1024, file_numbytes=9000)

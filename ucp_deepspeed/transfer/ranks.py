@@ -1,0 +1,213 @@
+"""Processes that convert together, on one machine or on several with a shared file system.
+
+No tensor goes from one to another: they divide the output by bytes and meet in its files. Through a store of a few small texts
+they tell one another what they see, when they have written their share, and that they failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from ucp_deepspeed.errors import ConfigError, OtherRankError, UniversalCheckpointError
+from ucp_deepspeed.transfer.commit import terminated_as_exception
+
+JOIN_SECONDS = 300.0
+"""How long the ranks may take to start; nodes of a queue don't start at once."""
+
+LEAVE_SECONDS = 10.0
+"""How long a rank that has failed, or rank 0 at the end, waits for the others to stop: the longest that one of them takes for a
+chunk, or for seeing that it shall stop."""
+
+LOOK_SECONDS = 0.02
+"""How often a waiting rank looks. It doesn't wait in the store itself, where no signal would be handled."""
+
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Set by ``torchrun``, and by others that start ranks."""
+
+
+class Ranks:
+    """The ranks of a conversion, as one of them sees them; this class is one process alone.
+
+    Attributes:
+        rank: this one's; rank 0 makes the folder and commits it.
+        count: how many there are.
+    """
+
+    rank = 0
+    count = 1
+
+    def gather(self, step: str, value: Any) -> Sequence[Any]:
+        """Collective: the value, of plain data, of each rank. Returns when all have come to this step.
+
+        Raises:
+            OtherRankError: a rank has failed.
+        """
+        return [value]
+
+    def broadcast(self, step: str, value: Any = None) -> Any:
+        """Rank 0's value, of plain data, on all ranks. Rank 0 goes on at once.
+
+        Raises:
+            OtherRankError: a rank has failed, on others than rank 0.
+        """
+        return value
+
+    def check(self) -> None:
+        """Called now and then while working.
+
+        Raises:
+            OtherRankError: a rank has failed.
+        """
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """A block of which an error ends all ranks'. On rank 0 the others have stopped, as a rule, when it is raised."""
+        yield
+
+
+class StoreRanks(Ranks):
+    """Ranks that share a store. All keys are of one conversion: a store serves for one."""
+
+    def __init__(self, store: dist.Store, rank: int, count: int) -> None:
+        self.rank, self.count = rank, count
+        self._store, self._waited = store, False
+
+    def gather(self, step: str, value: Any) -> Sequence[Any]:
+        """See `Ranks.gather`. Rank 0 collects, so that the others look for one key."""
+        values: list[Any] = []
+        with _reachable():
+            self._store.set(f"{step}/{self.rank}", json.dumps(value))
+            if self.rank == 0:
+                keys = [f"{step}/{rank}" for rank in range(self.count)]
+                self._await(keys)
+                values = [json.loads(self._store.get(key)) for key in keys]
+        found: list[Any] = self.broadcast(step, values)
+        return found
+
+    def broadcast(self, step: str, value: Any = None) -> Any:
+        """See `Ranks.broadcast`."""
+        key = f"{step}/all"
+        with _reachable():
+            if self.rank == 0:
+                self._store.set(key, json.dumps(value))
+                return value
+            self._await([key])
+            return json.loads(self._store.get(key))
+
+    def check(self) -> None:
+        """See `Ranks.check`."""
+        with _reachable():
+            if self._store.check(["failed"]):
+                raise OtherRankError(self._store.get("failed").decode())
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """See `Ranks.failing_together`."""
+        try:
+            yield
+        except BaseException as error:
+            with suppress(dist.DistError):
+                if not isinstance(error, OtherRankError):
+                    self._store.compare_set(
+                        "failed", "", f"rank {self.rank} on {socket.gethostname()}: {_reason(error)}"
+                    )
+                if self.rank == 0:
+                    self._await_leaving()
+            raise
+
+    def leave(self, failed: bool) -> None:
+        """The last that a rank does. Rank 0, in whose process the store may be, is the last to end, or else the first.
+
+        Args:
+            failed: a launcher terminates the other ranks when one has ended, and rank 0 shall have cleaned up by then.
+        """
+        with suppress(dist.DistError):
+            self._store.set(f"left/{self.rank}", "")
+            if self.rank == 0:
+                self._await_leaving()
+                self._store.set("gone", "")
+            elif failed:
+                _until(lambda: self._store.check(["gone"]), LEAVE_SECONDS)
+
+    def _await_leaving(self) -> None:
+        if not self._waited:
+            keys = [f"left/{rank}" for rank in range(1, self.count)]
+            _until(lambda: self._store.check(keys), LEAVE_SECONDS)
+        self._waited = True
+
+    def _await(self, keys: list[str]) -> None:
+        while not self._store.check(keys):
+            self.check()
+            time.sleep(LOOK_SECONDS)
+
+
+@contextmanager
+def alone() -> Iterator[Ranks]:
+    """This process, whatever the environment says."""
+    yield Ranks()
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks that a launcher such as ``torchrun`` started; this process alone where none did.
+
+    Raises:
+        ConfigError: some of the variables are missing.
+        OtherRankError: in the block, where another rank's failed.
+        UniversalCheckpointError: the ranks don't find one another.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield Ranks()
+        return
+    if missing := [name for name in VARIABLES if name not in os.environ]:
+        raise ConfigError(f"WORLD_SIZE is set, and {', '.join(missing)} isn't; start the ranks with torchrun")
+    with _reachable():
+        store, rank, count = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS))))
+    with taking_part(store, rank, count) as ranks:
+        yield ranks
+
+
+@contextmanager
+def taking_part(store: dist.Store, rank: int, count: int) -> Iterator[Ranks]:
+    """One of the ranks that share a store; in the block an error of one is an error of all.
+
+    Raises:
+        OtherRankError: another rank's.
+    """
+    ranks, failed = StoreRanks(store, rank, count), True
+    try:
+        with terminated_as_exception(), ranks.failing_together():
+            yield ranks
+        failed = False
+    finally:
+        ranks.leave(failed)
+
+
+@contextmanager
+def _reachable() -> Iterator[None]:
+    try:
+        yield
+    except dist.DistError as error:
+        raise UniversalCheckpointError(f"the other ranks can't be reached: {error}") from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, (UniversalCheckpointError, OSError)):
+        return str(error)
+    return "terminated" if isinstance(error, (SystemExit, KeyboardInterrupt)) else f"{type(error).__name__}: {error}"
+
+
+def _until(there: Callable[[], bool], seconds: float) -> None:
+    """Until something is there, or the time is over."""
+    end = time.monotonic() + seconds
+    while not there() and time.monotonic() < end:
+        time.sleep(LOOK_SECONDS)
