@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,32 +19,18 @@ from ucp_deepspeed.checkpoint.checkpoint import (
     Parameter,
     ParameterGroup,
 )
+from ucp_deepspeed.checkpoint.deepspeed_experts import expert_parallel_size, shares_of_group, stage0_expert_slots
 from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED, layer_file, read_layers, tied_keys
 from ucp_deepspeed.checkpoint.deepspeed_run import hyperparameters, read_run
 from ucp_deepspeed.checkpoint.deepspeed_stage0 import Groups, stage0_form, stage0_slots
-from ucp_deepspeed.checkpoint.deepspeed_zero import (
-    Share,
-    frozen_slice_slots,
-    partition_count,
-    recognise,
-    zero_slots,
-)
-from ucp_deepspeed.checkpoint.experts import (
-    ExpertRanks,
-    expert_of,
-    holder_of,
-    names_on,
-    names_on_all,
-    numbers_of_experts,
-    optimizer_file,
-    recognise_experts,
-)
+from ucp_deepspeed.checkpoint.deepspeed_zero import frozen_slice_slots, recognise, zero_slots
+from ucp_deepspeed.checkpoint.experts import names_on, names_on_all
 from ucp_deepspeed.checkpoint.extra_states import extra_states_in, is_extra_state
 from ucp_deepspeed.checkpoint.megatron_deepspeed_info import MegatronDeepSpeedInfo
 from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of, whole_tensor_slot
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, open_torch_file, storage_start
-from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 from ucp_deepspeed.layout import Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.plan import Fragment
@@ -86,11 +72,13 @@ class DeepSpeedCheckpoint(Checkpoint):
         self, name: str, state: str, rank: int, local_start: int, local_stop: int
     ) -> Iterator[Fragment[FileExtent]]:
         """See `Checkpoint.fragments`."""
-        slot, index = self._where[rank][name]
-        for part in slot.flattening_of(state).slices(index, local_start, local_stop):
-            with self.files.sound():
-                extent = slot.extent(part.partition, state)
-            yield Fragment(part.local_start, part.numel, extent, part.buffer_start)
+        for held in self._where[rank][name]:
+            first, last = max(local_start, held.start), min(local_stop, held.stop)
+            flattening = held.slot.flattening_of(state)
+            for part in flattening.slices(held.index, first - held.start, last - held.start) if first < last else ():
+                with self.files.sound():
+                    extent = held.slot.extent(part.partition, state)
+                yield Fragment(held.start + part.local_start, part.numel, extent, part.buffer_start)
 
     def client_state(self, rank: int = 0) -> tuple[str, dict[str, Any]]:
         """See `Checkpoint.client_state`."""
@@ -157,15 +145,19 @@ class DeepSpeedCheckpoint(Checkpoint):
             return [self._read_slots(rank) for rank in range(self.topology.model_parallel)]
 
     @cached_property
-    def _where(self) -> list[dict[str, tuple[Slot, int]]]:
-        return [
-            {name: (slot, index) for slot in slots for index, name in enumerate(slot.names)} for slots in self._slots
-        ]
+    def _where(self) -> list[dict[str, list[_Held]]]:
+        """For each model-parallel rank, where its parameters lie: each in one slot, AutoEP's experts in several in order."""
+        found: list[dict[str, list[_Held]]] = []
+        for slots in self._slots:
+            where: dict[str, list[_Held]] = {}
+            for slot in slots:
+                for index, name in enumerate(slot.names):
+                    where.setdefault(name, []).append(_Held(slot, index))
+            found.append({name: sorted(held, key=lambda each: each.start) for name, held in where.items()})
+        return found
 
     def _read_topology(self) -> Topology:
         saved = self.files.model_states(0)
-        if saved.get("ds_autoep_layers"):
-            raise UnsupportedError(f"{self.path} holds layers of DeepSpeed's AutoEP, which this release can't read")
         model_parallel, dp = saved["mp_world_size"], saved["dp_world_size"]
         pp = saved.get("checkpoint_parallel_dimensions", {}).get("pp_degree", 1)
         if any(type(size) is not int or size < 1 for size in (model_parallel, dp, pp)):
@@ -178,39 +170,7 @@ class DeepSpeedCheckpoint(Checkpoint):
             stage = 3 if self.files.sliced else int(self.files.optimizer_state(0, 0)[0].get("zero_stage", 1))
         topology = Topology(model_parallel // pp, pp, dp, stage)
         self.files.check_complete(topology)
-        return replace(topology, ep=self._read_expert_parallel_size(topology)) if self.files.expert_totals else topology
-
-    def _read_expert_parallel_size(self, topology: Topology) -> int:
-        """The largest; layers may differ in it."""
-        param_shapes = self.files.model_states(0).get("param_shapes")
-        if param_shapes is None:
-            return 1 + max((held[0] for name in self.files.names if (held := optimizer_file(name))), default=0)
-        groups = enumerate(tuple(group) for group in param_shapes)
-        sizes = [
-            self._expert_ranks(0, index, names, topology).ep for index, names in groups if numbers_of_experts(names)
-        ]
-        return max(sizes, default=1)
-
-    def _expert_ranks(self, rank: int, index: int, names: tuple[str, ...], topology: Topology) -> ExpertRanks:
-        state, path = self.files.optimizer_state(rank, 0)
-        data_first = bool((self.files.model_states(0).get("ds_config") or {}).get("use_data_before_expert_parallelism"))
-        cut = partition_count(state, index, topology.dp)
-        return recognise_experts(names, self.files.expert_totals, cut, topology.dp, topology.tp, data_first, path)
-
-    def _shares(self, rank: int, index: int, names: tuple[str, ...]) -> list[Share]:
-        """Of a flat group under ZeRO, what the ranks hold: all the same, or each some of the experts."""
-        if not numbers_of_experts(names):
-            return [Share(names, self.topology.dp, partial(self.files.optimizer_state, rank))]
-        ranks = self._expert_ranks(rank, index, names, self.topology)
-
-        def share(ep_rank: int) -> Share:
-            return Share(
-                names_on(names, ep_rank),
-                ranks.partitions,
-                lambda partition: self.files.optimizer_state(*ranks.holder(ep_rank, partition, rank)),
-            )
-
-        return [share(ep_rank) for ep_rank in range(ranks.ep)]
+        return replace(topology, ep=expert_parallel_size(self.files, topology))
 
     def _read_slots(self, rank: int) -> list[Slot]:
         slots = self._optimizer_slots(rank)
@@ -228,9 +188,22 @@ class DeepSpeedCheckpoint(Checkpoint):
             slots += [_module_slot(name, "frozen", *module[name]) for name in frozen_names]
         else:
             owned = [name for name in module if name not in known and name not in self._aliases]
-            slots += [_module_slot(name, "frozen", *module[name]) for name in owned if name not in buffers]
+            slots += [
+                slot for name in owned if name not in buffers for slot in self._frozen_slots(name, *module[name], known)
+            ]
         slots += [_module_slot(name, "buffer", *module[name]) for name in buffers]
         return slots
+
+    def _frozen_slots(self, key: str, tensor: torch.Tensor, path: Path, known: Collection[str]) -> list[Slot]:
+        """Of a tensor in a file of weights; none for an expert's of AutoEP whose layer is trained."""
+        found = self.files.autoep.expert_of(key)
+        if found is None:
+            return [_module_slot(key, "frozen", tensor, path)]
+        name, number = found
+        slot, layer = _module_slot(name, "frozen", tensor, path), self.files.autoep.layers[name]
+        whole = (layer.experts, *slot.shapes[0])
+        starts = (number * tensor.numel(),)
+        return [] if name in known else [replace(slot, shapes=(whole,), starts=starts)]
 
     def _optimizer_slots(self, rank: int) -> list[Slot]:
         """The slots with an optimizer state."""
@@ -238,7 +211,8 @@ class DeepSpeedCheckpoint(Checkpoint):
         open_partition = partial(self.files.optimizer_state, rank)
         param_shapes = saved.get("param_shapes")
         if param_shapes is not None:
-            return zero_slots(param_shapes, self.topology.dp, open_partition, partial(self._shares, rank))
+            spread = partial(shares_of_group, self.files, self.topology, rank)
+            return zero_slots(param_shapes, self.topology.dp, open_partition, spread)
         if self.files.partitioned:
             module = self._module(rank)
             shapes = [{name: tuple(module[name][0].shape) for name in group} for group in self._mapped_numels(rank)]
@@ -260,23 +234,15 @@ class DeepSpeedCheckpoint(Checkpoint):
             )
         recorded = self.manifest.parameters if self.manifest else {}
         kinds = {name: entry.kind for name, entry in recorded.items()}
-        if self.topology.ep == 1:
+        if self.topology.ep == 1 and not self.files.autoep:
             return stage0_slots(saved["optimizer"], owned, groups, path, kinds)
-        return [slot for ep_rank in range(self.topology.ep) for slot in self._expert_slots(rank, ep_rank, owned, kinds)]
-
-    def _expert_slots(
-        self, rank: int, ep_rank: int, owned: Mapping[str, Located], kinds: Mapping[str, Kind | None]
-    ) -> list[Slot]:
-        """At stage 0, the slots of one expert-parallel rank's experts, with the first one's also all others."""
-        path = self.files.expert_optimizer_path(rank, ep_rank)
-        numbers = numbers_of_experts(owned)
-        held = {
-            name: located
-            for name, located in owned.items()
-            if holder_of(name, numbers, self.topology.ep) in (None, ep_rank)
-        }
-        slots = stage0_slots(self.files.open(path)["optimizer"], held, self.recorded_groups(rank, ep_rank), path, kinds)
-        return [slot for slot in slots if ep_rank == 0 or expert_of(slot.names[0])]
+        return [
+            slot
+            for ep_rank in range(self.topology.ep)
+            for slot in stage0_expert_slots(
+                self.files, self.topology, rank, ep_rank, owned, self.recorded_groups(rank, ep_rank), kinds
+            )
+        ]
 
     def _mapped_numels(self, rank: int) -> list[dict[str, int]]:
         """Names in flat order and their elements, from ``param_slice_mappings``; a pipeline's stage 0 has no ``param_shapes``."""
@@ -375,7 +341,7 @@ class DeepSpeedCheckpoint(Checkpoint):
             repeated = tensor.numel() and first.setdefault(place, name) != name
             if repeated and name not in saved["buffer_names"]:
                 shared[name] = first[place]
-        return listed | shared
+        return listed | shared | self.files.autoep.second_names(module)
 
     def _read_parameters(self) -> dict[str, Parameter]:
         degree = self.topology.tp
@@ -391,10 +357,15 @@ class DeepSpeedCheckpoint(Checkpoint):
                 owners.setdefault(name, rank)
         parameters: dict[str, Parameter] = {}
         for name in self._in_model_order(owners):
-            slot, _ = self._where[owners[name]][name]
             held = [where.get(name) for where in self._where]
-            shapes = tuple(None if entry is None else entry[0].shapes[entry[1]] for entry in held)
-            parameters[name] = Parameter(name, slot.kind, shapes, slot.states, slot.scalars, slot.refused)
+            shapes = tuple(None if parts is None else parts[0].shape for parts in held)
+            slots = [part.slot for part in self._where[owners[name]][name]]
+            slot, refused = slots[0], dict(slots[0].refused)
+            if any((other.states, other.scalars) != (slot.states, slot.scalars) for other in slots):
+                refused["step"] = (
+                    "expert-parallel ranks have different states of it, or took different numbers of steps"
+                )
+            parameters[name] = Parameter(name, slot.kind, shapes, slot.states, slot.scalars, refused)
         return parameters
 
     def _in_model_order(self, names: Iterable[str]) -> list[str]:
@@ -421,6 +392,29 @@ class DeepSpeedCheckpoint(Checkpoint):
                 else:
                     same |= dict.fromkeys(names)
         return tuple(ParameterGroup(tuple(names), settings) for names, settings in groups)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What a slot has of a parameter: all of it, or of AutoEP's experts some."""
+
+    slot: Slot
+    index: int
+
+    @property
+    def shape(self) -> Shape:
+        """Of the whole local tensor."""
+        return self.slot.shapes[self.index]
+
+    @property
+    def start(self) -> int:
+        """Position in the local tensor of the first element."""
+        return self.slot.start(self.index)
+
+    @property
+    def stop(self) -> int:
+        """Position behind the last element."""
+        return self.start + self.slot.flattening.numels[self.index]
 
 
 def _tensors_in(state_dict: Mapping[str, Any], path: Path) -> dict[str, Located]:

@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from ucp_deepspeed.checkpoint.autoep import AutoEpLayers, read_autoep_layers
 from ucp_deepspeed.checkpoint.checkpoint import Precision
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import layer_file
 from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER
@@ -123,6 +124,11 @@ class DeepSpeedFiles:
         """Number of experts of each mixture-of-experts layer."""
         return tuple(self.model_states(0).get("num_experts") or ())
 
+    @cached_property
+    def autoep(self) -> AutoEpLayers:
+        """The layers of AutoEP; they count in ``expert_totals`` too."""
+        return read_autoep_layers(self.model_states(0).get("ds_autoep_layers"), self.model_states_path(0, 0))
+
     def model_states_path(self, rank: int, partition: int) -> Path:
         """Of a model-parallel rank; with ZeRO-3, of one of its partitions."""
         prefix = f"zero_pp_rank_{partition}_" if self.sliced else ""
@@ -146,7 +152,10 @@ class DeepSpeedFiles:
         if not self.expert_totals or (
             self.partitioned
             and self.manifest is not None
-            and not any(expert_of(name) and entry.kind != "trainable" for name, entry in recorded.items())
+            and not any(
+                entry.kind != "trainable" and (expert_of(name) or name in self.autoep.layers)
+                for name, entry in recorded.items()
+            )
         ):
             return []
         files: dict[tuple[int, int], str] = {}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ucp_deepspeed.checkpoint.autoep import Part
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
 from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of, split_states
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
@@ -21,6 +22,9 @@ from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup, Shape,
 
 OpenPartition = Callable[[int], tuple[dict[str, Any], Path]]
 """``partition`` → (the file's ``optimizer_state_dict``, the file)."""
+
+NamedShapes = Mapping[str, Sequence[int]]
+"""Parameters of a flat group, in flat order, and their local shapes."""
 
 OpenGroup = Callable[[int], tuple[dict[str, Any], Path, int]]
 """``partition`` → the same, and the index that one flat group has in this file."""
@@ -107,7 +111,7 @@ def zero_slots(
     param_shapes: Sequence[Mapping[str, Sequence[int]]],
     partitions: int,
     open_partition: OpenPartition,
-    spread: Callable[[int, tuple[str, ...]], Sequence[Share]] | None = None,
+    spread: Callable[[int, NamedShapes], Sequence[Share]] | None = None,
 ) -> list[Slot]:
     """The slots of one model-parallel rank.
 
@@ -115,7 +119,8 @@ def zero_slots(
         param_shapes: from the model_states file; one mapping per slot, in buffer order.
         partitions: data-parallel size.
         open_partition: see `OpenPartition`.
-        spread: of a group (index, names) its shares, where ranks hold different parameters under the same names: experts.
+        spread: of a group (index, shapes by name) its shares, where ranks hold different parameters under the same names, or
+            different parts: experts.
 
     Raises:
         DamagedCheckpointError: the two files disagree on the number of slots.
@@ -131,7 +136,7 @@ def zero_slots(
     slots: list[Slot] = []
     for index, named in enumerate(param_shapes):
         whole = Share(tuple(named), partitions, open_partition)
-        for share in spread(index, whole.names) if spread else (whole,):
+        for share in spread(index, named) if spread else (whole,):
             open_group = _open_group(share.open_partition, _place_among_named(form, saved, index))
             slots.append(_zero_slot(form, index, share, open_group, shapes_of(named)))
     return slots
@@ -179,11 +184,19 @@ def _open_group(open_partition: OpenPartition, place: _Place) -> OpenGroup:
 
 @dataclass(frozen=True)
 class Share:
-    """What some ranks hold of a flat group: parameters, as many partitions as ranks, and their files."""
+    """What some ranks hold of a flat group.
+
+    Attributes:
+        names: its parameters.
+        partitions: number of these ranks.
+        open_partition: their files.
+        parts: where they hold a part of each, which; else none.
+    """
 
     names: tuple[str, ...]
     partitions: int
     open_partition: OpenPartition
+    parts: tuple[Part, ...] = ()
 
 
 def _zero_slot(form: ZeroForm, group: int, share: Share, open_group: OpenGroup, shapes: tuple[Shape, ...]) -> Slot:
@@ -200,7 +213,7 @@ def _zero_slot(form: ZeroForm, group: int, share: Share, open_group: OpenGroup, 
     whole = {key: TORCH_DTYPES[entry[key].dtype] for key in overlapping}
     return Slot(
         share.names,
-        shapes,
+        tuple(part.shape for part in share.parts) or shapes,
         "trainable",
         flattening,
         _locator(form, open_group),
@@ -209,6 +222,7 @@ def _zero_slot(form: ZeroForm, group: int, share: Share, open_group: OpenGroup, 
         found.refused,
         _group_of(form, saved, group),
         overlapping,
+        tuple(part.start for part in share.parts),
     )
 
 
@@ -264,7 +278,9 @@ def _lacks_step(saved: Mapping[str, Any], slot: int) -> bool:
 
 
 def partition_count(saved: Mapping[str, Any], index: int, usual: int) -> int:
-    """Over how many ranks a flat group is cut."""
+    """Over how many ranks a flat group is cut; ZeRO-3 lists them where there are experts (``stage3.py::_rigid_state_dict``)."""
+    if listed := saved.get("ds_zero_partition_groups"):
+        return int(listed[index]["partition_count"])
     counts = saved.get("partition_count", usual)
     return int(counts if isinstance(counts, int) else counts[index])
 

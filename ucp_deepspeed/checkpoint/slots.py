@@ -30,7 +30,7 @@ class Slot:
 
     Attributes:
         names: the parameters, in buffer order.
-        shapes: their local shapes.
+        shapes: their local shapes; of a part of the experts of an AutoEP layer that of all.
         kind: see `ucp_deepspeed.checkpoint.checkpoint.Kind`.
         flattening: where their elements lie in the buffers of the partitions.
         tensor: ``(partition, state)`` → the buffer; raises `DamagedCheckpointError` when its file lacks it.
@@ -39,6 +39,7 @@ class Slot:
         refused: states that are neither → why.
         group: index of the optimizer's parameter group; None for frozen parameters and buffers.
         overlapping: states of which each partition has whole every parameter that it has a part of; see `OverlappingGroup`.
+        starts: where in the local tensor what the slot has of each parameter begins, in elements; none where it has all of them.
     """
 
     names: tuple[str, ...]
@@ -51,6 +52,11 @@ class Slot:
     refused: Mapping[str, str]
     group: int | None
     overlapping: frozenset[str] = frozenset()
+    starts: tuple[int, ...] = ()
+
+    def start(self, index: int) -> int:
+        """Where in its local tensor what the slot has of a parameter begins, in elements."""
+        return self.starts[index] if self.starts else 0
 
     def flattening_of(self, state: str) -> Flattening:
         """Where the elements of a state lie: as those of the masters do, but for ``overlapping``."""

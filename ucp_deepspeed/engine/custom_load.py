@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ucp_deepspeed.checkpoint import Checkpoint, Parameter
@@ -27,11 +28,13 @@ from ucp_deepspeed.transfer import FileReader, run_copies
 
 
 def check_custom_load(engine: Any) -> None:
-    """Refuse where DeepSpeed does too.
+    """Refuse where DeepSpeed does too, and what a state dict of this rank can't be made for.
 
     Raises:
-        UnsupportedError: a pipeline engine.
+        UnsupportedError: a pipeline engine; also experts of AutoEP, of which a rank's modules have some and the state dict all.
     """
+    if any(isinstance(module, AutoEPMoELayer) for module in engine.module.modules()):
+        raise UnsupportedError("custom_load_fn can't be used with layers of DeepSpeed's AutoEP in this release")
     if isinstance(engine, PipelineEngine):
         raise UnsupportedError("custom_load_fn can't be used with pipeline parallelism, as with DeepSpeed itself")
 
@@ -91,10 +94,11 @@ def _pairs(model: EngineModel, optimizer: EngineOptimizer) -> Iterator[tuple[tor
         master = slot.master.data.view(-1)
         for name, part in slot.fragments():
             weight, held = model.tensors[name].held()
+            first = model.tensors[name].start + part.local_start
             for fragment in held:
-                start = max(part.local_start, fragment.local_start)
-                stop = min(part.local_start + part.numel, fragment.local_start + fragment.numel)
+                start = max(first, fragment.local_start)
+                stop = min(first + part.numel, fragment.local_start + fragment.numel)
                 if start < stop:
-                    mine = part.buffer_start + start - part.local_start
+                    mine = part.buffer_start + start - first
                     theirs = fragment.buffer_start + start - fragment.local_start
                     yield master[mine : mine + stop - start], weight.view(-1)[theirs : theirs + stop - start]

@@ -34,6 +34,7 @@ from ucp_deepspeed.engine.model import (
     describe_model,
     engine_precision,
     engine_topology,
+    first_element,
     local_shape,
     model_parallel_rank,
     only_evaluates,
@@ -206,9 +207,15 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
             return True  # the files name no parameters: only their order can tell, and DeepSpeed goes by it
         if recorded != optimizer.group_names():
             return False
-    live, held = optimizer.slots(), frozenset(names.of_parameters.values())
-    saved = [slot for slot in checkpoint.trained_slots(rank) if held.issuperset(slot.names)]
-    order = [[(slot.names, slot.flattening, slot.overlapping) for slot in slots] for slots in (saved, live)]
+    starts = {name: first_element(param) for param, name in names.of_parameters.items()}
+    live = optimizer.slots()
+    saved = [
+        slot
+        for slot in checkpoint.trained_slots(rank)
+        if all(starts.get(name) == slot.start(index) for index, name in enumerate(slot.names))
+    ]
+    form = _numels_of if checkpoint.topology.zero_stage == 0 else _flattening_of
+    order = [[(slot.names, form(slot), slot.overlapping) for slot in slots] for slots in (saved, live)]
     shapes = checkpoint.local_shapes(rank)
     return (
         order[0] == order[1]
@@ -217,6 +224,15 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
         )
         and _same_states(saved, live, hyperparameters(checkpoint.files, rank), optimizer)
     )
+
+
+def _flattening_of(slot: Slot | EngineSlot) -> Any:
+    return slot.flattening
+
+
+def _numels_of(slot: Slot | EngineSlot) -> Any:
+    """Without ZeRO nothing is cut; the catalog may take the experts of AutoEP, whose weights are in several files, one by one."""
+    return slot.flattening.numels
 
 
 def _same_states(

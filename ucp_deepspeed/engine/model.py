@@ -6,11 +6,17 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeVar
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
+from deepspeed.checkpoint.constants import (
+    AUTOEP_PARAM_LOCAL_EXPERTS,
+    AUTOEP_PARAM_LOGICAL_SHAPE,
+    DS_AUTOEP_UC_META,
+    UNIVERSAL_CHECKPOINT_INFO,
+)
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
 
@@ -42,8 +48,9 @@ class EngineTensor:
         name: the first name under which the model has it.
         kind: see `ucp_deepspeed.checkpoint.checkpoint.Kind`.
         tensor: the live one; None where another pipeline stage has it, or another expert-parallel rank.
-        local_shapes: over the model-parallel ranks, of the whole local tensor also where ZeRO-3 has cut it.
+        local_shapes: over the model-parallel ranks, of the whole local tensor also where ZeRO-3 has cut it, or AutoEP.
         replicas: process group of the ranks that hold it as this one does; None if there are no others, or it isn't here.
+        start: where in the local tensor this rank's experts begin, in elements; 0 for all that AutoEP hasn't cut.
     """
 
     name: str
@@ -51,17 +58,20 @@ class EngineTensor:
     tensor: torch.Tensor | None
     local_shapes: HeldShapes
     replicas: Any = None
+    start: int = 0
 
     def held(self) -> tuple[torch.Tensor, tuple[Fragment[None], ...]]:
         """The memory of this rank's share of the weight, and which elements lie in it."""
         assert self.tensor is not None, f"{self.name} is on another rank"
         if not hasattr(self.tensor, "ds_tensor"):
-            whole = Fragment(0, self.tensor.numel(), None, 0)
+            whole = Fragment(self.start, self.tensor.numel(), None, 0)
             return self.tensor.data, (whole,) if self.tensor.numel() else ()
         group = self.tensor.ds_process_group
         cut = SlicedGroup((self.tensor.ds_numel,), dist.get_world_size(group=group))
         parts = cut.held_by(dist.get_rank(group=group))
-        return self.tensor.ds_tensor.data, tuple(Fragment(p.local_start, p.numel, None, p.buffer_start) for p in parts)
+        return self.tensor.ds_tensor.data, tuple(
+            Fragment(self.start + p.local_start, p.numel, None, p.buffer_start) for p in parts
+        )
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,7 @@ def describe_model(engine: Any) -> EngineModel:
             local.get(name),
             tuple(share.shapes[name][1] if name in share.shapes else None for share in shares),
             None if name not in local or _is_expert_buffer(name, kind) else replica_group(engine, local[name]),
+            first_element(local[name]) if name in local else 0,
         )
         for name, kind in kinds.items()
     }
@@ -187,9 +198,16 @@ def can_be_trained(param: torch.Tensor) -> bool:
 
 
 def local_shape(tensor: torch.Tensor) -> Shape:
-    """Shape of the whole local tensor, also where ZeRO-3 has cut it."""
-    """Shape of the whole local tensor, also where ZeRO-3 has cut it."""
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+    """Shape of the whole local tensor, also where ZeRO-3 has cut it; of experts that AutoEP has dealt out that of all."""
+    held: Shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
+    dealt = getattr(tensor, DS_AUTOEP_UC_META, None)
+    return held if dealt is None else tuple(dealt[AUTOEP_PARAM_LOGICAL_SHAPE])
+
+
+def first_element(tensor: torch.Tensor) -> int:
+    """Where in the whole local tensor what this rank has of it begins, in elements: its first expert's with AutoEP."""
+    dealt = getattr(tensor, DS_AUTOEP_UC_META, None)
+    return 0 if dealt is None else int(dealt[AUTOEP_PARAM_LOCAL_EXPERTS][0]) * prod(local_shape(tensor)[1:])
 
 
 @dataclass(frozen=True)

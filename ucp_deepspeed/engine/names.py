@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 
@@ -29,10 +30,10 @@ class LayerExperts:
 
 
 class ModelNames:
-    """From the names of this rank's modules to those in the whole model, which differ for experts alone.
+    """From the names of this rank's modules to those in the whole model: others only for experts of DeepSpeed's own layers.
 
     Attributes:
-        layers: by the beginning of its experts' names.
+        layers: by the beginning of its experts' names; those of AutoEP too.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -43,6 +44,10 @@ class ModelNames:
             )
             for name, module in engine.module.named_modules()
             if isinstance(module, MoE)
+        } | {
+            f"{name}.experts.".lstrip("."): LayerExperts(module.ep_rank, module.num_local_experts, module.num_experts)
+            for name, module in engine.module.named_modules()
+            if isinstance(module, AutoEPMoELayer)
         }
 
     @cached_property

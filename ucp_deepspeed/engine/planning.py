@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -78,6 +78,7 @@ class _Planner:
         restored = frozenset(matching.restored)
         self.optimizer, self.policies, self.rank = optimizer, policies, model.rank
         self.logical = names.target
+        self.starts = {name: tensor.start for name, tensor in model.tensors.items()}
         self.tensors = {
             names.target[name]: tensor for name, tensor in model.tensors.items() if names.target[name] in restored
         }
@@ -188,7 +189,8 @@ class _Planner:
         held: dict[str, list[Fragment[None]]] = {}
         for name, fragment in slot.fragments(state):
             if part := fragment if sharing is None else fragment.clipped(*sharing.mine):
-                held.setdefault(self.logical[name], []).append(part)
+                start = self.starts[name] + part.local_start
+                held.setdefault(self.logical[name], []).append(replace(part, local_start=start))
         assert overlapping_fragments(fragment for group in held.values() for fragment in group) is None
         return held
 

@@ -19,7 +19,7 @@ class Family:
         config: class of its configuration.
         model: class of the model with the head that is trained.
         settings: of the tiny model's configuration, besides the size of its vocabulary.
-        spec: name of its spec in ``configs/``.
+        spec: name of its spec in ``configs/``; empty where there is none.
     """
 
     config: str
@@ -88,16 +88,62 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+_LATENT = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 2,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+
+EXPERT_FAMILIES: dict[str, Family] = {
+    "mixtral": Family(
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        _LLAMA | {"intermediate_size": 24, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "",
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        _LLAMA
+        | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 16, "num_experts": 4}
+        | {"num_experts_per_tok": 2, "norm_topk_prob": True},
+        "",
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        _LLAMA
+        | {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+        | {"head_dim": 8},
+        "",
+    ),
+    "deepseek_v2": Family("DeepseekV2Config", "DeepseekV2ForCausalLM", _LLAMA | _LATENT, ""),
+    "deepseek_v3": Family("DeepseekV3Config", "DeepseekV3ForCausalLM", _LLAMA | _LATENT, ""),
+}
+"""Those with experts, which DeepSpeed's AutoEP deals out over ranks."""
+
+
 def build_huggingface(
     family: str, vocabulary: int, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
 ) -> torch.nn.Module:
     """A tiny model of a family, with the same weights on every rank.
 
     Args:
-        family: key of `FAMILIES`.
+        family: key of `FAMILIES` or `EXPERT_FAMILIES`.
         changes: to the configuration.
     """
-    kind = FAMILIES[family]
+    kind = (FAMILIES | EXPERT_FAMILIES)[family]
     torch.manual_seed(seed)
     config = getattr(transformers, kind.config)(vocab_size=vocabulary, use_cache=False, **{**kind.settings, **changes})
     model: torch.nn.Module = getattr(transformers, kind.model)(config).to(dtype)

@@ -45,7 +45,8 @@ class Run:
 
     Attributes:
         model: ``llama`` or ``gpt`` (Megatron-Core), flavours under the names of Megatron-DeepSpeed, ``mlp`` (plain torch, no
-            tensor parallelism), ``moe`` (DeepSpeed's mixture of experts), or ``huggingface``, which AutoTP cuts.
+            tensor parallelism), ``moe`` (DeepSpeed's mixture of experts), or ``huggingface``, which AutoTP cuts, and AutoEP if
+            ``config`` says so.
         size: changes to the model's shape; of ``huggingface`` with the ``family``; of a pipeline of Megatron-DeepSpeed with
             ``reordering``, see `ucp_deepspeed.testing.megatron_deepspeed_pipeline`.
         tp: tensor-parallel size.
@@ -300,7 +301,8 @@ def _parameter_groups(model: torch.nn.Module, run: Run) -> Any:
         return [{"params": rest, "lr": 0.5}, {"params": matrices[1:], "weight_decay": 0.3}, {"params": matrices[:1]}]
     matrix_group: dict[str, Any] = {"params": matrices, "weight_decay": 0.1}
     rest_group: dict[str, Any] = {"params": rest, "weight_decay": 0.0, "lr": 2e-3}
-    if run.model == "moe":  # DeepSpeed splits off the experts of each group by its name
+    # DeepSpeed splits off the experts of each group by its name.
+    if run.model == "moe" or "expert_parallel" in run.config:
         return [matrix_group | {"name": "matrices"}, rest_group | {"name": "rest"}]
     return [matrix_group, rest_group]
 

@@ -1,0 +1,135 @@
+"""DeepSpeed's automatic expert parallelism (AutoEP): layers of Hugging Face models that keep all their experts in three tensors.
+
+Those are ``w1`` (gate), ``w2`` (down) and ``w3`` (up), of shape (experts, out, in); each expert-parallel rank has consecutive
+experts of each, under the same names. Here a parameter is the tensor of the whole layer, of which a rank's files hold a part.
+
+Source: DeepSpeed 0.19.8, ``module_inject/auto_ep_layer.py``, ``runtime/engine.py::_save_moe_checkpoint``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ucp_deepspeed.errors import UnsupportedError
+from ucp_deepspeed.layout import Shape
+
+WEIGHTS = ("w1", "w2", "w3")
+"""The tensors of a layer's experts (``moe/ep_experts.py::GroupedExperts``)."""
+
+ROUTER = "router"
+"""Under which a layer keeps its router; transformers wants to find it as ``gate`` too, so that a ``state_dict`` has it twice."""
+
+_NAME = re.compile(r"(?:.+\.)?experts\.w[123]")
+
+
+def is_stacked(name: str, shape: Shape) -> bool:
+    """Whether a parameter looks like all experts of a layer, where no file tells."""
+    return len(shape) == 3 and _NAME.fullmatch(name) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class AutoEpLayer:
+    """One layer.
+
+    Attributes:
+        module: its name; empty for the model itself.
+        experts: number of experts, of all ranks together.
+        ep: expert-parallel size; expert-parallel rank ``e`` has the experts from ``e * experts / ep``.
+    """
+
+    module: str
+    experts: int
+    ep: int
+
+    @property
+    def prefix(self) -> str:
+        """What its parameters' names begin with."""
+        return f"{self.module}." if self.module else ""
+
+    @property
+    def local(self) -> int:
+        """Experts of each rank."""
+        return self.experts // self.ep
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some consecutive experts of a tensor.
+
+    Attributes:
+        shape: of the whole tensor.
+        start: position in it of the first element.
+    """
+
+    shape: Shape
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class AutoEpLayers:
+    """The layers of a model.
+
+    Attributes:
+        layers: by the names of their experts' tensors.
+    """
+
+    layers: Mapping[str, AutoEpLayer] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.layers)
+
+    @property
+    def ep(self) -> int:
+        """Expert-parallel size: DeepSpeed gives all layers the same."""
+        return max((layer.ep for layer in self.layers.values()), default=1)
+
+    def part(self, name: str, ep_rank: int, shape: Shape) -> Part:
+        """What a rank holds of a parameter, from the shape that its files give it; the whole of what isn't of experts."""
+        layer = self.layers.get(name)
+        if layer is None:
+            return Part(shape, 0)
+        return Part((layer.experts, *shape[1:]), ep_rank * layer.local * prod(shape[1:]))
+
+    def expert_of(self, key: str) -> tuple[str, int] | None:
+        """The tensor and the number of the expert that a key of a file of weights means; None for any other key."""
+        name, _, number = key.rpartition(".")
+        return (name, int(number)) if name in self.layers and number.isdecimal() else None
+
+    def second_names(self, keys: Iterable[str]) -> dict[str, str]:
+        """Names under which a ``state_dict`` has the routers a second time → the first."""
+        known = frozenset(keys)
+        found: dict[str, str] = {}
+        for prefix in {layer.prefix for layer in self.layers.values()}:
+            router = {key.removeprefix(f"{prefix}{ROUTER}.") for key in known if key.startswith(f"{prefix}{ROUTER}.")}
+            inner = {key.removeprefix(prefix).partition(".")[0] for key in known if key.startswith(prefix)}
+            for child in inner - {ROUTER}:
+                if router and all(f"{prefix}{child}.{rest}" in known for rest in router):
+                    found |= {f"{prefix}{child}.{rest}": f"{prefix}{ROUTER}.{rest}" for rest in router}
+        return found
+
+
+def read_autoep_layers(recorded: Any, place: Path) -> AutoEpLayers:
+    """The layers, from ``ds_autoep_layers`` of a model_states file.
+
+    Raises:
+        UnsupportedError: experts that aren't dealt out consecutively and evenly, or a record of another form.
+    """
+    layers: dict[str, AutoEpLayer] = {}
+    for entry in recorded or ():
+        if not isinstance(entry, Mapping) or not {"module_path", "num_experts", "ep_size"} <= entry.keys():
+            raise UnsupportedError(f"{place} records its layers of DeepSpeed's AutoEP in a form that isn't known")
+        layer = AutoEpLayer(entry["module_path"], int(entry["num_experts"]), int(entry["ep_size"]))
+        usual = [list(range(first, first + layer.local)) for first in range(0, layer.experts, max(layer.local, 1))]
+        dealt = [list(rank["experts"]) for rank in (entry.get("expert_placement") or {}).get("ranks", ())]
+        if layer.experts % layer.ep or (dealt and dealt != usual):
+            raise UnsupportedError(
+                f"{place}: the {layer.experts} experts of {layer.module}, an AutoEP layer, are dealt out over {layer.ep} ranks "
+                f"in a way that this release can't read: {dealt}"
+            )
+        layers |= {f"{layer.prefix}experts.{weight}": layer for weight in WEIGHTS}
+    return AutoEpLayers(layers)

@@ -1,0 +1,199 @@
+"""Which ranks' files hold which experts of a native checkpoint: of DeepSpeed's own layers, and of those of AutoEP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ucp_deepspeed.checkpoint.autoep import AutoEpLayer
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Kind
+from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
+from ucp_deepspeed.checkpoint.deepspeed_stage0 import Groups, stage0_slots
+from ucp_deepspeed.checkpoint.deepspeed_zero import NamedShapes, Share, partition_count
+from ucp_deepspeed.checkpoint.experts import (
+    ExpertRanks,
+    expert_of,
+    holder_of,
+    names_on,
+    numbers_of_experts,
+    optimizer_file,
+    recognise_experts,
+)
+from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.layout import FlatGroup, Topology
+
+
+def expert_parallel_size(files: DeepSpeedFiles, topology: Topology) -> int:
+    """The largest; layers may differ in it. 1 without experts.
+
+    Raises:
+        UnsupportedError: AutoEP's experts under tensor parallelism, or beside DeepSpeed's own layers.
+    """
+    if files.autoep:
+        others = len(files.expert_totals) * 3 > len(files.autoep.layers)
+        if topology.model_parallel > 1 or others:
+            reason = "beside DeepSpeed's own mixture-of-experts layers" if others else "under tensor parallelism"
+            raise UnsupportedError(
+                f"{files.path} holds layers of DeepSpeed's AutoEP {reason}, which this release can't read"
+            )
+        return files.autoep.ep
+    if not files.expert_totals:
+        return 1
+    param_shapes = files.model_states(0).get("param_shapes")
+    if param_shapes is None:
+        return 1 + max((held[0] for name in files.names if (held := optimizer_file(name))), default=0)
+    groups = enumerate(tuple(group) for group in param_shapes)
+    sizes = [_expert_ranks(files, topology, 0, index, names).ep for index, names in groups if numbers_of_experts(names)]
+    return max(sizes, default=1)
+
+
+def _data_first(files: DeepSpeedFiles) -> bool:
+    return bool((files.model_states(0).get("ds_config") or {}).get("use_data_before_expert_parallelism"))
+
+
+def _expert_ranks(
+    files: DeepSpeedFiles, topology: Topology, rank: int, index: int, names: tuple[str, ...]
+) -> ExpertRanks:
+    state, path = files.optimizer_state(rank, 0)
+    cut = partition_count(state, index, topology.dp)
+    return recognise_experts(names, files.expert_totals, cut, topology.dp, topology.tp, _data_first(files), path)
+
+
+def shares_of_group(
+    files: DeepSpeedFiles, topology: Topology, rank: int, index: int, named: NamedShapes
+) -> list[Share]:
+    """Of a flat group under ZeRO, what the ranks hold: all the same, or each some of the experts."""
+    names = tuple(named)
+    if not files.autoep.layers.keys().isdisjoint(names):
+        return _autoep_shares(files, topology, rank, index, named)
+    if not numbers_of_experts(names):
+        return [Share(names, topology.dp, partial(files.optimizer_state, rank))]
+    ranks = _expert_ranks(files, topology, rank, index, names)
+
+    def share(ep_rank: int) -> Share:
+        return Share(
+            names_on(names, ep_rank),
+            ranks.partitions,
+            lambda partition: files.optimizer_state(*ranks.holder(ep_rank, partition, rank)),
+        )
+
+    return [share(ep_rank) for ep_rank in range(ranks.ep)]
+
+
+def _autoep_shares(files: DeepSpeedFiles, topology: Topology, rank: int, index: int, named: NamedShapes) -> list[Share]:
+    ranks = ExpertRanks(files.autoep.ep, topology.dp, topology.tp, True, _data_first(files))
+    shapes = dict(zip(named, shapes_of(named), strict=True))
+    _check_groups(files, ranks, rank, index)
+
+    def share(ep_rank: int) -> Share:
+        return Share(
+            tuple(named),
+            ranks.partitions,
+            lambda partition: files.optimizer_state(*ranks.holder(ep_rank, partition, rank)),
+            tuple(files.autoep.part(name, ep_rank, shape) for name, shape in shapes.items()),
+        )
+
+    return [share(ep_rank) for ep_rank in range(ranks.ep)]
+
+
+def _check_groups(files: DeepSpeedFiles, ranks: ExpertRanks, rank: int, index: int) -> None:
+    """Of the ranks that share a sub-group ZeRO-3 says which they are; here they are calculated."""
+    state, path = files.optimizer_state(rank, 0)
+    listed = state.get("ds_zero_partition_groups")
+    expected = [ranks.holder(0, partition, rank)[1] for partition in range(ranks.partitions)]
+    if listed and list(listed[index]["partition_ranks"]) != expected:
+        raise UnsupportedError(
+            f"{path}: ranks {listed[index]['partition_ranks']} share the experts of sub-group {index}, where a release that "
+            f"this one knows would have taken {expected}"
+        )
+
+
+def stage0_expert_slots(
+    files: DeepSpeedFiles,
+    topology: Topology,
+    rank: int,
+    ep_rank: int,
+    owned: Mapping[str, Located],
+    groups: Groups | None,
+    kinds: Mapping[str, Kind | None],
+) -> list[Slot]:
+    """At stage 0, the slots of one expert-parallel rank's experts, with the first one's also all others.
+
+    Args:
+        owned: weights of the model-parallel rank, each with its file.
+        groups: names in the optimizer's order, where they are recorded.
+        kinds: see `stage0_slots`.
+    """
+    path = files.expert_optimizer_path(rank, ep_rank)
+    if files.autoep:
+        return _stage0_autoep_slots(files, ep_rank, owned, groups, kinds, path)
+    numbers = numbers_of_experts(owned)
+    held = {
+        name: located for name, located in owned.items() if holder_of(name, numbers, topology.ep) in (None, ep_rank)
+    }
+    slots = stage0_slots(files.open(path)["optimizer"], held, groups, path, kinds)
+    return [slot for slot in slots if ep_rank == 0 or expert_of(slot.names[0])]
+
+
+def _stage0_autoep_slots(
+    files: DeepSpeedFiles,
+    ep_rank: int,
+    owned: Mapping[str, Located],
+    groups: Groups | None,
+    kinds: Mapping[str, Kind | None],
+    path: Path,
+) -> list[Slot]:
+    single = {key: located for key, located in owned.items() if files.autoep.expert_of(key)}
+    held = {key: located for key, located in owned.items() if key not in single}
+    for name, layer in files.autoep.layers.items():
+        shape = _shape_of_expert(single, name, path)
+        held[name] = torch.empty((layer.local, *shape), dtype=single[f"{name}.0"][0].dtype, device="meta"), path
+    slots = stage0_slots(files.open(path)["optimizer"], held, groups, path, kinds)
+    return [
+        _with_parts(files, slot, ep_rank, single)
+        for slot in slots
+        if ep_rank == 0 or not files.autoep.layers.keys().isdisjoint(slot.names)
+    ]
+
+
+def _shape_of_expert(single: Mapping[str, Located], name: str, path: Path) -> tuple[int, ...]:
+    if f"{name}.0" not in single:
+        raise DamagedCheckpointError(f"{path.parent} lacks a file with {name} of expert 0")
+    return tuple(single[f"{name}.0"][0].shape)
+
+
+def _with_parts(files: DeepSpeedFiles, slot: Slot, ep_rank: int, single: Mapping[str, Located]) -> Slot:
+    """A slot of local tensors as one of parts of whole ones."""
+    parts = [files.autoep.part(name, ep_rank, shape) for name, shape in zip(slot.names, slot.shapes, strict=True)]
+    found = replace(slot, shapes=tuple(part.shape for part in parts), starts=tuple(part.start for part in parts))
+    layer = files.autoep.layers.get(slot.names[0])
+    if layer is None or not _lies_apart(slot, files):
+        return found
+    return _apart(found, layer, ep_rank, single)
+
+
+def _lies_apart(slot: Slot, files: DeepSpeedFiles) -> bool:
+    """Whether a plain torch optimizer wrote it, whose masters are the weights: each expert's in a file of its own."""
+    return slot.kind == "frozen" or "state" in (files.model_states(0)["optimizer"] or {})
+
+
+def _apart(slot: Slot, layer: AutoEpLayer, ep_rank: int, single: Mapping[str, Located]) -> Slot:
+    """A slot whose partitions are its experts: for each, weights in a file of its own, and its row of each state."""
+    name, numel = slot.names[0], numels_of(slot.shapes)[0] // layer.experts
+
+    def tensor(partition: int, state: str) -> tuple[Any, Path]:
+        if state in (MASTER, WEIGHT):
+            key = f"{name}.{ep_rank * layer.local + partition}"
+            if key not in single:
+                raise DamagedCheckpointError(f"no file holds {key}")
+            return single[key]
+        whole, path = slot.tensor(0, state)
+        return whole.reshape(layer.local, -1)[partition], path
+
+    return replace(slot, flattening=FlatGroup((layer.local * numel,), layer.local, alignment=1), tensor=tensor)
