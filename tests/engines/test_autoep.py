@@ -24,6 +24,8 @@ from ucp_deepspeed.transfer.convert import convert
 
 Ranks = Callable[[int], RankPool]
 
+UNIVERSAL = {"enabled": True, "load": "always"}
+
 STEPS = 2
 """Trained before the source is saved."""
 
@@ -40,7 +42,7 @@ QWEN = (("shared_experts", "shared_expert"), ("shared_experts_gate", "shared_exp
 def autoep(ep: int, stage: int, family: str = "mixtral", **changes: Any) -> Run:
     """A run of a family; loads are universal ones also where DeepSpeed could load by itself."""
     config = {"expert_parallel": {"enabled": True, "autoep_size": ep}, **changes.pop("config", {})}
-    settings: dict[str, Any] = {"universal": {"enabled": True, "load": "always"}, **changes}
+    settings: dict[str, Any] = {"universal": UNIVERSAL, **changes}
     zero = {"stage": stage, **settings.pop("zero", {})}
     return Run("huggingface", {"family": family, **settings.pop("size", {})}, zero=zero, config=config, **settings)
 
@@ -137,3 +139,38 @@ def test_each_family(family: str, ranks: Ranks, tmp_path: Path) -> None:
     for logits in (found["logits"] for found in (*first, *last)):
         assert float((logits - expected).abs().max()) <= BOUND
     assert differences(tmp_path / "a" / "step", tmp_path / "c" / "step") == []
+
+
+def plain(stage: int, family: str = "mixtral", **size: Any) -> Run:
+    """A run of the same model without AutoEP."""
+    return Run("huggingface", {"family": family, **size}, zero={"stage": stage}, universal=UNIVERSAL)
+
+
+@pytest.mark.parametrize(
+    ("family", "first", "second"),
+    [*((family, 1, 3) for family in EXPERT_FAMILIES), ("mixtral", 3, 0), ("mixtral", 0, 2), ("deepseek_v3", 2, 1)],
+)
+def test_from_and_to_the_model_of_transformers(
+    first: int, second: int, family: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Fused tensors of all experts on each rank, AutoEP's tensors, and fused ones again: the same state, and the same logits."""
+    source = plain(first, family)
+    expected = ranks(2).run(run_once, source, STEPS, str(tmp_path / "a"))[0]["logits"]
+    middle = ranks(2).run(run_once, autoep(2, second, family), 0, str(tmp_path / "b"), str(tmp_path / "a"))
+    last = ranks(2).run(run_once, source, 0, str(tmp_path / "c"), str(tmp_path / "b"))
+    assert differences(tmp_path / "a" / "step", tmp_path / "c" / "step") == []
+    oracle = logits_of_whole(source, tmp_path / "b" / "step", tmp_path / "whole")
+    for logits in (oracle, *(found["logits"] for found in (*middle, *last))):
+        assert float((logits - expected).abs().max()) <= BOUND
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 3), (3, 0), (0, 2)])
+def test_experts_that_are_modules_of_their_own(first: int, second: int, ranks: Ranks, tmp_path: Path) -> None:
+    """As transformers 4 has Mixtral's: to fused ones, to AutoEP's, and back."""
+    source = plain(first, single=True)
+    expected = ranks(2).run(run_once, source, STEPS, str(tmp_path / "0"))[0]["logits"]
+    for number, run in enumerate((plain(second), autoep(2, second), source), start=1):
+        before, after = str(tmp_path / str(number - 1)), str(tmp_path / str(number))
+        for found in ranks(2).run(run_once, run, 0, after, before):
+            assert float((found["logits"] - expected).abs().max()) <= BOUND
+    assert differences(tmp_path / "0" / "step", tmp_path / "3" / "step") == []

@@ -20,6 +20,7 @@ from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed_run import hyperparameters
 from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER
+from ucp_deepspeed.checkpoint.expert_forms import in_form_of
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.slots import Slot
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
@@ -202,6 +203,8 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
     if checkpoint.topology.zero_stage == 0:
         if checkpoint.optimizer_form == BF16_OPTIMIZER.name:
             return False  # DeepSpeed can't read what it has written (KeyError in BF16_Optimizer.load_state_dict)
+        if checkpoint.files.autoep.layers.keys() - names.of_parameters.values():
+            return False
         recorded = checkpoint.recorded_groups(rank, names.ep_rank)
         if recorded is None:
             return True  # the files name no parameters: only their order can tell, and DeepSpeed goes by it
@@ -273,6 +276,8 @@ def _load_universal(
         if custom is not None:
             check_custom_load(engine)
             source = local_state_dict(checkpoint, model)
+        if model.topology.tp == 1:
+            checkpoint = in_form_of(checkpoint, model.local_shapes)
         names = match_names(checkpoint, model)
         matching = match_model(checkpoint, model, names, policies)
         settings: Settings = ()

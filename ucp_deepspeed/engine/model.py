@@ -100,6 +100,12 @@ class EngineModel:
     spec: Spec | None
     vocabulary_size: int | None
 
+    @property
+    def local_shapes(self) -> dict[str, Shape]:
+        """Of what the first model-parallel rank holds."""
+        first = {name: tensor.local_shapes[0] for name, tensor in self.tensors.items()}
+        return {name: shape for name, shape in first.items() if shape is not None}
+
     def named(self, *kinds: Kind) -> list[str]:
         """Names of the tensors of some kinds, in the model's order."""
         return [name for name, tensor in self.tensors.items() if tensor.kind in kinds]

@@ -134,13 +134,47 @@ EXPERT_FAMILIES: dict[str, Family] = {
 """Those with experts, which DeepSpeed's AutoEP deals out over ranks."""
 
 
+class _SingleExpert(torch.nn.Module):
+    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        super().__init__()
+        for name, weight in zip(("w1", "w3", "w2"), (*gate_up.chunk(2), down), strict=True):
+            linear = torch.nn.Linear(*reversed(weight.shape), bias=False)
+            linear.weight = torch.nn.Parameter(weight.detach().clone())
+            setattr(self, name, linear)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.w2(torch.nn.functional.silu(self.w1(states)) * self.w3(states))
+        return found
+
+
+class SingleExperts(torch.nn.ModuleList):
+    """Mixtral's experts as transformers 4 had them: each with modules of its own."""
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__(_SingleExpert(*pair) for pair in zip(fused.gate_up_proj, fused.down_proj, strict=True))
+
+    def forward(self, states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What the chosen experts make of each token, weighted; see ``MixtralExperts.forward``."""
+        total = torch.zeros_like(states)
+        for number, expert in enumerate(self):
+            token, place = torch.where(chosen == number)
+            total.index_add_(0, token, expert(states[token]) * weights[token, place, None])
+        return total
+
+
 def build_huggingface(
-    family: str, vocabulary: int, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+    family: str,
+    vocabulary: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    single: bool = False,
+    **changes: Any,
 ) -> torch.nn.Module:
     """A tiny model of a family, with the same weights on every rank.
 
     Args:
         family: key of `FAMILIES` or `EXPERT_FAMILIES`.
+        single: whether Mixtral's experts are `SingleExperts`.
         changes: to the configuration.
     """
     kind = (FAMILIES | EXPERT_FAMILIES)[family]
@@ -151,6 +185,8 @@ def build_huggingface(
     with torch.no_grad():
         for param in model.parameters():  # biases and norms too, so that a lost or doubled one shows
             param.add_(torch.randn(param.shape, generator=generator).to(dtype) * 0.05)
+    for layer in model.model.layers if single else ():  # type: ignore[union-attr]
+        layer.mlp.experts = SingleExperts(layer.mlp.experts)  # type: ignore[union-attr]
     return model
 
 

@@ -18,6 +18,7 @@ from ucp_deepspeed.checkpoint.checkpoint import (
     Parameter,
 )
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED
+from ucp_deepspeed.checkpoint.expert_forms import in_form_of
 from ucp_deepspeed.checkpoint.experts import numbers_of_experts
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -146,6 +147,9 @@ def plan_target(
         MismatchError: the checkpoint's own local shapes contradict the patterns, or its parameter order is ambiguous.
         DamagedCheckpointError: a file is missing, truncated or of another size than expected.
     """
+    if model is not None and model.topology.model_parallel == 1:
+        shapes = {name: parameter.local_shapes[0] for name, parameter in model.parameters.items()}
+        checkpoint = in_form_of(checkpoint, {name: shape for name, shape in shapes.items() if shape is not None})
     try:
         source = UniversalView.of(checkpoint, spec, vocabulary_size, topology.tp)
         target = source if model is None else UniversalView.of(model, spec, vocabulary_size, topology.tp)
