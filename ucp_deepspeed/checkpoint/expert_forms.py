@@ -101,6 +101,18 @@ def in_form_of(checkpoint: Checkpoint, wanted: Mapping[str, Shape]) -> Checkpoin
     return RegroupedCheckpoint(checkpoint, made, _renamed(checkpoint, wanted, layers))
 
 
+def in_form_of_other(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """The same, with another checkpoint in place of the model; nothing is done where that one is cut over model-parallel ranks.
+
+    Raises:
+        UnsupportedError, MismatchError: see `in_form_of`.
+    """
+    if other.topology.model_parallel > 1:
+        return checkpoint
+    shapes = {name: parameter.local_shapes[0] for name, parameter in other.parameters.items()}
+    return in_form_of(checkpoint, {name: shape for name, shape in shapes.items() if shape is not None})
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where a matrix of an expert lies, and its shape."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.expert_forms import in_form_of_other
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli.options import CHECKPOINT, command, spec_option, view_of, vocabulary_option
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -46,10 +47,13 @@ def diff_command(
 ) -> None:
     """Compare the whole parameters, optimizer states and counters of checkpoints A and B, bit for bit.
 
+    Experts that B keeps in other tensors are compared in those of A.
+
     Exit status: 0 when they are equal, 1 when they differ, 2 when they can't be compared.
     """
-    view_a = view_of(open_checkpoint(a, tag_a), spec_a or spec, vocabulary_size)
-    view_b = view_of(open_checkpoint(b, tag_b), spec_b or spec, vocabulary_size)
+    first, second = open_checkpoint(a, tag_a), open_checkpoint(b, tag_b)
+    view_a = view_of(first, spec_a or spec, vocabulary_size)
+    view_b = view_of(in_form_of_other(second, first), spec_b or spec, vocabulary_size)
     differences = compare(view_a, view_b, chunk_numbytes=chunk << 20)
     if not differences:
         click.echo(f"equal: {_extent(view_a)}")

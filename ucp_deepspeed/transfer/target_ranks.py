@@ -10,8 +10,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
+from types import MappingProxyType
 from typing import Literal
 
+from ucp_deepspeed.checkpoint.autoep import is_stacked
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes, Kind, Precision
 from ucp_deepspeed.checkpoint.experts import holder_of, numbers_of_experts
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -31,16 +33,19 @@ class TargetSlot:
         names: logical names, in buffer order.
         flattening: where their elements lie in the buffers of all partitions.
         partition: which partition the rank holds.
+        starts: where in each local tensor what the rank holds begins, in elements: its first expert; none for other parameters.
     """
 
     names: tuple[str, ...]
     flattening: Flattening
     partition: int
+    starts: tuple[int, ...] = ()
 
     def fragments(self) -> Iterator[tuple[str, Fragment[None]]]:
         """For each run of elements that the rank holds: the parameter's name, and where it lies in the buffer."""
         for part in self.flattening.held_by(self.partition):
-            yield self.names[part.index], Fragment(part.local_start, part.numel, None, part.buffer_start)
+            start = self.starts[part.index] if self.starts else 0
+            yield self.names[part.index], Fragment(start + part.local_start, part.numel, None, part.buffer_start)
 
     @property
     def numel(self) -> int:
@@ -79,19 +84,29 @@ def target_ranks(
     """
     wanted = only if only is not None else set(product(range(topology.model_parallel), range(topology.dp)))
     numbers, spread = numbers_of_experts(local_shapes), replace(topology, dp=topology.dp // topology.ep)
+    stacked = stacked_experts(view)
     by_holder: dict[int | None, list[str]] = {}
     for name in local_shapes:
         by_holder.setdefault(holder_of(name, numbers, topology.ep), []).append(name)
+    common = [name for name in by_holder.get(None, ()) if name not in stacked]
     for rank in sorted({rank for rank, _ in wanted}):
-        shared = _buffers(view, topology, _numels(local_shapes, by_holder.get(None, ()), rank))
+        shared = _buffers(view, topology, _numels(local_shapes, common, rank))
+        parts = {name: numel // topology.ep for name, numel in _numels(local_shapes, list(stacked), rank).items()}
         experts: dict[int, tuple[_Buffers, _Buffers]] = {}
         for part in sorted(part for held, part in wanted if held == rank):
             position, ep_rank = divmod(part, topology.ep)
             if ep_rank not in experts:
-                numels = _numels(local_shapes, by_holder.get(ep_rank, ()), rank)
+                numels = _numels(local_shapes, by_holder.get(ep_rank, ()), rank) | parts
                 experts[ep_rank] = _buffers(view, spread, numels)
-            held = zip(_held(shared, part), _held(experts[ep_rank], position), strict=True)
+            starts = {name: ep_rank * numel for name, numel in parts.items()}
+            held = zip(_held(shared, part), _held(experts[ep_rank], position, starts), strict=True)
             yield TargetRank(rank, part, *(one + other for one, other in held))
+
+
+def stacked_experts(view: UniversalView) -> dict[str, int]:
+    """Tensors of AutoEP's layers, of which each expert-parallel rank holds some consecutive experts: how many there are."""
+    shapes = {name: view.logical_shape(name) for name in view.parameters}
+    return {name: shape[0] for name, shape in shapes.items() if is_stacked(name, shape)}
 
 
 def _numels(local_shapes: Mapping[str, HeldShapes], names: Sequence[str], rank: int) -> dict[str, int]:
@@ -159,10 +174,16 @@ def slot_names(view: UniversalView, topology: Topology) -> list[tuple[str, ...]]
     return [tuple(names) for names in groups.values()]
 
 
-def _held(buffers: tuple[_Buffers, _Buffers], part: int) -> tuple[tuple[TargetSlot, ...], tuple[TargetSlot, ...]]:
+def _held(
+    buffers: tuple[_Buffers, _Buffers], part: int, starts: Mapping[str, int] = MappingProxyType({})
+) -> tuple[tuple[TargetSlot, ...], tuple[TargetSlot, ...]]:
     """What one of the ranks has of them."""
     slots, weights = (
-        tuple(TargetSlot(names, cut, part if cut.partitions > 1 else 0) for names, cut in kind) for kind in buffers
+        tuple(
+            TargetSlot(names, cut, part if cut.partitions > 1 else 0, tuple(starts.get(name, 0) for name in names))
+            for names, cut in kind
+        )
+        for kind in buffers
     )
     return slots, weights
 

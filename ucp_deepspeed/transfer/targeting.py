@@ -18,7 +18,7 @@ from ucp_deepspeed.checkpoint.checkpoint import (
     Parameter,
 )
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED
-from ucp_deepspeed.checkpoint.expert_forms import in_form_of
+from ucp_deepspeed.checkpoint.expert_forms import in_form_of_other
 from ucp_deepspeed.checkpoint.experts import numbers_of_experts
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -35,6 +35,7 @@ from ucp_deepspeed.transfer.target_ranks import (
     TargetSlot,
     layer_of,
     slot_names,
+    stacked_experts,
     stages_of,
     target_ranks,
 )
@@ -144,12 +145,12 @@ def plan_target(
 
     Raises:
         SpecError: the spec that the user named doesn't fit the parameters.
-        MismatchError: the checkpoint's own local shapes contradict the patterns, or its parameter order is ambiguous.
+        MismatchError: the checkpoint's own local shapes contradict the patterns, or its parameter order is ambiguous, or the model
+            has other experts.
         DamagedCheckpointError: a file is missing, truncated or of another size than expected.
     """
-    if model is not None and model.topology.model_parallel == 1:
-        shapes = {name: parameter.local_shapes[0] for name, parameter in model.parameters.items()}
-        checkpoint = in_form_of(checkpoint, {name: shape for name, shape in shapes.items() if shape is not None})
+    if model is not None:
+        checkpoint = in_form_of_other(checkpoint, model)
     try:
         source = UniversalView.of(checkpoint, spec, vocabulary_size, topology.tp)
         target = source if model is None else UniversalView.of(model, spec, vocabulary_size, topology.tp)
@@ -208,18 +209,19 @@ class _Planner:
         return TargetPlan(self.topology, self._matching, reset, found, remarks, () if found else ranks, grown)
 
     def _check_experts(self) -> None:
-        """DeepSpeed's layers want as many experts on each rank, and neither ZeRO-3 nor, here, a pipeline."""
+        """What keeps layers with experts from being trained on this topology, or from being supported there."""
         numbers, topology = numbers_of_experts(self.view.parameters), self.topology
-        reasons = {f"EP {topology.ep} doesn't divide DP {topology.dp}": topology.dp % topology.ep > 0}
-        if numbers:
-            reasons |= {
-                "DeepSpeed's own mixture-of-experts layers can't be trained with ZeRO-3": topology.zero_stage == 3,
-                "experts in a pipeline are not supported": topology.pp > 1,
-            }
-        else:
-            reasons |= {f"EP {topology.ep}, and the model has no experts": topology.ep > 1}
+        stacked = stacked_experts(self.view)
+        reasons = {
+            f"EP {topology.ep} doesn't divide DP {topology.dp}": topology.dp % topology.ep > 0,
+            "DeepSpeed's own mixture-of-experts layers can't be trained with ZeRO-3": bool(numbers)
+            and topology.zero_stage == 3,
+            "experts in a pipeline are not supported": bool(numbers or stacked) and topology.pp > 1,
+            "layers of AutoEP under tensor parallelism are not supported": bool(stacked) and topology.tp > 1,
+            f"EP {topology.ep}, and the model has no experts": not (numbers or stacked) and topology.ep > 1,
+        }
         self.obstacles += [Obstacle(None, reason) for reason, holds in reasons.items() if holds]
-        for layer, number in numbers.items():
+        for layer, number in (numbers | stacked).items():
             if number % topology.ep:
                 self._refuse(layer.rstrip("."), f"EP {topology.ep} doesn't divide its {number} experts")
 
