@@ -145,7 +145,7 @@ def plan_target(
 
     Raises:
         SpecError: the spec that the user named doesn't fit the parameters.
-        MismatchError: the checkpoint's own local shapes contradict the patterns, or its parameter order is ambiguous, or the model
+        MismatchError: the checkpoint's own local shapes contradict the patterns, its parameter order is ambiguous, or the model
             has other experts.
         DamagedCheckpointError: a file is missing, truncated or of another size than expected.
     """
