@@ -14,14 +14,19 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import differences, shared_differences
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.cli import main
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
+from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.testing.huggingface_models import EXPERT_FAMILIES, build_huggingface, causal_logits
-from ucp_deepspeed.testing.ranks import RankPool
+from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import VOCABULARY, Run, batch_of, build_engine, train_step
 from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.targeting import plan_target
 
 Ranks = Callable[[int], RankPool]
 
@@ -211,3 +216,64 @@ def test_same_topology(stage: int, ranks: Ranks, tmp_path: Path) -> None:
         found = ranks(4).run(run_once, run, 0, str(tmp_path / str(universal)), str(tmp_path / "a"))
         assert [rank["loss"] for rank in found] == [rank["loss"] for rank in expected]
         assert all((rank["report"] is not None) == (universal == UNIVERSAL) for rank in found)
+
+
+@pytest.mark.parametrize(("source", "targets"), [(1, ((4, 4, 3), (1, 2, 1))), (3, ((2, 4, 1), (1, 1, 0)))])
+def test_command_line(source: int, targets: tuple[Any, ...], ranks: Ranks, tmp_path: Path) -> None:
+    """What ``ucp plan`` says is what each rank reads, and ``ucp diff`` finds nothing, also in a universal checkpoint."""
+    ranks(2).run(run_once, autoep(2, source), STEPS, str(tmp_path / "a"))
+    saved = tmp_path / "a" / "step"
+    for ep, world, stage in targets:
+        run, after = autoep(ep, stage), tmp_path / f"ep{ep}"
+        found = ranks(world).run(run_once, run, 0, str(after), str(tmp_path / "a"))
+        plan = plan_target(open_checkpoint(saved), Topology(1, 1, world, stage, ep))
+        assert [rank.bytes_read for rank in plan.ranks] == [rank["report"].bytes_read for rank in found]
+        assert ucp("diff", saved, after / "step") == 0
+    assert ucp("convert", saved, tmp_path / "u") == 0
+    assert ucp("inspect", tmp_path / "u") == ucp("inspect", saved) == ucp("diff", saved, tmp_path / "u") == 0
+    ranks(1).run(run_once, plain(1), 0, str(tmp_path / "plain"), str(tmp_path / "u"))
+    assert ucp("diff", saved, tmp_path / "plain" / "step") == 0
+    assert ucp("plan", saved, "--dp", 3, "--zero", 1, "--ep", 3) == 1
+    changed = plan_target(open_checkpoint(saved), Topology(dp=2), model=open_checkpoint(tmp_path / "plain"))
+    assert changed.possible and "model.layers.0.mlp.experts.gate_up_proj" in changed.restored
+
+
+def ucp(*arguments: Any) -> int:
+    """Exit status of a command."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments]).exit_code
+
+
+def refusal(ranks: Ranks, world: int, run: Run, *arguments: Any) -> BaseException:
+    """What is raised on a rank."""
+    with pytest.raises(RankError) as caught:
+        ranks(world).run(run_once, run, 0, *arguments)
+    assert caught.value.original is not None
+    return caught.value.original
+
+
+def test_another_number_of_experts(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2).run(run_once, autoep(2, 1), STEPS, str(tmp_path / "a"))
+    more = {"num_local_experts": 6}
+    for run, name in ((autoep(2, 1, size=more), "w1"), (plain(1, **more), "gate_up_proj")):
+        error = refusal(ranks, 2, run, str(tmp_path / "b"), str(tmp_path / "a"))
+        assert isinstance(error, MismatchError)
+        assert any(problem.startswith(f"model.layers.0.mlp.experts.{name}: ") for problem in error.problems)
+    grown = autoep(2, 3, size=more, universal={**UNIVERSAL, "on_missing": "init"})
+    ranks(2).run(run_once, grown, 0, str(tmp_path / "c"), str(tmp_path / "a"))
+    assert open_checkpoint(tmp_path / "c").parameters["model.layers.1.mlp.experts.w2"].local_shapes[0][0] == 6  # type: ignore[index]
+
+
+def test_what_is_refused(ranks: Ranks, tmp_path: Path) -> None:
+    """By DeepSpeed experts that don't divide; by this package what would need more than dealing out experts."""
+    uneven = refusal(ranks, 3, autoep(3, 1, config={"train_batch_size": 9}), str(tmp_path / "a"))
+    assert "num_experts=4 in layer 'model.layers.0.mlp' is not divisible by autoep_size=3" in str(uneven)
+    folded = autoep(2, 1, tp=2, config={"tensor_parallel": {"autotp_size": 2, "preset_model": "mixtral"}})
+    error = refusal(ranks, 2, folded, str(tmp_path / "a"))
+    assert isinstance(error, UnsupportedError) and "AutoEP under tensor parallelism" in str(error)
+    ranks(2).run(run_once, autoep(2, 0, universal=None), STEPS, str(tmp_path / "stock"))
+    error = refusal(ranks, 2, autoep(1, 1), str(tmp_path / "b"), str(tmp_path / "stock"))
+    assert isinstance(error, MismatchError) and "names no parameters in its optimizer state" in str(error)
+    ranks(2).run(run_once, autoep(2, 0), STEPS, str(tmp_path / "c"))
+    (tmp_path / "c" / "step" / "layer_1_expert_3_mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(DamagedCheckpointError, match="layer_1_expert_3_mp_rank_00_model_states"):
+        open_checkpoint(tmp_path / "c")

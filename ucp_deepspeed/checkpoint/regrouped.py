@@ -90,7 +90,7 @@ class RegroupedCheckpoint(Checkpoint):
         first, *others = [self._inner.parameters[source] for source in regrouped.sources]
         if any(other.kind != first.kind for other in others):
             raise MismatchError(
-                f"{self.path} holds experts that were trained and others that weren't, which the model keeps in one tensor",
+                f"{self.path} holds experts that were trained and some that weren't, which the model has in one tensor",
                 [name],
             )
         refused = {key: why for parameter in (first, *others) for key, why in parameter.refused.items()}
