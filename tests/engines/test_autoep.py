@@ -225,6 +225,27 @@ def test_same_topology(stage: int, ranks: Ranks, tmp_path: Path) -> None:
         assert all((rank["report"] is not None) == (universal == UNIVERSAL) for rank in found)
 
 
+def folded(ep: int, stage: int) -> Run:
+    """A run with AutoTP too, on TP2: its ranks hold different experts."""
+    return autoep(ep, stage, tp=2, config={"tensor_parallel": {"autotp_size": 2, "preset_model": "mixtral"}})
+
+
+def test_under_tensor_parallelism(ranks: Ranks, tmp_path: Path) -> None:
+    """From the plain model to TP2 with AutoEP, other sizes and stages, and TP1 in between; stage 0 has a file for each rank."""
+    source = plain(1)
+    first = ranks(2).run(run_once, source, STEPS, str(tmp_path / "0"))[0]
+    expected = logits_of_whole(source, tmp_path / "0" / "step", tmp_path / "whole")
+    chain = [(folded(2, 1), 4), (folded(4, 3), 4), (autoep(2, 0), 2), (folded(4, 0), 4), (folded(2, 2), 2)]
+    for number, (run, world) in enumerate(chain, start=1):
+        before, after = tmp_path / str(number - 1), tmp_path / str(number)
+        for found in ranks(world).run(run_once, run, 0, str(after), str(before)):
+            assert float((found["logits"] - expected).abs().max()) <= BOUND
+            assert abs(found["loss"] - first["loss"]) < BOUND
+        assert shared_differences(tmp_path / "1" / "step", after / "step") == []
+    error = refusal(ranks, 2, source, str(tmp_path / "back"), str(tmp_path / "5"))
+    assert isinstance(error, UnsupportedError) and "model.layers.0.mlp in other tensors than the model" in str(error)
+
+
 @pytest.mark.parametrize(("source", "targets"), [(1, ((4, 4, 3), (1, 2, 1))), (3, ((2, 4, 1), (1, 1, 0)))])
 def test_command_line(source: int, targets: tuple[Any, ...], ranks: Ranks, tmp_path: Path) -> None:
     """What ``ucp plan`` says is what each rank reads, and ``ucp diff`` finds nothing, also in a universal checkpoint."""
@@ -276,12 +297,9 @@ def test_another_number_of_experts(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_what_is_refused(ranks: Ranks, tmp_path: Path) -> None:
-    """By DeepSpeed experts that don't divide; by this package what would need more than dealing out experts."""
+    """By DeepSpeed experts that don't divide; by this package what the files don't tell, or don't hold."""
     uneven = refusal(ranks, 3, autoep(3, 1, config={"train_batch_size": 9}), str(tmp_path / "a"))
     assert "num_experts=4 in layer 'model.layers.0.mlp' is not divisible by autoep_size=3" in str(uneven)
-    folded = autoep(2, 1, tp=2, config={"tensor_parallel": {"autotp_size": 2, "preset_model": "mixtral"}})
-    error = refusal(ranks, 2, folded, str(tmp_path / "a"))
-    assert isinstance(error, UnsupportedError) and "AutoEP under tensor parallelism" in str(error)
     ranks(2).run(run_once, autoep(2, 0, universal=None), STEPS, str(tmp_path / "stock"))
     error = refusal(ranks, 2, autoep(1, 1), str(tmp_path / "b"), str(tmp_path / "stock"))
     assert isinstance(error, MismatchError) and "names no parameters in its optimizer state" in str(error)

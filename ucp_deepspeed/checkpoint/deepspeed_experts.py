@@ -33,12 +33,12 @@ def expert_parallel_size(files: DeepSpeedFiles, topology: Topology) -> int:
     """The largest; layers may differ in it. 1 without experts.
 
     Raises:
-        UnsupportedError: AutoEP's experts under tensor parallelism, or beside DeepSpeed's own layers.
+        UnsupportedError: AutoEP's experts in a pipeline, or beside DeepSpeed's own layers.
     """
     if files.autoep:
         others = len(files.expert_totals) * 3 > len(files.autoep.layers)
-        if topology.model_parallel > 1 or others:
-            reason = "beside DeepSpeed's own mixture-of-experts layers" if others else "under tensor parallelism"
+        if topology.pp > 1 or others:
+            reason = "beside DeepSpeed's own mixture-of-experts layers" if others else "in a pipeline"
             raise UnsupportedError(
                 f"{files.path} holds layers of DeepSpeed's AutoEP {reason}, which this release can't read"
             )
@@ -87,7 +87,7 @@ def shares_of_group(
 
 
 def _autoep_shares(files: DeepSpeedFiles, topology: Topology, rank: int, index: int, named: NamedShapes) -> list[Share]:
-    ranks = ExpertRanks(files.autoep.ep, topology.dp, topology.tp, True, _data_first(files))
+    ranks = ExpertRanks(files.autoep.ep, topology.dp, topology.tp, topology.tp == 1, _data_first(files))
     shapes = dict(zip(named, shapes_of(named), strict=True))
     _check_groups(files, ranks, rank, index)
 
@@ -103,10 +103,12 @@ def _autoep_shares(files: DeepSpeedFiles, topology: Topology, rank: int, index: 
 
 
 def _check_groups(files: DeepSpeedFiles, ranks: ExpertRanks, rank: int, index: int) -> None:
-    """Of the ranks that share a sub-group ZeRO-3 says which they are; here they are calculated."""
+    """Of the ranks that share a sub-group ZeRO-3 says which they are; here they are calculated. Tensor-parallel ranks are
+    neighbours (``module_inject/auto_ep_folding.py``)."""
     state, path = files.optimizer_state(rank, 0)
     listed = state.get("ds_zero_partition_groups")
-    expected = [ranks.holder(0, partition, rank)[1] for partition in range(ranks.partitions)]
+    holders = [ranks.holder(rank % ranks.ep, partition, rank) for partition in range(ranks.partitions)]
+    expected = [part * ranks.tp + held for held, part in holders]
     if listed and list(listed[index]["partition_ranks"]) != expected:
         raise UnsupportedError(
             f"{path}: ranks {listed[index]['partition_ranks']} share the experts of sub-group {index}, where a release that "
@@ -125,41 +127,53 @@ def stage0_expert_slots(
 ) -> list[Slot]:
     """At stage 0, the slots of one expert-parallel rank's experts, with the first one's also all others.
 
+    Those are taken from the model-parallel rank's own file: where experts aren't cut over tensor-parallel ranks, one of these
+    alone has the file of an expert-parallel rank's optimizer.
+
     Args:
         owned: weights of the model-parallel rank, each with its file.
         groups: names in the optimizer's order, where they are recorded.
         kinds: see `stage0_slots`.
     """
-    path = files.expert_optimizer_path(rank, ep_rank)
-    if files.autoep:
-        return _stage0_autoep_slots(files, ep_rank, owned, groups, kinds, path)
-    numbers = numbers_of_experts(owned)
-    held = {
-        name: located for name, located in owned.items() if holder_of(name, numbers, topology.ep) in (None, ep_rank)
-    }
-    slots = stage0_slots(files.open(path)["optimizer"], held, groups, path, kinds)
-    return [slot for slot in slots if ep_rank == 0 or expert_of(slot.names[0])]
+    path, own = files.expert_optimizer_path(rank, ep_rank), files.model_states_path(rank, 0)
+    single = {key: located for key, located in owned.items() if files.autoep.expert_of(key)}
+    held = _held_by(files, topology, ep_rank, owned, single, path)
+    found = stage0_slots(files.open(path)["optimizer"], held, groups, path, kinds)
+    slots = [
+        _with_parts(files, slot, ep_rank, single) if files.autoep else slot
+        for slot in found
+        if _of_experts(files, slot)
+    ]
+    if ep_rank == 0:
+        others = stage0_slots(files.model_states(rank)["optimizer"], held, groups, own, kinds)
+        slots = [slot for slot in others if not _of_experts(files, slot)] + slots
+    return slots
 
 
-def _stage0_autoep_slots(
+def _of_experts(files: DeepSpeedFiles, slot: Slot) -> bool:
+    """Whether a slot holds experts; DeepSpeed keeps them in groups of their own."""
+    return any(name in files.autoep.layers or expert_of(name) is not None for name in slot.names)
+
+
+def _held_by(
     files: DeepSpeedFiles,
+    topology: Topology,
     ep_rank: int,
     owned: Mapping[str, Located],
-    groups: Groups | None,
-    kinds: Mapping[str, Kind | None],
+    single: Mapping[str, Located],
     path: Path,
-) -> list[Slot]:
-    single = {key: located for key, located in owned.items() if files.autoep.expert_of(key)}
-    held = {key: located for key, located in owned.items() if key not in single}
+) -> dict[str, Located]:
+    """What an expert-parallel rank's optimizer has; of AutoEP's experts, which lie in a file for each, the shape alone."""
+    numbers = numbers_of_experts(owned)
+    held = {
+        name: located
+        for name, located in owned.items()
+        if name not in single and holder_of(name, numbers, topology.ep) in (None, ep_rank)
+    }
     for name, layer in files.autoep.layers.items():
         shape = _shape_of_expert(single, name, path)
         held[name] = torch.empty((layer.local, *shape), dtype=single[f"{name}.0"][0].dtype, device="meta"), path
-    slots = stage0_slots(files.open(path)["optimizer"], held, groups, path, kinds)
-    return [
-        _with_parts(files, slot, ep_rank, single)
-        for slot in slots
-        if ep_rank == 0 or not files.autoep.layers.keys().isdisjoint(slot.names)
-    ]
+    return held
 
 
 def _shape_of_expert(single: Mapping[str, Located], name: str, path: Path) -> tuple[int, ...]:

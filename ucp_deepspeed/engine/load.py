@@ -276,8 +276,7 @@ def _load_universal(
         if custom is not None:
             check_custom_load(engine)
             source = local_state_dict(checkpoint, model)
-        if model.topology.tp == 1:
-            checkpoint = in_form_of(checkpoint, model.local_shapes)
+        checkpoint = in_form_of(checkpoint, model.local_shapes)
         names = match_names(checkpoint, model)
         matching = match_model(checkpoint, model, names, policies)
         settings: Settings = ()

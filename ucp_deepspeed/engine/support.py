@@ -62,16 +62,14 @@ def _check_experts(engine: Any) -> None:
     """Refuse experts whose ranks or files this release doesn't know.
 
     Raises:
-        UnsupportedError: layers of AutoEP under tensor parallelism or beside others, experts in a pipeline, at stage 0 layers of
+        UnsupportedError: layers of AutoEP beside DeepSpeed's own, experts in a pipeline, at stage 0 layers of
             several expert-parallel sizes, or experts of which DeepSpeed's own checkpoints are incomplete.
     """
     sizes, modules = {layer.ep for layer in ModelNames(engine).layers.values()}, list(engine.module.modules())
     automatic = any(isinstance(module, AutoEPMoELayer) for module in modules)
     spread = any(isinstance(module, MoE) and not module.enable_expert_tensor_parallelism for module in modules)
     reason = ""
-    if automatic and engine.mp_world_size > 1:
-        reason = "layers of DeepSpeed's AutoEP under tensor parallelism"
-    elif automatic and any(isinstance(module, MoE) for module in modules):
+    if automatic and any(isinstance(module, MoE) for module in modules):
         reason = "layers of DeepSpeed's AutoEP beside its own mixture-of-experts layers"
     elif isinstance(engine, PipelineEngine):
         reason = "mixture-of-experts layers in a pipeline"

@@ -217,7 +217,8 @@ class _Planner:
             "DeepSpeed's own mixture-of-experts layers can't be trained with ZeRO-3": bool(numbers)
             and topology.zero_stage == 3,
             "experts in a pipeline are not supported": bool(numbers or stacked) and topology.pp > 1,
-            "layers of AutoEP under tensor parallelism are not supported": bool(stacked) and topology.tp > 1,
+            "AutoEP's experts under tensor parallelism load, but this release can't plan it": bool(stacked)
+            and topology.tp > 1,
             f"EP {topology.ep}, and the model has no experts": not (numbers or stacked) and topology.ep > 1,
         }
         self.obstacles += [Obstacle(None, reason) for reason, holds in reasons.items() if holds]
