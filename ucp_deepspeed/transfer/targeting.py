@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 
 from ucp_deepspeed.checkpoint.checkpoint import (
@@ -229,10 +230,10 @@ class _Planner:
     def _lay_out(self) -> None:
         """Local shapes and layouts of the target."""
         held = self._stages()
+        cut = lru_cache(maxsize=None)(lambda pattern, whole: pattern.local_shapes(whole, self.topology.tp))
         for name, pattern in self.view.patterns.items():
-            whole = self.view.logical_shape(name)
             try:
-                shares = pattern.local_shapes(whole, self.topology.tp)
+                shares = cut(pattern, self.view.logical_shape(name))
                 self._shapes[name] = tuple(
                     shape if stage in held[name] else None for stage in range(self.topology.pp) for shape in shares
                 )
