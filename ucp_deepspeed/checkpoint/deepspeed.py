@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from ucp_deepspeed.checkpoint.checkpoint import (
     WEIGHT,
     Checkpoint,
     FileExtent,
+    HeldShapes,
     Kind,
     Parameter,
     ParameterGroup,
 )
 from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
-from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED, layer_file, read_layers, tied_keys
+from ucp_deepspeed.checkpoint.deepspeed_layers import PipelineLayers
 from ucp_deepspeed.checkpoint.deepspeed_run import hyperparameters, read_run
 from ucp_deepspeed.checkpoint.deepspeed_stage0 import Groups, stage0_form, stage0_slots
 from ucp_deepspeed.checkpoint.deepspeed_zero import (
@@ -41,6 +42,7 @@ from ucp_deepspeed.checkpoint.experts import (
     recognise_experts,
 )
 from ucp_deepspeed.checkpoint.extra_states import extra_states_in, is_extra_state
+from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, STALE_MANIFEST
 from ucp_deepspeed.checkpoint.megatron_deepspeed_info import MegatronDeepSpeedInfo
 from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of, whole_tensor_slot
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, open_torch_file, storage_start
@@ -68,6 +70,8 @@ class DeepSpeedCheckpoint(Checkpoint):
         self.path = path
         self.files = DeepSpeedFiles(path)
         self.manifest = self.files.manifest
+        self._slots = lru_cache(maxsize=None)(self._read_sound_slots)
+        self._where = lru_cache(maxsize=None)(self._read_where)
         with self.files.sound():
             self.topology = self._read_topology()
             self.form = f"deepspeed {self.optimizer_form}"
@@ -86,7 +90,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         self, name: str, state: str, rank: int, local_start: int, local_stop: int
     ) -> Iterator[Fragment[FileExtent]]:
         """See `Checkpoint.fragments`."""
-        slot, index = self._where[rank][name]
+        slot, index = self._where(rank)[name]
         for part in slot.flattening_of(state).slices(index, local_start, local_stop):
             with self.files.sound():
                 extent = slot.extent(part.partition, state)
@@ -101,6 +105,8 @@ class DeepSpeedCheckpoint(Checkpoint):
     def extra_states(self) -> tuple[dict[str, Any], ...]:
         """See `Checkpoint.extra_states`."""
         found: tuple[dict[str, Any], ...] = tuple({} for _ in range(self.topology.tp))
+        if self.manifest is not None and self.manifest.has_extra_states is False:
+            return found
         for rank in range(self.topology.model_parallel):
             found[rank % self.topology.tp].update(self._extra_states(rank))
         return found
@@ -145,22 +151,38 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def trained_slots(self, rank: int) -> list[Slot]:
         """A model-parallel rank's slots with an optimizer state, in the order of the file."""
-        return [slot for slot in self._slots[rank] if slot.kind == "trainable"]
+        return [slot for slot in self._slots(rank) if slot.kind == "trainable"]
 
     def local_shapes(self, rank: int) -> dict[str, Shape]:
         """Shape of each parameter and buffer on a model-parallel rank."""
-        return {name: shape for slot in self._slots[rank] for name, shape in zip(slot.names, slot.shapes, strict=True)}
+        return {name: shape for slot in self._slots(rank) for name, shape in zip(slot.names, slot.shapes, strict=True)}
 
-    @cached_property
-    def _slots(self) -> list[list[Slot]]:
+    def _read_sound_slots(self, rank: int) -> list[Slot]:
         with self.files.sound():
-            return [self._read_slots(rank) for rank in range(self.topology.model_parallel)]
+            return self._read_slots(rank)
 
-    @cached_property
-    def _where(self) -> list[dict[str, tuple[Slot, int]]]:
-        return [
-            {name: (slot, index) for slot in slots for index, name in enumerate(slot.names)} for slots in self._slots
-        ]
+    def _read_where(self, rank: int) -> dict[str, tuple[Slot, int]]:
+        """The slot of each parameter and buffer of a model-parallel rank, and its place in it.
+
+        Raises:
+            DamagedCheckpointError: they are others than on the stage's first rank, or of other shapes than recorded.
+        """
+        where = {name: (slot, index) for slot in self._slots(rank) for index, name in enumerate(slot.names)}
+        first = rank - rank % self.topology.tp
+        if rank != first and where.keys() != self._where(first).keys():
+            differing = sorted(where.keys() ^ self._where(first).keys())
+            raise DamagedCheckpointError(
+                f"{self.path}: model-parallel rank {rank} has other parameters than rank {first}: {differing[:10]}"
+            )
+        recorded = self.manifest.local_shapes if self.manifest else {}
+        for name, (slot, index) in where.items():
+            found, expected = slot.shapes[index], recorded[name][rank - first] if name in recorded else None
+            if expected is not None and found != expected:
+                raise DamagedCheckpointError(
+                    f"{self.path}: {name} has local shape {found} on model-parallel rank {rank}; {MANIFEST_NAME} has "
+                    f"{expected}{STALE_MANIFEST}"
+                )
+        return where
 
     def _read_topology(self) -> Topology:
         saved = self.files.model_states(0)
@@ -296,7 +318,7 @@ class DeepSpeedCheckpoint(Checkpoint):
             DamagedCheckpointError: a layer has files of some tensor-parallel ranks only.
         """
         if self.files.is_pipeline:
-            return self._layers[rank % self.topology.tp]
+            return self._layers.on(rank % self.topology.tp)
         path = self.files.model_states_path(rank, 0)
         found = _tensors_in(self.files.model_states(rank)["module"], path)
         for expert in self.files.expert_files(rank):
@@ -306,35 +328,19 @@ class DeepSpeedCheckpoint(Checkpoint):
     def _extra_states(self, rank: int) -> dict[str, Any]:
         if not self.files.is_pipeline:
             return extra_states_in(self.files.model_states(rank)["module"], self.files.model_states_path(rank, 0))
-        if rank >= self.topology.tp:  # the layers' files are those of all stages
-            return {}
-        found: dict[str, Any] = {}
-        for name in sorted(self.files.names):
-            place = layer_file(name)
-            if place is not None and place[1] == rank:
-                held = extra_states_in(self.files.open(self.path / name), self.path / name)
-                found |= {f"{place[0]}.{key}": value for key, value in held.items()}
-        return found
+        return self._layers.extra_states(rank) if rank < self.topology.tp else {}  # of all stages
 
     @cached_property
-    def _layers(self) -> list[dict[str, Located]]:
-        """For each tensor-parallel rank the tensors of all layer files, tied ones under their own names."""
-        found = read_layers(self.path, self.files.names, self.topology.tp, self.files.open)
-        keys: Mapping[str, str] = self.manifest.layer_keys if self.manifest else self._tied_keys(found)
-        named: list[dict[str, Located]] = [{} for _ in found]
-        for tensors, held in zip(found, named, strict=True):
-            for name, located in tensors.items():
-                held.setdefault(keys.get(name, name), located)  # of a tied module's layers the first
-        return named
+    def _layers(self) -> PipelineLayers:
+        return PipelineLayers(self.files, self.topology.tp, self._trained_numels)
 
-    def _tied_keys(self, found: list[dict[str, Located]]) -> dict[str, str]:
+    def _trained_numels(self) -> dict[str, int]:
         trained: dict[str, int] = {}
         for rank in range(0, self.topology.model_parallel, self.topology.tp) if self.files.partitioned else ():
             described = self.files.model_states(rank).get("param_shapes")
             groups = self._mapped_numels(rank) if described is None else map(_numels, described)
             trained |= {name: numel for group in groups for name, numel in group.items()}
-        free = {name: tensor.numel() for name, (tensor, _) in found[0].items() if name not in trained}
-        return tied_keys({name: numel for name, numel in trained.items() if name.startswith(TIED)}, free, self.path)
+        return trained
 
     @cached_property
     def _unclaimed(self) -> list[str]:
@@ -342,8 +348,8 @@ class DeepSpeedCheckpoint(Checkpoint):
         stages = range(0, self.topology.model_parallel, self.topology.tp)
         claimed = {name for rank in stages for slot in self._optimizer_slots(rank) for name in slot.names}
         claimed |= {name for rank in stages for name in self.files.model_states(rank)["buffer_names"]}
-        recorded = self.manifest.parameters if self.manifest else self._layers[0]
-        return [name for name in self._layers[0] if name not in claimed and name in recorded]
+        recorded = self.manifest.parameters if self.manifest else self._layers.on(0)
+        return [name for name in self._layers.on(0) if name not in claimed and name in recorded]
 
     def recorded_groups(self, rank: int, ep_rank: int = 0) -> Groups | None:
         """Names in the optimizer's order on one model- and expert-parallel rank, as the manifest records those of the first."""
@@ -379,30 +385,39 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def _read_parameters(self) -> dict[str, Parameter]:
         degree = self.topology.tp
-        owners: dict[str, int] = {}
-        for rank, where in enumerate(self._where):
-            first = rank - rank % degree
-            if where.keys() != self._where[first].keys():
-                differing = sorted(where.keys() ^ self._where[first].keys())
-                raise DamagedCheckpointError(
-                    f"{self.path}: model-parallel rank {rank} has other parameters than rank {first}: {differing[:10]}"
-                )
-            for name in where:
-                owners.setdefault(name, rank)
+        firsts = range(0, self.topology.model_parallel, degree)
+        stages = [self._where(rank) for rank in firsts]
+        owners: dict[str, tuple[Slot, int]] = {}
+        for where in stages:
+            for name, entry in where.items():
+                owners.setdefault(name, entry)
+        recorded = self.manifest.local_shapes if self.manifest else {}
+        if degree == 1 or owners.keys() <= recorded.keys():
+            shares = [
+                {name: recorded.get(name, (slot.shapes[index],)) for name, (slot, index) in where.items()}
+                for where in stages
+            ]
+        else:
+            shares = [self._shapes_on_all_ranks(first) for first in firsts]
+        nothing: HeldShapes = (None,) * degree
         parameters: dict[str, Parameter] = {}
         for name in self._in_model_order(owners):
-            slot, _ = self._where[owners[name]][name]
-            held = [where.get(name) for where in self._where]
-            shapes = tuple(None if entry is None else entry[0].shapes[entry[1]] for entry in held)
+            slot, _ = owners[name]
+            shapes: HeldShapes = tuple(shape for held in shares for shape in held.get(name, nothing))
             parameters[name] = Parameter(name, slot.kind, shapes, slot.states, slot.scalars, slot.refused)
         return parameters
+
+    def _shapes_on_all_ranks(self, first: int) -> dict[str, tuple[Shape, ...]]:
+        """Local shapes on the tensor-parallel ranks of a stage, read from the files of each."""
+        ranks = [self._where(rank) for rank in range(first, first + self.topology.tp)]
+        return {name: tuple(where[name][0].shapes[where[name][1]] for where in ranks) for name in ranks[0]}
 
     def _in_model_order(self, names: Iterable[str]) -> list[str]:
         order = {name: index for index, name in enumerate(self._model_order())}
         return sorted(names, key=lambda name: order.get(name, len(order)))
 
     def _model_order(self) -> Iterable[str]:
-        return self._layers[0] if self.files.is_pipeline else self.files.model_states(0)["module"]
+        return self._layers.order() if self.files.is_pipeline else self.files.model_states(0)["module"]
 
     def _read_groups(self) -> tuple[ParameterGroup, ...]:
         """The groups of all pipeline stages; each stage numbers its own, so that they are told apart by what is in them."""
@@ -410,7 +425,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         for rank in range(0, self.topology.model_parallel, self.topology.tp):
             entries = hyperparameters(self.files, rank)
             named: dict[int, list[str]] = {}
-            for slot in self._slots[rank]:
+            for slot in self._slots(rank):
                 if slot.group is not None and slot.group < len(entries):
                     named.setdefault(slot.group, []).extend(slot.names)
             for group, names in sorted(named.items()):

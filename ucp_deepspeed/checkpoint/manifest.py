@@ -33,8 +33,9 @@ STALE_MANIFEST = (
 
 
 class ManifestParameter(BaseModel):
-    """One parameter: whether it was trained, its whole shape, how it was sharded (None where nothing was known or needed), and
-    its logical name where a spec gave it another than its own."""
+    """One parameter: whether it was trained, its whole shape, how it was sharded (None where nothing was known or needed), its
+    logical name where a spec gave it another than its own, and its shape on each tensor-parallel rank of a stage that holds it,
+    or once where it is the same on all (None where stages differ)."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -42,6 +43,7 @@ class ManifestParameter(BaseModel):
     logical_shape: Shape | None = None
     pattern: Annotated[Pattern, Discriminator("pattern")] | None = None
     logical_name: str | None = None
+    local_shapes: Annotated[tuple[Shape, ...], Field(min_length=1)] | None = None
 
 
 class ManifestTopology(BaseModel):
@@ -69,6 +71,7 @@ class Manifest(BaseModel):
         layer_keys: for a pipeline, keys of its layer files → names of the parameters and buffers that lie there under another
             name: those of tied modules.
         parameters: see `ManifestParameter`.
+        has_extra_states: whether modules kept extra states, on any model-parallel rank; None where that wasn't recorded.
         files: size in bytes of each file in the tag folder when it was committed.
     """
 
@@ -81,12 +84,20 @@ class Manifest(BaseModel):
     parameter_groups: tuple[tuple[tuple[str | None, ...], ...], ...]
     layer_keys: Mapping[str, str] = {}
     parameters: Mapping[str, ManifestParameter]
+    has_extra_states: bool | None = None
     files: Mapping[str, NonNegativeInt]
 
     @model_validator(mode="after")
     def _names_every_stage(self) -> Manifest:
         if len(self.parameter_groups) != self.topology.pp:
             raise ValueError(f"parameter_groups of {len(self.parameter_groups)} stages, of {self.topology.pp}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_shapes_of_every_rank(self) -> Manifest:
+        for name, entry in self.parameters.items():
+            if entry.local_shapes is not None and len(entry.local_shapes) not in (1, self.topology.tp):
+                raise ValueError(f"local_shapes of {name} on {len(entry.local_shapes)} ranks, of {self.topology.tp}")
         return self
 
     @cached_property
@@ -99,6 +110,12 @@ class Manifest(BaseModel):
         """Whole shapes, where a layout was known when saving."""
         known = self.parameters.items()
         return {name: entry.logical_shape for name, entry in known if entry.logical_shape is not None}
+
+    @cached_property
+    def local_shapes(self) -> dict[str, tuple[Shape, ...]]:
+        """Shape on each tensor-parallel rank, where recorded."""
+        known = ((name, entry.local_shapes) for name, entry in self.parameters.items())
+        return {name: held * (self.topology.tp // len(held)) for name, held in known if held is not None}
 
     @cached_property
     def logical_names(self) -> dict[str, str]:
