@@ -22,7 +22,7 @@ from ucp_deepspeed.checkpoint.checkpoint import (
 )
 from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed_layers import PipelineLayers
-from ucp_deepspeed.checkpoint.deepspeed_run import hyperparameters, read_run
+from ucp_deepspeed.checkpoint.deepspeed_run import hyperparameters, join_groups, number_groups, read_run
 from ucp_deepspeed.checkpoint.deepspeed_stage0 import Groups, stage0_form, stage0_slots
 from ucp_deepspeed.checkpoint.deepspeed_zero import (
     Share,
@@ -31,6 +31,7 @@ from ucp_deepspeed.checkpoint.deepspeed_zero import (
     recognise,
     zero_slots,
 )
+from ucp_deepspeed.checkpoint.deferred import Deferred
 from ucp_deepspeed.checkpoint.experts import (
     ExpertRanks,
     expert_of,
@@ -72,6 +73,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         self.manifest = self.files.manifest
         self._slots = lru_cache(maxsize=None)(self._read_sound_slots)
         self._where = lru_cache(maxsize=None)(self._read_where)
+        self._settings = lru_cache(maxsize=None)(partial(hyperparameters, self.files))
         with self.files.sound():
             self.topology = self._read_topology()
             self.form = f"deepspeed {self.optimizer_form}"
@@ -168,19 +170,23 @@ class DeepSpeedCheckpoint(Checkpoint):
             DamagedCheckpointError: they are others than on the stage's first rank, or of other shapes than recorded.
         """
         where = {name: (slot, index) for slot in self._slots(rank) for index, name in enumerate(slot.names)}
-        first = rank - rank % self.topology.tp
-        if rank != first and where.keys() != self._where(first).keys():
-            differing = sorted(where.keys() ^ self._where(first).keys())
+        stage, place = divmod(rank, self.topology.tp)
+        expected, by, remedy = set(where), f"rank {rank - place}", ""
+        if self._recorded_stages is not None:
+            expected, by, remedy = set(self._recorded_stages[stage]), f"{MANIFEST_NAME} says", STALE_MANIFEST
+        elif place:
+            expected = set(self._where(rank - place))
+        if where.keys() != expected:
+            differing = sorted(where.keys() ^ expected)[:10]
             raise DamagedCheckpointError(
-                f"{self.path}: model-parallel rank {rank} has other parameters than rank {first}: {differing[:10]}"
+                f"{self.path}: model-parallel rank {rank} has other parameters than {by}: {differing}{remedy}"
             )
         recorded = self.manifest.local_shapes if self.manifest else {}
         for name, (slot, index) in where.items():
-            found, expected = slot.shapes[index], recorded[name][rank - first] if name in recorded else None
-            if expected is not None and found != expected:
+            if name in recorded and slot.shapes[index] != recorded[name][place]:
                 raise DamagedCheckpointError(
-                    f"{self.path}: {name} has local shape {found} on model-parallel rank {rank}; {MANIFEST_NAME} has "
-                    f"{expected}{STALE_MANIFEST}"
+                    f"{self.path}: {name} has local shape {slot.shapes[index]} on model-parallel rank {rank}; {MANIFEST_NAME} "
+                    f"says {recorded[name][place]}{STALE_MANIFEST}"
                 )
         return where
 
@@ -345,6 +351,8 @@ class DeepSpeedCheckpoint(Checkpoint):
     @cached_property
     def _unclaimed(self) -> list[str]:
         """Of a pipeline's layer files what is neither a trained parameter nor a buffer, on any stage: frozen parameters."""
+        if self._recorded_stages is not None:
+            return [name for name, kind in self._recorded_stages[0].items() if kind == "frozen"]
         stages = range(0, self.topology.model_parallel, self.topology.tp)
         claimed = {name for rank in stages for slot in self._optimizer_slots(rank) for name in slot.names}
         claimed |= {name for rank in stages for name in self.files.model_states(rank)["buffer_names"]}
@@ -383,29 +391,56 @@ class DeepSpeedCheckpoint(Checkpoint):
                 shared[name] = first[place]
         return listed | shared
 
+    @cached_property
+    def _recorded_stages(self) -> list[dict[str, Kind]] | None:
+        """What each pipeline stage's files hold, where a manifest tells all of it; frozen parameters count as the first's."""
+        described = self.files.model_states(0).get("param_shapes") is not None
+        stages = self.manifest.stages if self.manifest and described and self.topology.pp > 1 else None
+        if stages is None:
+            return None
+        saved = self._layers.on(0)  # perhaps without frozen parameters
+        kinds: list[dict[str, Kind]] = [
+            {name: kind for name, kind in held.items() if kind == "trainable" or (kind == "buffer" and name in saved)}
+            for held in stages
+        ]
+        frozen = {name: kind for held in stages for name, kind in held.items() if kind == "frozen" and name in saved}
+        return [kinds[0] | frozen, *kinds[1:]]
+
     def _read_parameters(self) -> dict[str, Parameter]:
         degree = self.topology.tp
         firsts = range(0, self.topology.model_parallel, degree)
-        stages = [self._where(rank) for rank in firsts]
-        owners: dict[str, tuple[Slot, int]] = {}
-        for where in stages:
-            for name, entry in where.items():
-                owners.setdefault(name, entry)
+        stages = [
+            list(self._recorded_stages[stage] if self._recorded_stages is not None else self._where(first))
+            for stage, first in enumerate(firsts)
+        ]
+        owners: dict[str, int] = {}
+        for first, held in zip(firsts, stages, strict=True):
+            owners = dict.fromkeys(held, first) | owners
         recorded = self.manifest.local_shapes if self.manifest else {}
-        if degree == 1 or owners.keys() <= recorded.keys():
-            shares = [
-                {name: recorded.get(name, (slot.shapes[index],)) for name, (slot, index) in where.items()}
-                for where in stages
-            ]
+        if owners.keys() <= recorded.keys():
+            shares = [{name: recorded[name] for name in held} for held in stages]
         else:
             shares = [self._shapes_on_all_ranks(first) for first in firsts]
         nothing: HeldShapes = (None,) * degree
         parameters: dict[str, Parameter] = {}
         for name in self._in_model_order(owners):
-            slot, _ = owners[name]
             shapes: HeldShapes = tuple(shape for held in shares for shape in held.get(name, nothing))
-            parameters[name] = Parameter(name, slot.kind, shapes, slot.states, slot.scalars, slot.refused)
+            parameters[name] = self._parameter(name, owners[name], shapes)
         return parameters
+
+    def _parameter(self, name: str, owner: int, shapes: HeldShapes) -> Parameter:
+        """What the files of a model-parallel rank tell of it; of a stage that is recorded, once someone asks."""
+        if self._recorded_stages is None:
+            slot, _ = self._where(owner)[name]
+            return Parameter(name, slot.kind, shapes, slot.states, slot.scalars, slot.refused)
+        return Parameter(
+            name,
+            self._recorded_stages[owner // self.topology.tp][name],
+            shapes,
+            Deferred(lambda: self._where(owner)[name][0].states),
+            Deferred(lambda: self._where(owner)[name][0].scalars),
+            Deferred(lambda: self._where(owner)[name][0].refused),
+        )
 
     def _shapes_on_all_ranks(self, first: int) -> dict[str, tuple[Shape, ...]]:
         """Local shapes on the tensor-parallel ranks of a stage, read from the files of each."""
@@ -421,21 +456,31 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def _read_groups(self) -> tuple[ParameterGroup, ...]:
         """The groups of all pipeline stages; each stage numbers its own, so that they are told apart by what is in them."""
-        groups: list[tuple[dict[str, None], dict[str, Any]]] = []
-        for rank in range(0, self.topology.model_parallel, self.topology.tp):
-            entries = hyperparameters(self.files, rank)
-            named: dict[int, list[str]] = {}
-            for slot in self._slots(rank):
-                if slot.group is not None and slot.group < len(entries):
-                    named.setdefault(slot.group, []).extend(slot.names)
-            for group, names in sorted(named.items()):
-                settings = {key: value for key, value in entries[group].items() if key not in ("params", "param_names")}
-                same = next((held for held, other in groups if rank and other == settings), None)
-                if same is None:
-                    groups.append((dict.fromkeys(names), settings))
-                else:
-                    same |= dict.fromkeys(names)
-        return tuple(ParameterGroup(tuple(names), settings) for names, settings in groups)
+        firsts = range(0, self.topology.model_parallel, self.topology.tp)
+        recorded = self.manifest.group_numbers if self.manifest and self._recorded_stages is not None else None
+        if self.manifest is not None and recorded is not None and self._settings(0):
+            named, numbers = self.manifest.trained_groups, list(map(list, recorded))
+        else:
+            named = [self._trained_groups(first) for first in firsts]
+            numbers = number_groups(
+                [
+                    [settings if names else None for names, settings in zip(held, self._settings(first), strict=True)]
+                    for first, held in zip(firsts, named, strict=True)
+                ]
+            )
+        return join_groups(firsts, named, numbers, self._settings_of)
+
+    def _trained_groups(self, rank: int) -> list[list[str]]:
+        """Names in each parameter group of a model-parallel rank; none in elastic files, which have no hyper-parameters."""
+        named: list[list[str]] = [[] for _ in self._settings(rank)]
+        for slot in self._slots(rank):
+            if slot.group is not None and slot.group < len(named):
+                named[slot.group] += slot.names
+        return named
+
+    def _settings_of(self, rank: int, group: int) -> Mapping[str, Any]:
+        with self.files.sound():
+            return self._settings(rank)[group]
 
 
 def _tensors_in(state_dict: Mapping[str, Any], path: Path) -> dict[str, Located]:

@@ -13,14 +13,16 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes
+from ucp_deepspeed.checkpoint.deepspeed_run import NAMING_KEYS, number_groups
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, Manifest, ManifestParameter, ManifestTopology
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME, open_checkpoint
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
@@ -258,16 +260,37 @@ def _manifest(engine: Any) -> Manifest:
     keys = layer_keys(engine)
     groups = gather_model_parallel(engine, tuple(tuple(names) for names in optimizer.group_names()))
     check_tied_copies(engine)
-    return Manifest(
+    parameters = _parameters(model)
+    settings = gather_model_parallel(engine, _settings(optimizer.base.param_groups))[:: topology.tp]
+    manifest = Manifest(
         topology=ManifestTopology(**asdict(topology)),
         optimizer=optimizer.form,
         vocabulary_size=model.vocabulary_size,
         parameter_groups=tuple(groups[:: topology.tp]),
         layer_keys=keys,
-        parameters=_parameters(model),
+        parameters=parameters,
         has_extra_states=any(gather_model_parallel(engine, has_extra_states(engine.module))),
         files={},
     )
+    if topology.pp == 1:
+        return manifest
+    trained = [
+        [settings if names else None for names, settings in zip(held, groups, strict=True)]
+        for held, groups in zip(manifest.trained_groups, settings, strict=True)
+    ]
+    return manifest.model_copy(update={"group_numbers": tuple(map(tuple, number_groups(trained)))})
+
+
+def _settings(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Hyper-parameters of each group, in a form in which stages can be compared."""
+    return [
+        {
+            key: value.tolist() if isinstance(value, torch.Tensor) else value
+            for key, value in group.items()
+            if key not in NAMING_KEYS
+        }
+        for group in groups
+    ]
 
 
 def _parameters(model: EngineModel) -> dict[str, ManifestParameter]:
@@ -283,9 +306,15 @@ def _parameters(model: EngineModel) -> dict[str, ManifestParameter]:
             pattern=None if isinstance(known.get(name), Unique) else known.get(name),
             logical_name=None if logical[name] == name else logical[name],
             local_shapes=_shares(tensor.local_shapes, model.topology.tp),
+            stages=_stages(tensor.local_shapes, model.topology.tp),
         )
         for name, tensor in model.tensors.items()
     }
+
+
+def _stages(shapes: HeldShapes, degree: int) -> tuple[int, ...]:
+    """Pipeline stages that hold a tensor."""
+    return tuple(stage for stage, shape in enumerate(shapes[::degree]) if shape is not None)
 
 
 def _shares(shapes: HeldShapes, degree: int) -> tuple[Shape, ...] | None:

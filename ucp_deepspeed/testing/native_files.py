@@ -307,23 +307,43 @@ def add_manifest(folder: Path, model: NativeModel, run: NativeRun, *, layouts: b
         },
         "parameters": {name: {} for name in names} | (_layouts(model, run) if layouts else {}),
         "has_extra_states": False if layouts else None,
+        "group_numbers": _group_numbers(parts, run) if layouts else None,
         "files": {path.name: path.stat().st_size for path in folder.iterdir()},
     }
     (folder / "ucp_manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
+def _group_numbers(parts: Sequence[NativeModel], run: NativeRun) -> list[list[int | None]]:
+    """Groups in the order in which the stages first train something in them."""
+    numbers: dict[int, int] = {}
+    found: list[list[int | None]] = []
+    for part in parts:
+        trained = {parameter.name for parameter in part.parameters if parameter.optimized}
+        held = [not trained.isdisjoint(names) for names in _given_groups(part, run)]
+        found.append([numbers.setdefault(group, len(numbers)) if has else None for group, has in enumerate(held)])
+    return found
+
+
 def _layouts(model: NativeModel, run: NativeRun) -> dict[str, Any]:
+    stages_of: dict[str, list[int]] = {}
+    for stage in range(run.pp or 1):
+        part = of_stage(model, run, stage)
+        for name in [*(parameter.name for parameter in part.parameters), *part.buffers]:
+            stages_of.setdefault(name, []).append(stage)
     found: dict[str, Any] = {
         parameter.name: {
             "kind": "trainable" if parameter.optimized else "frozen",
             "logical_shape": list(parameter.fp32.shape),
             "pattern": PATTERNS[parameter.cut],
             "local_shapes": [list(_local(parameter, run, tp_rank).shape) for tp_rank in range(run.tp)],
+            "stages": stages_of[parameter.name],
         }
         for parameter in model.parameters
     }
-    whole = {name: list(tensor.shape) for name, tensor in model.buffers.items()}
-    return found | {name: {"kind": "buffer", "logical_shape": s, "local_shapes": [s]} for name, s in whole.items()}
+    for name, tensor in model.buffers.items():
+        shape = list(tensor.shape)
+        found[name] = {"kind": "buffer", "logical_shape": shape, "local_shapes": [shape], "stages": stages_of[name]}
+    return found
 
 
 def ds_config(run: NativeRun) -> dict[str, Any]:

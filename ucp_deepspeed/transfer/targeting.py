@@ -136,7 +136,7 @@ def plan_target(
     """Plan the ranks of a topology; reads no tensors.
 
     Args:
-        only: leave out all other ranks; costs what these hold, however many there are.
+        only: leave out all other ranks, and what stands against them alone; costs what these hold, however many there are.
         model: a checkpoint whose parameters are those of the model to load into, where that has changed.
         policies: what the load may do beside restoring.
         spec: the one that the user named; without it, unknown layouts are an obstacle.
@@ -279,14 +279,15 @@ class _Planner:
 
     def _check_states(self) -> None:
         """Each state must be element-wise, and all parameters of a slot must have the same."""
-        for name in sorted(self._restored):
+        planned = self._restored if self.only is None else self._restored & set(self._held_by(self.only))
+        for name in sorted(planned):
             parameter = self.source.parameters[name]
             if parameter.kind != "trainable":
                 self.obstacles += [Obstacle(name, reason) for reason in parameter.refused.values()]
         if self.policies.optimizer_states != "restore":
             return
         for names in slot_names(self.view, self.topology):
-            held = [self.source.parameters[name] for name in names if name in self._restored]
+            held = [self.source.parameters[name] for name in names if name in planned]
             trained = [parameter for parameter in held if parameter.kind == "trainable"]
             for parameter in trained:
                 first = trained[0]
@@ -298,6 +299,12 @@ class _Planner:
                         f"has {_states(parameter)}, and {first.name}, which the target keeps in the same buffer, "
                         f"has {_states(first)}",
                     )
+
+    def _held_by(self, ranks: Collection[RankNumber]) -> Iterator[str]:
+        model_parallel = {rank for rank, _ in ranks}
+        for name, shapes in self._shapes.items():
+            if any(shapes[rank] is not None for rank in model_parallel if rank < len(shapes)):
+                yield name
 
     def _refuse(self, name: str, reason: str) -> None:
         self.obstacles.append(Obstacle(name, reason))

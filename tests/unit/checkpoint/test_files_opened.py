@@ -51,6 +51,10 @@ def opened_by(
     return set(names), only
 
 
+METADATA = ("mp_rank_{:02d}_model_states.pt", "zero_pp_rank_0_mp_rank_{:02d}_optim_states.pt")
+"""Of a model-parallel rank."""
+
+
 def saved(path: Path, run: NativeRun, model: NativeModel | None = None) -> Path:
     model = model or cut_model()
     folder = write_native(path, model, run)
@@ -66,29 +70,21 @@ def model_parallel_rank(name: str) -> int | None:
 SOURCE = NativeRun(tp=4, pp=2, dp=4, stage=1)
 
 
-@pytest.mark.parametrize("rank", [(0, 0), (2, 1), (5, 0), (7, 1)])
-def test_own_model_parallel_rank_and_the_first_of_each_stage(
-    tmp_path: Path, rank: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("rank", "others"), [((0, 0), {0}), ((2, 1), {0}), ((4, 0), {0, 4}), ((5, 0), {0, 4})])
+def test_own_model_parallel_rank_and_the_first_of_its_stage(
+    tmp_path: Path, rank: tuple[int, int], others: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names, plan = opened_by(saved(tmp_path, SOURCE), Topology(4, 2, 2, 1), rank, monkeypatch)
     data = {Path(path).name for path in plan.files}
     assert data < names and {model_parallel_rank(name) for name in data} == {rank[0]}
-    assert (
-        names - data
-        == {
-            name
-            for place in {0, 4, rank[0]}
-            for name in (f"mp_rank_{place:02d}_model_states.pt", f"zero_pp_rank_0_mp_rank_{place:02d}_optim_states.pt")
-        }
-        - data
-    )
+    assert names - data == {name.format(place) for place in {rank[0], *others} for name in METADATA} - data
 
 
 def test_more_ranks_open_no_more_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for tp, dp in ((2, 4), (4, 4), (4, 8)):
-        folder = saved(tmp_path / f"{tp}-{dp}", replace(SOURCE, tp=tp, dp=dp))
-        target = Topology(tp, 2, dp // 2, 1)
-        names, plan = opened_by(folder, target, (2 * tp - 1, dp // 2 - 1), monkeypatch)
+    for tp, pp, dp in ((2, 2, 4), (4, 2, 4), (2, 4, 4), (2, 2, 16)):
+        folder = saved(tmp_path / f"{tp}-{pp}-{dp}", replace(SOURCE, tp=tp, pp=pp, dp=dp))
+        target = Topology(tp, pp, dp // 2, 1)
+        names, plan = opened_by(folder, target, (pp * tp - 1, dp // 2 - 1), monkeypatch)
         assert len(names - {Path(path).name for path in plan.files}) == 6 and len(plan.files) <= 3
 
 
@@ -131,7 +127,7 @@ def test_other_shapes_than_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         opened_by(folder, Topology(4, 2, 2, 1), (2, 0), monkeypatch)
 
 
-def test_other_parameters_than_on_the_first_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_parameters_than_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path, SOURCE)
     path = folder / "mp_rank_06_model_states.pt"
     states = torch.load(path, weights_only=False)
@@ -142,24 +138,39 @@ def test_other_parameters_than_on_the_first_rank(tmp_path: Path, monkeypatch: py
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
     opened_by(folder, Topology(4, 2, 2, 1), (7, 0), monkeypatch)
     with pytest.raises(
-        DamagedCheckpointError, match=r"model-parallel rank 6 has other parameters than rank 4: \['3\.str"
+        DamagedCheckpointError, match=r"rank 6 has other parameters than ucp_manifest\.json says: \['3\.strange"
     ):
         opened_by(folder, Topology(4, 2, 2, 1), (6, 1), monkeypatch)
 
 
-@pytest.mark.parametrize("shapes", [[], [[4, 8]] * 3])
-def test_shapes_of_another_number_of_ranks(tmp_path: Path, shapes: list[list[int]]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"local_shapes": []}, {"local_shapes": [[4, 8]] * 3}, {"stages": []}, {"stages": [2]}], ids=str
+)
+def test_a_record_of_another_topology(tmp_path: Path, changes: dict[str, object]) -> None:
     folder = saved(tmp_path, SOURCE)
-    edit_manifest(folder, "1.up", local_shapes=shapes)
-    with pytest.raises(DamagedCheckpointError, match="local_shapes"):
+    edit_manifest(folder, "1.up", **changes)
+    with pytest.raises(DamagedCheckpointError, match=next(iter(changes))):
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("lacking", ["local_shapes", "kind"])
-def test_manifests_that_tell_less_are_read(tmp_path: Path, lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then each model-parallel rank's metadata is read, or each layer's."""
+def test_groups_of_another_number(tmp_path: Path) -> None:
+    folder = saved(tmp_path, SOURCE)
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest | {"group_numbers": [[0], [0, 1]]}))
+    with pytest.raises(DamagedCheckpointError, match="group_numbers of other groups than parameter_groups"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "layers", "ranks"),
+    [("local_shapes", 0, set(range(8))), ("stages", 0, {0, 4, 7}), ("kind", 8, {0, 4, 7})],
+)
+def test_manifests_that_tell_less_are_read(
+    tmp_path: Path, lacking: str, layers: int, ranks: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the metadata of each model-parallel rank is read, of each stage's first, or of each layer."""
     folder = saved(tmp_path, SOURCE)
     edit_manifest(folder, "1.up", **{lacking: None})
     names, _ = opened_by(folder, Topology(4, 2, 2, 1), (7, 0), monkeypatch)
-    wanted = "mp_rank_" if lacking == "local_shapes" else "layer_"
-    assert len([name for name in names if name.startswith(wanted)]) == 8
+    held = {name for name in names if name.startswith("layer_")}
+    assert len(held) == layers and {model_parallel_rank(name) for name in names - held} == ranks

@@ -141,9 +141,12 @@ def test_stage_0_is_refused_without_a_manifest(pp: int, tmp_path: Path) -> None:
         _ = open_checkpoint(folder).parameters
 
 
+@pytest.mark.parametrize("layouts", [None, False, True], ids=["stock", "older manifest", "manifest"])
 @pytest.mark.parametrize("run", [RUNS["groups"], RUNS["groups, bf16 without zero"]], ids=str)
-def test_groups_of_all_stages_are_joined(tmp_path: Path, run: NativeRun) -> None:
+def test_groups_of_all_stages_are_joined(tmp_path: Path, run: NativeRun, layouts: bool | None) -> None:
     folder = write_native(tmp_path, pipeline_model(), run)
+    if layouts is not None:
+        add_manifest(folder, pipeline_model(), run, layouts=layouts)
     groups = open_checkpoint(folder).groups
     assert [set(group.names) for group in groups] == [set(names) for names in two_groups()]
     assert [group.hyperparameters["weight_decay"] for group in groups] == [group_decay(0, run), group_decay(1, run)]
