@@ -260,25 +260,31 @@ def _manifest(engine: Any) -> Manifest:
     keys = layer_keys(engine)
     groups = gather_model_parallel(engine, tuple(tuple(names) for names in optimizer.group_names()))
     check_tied_copies(engine)
-    parameters = _parameters(model)
-    settings = gather_model_parallel(engine, _settings(optimizer.base.param_groups))[:: topology.tp]
     manifest = Manifest(
         topology=ManifestTopology(**asdict(topology)),
         optimizer=optimizer.form,
         vocabulary_size=model.vocabulary_size,
         parameter_groups=tuple(groups[:: topology.tp]),
         layer_keys=keys,
-        parameters=parameters,
+        parameters=_parameters(model),
         has_extra_states=any(gather_model_parallel(engine, has_extra_states(engine.module))),
         files={},
     )
     if topology.pp == 1:
         return manifest
-    trained = [
-        [settings if names else None for names, settings in zip(held, groups, strict=True)]
-        for held, groups in zip(manifest.trained_groups, settings, strict=True)
-    ]
-    return manifest.model_copy(update={"group_numbers": tuple(map(tuple, number_groups(trained)))})
+    settings = gather_model_parallel(engine, _settings(optimizer.base.param_groups))[:: topology.tp]
+    return manifest.model_copy(update={"group_numbers": _group_numbers(manifest, settings)})
+
+
+def _group_numbers(
+    manifest: Manifest, settings: Sequence[Sequence[Mapping[str, Any]]]
+) -> tuple[tuple[int | None, ...], ...] | None:
+    """See `Manifest.group_numbers`; ``settings``: for each pipeline stage and group its hyper-parameters."""
+    if any(len(one) != len(other) for one, other in zip(manifest.trained_groups, settings, strict=True)):
+        return None
+    stages = zip(manifest.trained_groups, settings, strict=True)
+    numbers = number_groups([[each if held else None for held, each in zip(*stage, strict=True)] for stage in stages])
+    return tuple(map(tuple, numbers))
 
 
 def _settings(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
