@@ -169,7 +169,10 @@ def best_scheme(names: Sequence[str], spec: Spec) -> tuple[str | None, dict[str,
         that count layers from different numbers, that is which begins at 0.
     """
     found: list[tuple[str | None, dict[str, str]]] = [(None, {name: name for name in names})]
+    forms = set(map(form_of, names)) if spec.names else ()
     for title, scheme in spec.names.items():
+        if not any(renaming.may_apply(form) for renaming in scheme for form in forms):
+            continue
         with suppress(SpecError):
             if _renamed(translated := translate(names, scheme)):
                 found.append((title, translated))
