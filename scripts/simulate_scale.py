@@ -212,9 +212,10 @@ def _described(shape: Shape, place: int) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one rank pays, and what it would read. ``memory`` in bytes beyond what the started interpreter had.
+    """What one rank pays, and what it would read.
 
-    ``opened``: files, ``files`` that are read from included.
+    ``seconds`` of processor time, ``memory`` in bytes beyond what the started interpreter had, ``opened``: files, those that are
+    read from (``files``) included.
     """
 
     model: str
@@ -238,10 +239,10 @@ def measure(key: str, source: Topology, target: Topology) -> Cost:
         deepspeed_files.open_torch_file = saved.open  # this process measures, and ends
         DeepSpeedFiles.names = saved.names  # type: ignore[assignment]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        started = time.perf_counter()
+        started = time.process_time()
         wanted = (target.model_parallel // 2, target.dp // 2)
         plan = plan_target(DeepSpeedCheckpoint(saved.folder), target, only={wanted})
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
     if not plan.possible:
         raise SystemExit("\n".join(map(str, plan.obstacles)))
     [rank] = plan.ranks

@@ -19,7 +19,7 @@ from ucp_deepspeed.checkpoint.checkpoint import (
     Parameter,
 )
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED
-from ucp_deepspeed.checkpoint.experts import numbers_of_experts
+from ucp_deepspeed.checkpoint.experts import holder_of, numbers_of_experts
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import MismatchError, SpecError
@@ -301,9 +301,12 @@ class _Planner:
                     )
 
     def _held_by(self, ranks: Collection[RankNumber]) -> Iterator[str]:
-        model_parallel = {rank for rank, _ in ranks}
+        """What some ranks hold; ranks that don't exist hold nothing."""
+        numbers, ep = numbers_of_experts(self._shapes), self.topology.ep
+        places = {(rank, part % ep) for rank, part in ranks if rank < self.topology.model_parallel}
         for name, shapes in self._shapes.items():
-            if any(shapes[rank] is not None for rank in model_parallel if rank < len(shapes)):
+            holder = holder_of(name, numbers, ep)
+            if any(shapes[rank] is not None and holder in (None, ep_rank) for rank, ep_rank in places):
                 yield name
 
     def _refuse(self, name: str, reason: str) -> None:

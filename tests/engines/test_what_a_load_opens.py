@@ -52,3 +52,12 @@ def test_only_its_own_model_parallel_rank_and_the_first(pp: int | None, ranks: R
     expected = [{0}, {0, 1}, {0, 2}, {0, 2, 3}] if pp else [{0}, {0, 1}, {0}, {0, 1}]
     assert [model_parallel_ranks(names) for names in opened] == expected
     assert not [name for names in opened for name in names if name.startswith("layer_")]
+
+
+def test_only_its_own_experts(ranks: Ranks, tmp_path: Path) -> None:
+    """Each rank holds other experts than all the others."""
+    run = Run("moe", size={"ep": (4, 4)}, universal={"enabled": True, "load": "always"})
+    ranks(4).run(train, run, STEP, save=str(tmp_path))
+    opened = ranks(4).run(opened_by_a_load, run, str(tmp_path))
+    found = [{int(name.split("_")[3]) for name in names if name.endswith("_optim_states.pt")} for names in opened]
+    assert found == [{0}, {0, 1}, {0, 2}, {0, 3}]
