@@ -1,32 +1,35 @@
 """Plans one rank's resume of models that don't fit here, from checkpoints of which only the metadata is made.
 
-Prints, for each pair of topologies, what planning costs that rank and what it would read. Opening the files comes on top.
+Prints, for each pair of topologies, what it costs that rank to read the manifest, to learn from the files that it opens what is
+in them, and to plan; how many files it opens, and how many of these it reads from. Reading the files' headers comes on top.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import resource
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, HeldShapes, Parameter, ParameterGroup, RunState
-from ucp_deepspeed.checkpoint.experts import EXPERTS, holder_of, numbers_of_experts
-from ucp_deepspeed.layout import FlatGroup, Shape, Topology
+from ucp_deepspeed.checkpoint import deepspeed_files
+from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
+from ucp_deepspeed.checkpoint.experts import EXPERTS, expert_of, holder_of, numbers_of_experts
+from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, Manifest, ManifestParameter, ManifestTopology
+from ucp_deepspeed.layout import FlatGroup, Shape, SlicedGroup, Topology
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Shard
-from ucp_deepspeed.plan import Fragment
 from ucp_deepspeed.transfer.target_ranks import stages_of
 from ucp_deepspeed.transfer.targeting import plan_target
-
-STATES = {"fp32": "F32", "exp_avg": "F32", "exp_avg_sq": "F32"}
 
 Tensors = dict[str, tuple[Shape, Pattern]]
 
@@ -86,73 +89,134 @@ CASES = [
 """From 64 to 16,384 ranks, to fewer and to more: model, source, target."""
 
 
-class Described(Checkpoint):
-    """The catalog of a checkpoint that isn't there: where everything would be follows from model and topology."""
+class Saved:
+    """A checkpoint of which no byte of a tensor exists: its manifest, and what is in each file once someone opens it.
 
-    def __init__(self, model: Model, topology: Topology) -> None:
-        self.path, self.form, self.topology = Path(model.name), "described", topology
-        self.run = RunState("bf16", 1000, None, 0, None, None, "")
+    Attributes:
+        folder: holds the manifest alone.
+        names: of the files that there would be.
+        opened: of those that were opened.
+    """
+
+    def __init__(self, model: Model, topology: Topology, folder: Path) -> None:
+        self.folder, self.topology = folder, topology
+        self.opened: set[str] = set()
         tensors = model.tensors()
-        self._stages = stages_of(list(tensors), topology.pp)
-        self.patterns = {name: pattern for name, (_, pattern) in tensors.items()}
-        shares: dict[tuple[Shape, Pattern], tuple[Shape, ...]] = {}
-        self.parameters = {}
-        for name, (shape, pattern) in tensors.items():
-            if (shape, pattern) not in shares:
-                shares[shape, pattern] = tuple(pattern.local_shapes(shape, topology.tp))
-            held = self._on_stages(self._stages[name], shares[shape, pattern])
-            self.parameters[name] = Parameter(name, "trainable", held, STATES, {"step": 1000.0})
-        self.groups = (ParameterGroup(tuple(tensors), {}),)
-        self.recorded_shapes, self.logical_names, self.vocabulary_size = {}, {}, model.vocabulary
-        experts = numbers_of_experts(tensors)
-        self._holders = {name: holder_of(name, experts, topology.ep) for name in tensors}
-        self._buffers: dict[tuple[int, int | None], tuple[dict[str, int], FlatGroup]] = {}
+        self._experts = numbers_of_experts(tensors)
+        stages = stages_of(list(tensors), topology.pp)
+        shares = {name: tuple(pattern.local_shapes(shape, topology.tp)) for name, (shape, pattern) in tensors.items()}
+        held: list[list[str]] = [[] for _ in range(topology.pp)]
+        for name, stage in stages.items():
+            held[stage].append(name)
+        self._shares = shares
+        self._groups = [self._groups_of(names) for names in held]
+        self._write_manifest(tensors, stages, model.vocabulary)
+        self.names = frozenset(self._names())
 
-    def _on_stages(self, stage: int, shares: tuple[Shape, ...]) -> HeldShapes:
-        nothing: HeldShapes = (None,) * self.topology.tp
-        return tuple(shape for held in range(self.topology.pp) for shape in (shares if held == stage else nothing))
+    def _groups_of(self, names: Sequence[str]) -> list[list[str]]:
+        """Of one stage: parameters of all ranks, and experts under the names of the first expert-parallel rank."""
+        holders = {name: holder_of(name, self._experts, self.topology.ep) for name in names}
+        groups = [[name for name in names if holders[name] == holder] for holder in (None, 0)]
+        return [group for group in groups if group]
 
-    @cached_property
-    def _of_stage(self) -> list[list[str]]:
-        found: list[list[str]] = [[] for _ in range(self.topology.pp)]
-        for name, stage in self._stages.items():
-            found[stage].append(name)
-        return found
+    def _write_manifest(self, tensors: Tensors, stages: Mapping[str, int], vocabulary: int) -> None:
+        groups = tuple(tuple(map(tuple, held)) for held in self._groups)
+        manifest = Manifest(
+            topology=ManifestTopology(**asdict(self.topology)),
+            optimizer="zero-3" if self.topology.zero_stage == 3 else "zero-1/2",
+            vocabulary_size=vocabulary,
+            parameter_groups=groups,
+            group_numbers=tuple(tuple(range(len(held))) for held in groups),
+            parameters={
+                name: ManifestParameter(
+                    kind="trainable",
+                    logical_shape=shape,
+                    pattern=pattern,
+                    local_shapes=self._shares[name][:1] if len(set(self._shares[name])) == 1 else self._shares[name],
+                    stages=(stages[name],),
+                )
+                for name, (shape, pattern) in tensors.items()
+            },
+            has_extra_states=False,
+            files={},
+        )
+        (self.folder / MANIFEST_NAME).write_text(manifest.model_dump_json(), encoding="utf-8")
 
-    def _buffer(self, rank: int, ep_rank: int | None) -> tuple[dict[str, int], FlatGroup]:
-        """What a model-parallel rank has in the group of an expert-parallel rank's experts, or of all else: places and cut."""
-        key = rank, ep_rank
-        if key not in self._buffers:
-            held = [name for name in self._of_stage[rank // self.topology.tp] if self._holders[name] == ep_rank]
-            sizes = tuple(prod(self.parameters[name].local_shapes[rank] or ()) for name in held)
-            cut = FlatGroup(sizes, self.topology.dp // (1 if ep_rank is None else self.topology.ep))
-            self._buffers[key] = {name: index for index, name in enumerate(held)}, cut
-        return self._buffers[key]
+    def _names(self) -> Iterator[str]:
+        for rank in range(self.topology.model_parallel):
+            for part in range(self.topology.dp):
+                yield f"bf16_zero_pp_rank_{part}_mp_rank_{rank:02d}_optim_states.pt"
+                if self.topology.zero_stage == 3:
+                    yield f"zero_pp_rank_{part}_mp_rank_{rank:02d}_model_states.pt"
+            if self.topology.zero_stage < 3:
+                yield f"mp_rank_{rank:02d}_model_states.pt"
 
-    def fragments(
-        self, name: str, state: str, rank: int, local_start: int, local_stop: int
-    ) -> Iterator[Fragment[FileExtent]]:
-        """See `Checkpoint.fragments`. Under ZeRO-3 each parameter is cut on its own, which for one file each is the same."""
-        ep_rank = self._holders[name]
-        places, cut = self._buffer(rank, ep_rank)
-        for part in cut.slices(places[name], local_start, local_stop):
-            partition = part.partition if ep_rank is None else ep_rank + self.topology.ep * part.partition
-            path = f"zero_pp_rank_{partition}_mp_rank_{rank:02d}_optim_states.pt"
-            extent = FileExtent(path, list(STATES).index(state) << 40, STATES[state], cut.partition_numel)
-            yield Fragment(part.local_start, part.numel, extent, part.buffer_start)
+    def open(self, path: Path) -> dict[str, Any]:
+        """In place of `open_torch_file`: what DeepSpeed would have written, as far as a load looks at it."""
+        self.opened.add(path.name)
+        found = re.fullmatch(r"(?:bf16_)?(?:zero_pp_rank_\d+_)?mp_rank_(\d+)_(model|optim)_states.pt", path.name)
+        assert found is not None, path
+        stage, tp_rank = divmod(int(found[1]), self.topology.tp)
+        shapes = [{name: self._shares[name][tp_rank] for name in group} for group in self._groups[stage]]
+        return self._weights(shapes) if found[2] == "model" else {"optimizer_state_dict": self._optimizer(shapes)}
 
-    def client_state(self, rank: int = 0) -> tuple[str, dict[str, Any]]:
-        """None is described."""
-        return "", {}
+    def _weights(self, shapes: list[dict[str, Shape]]) -> dict[str, Any]:
+        held = [(name, shape) for group in shapes for name, shape in group.items() if not expert_of(name)]
+        module = {name: _described(shape, place) for place, (name, shape) in enumerate(held)}
+        return {
+            "module": None if self.topology.pp > 1 else module,
+            "buffer_names": [],
+            "param_shapes": shapes,
+            "dp_world_size": self.topology.dp,
+            "mp_world_size": self.topology.model_parallel,
+            "checkpoint_parallel_dimensions": {"pp_degree": self.topology.pp},
+            "num_experts": list(self._experts.values()),
+            "ds_config": {"bf16": {"enabled": True}},
+            "global_steps": 1000,
+            "skipped_steps": 0,
+        }
 
-    def extra_states(self) -> tuple[dict[str, Any], ...]:
-        """None are described."""
-        return ({},) * self.topology.tp
+    def _optimizer(self, shapes: list[dict[str, Shape]]) -> dict[str, Any]:
+        """All partitions are alike: a real one's last may be shorter, without its padding."""
+        numels = [tuple(map(prod, group.values())) for group in shapes]
+        counts = [self.topology.dp, self.topology.dp // self.topology.ep][: len(shapes)]
+        cuts: list[FlatGroup | SlicedGroup]
+        if self.topology.zero_stage == 3:
+            cuts = [SlicedGroup(numel, count) for numel, count in zip(numels, counts, strict=True)]
+        else:
+            cuts = [FlatGroup(numel, count) for numel, count in zip(numels, counts, strict=True)]
+        sizes = [cut.buffer_numel(0) for cut in cuts]
+        state = {
+            group: {"step": 1000.0, **{key: _described((size,), group) for key in ("exp_avg", "exp_avg_sq")}}
+            for group, size in enumerate(sizes)
+        }
+        settings = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+        base = {"state": state, "param_groups": [settings | {"params": [group]} for group in state]}
+        masters = [_described((size,), group) for group, size in enumerate(sizes)]
+        if self.topology.zero_stage == 3:
+            return {"zero_stage": 3, "fp32_flat_groups": masters, "optimizer_state_dict": base}
+        return {
+            "zero_stage": self.topology.zero_stage,
+            "single_partition_of_fp32_groups": masters,
+            "base_optimizer_state": base,
+            "partition_count": counts,
+        }
+
+
+def _described(shape: Shape, place: int) -> torch.Tensor:
+    """A tensor as `open_torch_file` returns it, at some place in its file."""
+    tensor = torch.empty(shape, device="meta")
+    tensor.untyped_storage()._checkpoint_offset = place << 40
+    return tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one rank pays, and what it would read. ``memory`` in bytes beyond the started interpreter's."""
+    """What one rank pays, and what it would read.
+
+    ``seconds`` of processor time, ``memory`` in bytes beyond what the started interpreter had, ``opened``: files, those that are
+    read from (``files``) included.
+    """
 
     model: str
     source: str
@@ -161,6 +225,7 @@ class Cost:
     target_ranks: int
     seconds: float
     memory: int
+    opened: int
     files: int
     copies: int
     bytes_read: int
@@ -169,11 +234,15 @@ class Cost:
 
 def measure(key: str, source: Topology, target: Topology) -> Cost:
     """Plan a rank in the middle; run in a process of its own, whose peak of memory is its own too."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
-    wanted = (target.model_parallel // 2, target.dp // 2)
-    plan = plan_target(Described(MODELS[key], source), target, only={wanted})
-    seconds = time.perf_counter() - started
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Saved(MODELS[key], source, Path(folder))
+        deepspeed_files.open_torch_file = saved.open  # this process measures, and ends
+        DeepSpeedFiles.names = saved.names  # type: ignore[assignment]
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        started = time.process_time()
+        wanted = (target.model_parallel // 2, target.dp // 2)
+        plan = plan_target(DeepSpeedCheckpoint(saved.folder), target, only={wanted})
+        seconds = time.process_time() - started
     if not plan.possible:
         raise SystemExit("\n".join(map(str, plan.obstacles)))
     [rank] = plan.ranks
@@ -186,6 +255,7 @@ def measure(key: str, source: Topology, target: Topology) -> Cost:
         target.model_parallel * target.dp,
         seconds,
         memory,
+        len(saved.opened),
         len(rank.files),
         rank.copies,
         rank.bytes_read,
@@ -194,13 +264,13 @@ def measure(key: str, source: Topology, target: Topology) -> Cost:
 
 
 def _table(costs: list[Cost]) -> str:
-    rows = ["| model | source | target | ranks | plan s | plan MB | files | copies | MB read | × held |"]
-    rows.append("| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    rows = ["| model | source | target | ranks | plan s | plan MB | opened | files | copies | MB read | × held |"]
+    rows.append("| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for cost in costs:
         rows.append(
             f"| {cost.model} | {cost.source} | {cost.target} | {cost.source_ranks:,} → {cost.target_ranks:,} | "
-            f"{cost.seconds:.2f} | {cost.memory / 1e6:.0f} | {cost.files} | {cost.copies} | {cost.bytes_read / 1e6:,.0f} | "
-            f"{cost.bytes_read / cost.bytes_held:.3f} |"
+            f"{cost.seconds:.2f} | {cost.memory / 1e6:.0f} | {cost.opened} | {cost.files} | {cost.copies} | "
+            f"{cost.bytes_read / 1e6:,.0f} | {cost.bytes_read / cost.bytes_held:.3f} |"
         )
     return "\n".join(rows)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,21 @@ from ucp_deepspeed.checkpoint.checkpoint import (
     WEIGHT,
     Checkpoint,
     FileExtent,
+    HeldShapes,
     Kind,
     Parameter,
     ParameterGroup,
 )
 from ucp_deepspeed.checkpoint.deepspeed_experts import expert_parallel_size, shares_of_group, stage0_expert_slots
 from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
-from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED, layer_file, read_layers, tied_keys
-from ucp_deepspeed.checkpoint.deepspeed_run import hyperparameters, read_run
+from ucp_deepspeed.checkpoint.deepspeed_layers import PipelineLayers
+from ucp_deepspeed.checkpoint.deepspeed_run import hyperparameters, join_groups, number_groups, read_run
 from ucp_deepspeed.checkpoint.deepspeed_stage0 import Groups, stage0_form, stage0_slots
 from ucp_deepspeed.checkpoint.deepspeed_zero import frozen_slice_slots, recognise, zero_slots
+from ucp_deepspeed.checkpoint.deferred import Deferred
 from ucp_deepspeed.checkpoint.experts import names_on, names_on_all
 from ucp_deepspeed.checkpoint.extra_states import extra_states_in, is_extra_state
+from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, STALE_MANIFEST
 from ucp_deepspeed.checkpoint.megatron_deepspeed_info import MegatronDeepSpeedInfo
 from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of, whole_tensor_slot
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, open_torch_file, storage_start
@@ -54,6 +57,9 @@ class DeepSpeedCheckpoint(Checkpoint):
         self.path = path
         self.files = DeepSpeedFiles(path)
         self.manifest = self.files.manifest
+        self._slots = lru_cache(maxsize=None)(self._read_sound_slots)
+        self._where = lru_cache(maxsize=None)(self._read_where)
+        self._settings = lru_cache(maxsize=None)(partial(hyperparameters, self.files))
         with self.files.sound():
             self.topology = self._read_topology()
             self.form = f"deepspeed {self.optimizer_form}"
@@ -72,7 +78,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         self, name: str, state: str, rank: int, local_start: int, local_stop: int
     ) -> Iterator[Fragment[FileExtent]]:
         """See `Checkpoint.fragments`."""
-        for held in self._where[rank][name]:
+        for held in self._where(rank)[name]:
             first, last = max(local_start, held.start), min(local_stop, held.stop)
             flattening = held.slot.flattening_of(state)
             for part in flattening.slices(held.index, first - held.start, last - held.start) if first < last else ():
@@ -89,6 +95,8 @@ class DeepSpeedCheckpoint(Checkpoint):
     def extra_states(self) -> tuple[dict[str, Any], ...]:
         """See `Checkpoint.extra_states`."""
         found: tuple[dict[str, Any], ...] = tuple({} for _ in range(self.topology.tp))
+        if self.manifest is not None and self.manifest.has_extra_states is False:
+            return found
         for rank in range(self.topology.model_parallel):
             found[rank % self.topology.tp].update(self._extra_states(rank))
         return found
@@ -133,28 +141,46 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def trained_slots(self, rank: int) -> list[Slot]:
         """A model-parallel rank's slots with an optimizer state, in the order of the file."""
-        return [slot for slot in self._slots[rank] if slot.kind == "trainable"]
+        return [slot for slot in self._slots(rank) if slot.kind == "trainable"]
 
     def local_shapes(self, rank: int) -> dict[str, Shape]:
         """Shape of each parameter and buffer on a model-parallel rank."""
-        return {name: shape for slot in self._slots[rank] for name, shape in zip(slot.names, slot.shapes, strict=True)}
+        return {name: shape for slot in self._slots(rank) for name, shape in zip(slot.names, slot.shapes, strict=True)}
 
-    @cached_property
-    def _slots(self) -> list[list[Slot]]:
+    def _read_sound_slots(self, rank: int) -> list[Slot]:
         with self.files.sound():
-            return [self._read_slots(rank) for rank in range(self.topology.model_parallel)]
+            return self._read_slots(rank)
 
-    @cached_property
-    def _where(self) -> list[dict[str, list[_Held]]]:
-        """For each model-parallel rank, where its parameters lie: each in one slot, AutoEP's experts in several in order."""
-        found: list[dict[str, list[_Held]]] = []
-        for slots in self._slots:
-            where: dict[str, list[_Held]] = {}
-            for slot in slots:
-                for index, name in enumerate(slot.names):
-                    where.setdefault(name, []).append(_Held(slot, index))
-            found.append({name: sorted(held, key=lambda each: each.start) for name, held in where.items()})
-        return found
+    def _read_where(self, rank: int) -> dict[str, list[_Held]]:
+        """Where each parameter and buffer of a model-parallel rank lies: in one slot, AutoEP's experts in several in order.
+
+        Raises:
+            DamagedCheckpointError: they are others than on the stage's first rank, or of other shapes than recorded.
+        """
+        where: dict[str, list[_Held]] = {}
+        for slot in self._slots(rank):
+            for index, name in enumerate(slot.names):
+                where.setdefault(name, []).append(_Held(slot, index))
+        where = {name: sorted(held, key=lambda each: each.start) for name, held in where.items()}
+        stage, place = divmod(rank, self.topology.tp)
+        expected, by, remedy = set(where), f"rank {rank - place}", ""
+        if self._recorded_stages is not None:
+            expected, by, remedy = set(self._recorded_stages[stage]), f"{MANIFEST_NAME} says", STALE_MANIFEST
+        elif place:
+            expected = set(self._where(rank - place))
+        if where.keys() != expected:
+            differing = sorted(where.keys() ^ expected)[:10]
+            raise DamagedCheckpointError(
+                f"{self.path}: model-parallel rank {rank} has other parameters than {by}: {differing}{remedy}"
+            )
+        recorded = self.manifest.local_shapes if self.manifest else {}
+        for name, held in where.items():
+            if name in recorded and held[0].shape != recorded[name][place]:
+                raise DamagedCheckpointError(
+                    f"{self.path}: {name} has local shape {held[0].shape} on model-parallel rank {rank}; {MANIFEST_NAME} "
+                    f"says {recorded[name][place]}{STALE_MANIFEST}"
+                )
+        return where
 
     def _read_topology(self) -> Topology:
         saved = self.files.model_states(0)
@@ -262,7 +288,7 @@ class DeepSpeedCheckpoint(Checkpoint):
             DamagedCheckpointError: a layer has files of some tensor-parallel ranks only.
         """
         if self.files.is_pipeline:
-            return self._layers[rank % self.topology.tp]
+            return self._layers.on(rank % self.topology.tp)
         path = self.files.model_states_path(rank, 0)
         found = _tensors_in(self.files.model_states(rank)["module"], path)
         for expert in self.files.expert_files(rank):
@@ -272,44 +298,30 @@ class DeepSpeedCheckpoint(Checkpoint):
     def _extra_states(self, rank: int) -> dict[str, Any]:
         if not self.files.is_pipeline:
             return extra_states_in(self.files.model_states(rank)["module"], self.files.model_states_path(rank, 0))
-        if rank >= self.topology.tp:  # the layers' files are those of all stages
-            return {}
-        found: dict[str, Any] = {}
-        for name in sorted(self.files.names):
-            place = layer_file(name)
-            if place is not None and place[1] == rank:
-                held = extra_states_in(self.files.open(self.path / name), self.path / name)
-                found |= {f"{place[0]}.{key}": value for key, value in held.items()}
-        return found
+        return self._layers.extra_states(rank) if rank < self.topology.tp else {}  # of all stages
 
     @cached_property
-    def _layers(self) -> list[dict[str, Located]]:
-        """For each tensor-parallel rank the tensors of all layer files, tied ones under their own names."""
-        found = read_layers(self.path, self.files.names, self.topology.tp, self.files.open)
-        keys: Mapping[str, str] = self.manifest.layer_keys if self.manifest else self._tied_keys(found)
-        named: list[dict[str, Located]] = [{} for _ in found]
-        for tensors, held in zip(found, named, strict=True):
-            for name, located in tensors.items():
-                held.setdefault(keys.get(name, name), located)  # of a tied module's layers the first
-        return named
+    def _layers(self) -> PipelineLayers:
+        return PipelineLayers(self.files, self.topology.tp, self._trained_numels)
 
-    def _tied_keys(self, found: list[dict[str, Located]]) -> dict[str, str]:
+    def _trained_numels(self) -> dict[str, int]:
         trained: dict[str, int] = {}
         for rank in range(0, self.topology.model_parallel, self.topology.tp) if self.files.partitioned else ():
             described = self.files.model_states(rank).get("param_shapes")
             groups = self._mapped_numels(rank) if described is None else map(_numels, described)
             trained |= {name: numel for group in groups for name, numel in group.items()}
-        free = {name: tensor.numel() for name, (tensor, _) in found[0].items() if name not in trained}
-        return tied_keys({name: numel for name, numel in trained.items() if name.startswith(TIED)}, free, self.path)
+        return trained
 
     @cached_property
     def _unclaimed(self) -> list[str]:
         """Of a pipeline's layer files what is neither a trained parameter nor a buffer, on any stage: frozen parameters."""
+        if self._recorded_stages is not None:
+            return [name for name, kind in self._recorded_stages[0].items() if kind == "frozen"]
         stages = range(0, self.topology.model_parallel, self.topology.tp)
         claimed = {name for rank in stages for slot in self._optimizer_slots(rank) for name in slot.names}
         claimed |= {name for rank in stages for name in self.files.model_states(rank)["buffer_names"]}
-        recorded = self.manifest.parameters if self.manifest else self._layers[0]
-        return [name for name in self._layers[0] if name not in claimed and name in recorded]
+        recorded = self.manifest.parameters if self.manifest else self._layers.on(0)
+        return [name for name in self._layers.on(0) if name not in claimed and name in recorded]
 
     def recorded_groups(self, rank: int, ep_rank: int = 0) -> Groups | None:
         """Names in the optimizer's order on one model- and expert-parallel rank, as the manifest records those of the first."""
@@ -343,55 +355,104 @@ class DeepSpeedCheckpoint(Checkpoint):
                 shared[name] = first[place]
         return listed | shared | self.files.autoep.second_names(module)
 
+    @cached_property
+    def _recorded_stages(self) -> list[dict[str, Kind]] | None:
+        """What each pipeline stage's files hold, where a manifest tells all of it; frozen parameters count as the first's."""
+        described = self.files.model_states(0).get("param_shapes") is not None
+        stages = self.manifest.stages if self.manifest and described and self.topology.pp > 1 else None
+        if stages is None:
+            return None
+        saved = self._layers.on(0)  # perhaps without frozen parameters
+        kinds: list[dict[str, Kind]] = [
+            {name: kind for name, kind in held.items() if kind == "trainable" or (kind == "buffer" and name in saved)}
+            for held in stages
+        ]
+        frozen = {name: kind for held in stages for name, kind in held.items() if kind == "frozen" and name in saved}
+        return [kinds[0] | frozen, *kinds[1:]]
+
     def _read_parameters(self) -> dict[str, Parameter]:
         degree = self.topology.tp
+        firsts = range(0, self.topology.model_parallel, degree)
+        stages = [
+            list(self._recorded_stages[stage] if self._recorded_stages is not None else self._where(first))
+            for stage, first in enumerate(firsts)
+        ]
         owners: dict[str, int] = {}
-        for rank, where in enumerate(self._where):
-            first = rank - rank % degree
-            if where.keys() != self._where[first].keys():
-                differing = sorted(where.keys() ^ self._where[first].keys())
-                raise DamagedCheckpointError(
-                    f"{self.path}: model-parallel rank {rank} has other parameters than rank {first}: {differing[:10]}"
-                )
-            for name in where:
-                owners.setdefault(name, rank)
+        for first, held in zip(firsts, stages, strict=True):
+            owners = dict.fromkeys(held, first) | owners
+        recorded = self.manifest.local_shapes if self.manifest else {}
+        if owners.keys() <= recorded.keys():
+            shares = [{name: recorded[name] for name in held} for held in stages]
+        else:
+            shares = [self._shapes_on_all_ranks(first) for first in firsts]
+        nothing: HeldShapes = (None,) * degree
         parameters: dict[str, Parameter] = {}
         for name in self._in_model_order(owners):
-            held = [where.get(name) for where in self._where]
-            shapes = tuple(None if parts is None else parts[0].shape for parts in held)
-            slots = [part.slot for part in self._where[owners[name]][name]]
-            slot, refused = slots[0], dict(slots[0].refused)
-            if any((other.states, other.scalars) != (slot.states, slot.scalars) for other in slots):
-                refused["step"] = (
-                    "expert-parallel ranks have different states of it, or took different numbers of steps"
-                )
-            parameters[name] = Parameter(name, slot.kind, shapes, slot.states, slot.scalars, refused)
+            shapes: HeldShapes = tuple(shape for held in shares for shape in held.get(name, nothing))
+            parameters[name] = self._parameter(name, owners[name], shapes)
         return parameters
+
+    def _parameter(self, name: str, owner: int, shapes: HeldShapes) -> Parameter:
+        """What the files of a model-parallel rank tell of it; of a stage that is recorded, once someone asks."""
+        if self._recorded_stages is None:
+            slot = self._where(owner)[name][0].slot
+            return Parameter(name, slot.kind, shapes, slot.states, slot.scalars, self._refused(name, owner))
+        return Parameter(
+            name,
+            self._recorded_stages[owner // self.topology.tp][name],
+            shapes,
+            Deferred(lambda: self._where(owner)[name][0].slot.states),
+            Deferred(lambda: self._where(owner)[name][0].slot.scalars),
+            Deferred(lambda: self._refused(name, owner)),
+        )
+
+    def _refused(self, name: str, owner: int) -> Mapping[str, str]:
+        """States that can't be read, and why; also where a parameter's parts differ in them."""
+        first, *others = (held.slot for held in self._where(owner)[name])
+        if all((other.states, other.scalars) == (first.states, first.scalars) for other in others):
+            return first.refused
+        differing = "expert-parallel ranks have different states of it, or took different numbers of steps"
+        return {**first.refused, "step": differing}
+
+    def _shapes_on_all_ranks(self, first: int) -> dict[str, tuple[Shape, ...]]:
+        """Local shapes on the tensor-parallel ranks of a stage, read from the files of each."""
+        ranks = [self._where(rank) for rank in range(first, first + self.topology.tp)]
+        return {name: tuple(where[name][0].shape for where in ranks) for name in ranks[0]}
 
     def _in_model_order(self, names: Iterable[str]) -> list[str]:
         order = {name: index for index, name in enumerate(self._model_order())}
         return sorted(names, key=lambda name: order.get(name, len(order)))
 
     def _model_order(self) -> Iterable[str]:
-        return self._layers[0] if self.files.is_pipeline else self.files.model_states(0)["module"]
+        return self._layers.order() if self.files.is_pipeline else self.files.model_states(0)["module"]
 
     def _read_groups(self) -> tuple[ParameterGroup, ...]:
         """The groups of all pipeline stages; each stage numbers its own, so that they are told apart by what is in them."""
-        groups: list[tuple[dict[str, None], dict[str, Any]]] = []
-        for rank in range(0, self.topology.model_parallel, self.topology.tp):
-            entries = hyperparameters(self.files, rank)
-            named: dict[int, list[str]] = {}
-            for slot in self._slots[rank]:
-                if slot.group is not None and slot.group < len(entries):
-                    named.setdefault(slot.group, []).extend(slot.names)
-            for group, names in sorted(named.items()):
-                settings = {key: value for key, value in entries[group].items() if key not in ("params", "param_names")}
-                same = next((held for held, other in groups if rank and other == settings), None)
-                if same is None:
-                    groups.append((dict.fromkeys(names), settings))
-                else:
-                    same |= dict.fromkeys(names)
-        return tuple(ParameterGroup(tuple(names), settings) for names, settings in groups)
+        firsts = range(0, self.topology.model_parallel, self.topology.tp)
+        recorded = self.manifest.group_numbers if self.manifest and self._recorded_stages is not None else None
+        if self.manifest is not None and recorded is not None and self._settings(0):
+            named, numbers = self.manifest.trained_groups, list(map(list, recorded))
+        else:
+            named = [self._trained_groups(first) for first in firsts]
+            numbers = number_groups(
+                [
+                    [settings if names else None for names, settings in zip(held, self._settings(first), strict=True)]
+                    for first, held in zip(firsts, named, strict=True)
+                ]
+            )
+        return join_groups(firsts, named, numbers, self._settings_of)
+
+    def _trained_groups(self, rank: int) -> list[list[str]]:
+        """Names in each parameter group of a model-parallel rank; none in elastic files, which have no hyper-parameters."""
+        named: list[list[str]] = [[] for _ in self._settings(rank)]
+        for slot in self._slots(rank):
+            if slot.group is not None and slot.group < len(named):
+                named[slot.group] += slot.names
+        return named
+
+    def _settings_of(self, rank: int, group: int) -> Mapping[str, Any]:
+        with self.files.sound():
+            return self._settings(rank)[group]
 
 
 @dataclass(frozen=True, slots=True)

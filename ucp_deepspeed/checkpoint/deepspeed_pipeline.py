@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +36,52 @@ def layer_of(name: str) -> int | None:
     return int(first) if first.isdecimal() and rest else None
 
 
+def in_order_of_layers(names: Iterable[str], keys: Mapping[str, str]) -> list[str]:
+    """Names as the layer files would list them; within a layer they stay as they are.
+
+    Args:
+        keys: of tied modules' layer files → names; the first layer counts.
+    """
+    places: dict[str, int] = {}
+    for key, name in keys.items():
+        if (layer := layer_of(key)) is not None:
+            places[name] = min(layer, places.get(name, layer))
+    layers = {name: places.get(name, layer_of(name)) for name in names}
+    last = max((layer for layer in layers.values() if layer is not None), default=0) + 1
+    return sorted(layers, key=lambda name: last if (layer := layers[name]) is None else layer)
+
+
 def read_layers(
-    folder: Path, file_names: Collection[str], degree: int, open_file: Callable[[Path], Mapping[str, Any]]
-) -> list[dict[str, Located]]:
-    """For each tensor-parallel rank the tensors of all layers, in the model's order, as ``{layer}.{local name}``.
+    folder: Path,
+    file_names: Collection[str],
+    degree: int,
+    rank: int,
+    open_file: Callable[[Path], Mapping[str, Any]],
+    wanted: Collection[int] | None = None,
+) -> dict[str, Located]:
+    """The tensors of a tensor-parallel rank's layers, in the model's order, as ``{layer}.{local name}``.
+
+    Args:
+        degree: tensor-parallel size.
+        wanted: leave the files of other layers closed.
 
     Raises:
         DamagedCheckpointError: a layer has files of some tensor-parallel ranks only.
     """
-    found = sorted((place, name) for name in file_names if (place := layer_file(name)) is not None)
-    layers = sorted({layer for (layer, _), _ in found})
-    lacking = [(layer, rank) for layer in layers for rank in range(degree) if (layer, rank) not in dict(found)]
+    found = {place: name for name in file_names if (place := layer_file(name)) is not None}
+    layers = sorted({layer for layer, _ in found})
+    lacking = [(layer, held) for layer in layers for held in range(degree) if (layer, held) not in found]
     if lacking:
         raise DamagedCheckpointError(
             f"{folder} lacks the files of {len(lacking)} layers and tensor-parallel ranks, first of layer {lacking[0][0]} on "
             f"rank {lacking[0][1]}"
         )
-    tensors: list[dict[str, Located]] = [{} for _ in range(degree)]
-    for (layer, rank), name in found:
-        for key, value in open_file(folder / name).items():
+    tensors: dict[str, Located] = {}
+    for layer in layers if wanted is None else [layer for layer in layers if layer in wanted]:
+        path = folder / found[layer, rank]
+        for key, value in open_file(path).items():
             if isinstance(value, torch.Tensor) and not is_extra_state(key):
-                tensors[rank][f"{layer}.{key}"] = value, folder / name
+                tensors[f"{layer}.{key}"] = value, path
     return tensors
 
 

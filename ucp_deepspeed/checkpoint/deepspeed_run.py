@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, LossScale, RunState
+from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, LossScale, ParameterGroup, RunState
 from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed_zero import recognise
+from ucp_deepspeed.checkpoint.deferred import Deferred
 from ucp_deepspeed.checkpoint.torch_files import read_tensors, scalar_of
+
+NAMING_KEYS = ("params", "param_names")
+"""Of a parameter group: what is in it."""
 
 
 def read_run(files: DeepSpeedFiles) -> RunState:
@@ -44,17 +50,62 @@ def _read_loss_scale(files: DeepSpeedFiles) -> LossScale | None:
 
 
 def hyperparameters(files: DeepSpeedFiles, rank: int) -> list[Mapping[str, Any]]:
-    """The base optimizer's parameter groups on one model-parallel rank; rates that are tensors as numbers."""
+    """Of the base optimizer's parameter groups on one model-parallel rank, without names; rates that are tensors as numbers."""
     if files.partitioned:
         state, path = files.optimizer_state(rank, 0)
         groups = recognise(state, path).hyperparameters(state)
     else:
         saved, path = files.model_states(rank)["optimizer"], files.model_states_path(rank, 0)
         groups = list(saved.get("optimizer_state_dict", saved)["param_groups"]) if saved else []
-    return [{key: _as_number(value, path) for key, value in group.items()} for group in groups]
+    return [
+        {key: _as_number(value, path) for key, value in group.items() if key not in NAMING_KEYS} for group in groups
+    ]
 
 
 def _as_number(value: Any, path: Path) -> Any:
     return (
         scalar_of(value, path) if isinstance(value, torch.Tensor) and value.numel() == 1 else read_tensors(value, path)
     )
+
+
+def number_groups(stages: Sequence[Sequence[Mapping[str, Any] | None]]) -> list[list[int | None]]:
+    """Which parameter group of the whole model each stage's groups are parts of: those with the same hyper-parameters.
+
+    Args:
+        stages: for each pipeline stage and group its hyper-parameters; None for a group without trained parameters there, which
+            has no number.
+    """
+    known: list[Mapping[str, Any]] = []
+    numbers: list[list[int | None]] = []
+    for stage, groups in enumerate(stages):
+        numbers.append([])
+        for settings in groups:
+            same = next((number for number, other in enumerate(known) if stage and other == settings), None)
+            if settings is not None and same is None:
+                same = len(known)
+                known.append(settings)
+            numbers[-1].append(same)
+    return numbers
+
+
+def join_groups(
+    firsts: Sequence[int],
+    named: Sequence[Sequence[Sequence[str]]],
+    numbers: Sequence[Sequence[int | None]],
+    settings_of: Callable[[int, int], Mapping[str, Any]],
+) -> tuple[ParameterGroup, ...]:
+    """The parameter groups of the whole model.
+
+    Args:
+        firsts: first model-parallel rank of each pipeline stage.
+        named: for each stage and group the names in it.
+        numbers: see `number_groups`.
+        settings_of: hyper-parameters of one of the groups of a model-parallel rank; called when they are looked into.
+    """
+    groups: dict[int, ParameterGroup] = {}
+    for first, held, numbered in zip(firsts, named, numbers, strict=True):
+        for index, (names, number) in enumerate(zip(held, numbered, strict=True)):
+            if number is not None:
+                known = groups.get(number) or ParameterGroup((), Deferred(partial(settings_of, first, index)))
+                groups[number] = replace(known, names=tuple(dict.fromkeys((*known.names, *names))))
+    return tuple(groups.values())

@@ -7,7 +7,8 @@ The order of a flat group is that of ``param_shapes``, never of ``param_slice_ma
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 
 from ucp_deepspeed.checkpoint.autoep import Part
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
-from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of, split_states
+from ucp_deepspeed.checkpoint.deferred import Deferred
+from ucp_deepspeed.checkpoint.slots import Located, Slot, SplitStates, numels_of, shapes_of, split_states
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup, Shape, SlicedGroup
@@ -136,9 +138,16 @@ def zero_slots(
     slots: list[Slot] = []
     for index, named in enumerate(param_shapes):
         whole = Share(tuple(named), partitions, open_partition)
-        for share in spread(index, named) if spread else (whole,):
-            open_group = _open_group(share.open_partition, _place_among_named(form, saved, index))
-            slots.append(_zero_slot(form, index, share, open_group, shapes_of(named)))
+        place = _place_among_named(form, saved, index)
+        first, *others = spread(index, named) if spread else (whole,)
+        slot = _zero_slot(form, index, first, _open_group(first.open_partition, place), shapes_of(named))
+        slots.append(slot)
+        for share in others:
+            open_group = _open_group(share.open_partition, place)
+            if share.parts:  # AutoEP's, which differ in where their parts begin
+                slots.append(_zero_slot(form, index, share, open_group, shapes_of(named)))
+            else:
+                slots.append(_like_first(form, slot, share, open_group))
     return slots
 
 
@@ -202,27 +211,63 @@ class Share:
 def _zero_slot(form: ZeroForm, group: int, share: Share, open_group: OpenGroup, shapes: tuple[Shape, ...]) -> Slot:
     saved, path, index = open_group(0)
     _check_partitions(saved, index, share.partitions, path)
-    master = saved[form.masters][index]
     flattening = _flattening(form, saved, index, numels_of(shapes), share.partitions)
-    buffer = torch.empty(flattening.buffer_numel(0), device="meta")
-    if isinstance(saved[form.optimizer], list):
-        buffer = master
-    entry = form.state_entry(saved, index)
     overlapping = _overlapping(form, flattening, open_group)
-    found = split_states({key: value for key, value in entry.items() if key not in overlapping}, buffer, path)
-    whole = {key: TORCH_DTYPES[entry[key].dtype] for key in overlapping}
+    found = _held_states(form, flattening, overlapping, open_group)
     return Slot(
         share.names,
         tuple(part.shape for part in share.parts) or shapes,
         "trainable",
         flattening,
         _locator(form, open_group),
-        {MASTER: TORCH_DTYPES[master.dtype], **found.states, **whole},
+        found.states,
         found.scalars,
         found.refused,
         _group_of(form, saved, group),
         overlapping,
         tuple(part.start for part in share.parts),
+    )
+
+
+def _held_states(
+    form: ZeroForm, flattening: Flattening, overlapping: frozenset[str], open_group: OpenGroup
+) -> SplitStates:
+    """Master and optimizer state of a flat group, as its first partition's file has them."""
+    saved, path, index = open_group(0)
+    master = saved[form.masters][index]
+    buffer = torch.empty(flattening.buffer_numel(0), device="meta")
+    if isinstance(saved[form.optimizer], list):
+        buffer = master
+    entry = form.state_entry(saved, index)
+    found = split_states({key: value for key, value in entry.items() if key not in overlapping}, buffer, path)
+    whole = {key: TORCH_DTYPES[entry[key].dtype] for key in overlapping}
+    return replace(found, states={MASTER: TORCH_DTYPES[master.dtype], **found.states, **whole})
+
+
+def _like_first(form: ZeroForm, first: Slot, share: Share, open_group: OpenGroup) -> Slot:
+    """The slot of ranks that hold other experts, as many and cut in the same way: their files stay closed until they are needed.
+
+    Raises:
+        DamagedCheckpointError: when one is opened and is cut in another way.
+    """
+    numels = numels_of(first.shapes)
+
+    @cache
+    def opened(partition: int) -> tuple[dict[str, Any], Path, int]:
+        saved, path, index = open_group(partition)
+        _check_partitions(saved, index, share.partitions, path)
+        if _flattening(form, saved, index, numels, share.partitions) != first.flattening:
+            raise DamagedCheckpointError(f"{path} holds group {index} in another order than the first ranks do")
+        return saved, path, index
+
+    found = lru_cache(maxsize=1)(lambda: _held_states(form, first.flattening, first.overlapping, opened))
+    return replace(
+        first,
+        names=share.names,
+        tensor=_locator(form, opened),
+        states=Deferred(lambda: found().states),
+        scalars=Deferred(lambda: found().scalars),
+        refused=Deferred(lambda: found().refused),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Annotated
 
@@ -33,8 +34,9 @@ STALE_MANIFEST = (
 
 
 class ManifestParameter(BaseModel):
-    """One parameter: whether it was trained, its whole shape, how it was sharded (None where nothing was known or needed), and
-    its logical name where a spec gave it another than its own."""
+    """One parameter: whether it was trained, its whole shape, how it was sharded (None where nothing was known or needed), its
+    logical name where a spec gave it another than its own, and its shape on each tensor-parallel rank of a stage that holds it,
+    or once where it is the same on all (None where stages differ), and those stages."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -42,6 +44,8 @@ class ManifestParameter(BaseModel):
     logical_shape: Shape | None = None
     pattern: Annotated[Pattern, Discriminator("pattern")] | None = None
     logical_name: str | None = None
+    local_shapes: Annotated[tuple[Shape, ...], Field(min_length=1)] | None = None
+    stages: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
 
 
 class ManifestTopology(BaseModel):
@@ -66,9 +70,12 @@ class Manifest(BaseModel):
         vocabulary_size: rows of the unpadded vocabulary, where the user gave it.
         parameter_groups: for each pipeline stage and each parameter group on it the names in the optimizer's order; null for an
             entry that belongs to no parameter of the model.
+        group_numbers: of a pipeline, for each stage and group the number of the group that it is a part of: stages count each on
+            their own. None for a group that trains nothing there, and where it wasn't recorded.
         layer_keys: for a pipeline, keys of its layer files → names of the parameters and buffers that lie there under another
             name: those of tied modules.
         parameters: see `ManifestParameter`.
+        has_extra_states: whether modules kept extra states, on any model-parallel rank; None where that wasn't recorded.
         files: size in bytes of each file in the tag folder when it was committed.
     """
 
@@ -79,14 +86,29 @@ class Manifest(BaseModel):
     optimizer: str
     vocabulary_size: PositiveInt | None = None
     parameter_groups: tuple[tuple[tuple[str | None, ...], ...], ...]
+    group_numbers: tuple[tuple[NonNegativeInt | None, ...], ...] | None = None
     layer_keys: Mapping[str, str] = {}
     parameters: Mapping[str, ManifestParameter]
+    has_extra_states: bool | None = None
     files: Mapping[str, NonNegativeInt]
 
     @model_validator(mode="after")
     def _names_every_stage(self) -> Manifest:
         if len(self.parameter_groups) != self.topology.pp:
             raise ValueError(f"parameter_groups of {len(self.parameter_groups)} stages, of {self.topology.pp}")
+        if self.group_numbers is not None and list(map(len, self.group_numbers)) != list(
+            map(len, self.parameter_groups)
+        ):
+            raise ValueError("group_numbers of other groups than parameter_groups")
+        return self
+
+    @model_validator(mode="after")
+    def _has_shapes_of_every_rank(self) -> Manifest:
+        for name, entry in self.parameters.items():
+            if entry.local_shapes is not None and len(entry.local_shapes) not in (1, self.topology.tp):
+                raise ValueError(f"local_shapes of {name} on {len(entry.local_shapes)} ranks, of {self.topology.tp}")
+            if entry.stages is not None and max(entry.stages) >= self.topology.pp:
+                raise ValueError(f"stages {list(entry.stages)} of {name}, of {self.topology.pp}")
         return self
 
     @cached_property
@@ -99,6 +121,35 @@ class Manifest(BaseModel):
         """Whole shapes, where a layout was known when saving."""
         known = self.parameters.items()
         return {name: entry.logical_shape for name, entry in known if entry.logical_shape is not None}
+
+    @cached_property
+    def local_shapes(self) -> dict[str, tuple[Shape, ...]]:
+        """Shape on each tensor-parallel rank, where recorded."""
+        known = ((name, entry.local_shapes) for name, entry in self.parameters.items())
+        return {name: held * (self.topology.tp // len(held)) for name, held in known if held is not None}
+
+    @cached_property
+    def stages(self) -> list[dict[str, Kind]] | None:
+        """What each pipeline stage holds; None if that isn't recorded of all parameters, or a rank's share is empty: what the
+        other ranks train is frozen there."""
+        found: list[dict[str, Kind]] = [{} for _ in range(self.topology.pp)]
+        for name, entry in self.parameters.items():
+            if entry.kind is None or entry.local_shapes is None or entry.stages is None:
+                return None
+            if 0 in map(prod, entry.local_shapes) and entry.kind == "trainable":
+                return None
+            for stage in entry.stages:
+                found[stage][name] = entry.kind
+        return found
+
+    @property
+    def trained_groups(self) -> list[list[list[str]]]:
+        """For each pipeline stage and parameter group the names of trained parameters."""
+        trained = {name for name, entry in self.parameters.items() if entry.kind == "trainable"}
+        return [
+            [[name for name in group if name is not None and name in trained] for group in groups]
+            for groups in self.parameter_groups
+        ]
 
     @cached_property
     def logical_names(self) -> dict[str, str]:

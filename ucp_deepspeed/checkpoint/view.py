@@ -204,6 +204,8 @@ def _stages(shapes: HeldShapes, degree: int) -> list[HeldShapes]:
 def _first_stage(shapes: HeldShapes, degree: int) -> HeldShapes:
     """The shapes of the first pipeline stage that holds the parameter, and None for the others."""
     stages = _stages(shapes, degree)
+    if len(stages) == 1:
+        return shapes
     first = next((index for index, stage in enumerate(stages) if any(shape is not None for shape in stage)), 0)
     nothing = (None,) * degree
     return tuple(shape for index, stage in enumerate(stages) for shape in (stage if index == first else nothing))

@@ -45,6 +45,12 @@ def plan_extra_states(checkpoint: Checkpoint, module: Module, model: EngineModel
     return tuple((module.get_submodule(_owner(key)), shared[key]) for key in shared if _is_live(key, module))
 
 
+def has_extra_states(module: Module) -> bool:
+    """Whether its ``state_dict`` holds an extra state that isn't None."""
+    keeping = (part for part in module.modules() if type(part).get_extra_state is not Module.get_extra_state)
+    return any(part.get_extra_state() is not None for part in keeping)
+
+
 def _modules(module: Module) -> Mapping[str, Module]:
     """By key of the ``state_dict``, the modules that have something to restore."""
     own = {f"{name}._extra_state".lstrip("."): part for name, part in module.named_modules() if _restores(part)}

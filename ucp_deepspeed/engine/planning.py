@@ -259,8 +259,9 @@ class _Planner:
         return WeightPlan(weight, BufferPlan(copies, (Fragment(0, weight.numel(), None, 0),), sharing, group))
 
     def _tensor(self, name: str, state: str, fragments: Sequence[Fragment[None]]) -> Copies:
-        if state not in self.view.parameters[name].states:  # one that policies let start at zero
-            return ()
+        # Of what this rank has no part of, only the shape counts: which states there are may lie in files that stay closed.
+        if fragments and state != MASTER and state not in self.view.parameters[name].states:
+            return ()  # one that policies let start at zero
         layout = self.layouts[name]
         if name in self.grown:
             layout = layout.cropped(self.view.logical_shape(name))
@@ -270,8 +271,8 @@ class _Planner:
             if not any(problem.startswith(f"{name}: ") for problem in self.problems):
                 self.problems.append(f"{name}: {error}{self._hint(name)}")
             return ()
-        itemsize = ITEMSIZE[self.view.parameters[name].states[state]]
-        self.bytes_needed += _numel(copies) * itemsize
+        if copies:
+            self.bytes_needed += _numel(copies) * ITEMSIZE[self.view.parameters[name].states[state]]
         return copies
 
     def _hint(self, name: str) -> str:

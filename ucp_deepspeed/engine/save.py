@@ -13,19 +13,23 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed import comm as dist
 
+from ucp_deepspeed.checkpoint.checkpoint import HeldShapes
+from ucp_deepspeed.checkpoint.deepspeed_run import NAMING_KEYS, number_groups
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, Manifest, ManifestParameter, ManifestTopology
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME, open_checkpoint
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.checkpoint.view import layouts_of
 from ucp_deepspeed.engine.background import ENDED_NAME, Job, SnapshotEngine, begin, wait_for_save
+from ucp_deepspeed.engine.extra_states import has_extra_states
 from ucp_deepspeed.engine.model import EngineModel, agreement, can_be_trained, describe_model, gather_model_parallel
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer
@@ -33,6 +37,7 @@ from ucp_deepspeed.engine.pipeline import check_tied_copies, layer_keys
 from ucp_deepspeed.engine.random_state import random_state_file, save_random_state
 from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError, UnsupportedError
 from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
+from ucp_deepspeed.layout import Shape
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Unique
 from ucp_deepspeed.transfer.commit import flush, partial_folder, remove_abandoned, replace_folder, write_atomically
 
@@ -255,15 +260,43 @@ def _manifest(engine: Any) -> Manifest:
     keys = layer_keys(engine)
     groups = gather_model_parallel(engine, tuple(tuple(names) for names in optimizer.group_names()))
     check_tied_copies(engine)
-    return Manifest(
+    manifest = Manifest(
         topology=ManifestTopology(**asdict(topology)),
         optimizer=optimizer.form,
         vocabulary_size=model.vocabulary_size,
         parameter_groups=tuple(groups[:: topology.tp]),
         layer_keys=keys,
         parameters=_parameters(model),
+        has_extra_states=any(gather_model_parallel(engine, has_extra_states(engine.module))),
         files={},
     )
+    if topology.pp == 1:
+        return manifest
+    settings = gather_model_parallel(engine, _settings(optimizer.base.param_groups))[:: topology.tp]
+    return manifest.model_copy(update={"group_numbers": _group_numbers(manifest, settings)})
+
+
+def _group_numbers(
+    manifest: Manifest, settings: Sequence[Sequence[Mapping[str, Any]]]
+) -> tuple[tuple[int | None, ...], ...] | None:
+    """See `Manifest.group_numbers`; ``settings``: for each pipeline stage and group its hyper-parameters."""
+    if any(len(one) != len(other) for one, other in zip(manifest.trained_groups, settings, strict=True)):
+        return None
+    stages = zip(manifest.trained_groups, settings, strict=True)
+    numbers = number_groups([[each if held else None for held, each in zip(*stage, strict=True)] for stage in stages])
+    return tuple(map(tuple, numbers))
+
+
+def _settings(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Hyper-parameters of each group, in a form in which stages can be compared."""
+    return [
+        {
+            key: value.tolist() if isinstance(value, torch.Tensor) else value
+            for key, value in group.items()
+            if key not in NAMING_KEYS
+        }
+        for group in groups
+    ]
 
 
 def _parameters(model: EngineModel) -> dict[str, ManifestParameter]:
@@ -278,9 +311,26 @@ def _parameters(model: EngineModel) -> dict[str, ManifestParameter]:
             logical_shape=layouts[name].logical_shape if name in layouts else None,
             pattern=None if isinstance(known.get(name), Unique) else known.get(name),
             logical_name=None if logical[name] == name else logical[name],
+            local_shapes=_shares(tensor.local_shapes, model.topology.tp),
+            stages=_stages(tensor.local_shapes, model.topology.tp),
         )
         for name, tensor in model.tensors.items()
     }
+
+
+def _stages(shapes: HeldShapes, degree: int) -> tuple[int, ...]:
+    """Pipeline stages that hold a tensor."""
+    return tuple(stage for stage, shape in enumerate(shapes[::degree]) if shape is not None)
+
+
+def _shares(shapes: HeldShapes, degree: int) -> tuple[Shape, ...] | None:
+    """What the tensor-parallel ranks hold, once where it is the same on all; None where stages differ."""
+    stages = {shapes[start : start + degree] for start in range(0, len(shapes), degree)} - {(None,) * degree}
+    [held, *others] = stages
+    known = tuple(shape for shape in held if shape is not None)
+    if others or len(known) < degree:
+        return None
+    return known[:1] if len(set(known)) == 1 else known
 
 
 def _patterns(model: EngineModel, logical: Mapping[str, str]) -> dict[str, Pattern]:

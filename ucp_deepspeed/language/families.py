@@ -205,11 +205,12 @@ def find_family(names: Sequence[str], local_shapes: Mapping[str, Sequence[Shape]
 
 
 def _candidate(spec: Spec, names: Sequence[str], local_shapes: Mapping[str, Sequence[Shape]]) -> Candidate:
-    unmatched = tuple(name for name in names if len(spec.matches(name)) != 1)
+    unmatched = spec.unmatched(names)
     coverage = spec.coverage(names)
     if unmatched or not names:
         return Candidate(spec, coverage, unmatched)
-    known = {name: shapes for name, shapes in local_shapes.items() if name in set(names)}
+    wanted = set(names)
+    known = {name: shapes for name, shapes in local_shapes.items() if name in wanted}
     impossible, check = spec.check_local_shapes(known)
     problems = (*impossible, *(f"{name}: {why}" for name, why in check.problems.items()))
     return Candidate(spec, coverage, (), problems, len(check.confirmed))

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ucp_deepspeed.errors import SpecError
+from ucp_deepspeed.language.matching import form_of, is_blind
 
 if TYPE_CHECKING:
     from ucp_deepspeed.language.spec import Spec
@@ -73,6 +74,16 @@ class Renaming(BaseModel):
                 pieces.append("(?P<REST>.+)" if piece == "**" else re.escape(piece))
         return re.compile("".join(pieces))
 
+    @cached_property
+    def _blind(self) -> bool:
+        """Of two placeholders side by side each needs a part of a number."""
+        texts = _PLACEHOLDER.split(self.from_)[::2]
+        return is_blind(texts) and all(texts[1:-1])
+
+    def may_apply(self, form: str) -> bool:
+        """Whether there are names of this form (`form_of`) to which it applies."""
+        return not self._blind or self._pattern.fullmatch(form) is not None
+
     def logical_name(self, name: str) -> str | None:
         """The logical name of a parameter; None when it isn't of this form, or its number would be negative."""
         found = self._pattern.fullmatch(name)
@@ -102,8 +113,12 @@ def translate(names: Sequence[str], scheme: Scheme) -> dict[str, str]:
         SpecError: two renamings apply to a name, or two names become the same.
     """
     found: dict[str, str] = {}
+    applying: dict[str, list[Renaming]] = {}
     for name in names:
-        logical = {renamed for renaming in scheme if (renamed := renaming.logical_name(name)) is not None}
+        form = form_of(name)
+        if form not in applying:
+            applying[form] = [renaming for renaming in scheme if renaming.may_apply(form)]
+        logical = {renamed for renaming in applying[form] if (renamed := renaming.logical_name(name)) is not None}
         if len(logical) > 1:
             raise SpecError(f"{name} has {len(logical)} logical names: {', '.join(sorted(logical))}")
         found[name] = logical.pop() if logical else name
@@ -111,6 +126,8 @@ def translate(names: Sequence[str], scheme: Scheme) -> dict[str, str]:
 
 
 def _without_collisions(found: dict[str, str]) -> dict[str, str]:
+    if len(set(found.values())) == len(found):
+        return found
     owners: dict[str, str] = {}
     for name, logical_name in found.items():
         if owners.setdefault(logical_name, name) != name:
@@ -152,9 +169,15 @@ def best_scheme(names: Sequence[str], spec: Spec) -> tuple[str | None, dict[str,
         that count layers from different numbers, that is which begins at 0.
     """
     found: list[tuple[str | None, dict[str, str]]] = [(None, {name: name for name in names})]
+    forms = set(map(form_of, names)) if spec.names else ()
     for title, scheme in spec.names.items():
+        if not any(renaming.may_apply(form) for renaming in scheme for form in forms):
+            continue
         with suppress(SpecError):
-            found.append((title, translate(names, scheme)))
+            if _renamed(translated := translate(names, scheme)):
+                found.append((title, translated))
+    if len(found) == 1:
+        return found[0]
     return max(
         found, key=lambda named: (spec.coverage(named[1].values()), _renamed(named[1]), -_first_number(named[1]))
     )

@@ -67,13 +67,16 @@ def check_shapes(
     solved = {name: counts.most_common(1)[0][0] for name, counts in votes.items() if counts}
     values = {**given, **solved}
     confirmed: set[str] = set()
+    expected_of = {
+        shape: [_extent(item, values) for item in shape] for shape in {shape for shape, _ in fitting.values()}
+    }
     for name, (shape, extents) in fitting.items():
-        expected = [_extent(item, values) for item in shape]
+        expected = expected_of[shape]
         wrong = [one for one, extent in zip(expected, extents, strict=True) if one is not None and one != extent]
         if wrong:
             means = f", which is {_words(expected)}" if any(isinstance(item, str) for item in shape) else ""
             problems[name] = f"the rule states {_words(shape)}{means}"
-        elif any(_tells(item, votes, values) for item in shape):
+        elif any(_tells(item, extent, votes) for item, extent in zip(shape, expected, strict=True)):
             confirmed.add(name)
     return ShapeCheck(solved, problems, frozenset(confirmed))
 
@@ -88,11 +91,11 @@ def _extent(item: int | str | None, values: Mapping[str, int]) -> int | None:
         return None
 
 
-def _tells(item: int | str | None, votes: Mapping[str, Counter[int]], values: Mapping[str, int]) -> bool:
+def _tells(item: int | str | None, extent: int | None, votes: Mapping[str, Counter[int]]) -> bool:
     """Whether an extent could have been another: one that it alone gave a value to couldn't."""
     if isinstance(item, str) and item in votes:
         return votes[item].total() > 1
-    return item is not None and _extent(item, values) is not None
+    return extent is not None
 
 
 def _words(shape: Sequence[int | str | None]) -> str:

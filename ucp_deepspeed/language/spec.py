@@ -7,11 +7,10 @@ or a piece of one; ``**`` for any number of parts. Every parameter must match ex
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +28,7 @@ from pydantic import (
 
 from ucp_deepspeed.errors import SpecError
 from ucp_deepspeed.language.dimensions import Dimension, dimension_values, is_expression, read_config, with_numbers
+from ucp_deepspeed.language.matching import Matcher, compiled
 from ucp_deepspeed.language.naming import Renaming
 from ucp_deepspeed.language.shapes import ShapeCheck, StatedShape, check_shapes
 from ucp_deepspeed.layout.box import Shape
@@ -107,7 +107,7 @@ class Rule(BaseModel):
 
     def matches(self, name: str) -> bool:
         """Whether some glob fits the whole name."""
-        return any(_compiled(glob).fullmatch(name) for glob in self.match)
+        return any(compiled(glob).fullmatch(name) for glob in self.match)
 
 
 class Spec(BaseModel):
@@ -161,8 +161,17 @@ class Spec(BaseModel):
             raise SpecError(f"spec {origin} is not valid", problems) from error
 
     @cached_property
-    def _globs(self) -> list[str]:
-        return [glob for rule in self.rules for glob in rule.match]
+    def _matcher(self) -> Matcher:
+        return Matcher([rule.match for rule in self.rules])
+
+    @cached_property
+    def _of_globs(self) -> dict[tuple[int, int], Match]:
+        """By the positions of the rule and of the glob in it."""
+        return {
+            (number, place): Match(number, glob, self._lines.get((number, place)), rule.pattern, rule.shape)
+            for number, rule in enumerate(self.rules)
+            for place, glob in enumerate(rule.match)
+        }
 
     def patterns(self, names: Iterable[str]) -> dict[str, Pattern]:
         """The pattern of each parameter.
@@ -186,23 +195,15 @@ class Spec(BaseModel):
 
     def matches(self, name: str) -> tuple[Match, ...]:
         """Every rule that a parameter matches, in the spec's order; there should be exactly one."""
-        found: list[Match] = []
-        for number, rule in enumerate(self.rules):
-            fitting = (place for place, glob in enumerate(rule.match) if _compiled(glob).fullmatch(name))
-            if (place := next(fitting, None)) is not None:
-                line = self._lines.get((number, place))
-                found.append(Match(number, rule.match[place], line, rule.pattern, rule.shape))
-        return tuple(found)
+        return tuple(self._of_globs[fit] for fit in self._matcher.fits(name))
 
     def unused(self, names: Iterable[str]) -> tuple[Match, ...]:
         """The globs that fit none of these names, in the spec's order."""
-        known = list(names)
-        return tuple(
-            Match(number, glob, self._lines.get((number, place)), rule.pattern)
-            for number, rule in enumerate(self.rules)
-            for place, glob in enumerate(rule.match)
-            if not any(_compiled(glob).fullmatch(name) for name in known)
-        )
+        return tuple(self._of_globs[place] for place in self._matcher.unused(names))
+
+    def unmatched(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of the names that don't match exactly one rule."""
+        return tuple(name for name in names if len(self._matcher.fits(name)) != 1)
 
     def check_shapes(self, logical_shapes: Mapping[str, Shape]) -> ShapeCheck:
         """Compare the whole shapes that the rules state with those of parameters that match one rule each."""
@@ -234,12 +235,13 @@ class Spec(BaseModel):
 
     def coverage(self, names: Iterable[str]) -> float:
         """Share of the names that match exactly one rule, 0 to 1."""
-        counts = [sum(rule.matches(name) for rule in self.rules) == 1 for name in names]
-        return sum(counts) / len(counts) if counts else 0.0
+        known = list(names)
+        return self._matcher.count_unique(known) / len(known) if known else 0.0
 
     def nearest(self, name: str) -> list[str]:
         """The two globs that look most like a name."""
-        return sorted(self._globs, key=lambda glob: -SequenceMatcher(None, glob, name).ratio())[:2]
+        globs = [glob for rule in self.rules for glob in rule.match]
+        return sorted(globs, key=lambda glob: -SequenceMatcher(None, glob, name).ratio())[:2]
 
 
 class _Dimensions(BaseModel):
@@ -270,13 +272,6 @@ def _with_numbers(raw: Any, folder: Path) -> tuple[Any, dict[str, int], list[str
         rules.append(numbered)
         problems += [f"rules[{number}].{problem}" for problem in wrong]
     return {**raw, "rules": rules}, values, problems
-
-
-@lru_cache(maxsize=4096)
-def _compiled(glob: str) -> re.Pattern[str]:
-    pieces = re.split(r"(\*\*|\*)", glob)
-    wild = {"**": r".*", "*": r"[^.]*"}
-    return re.compile("".join(wild.get(piece, re.escape(piece)) for piece in pieces))
 
 
 def _place(location: tuple[int | str, ...]) -> str:

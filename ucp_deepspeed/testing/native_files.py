@@ -276,8 +276,21 @@ def layer_states(model: NativeModel, run: NativeRun, layer: int, tp_rank: int) -
     )
 
 
-def add_manifest(folder: Path, model: NativeModel, run: NativeRun) -> None:
-    """Add what the save hook adds: names, by group and pipeline stage, and the files' sizes; see ``docs/format.md``."""
+PATTERNS: dict[Cut, dict[str, Any]] = {
+    "replicated": {"pattern": "replicate"},
+    "rows": {"pattern": "shard", "dim": 0},
+    "columns": {"pattern": "shard", "dim": 1},
+    "gate_up": {"pattern": "shard", "dim": 0, "parts": [1, 1]},
+}
+"""In a manifest."""
+
+
+def add_manifest(folder: Path, model: NativeModel, run: NativeRun, *, layouts: bool = False) -> None:
+    """Add what the save hook adds: names, by group and pipeline stage, and the files' sizes; see ``docs/format.md``.
+
+    Args:
+        layouts: tell of each parameter what it is and how it is cut too; older manifests don't tell all of it.
+    """
     parts = [of_stage(model, run, stage) for stage in range(run.pp or 1)]
     tied = {key: f"{TIED}.{key}." for key in model.tied}
     names = [parameter.name for parameter in model.parameters] + list(model.buffers)
@@ -292,10 +305,45 @@ def add_manifest(folder: Path, model: NativeModel, run: NativeRun) -> None:
             for name in names
             if name.startswith(prefix)
         },
-        "parameters": {name: {} for name in names},
+        "parameters": {name: {} for name in names} | (_layouts(model, run) if layouts else {}),
+        "has_extra_states": False if layouts else None,
+        "group_numbers": _group_numbers(parts, run) if layouts else None,
         "files": {path.name: path.stat().st_size for path in folder.iterdir()},
     }
     (folder / "ucp_manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def _group_numbers(parts: Sequence[NativeModel], run: NativeRun) -> list[list[int | None]]:
+    """Groups in the order in which the stages first train something in them."""
+    numbers: dict[int, int] = {}
+    found: list[list[int | None]] = []
+    for part in parts:
+        trained = {parameter.name for parameter in part.parameters if parameter.optimized}
+        held = [not trained.isdisjoint(names) for names in _given_groups(part, run)]
+        found.append([numbers.setdefault(group, len(numbers)) if has else None for group, has in enumerate(held)])
+    return found
+
+
+def _layouts(model: NativeModel, run: NativeRun) -> dict[str, Any]:
+    stages_of: dict[str, list[int]] = {}
+    for stage in range(run.pp or 1):
+        part = of_stage(model, run, stage)
+        for name in [*(parameter.name for parameter in part.parameters), *part.buffers]:
+            stages_of.setdefault(name, []).append(stage)
+    found: dict[str, Any] = {
+        parameter.name: {
+            "kind": "trainable" if parameter.optimized else "frozen",
+            "logical_shape": list(parameter.fp32.shape),
+            "pattern": PATTERNS[parameter.cut],
+            "local_shapes": [list(_local(parameter, run, tp_rank).shape) for tp_rank in range(run.tp)],
+            "stages": stages_of[parameter.name],
+        }
+        for parameter in model.parameters
+    }
+    for name, tensor in model.buffers.items():
+        shape = list(tensor.shape)
+        found[name] = {"kind": "buffer", "logical_shape": shape, "local_shapes": [shape], "stages": stages_of[name]}
+    return found
 
 
 def ds_config(run: NativeRun) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 
 from ucp_deepspeed.checkpoint.checkpoint import (
@@ -19,7 +20,7 @@ from ucp_deepspeed.checkpoint.checkpoint import (
 )
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of_other
-from ucp_deepspeed.checkpoint.experts import numbers_of_experts
+from ucp_deepspeed.checkpoint.experts import holder_of, numbers_of_experts
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import MismatchError, SpecError
@@ -137,7 +138,7 @@ def plan_target(
     """Plan the ranks of a topology; reads no tensors.
 
     Args:
-        only: leave out all other ranks; costs what these hold, however many there are.
+        only: leave out all other ranks, and what stands against them alone; costs what these hold, however many there are.
         model: a checkpoint whose parameters are those of the model to load into, where that has changed.
         policies: what the load may do beside restoring.
         spec: the one that the user named; without it, unknown layouts are an obstacle.
@@ -236,10 +237,10 @@ class _Planner:
     def _lay_out(self) -> None:
         """Local shapes and layouts of the target."""
         held = self._stages()
+        cut = lru_cache(maxsize=None)(lambda pattern, whole: pattern.local_shapes(whole, self.topology.tp))
         for name, pattern in self.view.patterns.items():
-            whole = self.view.logical_shape(name)
             try:
-                shares = pattern.local_shapes(whole, self.topology.tp)
+                shares = cut(pattern, self.view.logical_shape(name))
                 self._shapes[name] = tuple(
                     shape if stage in held[name] else None for stage in range(self.topology.pp) for shape in shares
                 )
@@ -285,14 +286,15 @@ class _Planner:
 
     def _check_states(self) -> None:
         """Each state must be element-wise, and all parameters of a slot must have the same."""
-        for name in sorted(self._restored):
+        planned = self._restored if self.only is None else self._restored & set(self._held_by(self.only))
+        for name in sorted(planned):
             parameter = self.source.parameters[name]
             if parameter.kind != "trainable":
                 self.obstacles += [Obstacle(name, reason) for reason in parameter.refused.values()]
         if self.policies.optimizer_states != "restore":
             return
         for names in slot_names(self.view, self.topology):
-            held = [self.source.parameters[name] for name in names if name in self._restored]
+            held = [self.source.parameters[name] for name in names if name in planned]
             trained = [parameter for parameter in held if parameter.kind == "trainable"]
             for parameter in trained:
                 first = trained[0]
@@ -304,6 +306,15 @@ class _Planner:
                         f"has {_states(parameter)}, and {first.name}, which the target keeps in the same buffer, "
                         f"has {_states(first)}",
                     )
+
+    def _held_by(self, ranks: Collection[RankNumber]) -> Iterator[str]:
+        """What some ranks hold; ranks that don't exist hold nothing."""
+        numbers, ep = numbers_of_experts(self._shapes), self.topology.ep
+        places = {(rank, part % ep) for rank, part in ranks if rank < self.topology.model_parallel}
+        for name, shapes in self._shapes.items():
+            holder = holder_of(name, numbers, ep)
+            if any(shapes[rank] is not None and holder in (None, ep_rank) for rank, ep_rank in places):
+                yield name
 
     def _refuse(self, name: str, reason: str) -> None:
         self.obstacles.append(Obstacle(name, reason))

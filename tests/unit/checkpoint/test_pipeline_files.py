@@ -110,25 +110,26 @@ def check(folder: Path, model: NativeModel, run: NativeRun) -> Checkpoint:
     return checkpoint
 
 
-@pytest.mark.parametrize("recorded", [False, True], ids=["stock", "manifest"])
+@pytest.mark.parametrize("layouts", [None, False, True], ids=["stock", "older manifest", "manifest"])
 @pytest.mark.parametrize("name", RUNS)
-def test_everything_is_read_back(tmp_path: Path, name: str, recorded: bool) -> None:
+def test_everything_is_read_back(tmp_path: Path, name: str, layouts: bool | None) -> None:
     """With a manifest and without one; each stage has what its layers hold."""
     run, model = RUNS[name], pipeline_model()
     folder = write_native(tmp_path, model, run)
-    if recorded:
-        add_manifest(folder, model, run)
+    if layouts is not None:
+        add_manifest(folder, model, run, layouts=layouts)
     checkpoint = check(folder, model, run)
     assert checkpoint.form == ("deepspeed zero-1/2" if run.stage else "deepspeed bf16-optimizer")
     kept = [name for name in SHAPES if name not in FROZEN or not run.exclude_frozen]
     assert [name for name in checkpoint.parameters if name not in model.buffers] == kept
 
 
+@pytest.mark.parametrize("layouts", [False, True], ids=["older manifest", "manifest"])
 @pytest.mark.parametrize("name", STAGE_0)
-def test_stage_0_is_read_back_with_a_manifest(tmp_path: Path, name: str) -> None:
+def test_stage_0_is_read_back_with_a_manifest(tmp_path: Path, name: str, layouts: bool) -> None:
     run, model = STAGE_0[name], pipeline_model()
     folder = write_native(tmp_path, model, run)
-    add_manifest(folder, model, run)
+    add_manifest(folder, model, run, layouts=layouts)
     check(folder, model, run)
 
 
@@ -140,9 +141,12 @@ def test_stage_0_is_refused_without_a_manifest(pp: int, tmp_path: Path) -> None:
         _ = open_checkpoint(folder).parameters
 
 
+@pytest.mark.parametrize("layouts", [None, False, True], ids=["stock", "older manifest", "manifest"])
 @pytest.mark.parametrize("run", [RUNS["groups"], RUNS["groups, bf16 without zero"]], ids=str)
-def test_groups_of_all_stages_are_joined(tmp_path: Path, run: NativeRun) -> None:
+def test_groups_of_all_stages_are_joined(tmp_path: Path, run: NativeRun, layouts: bool | None) -> None:
     folder = write_native(tmp_path, pipeline_model(), run)
+    if layouts is not None:
+        add_manifest(folder, pipeline_model(), run, layouts=layouts)
     groups = open_checkpoint(folder).groups
     assert [set(group.names) for group in groups] == [set(names) for names in two_groups()]
     assert [group.hyperparameters["weight_decay"] for group in groups] == [group_decay(0, run), group_decay(1, run)]
