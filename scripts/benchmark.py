@@ -197,6 +197,8 @@ class Bench:
         ways = [Way(f"ours: ucp convert, {n} worker{'s' * (n > 1)}", source, ours(n)) for n in (2, 1)]
         ways += [Way(f"DeepSpeed: ds_to_universal, {n} worker{'s' * (n > 1)}", source, theirs(n)) for n in (2, 1)]
         ways.append(Way("cp -r (the limit)", source, lambda: _command(["cp", "-r", source / TAG, target], target)))
+        durable = ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', source / TAG, target]
+        ways.append(Way("cp -r, until it is on disk, as ucp convert is", source, lambda: _command(durable, target)))
         self.compare("convert", ways)
 
     def _converted_by_deepspeed(self, source: Path) -> Path:
