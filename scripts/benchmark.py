@@ -37,6 +37,8 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 1800.0
 
+PARTS = ("resume", "save", "convert")
+
 SIZES = {
     "tiny": {"layers": 2, "hidden": 128, "heads": 4, "query_groups": 4, "ffn": 512, "vocabulary": 1024},
     "160m": {"layers": 17, "hidden": 768, "heads": 12, "query_groups": 12, "ffn": 3072, "vocabulary": 50304},
@@ -354,21 +356,31 @@ def _draw(results: Sequence[Result], path: Path) -> None:
 @click.option(
     "--source-ranks", default=4, show_default=True, help="Data-parallel ranks that save; 1 for 1b within 24 GiB."
 )
+@click.option(
+    "--only",
+    type=click.Choice(PARTS),
+    multiple=True,
+    default=PARTS,
+    help="Leave out the others; save is all on one topology. Can be given several times.",
+)
 @click.option("--output", type=click.Path(path_type=Path), default=ROOT / "build" / "benchmark", show_default=True)
-def main(size: str, repeats: int, source_ranks: int, output: Path) -> None:
-    """Run everything."""
+def main(size: str, repeats: int, source_ranks: int, only: Sequence[str], output: Path) -> None:
+    """Run everything, or a part of it."""
     work = output / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     bench = Bench(size, repeats, work, source_ranks)
     data = bench.source("data", source_ranks)
-    tensor = bench.source("tensor", 2, tp=2)
-    bench.resume(f"resume, DP{source_ranks} → DP2, ZeRO-1", data, peers=True)
-    bench.resume("resume, TP2·DP1 → TP1·DP2, ZeRO-1", tensor, peers=True)
-    bench.resume(f"resume, DP{source_ranks} ZeRO-1 → DP2 ZeRO-3", data, peers=False, zero={"stage": 3})
-    bench.same_topology()
+    if "resume" in only:
+        tensor = bench.source("tensor", 2, tp=2)
+        bench.resume(f"resume, DP{source_ranks} → DP2, ZeRO-1", data, peers=True)
+        bench.resume("resume, TP2·DP1 → TP1·DP2, ZeRO-1", tensor, peers=True)
+        bench.resume(f"resume, DP{source_ranks} ZeRO-1 → DP2 ZeRO-3", data, peers=False, zero={"stage": 3})
+    if "save" in only:
+        bench.same_topology()
     bench.close()
-    bench.convert(data)
+    if "convert" in only:
+        bench.convert(data)
     table = _table(bench.results)
     machine = {
         "parameters": bench.parameters,

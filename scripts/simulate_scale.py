@@ -236,7 +236,7 @@ def measure(key: str, source: Topology, target: Topology) -> Cost:
     """Plan a rank in the middle; run in a process of its own, whose peak of memory is its own too."""
     with tempfile.TemporaryDirectory() as folder:
         saved = Saved(MODELS[key], source, Path(folder))
-        deepspeed_files.open_torch_file = saved.open  # this process measures, and ends
+        deepspeed_files.open_torch_file = saved.open  # type: ignore[assignment]  # this process measures, and ends
         DeepSpeedFiles.names = saved.names  # type: ignore[assignment]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         started = time.process_time()
