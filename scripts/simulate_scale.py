@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,8 @@ class Cost:
     """What one rank pays, and what it would read.
 
     ``seconds`` of processor time, ``memory`` in bytes beyond what the started interpreter had, ``opened``: files, those that are
-    read from (``files``) included.
+    read from (``files``) included. ``balance``: the most that one of some ranks reads, over their mean: the first, the last and
+    those in the middle of both axes.
     """
 
     model: str
@@ -230,6 +232,7 @@ class Cost:
     copies: int
     bytes_read: int
     bytes_held: int
+    balance: float
 
 
 def measure(key: str, source: Topology, target: Topology) -> Cost:
@@ -243,10 +246,15 @@ def measure(key: str, source: Topology, target: Topology) -> Cost:
         wanted = (target.model_parallel // 2, target.dp // 2)
         plan = plan_target(DeepSpeedCheckpoint(saved.folder), target, only={wanted})
         seconds = time.process_time() - started
+        memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        opened = len(saved.opened)
+        corners = set(product(_ends(target.model_parallel), _ends(target.dp)))
+        sampled = [
+            rank.bytes_read for rank in plan_target(DeepSpeedCheckpoint(saved.folder), target, only=corners).ranks
+        ]
     if not plan.possible:
         raise SystemExit("\n".join(map(str, plan.obstacles)))
     [rank] = plan.ranks
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     return Cost(
         MODELS[key].name,
         str(source),
@@ -255,22 +263,30 @@ def measure(key: str, source: Topology, target: Topology) -> Cost:
         target.model_parallel * target.dp,
         seconds,
         memory,
-        len(saved.opened),
+        opened,
         len(rank.files),
         rank.copies,
         rank.bytes_read,
         rank.bytes_held,
+        max(sampled) * len(sampled) / sum(sampled),
     )
 
 
+def _ends(ranks: int) -> set[int]:
+    """The first, the last, and one in the middle."""
+    return {0, ranks // 2, ranks - 1}
+
+
 def _table(costs: list[Cost]) -> str:
-    rows = ["| model | source | target | ranks | plan s | plan MB | opened | files | copies | MB read | × held |"]
-    rows.append("| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    rows = [
+        "| model | source | target | ranks | plan s | plan MB | opened | files | copies | MB read | × held | balance |"
+    ]
+    rows.append("| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for cost in costs:
         rows.append(
             f"| {cost.model} | {cost.source} | {cost.target} | {cost.source_ranks:,} → {cost.target_ranks:,} | "
             f"{cost.seconds:.2f} | {cost.memory / 1e6:.0f} | {cost.opened} | {cost.files} | {cost.copies} | "
-            f"{cost.bytes_read / 1e6:,.0f} | {cost.bytes_read / cost.bytes_held:.3f} |"
+            f"{cost.bytes_read / 1e6:,.0f} | {cost.bytes_read / cost.bytes_held:.3f} | {cost.balance:.2f} |"
         )
     return "\n".join(rows)
 

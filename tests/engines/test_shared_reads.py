@@ -91,6 +91,16 @@ def test_all_ranks_together_read_the_checkpoint_once(ranks: Ranks, tmp_path: Pat
     assert max(read) - min(read) <= 128
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_little_memory(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """Blocks of a few elements at a time, joined over tensor-parallel ranks and exchanged."""
+    run = Run("llama", tp=2, zero={"stage": 1}, universal=ALL)
+    ranks(4).run(train, run, STEP, save=str(tmp_path / "a"))
+    target = replace(run, tp=1, zero={"stage": stage}, universal={**ALL, "read_memory_bytes": 2000})
+    ranks(2).run(train, target, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+
+
 def test_the_plan_foretells_it(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run("llama", tp=2, zero={"stage": 1}, precision="bf16", universal=ALL)
     ranks(2).run(train, run, STEP, save=str(tmp_path))

@@ -6,6 +6,7 @@ from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,3 +89,18 @@ def test_an_error_on_a_thread_is_raised(tmp_path: Path) -> None:
     copy = BlockCopy((100,), StridedView("a", 0, (1,)), (view,))
     with closing(CopyPool(2)) as pool, pytest.raises(DamagedCheckpointError, match="is truncated"):
         run_copies([copy], FileReader(), lambda _: torch.zeros(100), pool)
+
+
+def test_a_file_system_without_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **settings: object) -> None:
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr(np, "memmap", refuse)
+    whole = torch.arange(100.0)
+    (tmp_path / "f").write_bytes(whole.numpy().tobytes())
+    copy = BlockCopy(
+        (10, 3), StridedView("a", 0, (3, 1)), (StridedView(FileExtent(str(tmp_path / "f"), 0, "F32", 100), 2, (10, 1)),)
+    )
+    target = torch.zeros(30)
+    run_copies([copy], FileReader(), lambda _: target)
+    assert torch.equal(target.view(10, 3), whole.view(10, 10)[:, 2:5])
