@@ -53,13 +53,13 @@ def convert_command(
     started = time.monotonic()
     with (join or alone)() as ranks:
         checkpoint = open_checkpoint(source, tag)
-        folder = destination / _name(checkpoint.path)
+        folder = destination / _tag(source, checkpoint.path)
         if folder.exists():
             raise ConfigError(f"{folder} exists already; nothing was written")
         view = view_of(checkpoint, spec, vocabulary_size)
         count = _convert(view, folder, workers, drop_client_state, quiet or ranks.rank != 0, ranks)
         if ranks.rank == 0:
-            _point_to(folder, checkpoint.run.global_steps)
+            _point_to(destination, folder, checkpoint.run.global_steps)
     if not quiet and ranks.rank == 0:
         sizes = [entry.stat().st_size for entry in folder.iterdir()]
         click.echo(
@@ -68,12 +68,12 @@ def convert_command(
         )
 
 
-def _point_to(folder: Path, step: int) -> None:
+def _point_to(destination: Path, folder: Path, step: int) -> None:
     """Have ``latest`` name a new tag folder, unless it names one of a later step."""
-    latest = folder.parent / LATEST_NAME
-    later = _later_tag(folder.parent, step)
+    latest = destination / LATEST_NAME
+    later = _later_tag(destination, step)
     if later is None:
-        write_atomically(latest, folder.name)
+        write_atomically(latest, folder.relative_to(destination).as_posix())
     else:
         click.echo(f"{latest} still names {later}, which is of a later step", err=True)
 
@@ -84,12 +84,17 @@ def _later_tag(destination: Path, step: int) -> str | None:
         current = open_checkpoint(destination)
     except UniversalCheckpointError:
         return None
-    return current.path.name if current.run.global_steps > step else None
+    return _tag(destination, current.path).as_posix() if current.run.global_steps > step else None
 
 
-def _name(folder: Path) -> str:
-    """Name of a tag folder, which the user may have called ``.`` or ``..``; a link keeps its own name."""
-    return folder.name if folder.name not in ("", "..") else folder.resolve().name
+def _tag(source: Path, folder: Path) -> Path:
+    """A tag, which may have slashes in it, or the name of a tag folder that the user named.
+
+    That may be ``.`` or ``..``; a link keeps its own name.
+    """
+    if folder != source and folder.is_relative_to(source):
+        return folder.relative_to(source)
+    return Path(folder.name if folder.name not in ("", "..") else folder.resolve().name)
 
 
 def _convert(

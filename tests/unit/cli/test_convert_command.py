@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,19 @@ def test_a_second_tag_beside_the_first(
     assert (tmp_path / "u" / "latest").read_text() == "step3"
     assert ("still names step3" in results[1].stderr) == (tags[1] == "step2")
     assert sorted(path.name for path in (tmp_path / "u").iterdir()) == ["latest", "step2", "step3"]
+
+
+def test_a_tag_with_a_slash(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
+    """It keeps its name, so that the script that resumes finds it."""
+    source = tmp_path / "s"
+    shutil.copytree(saved / "step3", source / "run" / "step3")
+    (source / "latest").write_text("run/step3")
+    assert ucp("convert", source, tmp_path / "u").exit_code == 0
+    assert (tmp_path / "u" / "latest").read_text() == "run/step3"
+    assert sorted(path.name for path in (tmp_path / "u").iterdir()) == ["latest", "run"]
+    assert open_checkpoint(tmp_path / "u").path == tmp_path / "u" / "run" / "step3"
+    again = ucp("convert", source / "run" / "step3", tmp_path / "v")
+    assert (again.exit_code, (tmp_path / "v" / "latest").read_text()) == (0, "step3")
 
 
 @pytest.mark.parametrize("content", ["", "file"])
