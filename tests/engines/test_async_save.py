@@ -128,7 +128,7 @@ def test_deepspeed_alone_loads_it(stage: int, ranks: Ranks, tmp_path: Path) -> N
 
 def save_three_times(run: Run, folder: str) -> list[Any]:
     """What is seen while a save is held back, and after the next one has begun."""
-    engine, root, seen = trained(run, 1), Path(folder), []
+    engine, root, seen = trained(run, 1), Path(folder), list[Any]()
     engine.save_checkpoint(folder, tag="a")
     ucp_deepspeed.wait_for_save()
     with held_back() as gate:
@@ -165,6 +165,36 @@ def test_a_tag_saved_again_replaces_the_old_and_keeps_what_is_not_of_it(ranks: R
         "notes.txt",
     }
     assert {path.name for path in tmp_path.iterdir()} == {"a", "latest", "zero_to_fp32.py", "zero_to_torch.py"}
+
+
+OWN = ("ema_states.pt", "ucp_notes.txt", ".meta", "plain.txt", "layer_names.json")
+"""Files that users may put beside the checkpoint; some of their names look like its own."""
+
+
+def save_among_own_files(run: Run, folder: str) -> list[str]:
+    """On a rank: save a tag twice, with files put into its folder while each save is under way."""
+    engine = trained(run)
+    for _ in range(2):
+        with held_back() as go_on:
+            engine.save_checkpoint(folder, tag="a")
+            for name in OWN:
+                (Path(folder) / "a" / name).write_text("mine")
+            go_on.set()
+        ucp_deepspeed.wait_for_save()
+    engine.destroy()
+    return sorted(path.name for path in (Path(folder) / "a").iterdir())
+
+
+def test_files_of_the_users_are_kept(ranks: Ranks, tmp_path: Path) -> None:
+    (found,) = ranks(1).run(save_among_own_files, RUNS["zero-2"][1], str(tmp_path))
+    assert set(OWN) <= set(found)
+    assert MANIFEST_NAME in found and open_checkpoint(tmp_path).run.global_steps == STEP
+
+
+@pytest.mark.parametrize("tag", ["", ".", "..", "a/../.."])
+def test_a_tag_that_names_no_folder_of_its_own(tag: str, ranks: Ranks, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="names no folder of its own"):
+        ranks(1).run(save_and_wait, RUNS["zero-2"][1], str(tmp_path / "runs"), tag)
 
 
 def fail_once(run: Run, folder: str, failing: int, then: str) -> tuple[Any, str]:

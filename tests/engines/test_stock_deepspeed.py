@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from checkpoints import LAST_STEP, STEP, differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
+from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
-from ucp_deepspeed.testing.runs import Run, train
+from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
 
 Ranks = Callable[[int], RankPool]
 
@@ -39,6 +41,32 @@ def test_nothing_happens_without_the_block(ranks: Ranks, tmp_path: Path) -> None
     assert not list(tmp_path.rglob("ucp_*"))
     with pytest.raises(RankError, match="DP world size of 2"):
         ranks(4).run(train, run, STEP, load=str(tmp_path))
+
+
+def save_as_without_the_plugin(run: Run, folder: str) -> None:
+    """On a rank: as a script with the same config that doesn't import the plugin would, since DeepSpeed ignores the block."""
+    engine = build_engine(run)
+    for step in range(1, STEP + 1):
+        train_step(engine, run, step)
+    engine.universal_checkpoint_config = UniversalCheckpointConfig()
+    engine.save_checkpoint(folder)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_tag_saved_again_without_the_plugin(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """All files have the sizes that the manifest of the run before records; names and orders may be others."""
+    run = Run("mlp", zero={"stage": stage}, universal={"enabled": True, "load": "always"})
+    ranks(2).run(train, run, STEP, save=str(tmp_path))
+    manifest = read_manifest(tmp_path / f"global_step{STEP}")
+    assert manifest is not None
+    ranks(2).run(save_as_without_the_plugin, replace(run, seed=run.seed + 1), str(tmp_path))
+    sizes = {name: (tmp_path / f"global_step{STEP}" / name).stat().st_size for name in manifest.files}
+    assert sizes == manifest.files
+    with pytest.raises(RankError, match=r"isn't the file that ucp_manifest\.json describes, though of its size"):
+        ranks(2).run(train, run, STEP, load=str(tmp_path))
+    (tmp_path / f"global_step{STEP}" / MANIFEST_NAME).unlink()
+    ranks(2).run(train, run, STEP, load=str(tmp_path))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -116,3 +144,15 @@ def test_wrong_spec_is_refused_when_saving(ranks: Ranks, tmp_path: Path) -> None
         in problems
     )
     assert not (tmp_path / "a").exists()
+
+
+def test_a_random_state_of_another_step(ranks: Ranks, tmp_path: Path) -> None:
+    """What a save without the plugin leaves beside its files."""
+    run = Run("mlp", zero={"stage": 1})
+    ranks(2).run(train, run, STEP, save=str(tmp_path))
+    path = tmp_path / f"global_step{STEP}" / "ucp_random_state_rank_00001.json"
+    path.write_text(path.read_text().replace(f'"global_steps": {STEP}', f'"global_steps": {STEP + 2}'))
+    with pytest.raises(RankError, match=f"is of step {STEP + 2}, and the checkpoint of step {STEP}"):
+        ranks(2).run(train, run, STEP, load=str(tmp_path))
+    kept = replace(run, universal={"enabled": True, "random_state": "keep"})
+    ranks(2).run(train, kept, STEP, load=str(tmp_path))

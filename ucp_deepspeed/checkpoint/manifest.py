@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import zipfile
 from collections.abc import Mapping
 from functools import cached_property
@@ -77,6 +79,7 @@ class Manifest(BaseModel):
         parameters: see `ManifestParameter`.
         has_extra_states: whether modules kept extra states, on any model-parallel rank; None where that wasn't recorded.
         files: size in bytes of each file in the tag folder when it was committed.
+        contents: digests of what some of them hold (`digest_of`): those that every run writes anew.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -91,6 +94,7 @@ class Manifest(BaseModel):
     parameters: Mapping[str, ManifestParameter]
     has_extra_states: bool | None = None
     files: Mapping[str, NonNegativeInt]
+    contents: Mapping[str, str] = {}
 
     @model_validator(mode="after")
     def _names_every_stage(self) -> Manifest:
@@ -157,7 +161,7 @@ class Manifest(BaseModel):
         return {name: entry.logical_name for name, entry in self.parameters.items() if entry.logical_name is not None}
 
     def check_file(self, path: Path) -> None:
-        """Compare a file's size with the recorded one.
+        """Compare a file's size, and where it is recorded its content, with what is recorded.
 
         Raises:
             DamagedCheckpointError: it differs.
@@ -167,12 +171,42 @@ class Manifest(BaseModel):
             return
         found = path.stat().st_size
         if found == recorded:
+            if path.name in self.contents and digest_of(path) != self.contents[path.name]:
+                raise DamagedCheckpointError(
+                    f"{path} isn't the file that {MANIFEST_NAME} describes, though of its size{STALE_MANIFEST}"
+                )
             return
         if zipfile.is_zipfile(path):
             raise DamagedCheckpointError(
                 f"{path} isn't the file that {MANIFEST_NAME} describes ({recorded} bytes then, {found} now){STALE_MANIFEST}"
             )
         raise DamagedCheckpointError(f"{path} is truncated: expected {recorded} bytes, found {found}")
+
+
+_ALWAYS_WRITTEN = re.compile(
+    r"(?:zero_pp_rank_0_)?mp_rank_\d+_model_states\.pt|(?:bf16_)?zero_pp_rank_0_mp_rank_\d+_optim_states\.pt"
+)
+"""The first data-parallel rank's files, which tell names and orders: to look at all would take long where there are thousands."""
+
+
+def describe_files(folder: Path) -> dict[str, Mapping[str, int] | Mapping[str, str]]:
+    """``files`` and ``contents`` of a manifest for a folder as it is."""
+    found = {entry.name: entry for entry in sorted(folder.iterdir()) if entry.is_file()}
+    digests = {name: digest_of(entry) for name, entry in found.items() if _ALWAYS_WRITTEN.fullmatch(name)}
+    return {
+        "files": {name: entry.stat().st_size for name, entry in found.items()},
+        "contents": {name: digest for name, digest in digests.items() if digest is not None},
+    }
+
+
+def digest_of(path: Path) -> str | None:
+    """Digest of an archive's directory, in which the checksums of all of its records are; None for what isn't an archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            listed = [(record.filename, record.CRC, record.file_size) for record in archive.infolist()]
+    except (zipfile.BadZipFile, OSError):
+        return None
+    return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -276,8 +276,9 @@ def begin(job: Job) -> None:
     """Start to write."""
     global _writing
     assert _writing is None, "a save waits for the last one"
-    _writing = Writing(job)
-    _writing.start()
+    writing = Writing(job)
+    writing.start()
+    _writing = writing
 
 
 def wait_for_save() -> None:
@@ -300,9 +301,12 @@ def wait_for_save() -> None:
             writing.join()
             if writing.error is not None:
                 raise writing.error
-    except BaseException:
+    except Exception:
         writing.give_up()
         writing.clear()
+        raise
+    except BaseException:  # Ctrl-C: the save goes on, and the next call waits for it
+        _writing = writing
         raise
 
 

@@ -133,7 +133,7 @@ def load_checkpoint(
         elif folder is not None:
             prepared = open_checkpoint(folder), engine_optimizer(engine)
             universal = _takes_universal_path(config, engine, *prepared, options)
-            random_state = read_random_state(folder) if goes_on else None
+            random_state = read_random_state(folder, prepared[0].run.global_steps) if goes_on else None
     if not _any_rank(universal):  # a pipeline's stages may have changed on some ranks only
         if tag is None and folder == Path(load_dir):
             load_dir, tag = str(folder.parent), folder.name

@@ -115,11 +115,14 @@ def random_state_file(engine: Any) -> tuple[str, str]:
     return RANDOM_STATE_NAME.format(rank=place.rank), json.dumps(state.model_dump())
 
 
-def read_random_state(folder: Path) -> RandomState | None:
+def read_random_state(folder: Path, global_steps: int) -> RandomState | None:
     """This rank's file; None if there is none, or none that was committed. Nothing of the engine or the streams changes.
 
+    Args:
+        global_steps: of the checkpoint beside it.
+
     Raises:
-        DamagedCheckpointError: it can't be parsed, or has another size than the manifest says.
+        DamagedCheckpointError: it can't be parsed, is of another step, or has another size than the manifest says.
         UnsupportedError: a later version wrote it.
     """
     path = folder / RANDOM_STATE_NAME.format(rank=dist.get_rank())
@@ -136,9 +139,15 @@ def read_random_state(folder: Path) -> RandomState | None:
             raise UnsupportedError(
                 f"{path} has format version {raw['format_version']}; this release reads up to {RANDOM_STATE_VERSION}"
             )
-        return RandomState.model_validate(raw)
+        state = RandomState.model_validate(raw)
     except (ValueError, ValidationError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{path} is not a random state: {error}") from error
+    if state.global_steps != global_steps:
+        raise DamagedCheckpointError(
+            f"{path} is of step {state.global_steps}, and the checkpoint of step {global_steps}: if it was saved again without "
+            f'ucp_deepspeed, remove the random states, or set "random_state": "keep"'
+        )
+    return state
 
 
 def restore_random_state(engine: Any, saved: RandomState | None) -> None:

@@ -11,6 +11,7 @@ a checkpoint that was there before stays whole until then, also one of the same 
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,13 @@ from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes
 from ucp_deepspeed.checkpoint.deepspeed_run import NAMING_KEYS, number_groups
-from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, Manifest, ManifestParameter, ManifestTopology
+from ucp_deepspeed.checkpoint.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ManifestParameter,
+    ManifestTopology,
+    describe_files,
+)
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME, open_checkpoint
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
@@ -109,6 +116,10 @@ def _save_in_background(
     """
     folder, rank = Path(save_dir).absolute() / tag, dist.get_rank()
     with agreement():
+        if not Path(tag).parts or ".." in Path(tag).parts:
+            raise SaveError(
+                f"the tag {tag!r} names no folder of its own in {save_dir}, which asynchronous saving needs"
+            )
         _refuse_universal(folder)
         manifest = _manifest(engine)
     try:
@@ -152,7 +163,7 @@ def _make_partial(folder: Path) -> Path:
         if dist.get_rank() == 0:
             try:
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                remove_abandoned(folder)
+                remove_abandoned(folder, of_any_name=True)
                 partial_folder(folder).mkdir()
             except OSError as error:
                 raise SaveError(f"{folder} can't be saved, and 'latest' was not moved: {error}") from error
@@ -189,9 +200,20 @@ def _commit_partial(manifest: Manifest, partial: Path, folder: Path) -> None:
     replace_folder(partial, folder, _is_part)
 
 
+_PARTS = re.compile(
+    r"(?:zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt"
+    r"|(?:bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt"
+    r"|layer_\d+(?:-model_\d+)?-model_states\.pt"
+    r"|layer_\d+_expert_\d+_mp_rank_\d+_model_states\.pt"
+    r"|expp_rank_\d+_mp_rank_\d+_optim_states\.pt"
+    r"|ucp_manifest\.json|ucp_random_state_rank_\d+\.json"
+)
+"""Names that DeepSpeed's engines give (``runtime/engine.py``, ``runtime/pipe/module.py``), and this package."""
+
+
 def _is_part(name: str) -> bool:
-    """Whether a file of a tag's folder is DeepSpeed's or this package's."""
-    return name.endswith("_states.pt") or name.startswith(("ucp_", "."))
+    """Whether a file of a tag's folder is DeepSpeed's or this package's; others may lie there too, and are kept."""
+    return _PARTS.fullmatch(name) is not None
 
 
 def check_model(engine: Any) -> None:
@@ -243,8 +265,7 @@ def _warn_if_unreadable(folder: Path) -> None:
 
 
 def _commit(manifest: Manifest, folder: Path) -> None:
-    files = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir()) if entry.is_file()}
-    complete = manifest.model_copy(update={"files": files})
+    complete = manifest.model_copy(update=describe_files(folder))
     write_atomically(folder / MANIFEST_NAME, complete.model_dump_json(indent=1))
 
 

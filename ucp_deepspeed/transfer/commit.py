@@ -111,13 +111,18 @@ def _exchange(partial: Path, final: Path) -> Path:
     return replaced
 
 
-def remove_abandoned(final: Path) -> None:
-    """Remove what processes of this machine that are no longer alive left unfinished for ``final``."""
-    prefix = f".{final.name}{PARTIAL_MARK}{socket.gethostname()}-"
+def remove_abandoned(final: Path, of_any_name: bool = False) -> None:
+    """Remove what processes of this machine that are no longer alive left unfinished for ``final``.
+
+    Args:
+        of_any_name: or for another folder beside it: a run that was killed saves its next tag, and not that one again.
+    """
+    mark = f"{PARTIAL_MARK}{socket.gethostname()}-"
     for entry in final.parent.iterdir():
-        pid = entry.name.removeprefix(prefix)
-        # A host whose name begins with this one's leaves folders with the same prefix and more than a number after it.
-        if pid != entry.name and pid.isdecimal() and not _alive(int(pid)):
+        name, found, pid = entry.name.rpartition(mark)
+        wanted = name.startswith(".") and (of_any_name or name == f".{final.name}")
+        # A host whose name begins with this one's leaves folders with the same mark and more than a number after it.
+        if found and wanted and pid.isdecimal() and not _alive(int(pid)):
             shutil.rmtree(entry)
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
+import socket
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from ucp_deepspeed.checkpoint.universal import PARTIAL_MARK
 from ucp_deepspeed.transfer import commit
 
 
@@ -59,3 +63,17 @@ def test_an_exchange_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: 
     with pytest.raises(PermissionError):
         commit.replace_folder(make(tmp_path / ".a", x_pt="new"), old, is_part)
     assert read(old) == {"x.pt": "old"}
+
+
+def test_what_a_killed_run_left_of_another_tag(tmp_path: Path) -> None:
+    """Its next save is of another tag; what other processes are writing stays."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    mark = f"{PARTIAL_MARK}{socket.gethostname()}-"
+    names = [f".step1{mark}{pid}" for pid in (ended.pid, os.getppid())] + [f".step1{PARTIAL_MARK}elsewhere-{ended.pid}"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    commit.remove_abandoned(tmp_path / "step2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    commit.remove_abandoned(tmp_path / "step2", of_any_name=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
