@@ -45,8 +45,16 @@ class UniversalView:
         patterns: Mapping[str, Pattern],
         vocabulary_size: int | None = None,
         wanted: Collection[str] | None = None,
+        check_record: bool = True,
     ) -> None:
-        """Args: names: parameter of the checkpoint → logical name. patterns: by logical name. wanted: leave others out."""
+        """See the class.
+
+        Args:
+            names: parameter of the checkpoint → logical name.
+            patterns: by logical name.
+            wanted: leave others out.
+            check_record: refuse patterns that contradict what was recorded when saving.
+        """
         self.checkpoint = checkpoint
         self.vocabulary_size = vocabulary_size if vocabulary_size is not None else checkpoint.vocabulary_size
         self.parameters: Mapping[str, Parameter] = {
@@ -67,7 +75,8 @@ class UniversalView:
         # A tied module's other copies may hold parameters that only its first stage trains: read the first.
         local_shapes = {name: _first_stage(entry.local_shapes, degree) for name, entry in self.parameters.items()}
         self.layouts = layouts_of(self.patterns, local_shapes, degree, self.vocabulary_size, "the checkpoint")
-        self._check_record()
+        if check_record:
+            self._check_record()
 
     def _check_record(self) -> None:
         """What the run that saved recorded of its own files holds: patterns that say otherwise would join them wrongly."""
@@ -111,6 +120,15 @@ class UniversalView:
             local_shapes=held_shapes(checkpoint, names),
         )
         return cls(checkpoint, names, patterns, vocabulary_size)
+
+    @classmethod
+    def of_single_rank(cls, checkpoint: Checkpoint, names: Mapping[str, str], wanted: Collection[str]) -> UniversalView:
+        """The view of a checkpoint without tensor parallelism, padding included: all that its rank holds of each parameter.
+
+        By any pattern one rank holds the whole. What its manifest records is how other ranks would share it, and contradicts
+        nothing here.
+        """
+        return cls(checkpoint, names, dict.fromkeys(wanted, Replicate()), None, wanted, check_record=False)
 
     def logical_shape(self, name: str) -> Shape:
         """Shape of the whole, unpadded parameter."""

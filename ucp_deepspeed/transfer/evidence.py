@@ -30,6 +30,9 @@ from ucp_deepspeed.transfer.copying import FileReader, gather
 CHUNK_NUMBYTES = 8 << 20
 """Bytes of each of two tensors that are held when values are compared."""
 
+UNRELATED = 0.5
+"""`_Ranks.distance` from which matrices of two ranks count as different ones, not as copies that were updated apart."""
+
 What = Literal["unmatched", "ambiguous", "shapes", "record", "bias", "values", "whole", "remark"]
 """Where a finding comes from: no rule, or several; shapes of the ranks; what was recorded when saving; the weight and the bias of
 one module; values of the ranks; a checkpoint without tensor parallelism. A ``remark`` contradicts nothing."""
@@ -272,10 +275,35 @@ def _values_of(checked: Checked, ranks: _Ranks) -> tuple[list[Finding], bool]:
     if shared:
         if all(ranks.equal(parameter, state, checked.layout) for state in parameter.states):
             return [Finding(checked.name, "remark", "partial, and all ranks hold the same values")], True
-        return [], True
+        return list(_of_partial(checked, parameter, ranks)), True
     if isinstance(checked.pattern, Shard | ShardGrid) and checked.layout.degree > 1:
         return _alike(checked, parameter, ranks)
     return [], False
+
+
+def _of_partial(checked: Checked, parameter: Parameter, ranks: _Ranks) -> Iterator[Finding]:
+    """A matrix whose copies are as far from each other as from zero is no mean of copies, but shares of something.
+
+    Copies that started alike and were updated apart differ by the updates: much less than the values are. Shares of a matrix
+    have nothing in common, so that the square of their distance is about the sum of their squares. The bound is half of that:
+    a cosine of 1/2, or for equal norms a distance as long as they are. Nothing is said of vectors: biases begin at zero, and are
+    nothing but updates.
+    """
+    assert checked.layout is not None
+    if len(checked.layout.logical_shape) < 2:
+        return
+    state = MASTER if MASTER in parameter.states else WEIGHT
+    (first, mine), *others = [
+        (rank, local.pieces[0]) for rank, local in enumerate(checked.layout.locals) if local.pieces
+    ]
+    for rank, piece in others:
+        share = ranks.distance(parameter, state, (first, mine), (rank, piece))
+        if share >= UNRELATED:
+            detail = (
+                f"but {state} of model-parallel ranks {first} and {rank} is as far apart as from zero: it looks cut"
+            )
+            yield Finding(checked.name, "values", f"{_words(checked)}, {detail}")
+            return
 
 
 def _alike(checked: Checked, parameter: Parameter, ranks: _Ranks) -> tuple[list[Finding], bool]:
@@ -306,6 +334,16 @@ class _Ranks:
         for left, right in zip(self._rows(parameter, state, *one), self._rows(parameter, state, *other), strict=True):
             count += int((left != right).sum())
         return count
+
+    def distance(self, parameter: Parameter, state: str, one: tuple[int, Piece], other: tuple[int, Piece]) -> float:
+        """Square of the distance of two ranks' copies of a logical box by the sum of their squares: 0 equal, 1 unrelated."""
+        dtype = NAMED_DTYPES[parameter.states[state]]
+        apart = total = 0.0
+        for rows in zip(self._rows(parameter, state, *one), self._rows(parameter, state, *other), strict=True):
+            left, right = (side.contiguous().view(dtype).double() for side in rows)
+            apart += float((left - right).square().sum())
+            total += float(left.square().sum() + right.square().sum())
+        return apart / total if total else 0.0
 
     def equal(self, parameter: Parameter, state: str, layout: Layout) -> bool:
         """Whether the local tensors of all ranks that hold something are equal, bit by bit."""
@@ -393,7 +431,7 @@ def _of_whole(
         return "shapes", findings
     wanted = {name: pattern for name, pattern in same.items() if name not in accused}
     one = UniversalView(checkpoint, names, wanted, size, wanted)
-    flat = UniversalView(whole, own, dict.fromkeys(wanted, Replicate()), None, wanted)
+    flat = UniversalView.of_single_rank(whole, own, wanted)
     differing = _differing_wholes(one, flat)
     if differing is None:
         return "shapes", findings
@@ -437,7 +475,7 @@ def joins_to(checkpoint: Checkpoint, whole: Checkpoint, name: str, pattern: Patt
     own = {key: key for key in (*checkpoint.parameters, *whole.parameters)}
     try:
         one = UniversalView(checkpoint, own, {name: pattern}, None, {name})
-        other = UniversalView(whole, own, {name: Replicate()}, None, {name})
+        other = UniversalView.of_single_rank(whole, own, {name})
     except MismatchError:
         return False, False
     if one.logical_shape(name) != other.logical_shape(name):

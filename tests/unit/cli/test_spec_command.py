@@ -18,6 +18,9 @@ from ucp_deepspeed.language import PATTERN, Spec, load_spec, spec_names
 from ucp_deepspeed.layout import Partial, Pattern, Replicate, Scale, Shard
 from ucp_deepspeed.testing.native_files import Cut, NativeModel, NativeParameter, NativeRun, add_manifest, write_native
 from ucp_deepspeed.testing.ranks import get_pool
+from ucp_deepspeed.testing.runs import Run, train
+
+ROOT = Path(__file__).parents[3]
 
 Ucp = Callable[..., Result]
 
@@ -162,6 +165,7 @@ WRONG_RULES = {
     "wrong dimension, beside a bias": (DOWN, "down.weight, pattern: shard, dim: 0", "bias"),
     "replicate where values differ": (DOWN, "down.weight, pattern: replicate", "values"),
     "shard of copies": (NORM, "norm.weight], pattern: shard, dim: 0", "values"),
+    "partial where it is cut": (DOWN, "down.weight, pattern: partial", "values"),
     "kv heads that differ": (DOWN, "down.weight, pattern: shard, dim: 1, heads: [1]", "values"),
     "parts that don't divide": ("parts: [1, 1]", "parts: [2, 1, 4]", "shapes"),
     "a shape that it isn't": (DOWN, f"{DOWN}, shape: [4, 4]", "shapes"),
@@ -200,6 +204,54 @@ def test_what_only_a_single_rank_tells(fields: str, detail: str, two: Path, one:
     wrong = findings(result)
     assert {finding["parameter"] for finding in wrong} == {f"layers.{n}.gate_up.weight" for n in range(2)}
     assert all(finding["what"] == "whole" and detail in finding["detail"] for finding in wrong)
+
+
+@pytest.fixture(scope="module")
+def megatron(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A Megatron-Core model's state as DeepSpeed saved it on two ranks, and as one rank loaded and saved it with the package."""
+    root = tmp_path_factory.mktemp("megatron")
+    two, one = root / "two", root / "one"
+    get_pool(2).run(train, Run("llama", tp=2, universal=None), 1, save=str(two), save_tag="step")
+    universal = {"enabled": True, "load": "always"}
+    get_pool(1).run(
+        train, Run("llama", tp=1, universal=universal), 1, load=str(two), save=str(one), save_tag="step", timeout=280
+    )
+    return two, one
+
+
+def test_a_single_rank_whose_manifest_records_cuts(megatron: tuple[Path, Path], tmp_path: Path, ucp: Ucp) -> None:
+    """What the manifest says of more ranks contradicts nothing that one rank holds; its values tell as others do."""
+    two, one = megatron
+    patterns = {
+        name: entry["pattern"]
+        for name, entry in json.loads((one / "step" / "ucp_manifest.json").read_text())["parameters"].items()
+    }
+    fused, cut = ("decoder.layers.0.mlp.linear_fc1.weight", "decoder.layers.0.mlp.linear_fc2.weight")
+    assert (patterns[fused]["parts"], patterns[cut]["pattern"], patterns[cut]["dim"]) == ([1, 1], "shard", 1)
+    result = ucp("spec", "check", "megatron_core_llama", "--against", two, "--single-rank", one, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["single_rank"] == "values"
+    wrong = yaml.safe_load((ROOT / "configs" / "megatron_core_llama.yaml").read_text())
+    [rule] = [rule for rule in wrong["rules"] if "parts" in rule]
+    del rule["parts"]
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(wrong))
+    result = ucp("spec", "check", tmp_path / "wrong.yaml", "--against", two, "--single-rank", one, "--json")
+    assert result.exit_code == 1
+    assert {one["parameter"] for one in findings(result) if one["wrong"]} == {fused, fused.replace(".0.", ".1.")}
+    spec = inferred(ucp("spec", "infer", two, "--single-rank", one), tmp_path / "new.yaml")
+    assert spec.patterns([fused, cut]) == {fused: Shard(0, parts=(1, 1)), cut: Shard(1)}
+
+
+def test_copies_updated_apart_are_partial(two: Path, tmp_path: Path, right: Path, ucp: Ucp) -> None:
+    """Against a cut matrix, whose shares have nothing in common: that is one of `WRONG_RULES`."""
+    generator = torch.Generator().manual_seed(5)
+    start = torch.randn(6, 4, generator=generator)
+    copies = [start + 0.2 * torch.randn(6, 4, generator=generator) for _ in range(2)]
+    value = NativeParameter("norm.weight", torch.cat(copies), {"exp_avg": torch.zeros(12, 4)}, cut="rows")
+    path = write_native(tmp_path / "partial", NativeModel((value,)), NativeRun(tp=2, stage=1))
+    right.write_text("family: mine\nrules:\n  - {match: norm.weight, pattern: partial}\n")
+    result = ucp("spec", "check", right, "--against", path, "--json")
+    assert (result.exit_code, findings(result)) == (0, [])
 
 
 def test_another_state_of_a_single_rank_tells_by_shapes(two: Path, right: Path, tmp_path: Path, ucp: Ucp) -> None:
