@@ -17,9 +17,13 @@ import torch.distributed as dist
 from ucp_deepspeed import wait_for_save
 from ucp_deepspeed.config import SaveConfig, UniversalCheckpointConfig
 from ucp_deepspeed.engine.background import BUFFERS
+from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.testing.runs import Run, build_engine, train_step
 
 TAG = "measured"
+
+LARGE = 500_000_000
+"""Parameters of a model for which a machine of 24 GiB has little memory to spare."""
 
 PATTERNS = {
     "universal_checkpoint_version": 0.2,
@@ -50,13 +54,23 @@ _run: Run | None = None
 
 
 def build(run: Run) -> int:
-    """An engine that the following calls use, with the optimizer's state of one step; returns the parameters' elements."""
+    """An engine that the following calls use, with the optimizer's state of one step; returns the parameters' elements.
+
+    A large one takes no step, since gradients and what torch's Adam computes in between need as much memory again: copies of the
+    masters stand for its moments.
+    """
     global _engine, _run
     release()
     _engine, _run = build_engine(run), run
     _leave_out_nothings(_engine)
-    train_step(_engine, run, 1)
-    return sum(getattr(param, "ds_numel", param.numel()) for param in _engine.module.parameters())
+    parameters = sum(getattr(param, "ds_numel", param.numel()) for param in _engine.module.parameters())
+    if parameters < LARGE:
+        train_step(_engine, run, 1)
+        return parameters
+    for slot in engine_optimizer(_engine).slots():
+        moments = {state: slot.master.detach().clone() for state in ("exp_avg", "exp_avg_sq")}
+        _engine.optimizer.optimizer.state[slot.master] = {"step": torch.tensor(1.0), **moments}
+    return parameters
 
 
 def _leave_out_nothings(engine: Any) -> None:
