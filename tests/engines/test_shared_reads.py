@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from checkpoints import STEP, differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
@@ -110,3 +111,38 @@ def test_the_plan_foretells_it(ranks: Ranks, tmp_path: Path, monkeypatch: pytest
     plan = targeting.plan_target(open_checkpoint(tmp_path), Topology(2, 1, 2, 0))
     by_place = {(rank.data_parallel_rank, rank.model_parallel_rank): rank.bytes_read for rank in plan.ranks}
     assert [by_place[divmod(rank, 2)] for rank in range(4)] == [outcome.report.bytes_read for outcome in outcomes]
+
+
+def change_on_rank_0(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
+    """A ``custom_load_fn`` that does not do the same on all ranks."""
+    if dist.get_rank() == 0:
+        for param in dst.parameters():
+            param.data.add_(1.0)
+
+
+def weights_after_custom_load(run: Run, folder: str) -> tuple[str, list[bool]]:
+    """On a rank: a digest of all weights, and whether they are those of this rank's masters."""
+    engine = build_engine(run)
+    engine.load_checkpoint(folder, custom_load_fn=change_on_rank_0)
+    weights = dict(engine.module.named_parameters())
+    found = [
+        torch.equal(
+            weights[name].data.view(-1)[part.local_start : part.local_start + part.numel],
+            slot.master.data[part.buffer_start : part.buffer_start + part.numel].to(weights[name].dtype),
+        )
+        for slot in engine_optimizer(engine).slots()
+        for name, part in slot.fragments()
+    ]
+    digest = "".join(_digest(weight.data) for weight in weights.values())
+    engine.destroy()
+    return digest, found
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_weights_are_exchanged_again_when_masters_change(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """The load makes the weights once, and once more after the user's function: all ranks end with those of the masters."""
+    run = Run("mlp", zero={"stage": stage}, precision="bf16", universal=ALL)
+    ranks(2).run(train, run, STEP, save=str(tmp_path))
+    outcomes = ranks(2).run(weights_after_custom_load, run, str(tmp_path))
+    assert outcomes[0][0] == outcomes[1][0]
+    assert all(all(found) for _, found in outcomes)

@@ -71,9 +71,10 @@ class PartitionedOptimizer(EngineOptimizer):
 
     def refresh_weights(self) -> None:
         """See `EngineOptimizer.refresh_weights`. Also lets DeepSpeed's per-parameter views of the state be made anew."""
-        for exchange in self._exchanges:
+        begun, self._exchanges = self._exchanges, []  # of these masters; the next call has others
+        for exchange in begun:
             exchange.wait()
-        if not self._exchanges:
+        if not begun:
             self._zero.update_lp_params()
         self._zero._hp_optimizer_states_linked = False
         if all(self.base.state.get(slot.master) for slot in self.slots()):
