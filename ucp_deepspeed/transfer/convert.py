@@ -66,10 +66,7 @@ def convert(
         OtherRankError: another rank has failed; nothing is left behind.
     """
     ranks = ranks or Ranks()
-    if destination.exists():  # before anything is read; `committed_folder` is what makes sure
-        raise ConfigError(f"{destination} exists already; nothing was written")
-    if blocking := next((parent for parent in destination.parents if parent.exists() and not parent.is_dir()), None):
-        raise ConfigError(f"{blocking} is a file; nothing was written")
+    _check_free(destination)
     files = lay_out(view, file_numbytes)
     homes = {(atom.name, atom.state): file.file_name for file in files for atom in file.atoms}
     index, tensors = describe(view, homes, drop_client_state)
@@ -99,6 +96,14 @@ def convert(
         _write_rest(view, folder, index, tensors)
     ranks.broadcast("committed")
     return count
+
+
+def _check_free(destination: Path) -> None:
+    """Before anything is read; `committed_folder` is what makes sure."""
+    if destination.exists():
+        raise ConfigError(f"{destination} exists already; nothing was written")
+    if blocking := next((parent for parent in destination.parents if parent.exists() and not parent.is_dir()), None):
+        raise ConfigError(f"{blocking} is a file; nothing was written")
 
 
 def _check_same_view(view: UniversalView, files: Sequence[AtomFile], ranks: Ranks) -> None:

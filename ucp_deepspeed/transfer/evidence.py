@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Checkpoint, FileExtent, HeldShapes, Parameter
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Checkpoint, HeldShapes, Parameter
 from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of, parameter_names
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -21,17 +21,14 @@ from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import Match, Spec, logical_names
 from ucp_deepspeed.language.resolve import contradicts_record, describe
 from ucp_deepspeed.layout import Layout, Partial, Replicate, Shape, Shard, ShardGrid
-from ucp_deepspeed.layout.layout import NOTHING, Piece
+from ucp_deepspeed.layout.layout import NOTHING
 from ucp_deepspeed.layout.pattern import Pattern, split_evenly
-from ucp_deepspeed.plan import StridedView
 from ucp_deepspeed.transfer.compare import INTEGERS
 from ucp_deepspeed.transfer.copying import FileReader, gather
-
-CHUNK_NUMBYTES = 8 << 20
-"""Bytes of each of two tensors that are held when values are compared."""
+from ucp_deepspeed.transfer.held_values import CHUNK_NUMBYTES, HeldValues
 
 UNRELATED = 0.5
-"""`_Ranks.distance` from which matrices of two ranks count as different ones, not as copies that were updated apart."""
+"""`HeldValues.distance` from which matrices of two ranks count as different ones, not as copies that were updated apart."""
 
 What = Literal["unmatched", "ambiguous", "shapes", "record", "bias", "values", "whole", "remark"]
 """Where a finding comes from: no rule, or several; shapes of the ranks; what was recorded when saving; the weight and the bias of
@@ -244,7 +241,7 @@ def _words(checked: Checked) -> str:
 
 
 def _of_values(checkpoint: Checkpoint, fitting: Mapping[str, Checked]) -> tuple[list[Finding], int]:
-    ranks = _Ranks(checkpoint)
+    ranks = HeldValues(checkpoint)
     findings: list[Finding] = []
     compared = 0
     try:
@@ -257,7 +254,7 @@ def _of_values(checkpoint: Checkpoint, fitting: Mapping[str, Checked]) -> tuple[
     return findings, compared
 
 
-def _values_of(checked: Checked, ranks: _Ranks) -> tuple[list[Finding], bool]:
+def _values_of(checked: Checked, ranks: HeldValues) -> tuple[list[Finding], bool]:
     """What the ranks' values say of one parameter, and whether there were values to compare."""
     assert checked.layout is not None
     parameter = ranks.checkpoint.parameters[checked.own_name]
@@ -281,7 +278,7 @@ def _values_of(checked: Checked, ranks: _Ranks) -> tuple[list[Finding], bool]:
     return [], False
 
 
-def _of_partial(checked: Checked, parameter: Parameter, ranks: _Ranks) -> Iterator[Finding]:
+def _of_partial(checked: Checked, parameter: Parameter, ranks: HeldValues) -> Iterator[Finding]:
     """A matrix whose copies are as far from each other as from zero is no mean of copies, but shares of something.
 
     Copies that started alike and were updated apart differ by the updates: much less than the values are. Shares of a matrix
@@ -306,7 +303,7 @@ def _of_partial(checked: Checked, parameter: Parameter, ranks: _Ranks) -> Iterat
             return
 
 
-def _alike(checked: Checked, parameter: Parameter, ranks: _Ranks) -> tuple[list[Finding], bool]:
+def _alike(checked: Checked, parameter: Parameter, ranks: HeldValues) -> tuple[list[Finding], bool]:
     """Shares of one tensor that are equal in every state, and more than one repeated number, are copies of it."""
     assert checked.layout is not None
     locals_ = [local for local in checked.layout.locals if local.pieces]
@@ -319,82 +316,6 @@ def _alike(checked: Checked, parameter: Parameter, ranks: _Ranks) -> tuple[list[
         detail = f"{_words(checked)}, but all ranks hold the same values: it looks replicated"
         return [Finding(checked.name, "values", detail)], True
     return [], True
-
-
-class _Ranks:
-    """The local tensors of a checkpoint's ranks, read a few rows at a time."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self.reader = FileReader()
-
-    def differing(self, parameter: Parameter, state: str, one: tuple[int, Piece], other: tuple[int, Piece]) -> int:
-        """In how many elements, bit by bit, two ranks' copies of a logical box differ."""
-        count = 0
-        for left, right in zip(self._rows(parameter, state, *one), self._rows(parameter, state, *other), strict=True):
-            count += int((left != right).sum())
-        return count
-
-    def distance(self, parameter: Parameter, state: str, one: tuple[int, Piece], other: tuple[int, Piece]) -> float:
-        """Square of the distance of two ranks' copies of a logical box by the sum of their squares: 0 equal, 1 unrelated."""
-        dtype = NAMED_DTYPES[parameter.states[state]]
-        apart = total = 0.0
-        for rows in zip(self._rows(parameter, state, *one), self._rows(parameter, state, *other), strict=True):
-            left, right = (side.contiguous().view(dtype).double() for side in rows)
-            apart += float((left - right).square().sum())
-            total += float(left.square().sum() + right.square().sum())
-        return apart / total if total else 0.0
-
-    def equal(self, parameter: Parameter, state: str, layout: Layout) -> bool:
-        """Whether the local tensors of all ranks that hold something are equal, bit by bit."""
-        first, *others = [(rank, local.pieces) for rank, local in enumerate(layout.locals) if local.pieces]
-        for rank, pieces in others:
-            for piece, mine in zip(pieces, first[1], strict=True):
-                rows = zip(
-                    self._rows(parameter, state, rank, piece),
-                    self._rows(parameter, state, first[0], mine),
-                    strict=True,
-                )
-                if not all(torch.equal(left, right) for left, right in rows):
-                    return False
-        return True
-
-    def constant(self, parameter: Parameter, state: str, layout: Layout) -> bool:
-        """Whether the first rank that holds something holds one number again and again."""
-        rank, local = next((rank, local) for rank, local in enumerate(layout.locals) if local.pieces)
-        seen = {
-            bits
-            for piece in local.pieces
-            for rows in self._rows(parameter, state, rank, piece)
-            for bits in (int(rows.min()), int(rows.max()))
-        }
-        return len(seen) == 1
-
-    def _rows(self, parameter: Parameter, state: str, rank: int, piece: Piece) -> Iterator[torch.Tensor]:
-        """The bits of a piece of a rank's local tensor, as integers."""
-        shape, box = parameter.local_shapes[rank], piece.local_box
-        assert shape is not None
-        if not shape:
-            yield self._flat(parameter, state, rank, 0, 1)
-            return
-        row = prod(shape[1:])
-        step = max(CHUNK_NUMBYTES // max(row * ITEMSIZE[parameter.states[state]], 1), 1)
-        inner = tuple(slice(low, high) for low, high in zip(box.start[1:], box.stop[1:], strict=True))
-        for start in range(box.start[0], box.stop[0], step):
-            stop = min(start + step, box.stop[0])
-            flat = self._flat(parameter, state, rank, start * row, stop * row)
-            yield flat.view(stop - start, *shape[1:])[(slice(None), *inner)]
-
-    def _flat(self, parameter: Parameter, state: str, rank: int, start: int, stop: int) -> torch.Tensor:
-        dtype = parameter.states[state]
-        flat = torch.empty(stop - start, dtype=NAMED_DTYPES[dtype])
-        for fragment in self.checkpoint.fragments(parameter.name, state, rank, start, stop):
-            low, high = max(fragment.local_start, start), min(fragment.local_start + fragment.numel, stop)
-            if low < high:
-                at = fragment.buffer_start + low - fragment.local_start
-                view: StridedView[FileExtent] = StridedView(fragment.buffer, at, (1,))
-                flat[low - start : high - start] = self.reader.block(view, (high - low,))
-        return flat.view(INTEGERS[ITEMSIZE[dtype]])
 
 
 def _of_whole(
@@ -457,7 +378,7 @@ def copies_agree(checkpoint: Checkpoint, name: str) -> bool:
     """Whether all tensor-parallel ranks hold the same values of a parameter in every state."""
     parameter, degree = checkpoint.parameters[name], checkpoint.topology.tp
     layout = layouts_of({name: Replicate()}, {name: parameter.local_shapes}, degree, None, "the checkpoint")[name]
-    ranks = _Ranks(checkpoint)
+    ranks = HeldValues(checkpoint)
     try:
         return all(ranks.equal(parameter, state, _of_first_stage(layout, degree)) for state in parameter.states)
     finally:
