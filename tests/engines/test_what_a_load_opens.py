@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,12 +11,16 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 from checkpoints import STEP
 
 from ucp_deepspeed.checkpoint import deepspeed_files
 from ucp_deepspeed.checkpoint.manifest import read_manifest
+from ucp_deepspeed.engine import model as engine_model
+from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.ranks import RankPool
-from ucp_deepspeed.testing.runs import Run, train
+from ucp_deepspeed.testing.runs import Run, build_engine, train
 
 Ranks = Callable[[int], RankPool]
 
@@ -61,3 +66,40 @@ def test_only_its_own_experts(ranks: Ranks, tmp_path: Path) -> None:
     opened = ranks(4).run(opened_by_a_load, run, str(tmp_path))
     found = [{int(name.split("_")[3]) for name in names if name.endswith("_optim_states.pt")} for names in opened]
     assert found == [{0}, {0, 1}, {0, 2}, {0, 3}]
+
+
+def largest_message_of_all_ranks(run: Run) -> int:
+    """Bytes of what a rank tells all others, or all of its model-parallel group, when the model is described."""
+    engine = build_engine(run)
+    sizes: list[int] = []
+    real = engine_model.dist.all_gather_object
+
+    def noting(gathered: list[Any], value: Any, group: Any = None) -> None:
+        if len(gathered) == dist.get_world_size():
+            sizes.append(len(pickle.dumps(value)))
+        real(gathered, value, group=group)
+
+    with mock.patch.object(engine_model.dist, "all_gather_object", noting):
+        tensors = engine_model.describe_model(engine).tensors
+    assert len(tensors) > 10
+    return max(sizes, default=0)
+
+
+def test_names_and_shapes_go_through_stages_once(ranks: Ranks) -> None:
+    """Ranks of a stage compare what they hold, and then stages do, but not all ranks with all."""
+    assert ranks(4).run(largest_message_of_all_ranks, SOURCE) == [0] * 4
+
+
+def describe_with_one_too_many(run: Run) -> str:
+    """What a rank hears when one rank of the last stage has a buffer that the other doesn't have."""
+    engine = build_engine(run)
+    if engine_model.model_parallel_rank(engine) == 3:
+        list(engine.module.children())[-1].register_buffer("odd", torch.zeros(1))
+    with pytest.raises(MismatchError, match="tensor-parallel ranks have different parameters") as caught:
+        engine_model.describe_model(engine)
+    return str(caught.value)
+
+
+def test_a_difference_within_a_stage_is_told_on_all_ranks(ranks: Ranks) -> None:
+    told = ranks(4).run(describe_with_one_too_many, SOURCE)
+    assert all("odd" in text for text in told) and len(set(told)) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -18,7 +18,11 @@ from deepspeed.checkpoint.constants import (
     UNIVERSAL_CHECKPOINT_INFO,
 )
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
+from deepspeed.utils.bwc import (
+    bwc_pipeline_parallel_group,
+    bwc_pipeline_parallel_world_size,
+    bwc_tensor_model_parallel_group,
+)
 
 from ucp_deepspeed.checkpoint.autotp import RecordedLayouts, read_autotp_layouts
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes, Kind, Precision
@@ -112,7 +116,9 @@ class EngineModel:
 
 
 def describe_model(engine: Any) -> EngineModel:
-    """Collective over the model-parallel group: ranks tell one another what they hold.
+    """Collective over the model-parallel ranks: those of a stage tell one another what they hold, and then the stages.
+
+    A rank learns the names and shapes of the model once, and not once for each tensor-parallel rank.
 
     Raises:
         SpecError: the spec named in the config doesn't exist or isn't valid.
@@ -127,31 +133,24 @@ def describe_model(engine: Any) -> EngineModel:
         {each: (kind, local_shape(tensor)) for name, kind, tensor in tensors_here for each in names.on_all_ranks(name)},
         {each: pattern for name, pattern in live.patterns.items() for each in names.on_all_ranks(name)},
     )
-    shares = gather_model_parallel(engine, mine)
-    for stage in range(0, len(shares), topology.tp):
-        _check_same_names([share.shapes.keys() for share in shares[stage : stage + topology.tp]])
-    kinds = {name: kind for share in shares for name, (kind, _) in share.shapes.items()}
-    # Where a rank's share is empty DeepSpeed doesn't train it.
-    kinds |= dict.fromkeys(
-        (n for share in shares for n, (kind, _) in share.shapes.items() if kind == "trainable"), "trainable"
-    )
+    stages = _gather_stages(engine, topology, mine)
     tensors = {
         name: EngineTensor(
             name,
             kind,
             local.get(name),
-            tuple(share.shapes[name][1] if name in share.shapes else None for share in shares),
+            tuple(shape for stage in stages for shape in stage.local_shapes(name, topology.tp)),
             None if name not in local or _is_expert_buffer(name, kind) else replica_group(engine, local[name]),
             first_element(local[name]) if name in local else 0,
         )
-        for name, kind in kinds.items()
+        for name, kind in _kinds(stages).items()
     }
     return EngineModel(
         topology=topology,
         precision=engine_precision(engine),
         rank=model_parallel_rank(engine),
         tensors=tensors,
-        inferred={name: pattern for share in shares for name, pattern in share.inferred.items()},
+        inferred={name: pattern for stage in stages for name, pattern in stage.inferred.items()},
         exact=engine.autotp_size() > 1,
         refused=live.refused,
         spec=None if config.spec == "auto" else load_spec(config.spec),
@@ -218,10 +217,60 @@ def first_element(tensor: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class _Held:
-    """What one model-parallel rank tells the others: kinds and local shapes by name, and inferred patterns."""
+    """What one model-parallel rank tells the others of its stage: kinds and local shapes by name, and inferred patterns."""
 
     shapes: Mapping[str, tuple[Kind, Shape]]
     inferred: Mapping[str, Pattern]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What a pipeline stage tells the others: the same, of its tensor-parallel ranks; one shape where they hold the same.
+
+    Attributes:
+        differing: names that not all of these ranks have.
+    """
+
+    shapes: Mapping[str, tuple[Kind, tuple[Shape, ...]]]
+    inferred: Mapping[str, Pattern]
+    differing: tuple[str, ...]
+
+    def local_shapes(self, name: str, degree: int) -> tuple[Shape | None, ...]:
+        """Of each tensor-parallel rank; None if the stage doesn't hold it."""
+        if name not in self.shapes:
+            return (None,) * degree
+        _, shapes = self.shapes[name]
+        return shapes * degree if len(shapes) == 1 else shapes
+
+
+def _gather_stages(engine: Any, topology: Topology, mine: _Held) -> list[_Stage]:
+    """What each stage holds. Raised after the last exchange, and so on all ranks, is what one stage has wrong."""
+    held = _gather(engine, mine, bwc_tensor_model_parallel_group(engine.mpu)) if topology.tp > 1 else [mine]
+    common = [name for name in mine.shapes if all(name in share.shapes for share in held)]
+    stage = _Stage(
+        {name: _over_ranks([share.shapes[name] for share in held]) for name in common},
+        {name: pattern for share in held for name, pattern in share.inferred.items()},
+        tuple(sorted({name for share in held for name in share.shapes} - set(common))),
+    )
+    stages = _gather(engine, stage, bwc_pipeline_parallel_group(engine.mpu)) if topology.pp > 1 else [stage]
+    if differing := sorted({name for stage in stages for name in stage.differing}):
+        raise MismatchError("tensor-parallel ranks have different parameters", differing)
+    return stages
+
+
+def _over_ranks(held: Sequence[tuple[Kind, Shape]]) -> tuple[Kind, tuple[Shape, ...]]:
+    """Kind and shapes of one tensor. Where a rank's share is empty DeepSpeed doesn't train it."""
+    kinds, shapes = zip(*held, strict=True)
+    return "trainable" if "trainable" in kinds else kinds[-1], shapes[:1] if len(set(shapes)) == 1 else shapes
+
+
+def _kinds(stages: Sequence[_Stage]) -> dict[str, Kind]:
+    """Of each tensor; one that any stage trains is trained."""
+    kinds: dict[str, Kind] = {}
+    for stage in stages:
+        for name, (kind, _) in stage.shapes.items():
+            kinds[name] = "trainable" if "trainable" in (kind, kinds.get(name)) else kind
+    return kinds
 
 
 def model_parallel_rank(engine: Any) -> int:
@@ -231,18 +280,14 @@ def model_parallel_rank(engine: Any) -> int:
 
 def gather_model_parallel(engine: Any, value: T) -> list[T]:
     """Every model-parallel rank's value, in rank order. Collective over the model-parallel group."""
-    if engine.mp_world_size == 1:
-        return [value]
-    gathered: list[Any] = [None] * engine.mp_world_size
-    group = engine.mpu.get_model_parallel_group()
+    return [value] if engine.mp_world_size == 1 else _gather(engine, value, engine.mpu.get_model_parallel_group())
+
+
+def _gather(engine: Any, value: T, group: Any) -> list[T]:
+    """The values of a group of model-parallel ranks, in the order of these."""
+    gathered: list[Any] = [None] * dist.get_world_size(group=group)
     dist.all_gather_object(gathered, (model_parallel_rank(engine), value), group=group)
     return [held for _, held in sorted(gathered, key=lambda entry: entry[0])]
-
-
-def _check_same_names(names: Sequence[Set[str]]) -> None:
-    differing = {name for held in names for name in held ^ names[0]}
-    if differing:
-        raise MismatchError("tensor-parallel ranks have different parameters", sorted(differing))
 
 
 def _live_layouts(engine: Any) -> RecordedLayouts:
