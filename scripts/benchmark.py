@@ -39,12 +39,34 @@ TIMEOUT = 1800.0
 
 PARTS = ("resume", "save", "convert")
 
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A GPT with a tied embedding, and how many data-parallel ranks save and load it: as many as fit into 24 GiB."""
+
+    model: dict[str, int]
+    saving: int
+    loading: int
+
+
 SIZES = {
-    "tiny": {"layers": 2, "hidden": 128, "heads": 4, "query_groups": 4, "ffn": 512, "vocabulary": 1024},
-    "160m": {"layers": 17, "hidden": 768, "heads": 12, "query_groups": 12, "ffn": 3072, "vocabulary": 50304},
-    "1b": {"layers": 18, "hidden": 2048, "heads": 16, "query_groups": 16, "ffn": 8192, "vocabulary": 50304},
+    "tiny": Size(
+        {"layers": 2, "hidden": 128, "heads": 4, "query_groups": 4, "ffn": 512, "vocabulary": 1024},
+        saving=4,
+        loading=2,
+    ),
+    "160m": Size(
+        {"layers": 17, "hidden": 768, "heads": 12, "query_groups": 12, "ffn": 3072, "vocabulary": 50304},
+        saving=4,
+        loading=2,
+    ),
+    "1b": Size(
+        {"layers": 18, "hidden": 2048, "heads": 16, "query_groups": 16, "ffn": 8192, "vocabulary": 50304},
+        saving=2,
+        loading=1,
+    ),
 }
-"""GPTs with a tied embedding, by their number of parameters."""
+"""By their number of parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +95,9 @@ class Result:
 class Bench:
     """The sources, made once, and the operations on them."""
 
-    def __init__(self, size: str, repeats: int, folder: Path, source_ranks: int) -> None:
-        self.repeats, self.folder, self.source_ranks = repeats, folder, source_ranks
-        self.run = Run("gpt", size=SIZES[size], precision="bf16")
+    def __init__(self, size: Size, repeats: int, folder: Path) -> None:
+        self.size, self.repeats, self.folder = size, repeats, folder
+        self.run = Run("gpt", size=size.model, precision="bf16")
         self.parameters = 0
         self._pool: RankPool | None = None
         self.results: list[Result] = []
@@ -125,40 +147,44 @@ class Bench:
         _call(self.pool(ranks), on_rank.release)
         return folder
 
+    @property
+    def large(self) -> bool:
+        """Whether the engine leaves no room for as much memory again, which some of the peers need."""
+        return self.parameters >= on_rank.LARGE
+
     def resume(self, operation: str, source: Path, peers: bool, **changes: object) -> None:
-        """Loads on two ranks: ours, the limit, and those of the others that can."""
-        pool = self.pool(2)
+        """Loads: ours, the limit, and those of the others that can."""
+        others = self._peers(source) if peers else []  # before the engine takes the memory that making them needs
+        pool = self.pool(self.size.loading)
         files = [str(path) for path in sorted((source / TAG).glob("*optim_states.pt"))]
         _call(pool, on_rank.build, replace(self.run, **changes))  # type: ignore[arg-type]
-        ways = [
-            Way("ours: direct load", source, lambda: _slowest(pool, on_rank.load_directly, str(source))),
-            Way("bare mapped copy (the limit)", source, lambda: _slowest(pool, on_rank.copy_mapped, files)),
-        ]
-        if peers:
-            converted = self._converted_by_deepspeed(source)
-            ways.append(
-                Way(
-                    "DeepSpeed: universal load, after converting",
-                    converted,
-                    lambda: _slowest(pool, on_rank.load_natively, str(converted), True),
-                )
-            )
-            ways += self._distributed(source, pool)
-        self.compare(operation, ways)
+        ours = Way("ours: direct load", source, lambda: _slowest(pool, on_rank.load_directly, str(source)))
+        limit = Way("bare mapped copy (the limit)", source, lambda: _slowest(pool, on_rank.copy_mapped, files))
+        self.compare(operation, [ours, limit, *others])
         _call(pool, on_rank.release)
+
+    def _peers(self, source: Path) -> list[Way]:
+        converted = self._converted_by_deepspeed(source)
+        ways = [
+            Way(
+                "DeepSpeed: universal load, after converting",
+                converted,
+                lambda: _slowest(self.pool(self.size.loading), on_rank.load_natively, str(converted), True),
+            )
+        ]
+        return ways if self.large else ways + self._distributed(source)
 
     def same_topology(self) -> None:
         """Ours against DeepSpeed's own load."""
-        source = self.source("same", 2)
-        pool = self.pool(2)
+        ranks = self.size.loading
+        source = self.source("same", ranks)
+        pool = self.pool(ranks)
         _call(pool, on_rank.build, self.run)
-        self.compare(
-            "resume, same topology",
-            [
-                Way('ours: "load": "always"', source, lambda: _slowest(pool, on_rank.load_directly, str(source))),
-                Way("DeepSpeed's own load", source, lambda: _slowest(pool, on_rank.load_natively, str(source))),
-            ],
-        )
+        ways = [Way('ours: "load": "always"', source, lambda: _slowest(pool, on_rank.load_directly, str(source)))]
+        if not self.large:
+            natively = lambda: _slowest(pool, on_rank.load_natively, str(source))  # noqa: E731
+            ways.append(Way("DeepSpeed's own load", source, natively))
+        self.compare("resume, same topology", ways)
         saved = self.folder / "saved"
         self.compare(
             "save",
@@ -167,13 +193,13 @@ class Bench:
                 Way("DeepSpeed alone", source, lambda: _slowest(pool, on_rank.save, str(saved), False)),
             ],
         )
-        if self.parameters < on_rank.LARGE:  # the state is copied once by ours, and once by the limit
+        if not self.large:  # the state is copied once by ours, and once by the limit
             self.stall(saved)
         _call(pool, on_rank.release)
 
     def stall(self, saved: Path) -> None:
         """For how long saving stops the training of the engine that is there."""
-        pool = self.pool(2)
+        pool = self.pool(self.size.loading)
         self.compare(
             "save stall",
             [
@@ -205,8 +231,8 @@ class Bench:
         _command(_deepspeed_converter(source, target / TAG, 2), target, keep=True)
         return target
 
-    def _distributed(self, source: Path, pool: RankPool) -> list[Way]:
-        """Other distributed checkpoints of the same whole state: cut as the source is, loaded cut over two ranks."""
+    def _distributed(self, source: Path) -> list[Way]:
+        """Other distributed checkpoints of the same whole state: cut as the source is, loaded cut over the ranks."""
         view = UniversalView.of(open_checkpoint(source))
         shapes = {
             name: view.logical_shape(name) for name, entry in view.parameters.items() if entry.kind == "trainable"
@@ -214,7 +240,7 @@ class Bench:
         patterns, tp = view.patterns, view.checkpoint.topology.tp
         cut = {name: pattern.dim if isinstance(pattern := patterns[name], Shard) else None for name in shapes}
         rows: dict[str, int | None] = dict.fromkeys(shapes, 0)
-        dims, ranks = (cut, tp) if tp > 1 else (rows, self.source_ranks)
+        dims, ranks = (cut, tp) if tp > 1 else (rows, self.size.saving)
         torch_folder = self.folder / f"{source.name}-distributed"
         savers = RankPool(ranks)
         _call(savers, on_rank.distribute, shapes, dims, str(torch_folder), False)
@@ -229,12 +255,17 @@ class Bench:
             keep=True,
         )
         load = (shapes, rows, str(torch_folder), True)
+        loading = self.size.loading
         return [
-            Way("PyTorch: dcp.load of the same state", torch_folder, lambda: _slowest(pool, on_rank.distribute, *load)),
+            Way(
+                "PyTorch: dcp.load of the same state",
+                torch_folder,
+                lambda: _slowest(self.pool(loading), on_rank.distribute, *load),
+            ),
             Way(
                 "Megatron-Core: dist_checkpointing.load of the same state",
                 megatron_folder,
-                lambda: _slowest(pool, benchmark_megatron.load, shapes, str(megatron_folder)),
+                lambda: _slowest(self.pool(loading), benchmark_megatron.load, shapes, str(megatron_folder)),
             ),
         ]
 
@@ -351,9 +382,6 @@ def _draw(results: Sequence[Result], path: Path) -> None:
 )
 @click.option("--repeats", default=5, show_default=True, help="Runs of each way, after one that doesn't count.")
 @click.option(
-    "--source-ranks", default=4, show_default=True, help="Data-parallel ranks that save; 1 for 1b within 24 GiB."
-)
-@click.option(
     "--only",
     type=click.Choice(PARTS),
     multiple=True,
@@ -361,18 +389,19 @@ def _draw(results: Sequence[Result], path: Path) -> None:
     help="Leave out the others; save is all on one topology. Can be given several times.",
 )
 @click.option("--output", type=click.Path(path_type=Path), default=ROOT / "build" / "benchmark", show_default=True)
-def main(size: str, repeats: int, source_ranks: int, only: Sequence[str], output: Path) -> None:
+def main(size: str, repeats: int, only: Sequence[str], output: Path) -> None:
     """Run everything, or a part of it."""
     work = output / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    bench = Bench(size, repeats, work, source_ranks)
-    data = bench.source("data", source_ranks)
+    bench = Bench(SIZES[size], repeats, work)
+    saving, loading = SIZES[size].saving, SIZES[size].loading
+    data = bench.source("data", saving)
     if "resume" in only:
         tensor = bench.source("tensor", 2, tp=2)
-        bench.resume(f"resume, DP{source_ranks} → DP2, ZeRO-1", data, peers=True)
-        bench.resume("resume, TP2·DP1 → TP1·DP2, ZeRO-1", tensor, peers=True)
-        bench.resume(f"resume, DP{source_ranks} ZeRO-1 → DP2 ZeRO-3", data, peers=False, zero={"stage": 3})
+        bench.resume(f"resume, DP{saving} → DP{loading}, ZeRO-1", data, peers=True)
+        bench.resume(f"resume, TP2·DP1 → TP1·DP{loading}, ZeRO-1", tensor, peers=True)
+        bench.resume(f"resume, DP{saving} ZeRO-1 → DP{loading} ZeRO-3", data, peers=False, zero={"stage": 3})
     if "save" in only:
         bench.same_topology()
     bench.close()
@@ -381,6 +410,7 @@ def main(size: str, repeats: int, source_ranks: int, only: Sequence[str], output
     table = _table(bench.results)
     machine = {
         "parameters": bench.parameters,
+        "ranks that save and load": [saving, loading],
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "repeats": repeats,

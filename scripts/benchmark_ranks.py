@@ -22,6 +22,10 @@ from ucp_deepspeed.testing.runs import Run, build_engine, train_step
 
 TAG = "measured"
 
+LIMIT_NUMBYTES, PART_NUMBYTES = 1 << 30, 32 << 20
+"""Memory that a bare copy fills, again and again, and what it copies at once: far more than caches hold, and little beside a
+large engine."""
+
 LARGE = 500_000_000
 """Parameters of a model for which a machine of 24 GiB has little memory to spare."""
 
@@ -147,11 +151,15 @@ def copy_mapped(paths: list[str]) -> Measured:
     maps = [torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c")) for path in paths]
     world, rank = dist.get_world_size(), dist.get_rank()
     shares = [held.tensor_split(world)[rank] for held in maps]
-    targets = [torch.zeros_like(share) for share in shares]
+    total = sum(share.numel() for share in shares)
+    target = torch.zeros(min(total, LIMIT_NUMBYTES), dtype=torch.uint8)
     with measured() as figures:
-        for target, share in zip(targets, shares, strict=True):
-            target.copy_(share)
-    return figures(sum(share.numel() for share in shares), len(paths))
+        place = 0
+        for part in (part for share in shares for part in share.split(PART_NUMBYTES)):
+            place = 0 if place + part.numel() > target.numel() else place
+            target[place : place + part.numel()].copy_(part)
+            place += part.numel()
+    return figures(total, len(paths))
 
 
 def distribute(

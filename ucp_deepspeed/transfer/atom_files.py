@@ -15,6 +15,9 @@ from ucp_deepspeed.dtypes import ITEMSIZE
 FILE_NUMBYTES = 4 << 30
 """Bytes of atoms in one file, unless a single atom is larger."""
 
+BLOCK_NUMBYTES = 4096
+"""Data begins on a multiple of it, so that chunks can be written straight to the disk, whose blocks are no larger as a rule."""
+
 PAGE_NUMBYTES = 64 << 10
 """No two ranks write to the same page of a file: on a network file system each machine has its own copy of it. The largest of
 the page sizes in use."""
@@ -46,7 +49,7 @@ class AtomFile:
 
     @cached_property
     def header(self) -> bytes:
-        """Length and JSON, padded so that the data starts on 64 bytes."""
+        """Length and JSON, padded so that the data starts on a block."""
         entries = {
             atom_key(atom.name, atom.state): {
                 "dtype": atom.dtype,
@@ -56,7 +59,7 @@ class AtomFile:
             for atom in self.atoms
         }
         text = json.dumps(entries, separators=(",", ":")).encode("utf-8")
-        text += b" " * (-(len(text) + 8) % 64)
+        text += b" " * (-(len(text) + 8) % BLOCK_NUMBYTES)
         return len(text).to_bytes(8, "little") + text
 
     @cached_property

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ import torch
 from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
-from ucp_deepspeed.transfer.atom_files import AtomFile, Chunk, DataRange, chunks_of, unit_of
+from ucp_deepspeed.transfer.atom_files import BLOCK_NUMBYTES, AtomFile, Chunk, DataRange, chunks_of, unit_of
 from ucp_deepspeed.transfer.copying import FileReader, TransferCount, gather
 
 CHUNK_NUMBYTES = 16 << 20
@@ -60,18 +62,16 @@ def write_share(
     """
     if not share:
         return TransferCount()
-    reader = FileReader()
-    with _opened(folder, share) as descriptors:
-        task = _Task(view, share, descriptors, reader, chunk_numbytes, progress)
-        try:
-            with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
-                try:
-                    _wait([pool.submit(task.work) for _ in range(max(workers, 1))], check)
-                except BaseException:
-                    task.stop.set()
-                    raise
-        finally:
-            reader.close()
+    task = _Task(view, folder, share, chunk_numbytes, progress)
+    try:
+        with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
+            try:
+                _wait([pool.submit(task.work) for _ in range(max(workers, 1))], check)
+            except BaseException:
+                task.stop.set()
+                raise
+    finally:
+        task.close()
     return task.count
 
 
@@ -81,15 +81,15 @@ class _Task:
     def __init__(
         self,
         view: UniversalView,
+        folder: Path,
         share: Sequence[DataRange],
-        descriptors: dict[str, int],
-        reader: FileReader,
         chunk_numbytes: int,
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self.count, self.stop = TransferCount(), threading.Event()
-        self._view, self._descriptors, self._reader, self._progress = view, descriptors, reader, progress
+        self._view, self._folder, self._reader, self._progress = view, folder, FileReader(), progress
         self._lock = threading.Lock()
+        self._outputs: dict[str, _Output] = {}
         self._chunks = (chunk for held in share for chunk in chunks_of(held, chunk_numbytes))
         self._unwritten = {held.file.file_name: held.numbytes for held in share}
         self._total = sum(self._unwritten.values())
@@ -98,16 +98,31 @@ class _Task:
     def work(self) -> None:
         """Take one chunk after another, until there is none."""
         # One buffer, used again and again: allocated anew for each chunk they would leave holes in the heap.
-        buffer = torch.empty(self._buffer_numbytes, dtype=torch.uint8)
-        while not self.stop.is_set() and (chunk := self._next()) is not None:
-            descriptor = self._descriptors[chunk.file.file_name]
-            done = _fill_chunk(self._view, chunk, buffer, descriptor, self._reader)
+        buffer = torch.frombuffer(mmap.mmap(-1, self._buffer_numbytes), dtype=torch.uint8)
+        while not self.stop.is_set() and (taken := self._next()) is not None:
+            chunk, output = taken
+            done = _gather_chunk(self._view, chunk, buffer, self._reader)
+            output.write(memoryview(buffer[: chunk.numbytes].numpy()), len(chunk.file.header) + chunk.data_start)
             if self._written(chunk, done):
-                os.fsync(descriptor)
+                output.flush()
+                output.close()
 
-    def _next(self) -> Chunk | None:
+    def close(self) -> None:
+        """When no worker works any more."""
+        self._reader.close()
+        for output in self._outputs.values():
+            output.close()
+
+    def _next(self) -> tuple[Chunk, _Output] | None:
+        """A chunk, and the file that it goes to: open from its first chunk to its last, so that few are at a time."""
         with self._lock:
-            return next(self._chunks, None)
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return None
+            name = chunk.file.file_name
+            if name not in self._outputs:
+                self._outputs[name] = _Output(self._folder / name)
+            return chunk, self._outputs[name]
 
     def _written(self, chunk: Chunk, done: TransferCount) -> bool:
         """Count a chunk; whether it was the last of its file."""
@@ -117,6 +132,59 @@ class _Task:
             if self._progress is not None:
                 self._progress(self._total - sum(self._unwritten.values()), self._total)
             return not self._unwritten[chunk.file.file_name]
+
+
+class _Output:
+    """A file that exists, to be filled in any order: straight to the disk where its file system can do that.
+
+    Else a chunk is copied into the kernel's pages first, and the disk stands still until the kernel writes them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._open = ExitStack()
+        self._descriptor = self._opened(path, os.O_RDWR)
+        self._direct: int | None = None
+        with suppress(OSError, AttributeError):  # a file system, or an operating system, without it
+            self._direct = self._opened(path, os.O_RDWR | os.O_DIRECT)
+
+    def _opened(self, path: Path, flags: int) -> int:
+        descriptor = os.open(path, flags)
+        self._open.callback(os.close, descriptor)
+        return descriptor
+
+    def write(self, data: memoryview, file_offset: int) -> None:
+        """Write all of it."""
+        straight = self._write_direct(data, file_offset)
+        data, file_offset = data[straight:], file_offset + straight
+        if not data:
+            return
+        _write_all(self._descriptor, data, file_offset)
+        if hasattr(os, "posix_fadvise"):
+            # Linux begins to write the pages to disk: meanwhile the next chunk is gathered, and little is left for the flush.
+            os.posix_fadvise(self._descriptor, file_offset, len(data), os.POSIX_FADV_DONTNEED)
+
+    def _write_direct(self, data: memoryview, file_offset: int) -> int:
+        """Write its whole blocks; returns how many bytes of it were written."""
+        done, stop = 0, len(data) // BLOCK_NUMBYTES * BLOCK_NUMBYTES
+        descriptor = self._direct
+        if descriptor is None or file_offset % BLOCK_NUMBYTES:
+            return 0
+        try:
+            while done < stop:
+                done += os.pwrite(descriptor, data[done:stop], file_offset + done)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._direct = None  # its blocks are larger
+        return done
+
+    def flush(self) -> None:
+        """Return when all is on disk."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Can be called again."""
+        self._open.close()
 
 
 def _wait(futures: Collection[Future[None]], check: Callable[[], None]) -> None:
@@ -129,22 +197,7 @@ def _wait(futures: Collection[Future[None]], check: Callable[[], None]) -> None:
         check()
 
 
-@contextmanager
-def _opened(folder: Path, share: Sequence[DataRange]) -> Iterator[dict[str, int]]:
-    """Descriptors by file name."""
-    descriptors: dict[str, int] = {}
-    try:
-        for held in share:
-            descriptors[held.file.file_name] = os.open(folder / held.file.file_name, os.O_RDWR)
-        yield descriptors
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
-
-
-def _fill_chunk(
-    view: UniversalView, chunk: Chunk, buffer: torch.Tensor, descriptor: int, reader: FileReader
-) -> TransferCount:
+def _gather_chunk(view: UniversalView, chunk: Chunk, buffer: torch.Tensor, reader: FileReader) -> TransferCount:
     count = TransferCount()
     for atom in chunk.atoms:
         itemsize = ITEMSIZE[atom.dtype]
@@ -152,11 +205,6 @@ def _fill_chunk(
         stop = min(chunk.data_stop, atom.data_offset + atom.numbytes)
         target = buffer[start - chunk.data_start : stop - chunk.data_start].view(NAMED_DTYPES[atom.dtype])
         count.add(gather(view, atom.name, atom.state, (start - atom.data_offset) // itemsize, target, reader))
-    file_offset = len(chunk.file.header) + chunk.data_start
-    _write_all(descriptor, memoryview(buffer[: chunk.numbytes].numpy()), file_offset)
-    if hasattr(os, "posix_fadvise"):
-        # Linux begins to write the pages to disk: meanwhile the next chunk is gathered, and little is left for the flush.
-        os.posix_fadvise(descriptor, file_offset, chunk.numbytes, os.POSIX_FADV_DONTNEED)
     return count
 
 

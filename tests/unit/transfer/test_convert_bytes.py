@@ -20,7 +20,8 @@ from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.universal import UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
-from ucp_deepspeed.transfer.convert import convert, lay_out
+from ucp_deepspeed.transfer.atom_files import BLOCK_NUMBYTES, lay_out
+from ucp_deepspeed.transfer.convert import convert
 
 
 def _pieces(flat: torch.Tensor, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
@@ -112,7 +113,7 @@ def test_files_are_filled_up_to_the_limit(engine_checkpoints: dict[str, Path]) -
         f"atoms-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)
     ]
     for file in files:
-        assert len(file.header) % 64 == 0
+        assert len(file.header) % BLOCK_NUMBYTES == 0
         assert all(atom.data_offset % {"F32": 4, "I64": 8}[atom.dtype] == 0 for atom in file.atoms)
 
 
