@@ -149,12 +149,12 @@ class Bench:
 
     @property
     def large(self) -> bool:
-        """Whether the engine leaves no room for as much memory again, which some of the peers need."""
+        """Whether the engine leaves no room for as much memory again, which the peers' loads need."""
         return self.parameters >= on_rank.LARGE
 
     def resume(self, operation: str, source: Path, peers: bool, **changes: object) -> None:
         """Loads: ours, the limit, and those of the others that can."""
-        others = self._peers(source) if peers else []  # before the engine takes the memory that making them needs
+        others = self._peers(source) if peers and not self.large else []
         pool = self.pool(self.size.loading)
         files = [str(path) for path in sorted((source / TAG).glob("*optim_states.pt"))]
         _call(pool, on_rank.build, replace(self.run, **changes))  # type: ignore[arg-type]
@@ -165,14 +165,11 @@ class Bench:
 
     def _peers(self, source: Path) -> list[Way]:
         converted = self._converted_by_deepspeed(source)
-        ways = [
-            Way(
-                "DeepSpeed: universal load, after converting",
-                converted,
-                lambda: _slowest(self.pool(self.size.loading), on_rank.load_natively, str(converted), True),
-            )
+        natively = lambda: _slowest(self.pool(self.size.loading), on_rank.load_natively, str(converted), True)  # noqa: E731
+        return [
+            Way("DeepSpeed: universal load, after converting", converted, natively),
+            *self._distributed(source),
         ]
-        return ways if self.large else ways + self._distributed(source)
 
     def same_topology(self) -> None:
         """Ours against DeepSpeed's own load."""

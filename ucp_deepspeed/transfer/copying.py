@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +36,9 @@ MEMORY_NUMBYTES = 256 << 20
 PART_NUMBYTES = 32 << 20
 """Most bytes of memory for one block at a time: enough that a block's start costs nothing, and few enough to stay in caches."""
 
+MOST_OPEN = 128
+"""Files that a reader keeps open, each with two descriptors: a checkpoint may have more files than a process may open."""
+
 _PLANNING = threading.Lock()
 """Held while a plan asks the catalog: that may open files, and torch's allow-list of classes belongs to the whole process."""
 
@@ -57,7 +61,7 @@ class TransferCount:
 class FileReader:
     """Blocks of files: read straight to where they belong, or through memory maps where they are strided or converted.
 
-    Thread-safe. A file stays open until `close`.
+    Thread-safe. The files that were used last stay open until `close`.
 
     Args:
         mapped: False to do without maps, as where the file system has none: what a block spans is read into memory first.
@@ -96,16 +100,20 @@ class FileReader:
         """The file of a view, and the place of the view's first byte in it."""
         extent, itemsize = view.buffer, ITEMSIZE[view.buffer.dtype]
         with self._lock:
-            if extent.path not in self._files:
-                if not Path(extent.path).is_file():
-                    raise DamagedCheckpointError(f"{extent.path} is missing")
-                self._files[extent.path] = _File(extent.path, self._mapped)
-            file = self._files[extent.path]
+            file = self._files.pop(extent.path, None) or self._opened(extent.path)
+            self._files[extent.path] = file  # in the order of their last use
+            while len(self._files) > MOST_OPEN:
+                del self._files[next(iter(self._files))]
         stop = extent.file_offset + extent.numel * itemsize
         if stop > file.numbytes:
             raise DamagedCheckpointError(f"{extent.path} is truncated: expected {stop} bytes, found {file.numbytes}")
         assert view.start + span <= extent.numel, (view, span)
         return file, extent.file_offset + view.start * itemsize
+
+    def _opened(self, path: str) -> _File:
+        if not Path(path).is_file():
+            raise DamagedCheckpointError(f"{path} is missing")
+        return _File(path, self._mapped)
 
     def close(self) -> None:
         """Close the files; a map goes with the last tensor that uses it."""
@@ -115,11 +123,12 @@ class FileReader:
 
 
 class _File:
-    """An open file, mapped if that is wanted and possible."""
+    """An open file, mapped if that is wanted and possible. Closed at the latest when nobody uses it any more."""
 
     def __init__(self, path: str, mapped: bool) -> None:
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY)
+        self.close = weakref.finalize(self, os.close, self._descriptor)
         self.numbytes = os.fstat(self._descriptor).st_size
         self._map: torch.Tensor | None = None
         if mapped and self.numbytes:  # nothing can't be mapped
@@ -145,9 +154,6 @@ class _File:
                     f"{self.path} became shorter while it was read: {stop} bytes were expected"
                 )
             target = target[count:]
-
-    def close(self) -> None:
-        os.close(self._descriptor)
 
 
 def run_copies(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -142,6 +144,35 @@ def test_each_byte_is_written_once(
         runs = sorted(written[path.name])
         assert runs[0][0] == 0 and runs[-1][1] == path.stat().st_size
         assert all(before[1] == after[0] for before, after in pairwise(runs))
+
+
+@pytest.mark.parametrize("direct", ["whole blocks", "none"])
+def test_few_files_are_open_and_blocks_go_straight_to_the_disk(
+    direct: str, engine_checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the file system refuses, all goes through the kernel's pages."""
+    open_at_once, straight, pwrite = [0], [0], os.pwrite
+
+    def spy(descriptor: int, data: memoryview, offset: int) -> int:
+        targets = [str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+        open_at_once[0] = max(open_at_once[0], sum("atoms-" in target for target in targets))
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            if direct == "none":
+                raise OSError(errno.EINVAL, "Invalid argument")
+            assert len(data) % BLOCK_NUMBYTES == offset % BLOCK_NUMBYTES == 0
+            straight[0] += len(data)
+        return pwrite(descriptor, data, offset)
+
+    view = UniversalView.of(open_checkpoint(engine_checkpoints["zero1"]))
+    convert(view, tmp_path / "plain", workers=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", spy)
+        count = convert(view, tmp_path / "u", workers=2, chunk_numbytes=4096, file_numbytes=9000)
+    assert len(list((tmp_path / "u").glob("atoms-*"))) > 5
+    assert open_at_once[0] <= 2 * 2  # one for each worker, twice
+    assert straight[0] == 0 if direct == "none" else straight[0] > count.bytes_read / 2
+    before, after = _atoms(tmp_path / "plain"), _atoms(tmp_path / "u")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_count_and_progress(engine_checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from ucp_deepspeed.checkpoint.checkpoint import FileExtent
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.plan import BlockCopy, StridedView
 from ucp_deepspeed.transfer import CopyPool, FileReader, run_copies
+from ucp_deepspeed.transfer.copying import MOST_OPEN
 
 
 @pytest.mark.parametrize("shift", range(5))
@@ -38,6 +39,27 @@ def test_a_file_that_ends_before_the_extent_does(tmp_path: Path) -> None:
     view = StridedView(FileExtent(str(tmp_path / "f"), 0, "F32", 100), 0, (1,))
     with pytest.raises(DamagedCheckpointError, match="is truncated: expected 400 bytes, found 399"):
         FileReader().block(view, (1,))
+
+
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "by position"])
+def test_more_files_than_a_process_may_open(mapped: bool, tmp_path: Path) -> None:
+    """Blocks of files that are closed by now stay readable, and so do the files themselves."""
+    descriptors = lambda: len(list(Path("/proc/self/fd").iterdir()))  # noqa: E731
+    views = []
+    for number in range(2 * MOST_OPEN):
+        (tmp_path / str(number)).write_bytes(np.float32(number).tobytes())
+        views.append(StridedView(FileExtent(str(tmp_path / str(number)), 0, "F32", 1), 0, (1,)))
+    before = descriptors()
+    with closing(FileReader(mapped=mapped)) as reader:
+        first = reader.block(views[0], (1,))
+        for number, view in enumerate([*views, *views]):
+            target = torch.empty(1)
+            reader.read_into(view, target)
+            assert float(reader.block(view, (1,))) == float(target) == number % len(views)
+            assert descriptors() <= before + 2 * MOST_OPEN + 2
+        assert float(first) == 0
+        del first
+    assert descriptors() == before
 
 
 @pytest.mark.parametrize("threads", [1, 3])
