@@ -102,15 +102,22 @@ def test_little_memory(stage: int, ranks: Ranks, tmp_path: Path) -> None:
     assert differences(tmp_path / "a", tmp_path / "b") == []
 
 
-def test_the_plan_foretells_it(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run("llama", tp=2, zero={"stage": 1}, precision="bf16", universal=ALL)
-    ranks(2).run(train, run, STEP, save=str(tmp_path))
-    outcomes = ranks(4).run(train, replace(run, zero={"stage": 0}), STEP, load=str(tmp_path))
+@pytest.mark.parametrize("ep", [None, 1, 2, 4])
+def test_the_plan_foretells_it(ep: int | None, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if ep is None:
+        source = Run("llama", tp=2, zero={"stage": 1}, precision="bf16", universal=ALL)
+        target, topology = replace(source, zero={"stage": 0}), Topology(2, 1, 2, 0)
+    else:
+        source = Run("moe", size={"ep": (2, 2)}, zero={"stage": 1}, universal=ALL)
+        target, topology = replace(source, size={"ep": (ep, ep)}, zero={"stage": 0}), Topology(1, 1, 4, 0, ep)
+    ranks(2).run(train, source, STEP, save=str(tmp_path))
+    outcomes = ranks(4).run(train, target, STEP, load=str(tmp_path))
     assert outcomes[0].report.bytes_read < sharing.SHARED_READ_NUMBYTES
     monkeypatch.setattr(targeting, "SHARED_READ_NUMBYTES", 0)
-    plan = targeting.plan_target(open_checkpoint(tmp_path), Topology(2, 1, 2, 0))
+    plan = targeting.plan_target(open_checkpoint(tmp_path), topology)
     by_place = {(rank.data_parallel_rank, rank.model_parallel_rank): rank.bytes_read for rank in plan.ranks}
-    assert [by_place[divmod(rank, 2)] for rank in range(4)] == [outcome.report.bytes_read for outcome in outcomes]
+    planned = [by_place[divmod(rank, topology.tp)] for rank in range(4)]
+    assert planned == [outcome.report.bytes_read for outcome in outcomes]
 
 
 def change_on_rank_0(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:

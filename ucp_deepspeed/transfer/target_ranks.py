@@ -25,6 +25,21 @@ RankNumber = tuple[int, int]
 """Model-parallel and data-parallel rank."""
 
 
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """Ranks that hold the same, and one of them.
+
+    Attributes:
+        count: how many they are.
+        number: this one's number among them.
+        experts: whether it is experts that they hold: these have groups of ranks of their own.
+    """
+
+    count: int
+    number: int
+    experts: bool
+
+
 @dataclass(frozen=True)
 class TargetSlot:
     """Parameters that one rank keeps in one buffer: a partition of master weights, or a frozen weight or buffer of its own.
@@ -34,12 +49,14 @@ class TargetSlot:
         flattening: where their elements lie in the buffers of all partitions.
         partition: which partition the rank holds.
         starts: where in each local tensor what the rank holds begins, in elements: its first expert; none for other parameters.
+        replicas: those that hold the whole buffer as this rank does; None if they cut it among them.
     """
 
     names: tuple[str, ...]
     flattening: Flattening
     partition: int
     starts: tuple[int, ...] = ()
+    replicas: Replicas | None = None
 
     def fragments(self) -> Iterator[tuple[str, Fragment[None]]]:
         """For each run of elements that the rank holds: the parameter's name, and where it lies in the buffer."""
@@ -99,8 +116,9 @@ def target_ranks(
                 numels = _numels(local_shapes, by_holder.get(ep_rank, ()), rank) | parts
                 experts[ep_rank] = _buffers(view, spread, numels)
             starts = {name: ep_rank * numel for name, numel in parts.items()}
-            held = zip(_held(shared, part), _held(experts[ep_rank], position, starts), strict=True)
-            yield TargetRank(rank, part, *(one + other for one, other in held))
+            common_held = _held(shared, Replicas(topology.dp, part, experts=False))
+            experts_held = _held(experts[ep_rank], Replicas(spread.dp, position, experts=True), starts)
+            yield TargetRank(rank, part, *(a + b for a, b in zip(common_held, experts_held, strict=True)))
 
 
 def stacked_experts(view: UniversalView) -> dict[str, int]:
@@ -175,16 +193,17 @@ def slot_names(view: UniversalView, topology: Topology) -> list[tuple[str, ...]]
 
 
 def _held(
-    buffers: tuple[_Buffers, _Buffers], part: int, starts: Mapping[str, int] = MappingProxyType({})
+    buffers: tuple[_Buffers, _Buffers], replicas: Replicas, starts: Mapping[str, int] = MappingProxyType({})
 ) -> tuple[tuple[TargetSlot, ...], tuple[TargetSlot, ...]]:
-    """What one of the ranks has of them."""
-    slots, weights = (
-        tuple(
-            TargetSlot(names, cut, part if cut.partitions > 1 else 0, tuple(starts.get(name, 0) for name in names))
-            for names, cut in kind
-        )
-        for kind in buffers
-    )
+    """What one of the ranks that have them, or cut them, has of them."""
+
+    def slot(names: tuple[str, ...], cut: Flattening) -> TargetSlot:
+        begins = tuple(starts.get(name, 0) for name in names)
+        if cut.partitions > 1:
+            return TargetSlot(names, cut, replicas.number, begins)
+        return TargetSlot(names, cut, 0, begins, replicas)
+
+    slots, weights = (tuple(slot(*entry) for entry in kind) for kind in buffers)
     return slots, weights
 
 

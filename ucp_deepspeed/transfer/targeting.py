@@ -32,6 +32,7 @@ from ucp_deepspeed.transfer.copying import TransferCount
 from ucp_deepspeed.transfer.matching import Matching, Policies, check_matching, is_grown, match
 from ucp_deepspeed.transfer.target_ranks import (
     RankNumber,
+    Replicas,
     TargetRank,
     TargetSlot,
     layer_of,
@@ -362,7 +363,7 @@ class _Planner:
         count = TransferCount()
         buffers = [(slot, state) for slot in target.slots for state in self._buffers_of(slot)]
         buffers += [(slot, WEIGHT) for slot in target.weights]
-        for (slot, state), sharing in zip(buffers, self._shared(target, buffers), strict=True):
+        for (slot, state), sharing in zip(buffers, self._shared(buffers), strict=True):
             held: dict[str, list[Fragment[None]]] = {}
             for name, fragment in slot.fragments():
                 if part := fragment if sharing is None else fragment.clipped(*sharing.mine):
@@ -379,19 +380,25 @@ class _Planner:
             frozenset(count.files),
         )
 
-    def _shared(self, target: TargetRank, buffers: Sequence[tuple[TargetSlot, str]]) -> list[Sharing | None]:
-        """What the replicas of a rank divide among them; of experts on several ranks nothing, as if each read them all."""
-        ranks, rank = self.topology.dp, target.data_parallel_rank
-        alike = [slot.flattening.partitions == 1 and ranks > 1 and self.topology.ep == 1 for slot, _ in buffers]
-        sizes = [
-            (slot.numel, ITEMSIZE[self._dtype(slot, state)])
-            for (slot, state), shared in zip(buffers, alike, strict=True)
-            if shared
-        ]
-        if sum(numel * itemsize for numel, itemsize in sizes) < SHARED_READ_NUMBYTES:
-            return [None] * len(buffers)
-        shares = iter(share(sizes, ranks, rank))
-        return [next(shares) if shared else None for shared in alike]
+    def _shared(self, buffers: Sequence[tuple[TargetSlot, str]]) -> list[Sharing | None]:
+        """What a rank's replicas divide among them; those of experts and those of everything else do so on their own."""
+        by_replicas: dict[Replicas, list[int]] = {}
+        for place, (slot, _) in enumerate(buffers):
+            if slot.replicas and slot.replicas.count > 1 and not self._is_experts_buffer(slot):
+                by_replicas.setdefault(slot.replicas, []).append(place)
+        found: list[Sharing | None] = [None] * len(buffers)
+        for replicas, places in by_replicas.items():
+            held = [buffers[place] for place in places]
+            sizes = [(slot.numel, ITEMSIZE[self._dtype(slot, state)]) for slot, state in held]
+            if sum(numel * itemsize for numel, itemsize in sizes) >= SHARED_READ_NUMBYTES:
+                for place, sharing in zip(places, share(sizes, replicas.count, replicas.number), strict=True):
+                    found[place] = sharing
+        return found
+
+    def _is_experts_buffer(self, slot: TargetSlot) -> bool:
+        """DeepSpeed keeps no group of the ranks that hold one."""
+        assert slot.replicas is not None
+        return slot.replicas.experts and self.view.parameters[slot.names[0]].kind == "buffer"
 
     def _dtype(self, slot: TargetSlot, state: str) -> str:
         """Of a buffer in memory; a frozen weight or a buffer of the model has that of the checkpoint."""
