@@ -24,17 +24,19 @@ def wait_for_save() -> None:
 
 
 @atexit.register
-def _end_with_failure() -> None:
-    """End with status 1 if the last save failed and nobody has been told.
+def end_of_process() -> None:
+    """Wait for the last save, and end with status 1 if it failed and nobody has been told.
 
     An exception in here would change nothing about the status. Registered when the package is imported, so that what was
-    registered later has run by now. The threads that write have ended before.
+    registered later has run by now. As a rule the thread that writes has ended before, but not where that wait was interrupted,
+    nor if a handler that ran just now has saved.
     """
     background = sys.modules.get(BACKGROUND_MODULE)
-    error = background.failure() if background is not None else None
+    error = background.last_failure() if background is not None else None
     if error is None:
         return
-    print(f"ucp_deepspeed: the last asynchronous save failed: {error}", file=sys.stderr)
+    reason = str(error) or f"interrupted by {type(error).__name__}"
+    print(f"ucp_deepspeed: the last asynchronous save failed: {reason}", file=sys.stderr)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

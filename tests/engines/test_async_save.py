@@ -24,7 +24,7 @@ from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
 from ucp_deepspeed.config import SaveConfig
 from ucp_deepspeed.engine import background, save, snapshot
-from ucp_deepspeed.errors import ConfigError, SaveError
+from ucp_deepspeed.errors import ConfigError, SaveError, UniversalCheckpointError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
 
@@ -356,6 +356,49 @@ def test_a_folder_that_another_node_does_not_see(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(save.dist, "get_rank", lambda: 1)
     with pytest.raises(SaveError, match="isn't the same folder on all ranks: rank 1 doesn't see what rank 0 made"):
         save._await_folder(tmp_path / "made-by-rank-0")
+
+
+def save_when_a_thread_cant_start(run: Run, folder: str) -> str:
+    """On rank 1 the first save's can't; returns what that rank was told."""
+    engine = trained(run, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("no thread")))
+        with pytest.raises(UniversalCheckpointError if dist.get_rank() == 0 else RuntimeError) as caught:
+            engine.save_checkpoint(folder, tag="a")
+    engine.save_checkpoint(folder, tag="b")
+    ucp_deepspeed.wait_for_save()
+    engine.destroy()
+    return str(caught.value)
+
+
+def test_all_ranks_write_or_none(ranks: Ranks, tmp_path: Path) -> None:
+    told = ranks(2).run(save_when_a_thread_cant_start, Run("mlp", universal=ASYNC), str(tmp_path))
+    assert all("no thread" in text for text in told)
+    assert open_checkpoint(tmp_path).path.name == "b" and not list((tmp_path / "a").iterdir())
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_tag_that_is_a_link(ranks: Ranks, tmp_path: Path) -> None:
+    """What it leads to is replaced, and what lies there stays, links to anywhere included."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a").symlink_to("elsewhere")
+    for name, target in (("up", ".."), ("gone", "nowhere")):
+        (tmp_path / "elsewhere" / name).symlink_to(target)
+    for _ in range(2):
+        ranks(1).run(save_and_wait, Run("mlp", universal=ASYNC), str(tmp_path), "a")
+    assert (tmp_path / "a").readlink() == Path("elsewhere") and open_checkpoint(tmp_path).run.global_steps == STEP
+    assert (tmp_path / "a" / "up").readlink() == Path("..") and (tmp_path / "a" / "gone").is_symlink()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_log_that_cant_be_written_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background.logger, "error", lambda *_: 1 / 0)
+    job = background.Job(tmp_path / "gone", tmp_path / "a", (), {"x": ""}, lambda: None, 1, 2, timeout=1.0)
+    writing = background.Writing(job)
+    writing.start()
+    assert writing.written.wait(10) and "gone" in str(writing.own_error)
+    writing.join()
 
 
 def test_rank_0_gives_up_on_a_rank_that_never_ends(tmp_path: Path) -> None:

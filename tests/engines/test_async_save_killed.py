@@ -131,42 +131,58 @@ def test_a_tag_whose_folder_has_just_taken_its_place(before: Path, tmp_path: Pat
 
 
 SCRIPT = """
-import os, resource, sys, time
+import atexit, multiprocessing, os, resource, sys, time
 import ucp_deepspeed
 import deepspeed, torch
 from ucp_deepspeed.engine.snapshot import FileSnapshot
 from ucp_deepspeed.testing.ranks import _use_gloo_only
 
-folder, limit = sys.argv[1:]
-_use_gloo_only()
-model = torch.nn.Linear(200, 200)
-config = {
-    "train_batch_size": 1,
-    "optimizer": {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True}},
-    "universal_checkpoint": {"enabled": True, "save": {"async": True}},
-}
-engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-write = FileSnapshot.write
-def late(self, folder):
-    time.sleep(0.3)
-    write(self, folder)
-FileSnapshot.write = late
-engine.save_checkpoint(folder)
-assert not os.path.exists(folder + "/latest")
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
-engine.destroy()
-torch.distributed.destroy_process_group()
+folder, limit, how = sys.argv[1:]
+def work():
+    _use_gloo_only()
+    model = torch.nn.Linear(200, 200)
+    config = {
+        "train_batch_size": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True}},
+        "universal_checkpoint": {"enabled": True, "save": {"async": True}},
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    write = FileSnapshot.write
+    def late(self, folder):
+        time.sleep(0.3)
+        write(self, folder)
+    FileSnapshot.write = late
+
+    def save():
+        engine.save_checkpoint(folder)
+        assert not os.path.exists(folder + "/latest")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+
+    if how == "at exit":
+        atexit.register(save)
+        return
+    save()
+    engine.destroy()
+    torch.distributed.destroy_process_group()
+
+if how == "forked":
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join()
+    os._exit(child.exitcode)
+work()
 """
 
 
-def test_a_process_that_ends_finishes_its_save_or_fails(tmp_path: Path) -> None:
-    """Its process group is gone by then."""
+@pytest.mark.parametrize("how", ["plain", "forked", "at exit"])
+def test_a_process_that_ends_finishes_its_save_or_fails(how: str, tmp_path: Path) -> None:
+    """Its process group is gone by then, as a rule."""
     places = {"PYTHONPATH": os.pathsep.join(sys.path), "DS_ACCELERATOR": "cpu"}
     started = {}
     for name, limit in (("sound", 10**9), ("full", FILE_LIMIT)):
         ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         environment = os.environ | places | {key: str(value) for key, value in ranks.items()}
-        command = [sys.executable, "-c", SCRIPT, str(tmp_path / name), str(limit)]
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path / name), str(limit), how]
         started[name] = subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True)
     ended = {name: (process.communicate(timeout=120)[1], process.returncode) for name, process in started.items()}
 

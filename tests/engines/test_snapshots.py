@@ -84,6 +84,16 @@ def test_later_changes_are_not_in_it_and_buffers_are_used_again(tmp_path: Path) 
     assert held[0] == held[1]
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_buffers_are_the_hosts_whatever_the_default_device_is(apart: bool, tmp_path: Path) -> None:
+    """And can be filled again outside of inference."""
+    state, buffers = {"x": torch.arange(5.0)}, HostBuffers()
+    with torch.device("meta"), torch.inference_mode():
+        snapshot(state, "a.pt", buffers, apart).write(tmp_path)
+    assert torch.load(tmp_path / "a.pt")["x"].tolist() == [0, 1, 2, 3, 4]
+    assert [(buffer.device.type, buffer.is_inference()) for buffer in buffers.taken] == [("cpu", False)]
+
+
 def test_buffers_that_nobody_takes_are_freed() -> None:
     buffers = HostBuffers()
     for sizes, held in (((100, 100, 50), 250), ((100,), 250), ((100, 7), 107)):

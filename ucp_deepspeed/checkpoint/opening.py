@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import glob
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
-from ucp_deepspeed.checkpoint.universal import INDEX_NAME, UniversalCheckpoint, is_unfinished
+from ucp_deepspeed.checkpoint.universal import (
+    INDEX_NAME,
+    PARTIAL_MARK,
+    REPLACED_MARK,
+    UniversalCheckpoint,
+    is_unfinished,
+)
 from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, UnsupportedError
 
 LATEST_NAME = "latest"
+
+REPLACING_SECONDS = 1.0
+"""Far more than what lies between the two renames of a save takes."""
 
 UNFINISHED = "is what an interrupted conversion, or save in the background, left behind; convert again, or save again"
 
@@ -40,9 +52,20 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
             )
         tag = _read_latest(latest)
     folder = root / tag
-    if Path(tag).is_absolute() or ".." in Path(tag).parts or not folder.is_dir():
+    if Path(tag).is_absolute() or ".." in Path(tag).parts or not (folder.is_dir() or _put_back(folder)):
         raise CheckpointNotFoundError(f"no tag {tag!r} in {root}{_tags(root)}")
     return folder
+
+
+def _put_back(folder: Path) -> bool:
+    """Whether a folder that isn't there could be brought back: see `REPLACED_MARK`."""
+    replaced = sorted(folder.parent.glob(f".{glob.escape(folder.name)}{PARTIAL_MARK}*{REPLACED_MARK}"))
+    if replaced:
+        time.sleep(REPLACING_SECONDS)  # somebody may be about to put the new one in its place
+        if not folder.is_dir():
+            with suppress(OSError):  # another rank was faster, or it can't be written here
+                max(replaced, key=lambda entry: entry.stat().st_mtime).rename(folder)
+    return folder.is_dir()
 
 
 def _read_latest(latest: Path) -> str:
@@ -88,5 +111,6 @@ def _holds_checkpoint(folder: Path) -> bool:
 
 
 def _tags(root: Path) -> str:
-    tags = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and _holds_checkpoint(entry))
+    folders = [entry for entry in root.iterdir() if entry.is_dir() and not is_unfinished(entry)]
+    tags = sorted(entry.name for entry in folders if _holds_checkpoint(entry))
     return f"; tags there: {', '.join(tags)}" if tags else "; no tag folders there"

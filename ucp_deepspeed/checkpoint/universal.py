@@ -44,6 +44,11 @@ INDEX_NAME = "ucp_index.json"
 CLIENT_TENSORS_NAME = "client_state.safetensors"
 FORMAT_VERSION = 1
 PARTIAL_MARK = ".partial-"
+"""In the names of hidden folders that are being written."""
+
+REPLACED_MARK = "-replaced"
+"""At the end of the name of a folder for which another is being put in its place, where that takes two renames. A run that is
+killed between them leaves it, whole, and no other of that tag."""
 
 
 class IndexParameter(BaseModel):

@@ -22,11 +22,13 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing.util
+import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,8 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from ucp_deepspeed.engine.model import agreement
 from ucp_deepspeed.engine.snapshot import FileSnapshot, HostBuffers, snapshot
 from ucp_deepspeed.errors import ConfigError, SaveError
-from ucp_deepspeed.transfer.commit import flush, write_atomically
+from ucp_deepspeed.transfer.commit import flush, replace_text
+from ucp_deepspeed.waiting import end_of_process
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -176,19 +179,20 @@ class Writing(threading.Thread):
 
     def run(self) -> None:
         """Write, and commit on rank 0."""
-        with self._failing():
-            self._write()
-        with self._failing():
-            write_atomically(
-                self.job.partial / ENDED_NAME.format(rank=self.job.rank), json.dumps({"error": self._text})
-            )
-        self.own_error = self.error
-        self.written.set()
+        try:
+            with self._failing():
+                self._write()
+            with self._failing():  # from then on rank 0 may give the folder another name
+                replace_text(
+                    self.job.partial / ENDED_NAME.format(rank=self.job.rank), json.dumps({"error": self._text})
+                )
+            self.own_error = self.error
+        finally:
+            self.written.set()
         if self.job.rank == 0:
             with self._failing():
                 self._await_ranks()
                 self.job.commit()
-                logger.info("saved %s", self.job.folder)
 
     def give_up(self) -> None:
         """Commit nothing, since a rank has failed; returns when the thread has ended."""
@@ -212,7 +216,8 @@ class Writing(threading.Thread):
         except Exception as error:
             if self.error is None:
                 self.error = error if isinstance(error, SaveError) else _as_save_error(error, self.job)
-                logger.error("%s", self.error)
+                with suppress(Exception):  # a log that can't be written
+                    logger.error("%s", self.error)
 
     def _write(self) -> None:
         for name, text in self.job.texts.items():
@@ -273,12 +278,38 @@ find the same one, whatever engine it saves or loads with."""
 
 
 def begin(job: Job) -> None:
-    """Start to write."""
+    """Start to write, on all ranks or on none. Collective.
+
+    Raises:
+        RuntimeError: a rank can't start a thread.
+    """
     global _writing
     assert _writing is None, "a save waits for the last one"
     writing = Writing(job)
-    writing.start()
+    started = False
+    try:
+        with agreement():
+            writing.start()
+            started = True
+    except BaseException:
+        if started:
+            writing.give_up()
+        writing.clear()
+        raise
     _writing = writing
+    _end_with_child()
+
+
+_finalized = 0
+"""The process of which `_end_with_child` knows."""
+
+
+def _end_with_child() -> None:
+    """What ``atexit`` does, in processes that ``multiprocessing`` has forked: those call no such handler."""
+    global _finalized
+    if _finalized != os.getpid():
+        _finalized = os.getpid()
+        multiprocessing.util.Finalize(None, end_of_process, exitpriority=0)
 
 
 def wait_for_save() -> None:
@@ -310,9 +341,16 @@ def wait_for_save() -> None:
         raise
 
 
-def failure() -> SaveError | None:
-    """Of a save that has ended, if nobody has been told."""
-    return _writing.error if _writing is not None and not _writing.is_alive() else None
+def last_failure() -> BaseException | None:
+    """Why the last save isn't on disk, if nobody has been told; waits for it. At the end of the process, when threads are no
+    longer waited for, or were and the wait was interrupted."""
+    if _writing is None:
+        return None
+    try:
+        _writing.join()
+    except BaseException as interrupted:
+        return interrupted
+    return _writing.error
 
 
 @contextmanager

@@ -79,8 +79,9 @@ def save_checkpoint(
     folder = Path(save_dir) / tag
     if engine.universal_checkpoint_config.save.asynchronous:
         return _save_in_background(native, engine, save_dir, tag, save_latest, rest)
-    with agreement():
+    with agreement():  # on its own: what follows is collective within the block
         _refuse_universal(folder)
+    with agreement():
         manifest = _manifest(engine)
         if dist.get_rank() == 0:
             (folder / MANIFEST_NAME).unlink(missing_ok=True)
@@ -121,9 +122,11 @@ def _save_in_background(
                 f"the tag {tag!r} names no folder of its own in {save_dir}, which asynchronous saving needs"
             )
         _refuse_universal(folder)
+        place = folder.resolve() if folder.is_symlink() else folder
+    with agreement():
         manifest = _manifest(engine)
     try:
-        partial = _make_partial(folder)
+        partial = _make_partial(place)
         taken = SnapshotEngine(engine, folder)
         engine.checkpoint_engine, own = taken, engine.checkpoint_engine
         try:
@@ -135,12 +138,12 @@ def _save_in_background(
             texts = dict([random_state_file(engine)])
     except BaseException:
         if rank == 0:
-            shutil.rmtree(partial_folder(folder), ignore_errors=True)
+            shutil.rmtree(partial_folder(place), ignore_errors=True)
         raise
     latest = Path(save_dir).absolute() / LATEST_NAME
 
     def commit() -> None:
-        _commit_partial(manifest, partial, folder)
+        _commit_partial(manifest, partial, place)
         if save_latest:
             write_atomically(latest, tag)
         _warn_if_unreadable(folder)

@@ -119,7 +119,8 @@ class HostBuffers:
             get_accelerator().synchronize()
 
     def _new(self, size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned and size > 0)
+        with torch.inference_mode(False):  # later saves write to it outside of that mode
+            return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._pinned and size > 0)
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:
@@ -132,8 +133,11 @@ def _copy_bytes(source: np.ndarray, target: np.ndarray) -> None:
     if threads == 1 or source.size < LEAST_SHARED:
         np.copyto(target, source)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(np.copyto, np.array_split(target, threads), np.array_split(source, threads)))
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(np.copyto, np.array_split(target, threads), np.array_split(source, threads)))
+    except RuntimeError:  # no thread can be started: the process has come to its end
+        np.copyto(target, source)
 
 
 def snapshot(state: Any, file_name: str, buffers: HostBuffers, apart: bool) -> FileSnapshot:
@@ -222,7 +226,9 @@ def _placed(tensor: torch.Tensor, buffers: HostBuffers, placed: dict[int, torch.
         return tensor.clone() if tensor.device.type == "cpu" else tensor.to("cpu")
     like = torch.empty_like(tensor, device="meta")  # with the strides that a clone has
     buffer = buffers.take(like.untyped_storage().nbytes())
-    clone = torch.empty(0, dtype=tensor.dtype).set_(buffer.untyped_storage(), 0, like.shape, like.stride())
+    clone = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(
+        buffer.untyped_storage(), 0, like.shape, like.stride()
+    )
     buffers.copy(tensor, clone)
     placed[clone.untyped_storage()._cdata] = buffer
     return clone

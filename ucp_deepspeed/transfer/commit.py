@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import shutil
 import signal
@@ -14,8 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from ucp_deepspeed.checkpoint.universal import PARTIAL_MARK
+from ucp_deepspeed.checkpoint.universal import PARTIAL_MARK, REPLACED_MARK
 from ucp_deepspeed.errors import ConfigError
+
+logger = logging.getLogger("ucp_deepspeed")
 
 
 @contextmanager
@@ -72,24 +75,30 @@ def replace_folder(partial: Path, final: Path, is_part: Callable[[str], bool]) -
             raise
         _take_along(final, partial, is_part)
         replaced = _exchange(partial, final)
-        _take_along(replaced, final, is_part)  # what somebody put there just now
-        shutil.rmtree(replaced, ignore_errors=True)  # the new one is in place, whatever happens to this
+        # The new one is in place, whatever happens to this.
+        try:
+            _take_along(replaced, final, is_part)  # what somebody put there just now
+        except OSError as failed:
+            logger.warning("what was put into %s while it was replaced is lost: %s", final, failed)
+        shutil.rmtree(replaced, ignore_errors=True)
     flush(final.parent)
 
 
 def _take_along(source: Path, target: Path, is_part: Callable[[str], bool]) -> None:
-    """Link or copy entries, at the top, that ``target`` doesn't have."""
+    """Link or copy entries, at the top, that ``target`` doesn't have; symbolic links stay what they are."""
 
     def left_out(folder: str, names: list[str]) -> list[str]:
-        return [name for name in names if is_part(name) or (target / name).exists()] if Path(folder) == source else []
+        if Path(folder) != source:
+            return []
+        return [name for name in names if is_part(name) or os.path.lexists(target / name)]
 
     def link(old: str, new: str) -> None:
         try:
-            os.link(old, new)  # so that whoever has it open goes on writing the same file
+            os.link(old, new, follow_symlinks=False)  # so that whoever has it open goes on writing the same file
         except OSError:
             shutil.copy2(old, new)
 
-    shutil.copytree(source, target, ignore=left_out, copy_function=link, dirs_exist_ok=True)
+    shutil.copytree(source, target, symlinks=True, ignore=left_out, copy_function=link, dirs_exist_ok=True)
 
 
 def _exchange(partial: Path, final: Path) -> Path:
@@ -105,29 +114,53 @@ def _exchange(partial: Path, final: Path) -> Path:
         number = ctypes.get_errno()
         if number not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
             raise OSError(number, os.strerror(number), str(final))
-    replaced = partial.with_name(f"{partial.name}-replaced")
+    replaced = partial.with_name(f"{partial.name}{REPLACED_MARK}")
     final.rename(replaced)
-    partial.rename(final)
+    try:
+        partial.rename(final)
+    except BaseException:
+        replaced.rename(final)
+        raise
     return replaced
 
 
 def remove_abandoned(final: Path, of_any_name: bool = False) -> None:
-    """Remove what processes of this machine that are no longer alive left unfinished for ``final``.
+    """Remove what processes of this machine that are no longer alive left unfinished for ``final``, as far as that is possible.
 
     Args:
         of_any_name: or for another folder beside it: a run that was killed saves its next tag, and not that one again.
     """
     mark = f"{PARTIAL_MARK}{socket.gethostname()}-"
     for entry in final.parent.iterdir():
-        name, found, pid = entry.name.rpartition(mark)
+        name, found, pid = entry.name.removesuffix(REPLACED_MARK).rpartition(mark)
         wanted = name.startswith(".") and (of_any_name or name == f".{final.name}")
         # A host whose name begins with this one's leaves folders with the same mark and more than a number after it.
         if found and wanted and pid.isdecimal() and not _alive(int(pid)):
-            shutil.rmtree(entry)
+            try:
+                _remove_or_put_back(entry, final.parent / name.removeprefix("."))
+            except OSError as error:  # another user's, perhaps
+                logger.warning("%s, which a process that has ended left behind, can't be removed: %s", entry, error)
+
+
+def _remove_or_put_back(abandoned: Path, final: Path) -> None:
+    """What was killed between the two renames of `_exchange` has left nothing else of ``final``."""
+    if abandoned.name.endswith(REPLACED_MARK) and not final.exists():
+        abandoned.rename(final)
+    else:
+        shutil.rmtree(abandoned)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content in one step: a reader sees the old text or the new, whole, and a failure leaves the old."""
+    """Replace a file's content in one step, durably; see `replace_text`."""
+    replace_text(path, text)
+    flush(path.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file's content in one step: a reader sees the old text or the new, whole, and a failure leaves the old.
+
+    The last that it does is to replace it: whoever sees the new text may remove the folder at once.
+    """
     partial = path.with_name(f".{path.name}{PARTIAL_MARK}{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -136,7 +169,6 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    flush(path.parent)
 
 
 def flush(path: Path) -> None:

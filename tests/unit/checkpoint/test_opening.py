@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from native_models import SHAPES, check_reads_back, model_of
 
-from ucp_deepspeed.checkpoint import open_checkpoint, resolve_tag
+from ucp_deepspeed.checkpoint import open_checkpoint, opening, resolve_tag
+from ucp_deepspeed.checkpoint.universal import PARTIAL_MARK, REPLACED_MARK
 from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.testing.native_files import NativeRun, write_native
 
@@ -99,3 +100,16 @@ def test_interrupted_conversion(tmp_path: Path) -> None:
     folder.mkdir()
     with pytest.raises(DamagedCheckpointError, match="interrupted"):
         open_checkpoint(folder)
+
+
+def test_a_tag_whose_save_was_killed_between_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On file systems that can't exchange folders. Hidden folders count as no tags."""
+    monkeypatch.setattr(opening, "REPLACING_SECONDS", 0.0)
+    for mark in ("", REPLACED_MARK):
+        hidden = tmp_path / f".a{PARTIAL_MARK}elsewhere-7{mark}"
+        hidden.mkdir()
+        (hidden / "mp_rank_00_model_states.pt").write_text(mark)
+    with pytest.raises(CheckpointNotFoundError, match=r"no tag 'b' in .*; no tag folders there"):
+        resolve_tag(tmp_path, "b")
+    assert resolve_tag(tmp_path, "a") == tmp_path / "a"
+    assert (tmp_path / "a" / "mp_rank_00_model_states.pt").read_text() == REPLACED_MARK

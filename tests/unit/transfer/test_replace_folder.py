@@ -9,10 +9,11 @@ import socket
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from ucp_deepspeed.checkpoint.universal import PARTIAL_MARK
+from ucp_deepspeed.checkpoint.universal import PARTIAL_MARK, REPLACED_MARK
 from ucp_deepspeed.transfer import commit
 
 
@@ -77,3 +78,78 @@ def test_what_a_killed_run_left_of_another_tag(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     commit.remove_abandoned(tmp_path / "step2", of_any_name=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+
+
+def test_links_stay_links(tmp_path: Path) -> None:
+    old = make(tmp_path / "a", x_pt="old")
+    links = {"up": "..", "gone": "nowhere", "file": "../../etc/hostname"}
+    for name, target in links.items():
+        (old / name).symlink_to(target)
+    commit.replace_folder(make(tmp_path / ".a", x_pt="new"), old, is_part)
+    assert {name: str((tmp_path / "a" / name).readlink()) for name in links} == links
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_cant_be_taken_along_at_the_end_undoes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take, calls = commit._take_along, iter((True, False))
+
+    def once(*arguments: Any) -> None:
+        if not next(calls):
+            raise OSError(errno.EIO, "failed")
+        take(*arguments)
+
+    monkeypatch.setattr(commit, "_take_along", once)
+    commit.replace_folder(make(tmp_path / ".a", x_pt="new"), make(tmp_path / "a", x_pt="old"), is_part)
+    assert read(tmp_path / "a") == {"x.pt": "new"}
+
+
+def abandoned(folder: Path, name: str, mark: str = "") -> Path:
+    """A folder of a process that has ended."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    return folder / f".{name}{PARTIAL_MARK}{socket.gethostname()}-{ended.pid}{mark}"
+
+
+def test_a_process_killed_between_two_renames_has_lost_nothing(tmp_path: Path) -> None:
+    """Its old folder comes back, unless there is one of that name."""
+    for name in "ab":
+        make(abandoned(tmp_path, name, REPLACED_MARK), x_pt="old")
+    make(tmp_path / "b", x_pt="new")
+    commit.remove_abandoned(tmp_path / "c", of_any_name=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert read(tmp_path / "a") == {"x.pt": "old"} and read(tmp_path / "b") == {"x.pt": "new"}
+
+
+def test_a_second_rename_that_fails_undoes_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit.ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=lambda *_: -1))
+    monkeypatch.setattr(commit.ctypes, "get_errno", lambda: errno.EINVAL)
+    rename = Path.rename
+
+    def failing(path: Path, to: Path) -> Path:
+        if path.name == ".a" and not to.exists():
+            raise OSError(errno.ESTALE, "failed")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="failed"):
+        commit.replace_folder(make(tmp_path / ".a", x_pt="new"), make(tmp_path / "a", x_pt="old"), is_part)
+    assert read(tmp_path / "a") == {"x.pt": "old"}
+
+
+def test_what_cant_be_removed_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(abandoned(tmp_path, "a"))
+    monkeypatch.setattr(commit.shutil, "rmtree", lambda path: (_ for _ in ()).throw(PermissionError(path)))
+    commit.remove_abandoned(tmp_path / "a")
+
+
+def test_whoever_sees_a_text_may_rename_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, replace = make(tmp_path / "a"), Path.replace
+
+    def renamed_at_once(path: Path, to: Path) -> Path:
+        found = replace(path, to)
+        folder.rename(tmp_path / "b")
+        return found
+
+    monkeypatch.setattr(Path, "replace", renamed_at_once)
+    commit.replace_text(folder / "x", "text")
+    assert (tmp_path / "b" / "x").read_text() == "text"
