@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +30,12 @@ chunk, or for seeing that it shall stop."""
 
 LOOK_SECONDS = 0.02
 """How often a waiting rank looks. It doesn't wait in the store itself, where no signal would be handled."""
+
+BEAT_SECONDS = 5.0
+"""How often a rank says that it is there."""
+
+LOST_SECONDS = 60.0
+"""How long a rank may be silent. Launchers notice when a process ends, but not always when a machine does."""
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Set by ``torchrun``, and by others that start ranks."""
@@ -80,6 +87,8 @@ class StoreRanks(Ranks):
     def __init__(self, store: dist.Store, rank: int, count: int) -> None:
         self.rank, self.count = rank, count
         self._store, self._waited = store, False
+        self._looked = 0.0
+        self._heard: dict[int, tuple[bytes, float]] = {}
 
     def gather(self, step: str, value: Any) -> Sequence[Any]:
         """See `Ranks.gather`. Rank 0 collects, so that the others look for one key."""
@@ -147,7 +156,53 @@ class StoreRanks(Ranks):
     def _await(self, keys: list[str]) -> None:
         while not self._store.check(keys):
             self.check()
+            self._listen()
             time.sleep(LOOK_SECONDS)
+
+    def _listen(self) -> None:
+        """Rank 0 listens for all others, and these for rank 0.
+
+        Raises:
+            OtherRankError: one has been silent for too long; all ranks learn of it.
+        """
+        now = time.monotonic()
+        if now - self._looked < BEAT_SECONDS:
+            return
+        self._looked = now
+        for rank in range(1, self.count) if self.rank == 0 else (0,):
+            beat = self._store.get(_beat_key(rank)) if self._store.check([_beat_key(rank)]) else b""
+            if self._heard.get(rank, (None, 0.0))[0] != beat:
+                self._heard[rank] = beat, now
+            elif now - self._heard[rank][1] > LOST_SECONDS:
+                text = f"rank {rank} hasn't been heard of for {LOST_SECONDS:g} s"
+                self._store.compare_set("failed", "", text)
+                raise OtherRankError(text)
+
+
+def _beat_key(rank: int) -> str:
+    return f"alive/{rank}"
+
+
+@contextmanager
+def _beating(store: dist.Store, rank: int) -> Iterator[None]:
+    """Say again and again that this rank is there, whatever it is busy with."""
+    stopped = threading.Event()
+
+    def beat() -> None:
+        number = 0
+        with suppress(dist.DistError):  # the store is gone: whoever waits sees it too
+            while True:
+                store.set(_beat_key(rank), str(number := number + 1))
+                if stopped.wait(BEAT_SECONDS):
+                    return
+
+    heart = threading.Thread(target=beat, daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        heart.join()
 
 
 @contextmanager
@@ -185,7 +240,7 @@ def taking_part(store: dist.Store, rank: int, count: int) -> Iterator[Ranks]:
     """
     ranks, failed = StoreRanks(store, rank, count), True
     try:
-        with terminated_as_exception(), ranks.failing_together():
+        with terminated_as_exception(), ranks.failing_together(), _beating(store, rank):
             yield ranks
         failed = False
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -22,7 +23,7 @@ from ucp_deepspeed.transfer import copying
 from ucp_deepspeed.transfer import ranks as ranks_module
 from ucp_deepspeed.transfer.atom_files import PAGE_NUMBYTES, Atom, AtomFile, chunks_of, share_of
 from ucp_deepspeed.transfer.convert import convert
-from ucp_deepspeed.transfer.ranks import joined, taking_part
+from ucp_deepspeed.transfer.ranks import StoreRanks, joined, taking_part
 
 FILE_NUMBYTES = 700_000
 """So that the small checkpoint has several files."""
@@ -172,6 +173,20 @@ def test_a_checkpoint_that_isnt_shared(uneven: Path, native: Callable[..., Path]
     errors = _together(2, lambda ranks: convert(views[ranks.rank], tmp_path / "u", ranks=ranks))
     assert {type(error) for error in errors} <= {ConfigError, OtherRankError}
     assert any("isn't what rank" in str(error) for error in errors) and not (tmp_path / "u").exists()
+
+
+def test_a_rank_that_is_heard_of_no_more_fails_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its machine is lost. One that takes its time is not."""
+    monkeypatch.setattr(ranks_module, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(ranks_module, "LOST_SECONDS", 0.2)
+    store = dist.HashStore()
+    with taking_part(store, 0, 2) as first, taking_part(store, 1, 2):
+        timer = threading.Timer(0.5, lambda: store.set("seen/1", '"late"'))
+        timer.start()
+        assert first.gather("seen", "early") == ["early", "late"]
+    for rank in range(2):
+        with pytest.raises(OtherRankError, match=r"rank 1 hasn't been heard of for 0.2 s"):
+            StoreRanks(store, rank, 2).gather("written", rank)
 
 
 def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
