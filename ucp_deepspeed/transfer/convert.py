@@ -18,7 +18,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from ucp_deepspeed.checkpoint.universal import CLIENT_TENSORS_NAME, INDEX_NAME, Index
+from ucp_deepspeed.checkpoint.universal import CLIENT_TENSORS_NAME, INDEX_NAME, Index, UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError
 from ucp_deepspeed.transfer.atom_files import FILE_NUMBYTES, AtomFile, lay_out, share_of
@@ -144,12 +144,13 @@ def _sum_of(counts: Sequence[dict[str, Any]]) -> TransferCount:
 
 
 def _write_rest(view: UniversalView, folder: Path, index: Index, tensors: dict[str, torch.Tensor]) -> None:
-    """Everything but the atoms, the index last."""
+    """Everything but the atoms, the index last. What can't be opened again must not be committed."""
     if tensors:
         safetensors.torch.save_file(tensors, folder / CLIENT_TENSORS_NAME)
-    sizes = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
-    index = index.model_copy(update={"files": sizes})
     random_state = view.checkpoint.path / FIRST_RANDOM_STATE_NAME
     if random_state.is_file():
         shutil.copyfile(random_state, folder / FIRST_RANDOM_STATE_NAME)
+    sizes = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
+    index = index.model_copy(update={"files": sizes})
     (folder / INDEX_NAME).write_text(index.model_dump_json(indent=1), encoding="utf-8")
+    UniversalCheckpoint(folder)
