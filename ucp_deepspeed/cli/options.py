@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import resource
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
+        _allow_many_files()
         try:
             return super().invoke(ctx)
         except UniversalCheckpointError as error:
@@ -34,6 +37,13 @@ class Command(click.Command):
             message = str(error)
         click.echo(f"error: {message}", err=True)
         ctx.exit(FAILED)
+
+
+def _allow_many_files() -> None:
+    """As many as the system lets this process open: what shells allow is few for checkpoints of many ranks."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # a system that has a lower limit of its own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 command = partial(click.command, cls=Command, context_settings=HELP)

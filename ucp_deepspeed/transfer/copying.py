@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import threading
 import weakref
 from collections import deque
@@ -11,12 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent
@@ -36,8 +37,11 @@ MEMORY_NUMBYTES = 256 << 20
 PART_NUMBYTES = 32 << 20
 """Most bytes of memory for one block at a time: enough that a block's start costs nothing, and few enough to stay in caches."""
 
-MOST_OPEN = 128
-"""Files that a reader keeps open, each with two descriptors: a checkpoint may have more files than a process may open."""
+FEWEST_OPEN, MOST_OPEN = 8, 4096
+"""Files that a reader keeps open: as many as `_most_open` says, between these."""
+
+PENDING = 4
+"""Pieces of work that wait or are under way for each thread: enough that none is idle, and few enough to cost no memory."""
 
 _PLANNING = threading.Lock()
 """Held while a plan asks the catalog: that may open files, and torch's allow-list of classes belongs to the whole process."""
@@ -70,6 +74,7 @@ class FileReader:
     def __init__(self, *, mapped: bool = True) -> None:
         self._mapped = mapped
         self._files: dict[str, _File] = {}
+        self._most_open = _most_open()
         self._lock = threading.Lock()
 
     def read_into(self, view: StridedView[FileExtent], target: torch.Tensor) -> None:
@@ -102,7 +107,7 @@ class FileReader:
         with self._lock:
             file = self._files.pop(extent.path, None) or self._opened(extent.path)
             self._files[extent.path] = file  # in the order of their last use
-            while len(self._files) > MOST_OPEN:
+            while len(self._files) > self._most_open:
                 del self._files[next(iter(self._files))]
         stop = extent.file_offset + extent.numel * itemsize
         if stop > file.numbytes:
@@ -113,6 +118,12 @@ class FileReader:
     def _opened(self, path: str) -> _File:
         if not Path(path).is_file():
             raise DamagedCheckpointError(f"{path} is missing")
+        try:
+            return _File(path, self._mapped)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._files:
+                raise
+        self._files.clear()  # others of this process have opened many since; what a thread uses stays open
         return _File(path, self._mapped)
 
     def close(self) -> None:
@@ -122,19 +133,33 @@ class FileReader:
         self._files.clear()
 
 
+def _most_open() -> int:
+    """Files that a reader may keep open: a third of what the process may open yet: there may be a second reader."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed == resource.RLIM_INFINITY:
+        return MOST_OPEN
+    return min(max((allowed - len(os.listdir("/dev/fd"))) // 3, FEWEST_OPEN), MOST_OPEN)  # noqa: PTH208
+
+
 class _File:
-    """An open file, mapped if that is wanted and possible. Closed at the latest when nobody uses it any more."""
+    """An open file, with one descriptor; mapped when blocks are asked for, if that is wanted and possible.
+
+    Closed at the latest when nobody uses it any more.
+    """
 
     def __init__(self, path: str, mapped: bool) -> None:
-        self.path = path
+        self.path, self._mapped = path, mapped
         self._descriptor = os.open(path, os.O_RDONLY)
         self.close = weakref.finalize(self, os.close, self._descriptor)
         self.numbytes = os.fstat(self._descriptor).st_size
-        self._map: torch.Tensor | None = None
-        if mapped and self.numbytes:  # nothing can't be mapped
-            with suppress(OSError):
-                # Copy-on-write: torch wants writable memory, and the file must never change.
-                self._map = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
+
+    @cached_property
+    def _map(self) -> torch.Tensor | None:
+        if self._mapped and self.numbytes:  # nothing can't be mapped
+            with suppress(OSError, RuntimeError):
+                # Copy-on-write: torch wants writable memory, and the file must never change. It keeps no descriptor.
+                return torch.from_file(self.path, shared=False, size=self.numbytes, dtype=torch.uint8)
+        return None
 
     def range(self, start: int, stop: int) -> torch.Tensor:
         """Bytes of the file: a view of the map, or read into new memory."""
@@ -171,7 +196,9 @@ def run_copies(
     count, pool = TransferCount(), pool or CopyPool()
     for copy in copies:
         flat = buffer(copy.target.buffer)
-        for part in copy.parts(pool.span(copy)):
+        plain = _is_plain(copy, _block(flat, copy.target, copy.shape))  # then no memory is needed
+        widest = PART_NUMBYTES // ITEMSIZE[copy.sources[0].buffer.dtype] if plain else pool.span(copy)
+        for part in copy.parts(widest):
             pool.run(partial(_run, part, reader, flat))
         count.copies += 1
         for view in copy.sources:
@@ -220,12 +247,12 @@ class CopyPool:
         return max(min(self._memory_numbytes // self._threads, PART_NUMBYTES) // sum(widths), 1)
 
     def run(self, work: Callable[[], None]) -> None:
-        """Do it now, or soon on another thread."""
+        """Do it now, or soon on another thread; waits while there is enough to do."""
         if self._pool is None:
             work()
             return
         self._pending.append(self._pool.submit(work))
-        while self._pending and self._pending[0].done():
+        while self._pending and (self._pending[0].done() or len(self._pending) > self._threads * PENDING):
             self._pending.popleft().result()
 
     def wait(self) -> None:
