@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -100,7 +101,7 @@ def convert(
 
 def _check_free(destination: Path) -> None:
     """Before anything is read; `committed_folder` is what makes sure."""
-    if destination.exists():
+    if os.path.lexists(destination):  # a link that leads nowhere, too
         raise ConfigError(f"{destination} exists already; nothing was written")
     if blocking := next((parent for parent in destination.parents if parent.exists() and not parent.is_dir()), None):
         raise ConfigError(f"{blocking} is a file; nothing was written")
@@ -143,10 +144,18 @@ def _sum_of(counts: Sequence[dict[str, Any]]) -> TransferCount:
     return total
 
 
+def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file; what the system says of it comes as an error of the system's."""
+    try:
+        safetensors.torch.save_file(tensors, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} can't be written: {error}") from error
+
+
 def _write_rest(view: UniversalView, folder: Path, index: Index, tensors: dict[str, torch.Tensor]) -> None:
     """Everything but the atoms, the index last. What can't be opened again must not be committed."""
     if tensors:
-        safetensors.torch.save_file(tensors, folder / CLIENT_TENSORS_NAME)
+        _write_tensors(tensors, folder / CLIENT_TENSORS_NAME)
     random_state = view.checkpoint.path / FIRST_RANDOM_STATE_NAME
     if random_state.is_file():
         shutil.copyfile(random_state, folder / FIRST_RANDOM_STATE_NAME)
