@@ -61,7 +61,7 @@ def convert(
             Or the ranks don't see the same checkpoint and destination; nothing is left behind.
         UnsupportedError: the client state, a scheduler or a hyper-parameter holds something that has no universal form;
             nothing is written.
-        DamagedCheckpointError: a source file is missing or truncated; nothing is left behind.
+        DamagedCheckpointError: a source file is missing or truncated, or was changed meanwhile; nothing is left behind.
         MismatchError: the files don't hold each element of each parameter exactly once; nothing is left behind.
         OSError: the disk is full, or can't be written; nothing is left behind.
         OtherRankError: another rank has failed; nothing is left behind.

@@ -74,6 +74,7 @@ class FileReader:
     def __init__(self, *, mapped: bool = True) -> None:
         self._mapped = mapped
         self._files: dict[str, _File] = {}
+        self._first_seen: dict[str, _Version] = {}
         self._most_open = _most_open()
         self._lock = threading.Lock()
 
@@ -119,18 +120,47 @@ class FileReader:
         if not Path(path).is_file():
             raise DamagedCheckpointError(f"{path} is missing")
         try:
-            return _File(path, self._mapped)
+            file = _File(path, self._mapped)
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._files:
                 raise
-        self._files.clear()  # others of this process have opened many since; what a thread uses stays open
-        return _File(path, self._mapped)
+            self._files.clear()  # others of this process have opened many since; what a thread uses stays open
+            file = _File(path, self._mapped)
+        if file.version != self._first_seen.setdefault(path, file.version):
+            raise _changed(path)
+        return file
+
+    def check_unchanged(self) -> None:
+        """Whether all files that were read are still those that were opened first.
+
+        Raises:
+            DamagedCheckpointError: one was written, replaced or removed meanwhile, as by a run that saves the same tag again.
+        """
+        for path, version in self._first_seen.items():
+            try:
+                now = _version_of(os.stat(path))  # noqa: PTH116
+            except FileNotFoundError:
+                raise _changed(path) from None
+            if now != version:
+                raise _changed(path)
 
     def close(self) -> None:
         """Close the files; a map goes with the last tensor that uses it."""
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+
+_Version = tuple[int, int, int]
+"""Of a file: its inode, its size, and when it was written last."""
+
+
+def _version_of(status: os.stat_result) -> _Version:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _changed(path: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"{path} was changed while it was read; try again when nobody writes the checkpoint")
 
 
 def _most_open() -> int:
@@ -151,7 +181,8 @@ class _File:
         self.path, self._mapped = path, mapped
         self._descriptor = os.open(path, os.O_RDONLY)
         self.close = weakref.finalize(self, os.close, self._descriptor)
-        self.numbytes = os.fstat(self._descriptor).st_size
+        self.version = _version_of(os.fstat(self._descriptor))
+        self.numbytes = self.version[1]
 
     @cached_property
     def _map(self) -> torch.Tensor | None:

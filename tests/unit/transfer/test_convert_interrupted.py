@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -191,3 +192,33 @@ def test_a_source_that_shrinks_leaves_nothing(engine_copy: Callable[[str, str], 
     with pytest.raises(DamagedCheckpointError, match=f"{path.name} is truncated"):
         convert(view, tmp_path / "u")
     assert not (tmp_path / "u").exists() and not list(tmp_path.glob(".u*"))
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "removed"])
+@pytest.mark.parametrize("most_open", [1, 100], ids=["opened again", "open all the time"])
+def test_a_source_that_is_saved_again_meanwhile_leaves_nothing(
+    how: str, most_open: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = tuple(NativeParameter(name, torch.ones(4000), {"exp_avg": torch.ones(4000)}) for name in "abc")
+    folder = write_native(tmp_path / "n", NativeModel(parameters), NativeRun(stage=1, dp=2))
+    paths = sorted(folder.glob("*_optim_states.pt"))
+    for path in paths:
+        os.utime(path, (0, 0))
+
+    def save_again(written: int, total: int) -> None:
+        if written > total // 2:
+            for path in paths:
+                new = path.with_suffix(".new")
+                if how == "replaced":
+                    shutil.copyfile(path, new)
+                    new.replace(path)
+                elif how == "removed":
+                    path.unlink(missing_ok=True)
+                else:
+                    path.write_bytes(path.read_bytes())
+
+    monkeypatch.setattr("ucp_deepspeed.transfer.copying._most_open", lambda: most_open)
+    view = UniversalView.of(open_checkpoint(folder))
+    with pytest.raises(DamagedCheckpointError, match=r"was changed while it was read|is missing"):
+        convert(view, tmp_path / "u", workers=1, chunk_numbytes=4096, progress=save_again)
+    assert [path.name for path in tmp_path.iterdir()] == ["n"]
