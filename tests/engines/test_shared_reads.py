@@ -153,3 +153,32 @@ def test_weights_are_exchanged_again_when_masters_change(stage: int, ranks: Rank
     outcomes = ranks(2).run(weights_after_custom_load, run, str(tmp_path))
     assert outcomes[0][0] == outcomes[1][0]
     assert all(all(found) for _, found in outcomes)
+
+
+def exchange_small(broadcasts: bool) -> tuple[bool, int]:
+    """Many small tensors, and a large one between them; whether each came, and most bytes packed at a time on this rank."""
+    me, count = dist.get_rank(), dist.get_world_size()
+    sizes = [3, 500, 1 << 16, 1, 0, *[100] * 40]
+    held = [[torch.full((size,), float(owner + 1) * (owner == me)) for size in sizes] for owner in range(count)]
+    most = 0
+    plain = exchange.Exchange._wait_for_packed
+
+    def wait(self: exchange.Exchange) -> None:
+        nonlocal most
+        most = max(most, sum(pack.buffer.nbytes for pack in self._packed))
+        plain(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "ROUND_NUMBYTES", 4096 * count)
+        patch.setattr(exchange.Exchange, "_wait_for_packed", wait)
+        if broadcasts:
+            patch.setattr(exchange, "goes_over_gloo", lambda group, tensor: False)
+        exchange.begin_exchange(held, dist.group.WORLD).wait()
+    came = all(bool((tensor == owner + 1).all()) for owner, tensors in enumerate(held) for tensor in tensors)
+    return came, most
+
+
+@pytest.mark.parametrize("broadcasts", [False, True], ids=["messages", "broadcasts"])
+def test_small_tensors_take_little_memory_on_their_way(broadcasts: bool, ranks: Ranks) -> None:
+    for came, most in ranks(2).run(exchange_small, broadcasts):
+        assert came and 0 < most <= 2 * 4096

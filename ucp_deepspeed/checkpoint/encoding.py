@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pydantic_core
 import torch
 from pydantic import BaseModel, ValidationError
@@ -171,7 +172,14 @@ def same_value(a: Any, b: Any) -> bool:
         return False
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(same_value(one, other) for one, other in zip(a, b, strict=True))
-    return bool(a == b)
+    if isinstance(a, (np.ndarray, np.generic)) and isinstance(b, (np.ndarray, np.generic)):
+        return a.dtype == b.dtype and a.shape == b.shape and same_value(a.tolist(), b.tolist())
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return False
+    try:
+        return bool(a == b)
+    except (TypeError, ValueError, RuntimeError):  # a value whose comparison isn't one answer
+        return a is b
 
 
 def _same_number(a: float, b: float) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import safetensors.torch
 from pydantic import (
@@ -127,6 +127,11 @@ def atom_key(name: str, state: str) -> str:
     return f"{name}/{state}"
 
 
+def are_scalars(values: Mapping[Any, Any]) -> bool:
+    """Whether these are names and numbers, as a parameter's ``scalars`` must be."""
+    return all(isinstance(key, str) and isinstance(value, int | float) for key, value in values.items())
+
+
 def is_unfinished(folder: Path) -> bool:
     """Whether a folder is one that a conversion was still writing."""
     return folder.name.startswith(".") and PARTIAL_MARK in folder.name
@@ -154,7 +159,7 @@ class UniversalCheckpoint(Checkpoint):
                 entry.kind,
                 (entry.shape,),
                 {state: self._extents[name, state].dtype for state in entry.states},
-                self._decoded(dict(entry.scalars), f"{name}.scalars", numbers=True),
+                self._decoded_scalars(dict(entry.scalars), f"{name}.scalars"),
             )
             for name, entry in index.parameters.items()
         }
@@ -185,15 +190,19 @@ class UniversalCheckpoint(Checkpoint):
         """See `Checkpoint.extra_states`."""
         return (self._decoded(self._index.extra_states, "extra_states", self._client_tensors),)
 
-    def _decoded(
-        self, encoded: Any, what: str, tensors: Mapping[str, Any] | None = None, numbers: bool = False
-    ) -> dict[str, Any]:
-        """An encoded mapping; its values must be numbers if ``numbers``."""
+    def _decoded(self, encoded: Any, what: str, tensors: Mapping[str, Any] | None = None) -> dict[Any, Any]:
+        """An encoded mapping, whose keys may be of any kind."""
         value = decode(encoded, tensors or {})
-        keyed = isinstance(value, dict) and all(isinstance(key, str) for key in value)
-        if not keyed or (numbers and not all(isinstance(item, int | float) for item in value.values())):
+        if not isinstance(value, dict):
             raise DamagedCheckpointError(f"{self.path / INDEX_NAME}: {what} is {str(encoded)[:80]}")
-        return cast(dict[str, Any], value)
+        return value
+
+    def _decoded_scalars(self, encoded: Any, what: str) -> dict[str, Any]:
+        """An encoded mapping of names to numbers."""
+        value = self._decoded(encoded, what)
+        if not are_scalars(value):
+            raise DamagedCheckpointError(f"{self.path / INDEX_NAME}: {what} is {str(encoded)[:80]}")
+        return value
 
     def _run_state(self, run: IndexRun) -> RunState:
         scale = None if run.loss_scale is None else self._decoded(run.loss_scale, "loss_scale")
@@ -229,7 +238,10 @@ class UniversalCheckpoint(Checkpoint):
                 raise DamagedCheckpointError(f"{path} has {path.stat().st_size} bytes; the index says {size}")
 
     def _read_extents(self) -> dict[tuple[str, str], FileExtent]:
-        headers = {file: _Header(self.path / file) for file in self._index.files if file != CLIENT_TENSORS_NAME}
+        used = {file for entry in self._index.parameters.values() for file in entry.states.values()}
+        headers = {
+            file: _Header(self.path / file) for file in self._index.files if file in used - {CLIENT_TENSORS_NAME}
+        }
         extents: dict[tuple[str, str], FileExtent] = {}
         for name, entry in self._index.parameters.items():
             for state, file in entry.states.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -54,7 +55,7 @@ def convert_command(
     with (join or alone)() as ranks:
         checkpoint = open_checkpoint(source, tag)
         folder = destination / _tag(source, checkpoint.path)
-        if folder.exists():
+        if os.path.lexists(folder):
             raise ConfigError(f"{folder} exists already; nothing was written")
         view = view_of(checkpoint, spec, vocabulary_size)
         count = _convert(view, folder, workers, drop_client_state, quiet or ranks.rank != 0, ranks)

@@ -172,7 +172,7 @@ def _print(report: Mapping[str, Any]) -> None:
         console.print(f"[bold]{label:<17}[/bold]{escape(value)}", soft_wrap=True)
     console.print(_table(report))
     for number, group in enumerate(report["groups"]):
-        settings = ", ".join(f"{key}={_plain(value)}" for key, value in group["hyperparameters"].items())
+        settings = _settings(group["hyperparameters"])
         console.print(escape(f"group {number}: {len(group['names'])} parameters, {settings}"), soft_wrap=True)
     if not report["layouts"]["known"]:
         console.print(escape(f"Local shapes only: {report['layouts']['reason']}"), soft_wrap=True)
@@ -209,7 +209,10 @@ def _topology_in_words(topology: Mapping[str, int]) -> str:
     return "TP{tp}·PP{pp}·DP{dp} ZeRO-{zero_stage}".format(**topology)
 
 
-def _settings(values: Mapping[str, Any]) -> str:
+def _settings(values: Any) -> str:
+    """Encoded values by name; what is no mapping, or one with keys of other kinds, as it is."""
+    if not isinstance(values, dict) or any(key.startswith("$") for key in values):
+        return _plain(values)
     return ", ".join(f"{key}={_plain(value)}" for key, value in values.items())
 
 

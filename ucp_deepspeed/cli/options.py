@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
+import resource
+import sys
+import traceback
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,9 @@ from ucp_deepspeed.cli import HELP
 from ucp_deepspeed.errors import UniversalCheckpointError
 from ucp_deepspeed.language import Spec, load_spec
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
 FAILED = 2
 """Exit status when a command couldn't do its work; 1 is an answer: `diff` found differences, `plan` an impossible topology."""
 
@@ -24,6 +32,8 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
+        _allow_many_files()
+        _print_what_can_be_printed()
         try:
             return super().invoke(ctx)
         except UniversalCheckpointError as error:
@@ -32,13 +42,44 @@ class Command(click.Command):
             if error.errno == errno.EPIPE:  # the reader of our output has gone: click ends quietly
                 raise
             message = str(error)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except Exception:  # a fault of this package, which must not look like an answer
+            message = f"this should not have happened:\n{traceback.format_exc().rstrip()}"
         click.echo(f"error: {message}", err=True)
         ctx.exit(FAILED)
 
 
+def _print_what_can_be_printed() -> None:
+    """Characters that the output's encoding lacks, as in names or tables, become question marks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def _allow_many_files() -> None:
+    """As many as the system lets this process open: what shells allow is few for checkpoints of many ranks."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # a system that has a lower limit of its own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 command = partial(click.command, cls=Command, context_settings=HELP)
 
-CHECKPOINT = click.Path(path_type=Path)
+
+class _Folder(click.Path):
+    """A path; the empty text, which an unset variable of a shell leaves, would be the folder that one stands in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("an empty path names no folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+CHECKPOINT = _Folder(path_type=Path)
 
 tag_option = click.option("--tag", help="Name of the tag folder; by default what the 'latest' file says.")
 

@@ -6,8 +6,9 @@ are left to their own collectives, which run beside the host anyway.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -17,21 +18,41 @@ from deepspeed.utils import groups
 PACKED_NUMBYTES = 1 << 17
 """Tensors below this size travel together: a message of its own costs more than copying them."""
 
+ROUND_NUMBYTES = 8 << 20
+"""Memory of a rank for those that travel together, before it waits for them and packs the next ones."""
+
 
 @dataclass
 class Exchange:
     """One under way. Until `wait` neither what is sent may change, nor what is received be used."""
 
     _works: list[Any] = field(default_factory=list)
-    _packed: list[tuple[torch.Tensor, Sequence[torch.Tensor]]] = field(default_factory=list)
+    _packed: list[_Pack] = field(default_factory=list)
 
     def wait(self) -> None:
         """Until every rank has what this one sent, and this one what the others sent."""
         for work in self._works:
             work.wait()
-        for buffer, tensors in self._packed:
-            _unpack(buffer, tensors)
-        self._works, self._packed = [], []
+        self._works = []
+        self._wait_for_packed()
+
+    def _wait_for_packed(self) -> None:
+        for pack in self._packed:
+            for work in pack.works:
+                work.wait()
+            if pack.received:
+                _unpack(pack.buffer, pack.tensors)
+        self._packed = []
+
+
+@dataclass(frozen=True)
+class _Pack:
+    """Small tensors of one rank in one message."""
+
+    tensors: Sequence[torch.Tensor]
+    buffer: torch.Tensor
+    works: Sequence[Any]
+    received: bool
 
 
 def replica_group(engine: Any, tensor: torch.Tensor) -> Any:
@@ -67,16 +88,32 @@ def begin_exchange(held: Sequence[Sequence[torch.Tensor]], group: Any) -> Exchan
     me = dist.get_rank(group)
     exchange = Exchange()
     for rank, tensors in enumerate(held):
-        large = [tensor for tensor in tensors if _numbytes(tensor) >= PACKED_NUMBYTES]
-        small = [tensor for tensor in tensors if 0 < _numbytes(tensor) < PACKED_NUMBYTES]
-        if small:
-            packed = _pack(small) if rank == me else _empty(small)
-            large.append(packed)
-            if rank != me:
-                exchange._packed.append((packed, small))
-        for tensor in large:
-            exchange._works += _give(tensor, rank, me, group)
+        for tensor in tensors:
+            if _numbytes(tensor) >= PACKED_NUMBYTES:
+                exchange._works += _give(tensor, rank, me, group)
+    for together in zip_longest(*(_cut(tensors, ROUND_NUMBYTES // len(held)) for tensors in held)):
+        exchange._wait_for_packed()
+        for rank, small in enumerate(together):
+            if small:
+                buffer = _pack(small) if rank == me else _empty(small)
+                exchange._packed.append(_Pack(small, buffer, _give(buffer, rank, me, group), rank != me))
     return exchange
+
+
+def _cut(tensors: Sequence[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:
+    """Those that travel together, by at most so many bytes, or one: the same on all ranks."""
+    taken: list[torch.Tensor] = []
+    numbytes = 0
+    for tensor in tensors:
+        if not 0 < _numbytes(tensor) < PACKED_NUMBYTES:
+            continue
+        if taken and numbytes + _numbytes(tensor) > most:
+            yield taken
+            taken, numbytes = [], 0
+        taken.append(tensor)
+        numbytes += _numbytes(tensor)
+    if taken:
+        yield taken
 
 
 def _give(tensor: torch.Tensor, owner: int, me: int, group: Any) -> list[Any]:

@@ -25,7 +25,7 @@ logger = logging.getLogger("ucp_deepspeed")
 def committed_folder(final: Path) -> Iterator[Path]:
     """A new folder to write in, which is renamed to ``final`` when the block ends and removed when it fails.
 
-    Everything in it is flushed to disk before the rename. A terminated process (SIGTERM, Ctrl-C) removes it; one that was
+    Everything in it is flushed to disk before the rename. A terminated process (SIGTERM, SIGHUP, Ctrl-C) removes it; one that was
     killed outright leaves a folder that readers refuse and that the next call for the same ``final`` removes.
 
     Raises:
@@ -193,7 +193,10 @@ def _alive(pid: int) -> bool:
 
 @contextmanager
 def terminated_as_exception() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit inside the block, so that cleaning up runs; only possible in the main thread."""
+    """Turn SIGTERM, and SIGHUP of a terminal that is gone, into SystemExit inside the block, so that cleaning up runs.
+
+    Only possible in the main thread. What is ignored, as SIGHUP is under nohup, stays ignored.
+    """
 
     def terminate(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)
@@ -201,20 +204,25 @@ def terminated_as_exception() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, terminate)
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, terminate) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Cleaning up, which ends soon: a further SIGTERM, as launchers send when one rank has failed, or Ctrl-C is overheard."""
+    """Cleaning up, which ends soon: Ctrl-C or a further SIGTERM, as launchers send when one rank has failed, is overheard."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         yield
     finally:

@@ -213,8 +213,13 @@ def _run(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
         yield from _mapping("loss_scale", "loss_scale", *({key: side[key] for key in common} for side in (one, other)))
 
 
-def _mapping(name: str, what: What, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Difference]:
-    for key in sorted(a.keys() | b.keys()):
+def _mapping(name: str, what: What, a: Any, b: Any) -> Iterator[Difference]:
+    """Differences of two mappings, with keys of any kind, or of what a run keeps instead of one."""
+    if not isinstance(a, Mapping) or not isinstance(b, Mapping):
+        if not same_value(a, b):
+            yield Difference(name, what, f"{a!r} in A, {b!r} in B")
+        return
+    for key in sorted(a.keys() | b.keys(), key=lambda key: (type(key).__name__, str(key))):
         if key not in a or key not in b:
             yield Difference(
                 name, what, f"{key} = {a[key] if key in a else b[key]!r} only in {'A' if key in a else 'B'}"

@@ -15,10 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 
-from ucp_deepspeed.checkpoint.universal import CLIENT_TENSORS_NAME, INDEX_NAME, Index
+from ucp_deepspeed.checkpoint.universal import CLIENT_TENSORS_NAME, INDEX_NAME, Index, UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError
 from ucp_deepspeed.transfer.atom_files import FILE_NUMBYTES, AtomFile, lay_out, share_of
@@ -60,7 +61,7 @@ def convert(
             Or the ranks don't see the same checkpoint and destination; nothing is left behind.
         UnsupportedError: the client state, a scheduler or a hyper-parameter holds something that has no universal form;
             nothing is written.
-        DamagedCheckpointError: a source file is missing or truncated; nothing is left behind.
+        DamagedCheckpointError: a source file is missing or truncated, or was changed meanwhile; nothing is left behind.
         MismatchError: the files don't hold each element of each parameter exactly once; nothing is left behind.
         OSError: the disk is full, or can't be written; nothing is left behind.
         OtherRankError: another rank has failed; nothing is left behind.
@@ -100,7 +101,7 @@ def convert(
 
 def _check_free(destination: Path) -> None:
     """Before anything is read; `committed_folder` is what makes sure."""
-    if destination.exists():
+    if os.path.lexists(destination):  # a link that leads nowhere, too
         raise ConfigError(f"{destination} exists already; nothing was written")
     if blocking := next((parent for parent in destination.parents if parent.exists() and not parent.is_dir()), None):
         raise ConfigError(f"{blocking} is a file; nothing was written")
@@ -143,13 +144,22 @@ def _sum_of(counts: Sequence[dict[str, Any]]) -> TransferCount:
     return total
 
 
+def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file; what the system says of it comes as an error of the system's."""
+    try:
+        safetensors.torch.save_file(tensors, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} can't be written: {error}") from error
+
+
 def _write_rest(view: UniversalView, folder: Path, index: Index, tensors: dict[str, torch.Tensor]) -> None:
-    """Everything but the atoms, the index last."""
+    """Everything but the atoms, the index last. What can't be opened again must not be committed."""
     if tensors:
-        safetensors.torch.save_file(tensors, folder / CLIENT_TENSORS_NAME)
-    sizes = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
-    index = index.model_copy(update={"files": sizes})
+        _write_tensors(tensors, folder / CLIENT_TENSORS_NAME)
     random_state = view.checkpoint.path / FIRST_RANDOM_STATE_NAME
     if random_state.is_file():
         shutil.copyfile(random_state, folder / FIRST_RANDOM_STATE_NAME)
+    sizes = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
+    index = index.model_copy(update={"files": sizes})
     (folder / INDEX_NAME).write_text(index.model_dump_json(indent=1), encoding="utf-8")
+    UniversalCheckpoint(folder)

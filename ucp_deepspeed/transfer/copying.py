@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import threading
 import weakref
 from collections import deque
@@ -11,12 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent
@@ -36,8 +37,11 @@ MEMORY_NUMBYTES = 256 << 20
 PART_NUMBYTES = 32 << 20
 """Most bytes of memory for one block at a time: enough that a block's start costs nothing, and few enough to stay in caches."""
 
-MOST_OPEN = 128
-"""Files that a reader keeps open, each with two descriptors: a checkpoint may have more files than a process may open."""
+FEWEST_OPEN, MOST_OPEN = 8, 4096
+"""Files that a reader keeps open: as many as `_most_open` says, between these."""
+
+PENDING = 4
+"""Pieces of work that wait or are under way for each thread: enough that none is idle, and few enough to cost no memory."""
 
 _PLANNING = threading.Lock()
 """Held while a plan asks the catalog: that may open files, and torch's allow-list of classes belongs to the whole process."""
@@ -70,6 +74,8 @@ class FileReader:
     def __init__(self, *, mapped: bool = True) -> None:
         self._mapped = mapped
         self._files: dict[str, _File] = {}
+        self._first_seen: dict[str, _Version] = {}
+        self._most_open = _most_open()
         self._lock = threading.Lock()
 
     def read_into(self, view: StridedView[FileExtent], target: torch.Tensor) -> None:
@@ -102,7 +108,7 @@ class FileReader:
         with self._lock:
             file = self._files.pop(extent.path, None) or self._opened(extent.path)
             self._files[extent.path] = file  # in the order of their last use
-            while len(self._files) > MOST_OPEN:
+            while len(self._files) > self._most_open:
                 del self._files[next(iter(self._files))]
         stop = extent.file_offset + extent.numel * itemsize
         if stop > file.numbytes:
@@ -113,7 +119,30 @@ class FileReader:
     def _opened(self, path: str) -> _File:
         if not Path(path).is_file():
             raise DamagedCheckpointError(f"{path} is missing")
-        return _File(path, self._mapped)
+        try:
+            file = _File(path, self._mapped)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._files:
+                raise
+            self._files.clear()  # others of this process have opened many since; what a thread uses stays open
+            file = _File(path, self._mapped)
+        if file.version != self._first_seen.setdefault(path, file.version):
+            raise _changed(path)
+        return file
+
+    def check_unchanged(self) -> None:
+        """Whether all files that were read are still those that were opened first.
+
+        Raises:
+            DamagedCheckpointError: one was written, replaced or removed meanwhile, as by a run that saves the same tag again.
+        """
+        for path, version in self._first_seen.items():
+            try:
+                now = _version_of(os.stat(path))  # noqa: PTH116
+            except FileNotFoundError:
+                raise _changed(path) from None
+            if now != version:
+                raise _changed(path)
 
     def close(self) -> None:
         """Close the files; a map goes with the last tensor that uses it."""
@@ -122,19 +151,46 @@ class FileReader:
         self._files.clear()
 
 
+_Version = tuple[int, int, int]
+"""Of a file: its inode, its size, and when it was written last."""
+
+
+def _version_of(status: os.stat_result) -> _Version:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _changed(path: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"{path} was changed while it was read; try again when nobody writes the checkpoint")
+
+
+def _most_open() -> int:
+    """Files that a reader may keep open: a third of what the process may open yet: there may be a second reader."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed == resource.RLIM_INFINITY:
+        return MOST_OPEN
+    return min(max((allowed - len(os.listdir("/dev/fd"))) // 3, FEWEST_OPEN), MOST_OPEN)  # noqa: PTH208
+
+
 class _File:
-    """An open file, mapped if that is wanted and possible. Closed at the latest when nobody uses it any more."""
+    """An open file, with one descriptor; mapped when blocks are asked for, if that is wanted and possible.
+
+    Closed at the latest when nobody uses it any more.
+    """
 
     def __init__(self, path: str, mapped: bool) -> None:
-        self.path = path
+        self.path, self._mapped = path, mapped
         self._descriptor = os.open(path, os.O_RDONLY)
         self.close = weakref.finalize(self, os.close, self._descriptor)
-        self.numbytes = os.fstat(self._descriptor).st_size
-        self._map: torch.Tensor | None = None
-        if mapped and self.numbytes:  # nothing can't be mapped
-            with suppress(OSError):
-                # Copy-on-write: torch wants writable memory, and the file must never change.
-                self._map = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
+        self.version = _version_of(os.fstat(self._descriptor))
+        self.numbytes = self.version[1]
+
+    @cached_property
+    def _map(self) -> torch.Tensor | None:
+        if self._mapped and self.numbytes:  # nothing can't be mapped
+            with suppress(OSError, RuntimeError):
+                # Copy-on-write: torch wants writable memory, and the file must never change. It keeps no descriptor.
+                return torch.from_file(self.path, shared=False, size=self.numbytes, dtype=torch.uint8)
+        return None
 
     def range(self, start: int, stop: int) -> torch.Tensor:
         """Bytes of the file: a view of the map, or read into new memory."""
@@ -171,7 +227,9 @@ def run_copies(
     count, pool = TransferCount(), pool or CopyPool()
     for copy in copies:
         flat = buffer(copy.target.buffer)
-        for part in copy.parts(pool.span(copy)):
+        plain = _is_plain(copy, _block(flat, copy.target, copy.shape))  # then no memory is needed
+        widest = PART_NUMBYTES // ITEMSIZE[copy.sources[0].buffer.dtype] if plain else pool.span(copy)
+        for part in copy.parts(widest):
             pool.run(partial(_run, part, reader, flat))
         count.copies += 1
         for view in copy.sources:
@@ -220,12 +278,12 @@ class CopyPool:
         return max(min(self._memory_numbytes // self._threads, PART_NUMBYTES) // sum(widths), 1)
 
     def run(self, work: Callable[[], None]) -> None:
-        """Do it now, or soon on another thread."""
+        """Do it now, or soon on another thread; waits while there is enough to do."""
         if self._pool is None:
             work()
             return
         self._pending.append(self._pool.submit(work))
-        while self._pending and self._pending[0].done():
+        while self._pending and (self._pending[0].done() or len(self._pending) > self._threads * PENDING):
             self._pending.popleft().result()
 
     def wait(self) -> None:

@@ -22,6 +22,7 @@ from ucp_deepspeed.checkpoint.universal import (
     IndexRun,
     IndexSource,
     UniversalCheckpoint,
+    are_scalars,
 )
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import MAX_LISTED, ConfigError, UnsupportedError
@@ -62,7 +63,7 @@ def describe(
                 shape=view.logical_shape(name),
                 pattern=view.patterns[name],
                 states={state: homes[name, state] for state in parameter.states},
-                scalars=_encoded(dict(parameter.scalars), name),
+                scalars=_encoded_scalars(parameter.scalars, name),
             )
             for name, parameter in view.parameters.items()
         },
@@ -100,8 +101,8 @@ def _run(checkpoint: Checkpoint) -> IndexRun:
         global_steps=run.global_steps,
         global_samples=run.global_samples,
         skipped_steps=run.skipped_steps,
-        lr_scheduler=_encoded(run.lr_scheduler, "lr_scheduler"),
-        loss_scale=_encoded(asdict(run.loss_scale) if run.loss_scale else None, "loss_scale"),
+        lr_scheduler=None if run.lr_scheduler is None else _encoded_mapping(run.lr_scheduler, "lr_scheduler"),
+        loss_scale=None if run.loss_scale is None else _encoded_mapping(asdict(run.loss_scale), "loss_scale"),
         ds_version=run.ds_version,
     )
 
@@ -120,6 +121,19 @@ def _encoded(value: Any, place: str) -> Any:
         raise UnsupportedError(f"{', '.join(tensors)}: a tensor here has no universal form; use a number")
     check_encoded(encoded, place)
     return encoded
+
+
+def _encoded_mapping(value: Any, place: str) -> Any:
+    """A state dict: readers take nothing else in its place."""
+    if not isinstance(value, Mapping):
+        raise UnsupportedError(f"{place} is a {type(value).__qualname__}, which has no universal form; use a mapping")
+    return _encoded(value, place)
+
+
+def _encoded_scalars(value: Mapping[Any, Any], name: str) -> Any:
+    if not are_scalars(value):
+        raise UnsupportedError(f"{name} has scalars that are no numbers by name, which have no universal form: {value}")
+    return _encoded(dict(value), name)
 
 
 class _Places(dict[str, torch.Tensor]):

@@ -56,7 +56,7 @@ def write_share(
         check: called now and then; what it raises ends the work.
 
     Raises:
-        DamagedCheckpointError: a source file is missing or truncated.
+        DamagedCheckpointError: a source file is missing or truncated, or was changed meanwhile.
         MismatchError: the source doesn't hold each element exactly once.
         OSError: the disk is full, or can't be written.
     """
@@ -67,6 +67,7 @@ def write_share(
         with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
             try:
                 _wait([pool.submit(task.work) for _ in range(max(workers, 1))], check)
+                task.check_unchanged()
             except BaseException:
                 task.stop.set()
                 raise
@@ -106,6 +107,10 @@ class _Task:
             if self._written(chunk, done):
                 output.flush()
                 output.close()
+
+    def check_unchanged(self) -> None:
+        """See `FileReader.check_unchanged`."""
+        self._reader.check_unchanged()
 
     def close(self) -> None:
         """When no worker works any more."""

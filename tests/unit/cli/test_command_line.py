@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,11 @@ import click
 import pytest
 from click.testing import Result
 
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import COMMANDS, load_command
+from ucp_deepspeed.errors import ConfigError
+from ucp_deepspeed.transfer.convert import convert
 
 Ucp = Callable[..., Result]
 
@@ -144,3 +149,66 @@ def test_an_index_that_cant_be_read_is_one_line(content: str, tmp_path: Path, uc
     result = ucp("inspect", tmp_path / "u")
     [line] = result.stderr.splitlines()
     assert result.exit_code == 2 and line.startswith(f"error: {tmp_path / 'u' / 'ucp_index.json'} is not an index: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [(KeyboardInterrupt(), 130, "interrupted"), (TypeError("a fault"), 2, "TypeError: a fault")],
+)
+def test_no_accident_looks_like_an_answer(
+    error: BaseException, status: int, message: str, saved: Path, ucp: Ucp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    load_command("diff")
+    monkeypatch.setattr("ucp_deepspeed.cli.diff.compare", fail)
+    result = ucp("diff", saved, saved)
+    assert result.exit_code == status and message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("encoding", "command"), [("ascii", ["inspect"]), ("latin-1", ["diff", "--limit", "2", "--tag-b", "step2"])]
+)
+def test_an_output_that_lacks_characters(encoding: str, command: list[str], saved: Path) -> None:
+    paths = [saved] * (2 if command[0] == "diff" else 1)
+    run = subprocess.run(
+        [sys.executable, "-m", "ucp_deepspeed.cli", *command, *paths],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert run.returncode == (1 if command[0] == "diff" else 0) and "Traceback" not in run.stderr
+    assert "?" in run.stdout
+
+
+def test_an_empty_path_is_refused(saved: Path, tmp_path: Path, ucp: Ucp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for paths in ([saved, ""], ["", "u"]):
+        result = ucp("convert", *paths)
+        assert result.exit_code == 2 and "an empty path names no folder" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_that_leads_nowhere_is_in_the_way(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
+    (tmp_path / "u").mkdir()
+    (tmp_path / "u" / "step3").symlink_to("nowhere")
+    result = ucp("convert", saved, tmp_path / "u")
+    [line] = result.stderr.splitlines()
+    assert (result.exit_code, line) == (2, f"error: {tmp_path / 'u' / 'step3'} exists already; nothing was written")
+    with pytest.raises(ConfigError, match="exists already"):
+        convert(UniversalView.of(open_checkpoint(saved)), tmp_path / "u" / "step3")
+
+
+def test_as_many_files_as_the_system_allows(saved: Path) -> None:
+    code = """
+import resource, sys
+from ucp_deepspeed.cli import main
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+main(sys.argv[1:], standalone_mode=False)
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+assert soft == hard > 100
+"""
+    run = subprocess.run([sys.executable, "-c", code, "inspect", saved], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr

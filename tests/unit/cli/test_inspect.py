@@ -6,7 +6,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
 from click.testing import Result
+
+from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 Ucp = Callable[..., Result]
 
@@ -115,3 +120,17 @@ def test_a_spec_that_does_not_fit_is_an_error(sharded: Path, spec_file: Path, uc
     spec_file.write_text("family: mine\nrules:\n  - {match: block.*, pattern: shard, dim: 1}\n")
     result = ucp("inspect", sharded, "--spec", spec_file)
     assert result.exit_code == 2 and "block.same: dimension 1" in result.stderr
+
+
+@pytest.mark.parametrize("schedule", [[{"last_epoch": 1}], "text", {0: {"last_epoch": 1}, "a": np.arange(3)}])
+def test_any_scheduler_is_shown_or_refused_and_compared(schedule: object, tmp_path: Path, ucp: Ucp) -> None:
+    parameter = NativeParameter("weight", torch.ones(4), {"exp_avg": torch.ones(4)})
+    for name, kept in (("a", schedule), ("b", {"a": 1})):
+        write_native(
+            tmp_path / name, NativeModel((parameter,)), NativeRun(stage=1), client_state={"lr_scheduler": kept}
+        )
+    shown = ucp("inspect", tmp_path / "a")
+    assert shown.exit_code == 0 or (isinstance(schedule, dict) and "numpy.ndarray" in shown.stderr)
+    assert ucp("diff", tmp_path / "a", tmp_path / "a").exit_code == 0
+    differing = ucp("diff", tmp_path / "a", tmp_path / "b")
+    assert differing.exit_code == 1 and "lr_scheduler" in differing.stdout

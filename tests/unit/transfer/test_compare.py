@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -227,6 +228,10 @@ def test_memory_is_bounded(native: Native, view_of: View, monkeypatch: pytest.Mo
         (torch.tensor([1.0, math.nan]), torch.tensor([1.0, math.nan]), True),
         (torch.tensor(1.0), torch.tensor(1), False),
         (torch.tensor(1.0), 1.0, False),
+        (np.arange(3), np.arange(3), True),
+        (np.arange(3), np.arange(3.0), False),
+        (np.array([math.nan, 0.0]), np.array([math.nan, 0.0]), True),
+        (np.arange(3), [0, 1, 2], False),
         (torch.empty(2, device="meta"), torch.empty(2, device="meta"), False),
     ],
 )

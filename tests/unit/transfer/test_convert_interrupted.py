@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
+import safetensors.torch
+import torch
 from click.testing import CliRunner
 
 from ucp_deepspeed.checkpoint import open_checkpoint
@@ -21,7 +25,8 @@ from ucp_deepspeed.checkpoint.universal import PARTIAL_MARK
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import main
 from ucp_deepspeed.errors import ConfigError, DamagedCheckpointError
-from ucp_deepspeed.transfer.commit import committed_folder, write_atomically
+from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
+from ucp_deepspeed.transfer.commit import committed_folder, terminated_as_exception, write_atomically
 from ucp_deepspeed.transfer.convert import convert
 
 SLOWLY = """
@@ -51,7 +56,7 @@ def _stop_midway(source: Path, destination: Path, number: signal.Signals) -> tup
         process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_conversion_leaves_nothing(
     number: signal.Signals, engine_checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -123,6 +128,33 @@ def test_a_full_disk_leaves_nothing(
     assert len(list(Path("/proc/self/fd").iterdir())) == open_before
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_is_ignored(number: signal.Signals) -> None:
+    """SIGHUP is under nohup; SIGTERM is taken in any case. Afterwards both are as they were."""
+    previous = signal.signal(number, signal.SIG_IGN)
+    try:
+        with terminated_as_exception():
+            ignored = signal.getsignal(number) == signal.SIG_IGN
+        assert ignored == (number == signal.SIGHUP) and signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, previous)
+
+
+def test_a_disk_that_is_full_when_the_client_state_comes(
+    engine_checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: object, path: Path) -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    parameter = NativeParameter("weight", torch.ones(4), {"exp_avg": torch.ones(4)})
+    state = {"tensor": torch.ones(2)}
+    folder = write_native(tmp_path / "n", NativeModel((parameter,)), NativeRun(stage=1), client_state=state)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match=r"client_state\.safetensors can't be written: .*No space left"):
+        convert(UniversalView.of(open_checkpoint(folder)), tmp_path / "u")
+    assert [path.name for path in tmp_path.iterdir()] == ["n"]
+
+
 def test_the_systems_file_size_limit(engine_checkpoints: dict[str, Path], tmp_path: Path) -> None:
     command = [
         sys.executable,
@@ -160,3 +192,33 @@ def test_a_source_that_shrinks_leaves_nothing(engine_copy: Callable[[str, str], 
     with pytest.raises(DamagedCheckpointError, match=f"{path.name} is truncated"):
         convert(view, tmp_path / "u")
     assert not (tmp_path / "u").exists() and not list(tmp_path.glob(".u*"))
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "removed"])
+@pytest.mark.parametrize("most_open", [1, 100], ids=["opened again", "open all the time"])
+def test_a_source_that_is_saved_again_meanwhile_leaves_nothing(
+    how: str, most_open: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = tuple(NativeParameter(name, torch.ones(4000), {"exp_avg": torch.ones(4000)}) for name in "abc")
+    folder = write_native(tmp_path / "n", NativeModel(parameters), NativeRun(stage=1, dp=2))
+    paths = sorted(folder.glob("*_optim_states.pt"))
+    for path in paths:
+        os.utime(path, (0, 0))
+
+    def save_again(written: int, total: int) -> None:
+        if written > total // 2:
+            for path in paths:
+                new = path.with_suffix(".new")
+                if how == "replaced":
+                    shutil.copyfile(path, new)
+                    new.replace(path)
+                elif how == "removed":
+                    path.unlink(missing_ok=True)
+                else:
+                    path.write_bytes(path.read_bytes())
+
+    monkeypatch.setattr("ucp_deepspeed.transfer.copying._most_open", lambda: most_open)
+    view = UniversalView.of(open_checkpoint(folder))
+    with pytest.raises(DamagedCheckpointError, match=r"was changed while it was read|is missing"):
+        convert(view, tmp_path / "u", workers=1, chunk_numbytes=4096, progress=save_again)
+    assert [path.name for path in tmp_path.iterdir()] == ["n"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable
@@ -14,8 +15,9 @@ import torch
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.errors import ConfigError, UnsupportedError
+from ucp_deepspeed.errors import ConfigError, DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
+from ucp_deepspeed.transfer.compare import compare
 from ucp_deepspeed.transfer.convert import convert
 
 VALUES: dict[str, Any] = {
@@ -76,6 +78,52 @@ def test_keys_of_any_kind(tmp_path: Path) -> None:
     assert found[7] == "seven" and found[1, 2] == "pair" and found["best"] == 1
     kept = _converted(tmp_path / "n", tmp_path / "v", drop_client_state=["7"])
     assert 7 not in kept and kept["best"] == 1
+
+
+def _with_hyperparameter(folder: Path, key: Any, value: Any) -> Path:
+    for path in folder.glob("*_optim_states.pt"):
+        saved = torch.load(path, weights_only=False)
+        for group in saved["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]:
+            group[key] = value
+        torch.save(saved, path)
+    return folder
+
+
+@pytest.mark.parametrize("schedule", [{0: {"last_epoch": 1}, 1: {"last_epoch": 2}}, {"$x": 1}, {"a": {2: 1}, None: 2}])
+def test_keys_of_any_kind_in_schedulers_and_groups(schedule: Any, tmp_path: Path) -> None:
+    folder = _with_hyperparameter(_saved(tmp_path / "n", {"lr_scheduler": schedule}), 0, (1, 2.5))
+    convert(UniversalView.of(open_checkpoint(folder)), tmp_path / "u")
+    found = open_checkpoint(tmp_path / "u")
+    assert _typed(found.run.lr_scheduler) == _typed(schedule) and found.run.lr_scheduler == schedule
+    assert found.groups[0].hyperparameters[0] == (1, 2.5)
+    assert compare(UniversalView.of(open_checkpoint(folder)), UniversalView.of(found)) == []
+
+
+@pytest.mark.parametrize("schedule", [[{"last_epoch": 1}], "text", 7])
+def test_a_scheduler_that_is_no_mapping_is_refused_before_anything_is_written(schedule: Any, tmp_path: Path) -> None:
+    view = UniversalView.of(open_checkpoint(_saved(tmp_path / "n", {"lr_scheduler": schedule})))
+    with pytest.raises(UnsupportedError, match=f"^lr_scheduler is a {type(schedule).__name__}"):
+        convert(view, tmp_path / "u")
+    assert [path.name for path in tmp_path.iterdir()] == ["n"]
+
+
+def test_what_cant_be_opened_again_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    view = UniversalView.of(open_checkpoint(_saved(tmp_path / "n", {})))
+    monkeypatch.setattr("ucp_deepspeed.transfer.describing._encoded_scalars", lambda value, name: {"step": "text"})
+    with pytest.raises(DamagedCheckpointError, match=r"weight\.scalars is"):
+        convert(view, tmp_path / "u")
+    assert [path.name for path in tmp_path.iterdir()] == ["n"]
+
+
+def test_every_file_but_the_index_is_listed(tmp_path: Path) -> None:
+    """Also the seed of random streams."""
+    folder = _saved(tmp_path / "n", {"tensor": torch.ones(2)})
+    (folder / "ucp_random_state_rank_00000.json").write_text("{}")
+    convert(UniversalView.of(open_checkpoint(folder)), tmp_path / "u")
+    listed = json.loads((tmp_path / "u" / "ucp_index.json").read_text())["files"]
+    found = {path.name: path.stat().st_size for path in (tmp_path / "u").iterdir() if path.name != "ucp_index.json"}
+    assert listed == found and len(found) == 3
+    open_checkpoint(tmp_path / "u").client_state()
 
 
 def test_what_no_index_could_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:

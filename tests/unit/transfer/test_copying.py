@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
+import threading
 from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +19,6 @@ from ucp_deepspeed.checkpoint.checkpoint import FileExtent
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.plan import BlockCopy, StridedView
 from ucp_deepspeed.transfer import CopyPool, FileReader, run_copies
-from ucp_deepspeed.transfer.copying import MOST_OPEN
 
 
 @pytest.mark.parametrize("shift", range(5))
@@ -41,25 +45,88 @@ def test_a_file_that_ends_before_the_extent_does(tmp_path: Path) -> None:
         FileReader().block(view, (1,))
 
 
+def _reader_with_room_for(files: int, mapped: bool) -> FileReader:
+    """A reader made where a process may open that many more files."""
+    used, limits = len(list(Path("/proc/self/fd").iterdir())) - 1, resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + files, limits[1]))
+    try:
+        return FileReader(mapped=mapped)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 @pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "by position"])
 def test_more_files_than_a_process_may_open(mapped: bool, tmp_path: Path) -> None:
     """Blocks of files that are closed by now stay readable, and so do the files themselves."""
     descriptors = lambda: len(list(Path("/proc/self/fd").iterdir()))  # noqa: E731
     views = []
-    for number in range(2 * MOST_OPEN):
+    for number in range(60):
         (tmp_path / str(number)).write_bytes(np.float32(number).tobytes())
         views.append(StridedView(FileExtent(str(tmp_path / str(number)), 0, "F32", 1), 0, (1,)))
     before = descriptors()
-    with closing(FileReader(mapped=mapped)) as reader:
+    with closing(_reader_with_room_for(60, mapped)) as reader:
         first = reader.block(views[0], (1,))
         for number, view in enumerate([*views, *views]):
             target = torch.empty(1)
             reader.read_into(view, target)
             assert float(reader.block(view, (1,))) == float(target) == number % len(views)
-            assert descriptors() <= before + 2 * MOST_OPEN + 2
+            assert descriptors() <= before + 20 + 1
         assert float(first) == 0
         del first
     assert descriptors() == before
+
+
+def test_a_process_that_can_open_no_more_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were used before are closed then."""
+    plain, left = os.open, iter([True, True, False, True])
+
+    def scarce(path: Any, *arguments: Any) -> int:
+        if not next(left):
+            raise OSError(errno.EMFILE, "Too many open files", path)
+        return plain(path, *arguments)
+
+    with closing(FileReader()) as reader:
+        monkeypatch.setattr(os, "open", scarce)
+        for name in ("a", "b", "c"):
+            (tmp_path / name).write_bytes(bytes(4))
+            reader.read_into(StridedView(FileExtent(str(tmp_path / name), 0, "F32", 1), 0, (1,)), torch.empty(1))
+        assert not list(left) and len(reader._files) == 1
+        monkeypatch.undo()
+
+
+def test_a_plain_copy_takes_no_memory_and_few_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little memory there is for blocks that are converted."""
+    (tmp_path / "f").write_bytes(np.arange(1000, dtype=np.float32).tobytes())
+    view = StridedView(FileExtent(str(tmp_path / "f"), 0, "F32", 1000), 0, (1,))
+    calls: list[int] = []
+    plain = FileReader.read_into
+    monkeypatch.setattr(
+        FileReader, "read_into", lambda self, view, target: (calls.append(1), plain(self, view, target))[1]
+    )
+    target = torch.zeros(1000)
+    run_copies([BlockCopy((1000,), StridedView("a", 0, (1,)), (view,))], FileReader(), lambda _: target, CopyPool(1, 1))
+    assert len(calls) == 1 and torch.equal(target, torch.arange(1000.0))
+
+
+def test_little_work_waits_for_threads() -> None:
+    gate, begun = threading.Event(), threading.Event()
+    submitted: list[int] = []
+
+    def submit(pool: CopyPool) -> None:
+        for number in range(100):
+            pool.run(lambda: (begun.set(), gate.wait(10))[0])
+            submitted.append(number)
+
+    with closing(CopyPool(2)) as pool:
+        feeder = threading.Thread(target=submit, args=(pool,))
+        feeder.start()
+        begun.wait(10)
+        feeder.join(0.2)
+        assert len(submitted) <= 4 * 2
+        gate.set()
+        feeder.join(10)
+        pool.wait()
+    assert len(submitted) == 100
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -115,9 +182,9 @@ def test_an_error_on_a_thread_is_raised(tmp_path: Path) -> None:
 
 def test_a_file_system_without_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **settings: object) -> None:
-        raise OSError(19, "No such device")
+        raise RuntimeError("unable to mmap 400 bytes from file: No such device (19)")
 
-    monkeypatch.setattr(np, "memmap", refuse)
+    monkeypatch.setattr(torch, "from_file", refuse)
     whole = torch.arange(100.0)
     (tmp_path / "f").write_bytes(whole.numpy().tobytes())
     copy = BlockCopy(
