@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from checkpoints import STEP, Source
 
-from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint import open_checkpoint, opening
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.errors import (
@@ -27,7 +29,7 @@ from ucp_deepspeed.errors import (
     UniversalCheckpointError,
 )
 from ucp_deepspeed.language import load_spec
-from ucp_deepspeed.testing.ranks import RankError, RankPool, fp16_on_cpu
+from ucp_deepspeed.testing.ranks import RankError, RankPool, fp16_on_cpu, get_pool
 from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
 from ucp_deepspeed.transfer.commit import write_atomically
 from ucp_deepspeed.transfer.convert import convert
@@ -100,6 +102,54 @@ def test_no_such_tag(copy: Path, ranks: Ranks) -> None:
     check_refused(
         ranks, TARGET, copy, CheckpointNotFoundError, "no tag 'step7'", f"tags there: global_step{STEP}", tag="step7"
     )
+
+
+MLP = Run("mlp", zero={"stage": 1})
+
+
+def load_each(run: Run, folders: list[str], tags: list[str | None]) -> tuple[str, str | None, int]:
+    """On a rank: load this rank's tag of this rank's folder, while each sees another tag in ``latest``.
+
+    Returns the error, the tag that was loaded, and the step that the engine is at.
+    """
+    engine, rank = build_engine(run), dist.get_rank()
+    error, loaded = "", None
+    try:
+        with mock.patch.object(opening, "_read_latest", lambda _: f"global_step{rank + 1}"):
+            loaded, _ = engine.load_checkpoint(folders[rank], tag=tags[rank])
+    except UniversalCheckpointError as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    return error, loaded and Path(loaded).parent.name, engine.global_steps
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tags of two steps; ``latest`` is the second."""
+    folder = tmp_path_factory.mktemp("two")
+    for step in (1, 2):
+        get_pool(2).run(train, MLP, step, save=str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("load", ["auto", "always"])
+def test_all_ranks_load_what_the_first_one_finds(load: str, two_steps: Path, ranks: Ranks) -> None:
+    """A run that still goes on may move ``latest`` while ranks of the next read it."""
+    run = replace(MLP, universal={"enabled": True, "load": load})
+    found = ranks(2).run(load_each, run, [str(two_steps)] * 2, [None, None])
+    assert found == [("", "global_step1", 1)] * 2
+
+
+def test_ranks_that_name_different_tags(two_steps: Path, ranks: Ranks) -> None:
+    for error, _, step in ranks(2).run(load_each, MLP, [str(two_steps)] * 2, ["global_step1", "global_step2"]):
+        assert "ConfigError: ranks load different tags" in error and step == 0
+        assert "global_step1 on rank 0, global_step2 on rank 1" in error
+
+
+def test_ranks_whose_folders_hold_different_steps(two_steps: Path, ranks: Ranks, tmp_path: Path) -> None:
+    copytree(two_steps / "global_step2", tmp_path / "global_step1")
+    for error, _, step in ranks(2).run(load_each, MLP, [str(two_steps), str(tmp_path)], [None, None]):
+        assert "MismatchError: ranks opened different checkpoints: step 1 in " in error and step == 0
+        assert f"step 2 in {tmp_path / 'global_step1'} on rank 1" in error
 
 
 def test_missing_rank_file(copy: Path, ranks: Ranks) -> None:

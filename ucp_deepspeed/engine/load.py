@@ -52,7 +52,7 @@ from ucp_deepspeed.engine.training_state import (
     restore_run,
     usable,
 )
-from ucp_deepspeed.errors import CheckpointNotFoundError, ConfigError
+from ucp_deepspeed.errors import CheckpointNotFoundError, ConfigError, MismatchError
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -126,16 +126,18 @@ def load_checkpoint(
     started = time.monotonic()
     folder, prepared, universal, random_state = None, None, False, None
     goes_on = config.random_state == "restore" and config.load != "never" and not load_module_only
+    tag = _one_tag(Path(load_dir), None if tag is None else str(tag), config.load)
     with agreement():
-        folder = _find(Path(load_dir), None if tag is None else str(tag), config.load)
+        folder = _find(Path(load_dir), tag, config.load)
         if folder is not None and only_evaluates(engine) and not (folder / INDEX_NAME).is_file():
             logger.info("the engine has no optimizer: the load is left to DeepSpeed")
         elif folder is not None:
             prepared = open_checkpoint(folder), engine_optimizer(engine)
             universal = _takes_universal_path(config, engine, *prepared, options)
             random_state = read_random_state(folder, prepared[0].run.global_steps) if goes_on else None
-    if not _any_rank(universal):  # a pipeline's stages may have changed on some ranks only
-        if tag is None and folder == Path(load_dir):
+    _check_one_step(None if prepared is None else prepared[0])
+    if not any(_gathered(universal)):  # a pipeline's stages may have changed on some ranks only
+        if folder is not None and folder == Path(load_dir):
             load_dir, tag = str(folder.parent), folder.name
         loaded = native(load_dir, tag=tag, **asdict(options))
     else:
@@ -149,11 +151,46 @@ def load_checkpoint(
     return loaded
 
 
-def _any_rank(value: bool) -> bool:
-    """Whether it is true on some rank. Collective over all ranks."""
+def _gathered(value: Any) -> list[Any]:
+    """The values of all ranks. Collective over these."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
-    return any(gathered)
+    return gathered
+
+
+def _one_tag(load_dir: Path, tag: str | None, load: str) -> str | None:
+    """The tag that all ranks load: with none named the first rank's, since ``latest`` may move while ranks read it. Collective.
+
+    Raises:
+        ConfigError: ranks name different tags.
+    """
+    named = _gathered(tag)
+    if len(set(named)) > 1:
+        raise ConfigError(f"ranks load different tags from {load_dir}: {_by_rank(named)}; name the same on all, or none")
+    if tag is not None:
+        return tag
+    with agreement():
+        folder = _find(load_dir, None, load)
+    found = _gathered(None if folder is None else str(folder.relative_to(load_dir)))
+    return next((name for name in found if name is not None), None)
+
+
+def _check_one_step(checkpoint: Checkpoint | None) -> None:
+    """Whether ranks that opened a checkpoint see the same one, each where it looks: folders may be a machine's own. Collective.
+
+    Raises:
+        MismatchError: they don't.
+    """
+    opened = _gathered(None if checkpoint is None else (checkpoint.run.global_steps, str(checkpoint.path)))
+    if len({found[0] for found in opened if found is not None}) > 1:
+        seen = [found and f"step {found[0]} in {found[1]}" for found in opened]
+        raise MismatchError(f"ranks opened different checkpoints: {_by_rank(seen)}")
+
+
+def _by_rank(values: Sequence[Any]) -> str:
+    """Each of the different values, with the first rank that has it."""
+    first = {value: rank for rank, value in reversed(list(enumerate(values)))}
+    return ", ".join(f"{value} on rank {rank}" for value, rank in sorted(first.items(), key=lambda item: item[1]))
 
 
 def _find(load_dir: Path, tag: str | None, load: str) -> Path | None:
