@@ -166,7 +166,9 @@ def _one_tag(load_dir: Path, tag: str | None, load: str) -> str | None:
     """
     named = _gathered(tag)
     if len(set(named)) > 1:
-        raise ConfigError(f"ranks load different tags from {load_dir}: {_by_rank(named)}; name the same on all, or none")
+        raise ConfigError(
+            f"ranks load different tags from {load_dir}: {_by_rank(named)}; name the same on all, or none"
+        )
     if tag is not None:
         return tag
     with agreement():
