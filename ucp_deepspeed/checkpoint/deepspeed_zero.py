@@ -257,7 +257,8 @@ def _of_one_save(form: ZeroForm, open_group: OpenGroup) -> OpenGroup:
         found, (expected, first) = _step_of(form, saved, path, index), first_step()
         if found is not None and expected is not None and found != expected:
             raise DamagedCheckpointError(
-                f"{path} is at step {found:g} of flat group {index}, and {first} at step {expected:g}: these are files of two saves"
+                f"{path} is at step {found:g} of flat group {index}, and {first} at step {expected:g}: "
+                "these are files of two saves"
             )
         return saved, path, index
 

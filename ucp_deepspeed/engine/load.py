@@ -46,6 +46,7 @@ from ucp_deepspeed.engine.planning import plan_filling
 from ucp_deepspeed.engine.random_state import read_random_state, restore_random_state
 from ucp_deepspeed.engine.training_state import (
     Settings,
+    check_scheduler,
     plan_hyperparameters,
     plan_scheduler,
     restore_data_schedules,
@@ -219,6 +220,8 @@ def _takes_universal_path(
 ) -> bool:
     if not isinstance(checkpoint, DeepSpeedCheckpoint) or config.load == "always" or config.has_policies:
         return True
+    if not options.optimizer_states:
+        return True  # DeepSpeed leaves the weights of ZeRO-3, or without ZeRO their masters, as they were
     if options.custom_load_fn is not None and not isinstance(engine, PipelineEngine):
         return True  # under ZeRO, DeepSpeed overwrites with the saved masters what the function has changed
     return not _same_topology(checkpoint, engine, optimizer)
@@ -325,6 +328,7 @@ def _load_universal(
         if options.load_lr_scheduler_states and engine.lr_scheduler is not None:
             keep = config.hyperparameters == "keep"
             schedule = plan_scheduler(checkpoint, names, optimizer, engine.lr_scheduler.state_dict(), keep)
+            check_scheduler(engine.lr_scheduler, schedule, (engine, engine.module, engine.optimizer), optimizer)
         filling = plan_filling(
             checkpoint, model, optimizer, names, matching, policies, settings, config.shared_read_bytes
         )
