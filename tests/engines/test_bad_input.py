@@ -18,6 +18,7 @@ from checkpoints import STEP, Source
 
 from ucp_deepspeed.checkpoint import open_checkpoint, opening
 from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.engine.filling import Filling
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.errors import (
     CheckpointNotFoundError,
@@ -156,6 +157,48 @@ def test_missing_rank_file(copy: Path, ranks: Ranks) -> None:
     name = "bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt"
     (copy / f"global_step{STEP}" / name).unlink()
     check_refused(ranks, TARGET, copy, DamagedCheckpointError, name, "TP2·DP2 ZeRO-1", "lacks 1 of 6 files")
+
+
+def load_of_files_that_go(run: Run, load: str, late: bool) -> tuple[str, bool]:
+    """On a rank: load, while on the last rank a file goes that it reads, either when all is planned or when all is agreed.
+
+    Returns the error, and whether the engine is as it was.
+    """
+    engine = build_engine(run)
+    train_step(engine, run, 1)
+    before = fingerprint(engine)
+    last, (check, fill) = dist.get_rank() == dist.get_world_size() - 1, (Filling.check_files, Filling.run)
+
+    def going(real: Any) -> Any:
+        def run_without(filling: Filling, *arguments: Any) -> Any:
+            if last:
+                copies = [copy for slot in filling.slots for plan in slot.buffers.values() for copy in plan.copies]
+                Path(copies[-1].sources[0].buffer.path).rename(Path(load) / "gone")
+            dist.barrier()
+            return real(filling, *arguments)
+
+        return run_without
+
+    with mock.patch.object(Filling, *(("run", going(fill)) if late else ("check_files", going(check)))):
+        try:
+            engine.load_checkpoint(load)
+        except DamagedCheckpointError as error:
+            return str(error), fingerprint(engine) == before
+    raise AssertionError("the load went through")
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_file_that_goes_while_ranks_load(
+    stage: int, late: bool, two_steps: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """On one rank; the others used to wait for what it would have read."""
+    copytree(two_steps, tmp_path / "copy")
+    universal = {"enabled": True, "load": "always", "shared_read_bytes": 0}
+    run = replace(MLP, zero={"stage": stage}, universal=universal)
+    for error, untouched in ranks(2).run(load_of_files_that_go, run, str(tmp_path / "copy"), late, timeout=60.0):
+        assert "optim_states.pt" in error and untouched != late
+        assert ("is missing; the engine is filled in part" if late else "can't be read: No such file") in error
 
 
 @pytest.mark.parametrize("manifest", [True, False])

@@ -117,7 +117,7 @@ def load_checkpoint(
 
     Raises:
         UniversalCheckpointError: one of its subclasses, on every rank, before anything of the engine has changed; SaveError if an
-            asynchronous save, for which this waits, failed.
+            asynchronous save, for which this waits, failed. Later only where a file that was whole can't be read any more.
     """
     wait_for_save()
     config: UniversalCheckpointConfig = engine.universal_checkpoint_config
@@ -334,6 +334,7 @@ def _load_universal(
         )
         extra_states = plan_extra_states(checkpoint, engine.module, model, policies)
         path, state = checkpoint.client_state(model.rank if same_ranks else 0)
+        filling.check_files()
     read = filling.run(optimizer, config.read_memory_bytes)
     for module, value in extra_states:
         module.set_extra_state(value)
