@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -205,7 +206,7 @@ class _Filler:
 
 def _check_file(path: str, stop: int) -> None:
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             numbytes = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise DamagedCheckpointError(f"{path} can't be read: {error.strerror}") from error

@@ -220,7 +220,7 @@ def _takes_universal_path(
 ) -> bool:
     if not isinstance(checkpoint, DeepSpeedCheckpoint) or config.load == "always" or config.has_policies:
         return True
-    if not options.optimizer_states:
+    if not options.optimizer_states and not (options.load_module_only and checkpoint.topology.zero_stage == 0):
         return True  # DeepSpeed leaves the weights of ZeRO-3, or without ZeRO their masters, as they were
     if options.custom_load_fn is not None and not isinstance(engine, PipelineEngine):
         return True  # under ZeRO, DeepSpeed overwrites with the saved masters what the function has changed
