@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from shutil import copytree
+from shutil import copyfile, copytree
 from typing import Any
 from unittest import mock
 
@@ -157,6 +157,16 @@ def test_missing_rank_file(copy: Path, ranks: Ranks) -> None:
     name = "bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt"
     (copy / f"global_step{STEP}" / name).unlink()
     check_refused(ranks, TARGET, copy, DamagedCheckpointError, name, "TP2·DP2 ZeRO-1", "lacks 1 of 6 files")
+
+
+@pytest.mark.parametrize("load", ["auto", "always"])
+def test_files_of_two_saves(load: str, two_steps: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """On the same topology each rank of DeepSpeed's would go on from its own file's step."""
+    copytree(two_steps, tmp_path / "copy")
+    name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    copyfile(two_steps / "global_step1" / name, tmp_path / "copy" / "global_step2" / name)
+    run = replace(MLP, universal={"enabled": True, "load": load})
+    check_refused(ranks, run, tmp_path / "copy", DamagedCheckpointError, name, "is at step 1", "files of two saves")
 
 
 def load_of_files_that_go(run: Run, load: str, late: bool) -> tuple[str, bool]:

@@ -262,13 +262,17 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
     form = _numels_of if checkpoint.topology.zero_stage == 0 else _flattening_of
     order = [[(slot.names, form(slot), slot.overlapping) for slot in slots] for slots in (saved, live)]
     shapes = checkpoint.local_shapes(rank)
-    return (
+    same = (
         order[0] == order[1]
         and all(
             shapes.get(name, local_shape(param)) == local_shape(param) for param, name in names.of_parameters.items()
         )
         and _same_states(saved, live, hyperparameters(checkpoint.files, rank), optimizer)
     )
+    if same and checkpoint.topology.zero_stage > 0:
+        for found, mine in zip(saved, live, strict=True):
+            found.tensor(mine.partition, MASTER)  # raises if this rank's file is of another save than the first one's
+    return same
 
 
 def _flattening_of(slot: Slot | EngineSlot) -> Any:
