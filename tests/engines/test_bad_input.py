@@ -7,15 +7,18 @@ import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from shutil import copytree
+from shutil import copyfile, copytree
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from checkpoints import STEP, Source
 
-from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint import open_checkpoint, opening
 from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.engine.filling import Filling
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.errors import (
     CheckpointNotFoundError,
@@ -27,7 +30,7 @@ from ucp_deepspeed.errors import (
     UniversalCheckpointError,
 )
 from ucp_deepspeed.language import load_spec
-from ucp_deepspeed.testing.ranks import RankError, RankPool, fp16_on_cpu
+from ucp_deepspeed.testing.ranks import RankError, RankPool, fp16_on_cpu, get_pool
 from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
 from ucp_deepspeed.transfer.commit import write_atomically
 from ucp_deepspeed.transfer.convert import convert
@@ -102,10 +105,110 @@ def test_no_such_tag(copy: Path, ranks: Ranks) -> None:
     )
 
 
+MLP = Run("mlp", zero={"stage": 1})
+
+
+def load_each(run: Run, folders: list[str], tags: list[str | None]) -> tuple[str, str | None, int]:
+    """On a rank: load this rank's tag of this rank's folder, while each sees another tag in ``latest``.
+
+    Returns the error, the tag that was loaded, and the step that the engine is at.
+    """
+    engine, rank = build_engine(run), dist.get_rank()
+    error, loaded = "", None
+    try:
+        with mock.patch.object(opening, "_read_latest", lambda _: f"global_step{rank + 1}"):
+            loaded, _ = engine.load_checkpoint(folders[rank], tag=tags[rank])
+    except UniversalCheckpointError as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    return error, loaded and Path(loaded).parent.name, engine.global_steps
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tags of two steps; ``latest`` is the second."""
+    folder = tmp_path_factory.mktemp("two")
+    for step in (1, 2):
+        get_pool(2).run(train, MLP, step, save=str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("load", ["auto", "always"])
+def test_all_ranks_load_what_the_first_one_finds(load: str, two_steps: Path, ranks: Ranks) -> None:
+    """A run that still goes on may move ``latest`` while ranks of the next read it."""
+    run = replace(MLP, universal={"enabled": True, "load": load})
+    found = ranks(2).run(load_each, run, [str(two_steps)] * 2, [None, None])
+    assert found == [("", "global_step1", 1)] * 2
+
+
+def test_ranks_that_name_different_tags(two_steps: Path, ranks: Ranks) -> None:
+    for error, _, step in ranks(2).run(load_each, MLP, [str(two_steps)] * 2, ["global_step1", "global_step2"]):
+        assert "ConfigError: ranks load different tags" in error and step == 0
+        assert "global_step1 on rank 0, global_step2 on rank 1" in error
+
+
+def test_ranks_whose_folders_hold_different_steps(two_steps: Path, ranks: Ranks, tmp_path: Path) -> None:
+    copytree(two_steps / "global_step2", tmp_path / "global_step1")
+    for error, _, step in ranks(2).run(load_each, MLP, [str(two_steps), str(tmp_path)], [None, None]):
+        assert "MismatchError: ranks opened different checkpoints: step 1 in " in error and step == 0
+        assert f"step 2 in {tmp_path / 'global_step1'} on rank 1" in error
+
+
 def test_missing_rank_file(copy: Path, ranks: Ranks) -> None:
     name = "bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt"
     (copy / f"global_step{STEP}" / name).unlink()
     check_refused(ranks, TARGET, copy, DamagedCheckpointError, name, "TP2·DP2 ZeRO-1", "lacks 1 of 6 files")
+
+
+@pytest.mark.parametrize("load", ["auto", "always"])
+def test_files_of_two_saves(load: str, two_steps: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """On the same topology each rank of DeepSpeed's would go on from its own file's step."""
+    copytree(two_steps, tmp_path / "copy")
+    name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    copyfile(two_steps / "global_step1" / name, tmp_path / "copy" / "global_step2" / name)
+    run = replace(MLP, universal={"enabled": True, "load": load})
+    check_refused(ranks, run, tmp_path / "copy", DamagedCheckpointError, name, "is at step 1", "files of two saves")
+
+
+def load_of_files_that_go(run: Run, load: str, late: bool) -> tuple[str, bool]:
+    """On a rank: load, while on the last rank a file goes that it reads, either when all is planned or when all is agreed.
+
+    Returns the error, and whether the engine is as it was.
+    """
+    engine = build_engine(run)
+    train_step(engine, run, 1)
+    before = fingerprint(engine)
+    last, (check, fill) = dist.get_rank() == dist.get_world_size() - 1, (Filling.check_files, Filling.run)
+
+    def going(real: Any) -> Any:
+        def run_without(filling: Filling, *arguments: Any) -> Any:
+            if last:
+                copies = [copy for slot in filling.slots for plan in slot.buffers.values() for copy in plan.copies]
+                Path(copies[-1].sources[0].buffer.path).rename(Path(load) / "gone")
+            dist.barrier()
+            return real(filling, *arguments)
+
+        return run_without
+
+    with mock.patch.object(Filling, *(("run", going(fill)) if late else ("check_files", going(check)))):
+        try:
+            engine.load_checkpoint(load)
+        except DamagedCheckpointError as error:
+            return str(error), fingerprint(engine) == before
+    raise AssertionError("the load went through")
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_file_that_goes_while_ranks_load(
+    stage: int, late: bool, two_steps: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """On one rank; the others used to wait for what it would have read."""
+    copytree(two_steps, tmp_path / "copy")
+    universal = {"enabled": True, "load": "always", "shared_read_bytes": 0}
+    run = replace(MLP, zero={"stage": stage}, universal=universal)
+    for error, untouched in ranks(2).run(load_of_files_that_go, run, str(tmp_path / "copy"), late, timeout=60.0):
+        assert "optim_states.pt" in error and untouched != late
+        assert ("is missing; the engine is filled in part" if late else "can't be read: No such file") in error
 
 
 @pytest.mark.parametrize("manifest", [True, False])

@@ -18,6 +18,7 @@ from checkpoints import LAST_STEP, STEP, differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.errors import MismatchError, UnsupportedError
 from ucp_deepspeed.testing.models import build_mlp
 from ucp_deepspeed.testing.ranks import RankError, RankPool, reset_parallel_state
@@ -111,7 +112,7 @@ def test_result_is_that_of_deepspeed(name: str, stage: int, ranks: Ranks, tmp_pa
     ranks(2).run(train, run, STEP, save=str(tmp_path), client_state=client_state)
     load = {"load": str(tmp_path), "options": OPTIONS[name]}
     last = STEP if name != "module-only" else 0
-    native = ranks(2).run(train, run, last, **load)
+    native = ranks(2).run(train, replace(run, universal={"enabled": True, "load": "never"}), last, **load)
     always = replace(run, universal={"enabled": True, "load": "always"})
     universal = ranks(2).run(train, always, last, **load)
     assert native[0].report is None and universal[0].report is not None
@@ -123,6 +124,64 @@ def test_result_is_that_of_deepspeed(name: str, stage: int, ranks: Ranks, tmp_pa
             theirs.counters,
         )
         assert {key: ours.client_state[key] for key in client_state} == client_state
+
+
+def weights_after_load(
+    run: Run, folder: str, options: dict[str, bool]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """On a rank: an engine's weights after a load, and after one step that changes nothing."""
+    engine = build_engine(run)
+    params = list(engine.module.parameters())
+
+    def weights() -> list[torch.Tensor]:
+        with deepspeed.zero.GatheredParameters(params):
+            return [param.detach().clone() for param in params]
+
+    engine.load_checkpoint(folder, **options)
+    loaded, engine.lr_scheduler = weights(), None
+    for group in engine_optimizer(engine).base.param_groups:
+        group["lr"] = 0.0
+    train_step(engine, run, 1)
+    return loaded, weights()
+
+
+@pytest.mark.parametrize(("stage", "name"), [(3, "module-only"), (0, "no-optimizer")])
+def test_weights_alone_are_loaded_on_the_same_topology(stage: int, name: str, ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed loads no weight of ZeRO-3, and without ZeRO no master, so that the next step undoes the load."""
+    run = Run("mlp", zero={"stage": stage}, precision="bf16")
+    ranks(2).run(train, run, STEP, save=str(tmp_path))
+    whole, _ = ranks(2).run(weights_after_load, run, str(tmp_path), {})[0]
+    for loaded, stepped in ranks(2).run(weights_after_load, replace(run, seed=5), str(tmp_path), OPTIONS[name]):
+        assert all(map(torch.equal, loaded, whole)) and all(map(torch.equal, stepped, whole))
+
+
+def save_with_scheduler(run: Run, folder: str) -> None:
+    """On a rank: save a step with one of torch's schedulers."""
+    engine = build_engine(run)
+    engine.lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(engine_optimizer(engine).base, 10)
+    train_step(engine, run, 1)
+    engine.save_checkpoint(folder)
+
+
+def load_with_another_scheduler(run: Run, folder: str) -> tuple[str, bool]:
+    """On a rank: what is told of the load, and whether the engine is as it was; then a load without the schedule."""
+    engine = build_engine(run)
+    before = [slot.master.clone() for slot in engine_optimizer(engine).slots()], engine.lr_scheduler.state_dict()
+    with pytest.raises(MismatchError) as caught:
+        engine.load_checkpoint(folder)
+    after = [slot.master for slot in engine_optimizer(engine).slots()], engine.lr_scheduler.state_dict()
+    untouched = all(map(torch.equal, before[0], after[0])) and before[1] == after[1] and engine.global_steps == 0
+    engine.load_checkpoint(folder, load_lr_scheduler_states=False)
+    return str(caught.value), untouched and engine.global_steps == 1
+
+
+def test_a_scheduler_of_another_class(ranks: Ranks, tmp_path: Path) -> None:
+    """Its ``KeyError`` came when all else had been loaded."""
+    run = Run("mlp", universal={"enabled": True, "load": "always"})
+    ranks(2).run(save_with_scheduler, run, str(tmp_path))
+    for message, untouched in ranks(2).run(load_with_another_scheduler, run, str(tmp_path)):
+        assert "WarmupLR keeps ['last_batch_iteration'], and can't take over the saved scheduler's ['T_max'" in message
+        assert "load_lr_scheduler_states=False" in message and untouched
 
 
 def test_plain_objects_in_the_client_state(ranks: Ranks, tmp_path: Path) -> None:

@@ -171,7 +171,17 @@ class DeepSpeedFiles:
         saved = self.open(path)
         if lacking := [key for key in REQUIRED_KEYS if key not in saved]:
             raise DamagedCheckpointError(f"{path} lacks {', '.join(map(repr, lacking))}")
+        if (rank, partition) != (0, 0):
+            self._check_step(saved, path)
         return saved
+
+    def _check_step(self, saved: dict[str, Any], path: Path) -> None:
+        """Whether a model_states file is of the same step as the first one: not if a second save was interrupted."""
+        found, expected = saved["global_steps"], self.model_states(0)["global_steps"]
+        if found != expected:
+            raise DamagedCheckpointError(
+                f"{path} is of step {found}, and {self.model_states_path(0, 0)} of step {expected}: these are files of two saves"
+            )
 
     def sliced_states(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
         """As `model_states`, with the file's path."""

@@ -18,7 +18,7 @@ from ucp_deepspeed.checkpoint.autoep import Part
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
 from ucp_deepspeed.checkpoint.deferred import Deferred
 from ucp_deepspeed.checkpoint.slots import Located, Slot, SplitStates, numels_of, shapes_of, split_states
-from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
+from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, scalar_of
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup, Shape, SlicedGroup
 
@@ -219,7 +219,7 @@ def _zero_slot(form: ZeroForm, group: int, share: Share, open_group: OpenGroup, 
         tuple(part.shape for part in share.parts) or shapes,
         "trainable",
         flattening,
-        _locator(form, open_group),
+        _locator(form, _of_one_save(form, open_group)),
         found.states,
         found.scalars,
         found.refused,
@@ -244,6 +244,38 @@ def _held_states(
     return replace(found, states={MASTER: TORCH_DTYPES[master.dtype], **found.states, **whole})
 
 
+def _of_one_save(form: ZeroForm, open_group: OpenGroup) -> OpenGroup:
+    """The same, for partitions whose optimizer has taken as many steps as the first one's.
+
+    Raises:
+        DamagedCheckpointError: when one is opened that hasn't: a second save under the tag was interrupted, or files were mixed.
+    """
+
+    @cache
+    def opened(partition: int) -> tuple[dict[str, Any], Path, int]:
+        saved, path, index = open_group(partition)
+        found, (expected, first) = _step_of(form, saved, path, index), first_step()
+        if found is not None and expected is not None and found != expected:
+            raise DamagedCheckpointError(
+                f"{path} is at step {found:g} of flat group {index}, and {first} at step {expected:g}: "
+                "these are files of two saves"
+            )
+        return saved, path, index
+
+    @cache
+    def first_step() -> tuple[float | None, Path]:
+        saved, path, index = open_group(0)
+        return _step_of(form, saved, path, index), path
+
+    return opened
+
+
+def _step_of(form: ZeroForm, saved: Mapping[str, Any], path: Path, index: int) -> float | None:
+    """How many steps the optimizer has taken with a flat group, if it says."""
+    step = form.state_entry(saved, index).get("step")
+    return None if step is None else scalar_of(step, path)
+
+
 def _like_first(form: ZeroForm, first: Slot, share: Share, open_group: OpenGroup) -> Slot:
     """The slot of ranks that hold other experts, as many and cut in the same way: their files stay closed until they are needed.
 
@@ -264,7 +296,7 @@ def _like_first(form: ZeroForm, first: Slot, share: Share, open_group: OpenGroup
     return replace(
         first,
         names=share.names,
-        tensor=_locator(form, opened),
+        tensor=_locator(form, _of_one_save(form, opened)),
         states=Deferred(lambda: found().states),
         scalars=Deferred(lambda: found().scalars),
         refused=Deferred(lambda: found().refused),

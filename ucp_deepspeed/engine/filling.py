@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import FileExtent
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
+from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.engine.exchange import Exchange, begin_exchange
+from ucp_deepspeed.engine.model import agreement
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
+from ucp_deepspeed.errors import DamagedCheckpointError, UniversalCheckpointError
 from ucp_deepspeed.plan import BlockCopy, Fragment, Sharing
 from ucp_deepspeed.transfer import CopyPool, FileReader, TransferCount, run_copies
 from ucp_deepspeed.transfer.matching import Policies
@@ -90,11 +94,30 @@ class Filling:
     bytes_needed: int
     rounding: torch.dtype | None
 
+    def check_files(self) -> None:
+        """Open each file that this rank is to read once, so that what can't be read is told before anything has changed.
+
+        Raises:
+            DamagedCheckpointError: a file is missing, can't be opened, or ends before what is wanted of it does.
+        """
+        buffers = [buffer for slot in self.slots for buffer in slot.buffers.values()]
+        stops: dict[str, int] = {}
+        for buffer in (*buffers, *(weight.buffer for weight in self.weights)):
+            for view in (view for copy in buffer.copies for view in copy.sources):
+                extent = view.buffer
+                stop = extent.file_offset + extent.numel * ITEMSIZE[extent.dtype]
+                stops[extent.path] = max(stop, stops.get(extent.path, 0))
+        for path, stop in stops.items():
+            _check_file(path, stop)
+
     def run(self, optimizer: EngineOptimizer, memory_numbytes: int) -> TransferCount:
         """Fill the engine. Collective.
 
         Args:
             memory_numbytes: most bytes of memory for blocks on their way from a file into a buffer.
+
+        Raises:
+            UniversalCheckpointError: a rank couldn't read a file; on every rank, none of which then waits for the others.
         """
         with torch.no_grad(), closing(_Filler(memory_numbytes)) as filler:
             optimizer.begin()
@@ -105,6 +128,8 @@ class Filling:
             filler.wait()
             optimizer.refresh_weights()
             optimizer.end()
+        with agreement():
+            filler.check()
         return filler.count
 
     def _states(self, optimizer: EngineOptimizer) -> Iterator[tuple[torch.Tensor, BufferPlan]]:
@@ -126,6 +151,7 @@ class _Filler:
         self._reader = FileReader()
         self._pool = CopyPool(_threads(), memory_numbytes)
         self._exchanges: list[Exchange] = []
+        self._error: Exception | None = None
 
     def fill(self, buffers: Sequence[tuple[torch.Tensor, BufferPlan]], rounding: torch.dtype | None = None) -> None:
         """Fill this rank's part of each, and begin to exchange the parts with replicas. Collective."""
@@ -135,12 +161,27 @@ class _Filler:
             flat = whole.view(-1)
             for low, high in _gaps(plan.held, start, stop):
                 flat[low:high].zero_()
-            self.count.add(run_copies(plan.copies, self._reader, lambda _, flat=flat: flat, self._pool))  # type: ignore[misc]
+            self._read(plan.copies, flat)
             if rounding is not None:
                 flat[start:stop] = flat[start:stop].to(rounding)
             if whole is not buffer:
                 buffer.copy_(whole)
         self._exchange(buffers)
+
+    def _read(self, copies: Copies, flat: torch.Tensor) -> None:
+        """Read into one buffer. After a first error nothing more is read, but other ranks still get what they wait for."""
+        if self._error is None:
+            try:
+                self.count.add(run_copies(copies, self._reader, lambda _: flat, self._pool))
+            except Exception as error:
+                self._error = error
+
+    def check(self) -> None:
+        """Raise what went wrong on this rank, if anything did."""
+        if self._error is not None:
+            error = self._error
+            kind = type(error) if isinstance(error, UniversalCheckpointError) else UniversalCheckpointError
+            raise kind(f"{error}; the engine is filled in part and can't be used without another load") from error
 
     def _exchange(self, buffers: Sequence[tuple[torch.Tensor, BufferPlan]]) -> None:
         by_group: dict[Any, list[tuple[torch.Tensor, Sharing]]] = {}
@@ -161,6 +202,16 @@ class _Filler:
         """End the threads, and close the files."""
         self._pool.close()
         self._reader.close()
+
+
+def _check_file(path: str, stop: int) -> None:
+    try:
+        with Path(path).open("rb") as file:
+            numbytes = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path} can't be read: {error.strerror}") from error
+    if numbytes < stop:
+        raise DamagedCheckpointError(f"{path} is truncated: expected {stop} bytes, found {numbytes}")
 
 
 def _gaps(held: Sequence[Fragment[None]], start: int, stop: int) -> Iterator[tuple[int, int]]:

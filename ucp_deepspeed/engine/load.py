@@ -46,13 +46,14 @@ from ucp_deepspeed.engine.planning import plan_filling
 from ucp_deepspeed.engine.random_state import read_random_state, restore_random_state
 from ucp_deepspeed.engine.training_state import (
     Settings,
+    check_scheduler,
     plan_hyperparameters,
     plan_scheduler,
     restore_data_schedules,
     restore_run,
     usable,
 )
-from ucp_deepspeed.errors import CheckpointNotFoundError, ConfigError
+from ucp_deepspeed.errors import CheckpointNotFoundError, ConfigError, MismatchError
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -116,7 +117,7 @@ def load_checkpoint(
 
     Raises:
         UniversalCheckpointError: one of its subclasses, on every rank, before anything of the engine has changed; SaveError if an
-            asynchronous save, for which this waits, failed.
+            asynchronous save, for which this waits, failed. Later only where a file that was whole can't be read any more.
     """
     wait_for_save()
     config: UniversalCheckpointConfig = engine.universal_checkpoint_config
@@ -126,16 +127,18 @@ def load_checkpoint(
     started = time.monotonic()
     folder, prepared, universal, random_state = None, None, False, None
     goes_on = config.random_state == "restore" and config.load != "never" and not load_module_only
+    tag = _one_tag(Path(load_dir), None if tag is None else str(tag), config.load)
     with agreement():
-        folder = _find(Path(load_dir), None if tag is None else str(tag), config.load)
+        folder = _find(Path(load_dir), tag, config.load)
         if folder is not None and only_evaluates(engine) and not (folder / INDEX_NAME).is_file():
             logger.info("the engine has no optimizer: the load is left to DeepSpeed")
         elif folder is not None:
             prepared = open_checkpoint(folder), engine_optimizer(engine)
             universal = _takes_universal_path(config, engine, *prepared, options)
             random_state = read_random_state(folder, prepared[0].run.global_steps) if goes_on else None
-    if not _any_rank(universal):  # a pipeline's stages may have changed on some ranks only
-        if tag is None and folder == Path(load_dir):
+    _check_one_step(None if prepared is None else prepared[0])
+    if not any(_gathered(universal)):  # a pipeline's stages may have changed on some ranks only
+        if folder is not None and folder == Path(load_dir):
             load_dir, tag = str(folder.parent), folder.name
         loaded = native(load_dir, tag=tag, **asdict(options))
     else:
@@ -149,11 +152,48 @@ def load_checkpoint(
     return loaded
 
 
-def _any_rank(value: bool) -> bool:
-    """Whether it is true on some rank. Collective over all ranks."""
+def _gathered(value: Any) -> list[Any]:
+    """The values of all ranks. Collective over these."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
-    return any(gathered)
+    return gathered
+
+
+def _one_tag(load_dir: Path, tag: str | None, load: str) -> str | None:
+    """The tag that all ranks load: with none named the first rank's, since ``latest`` may move while ranks read it. Collective.
+
+    Raises:
+        ConfigError: ranks name different tags.
+    """
+    named = _gathered(tag)
+    if len(set(named)) > 1:
+        raise ConfigError(
+            f"ranks load different tags from {load_dir}: {_by_rank(named)}; name the same on all, or none"
+        )
+    if tag is not None:
+        return tag
+    with agreement():
+        folder = _find(load_dir, None, load)
+    found = _gathered(None if folder is None else str(folder.relative_to(load_dir)))
+    return next((name for name in found if name is not None), None)
+
+
+def _check_one_step(checkpoint: Checkpoint | None) -> None:
+    """Whether ranks that opened a checkpoint see the same one, each where it looks: folders may be a machine's own. Collective.
+
+    Raises:
+        MismatchError: they don't.
+    """
+    opened = _gathered(None if checkpoint is None else (checkpoint.run.global_steps, str(checkpoint.path)))
+    if len({found[0] for found in opened if found is not None}) > 1:
+        seen = [found and f"step {found[0]} in {found[1]}" for found in opened]
+        raise MismatchError(f"ranks opened different checkpoints: {_by_rank(seen)}")
+
+
+def _by_rank(values: Sequence[Any]) -> str:
+    """Each of the different values, with the first rank that has it."""
+    first = {value: rank for rank, value in reversed(list(enumerate(values)))}
+    return ", ".join(f"{value} on rank {rank}" for value, rank in sorted(first.items(), key=lambda item: item[1]))
 
 
 def _find(load_dir: Path, tag: str | None, load: str) -> Path | None:
@@ -180,6 +220,8 @@ def _takes_universal_path(
 ) -> bool:
     if not isinstance(checkpoint, DeepSpeedCheckpoint) or config.load == "always" or config.has_policies:
         return True
+    if not options.optimizer_states and not (options.load_module_only and checkpoint.topology.zero_stage == 0):
+        return True  # DeepSpeed leaves the weights of ZeRO-3, or without ZeRO their masters, as they were
     if options.custom_load_fn is not None and not isinstance(engine, PipelineEngine):
         return True  # under ZeRO, DeepSpeed overwrites with the saved masters what the function has changed
     return not _same_topology(checkpoint, engine, optimizer)
@@ -220,13 +262,17 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
     form = _numels_of if checkpoint.topology.zero_stage == 0 else _flattening_of
     order = [[(slot.names, form(slot), slot.overlapping) for slot in slots] for slots in (saved, live)]
     shapes = checkpoint.local_shapes(rank)
-    return (
+    same = (
         order[0] == order[1]
         and all(
             shapes.get(name, local_shape(param)) == local_shape(param) for param, name in names.of_parameters.items()
         )
         and _same_states(saved, live, hyperparameters(checkpoint.files, rank), optimizer)
     )
+    if same and checkpoint.topology.zero_stage > 0:
+        for found, mine in zip(saved, live, strict=True):
+            found.tensor(mine.partition, MASTER)  # raises if this rank's file is of another save than the first one's
+    return same
 
 
 def _flattening_of(slot: Slot | EngineSlot) -> Any:
@@ -286,11 +332,13 @@ def _load_universal(
         if options.load_lr_scheduler_states and engine.lr_scheduler is not None:
             keep = config.hyperparameters == "keep"
             schedule = plan_scheduler(checkpoint, names, optimizer, engine.lr_scheduler.state_dict(), keep)
+            check_scheduler(engine.lr_scheduler, schedule, (engine, engine.module, engine.optimizer), optimizer)
         filling = plan_filling(
             checkpoint, model, optimizer, names, matching, policies, settings, config.shared_read_bytes
         )
         extra_states = plan_extra_states(checkpoint, engine.module, model, policies)
         path, state = checkpoint.client_state(model.rank if same_ranks else 0)
+        filling.check_files()
     read = filling.run(optimizer, config.read_memory_bytes)
     for module, value in extra_states:
         module.set_extra_state(value)

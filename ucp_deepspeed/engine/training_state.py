@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,6 +89,36 @@ def plan_scheduler(
             heading = f"{checkpoint.path} and the engine group parameters differently; the scheduler's state"
             raise MismatchError(heading, problems)
     return _from_configured(state, live) if state is not None and keep else state
+
+
+def check_scheduler(
+    scheduler: Any, state: Mapping[str, Any] | None, parts: Sequence[Any], optimizer: EngineOptimizer
+) -> None:
+    """Try on a copy whether a scheduler can take over a state that has other keys than its own.
+
+    Args:
+        parts: objects of the engine that a scheduler may know, and that aren't copied with it.
+
+    Raises:
+        MismatchError: it can't: another class of schedulers has saved it.
+    """
+    live = scheduler.state_dict()
+    if state is None or state.keys() == live.keys():
+        return
+    groups = SimpleNamespace(param_groups=[dict(group) for group in optimizer.base.param_groups])
+    try:
+        trial = deepcopy(scheduler, {id(part): groups for part in (*parts, optimizer.base)})
+    except Exception:  # a class of the user's own that can't be copied
+        return
+    try:
+        trial.load_state_dict(dict(state))
+    except AttributeError:
+        return  # of what stands in for the optimizer, perhaps
+    except Exception as error:
+        raise MismatchError(
+            f"{type(scheduler).__name__} keeps {sorted(live)}, and can't take over the saved scheduler's {sorted(state)} "
+            f"({type(error).__name__}: {error}); load_lr_scheduler_states=False starts the schedule anew"
+        ) from error
 
 
 def _from_configured(state: Mapping[str, Any], live: Mapping[str, Any]) -> Mapping[str, Any]:

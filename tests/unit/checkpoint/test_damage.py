@@ -14,6 +14,7 @@ import torch
 from native_models import SHAPES, model_of, write_manifest
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
+from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from ucp_deepspeed.checkpoint.torch_files import open_torch_file
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -55,6 +56,36 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     saved = torch.load(path, weights_only=False)
     change(saved)
     torch.save(saved, path)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_partition_of_another_step(stage: int, tmp_path: Path) -> None:
+    """As a save under the same tag leaves it that was interrupted between two files."""
+    folder = write_native(tmp_path, model_of(SHAPES), NativeRun(stage=stage, dp=2, precision="bf16"))
+
+    def step_once_more(saved: dict[str, Any]) -> None:
+        held = saved["optimizer_state_dict"]
+        base = held.get("base_optimizer_state") or held["optimizer_state_dict"]
+        for entry in base["state"].values():
+            entry["step"] = entry["step"] + 1
+
+    read_all(folder)
+    edit(folder / LAST, step_once_more)
+    refused(folder, DamagedCheckpointError, LAST, "at step 6", FIRST, "at step 5", "files of two saves")
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        (NativeRun(tp=2, dp=2, stage=1), "mp_rank_01_model_states.pt"),
+        (NativeRun(dp=2, stage=3), "zero_pp_rank_1_mp_rank_00_model_states.pt"),
+    ],
+)
+def test_model_states_of_another_step(run: NativeRun, name: str, tmp_path: Path) -> None:
+    folder = write_native(tmp_path, model_of(SHAPES), run)
+    edit(folder / name, lambda saved: saved.update(global_steps=saved["global_steps"] + 1))
+    with pytest.raises(DamagedCheckpointError, match=f"{name} is of step .* files of two saves"):
+        DeepSpeedFiles(folder).model_states(run.tp - 1, 1 if run.stage == 3 else 0)
 
 
 @pytest.mark.parametrize("name", [FIRST, LAST])
