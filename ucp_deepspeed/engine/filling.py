@@ -225,6 +225,6 @@ def _gaps(held: Sequence[Fragment[None]], start: int, stop: int) -> Iterator[tup
 
 
 def _threads() -> int:
-    """As many as there are cores for each rank of this machine."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    """As many as there are cores for each rank of this machine; ``torchrun`` and ``deepspeed`` say how many these are."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
     return max(min(len(os.sched_getaffinity(0)) // ranks, MOST_THREADS), 1)
