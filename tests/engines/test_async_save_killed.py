@@ -157,13 +157,13 @@ def work():
         engine.save_checkpoint(folder)
         assert not os.path.exists(folder + "/latest")
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+        engine.destroy()
+        torch.distributed.destroy_process_group()
 
     if how == "at exit":
         atexit.register(save)
         return
     save()
-    engine.destroy()
-    torch.distributed.destroy_process_group()
 
 if how == "forked":
     child = multiprocessing.get_context("fork").Process(target=work)

@@ -44,6 +44,7 @@ while engine.global_steps < (4 if arguments.load else 2):
     engine.backward(loss)
     engine.step()
 engine.save_checkpoint(arguments.save)
+torch.distributed.destroy_process_group()
 """
 
 
