@@ -181,6 +181,7 @@ def load_of_files_that_go(run: Run, load: str, late: bool) -> tuple[str, bool]:
 
     def going(real: Any) -> Any:
         def run_without(filling: Filling, *arguments: Any) -> Any:
+            dist.barrier()  # the others have planned too, with all files there
             if last:
                 copies = [copy for slot in filling.slots for plan in slot.buffers.values() for copy in plan.copies]
                 Path(copies[-1].sources[0].buffer.path).rename(Path(load) / "gone")
