@@ -15,7 +15,7 @@ from checkpoints import STEP, differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.engine import exchange
+from ucp_deepspeed.engine import exchange, planning
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.plan import sharing
@@ -28,11 +28,20 @@ Ranks = Callable[[int], RankPool]
 ALL = {"enabled": True, "load": "always", "shared_read_bytes": 0}
 """Share however little it is."""
 
+LLAMA = {"family": "llama"}
+NORM = "decoder.final_layernorm.weight"
+
 TARGETS = {
     "fp32": Run("mlp", zero={"stage": 0}),
     "bf16, one master for each parameter": Run("mlp", zero={"stage": 0}, precision="bf16"),
     "bf16, one master for each group": Run("mlp", zero={"stage": 0}, precision="bf16", fused=True),
     "frozen weights and buffers": Run("mlp", zero={"stage": 1}, frozen=("norm.bias", "layers.0.weight")),
+    "norms on every tensor-parallel rank": Run("llama", tp=2, zero={"stage": 1}, precision="bf16"),
+    "norms on all ranks": Run("llama", tp=2, zero={"stage": 0}),
+    "slices of norms": Run("llama", tp=2, zero={"stage": 3}),
+    "norms on every stage": Run("llama", tp=2, pp=2, zero={"stage": 1}),
+    "frozen norms": Run("llama", tp=4, zero={"stage": 1}, frozen=(NORM,)),
+    "embeddings of AutoTP": Run("huggingface", LLAMA, tp=2, zero={"stage": 2}),
     "experts on every rank": Run("moe", size={"ep": (1, 1)}, zero={"stage": 0}),
     "experts on two ranks each": Run("moe", size={"ep": (2, 2)}, zero={"stage": 0}),
 }
@@ -47,8 +56,9 @@ def loaded(run: Run, folder: str, broadcasts: bool = False) -> tuple[Any, dict[s
     engine = build_engine(run)
     with pytest.MonkeyPatch.context() as patch:
         if broadcasts:
-            patch.setattr(exchange, "_reaches", lambda group, tensor: True)
             patch.setattr(exchange, "goes_over_gloo", lambda group, tensor: False)
+            for module in (exchange, planning):
+                patch.setattr(module, "reaches", lambda group, tensor: True)
         engine.load_checkpoint(folder)
     held = dict(engine.module.state_dict())
     optimizer = engine_optimizer(engine)
@@ -71,7 +81,7 @@ def test_what_ranks_read_for_one_another_is_what_each_would_read(
     name: str, broadcasts: bool, ranks: Ranks, tmp_path: Path
 ) -> None:
     target = replace(TARGETS[name], universal=ALL)
-    ranks(2).run(train, replace(target, zero={"stage": 1}), STEP, save=str(tmp_path))
+    ranks(2).run(train, replace(target, tp=1, pp=target.pp and 1, zero={"stage": 1}), STEP, save=str(tmp_path))
     alone = ranks(4).run(loaded, replace(target, universal={**ALL, "shared_read_bytes": 1 << 40}), str(tmp_path))
     shared = ranks(4).run(loaded, target, str(tmp_path), broadcasts)
     for (_, expected), (_, found) in zip(alone, shared, strict=True):
@@ -79,17 +89,28 @@ def test_what_ranks_read_for_one_another_is_what_each_would_read(
     assert sum(report.bytes_read for report, _ in shared) < sum(report.bytes_read for report, _ in alone)
 
 
-def test_all_ranks_together_read_the_checkpoint_once(ranks: Ranks, tmp_path: Path) -> None:
-    run = Run("llama", tp=2, zero={"stage": 1}, universal=ALL)
-    ranks(4).run(train, run, STEP, save=str(tmp_path / "a"))
-    target = replace(run, tp=1, zero={"stage": 0})
-    outcomes = ranks(4).run(train, target, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (Run("llama", tp=2, zero={"stage": 1}), Run("llama", zero={"stage": 0})),
+        (Run("llama", zero={"stage": 1}), Run("llama", tp=2, zero={"stage": 0})),
+        (Run("llama", tp=2, zero={"stage": 1}), Run("llama", tp=4, zero={"stage": 1})),
+        (Run("huggingface", LLAMA, zero={"stage": 1}), Run("huggingface", LLAMA, tp=2, zero={"stage": 2})),
+        (Run("huggingface", LLAMA, tp=2, zero={"stage": 1}), Run("huggingface", LLAMA, tp=4, zero={"stage": 0})),
+    ],
+    ids=["replicas", "replicas and tensor-parallel", "tensor-parallel", "autotp", "autotp of autotp"],
+)
+def test_all_ranks_together_read_the_checkpoint_once(source: Run, target: Run, ranks: Ranks, tmp_path: Path) -> None:
+    ranks(4).run(train, replace(source, universal=ALL), STEP, save=str(tmp_path / "a"))
+    loading = replace(target, universal=ALL)
+    outcomes = ranks(4).run(train, loading, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
     assert differences(tmp_path / "a", tmp_path / "b") == []
     view = UniversalView.of(open_checkpoint(tmp_path / "a"))
     elements = sum(torch.Size(view.logical_shape(name)).numel() for name in view.parameters)
     read = [outcome.report.bytes_read for outcome in outcomes]
     assert sum(read) <= 1.05 * 12 * elements
-    assert max(read) - min(read) <= 128
+    if target.zero["stage"] == 0:  # else some partitions hold less that is shared than others
+        assert max(read) - min(read) <= 128 * 3
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
@@ -102,15 +123,31 @@ def test_little_memory(stage: int, ranks: Ranks, tmp_path: Path) -> None:
     assert differences(tmp_path / "a", tmp_path / "b") == []
 
 
-@pytest.mark.parametrize("ep", [None, 1, 2, 4])
-def test_the_plan_foretells_it(ep: int | None, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if ep is None:
-        source = Run("llama", tp=2, zero={"stage": 1}, precision="bf16", universal=ALL)
-        target, topology = replace(source, zero={"stage": 0}), Topology(2, 1, 2, 0)
-    else:
-        source = Run("moe", size={"ep": (2, 2)}, zero={"stage": 1}, universal=ALL)
-        target, topology = replace(source, size={"ep": (ep, ep)}, zero={"stage": 0}), Topology(1, 1, 4, 0, ep)
-    ranks(2).run(train, source, STEP, save=str(tmp_path))
+def _experts(ep: int, stage: int = 0) -> Run:
+    return Run("moe", size={"ep": (ep, ep)}, zero={"stage": stage})
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "topology"),
+    [
+        (
+            Run("llama", tp=2, zero={"stage": 1}, precision="bf16"),
+            Run("llama", tp=2, zero={"stage": 0}),
+            Topology(2, 1, 2, 0),
+        ),
+        (Run("llama", zero={"stage": 1}), Run("llama", tp=2, zero={"stage": 0}), Topology(2, 1, 2, 0)),
+        (Run("llama", zero={"stage": 1}), Run("llama", tp=2, zero={"stage": 1}), Topology(2, 1, 2, 1)),
+        (Run("llama", zero={"stage": 1}), Run("llama", tp=2, zero={"stage": 3}), Topology(2, 1, 2, 3)),
+        (Run("huggingface", LLAMA), Run("huggingface", LLAMA, tp=4, zero={"stage": 1}), Topology(4, 1, 1, 1)),
+        *((_experts(2, stage=1), _experts(ep), Topology(1, 1, 4, 0, ep)) for ep in (1, 2, 4)),
+    ],
+    ids=["stage 0", "TP and stage 0", "TP and stage 1", "TP and stage 3", "AutoTP", "EP 1", "EP 2", "EP 4"],
+)
+def test_the_plan_foretells_it(
+    source: Run, target: Run, topology: Topology, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks(2).run(train, replace(source, universal=ALL), STEP, save=str(tmp_path))
+    target = replace(target, precision=source.precision, universal=ALL)
     outcomes = ranks(4).run(train, target, STEP, load=str(tmp_path))
     assert outcomes[0].report.bytes_read < sharing.SHARED_READ_NUMBYTES
     monkeypatch.setattr(targeting, "SHARED_READ_NUMBYTES", 0)

@@ -60,13 +60,18 @@ def replica_group(engine: Any, tensor: torch.Tensor) -> Any:
 
     None where there are no others, where ZeRO-3 has cut it, or where the group's backend can't reach its device.
     """
-    cut, expert = hasattr(tensor, "ds_tensor"), not getattr(tensor, "allreduce", True)
     group = (
         groups._get_expert_data_parallel_group(tensor.group_name)  # type: ignore[attr-defined]
-        if expert
+        if is_expert(tensor)
         else engine.seq_data_parallel_group
     )
-    return None if cut or dist.get_world_size(group) == 1 or not _reaches(group, tensor) else group
+    cut = hasattr(tensor, "ds_tensor")
+    return None if cut or dist.get_world_size(group) == 1 or not reaches(group, tensor) else group
+
+
+def is_expert(tensor: torch.Tensor) -> bool:
+    """Whether DeepSpeed keeps a parameter on some expert-parallel ranks only (``moe/experts.py``)."""
+    return not getattr(tensor, "allreduce", True)
 
 
 def goes_over_gloo(group: Any, tensor: torch.Tensor) -> bool:
@@ -74,7 +79,8 @@ def goes_over_gloo(group: Any, tensor: torch.Tensor) -> bool:
     return bool(dist.get_backend(group) == "gloo" and tensor.device.type == "cpu")
 
 
-def _reaches(group: Any, tensor: torch.Tensor) -> bool:
+def reaches(group: Any, tensor: torch.Tensor) -> bool:
+    """Whether the backend of a process group can send a tensor from where it is."""
     return goes_over_gloo(group, tensor) or (dist.get_backend(group) != "gloo" and tensor.device.type != "cpu")
 
 

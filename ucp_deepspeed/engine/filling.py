@@ -6,7 +6,7 @@ The masters come first, so that the weights made of them travel while the optimi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from ucp_deepspeed.engine.exchange import Exchange, begin_exchange
 from ucp_deepspeed.engine.model import agreement
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.errors import DamagedCheckpointError, UniversalCheckpointError
-from ucp_deepspeed.plan import BlockCopy, Fragment, Sharing
+from ucp_deepspeed.plan import UNDIVIDED, BlockCopy, Division, Fragment, Interval, Sharing, without
 from ucp_deepspeed.transfer import CopyPool, FileReader, TransferCount, run_copies
 from ucp_deepspeed.transfer.matching import Policies
 
@@ -38,15 +38,17 @@ class BufferPlan:
 
     Attributes:
         copies: what this rank reads.
-        held: the parts that copies fill, or that keep the model's own values; all else becomes zero.
-        sharing: where replicas hold the same, the part that this rank reads for all; None to read everything.
-        group: the replicas' process group.
+        held: the parts that copies fill, or that keep the model's own values; all else that this rank reads becomes zero.
+        division: what other ranks read for this one.
+        replicas: the process group of those that hold the whole buffer, where they divide it.
+        tensor_parallel: the one of those that hold parts of it, where they divide these.
     """
 
     copies: Copies
     held: tuple[Fragment[None], ...]
-    sharing: Sharing | None = None
-    group: Any = None
+    division: Division = UNDIVIDED
+    replicas: Any = None
+    tensor_parallel: Any = None
 
 
 @dataclass(frozen=True)
@@ -157,16 +159,21 @@ class _Filler:
         """Fill this rank's part of each, and begin to exchange the parts with replicas. Collective."""
         for buffer, plan in buffers:
             whole = buffer.contiguous()  # the tensor itself unless its elements lie in another order
-            start, stop = plan.sharing.mine if plan.sharing else (0, whole.numel())
             flat = whole.view(-1)
-            for low, high in _gaps(plan.held, start, stop):
+            read = plan.division.read(whole.numel())
+            for low, high in _gaps(plan.held, read):
                 flat[low:high].zero_()
             self._read(plan.copies, flat)
             if rounding is not None:
-                flat[start:stop] = flat[start:stop].to(rounding)
+                for low, high in read:
+                    flat[low:high] = flat[low:high].to(rounding)
             if whole is not buffer:
                 buffer.copy_(whole)
-        self._exchange(buffers)
+        for exchange in self._begin(
+            [(each, plan.tensor_parallel, plan.division.tensor_parallel) for each, plan in buffers]
+        ):
+            exchange.wait()  # replicas get it whole
+        self._exchanges += self._begin([(each, plan.replicas, plan.division.replicas) for each, plan in buffers])
 
     def _read(self, copies: Copies, flat: torch.Tensor) -> None:
         """Read into one buffer. After a first error nothing more is read, but other ranks still get what they wait for."""
@@ -183,15 +190,16 @@ class _Filler:
             kind = type(error) if isinstance(error, UniversalCheckpointError) else UniversalCheckpointError
             raise kind(f"{error}; the engine is filled in part and can't be used without another load") from error
 
-    def _exchange(self, buffers: Sequence[tuple[torch.Tensor, BufferPlan]]) -> None:
-        by_group: dict[Any, list[tuple[torch.Tensor, Sharing]]] = {}
-        for buffer, plan in buffers:
-            if plan.sharing is not None:
-                by_group.setdefault(plan.group, []).append((buffer.view(-1), plan.sharing))
-        for group, shared in by_group.items():
-            ranks = range(dist.get_world_size(group))
-            held = [[flat[how.bounds[rank] : how.bounds[rank + 1]] for flat, how in shared] for rank in ranks]
-            self._exchanges.append(begin_exchange(held, group))
+    def _begin(self, buffers: Iterable[tuple[torch.Tensor, Any, Sharing | None]]) -> list[Exchange]:
+        """Begin to exchange what process groups share of buffers. Collective."""
+        held: dict[Any, list[list[torch.Tensor]]] = {}
+        for buffer, group, sharing in buffers:
+            if sharing is not None:
+                flat = buffer.view(-1)
+                by_reader = held.setdefault(group, [[] for _ in range(dist.get_world_size(group))])
+                for part in sharing.shares:
+                    by_reader[part.reader].append(flat[part.start : part.stop])
+        return [begin_exchange(by_reader, group) for group, by_reader in held.items()]
 
     def wait(self) -> None:
         """Until replicas have what they need. Collective."""
@@ -214,14 +222,9 @@ def _check_file(path: str, stop: int) -> None:
         raise DamagedCheckpointError(f"{path} is truncated: expected {stop} bytes, found {numbytes}")
 
 
-def _gaps(held: Sequence[Fragment[None]], start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """What isn't held between two places: padding, or states that begin at zero. To clear all first would cost a pass."""
-    for part in sorted(held, key=lambda part: part.buffer_start):
-        if start < part.buffer_start:
-            yield start, part.buffer_start
-        start = part.buffer_start + part.numel
-    if start < stop:
-        yield start, stop
+def _gaps(held: Sequence[Fragment[None]], read: Sequence[Interval]) -> list[Interval]:
+    """What of some intervals isn't held: padding, or states that begin at zero. To clear all first would cost a pass."""
+    return without(read, sorted((part.buffer_start, part.buffer_start + part.numel) for part in held))
 
 
 def _threads() -> int:

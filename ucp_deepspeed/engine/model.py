@@ -92,6 +92,7 @@ class EngineModel:
         refused: parameters that AutoTP has cut in a way that can't be told, and why.
         spec: the one named in the config.
         vocabulary_size: as in the config.
+        tensor_parallel_group: the process group; None if this is the only tensor-parallel rank.
     """
 
     topology: Topology
@@ -103,6 +104,7 @@ class EngineModel:
     refused: Mapping[str, str]
     spec: Spec | None
     vocabulary_size: int | None
+    tensor_parallel_group: Any = None
 
     @property
     def local_shapes(self) -> dict[str, Shape]:
@@ -155,6 +157,7 @@ def describe_model(engine: Any) -> EngineModel:
         refused=live.refused,
         spec=None if config.spec == "auto" else load_spec(config.spec),
         vocabulary_size=config.vocabulary_size,
+        tensor_parallel_group=bwc_tensor_model_parallel_group(engine.mpu) if topology.tp > 1 else None,
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -14,6 +15,7 @@ from ucp_deepspeed.checkpoint import Checkpoint, FileExtent, Parameter
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
 from ucp_deepspeed.checkpoint.view import UniversalView, held_shapes, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.engine.exchange import is_expert, reaches
 from ucp_deepspeed.engine.filling import BufferPlan, Copies, Filling, SlotPlan, WeightPlan
 from ucp_deepspeed.engine.matching import Names
 from ucp_deepspeed.engine.model import WEIGHT_DTYPES, EngineModel, EngineTensor
@@ -22,7 +24,19 @@ from ucp_deepspeed.engine.optimizers.states import KeptStates
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import resolve_patterns
 from ucp_deepspeed.layout import Layout
-from ucp_deepspeed.plan import BlockCopy, Fragment, Sharing, Target, overlapping_fragments, plan_tensor, share
+from ucp_deepspeed.plan import (
+    UNDIVIDED,
+    BlockCopy,
+    Division,
+    Fragment,
+    Interval,
+    Shareable,
+    Target,
+    divide,
+    overlapping_fragments,
+    plan_tensor,
+    read_together,
+)
 from ucp_deepspeed.transfer.matching import Matching, Policies, is_grown
 
 
@@ -40,13 +54,17 @@ def plan_filling(
 
     Args:
         settings: for each live parameter group the hyper-parameters that it will have in place of its own; none to keep them.
-        shared_read_bytes: what replicas hold alike is read once, a part by each, if it has at least so many bytes.
+        shared_read_bytes: what ranks hold alike is read once, a part by each, if it has at least so many bytes.
 
     Raises:
         MismatchError: lists every parameter whose shape, states or scalars don't fit, or that isn't covered.
         SpecError: nothing tells the layouts, or the spec doesn't fit.
     """
     return _Planner(checkpoint, model, optimizer, names, matching, policies, settings, shared_read_bytes).plan()
+
+
+_Key = tuple[Any, ...]
+"""Of a buffer: number of the slot and state, or the name of a weight."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +91,12 @@ class _Planner:
         shared_read_bytes: int,
     ) -> None:
         self.settings, self.shared_read_bytes = settings, shared_read_bytes
-        self._shared: dict[tuple[Any, ...], tuple[Sharing, Any]] = {}
+        self._divisions: dict[_Key, tuple[Division, Any]] = {}
         self._kept: dict[tuple[int, int], KeptStates | None] = {}
         restored = frozenset(matching.restored)
         self.optimizer, self.policies, self.rank = optimizer, policies, model.rank
+        self.tp, self.tensor_parallel_group = model.topology.tp, model.tensor_parallel_group
+        self.local_shapes = [tensor.local_shapes for tensor in model.tensors.values()]
         self.logical = names.target
         self.starts = {name: tensor.start for name, tensor in model.tensors.items()}
         self.tensors = {
@@ -126,7 +146,7 @@ class _Planner:
         weights = [
             tensor for tensor in self.tensors.values() if tensor.kind != "trainable" and tensor.tensor is not None
         ]
-        self._share(slots, weights)
+        self._divide(slots, weights)
         filled = tuple(self._slot(number, wanted) for number, wanted in enumerate(slots))
         read = tuple(self._weight(tensor) for tensor in weights)
         if self.problems:
@@ -144,35 +164,68 @@ class _Planner:
     def _rounding(self) -> torch.dtype | None:
         return WEIGHT_DTYPES[self.view.checkpoint.run.precision] if self.policies.rounded else None
 
-    def _share(self, slots: Sequence[_SlotWanted], weights: Sequence[EngineTensor]) -> None:
-        """Divide among replicas what they all hold, where it is enough to be worth the exchange."""
-        by_group: dict[Any, list[tuple[tuple[Any, ...], int, int]]] = {}
+    def _divide(self, slots: Sequence[_SlotWanted], weights: Sequence[EngineTensor]) -> None:
+        """Divide among ranks what they all hold, where it is enough to be worth the exchange."""
+        found = dict((*self._shareable_slots(slots), *self._shareable_weights(weights)))
+        groups = {buffer.replicas for buffer in found.values() if buffer.replicas is not None}
+        replicas = {group: _ranks(group) for group in groups}
+        tensor_parallel = _ranks(self.tensor_parallel_group) if self.tensor_parallel_group is not None else (1, 0)
+        divisions = divide(list(found.values()), replicas, tensor_parallel, self.shared_read_bytes)
+        self._divisions = {
+            key: (division, buffer.replicas) for (key, buffer), division in zip(found.items(), divisions, strict=True)
+        }
+
+    def _shareable_slots(self, slots: Sequence[_SlotWanted]) -> Iterator[tuple[_Key, Shareable]]:
         for number, wanted in enumerate(slots):
-            slot, group = wanted.slot, self.optimizer.replicas(wanted.slot)
-            if group is not None and slot.master.is_contiguous():
-                size = slot.master.numel(), slot.master.element_size()
-                by_group.setdefault(group, []).extend(((number, state), *size) for state in wanted.states)
+            slot, master = wanted.slot, wanted.slot.master
+            if not master.is_contiguous():
+                continue
+            numel, itemsize, replicas = master.numel(), master.element_size(), self.optimizer.replicas(slot)
+            for state in wanted.states:
+                alike = self._alike(master, slot.fragments(state), state)
+                yield (number, state), Shareable(numel, itemsize, replicas, alike)
+
+    def _shareable_weights(self, weights: Sequence[EngineTensor]) -> Iterator[tuple[_Key, Shareable]]:
         for tensor in weights:
-            held, _ = tensor.held()
-            group = tensor.replicas
-            if group is not None and held.is_contiguous():
-                by_group.setdefault(group, []).append(((tensor.name,), held.numel(), held.element_size()))
-        for group, buffers in by_group.items():
-            if sum(numel * itemsize for _, numel, itemsize in buffers) >= self.shared_read_bytes:
-                ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-                shares = share([(numel, itemsize) for _, numel, itemsize in buffers], ranks, rank)
-                self._shared |= {key: (how, group) for (key, _, _), how in zip(buffers, shares, strict=True)}
+            held, fragments = tensor.held()
+            if held.is_contiguous():
+                alike = self._alike(held, ((tensor.name, part) for part in fragments), WEIGHT)
+                yield (tensor.name,), Shareable(held.numel(), held.element_size(), tensor.replicas, alike)
+
+    def _alike(
+        self, buffer: torch.Tensor, fragments: Iterable[tuple[str, Fragment[None]]], state: str
+    ) -> tuple[Interval, ...]:
+        """What of a buffer tensor-parallel ranks hold too, and the checkpoint doesn't hold as often."""
+        if not self._common or not reaches(self.tensor_parallel_group, buffer):
+            return ()
+        return tuple(
+            (part.buffer_start, part.buffer_start + part.numel)
+            for name, part in fragments
+            if self.logical[name] in self._common
+        )
+
+    @cached_property
+    def _common(self) -> frozenset[str]:
+        """Logical names of what tensor-parallel ranks read for one another; see `read_together`."""
+        if self.tensor_parallel_group is None:
+            return frozenset()
+        layouts = {
+            name: self.layouts[name]
+            for name, tensor in self.tensors.items()
+            if tensor.tensor is not None and name not in self.grown and not is_expert(tensor.tensor)
+        }
+        return read_together(layouts, self.view.layouts, self.local_shapes, self.rank, self.tp)
 
     def _slot(self, number: int, wanted: _SlotWanted) -> SlotPlan:
         buffers = {state: self._buffer(wanted, state, (number, state)) for state in wanted.states}
         return SlotPlan(wanted.slot, buffers, wanted.scalars)
 
-    def _buffer(self, wanted: _SlotWanted, state: str, key: tuple[Any, ...]) -> BufferPlan:
+    def _buffer(self, wanted: _SlotWanted, state: str, key: _Key) -> BufferPlan:
         """Plan what this rank reads of a slot's master or of one of its states."""
-        sharing, group = self._shared.get(key, (None, None))
+        division, replicas = self._divisions.get(key, (UNDIVIDED, None))
         copies: list[BlockCopy[FileExtent, None]] = []
         held: list[Fragment[None]] = []
-        for name, fragments in self._held(wanted.slot, state, sharing).items():
+        for name, fragments in self._read(wanted.slot, state, division).items():
             source = self._weight_state(name) if name in self.tensors else None
             kept = state == MASTER and (name not in self.tensors or name in self.grown)
             found: Copies = ()
@@ -182,17 +235,18 @@ class _Planner:
             # Rows of padding, and those that a model has more, are in no copy.
             if kept or _numel(found) == sum(part.numel for part in fragments):
                 held += fragments
-        return BufferPlan(tuple(copies), tuple(held), sharing, group)
+        return BufferPlan(tuple(copies), tuple(held), division, replicas, self.tensor_parallel_group)
 
-    def _held(self, slot: EngineSlot, state: str, sharing: Sharing | None) -> Mapping[str, Sequence[Fragment[None]]]:
+    def _read(self, slot: EngineSlot, state: str, division: Division) -> Mapping[str, Sequence[Fragment[None]]]:
         """By logical name, what this rank reads of a state of a slot."""
-        held: dict[str, list[Fragment[None]]] = {}
+        read: dict[str, list[Fragment[None]]] = {}
+        intervals = division.read(slot.flattening_of(state).buffer_numel(slot.partition))
         for name, fragment in slot.fragments(state):
-            if part := fragment if sharing is None else fragment.clipped(*sharing.mine):
+            for part in fragment.within(intervals):
                 start = self.starts[name] + part.local_start
-                held.setdefault(self.logical[name], []).append(replace(part, local_start=start))
-        assert overlapping_fragments(fragment for group in held.values() for fragment in group) is None
-        return held
+                read.setdefault(self.logical[name], []).append(replace(part, local_start=start))
+        assert overlapping_fragments(fragment for group in read.values() for fragment in group) is None
+        return read
 
     def _weight_state(self, name: str) -> str:
         """State of the checkpoint that holds a weight: the master of a trained parameter, of others the weight itself."""
@@ -253,10 +307,12 @@ class _Planner:
         parameter = self.view.parameters[logical]
         if WEIGHT not in parameter.states and parameter.kind != "trainable":
             self.problems += [f"{logical}: {reason}" for reason in parameter.refused.values()]
-        sharing, group = self._shared.get((name,), (None, None))
-        parts = [part for part in (f.clipped(*sharing.mine) if sharing else f for f in fragments) if part]
+        division, replicas = self._divisions.get((name,), (UNDIVIDED, None))
+        intervals = division.read(weight.numel())
+        parts = [part for fragment in fragments for part in fragment.within(intervals)]
         copies = self._tensor(logical, self._weight_state(logical), parts)
-        return WeightPlan(weight, BufferPlan(copies, (Fragment(0, weight.numel(), None, 0),), sharing, group))
+        kept = (Fragment(0, weight.numel(), None, 0),)
+        return WeightPlan(weight, BufferPlan(copies, kept, division, replicas, self.tensor_parallel_group))
 
     def _tensor(self, name: str, state: str, fragments: Sequence[Fragment[None]]) -> Copies:
         # Of what this rank has no part of, only the shape counts: which states there are may lie in files that stay closed.
@@ -279,6 +335,11 @@ class _Planner:
         """What to do about a vocabulary that source and target pad differently."""
         padded = getattr(self.view.patterns[name], "vocabulary", False) and self.view.vocabulary_size is None
         return '; if the rows are padding, give "universal_checkpoint": {"vocabulary_size": …}' if padded else ""
+
+
+def _ranks(group: Any) -> tuple[int, int]:
+    """How many there are in a process group, and this one's number."""
+    return dist.get_world_size(group), dist.get_rank(group)
 
 
 RESET_HINT = '"optimizer_states": "reset" starts all states afresh'

@@ -12,18 +12,34 @@ from ucp_deepspeed.plan.plan import (
     Target,
     plan_tensor,
 )
-from ucp_deepspeed.plan.sharing import SHARED_READ_NUMBYTES, Sharing, share
+from ucp_deepspeed.plan.sharing import (
+    SHARED_READ_NUMBYTES,
+    UNDIVIDED,
+    Division,
+    Interval,
+    Shareable,
+    Sharing,
+    divide,
+    read_together,
+    without,
+)
 
 __all__ = [
     "SHARED_READ_NUMBYTES",
+    "UNDIVIDED",
     "BlockCopy",
+    "Division",
     "Fragment",
+    "Interval",
+    "Shareable",
     "Sharing",
     "Source",
     "StridedView",
     "Target",
+    "divide",
     "overlapping_fragments",
     "plan_tensor",
     "prove_cover",
-    "share",
+    "read_together",
+    "without",
 ]

@@ -5,14 +5,17 @@ Cost grows with the number of fragments and pieces that meet, never with element
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from operator import itemgetter
 from typing import Generic, TypeVar
 
 from ucp_deepspeed.layout.box import Box, Shape, flat_interval_boxes, row_major_strides
 from ucp_deepspeed.layout.layout import Layout, Piece
 from ucp_deepspeed.plan.coverage import prove_cover
+from ucp_deepspeed.plan.sharing import Interval
 
 B = TypeVar("B", bound=Hashable)
 S = TypeVar("S", bound=Hashable)
@@ -35,12 +38,14 @@ class Fragment(Generic[B]):
     buffer: B
     buffer_start: int
 
-    def clipped(self, start: int, stop: int) -> Fragment[B] | None:
-        """What of it lies in the buffer from ``start`` up to ``stop``; None for nothing."""
-        low, high = max(self.buffer_start, start), min(self.buffer_start + self.numel, stop)
-        if low >= high:
-            return None
-        return Fragment(self.local_start + low - self.buffer_start, high - low, self.buffer, low)
+    def within(self, intervals: Sequence[Interval]) -> Iterator[Fragment[B]]:
+        """What of it lies in some intervals of the buffer, which are given in order and don't overlap."""
+        end = self.buffer_start + self.numel
+        for start, stop in intervals[bisect_right(intervals, self.buffer_start, key=itemgetter(1)) :]:
+            if start >= end:
+                break
+            low, high = max(self.buffer_start, start), min(end, stop)
+            yield Fragment(self.local_start + low - self.buffer_start, high - low, self.buffer, low)
 
 
 @dataclass(frozen=True, slots=True)

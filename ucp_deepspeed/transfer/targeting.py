@@ -20,14 +20,25 @@ from ucp_deepspeed.checkpoint.checkpoint import (
 )
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of_other
-from ucp_deepspeed.checkpoint.experts import holder_of, numbers_of_experts
+from ucp_deepspeed.checkpoint.experts import expert_of, holder_of, numbers_of_experts
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import MismatchError, SpecError
 from ucp_deepspeed.language import Spec
 from ucp_deepspeed.layout import Layout, Shard, Topology
 from ucp_deepspeed.layout.pattern import Pattern
-from ucp_deepspeed.plan import SHARED_READ_NUMBYTES, BlockCopy, Fragment, Sharing, Target, plan_tensor, share
+from ucp_deepspeed.plan import (
+    SHARED_READ_NUMBYTES,
+    BlockCopy,
+    Division,
+    Fragment,
+    Interval,
+    Shareable,
+    Target,
+    divide,
+    plan_tensor,
+    read_together,
+)
 from ucp_deepspeed.transfer.copying import TransferCount
 from ucp_deepspeed.transfer.matching import Matching, Policies, check_matching, is_grown, match
 from ucp_deepspeed.transfer.target_ranks import (
@@ -193,6 +204,7 @@ class _Planner:
         self._shapes: dict[str, HeldShapes] = {}
         self._layouts: dict[str, Layout] = {}
         self._grown: list[str] = []
+        self._together: dict[int, frozenset[str]] = {}
         self._matching = match(self.source.parameters, self.view.parameters)
         self._restored = frozenset(self._matching.restored)
 
@@ -363,12 +375,13 @@ class _Planner:
         count = TransferCount()
         buffers = [(slot, state) for slot in target.slots for state in self._buffers_of(slot)]
         buffers += [(slot, WEIGHT) for slot in target.weights]
-        for (slot, state), sharing in zip(buffers, self._shared(buffers), strict=True):
-            held: dict[str, list[Fragment[None]]] = {}
+        for (slot, state), division in zip(buffers, self._divisions(target, buffers), strict=True):
+            read: dict[str, list[Fragment[None]]] = {}
+            intervals = division.read(slot.numel)
             for name, fragment in slot.fragments():
-                if part := fragment if sharing is None else fragment.clipped(*sharing.mine):
-                    held.setdefault(name, []).append(part)
-            for name, fragments in held.items():
+                for part in fragment.within(intervals):
+                    read.setdefault(name, []).append(part)
+            for name, fragments in read.items():
                 count.add(self._read(name, state, target.model_parallel_rank, tuple(fragments)))
         held_numels = sum(slot.numel * self._states_held(slot) for slot in target.slots)
         return RankPlan(
@@ -380,25 +393,40 @@ class _Planner:
             frozenset(count.files),
         )
 
-    def _shared(self, buffers: Sequence[tuple[TargetSlot, str]]) -> list[Sharing | None]:
-        """What a rank's replicas divide among them; those of experts and those of everything else do so on their own."""
-        by_replicas: dict[Replicas, list[int]] = {}
-        for place, (slot, _) in enumerate(buffers):
-            if slot.replicas and slot.replicas.count > 1 and not self._is_experts_buffer(slot):
-                by_replicas.setdefault(slot.replicas, []).append(place)
-        found: list[Sharing | None] = [None] * len(buffers)
-        for replicas, places in by_replicas.items():
-            held = [buffers[place] for place in places]
-            sizes = [(slot.numel, ITEMSIZE[self._dtype(slot, state)]) for slot, state in held]
-            if sum(numel * itemsize for numel, itemsize in sizes) >= SHARED_READ_NUMBYTES:
-                for place, sharing in zip(places, share(sizes, replicas.count, replicas.number), strict=True):
-                    found[place] = sharing
-        return found
+    def _divisions(self, target: TargetRank, buffers: Sequence[tuple[TargetSlot, str]]) -> list[Division]:
+        """What a rank divides with others; those that hold experts and those of everything else do so on their own."""
+        common = self._common(target.model_parallel_rank)
+        found = [
+            Shareable(slot.numel, ITEMSIZE[self._dtype(slot, state)], self._replicas(slot), _alike(slot, common))
+            for slot, state in buffers
+        ]
+        replicas = {
+            each: (each.count, each.number) for slot, _ in buffers if (each := self._replicas(slot)) is not None
+        }
+        tensor_parallel = self.topology.tp, target.model_parallel_rank % self.topology.tp
+        return divide(found, replicas, tensor_parallel, SHARED_READ_NUMBYTES)
 
-    def _is_experts_buffer(self, slot: TargetSlot) -> bool:
-        """DeepSpeed keeps no group of the ranks that hold one."""
-        assert slot.replicas is not None
-        return slot.replicas.experts and self.view.parameters[slot.names[0]].kind == "buffer"
+    def _common(self, rank: int) -> frozenset[str]:
+        """What a model-parallel rank reads together with the tensor-parallel ranks of its stage, which all read the same."""
+        stage = rank // self.topology.tp
+        if stage not in self._together:
+            kept_apart = {*self._grown, *stacked_experts(self.view)}
+            layouts = {
+                name: layout
+                for name, layout in self._layouts.items()
+                if name in self._restored and name not in kept_apart and expert_of(name) is None
+            }
+            self._together[stage] = read_together(
+                layouts, self.source.layouts, self._shapes.values(), rank, self.topology.tp
+            )
+        return self._together[stage]
+
+    def _replicas(self, slot: TargetSlot) -> Replicas | None:
+        """Ranks that read a slot together with this one; DeepSpeed keeps no group of those that hold an expert's buffer."""
+        if slot.replicas is None or slot.replicas.count == 1:
+            return None
+        is_buffer = self.view.parameters[slot.names[0]].kind == "buffer"
+        return None if slot.replicas.experts and is_buffer else slot.replicas
 
     def _dtype(self, slot: TargetSlot, state: str) -> str:
         """Of a buffer in memory; a frozen weight or a buffer of the model has that of the checkpoint."""
@@ -440,6 +468,14 @@ class _Planner:
         states = list(self.source.parameters[name].states) if name in self._restored else []
         both = self.view.parameters[name].kind == "trainable" and self.policies.optimizer_states == "restore"
         return states if both else [state for state in states if state in (MASTER, WEIGHT)]
+
+
+def _alike(slot: TargetSlot, common: Collection[str]) -> tuple[Interval, ...]:
+    """Where in a slot the parameters are that tensor-parallel ranks read together."""
+    if not common:
+        return ()
+    held = (part for name, part in slot.fragments() if name in common)
+    return tuple((part.buffer_start, part.buffer_start + part.numel) for part in held)
 
 
 def counted(copies: Sequence[BlockCopy[FileExtent, None]]) -> TransferCount:
