@@ -80,6 +80,7 @@ MODELS = {
 CASES = [
     ("7b", Topology(2, 2, 16, 1), Topology(2, 2, 12, 1)),
     ("7b", Topology(1, 1, 64, 3), Topology(4, 1, 32, 1)),
+    ("7b", Topology(1, 1, 64, 1), Topology(2, 1, 512, 0)),
     ("176b", Topology(4, 12, 8, 1), Topology(8, 6, 6, 1)),
     ("1t", Topology(8, 64, 2, 1), Topology(8, 32, 3, 1)),
     ("1t", Topology(8, 64, 2, 1), Topology(8, 64, 32, 1)),

@@ -55,7 +55,8 @@ class UniversalCheckpointConfig(BaseModel):
         optimizer_states: ``restore``, or ``reset``: start all of them as before a first step.
         hyperparameters: ``restore`` those of the parameter groups (rates, weight decay, …), or ``keep`` the configured ones.
         shared_read_bytes: what all data-parallel ranks hold alike (everything at stage 0, frozen weights, buffers) is read once,
-            a part by each, and exchanged, if it has at least so many bytes; below that each reads it all.
+            a part by each, and exchanged, if it has at least so many bytes; below that each reads it all. So is what all
+            tensor-parallel ranks hold whole, where the checkpoint has fewer copies of it.
         read_memory_bytes: most memory of a rank for what is on its way from a file to where it belongs.
         random_state: ``restore`` each rank's random streams, or derive new ones on another topology; ``keep``: leave them alone.
         save: how checkpoints are written; see `SaveConfig`.
