@@ -20,6 +20,9 @@ from ucp_deepspeed.layout.pattern import Pattern, Replicate, Shard, ShardGrid
 FUSED_PARTS = ((1, 1), (1, 1, 1), *((share, 1, 1) for share in range(2, 17)))
 """Parts that fused tensors are known to have: gate and up; q, k and v; up to 16 q heads for each k head."""
 
+MOST_HEADS_FOR_ONE, MOST_HEADS_IN_ALL = 32, 128
+"""q heads for each kv head, and for the only one, up to which further rows may be copies of k and v, and not just padding."""
+
 _PLAIN = re.compile(r"[A-Za-z_][\w.*-]*")
 """Strings that YAML reads as such without quotes, as far as names of parameters go."""
 
@@ -64,12 +67,47 @@ def guess_from_shapes(local_shapes: Sequence[Shape], whole: Shape) -> Guess:
             f"each of {heads} equal shares is held by {copies} ranks: taken for {heads} kv heads, on neighbouring ranks"
         )
         return Guess(Shard(dim, heads=(heads,)), (comment,))
-    if total > whole[dim] and even and dim == 0 and len(whole) == 2 and total - whole[dim] < whole[dim]:
-        comment = (
-            f"{total} rows over {degree} ranks, {whole[dim]} on one: taken for a vocabulary that is padded otherwise"
-        )
-        return Guess(Shard(dim, vocabulary=True), (comment,))
-    return unknown
+    return _guess_more_rows(padded_candidates(local_shapes, whole), local_shapes, whole) or unknown
+
+
+def _guess_more_rows(candidates: Sequence[Shard], local_shapes: Sequence[Shape], whole: Shape) -> Guess | None:
+    """The ranks hold more rows than there are on one: certain is what only one kind of tensor leads to."""
+    if not candidates:
+        return None
+    held = f"{sum(shape[0] for shape in local_shapes)} rows over {len(local_shapes)} ranks, {whole[0]} on one"
+    if len(whole) == 2 and all(candidate.vocabulary for candidate in candidates):
+        return Guess(candidates[0], (f"{held}: taken for a vocabulary that is padded otherwise",))
+    options = [
+        f"q, k and v of {candidate.heads[1]} kv heads (parts {list(candidate.parts)}, heads {list(candidate.heads)})"
+        if candidate.heads is not None
+        else "a vocabulary that is padded otherwise"
+        for candidate in candidates
+    ]
+    return Guess(None, (f"{held}: {', or '.join(options)}",))
+
+
+def padded_candidates(local_shapes: Sequence[Shape], whole: Shape) -> tuple[Shard, ...]:
+    """Patterns by which ranks hold more rows than there are on one: a padded vocabulary; fused q, k and v with fewer kv heads
+    than ranks, which hold copies of these."""
+    first, degree = local_shapes[0], len(local_shapes)
+    if not whole or any(shape != first for shape in local_shapes) or first[1:] != whole[1:]:
+        return ()
+    excess = first[0] * degree - whole[0]
+    if excess <= 0:
+        return ()
+    found = [Shard(0, vocabulary=True)] if excess < whole[0] else []
+    for copies in (each for each in range(2, degree + 1) if degree % each == 0):
+        kv_rows, odd = divmod(excess, 2 * (copies - 1))  # of all kv heads once
+        q_heads_each, rest = divmod(whole[0], kv_rows) if kv_rows else (0, 1)
+        q_heads_each -= 2
+        kv_heads = degree // copies
+        most = MOST_HEADS_IN_ALL if kv_heads == 1 else MOST_HEADS_FOR_ONE
+        if odd or rest or not 1 <= q_heads_each <= most or q_heads_each * kv_heads % degree:
+            continue
+        fused = Shard(0, parts=(q_heads_each, 1, 1), heads=(q_heads_each * kv_heads, kv_heads, kv_heads))
+        if kv_rows % kv_heads == 0 and fused.local_shapes(whole, degree) == tuple(local_shapes):
+            found.append(fused)
+    return tuple(found)
 
 
 def _guess_grid(local_shapes: Sequence[Shape], whole: Shape, cut: Sequence[int]) -> Guess | None:

@@ -337,6 +337,7 @@ def _of_whole(
     wholes = {logical: whole.parameters[name] for name, logical in own.items()}
     findings: list[Finding] = []
     same: dict[str, Pattern] = {}
+    padded: dict[str, Pattern] = {}
     for name, checked in fitting.items():
         assert checked.layout is not None and checked.pattern is not None
         if name not in wholes:
@@ -346,15 +347,22 @@ def _of_whole(
         if not _fits(checked.layout.logical_shape, expected, checked.pattern):
             found = f"logical shape {list(checked.layout.logical_shape)} as {_words(checked)}"
             findings.append(Finding(name, "whole", f"{found}; without tensor parallelism it is {list(expected)}"))
-        elif checked.layout.logical_shape == expected and not isinstance(checked.pattern, Partial):
+        elif checked.layout.logical_shape != expected:
+            padded[name] = checked.pattern
+        elif not isinstance(checked.pattern, Partial):
             same[name] = checked.pattern
     if accused is None:
         return "shapes", findings
     wanted = {name: pattern for name, pattern in same.items() if name not in accused}
     one = UniversalView(checkpoint, names, wanted, size, wanted)
     flat = UniversalView.of_single_rank(whole, own, wanted)
-    differing = _differing_wholes(one, flat)
-    if differing is None:
+    differing, same_state = _differing_wholes(one, flat)
+    for name, pattern in padded.items():
+        if name not in accused:
+            equal, told = joins_to(checkpoint, whole, name, pattern, (names, own))
+            same_state |= equal and told
+            differing += [name] if told and not equal else []
+    if not same_state:
         return "shapes", findings
     for name in differing:
         detail = f"{_words(fitting[name])}: joined that way it isn't what it is without tensor parallelism"
@@ -385,25 +393,40 @@ def copies_agree(checkpoint: Checkpoint, name: str) -> bool:
         ranks.reader.close()
 
 
-def joins_to(checkpoint: Checkpoint, whole: Checkpoint, name: str, pattern: Pattern) -> tuple[bool, bool]:
+def joins_to(
+    checkpoint: Checkpoint,
+    whole: Checkpoint,
+    name: str,
+    pattern: Pattern,
+    logical_of: tuple[Mapping[str, str], Mapping[str, str]] | None = None,
+) -> tuple[bool, bool]:
     """Whether a trained parameter, joined by a pattern, has the values that it has without tensor parallelism.
+
+    Of a vocabulary half of the rows count: those at the end may be padding on either side.
+
+    Args:
+        name: logical name.
+        logical_of: names of both checkpoints → logical ones; by default these are the checkpoints' own.
 
     Returns:
         That, and whether it tells the state from others: a parameter that is one number again and again doesn't.
     """
-    if checkpoint.parameters[name].kind != "trainable":
-        return False, False
     own = {key: key for key in (*checkpoint.parameters, *whole.parameters)}
-    try:
-        one = UniversalView(checkpoint, own, {name: pattern}, None, {name})
-        other = UniversalView.of_single_rank(whole, own, {name})
-    except MismatchError:
-        return False, False
-    if one.logical_shape(name) != other.logical_shape(name):
-        return False, False
+    names, whole_names = logical_of or (own, own)
     reader = FileReader()
     try:
+        other = UniversalView.of_single_rank(whole, whole_names, {name})
+        rows: int | None = None
+        if isinstance(pattern, Shard) and pattern.vocabulary:
+            rows = -(-other.logical_shape(name)[pattern.dim] // 2)
+            other = UniversalView(whole, whole_names, {name: pattern}, rows, {name}, check_record=False)
+        one = UniversalView(checkpoint, names, {name: pattern}, rows, {name}, check_record=rows is None)
+        trained = one.parameters[name].kind == other.parameters[name].kind == "trainable"
+        if not trained or one.logical_shape(name) != other.logical_shape(name):
+            return False, False
         return _same_whole(one, other, name, reader)
+    except MismatchError:
+        return False, False
     finally:
         reader.close()
 
@@ -422,8 +445,8 @@ def _fits(found: Shape, expected: Shape, pattern: Pattern) -> bool:
     return found == expected
 
 
-def _differing_wholes(one: UniversalView, other: UniversalView) -> list[str] | None:
-    """Trained parameters whose values differ; None when the two checkpoints aren't of the same state.
+def _differing_wholes(one: UniversalView, other: UniversalView) -> tuple[list[str], bool]:
+    """Trained parameters whose values differ, and whether the two checkpoints are of the same state.
 
     They are, if some parameter has the same values in both that no two initialisations share.
     """
@@ -440,7 +463,7 @@ def _differing_wholes(one: UniversalView, other: UniversalView) -> list[str] | N
                 differing.append(name)
     finally:
         reader.close()
-    return differing if same_state else None
+    return differing, same_state
 
 
 def _same_whole(one: UniversalView, other: UniversalView, name: str, reader: FileReader) -> tuple[bool, bool]:

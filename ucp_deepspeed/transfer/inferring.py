@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.view import held_shapes, parameter_names
 from ucp_deepspeed.errors import MismatchError, SpecError
-from ucp_deepspeed.language.inference import Guess, fused_candidates, fused_comment, guess_from_shapes
-from ucp_deepspeed.layout import Partial, Replicate, Scale, Shard
+from ucp_deepspeed.language.inference import (
+    Guess,
+    fused_candidates,
+    fused_comment,
+    guess_from_shapes,
+    padded_candidates,
+)
+from ucp_deepspeed.layout import Partial, Replicate, Scale, Shape, Shard
 from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.transfer.evidence import check_single_rank, copies_agree, joins_to, whole_shape
 
@@ -61,16 +69,21 @@ def _of_parameter(checkpoint: Checkpoint, whole: Checkpoint, name: str) -> tuple
     local_shapes = held_shapes(checkpoint, {name: name})[name]
     logical_shape = whole_shape(whole.parameters[name])
     guess = guess_from_shapes(local_shapes, logical_shape)
-    if guess.pattern is None:
-        return guess, ((), ()), False
-    candidates: tuple[Pattern, ...] = (guess.pattern,)
-    if isinstance(guess.pattern, Replicate):
-        candidates = (Replicate(), Replicate(scale=Scale()))
-    elif isinstance(guess.pattern, Shard):
-        candidates += fused_candidates(guess.pattern, local_shapes, logical_shape)
+    candidates = _candidates(guess.pattern, local_shapes, logical_shape)
     results = {pattern: joins_to(checkpoint, whole, name, pattern) for pattern in candidates}
     agreeing = tuple(pattern for pattern, (equal, _) in results.items() if equal)
     return guess, (candidates, agreeing), any(equal and told for equal, told in results.values())
+
+
+def _candidates(guess: Pattern | None, local_shapes: Sequence[Shape], logical_shape: Shape) -> tuple[Pattern, ...]:
+    """What the shapes allow, the guess first."""
+    if isinstance(guess, Replicate):
+        return (Replicate(), Replicate(scale=Scale()))
+    if guess is None or (isinstance(guess, Shard) and guess.vocabulary):
+        return padded_candidates(local_shapes, logical_shape)
+    if isinstance(guess, Shard):
+        return (guess, *fused_candidates(guess, local_shapes, logical_shape))
+    return (guess,)
 
 
 def _decided(
@@ -88,12 +101,12 @@ def _decided(
         if same_state and agreeing[:1] == (Replicate(scale=Scale()),):
             return Guess(agreeing[0], (SCALE_COMMENT,))
         return guess
-    if len(candidates) < 2:
-        return guess
-    if same_state and checkpoint.parameters[name].kind == "trainable":
+    if candidates and same_state and checkpoint.parameters[name].kind == "trainable":
         if len(agreeing) == 1:
-            return Guess(agreeing[0])
+            return guess if guess.pattern == agreeing[0] else Guess(agreeing[0])
         if not agreeing:
             return Guess(None, ("no known way to join the ranks' values gives those of the single rank",))
+    if guess.pattern is None or len(candidates) < 2:
+        return guess
     shards = [pattern for pattern in candidates[1:] if isinstance(pattern, Shard)]
     return Guess(guess.pattern, (fused_comment(shards),))

@@ -374,6 +374,63 @@ def test_infer_by_comparison(two: Path, one: Path, tmp_path: Path, ucp: Ucp) -> 
     assert checked.exit_code == 0, checked.stdout
 
 
+@pytest.fixture
+def grouped(tmp_path: Path) -> tuple[Path, Path]:
+    """Fused q, k and v of 4 q heads and one kv head, which both ranks hold; and a vocabulary with other padding: of two ranks,
+    and of one."""
+    generator = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(rows, 3, generator=generator) for rows in (8, 2, 2))
+    words, padding = torch.randn(11, 3, generator=generator), torch.randn(3, 3, generator=generator)
+    on_two = {
+        "attn.qkv.weight": torch.cat([q[:4], k, v, q[4:], k, v]),
+        "embed.weight": torch.cat([words[:9], padding]),
+    }
+    on_one = {"attn.qkv.weight": torch.cat([q, k, v]), "embed.weight": words}
+    folders = []
+    for name, tensors, tp in (("two", on_two, 2), ("one", on_one, 1)):
+        parameters = tuple(NativeParameter(key, value, {}, cut="rows") for key, value in tensors.items())
+        folders.append(write_native(tmp_path / name, NativeModel(parameters), NativeRun(tp=tp, stage=1, steps=0)))
+    return folders[0], folders[1]
+
+
+def test_copies_of_kv_heads_are_told_from_padding(grouped: tuple[Path, Path], tmp_path: Path, ucp: Ucp) -> None:
+    two, one = grouped
+    result = ucp("spec", "infer", two, "--single-rank", one)
+    found = inferred(result, tmp_path / "new.yaml").patterns(["attn.qkv.weight", "embed.weight"])
+    assert found == {
+        "attn.qkv.weight": Shard(0, parts=(4, 1, 1), heads=(4, 1, 1)),
+        "embed.weight": Shard(0, vocabulary=True),
+    }
+    for spec, wrong in ((result.stdout, None), (WRONG_VOCABULARY, "attn.qkv.weight")):
+        (tmp_path / "spec.yaml").write_text(spec)
+        checked = ucp("spec", "check", tmp_path / "spec.yaml", "--against", two, "--single-rank", one, "--json")
+        assert {each["parameter"] for each in findings(checked) if each["wrong"]} == ({wrong} if wrong else set())
+
+
+def test_copies_of_kv_heads_and_padding_are_alike_by_shapes(
+    grouped: tuple[Path, Path], tmp_path: Path, ucp: Ucp
+) -> None:
+    parameters = (
+        NativeParameter("attn.qkv.weight", torch.randn(12, 3), {}),
+        NativeParameter("embed.weight", torch.randn(11, 3), {}),
+    )
+    other = write_native(tmp_path / "other", NativeModel(parameters), NativeRun(stage=1, steps=0))
+    result = ucp("spec", "infer", grouped[0], "--single-rank", other)
+    assert "a vocabulary that is padded otherwise, or q, k and v of 1 kv heads" in result.stdout
+    (tmp_path / "new.yaml").write_text(result.stdout)
+    checked = ucp("spec", "check", tmp_path / "new.yaml", "--against", grouped[0], "--json")
+    assert {each["parameter"]: each["what"] for each in findings(checked) if each["wrong"]} == {
+        "attn.qkv.weight": "unmatched"
+    }
+
+
+WRONG_VOCABULARY = """\
+family: mine
+rules:
+  - {match: [attn.qkv.weight, embed.weight], pattern: shard, dim: 0, vocabulary: true}
+"""
+
+
 def test_infer_by_shapes_alone(two: Path, tmp_path: Path, ucp: Ucp) -> None:
     other = write_native(tmp_path / "other", model_of(seed=4), NativeRun(stage=1))
     result = ucp("spec", "infer", two, "--single-rank", other, "--family", "mine")

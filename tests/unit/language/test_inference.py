@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ucp_deepspeed.language import Spec
-from ucp_deepspeed.language.inference import Guess, fused_candidates, generalised, guess_from_shapes, spec_text
+from ucp_deepspeed.language.inference import (
+    Guess,
+    fused_candidates,
+    generalised,
+    guess_from_shapes,
+    padded_candidates,
+    spec_text,
+)
 from ucp_deepspeed.layout import Partial, Pattern, Replicate, Scale, Shape, Shard, ShardGrid
 
 
@@ -19,7 +26,8 @@ from ucp_deepspeed.layout import Partial, Pattern, Replicate, Scale, Shape, Shar
         ([(4, 2)] * 2, (8, 2), Shard(0)),
         ([(4, 2)] * 2, (4, 4), Shard(1)),
         ([(4, 2), (3, 2)], (7, 2), Shard(0)),
-        ([(6, 2)] * 2, (10, 2), Shard(0, vocabulary=True)),
+        ([(6, 2)] * 2, (11, 2), Shard(0, vocabulary=True)),
+        ([(6, 2)] * 2, (10, 2), None),
         ([(4, 2)] * 4, (8, 2), Shard(0, heads=(2,))),
         ([(4, 2)] * 8, (8, 2), Shard(0, heads=(2,))),
         ([(2, 2)] * 4, (4, 4), ShardGrid((0, 1), ((2, 2),))),
@@ -47,6 +55,28 @@ def test_a_guess_leads_back_to_the_shapes(rows: int, columns: int, degree: int, 
     local_shapes = Shard(dim).local_shapes(whole, degree)
     pattern = guess_from_shapes(local_shapes, whole).pattern
     assert pattern is not None and pattern.layout(whole, local_shapes).logical_shape == whole
+
+
+@pytest.mark.parametrize("rest", [(), (3,)])
+@pytest.mark.parametrize(
+    ("degree", "heads"), [(2, (2, 1)), (4, (4, 2)), (4, (8, 1)), (8, (16, 4)), (8, (32, 2)), (6, (12, 3))]
+)
+def test_copies_of_kv_heads_are_no_padding(degree: int, heads: tuple[int, int], rest: Shape) -> None:
+    q_heads, kv_heads = heads
+    fused = Shard(0, parts=(q_heads // kv_heads, 1, 1), heads=(q_heads, kv_heads, kv_heads))
+    whole = (4 * (q_heads + 2 * kv_heads), *rest)
+    found = padded_candidates(fused.local_shapes(whole, degree), whole)
+    assert fused in found
+    guess = guess_from_shapes(fused.local_shapes(whole, degree), whole)
+    assert guess.pattern is None and f"parts {list(fused.parts)}, heads {list(fused.heads)}" in guess.comments[0]
+
+
+@given(st.integers(35_000, 300_000), st.sampled_from([2, 4, 8, 16]))
+def test_a_vocabulary_is_no_attention(rows: int, degree: int) -> None:
+    """Padded to a multiple of 128 rows a rank on one side, and of 128 on the other."""
+    one, several = (-(-rows // multiple) * multiple for multiple in (128, 128 * degree))
+    guess = guess_from_shapes([(several // degree, 2)] * degree, (one, 2))
+    assert guess.pattern == (Shard(0) if one == several else Shard(0, vocabulary=True))
 
 
 def test_fused_candidates_have_the_same_shapes() -> None:
