@@ -40,7 +40,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from ucp_deepspeed.engine.model import agreement
 from ucp_deepspeed.engine.snapshot import FileSnapshot, HostBuffers, snapshot
 from ucp_deepspeed.errors import ConfigError, SaveError
-from ucp_deepspeed.transfer.commit import flush, replace_text
+from ucp_deepspeed.transfer.commit import flush, remove_partial_folder, replace_text
 from ucp_deepspeed.waiting import end_of_process
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -202,7 +202,7 @@ class Writing(threading.Thread):
     def clear(self) -> None:
         """Remove what a failed save has written. Only when no rank writes any more."""
         if self.job.rank == 0:
-            shutil.rmtree(self.job.partial, ignore_errors=True)
+            remove_partial_folder(self.job.partial)
 
     @property
     def _text(self) -> str | None:

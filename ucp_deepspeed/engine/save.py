@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -46,7 +45,15 @@ from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError,
 from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
 from ucp_deepspeed.layout import Shape
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Unique
-from ucp_deepspeed.transfer.commit import flush, partial_folder, remove_abandoned, replace_folder, write_atomically
+from ucp_deepspeed.transfer.commit import (
+    flush,
+    make_partial_folder,
+    partial_folder,
+    remove_abandoned,
+    remove_partial_folder,
+    replace_folder,
+    write_atomically,
+)
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -138,7 +145,7 @@ def _save_in_background(
             texts = dict([random_state_file(engine)])
     except BaseException:
         if rank == 0:
-            shutil.rmtree(partial_folder(place), ignore_errors=True)
+            remove_partial_folder(partial_folder(place))
         raise
     latest = Path(save_dir).absolute() / LATEST_NAME
 
@@ -167,7 +174,7 @@ def _make_partial(folder: Path) -> Path:
             try:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 remove_abandoned(folder, of_any_name=True)
-                partial_folder(folder).mkdir()
+                make_partial_folder(folder)
             except OSError as error:
                 raise SaveError(f"{folder} can't be saved, and 'latest' was not moved: {error}") from error
     partials: list[Any] = [None] * dist.get_world_size()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import logging
 import os
 import shutil
@@ -11,7 +12,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -29,30 +30,82 @@ def committed_folder(final: Path) -> Iterator[Path]:
     killed outright leaves a folder that readers refuse and that the next call for the same ``final`` removes.
 
     Raises:
-        ConfigError: ``final`` exists already.
+        ConfigError: ``final`` exists already, or another process of this machine is writing it.
     """
     if final.exists():
         raise ConfigError(f"{final} exists already; nothing was written")
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(final)
-    partial = partial_folder(final)
+    if other := next(
+        (entry for entry, name, _ in _partial_folders(final) if name == final.name and _held(entry)), None
+    ):
+        raise ConfigError(f"another process is writing {final} just now, in {other}; nothing was written")
     with terminated_as_exception():
         try:
-            partial.mkdir()
+            partial = make_partial_folder(final)
             yield partial
             for entry in partial.iterdir():
                 flush(entry)
             flush(partial)
             partial.rename(final)
+            _release(partial)
         except BaseException:
             with _undisturbed():
-                shutil.rmtree(partial, ignore_errors=True)
+                remove_partial_folder(partial_folder(final))
             raise
     flush(final.parent)
 
 
+def make_partial_folder(final: Path) -> Path:
+    """Make `partial_folder`, and hold it: as long as this process writes there, no other one takes it for abandoned.
+
+    A host's name and a process id don't tell that alone where containers share the name. Processes on other machines, and file
+    systems without locks of folders (NFS), have nothing else.
+    """
+    partial = partial_folder(final)
+    partial.mkdir()
+    descriptor = os.open(partial, os.O_RDONLY)
+    _holding[partial] = descriptor
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return partial
+
+
+def remove_partial_folder(partial: Path) -> None:
+    """Remove it, if it is there, as far as that is possible."""
+    shutil.rmtree(partial, ignore_errors=True)
+    _release(partial)
+
+
+_holding: dict[Path, int] = {}
+"""Descriptors of this process's partial folders."""
+
+
+def _release(partial: Path) -> None:
+    """The folder is finished, or gone."""
+    if (descriptor := _holding.pop(partial, None)) is not None:
+        os.close(descriptor)
+
+
+def _held(partial: Path) -> bool:
+    """Whether a process holds a partial folder; False also where that can't be told."""
+    try:
+        descriptor = os.open(partial, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def partial_folder(final: Path) -> Path:
-    """Where this process writes what is to become ``final``: hidden, beside it, and refused by readers."""
+    """Where this process writes what is to become ``final``, a folder or a file: hidden, beside it, and refused by readers."""
     return final.parent / f".{final.name}{PARTIAL_MARK}{socket.gethostname()}-{os.getpid()}"
 
 
@@ -81,6 +134,7 @@ def replace_folder(partial: Path, final: Path, is_part: Callable[[str], bool]) -
         except OSError as failed:
             logger.warning("what was put into %s while it was replaced is lost: %s", final, failed)
         shutil.rmtree(replaced, ignore_errors=True)
+    _release(partial)
     flush(final.parent)
 
 
@@ -130,24 +184,32 @@ def remove_abandoned(final: Path, of_any_name: bool = False) -> None:
     Args:
         of_any_name: or for another folder beside it: a run that was killed saves its next tag, and not that one again.
     """
+    for entry, name, pid in _partial_folders(final):
+        if (of_any_name or name == final.name) and not _alive(pid) and not _held(entry):
+            try:
+                _remove_or_put_back(entry, final.parent / name)
+            except OSError as error:  # another user's, perhaps
+                logger.warning("%s, which a process that has ended left behind, can't be removed: %s", entry, error)
+
+
+def _partial_folders(final: Path) -> Iterator[tuple[Path, str, int]]:
+    """What processes of this machine write beside ``final``: each, the name that it is to have, and the process."""
     mark = f"{PARTIAL_MARK}{socket.gethostname()}-"
     for entry in final.parent.iterdir():
         name, found, pid = entry.name.removesuffix(REPLACED_MARK).rpartition(mark)
-        wanted = name.startswith(".") and (of_any_name or name == f".{final.name}")
         # A host whose name begins with this one's leaves folders with the same mark and more than a number after it.
-        if found and wanted and pid.isdecimal() and not _alive(int(pid)):
-            try:
-                _remove_or_put_back(entry, final.parent / name.removeprefix("."))
-            except OSError as error:  # another user's, perhaps
-                logger.warning("%s, which a process that has ended left behind, can't be removed: %s", entry, error)
+        if found and name.startswith(".") and pid.isdecimal():
+            yield entry, name.removeprefix("."), int(pid)
 
 
 def _remove_or_put_back(abandoned: Path, final: Path) -> None:
     """What was killed between the two renames of `_exchange` has left nothing else of ``final``."""
     if abandoned.name.endswith(REPLACED_MARK) and not final.exists():
         abandoned.rename(final)
-    else:
+    elif abandoned.is_dir():
         shutil.rmtree(abandoned)
+    else:
+        abandoned.unlink()
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -161,7 +223,7 @@ def replace_text(path: Path, text: str) -> None:
 
     The last that it does is to replace it: whoever sees the new text may remove the folder at once.
     """
-    partial = path.with_name(f".{path.name}{PARTIAL_MARK}{os.getpid()}")
+    partial = partial_folder(path)
     try:
         partial.write_text(text, encoding="utf-8")
         flush(partial)

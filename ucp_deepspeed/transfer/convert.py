@@ -57,8 +57,9 @@ def convert(
         ranks: those that share the work; by default this process alone.
 
     Raises:
-        ConfigError: the folder exists already, or would lie in a file, or the client state has no such key; nothing is written.
-            Or the ranks don't see the same checkpoint and destination; nothing is left behind.
+        ConfigError: the folder exists already, or would lie in a file, or another process is writing it, or there is too little
+            space for it, or the client state has no such key; nothing is written. Or the ranks don't see the same checkpoint and
+            destination; nothing is left behind.
         UnsupportedError: the client state, a scheduler or a hyper-parameter holds something that has no universal form;
             nothing is written.
         DamagedCheckpointError: a source file is missing or truncated, or was changed meanwhile; nothing is left behind.
@@ -72,6 +73,8 @@ def convert(
     homes = {(atom.name, atom.state): file.file_name for file in files for atom in file.atoms}
     index, tensors = describe(view, homes, drop_client_state)
     _check_same_view(view, files, ranks)
+    numbytes = sum(len(file.header) + file.data_numbytes for file in files)
+    numbytes += sum(tensor.nbytes for tensor in tensors.values())
 
     def write(folder: Path) -> TransferCount:
         share = share_of(files, ranks.rank, ranks.count)
@@ -90,6 +93,7 @@ def convert(
         count = write(_seen(destination.parent / ranks.broadcast("folder")))
         ranks.broadcast("committed")
         return count
+    _check_space(destination, numbytes)
     with committed_folder(destination) as folder, ranks.failing_together():
         create_files(folder, files)
         ranks.broadcast("folder", folder.name)
@@ -105,6 +109,16 @@ def _check_free(destination: Path) -> None:
         raise ConfigError(f"{destination} exists already; nothing was written")
     if blocking := next((parent for parent in destination.parents if parent.exists() and not parent.is_dir()), None):
         raise ConfigError(f"{blocking} is a file; nothing was written")
+
+
+def _check_space(destination: Path, numbytes: int) -> None:
+    """Better than an error after an hour; what others write meanwhile can still fill the disk."""
+    place = next(parent for parent in destination.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if numbytes > free:
+        raise ConfigError(
+            f"{destination} needs {numbytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; nothing was written"
+        )
 
 
 def _check_same_view(view: UniversalView, files: Sequence[AtomFile], ranks: Ranks) -> None:

@@ -226,7 +226,12 @@ def joined() -> Iterator[Ranks]:
     if missing := [name for name in VARIABLES if name not in os.environ]:
         raise ConfigError(f"WORLD_SIZE is set, and {', '.join(missing)} isn't; start the ranks with torchrun")
     with _reachable():
-        store, rank, count = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS))))
+        try:
+            found = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS))))
+        except (ValueError, OverflowError, TypeError) as error:
+            values = ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES)
+            raise ConfigError(f"{values}: {error}") from error
+    store, rank, count = found
     with taking_part(store, rank, count) as ranks:
         yield ranks
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,6 +107,26 @@ def test_a_folder_that_exists_is_not_touched(engine_checkpoints: dict[str, Path]
     with pytest.raises(ConfigError, match="exists already"):
         convert(UniversalView.of(open_checkpoint(engine_checkpoints["zero0"])), tmp_path / "u")
     assert [path.name for path in tmp_path.rglob("*")] == ["u", "mine"]
+
+
+def test_too_little_space_is_told_before_anything_is_written(
+    engine_checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = UniversalView.of(open_checkpoint(engine_checkpoints["zero0"]))
+    convert(view, tmp_path / "room")
+    wanted = sum(entry.stat().st_size for entry in (tmp_path / "room").glob("*.safetensors"))
+    asked = []
+
+    def usage(path: Path) -> Any:
+        asked.append(path)
+        return SimpleNamespace(free=wanted - 1)
+
+    monkeypatch.setattr("ucp_deepspeed.transfer.convert.shutil.disk_usage", usage)
+    with pytest.raises(ConfigError, match="are free there; nothing was written"):
+        convert(view, tmp_path / "none" / "yet")
+    assert asked == [tmp_path] and not (tmp_path / "none").exists()
+    wanted += 1
+    convert(view, tmp_path / "enough")
 
 
 @pytest.mark.parametrize("failing", [0, 1, 7])

@@ -196,6 +196,10 @@ def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match="MASTER_ADDR, MASTER_PORT isn't; start the ranks with torchrun"), joined():
         pass
+    for key, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError, match="MASTER_PORT=x"), joined():
+        pass
     monkeypatch.setenv("WORLD_SIZE", "1")
     with joined() as ranks:
         assert (ranks.rank, ranks.count) == (0, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from ucp_deepspeed.checkpoint.universal import PARTIAL_MARK, REPLACED_MARK
+from ucp_deepspeed.errors import ConfigError
 from ucp_deepspeed.transfer import commit
 
 
@@ -108,6 +110,37 @@ def abandoned(folder: Path, name: str, mark: str = "") -> Path:
     ended = subprocess.Popen(["true"])
     ended.wait()
     return folder / f".{name}{PARTIAL_MARK}{socket.gethostname()}-{ended.pid}{mark}"
+
+
+def test_what_is_held_is_not_abandoned(tmp_path: Path) -> None:
+    """In a container with this host's name a process may write whose id is nobody's here, or even ours."""
+    for folder in (abandoned(tmp_path, "a"), commit.partial_folder(tmp_path / "a")):
+        make(folder, x_pt="half")
+        held = os.open(folder, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        commit.remove_abandoned(tmp_path / "a")
+        with pytest.raises(ConfigError, match="another process is writing"), commit.committed_folder(tmp_path / "a"):
+            pass
+        assert read(folder) == {"x.pt": "half"}
+        os.close(held)
+        commit.remove_abandoned(tmp_path / "a")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_what_this_process_makes_is_held_until_it_is_done(tmp_path: Path) -> None:
+    with commit.committed_folder(tmp_path / "a") as folder:
+        assert commit._held(folder)
+    with pytest.raises(ZeroDivisionError), commit.committed_folder(tmp_path / "b") as folder:
+        raise ZeroDivisionError
+    commit.replace_folder(commit.make_partial_folder(tmp_path / "a"), tmp_path / "a", is_part)
+    assert commit._holding == {} and not commit._held(tmp_path / "a")
+
+
+def test_a_text_that_a_killed_process_left_goes_too(tmp_path: Path) -> None:
+    abandoned(tmp_path, "latest").write_text("step1")
+    (tmp_path / "latest").write_text("step0")
+    commit.remove_abandoned(tmp_path / "step2", of_any_name=True)
+    assert read(tmp_path) == {"latest": "step0"}
 
 
 def test_a_process_killed_between_two_renames_has_lost_nothing(tmp_path: Path) -> None:
