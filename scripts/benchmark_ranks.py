@@ -55,6 +55,7 @@ class Measured:
 
 _engine: Any = None
 _run: Run | None = None
+_watching = True
 
 
 def build(run: Run) -> int:
@@ -85,6 +86,12 @@ def _leave_out_nothings(engine: Any) -> None:
         return {key: value for key, value in state_dict(*arguments, **settings).items() if value is not None}
 
     engine.module_state_dict = without
+
+
+def watch_memory(on: bool) -> None:
+    """Whether the following calls tell the memory that they take."""
+    global _watching
+    _watching = on
 
 
 def release() -> None:
@@ -192,13 +199,13 @@ def distribute(
 
 @contextmanager
 def measured() -> Iterator[Callable[..., Measured]]:
-    """From when all ranks are ready until this rank is done."""
+    """From when all ranks are ready until this rank is done. Memory counts while `watch_memory` is on."""
     gc.collect()
     dist.barrier()
     before, read, peak, done = _memory(), _characters_read(), [0], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.002):
+        while _watching and not done.wait(0.002):
             peak[0] = max(peak[0], _memory())
 
     watcher = threading.Thread(target=watch)
