@@ -357,16 +357,24 @@ def _of_whole(
     one = UniversalView(checkpoint, names, wanted, size, wanted)
     flat = UniversalView.of_single_rank(whole, own, wanted)
     differing, same_state = _differing_wholes(one, flat)
+    in_part: dict[str, Joined] = {}
     for name, pattern in padded.items():
-        if name not in accused:
-            equal, told = joins_to(checkpoint, whole, name, pattern, (names, own))
-            same_state |= equal and told
-            differing += [name] if told and not equal else []
+        joined = None if name in accused else joins_to(checkpoint, whole, name, pattern, size, (names, own))
+        if joined is None:
+            continue
+        same_state |= joined.same and joined.told
+        if joined.padded and size is None:
+            in_part[name] = joined
+        elif not joined.same:
+            differing.append(name)
     if not same_state:
         return "shapes", findings
     for name in differing:
         detail = f"{_words(fitting[name])}: joined that way it isn't what it is without tensor parallelism"
         findings.append(Finding(name, "whole", detail))
+    for name, joined in in_part.items():
+        detail = f"only the first {joined.equal} of {joined.rows} rows are those without tensor parallelism"
+        findings.append(Finding(name, "remark", f"{detail}; say how many aren't padding (--vocabulary-size)"))
     return "values", findings
 
 
@@ -393,40 +401,67 @@ def copies_agree(checkpoint: Checkpoint, name: str) -> bool:
         ranks.reader.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A parameter, joined by a pattern, beside what it is without tensor parallelism.
+
+    Attributes:
+        equal: the first rows that have the same values, bit by bit; a row is all that lies at one place of dimension 0.
+        rows: that were compared: of a vocabulary those that both have, or that aren't padding; of anything else all.
+        told: whether that tells the state from others: a parameter that is one number again and again doesn't.
+    """
+
+    equal: int
+    rows: int
+    told: bool
+
+    @property
+    def same(self) -> bool:
+        """Whether it is the same parameter."""
+        return self.equal == self.rows
+
+    @property
+    def padded(self) -> bool:
+        """Whether what differs may be padding: rows of two vocabularies behind the last word."""
+        return self.rows > self.equal >= self.rows / 2
+
+
 def joins_to(
     checkpoint: Checkpoint,
     whole: Checkpoint,
     name: str,
     pattern: Pattern,
+    size: int | None = None,
     logical_of: tuple[Mapping[str, str], Mapping[str, str]] | None = None,
-) -> tuple[bool, bool]:
-    """Whether a trained parameter, joined by a pattern, has the values that it has without tensor parallelism.
-
-    Of a vocabulary half of the rows count: those at the end may be padding on either side.
+) -> Joined | None:
+    """Compare a trained parameter, joined by a pattern, with what it is without tensor parallelism.
 
     Args:
         name: logical name.
+        size: rows of the vocabulary that aren't padding, if that is known.
         logical_of: names of both checkpoints → logical ones; by default these are the checkpoints' own.
 
     Returns:
-        That, and whether it tells the state from others: a parameter that is one number again and again doesn't.
+        None where they can't be compared: by shapes, or since one of them isn't trained or holds another dtype.
     """
     own = {key: key for key in (*checkpoint.parameters, *whole.parameters)}
     names, whole_names = logical_of or (own, own)
+    vocabulary = isinstance(pattern, Shard) and pattern.vocabulary
     reader = FileReader()
     try:
+        one = UniversalView(checkpoint, names, {name: pattern}, None, {name}, check_record=False)
         other = UniversalView.of_single_rank(whole, whole_names, {name})
-        rows: int | None = None
-        if isinstance(pattern, Shard) and pattern.vocabulary:
-            rows = -(-other.logical_shape(name)[pattern.dim] // 2)
+        if vocabulary and isinstance(pattern, Shard):
+            held = [view.logical_shape(name)[pattern.dim] for view in (one, other)]
+            rows = min(*held, held[0] if size is None else size)
+            one = UniversalView(checkpoint, names, {name: pattern}, rows, {name}, check_record=False)
             other = UniversalView(whole, whole_names, {name: pattern}, rows, {name}, check_record=False)
-        one = UniversalView(checkpoint, names, {name: pattern}, rows, {name}, check_record=rows is None)
         trained = one.parameters[name].kind == other.parameters[name].kind == "trainable"
         if not trained or one.logical_shape(name) != other.logical_shape(name):
-            return False, False
-        return _same_whole(one, other, name, reader)
+            return None
+        return _joined(one, other, name, reader)
     except MismatchError:
-        return False, False
+        return None
     finally:
         reader.close()
 
@@ -457,22 +492,23 @@ def _differing_wholes(one: UniversalView, other: UniversalView) -> tuple[list[st
         for name, parameter in one.parameters.items():
             if parameter.kind != "trainable":
                 continue
-            equal, told = _same_whole(one, other, name, reader)
-            same_state |= equal and told
-            if not equal:
+            joined = _joined(one, other, name, reader)
+            same_state |= joined is not None and joined.same and joined.told
+            if joined is None or not joined.same:
                 differing.append(name)
     finally:
         reader.close()
     return differing, same_state
 
 
-def _same_whole(one: UniversalView, other: UniversalView, name: str, reader: FileReader) -> tuple[bool, bool]:
-    """Whether both hold the same values, bit by bit, and whether that tells anything: more than one number."""
+def _joined(one: UniversalView, other: UniversalView, name: str, reader: FileReader) -> Joined | None:
+    """See `Joined`; None for two dtypes."""
     dtype = one.parameters[name].states[MASTER]
     if other.parameters[name].states.get(MASTER) != dtype:
-        return False, False
-    integer = INTEGERS[ITEMSIZE[dtype]]
-    numel, step = prod(one.logical_shape(name)), CHUNK_NUMBYTES // ITEMSIZE[dtype]
+        return None
+    integer, shape = INTEGERS[ITEMSIZE[dtype]], one.logical_shape(name)
+    numel, step = prod(shape), CHUNK_NUMBYTES // ITEMSIZE[dtype]
+    rows = shape[0] if shape else 1
     seen: set[int] = set()
     for start in range(0, numel, step):
         sides = [torch.empty(min(step, numel - start), dtype=NAMED_DTYPES[dtype]) for _ in range(2)]
@@ -480,6 +516,7 @@ def _same_whole(one: UniversalView, other: UniversalView, name: str, reader: Fil
             gather(view, name, MASTER, start, side, reader)
         left, right = (side.view(integer) for side in sides)
         if not torch.equal(left, right):
-            return False, True
+            first = start + int((left != right).int().argmax())
+            return Joined(first * rows // numel, rows, True)
         seen |= {int(left.min()), int(left.max())}
-    return True, len(seen) > 1
+    return Joined(rows, rows, len(seen) > 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.view import held_shapes, parameter_names
@@ -16,7 +16,7 @@ from ucp_deepspeed.language.inference import (
 )
 from ucp_deepspeed.layout import Partial, Replicate, Scale, Shape, Shard
 from ucp_deepspeed.layout.pattern import Pattern
-from ucp_deepspeed.transfer.evidence import check_single_rank, copies_agree, joins_to, whole_shape
+from ucp_deepspeed.transfer.evidence import Joined, check_single_rank, copies_agree, joins_to, whole_shape
 
 SCALE_COMMENT = "each rank holds the value divided by their number; give powers for the optimizer's states, too"
 PARTIAL_COMMENT = "all ranks hold the whole shape with different values: partial, if each rank updates its own"
@@ -53,26 +53,28 @@ def infer_by_comparison(checkpoint: Checkpoint, whole: Checkpoint) -> dict[str, 
     if missing:
         raise MismatchError(f"{whole.path} isn't of the same model: these parameters are missing there", missing)
     found = {name: _of_parameter(checkpoint, whole, name) for name in names}
-    same_state = any(told for _, _, told in found.values())
+    same_state = any(
+        each is not None and each.same and each.told for _, by_pattern in found.values() for each in by_pattern.values()
+    )
     return {
-        checkpoint.logical_names.get(name, name): _decided(checkpoint, name, guess, candidates, agreeing, same_state)
-        for name, (guess, (candidates, agreeing), _) in found.items()
+        checkpoint.logical_names.get(name, name): _decided(checkpoint, name, guess, by_pattern, same_state)
+        for name, (guess, by_pattern) in found.items()
     }
 
 
-Candidates = tuple[tuple[Pattern, ...], tuple[Pattern, ...]]
-"""Patterns that the shapes allow, and those of them that give the whole's values."""
+ByPattern = Mapping[Pattern, Joined | None]
+"""Patterns that the shapes allow, and what comes of each; the one that shapes alone would tell first."""
 
 
-def _of_parameter(checkpoint: Checkpoint, whole: Checkpoint, name: str) -> tuple[Guess, Candidates, bool]:
-    """The guess from shapes, the candidates, and whether some candidate gives values that tell two states apart."""
+def _of_parameter(checkpoint: Checkpoint, whole: Checkpoint, name: str) -> tuple[Guess, ByPattern]:
+    """The guess from shapes, and the candidates."""
     local_shapes = held_shapes(checkpoint, {name: name})[name]
     logical_shape = whole_shape(whole.parameters[name])
     guess = guess_from_shapes(local_shapes, logical_shape)
+    sizes = checkpoint.vocabulary_size, whole.vocabulary_size
+    size = next((each for each in sizes if each is not None), None)
     candidates = _candidates(guess.pattern, local_shapes, logical_shape)
-    results = {pattern: joins_to(checkpoint, whole, name, pattern) for pattern in candidates}
-    agreeing = tuple(pattern for pattern, (equal, _) in results.items() if equal)
-    return guess, (candidates, agreeing), any(equal and told for equal, told in results.values())
+    return guess, {pattern: joins_to(checkpoint, whole, name, pattern, size) for pattern in candidates}
 
 
 def _candidates(guess: Pattern | None, local_shapes: Sequence[Shape], logical_shape: Shape) -> tuple[Pattern, ...]:
@@ -86,27 +88,33 @@ def _candidates(guess: Pattern | None, local_shapes: Sequence[Shape], logical_sh
     return (guess,)
 
 
-def _decided(
-    checkpoint: Checkpoint,
-    name: str,
-    guess: Guess,
-    candidates: tuple[Pattern, ...],
-    agreeing: tuple[Pattern, ...],
-    same_state: bool,
-) -> Guess:
+def _decided(checkpoint: Checkpoint, name: str, guess: Guess, by_pattern: ByPattern, same_state: bool) -> Guess:
     """A guess from shapes, with what values tell."""
+    agreeing = [pattern for pattern, joined in by_pattern.items() if joined is not None and joined.same]
     if isinstance(guess.pattern, Replicate):
         if not copies_agree(checkpoint, name):
             return Guess(Partial(), (PARTIAL_COMMENT,))
-        if same_state and agreeing[:1] == (Replicate(scale=Scale()),):
+        if same_state and agreeing[:1] == [Replicate(scale=Scale())]:
             return Guess(agreeing[0], (SCALE_COMMENT,))
         return guess
-    if candidates and same_state and checkpoint.parameters[name].kind == "trainable":
+    told = [joined for joined in by_pattern.values() if joined is not None and joined.told]
+    if same_state and told:  # what is one number again and again comes out the same by several patterns
         if len(agreeing) == 1:
             return guess if guess.pattern == agreeing[0] else Guess(agreeing[0])
         if not agreeing:
-            return Guess(None, ("no known way to join the ranks' values gives those of the single rank",))
-    if guess.pattern is None or len(candidates) < 2:
+            return Guess(None, (_disagreement(by_pattern),))
+    if guess.pattern is None or len(by_pattern) < 2:
         return guess
-    shards = [pattern for pattern in candidates[1:] if isinstance(pattern, Shard)]
+    shards = [pattern for pattern in by_pattern if isinstance(pattern, Shard) and pattern != guess.pattern]
     return Guess(guess.pattern, (fused_comment(shards),))
+
+
+def _disagreement(by_pattern: ByPattern) -> str:
+    """What to say where no pattern gives the values of the single rank."""
+    for pattern, joined in by_pattern.items():
+        if isinstance(pattern, Shard) and pattern.vocabulary and joined is not None and joined.padded:
+            return (
+                f"as a vocabulary, only the first {joined.equal} of {joined.rows} rows are those of the single rank: "
+                f"it is one if the rest is padding"
+            )
+    return "no known way to join the ranks' values gives those of the single rank"

@@ -374,61 +374,88 @@ def test_infer_by_comparison(two: Path, one: Path, tmp_path: Path, ucp: Ucp) -> 
     assert checked.exit_code == 0, checked.stdout
 
 
+def joined_and_whole(folder: Path, tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> tuple[Path, Path]:
+    """Checkpoints of two ranks and of one, from what the two hold, one after the other, and what the one does."""
+    folders = []
+    for place, (name, tp) in enumerate((("two", 2), ("one", 1))):
+        parameters = tuple(NativeParameter(key, held[place], {}, cut="rows") for key, held in tensors.items())
+        folders.append(write_native(folder / name, NativeModel(parameters), NativeRun(tp=tp, stage=1, steps=0)))
+    return folders[0], folders[1]
+
+
 @pytest.fixture
 def grouped(tmp_path: Path) -> tuple[Path, Path]:
-    """Fused q, k and v of 4 q heads and one kv head, which both ranks hold; and a vocabulary with other padding: of two ranks,
-    and of one."""
+    """Fused q, k and v of 4 q heads and one kv head, which both ranks hold; vocabularies of 9 and 11 words with other padding;
+    and k of 3 heads, of which both ranks hold the second."""
     generator = torch.Generator().manual_seed(6)
-    q, k, v = (torch.randn(rows, 3, generator=generator) for rows in (8, 2, 2))
+    q, k, v, heads = (torch.randn(rows, 3, generator=generator) for rows in (8, 2, 2, 6))
     words, padding = torch.randn(11, 3, generator=generator), torch.randn(3, 3, generator=generator)
-    on_two = {
-        "attn.qkv.weight": torch.cat([q[:4], k, v, q[4:], k, v]),
-        "embed.weight": torch.cat([words[:9], padding]),
-    }
-    on_one = {"attn.qkv.weight": torch.cat([q, k, v]), "embed.weight": words}
-    folders = []
-    for name, tensors, tp in (("two", on_two, 2), ("one", on_one, 1)):
-        parameters = tuple(NativeParameter(key, value, {}, cut="rows") for key, value in tensors.items())
-        folders.append(write_native(tmp_path / name, NativeModel(parameters), NativeRun(tp=tp, stage=1, steps=0)))
-    return folders[0], folders[1]
+    return joined_and_whole(
+        tmp_path,
+        {
+            "attn.qkv.weight": (torch.cat([q[:4], k, v, q[4:], k, v]), torch.cat([q, k, v])),
+            "attn.k.weight": (torch.cat([heads[:4], heads[2:]]), heads),
+            "few.weight": (torch.cat([words[:9], padding]), words),
+            "embed.weight": (torch.cat([words, padding[:1]]), words),
+            "qkv.bias": (torch.zeros(14), torch.zeros(11)),
+        },
+    )
 
 
 def test_copies_of_kv_heads_are_told_from_padding(grouped: tuple[Path, Path], tmp_path: Path, ucp: Ucp) -> None:
     two, one = grouped
-    result = ucp("spec", "infer", two, "--single-rank", one)
-    found = inferred(result, tmp_path / "new.yaml").patterns(["attn.qkv.weight", "embed.weight"])
-    assert found == {
-        "attn.qkv.weight": Shard(0, parts=(4, 1, 1), heads=(4, 1, 1)),
-        "embed.weight": Shard(0, vocabulary=True),
+    text = ucp("spec", "infer", two, "--single-rank", one).stdout
+    (tmp_path / "new.yaml").write_text(text)
+    rules = {rule.pop("match"): rule for rule in yaml.safe_load(text)["rules"]}
+    assert rules == {
+        "attn.qkv.weight": {"pattern": "shard", "dim": 0, "parts": [4, 1, 1], "heads": [4, 1, 1]},
+        "embed.weight": {"pattern": "shard", "dim": 0, "vocabulary": True},
     }
-    for spec, wrong in ((result.stdout, None), (WRONG_VOCABULARY, "attn.qkv.weight")):
-        (tmp_path / "spec.yaml").write_text(spec)
-        checked = ucp("spec", "check", tmp_path / "spec.yaml", "--against", two, "--single-rank", one, "--json")
-        assert {each["parameter"] for each in findings(checked) if each["wrong"]} == ({wrong} if wrong else set())
+    assert (
+        "as a vocabulary, only the first 9 of 11 rows" in text and "as a vocabulary, only the first 4 of 6 rows" in text
+    )
+    assert "attn.k.weight" in text and "qkv.bias" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        ([], {"attn.qkv.weight"}),
+        (["--vocabulary-size", "9"], {"attn.qkv.weight"}),
+        (["--vocabulary-size", "6"], {"attn.qkv.weight", "attn.k.weight"}),
+        (["--vocabulary-size", "11"], {"attn.qkv.weight", "few.weight"}),
+    ],
+)
+def test_a_vocabulary_is_compared_too(
+    options: list[str], wrong: set[str], grouped: tuple[Path, Path], tmp_path: Path, ucp: Ucp
+) -> None:
+    two, one = grouped
+    (tmp_path / "spec.yaml").write_text(
+        "family: mine\nrules:\n  - {match: '*.*', pattern: shard, vocabulary: true}\n"
+        "  - {match: attn.*.weight, pattern: shard, vocabulary: true}\n"
+    )
+    checked = ucp("spec", "check", tmp_path / "spec.yaml", "--against", two, "--single-rank", one, "--json", *options)
+    found = findings(checked)
+    compared = {each["parameter"] for each in found if each["wrong"] and each["what"] == "whole"}
+    assert compared == wrong
+    if not options:
+        remarks = [each["detail"] for each in found if "--vocabulary-size" in each["detail"]]
+        assert [remark.split(" rows")[0] for remark in remarks] == ["only the first 4 of 6", "only the first 9 of 11"]
 
 
 def test_copies_of_kv_heads_and_padding_are_alike_by_shapes(
     grouped: tuple[Path, Path], tmp_path: Path, ucp: Ucp
 ) -> None:
-    parameters = (
-        NativeParameter("attn.qkv.weight", torch.randn(12, 3), {}),
-        NativeParameter("embed.weight", torch.randn(11, 3), {}),
-    )
-    other = write_native(tmp_path / "other", NativeModel(parameters), NativeRun(stage=1, steps=0))
+    shapes = {"attn.qkv.weight": (12, 3), "attn.k.weight": (6, 3), "few.weight": (11, 3), "embed.weight": (11, 3)}
+    parameters = [NativeParameter(name, torch.randn(shape), {}) for name, shape in shapes.items()]
+    parameters.append(NativeParameter("qkv.bias", torch.zeros(11), {}))
+    other = write_native(tmp_path / "other", NativeModel(tuple(parameters)), NativeRun(stage=1, steps=0))
     result = ucp("spec", "infer", grouped[0], "--single-rank", other)
     assert "a vocabulary that is padded otherwise, or q, k and v of 1 kv heads" in result.stdout
     (tmp_path / "new.yaml").write_text(result.stdout)
     checked = ucp("spec", "check", tmp_path / "new.yaml", "--against", grouped[0], "--json")
-    assert {each["parameter"]: each["what"] for each in findings(checked) if each["wrong"]} == {
-        "attn.qkv.weight": "unmatched"
-    }
-
-
-WRONG_VOCABULARY = """\
-family: mine
-rules:
-  - {match: [attn.qkv.weight, embed.weight], pattern: shard, dim: 0, vocabulary: true}
-"""
+    unmatched = {each["parameter"] for each in findings(checked) if each["what"] == "unmatched"}
+    assert "attn.qkv.weight" in unmatched and "embed.weight" not in unmatched
 
 
 def test_infer_by_shapes_alone(two: Path, tmp_path: Path, ucp: Ucp) -> None:
