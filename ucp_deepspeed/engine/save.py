@@ -49,7 +49,6 @@ from ucp_deepspeed.transfer.commit import (
     flush,
     make_partial_folder,
     partial_folder,
-    remove_abandoned,
     remove_partial_folder,
     replace_folder,
     write_atomically,
@@ -173,7 +172,6 @@ def _make_partial(folder: Path) -> Path:
         if dist.get_rank() == 0:
             try:
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                remove_abandoned(folder, of_any_name=True)
                 make_partial_folder(folder)
             except OSError as error:
                 raise SaveError(f"{folder} can't be saved, and 'latest' was not moved: {error}") from error

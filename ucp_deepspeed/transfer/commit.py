@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,9 @@ from ucp_deepspeed.checkpoint.universal import PARTIAL_MARK, REPLACED_MARK
 from ucp_deepspeed.errors import ConfigError
 
 logger = logging.getLogger("ucp_deepspeed")
+
+LOCK_SECONDS, LOOK_SECONDS = 10.0, 0.01
+"""How long to wait for a folder's lock, which is held for less than a second, and how often to look."""
 
 
 @contextmanager
@@ -35,14 +39,9 @@ def committed_folder(final: Path) -> Iterator[Path]:
     if final.exists():
         raise ConfigError(f"{final} exists already; nothing was written")
     final.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(final)
-    if other := next(
-        (entry for entry, name, _ in _partial_folders(final) if name == final.name and _held(entry)), None
-    ):
-        raise ConfigError(f"another process is writing {final} just now, in {other}; nothing was written")
     with terminated_as_exception():
+        partial = make_partial_folder(final, alone=True)
         try:
-            partial = make_partial_folder(final)
             yield partial
             for entry in partial.iterdir():
                 flush(entry)
@@ -51,23 +50,35 @@ def committed_folder(final: Path) -> Iterator[Path]:
             _release(partial)
         except BaseException:
             with _undisturbed():
-                remove_partial_folder(partial_folder(final))
+                remove_partial_folder(partial)
             raise
     flush(final.parent)
 
 
-def make_partial_folder(final: Path) -> Path:
-    """Make `partial_folder`, and hold it: as long as this process writes there, no other one takes it for abandoned.
+def make_partial_folder(final: Path, alone: bool = False) -> Path:
+    """Make `partial_folder`, after removing what is abandoned, and hold it.
 
-    A host's name and a process id don't tell that alone where containers share the name. Processes on other machines, and file
-    systems without locks of folders (NFS), have nothing else.
+    As long as this process writes there, no other one takes it for abandoned. A host's name and a process id don't tell that
+    alone where containers share the name; processes on other machines, and file systems without locks (NFS), have nothing else.
+
+    Args:
+        alone: what is abandoned is of the same name, and nobody else may be writing it; otherwise it may be of any name.
+
+    Raises:
+        ConfigError: somebody else is writing it.
     """
     partial = partial_folder(final)
-    partial.mkdir()
-    descriptor = os.open(partial, os.O_RDONLY)
-    _holding[partial] = descriptor
-    with suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with _locked(final.parent):  # between its making and its being held nobody looks
+        remove_abandoned(final, of_any_name=not alone)
+        others = [
+            entry for entry, name, pid in _partial_folders(final) if name == final.name and _is_written(entry, pid)
+        ]
+        if alone and others:
+            raise ConfigError(f"another process is writing {final} just now, in {others[0]}; nothing was written")
+        partial.mkdir()
+        _holding[partial] = os.open(partial, os.O_RDONLY)
+        with suppress(OSError):
+            fcntl.flock(_holding[partial], fcntl.LOCK_EX | fcntl.LOCK_NB)
     return partial
 
 
@@ -87,21 +98,62 @@ def _release(partial: Path) -> None:
         os.close(descriptor)
 
 
-def _held(partial: Path) -> bool:
-    """Whether a process holds a partial folder; False also where that can't be told."""
+def _hold_nothing() -> None:
+    """In a forked child: the folders are its parent's, and shall be abandoned when that is gone."""
+    for partial in list(_holding):
+        _release(partial)
+
+
+os.register_at_fork(after_in_child=_hold_nothing)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process of all that do the same at a time, where the file system has locks; not for long, should one of them hang."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    end = time.monotonic() + LOCK_SECONDS
     try:
-        descriptor = os.open(partial, os.O_RDONLY)
-    except OSError:
-        return False
+        with suppress(OSError):
+            while not _lock(descriptor) and time.monotonic() < end:
+                time.sleep(LOOK_SECONDS)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Take a lock, unless somebody has it.
+
+    Raises:
+        OSError: the file system has none.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
-    except OSError:
         return False
+    return True
+
+
+def _is_held(partial: Path) -> bool | None:
+    """Whether a process holds a partial folder; None where that can't be told."""
+    if partial in _holding:
+        return True
+    try:
+        descriptor = os.open(partial, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        return not _lock(descriptor)
+    except OSError:
+        return None
     finally:
         os.close(descriptor)
-    return False
+
+
+def _is_written(partial: Path, pid: int) -> bool:
+    """Whether somebody writes in a partial folder, by the lock, or else by the process that it is named for."""
+    held = _is_held(partial)
+    return _alive(pid) if held is None else held
 
 
 def partial_folder(final: Path) -> Path:
@@ -185,7 +237,7 @@ def remove_abandoned(final: Path, of_any_name: bool = False) -> None:
         of_any_name: or for another folder beside it: a run that was killed saves its next tag, and not that one again.
     """
     for entry, name, pid in _partial_folders(final):
-        if (of_any_name or name == final.name) and not _alive(pid) and not _held(entry):
+        if (of_any_name or name == final.name) and not _alive(pid) and not _is_held(entry):
             try:
                 _remove_or_put_back(entry, final.parent / name)
             except OSError as error:  # another user's, perhaps
@@ -198,7 +250,7 @@ def _partial_folders(final: Path) -> Iterator[tuple[Path, str, int]]:
     for entry in final.parent.iterdir():
         name, found, pid = entry.name.removesuffix(REPLACED_MARK).rpartition(mark)
         # A host whose name begins with this one's leaves folders with the same mark and more than a number after it.
-        if found and name.startswith(".") and pid.isdecimal():
+        if found and name.startswith(".") and pid.isdecimal() and entry.is_dir():
             yield entry, name.removeprefix("."), int(pid)
 
 
@@ -206,10 +258,8 @@ def _remove_or_put_back(abandoned: Path, final: Path) -> None:
     """What was killed between the two renames of `_exchange` has left nothing else of ``final``."""
     if abandoned.name.endswith(REPLACED_MARK) and not final.exists():
         abandoned.rename(final)
-    elif abandoned.is_dir():
-        shutil.rmtree(abandoned)
     else:
-        abandoned.unlink()
+        shutil.rmtree(abandoned)
 
 
 def write_atomically(path: Path, text: str) -> None:

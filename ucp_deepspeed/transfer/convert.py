@@ -114,10 +114,10 @@ def _check_free(destination: Path) -> None:
 def _check_space(destination: Path, numbytes: int) -> None:
     """Better than an error after an hour; what others write meanwhile can still fill the disk."""
     place = next(parent for parent in destination.absolute().parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if numbytes > free:
+    disk = shutil.disk_usage(place)
+    if disk.total and numbytes > disk.free:  # some file systems in memory know of no size
         raise ConfigError(
-            f"{destination} needs {numbytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; nothing was written"
+            f"{destination} needs {numbytes / 1e9:.2f} GB, and {disk.free / 1e9:.2f} GB are free there; nothing was written"
         )
 
 

@@ -449,6 +449,7 @@ class _Planner:
         wanted = [each for each in self._states_read(name) if each == state or {each, state} == {MASTER, WEIGHT}]
         if not wanted:
             return TransferCount()
+        rank -= rank % self.topology.tp if name in self._common(rank) else 0  # one copy for all, as engines do
         key = name, state, rank, fragments
         if key not in self._known:
             count = self._known[key] = TransferCount()

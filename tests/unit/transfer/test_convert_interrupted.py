@@ -115,11 +115,11 @@ def test_too_little_space_is_told_before_anything_is_written(
     view = UniversalView.of(open_checkpoint(engine_checkpoints["zero0"]))
     convert(view, tmp_path / "room")
     wanted = sum(entry.stat().st_size for entry in (tmp_path / "room").glob("*.safetensors"))
-    asked = []
+    asked, size = [], 1 << 40
 
     def usage(path: Path) -> Any:
         asked.append(path)
-        return SimpleNamespace(free=wanted - 1)
+        return SimpleNamespace(free=wanted - 1, total=size)
 
     monkeypatch.setattr("ucp_deepspeed.transfer.convert.shutil.disk_usage", usage)
     with pytest.raises(ConfigError, match="are free there; nothing was written"):
@@ -127,6 +127,8 @@ def test_too_little_space_is_told_before_anything_is_written(
     assert asked == [tmp_path] and not (tmp_path / "none").exists()
     wanted += 1
     convert(view, tmp_path / "enough")
+    wanted, size = 1, 0  # as ramfs says
+    convert(view, tmp_path / "unknown")
 
 
 @pytest.mark.parametrize("failing", [0, 1, 7])

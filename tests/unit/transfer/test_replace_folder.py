@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import multiprocessing
 import os
 import socket
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,6 +124,8 @@ def test_what_is_held_is_not_abandoned(tmp_path: Path) -> None:
         commit.remove_abandoned(tmp_path / "a")
         with pytest.raises(ConfigError, match="another process is writing"), commit.committed_folder(tmp_path / "a"):
             pass
+        commit.make_partial_folder(tmp_path / "other")
+        commit.remove_partial_folder(commit.partial_folder(tmp_path / "other"))
         assert read(folder) == {"x.pt": "half"}
         os.close(held)
         commit.remove_abandoned(tmp_path / "a")
@@ -129,18 +134,78 @@ def test_what_is_held_is_not_abandoned(tmp_path: Path) -> None:
 
 def test_what_this_process_makes_is_held_until_it_is_done(tmp_path: Path) -> None:
     with commit.committed_folder(tmp_path / "a") as folder:
-        assert commit._held(folder)
+        assert commit._is_held(folder)
     with pytest.raises(ZeroDivisionError), commit.committed_folder(tmp_path / "b") as folder:
         raise ZeroDivisionError
     commit.replace_folder(commit.make_partial_folder(tmp_path / "a"), tmp_path / "a", is_part)
-    assert commit._holding == {} and not commit._held(tmp_path / "a")
+    assert commit._holding == {} and not commit._is_held(tmp_path / "a")
 
 
-def test_a_text_that_a_killed_process_left_goes_too(tmp_path: Path) -> None:
-    abandoned(tmp_path, "latest").write_text("step1")
-    (tmp_path / "latest").write_text("step0")
-    commit.remove_abandoned(tmp_path / "step2", of_any_name=True)
-    assert read(tmp_path) == {"latest": "step0"}
+def test_of_writers_that_start_together_one_goes_on(tmp_path: Path) -> None:
+    """Processes, and threads of one."""
+
+    def write(_: int) -> str:
+        try:
+            with commit.committed_folder(tmp_path / "a") as folder:
+                everybody.wait()
+                (folder / "x.pt").write_text("whole")
+        except ConfigError as error:
+            everybody.wait()
+            return str(error)
+        return "written"
+
+    everybody = threading.Barrier(2, timeout=30)
+    with ThreadPoolExecutor(2) as pool:
+        refused, written = sorted(pool.map(write, range(2)))
+    assert "another process is writing" in refused and written == "written"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and read(tmp_path / "a") == {"x.pt": "whole"}
+
+    context = multiprocessing.get_context("fork")
+    both, outcomes = context.Barrier(2, timeout=30), context.Queue()
+    started = [context.Process(target=_written_by_a_process, args=(tmp_path / "b", both, outcomes)) for _ in range(2)]
+    for process in started:
+        process.start()
+    assert sorted(outcomes.get(timeout=30) for _ in started) == ["refused", "written"]
+    for process in started:
+        process.join()
+    assert read(tmp_path / "b") == {"x.pt": "whole"}
+
+
+def _written_by_a_process(final: Path, both: Any, outcomes: Any) -> None:
+    try:
+        with commit.committed_folder(final) as folder:
+            both.wait()
+            (folder / "x.pt").write_text("whole")
+    except ConfigError:
+        both.wait()
+        outcomes.put("refused")
+    else:
+        outcomes.put("written")
+
+
+def test_without_locks_the_process_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "none here")
+
+    monkeypatch.setattr(commit.fcntl, "flock", flock)
+    make(abandoned(tmp_path, "a"))
+    with commit.committed_folder(tmp_path / "a") as folder:
+        assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+        commit.remove_abandoned(tmp_path / "a")
+        with pytest.raises(ConfigError, match="another process"), commit.committed_folder(tmp_path / "a"):
+            pass
+    make(tmp_path / f".b{PARTIAL_MARK}{socket.gethostname()}-{os.getppid()}")
+    with pytest.raises(ConfigError, match="another process"), commit.committed_folder(tmp_path / "b"):
+        pass
+
+
+def test_a_forked_child_holds_nothing(tmp_path: Path) -> None:
+    with commit.committed_folder(tmp_path / "a") as folder:
+        child = os.fork()
+        if child == 0:
+            os._exit(len(commit._holding) + 2 * (not commit._is_held(folder)))
+        assert os.waitpid(child, 0)[1] == 0
+        assert commit._is_held(folder)
 
 
 def test_a_process_killed_between_two_renames_has_lost_nothing(tmp_path: Path) -> None:
