@@ -147,7 +147,7 @@ def test_experts_spread_over_tensor_parallel_ranks(
     """Without expert tensor parallelism, DeepSpeed's default, tensor-parallel ranks hold different experts."""
     spec = tmp_path / "moe.yaml"
     spec.write_text('{family: tiny_moe, rules: [{match: "**", pattern: replicate}]}')
-    universal = {"enabled": True, "spec": str(spec)}
+    universal = {"enabled": True, "spec": str(spec), "shared_read_bytes": 0}
     source = moe(ep, stage, tp=2, universal=universal)
     ranks(4).run(train, source if manifest else replace(source, universal=None), STEP, save=str(tmp_path / "a"))
     for tp, target_ep, world_size in [(1, 1, 2), (1, 4, 4), (2, 2, 2)]:

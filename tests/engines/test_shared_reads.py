@@ -113,6 +113,22 @@ def test_all_ranks_together_read_the_checkpoint_once(source: Run, target: Run, r
         assert max(read) - min(read) <= 128 * 3
 
 
+def test_copies_that_differ_are_not_mixed(ranks: Ranks, tmp_path: Path) -> None:
+    """All tensor-parallel ranks have the first, also where too little is held in common for them to divide it."""
+    run = Run("llama", tp=2, zero={"stage": 0}, universal=ALL)
+    ranks(2).run(train, run, STEP, save=str(tmp_path))
+    path = tmp_path / f"global_step{STEP}" / "mp_rank_01_model_states.pt"
+    saved = torch.load(path, weights_only=False)
+    saved["module"][NORM] = torch.nextafter(saved["module"][NORM], torch.tensor(9.0))
+    torch.save(saved, path)
+    (path.parent / "ucp_manifest.json").unlink()
+    target = replace(run, tp=4)
+    alone = ranks(4).run(loaded, replace(target, universal={**ALL, "shared_read_bytes": 1 << 40}), str(tmp_path))
+    shared = ranks(4).run(loaded, target, str(tmp_path))
+    assert [digests for _, digests in alone] == [digests for _, digests in shared]
+    assert len({digests[NORM] for _, digests in shared}) == 1
+
+
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_little_memory(stage: int, ranks: Ranks, tmp_path: Path) -> None:
     """Blocks of a few elements at a time, joined over tensor-parallel ranks and exchanged."""

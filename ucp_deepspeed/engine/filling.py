@@ -21,7 +21,7 @@ from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.engine.exchange import Exchange, begin_exchange
 from ucp_deepspeed.engine.model import agreement
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
-from ucp_deepspeed.errors import DamagedCheckpointError, UniversalCheckpointError
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UniversalCheckpointError
 from ucp_deepspeed.plan import UNDIVIDED, BlockCopy, Division, Fragment, Interval, Sharing, without
 from ucp_deepspeed.transfer import CopyPool, FileReader, TransferCount, run_copies
 from ucp_deepspeed.transfer.matching import Policies
@@ -86,6 +86,7 @@ class Filling:
         dropped: parameters of this rank of which optimizer states are left out.
         bytes_needed: bytes of the elements that this rank is to read, in the source's dtypes.
         rounding: dtype to which masters are rounded; None to keep them exact.
+        exchanged: process group of the tensor-parallel ranks, and a digest of what these exchange.
     """
 
     slots: tuple[SlotPlan, ...]
@@ -95,6 +96,23 @@ class Filling:
     dropped: tuple[str, ...]
     bytes_needed: int
     rounding: torch.dtype | None
+    exchanged: tuple[Any, str] = (None, "")
+
+    def check_exchange(self) -> None:
+        """Collective over the tensor-parallel ranks: whether all of them are to exchange the same.
+
+        Raises:
+            MismatchError: they aren't, and would wait for one another, or receive what is meant for another parameter.
+        """
+        group, digest = self.exchanged
+        if group is not None:
+            digests: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(digests, digest, group=group)
+            if len(set(digests)) > 1:
+                raise MismatchError(
+                    'tensor-parallel ranks don\'t hold what they should have in common; a "shared_read_bytes" above the '
+                    "checkpoint's size lets each of them read what it holds"
+                )
 
     def check_files(self) -> None:
         """Open each file that this rank is to read once, so that what can't be read is told before anything has changed.

@@ -339,6 +339,8 @@ def _load_universal(
         extra_states = plan_extra_states(checkpoint, engine.module, model, policies)
         path, state = checkpoint.client_state(model.rank if same_ranks else 0)
         filling.check_files()
+    with agreement():
+        filling.check_exchange()
     read = filling.run(optimizer, config.read_memory_bytes)
     for module, value in extra_states:
         module.set_extra_state(value)

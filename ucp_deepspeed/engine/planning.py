@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +14,7 @@ from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint, FileExtent, Parameter
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
+from ucp_deepspeed.checkpoint.experts import expert_of
 from ucp_deepspeed.checkpoint.view import UniversalView, held_shapes, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.engine.exchange import is_expert, reaches
@@ -159,7 +161,20 @@ class _Planner:
             tuple(self.dropped),
             self.bytes_needed,
             self._rounding(),
+            self._exchanged(slots, weights),
         )
+
+    def _exchanged(self, slots: Sequence[_SlotWanted], weights: Sequence[EngineTensor]) -> tuple[Any, str]:
+        """The tensor-parallel ranks' process group, and what is the same on all of them: a digest of what they exchange."""
+        told: list[Any] = []
+        for key, (division, _) in self._divisions.items():
+            if division.tensor_parallel is not None:
+                number, *state = key
+                held = slots[number].slot.fragments(*state) if state else ((number, None),)
+                names = [name for name, _ in held if self.logical[name] in self._common]
+                lengths = [(share.reader, share.stop - share.start) for share in division.tensor_parallel.shares]
+                told.append((key, names, lengths))
+        return self.tensor_parallel_group, hashlib.sha256(repr(told).encode()).hexdigest()
 
     def _rounding(self) -> torch.dtype | None:
         return WEIGHT_DTYPES[self.view.checkpoint.run.precision] if self.policies.rounded else None
@@ -212,7 +227,7 @@ class _Planner:
         layouts = {
             name: self.layouts[name]
             for name, tensor in self.tensors.items()
-            if tensor.tensor is not None and name not in self.grown and not is_expert(tensor.tensor)
+            if tensor.tensor is not None and name not in self.grown and not _is_expert(tensor)
         }
         return read_together(layouts, self.view.layouts, self.local_shapes, self.rank, self.tp)
 
@@ -322,7 +337,9 @@ class _Planner:
         if name in self.grown:
             layout = layout.cropped(self.view.logical_shape(name))
         try:
-            copies = plan_tensor(self.view.source(name, state), Target(layout, self.rank, fragments), state)
+            # Of several copies in the checkpoint one for all, should they differ.
+            rank = self.rank - self.rank % self.tp if name in self._common else self.rank
+            copies = plan_tensor(self.view.source(name, state), Target(layout, rank, fragments), state)
         except ValueError as error:
             if not any(problem.startswith(f"{name}: ") for problem in self.problems):
                 self.problems.append(f"{name}: {error}{self._hint(name)}")
@@ -335,6 +352,11 @@ class _Planner:
         """What to do about a vocabulary that source and target pad differently."""
         padded = getattr(self.view.patterns[name], "vocabulary", False) and self.view.vocabulary_size is None
         return '; if the rows are padding, give "universal_checkpoint": {"vocabulary_size": …}' if padded else ""
+
+
+def _is_expert(tensor: EngineTensor) -> bool:
+    """By its name too: DeepSpeed marks no buffers. Tensor-parallel ranks may hold different experts."""
+    return expert_of(tensor.name) is not None or (tensor.tensor is not None and is_expert(tensor.tensor))
 
 
 def _ranks(group: Any) -> tuple[int, int]:
