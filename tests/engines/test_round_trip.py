@@ -10,9 +10,11 @@ from checkpoints import STEP, Source, differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.testing.ranks import RankPool
+from ucp_deepspeed.layout import PerRank
+from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, train
 from ucp_deepspeed.transfer.commit import write_atomically
+from ucp_deepspeed.transfer.compare import compare
 from ucp_deepspeed.transfer.convert import convert
 
 GetSource = Callable[[str, Run, int], Source]
@@ -66,6 +68,21 @@ def test_each_rank_reads_what_its_partitions_hold(
         assert 0.4 * 12 * elements < report.bytes_needed < 0.6 * 12 * elements
 
 
+def test_a_layout_that_nobody_knows_stays_on_its_ranks(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    """As long as the tensor-parallel size stays: TP2·DP2 ZeRO-1, TP2·DP1 ZeRO-3, and back."""
+    for place, (stage, world_size) in enumerate([(1, 4), (3, 2), (0, 2), (2, 4)]):
+        run = Run("mlp", tp=2, zero={"stage": stage}, groups="decay", precision="bf16")
+        load = str(tmp_path / str(place - 1)) if place else None
+        ranks(world_size).run(train, run, STEP, load=load, save=str(tmp_path / str(place)))
+        views = [shares_of(tmp_path / name) for name in ("0", str(place))]
+        assert views[0].logical_shape("linear_in.weight") == (2, 33, 20)
+        assert list(compare(*views)) == []
+
+    whole = Run("mlp", zero={"stage": 1}, groups="decay", precision="bf16")
+    with pytest.raises(RankError, match="no layout is known for 8 parameters"):
+        ranks(2).run(train, whole, STEP, load=str(tmp_path / "0"))
+
+
 def test_plain_torch_model_needs_no_spec(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
     """No Megatron-Core, no spec, nothing named: ZeRO-2 on 4 ranks, ZeRO-3 on 2, ZeRO-0 on 1, and back."""
     chain = [(2, 4), (3, 2), (0, 1), (1, 2), (2, 4)]
@@ -74,6 +91,13 @@ def test_plain_torch_model_needs_no_spec(ranks: Callable[[int], RankPool], tmp_p
         load = str(tmp_path / str(position - 1)) if position else None
         ranks(world_size).run(train, run, STEP, load=load, save=str(tmp_path / str(position)))
         assert differences(tmp_path / "0", tmp_path / str(position)) == []
+
+
+def shares_of(folder: Path) -> UniversalView:
+    """All that each tensor-parallel rank holds, buffers too."""
+    checkpoint = open_checkpoint(folder)
+    names = {name: name for name in checkpoint.parameters}
+    return UniversalView(checkpoint, names, dict.fromkeys(names, PerRank()), check_record=False)
 
 
 def _numel(shape: tuple[int, ...]) -> int:

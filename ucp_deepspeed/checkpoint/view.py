@@ -18,7 +18,7 @@ from ucp_deepspeed.language.naming import logical_names
 from ucp_deepspeed.language.resolve import contradicts_record, describe, resolve_patterns
 from ucp_deepspeed.language.spec import Spec
 from ucp_deepspeed.layout import Layout, Shape, across_stages
-from ucp_deepspeed.layout.pattern import Pattern, Replicate, Shard, Unique
+from ucp_deepspeed.layout.pattern import AnyPattern, Replicate, Shard, Unique
 from ucp_deepspeed.plan import Source
 
 
@@ -42,7 +42,7 @@ class UniversalView:
         self,
         checkpoint: Checkpoint,
         names: Mapping[str, str],
-        patterns: Mapping[str, Pattern],
+        patterns: Mapping[str, AnyPattern],
         vocabulary_size: int | None = None,
         wanted: Collection[str] | None = None,
         check_record: bool = True,
@@ -107,7 +107,7 @@ class UniversalView:
             degree: tensor-parallel size of a target that the patterns shall serve too.
 
         Raises:
-            SpecError: tensor parallelism, and nothing tells the layouts.
+            SpecError: another tensor-parallel size, and nothing tells the layouts.
         """
         specs = naming_specs(spec, parameter_names(checkpoint))
         names = logical_names(list(checkpoint.parameters), specs, checkpoint.logical_names)
@@ -118,6 +118,7 @@ class UniversalView:
             recorded={names[name]: pattern for name, pattern in checkpoint.patterns.items() if name in names},
             refused={names[name]: why for name, why in checkpoint.refused.items() if name in names},
             local_shapes=held_shapes(checkpoint, names),
+            same_degree=checkpoint.topology.tp == degree,
         )
         return cls(checkpoint, names, patterns, vocabulary_size)
 
@@ -175,7 +176,7 @@ def held_shapes(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, t
 
 
 def layouts_of(
-    patterns: Mapping[str, Pattern],
+    patterns: Mapping[str, AnyPattern],
     local_shapes: Mapping[str, HeldShapes],
     degree: int,
     vocabulary_size: int | None,
@@ -204,7 +205,7 @@ def layouts_of(
 
 
 @lru_cache(maxsize=4096)
-def _layout(pattern: Pattern, shapes: HeldShapes, degree: int, vocabulary_size: int | None) -> Layout:
+def _layout(pattern: AnyPattern, shapes: HeldShapes, degree: int, vocabulary_size: int | None) -> Layout:
     """Cached, since the layers of a model share a few layouts."""
     stages: list[Layout | None] = []
     for stage in _stages(shapes, degree):

@@ -45,7 +45,7 @@ def local_state_dict(checkpoint: Checkpoint, model: EngineModel) -> dict[str, to
     Trained weights have the model's precision, others the dtype that they were saved in.
 
     Raises:
-        SpecError: nothing tells the layouts.
+        SpecError: nothing tells the layouts that another tensor-parallel size needs.
         MismatchError: a parameter can't be cut over the model's tensor-parallel ranks.
     """
     degree, reader = model.topology.tp, FileReader()
@@ -57,11 +57,12 @@ def local_state_dict(checkpoint: Checkpoint, model: EngineModel) -> dict[str, to
         if not parameter.states:
             continue
         rank = model.rank % degree
-        flat = torch.empty(prod(layout.locals[rank].shape), dtype=_dtype(parameter, model))
+        shape = view.patterns[logical].local_shapes(view.logical_shape(logical), degree)[rank]
+        flat = torch.empty(prod(shape), dtype=_dtype(parameter, model))
         target = Target(layout, rank, (Fragment(0, flat.numel(), None, 0),))
         state = MASTER if parameter.kind == "trainable" else WEIGHT
         run_copies(plan_tensor(view.source(logical, state), target, state), reader, lambda _, flat=flat: flat)  # type: ignore[misc]
-        found[name] = flat.view(layout.locals[rank].shape)
+        found[name] = flat.view(shape)
     return found
 
 

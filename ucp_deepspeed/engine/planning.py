@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +25,7 @@ from ucp_deepspeed.engine.model import WEIGHT_DTYPES, EngineModel, EngineTensor
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.engine.optimizers.states import KeptStates
 from ucp_deepspeed.errors import MismatchError
-from ucp_deepspeed.language import resolve_patterns
+from ucp_deepspeed.language import per_rank, resolve_patterns
 from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.plan import (
     UNDIVIDED,
@@ -40,6 +41,8 @@ from ucp_deepspeed.plan import (
     read_together,
 )
 from ucp_deepspeed.transfer.matching import Matching, Policies, is_grown
+
+logger = logging.getLogger("ucp_deepspeed")
 
 
 def plan_filling(
@@ -60,7 +63,7 @@ def plan_filling(
 
     Raises:
         MismatchError: lists every parameter whose shape, states or scalars don't fit, or that isn't covered.
-        SpecError: nothing tells the layouts, or the spec doesn't fit.
+        SpecError: nothing tells the layouts that another tensor-parallel size needs, or the spec doesn't fit.
     """
     return _Planner(checkpoint, model, optimizer, names, matching, policies, settings, shared_read_bytes).plan()
 
@@ -116,7 +119,12 @@ class _Planner:
             refused={names.source[name]: why for name, why in checkpoint.refused.items() if name in names.source}
             | {names.target[name]: why for name, why in model.refused.items()},
             local_shapes=held_shapes(checkpoint, names.source),
+            same_degree=checkpoint.topology.tp == model.topology.tp,
         )
+        if dist.get_rank() == 0 and (unknown := per_rank(patterns)):
+            logger.info(
+                "no layout is known of %d parameters: each tensor-parallel rank takes its own share", len(unknown)
+            )
         saved_size, live_size = checkpoint.vocabulary_size, model.vocabulary_size
         self.view = UniversalView(checkpoint, names.source, patterns, saved_size or live_size, restored)
         self.layouts: Mapping[str, Layout] = layouts_of(

@@ -44,7 +44,7 @@ from ucp_deepspeed.engine.random_state import random_state_file, save_random_sta
 from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError, UnsupportedError
 from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
 from ucp_deepspeed.layout import Shape
-from ucp_deepspeed.layout.pattern import Pattern, Replicate, Unique
+from ucp_deepspeed.layout.pattern import AnyPattern, PerRank, Replicate, Unique
 from ucp_deepspeed.transfer.commit import (
     flush,
     make_partial_folder,
@@ -338,7 +338,7 @@ def _parameters(model: EngineModel) -> dict[str, ManifestParameter]:
         name: ManifestParameter(
             kind=tensor.kind,
             logical_shape=layouts[name].logical_shape if name in layouts else None,
-            pattern=None if isinstance(known.get(name), Unique) else known.get(name),
+            pattern=None if isinstance(known.get(name), Unique | PerRank) else known.get(name),
             logical_name=None if logical[name] == name else logical[name],
             local_shapes=_shares(tensor.local_shapes, model.topology.tp),
             stages=_stages(tensor.local_shapes, model.topology.tp),
@@ -362,7 +362,7 @@ def _shares(shapes: HeldShapes, degree: int) -> tuple[Shape, ...] | None:
     return known[:1] if len(set(known)) == 1 else known
 
 
-def _patterns(model: EngineModel, logical: Mapping[str, str]) -> dict[str, Pattern]:
+def _patterns(model: EngineModel, logical: Mapping[str, str]) -> dict[str, AnyPattern]:
     """What is known when saving; empty under tensor parallelism when nothing tells, which a later load may make up for."""
     names = model.named("trainable", "frozen")
     inferred = {logical[name]: pattern for name, pattern in model.inferred.items()}

@@ -2,7 +2,7 @@
 
 from ucp_deepspeed.language.families import Detection, find_family, load_spec, naming_specs, spec_names
 from ucp_deepspeed.language.naming import logical_names
-from ucp_deepspeed.language.resolve import Agreement, resolve_patterns
+from ucp_deepspeed.language.resolve import Agreement, per_rank, resolve_patterns
 from ucp_deepspeed.language.spec import PATTERN, Match, Rule, Spec
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "load_spec",
     "logical_names",
     "naming_specs",
+    "per_rank",
     "resolve_patterns",
     "spec_names",
 ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ucp_deepspeed.errors import MismatchError, SpecError, UnsupportedError
 from ucp_deepspeed.language.families import find_family
 from ucp_deepspeed.layout.box import Shape
-from ucp_deepspeed.layout.pattern import Partial, Pattern, Replicate, Shard, ShardGrid, Unique
+from ucp_deepspeed.layout.pattern import AnyPattern, Partial, Pattern, PerRank, Replicate, Shard, ShardGrid, Unique
 
 if TYPE_CHECKING:
     from ucp_deepspeed.language.spec import Spec
@@ -34,27 +34,41 @@ def resolve_patterns(
     exact: bool = False,
     refused: Mapping[str, str] | None = None,
     local_shapes: Mapping[str, Sequence[Shape]] | None = None,
-) -> dict[str, Pattern]:
+    same_degree: bool = False,
+) -> dict[str, AnyPattern]:
     """One pattern per parameter. What knows better wins: spec, then checkpoint, then live model, then family by names.
 
     Args:
         names: of the parameters, without buffers.
-        degree: the larger model-parallel size of source and target; at 1 every unknown parameter is *unique*.
+        degree: the larger tensor-parallel size of source and target; at 1 every unknown parameter is *unique*.
         spec: the one that the user named.
         recorded: what the checkpoint's manifest says.
         inferred: what the attributes of the live target's parameters say.
         exact: whether they tell the whole cut (AutoTP): then a plain shard has no fused parts.
         refused: parameters that source or target say are cut in a way that can't be told, and why. Only a named spec can.
         local_shapes: on the source's tensor-parallel ranks, for telling families apart.
+        same_degree: source and target have that size alike: where nothing tells, each rank's share then goes to the same rank.
 
     Raises:
-        UnsupportedError: nothing but a guess is left for a parameter of ``refused``.
-        SpecError: no source knows the parameters, several families fit, or the spec leaves some without exactly one rule.
+        UnsupportedError: the degree changes, and nothing but a guess is left for a parameter of ``refused``.
+        SpecError: the degree changes and no source knows the parameters, or several families fit; or the spec leaves some without
+            exactly one rule.
         MismatchError: the winner contradicts the live parameters, or shapes contradict those that the spec states; lists them.
     """
-    if spec is None and degree > 1:
-        _check_refused(names, {**(inferred or {}), **(recorded or {})}, refused or {})
-    chosen, origin = _choose(names, degree, spec, recorded or {}, inferred or {}, local_shapes)
+    known: dict[str, AnyPattern] = {**(inferred or {}), **(recorded or {})}
+    unknown = [name for name in names if name not in known]
+    chosen: dict[str, AnyPattern]
+    if spec is not None:
+        chosen, origin = {**_of_spec(names, spec, recorded or {}, local_shapes or {})}, f"spec {spec.family!r}"
+    elif degree == 1 or not unknown:
+        chosen, origin = {name: known.get(name, Unique()) for name in names}, "the checkpoint"
+    else:
+        denied = [f"{name}: {refused[name]}" for name in unknown if refused and name in refused]
+        family = _family(names, unknown, local_shapes, denied, same_degree)
+        if family is not None:
+            chosen, origin = {**family.patterns(names)}, f"family {family.family!r}"
+        else:
+            chosen, origin = {name: known.get(name, PerRank()) for name in names}, "the checkpoint"
     problems = [
         f"{name}: {origin} says {describe(chosen[name])}, the live parameter is {describe(inferred[name])}"
         for name in names
@@ -65,55 +79,53 @@ def resolve_patterns(
     return chosen
 
 
-def _choose(
+def per_rank(patterns: Mapping[str, AnyPattern]) -> list[str]:
+    """Parameters of which each rank goes on with the same rank's share, since nothing tells more."""
+    return [name for name, pattern in patterns.items() if isinstance(pattern, PerRank)]
+
+
+def _of_spec(
+    names: Sequence[str], spec: Spec, recorded: Mapping[str, Pattern], local_shapes: Mapping[str, Sequence[Shape]]
+) -> dict[str, Pattern]:
+    patterns = spec.patterns(names)
+    # What can't be joined at all is found, with its local shapes, when layouts are made of the patterns.
+    _, check = spec.check_local_shapes({name: shapes for name, shapes in local_shapes.items() if name in patterns})
+    # What was recorded knows better than shapes, and is compared with the spec where the files are read.
+    denied = {name: why for name, why in check.problems.items() if name not in recorded}
+    if denied:
+        problems = [f"{name}: {describe(patterns[name])}; {why}" for name, why in denied.items()]
+        raise MismatchError(f"shapes contradict what spec {spec.family!r} states", problems)
+    return patterns
+
+
+def _family(
     names: Sequence[str],
-    degree: int,
-    spec: Spec | None,
-    recorded: Mapping[str, Pattern],
-    inferred: Mapping[str, Pattern],
+    unknown: Sequence[str],
     local_shapes: Mapping[str, Sequence[Shape]] | None,
-) -> tuple[dict[str, Pattern], str]:
-    if spec is not None:
-        patterns = spec.patterns(names)
-        # What can't be joined at all is found, with its local shapes, when layouts are made of the patterns.
-        _, check = spec.check_local_shapes(
-            {name: shapes for name, shapes in (local_shapes or {}).items() if name in patterns}
-        )
-        # What was recorded knows better than shapes, and is compared with the spec where the files are read.
-        denied = {name: why for name, why in check.problems.items() if name not in recorded}
-        if denied:
-            problems = [f"{name}: {describe(patterns[name])}; {why}" for name, why in denied.items()]
-            raise MismatchError(f"shapes contradict what spec {spec.family!r} states", problems)
-        return patterns, f"spec {spec.family!r}"
-    known = {**inferred, **recorded}
-    missing = [name for name in names if name not in known]
-    if not missing:
-        return {name: known[name] for name in names}, "the checkpoint"
-    if degree == 1:
-        return {name: known.get(name, Unique()) for name in names}, "the checkpoint"
-    detection = find_family(names, local_shapes)
-    family = detection.spec
-    if family is None:
-        nearest = f" (nearest is {detection.candidates[0]})" if detection.candidates[0].coverage > 0 else ""
-        raise SpecError(
-            f"no layout is known for {len(missing)} parameters and no family fits{nearest}; name a spec: "
-            f'"universal_checkpoint": {{"spec": "path.yaml"}}, or --spec on the command line. Without a layout are',
-            missing,
-        )
-    return family.patterns(names), f"family {family.family!r}"
-
-
-def _check_refused(names: Sequence[str], known: Mapping[str, Pattern], refused: Mapping[str, str]) -> None:
-    problems = [f"{name}: {refused[name]}" for name in names if name in refused and name not in known]
-    if problems:
+    refused: Sequence[str],
+    same_degree: bool,
+) -> Spec | None:
+    """The family, which is a guess; None where that isn't good enough and, on the same degree, isn't needed."""
+    if refused and not same_degree:
         raise UnsupportedError(
             "tensor parallelism has cut parameters in a way that this release can't tell; name a spec that says how they are "
             'laid out: "universal_checkpoint": {"spec": "path.yaml"}, or --spec on the command line',
-            problems,
+            refused,
         )
+    detection = find_family(names, local_shapes)
+    if same_degree and (refused or detection.confidence in ("ambiguous", "none")):
+        return None
+    if detection.spec is None:
+        nearest = f" (nearest is {detection.candidates[0]})" if detection.candidates[0].coverage > 0 else ""
+        raise SpecError(
+            f"no layout is known for {len(unknown)} parameters and no family fits{nearest}; name a spec: "
+            f'"universal_checkpoint": {{"spec": "path.yaml"}}, or --spec on the command line. Without a layout are',
+            unknown,
+        )
+    return detection.spec
 
 
-def compare(pattern: Pattern, live: Pattern, exact: bool = False) -> Agreement:
+def compare(pattern: AnyPattern, live: Pattern, exact: bool = False) -> Agreement:
     """Whether a pattern fits what attributes tell. A pattern may add to it: widths and, if it isn't ``exact``, parts."""
     if pattern == live:
         return Agreement.SAME
@@ -132,7 +144,7 @@ def _reduced(parts: Sequence[int]) -> tuple[int, ...]:
     return tuple(part // gcd(*parts) for part in parts)
 
 
-def contradicts_record(pattern: Pattern, recorded: Pattern) -> bool:
+def contradicts_record(pattern: AnyPattern, recorded: Pattern) -> bool:
     """Whether a pattern differs from the one that was recorded when saving.
 
     It may add what a vocabulary is, and which heads a plain shard has: the recorded whole shape still has to come out.
@@ -149,7 +161,7 @@ def contradicts_record(pattern: Pattern, recorded: Pattern) -> bool:
     return (recorded.vocabulary and not pattern.vocabulary) or (pattern.heads != recorded.heads and not adds_heads)
 
 
-def describe(pattern: Pattern) -> str:
+def describe(pattern: AnyPattern) -> str:
     """A pattern in a few words: ``shard on dimension 0 in parts 1:1``."""
     if isinstance(pattern, Replicate) and pattern.scale is not None:
         powers = ", ".join(f"{state} {power}" for state, power in sorted(pattern.scale.powers.items()))

@@ -7,11 +7,22 @@ local tensors end to end and cuts them into partitions), with `overlap` for stat
 from ucp_deepspeed.layout.box import Box, Shape, flat_interval_boxes, row_major_strides
 from ucp_deepspeed.layout.layout import Layout, LocalTensor, Piece, across_stages
 from ucp_deepspeed.layout.overlap import OverlappingGroup
-from ucp_deepspeed.layout.pattern import Partial, Pattern, Replicate, Scale, Shard, ShardGrid, Unique
+from ucp_deepspeed.layout.pattern import (
+    AnyPattern,
+    Partial,
+    Pattern,
+    PerRank,
+    Replicate,
+    Scale,
+    Shard,
+    ShardGrid,
+    Unique,
+)
 from ucp_deepspeed.layout.topology import Topology
 from ucp_deepspeed.layout.zero import FlatGroup, Flattening, Slice, SlicedGroup
 
 __all__ = [
+    "AnyPattern",
     "Box",
     "FlatGroup",
     "Flattening",
@@ -20,6 +31,7 @@ __all__ = [
     "OverlappingGroup",
     "Partial",
     "Pattern",
+    "PerRank",
     "Piece",
     "Replicate",
     "Scale",

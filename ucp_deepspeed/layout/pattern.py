@@ -344,7 +344,40 @@ class ShardGrid:
             raise ValueError(f"dimension {max(self.dims)} doesn't exist in shape {shape}")
 
 
+@dataclass(frozen=True, slots=True)
+class PerRank:
+    """Each rank has a tensor of its own, and nothing is known of how they make up the parameter.
+
+    Serves where source and target have as many ranks. Logically the tensors lie along a new first dimension: ``(degree, *local
+    shape)``.
+    """
+
+    pattern: Literal["per_rank"] = "per_rank"
+
+    def logical_shape(self, local_shapes: Sequence[Shape], vocabulary_size: int | None = None) -> Shape:
+        """The number of ranks, and the shape that all of them share."""
+        return (len(local_shapes), *_common_shape(local_shapes, "per-rank"))
+
+    def local_shapes(self, logical_shape: Shape, degree: int) -> tuple[Shape, ...]:
+        """The same for each of as many ranks."""
+        if logical_shape[0] != degree:
+            raise ValueError(f"no layout is known, and {logical_shape[0]} shares can't become {degree}")
+        return (logical_shape[1:],) * degree
+
+    def layout(self, logical_shape: Shape, local_shapes: Sequence[Shape]) -> Layout:
+        """To each rank its own."""
+        if self.logical_shape(local_shapes) != logical_shape:
+            raise ValueError(f"local shapes {list(local_shapes)} don't fit the logical shape {logical_shape}")
+        local = (1, *logical_shape[1:])
+        start = (0,) * len(local)
+        shares = (Box.whole(local).moved(start, (rank, *start[1:])) for rank in range(len(local_shapes)))
+        return Layout(logical_shape, tuple(LocalTensor(local, pieces_of(share, start)) for share in shares))
+
+
 Pattern: TypeAlias = Unique | Replicate | Partial | Shard | ShardGrid
+"""What spec files, manifests and universal checkpoints can name."""
+
+AnyPattern: TypeAlias = Pattern | PerRank
 
 
 def split_evenly(extent: int, degree: int) -> tuple[int, ...]:

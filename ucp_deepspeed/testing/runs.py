@@ -44,9 +44,9 @@ class Run:
     """What to train, and on which topology; the data-parallel size is the rest of the ranks.
 
     Attributes:
-        model: ``llama`` or ``gpt`` (Megatron-Core), flavours under the names of Megatron-DeepSpeed, ``mlp`` (plain torch, no
-            tensor parallelism), ``moe`` (DeepSpeed's mixture of experts), or ``huggingface``, which AutoTP cuts, and AutoEP if
-            ``config`` says so.
+        model: ``llama`` or ``gpt`` (Megatron-Core), flavours under the names of Megatron-DeepSpeed, ``mlp`` (plain torch; with
+            tensor parallelism each rank has one of its own, and nothing tells how they belong together), ``moe`` (DeepSpeed's
+            mixture of experts), or ``huggingface``, which AutoTP cuts, and AutoEP if ``config`` says so.
         size: changes to the model's shape; of ``huggingface`` with the ``family``; of a pipeline of Megatron-DeepSpeed with
             ``reordering``, see `ucp_deepspeed.testing.megatron_deepspeed_pipeline`.
         tp: tensor-parallel size.
@@ -232,15 +232,15 @@ def build_engine(run: Run) -> Any:
 
 def _build_model(run: Run) -> tuple[torch.nn.Module, Any]:
     dtype = DTYPES[run.precision]
-    if run.model == "mlp":
-        return build_mlp(**{"vocabulary": VOCABULARY, "dtype": dtype, "seed": run.seed, **run.size}), None
+    plain: dict[str, Any] = {"vocabulary": VOCABULARY, "dtype": dtype, "seed": run.seed, **run.size}
+    if run.model == "mlp" and run.tp == 1:
+        return build_mlp(**plain), None
     if run.model == "huggingface":
         from ucp_deepspeed.testing.huggingface_models import build_huggingface
 
-        return build_huggingface(**{"vocabulary": VOCABULARY, "dtype": dtype, "seed": run.seed, **run.size}), None
-    moe = {"vocabulary": VOCABULARY, "dtype": dtype, "seed": run.seed, **run.size}
+        return build_huggingface(**plain), None
     if run.model == "moe" and run.tp == 1:
-        return build_moe(**moe), None
+        return build_moe(**plain), None
     from megatron.core import parallel_state
 
     from ucp_deepspeed.megatron import DeepSpeedMpu
@@ -249,9 +249,12 @@ def _build_model(run: Run) -> tuple[torch.nn.Module, Any]:
 
     run_megatron_on_cpu()
     parallel_state.initialize_model_parallel(run.tp, pipeline_model_parallel_size=run.pp or 1)
+    if run.model == "mlp":
+        seed = run.seed + parallel_state.get_tensor_model_parallel_rank()
+        return build_mlp(**plain | {"seed": seed}), DeepSpeedMpu()
     if run.model == "moe":
         gather_tokens_over_gloo()
-        return build_moe(**moe), DeepSpeedMpu()
+        return build_moe(**plain), DeepSpeedMpu()
     small: dict[str, Any] = {
         "layers": 2,
         "hidden": 48,

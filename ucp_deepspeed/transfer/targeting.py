@@ -24,9 +24,9 @@ from ucp_deepspeed.checkpoint.experts import expert_of, holder_of, numbers_of_ex
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import MismatchError, SpecError
-from ucp_deepspeed.language import Spec
+from ucp_deepspeed.language import Spec, per_rank
 from ucp_deepspeed.layout import Layout, Shard, Topology
-from ucp_deepspeed.layout.pattern import Pattern
+from ucp_deepspeed.layout.pattern import AnyPattern
 from ucp_deepspeed.plan import (
     SHARED_READ_NUMBYTES,
     BlockCopy,
@@ -281,7 +281,7 @@ class _Planner:
             )
         return held
 
-    def _check_rows(self, name: str, pattern: Pattern) -> None:
+    def _check_rows(self, name: str, pattern: AnyPattern) -> None:
         """A vocabulary whose padding isn't known can't be padded in another way; other shapes must be equal, or have grown."""
         if name not in self._restored:
             return
@@ -344,6 +344,10 @@ class _Planner:
             self.remarks.append(
                 f"names such as {_listed(layers[:1])} are those of a pipeline, of one stage too: for a plain model a spec has to "
                 f"give both the same"
+            )
+        if unknown := per_rank(self.view.patterns):
+            self.remarks.append(
+                f"no layout is known of {_listed(unknown)}: each rank takes its own, which only TP {self.topology.tp} allows"
             )
         if uneven := [name for name in self._layouts if self._is_uneven(name)]:
             self.remarks.append(

@@ -147,10 +147,19 @@ def test_impossible_by_parameter(sharded: Path, spec_file: Path, ucp: Ucp) -> No
 
 
 def test_impossible_without_layouts(sharded: Path, ucp: Ucp) -> None:
-    for tp in (1, 2):
+    """On another tensor-parallel size; on the same one each rank goes on with what it has."""
+    for tp in (1, 4):
         result = ucp("plan", sharded, "--tp", tp, "--dp", 1, "--zero", 1)
         assert result.exit_code == 1 and "no layout is known for 2 parameters" in result.stdout
         assert "--spec on the command line" in result.stdout
+    result = ucp("plan", sharded, "--tp", 2, "--dp", 2, "--zero", 3, "--json")
+    report = json.loads(result.stdout)
+    assert (result.exit_code, report["possible"], report["restored"]) == (0, True, ["block.rows", "block.same"])
+    assert report["remarks"][0].startswith(
+        "no layout is known of block.rows, block.same: each rank takes its own, which"
+    )
+    # 24 and 5 elements on each of two ranks, in two states
+    assert report["total"]["bytes_read"] == 2 * 2 * 4 * (24 + 5)
 
 
 def test_impossible_without_the_size_of_the_vocabulary(sharded: Path, spec_file: Path, ucp: Ucp) -> None:

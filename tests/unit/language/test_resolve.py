@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ucp_deepspeed.errors import MismatchError, SpecError
-from ucp_deepspeed.language import Agreement, Spec, load_spec, resolve_patterns
+from ucp_deepspeed.errors import MismatchError, SpecError, UnsupportedError
+from ucp_deepspeed.language import Agreement, Spec, load_spec, per_rank, resolve_patterns
 from ucp_deepspeed.language.resolve import compare, contradicts_record, describe
-from ucp_deepspeed.layout import Partial, Pattern, Replicate, Scale, Shard, ShardGrid, Unique
+from ucp_deepspeed.layout import Partial, Pattern, PerRank, Replicate, Scale, Shard, ShardGrid, Unique
 
 SPEC = Spec.parse({"family": "mine", "rules": [{"match": "**", "pattern": "shard", "dim": 1}]}, "mine.yaml")
 FAMILY_NAMES = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight"]
@@ -54,6 +54,23 @@ def test_unknown_names_say_how_to_name_a_spec() -> None:
     for part in ("no layout is known for 3 parameters", '"spec": "path.yaml"', "--spec", "\n  a\n  b\n  c"):
         assert part in str(caught.value)
     assert caught.value.problems == ("a", "b", "c")
+
+
+def test_on_the_same_degree_nothing_needs_to_be_known() -> None:
+    """A family that fits still tells more; a guess where DeepSpeed's own record says that it can't tell doesn't."""
+    found = resolve_patterns(["a", "b"], degree=2, recorded={"b": Shard()}, same_degree=True)
+    assert found == {"a": PerRank(), "b": Shard()}
+    assert per_rank(found) == ["a"]
+    assert resolve_patterns(FAMILY_NAMES, degree=2, same_degree=True) == resolve_patterns(FAMILY_NAMES, degree=2)
+    layer = "decoder.layers.0.mlp.linear_"
+    disputed = [f"{layer}fc1.weight", f"{layer}fc2.weight"]
+    assert per_rank(resolve_patterns(disputed, degree=2, same_degree=True)) == disputed
+    refused = {FAMILY_NAMES[0]: "cut at random"}
+    assert per_rank(resolve_patterns(FAMILY_NAMES, degree=2, refused=refused, same_degree=True)) == FAMILY_NAMES
+    with pytest.raises(UnsupportedError, match="cut at random"):
+        resolve_patterns(FAMILY_NAMES, degree=2, refused=refused)
+    with pytest.raises(SpecError, match="matches no rule"):
+        resolve_patterns(["mystery"], degree=2, spec=load_spec("megatron_core_gpt"), same_degree=True)
 
 
 def test_contradictions_are_all_listed() -> None:

@@ -14,11 +14,22 @@ from numpy.typing import NDArray
 
 from ucp_deepspeed.layout.box import Box, Shape
 from ucp_deepspeed.layout.layout import Layout
-from ucp_deepspeed.layout.pattern import Partial, Pattern, Replicate, Scale, Shard, ShardGrid, Unique, split_evenly
+from ucp_deepspeed.layout.pattern import (
+    AnyPattern,
+    Partial,
+    Pattern,
+    PerRank,
+    Replicate,
+    Scale,
+    Shard,
+    ShardGrid,
+    Unique,
+    split_evenly,
+)
 
 PADDING = -1
 Array = NDArray[np.int64]
-Case = tuple[Shape, Pattern, int]
+Case = tuple[Shape, AnyPattern, int]
 
 
 @st.composite
@@ -26,11 +37,15 @@ def cases(draw: st.DrawFn) -> Case:
     """A logical shape, a pattern that fits it, and a degree."""
     degree = draw(st.integers(1, 5))
     shape = tuple(draw(st.lists(st.integers(0, 7), max_size=3)))
-    kinds = ["unique", "replicate", "partial"] + ["shard", "widths", "vocabulary", "parts", "heads"] * bool(shape)
+    kinds = ["unique", "per-rank", "replicate", "partial"] + ["shard", "widths", "vocabulary", "parts", "heads"] * bool(
+        shape
+    )
     kinds += ["grid"] * (len(shape) > 1)
     kind = draw(st.sampled_from(kinds))
     if kind == "unique":
         return shape, Unique(), 1
+    if kind == "per-rank":
+        return (degree, *shape), PerRank(), degree
     if kind in ("replicate", "partial"):
         return shape, Replicate() if kind == "replicate" else Partial(), degree
     if kind == "grid":
@@ -72,10 +87,12 @@ def numbered(shape: Shape) -> Array:
     return np.arange(prod(shape)).reshape(shape)
 
 
-def split_by_numpy(whole: Array, pattern: Pattern, degree: int) -> list[Array]:
+def split_by_numpy(whole: Array, pattern: AnyPattern, degree: int) -> list[Array]:
     """Each rank's local array."""
     if isinstance(pattern, ShardGrid):
         return split_grid_by_numpy(whole, pattern, degree)
+    if isinstance(pattern, PerRank):
+        return [np.asarray(share) for share in whole]
     if not isinstance(pattern, Shard):
         return [whole] * degree
     dim = pattern.dim
@@ -145,7 +162,8 @@ def test_a_pattern_puts_each_element_where_numpy_does(case: Case) -> None:
     layout = pattern.layout(shape, local_shapes)
     assert (layout.logical_shape, layout.degree) == (shape, degree)
     assert layout.union == ("mean" if isinstance(pattern, Partial) else "take")
-    assert_same(placed(layout), expected)
+    # A per-rank layout gives the local tensors a first dimension of one more.
+    assert_same([array.reshape(shape) for array, shape in zip(placed(layout), local_shapes, strict=True)], expected)
 
 
 @settings(deadline=None, max_examples=300)
@@ -216,6 +234,7 @@ def test_scale_is_one_over_the_degree_to_the_power_of_the_state(degree: int) -> 
         (Unique(), [(2,), (2,)], None, "unique parameter is held by 2 ranks"),
         (Replicate(), [(2,), (3,)], None, "replicated parameter has different shapes"),
         (Partial(), [(2,), (3,)], None, "partial parameter has different shapes"),
+        (PerRank(), [(2,), (3,)], None, "per-rank parameter has different shapes"),
         (Shard(0), [(2, 3), (2, 4)], None, "differ outside dimension 0"),
         (Shard(1), [(2, 3), (3, 3)], None, "differ outside dimension 1"),
         (Shard(0), [(2, 3), (2,)], None, "differ outside dimension 0"),
@@ -243,6 +262,7 @@ def test_contradicting_local_shapes_have_no_logical_shape(
     ("pattern", "shape", "degree", "message"),
     [
         (Unique(), (4,), 2, "can't be spread over 2 ranks"),
+        (PerRank(), (2, 4), 4, "no layout is known, and 2 shares can't become 4"),
         (Shard(widths=(3, 2)), (6,), 2, r"widths \(3, 2\) don't split 6 over 2 ranks"),
         (Shard(widths=(3, 3)), (6,), 3, r"widths \(3, 3\) don't split 6 over 3 ranks"),
         (Shard(parts=(2, 1)), (7,), 2, r"parts \(2, 1\) don't divide an extent of 7"),
@@ -267,6 +287,7 @@ def test_a_logical_shape_that_cannot_be_split_is_refused(
         (Unique(), (4,), [(3,)], "differ from the logical shape"),
         (Replicate(), (4,), [(4,), (3,)], "differ from the logical shape"),
         (Partial(), (4,), [(4,), (3,)], "differ from the logical shape"),
+        (PerRank(), (2, 4), [(3,), (3,)], r"don't fit the logical shape \(2, 4\)"),
         (Shard(), (6,), [(3,), (2,)], r"local extents \[3, 2\] don't join to 6 along dimension 0"),
         (Shard(), (6,), [(3,), (4,)], r"local extents \[3, 4\] don't join to 6 along dimension 0"),
         (Shard(vocabulary=True), (6,), [(3,), (2,)], r"local extents \[3, 2\] don't join to 6"),
