@@ -18,7 +18,7 @@ from checkpoints import STEP, Source
 
 from ucp_deepspeed.checkpoint import open_checkpoint, opening
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.engine.filling import Filling
+from ucp_deepspeed.engine.filling import Filling, _Filler
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.errors import (
     CheckpointNotFoundError,
@@ -32,7 +32,7 @@ from ucp_deepspeed.errors import (
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.testing.ranks import RankError, RankPool, fp16_on_cpu, get_pool
 from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
-from ucp_deepspeed.transfer.commit import write_atomically
+from ucp_deepspeed.transfer.commit import _exchange, write_atomically
 from ucp_deepspeed.transfer.convert import convert
 
 Ranks = Callable[[int], RankPool]
@@ -169,28 +169,33 @@ def test_files_of_two_saves(load: str, two_steps: Path, ranks: Ranks, tmp_path: 
     check_refused(ranks, run, tmp_path / "copy", DamagedCheckpointError, name, "is at step 1", "files of two saves")
 
 
-def load_of_files_that_go(run: Run, load: str, late: bool) -> tuple[str, bool]:
-    """On a rank: load, while on the last rank a file goes that it reads, either when all is planned or when all is agreed.
+MOMENTS = {"planned": (Filling, "check_files"), "agreed": (Filling, "run"), "read": (_Filler, "wait")}
+"""What is called next when a load has come so far."""
+
+
+def load_of_files_that_change(run: Run, load: str, moment: str, how: str) -> tuple[str, bool]:
+    """On a rank: load, while a file goes that the last rank reads, or the tag is saved again in one step.
 
     Returns the error, and whether the engine is as it was.
     """
     engine = build_engine(run)
     train_step(engine, run, 1)
     before = fingerprint(engine)
-    last, (check, fill) = dist.get_rank() == dist.get_world_size() - 1, (Filling.check_files, Filling.run)
+    owner, name = MOMENTS[moment]
+    real = getattr(owner, name)
 
-    def going(real: Any) -> Any:
-        def run_without(filling: Filling, *arguments: Any) -> Any:
-            dist.barrier()  # the others have planned too, with all files there
-            if last:
-                copies = [copy for slot in filling.slots for plan in slot.buffers.values() for copy in plan.copies]
+    def run_with_change(self: Any, *arguments: Any) -> Any:
+        dist.barrier()  # the others have come so far too
+        if dist.get_rank() == dist.get_world_size() - 1:
+            if how == "gone":
+                copies = [copy for slot in self.slots for plan in slot.buffers.values() for copy in plan.copies]
                 Path(copies[-1].sources[0].buffer.path).rename(Path(load) / "gone")
-            dist.barrier()
-            return real(filling, *arguments)
+            else:
+                _exchange(Path(load) / "global_step1", Path(load) / "global_step2")
+        dist.barrier()
+        return real(self, *arguments)
 
-        return run_without
-
-    with mock.patch.object(Filling, *(("run", going(fill)) if late else ("check_files", going(check)))):
+    with mock.patch.object(owner, name, run_with_change):
         try:
             engine.load_checkpoint(load)
         except DamagedCheckpointError as error:
@@ -198,18 +203,36 @@ def load_of_files_that_go(run: Run, load: str, late: bool) -> tuple[str, bool]:
     raise AssertionError("the load went through")
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("moment", ["planned", "agreed"])
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_a_file_that_goes_while_ranks_load(
-    stage: int, late: bool, two_steps: Path, ranks: Ranks, tmp_path: Path
+    stage: int, moment: str, two_steps: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
     """On one rank; the others used to wait for what it would have read."""
+    late = moment == "agreed"
+    for error, untouched in changed_load(stage, moment, "gone", two_steps, ranks, tmp_path):
+        assert "optim_states.pt" in error and untouched != late
+        assert ("is missing; the engine is filled in part" if late else "can't be read: No such file") in error
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_tag_that_is_saved_again_while_ranks_load(
+    stage: int, moment: str, two_steps: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Counters, steps and rates used to come from one save and the tensors from the other."""
+    for error, untouched in changed_load(stage, moment, "saved again", two_steps, ranks, tmp_path):
+        assert "was changed while it was read" in error
+        assert untouched == ("the engine is filled in part" not in error) == (moment == "planned")
+
+
+def changed_load(
+    stage: int, moment: str, how: str, two_steps: Path, ranks: Ranks, tmp_path: Path
+) -> list[tuple[str, bool]]:
     copytree(two_steps, tmp_path / "copy")
     universal = {"enabled": True, "load": "always", "shared_read_bytes": 0}
     run = replace(MLP, zero={"stage": stage}, universal=universal)
-    for error, untouched in ranks(2).run(load_of_files_that_go, run, str(tmp_path / "copy"), late, timeout=60.0):
-        assert "optim_states.pt" in error and untouched != late
-        assert ("is missing; the engine is filled in part" if late else "can't be read: No such file") in error
+    return ranks(2).run(load_of_files_that_change, run, str(tmp_path / "copy"), moment, how, timeout=60.0)
 
 
 @pytest.mark.parametrize("manifest", [True, False])

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.layout import Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.plan import Fragment
@@ -131,6 +132,7 @@ class Checkpoint(ABC):
         logical_names: name that a spec gave to each parameter when saving, where it isn't its own.
         vocabulary_size: rows of the unpadded vocabulary, where recorded.
         tied: further names of parameters → the name that each has here, as far as the checkpoint tells.
+        versions: of the files that have been opened; whoever reads others notes them too, and checks in the end.
     """
 
     path: Path
@@ -145,6 +147,7 @@ class Checkpoint(ABC):
     logical_names: Mapping[str, str]
     vocabulary_size: int | None
     tied: Mapping[str, str] = MappingProxyType({})
+    versions: FileVersions
 
     @abstractmethod
     def fragments(

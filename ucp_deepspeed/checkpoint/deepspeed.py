@@ -56,7 +56,7 @@ class DeepSpeedCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files = DeepSpeedFiles(path)
-        self.manifest = self.files.manifest
+        self.manifest, self.versions = self.files.manifest, self.files.versions
         self._slots = lru_cache(maxsize=None)(self._read_sound_slots)
         self._where = lru_cache(maxsize=None)(self._read_where)
         self._settings = lru_cache(maxsize=None)(partial(hyperparameters, self.files))
@@ -89,6 +89,7 @@ class DeepSpeedCheckpoint(Checkpoint):
     def client_state(self, rank: int = 0) -> tuple[str, dict[str, Any]]:
         """See `Checkpoint.client_state`."""
         path = self.files.model_states_path(rank, 0)
+        self.versions.note(path)
         saved = open_torch_file(path, tensors=True)
         return str(path), {key: value for key, value in saved.items() if key != "module"}
 

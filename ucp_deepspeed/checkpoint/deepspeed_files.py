@@ -20,6 +20,7 @@ from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER
 from ucp_deepspeed.checkpoint.experts import expert_of, optimizer_file, weight_file
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest
 from ucp_deepspeed.checkpoint.torch_files import open_torch_file
+from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import Topology
 
@@ -62,13 +63,15 @@ class DeepSpeedFiles:
     Attributes:
         path: the folder.
         manifest: what the save hook wrote, or None.
+        versions: of the files that have been opened.
 
     Raises:
         DamagedCheckpointError: a file is missing, truncated, or of another size than the manifest says.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.versions = path, FileVersions()
+        self.versions.note(path / MANIFEST_NAME)
         self.manifest: Manifest | None = read_manifest(path)
         self.open = lru_cache(maxsize=None)(self._open_checked)
 
@@ -197,6 +200,7 @@ class DeepSpeedFiles:
         return state, path
 
     def _open_checked(self, path: Path) -> dict[str, Any]:
+        self.versions.note(path)
         if self.manifest is not None:
             self.manifest.check_file(path)
         return open_torch_file(path)

@@ -68,7 +68,7 @@ class RegroupedCheckpoint(Checkpoint):
         gone = {source for regrouped in made.values() for source in regrouped.sources}
         self._kept = [name for name in inner.parameters if name not in gone]
         self.path, self.form, self.topology, self.run = inner.path, inner.form, inner.topology, inner.run
-        self.vocabulary_size = inner.vocabulary_size
+        self.vocabulary_size, self.versions = inner.vocabulary_size, inner.versions
         self.patterns: Mapping[str, Pattern] = self._of_kept(inner.patterns)
         self.refused = self._of_kept(inner.refused)
         self.recorded_shapes: Mapping[str, Shape] = self._of_kept(inner.recorded_shapes)

@@ -34,6 +34,7 @@ from ucp_deepspeed.checkpoint.checkpoint import (
     RunState,
 )
 from ucp_deepspeed.checkpoint.encoding import decode, read_document
+from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import Shape, Topology
@@ -146,7 +147,8 @@ class UniversalCheckpoint(Checkpoint):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.versions = path, FileVersions()
+        self.versions.note(path / INDEX_NAME)
         index = self._index = read_document(path / INDEX_NAME, Index, "an index", FORMAT_VERSION)
         self.form = f"universal {index.format_version}"
         self.topology = Topology()
@@ -234,6 +236,7 @@ class UniversalCheckpoint(Checkpoint):
             path = self.path / name
             if not path.is_file():
                 raise DamagedCheckpointError(f"{path} is missing")
+            self.versions.note(path)
             if path.stat().st_size != size:
                 raise DamagedCheckpointError(f"{path} has {path.stat().st_size} bytes; the index says {size}")
 

@@ -48,7 +48,7 @@ def local_state_dict(checkpoint: Checkpoint, model: EngineModel) -> dict[str, to
         SpecError: nothing tells the layouts that another tensor-parallel size needs.
         MismatchError: a parameter can't be cut over the model's tensor-parallel ranks.
     """
-    degree, reader = model.topology.tp, FileReader()
+    degree, reader = model.topology.tp, FileReader(checkpoint.versions)
     view = UniversalView.of(checkpoint, model.spec, model.vocabulary_size, degree)
     layouts = view.layouts_on(degree)
     found: dict[str, torch.Tensor] = {}

@@ -17,6 +17,7 @@ from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import FileExtent
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
+from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.engine.exchange import Exchange, begin_exchange
 from ucp_deepspeed.engine.model import agreement
@@ -87,6 +88,7 @@ class Filling:
         bytes_needed: bytes of the elements that this rank is to read, in the source's dtypes.
         rounding: dtype to which masters are rounded; None to keep them exact.
         exchanged: process group of the tensor-parallel ranks, and a digest of what these exchange.
+        versions: of the checkpoint's files.
     """
 
     slots: tuple[SlotPlan, ...]
@@ -96,7 +98,8 @@ class Filling:
     dropped: tuple[str, ...]
     bytes_needed: int
     rounding: torch.dtype | None
-    exchanged: tuple[Any, str] = (None, "")
+    exchanged: tuple[Any, str]
+    versions: FileVersions
 
     def check_exchange(self) -> None:
         """Collective over the tensor-parallel ranks: whether all of them are to exchange the same.
@@ -118,7 +121,8 @@ class Filling:
         """Open each file that this rank is to read once, so that what can't be read is told before anything has changed.
 
         Raises:
-            DamagedCheckpointError: a file is missing, can't be opened, or ends before what is wanted of it does.
+            DamagedCheckpointError: a file is missing, can't be opened, or ends before what is wanted of it does, or isn't the one
+                any more that was opened when planning.
         """
         buffers = [buffer for slot in self.slots for buffer in slot.buffers.values()]
         stops: dict[str, int] = {}
@@ -128,7 +132,8 @@ class Filling:
                 stop = extent.file_offset + extent.numel * ITEMSIZE[extent.dtype]
                 stops[extent.path] = max(stop, stops.get(extent.path, 0))
         for path, stop in stops.items():
-            _check_file(path, stop)
+            _check_file(path, stop, self.versions)
+        self.versions.check()
 
     def run(self, optimizer: EngineOptimizer, memory_numbytes: int) -> TransferCount:
         """Fill the engine. Collective.
@@ -137,9 +142,10 @@ class Filling:
             memory_numbytes: most bytes of memory for blocks on their way from a file into a buffer.
 
         Raises:
-            UniversalCheckpointError: a rank couldn't read a file; on every rank, none of which then waits for the others.
+            UniversalCheckpointError: a rank couldn't read a file, or one was changed meanwhile; on every rank, none of which then
+                waits for the others.
         """
-        with torch.no_grad(), closing(_Filler(memory_numbytes)) as filler:
+        with torch.no_grad(), closing(_Filler(memory_numbytes, self.versions)) as filler:
             optimizer.begin()
             filler.fill([(plan.slot.master.data, plan.buffers[MASTER]) for plan in self.slots], self.rounding)
             optimizer.begin_refresh()
@@ -166,9 +172,9 @@ class Filling:
 class _Filler:
     """Fills buffers one after another; what replicas share is on its way meanwhile."""
 
-    def __init__(self, memory_numbytes: int) -> None:
+    def __init__(self, memory_numbytes: int, versions: FileVersions) -> None:
         self.count = TransferCount()
-        self._reader = FileReader()
+        self._versions, self._reader = versions, FileReader(versions)
         self._pool = CopyPool(_threads(), memory_numbytes)
         self._exchanges: list[Exchange] = []
         self._error: Exception | None = None
@@ -203,8 +209,11 @@ class _Filler:
 
     def check(self) -> None:
         """Raise what went wrong on this rank, if anything did."""
-        if self._error is not None:
-            error = self._error
+        try:
+            if self._error is not None:
+                raise self._error
+            self._versions.check()
+        except Exception as error:
             kind = type(error) if isinstance(error, UniversalCheckpointError) else UniversalCheckpointError
             raise kind(f"{error}; the engine is filled in part and can't be used without another load") from error
 
@@ -230,14 +239,15 @@ class _Filler:
         self._reader.close()
 
 
-def _check_file(path: str, stop: int) -> None:
+def _check_file(path: str, stop: int, versions: FileVersions) -> None:
     try:
         with Path(path).open("rb") as file:
-            numbytes = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
     except OSError as error:
         raise DamagedCheckpointError(f"{path} can't be read: {error.strerror}") from error
-    if numbytes < stop:
-        raise DamagedCheckpointError(f"{path} is truncated: expected {stop} bytes, found {numbytes}")
+    if status.st_size < stop:
+        raise DamagedCheckpointError(f"{path} is truncated: expected {stop} bytes, found {status.st_size}")
+    versions.note(path, status)
 
 
 def _gaps(held: Sequence[Fragment[None]], read: Sequence[Interval]) -> list[Interval]:

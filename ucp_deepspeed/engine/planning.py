@@ -170,6 +170,7 @@ class _Planner:
             self.bytes_needed,
             self._rounding(),
             self._exchanged(slots, weights),
+            self.view.checkpoint.versions,
         )
 
     def _exchanged(self, slots: Sequence[_SlotWanted], weights: Sequence[EngineTensor]) -> tuple[Any, str]:

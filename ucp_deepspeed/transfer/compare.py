@@ -81,7 +81,7 @@ def compare(
         chunk_numbytes: bytes of each side to hold at a time.
 
     Raises:
-        DamagedCheckpointError: a file is missing or truncated.
+        DamagedCheckpointError: a file is missing or truncated, or was changed meanwhile.
         MismatchError: a checkpoint doesn't hold each element of its parameters exactly once.
     """
     found = list(_presence(view_a, view_b))
@@ -97,6 +97,8 @@ def compare(
             side.reader.close()
     found += _mapping("extra_state", "extra_state", *map(_extra_states, (view_a.checkpoint, view_b.checkpoint)))
     found += _run(view_a.checkpoint, view_b.checkpoint)
+    for side in sides:
+        side.view.checkpoint.versions.check()
     return found
 
 
@@ -114,7 +116,7 @@ class _Side:
 
     def __init__(self, view: UniversalView, chunk_numbytes: int) -> None:
         self.view = view
-        self.reader = FileReader()
+        self.reader = FileReader(view.checkpoint.versions)
         self.buffer = torch.empty(max(chunk_numbytes // 8, 1) * 8, dtype=torch.uint8)
 
     def elements(self, name: str, state: str, start: int, numel: int) -> torch.Tensor:

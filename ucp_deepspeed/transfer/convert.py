@@ -172,8 +172,10 @@ def _write_rest(view: UniversalView, folder: Path, index: Index, tensors: dict[s
         _write_tensors(tensors, folder / CLIENT_TENSORS_NAME)
     random_state = view.checkpoint.path / FIRST_RANDOM_STATE_NAME
     if random_state.is_file():
+        view.checkpoint.versions.note(random_state)
         shutil.copyfile(random_state, folder / FIRST_RANDOM_STATE_NAME)
     sizes = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
     index = index.model_copy(update={"files": sizes})
     (folder / INDEX_NAME).write_text(index.model_dump_json(indent=1), encoding="utf-8")
     UniversalCheckpoint(folder)
+    view.checkpoint.versions.check()

@@ -22,6 +22,7 @@ import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent
 from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
+from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
@@ -68,13 +69,14 @@ class FileReader:
     Thread-safe. The files that were used last stay open until `close`.
 
     Args:
+        versions: of the checkpoint that is read, for files that may have been replaced since it was opened.
         mapped: False to do without maps, as where the file system has none: what a block spans is read into memory first.
     """
 
-    def __init__(self, *, mapped: bool = True) -> None:
+    def __init__(self, versions: FileVersions | None = None, *, mapped: bool = True) -> None:
         self._mapped = mapped
+        self._versions = versions or FileVersions()
         self._files: dict[str, _File] = {}
-        self._first_seen: dict[str, _Version] = {}
         self._most_open = _most_open()
         self._lock = threading.Lock()
 
@@ -126,41 +128,14 @@ class FileReader:
                 raise
             self._files.clear()  # others of this process have opened many since; what a thread uses stays open
             file = _File(path, self._mapped)
-        if file.version != self._first_seen.setdefault(path, file.version):
-            raise _changed(path)
+        self._versions.note(path, file.status)
         return file
-
-    def check_unchanged(self) -> None:
-        """Whether all files that were read are still those that were opened first.
-
-        Raises:
-            DamagedCheckpointError: one was written, replaced or removed meanwhile, as by a run that saves the same tag again.
-        """
-        for path, version in self._first_seen.items():
-            try:
-                now = _version_of(os.stat(path))  # noqa: PTH116
-            except FileNotFoundError:
-                raise _changed(path) from None
-            if now != version:
-                raise _changed(path)
 
     def close(self) -> None:
         """Close the files; a map goes with the last tensor that uses it."""
         for file in self._files.values():
             file.close()
         self._files.clear()
-
-
-_Version = tuple[int, int, int]
-"""Of a file: its inode, its size, and when it was written last."""
-
-
-def _version_of(status: os.stat_result) -> _Version:
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _changed(path: str) -> DamagedCheckpointError:
-    return DamagedCheckpointError(f"{path} was changed while it was read; try again when nobody writes the checkpoint")
 
 
 def _most_open() -> int:
@@ -181,8 +156,8 @@ class _File:
         self.path, self._mapped = path, mapped
         self._descriptor = os.open(path, os.O_RDONLY)
         self.close = weakref.finalize(self, os.close, self._descriptor)
-        self.version = _version_of(os.fstat(self._descriptor))
-        self.numbytes = self.version[1]
+        self.status = os.fstat(self._descriptor)
+        self.numbytes = self.status.st_size
 
     @cached_property
     def _map(self) -> torch.Tensor | None:

@@ -24,7 +24,7 @@ class HeldValues:
     """The local tensors of a checkpoint's ranks, read a few rows at a time."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.reader = checkpoint, FileReader()
+        self.checkpoint, self.reader = checkpoint, FileReader(checkpoint.versions)
 
     def differing(self, parameter: Parameter, state: str, one: tuple[int, Piece], other: tuple[int, Piece]) -> int:
         """In how many elements, bit by bit, two ranks' copies of a logical box differ."""

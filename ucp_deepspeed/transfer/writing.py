@@ -67,7 +67,7 @@ def write_share(
         with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
             try:
                 _wait([pool.submit(task.work) for _ in range(max(workers, 1))], check)
-                task.check_unchanged()
+                view.checkpoint.versions.check()
             except BaseException:
                 task.stop.set()
                 raise
@@ -88,7 +88,8 @@ class _Task:
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self.count, self.stop = TransferCount(), threading.Event()
-        self._view, self._folder, self._reader, self._progress = view, folder, FileReader(), progress
+        self._view, self._folder, self._progress = view, folder, progress
+        self._reader = FileReader(view.checkpoint.versions)
         self._lock = threading.Lock()
         self._outputs: dict[str, _Output] = {}
         self._chunks = (chunk for held in share for chunk in chunks_of(held, chunk_numbytes))
@@ -107,10 +108,6 @@ class _Task:
             if self._written(chunk, done):
                 output.flush()
                 output.close()
-
-    def check_unchanged(self) -> None:
-        """See `FileReader.check_unchanged`."""
-        self._reader.check_unchanged()
 
     def close(self) -> None:
         """When no worker works any more."""

@@ -13,6 +13,7 @@ import torch
 from ucp_deepspeed.checkpoint.autoep import AutoEpLayers, read_autoep_layers
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, Parameter, ParameterGroup, RunState
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of
+from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.errors import MismatchError, UnsupportedError
 from ucp_deepspeed.layout import Shape, Topology
 from ucp_deepspeed.plan import Fragment
@@ -59,7 +60,7 @@ class Held(Checkpoint):
 
     def __init__(self, shapes: Mapping[str, Shape], tp: int = 1, **changes: Any) -> None:
         self.path, self.form, self.topology = Path("held"), "held", Topology(tp=tp)
-        self.run = RunState("fp32", 1, 1, 0, None, None, "")
+        self.run, self.versions = RunState("fp32", 1, 1, 0, None, None, ""), FileVersions()
         steps: Mapping[str, float] = changes.get("steps", {})
         kinds: Mapping[str, Any] = changes.get("kinds", {})
         self.parameters = {

@@ -27,15 +27,15 @@ from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import main
 from ucp_deepspeed.errors import ConfigError, DamagedCheckpointError
 from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
-from ucp_deepspeed.transfer.commit import committed_folder, terminated_as_exception, write_atomically
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.commit import _exchange, committed_folder, terminated_as_exception, write_atomically
+from ucp_deepspeed.transfer.convert import FIRST_RANDOM_STATE_NAME, convert
 
 SLOWLY = """
 import signal, sys, time
 from pathlib import Path
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.convert import FIRST_RANDOM_STATE_NAME, convert
 def progress(written, total):
     print(written, flush=True)
     time.sleep(0.1)
@@ -212,7 +212,7 @@ def test_a_source_that_shrinks_leaves_nothing(engine_copy: Callable[[str, str], 
     convert(view, tmp_path / "before")
     [path] = folder.glob("*_optim_states.pt")
     os.truncate(path, 5000)
-    with pytest.raises(DamagedCheckpointError, match=f"{path.name} is truncated"):
+    with pytest.raises(DamagedCheckpointError, match=f"{path.name} was changed"):
         convert(view, tmp_path / "u")
     assert not (tmp_path / "u").exists() and not list(tmp_path.glob(".u*"))
 
@@ -245,3 +245,30 @@ def test_a_source_that_is_saved_again_meanwhile_leaves_nothing(
     with pytest.raises(DamagedCheckpointError, match=r"was changed while it was read|is missing"):
         convert(view, tmp_path / "u", workers=1, chunk_numbytes=4096, progress=save_again)
     assert [path.name for path in tmp_path.iterdir()] == ["n"]
+
+
+@pytest.mark.parametrize("moment", ["opened", "described", "first chunk", "random state"])
+def test_a_source_of_which_another_step_takes_the_place(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an asynchronous save of the same tag does: in one step, with files of the same names and sizes."""
+    for step in (1, 2):
+        parameter = NativeParameter("a", torch.full((4000,), float(step)), {"exp_avg": torch.ones(4000)})
+        folder = write_native(tmp_path / str(step), NativeModel((parameter,)), NativeRun(stage=1, dp=2, steps=step))
+        (folder / FIRST_RANDOM_STATE_NAME).write_text("{}")
+        os.utime(folder / FIRST_RANDOM_STATE_NAME, (step, step))
+
+    def save_again(*_: Any) -> None:
+        _exchange(tmp_path / "1", tmp_path / "2")
+
+    checkpoint = open_checkpoint(tmp_path / "1")
+    if moment == "opened":
+        save_again()
+    view = UniversalView.of(checkpoint)
+    if moment == "described":
+        save_again()
+    if moment == "random state":
+        monkeypatch.setattr("ucp_deepspeed.transfer.convert.shutil.copyfile", save_again)
+    with pytest.raises(DamagedCheckpointError, match="was changed while it was read"):
+        convert(view, tmp_path / "u", progress=save_again if moment == "first chunk" else None, workers=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]

@@ -12,6 +12,7 @@ import torch
 
 from ucp_deepspeed.checkpoint import Checkpoint, FileExtent, Parameter, open_checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import ParameterGroup, Precision, RunState
+from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import MismatchError, SpecError
 from ucp_deepspeed.language import Spec
@@ -314,7 +315,7 @@ class Sketch(Checkpoint):
 
     def __init__(self, precision: Precision) -> None:
         self.path, self.form, self.topology = Path("sketch"), "sketch", Topology(1, 2, 1, 1)
-        self.run = RunState(precision, 1, 1, 0, None, None, "0")
+        self.run, self.versions = RunState(precision, 1, 1, 0, None, None, "0"), FileVersions()
         held = {"tied": ((5,), (5,)), "l.0.w": ((7,), None), "l.1.w": (None, (7,)), "l.2.w": (None, (7,))}
         self.parameters = {
             name: Parameter(name, "trainable", shapes, {"fp32": "F32", "exp_avg": "F32"}, {})

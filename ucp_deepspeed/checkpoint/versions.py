@@ -1,0 +1,60 @@
+"""Whether the files of a checkpoint are still those that were opened first."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ucp_deepspeed.errors import DamagedCheckpointError
+
+_Version = tuple[int, int, int]
+"""Of a file: its inode, its size, and when it was written last."""
+
+
+class FileVersions:
+    """What each file of a checkpoint was when it was opened first.
+
+    A run may save the same tag again while somebody reads it. What a catalog has learned of one save must not be joined with
+    another's tensors; so the catalog and all that read by it share one of these. Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[str, _Version] = {}
+
+    def note(self, path: str | Path, status: os.stat_result | None = None) -> None:
+        """A file is about to be read.
+
+        Args:
+            status: of the opened file, or else it is looked up; of none nothing is noted.
+
+        Raises:
+            DamagedCheckpointError: it isn't the file that was noted first under this path.
+        """
+        version = _version_of(path) if status is None else _version(status)
+        if version is not None and version != self._first.setdefault(str(path), version):
+            raise _changed(path)
+
+    def check(self) -> None:
+        """Whether all files are still those that were noted.
+
+        Raises:
+            DamagedCheckpointError: one was written, replaced or removed meanwhile, as by a run that saves the same tag again.
+        """
+        for path, version in list(self._first.items()):
+            if _version_of(path) != version:
+                raise _changed(path)
+
+
+def _version_of(path: str | Path) -> _Version | None:
+    try:
+        return _version(os.stat(path))  # noqa: PTH116
+    except FileNotFoundError:
+        return None
+
+
+def _version(status: os.stat_result) -> _Version:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _changed(path: str | Path) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"{path} was changed while it was read; try again when nobody writes the checkpoint")
