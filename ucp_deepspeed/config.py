@@ -33,7 +33,7 @@ class SaveConfig(BaseModel):
             rank that died without its launcher noticing takes so long; half an hour is more than any file system needs.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     asynchronous: bool = Field(default=False, alias="async")
     timeout: PositiveFloat = 1800.0
@@ -104,11 +104,8 @@ def parse_config(ds_config: Mapping[str, Any]) -> UniversalCheckpointConfig:
     try:
         config = UniversalCheckpointConfig.model_validate(dict(block))
     except ValidationError as error:
-        allowed = ", ".join(UniversalCheckpointConfig.model_fields)
         lines = [f"  {'.'.join(map(str, (CONFIG_KEY, *item['loc'])))}: {_say(item)}" for item in error.errors()]
-        raise ConfigError(
-            "\n".join(["the DeepSpeed config is not valid:", *lines, f"  known keys: {allowed}"])
-        ) from error
+        raise ConfigError("\n".join(["the DeepSpeed config is not valid:", *lines])) from error
     checkpoint = ds_config.get("checkpoint")
     if config.enabled and config.load != "never" and _asks_for_universal(checkpoint):
         raise ConfigError(
@@ -123,4 +120,15 @@ def _asks_for_universal(checkpoint: Any) -> bool:
 
 
 def _say(item: Any) -> str:
-    return "unknown key" if item["type"] == "extra_forbidden" else f"{item['msg']} (found {item['input']!r})"
+    *within, key = item["loc"] or (None,)
+    if item["type"] == "extra_forbidden":
+        known = _keys(SaveConfig if within == ["save"] else UniversalCheckpointConfig)
+        hint = "; it belongs into 'save'" if not within and key in _keys(SaveConfig) else ""
+        return f"unknown key{hint}; known keys: {', '.join(known)}"
+    if key == "save" and not isinstance(item["input"], Mapping):
+        return f"must be a block of settings (found {item['input']!r}); known keys: {', '.join(_keys(SaveConfig))}"
+    return f"{item['msg']} (found {item['input']!r})"
+
+
+def _keys(block: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in block.model_fields.items()]

@@ -235,12 +235,11 @@ def test_a_failure_surfaces_on_all_ranks_at_the_next_call(
     """As on a full disk: torch's writer would end the process (``std::terminate``)."""
     outcomes = ranks(2).run(fail_once, LARGE, str(tmp_path), failing, then)
     for rank, (error, latest) in enumerate(outcomes):
-        assert "b could not be saved, and 'latest' was not moved: RuntimeError" in str(error)
+        assert "b could not be saved, and 'latest' was not moved: OSError: [Errno 27] File too large" in str(error)
         assert ("rank" in str(error).split(":")[0]) == (rank != failing)
         assert latest == "a"
     assert (tmp_path / "latest").read_text() == "d"
-    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"a", "b", "d"}
-    assert not list((tmp_path / "b").iterdir())
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"a", "d"}
 
 
 def save_what_cant_be_pickled(run: Run, folder: str) -> str:
@@ -278,6 +277,40 @@ def test_a_folder_that_cant_be_made(ranks: Ranks, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for message in ranks(2).run(save_where_nothing_can_be, Run("mlp", universal=ASYNC), str(tmp_path)):
         assert "can't be saved, and 'latest' was not moved" in message
+
+
+def save_in_vain(run: Run, folder: str, tags: list[str]) -> str:
+    """On a rank: a save that fails while DeepSpeed's own ``save_checkpoint`` runs, or before; then one that doesn't."""
+    engine = trained(run, 1)
+    with pytest.raises(SaveError) as caught:
+        engine.save_checkpoint(folder, tag=tags[dist.get_rank()])
+    assert "_copy_recovery_script" not in vars(engine)
+    if dist.get_rank() == 0:
+        (Path(folder) / "zero_to_fp32.py").rmdir()
+    engine.save_checkpoint(folder, tag="a")
+    ucp_deepspeed.wait_for_save()
+    engine.destroy()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        (["b", "b"], "can't be saved, and 'latest' was not moved: IsADirectoryError"),
+        (["b", "c"], "ranks save different tags into"),
+        (["file", "file"], "file is a file; save under another tag"),
+    ],
+    ids=["what DeepSpeed writes itself", "different tags", "tag that is a file"],
+)
+def test_what_fails_between_barriers_is_told_on_all_ranks(
+    tags: list[str], message: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Rank 0 copies DeepSpeed's recovery scripts, which a full disk doesn't let it; the others used to wait for it."""
+    (tmp_path / "zero_to_fp32.py").mkdir()
+    (tmp_path / "file").write_text("")
+    for found in ranks(2).run(save_in_vain, Run("mlp", universal=ASYNC), str(tmp_path), tags, timeout=60.0):
+        assert message in found
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"a"}
 
 
 class Copied(TorchDispatchMode):
@@ -375,7 +408,7 @@ def save_when_a_thread_cant_start(run: Run, folder: str) -> str:
 def test_all_ranks_write_or_none(ranks: Ranks, tmp_path: Path) -> None:
     told = ranks(2).run(save_when_a_thread_cant_start, Run("mlp", universal=ASYNC), str(tmp_path))
     assert all("no thread" in text for text in told)
-    assert open_checkpoint(tmp_path).path.name == "b" and not list((tmp_path / "a").iterdir())
+    assert open_checkpoint(tmp_path).path.name == "b" and not (tmp_path / "a").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

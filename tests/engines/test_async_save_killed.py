@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def kill(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def save_until(moment: str, folder: str, tag: str) -> None:
+def save_until(moment: str, folder: str, tag: str, run: Run = RUN) -> None:
     """Save, and be killed at that moment."""
     written: list[str] = []
     write, replace, move = FileSnapshot.write, save.replace_folder, save.write_atomically
@@ -71,7 +72,7 @@ def save_until(moment: str, folder: str, tag: str) -> None:
     save.replace_folder, save.write_atomically = replace_or_not, move_or_not
     if moment == "before the old folder is removed":
         commit.shutil.rmtree = kill  # type: ignore[assignment]
-    trained(RUN, 1).save_checkpoint(folder, tag=tag)
+    trained(run, 1).save_checkpoint(folder, tag=tag)
     save.wait_for_save()
 
 
@@ -97,19 +98,34 @@ def test_the_checkpoint_before_stays(moment: str, tag: str, before: Path, tmp_pa
     pool.close()
 
 
-def save_until_one_is_killed(folder: str, killed: int) -> None:
-    """Two ranks, one of which dies between its files."""
-    save_until("after 1 files" if dist.get_rank() == killed else "never", folder, "old")
+def save_until_one_is_killed(run: Run, folder: str, killed: int, tag: str) -> None:
+    """Two ranks, one of which dies before its last file."""
+    last = "after 1 files" if killed == 0 else "after 0 files"
+    save_until(last if dist.get_rank() == killed else "never", folder, tag, run)
 
 
-def test_one_rank_of_two_is_killed(tmp_path: Path) -> None:
-    pool = RankPool(2)
-    pool.run(save_and_wait, RUN, str(tmp_path), "old")
+@pytest.mark.parametrize("tag", ["old", "new"])
+@pytest.mark.parametrize(("stage", "killed"), [(1, 0), (1, 1), (3, 1)])
+def test_one_rank_of_two_is_killed(stage: int, killed: int, tag: str, tmp_path: Path) -> None:
+    """Whichever it is, a run goes on from the checkpoint before, and its next save tidies up."""
+    run, pool = replace(RUN, zero={"stage": stage}), RankPool(2)
+    pool.run(save_and_wait, run, str(tmp_path), "old")
     before = contents(tmp_path / "old")
     with pytest.raises(RankError):
-        pool.run(save_until_one_is_killed, str(tmp_path), 0)
+        pool.run(save_until_one_is_killed, run, str(tmp_path), killed, tag)
     pool.close()
     assert contents(tmp_path / "old") == before
+    assert (tmp_path / "latest").read_text() == "old"
+    left = [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert all(name.startswith(f".{tag}.partial-") for name in left) and len(left) == (killed == 0)
+
+    pool = RankPool(2)
+    outcome = pool.run(train, run, 4, load=str(tmp_path))
+    assert sorted(outcome[0].losses) == [4]
+    pool.run(save_and_wait, run, str(tmp_path), "next")
+    pool.close()
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"old", "next"}
+    assert differences(tmp_path / "old", tmp_path / "next") == []
 
 
 def test_a_tag_whose_folder_has_just_taken_its_place(before: Path, tmp_path: Path) -> None:

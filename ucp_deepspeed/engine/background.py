@@ -24,7 +24,6 @@ import json
 import logging
 import multiprocessing.util
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,8 +44,8 @@ from ucp_deepspeed.waiting import end_of_process
 
 logger = logging.getLogger("ucp_deepspeed")
 
-ENDED_NAME = ".ended_rank_{rank:05d}.json"
-"""What a rank leaves in the hidden folder: ``error`` is a text, or null if all of its files are on disk."""
+ENDED_NAME, ENDED_NAMES = ".ended_rank_{rank:05d}.json", ".ended_rank_*.json"
+"""What a rank leaves in the hidden folder: ``error`` is a text, or null if all of its files are on disk. And all of these."""
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.01, 1.0
 """Seconds between two looks for the other ranks' files."""
@@ -93,7 +92,7 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
         self.files: list[FileSnapshot] = []
         self._native, self._folder = engine.checkpoint_engine, folder
         self._experts, self._zero = engine.has_moe_layers, engine.zero_optimization()
-        self._error: Exception | None = None
+        self._error: SaveError | None = None
         self._buffers = vars(engine).setdefault(BUFFERS, HostBuffers())
         self._buffers.reuse()
 
@@ -102,11 +101,18 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
 
     def save(self, state_dict: Any, path: str) -> None:
         """Copy what ``torch.save`` would write."""
-        try:
+        with self._keeping(path):
             name = str(Path(path).absolute().relative_to(self._folder))
             self.files.append(snapshot(state_dict, name, self._buffers, apart=self._is_cloned(name)))
-        except Exception as error:
-            self._error = self._error or error
+
+    def keeping(self, write: Callable[[str], None]) -> Callable[[str], None]:
+        """A method of DeepSpeed's engine that writes something into a folder, with its error kept."""
+
+        def wrapped(folder: str) -> None:
+            with self._keeping(folder):
+                write(folder)
+
+        return wrapped
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """As ever; a save loads nothing."""
@@ -125,9 +131,24 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
         return False
 
     def check(self) -> None:
-        """Raise what went wrong in `save`."""
+        """Raise what went wrong first.
+
+        Raises:
+            SaveError: something can't be pickled, or DeepSpeed couldn't write what it writes itself.
+        """
         if self._error is not None:
             raise self._error
+
+    @contextmanager
+    def _keeping(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self._error is None:
+                self._error = SaveError(
+                    f"{path} can't be saved, and 'latest' was not moved: {type(error).__name__}: {error}"
+                )
+                self._error.__cause__ = error
 
     def _is_cloned(self, name: str) -> bool:
         """Whether this is a file for which DeepSpeed clones tensors otherwise: layers of pipelines (``runtime/pipe/module.py``,
@@ -202,7 +223,7 @@ class Writing(threading.Thread):
     def clear(self) -> None:
         """Remove what a failed save has written. Only when no rank writes any more."""
         if self.job.rank == 0:
-            remove_partial_folder(self.job.partial)
+            remove_partial_folder(self.job.partial, self.job.folder)
 
     @property
     def _text(self) -> str | None:
@@ -257,19 +278,9 @@ class Writing(threading.Thread):
 
 
 def _as_save_error(error: Exception, job: Job) -> SaveError:
-    found = SaveError(
-        f"{job.folder} could not be saved, and 'latest' was not moved: {type(error).__name__}: {error}{_space(job.partial)}"
-    )
+    found = SaveError(f"{job.folder} could not be saved, and 'latest' was not moved: {type(error).__name__}: {error}")
     found.__cause__ = error
     return found
-
-
-def _space(folder: Path) -> str:
-    """For a write that failed, of which torch doesn't tell the reason."""
-    try:
-        return f" ({shutil.disk_usage(folder).free / 1e6:.0f} MB are free there)"
-    except OSError:
-        return ""
 
 
 _writing: Writing | None = None

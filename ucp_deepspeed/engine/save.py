@@ -34,7 +34,7 @@ from ucp_deepspeed.checkpoint.opening import LATEST_NAME, open_checkpoint
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.checkpoint.view import layouts_of
-from ucp_deepspeed.engine.background import ENDED_NAME, Job, SnapshotEngine, begin, wait_for_save
+from ucp_deepspeed.engine.background import ENDED_NAMES, Job, SnapshotEngine, begin, wait_for_save
 from ucp_deepspeed.engine.extra_states import has_extra_states
 from ucp_deepspeed.engine.model import EngineModel, agreement, can_be_trained, describe_model, gather_model_parallel
 from ucp_deepspeed.engine.names import ModelNames
@@ -119,7 +119,8 @@ def _save_in_background(
     """Copy into host memory what DeepSpeed would write, and begin to write it. Collective.
 
     Raises:
-        SaveError: the tag is a universal checkpoint, or the folder can't be written by rank 0 or isn't seen by all ranks.
+        SaveError: the tag is a universal checkpoint or a file, or differs from rank to rank; or the folder can't be written by
+            rank 0 or isn't seen by all ranks; or something can't be pickled.
     """
     folder, rank = Path(save_dir).absolute() / tag, dist.get_rank()
     with agreement():
@@ -132,19 +133,21 @@ def _save_in_background(
     with agreement():
         manifest = _manifest(engine)
     try:
-        partial = _make_partial(place)
+        partial = _make_partial(place, tag)
         taken = SnapshotEngine(engine, folder)
         engine.checkpoint_engine, own = taken, engine.checkpoint_engine
+        engine._copy_recovery_script = taken.keeping(engine._copy_recovery_script)  # rank 0's, between two barriers
         try:
             saved = native(save_dir, tag=tag, save_latest=False, **rest)
         finally:
             engine.checkpoint_engine = own
+            del engine._copy_recovery_script
         with agreement():
             taken.check()
             texts = dict([random_state_file(engine)])
     except BaseException:
         if rank == 0:
-            remove_partial_folder(partial_folder(place))
+            remove_partial_folder(partial_folder(place), place)
         raise
     latest = Path(save_dir).absolute() / LATEST_NAME
 
@@ -160,14 +163,20 @@ def _save_in_background(
 
 
 def _refuse_universal(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise SaveError(f"{folder} is a file; save under another tag")
     if (folder / INDEX_NAME).is_file():
         raise SaveError(
             f"{folder} holds a universal checkpoint, which DeepSpeed's files would hide; save under another tag"
         )
 
 
-def _make_partial(folder: Path) -> Path:
-    """The hidden folder, made by rank 0 and seen by all. Collective."""
+def _make_partial(folder: Path, tag: str) -> Path:
+    """The hidden folder, made by rank 0 and seen by all. Collective.
+
+    Raises:
+        SaveError: it can't be made, or isn't seen by all ranks; or they save different tags.
+    """
     with agreement():
         if dist.get_rank() == 0:
             try:
@@ -175,9 +184,11 @@ def _make_partial(folder: Path) -> Path:
                 make_partial_folder(folder)
             except OSError as error:
                 raise SaveError(f"{folder} can't be saved, and 'latest' was not moved: {error}") from error
-    partials: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(partials, partial_folder(folder))  # it is named for rank 0's host and process
-    partial: Path = partials[0]
+    named: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(named, (partial_folder(folder), tag))  # it is named for rank 0's host and process
+    partial: Path = named[0][0]
+    if len(tags := {each for _, each in named}) > 1:
+        raise SaveError(f"ranks save different tags into {folder.parent}: {', '.join(sorted(tags))}")
     with agreement():
         _await_folder(partial)
     return partial
@@ -201,7 +212,7 @@ def _await_folder(partial: Path) -> None:
 
 def _commit_partial(manifest: Manifest, partial: Path, folder: Path) -> None:
     """Make a hidden folder, in which all ranks' files are on disk, the checkpoint. On rank 0, in the background."""
-    for ended in partial.glob(ENDED_NAME.format(rank=0).replace("00000", "*")):
+    for ended in partial.glob(ENDED_NAMES):
         ended.unlink()
     _commit(manifest, partial)
     flush(partial)
@@ -265,11 +276,13 @@ def _warn_of_left_out(engine: Any, model: EngineModel) -> None:
 
 
 def _warn_if_unreadable(folder: Path) -> None:
-    """Tell at once, and not at the resume, that the client state holds what a load would refuse."""
+    """Tell at once, and not at the resume, that the client state holds what a load would refuse. The save itself is done."""
     try:
         open_checkpoint(folder)
     except UniversalCheckpointError as error:
         logger.warning("what was just saved can be loaded by DeepSpeed alone, on the same topology: %s", error)
+    except Exception as error:  # for want of memory, or of descriptors
+        logger.warning("whether %s can be loaded couldn't be told: %s: %s", folder, type(error).__name__, error)
 
 
 def _commit(manifest: Manifest, folder: Path) -> None:

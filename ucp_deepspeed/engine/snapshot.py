@@ -27,6 +27,10 @@ LEAST_SHARED = 1 << 24
 """Bytes from which a copy is shared among threads, as many as torch has for one operation."""
 
 
+PROBE_NUMBYTES = 1 << 20
+"""More than a disk has left on which a write has just failed."""
+
+
 @dataclass(frozen=True, slots=True)
 class FileSnapshot:
     """One file that is still to be written.
@@ -43,8 +47,8 @@ class FileSnapshot:
         """Write the file and wait until it is on disk. The interpreter's lock is free while tensors are written.
 
         Raises:
-            OSError: it can't be created, or the disk fails.
-            RuntimeError: torch's for a write that failed, such as on a full disk.
+            OSError: it can't be created, or the disk is full or fails.
+            RuntimeError: torch's for a write that failed without a reason that lasts.
         """
         path = folder / self.name
         path.touch()  # which tells why it can't be created; torch doesn't
@@ -57,11 +61,24 @@ class FileSnapshot:
                 else:
                     writer.write_record(name, data.untyped_storage(), data.numel())
             opened.__exit__()
-        except Exception:
+        except Exception as error:
             _never_destroy(writer)
+            reason = _why_not_longer(path)
             os.truncate(path, 0)  # it stays open: give back its space
-            raise
+            raise (reason or error) from error
         flush(path)
+
+
+def _why_not_longer(path: Path) -> OSError | None:
+    """What keeps a file from growing, which torch doesn't tell."""
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(PROBE_NUMBYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
 
 
 def _never_destroy(writer: Any) -> None:

@@ -82,10 +82,13 @@ def make_partial_folder(final: Path, alone: bool = False) -> Path:
     return partial
 
 
-def remove_partial_folder(partial: Path) -> None:
-    """Remove it, if it is there, as far as that is possible."""
+def remove_partial_folder(partial: Path, final: Path | None = None) -> None:
+    """Remove it, if it is there, as far as that is possible; and ``final`` if that is there and nothing is in it."""
     shutil.rmtree(partial, ignore_errors=True)
     _release(partial)
+    if final is not None:
+        with suppress(OSError):
+            final.rmdir()
 
 
 _holding: dict[Path, int] = {}
@@ -260,6 +263,8 @@ def _remove_or_put_back(abandoned: Path, final: Path) -> None:
         abandoned.rename(final)
     else:
         shutil.rmtree(abandoned)
+        with suppress(OSError):  # what a save had put there for what others add to it
+            final.rmdir()
 
 
 def write_atomically(path: Path, text: str) -> None:
