@@ -91,7 +91,8 @@ class DeepSpeedFiles:
         sliced = [name for name in found if name.startswith("zero_pp_rank_")]
         if self.manifest is not None:
             recorded = self.manifest.topology.zero_stage == 3
-            others = [name for name in found if (name in sliced) != recorded and name not in self.manifest.files]
+            other_kind = set(found) - set(sliced) if recorded else set(sliced)
+            others = sorted(other_kind - self.manifest.files.keys())
             if others:
                 raise DamagedCheckpointError(f"{self.path / others[0]} isn't in {MANIFEST_NAME}{STALE_MANIFEST}")
             return recorded

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from deepspeed.utils import groups
 
 PACKED_NUMBYTES = 1 << 17
-"""Tensors below this size travel together: a message of its own costs more than copying them."""
+"""Tensors below this size, or a rank's part of a round, travel together: a message of its own costs more than copying them."""
 
 ROUND_NUMBYTES = 8 << 20
-"""Memory of a rank for those that travel together, before it waits for them and packs the next ones."""
+"""Memory of a rank for those that travel together, as a rule, before it waits for them and packs the next ones."""
 
 
 @dataclass
@@ -34,9 +34,10 @@ class Exchange:
         for work in self._works:
             work.wait()
         self._works = []
-        self._wait_for_packed()
+        self.wait_for_packed()
 
-    def _wait_for_packed(self) -> None:
+    def wait_for_packed(self) -> None:
+        """The same for small tensors; the memory in which they travel is free then."""
         for pack in self._packed:
             for work in pack.works:
                 work.wait()
@@ -84,21 +85,26 @@ def reaches(group: Any, tensor: torch.Tensor) -> bool:
     return goes_over_gloo(group, tensor) or (dist.get_backend(group) != "gloo" and tensor.device.type != "cpu")
 
 
-def begin_exchange(held: Sequence[Sequence[torch.Tensor]], group: Any) -> Exchange:
+def begin_exchange(
+    held: Sequence[Sequence[torch.Tensor]], group: Any, round_numbytes: int = ROUND_NUMBYTES
+) -> Exchange:
     """Begin to give every rank of a process group what each of them has. Collective over the group.
 
     Args:
         held: for each rank of the group contiguous tensors, of the same shapes on all ranks: the rank's own are sent, the others'
             are received into.
+        round_numbytes: memory for small tensors; the same on all ranks.
     """
+    most = round_numbytes // len(held)
+    least = min(PACKED_NUMBYTES, most)
     me = dist.get_rank(group)
     exchange = Exchange()
     for rank, tensors in enumerate(held):
         for tensor in tensors:
-            if _numbytes(tensor) >= PACKED_NUMBYTES:
+            if _numbytes(tensor) >= max(least, 1):
                 exchange._works += _give(tensor, rank, me, group)
-    for together in zip_longest(*(_cut(tensors, ROUND_NUMBYTES // len(held)) for tensors in held)):
-        exchange._wait_for_packed()
+    for together in zip_longest(*(_cut(tensors, least, most) for tensors in held)):
+        exchange.wait_for_packed()
         for rank, small in enumerate(together):
             if small:
                 buffer = _pack(small) if rank == me else _empty(small)
@@ -106,12 +112,12 @@ def begin_exchange(held: Sequence[Sequence[torch.Tensor]], group: Any) -> Exchan
     return exchange
 
 
-def _cut(tensors: Sequence[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:
-    """Those that travel together, by at most so many bytes, or one: the same on all ranks."""
+def _cut(tensors: Sequence[torch.Tensor], least: int, most: int) -> Iterator[list[torch.Tensor]]:
+    """Those that are smaller than ``least`` bytes, by at most so many bytes: the same on all ranks."""
     taken: list[torch.Tensor] = []
     numbytes = 0
     for tensor in tensors:
-        if not 0 < _numbytes(tensor) < PACKED_NUMBYTES:
+        if not 0 < _numbytes(tensor) < least:
             continue
         if taken and numbytes + _numbytes(tensor) > most:
             yield taken

@@ -19,7 +19,7 @@ from ucp_deepspeed.checkpoint import FileExtent
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.dtypes import ITEMSIZE
-from ucp_deepspeed.engine.exchange import Exchange, begin_exchange
+from ucp_deepspeed.engine.exchange import ROUND_NUMBYTES, Exchange, begin_exchange
 from ucp_deepspeed.engine.model import agreement
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UniversalCheckpointError
@@ -28,6 +28,9 @@ from ucp_deepspeed.transfer import CopyPool, FileReader, TransferCount, run_copi
 from ucp_deepspeed.transfer.matching import Policies
 
 Copies = tuple[BlockCopy[FileExtent, None], ...]
+
+ROUNDED_NUMEL = 1 << 16
+"""Elements that are rounded at a time: few enough to stay in caches."""
 
 MOST_THREADS = 8
 """Of one rank; more don't make copies of memory faster."""
@@ -146,10 +149,12 @@ class Filling:
                 waits for the others.
         """
         with torch.no_grad(), closing(_Filler(memory_numbytes, self.versions)) as filler:
-            optimizer.begin()
+            with agreement():  # there may be too little memory on one rank
+                optimizer.begin()
+                states = list(self._states(optimizer))
             filler.fill([(plan.slot.master.data, plan.buffers[MASTER]) for plan in self.slots], self.rounding)
             optimizer.begin_refresh()
-            filler.fill(list(self._states(optimizer)))
+            filler.fill(states)
             filler.fill([(plan.weight, plan.buffer) for plan in self.weights])
             filler.wait()
             optimizer.refresh_weights()
@@ -175,7 +180,8 @@ class _Filler:
     def __init__(self, memory_numbytes: int, versions: FileVersions) -> None:
         self.count = TransferCount()
         self._versions, self._reader = versions, FileReader(versions)
-        self._pool = CopyPool(_threads(), memory_numbytes)
+        self._round_numbytes = min(ROUND_NUMBYTES, memory_numbytes // 4)
+        self._pool = CopyPool(_threads(), memory_numbytes - self._round_numbytes)
         self._exchanges: list[Exchange] = []
         self._error: Exception | None = None
 
@@ -190,7 +196,8 @@ class _Filler:
             self._read(plan.copies, flat)
             if rounding is not None:
                 for low, high in read:
-                    flat[low:high] = flat[low:high].to(rounding)
+                    for part in flat[low:high].split(ROUNDED_NUMEL):
+                        part.copy_(part.to(rounding))
             if whole is not buffer:
                 buffer.copy_(whole)
         for exchange in self._begin(
@@ -215,7 +222,8 @@ class _Filler:
             self._versions.check()
         except Exception as error:
             kind = type(error) if isinstance(error, UniversalCheckpointError) else UniversalCheckpointError
-            raise kind(f"{error}; the engine is filled in part and can't be used without another load") from error
+            reason = error if isinstance(error, UniversalCheckpointError) else f"{type(error).__name__}: {error}"
+            raise kind(f"{reason}; the engine is filled in part and can't be used without another load") from error
 
     def _begin(self, buffers: Iterable[tuple[torch.Tensor, Any, Sharing | None]]) -> list[Exchange]:
         """Begin to exchange what process groups share of buffers. Collective."""
@@ -226,7 +234,12 @@ class _Filler:
                 by_reader = held.setdefault(group, [[] for _ in range(dist.get_world_size(group))])
                 for part in sharing.shares:
                     by_reader[part.reader].append(flat[part.start : part.stop])
-        return [begin_exchange(by_reader, group) for group, by_reader in held.items()]
+        begun: list[Exchange] = []
+        for group, by_reader in held.items():
+            for exchange in (*self._exchanges, *begun):
+                exchange.wait_for_packed()  # one of them at a time takes memory for that
+            begun.append(begin_exchange(by_reader, group, self._round_numbytes))
+        return begun
 
     def wait(self) -> None:
         """Until replicas have what they need. Collective."""

@@ -32,6 +32,7 @@ from ucp_deepspeed.engine.matching import match_model, match_names, policies_of
 from ucp_deepspeed.engine.model import (
     EngineModel,
     agreement,
+    check_same_on_all_ranks,
     describe_model,
     engine_precision,
     engine_topology,
@@ -126,6 +127,8 @@ def load_checkpoint(
     )
     started = time.monotonic()
     folder, prepared, universal, random_state = None, None, False, None
+    given = asdict(options) | {"custom_load_fn": custom_load_fn is not None}
+    check_same_on_all_ranks("load_checkpoint", given)
     goes_on = config.random_state == "restore" and config.load != "never" and not load_module_only
     tag = _one_tag(Path(load_dir), None if tag is None else str(tag), config.load)
     with agreement():

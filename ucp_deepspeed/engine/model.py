@@ -31,7 +31,7 @@ from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.exchange import replica_group
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer
-from ucp_deepspeed.errors import MismatchError, UniversalCheckpointError
+from ucp_deepspeed.errors import ConfigError, MismatchError, UniversalCheckpointError
 from ucp_deepspeed.language import Spec, load_spec
 from ucp_deepspeed.layout import Shape, SlicedGroup, Topology
 from ucp_deepspeed.layout.pattern import Pattern
@@ -325,6 +325,28 @@ def agreement() -> Iterator[None]:
     for rank, other in enumerate(gathered):
         if other is not None:
             raise other if getattr(other, "problems", ()) else type(other)(f"rank {rank}: {other}")
+
+
+def check_same_on_all_ranks(what: str, settings: Mapping[str, Any]) -> None:
+    """Collective: what ranks do together goes by it, and they would wait for one another, or end in different states.
+
+    Args:
+        what: to which the settings belong, for the message.
+
+    Raises:
+        ConfigError: on all ranks; lists the settings that differ.
+    """
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, dict(settings))
+    differing = [
+        f"{key} is {gathered[0][key]!r} on rank 0 and {other[key]!r} on rank {rank}"
+        for rank, other in enumerate(gathered)
+        for key in gathered[0]
+        if other[key] != gathered[0][key]
+    ]
+    if differing:
+        more = f", and so on ({len(differing)} differences)" if len(differing) > 1 else ""
+        raise ConfigError(f"{what!r} must be the same on all ranks: {differing[0]}{more}")
 
 
 def _portable(error: Exception | None) -> UniversalCheckpointError | None:

@@ -10,8 +10,9 @@ from deepspeed.moe.layer import MoE
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from packaging.version import Version
 
+from ucp_deepspeed.config import CONFIG_KEY
 from ucp_deepspeed.engine.background import check_background
-from ucp_deepspeed.engine.model import agreement, only_evaluates
+from ucp_deepspeed.engine.model import agreement, check_same_on_all_ranks, only_evaluates
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.save import check_model
@@ -44,10 +45,11 @@ def check_engine(engine: Any) -> None:
     Raises:
         UnsupportedError: the version, the kind of mixture-of-experts layers, the optimizer's class, or where its settings keep
             its tensors.
-        ConfigError: DeepSpeed's settings that asynchronous saving can't go with.
+        ConfigError: the block differs from rank to rank; or DeepSpeed's settings that asynchronous saving can't go with.
         SpecError, MismatchError: the layouts that the config names don't fit the model.
     """
     check_version()
+    check_same_on_all_ranks(CONFIG_KEY, engine.universal_checkpoint_config.model_dump(by_alias=True))
     with agreement():
         if engine.universal_checkpoint_config.save.asynchronous:
             check_background(engine)

@@ -8,12 +8,13 @@ import resource
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, partial
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +38,9 @@ MEMORY_NUMBYTES = 256 << 20
 
 PART_NUMBYTES = 32 << 20
 """Most bytes of memory for one block at a time: enough that a block's start costs nothing, and few enough to stay in caches."""
+
+LEAST_RUN_NUMBYTES = 4096
+"""Of a strided block in a file that isn't mapped: what lies between shorter runs is read too."""
 
 FEWEST_OPEN, MOST_OPEN = 8, 4096
 """Files that a reader keeps open: as many as `_most_open` says, between these."""
@@ -92,17 +96,25 @@ class FileReader:
     def block(self, view: StridedView[FileExtent], shape: tuple[int, ...]) -> torch.Tensor:
         """A block inside an extent: still on disk until it is used, where the file is mapped and its elements are aligned.
 
-        Otherwise memory is taken for what it spans.
+        Otherwise memory is taken for it; where its runs are short, for all that it spans.
 
         Raises:
             DamagedCheckpointError: the file is missing or ends before the extent does.
         """
         itemsize, span = ITEMSIZE[view.buffer.dtype], view.span(shape)
         file, start = self._open(view, span)
+        if not file.is_mapped and (runs := _runs(view, shape)) is not None:
+            return _read_runs(file, start, runs, NAMED_DTYPES[view.buffer.dtype], shape)
         raw = file.range(start, start + span * itemsize)
         # torch reads aligned memory only; safetensors files of others' may hold elements anywhere.
         aligned = raw if raw.data_ptr() % itemsize == 0 else raw.clone()
         return aligned.view(NAMED_DTYPES[view.buffer.dtype]).as_strided(shape, view.strides)
+
+    def numbytes(self, view: StridedView[FileExtent], shape: tuple[int, ...]) -> int:
+        """What is read of a file for a block: more than the block where its runs are short and the file isn't mapped."""
+        file, _ = self._open(view, view.span(shape))
+        numel = prod(shape) if file.is_mapped or _runs(view, shape) is not None else view.span(shape)
+        return numel * ITEMSIZE[view.buffer.dtype]
 
     def _open(self, view: StridedView[FileExtent], span: int) -> tuple[_File, int]:
         """The file of a view, and the place of the view's first byte in it."""
@@ -125,7 +137,7 @@ class FileReader:
             file = _File(path, self._mapped)
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._files:
-                raise
+                raise _unreadable(path, error) from error
             self._files.clear()  # others of this process have opened many since; what a thread uses stays open
             file = _File(path, self._mapped)
         self._versions.note(path, file.status)
@@ -136,6 +148,36 @@ class FileReader:
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """A block as runs of consecutive elements of a file: where each begins, and their length, in elements."""
+
+    starts: Sequence[int]
+    numel: int
+
+
+def _runs(view: StridedView[FileExtent], shape: tuple[int, ...]) -> _Runs | None:
+    """None where they are too short to be read one by one."""
+    numel, outer = 1, len(shape)
+    while outer and (shape[outer - 1] == 1 or view.strides[outer - 1] == numel):
+        outer -= 1
+        numel *= shape[outer]
+    if numel * ITEMSIZE[view.buffer.dtype] < LEAST_RUN_NUMBYTES and outer:
+        return None
+    places = product(
+        *(range(0, count * stride, stride) for count, stride in zip(shape[:outer], view.strides, strict=False))
+    )
+    return _Runs([sum(place) for place in places], numel)
+
+
+def _read_runs(file: _File, start: int, runs: _Runs, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    block = torch.empty(shape, dtype=dtype)
+    target, numbytes = memoryview(block.view(-1).view(torch.uint8).numpy()), runs.numel * block.element_size()
+    for number, run in enumerate(runs.starts):
+        file.read_into(start + run * block.element_size(), target[number * numbytes : (number + 1) * numbytes])
+    return block
 
 
 def _most_open() -> int:
@@ -159,6 +201,11 @@ class _File:
         self.status = os.fstat(self._descriptor)
         self.numbytes = self.status.st_size
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether `range` costs no memory."""
+        return self._map is not None
+
     @cached_property
     def _map(self) -> torch.Tensor | None:
         if self._mapped and self.numbytes:  # nothing can't be mapped
@@ -179,12 +226,19 @@ class _File:
         """Fill memory with the bytes from a place on."""
         stop = start + len(target)
         while target:
-            count = os.preadv(self._descriptor, [target], stop - len(target))
+            try:
+                count = os.preadv(self._descriptor, [target], stop - len(target))
+            except OSError as error:
+                raise _unreadable(self.path, error) from error
             if count == 0:
                 raise DamagedCheckpointError(
                     f"{self.path} became shorter while it was read: {stop} bytes were expected"
                 )
             target = target[count:]
+
+
+def _unreadable(path: str, error: OSError) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"{path} can't be read: {error.strerror}")
 
 
 def run_copies(
@@ -205,11 +259,10 @@ def run_copies(
         plain = _is_plain(copy, _block(flat, copy.target, copy.shape))  # then no memory is needed
         widest = PART_NUMBYTES // ITEMSIZE[copy.sources[0].buffer.dtype] if plain else pool.span(copy)
         for part in copy.parts(widest):
+            count.bytes_read += _numbytes(part, reader, plain)
             pool.run(partial(_run, part, reader, flat))
         count.copies += 1
-        for view in copy.sources:
-            count.bytes_read += prod(copy.shape) * ITEMSIZE[view.buffer.dtype]
-            count.files.add(view.buffer.path)
+        count.files |= {view.buffer.path for view in copy.sources}
     pool.wait()
     return count
 
@@ -221,6 +274,13 @@ def _run(copy: BlockCopy[FileExtent, T], reader: FileReader, flat: torch.Tensor)
         return
     blocks = [reader.block(view, copy.shape) for view in copy.sources]
     target.copy_(blocks[0] if len(blocks) == 1 and copy.factor == 1 else _combined(blocks, copy.factor))
+
+
+def _numbytes(copy: BlockCopy[FileExtent, T], reader: FileReader, plain: bool) -> int:
+    """What is read of files for a copy."""
+    if plain:
+        return prod(copy.shape) * ITEMSIZE[copy.sources[0].buffer.dtype]
+    return sum(reader.numbytes(view, copy.shape) for view in copy.sources)
 
 
 def _is_plain(copy: BlockCopy[FileExtent, T], target: torch.Tensor) -> bool:
