@@ -169,6 +169,50 @@ def test_files_of_two_saves(load: str, two_steps: Path, ranks: Ranks, tmp_path: 
     check_refused(ranks, run, tmp_path / "copy", DamagedCheckpointError, name, "is at step 1", "files of two saves")
 
 
+def differ(run: Run, folder: str, changes: list[dict[str, Any]], arguments: list[dict[str, Any]]) -> str:
+    """On a rank: build an engine and load, with settings and arguments of its own; what is raised."""
+    rank = dist.get_rank()
+    universal = {"enabled": True, "load": "always", **changes[rank]}
+    with pytest.raises(ConfigError) as caught:
+        build_engine(replace(run, universal=universal)).load_checkpoint(folder, **arguments[rank])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        (
+            [{}, {"shared_read_bytes": 0}],
+            [{}, {}],
+            "'universal_checkpoint' must be the same on all ranks: shared_read_bytes is 67108864 on rank 0 and 0 on rank 1",
+        ),
+        (
+            [{}, {"save": {"async": True}, "optimizer_states": "reset"}],
+            [{}, {}],
+            "optimizer_states is 'restore' on rank 0 and 'reset' on rank 1, and so on (2 differences)",
+        ),
+        ([{}, {"load": "never"}], [{}, {}], "load is 'always' on rank 0 and 'never' on rank 1"),
+        (
+            [{}, {}],
+            [{"load_optimizer_states": False}, {}],
+            "'load_checkpoint' must be the same on all ranks: load_optimizer_states is False on rank 0 and True on rank 1",
+        ),
+    ],
+    ids=["what is shared", "two settings", "load", "arguments"],
+)
+def test_ranks_that_want_different_things(
+    changes: list[dict[str, Any]],
+    arguments: list[dict[str, Any]],
+    message: str,
+    two_steps: Path,
+    ranks: Ranks,
+) -> None:
+    """They used to wait for one another, or replicas ended in different states."""
+    run = replace(MLP, zero={"stage": 0})
+    for found in ranks(2).run(differ, run, str(two_steps), changes, arguments, timeout=60.0):
+        assert message in found
+
+
 MOMENTS = {"planned": (Filling, "check_files"), "agreed": (Filling, "run"), "read": (_Filler, "wait")}
 """What is called next when a load has come so far."""
 
