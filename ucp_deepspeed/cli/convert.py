@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import click
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
+from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli.options import CHECKPOINT, command, in_words, spec_option, tag_option, view_of, vocabulary_option
 from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError
@@ -55,18 +57,28 @@ def convert_command(
     with (join or alone)() as ranks:
         checkpoint = open_checkpoint(source, tag)
         folder = destination / _tag(source, checkpoint.path)
-        if os.path.lexists(folder):
-            raise ConfigError(f"{folder} exists already; nothing was written")
+        _check_free(destination, folder)
         view = view_of(checkpoint, spec, vocabulary_size)
-        count = _convert(view, folder, workers, drop_client_state, quiet or ranks.rank != 0, ranks)
-        if ranks.rank == 0:
-            _point_to(destination, folder, checkpoint.run.global_steps)
+        count = _convert(view, destination, folder, workers, drop_client_state, quiet or ranks.rank != 0, ranks)
     if not quiet and ranks.rank == 0:
         sizes = [entry.stat().st_size for entry in folder.iterdir()]
         click.echo(
             f"{folder}: read {in_words(count.bytes_read)} from {len(count.files)} files, wrote {in_words(sum(sizes))} "
             f"to {len(sizes)} files in {time.monotonic() - started:.1f} s"
         )
+
+
+def _check_free(destination: Path, folder: Path) -> None:
+    latest = destination / LATEST_NAME
+    if latest.is_dir():
+        raise ConfigError(f"{latest} is a folder, where a file is to name the tag; nothing was written")
+    if not os.path.lexists(folder):
+        return
+    hint = ""
+    if (folder / INDEX_NAME).is_file() and not latest.exists():  # killed between the two
+        tag = folder.relative_to(destination).as_posix()
+        hint = f". It is whole, and {latest} is missing: load it by its tag, {tag!r}, or write that name into the file"
+    raise ConfigError(f"{folder} exists already; nothing was written{hint}")
 
 
 def _point_to(destination: Path, folder: Path, step: int) -> None:
@@ -99,22 +111,30 @@ def _tag(source: Path, folder: Path) -> Path:
 
 
 def _convert(
-    view: UniversalView, folder: Path, workers: int, drop_client_state: tuple[str, ...], quiet: bool, ranks: Ranks
+    view: UniversalView,
+    destination: Path,
+    folder: Path,
+    workers: int,
+    drop_client_state: tuple[str, ...],
+    quiet: bool,
+    ranks: Ranks,
 ) -> TransferCount:
+    run = partial(
+        convert,
+        view,
+        folder,
+        workers=workers,
+        drop_client_state=drop_client_state,
+        ranks=ranks,
+        then=lambda: _point_to(destination, folder, view.checkpoint.run.global_steps),
+    )
     console = Console(file=sys.stderr)
     if quiet or not console.is_terminal:  # in a log the bar would be one line of no use
-        return convert(view, folder, workers=workers, drop_client_state=drop_client_state, ranks=ranks)
+        return run()
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     columns = BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()
     # On a terminal it makes place for the summary, or for an error.
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("convert", total=None)
-        return convert(
-            view,
-            folder,
-            workers=workers,
-            progress=lambda written, total: bar.update(task, completed=written, total=total),
-            drop_client_state=drop_client_state,
-            ranks=ranks,
-        )
+        return run(progress=lambda written, total: bar.update(task, completed=written, total=total))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import resource
+import signal
 import sys
 import traceback
 from contextlib import suppress
@@ -47,10 +48,21 @@ class Command(click.Command):
             ctx.exit(INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit):
             raise
+        except SystemExit as ended:
+            if (number := _signal_of(ended)) is not None:
+                click.echo(f"ended by {number.name}", err=True)
+            raise
         except Exception:  # a fault of this package, which must not look like an answer
             message = f"this should not have happened:\n{traceback.format_exc().rstrip()}"
         click.echo(f"error: {message}", err=True)
         ctx.exit(FAILED)
+
+
+def _signal_of(ended: SystemExit) -> signal.Signals | None:
+    """The signal that an exit status tells of, as shells have it (`terminated_as_exception`)."""
+    with suppress(ValueError, TypeError):
+        return signal.Signals(ended.code - 128)  # type: ignore[operator]
+    return None
 
 
 def _print_what_can_be_printed() -> None:

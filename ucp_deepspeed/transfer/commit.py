@@ -27,11 +27,14 @@ LOCK_SECONDS, LOOK_SECONDS = 10.0, 0.01
 
 
 @contextmanager
-def committed_folder(final: Path) -> Iterator[Path]:
+def committed_folder(final: Path, then: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """A new folder to write in, which is renamed to ``final`` when the block ends and removed when it fails.
 
     Everything in it is flushed to disk before the rename. A terminated process (SIGTERM, SIGHUP, Ctrl-C) removes it; one that was
     killed outright leaves a folder that readers refuse and that the next call for the same ``final`` removes.
+
+    Args:
+        then: called when the folder has its name; no signal that can be caught comes between.
 
     Raises:
         ConfigError: ``final`` exists already, or another process of this machine is writing it.
@@ -46,13 +49,15 @@ def committed_folder(final: Path) -> Iterator[Path]:
             for entry in partial.iterdir():
                 flush(entry)
             flush(partial)
-            partial.rename(final)
-            _release(partial)
+            with _undisturbed():
+                partial.rename(final)
+                _release(partial)
+                flush(final.parent)
+                then()
         except BaseException:
             with _undisturbed():
                 remove_partial_folder(partial)
             raise
-    flush(final.parent)
 
 
 def make_partial_folder(final: Path, alone: bool = False) -> Path:
@@ -334,7 +339,7 @@ def terminated_as_exception() -> Iterator[None]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Cleaning up, which ends soon: Ctrl-C or a further SIGTERM, as launchers send when one rank has failed, is overheard."""
+    """What ends soon, and must be done whole: Ctrl-C or SIGTERM, as launchers send when one rank has failed, is overheard."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -46,6 +46,7 @@ def convert(
     file_numbytes: int = FILE_NUMBYTES,
     drop_client_state: Collection[str] = (),
     ranks: Ranks | None = None,
+    then: Callable[[], None] = lambda: None,
 ) -> TransferCount:
     """Write the universal form of a checkpoint to a new folder. Collective over the ranks; returns what all have read.
 
@@ -55,6 +56,7 @@ def convert(
         progress: called with (bytes written, bytes to write) of this rank's share after each chunk, from one thread at a time.
         drop_client_state: top-level keys of the client state to leave out.
         ranks: those that share the work; by default this process alone.
+        then: called on rank 0 when the folder has appeared, and not disturbed by signals.
 
     Raises:
         ConfigError: the folder exists already, or would lie in a file, or another process is writing it, or there is too little
@@ -94,7 +96,7 @@ def convert(
         ranks.broadcast("committed")
         return count
     _check_space(destination, numbytes)
-    with committed_folder(destination) as folder, ranks.failing_together():
+    with committed_folder(destination, then) as folder, ranks.failing_together():
         create_files(folder, files)
         ranks.broadcast("folder", folder.name)
         count = write(folder)

@@ -272,3 +272,38 @@ def test_a_source_of_which_another_step_takes_the_place(
     with pytest.raises(DamagedCheckpointError, match="was changed while it was read"):
         convert(view, tmp_path / "u", progress=save_again if moment == "first chunk" else None, workers=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+BETWEEN = """
+import os, signal, sys
+from ucp_deepspeed.cli import convert, main
+point_to = convert._point_to
+def signalled(*arguments):
+    os.kill(os.getpid(), int(sys.argv[1]))
+    point_to(*arguments)
+convert._point_to = signalled
+main(["convert", *sys.argv[2:]], prog_name="ucp")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_stopped_before_latest_names_the_new_folder(
+    number: signal.Signals, engine_checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """What can be overheard is, for so short a time; what can't leaves a checkpoint that is whole, and the next call says so."""
+    arguments = [str(engine_checkpoints["zero1"]), str(tmp_path / "u")]
+    ended = subprocess.run([sys.executable, "-c", BETWEEN, str(int(number)), *arguments], timeout=120, check=False)
+    killed = number == signal.SIGKILL
+    assert ended.returncode == (-signal.SIGKILL if killed else 0)
+    assert (tmp_path / "u" / "latest").exists() != killed
+    assert open_checkpoint(tmp_path / "u", "step3").run.global_steps == 3
+    again = CliRunner().invoke(main, ["convert", *arguments])
+    assert again.exit_code == 2 and "exists already; nothing was written" in again.stderr
+    assert ("It is whole" in again.stderr and "load it by its tag, 'step3'" in again.stderr) == killed
+
+
+def test_latest_that_is_a_folder_is_told_first(engine_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "u" / "latest").mkdir(parents=True)
+    found = CliRunner().invoke(main, ["convert", str(engine_checkpoints["zero1"]), str(tmp_path / "u")])
+    assert found.exit_code == 2 and "latest is a folder, where a file is to name the tag" in found.stderr
+    assert [path.name for path in (tmp_path / "u").iterdir()] == ["latest"]
