@@ -153,7 +153,11 @@ def test_an_index_that_cant_be_read_is_one_line(content: str, tmp_path: Path, uc
 
 @pytest.mark.parametrize(
     ("error", "status", "message"),
-    [(KeyboardInterrupt(), 130, "interrupted"), (TypeError("a fault"), 2, "TypeError: a fault")],
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (SystemExit(143), 143, "ended by SIGTERM"),
+        (TypeError("a fault"), 2, "TypeError: a fault"),
+    ],
 )
 def test_no_accident_looks_like_an_answer(
     error: BaseException, status: int, message: str, saved: Path, ucp: Ucp, monkeypatch: pytest.MonkeyPatch
