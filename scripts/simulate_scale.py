@@ -1,30 +1,33 @@
 """Plans one rank's resume of models that don't fit here, from checkpoints of which only the metadata is made.
 
-Prints, for each pair of topologies, what it costs that rank to read the manifest, to learn from the files that it opens what is
-in them, and to plan; how many files it opens, and how many of these it reads from. Reading the files' headers comes on top.
+Prints, for each pair of topologies, what it costs that rank to list the folder, to read the manifest, to learn from the files
+that it opens what is in them, and to plan; how many files it opens, and how many of these it reads from. Reading the files'
+headers comes on top.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import pickle
 import re
 import resource
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import torch
 
 from ucp_deepspeed.checkpoint import deepspeed_files
+from ucp_deepspeed.checkpoint import manifest as manifests
 from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
-from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.experts import EXPERTS, expert_of, holder_of, numbers_of_experts
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, Manifest, ManifestParameter, ManifestTopology
 from ucp_deepspeed.layout import FlatGroup, Shape, SlicedGroup, Topology
@@ -32,7 +35,14 @@ from ucp_deepspeed.layout.pattern import Pattern, Replicate, Shard
 from ucp_deepspeed.transfer.target_ranks import stages_of
 from ucp_deepspeed.transfer.targeting import plan_target
 
+T = TypeVar("T")
+
 Tensors = dict[str, tuple[Shape, Pattern]]
+
+SHAPES_NAME, TAG = "shapes", "global_step1000"
+
+FILE_NUMBYTES, DIGEST = 1_234_567_890, "0123456789abcdef"
+"""What the manifest says of each file, and of what the first data-parallel rank's hold: as long as a real one's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +91,10 @@ CASES = [
     ("7b", Topology(2, 2, 16, 1), Topology(2, 2, 12, 1)),
     ("7b", Topology(1, 1, 64, 3), Topology(4, 1, 32, 1)),
     ("7b", Topology(1, 1, 64, 1), Topology(2, 1, 512, 0)),
+    ("7b", Topology(1, 1, 4096, 3), Topology(1, 1, 2048, 3)),
+    ("7b", Topology(1, 1, 16384, 3), Topology(1, 1, 8192, 3)),
     ("176b", Topology(4, 12, 8, 1), Topology(8, 6, 6, 1)),
+    ("176b", Topology(4, 12, 8, 1), Topology(4, 12, 64, 1)),
     ("1t", Topology(8, 64, 2, 1), Topology(8, 32, 3, 1)),
     ("1t", Topology(8, 64, 2, 1), Topology(8, 64, 32, 1)),
     ("1t", Topology(8, 64, 32, 1), Topology(8, 64, 2, 1)),
@@ -92,41 +105,50 @@ CASES = [
 
 
 class Saved:
-    """A checkpoint of which no byte of a tensor exists: its manifest, and what is in each file once someone opens it.
-
-    Attributes:
-        folder: holds the manifest alone.
-        names: of the files that there would be.
-        opened: of those that were opened.
+    """Makes a checkpoint of which no byte of a tensor exists: its manifest, all files as names with a size, and beside the tag
+    folder what is in the files of each model-parallel rank, for `Opened`.
     """
 
     def __init__(self, model: Model, topology: Topology, folder: Path) -> None:
-        self.folder, self.topology = folder, topology
-        self.opened: set[str] = set()
-        tensors = model.tensors()
-        self._experts = numbers_of_experts(tensors)
-        stages = stages_of(list(tensors), topology.pp)
-        shares = {name: tuple(pattern.local_shapes(shape, topology.tp)) for name, (shape, pattern) in tensors.items()}
+        self._model, self._topology, self._folder = model, topology, folder
+        self._tensors = model.tensors()
+        self._experts = numbers_of_experts(self._tensors)
+        self._stages = stages_of(list(self._tensors), topology.pp)
+        self._shares = {
+            name: tuple(pattern.local_shapes(shape, topology.tp)) for name, (shape, pattern) in self._tensors.items()
+        }
         held: list[list[str]] = [[] for _ in range(topology.pp)]
-        for name, stage in stages.items():
+        for name, stage in self._stages.items():
             held[stage].append(name)
-        self._shares = shares
         self._groups = [self._groups_of(names) for names in held]
-        self._write_manifest(tensors, stages, model.vocabulary)
-        self.names = frozenset(self._names())
+
+    def write(self) -> None:
+        """All of it."""
+        tag, shapes = self._folder / TAG, self._folder / SHAPES_NAME
+        tag.mkdir()
+        shapes.mkdir()
+        files = dict.fromkeys(sorted(self._names()), FILE_NUMBYTES)
+        for name, numbytes in files.items():
+            with (tag / name).open("wb") as file:
+                os.truncate(file.fileno(), numbytes)
+        (tag / MANIFEST_NAME).write_text(self._manifest(files).model_dump_json(), encoding="utf-8")
+        for rank in range(self._topology.model_parallel):
+            stage, tp_rank = divmod(rank, self._topology.tp)
+            held = [{name: self._shares[name][tp_rank] for name in group} for group in self._groups[stage]]
+            (shapes / str(rank)).write_bytes(pickle.dumps(held))
 
     def _groups_of(self, names: Sequence[str]) -> list[list[str]]:
         """Of one stage: parameters of all ranks, and experts under the names of the first expert-parallel rank."""
-        holders = {name: holder_of(name, self._experts, self.topology.ep) for name in names}
+        holders = {name: holder_of(name, self._experts, self._topology.ep) for name in names}
         groups = [[name for name in names if holders[name] == holder] for holder in (None, 0)]
         return [group for group in groups if group]
 
-    def _write_manifest(self, tensors: Tensors, stages: Mapping[str, int], vocabulary: int) -> None:
+    def _manifest(self, files: Mapping[str, int]) -> Manifest:
         groups = tuple(tuple(map(tuple, held)) for held in self._groups)
-        manifest = Manifest(
-            topology=ManifestTopology(**asdict(self.topology)),
-            optimizer="zero-3" if self.topology.zero_stage == 3 else "zero-1/2",
-            vocabulary_size=vocabulary,
+        return Manifest(
+            topology=ManifestTopology(**asdict(self._topology)),
+            optimizer="zero-3" if self._topology.zero_stage == 3 else "zero-1/2",
+            vocabulary_size=self._model.vocabulary,
             parameter_groups=groups,
             group_numbers=tuple(tuple(range(len(held))) for held in groups),
             parameters={
@@ -135,44 +157,66 @@ class Saved:
                     logical_shape=shape,
                     pattern=pattern,
                     local_shapes=self._shares[name][:1] if len(set(self._shares[name])) == 1 else self._shares[name],
-                    stages=(stages[name],),
+                    stages=(self._stages[name],),
                 )
-                for name, (shape, pattern) in tensors.items()
+                for name, (shape, pattern) in self._tensors.items()
             },
             has_extra_states=False,
-            files={},
+            files=files,
+            contents={name: DIGEST for name in files if re.match(r"(bf16_)?(zero_pp_rank_0_)?mp_rank_", name)},
         )
-        (self.folder / MANIFEST_NAME).write_text(manifest.model_dump_json(), encoding="utf-8")
 
     def _names(self) -> Iterator[str]:
-        for rank in range(self.topology.model_parallel):
-            for part in range(self.topology.dp):
+        """Of all files but the manifest, as the engine and the save hook would write them."""
+        topology = self._topology
+        for rank in range(topology.model_parallel):
+            for part in range(topology.dp):
                 yield f"bf16_zero_pp_rank_{part}_mp_rank_{rank:02d}_optim_states.pt"
-                if self.topology.zero_stage == 3:
+                if topology.zero_stage == 3:
                     yield f"zero_pp_rank_{part}_mp_rank_{rank:02d}_model_states.pt"
-            if self.topology.zero_stage < 3:
+            if topology.zero_stage < 3:
                 yield f"mp_rank_{rank:02d}_model_states.pt"
+        for rank in range(topology.model_parallel * topology.dp):
+            yield f"ucp_random_state_rank_{rank:05d}.json"
+        if topology.pp > 1:
+            for layer, rank in product(range(self._model.layers + 3), range(topology.tp)):
+                yield f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
+        for number, expert in product(range(len(self._experts)), range(self._model.experts)):
+            yield f"layer_{number}_expert_{expert}_mp_rank_00_model_states.pt"
+        for rank in range(topology.ep if self._experts else 0):
+            yield f"expp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
+class Opened:
+    """What a checkpoint of `Saved` holds, as a load finds out: its `open` stands for `open_torch_file`.
+
+    Attributes:
+        names: of the files that were opened.
+    """
+
+    def __init__(self, model: Model, topology: Topology, folder: Path) -> None:
+        self._model, self._topology, self._folder = model, topology, folder
+        self.names: set[str] = set()
 
     def open(self, path: Path) -> dict[str, Any]:
-        """In place of `open_torch_file`: what DeepSpeed would have written, as far as a load looks at it."""
-        self.opened.add(path.name)
+        """What DeepSpeed would have written, as far as a load looks at it."""
+        self.names.add(path.name)
         found = re.fullmatch(r"(?:bf16_)?(?:zero_pp_rank_\d+_)?mp_rank_(\d+)_(model|optim)_states.pt", path.name)
         assert found is not None, path
-        stage, tp_rank = divmod(int(found[1]), self.topology.tp)
-        shapes = [{name: self._shares[name][tp_rank] for name in group} for group in self._groups[stage]]
+        shapes = pickle.loads((self._folder / SHAPES_NAME / str(int(found[1]))).read_bytes())
         return self._weights(shapes) if found[2] == "model" else {"optimizer_state_dict": self._optimizer(shapes)}
 
     def _weights(self, shapes: list[dict[str, Shape]]) -> dict[str, Any]:
         held = [(name, shape) for group in shapes for name, shape in group.items() if not expert_of(name)]
         module = {name: _described(shape, place) for place, (name, shape) in enumerate(held)}
         return {
-            "module": None if self.topology.pp > 1 else module,
+            "module": None if self._topology.pp > 1 else module,
             "buffer_names": [],
             "param_shapes": shapes,
-            "dp_world_size": self.topology.dp,
-            "mp_world_size": self.topology.model_parallel,
-            "checkpoint_parallel_dimensions": {"pp_degree": self.topology.pp},
-            "num_experts": list(self._experts.values()),
+            "dp_world_size": self._topology.dp,
+            "mp_world_size": self._topology.model_parallel,
+            "checkpoint_parallel_dimensions": {"pp_degree": self._topology.pp},
+            "num_experts": [self._model.experts] * self._model.layers if self._model.experts else [],
             "ds_config": {"bf16": {"enabled": True}},
             "global_steps": 1000,
             "skipped_steps": 0,
@@ -181,9 +225,9 @@ class Saved:
     def _optimizer(self, shapes: list[dict[str, Shape]]) -> dict[str, Any]:
         """All partitions are alike: a real one's last may be shorter, without its padding."""
         numels = [tuple(map(prod, group.values())) for group in shapes]
-        counts = [self.topology.dp, self.topology.dp // self.topology.ep][: len(shapes)]
+        counts = [self._topology.dp, self._topology.dp // self._topology.ep][: len(shapes)]
         cuts: list[FlatGroup | SlicedGroup]
-        if self.topology.zero_stage == 3:
+        if self._topology.zero_stage == 3:
             cuts = [SlicedGroup(numel, count) for numel, count in zip(numels, counts, strict=True)]
         else:
             cuts = [FlatGroup(numel, count) for numel, count in zip(numels, counts, strict=True)]
@@ -195,10 +239,10 @@ class Saved:
         settings = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
         base = {"state": state, "param_groups": [settings | {"params": [group]} for group in state]}
         masters = [_described((size,), group) for group, size in enumerate(sizes)]
-        if self.topology.zero_stage == 3:
+        if self._topology.zero_stage == 3:
             return {"zero_stage": 3, "fp32_flat_groups": masters, "optimizer_state_dict": base}
         return {
-            "zero_stage": self.topology.zero_stage,
+            "zero_stage": self._topology.zero_stage,
             "single_partition_of_fp32_groups": masters,
             "base_optimizer_state": base,
             "partition_count": counts,
@@ -216,9 +260,9 @@ def _described(shape: Shape, place: int) -> torch.Tensor:
 class Cost:
     """What one rank pays, and what it would read.
 
-    ``seconds`` of processor time, ``memory`` in bytes beyond what the started interpreter had, ``opened``: files, those that are
-    read from (``files``) included. ``balance``: the most that one of some ranks reads, over their mean: the first, the last and
-    those in the middle of both axes.
+    ``seconds`` of processor time, ``memory`` in bytes: the peak beyond what a process has that has imported everything and done
+    nothing yet; ``opened``: files, those that are read from (``files``) included. ``balance``: the most that one of some ranks
+    reads, over their mean: the first, the last and those in the middle of both axes.
     """
 
     model: str
@@ -237,25 +281,39 @@ class Cost:
 
 
 def measure(key: str, source: Topology, target: Topology) -> Cost:
-    """Plan a rank in the middle; run in a process of its own, whose peak of memory is its own too."""
+    """Plan a rank in the middle. Another process makes the checkpoint, and yet another plans: what making it takes, and leaves
+    free for the plan to use, doesn't count.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        saved = Saved(MODELS[key], source, Path(folder))
-        deepspeed_files.open_torch_file = saved.open  # type: ignore[assignment]  # this process measures, and ends
-        DeepSpeedFiles.names = saved.names  # type: ignore[assignment]
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        started = time.process_time()
-        wanted = (target.model_parallel // 2, target.dp // 2)
-        plan = plan_target(DeepSpeedCheckpoint(saved.folder), target, only={wanted})
-        seconds = time.process_time() - started
-        memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-        opened = len(saved.opened)
-        corners = set(product(_ends(target.model_parallel), _ends(target.dp)))
-        sampled = [
-            rank.bytes_read for rank in plan_target(DeepSpeedCheckpoint(saved.folder), target, only=corners).ranks
-        ]
+        _apart(_save, key, source, Path(folder))
+        return _apart(_plan, key, source, target, Path(folder))
+
+
+def _apart(function: Callable[..., T], *arguments: object) -> T:
+    """Call it in a process of its own, which ends then."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def _save(key: str, source: Topology, folder: Path) -> None:
+    Saved(MODELS[key], source, folder).write()
+
+
+def _plan(key: str, source: Topology, target: Topology, folder: Path) -> Cost:
+    held = Opened(MODELS[key], source, folder)
+    deepspeed_files.open_torch_file = held.open  # type: ignore[assignment]  # this process measures, and ends
+    manifests.digest_of = lambda path: DIGEST  # type: ignore[assignment]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.process_time()
+    wanted = (target.model_parallel // 2, target.dp // 2)
+    plan = plan_target(DeepSpeedCheckpoint(folder / TAG), target, only={wanted})
+    seconds = time.process_time() - started
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     if not plan.possible:
         raise SystemExit("\n".join(map(str, plan.obstacles)))
-    [rank] = plan.ranks
+    opened, [rank] = len(held.names), plan.ranks
+    corners = set(product(_ends(target.model_parallel), _ends(target.dp)))
+    sampled = [each.bytes_read for each in plan_target(DeepSpeedCheckpoint(folder / TAG), target, only=corners).ranks]
     return Cost(
         MODELS[key].name,
         str(source),
@@ -296,11 +354,9 @@ def _table(costs: list[Cost]) -> str:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def main(as_json: bool) -> None:
     """Measure every case."""
-    context: Any = multiprocessing.get_context("fork")
     costs: list[Cost] = []
     for case in CASES:
-        with context.Pool(1) as pool:
-            costs.append(pool.apply(measure, case))
+        costs.append(measure(*case))
         if as_json:
             click.echo(json.dumps(asdict(costs[-1])))
     if not as_json:
