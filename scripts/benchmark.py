@@ -1,29 +1,30 @@
 """Times resuming, converting and saving beside DeepSpeed's own tools, PyTorch's distributed checkpoint and bare copies.
 
-All ways of one operation alternate in one run on one machine; figures are medians. Writes ``benchmark.json``, ``.md``, ``.png``.
+All ways of one operation alternate in one run on one machine; seconds are medians. Writes ``benchmark.json``, ``.md``, ``.png``.
+What the columns count: `Measured`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import benchmark_megatron
+import benchmark_profile
 import benchmark_ranks as on_rank
 import click
-import matplotlib
+from benchmark_commands import TIMEOUT, converter, deepspeed_converter, run_command
+from benchmark_profile import Phases
 from benchmark_ranks import TAG, Measured
+from benchmark_report import Result, draw, machine, profile_table, table_of
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -31,13 +32,12 @@ from ucp_deepspeed.layout.pattern import Shard
 from ucp_deepspeed.testing.ranks import RankPool
 from ucp_deepspeed.testing.runs import Run
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT = 1800.0
 
 PARTS = ("resume", "save", "convert")
+
+LOAD_CONVERTED = "DeepSpeed: universal load, after converting"
+CONVERT_AND_LOAD = "DeepSpeed: ds_to_universal + universal load"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,28 +79,46 @@ class Way:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """One way's medians. ``ratio``: its warm seconds over those of the first way, which is ours."""
+class Pair:
+    """One way's two runs right after one another: with files that the kernel no longer keeps, and with those that it does."""
 
-    operation: str
-    way: str
-    warm: float
-    cold: float
-    ratio: float
-    bytes_read: int
-    extra_memory: int
-    files: int
+    cold: Measured
+    warm: Measured
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """All of one way: ``watched`` tells what it takes, and ``timed`` how long."""
+
+    watched: Pair
+    timed: list[Pair] = field(default_factory=list)
+
+    def after(self, first: Pair) -> Runs:
+        """Each with something else before it that was measured once."""
+        pairs = [Pair(pair.cold.after(first.cold), pair.warm.after(first.warm)) for pair in (self.watched, *self.timed)]
+        return Runs(pairs[0], pairs[1:])
+
+    def seconds(self, kind: str) -> list[float]:
+        """Of each run; of the watched one if there is no other."""
+        return [getattr(pair, kind).seconds for pair in self.timed or [self.watched]]
+
+    @property
+    def extra_memory(self) -> int | None:
+        """What the first run kept for later ones included, as buffers for saving in the background."""
+        held = [pair.extra_memory for pair in (self.watched.cold, self.watched.warm)]
+        return max((each for each in held if each is not None), default=None)
 
 
 class Bench:
     """The sources, made once, and the operations on them."""
 
-    def __init__(self, size: Size, repeats: int, folder: Path) -> None:
-        self.size, self.repeats, self.folder = size, repeats, folder
+    def __init__(self, size: Size, repeats: int, folder: Path, profiling: bool = False) -> None:
+        self.size, self.repeats, self.folder, self.profiling = size, repeats, folder, profiling
         self.run = Run("gpt", size=size.model, precision="bf16")
         self.parameters = 0
         self._pool: RankPool | None = None
         self.results: list[Result] = []
+        self.profiles: dict[str, Phases] = {}
 
     def pool(self, ranks: int) -> RankPool:
         """Ranks that keep their engine; those of another number are ended, since all engines wouldn't fit into memory."""
@@ -114,39 +132,38 @@ class Bench:
         if self._pool is not None:
             self._pool.close()
 
-    def compare(self, operation: str, ways: Sequence[Way]) -> None:
+    def compare(self, operation: str, ways: Sequence[Way], converted: Pair | None = None) -> None:
         """Alternate the ways, each time with cold and then with warm files.
 
-        The first run of each tells the memory, and not the time: who looks for it often holds up whoever runs in Python.
+        The first pair of each tells what it takes, and not the time: who looks for it often holds up whoever runs in Python.
+
+        Args:
+            converted: what DeepSpeed's conversion took, before the load of its result.
         """
-        found: dict[str, tuple[list[Measured], list[Measured]]] = {way.name: ([], []) for way in ways}
-        memory: dict[str, int] = {}
+        found = self._alternate(ways)
+        if converted is not None:
+            rows = list(found)
+            found[CONVERT_AND_LOAD] = found[LOAD_CONVERTED].after(converted)
+            rows.insert(rows.index(LOAD_CONVERTED) + 1, CONVERT_AND_LOAD)
+            found = {name: found[name] for name in rows}
+        ours = statistics.median(found[ways[0].name].seconds("warm"))
+        for name, runs in found.items():
+            self.results.append(_result(operation, name, runs, ours))
+            click.echo(f"{operation}: {name}: {self.results[-1].warm:.2f} s", err=True)
+
+    def _alternate(self, ways: Sequence[Way]) -> dict[str, Runs]:
+        found: dict[str, Runs] = {}
         for repeat in range(self.repeats + 1):
             if self._pool is not None:
-                _call(self._pool, on_rank.watch_memory, repeat == 0)
+                _call(self._pool, on_rank.watch, repeat == 0)
             for way in ways:
                 _forget_pages(way.source)
-                cold, warm = way.run(), way.run()
+                pair = Pair(way.run(), way.run())
                 if not repeat:
-                    memory[way.name] = warm.extra_memory
+                    found[way.name] = Runs(pair)
                 else:
-                    found[way.name][0].append(cold)
-                    found[way.name][1].append(warm)
-        ours = _seconds(found[ways[0].name][1])
-        for name, (cold_runs, warm_runs) in found.items():
-            self.results.append(
-                Result(
-                    operation,
-                    name,
-                    _seconds(warm_runs),
-                    _seconds(cold_runs),
-                    _seconds(warm_runs) / ours,
-                    warm_runs[-1].bytes_read,
-                    memory[name],
-                    warm_runs[-1].files,
-                )
-            )
-            click.echo(f"{operation}: {name}: {self.results[-1].warm:.2f} s", err=True)
+                    found[way.name].timed.append(pair)
+        return found
 
     def source(self, name: str, ranks: int, **changes: object) -> Path:
         """A native checkpoint of a run with one step, in a folder of this name."""
@@ -163,24 +180,55 @@ class Bench:
 
     def resume(self, operation: str, source: Path, peers: bool, **changes: object) -> None:
         """Loads: ours, the limit, and those of the others that can."""
-        others = self._peers(source) if peers and not self.large else []
+        converted, others = self._peers(source) if peers and not self.large else (None, [])
         pool = self.pool(self.size.loading)
-        files = [str(path) for path in sorted((source / TAG).glob("*optim_states.pt"))]
         _call(pool, on_rank.build, replace(self.run, **changes))  # type: ignore[arg-type]
         ours = Way("ours: direct load", source, lambda: _slowest(pool, on_rank.load_directly, str(source)))
-        limit = Way("bare mapped copy (the limit)", source, lambda: _slowest(pool, on_rank.copy_mapped, files))
-        self.compare(operation, [ours, limit, *others])
+        self.compare(operation, [ours, *self._limits(source), *others], converted)
+        self._profile_load(operation, source)
         _call(pool, on_rank.release)
         for way in others:
             shutil.rmtree(way.source)
 
-    def _peers(self, source: Path) -> list[Way]:
-        converted = self._converted_by_deepspeed(source)
-        natively = lambda: _slowest(self.pool(self.size.loading), on_rank.load_natively, str(converted), True)  # noqa: E731
+    def _limits(self, source: Path) -> list[Way]:
+        """The files with the masters and moments, from which weights can be made: copied from maps, and read."""
+        pool = self.pool(self.size.loading)
+        files = [str(path) for path in sorted((source / TAG).glob("*optim_states.pt"))]
+        copied = lambda: _slowest(pool, on_rank.copy_mapped, files)  # noqa: E731
+        read = lambda: _slowest(pool, on_rank.read_sequentially, files)  # noqa: E731
         return [
-            Way("DeepSpeed: universal load, after converting", converted, natively),
-            *self._distributed(source),
+            Way("bare mapped copy (the limit)", source, copied),
+            Way("sequential read of the same bytes (the limit, cold)", source, read),
         ]
+
+    def _profile_load(self, operation: str, source: Path) -> None:
+        """Warm loads; of each phase the mean over the ranks."""
+        if not self.profiling:
+            return
+        pool = self.pool(self.size.loading)
+        _call(pool, on_rank.watch, False)
+        runs = [_mean(_call(pool, benchmark_profile.profile_load, str(source))) for _ in range(max(self.repeats, 1))]
+        self.profiles[operation] = _median(runs)
+
+    def _profile_convert(self, source: Path, target: Path) -> None:
+        if not self.profiling:
+            return
+        runs = []
+        for _ in range(max(self.repeats, 1)):
+            command = [sys.executable, benchmark_profile.__file__, repr(time.perf_counter()), source, target]
+            done = subprocess.run([str(part) for part in command], capture_output=True, timeout=TIMEOUT, check=True)
+            runs.append(json.loads(done.stdout))
+            shutil.rmtree(target)
+        self.profiles["convert, 1 worker"] = _median(runs)
+
+    def _peers(self, source: Path) -> tuple[Pair, list[Way]]:
+        """What DeepSpeed's conversion took, and the loads."""
+        converted = self.folder / f"{source.name}-deepspeed"
+        command = deepspeed_converter(source, converted / TAG, 2)
+        _forget_pages(source)
+        conversion = Pair(run_command(command, converted), run_command(command, converted, keep=True))
+        natively = lambda: _slowest(self.pool(self.size.loading), on_rank.load_natively, str(converted), True)  # noqa: E731
+        return conversion, [Way(LOAD_CONVERTED, converted, natively), *self._distributed(source)]
 
     def same_topology(self) -> None:
         """Ours against DeepSpeed's own load."""
@@ -188,11 +236,13 @@ class Bench:
         source = self.source("same", ranks)
         pool = self.pool(ranks)
         _call(pool, on_rank.build, self.run)
-        ways = [Way('ours: "load": "always"', source, lambda: _slowest(pool, on_rank.load_directly, str(source)))]
+        ours = lambda: _slowest(pool, on_rank.load_directly, str(source))  # noqa: E731
+        ways = [Way('ours: "load": "always"', source, ours), *self._limits(source)]
         if not self.large:
             natively = lambda: _slowest(pool, on_rank.load_natively, str(source))  # noqa: E731
             ways.append(Way("DeepSpeed's own load", source, natively))
         self.compare("resume, same topology", ways)
+        self._profile_load("resume, same topology", source)
         saved = self.folder / "saved"
         self.compare(
             "save",
@@ -224,24 +274,20 @@ class Bench:
         target = self.folder / "converted"
 
         def ours(workers: int) -> Callable[[], Measured]:
-            return lambda: _command([_program("ucp"), "convert", source, target, "--workers", workers], target)
+            return lambda: run_command(converter(source, target, workers), target)
 
         def theirs(workers: int) -> Callable[[], Measured]:
-            return lambda: _command(_deepspeed_converter(source, target, workers), target)
+            return lambda: run_command(deepspeed_converter(source, target, workers), target)
 
         ways = [Way(f"ours: ucp convert, {n} worker{'s' * (n > 1)}", source, ours(n)) for n in (2, 1)]
         ways.append(Way("DeepSpeed: ds_to_universal, 2 workers", source, theirs(2)))
         if not self.large:  # it would take minutes each time
             ways.append(Way("DeepSpeed: ds_to_universal, 1 worker", source, theirs(1)))
-        ways.append(Way("cp -r (the limit)", source, lambda: _command(["cp", "-r", source / TAG, target], target)))
+        ways.append(Way("cp -r (the limit)", source, lambda: run_command(["cp", "-r", source / TAG, target], target)))
         durable = ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', source / TAG, target]
-        ways.append(Way("cp -r, until it is on disk, as ucp convert is", source, lambda: _command(durable, target)))
+        ways.append(Way("cp -r, until it is on disk, as ucp convert is", source, lambda: run_command(durable, target)))
         self.compare("convert", ways)
-
-    def _converted_by_deepspeed(self, source: Path) -> Path:
-        target = self.folder / f"{source.name}-deepspeed"
-        _command(_deepspeed_converter(source, target / TAG, 2), target, keep=True)
-        return target
+        self._profile_convert(source, target)
 
     def _distributed(self, source: Path) -> list[Way]:
         """Other distributed checkpoints of the same whole state: cut as the source is, loaded cut over the ranks."""
@@ -261,7 +307,7 @@ class Bench:
         described = self.folder / f"{source.name}-megatron.json"
         described.write_text(json.dumps({"shapes": shapes, "dims": dims}))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-        _command(
+        run_command(
             [*torchrun, ROOT / "scripts" / "benchmark_megatron.py", megatron_folder, described],
             megatron_folder,
             keep=True,
@@ -287,63 +333,55 @@ def _call(pool: RankPool, function: Callable[..., object], *arguments: object) -
 
 
 def _slowest(pool: RankPool, function: Callable[..., Measured], *arguments: object) -> Measured:
-    """Seconds and memory of the rank that has most, bytes and files of all."""
+    """Seconds, memory and files of the rank that has most, bytes of all."""
     found: list[Measured] = _call(pool, function, *arguments)
+
+    def known(name: str, together: Callable[[list[int]], int]) -> int | None:
+        values = [getattr(each, name) for each in found]
+        return None if None in values else together(values)
+
     return Measured(
         max(each.seconds for each in found),
-        sum(each.bytes_read for each in found),
-        max(each.extra_memory for each in found),
-        max(each.files for each in found),
+        known("bytes_read", sum),
+        known("bytes_written", sum),
+        known("files", max),
+        known("extra_memory", max),
+        known("temporary", max),
+        known("bytes_counted", sum),
     )
 
 
-def _seconds(runs: Sequence[Measured]) -> float:
-    return statistics.median(run.seconds for run in runs)
-
-
-def _program(name: str) -> Path:
-    return Path(sys.executable).parent / name
-
-
-def _deepspeed_converter(source: Path, target: Path, workers: int) -> list[object]:
-    module = "deepspeed.checkpoint.ds_to_universal"
-    options = ["--num_extract_workers", workers, "--num_merge_workers", workers, "--inject_missing_state"]
-    return [sys.executable, "-m", module, "--input_folder", source / TAG, "--output_folder", target, *options]
-
-
-def _command(command: Sequence[object], target: Path, keep: bool = False) -> Measured:
-    """Run a command that makes a folder. Its extra memory is that of its disk: bytes there for a time and not at the end."""
-    shutil.rmtree(target, ignore_errors=True)
-    peak, done = [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.05):
-            peak[0] = max(peak[0], _size(target))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started = time.perf_counter()
-    finished = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=TIMEOUT, check=False
+def _result(operation: str, way: str, runs: Runs, ours: float) -> Result:
+    """Args: ours: median of our warm seconds."""
+    warm, cold, taken = runs.seconds("warm"), runs.seconds("cold"), runs.watched.warm
+    return Result(
+        operation,
+        way,
+        statistics.median(warm),
+        statistics.median(cold),
+        statistics.median(warm) / ours,
+        taken.bytes_read,
+        taken.bytes_written,
+        taken.files,
+        runs.extra_memory,
+        taken.temporary,
+        taken.bytes_counted,
+        warm,
+        cold,
     )
-    seconds = time.perf_counter() - started
-    done.set()
-    watcher.join()
-    if finished.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{finished.stdout[-2000:]}{finished.stderr[-2000:]}")
-    size = _size(target)
-    if not keep:
-        shutil.rmtree(target)
-    return Measured(seconds, 0, max(peak[0] - size, 0))
 
 
-def _size(folder: Path) -> int:
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):  # a temporary file that is gone by now
-                total += (Path(parent) / name).stat().st_size
-    return total
+def _mean(phases: Sequence[Phases]) -> Phases:
+    return _by_phase(phases, statistics.fmean)
+
+
+def _median(phases: Sequence[Phases]) -> Phases:
+    return _by_phase(phases, statistics.median)
+
+
+def _by_phase(phases: Sequence[Phases], together: Callable[[list[float]], float]) -> Phases:
+    names = dict.fromkeys(name for each in phases for name in each)
+    return {name: together([each.get(name, 0.0) for each in phases]) for name in names}
 
 
 def _forget_pages(folder: Path) -> None:
@@ -358,41 +396,11 @@ def _forget_pages(folder: Path) -> None:
                 os.close(descriptor)
 
 
-def _table(results: Sequence[Result]) -> str:
-    rows = [
-        "| operation | way | warm s | cold s | × ours | MB read | extra MB |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for result in results:
-        read = f"{result.bytes_read / 1e6:.0f}" if result.bytes_read else ""
-        rows.append(
-            f"| {result.operation} | {result.way} | {result.warm:.2f} | {result.cold:.2f} | {result.ratio:.2f} | {read} | "
-            f"{result.extra_memory / 1e6:.0f} |"
-        )
-    return "\n".join(rows) + "\n"
-
-
-def _draw(results: Sequence[Result], path: Path) -> None:
-    operations = list(dict.fromkeys(result.operation for result in results))
-    figure, axes = plt.subplots(len(operations), 1, figsize=(9, 1.9 * len(operations)), squeeze=False)
-    for axis, operation in zip(axes[:, 0], operations, strict=True):
-        held = [result for result in results if result.operation == operation][::-1]
-        colours = ["tab:blue" if result.way.startswith("ours") else "tab:gray" for result in held]
-        bars = axis.barh([result.way for result in held], [result.warm for result in held], color=colours)
-        axis.bar_label(bars, [f"{result.warm:.2f} s" for result in held], padding=3, fontsize=8)
-        axis.set_title(operation, loc="left", fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.margins(x=0.15)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
 @click.command(help=__doc__)
 @click.option(
     "--params", "size", type=click.Choice(list(SIZES)), default="160m", show_default=True, help="Size of the model."
 )
-@click.option("--repeats", default=5, show_default=True, help="Runs of each way, after one that doesn't count.")
+@click.option("--repeats", default=5, show_default=True, help="Timed runs of each way; 0: the watched ones alone.")
 @click.option(
     "--only",
     type=click.Choice(PARTS),
@@ -401,12 +409,13 @@ def _draw(results: Sequence[Result], path: Path) -> None:
     help="Leave out the others; save is all on one topology. Can be given several times.",
 )
 @click.option("--output", type=click.Path(path_type=Path), default=ROOT / "build" / "benchmark", show_default=True)
-def main(size: str, repeats: int, only: Sequence[str], output: Path) -> None:
+@click.option("--profile", is_flag=True, help="Tell where the time of ours goes, too.")
+def main(size: str, repeats: int, only: Sequence[str], output: Path, profile: bool) -> None:
     """Run everything, or a part of it."""
     work = output / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    bench = Bench(SIZES[size], repeats, work)
+    bench = Bench(SIZES[size], repeats, work, profile)
     saving, loading = SIZES[size].saving, SIZES[size].loading
     data = bench.source("data", saving)
     if "resume" in only:
@@ -421,19 +430,16 @@ def main(size: str, repeats: int, only: Sequence[str], output: Path) -> None:
     bench.close()
     if "convert" in only:
         bench.convert(data)
-    table = _table(bench.results)
-    machine = {
+    table = table_of(bench.results) + ("\n" + profile_table(bench.profiles) if profile else "")
+    settings = {
         "parameters": bench.parameters,
         "ranks that save and load": [saving, loading],
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
         "repeats": repeats,
     }
-    (output / "benchmark.json").write_text(
-        json.dumps({"machine": machine, "results": [asdict(r) for r in bench.results]}, indent=1)
-    )
+    written = {"machine": settings | machine(), "results": [asdict(result) for result in bench.results]}
+    (output / "benchmark.json").write_text(json.dumps(written | {"profiles": bench.profiles}, indent=1))
     (output / "benchmark.md").write_text(table)
-    _draw(bench.results, output / "benchmark.png")
+    draw(bench.results, output / "benchmark.png")
     click.echo(table)
     shutil.rmtree(work)
 

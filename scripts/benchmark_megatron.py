@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from benchmark_ranks import Measured, measured
+from benchmark_ranks import Gauge, Measured
 
 from ucp_deepspeed.testing.megatron_cpu import run_megatron_on_cpu
 
@@ -23,9 +23,9 @@ def load(shapes: Mapping[str, tuple[int, ...]], folder: str) -> Measured:
     state = _state(shapes, dict.fromkeys(shapes, 0))
     from megatron.core import dist_checkpointing
 
-    with measured() as figures:
+    with Gauge(folder) as gauge:
         dist_checkpointing.load(state, folder)
-    return figures()
+    return gauge.loaded
 
 
 def save(shapes: Mapping[str, tuple[int, ...]], dims: Mapping[str, int | None], folder: str) -> None:

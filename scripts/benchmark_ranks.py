@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from ucp_deepspeed.config import SaveConfig, UniversalCheckpointConfig
 from ucp_deepspeed.engine.background import BUFFERS
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.testing.runs import Run, build_engine, train_step
+from ucp_deepspeed.transfer import copying
 
 TAG = "measured"
 
@@ -45,17 +48,45 @@ PATTERNS = {
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One call on one rank: seconds, bytes read, and bytes of memory beyond those before and after the call."""
+    """One call on one rank, or on all. None is unknown, or makes no sense of such a call.
+
+    Attributes:
+        seconds: until it returned.
+        bytes_read: what the processes got from the kernel's reads (``rchar``), plus what ours spans of its memory maps: files'
+            headers, and of a command what Python reads to start, included. What others map isn't seen: none of them does.
+        bytes_written: what they gave to the kernel's writes (``wchar``); what ranks say to one another while they save included.
+        files: that a rank opens under the folder of the checkpoint; of a save or a conversion, that it makes.
+        extra_memory: bytes that no file backs, at their peak, beyond those before the call: the engine has all of its buffers
+            then. Of a command, all that its processes have.
+        temporary: bytes on disk at the worst moment that are gone at the end.
+        bytes_counted: what the call's own report says that it copied out of files.
+    """
 
     seconds: float
-    bytes_read: int
-    extra_memory: int
-    files: int = 0
+    bytes_read: int | None = None
+    bytes_written: int | None = None
+    files: int | None = None
+    extra_memory: int | None = None
+    temporary: int | None = None
+    bytes_counted: int | None = None
+
+    def after(self, first: Measured) -> Measured:
+        """Both, one after the other, of which only the first makes files that are gone at the end."""
+        return Measured(
+            first.seconds + self.seconds,
+            (first.bytes_read or 0) + (self.bytes_read or 0),
+            (first.bytes_written or 0) + (self.bytes_written or 0),
+            self.files,
+            max(first.extra_memory or 0, self.extra_memory or 0),
+            first.temporary,
+        )
 
 
 _engine: Any = None
 _run: Run | None = None
 _watching = True
+_mapped: list[int] = []
+"""Bytes of each range of a memory map that ours has used."""
 
 
 def build(run: Run) -> int:
@@ -88,8 +119,13 @@ def _leave_out_nothings(engine: Any) -> None:
     engine.module_state_dict = without
 
 
-def watch_memory(on: bool) -> None:
-    """Whether the following calls tell the memory that they take."""
+def engine() -> Any:
+    """The one that `build` made."""
+    return _engine
+
+
+def watch(on: bool) -> None:
+    """Whether the following calls tell all that they take, or, undisturbed, the time alone."""
     global _watching
     _watching = on
 
@@ -104,16 +140,19 @@ def release() -> None:
 
 
 def save(folder: str, hook: bool, background: bool = False) -> Measured:
-    """``engine.save_checkpoint``, with the package's hook or without; in the background the call alone counts."""
+    """``engine.save_checkpoint``, with the package's hook or without; in the background only the call's seconds count."""
     assert _run is not None
     info = PATTERNS | {"original_vocab_size": _run.size["vocabulary"]}
     _engine.universal_checkpoint_config = UniversalCheckpointConfig(
         enabled=hook, save=SaveConfig(asynchronous=background)
     )
-    with measured() as figures:
+    with Gauge() as gauge:
         _engine.save_checkpoint(folder, tag=TAG, client_state={"universal_checkpoint_info": info})
-    wait_for_save()
-    return figures()
+        gauge.stop()
+        wait_for_save()
+    dist.barrier()
+    files = sum(path.is_file() for path in Path(folder).rglob("*"))
+    return replace(gauge.measured, files=files)
 
 
 def copy_state() -> Measured:
@@ -122,20 +161,19 @@ def copy_state() -> Measured:
 
     sources = [buffer.numpy() for buffer in getattr(_engine, BUFFERS).taken]
     targets = [np.full_like(source, 1) for source in sources]
-    with measured() as figures:
+    with Gauge() as gauge:
         for target, source in zip(targets, sources, strict=True):
             np.copyto(target, source)
-    return figures()
+    return Measured(gauge.measured.seconds, extra_memory=gauge.measured.extra_memory)
 
 
 def load_directly(folder: str) -> Measured:
     """The package's load, also where nothing has changed."""
     _engine.universal_checkpoint_config = UniversalCheckpointConfig(enabled=True, load="always")
-    with measured() as figures:
+    with Gauge(folder) as gauge:
         path, _ = _engine.load_checkpoint(folder, tag=TAG)
     assert path is not None
-    report = _engine.universal_checkpoint_report
-    return figures(report.bytes_read, report.files)
+    return replace(gauge.loaded, bytes_counted=_engine.universal_checkpoint_report.bytes_read)
 
 
 def load_natively(folder: str, universal: bool = False) -> Measured:
@@ -143,12 +181,12 @@ def load_natively(folder: str, universal: bool = False) -> Measured:
     _engine.universal_checkpoint_config = UniversalCheckpointConfig()
     _engine._config.load_universal_checkpoint = universal
     try:
-        with measured() as figures:
+        with Gauge(folder) as gauge:
             path, _ = _engine.load_checkpoint(folder, tag=TAG)
     finally:
         _engine._config.load_universal_checkpoint = False
     assert path is not None
-    return figures()
+    return gauge.loaded
 
 
 def copy_mapped(paths: list[str]) -> Measured:
@@ -160,13 +198,28 @@ def copy_mapped(paths: list[str]) -> Measured:
     shares = [held.tensor_split(world)[rank] for held in maps]
     total = sum(share.numel() for share in shares)
     target = torch.zeros(min(total, LIMIT_NUMBYTES), dtype=torch.uint8)
-    with measured() as figures:
+    with Gauge() as gauge:
         place = 0
         for part in (part for share in shares for part in share.split(PART_NUMBYTES)):
             place = 0 if place + part.numel() > target.numel() else place
             target[place : place + part.numel()].copy_(part)
             place += part.numel()
-    return figures(total, len(paths))
+    return replace(gauge.loaded, bytes_read=total, files=len(paths))
+
+
+def read_sequentially(paths: list[str]) -> Measured:
+    """The limit of cold files: this rank's share of their bytes, read in order into memory that exists and is used again."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    buffer = memoryview(bytearray(b"\1") * PART_NUMBYTES)
+    with Gauge(str(Path(paths[0]).parent)) as gauge:
+        for path in paths:
+            numbytes = Path(path).stat().st_size
+            place, stop = numbytes * rank // world, numbytes * (rank + 1) // world
+            descriptor = os.open(path, os.O_RDONLY)
+            while place < stop:
+                place += os.preadv(descriptor, [buffer[: stop - place]], place)
+            os.close(descriptor)
+    return gauge.loaded
 
 
 def distribute(
@@ -189,49 +242,127 @@ def distribute(
         for name, shape in shapes.items()
         for kind in ("fp32", "exp_avg", "exp_avg_sq")
     }
-    with measured() as figures:
+    with Gauge(folder) as gauge:
         if load:
             dcp.load(state, checkpoint_id=folder)
         else:
             dcp.save(state, checkpoint_id=folder)
-    return figures()
+    return gauge.loaded
 
 
-@contextmanager
-def measured() -> Iterator[Callable[..., Measured]]:
-    """From when all ranks are ready until this rank is done. Memory counts while `watch_memory` is on."""
-    gc.collect()
-    dist.barrier()
-    before, read, peak, done = _memory(), _characters_read(), [0], threading.Event()
+class Gauge:
+    """Measures what happens in it, from when all ranks are ready until this rank is done.
 
-    def watch() -> None:
-        while _watching and not done.wait(0.002):
-            peak[0] = max(peak[0], _memory())
+    While `watch` is off it tells seconds alone.
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started = time.perf_counter()
-    ended: list[tuple[float, int]] = []
+    Args:
+        folder: opened files under it are counted.
+    """
 
-    def figures(bytes_read: int | None = None, files: int = 0) -> Measured:
-        seconds, characters = ended[0]
-        extra = max(peak[0] - max(before, _memory()), 0)
-        return Measured(seconds, characters if bytes_read is None else bytes_read, extra, files)
+    def __init__(self, folder: str | None = None) -> None:
+        self._folder, self._watching = folder, _watching
+        self._opened: set[str] = set()
+        self._peak, self._own_reads, self._done = 0, 0, threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+        self._seconds: float | None = None
 
-    try:
-        yield figures
-    finally:
-        ended.append((time.perf_counter() - started, _characters_read() - read))
-        done.set()
-        watcher.join()
+    def __enter__(self) -> Self:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what is free already must not hide what the call takes
+        if self._watching:
+            _count_opened(self._folder, self._opened)
+            _mapped.clear()
+        dist.barrier()
+        self._before = self._memory()
+        self._own_reads, self._io = 0, io_of_self()
+        if self._watching:
+            self._watcher.start()
+        self._started = time.perf_counter()
+        return self
+
+    def stop(self) -> None:
+        """The time ends here, and what else is measured at the end."""
+        self._seconds = time.perf_counter() - self._started
+
+    def __exit__(self, *error: object) -> None:
+        if self._seconds is None:
+            self.stop()
+        if self._watching:
+            self._done.set()
+            self._watcher.join()
+            _count_opened(None, set())
+        self._after = io_of_self()
+
+    @property
+    def measured(self) -> Measured:
+        """All of it."""
+        assert self._seconds is not None
+        if not self._watching:
+            return Measured(self._seconds)
+        read, written = (after - before for after, before in zip(self._after, self._io, strict=True))
+        return Measured(
+            self._seconds,
+            read - self._own_reads + sum(_mapped),
+            written,
+            len(self._opened) if self._folder else None,
+            max(self._peak - self._before, 0),
+        )
+
+    @property
+    def loaded(self) -> Measured:
+        """Of what writes no file: what it gives to the kernel goes to other ranks."""
+        return replace(self.measured, bytes_written=None)
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self._peak = max(self._peak, self._memory())
+
+    def _memory(self) -> int:
+        status = Path("/proc/self/status").read_text()
+        self._own_reads += len(status)
+        return memory_in(status)
 
 
-def _memory() -> int:
-    """Bytes of this process that no file backs."""
-    status = Path("/proc/self/status").read_text()
+def memory_in(status: str) -> int:
+    """Bytes of a process that no file backs, by its ``/proc/…/status``."""
     return 1024 * sum(int(line.split()[1]) for line in status.splitlines() if line.startswith(("RssAnon", "RssShmem")))
 
 
-def _characters_read() -> int:
-    """Bytes that this process has asked the kernel for; what it reads through memory maps isn't among them."""
-    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+def io_of_self() -> tuple[int, int]:
+    """Bytes that this process, with those that it has waited for, got from the kernel's reads and gave to its writes."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    counts = {name: int(count) for name, count in (line.split(": ") for line in lines)}
+    return counts["rchar"], counts["wchar"]
+
+
+_counted: tuple[str | None, set[str]] = (None, set())
+_hooked = False
+
+
+def _count_opened(folder: str | None, opened: set[str]) -> None:
+    """From now on note what Python opens to read under a folder, and what ours uses of memory maps."""
+    global _counted, _hooked
+    _counted = (folder, opened)
+    if not _hooked:
+        _hooked = True
+        sys.addaudithook(_note)
+        _note_maps()
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    folder, opened = _counted
+    if event == "open" and folder is not None and isinstance(arguments[0], str | os.PathLike):
+        path, flags = os.fspath(arguments[0]), arguments[2]
+        if str(path).startswith(folder + os.sep) and flags & os.O_ACCMODE == os.O_RDONLY:
+            opened.add(str(path))
+
+
+def _note_maps() -> None:
+    in_map = copying._File.range
+
+    def noting(file: Any, start: int, stop: int) -> torch.Tensor:
+        if file._map is not None:
+            _mapped.append(stop - start)
+        return in_map(file, start, stop)
+
+    copying._File.range = noting  # type: ignore[method-assign, assignment]

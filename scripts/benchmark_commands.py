@@ -1,0 +1,105 @@
+"""Whole commands that ``benchmark.py`` measures: conversions and copies, from start to end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from benchmark_ranks import TAG, Measured, io_of_self, memory_in
+
+TIMEOUT = 1800.0
+
+WATCH_SECONDS = 0.05
+"""Between two looks at a command's memory and disk."""
+
+
+def converter(source: Path, target: Path, workers: int) -> list[object]:
+    """The package's own command."""
+    return [Path(sys.executable).parent / "ucp", "convert", source, target, "--workers", workers]
+
+
+def deepspeed_converter(source: Path, target: Path, workers: int) -> list[object]:
+    """DeepSpeed's."""
+    module = "deepspeed.checkpoint.ds_to_universal"
+    options = ["--num_extract_workers", workers, "--num_merge_workers", workers, "--inject_missing_state"]
+    return [sys.executable, "-m", module, "--input_folder", source / TAG, "--output_folder", target, *options]
+
+
+def run_command(command: Sequence[object], target: Path, keep: bool = False) -> Measured:
+    """Run a command that makes a folder; its memory is that of all of its processes together."""
+    shutil.rmtree(target, ignore_errors=True)
+    read, written = io_of_self()
+    started = time.perf_counter()
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    watcher = _Watcher(process.pid, target)
+    watcher.start()
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+        seconds = time.perf_counter() - started
+    finally:
+        process.kill()
+        watcher.end()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{output[-4000:]}")
+    io = io_of_self()
+    numbytes, files = size(target)
+    if not keep:
+        shutil.rmtree(target)
+    return Measured(
+        seconds,
+        io[0] - read - watcher.own_reads,
+        io[1] - written,
+        files,
+        watcher.memory,
+        max(watcher.disk - numbytes, 0),
+    )
+
+
+class _Watcher(threading.Thread):
+    """Looks at what a process and its children hold in memory, and at what there is in a folder."""
+
+    def __init__(self, pid: int, folder: Path) -> None:
+        super().__init__()
+        self._pid, self._folder, self._done = pid, folder, threading.Event()
+        self.memory, self.disk, self.own_reads = 0, 0, 0
+
+    def run(self) -> None:
+        while not self._done.wait(WATCH_SECONDS):
+            held = [self._read(f"{process}/status") for process in self._tree(str(self._pid))]
+            self.memory = max(self.memory, sum(map(memory_in, held)))
+            self.disk = max(self.disk, size(self._folder)[0])
+
+    def end(self) -> None:
+        """When the process has ended."""
+        self._done.set()
+        self.join()
+
+    def _tree(self, pid: str) -> Iterator[str]:
+        yield pid
+        for child in self._read(f"{pid}/task/{pid}/children").split():
+            yield from self._tree(child)
+
+    def _read(self, name: str) -> str:
+        with suppress(OSError):  # it has ended meanwhile
+            found = (Path("/proc") / name).read_text()
+            self.own_reads += len(found)
+            return found
+        return ""
+
+
+def size(folder: Path) -> tuple[int, int]:
+    """Bytes and number of the files in a folder."""
+    numbytes, files = 0, 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # a temporary file that is gone by now
+                numbytes += (Path(parent) / name).stat().st_size
+                files += 1
+    return numbytes, files

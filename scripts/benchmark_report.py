@@ -1,0 +1,93 @@
+"""What ``benchmark.py`` has found: tables, a chart, and the machine that it holds for."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib
+from benchmark_profile import Phases
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One way's figures: ``warm`` and ``cold`` are medians of the runs' seconds, ``ratio`` is the first over that of the first
+    way, which is ours; for the others see `Measured`.
+    """
+
+    operation: str
+    way: str
+    warm: float
+    cold: float
+    ratio: float
+    bytes_read: int | None
+    bytes_written: int | None
+    files: int | None
+    extra_memory: int | None
+    temporary: int | None
+    bytes_counted: int | None
+    warm_runs: list[float]
+    cold_runs: list[float]
+
+
+def table_of(results: Sequence[Result]) -> str:
+    """One row a way; empty where a figure is unknown."""
+    rows = [
+        "| operation | way | warm s | cold s | × ours | MB read | MB written | files | extra MB | temporary MB |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for result in results:
+        seconds = f"{result.warm:.2f} | {result.cold:.2f} | {result.ratio:.2f}"
+        numbers = [result.bytes_read, result.bytes_written, result.files, result.extra_memory, result.temporary]
+        scales = (1e6, 1e6, 1, 1e6, 1e6)
+        cells = ["" if each is None else f"{each / scale:.0f}" for each, scale in zip(numbers, scales, strict=True)]
+        rows.append(f"| {result.operation} | {result.way} | {seconds} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def profile_table(profiles: Mapping[str, Phases]) -> str:
+    """Of each operation the longest phase first."""
+    rows = ["| ours | phase | s | % |", "| --- | --- | ---: | ---: |"]
+    for operation, phases in profiles.items():
+        total = sum(phases.values())
+        for name, seconds in sorted(phases.items(), key=lambda item: -item[1]):
+            rows.append(f"| {operation} | {name} | {seconds:.2f} | {100 * seconds / total:.0f} |")
+    return "\n".join(rows) + "\n"
+
+
+def machine() -> dict[str, object]:
+    """What the figures depend on beside the settings."""
+    described = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    models = (value.strip() for key, value in described if key.strip() == "model name")
+    return {
+        "cpu": next(models, platform.machine()),
+        "cores": os.cpu_count(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "deepspeed", "megatron-core")},
+    }
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """The warm seconds as bars."""
+    operations = list(dict.fromkeys(result.operation for result in results))
+    figure, axes = plt.subplots(len(operations), 1, figsize=(9, 1.9 * len(operations)), squeeze=False)
+    for axis, operation in zip(axes[:, 0], operations, strict=True):
+        held = [result for result in results if result.operation == operation][::-1]
+        colours = ["tab:blue" if result.way.startswith("ours") else "tab:gray" for result in held]
+        bars = axis.barh([result.way for result in held], [result.warm for result in held], color=colours)
+        axis.bar_label(bars, [f"{result.warm:.2f} s" for result in held], padding=3, fontsize=8)
+        axis.set_title(operation, loc="left", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,127 @@
+"""What the benchmark counts, and that it compares all that it should; no time is looked at."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+RESUMES = {
+    "ours: direct load",
+    "bare mapped copy (the limit)",
+    "sequential read of the same bytes (the limit, cold)",
+}
+PEERS = {
+    "DeepSpeed: universal load, after converting",
+    "DeepSpeed: ds_to_universal + universal load",
+    "PyTorch: dcp.load of the same state",
+    "Megatron-Core: dist_checkpointing.load of the same state",
+}
+NEARLY = 10_000
+"""Bytes that looking at the figures may take itself."""
+
+ROWS = {
+    "resume, DP4 → DP2, ZeRO-1": RESUMES | PEERS,
+    "resume, TP2·DP1 → TP1·DP2, ZeRO-1": RESUMES | PEERS,
+    "resume, DP4 ZeRO-1 → DP2 ZeRO-3": RESUMES,
+    "resume, same topology": {
+        'ours: "load": "always"',
+        "bare mapped copy (the limit)",
+        "sequential read of the same bytes (the limit, cold)",
+        "DeepSpeed's own load",
+    },
+    "save": {"ours: hook on", "DeepSpeed alone"},
+    "save stall": {"ours: asynchronous", "DeepSpeed's native save", "bare memory copy (the limit)"},
+    "convert": {
+        "ours: ucp convert, 2 workers",
+        "ours: ucp convert, 1 worker",
+        "DeepSpeed: ds_to_universal, 2 workers",
+        "DeepSpeed: ds_to_universal, 1 worker",
+        "cp -r (the limit)",
+        "cp -r, until it is on disk, as ucp convert is",
+    },
+}
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Its modules find one another, on the ranks too."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("benchmark")
+
+
+def test_every_row_and_column(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All is composed as ever, and nothing is run."""
+
+    def command(command: Any, target: Path, keep: bool = False) -> Any:
+        target.mkdir(parents=True, exist_ok=True)
+        return measured(seconds=4.0, bytes_written=10**9, temporary=2 * 10**9)
+
+    def alternate(bench: Any, ways: Any) -> dict[str, Any]:
+        for way in ways:
+            way.source.mkdir(parents=True, exist_ok=True)
+        pair = script.Pair(measured(seconds=2.0), measured(seconds=1.0, bytes_read=3 * 10**6))
+        return {way.name: script.Runs(pair, [pair, pair]) for way in ways}
+
+    measured = script.Measured
+    view = SimpleNamespace(
+        parameters={}, patterns={}, checkpoint=SimpleNamespace(topology=SimpleNamespace(tp=1, pp=1, dp=4))
+    )
+    monkeypatch.setattr(script, "_call", lambda pool, function, *arguments: [1000])
+    monkeypatch.setattr(script, "run_command", command)
+    monkeypatch.setattr(script, "open_checkpoint", lambda folder: None)
+    monkeypatch.setattr(script.UniversalView, "of", lambda checkpoint: view)
+    monkeypatch.setattr(script.Bench, "_alternate", alternate)
+    ran = CliRunner().invoke(script.main, ["--params", "tiny", "--output", str(tmp_path)], catch_exceptions=False)
+    assert ran.exit_code == 0
+    written = json.loads((tmp_path / "benchmark.json").read_text())
+    rows = {(row["operation"], row["way"]): row for row in written["results"]}
+    assert rows.keys() == {(operation, way) for operation, ways in ROWS.items() for way in ways}
+    assert written["machine"].keys() >= {"cpu", "cores", "date", "python", "torch", "deepspeed", "megatron-core"}
+    both = rows["resume, DP4 → DP2, ZeRO-1", "DeepSpeed: ds_to_universal + universal load"]
+    assert (both["cold"], both["warm"], both["warm_runs"]) == (6.0, 5.0, [5.0, 5.0])
+    assert (both["bytes_written"], both["temporary"], both["ratio"]) == (10**9, 2 * 10**9, 5.0)
+    header, _, first, *_ = (tmp_path / "benchmark.md").read_text().splitlines()
+    columns = ["warm s", "cold s", "× ours", "MB read", "MB written", "files", "extra MB", "temporary MB"]
+    assert [cell.strip() for cell in header.split("|")[3:-1]] == columns
+    assert [cell.strip() for cell in first.split("|")[6:-1]] == ["3", "", "", "", ""]
+
+
+def test_what_loads_saves_and_conversions_count(script: ModuleType, tmp_path: Path) -> None:
+    """Two ranks, and whole commands: ours reads each byte of the masters and moments once."""
+    bench = script.Bench(script.replace(script.SIZES["tiny"], saving=2), 0, tmp_path, profiling=True)
+    try:
+        source = bench.source("data", 2)
+        sizes = {path.name: path.stat().st_size for path in (source / script.TAG).iterdir()}
+        command = script.converter(source, tmp_path / "converted", 1)
+        conversion = script.run_command(command, tmp_path / "converted")
+        copy = script.run_command(["cp", "-r", source / script.TAG, tmp_path / "copy"], tmp_path / "copy")
+        bench.same_topology()
+    finally:
+        bench.close()
+    held = 12 * bench.parameters
+    assert min(conversion.bytes_read, conversion.bytes_written) >= held and conversion.temporary < held
+    assert copy.files == len(sizes) and abs(copy.bytes_written - sum(sizes.values())) < NEARLY
+    rows = {(row.operation, row.way): row for row in bench.results}
+    assert rows.keys() == {
+        (name, way) for name in ("resume, same topology", "save", "save stall") for way in ROWS[name]
+    }
+    ours = rows["resume, same topology", 'ours: "load": "always"']
+    assert ours.bytes_counted == held
+    assert (
+        held <= ours.bytes_read <= held + 500_000
+    )  # the manifest and each file's directory come on top, for each rank
+    optimizer_files = [numbytes for name, numbytes in sizes.items() if name.endswith("optim_states.pt")]
+    assert len(optimizer_files) <= ours.files <= 2 * len(optimizer_files) + 3
+    read = rows["resume, same topology", "sequential read of the same bytes (the limit, cold)"]
+    assert read.files == len(optimizer_files) and abs(read.bytes_read - sum(optimizer_files)) < NEARLY
+    assert rows["save", "ours: hook on"].bytes_written >= held
+    assert rows["save stall", "ours: asynchronous"].bytes_written >= held
+    assert bench.profiles["resume, same topology"].keys() >= {"open and plan", "read", "other"}
