@@ -131,6 +131,7 @@ class Bench:
         """End the ranks."""
         if self._pool is not None:
             self._pool.close()
+            self._pool = None
 
     def compare(self, operation: str, ways: Sequence[Way], converted: Pair | None = None) -> None:
         """Alternate the ways, each time with cold and then with warm files.
@@ -179,7 +180,7 @@ class Bench:
         return self.parameters >= on_rank.LARGE
 
     def resume(self, operation: str, source: Path, peers: bool, **changes: object) -> None:
-        """Loads: ours, the limit, and those of the others that can."""
+        """Loads: ours, the limits, and those of the others that can."""
         converted, others = self._peers(source) if peers and not self.large else (None, [])
         pool = self.pool(self.size.loading)
         _call(pool, on_rank.build, replace(self.run, **changes))  # type: ignore[arg-type]
@@ -211,6 +212,7 @@ class Bench:
         self.profiles[operation] = _median(runs)
 
     def _profile_convert(self, source: Path, target: Path) -> None:
+        """Whole commands, as they are compared."""
         if not self.profiling:
             return
         runs = []
