@@ -144,7 +144,7 @@ def save(folder: str, hook: bool, background: bool = False) -> Measured:
     assert _run is not None
     info = PATTERNS | {"original_vocab_size": _run.size["vocabulary"]}
     _engine.universal_checkpoint_config = UniversalCheckpointConfig(
-        enabled=hook, save=SaveConfig(asynchronous=background)
+        enabled=hook, save=SaveConfig.model_validate({"async": background})
     )
     with Gauge() as gauge:
         _engine.save_checkpoint(folder, tag=TAG, client_state={"universal_checkpoint_info": info})
