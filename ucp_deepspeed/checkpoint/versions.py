@@ -25,12 +25,12 @@ class FileVersions:
         """A file is about to be read.
 
         Args:
-            status: of the opened file, or else it is looked up; of none nothing is noted.
+            status: of the opened file; without, it is opened for that, and if it can't be nothing is noted.
 
         Raises:
             DamagedCheckpointError: it isn't the file that was noted first under this path.
         """
-        version = _version_of(path) if status is None else _version(status)
+        version = _opened_version(path) if status is None else _version(status)
         if version is not None and version != self._first.setdefault(str(path), version):
             raise _changed(path)
 
@@ -41,15 +41,24 @@ class FileVersions:
             DamagedCheckpointError: one was written, replaced or removed meanwhile, as by a run that saves the same tag again.
         """
         for path, version in list(self._first.items()):
-            if _version_of(path) != version:
+            try:
+                now = os.stat(path)  # noqa: PTH116
+            except FileNotFoundError:
+                raise _changed(path) from None
+            if _version(now) != version:
                 raise _changed(path)
 
 
-def _version_of(path: str | Path) -> _Version | None:
+def _opened_version(path: str | Path) -> _Version | None:
+    """A network file system tells of a file that is opened what it is now, of others what it was a while ago."""
     try:
-        return _version(os.stat(path))  # noqa: PTH116
-    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
         return None
+    try:
+        return _version(os.fstat(descriptor))
+    finally:
+        os.close(descriptor)
 
 
 def _version(status: os.stat_result) -> _Version:
