@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoints import STEP, Source
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from ucp_deepspeed.checkpoint import open_checkpoint, opening
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -268,6 +270,61 @@ def test_a_tag_that_is_saved_again_while_ranks_load(
     for error, untouched in changed_load(stage, moment, "saved again", two_steps, ranks, tmp_path):
         assert "was changed while it was read" in error
         assert untouched == ("the engine is filled in part" not in error) == (moment == "planned")
+
+
+def load_left_to_deepspeed(run: Run, load: str) -> str:
+    """On a rank: load, while the tag is saved again when DeepSpeed has opened its first file."""
+    engine, real, calls = build_engine(run), TorchCheckpointEngine.load, []
+
+    def load_with_change(self: Any, path: str, *arguments: Any, **settings: Any) -> Any:
+        calls.append(path)
+        if len(calls) == 2:
+            dist.barrier()
+            if dist.get_rank() == 0:
+                _exchange(Path(load) / "global_step1", Path(load) / "global_step2")
+            dist.barrier()
+        return real(self, path, *arguments, **settings)
+
+    with (
+        mock.patch.object(TorchCheckpointEngine, "load", load_with_change),
+        pytest.raises(DamagedCheckpointError) as caught,
+    ):
+        engine.load_checkpoint(load)
+    assert len(calls) >= 2
+    return str(caught.value)
+
+
+def test_a_tag_that_is_saved_again_while_deepspeed_loads_by_itself(
+    two_steps: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Its weights used to come from one save and its optimizer's state from the other."""
+    copytree(two_steps, tmp_path / "copy")
+    for error in ranks(2).run(load_left_to_deepspeed, MLP, str(tmp_path / "copy"), timeout=60.0):
+        assert "was changed while it was read" in error and "the engine may hold two saves' state" in error
+
+
+class Keeper:
+    """Holds what can't be copied, as trainers do."""
+
+    def __init__(self) -> None:
+        self.lock, self.names = threading.Lock(), list[str]()
+
+    def keep(self, src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
+        """As ``custom_load_fn``; loads nothing."""
+        self.names += src
+
+
+def load_with_a_method(run: Run, load: str) -> int:
+    """On a rank: how many names a method's object has been given, by a load of either kind."""
+    engine, keeper = build_engine(run), Keeper()
+    engine.load_checkpoint(load, custom_load_fn=keeper.keep)
+    return len(keeper.names)
+
+
+@pytest.mark.parametrize("load", ["always", "never"])
+def test_a_method_as_custom_load_function_is_called_on_its_own_object(load: str, two_steps: Path, ranks: Ranks) -> None:
+    run = replace(MLP, universal={"enabled": True, "load": load})
+    assert all(ranks(2).run(load_with_a_method, run, str(two_steps)))
 
 
 def changed_load(

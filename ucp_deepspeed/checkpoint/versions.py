@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ucp_deepspeed.errors import DamagedCheckpointError
 
-_Version = tuple[int, int, int]
-"""Of a file: its inode, its size, and when it was written last."""
+_Version = tuple[int, int, int] | None
+"""Of a file: its inode, its size, and when it was written last; None of one that isn't there."""
 
 
 class FileVersions:
@@ -25,13 +25,16 @@ class FileVersions:
         """A file is about to be read.
 
         Args:
-            status: of the opened file; without, it is opened for that, and if it can't be nothing is noted.
+            status: of the opened file; without, it is opened for that, and if that fails nothing is noted.
 
         Raises:
             DamagedCheckpointError: it isn't the file that was noted first under this path.
         """
-        version = _opened_version(path) if status is None else _version(status)
-        if version is not None and version != self._first.setdefault(str(path), version):
+        try:
+            version = _opened_version(path) if status is None else _version(status)
+        except OSError:  # whoever reads it tells why
+            return
+        if version != self._first.setdefault(str(path), version):
             raise _changed(path)
 
     def check(self) -> None:
@@ -42,18 +45,20 @@ class FileVersions:
         """
         for path, version in list(self._first.items()):
             try:
-                now = os.stat(path)  # noqa: PTH116
+                now = _version(os.stat(path))  # noqa: PTH116
             except FileNotFoundError:
+                now = None
+            except OSError:  # a network file system's stale handle, or a folder that has become a file
                 raise _changed(path) from None
-            if _version(now) != version:
+            if now != version:
                 raise _changed(path)
 
 
-def _opened_version(path: str | Path) -> _Version | None:
+def _opened_version(path: str | Path) -> _Version:
     """A network file system tells of a file that is opened what it is now, of others what it was a while ago."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
+    except FileNotFoundError:
         return None
     try:
         return _version(os.fstat(descriptor))

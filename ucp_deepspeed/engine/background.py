@@ -105,14 +105,25 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
             name = str(Path(path).absolute().relative_to(self._folder))
             self.files.append(snapshot(state_dict, name, self._buffers, apart=self._is_cloned(name)))
 
-    def keeping(self, write: Callable[[str], None]) -> Callable[[str], None]:
-        """A method of DeepSpeed's engine that writes something into a folder, with its error kept."""
+    @contextmanager
+    def in_place_of_files(self, engine: Any) -> Iterator[None]:
+        """Be the engine's checkpoint engine in the block. What it writes past that, on rank 0 and between two barriers, is kept
+        from raising too."""
+        copy_scripts = engine._copy_recovery_script
 
-        def wrapped(folder: str) -> None:
+        def copy_scripts_or_keep(folder: str) -> None:
             with self._keeping(folder):
-                write(folder)
+                copy_scripts(folder)
 
-        return wrapped
+        own = dict(vars(engine))
+        replaced = {"checkpoint_engine": self, "_copy_recovery_script": copy_scripts_or_keep}
+        try:
+            vars(engine).update(replaced)
+            yield
+        finally:
+            for name in replaced:
+                del vars(engine)[name]
+            vars(engine).update({name: own[name] for name in replaced if name in own})
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """As ever; a save loads nothing."""

@@ -151,10 +151,10 @@ class Filling:
         with torch.no_grad(), closing(_Filler(memory_numbytes, self.versions)) as filler:
             with agreement():  # there may be too little memory on one rank
                 optimizer.begin()
-                states = list(self._states(optimizer))
+                states = [self._state_buffers(optimizer, plan) for plan in self.slots]
             filler.fill([(plan.slot.master.data, plan.buffers[MASTER]) for plan in self.slots], self.rounding)
             optimizer.begin_refresh()
-            filler.fill(states)
+            filler.fill(list(self._become_part(optimizer, states)))
             filler.fill([(plan.weight, plan.buffer) for plan in self.weights])
             filler.wait()
             optimizer.refresh_weights()
@@ -163,15 +163,22 @@ class Filling:
             filler.check()
         return filler.count
 
-    def _states(self, optimizer: EngineOptimizer) -> Iterator[tuple[torch.Tensor, BufferPlan]]:
-        """The buffers of the optimizer's states, which become part of it."""
-        for plan in self.slots:
+    def _state_buffers(self, optimizer: EngineOptimizer, plan: SlotPlan) -> Mapping[str, torch.Tensor]:
+        """What the optimizer's states of a slot go into; nothing of the optimizer changes yet."""
+        if self.policies.optimizer_states != "restore":
+            return {}
+        return {state: optimizer.state_buffer(plan.slot, state) for state in plan.buffers if state != MASTER}
+
+    def _become_part(
+        self, optimizer: EngineOptimizer, states: Sequence[Mapping[str, torch.Tensor]]
+    ) -> Iterator[tuple[torch.Tensor, BufferPlan]]:
+        """The buffers of the optimizer's states, as they become part of it."""
+        for plan, buffers in zip(self.slots, states, strict=True):
             if self.policies.optimizer_states == "reset":
                 optimizer.reset_state(plan.slot)
             if self.policies.optimizer_states == "restore":
-                states = {state: optimizer.state_buffer(plan.slot, state) for state in plan.buffers if state != MASTER}
-                yield from ((buffer, plan.buffers[state]) for state, buffer in states.items())
-                optimizer.set_state(plan.slot, states, plan.scalars)
+                yield from ((buffer, plan.buffers[state]) for state, buffer in buffers.items())
+                optimizer.set_state(plan.slot, buffers, plan.scalars)
 
 
 class _Filler:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ from ucp_deepspeed.engine.training_state import (
     restore_run,
     usable,
 )
-from ucp_deepspeed.errors import CheckpointNotFoundError, ConfigError, MismatchError
+from ucp_deepspeed.errors import CheckpointNotFoundError, ConfigError, DamagedCheckpointError, MismatchError
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -70,6 +70,10 @@ class LoadOptions:
     load_lr_scheduler_states: bool = True
     load_module_only: bool = False
     custom_load_fn: Callable[..., None] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """By name; nothing is copied, as of a method's object it would be by ``dataclasses.asdict``."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @property
     def optimizer_states(self) -> bool:
@@ -127,8 +131,7 @@ def load_checkpoint(
     )
     started = time.monotonic()
     folder, prepared, universal, random_state = None, None, False, None
-    given = asdict(options) | {"custom_load_fn": custom_load_fn is not None}
-    check_same_on_all_ranks("load_checkpoint", given)
+    check_same_on_all_ranks("load_checkpoint", options.arguments() | {"custom_load_fn": custom_load_fn is not None})
     goes_on = config.random_state == "restore" and config.load != "never" and not load_module_only
     tag = _one_tag(Path(load_dir), None if tag is None else str(tag), config.load)
     with agreement():
@@ -143,7 +146,10 @@ def load_checkpoint(
     if not any(_gathered(universal)):  # a pipeline's stages may have changed on some ranks only
         if folder is not None and folder == Path(load_dir):
             load_dir, tag = str(folder.parent), folder.name
-        loaded = native(load_dir, tag=tag, **asdict(options))
+        loaded = native(load_dir, tag=tag, **options.arguments())
+        with agreement():
+            if prepared is not None:
+                _check_unchanged(prepared[0])
     else:
         with agreement():
             if prepared is None:
@@ -153,6 +159,16 @@ def load_checkpoint(
     if goes_on and loaded[0] is not None:
         restore_random_state(engine, random_state)
     return loaded
+
+
+def _check_unchanged(checkpoint: Checkpoint) -> None:
+    """After DeepSpeed has loaded by itself: whether it read what decided that it may."""
+    try:
+        checkpoint.versions.check()
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(
+            f"{error}; the engine may hold two saves' state and can't be used without another load"
+        ) from error
 
 
 def _gathered(value: Any) -> list[Any]:

@@ -135,13 +135,8 @@ def _save_in_background(
     try:
         partial = _make_partial(place, tag)
         taken = SnapshotEngine(engine, folder)
-        engine.checkpoint_engine, own = taken, engine.checkpoint_engine
-        engine._copy_recovery_script = taken.keeping(engine._copy_recovery_script)  # rank 0's, between two barriers
-        try:
+        with taken.in_place_of_files(engine):
             saved = native(save_dir, tag=tag, save_latest=False, **rest)
-        finally:
-            engine.checkpoint_engine = own
-            del engine._copy_recovery_script
         with agreement():
             taken.check()
             texts = dict([random_state_file(engine)])

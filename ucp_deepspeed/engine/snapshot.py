@@ -65,7 +65,9 @@ class FileSnapshot:
             _never_destroy(writer)
             reason = _why_not_longer(path)
             os.truncate(path, 0)  # it stays open: give back its space
-            raise (reason or error) from error
+            if reason is None:
+                raise
+            raise reason from error
         flush(path)
 
 

@@ -47,7 +47,8 @@ def resolve_patterns(
         exact: whether they tell the whole cut (AutoTP): then a plain shard has no fused parts.
         refused: parameters that source or target say are cut in a way that can't be told, and why. Only a named spec can.
         local_shapes: on the source's tensor-parallel ranks, for telling families apart.
-        same_degree: source and target have that size alike: where nothing tells, each rank's share then goes to the same rank.
+        same_degree: source and target have that size alike: where nothing tells, each rank's share then goes to the same rank,
+            if all of them have the same shape.
 
     Raises:
         UnsupportedError: the degree changes, and nothing but a guess is left for a parameter of ``refused``.
@@ -64,7 +65,9 @@ def resolve_patterns(
         chosen, origin = {name: known.get(name, Unique()) for name in names}, "the checkpoint"
     else:
         denied = [f"{name}: {refused[name]}" for name in unknown if refused and name in refused]
-        family = _family(names, unknown, local_shapes, denied, same_degree)
+        shapes = local_shapes or {}
+        may_stay = same_degree and all(len(set(shapes.get(name, ()))) <= 1 for name in unknown)
+        family = _family(names, unknown, local_shapes, denied, may_stay)
         if family is not None:
             chosen, origin = {**family.patterns(names)}, f"family {family.family!r}"
         else:
@@ -103,17 +106,17 @@ def _family(
     unknown: Sequence[str],
     local_shapes: Mapping[str, Sequence[Shape]] | None,
     refused: Sequence[str],
-    same_degree: bool,
+    may_stay: bool,
 ) -> Spec | None:
-    """The family, which is a guess; None where that isn't good enough and, on the same degree, isn't needed."""
-    if refused and not same_degree:
+    """The family, which is a guess; None where that isn't good enough and isn't needed, since shares may stay on their ranks."""
+    if refused and not may_stay:
         raise UnsupportedError(
             "tensor parallelism has cut parameters in a way that this release can't tell; name a spec that says how they are "
             'laid out: "universal_checkpoint": {"spec": "path.yaml"}, or --spec on the command line',
             refused,
         )
     detection = find_family(names, local_shapes)
-    if same_degree and (refused or detection.confidence in ("ambiguous", "none")):
+    if may_stay and (refused or detection.confidence in ("ambiguous", "none")):
         return None
     if detection.spec is None:
         nearest = f" (nearest is {detection.candidates[0]})" if detection.candidates[0].coverage > 0 else ""

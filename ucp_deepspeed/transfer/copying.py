@@ -167,7 +167,7 @@ def _runs(view: StridedView[FileExtent], shape: tuple[int, ...]) -> _Runs | None
     if numel * ITEMSIZE[view.buffer.dtype] < LEAST_RUN_NUMBYTES and outer:
         return None
     places = product(
-        *(range(0, count * stride, stride) for count, stride in zip(shape[:outer], view.strides, strict=False))
+        *([step * stride for step in range(count)] for count, stride in zip(shape[:outer], view.strides, strict=False))
     )
     return _Runs([sum(place) for place in places], numel)
 

@@ -73,6 +73,15 @@ def test_on_the_same_degree_nothing_needs_to_be_known() -> None:
         resolve_patterns(["mystery"], degree=2, spec=load_spec("megatron_core_gpt"), same_degree=True)
 
 
+def test_shares_of_different_shapes_need_a_layout_on_the_same_degree_too() -> None:
+    shapes = {"a": [(3, 2), (2, 2)], "b": [(2,), (2,)]}
+    with pytest.raises(SpecError, match="no layout is known for 2 parameters"):
+        resolve_patterns(["a", "b"], degree=2, local_shapes=shapes, same_degree=True)
+    with pytest.raises(UnsupportedError, match="cut at random"):
+        resolve_patterns(["a", "b"], degree=2, local_shapes=shapes, refused={"b": "cut at random"}, same_degree=True)
+    assert per_rank(resolve_patterns(["b"], degree=2, local_shapes=shapes, same_degree=True)) == ["b"]
+
+
 def test_contradictions_are_all_listed() -> None:
     inferred: dict[str, Pattern] = {"a": Shard(0), "b": Replicate(), "c": Shard(1)}
     with pytest.raises(MismatchError) as caught:
