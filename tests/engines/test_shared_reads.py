@@ -214,7 +214,7 @@ def exchange_small(broadcasts: bool) -> tuple[bool, int]:
     sizes = [3, 500, 1 << 16, 1, 0, *[100] * 40]
     held = [[torch.full((size,), float(owner + 1) * (owner == me)) for size in sizes] for owner in range(count)]
     most = 0
-    plain = exchange.Exchange._wait_for_packed
+    plain = exchange.Exchange.wait_for_packed
 
     def wait(self: exchange.Exchange) -> None:
         nonlocal most
@@ -222,11 +222,10 @@ def exchange_small(broadcasts: bool) -> tuple[bool, int]:
         plain(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "ROUND_NUMBYTES", 4096 * count)
-        patch.setattr(exchange.Exchange, "_wait_for_packed", wait)
+        patch.setattr(exchange.Exchange, "wait_for_packed", wait)
         if broadcasts:
             patch.setattr(exchange, "goes_over_gloo", lambda group, tensor: False)
-        exchange.begin_exchange(held, dist.group.WORLD).wait()
+        exchange.begin_exchange(held, dist.group.WORLD, 4096 * count).wait()
     came = all(bool((tensor == owner + 1).all()) for owner, tensors in enumerate(held) for tensor in tensors)
     return came, most
 

@@ -30,7 +30,7 @@ config = {
     "train_batch_size": 4,
     "zero_optimization": {"stage": arguments.stage},
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
-    "universal_checkpoint": {"enabled": True},
+    "universal_checkpoint": {"enabled": True, "save": {"async": not arguments.load}},
 }
 engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 if arguments.load:
@@ -102,6 +102,7 @@ def test_resuming_is_rerunning_with_other_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(900)
 def test_unmodified_script(tmp_path: Path) -> None:
+    """Its first run saves in the background, and ends at once."""
     script = tmp_path / "train.py"
     script.write_text(UNMODIFIED)
     run = ["--module", "ucp_deepspeed.run", str(script)]
