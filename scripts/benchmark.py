@@ -24,7 +24,7 @@ import click
 from benchmark_commands import TIMEOUT, converter, deepspeed_converter, run_command
 from benchmark_profile import Phases
 from benchmark_ranks import TAG, Measured
-from benchmark_report import Result, draw, machine, profile_table, table_of
+from benchmark_report import Profile, Result, draw, machine, profile_table, table_of
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -118,7 +118,7 @@ class Bench:
         self.parameters = 0
         self._pool: RankPool | None = None
         self.results: list[Result] = []
-        self.profiles: dict[str, Phases] = {}
+        self.profiles: dict[str, Profile] = {}
 
     def pool(self, ranks: int) -> RankPool:
         """Ranks that keep their engine; those of another number are ended, since all engines wouldn't fit into memory."""
@@ -203,25 +203,35 @@ class Bench:
         ]
 
     def _profile_load(self, operation: str, source: Path) -> None:
-        """Warm loads; of each phase the mean over the ranks."""
+        """Loads; of each phase the mean over the ranks."""
         if not self.profiling:
             return
         pool = self.pool(self.size.loading)
         _call(pool, on_rank.watch, False)
-        runs = [_mean(_call(pool, benchmark_profile.profile_load, str(source))) for _ in range(max(self.repeats, 1))]
-        self.profiles[operation] = _median(runs)
+        self._profile(operation, source, lambda: _mean(_call(pool, benchmark_profile.profile_load, str(source))))
 
     def _profile_convert(self, source: Path, target: Path) -> None:
         """Whole commands, as they are compared."""
         if not self.profiling:
             return
-        runs = []
-        for _ in range(max(self.repeats, 1)):
+
+        def run() -> Phases:
             command = [sys.executable, benchmark_profile.__file__, repr(time.perf_counter()), source, target]
             done = subprocess.run([str(part) for part in command], capture_output=True, timeout=TIMEOUT, check=True)
-            runs.append(json.loads(done.stdout))
             shutil.rmtree(target)
-        self.profiles["convert, 1 worker"] = _median(runs)
+            phases: Phases = json.loads(done.stdout)
+            return phases
+
+        self._profile("convert, 1 worker", source, run)
+
+    def _profile(self, operation: str, source: Path, run: Callable[[], Phases]) -> None:
+        """Each time with cold and then with warm files, as in `compare`."""
+        cold, warm = [], []
+        for _ in range(max(self.repeats, 1)):
+            _forget_pages(source)
+            cold.append(run())
+            warm.append(run())
+        self.profiles[operation] = Profile(_median(warm), _median(cold))
 
     def _peers(self, source: Path) -> tuple[Pair, list[Way]]:
         """What DeepSpeed's conversion took, and the loads."""
@@ -438,8 +448,12 @@ def main(size: str, repeats: int, only: Sequence[str], output: Path, profile: bo
         "ranks that save and load": [saving, loading],
         "repeats": repeats,
     }
-    written = {"machine": settings | machine(), "results": [asdict(result) for result in bench.results]}
-    (output / "benchmark.json").write_text(json.dumps(written | {"profiles": bench.profiles}, indent=1))
+    written = {
+        "machine": settings | machine(),
+        "results": [asdict(result) for result in bench.results],
+        "profiles": {operation: asdict(profile) for operation, profile in bench.profiles.items()},
+    }
+    (output / "benchmark.json").write_text(json.dumps(written, indent=1))
     (output / "benchmark.md").write_text(table)
     draw(bench.results, output / "benchmark.png")
     click.echo(table)
