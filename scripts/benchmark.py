@@ -14,8 +14,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import benchmark_megatron
 import benchmark_profile
@@ -276,6 +278,11 @@ class Bench:
             "save stall",
             [
                 Way("ours: asynchronous", saved, lambda: _slowest(pool, on_rank.save, str(saved), True, True)),
+                Way(
+                    "ours: asynchronous, the first of a run",
+                    saved,
+                    lambda: _slowest(pool, on_rank.save_first, str(saved)),
+                ),
                 Way("DeepSpeed's native save", saved, lambda: _slowest(pool, on_rank.save, str(saved), False)),
                 Way("bare memory copy (the limit)", saved, lambda: _slowest(pool, on_rank.copy_state)),
             ],
@@ -412,7 +419,13 @@ def _forget_pages(folder: Path) -> None:
 @click.option(
     "--params", "size", type=click.Choice(list(SIZES)), default="160m", show_default=True, help="Size of the model."
 )
-@click.option("--repeats", default=5, show_default=True, help="Timed runs of each way; 0: the watched ones alone.")
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=0),
+    default=5,
+    show_default=True,
+    help="Timed runs of each way; 0: the watched ones alone.",
+)
 @click.option(
     "--only",
     type=click.Choice(PARTS),
@@ -420,32 +433,29 @@ def _forget_pages(folder: Path) -> None:
     default=PARTS,
     help="Leave out the others; save is all on one topology. Can be given several times.",
 )
-@click.option("--output", type=click.Path(path_type=Path), default=ROOT / "build" / "benchmark", show_default=True)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=ROOT / "build" / "benchmark",
+    show_default=True,
+    help="Folder of the results; while it runs, of the checkpoints too.",
+)
 @click.option("--profile", is_flag=True, help="Tell where the time of ours goes, too.")
 def main(size: str, repeats: int, only: Sequence[str], output: Path, profile: bool) -> None:
     """Run everything, or a part of it."""
-    work = output / "work"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    bench = Bench(SIZES[size], repeats, work, profile)
-    saving, loading = SIZES[size].saving, SIZES[size].loading
-    data = bench.source("data", saving)
-    if "resume" in only:
-        tensor = bench.source("tensor", 2, tp=2)
-        bench.resume(f"resume, DP{saving} → DP{loading}, ZeRO-1", data, peers=True)
-        bench.resume(f"resume, TP2·DP1 → TP1·DP{loading}, ZeRO-1", tensor, peers=True)
-        shutil.rmtree(tensor)
-        if not bench.large:  # building the engine takes as much again
-            bench.resume(f"resume, DP{saving} ZeRO-1 → DP{loading} ZeRO-3", data, peers=False, zero={"stage": 3})
-    if "save" in only:
-        bench.same_topology()
-    bench.close()
-    if "convert" in only:
-        bench.convert(data)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.BadParameter(f"{output}: {error.strerror}", param_hint="--output") from error
+    with (
+        TemporaryDirectory(dir=output, prefix="checkpoints-") as work,
+        closing(Bench(SIZES[size], repeats, Path(work), profile)) as bench,
+    ):
+        _run_parts(bench, only)
     table = table_of(bench.results) + ("\n" + profile_table(bench.profiles) if profile else "")
     settings = {
         "parameters": bench.parameters,
-        "ranks that save and load": [saving, loading],
+        "ranks that save and load": [bench.size.saving, bench.size.loading],
         "repeats": repeats,
     }
     written = {
@@ -457,7 +467,25 @@ def main(size: str, repeats: int, only: Sequence[str], output: Path, profile: bo
     (output / "benchmark.md").write_text(table)
     draw(bench.results, output / "benchmark.png")
     click.echo(table)
-    shutil.rmtree(work)
+
+
+def _run_parts(bench: Bench, only: Sequence[str]) -> None:
+    saving, loading = bench.size.saving, bench.size.loading
+    data = bench.source("data", saving)
+    if "resume" in only:
+        tensor = bench.source("tensor", 2, tp=2)
+        bench.resume(f"resume, DP{saving} → DP{loading}, ZeRO-1", data, peers=True)
+        bench.resume(f"resume, TP2·DP1 → TP1·DP{loading}, ZeRO-1", tensor, peers=True)
+        shutil.rmtree(tensor)
+        if not bench.large:  # building the engine takes as much again
+            for stage in (3, 0):
+                operation = f"resume, DP{saving} ZeRO-1 → DP{loading} ZeRO-{stage}"
+                bench.resume(operation, data, peers=False, zero={"stage": stage})
+    if "save" in only:
+        bench.same_topology()
+    bench.close()  # conversions run without idle ranks beside them
+    if "convert" in only:
+        bench.convert(data)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def profile_load(folder: str) -> Phases:
         *((owner, step, "weights") for owner in optimizer.__mro__ for step in steps),
     ):
         total = benchmark_ranks.load_directly(folder).seconds
-    watch.seconds[OTHER] = total - sum(seconds for name, seconds in watch.seconds.items() if name != OTHER)
+    watch.seconds[OTHER] = max(total - sum(seconds for name, seconds in watch.seconds.items() if name != OTHER), 0.0)
     return watch.seconds
 
 
@@ -116,7 +116,7 @@ def profile_convert(started: float, source: str, target: str) -> Phases:
     del watch.seconds["wait"]  # the first thread's, for the worker
     total = time.perf_counter() - started
     watch.seconds["start and import"] = imported - started
-    watch.seconds[OTHER] = total - sum(watch.seconds.values())
+    watch.seconds[OTHER] = max(total - sum(watch.seconds.values()), 0.0)
     return watch.seconds
 
 

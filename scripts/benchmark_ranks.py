@@ -155,6 +155,12 @@ def save(folder: str, hook: bool, background: bool = False) -> Measured:
     return replace(gauge.measured, files=files)
 
 
+def save_first(folder: str) -> Measured:
+    """In the background, by an engine that has no buffers yet: their memory is new."""
+    vars(_engine).pop(BUFFERS, None)
+    return save(folder, True, True)
+
+
 def copy_state() -> Measured:
     """The limit of saving in the background: what this rank's last such save took, copied once into memory that exists."""
     import numpy as np

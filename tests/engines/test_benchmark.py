@@ -33,6 +33,7 @@ ROWS = {
     "resume, DP4 → DP2, ZeRO-1": RESUMES | PEERS,
     STRIDED: RESUMES | PEERS,
     "resume, DP4 ZeRO-1 → DP2 ZeRO-3": RESUMES,
+    "resume, DP4 ZeRO-1 → DP2 ZeRO-0": RESUMES,
     "resume, same topology": {
         'ours: "load": "always"',
         "bare mapped copy (the limit)",
@@ -40,7 +41,12 @@ ROWS = {
         "DeepSpeed's own load",
     },
     "save": {"ours: hook on", "DeepSpeed alone"},
-    "save stall": {"ours: asynchronous", "DeepSpeed's native save", "bare memory copy (the limit)"},
+    "save stall": {
+        "ours: asynchronous",
+        "ours: asynchronous, the first of a run",
+        "DeepSpeed's native save",
+        "bare memory copy (the limit)",
+    },
     "convert": {
         "ours: ucp convert, 2 workers",
         "ours: ucp convert, 1 worker",
