@@ -18,7 +18,7 @@ from pydantic import (
 
 from ucp_deepspeed.errors import ConfigError
 from ucp_deepspeed.plan import SHARED_READ_NUMBYTES
-from ucp_deepspeed.transfer.copying import MEMORY_NUMBYTES
+from ucp_deepspeed.transfer.copying import LEAST_MEMORY_NUMBYTES, MEMORY_NUMBYTES
 
 CONFIG_KEY = "universal_checkpoint"
 
@@ -57,7 +57,7 @@ class UniversalCheckpointConfig(BaseModel):
         shared_read_bytes: what all data-parallel ranks hold alike (everything at stage 0, frozen weights, buffers) is read once,
             a part by each, and exchanged, if it has at least so many bytes; below that each reads it all. So is what all
             tensor-parallel ranks hold whole, where the checkpoint has fewer copies of it.
-        read_memory_bytes: most memory of a rank for what is on its way from a file to where it belongs.
+        read_memory_bytes: most memory of a rank for what is on its way from a file to where it belongs, at least 1 KiB.
         random_state: ``restore`` each rank's random streams, or derive new ones on another topology; ``keep``: leave them alone.
         save: how checkpoints are written; see `SaveConfig`.
     """
@@ -74,7 +74,7 @@ class UniversalCheckpointConfig(BaseModel):
     hyperparameters: Literal["restore", "keep"] = "restore"
     random_state: Literal["restore", "keep"] = "restore"
     shared_read_bytes: NonNegativeInt = SHARED_READ_NUMBYTES
-    read_memory_bytes: PositiveInt = MEMORY_NUMBYTES
+    read_memory_bytes: int = Field(default=MEMORY_NUMBYTES, ge=LEAST_MEMORY_NUMBYTES)
     save: SaveConfig = SaveConfig()
 
     @property

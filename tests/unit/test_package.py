@@ -118,6 +118,10 @@ def test_config_surface() -> None:
         ({"async": True}, "universal_checkpoint.async: unknown key; it belongs into 'save'; known keys: enabled, "),
         ({"enabled": 1}, "universal_checkpoint.enabled"),
         ({"vocabulary_size": 0}, "universal_checkpoint.vocabulary_size"),
+        (
+            {"read_memory_bytes": 1},
+            "universal_checkpoint.read_memory_bytes: Input should be greater than or equal to 1024",
+        ),
         ({"load": "never", "on_extra": "drop"}, "universal_checkpoint: Value error, 'on_missing', 'on_extra', "),
         ({"on_missing": "ignore"}, "universal_checkpoint.on_missing: Input should be 'error' or 'init'"),
         ({"save": {"async": "yes"}}, "universal_checkpoint.save.async: Input should be a valid boolean"),

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from math import prod
 from typing import Any, TypeVar
 
@@ -336,6 +337,10 @@ def check_same_on_all_ranks(what: str, settings: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: on all ranks; lists the settings that differ.
     """
+    digests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, sha256(repr(sorted(settings.items())).encode()).digest())
+    if len(set(digests)) == 1:
+        return
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, dict(settings))
     differing = [
