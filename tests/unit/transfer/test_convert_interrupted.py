@@ -40,6 +40,7 @@ def progress(written, total):
     print(written, flush=True)
     time.sleep(0.1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and what nohup starts, without this
 convert(UniversalView.of(open_checkpoint(sys.argv[1])), Path(sys.argv[2]), chunk_numbytes=64, progress=progress)
 """
 
