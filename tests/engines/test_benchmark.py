@@ -87,8 +87,11 @@ def test_every_row_and_column(script: ModuleType, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(script, "open_checkpoint", lambda folder: None)
     monkeypatch.setattr(script.UniversalView, "of", lambda checkpoint: view)
     monkeypatch.setattr(script.Bench, "_alternate", alternate)
+    (tmp_path / "work" / "of the user").mkdir(parents=True)
     ran = CliRunner().invoke(script.main, ["--params", "tiny", "--output", str(tmp_path)], catch_exceptions=False)
     assert ran.exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"work", "benchmark.json", "benchmark.md", "benchmark.png"}
+    assert (tmp_path / "work" / "of the user").is_dir()
     written = json.loads((tmp_path / "benchmark.json").read_text())
     rows = {(row["operation"], row["way"]): row for row in written["results"]}
     assert rows.keys() == {(operation, way) for operation, ways in ROWS.items() for way in ways}
@@ -100,6 +103,14 @@ def test_every_row_and_column(script: ModuleType, monkeypatch: pytest.MonkeyPatc
     columns = ["warm s", "cold s", "× ours", "MB read", "MB written", "files", "extra MB", "temporary MB"]
     assert [cell.strip() for cell in header.split("|")[3:-1]] == columns
     assert [cell.strip() for cell in first.split("|")[6:-1]] == ["3", "", "", "", ""]
+
+
+def test_what_fails_leaves_nothing(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(script.Bench, "source", lambda bench, *_: (bench.folder / "data").mkdir() or 1 / 0)
+    ran = CliRunner().invoke(script.main, ["--params", "tiny", "--output", str(tmp_path)])
+    assert isinstance(ran.exception, ZeroDivisionError) and list(tmp_path.iterdir()) == []
+    refused = CliRunner().invoke(script.main, ["--repeats", "-1", "--output", str(tmp_path)])
+    assert refused.exit_code == 2 and "-1 is not in the range" in refused.output
 
 
 def test_what_loads_saves_and_conversions_count(script: ModuleType, tmp_path: Path) -> None:

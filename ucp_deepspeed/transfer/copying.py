@@ -37,7 +37,7 @@ MEMORY_NUMBYTES = 256 << 20
 """Bytes that a transfer may use beyond the buffers that it fills."""
 
 LEAST_MEMORY_NUMBYTES = 1024
-"""Less makes parts of so few elements that a transfer doesn't end in reasonable time."""
+"""Least that a config may give: with less, parts are of a few elements, and each costs a start of its own."""
 
 PART_NUMBYTES = 32 << 20
 """Most bytes of memory for one block at a time: enough that a block's start costs nothing, and few enough to stay in caches."""
