@@ -1,0 +1,198 @@
+"""What DeepSpeed alone saves and resumes it also does with the block on: each case with and without it, bit for bit.
+
+To add a case, add a line to `CASES`. The run that saves is built by ``make``, trained and saved by ``save``; the one that goes
+on is built by ``build``, loads with ``arguments`` and is trained by ``go_on``. All of these are called on every rank, and are
+functions of a module, since ranks get them by name.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import deepspeed
+import pytest
+import torch
+from deepspeed import comm as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+from ucp_deepspeed.testing.ranks import RankPool, fp16_on_cpu
+from ucp_deepspeed.testing.runs import Run, build_engine, train_step
+
+Ranks = Callable[[int], RankPool]
+
+BLOCK = {"enabled": True, "load": "auto"}
+
+SAVED_STEPS = 2
+"""Steps that a source has taken when it saves."""
+
+
+def train_and_save(engine: Any, run: Run, folder: str) -> None:
+    """The usual source: two steps, and a save with a number in its client state."""
+    for step in range(1, SAVED_STEPS + 1):
+        train_step(engine, run, step)
+    engine.save_checkpoint(folder, client_state={"epoch": 7})
+
+
+def take_two_steps(engine: Any, run: Run) -> list[float]:
+    """The losses of the next two steps."""
+    return [train_step(engine, run, SAVED_STEPS + step) for step in (1, 2)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A save and a load of which DeepSpeed is capable.
+
+    Attributes:
+        name: of the test.
+        source: the run that saves. What its ``universal`` says doesn't count: it is saved without the block, and with it.
+        target: the run that loads, if another.
+        ranks: number of ranks.
+        arguments: of ``engine.load_checkpoint``.
+        make: builds the engine that saves.
+        save: trains it and saves.
+        build: builds the engine that loads.
+        go_on: what is done after the load; returns losses, or logits.
+        block: of the loads that aren't DeepSpeed's alone.
+        restored: ``all`` if everything must be as DeepSpeed restores it, ``weights`` if only weights and buffers must:
+            where DeepSpeed leaves the optimizer's masters as they were (and the next step undoes the load).
+    """
+
+    name: str
+    source: Run
+    target: Run | None = None
+    ranks: int = 1
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    make: Callable[[Run], Any] = build_engine
+    save: Callable[[Any, Run, str], None] = train_and_save
+    build: Callable[[Run], Any] = build_engine
+    go_on: Callable[[Any, Run], list[float]] = take_two_steps
+    block: Mapping[str, Any] = field(default_factory=lambda: dict(BLOCK))
+    restored: Literal["all", "weights"] = "all"
+
+
+CASES = [
+    *(
+        Case(f"zero-{stage} {precision}", Run("mlp", zero={"stage": stage}, precision=precision), ranks=2)
+        for stage, precision in ((0, "fp32"), (0, "bf16"), (1, "fp16"), (2, "bf16"), (3, "fp32"))
+    ),
+]
+"""Each of them must resume without the block."""
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_deepspeed_resumes_the_block_resumes(case: Case, ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks(case.ranks).run(compare_with_stock, case, str(tmp_path)) == [[]] * case.ranks
+
+
+def compare_with_stock(case: Case, folder: str) -> list[str]:
+    """On a rank: in what loads with the block differ from one without it; also of what was saved with the block."""
+    with fp16_on_cpu():
+        _save(case, None, f"{folder}/stock")
+        _save(case, case.block, f"{folder}/block")
+        expected = _resume(case, None, f"{folder}/stock")
+        found = [
+            f"{saved}: {line}"
+            for saved in ("stock", "block")
+            for line in _differences(expected, _resume(case, case.block, f"{folder}/{saved}"), case.restored == "all")
+        ]
+    return found
+
+
+def _save(case: Case, block: Mapping[str, Any] | None, folder: str) -> None:
+    run = replace(case.source, universal=block)
+    engine = case.make(run)
+    case.save(engine, run, folder)
+    _end(engine)
+
+
+@dataclass(frozen=True)
+class _Resumed:
+    """What an engine was after a load, and what it did then."""
+
+    loaded: dict[str, Any]
+    weights: dict[str, Any]
+    optimizer: dict[str, Any]
+    outcome: list[float]
+    trained: dict[str, Any]
+
+
+def _resume(case: Case, block: Mapping[str, Any] | None, folder: str) -> _Resumed:
+    run = replace(case.target or case.source, universal=block)
+    engine = case.build(run)
+    path, state = engine.load_checkpoint(folder, **case.arguments)
+    assert path is not None, f"{case.name}: not loaded"
+    counters = {key: getattr(engine, key) for key in ("global_steps", "global_samples", "skipped_steps")}
+    loaded = {"path": Path(path).name, "epoch": state.get("epoch"), **counters}
+    weights, optimizer = _weights(engine), _optimizer(engine)
+    outcome = case.go_on(engine, run)
+    resumed = _Resumed(loaded, weights, optimizer, outcome, _weights(engine))
+    _end(engine)
+    return resumed
+
+
+def _end(engine: Any) -> None:
+    engine.destroy()
+    gc.collect()
+    dist.barrier()
+
+
+def _weights(engine: Any) -> dict[str, Any]:
+    """Whole parameters and persistent buffers of this rank's modules."""
+    named = dict(engine.module.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(named.values())):
+        found = {name: each.detach().clone() for name, each in named.items()}
+    buffers = engine.module.named_buffers()
+    return found | {name: each.clone() for name, each in buffers if name in engine._get_buffer_names()}
+
+
+def _optimizer(engine: Any) -> dict[str, Any]:
+    """Masters, states and hyper-parameters; nothing of an engine that only evaluates."""
+    base = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    groups = list(enumerate(getattr(base, "param_groups", ())))
+    found = {
+        f"group {index} {key}": value for index, group in groups for key, value in group.items() if key != "params"
+    }
+    if groups and engine.zero_optimization_stage() == 3:
+        return found | _whole_states(engine, base)
+    for index, group in groups:
+        for place, master in enumerate(group["params"]):
+            held = {"master": master, **base.state.get(master, {})}
+            found |= {f"group {index} {key} {place}": torch.as_tensor(each).clone() for key, each in held.items()}
+    return found
+
+
+def _whole_states(engine: Any, base: Any) -> dict[str, Any]:
+    """Of ZeRO-3, whose partitions are padded with whatever was there."""
+    states = list(base.state.values())
+    numbers = {key: value for key, value in states[0].items() if torch.as_tensor(value).numel() == 1} if states else {}
+    found = {f"{key} {place}": state[key] for place, state in enumerate(states) for key in numbers}
+    for name, param in engine.module.named_parameters():
+        if hasattr(param, "_z3_optimizer"):
+            found[f"master of {name}"] = safe_get_full_fp32_param(param)
+            for key in states[0].keys() - numbers.keys() if states else ():
+                found[f"{key} of {name}"] = safe_get_full_optimizer_state(param, key)
+    return found
+
+
+def _differences(expected: _Resumed, found: _Resumed, whole: bool) -> list[str]:
+    pairs = [("loaded", expected.loaded, found.loaded), ("weights", expected.weights, found.weights)]
+    if whole:
+        outcomes = {"losses": expected.outcome}, {"losses": found.outcome}
+        pairs += [("outcome", *outcomes), ("optimizer", expected.optimizer, found.optimizer)]
+        pairs += [("weights after the next steps", expected.trained, found.trained)]
+    return [
+        f"{what}: {key} is {there.get(key)}, and {here.get(key)} with DeepSpeed alone"
+        for what, here, there in pairs
+        for key in here.keys() | there.keys()
+        if key not in here or key not in there or not _same(here[key], there[key])
+    ]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and torch.equal(one.double(), other.double())
+    return bool(one == other)
