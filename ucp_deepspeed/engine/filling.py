@@ -20,6 +20,7 @@ from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.engine.exchange import ROUND_NUMBYTES, Exchange, begin_exchange
+from ucp_deepspeed.engine.known_layouts import KnownLayouts
 from ucp_deepspeed.engine.model import agreement
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UniversalCheckpointError
@@ -92,6 +93,7 @@ class Filling:
         rounding: dtype to which masters are rounded; None to keep them exact.
         exchanged: process group of the tensor-parallel ranks, and a digest of what these exchange.
         versions: of the checkpoint's files.
+        layouts: what the load knows of the model's layouts.
     """
 
     slots: tuple[SlotPlan, ...]
@@ -103,6 +105,7 @@ class Filling:
     rounding: torch.dtype | None
     exchanged: tuple[Any, str]
     versions: FileVersions
+    layouts: KnownLayouts
 
     def check_exchange(self) -> None:
         """Collective over the tensor-parallel ranks: whether all of them are to exchange the same.

@@ -28,6 +28,7 @@ from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.background import wait_for_save
 from ucp_deepspeed.engine.custom_load import check_custom_load, local_state_dict, run_custom_load
 from ucp_deepspeed.engine.extra_states import plan_extra_states
+from ucp_deepspeed.engine.known_layouts import KnownLayouts, keep_layouts, known_by_manifest
 from ucp_deepspeed.engine.matching import match_model, match_names, policies_of
 from ucp_deepspeed.engine.model import (
     EngineModel,
@@ -150,6 +151,8 @@ def load_checkpoint(
         with agreement():
             if prepared is not None:
                 _check_unchanged(prepared[0])
+        if loaded[0] is not None:
+            keep_layouts(engine, KnownLayouts() if prepared is None else known_by_manifest(prepared[0], engine))
     else:
         with agreement():
             if prepared is None:
@@ -366,6 +369,7 @@ def _load_universal(
     if custom is not None:
         run_custom_load(engine, model, optimizer, custom, source)
     restore_run(engine, checkpoint, optimizer, options, settings, schedule)
+    keep_layouts(engine, filling.layouts)
     if not options.load_module_only:
         restore_data_schedules(engine, state)
     engine.universal_checkpoint_report = report = LoadReport(

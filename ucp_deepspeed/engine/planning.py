@@ -20,6 +20,7 @@ from ucp_deepspeed.checkpoint.view import UniversalView, held_shapes, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.engine.exchange import is_expert, reaches
 from ucp_deepspeed.engine.filling import BufferPlan, Copies, Filling, SlotPlan, WeightPlan
+from ucp_deepspeed.engine.known_layouts import known_by_plan
 from ucp_deepspeed.engine.matching import Names
 from ucp_deepspeed.engine.model import WEIGHT_DTYPES, EngineModel, EngineTensor
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
@@ -134,6 +135,7 @@ class _Planner:
             live_size or saved_size,
             "the model",
         )
+        self.known = known_by_plan(patterns, names.target, live_size or saved_size)
         self.grown = tuple(name for name in self.tensors if policies.initialise and self._is_grown(name))
         self.reshaped = tuple(name for name in self.tensors if policies.reshape and self._is_reshaped(name))
         for name in self.reshaped:
@@ -171,6 +173,7 @@ class _Planner:
             self._rounding(),
             self._exchanged(slots, weights),
             self.view.checkpoint.versions,
+            self.known,
         )
 
     def _exchanged(self, slots: Sequence[_SlotWanted], weights: Sequence[EngineTensor]) -> tuple[Any, str]:

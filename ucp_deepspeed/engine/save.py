@@ -36,6 +36,7 @@ from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.checkpoint.view import layouts_of
 from ucp_deepspeed.engine.background import ENDED_NAMES, Job, SnapshotEngine, begin, wait_for_save
 from ucp_deepspeed.engine.extra_states import has_extra_states
+from ucp_deepspeed.engine.known_layouts import KnownLayouts, kept_layouts
 from ucp_deepspeed.engine.model import EngineModel, agreement, can_be_trained, describe_model, gather_model_parallel
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer
@@ -44,7 +45,7 @@ from ucp_deepspeed.engine.random_state import random_state_file, save_random_sta
 from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError, UnsupportedError
 from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
 from ucp_deepspeed.layout import Shape
-from ucp_deepspeed.layout.pattern import AnyPattern, PerRank, Replicate, Unique
+from ucp_deepspeed.layout.pattern import AnyPattern, Pattern, PerRank, Replicate, Unique
 from ucp_deepspeed.transfer.commit import (
     flush,
     make_partial_folder,
@@ -237,7 +238,7 @@ def check_model(engine: Any) -> None:
         SpecError, MismatchError: the layouts that the config names don't fit the model.
     """
     model = describe_model(engine)
-    _parameters(model)
+    _parameters(model, kept_layouts(engine, model))
     _warn_of_forms(model)
     if model.topology.zero_stage == 3:
         _warn_of_left_out(engine, model)
@@ -293,17 +294,17 @@ def _manifest(engine: Any) -> Manifest:
         SaveError: pipeline stages hold different values of a tied weight.
     """
     model, optimizer = describe_model(engine), engine_optimizer(engine)
-    topology = model.topology
+    topology, known = model.topology, kept_layouts(engine, model)
     keys = layer_keys(engine)
     groups = gather_model_parallel(engine, tuple(tuple(names) for names in optimizer.group_names()))
     check_tied_copies(engine)
     manifest = Manifest(
         topology=ManifestTopology(**asdict(topology)),
         optimizer=optimizer.form,
-        vocabulary_size=model.vocabulary_size,
+        vocabulary_size=known.vocabulary_size,
         parameter_groups=tuple(groups[:: topology.tp]),
         layer_keys=keys,
-        parameters=_parameters(model),
+        parameters=_parameters(model, known),
         has_extra_states=any(gather_model_parallel(engine, has_extra_states(engine.module))),
         files={},
     )
@@ -336,12 +337,13 @@ def _settings(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _parameters(model: EngineModel) -> dict[str, ManifestParameter]:
+def _parameters(model: EngineModel, kept: KnownLayouts) -> dict[str, ManifestParameter]:
     """Whole shape, pattern and logical name of each parameter and buffer, as far as they are known."""
-    logical = logical_names(list(model.tensors), naming_specs(model.spec, model.named("trainable", "frozen")))
-    known = _patterns(model, logical) | {name: Replicate() for name in model.named("buffer")}
+    specs = naming_specs(model.spec, model.named("trainable", "frozen"))
+    logical = logical_names(list(model.tensors), specs, kept.logical_names)
+    known = _patterns(model, logical, kept.patterns) | {name: Replicate() for name in model.named("buffer")}
     shapes = {name: tensor.local_shapes for name, tensor in model.tensors.items() if name in known}
-    layouts = layouts_of(known, shapes, model.topology.tp, model.vocabulary_size, "the model")
+    layouts = layouts_of(known, shapes, model.topology.tp, kept.vocabulary_size, "the model")
     return {
         name: ManifestParameter(
             kind=tensor.kind,
@@ -370,8 +372,11 @@ def _shares(shapes: HeldShapes, degree: int) -> tuple[Shape, ...] | None:
     return known[:1] if len(set(known)) == 1 else known
 
 
-def _patterns(model: EngineModel, logical: Mapping[str, str]) -> dict[str, AnyPattern]:
-    """What is known when saving; empty under tensor parallelism when nothing tells, which a later load may make up for."""
+def _patterns(
+    model: EngineModel, logical: Mapping[str, str], kept: Mapping[str, Pattern]
+) -> Mapping[str, AnyPattern]:
+    """What is known when saving; under tensor parallelism, when nothing tells all, what the last load knew. A later load may make
+    up for the rest."""
     names = model.named("trainable", "frozen")
     inferred = {logical[name]: pattern for name, pattern in model.inferred.items()}
     try:
@@ -379,6 +384,7 @@ def _patterns(model: EngineModel, logical: Mapping[str, str]) -> dict[str, AnyPa
             [logical[name] for name in names],
             degree=model.topology.tp,
             spec=model.spec,
+            recorded={logical[name]: pattern for name, pattern in kept.items()},
             inferred=inferred,
             exact=model.exact,
             refused={logical[name]: why for name, why in model.refused.items()},
@@ -386,6 +392,7 @@ def _patterns(model: EngineModel, logical: Mapping[str, str]) -> dict[str, AnyPa
     except (SpecError, UnsupportedError):
         if model.spec is not None:
             raise
-        logger.warning("no layouts are known for this model: a load on another tensor-parallel size will need a spec")
-        return {}
+        known = f"layouts are known of {len(kept)} parameters of {len(names)}" if kept else "no layouts are known"
+        logger.warning("%s for this model: a load on another tensor-parallel size will need a spec", known)
+        return kept
     return {name: patterns[logical[name]] for name in names}

@@ -1,0 +1,85 @@
+"""What a load knew of the model's layouts, for the saves that follow: they record it, though no file or attribute tells any more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ucp_deepspeed.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.view import layouts_of
+from ucp_deepspeed.engine.model import EngineModel
+from ucp_deepspeed.errors import MismatchError
+from ucp_deepspeed.language.resolve import Agreement, compare
+from ucp_deepspeed.layout.pattern import AnyPattern, Pattern, PerRank, Unique
+
+ATTRIBUTE = "_universal_checkpoint_layouts"
+"""Of an engine: the `KnownLayouts` of its last load."""
+
+
+@dataclass(frozen=True)
+class KnownLayouts:
+    """By the names that the live model has.
+
+    Attributes:
+        patterns: of parameters, without those that say nothing about other tensor-parallel sizes.
+        logical_names: of parameters and buffers; of those that aren't here nothing is known.
+        vocabulary_size: rows of the unpadded vocabulary.
+    """
+
+    patterns: Mapping[str, Pattern] = field(default_factory=dict)
+    logical_names: Mapping[str, str] = field(default_factory=dict)
+    vocabulary_size: int | None = None
+
+
+def known_by_plan(
+    patterns: Mapping[str, AnyPattern], names: Mapping[str, str], vocabulary_size: int | None
+) -> KnownLayouts:
+    """What a universal load went by.
+
+    Args:
+        patterns: by logical name.
+        names: parameters and buffers of the model → logical names.
+    """
+    found = {name: patterns[logical] for name, logical in names.items() if logical in patterns}
+    told = {name: pattern for name, pattern in found.items() if not isinstance(pattern, Unique | PerRank)}
+    return KnownLayouts(told, names, vocabulary_size)
+
+
+def known_by_manifest(checkpoint: Checkpoint, engine: Any) -> KnownLayouts:
+    """What the manifest tells of a model that DeepSpeed itself loads: it has the same names and shares. A spec in the config
+    knows better."""
+    manifest = checkpoint.manifest if isinstance(checkpoint, DeepSpeedCheckpoint) else None
+    if manifest is None or engine.universal_checkpoint_config.spec != "auto":
+        return KnownLayouts()
+    return KnownLayouts(manifest.patterns, manifest.logical_names, manifest.vocabulary_size)
+
+
+def keep_layouts(engine: Any, known: KnownLayouts) -> None:
+    """After a load that succeeded, in place of what was known before it."""
+    setattr(engine, ATTRIBUTE, known)
+
+
+def kept_layouts(engine: Any, model: EngineModel) -> KnownLayouts:
+    """What the last load knew and the live model doesn't contradict, with the config's vocabulary size if it names one."""
+    known: KnownLayouts = getattr(engine, ATTRIBUTE, KnownLayouts())
+    size = model.vocabulary_size or known.vocabulary_size
+    return KnownLayouts(
+        {name: pattern for name, pattern in known.patterns.items() if _fits(name, pattern, model, size)},
+        {name: logical for name, logical in known.logical_names.items() if name in model.tensors},
+        size,
+    )
+
+
+def _fits(name: str, pattern: Pattern, model: EngineModel, vocabulary_size: int | None) -> bool:
+    if name not in model.tensors:
+        return False
+    live = model.inferred.get(name)
+    if live is not None and compare(pattern, live, model.exact) is Agreement.CONTRADICTED:
+        return False
+    try:
+        layouts_of({name: pattern}, {name: model.tensors[name].local_shapes}, model.topology.tp, vocabulary_size, "")
+    except MismatchError:
+        return False
+    return True
