@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deepspeed import comm as dist
-from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint, resolve_tag
-from ucp_deepspeed.checkpoint.checkpoint import MASTER
-from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
-from ucp_deepspeed.checkpoint.deepspeed_run import hyperparameters
-from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
-from ucp_deepspeed.checkpoint.slots import Slot
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.background import wait_for_save
@@ -35,15 +29,10 @@ from ucp_deepspeed.engine.model import (
     agreement,
     check_same_on_all_ranks,
     describe_model,
-    engine_precision,
-    engine_topology,
-    first_element,
-    local_shape,
-    model_parallel_rank,
     only_evaluates,
 )
-from ucp_deepspeed.engine.names import ModelNames
-from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, engine_optimizer
+from ucp_deepspeed.engine.native import LoadOptions, takes_universal_path
+from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer
 from ucp_deepspeed.engine.planning import plan_filling
 from ucp_deepspeed.engine.random_state import read_random_state, restore_random_state
 from ucp_deepspeed.engine.training_state import (
@@ -53,33 +42,12 @@ from ucp_deepspeed.engine.training_state import (
     plan_scheduler,
     restore_data_schedules,
     restore_run,
-    usable,
 )
 from ucp_deepspeed.errors import CheckpointNotFoundError, ConfigError, DamagedCheckpointError, MismatchError
 
 logger = logging.getLogger("ucp_deepspeed")
 
 Loaded = tuple[str | None, dict[str, Any] | None]
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """The arguments of ``engine.load_checkpoint`` under their own names."""
-
-    load_module_strict: bool = True
-    load_optimizer_states: bool = True
-    load_lr_scheduler_states: bool = True
-    load_module_only: bool = False
-    custom_load_fn: Callable[..., None] | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """By name; nothing is copied, as of a method's object it would be by ``dataclasses.asdict``."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
-
-    @property
-    def optimizer_states(self) -> bool:
-        """Whether optimizer states and hyper-parameters are restored."""
-        return self.load_optimizer_states and not self.load_module_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +109,7 @@ def load_checkpoint(
             logger.info("the engine has no optimizer: the load is left to DeepSpeed")
         elif folder is not None:
             prepared = open_checkpoint(folder), engine_optimizer(engine)
-            universal = _takes_universal_path(config, engine, *prepared, options)
+            universal = takes_universal_path(config, engine, *prepared, options)
             random_state = read_random_state(folder, prepared[0].run.global_steps) if goes_on else None
     _check_one_step(None if prepared is None else prepared[0])
     if not any(_gathered(universal)):  # a pipeline's stages may have changed on some ranks only
@@ -231,101 +199,6 @@ def _find(load_dir: Path, tag: str | None, load: str) -> Path | None:
     if (folder / INDEX_NAME).is_file():
         raise ConfigError(f'{folder} is a universal checkpoint, and "load" is "never"')
     return None
-
-
-def _takes_universal_path(
-    config: UniversalCheckpointConfig,
-    engine: Any,
-    checkpoint: Checkpoint,
-    optimizer: EngineOptimizer,
-    options: LoadOptions,
-) -> bool:
-    if not isinstance(checkpoint, DeepSpeedCheckpoint) or config.load == "always" or config.has_policies:
-        return True
-    if not options.optimizer_states and not (options.load_module_only and checkpoint.topology.zero_stage == 0):
-        return True  # DeepSpeed leaves the weights of ZeRO-3, or without ZeRO their masters, as they were
-    if options.custom_load_fn is not None and not isinstance(engine, PipelineEngine):
-        return True  # under ZeRO, DeepSpeed overwrites with the saved masters what the function has changed
-    return not _same_topology(checkpoint, engine, optimizer)
-
-
-def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: EngineOptimizer) -> bool:
-    """Whether each rank can take over one rank's files as they are: same degrees, stage, precision and slots.
-
-    The slots catch what degrees don't: another optimizer, ``round_robin_gradients``, ``parameter_alignment`` or
-    ``sub_group_size``, and a parameter with another shape of the same size.
-    """
-    if (checkpoint.topology, checkpoint.optimizer_form, checkpoint.run.precision) != (
-        engine_topology(engine),
-        optimizer.form,
-        engine_precision(engine),
-    ):
-        return False
-    rank, names = model_parallel_rank(engine), ModelNames(engine)
-    if len({layer.ep for layer in names.layers.values()}) > 1:
-        return False  # DeepSpeed goes by the order of the groups of experts, which it takes from a set
-    if checkpoint.topology.zero_stage == 0:
-        if checkpoint.optimizer_form == BF16_OPTIMIZER.name:
-            return False  # DeepSpeed can't read what it has written (KeyError in BF16_Optimizer.load_state_dict)
-        if checkpoint.files.autoep.layers.keys() - names.of_parameters.values():
-            return False
-        recorded = checkpoint.recorded_groups(rank, names.ep_rank)
-        if recorded is None:
-            return True  # the files name no parameters: only their order can tell, and DeepSpeed goes by it
-        if recorded != optimizer.group_names():
-            return False
-    starts = {name: first_element(param) for param, name in names.of_parameters.items()}
-    live = optimizer.slots()
-    saved = [
-        slot
-        for slot in checkpoint.trained_slots(rank)
-        if all(starts.get(name) == slot.start(index) for index, name in enumerate(slot.names))
-    ]
-    form = _numels_of if checkpoint.topology.zero_stage == 0 else _flattening_of
-    order = [[(slot.names, form(slot), slot.overlapping) for slot in slots] for slots in (saved, live)]
-    shapes = checkpoint.local_shapes(rank)
-    same = (
-        order[0] == order[1]
-        and all(
-            shapes.get(name, local_shape(param)) == local_shape(param) for param, name in names.of_parameters.items()
-        )
-        and _same_states(saved, live, hyperparameters(checkpoint.files, rank), optimizer)
-    )
-    if same and checkpoint.topology.zero_stage > 0:
-        for found, mine in zip(saved, live, strict=True):
-            found.tensor(mine.partition, MASTER)  # raises if this rank's file is of another save than the first one's
-    return same
-
-
-def _flattening_of(slot: Slot | EngineSlot) -> Any:
-    return slot.flattening
-
-
-def _numels_of(slot: Slot | EngineSlot) -> Any:
-    """Without ZeRO nothing is cut; the catalog may take the experts of AutoEP, whose weights are in several files, one by one."""
-    return slot.flattening.numels
-
-
-def _same_states(
-    saved: Sequence[Slot], live: Sequence[EngineSlot], groups: Sequence[Mapping[str, Any]], optimizer: EngineOptimizer
-) -> bool:
-    """Whether the optimizer keeps the states that the checkpoint holds, by the first slot of each group.
-
-    Args:
-        groups: hyper-parameters of the checkpoint's groups, which DeepSpeed restores too; none in elastic files.
-    """
-    first = {slot.group: index for index, slot in reversed(list(enumerate(live)))}
-    for group, index in first.items():
-        settings = groups[group] if group < len(groups) else {}
-        found, wanted = saved[index].states.keys() - {MASTER}, optimizer.kept_states(live[index], usable(settings))
-        stepped = found or saved[index].scalars
-        if (
-            wanted is not None
-            and stepped
-            and (found, saved[index].scalars.keys()) != (wanted.elementwise, wanted.scalars)
-        ):
-            return False
-    return True
 
 
 def _load_universal(

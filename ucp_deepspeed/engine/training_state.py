@@ -17,7 +17,7 @@ from ucp_deepspeed.engine.optimizers import EngineOptimizer
 from ucp_deepspeed.errors import MismatchError
 
 if TYPE_CHECKING:
-    from ucp_deepspeed.engine.load import LoadOptions
+    from ucp_deepspeed.engine.native import LoadOptions
 
 logger = logging.getLogger("ucp_deepspeed")
 
