@@ -5,10 +5,19 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-DEEPSPEED_RANGE = "deepspeed>=0.19.0,<0.20"
-
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "ucp_deepspeed" / "__init__.py").read_text(encoding="utf-8"))[1]
+
+
+def stated(name: str, file: str) -> str:
+    """The string that a module of the package gives a name; it isn't imported, which would need what is only to be installed."""
+    found = re.search(rf'^{name} = "(.+)"', (HERE / "ucp_deepspeed" / file).read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1]
+
+
+VERSION = stated("__version__", "__init__.py")
+OLDEST, NEWEST = (stated(name, "engine/deepspeed_versions.py") for name in ("OLDEST_DEEPSPEED", "NEWEST_DEEPSPEED"))
+MAJOR, MINOR = NEWEST.split(".")
+DEEPSPEED_RANGE = f"deepspeed>={OLDEST},<{MAJOR}.{int(MINOR) + 1}"
 
 packages = find_packages(include=["ucp_deepspeed", "ucp_deepspeed.*"])
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.version import Version
@@ -15,7 +17,7 @@ from packaging.version import Version
 import ucp_deepspeed
 from ucp_deepspeed.config import UniversalCheckpointConfig, parse_config
 from ucp_deepspeed.engine import load, save
-from ucp_deepspeed.engine.support import NEWEST_DEEPSPEED, OLDEST_DEEPSPEED, check_version
+from ucp_deepspeed.engine.deepspeed_versions import NEWEST_DEEPSPEED, OLDEST_DEEPSPEED, check_version
 from ucp_deepspeed.errors import ConfigError, MismatchError, UnsupportedError
 
 PACKAGE = Path(ucp_deepspeed.__file__).parent
@@ -151,9 +153,25 @@ def test_version_of_today() -> None:
     check_version()
 
 
-def test_the_version_range_is_that_of_the_package() -> None:
-    minor = Version(NEWEST_DEEPSPEED).minor + 1
-    assert f'"deepspeed>={OLDEST_DEEPSPEED},<0.{minor}"' in (PACKAGE.parent / "setup.py").read_text(encoding="utf-8")
+def test_a_version_outside_is_refused_before_anything_is_imported_that_it_may_lack() -> None:
+    """A stand-in with a version and nothing else."""
+    code = (
+        "import sys, types; sys.modules['deepspeed'] = found = types.ModuleType('deepspeed'); found.__version__ = '0.20.1'\n"
+        "from ucp_deepspeed.engine import load"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "UnsupportedError: deepspeed 0.20.1 is outside the tested range" in done.stderr
+
+
+def test_setup_and_readme_state_the_same_range_of_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    stated: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", lambda **settings: stated.update(settings))
+    runpy.run_path(str(PACKAGE.parent / "setup.py"))
+    major, minor = Version(NEWEST_DEEPSPEED).release
+    beyond = f"{major}.{minor + 1}"
+    assert f"deepspeed>={OLDEST_DEEPSPEED},<{beyond}" in stated["install_requires"]
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    assert f"DeepSpeed {OLDEST_DEEPSPEED} up to, not including, {beyond} is accepted" in readme
 
 
 def test_mismatch_survives_a_trip_to_another_rank() -> None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ucp_deepspeed.checkpoint import Checkpoint, Parameter
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
 from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.engine.deepspeed_surface import autoep_layers
 from ucp_deepspeed.engine.model import WEIGHT_DTYPES, EngineModel
 from ucp_deepspeed.engine.optimizers import EngineOptimizer
 from ucp_deepspeed.errors import UnsupportedError
@@ -33,7 +33,7 @@ def check_custom_load(engine: Any) -> None:
     Raises:
         UnsupportedError: a pipeline engine; also experts of AutoEP, of which a rank's modules have some and the state dict all.
     """
-    if any(isinstance(module, AutoEPMoELayer) for module in engine.module.modules()):
+    if any(autoep_layers(engine.module)):
         raise UnsupportedError("custom_load_fn can't be used with layers of DeepSpeed's AutoEP in this release")
     if isinstance(engine, PipelineEngine):
         raise UnsupportedError("custom_load_fn can't be used with pipeline parallelism, as with DeepSpeed itself")

@@ -12,12 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.checkpoint.constants import (
-    AUTOEP_PARAM_LOCAL_EXPERTS,
-    AUTOEP_PARAM_LOGICAL_SHAPE,
-    DS_AUTOEP_UC_META,
-    UNIVERSAL_CHECKPOINT_INFO,
-)
+from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.utils.bwc import (
     bwc_pipeline_parallel_group,
@@ -29,6 +24,7 @@ from ucp_deepspeed.checkpoint.autotp import RecordedLayouts, read_autotp_layouts
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes, Kind, Precision
 from ucp_deepspeed.checkpoint.experts import expert_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
+from ucp_deepspeed.engine.deepspeed_surface import dealt_experts
 from ucp_deepspeed.engine.exchange import replica_group
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer
@@ -209,14 +205,14 @@ def can_be_trained(param: torch.Tensor) -> bool:
 def local_shape(tensor: torch.Tensor) -> Shape:
     """Shape of the whole local tensor, also where ZeRO-3 has cut it; of experts that AutoEP has dealt out that of all."""
     held: Shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
-    dealt = getattr(tensor, DS_AUTOEP_UC_META, None)
-    return held if dealt is None else tuple(dealt[AUTOEP_PARAM_LOGICAL_SHAPE])
+    dealt = dealt_experts(tensor)
+    return held if dealt is None else dealt.shape
 
 
 def first_element(tensor: torch.Tensor) -> int:
     """Where in the whole local tensor what this rank has of it begins, in elements: its first expert's with AutoEP."""
-    dealt = getattr(tensor, DS_AUTOEP_UC_META, None)
-    return 0 if dealt is None else int(dealt[AUTOEP_PARAM_LOCAL_EXPERTS][0]) * prod(local_shape(tensor)[1:])
+    dealt = dealt_experts(tensor)
+    return 0 if dealt is None else dealt.first * prod(dealt.shape[1:])
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 
 from ucp_deepspeed.checkpoint.experts import EXPERTS, expert_of, renumbered
+from ucp_deepspeed.engine.deepspeed_surface import autoep_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,7 @@ class ModelNames:
             if isinstance(module, MoE)
         } | {
             f"{name}.experts.".lstrip("."): LayerExperts(module.ep_rank, module.num_local_experts, module.num_experts)
-            for name, module in engine.module.named_modules()
-            if isinstance(module, AutoEPMoELayer)
+            for name, module in autoep_layers(engine.module)
         }
 
     @cached_property

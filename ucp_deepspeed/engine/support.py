@@ -1,54 +1,32 @@
-"""Which engines and which versions of DeepSpeed this release handles."""
+"""Which engines this release handles."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import deepspeed
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed import __version__ as deepspeed_version
 from deepspeed.moe.layer import MoE
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from packaging.version import Version
 
 from ucp_deepspeed.config import CONFIG_KEY
 from ucp_deepspeed.engine.background import check_background
+from ucp_deepspeed.engine.deepspeed_surface import OLDEST_AUTOEP, autoep_layers, autoep_marks_experts
 from ucp_deepspeed.engine.model import agreement, check_same_on_all_ranks, only_evaluates
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.save import check_model
 from ucp_deepspeed.errors import UnsupportedError
 
-OLDEST_DEEPSPEED = "0.19.0"
-"""First version that the tests pass with. (0.18.9 doesn't run with torch 2.13.)"""
-
-NEWEST_DEEPSPEED = "0.19"
-"""Last minor version that the tests pass with; its later patch releases are accepted."""
-
-
-def check_version(version: str = deepspeed.__version__) -> None:
-    """Refuse a version whose internals haven't been tested.
-
-    Raises:
-        UnsupportedError: names the version and the range.
-    """
-    found = Version(version.split("+")[0])
-    if found < Version(OLDEST_DEEPSPEED) or found.release[:2] > Version(NEWEST_DEEPSPEED).release[:2]:
-        raise UnsupportedError(
-            f"deepspeed {version} is outside the tested range {OLDEST_DEEPSPEED} to {NEWEST_DEEPSPEED}.x; install a version "
-            f'inside it, or set "universal_checkpoint": {{"enabled": false}}'
-        )
-
 
 def check_engine(engine: Any) -> None:
     """Refuse, when the engine is built, what saving and loading couldn't handle. Collective.
 
     Raises:
-        UnsupportedError: the version, the kind of mixture-of-experts layers, the optimizer's class, or where its settings keep
+        UnsupportedError: the kind of mixture-of-experts layers, the optimizer's class, or where its settings keep
             its tensors.
         ConfigError: the block differs from rank to rank; or DeepSpeed's settings that asynchronous saving can't go with.
         SpecError, MismatchError: the layouts that the config names don't fit the model.
     """
-    check_version()
     check_same_on_all_ranks(CONFIG_KEY, engine.universal_checkpoint_config.model_dump(by_alias=True))
     with agreement():
         if engine.universal_checkpoint_config.save.asynchronous:
@@ -68,10 +46,12 @@ def _check_experts(engine: Any) -> None:
             several expert-parallel sizes, or experts of which DeepSpeed's own checkpoints are incomplete.
     """
     sizes, modules = {layer.ep for layer in ModelNames(engine).layers.values()}, list(engine.module.modules())
-    automatic = any(isinstance(module, AutoEPMoELayer) for module in modules)
+    automatic = any(autoep_layers(engine.module))
     spread = any(isinstance(module, MoE) and not module.enable_expert_tensor_parallelism for module in modules)
     reason = ""
-    if automatic and any(isinstance(module, MoE) for module in modules):
+    if automatic and not autoep_marks_experts():
+        reason = f"layers of AutoEP in DeepSpeed {deepspeed_version} (the first that can be handled are those of {OLDEST_AUTOEP})"
+    elif automatic and any(isinstance(module, MoE) for module in modules):
         reason = "layers of DeepSpeed's AutoEP beside its own mixture-of-experts layers"
     elif isinstance(engine, PipelineEngine):
         reason = "mixture-of-experts layers in a pipeline"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, LossScale
+from ucp_deepspeed.engine.deepspeed_surface import loss_scale_of
 from ucp_deepspeed.engine.exchange import replica_group
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
@@ -37,16 +38,17 @@ class Fp16Optimizer(EngineOptimizer):
 
     def loss_scale(self) -> LossScale | None:
         """See `EngineOptimizer.loss_scale`."""
-        config = self._wrapper.loss_scale_config
-        if not config.use_grad_scaling:
+        scale = loss_scale_of(self._wrapper)
+        if scale is None:
             return None
-        return LossScale(config.dynamic_loss_scale, {key: getattr(config, key) for key in SCALE_KEYS})
+        return LossScale(scale.dynamic_loss_scale, {key: getattr(scale, key, None) for key in SCALE_KEYS})
 
     def set_loss_scale(self, values: Mapping[str, Any]) -> None:
         """See `EngineOptimizer.set_loss_scale`."""
+        scale = loss_scale_of(self._wrapper)
         for key in SCALE_KEYS:
             if key in values:
-                setattr(self._wrapper.loss_scale_config, key, values[key])
+                setattr(scale, key, values[key])
 
 
 class UnfusedOptimizer(Fp16Optimizer):

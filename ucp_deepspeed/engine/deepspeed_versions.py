@@ -1,0 +1,32 @@
+"""The range of DeepSpeed versions whose internals this release knows; the first thing that `ucp_deepspeed.engine` imports.
+
+So nothing of DeepSpeed is imported here but the package, which must be there whatever its version lacks. ``setup.py`` reads the
+range from the text of this file.
+"""
+
+from __future__ import annotations
+
+import deepspeed
+from packaging.version import Version
+
+from ucp_deepspeed.errors import UnsupportedError
+
+OLDEST_DEEPSPEED = "0.19.0"
+"""First version that the tests pass with."""
+
+NEWEST_DEEPSPEED = "0.19"
+"""Last minor version that they pass with; its later patch releases are accepted."""
+
+
+def check_version(version: str = deepspeed.__version__) -> None:
+    """Refuse a version whose internals haven't been tested.
+
+    Raises:
+        UnsupportedError: names the version and the range.
+    """
+    found = Version(version.split("+")[0])
+    if found < Version(OLDEST_DEEPSPEED) or found.release[:2] > Version(NEWEST_DEEPSPEED).release[:2]:
+        raise UnsupportedError(
+            f"deepspeed {version} is outside the tested range {OLDEST_DEEPSPEED} to {NEWEST_DEEPSPEED}.x; install a version "
+            f'inside it, or set "universal_checkpoint": {{"enabled": false}}'
+        )
