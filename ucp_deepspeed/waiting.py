@@ -11,12 +11,13 @@ BACKGROUND_MODULE = "ucp_deepspeed.engine.background"
 
 
 def wait_for_save() -> None:
-    """Wait until the last asynchronous save is on disk and ``latest`` names it; does nothing if there is none.
+    """Wait until the last asynchronous save of each engine is on disk and ``latest`` names it; does nothing if there is none.
 
-    The next save and load do so anyway, and so does the end of the process. Collective, if the process group still exists.
+    An engine's next save and load do so anyway for its own, and the end of the process for all. Collective, if the process group
+    still exists.
 
     Raises:
-        SaveError: on all ranks, if the save failed on one of them.
+        SaveError: on all ranks, if a save failed on one of them.
     """
     background = sys.modules.get(BACKGROUND_MODULE)
     if background is not None:

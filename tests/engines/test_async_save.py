@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from checkpoints import LAST_STEP, STEP
@@ -25,8 +28,9 @@ from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
 from ucp_deepspeed.config import SaveConfig
 from ucp_deepspeed.engine import background, save, snapshot
 from ucp_deepspeed.errors import ConfigError, SaveError, UniversalCheckpointError
+from ucp_deepspeed.testing.models import build_mlp
 from ucp_deepspeed.testing.ranks import RankError, RankPool
-from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
+from ucp_deepspeed.testing.runs import GLOBAL_BATCH, Run, build_engine, train, train_step
 
 Ranks = Callable[[int], RankPool]
 
@@ -313,6 +317,95 @@ def test_what_fails_between_barriers_is_told_on_all_ranks(
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"a"}
 
 
+def save_into_what_goes(run: Run, root: str, what: str, how: str, late: int) -> tuple[str, float]:
+    """Rename or remove the save's folder, or the tag's in it, while a rank still has its files to write; returns what was told,
+    and the seconds until then."""
+    engine, folder = trained(run, 0), Path(root) / "tmp-1"
+    begun = time.monotonic()
+    with held_back() as gate:
+        engine.save_checkpoint(str(folder), tag="a")
+        if dist.get_rank() != late:
+            gate.set()
+            vars(engine)[background.OWN].written.wait()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            gone = folder / "a" if what == "tag" else folder
+            shutil.rmtree(gone) if how == "removed" else gone.rename(gone.with_name("final"))
+        dist.barrier()
+        gate.set()
+        with pytest.raises(SaveError) as caught:
+            engine.save_checkpoint(f"{root}/next")
+    engine.save_checkpoint(f"{root}/next")
+    ucp_deepspeed.wait_for_save()
+    engine.destroy()
+    return str(caught.value), time.monotonic() - begun
+
+
+@pytest.mark.parametrize(
+    ("what", "how", "late"),
+    [("folder", "renamed", 0), ("folder", "renamed", 1), ("folder", "removed", 1), ("tag", "removed", 1)],
+)
+def test_a_folder_that_goes_while_it_is_written(what: str, how: str, late: int, ranks: Ranks, tmp_path: Path) -> None:
+    """As Hugging Face's Trainer renamed ``tmp-checkpoint``: told at once on all ranks, and nothing is left, wherever it is."""
+    told = ranks(2).run(save_into_what_goes, Run("mlp", universal=ASYNC), str(tmp_path), what, how, late)
+    gone = tmp_path / "tmp-1" / ("a" if what == "tag" else "")
+    for message, seconds in told:
+        assert (
+            f"{tmp_path}/tmp-1/a could not be saved, and 'latest' was not moved: {gone} was renamed or removed"
+            in message
+        )
+        assert "call ucp_deepspeed.wait_for_save() before" in message and seconds < 20
+    assert not [path for path in tmp_path.rglob("*") if path.name == "a" or path.name.startswith(".")]
+    assert open_checkpoint(tmp_path / "next").run.global_steps == 0
+
+
+def save_two_engines(run: Run, root: str, failing: int) -> dict[str, Any]:
+    """The first engine's save fails on one rank, while the second saves and loads; then both into one folder."""
+    first, found = trained(run, 0), dict[str, Any]()
+    config = {
+        "train_batch_size": GLOBAL_BATCH,
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+        "zero_optimization": {"stage": 1},
+        "universal_checkpoint": ASYNC,
+    }
+    second, *_ = deepspeed.initialize(model=build_mlp(), config=config)
+    train_step(second, run, 1)
+    with held_back():
+        first.save_checkpoint(f"{root}/first", tag="t")
+        second.save_checkpoint(f"{root}/second", tag="t")
+        found["waiting"] = [vars(each)[background.OWN].is_alive() for each in (first, second)]
+        if dist.get_rank() == failing:
+            shutil.rmtree(next(Path(f"{root}/first").glob(".t.partial*")))
+        dist.barrier()
+    second.save_checkpoint(f"{root}/second", tag="u")
+    second.load_checkpoint(f"{root}/second")
+    found["steps"] = second.global_steps
+    try:
+        first.save_checkpoint(f"{root}/first", tag="u")
+    except SaveError as error:
+        found["first"] = str(error)
+    for number, engine in enumerate((first, second)):
+        engine.save_checkpoint(f"{root}/both", tag=str(number))
+    ucp_deepspeed.wait_for_save()
+    found["both"] = (Path(root) / "both" / "latest").read_text()
+    for engine in (first, second):
+        engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_each_engine_has_a_save_of_its_own(failing: int, ranks: Ranks, tmp_path: Path) -> None:
+    """One engine's failure is told to it, with its folder, and neither keeps the other from saving."""
+    run = Run("mlp", universal=ASYNC)
+    for found in ranks(2).run(save_two_engines, run, str(tmp_path), failing):
+        assert found["waiting"] == [True, True] and found["steps"] == 1
+        assert f"{tmp_path}/first/t could not be saved" in found["first"]
+        assert found["both"] == "1"
+    assert open_checkpoint(tmp_path / "second").path.name == "u"
+    assert not (tmp_path / "first" / "latest").exists()
+    assert not [path for path in tmp_path.rglob(".*")]
+
+
 class Copied(TorchDispatchMode):
     """Counts the bytes of all tensors that torch copies; of those that go into buffers none does."""
 
@@ -430,7 +523,7 @@ def test_a_log_that_cant_be_written_keeps_nobody_waiting(tmp_path: Path, monkeyp
     job = background.Job(tmp_path / "gone", tmp_path / "a", (), {"x": ""}, lambda: None, 1, 2, timeout=1.0)
     writing = background.Writing(job)
     writing.start()
-    assert writing.written.wait(10) and "gone" in str(writing.own_error)
+    assert writing.written.wait(10) and "renamed or removed" in str(writing.own_error)
     writing.join()
 
 

@@ -1,4 +1,4 @@
-"""What a load knew of a model's layouts every later save records: a checkpoint that was saved under a spec never needs one again."""
+"""What a load knew of layouts every later save records: what was saved under a spec once never needs one again."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PATTERNS = {
 
 
 class Heron(nn.Module):
-    """Of no family, and nothing about its parameters tells how they are cut. Its loss is the same on all ranks for each element."""
+    """Of no family, and no attribute tells how its parameters are cut. Its loss is the same on all ranks for each element."""
 
     def __init__(self, degree: int, seed: int) -> None:
         super().__init__()

@@ -10,7 +10,8 @@ disk, or couldn't be written; rank 0 looks for them. The ranks write to one file
 could meet the training's own on the same group in another order on each rank, and a further group, or torch's store, may be gone
 before the files are written: scripts destroy their process group first and end then.
 
-**How the others learn of a failure.** By a collective in the foreground: `wait_for_save`, which the next save or load calls. At
+**How the others learn of a failure.** By a collective in the foreground: `wait_for_save`, which the engine's next save or load
+calls. At
 the end of the process there is no collective any more: each rank finishes its files, rank 0 waits for the others, and a rank
 whose own save failed ends with a status other than zero (`ucp_deepspeed.waiting`).
 
@@ -29,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from errno import ENOENT, ENOTDIR
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,8 @@ class Writing(threading.Thread):
         written: set when this rank's own files are on disk or have failed.
         own_error: what failed of this rank's files; to be read after ``written``.
         error: the first that failed; to be read when the thread has ended.
+        settled: whether all ranks have waited for it.
+        outcome: why it failed, on whatever rank; to be read when it is settled.
     """
 
     def __init__(self, job: Job) -> None:
@@ -207,6 +211,8 @@ class Writing(threading.Thread):
         self.written = threading.Event()
         self.own_error: SaveError | None = None
         self.error: SaveError | None = None
+        self.settled = False
+        self.outcome: Exception | None = None
         self._given_up = threading.Event()
 
     def run(self) -> None:
@@ -225,6 +231,8 @@ class Writing(threading.Thread):
             with self._failing():
                 self._await_ranks()
                 self.job.commit()
+            if self.error is not None and not self.job.partial.is_dir():
+                self.clear()  # it was moved, and no rank finds it any more
 
     def give_up(self) -> None:
         """Commit nothing, since a rank has failed; returns when the thread has ended."""
@@ -264,6 +272,7 @@ class Writing(threading.Thread):
 
         Raises:
             SaveError: some have failed, or didn't end in time.
+            FileNotFoundError: the folder was renamed or removed.
         """
         deadline, pause = time.monotonic() + self.job.timeout, SHORTEST_PAUSE
         waiting = {rank: self.job.partial / ENDED_NAME.format(rank=rank) for rank in range(self.job.world_size)}
@@ -274,6 +283,7 @@ class Writing(threading.Thread):
                 del waiting[rank]
                 if error is not None:
                     failed[rank] = error
+            self.job.partial.stat()  # raises if it is where no rank finds it any more
             if waiting and time.monotonic() > deadline:
                 raise SaveError(
                     f"ranks {sorted(waiting)} didn't write their files of {self.job.folder} within {self.job.timeout:g} s of "
@@ -289,24 +299,40 @@ class Writing(threading.Thread):
 
 
 def _as_save_error(error: Exception, job: Job) -> SaveError:
-    found = SaveError(f"{job.folder} could not be saved, and 'latest' was not moved: {type(error).__name__}: {error}")
+    gone = not job.partial.is_dir() and getattr(error, "errno", ENOENT) in (ENOENT, ENOTDIR)
+    found = gone_error(job.folder, job.partial.parent) if gone else None
+    if found is None:
+        found = SaveError(
+            f"{job.folder} could not be saved, and 'latest' was not moved: {type(error).__name__}: {error}"
+        )
     found.__cause__ = error
     return found
 
 
-_writing: Writing | None = None
-"""The save that may not be finished, or has failed and nobody has been told. One for all engines of a process: every rank must
-find the same one, whatever engine it saves or loads with."""
+def gone_error(folder: Path, moved: Path) -> SaveError:
+    """Somebody else has renamed or removed what a save writes to."""
+    return SaveError(
+        f"{folder} could not be saved, and 'latest' was not moved: {moved} was renamed or removed, in whole or in part, while "
+        f'the save wrote there; call ucp_deepspeed.wait_for_save() before you do so, or set "async": false in '
+        f"'universal_checkpoint.save', and save again"
+    )
 
 
-def begin(job: Job) -> None:
+_pending: list[Writing] = []
+"""Saves that may not be finished, or have failed and nobody has been told, in the order in which they began: the same on every
+rank."""
+
+OWN = "_universal_checkpoint_writing"
+"""Attribute of an engine: its last `Writing`."""
+
+
+def begin(engine: Any, job: Job) -> None:
     """Start to write, on all ranks or on none. Collective.
 
     Raises:
         RuntimeError: a rank can't start a thread.
     """
-    global _writing
-    assert _writing is None, "a save waits for the last one"
+    assert vars(engine).get(OWN) not in _pending, "a save waits for the engine's last one"
     writing = Writing(job)
     started = False
     try:
@@ -318,7 +344,8 @@ def begin(job: Job) -> None:
             writing.give_up()
         writing.clear()
         raise
-    _writing = writing
+    vars(engine)[OWN] = writing
+    _pending.append(writing)
     _end_with_child()
 
 
@@ -334,18 +361,38 @@ def _end_with_child() -> None:
         multiprocessing.util.Finalize(None, end_of_process, exitpriority=0)
 
 
-def wait_for_save() -> None:
-    """Wait until the last asynchronous save is on disk and ``latest`` has moved. Collective, unless the process group is gone.
+def wait_for_save(engine: Any = None) -> None:
+    """Wait until the last asynchronous save of an engine, or of each, is on disk and ``latest`` has moved. Collective, unless the
+    process group is gone.
 
     Raises:
         SaveError: on all ranks, if it failed on one of them. It is told once.
     """
-    global _writing
-    writing = _writing
-    if writing is None:
+    errors: list[Exception] = []
+    for writing in [each for each in _pending if engine is None or each is vars(engine).get(OWN)]:
+        _settle(writing)
+        _pending.remove(writing)
+        errors += [writing.outcome] if writing.outcome is not None else []
+    if errors:
+        raise errors[0] if len(errors) == 1 else SaveError("; ".join(map(str, errors)))
+
+
+def settle_saves(folder: Path | None = None) -> None:
+    """Wait for the saves of all engines, or for those below a folder, whose ``latest`` they move. Collective.
+
+    How they ended is told to whoever waits for them by `wait_for_save`.
+    """
+    place = None if folder is None else folder.resolve()
+    for writing in list(_pending):
+        if place is None or writing.job.folder.resolve().is_relative_to(place):
+            _settle(writing)
+
+
+def _settle(writing: Writing) -> None:
+    """Wait for one save on all ranks, and remove what it has left if it failed on one of them. Collective."""
+    if writing.settled:
         return
     writing.written.wait()
-    _writing = None
     try:
         with _agreement():
             if writing.own_error is not None:
@@ -354,25 +401,22 @@ def wait_for_save() -> None:
             writing.join()
             if writing.error is not None:
                 raise writing.error
-    except Exception:
+    except Exception as error:  # Ctrl-C is none: the save goes on, and the next call waits for it
         writing.give_up()
         writing.clear()
-        raise
-    except BaseException:  # Ctrl-C: the save goes on, and the next call waits for it
-        _writing = writing
-        raise
+        writing.outcome = error
+    writing.settled = True
 
 
 def last_failure() -> BaseException | None:
-    """Why the last save isn't on disk, if nobody has been told; waits for it. At the end of the process, when threads are no
-    longer waited for, or were and the wait was interrupted."""
-    if _writing is None:
-        return None
+    """Why a save isn't on disk, if nobody has been told; waits for all. At the end of the process, when threads are no longer
+    waited for, or were and the wait was interrupted."""
     try:
-        _writing.join()
+        for writing in _pending:
+            writing.join()
     except BaseException as interrupted:
         return interrupted
-    return _writing.error
+    return next((error for each in _pending if (error := each.outcome or each.error) is not None), None)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a load knew of the model's layouts, for the saves that follow: they record it, though no file or attribute tells any more."""
+"""What a load knew of the model's layouts, for the saves that follow: they record what no spec or attribute tells any more."""
 
 from __future__ import annotations
 

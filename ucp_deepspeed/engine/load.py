@@ -19,7 +19,7 @@ from ucp_deepspeed.checkpoint.expert_forms import in_form_of
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.config import UniversalCheckpointConfig
-from ucp_deepspeed.engine.background import wait_for_save
+from ucp_deepspeed.engine.background import settle_saves, wait_for_save
 from ucp_deepspeed.engine.custom_load import check_custom_load, local_state_dict, run_custom_load
 from ucp_deepspeed.engine.extra_states import plan_extra_states
 from ucp_deepspeed.engine.known_layouts import KnownLayouts, keep_layouts, known_by_manifest
@@ -93,7 +93,8 @@ def load_checkpoint(
         UniversalCheckpointError: one of its subclasses, on every rank, before anything of the engine has changed; SaveError if an
             asynchronous save, for which this waits, failed. Later only where a file that was whole can't be read any more.
     """
-    wait_for_save()
+    wait_for_save(engine)
+    settle_saves()
     config: UniversalCheckpointConfig = engine.universal_checkpoint_config
     options = LoadOptions(
         load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn

@@ -34,7 +34,15 @@ from ucp_deepspeed.checkpoint.opening import LATEST_NAME, open_checkpoint
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.checkpoint.view import layouts_of
-from ucp_deepspeed.engine.background import ENDED_NAMES, Job, SnapshotEngine, begin, wait_for_save
+from ucp_deepspeed.engine.background import (
+    ENDED_NAMES,
+    Job,
+    SnapshotEngine,
+    begin,
+    gone_error,
+    settle_saves,
+    wait_for_save,
+)
 from ucp_deepspeed.engine.extra_states import has_extra_states
 from ucp_deepspeed.engine.known_layouts import KnownLayouts, kept_layouts
 from ucp_deepspeed.engine.model import EngineModel, agreement, can_be_trained, describe_model, gather_model_parallel
@@ -75,9 +83,11 @@ def save_checkpoint(
     Raises:
         SpecError, MismatchError: the layouts that the config names don't fit the model; nothing is written.
         SaveError: the tag is a universal checkpoint, and nothing is written; or DeepSpeed's files are written and the manifest
-            couldn't be: then ``latest`` names the checkpoint that it named before; or the last asynchronous save failed.
+            couldn't be: then ``latest`` names the checkpoint that it named before; or the engine's last asynchronous save
+            failed.
     """
-    wait_for_save()
+    wait_for_save(engine)
+    settle_saves(Path(save_dir or "."))
     rest = {"client_state": client_state or {}, "exclude_frozen_parameters": exclude_frozen_parameters}
     if not save_dir or engine.checkpoint_engine.is_decoupled():
         logger.warning("checkpoint engine commits later: no manifest is written")
@@ -146,15 +156,18 @@ def _save_in_background(
             remove_partial_folder(partial_folder(place), place)
         raise
     latest = Path(save_dir).absolute() / LATEST_NAME
+    is_new = place.is_dir() and not any(place.iterdir())
 
     def commit() -> None:
+        if is_new and not place.is_dir():
+            raise gone_error(folder, place)
         _commit_partial(manifest, partial, place)
         if save_latest:
             write_atomically(latest, tag)
         _warn_if_unreadable(folder)
 
     timeout = engine.universal_checkpoint_config.save.timeout
-    begin(Job(partial, folder, tuple(taken.files), texts, commit, rank, dist.get_world_size(), timeout))
+    begin(engine, Job(partial, folder, tuple(taken.files), texts, commit, rank, dist.get_world_size(), timeout))
     return saved
 
 
@@ -341,7 +354,7 @@ def _parameters(model: EngineModel, kept: KnownLayouts) -> dict[str, ManifestPar
     """Whole shape, pattern and logical name of each parameter and buffer, as far as they are known."""
     specs = naming_specs(model.spec, model.named("trainable", "frozen"))
     logical = logical_names(list(model.tensors), specs, kept.logical_names)
-    known = _patterns(model, logical, kept.patterns) | {name: Replicate() for name in model.named("buffer")}
+    known = {**_patterns(model, logical, kept.patterns), **{name: Replicate() for name in model.named("buffer")}}
     shapes = {name: tensor.local_shapes for name, tensor in model.tensors.items() if name in known}
     layouts = layouts_of(known, shapes, model.topology.tp, kept.vocabulary_size, "the model")
     return {
@@ -372,9 +385,7 @@ def _shares(shapes: HeldShapes, degree: int) -> tuple[Shape, ...] | None:
     return known[:1] if len(set(known)) == 1 else known
 
 
-def _patterns(
-    model: EngineModel, logical: Mapping[str, str], kept: Mapping[str, Pattern]
-) -> Mapping[str, AnyPattern]:
+def _patterns(model: EngineModel, logical: Mapping[str, str], kept: Mapping[str, Pattern]) -> Mapping[str, AnyPattern]:
     """What is known when saving; under tensor parallelism, when nothing tells all, what the last load knew. A later load may make
     up for the rest."""
     names = model.named("trainable", "frozen")

@@ -88,12 +88,25 @@ def make_partial_folder(final: Path, alone: bool = False) -> Path:
 
 
 def remove_partial_folder(partial: Path, final: Path | None = None) -> None:
-    """Remove it, if it is there, as far as that is possible; and ``final`` if that is there and nothing is in it."""
-    shutil.rmtree(partial, ignore_errors=True)
+    """Remove it, wherever it is by now, as far as that is possible; and ``final``, beside it, if that is there and nothing is in
+    it."""
+    here = _found(partial)
+    shutil.rmtree(here, ignore_errors=True)
     _release(partial)
     if final is not None:
         with suppress(OSError):
-            final.rmdir()
+            (here.parent / final.name).rmdir()
+
+
+def _found(partial: Path) -> Path:
+    """Where a partial folder is, also if the folder that it lies in was renamed: Linux tells of what this process holds."""
+    if partial.exists() or partial not in _holding:
+        return partial
+    try:
+        place = Path(f"/proc/self/fd/{_holding[partial]}").readlink()
+        return place if os.path.samestat(place.stat(), os.fstat(_holding[partial])) else partial
+    except OSError:
+        return partial
 
 
 _holding: dict[Path, int] = {}
