@@ -26,12 +26,14 @@ WEIGHT = "weight"
 """Name of the one state of a frozen parameter or a buffer."""
 
 
-IMPLEMENTATION_SWITCHES = frozenset(
-    ("foreach", "fused", "capturable", "differentiable", "step", "name", "moe", "param_names")
-)
-"""Hyper-parameters that choose how a machine computes, not what: each side keeps its own. ``step`` is a constant that FusedAdam
-leaves in its groups; the step that bias correction uses is a scalar of each parameter. ``name`` and ``moe`` are DeepSpeed's marks
-on groups of experts, which say over which ranks they are cut. ``param_names`` is torch's list of what is in the group."""
+IMPLEMENTATION_SWITCHES = frozenset(("foreach", "fused", "capturable", "differentiable", "name", "moe", "param_names"))
+"""Hyper-parameters that choose how a machine computes, not what: each side keeps its own, and all others are restored.
+``name`` and ``moe`` are DeepSpeed's marks on groups of experts, which say over which ranks they are cut. ``param_names`` is
+torch's list of what is in the group."""
+
+GROUP_STEP = "step"
+"""Where some optimizers count steps in a parameter group, from the first step on: Apex's and Transformer Engine's ``FusedAdam``.
+In DeepSpeed's it stays 0, and each parameter has its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,12 +36,13 @@ from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer
 from ucp_deepspeed.engine.planning import plan_filling
 from ucp_deepspeed.engine.random_state import read_random_state, restore_random_state
 from ucp_deepspeed.engine.training_state import (
-    Settings,
+    GroupSettings,
     check_scheduler,
     plan_hyperparameters,
     plan_scheduler,
     restore_data_schedules,
     restore_run,
+    without_begun_anew,
 )
 from ucp_deepspeed.errors import CheckpointNotFoundError, ConfigError, DamagedCheckpointError, MismatchError
 
@@ -64,6 +65,7 @@ class LoadReport:
         seconds: from the call to the return.
         initialised: parameters that kept the model's values, in whole, in further rows, or in their optimizer states alone.
         dropped: parameters of the checkpoint that, or whose optimizer states, the model has no place for.
+        kept_settings: hyper-parameters of the checkpoint that the engine's own, which differ, were kept instead of.
     """
 
     source: str
@@ -74,6 +76,7 @@ class LoadReport:
     seconds: float
     initialised: tuple[str, ...]
     dropped: tuple[str, ...]
+    kept_settings: tuple[str, ...] = ()
 
 
 def load_checkpoint(
@@ -221,17 +224,19 @@ def _load_universal(
         checkpoint = in_form_of(checkpoint, model.local_shapes)
         names = match_names(checkpoint, model)
         matching = match_model(checkpoint, model, names, policies)
-        settings: Settings = ()
-        if options.optimizer_states and config.hyperparameters == "restore":
-            settings = plan_hyperparameters(checkpoint, names, optimizer)
+        settings = GroupSettings()
+        if options.optimizer_states:
+            settings = plan_hyperparameters(checkpoint, names, optimizer, config.hyperparameters == "keep")
         schedule = None
         if options.load_lr_scheduler_states and engine.lr_scheduler is not None:
             keep = config.hyperparameters == "keep"
             schedule = plan_scheduler(checkpoint, names, optimizer, engine.lr_scheduler.state_dict(), keep)
             check_scheduler(engine.lr_scheduler, schedule, (engine, engine.module, engine.optimizer), optimizer)
         filling = plan_filling(
-            checkpoint, model, optimizer, names, matching, policies, settings, config.shared_read_bytes
+            checkpoint, model, optimizer, names, matching, policies, settings.values, config.shared_read_bytes
         )
+        reset = policies.optimizer_states == "reset"
+        settings = without_begun_anew(settings, names, optimizer, filling.initialised, reset)
         extra_states = plan_extra_states(checkpoint, engine.module, model, policies)
         path, state = checkpoint.client_state(model.rank if same_ranks else 0)
         filling.check_files()
@@ -242,7 +247,7 @@ def _load_universal(
         module.set_extra_state(value)
     if custom is not None:
         run_custom_load(engine, model, optimizer, custom, source)
-    restore_run(engine, checkpoint, optimizer, options, settings, schedule)
+    restore_run(engine, checkpoint, optimizer, options, settings.values, schedule, reset)
     keep_layouts(engine, filling.layouts)
     if not options.load_module_only:
         restore_data_schedules(engine, state)
@@ -255,6 +260,7 @@ def _load_universal(
         seconds=time.monotonic() - started,
         initialised=tuple(dict.fromkeys((*matching.initialised, *matching.unfrozen, *filling.initialised))),
         dropped=tuple(dict.fromkeys((*matching.dropped, *matching.frozen, *filling.dropped))),
+        kept_settings=settings.kept,
     )
     dist.barrier()
     _log(report, checkpoint, model)
@@ -289,3 +295,5 @@ def _log(report: LoadReport, checkpoint: Checkpoint, model: EngineModel) -> None
         for what, names in (("kept the model's own values", report.initialised), ("were dropped", report.dropped)):
             if names:
                 logger.warning("%d parameters %s, in whole or in part: %s", len(names), what, ", ".join(names))
+        if report.kept_settings:
+            logger.info("the engine's own settings were kept: %s", "; ".join(report.kept_settings))

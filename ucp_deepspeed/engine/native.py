@@ -77,6 +77,9 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
     ):
         return False
     rank, names = model_parallel_rank(engine), ModelNames(engine)
+    groups = hyperparameters(checkpoint.files, rank)
+    if not optimizer.has_keys(groups):
+        return False  # DeepSpeed puts them in place of the live ones
     if len({layer.ep for layer in names.layers.values()}) > 1:
         return False  # DeepSpeed goes by the order of the groups of experts, which it takes from a set
     if checkpoint.topology.zero_stage == 0:
@@ -104,7 +107,7 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
         and all(
             shapes.get(name, local_shape(param)) == local_shape(param) for param, name in names.of_parameters.items()
         )
-        and _same_states(saved, live, hyperparameters(checkpoint.files, rank), optimizer)
+        and _same_states(saved, live, groups, optimizer)
     )
     if same and checkpoint.topology.zero_stage > 0:
         for found, mine in zip(saved, live, strict=True):
@@ -132,12 +135,8 @@ def _same_states(
     first = {slot.group: index for index, slot in reversed(list(enumerate(live)))}
     for group, index in first.items():
         settings = groups[group] if group < len(groups) else {}
-        found, wanted = saved[index].states.keys() - {MASTER}, optimizer.kept_states(live[index], usable(settings))
-        stepped = found or saved[index].scalars
-        if (
-            wanted is not None
-            and stepped
-            and (found, saved[index].scalars.keys()) != (wanted.elementwise, wanted.scalars)
-        ):
+        held, wanted = saved[index], optimizer.kept_states(live[index], usable(settings))
+        found = (held.states.keys() | held.scalars.keys() | held.refused.keys()) - {MASTER}
+        if wanted is not None and found and found != wanted.names:
             return False
     return True

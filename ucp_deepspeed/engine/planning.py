@@ -289,7 +289,10 @@ class _Planner:
             return (MASTER,), {}
         first = next(filter(_stepped, trained), trained[0])
         for parameter in trained:
-            self.problems += [f"{parameter.name}: {reason}; {RESET_HINT}" for reason in parameter.refused.values()]
+            self.problems += [f"{parameter.name}: {reason}; {REFUSED_HINT}" for reason in parameter.refused.values()]
+        if any(parameter.refused for parameter in trained):
+            return (MASTER,), {}
+        for parameter in trained:
             if _stepped(parameter) != _stepped(first) and self.policies.initialise:
                 self.unstepped.append(parameter.name)
             elif (parameter.states.keys(), parameter.scalars) != (first.states.keys(), first.scalars):
@@ -377,6 +380,7 @@ def _ranks(group: Any) -> tuple[int, int]:
 
 
 RESET_HINT = '"optimizer_states": "reset" starts all states afresh'
+REFUSED_HINT = f'"load": "auto" restores it on the topology that it was saved on, {RESET_HINT}'
 DIFFERING_HINT = f"; give them parameter groups of their own, or {RESET_HINT}"
 UNSTEPPED_HINT = '; if it never had a gradient, "on_missing": "init" gives it zero state'
 

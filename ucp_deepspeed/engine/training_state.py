@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ucp_deepspeed.checkpoint import Checkpoint
-from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES
+from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, IMPLEMENTATION_SWITCHES
+from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.engine.matching import Names
 from ucp_deepspeed.engine.optimizers import EngineOptimizer
 from ucp_deepspeed.errors import MismatchError
@@ -26,31 +28,96 @@ Settings = tuple[Mapping[str, Any], ...]
 """For each live parameter group the hyper-parameters to take over."""
 
 
-def plan_hyperparameters(checkpoint: Checkpoint, names: Names, optimizer: EngineOptimizer) -> Settings:
+@dataclass(frozen=True, slots=True)
+class GroupSettings:
+    """What the live parameter groups take over.
+
+    Attributes:
+        values: for each group.
+        kept: those of the checkpoint's that differ and aren't taken over, in words.
+    """
+
+    values: Settings = ()
+    kept: tuple[str, ...] = ()
+
+
+def plan_hyperparameters(checkpoint: Checkpoint, names: Names, optimizer: EngineOptimizer, keep: bool) -> GroupSettings:
     """Give each live parameter group the hyper-parameters of its parameters, whatever their groups' order was.
+
+    All of them, also those that the live group doesn't have yet: optimizers make some at their first step.
+
+    Args:
+        keep: whether the groups keep what was configured; what they count is restored even so.
 
     Raises:
         MismatchError: the parameters of a live group come from groups with different values; lists groups and keys.
     """
     of_name = {names.source[name]: group.hyperparameters for group in checkpoint.groups for name in group.names}
-    settings: list[Mapping[str, Any]] = []
+    values: list[Mapping[str, Any]] = []
+    kept: list[str] = []
     problems: list[str] = []
     for index, group in enumerate(optimizer.group_names()):
         logical = [names.target[name] for name in group if name is not None]
         held = [name for name in logical if name in of_name]
-        first = of_name[held[0]] if held else {}
-        keys = [key for key in usable(first) if key in optimizer.base.param_groups[index]]
-        settings.append({key: first[key] for key in keys})
-        for key in keys:
-            other = next((name for name in held if of_name[name].get(key) != first[key]), None)
-            if other is not None:
-                problems.append(
-                    f"parameter group {index}: {key!r} is {first[key]} for {held[0]} and {of_name[other].get(key)} for {other}; "
-                    f'"hyperparameters": "keep" keeps the configured ones'
-                )
+        first, live = of_name[held[0]] if held else {}, optimizer.live_group(index)
+        if index >= len(optimizer.base.param_groups):
+            kept.append(f"parameter group {index}: {type(optimizer.base).__name__} has one group for all under ZeRO")
+            continue
+        taken = {key: value for key, value in usable(first).items() if not keep or _is_counted(key, live)}
+        values.append(taken)
+        kept += [
+            f"parameter group {index}: {key!r} is {value!r} in the checkpoint, {live[key]!r} here"
+            for key, value in first.items()
+            if key not in taken and key in live and not same_value(_plain(value), _plain(live[key]))
+        ]
+        problems += [f"parameter group {index}: {problem}" for problem in _differing(taken, held, of_name, keep)]
     if problems:
         raise MismatchError(f"{checkpoint.path} and the engine group parameters differently", problems)
-    return tuple(settings)
+    return GroupSettings(tuple(values), tuple(kept))
+
+
+def _is_counted(key: str, live: Mapping[str, Any]) -> bool:
+    """Whether a hyper-parameter is one that the optimizer made while it ran, and no setting."""
+    return key == GROUP_STEP or (key not in live and key != "initial_lr")
+
+
+def _differing(
+    taken: Mapping[str, Any], held: Sequence[str], of_name: Mapping[str, Mapping[str, Any]], keep: bool
+) -> Iterator[str]:
+    """In what the parameters of a live group differ."""
+    absent = object()
+    keys = taken if keep else dict.fromkeys(key for name in held for key in usable(of_name[name]))
+    for key in keys:
+        value = taken.get(key, absent)
+        for name in held:
+            other = of_name[name].get(key, absent)
+            if (other is absent) != (value is absent) or not same_value(value, other):
+                found = ["missing" if each is absent else each for each in (value, other)]
+                hint = '"hyperparameters": "keep" keeps the configured ones'
+                yield f"{key!r} is {found[0]} for {held[0]} and {found[1]} for {name}; {hint}"
+                break
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+
+
+def without_begun_anew(
+    settings: GroupSettings, names: Names, optimizer: EngineOptimizer, anew: Collection[str], reset: bool
+) -> GroupSettings:
+    """The same, but for what groups count whose states begin anew.
+
+    Args:
+        anew: logical names of parameters whose states do.
+        reset: whether those of all do.
+    """
+    values: list[Mapping[str, Any]] = []
+    for index, (group, taken) in enumerate(zip(optimizer.group_names(), settings.values, strict=False)):
+        live = optimizer.live_group(index)
+        if reset or all(names.target[name] in anew for name in group if name is not None):
+            taken = {key: value for key, value in taken.items() if key in live and key != GROUP_STEP}
+        values.append(taken)
+    return replace(settings, values=tuple(values))
 
 
 PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
@@ -175,8 +242,13 @@ def restore_run(
     options: LoadOptions,
     settings: Settings,
     schedule: Mapping[str, Any] | None,
+    reset: bool,
 ) -> None:
-    """Take over counters, scheduler, hyper-parameters and loss scale, as far as the options ask for them."""
+    """Take over counters, scheduler, hyper-parameters and loss scale, as far as the options ask for them.
+
+    Args:
+        reset: whether all states of the optimizer begin anew, and with them what its groups count.
+    """
     run = checkpoint.run
     engine.loaded_checkpoint_dp_world_size = checkpoint.topology.dp
     if options.load_module_only:
@@ -189,6 +261,8 @@ def restore_run(
         _restore_scheduler(engine.lr_scheduler, schedule)
         if options.load_optimizer_states:  # else the groups' rates stay too, as with DeepSpeed
             _set_scheduled(engine.lr_scheduler, optimizer)
+    for live in optimizer.base.param_groups if reset else ():
+        live.pop(GROUP_STEP, None)
     _set_hyperparameters(optimizer, settings)
     if options.load_optimizer_states:
         _restore_loss_scale(checkpoint, optimizer)
@@ -243,7 +317,7 @@ def _set_hyperparameters(optimizer: EngineOptimizer, settings: Settings) -> None
 
 
 def _set(group: dict[str, Any], key: str, value: Any) -> None:
-    if isinstance(group[key], torch.Tensor):  # such as a rate on the device
+    if isinstance(group.get(key), torch.Tensor):  # such as a rate on the device
         group[key].fill_(value)
     else:
         group[key] = value

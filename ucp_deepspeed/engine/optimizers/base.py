@@ -7,15 +7,15 @@ A *slot* is one tensor that the base (torch) optimizer steps on, with the parame
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import MASTER, LossScale
-from ucp_deepspeed.engine.optimizers.states import KeptStates, example_states, kept_states
+from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, IMPLEMENTATION_SWITCHES, MASTER, LossScale
+from ucp_deepspeed.engine.optimizers.states import KeptStates, example_states, kept_states, keys_after_load
 from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup
 from ucp_deepspeed.plan import Fragment
 
@@ -100,6 +100,18 @@ class EngineOptimizer(ABC):
         state: Mapping[str, Any] = self.base.state.get(slot.master, {})
         return state
 
+    def live_group(self, index: int) -> dict[str, Any]:
+        """A parameter group of the base optimizer. Under ZeRO torch's Adagrad is made anew, with one for all parameters
+        (``runtime/zero/stage_1_and_2.py::initialize_optimizer_states``)."""
+        groups: list[dict[str, Any]] = self.base.param_groups
+        return groups[min(index, len(groups) - 1)]
+
+    def has_keys(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether saved groups, put in place of the live ones, have every key that these have."""
+        made = {"params", *IMPLEMENTATION_SWITCHES, GROUP_STEP}
+        pairs = zip(self.base.param_groups, groups, strict=False)
+        return all(live.keys() - made <= set(keys_after_load(self.base, saved)) for live, saved in pairs)
+
     def replicas(self, slot: EngineSlot) -> Any:
         """The process group of the ranks that hold all of a slot as this one does; None for a slot that is cut over ranks."""
         return None
@@ -129,7 +141,7 @@ class EngineOptimizer(ABC):
         """Make the base optimizer's state for a slot what it is before a first step."""
         self.base.state.pop(slot.master, None)
         if isinstance(self.base, torch.optim.Adagrad):  # whose constructor makes the state
-            initial = self.base.param_groups[slot.group]["initial_accumulator_value"]
+            initial = self.live_group(slot.group)["initial_accumulator_value"]
             self.base.state[slot.master] = {
                 "step": torch.tensor(0.0),
                 "sum": torch.full_like(slot.master.data, initial),
@@ -141,15 +153,15 @@ class EngineOptimizer(ABC):
         Args:
             settings: hyper-parameters that the slot's group will have in place of its own.
         """
-        group = self.base.param_groups[slot.group]
+        group = self.live_group(slot.group)
         changes = {key: value for key, value in settings.items() if key in group}
-        probed = example_states(self.base, slot.group, slot.master, changes)
+        probed = example_states(self.base, group, slot.master, changes)
         found = probed if changes else (self.state_of(slot) or probed)
         return None if found is None else kept_states(found, probed or {}, slot.master)
 
     def _examples(self, slot: EngineSlot) -> Mapping[str, Any] | None:
         """See `example_states`; the live state itself where there is one."""
-        return self.state_of(slot) or example_states(self.base, slot.group, slot.master, {})
+        return self.state_of(slot) or example_states(self.base, self.live_group(slot.group), slot.master, {})
 
 
 def _empty_like(master: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +39,13 @@ class KeptStates:
         elementwise: states with a value for each element.
         scalars: states that are one number.
         from_zero: those of the element-wise ones that begin at zero.
+        names: of all states, also of those that are neither.
     """
 
     elementwise: frozenset[str]
     scalars: frozenset[str]
     from_zero: frozenset[str]
+    names: frozenset[str]
 
 
 def kept_states(found: Mapping[str, Any], probed: Mapping[str, Any], master: torch.Tensor) -> KeptStates:
@@ -57,7 +59,8 @@ def kept_states(found: Mapping[str, Any], probed: Mapping[str, Any], master: tor
     elementwise = frozenset(key for key, value in tensors.items() if value.ndim > 0 or master.ndim == 0)
     numbers = {key for key, value in found.items() if isinstance(value, (bool, int, float, torch.Tensor))}
     from_zero = frozenset(key for key in elementwise if key in probed and not probed[key].any())
-    return KeptStates(elementwise, frozenset(numbers - elementwise), from_zero)
+    names = frozenset(key for key, value in found.items() if value is not None)
+    return KeptStates(elementwise, frozenset(numbers - elementwise), from_zero, names)
 
 
 def is_muon_group(optimizer: torch.optim.Optimizer, group: int) -> bool:
@@ -66,23 +69,36 @@ def is_muon_group(optimizer: torch.optim.Optimizer, group: int) -> bool:
 
 
 def example_states(
-    optimizer: torch.optim.Optimizer, group: int, master: torch.Tensor, settings: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], master: torch.Tensor, settings: Mapping[str, Any]
 ) -> Mapping[str, Any] | None:
     """Values, of any number, in the form in which an optimizer keeps them; None when that can't be told.
 
     Args:
-        group: index of the parameter group.
+        group: the parameter group.
         master: what the optimizer steps on.
         settings: hyper-parameters in place of the group's own, since some decide which states there are (``amsgrad``).
     """
-    if is_muon_group(optimizer, group):
-        return {MOMENTUM: _nothing(master)}
     if type(optimizer).__name__ == MUON:
+        if group["use_muon"]:
+            return {MOMENTUM: _nothing(master)}
         auxiliary = getattr(optimizer, "aux_optimizer", None)
         if auxiliary is None:
             return _counting("exp_avg", "exp_avg_sq", master=master)
-        return _listed_or_probed(auxiliary, {**optimizer.param_groups[group], **settings}, master)
-    return _listed_or_probed(optimizer, {**optimizer.param_groups[group], **settings}, master)
+        return _listed_or_probed(auxiliary, {**group, **settings}, master)
+    return _listed_or_probed(optimizer, {**group, **settings}, master)
+
+
+def keys_after_load(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> Collection[str]:
+    """Which keys a parameter group has once the optimizer's ``load_state_dict`` has put it in place of its own: torch's classes
+    set what older ones of their kind lacked."""
+    if type(optimizer).__name__ in COMPILED_STATES:
+        return {*group, "amsgrad"}
+    probe, loaded = copy.copy(optimizer), {**group, "params": []}
+    try:
+        probe.__setstate__({"state": defaultdict(dict), "param_groups": [loaded]})
+    except Exception:  # a user's own class may raise anything
+        return group.keys()
+    return loaded.keys()
 
 
 def _listed_or_probed(

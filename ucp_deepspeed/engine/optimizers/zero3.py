@@ -49,7 +49,8 @@ class Zero3Optimizer(EngineOptimizer):
 
     def group_names(self) -> list[list[str | None]]:
         """See `EngineOptimizer.group_names`."""
-        names: list[list[str | None]] = [[] for _ in self.base.param_groups]
+        count = max((*self._zero.sub_group_to_group_id.values(), len(self.base.param_groups) - 1)) + 1
+        names: list[list[str | None]] = [[] for _ in range(count)]
         for index, params in enumerate(self._zero.fp16_groups):
             names[self._zero.sub_group_to_group_id[index]] += [self._names[param] for param in params]
         return names

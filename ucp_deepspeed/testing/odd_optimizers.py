@@ -1,0 +1,172 @@
+"""Optimizers that keep what torch's don't: numbers of their own, numbers in their groups, states that aren't element-wise.
+
+Each keeps the same things in the same places and forms as the real class that it is named after; the arithmetic is shorter. All
+are used as client optimizers (`ucp_deepspeed.testing.runs.Run`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+class _Odd(torch.optim.Optimizer):
+    """Steps on one group after another."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step."""
+        for group in self.param_groups:
+            self._step_group(group)
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        raise AssertionError("each class has its own")
+
+
+def _stepped_on(group: dict[str, Any]) -> Iterator[torch.Tensor]:
+    return (param for param in group["params"] if param.grad is not None)
+
+
+class NormPerTensor(_Odd):
+    """As Adafactor and LAMB variants do, keeps the running norm of what it steps on, in a 0-d tensor and in a float.
+
+    Under ZeRO what it steps on is a partition, so that both differ from rank to rank.
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        for param in _stepped_on(group):
+            state, grad = self.state[param], param.grad
+            assert grad is not None
+            if not state:
+                state.update(step=0, rms=torch.zeros(()), peak=0.0, exp_avg=torch.zeros_like(param))
+            assert type(state["step"]) is int and type(state["peak"]) is float and state["rms"].ndim == 0
+            state["step"] += 1
+            norm = grad.norm().cpu()
+            state["rms"].mul_(0.9).add_(norm, alpha=0.1)
+            state["peak"] = max(state["peak"], float(norm))
+            state["exp_avg"].lerp_(grad, 0.1)
+            param.data.add_(state["exp_avg"], alpha=-group["lr"] / (float(state["rms"]) + state["peak"] + 1e-3))
+
+
+class Prodigy(_Odd):
+    """Finds its own rate: ``d``, ``d_max``, ``d_numerator`` and the count ``k`` are in the groups.
+
+    It sums over what it steps on, so that each partition has a ``d`` of its own.
+    """
+
+    def __init__(self, params: Any, lr: float = 1.0, d0: float = 1e-4) -> None:
+        super().__init__(params, {"lr": lr, "d": d0, "d0": d0, "d_max": d0, "d_numerator": 0.0, "k": 0})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step; all groups share one ``d``."""
+        first, denominator = self.param_groups[0], 0.0
+        numerator = first["d_numerator"] * 0.9
+        for group in self.param_groups:
+            for param in _stepped_on(group):
+                state, grad = self.state[param], param.grad
+                assert grad is not None
+                if not state:
+                    state.update(step=0, s=torch.zeros_like(param), p0=param.detach().clone())
+                    state["exp_avg_sq"] = torch.zeros_like(param)
+                state["s"].mul_(0.9).add_(grad, alpha=0.1)
+                state["exp_avg_sq"].mul_(0.9).addcmul_(grad, grad, value=0.1)
+                numerator += float((grad.flatten() * (state["p0"] - param.data).flatten()).sum()) + float(grad.norm())
+                denominator += float(state["s"].abs().sum())
+        d = max(first["d"], 1e-4 * numerator / (denominator + 1e-8))
+        for group in self.param_groups:
+            group.update(d=d, d_max=max(group["d_max"], d), d_numerator=numerator, k=group["k"] + 1)
+            for param in _stepped_on(group):
+                state = self.state[param]
+                state["step"] += 1
+                param.data.addcdiv_(state["s"], state["exp_avg_sq"].sqrt() + 1e-6, value=-group["lr"] * d)
+
+
+class GroupStepFusedAdam(_Odd):
+    """``FusedAdam`` of Apex and of Transformer Engine: the step is in the group, which has it from the first step on."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99)) -> None:
+        super().__init__(params, {"lr": lr, "bias_correction": True, "betas": betas, "eps": 1e-8, "weight_decay": 0.0})
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        group["step"] = group["step"] + 1 if "step" in group else 1
+        for param in _stepped_on(group):
+            state = self.state[param]
+            if not state:
+                state.update(exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
+            _adam(group, state, param, group["step"])
+
+
+class StateStepFusedAdam(GroupStepFusedAdam):
+    """DeepSpeed's ``FusedAdam``: the group has a step that stays 0, and of what it steps on only the last tensor counts."""
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        group.setdefault("step", 0)
+        stepped = list(_stepped_on(group))
+        for param in stepped:
+            state = self.state[param]
+            if not state:
+                state.update(step=group["step"], exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
+            assert type(state["step"]) is int
+        if stepped:
+            self.state[stepped[-1]]["step"] += 1
+        for param in stepped:
+            _adam(group, self.state[param], param, self.state[stepped[-1]]["step"])
+
+
+def _adam(group: dict[str, Any], state: dict[str, Any], param: torch.Tensor, step: int) -> None:
+    beta1, beta2 = group["betas"]
+    assert param.grad is not None
+    state["exp_avg"].lerp_(param.grad, 1 - beta1)
+    state["exp_avg_sq"].mul_(beta2).addcmul_(param.grad, param.grad, value=1 - beta2)
+    corrected = (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
+    denominator = (state["exp_avg_sq"] / corrected[1]).sqrt() + group["eps"]
+    param.data.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / corrected[0])
+
+
+class OneElement(_Odd):
+    """As optimizers of bitsandbytes' kind do, keeps a state of shape ``(1,)`` for each tensor that it steps on."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        for param in _stepped_on(group):
+            state, grad = self.state[param], param.grad
+            assert grad is not None
+            if not state:
+                state.update(step=torch.zeros(()), scale=torch.ones(1), exp_avg=torch.zeros_like(param))
+            assert state["scale"].shape == (1,)
+            state["step"] += 1
+            state["scale"].mul_(0.9).add_(grad.norm().cpu().reshape(1), alpha=0.1)
+            state["exp_avg"].lerp_(grad, 0.1)
+            param.data.add_(state["exp_avg"], alpha=-group["lr"] / float(state["scale"]))
+
+
+class ScheduleFree(_Odd):
+    """Schedule-free AdamW: ``k``, ``weight_sum`` and ``lr_max`` are in the groups, and are the same on all ranks."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        defaults = {"lr": lr, "k": 0, "weight_sum": 0.0, "lr_max": -1.0, "train_mode": True}
+        super().__init__(params, defaults)
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        rate = group["lr"]
+        group["lr_max"] = max(group["lr_max"], rate)
+        weight = (group["k"] + 1) * group["lr_max"] ** 2
+        group["weight_sum"] += weight
+        share = weight / group["weight_sum"] if group["weight_sum"] else 0.0
+        group["scheduled_lr"] = rate  # from the first step on
+        for param in _stepped_on(group):
+            state, grad = self.state[param], param.grad
+            assert grad is not None
+            if not state:
+                state.update(z=param.detach().clone(), exp_avg_sq=torch.zeros_like(param))
+            state["exp_avg_sq"].mul_(0.99).addcmul_(grad, grad, value=0.01)
+            normed = grad / (state["exp_avg_sq"].sqrt() + 1e-8)
+            param.data.lerp_(state["z"], share).add_(normed, alpha=rate * (0.9 * (1 - share) - 1))
+            state["z"].add_(normed, alpha=-rate)
+        group["k"] += 1
