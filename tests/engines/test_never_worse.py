@@ -20,7 +20,7 @@ from deepspeed import comm as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from ucp_deepspeed.testing.ranks import RankPool, fp16_on_cpu
-from ucp_deepspeed.testing.runs import Run, build_engine, train_step
+from ucp_deepspeed.testing.runs import Run, build_engine, build_evaluator, loss_of, train_step
 
 Ranks = Callable[[int], RankPool]
 
@@ -40,6 +40,16 @@ def train_and_save(engine: Any, run: Run, folder: str) -> None:
 def take_two_steps(engine: Any, run: Run) -> list[float]:
     """The losses of the next two steps."""
     return [train_step(engine, run, SAVED_STEPS + step) for step in (1, 2)]
+
+
+def save_at_once(engine: Any, run: Run, folder: str) -> None:
+    """The source of an engine that can't step."""
+    engine.save_checkpoint(folder, client_state={"epoch": 7})
+
+
+def look(engine: Any, run: Run) -> list[float]:
+    """The loss of a batch that is in no training, without a step."""
+    return [loss_of(engine, run)]
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,40 @@ CASES = [
     *(
         Case(f"zero-{stage} {precision}", Run("mlp", zero={"stage": stage}, precision=precision), ranks=2)
         for stage, precision in ((0, "fp32"), (0, "bf16"), (1, "fp16"), (2, "bf16"), (3, "fp32"))
+    ),
+    *(
+        Case(
+            f"zero-{stage} into evaluation {precision}",
+            Run("mlp", zero={"stage": stage}, precision=precision),
+            Run("mlp", zero={"stage": 0}, precision=precision, seed=1),
+            arguments=arguments,
+            build=build_evaluator,
+            go_on=look,
+        )
+        for stage, precision, arguments in (
+            (0, "fp32", {}),
+            (2, "fp32", {"load_module_only": True}),
+            (1, "bf16", {"load_optimizer_states": False}),
+        )
+    ),
+    Case(
+        "saved without an optimizer",
+        Run("mlp", zero={"stage": 0}),
+        Run("mlp", zero={"stage": 0}, seed=1),
+        make=build_evaluator,
+        save=save_at_once,
+        build=build_evaluator,
+        go_on=look,
+    ),
+    *(
+        Case(
+            f"zero-{stage} begun from a model with a layer {'more' if more else 'fewer'}",
+            Run("mlp", zero={"stage": stage}, size={"adapter": more}),
+            Run("mlp", zero={"stage": stage}, size={"adapter": not more}, seed=1),
+            ranks=2,
+            arguments={"load_module_strict": False, "load_optimizer_states": False},
+        )
+        for stage, more in ((0, True), (1, False), (2, True))
     ),
 ]
 """Each of them must resume without the block."""
@@ -152,7 +196,7 @@ def _weights(engine: Any) -> dict[str, Any]:
 def _optimizer(engine: Any) -> dict[str, Any]:
     """Masters, states and hyper-parameters; nothing of an engine that only evaluates."""
     base = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    groups = list(enumerate(getattr(base, "param_groups", ())))
+    groups = list(enumerate(base.param_groups)) if isinstance(base, torch.optim.Optimizer) else []
     found = {
         f"group {index} {key}": value for index, group in groups for key, value in group.items() if key != "params"
     }

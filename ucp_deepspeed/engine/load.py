@@ -29,10 +29,9 @@ from ucp_deepspeed.engine.model import (
     agreement,
     check_same_on_all_ranks,
     describe_model,
-    only_evaluates,
 )
 from ucp_deepspeed.engine.native import LoadOptions, takes_universal_path
-from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer
+from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer, only_evaluates
 from ucp_deepspeed.engine.planning import plan_filling
 from ucp_deepspeed.engine.random_state import read_random_state, restore_random_state
 from ucp_deepspeed.engine.training_state import (
@@ -106,12 +105,11 @@ def load_checkpoint(
     folder, prepared, universal, random_state = None, None, False, None
     check_same_on_all_ranks("load_checkpoint", options.arguments() | {"custom_load_fn": custom_load_fn is not None})
     goes_on = config.random_state == "restore" and config.load != "never" and not load_module_only
+    goes_on = goes_on and not only_evaluates(engine)
     tag = _one_tag(Path(load_dir), None if tag is None else str(tag), config.load)
     with agreement():
         folder = _find(Path(load_dir), tag, config.load)
-        if folder is not None and only_evaluates(engine) and not (folder / INDEX_NAME).is_file():
-            logger.info("the engine has no optimizer: the load is left to DeepSpeed")
-        elif folder is not None:
+        if folder is not None:
             prepared = open_checkpoint(folder), engine_optimizer(engine)
             universal = takes_universal_path(config, engine, *prepared, options)
             random_state = read_random_state(folder, prepared[0].run.global_steps) if goes_on else None
@@ -210,7 +208,8 @@ def _load_universal(
 ) -> Loaded:
     model, custom = describe_model(engine), options.custom_load_fn
     config: UniversalCheckpointConfig = engine.universal_checkpoint_config
-    policies = policies_of(config, options.optimizer_states, options.load_module_strict)
+    restores = options.optimizer_states and not only_evaluates(engine)
+    policies = policies_of(config, restores, options.load_module_strict)
     if model.topology.zero_stage > 0 and not engine.zero_load_from_fp32_weights():
         policies = replace(policies, rounded=True)
     if custom is not None:  # which may fill what is missing, and make use of what is extra
@@ -225,7 +224,7 @@ def _load_universal(
         names = match_names(checkpoint, model)
         matching = match_model(checkpoint, model, names, policies)
         settings = GroupSettings()
-        if options.optimizer_states:
+        if restores:
             settings = plan_hyperparameters(checkpoint, names, optimizer, config.hyperparameters == "keep")
         schedule = None
         if options.load_lr_scheduler_states and engine.lr_scheduler is not None:
@@ -251,6 +250,8 @@ def _load_universal(
     keep_layouts(engine, filling.layouts)
     if not options.load_module_only:
         restore_data_schedules(engine, state)
+    states = policies.optimizer_states == "restore"
+    unfrozen, frozen = (matching.unfrozen, matching.frozen) if states else ((), ())
     engine.universal_checkpoint_report = report = LoadReport(
         source=f"{checkpoint.form} {checkpoint.topology}",
         target=f"{optimizer.form} {model.topology}",
@@ -258,8 +259,8 @@ def _load_universal(
         bytes_needed=filling.bytes_needed,
         files=len(read.files),
         seconds=time.monotonic() - started,
-        initialised=tuple(dict.fromkeys((*matching.initialised, *matching.unfrozen, *filling.initialised))),
-        dropped=tuple(dict.fromkeys((*matching.dropped, *matching.frozen, *filling.dropped))),
+        initialised=tuple(dict.fromkeys((*matching.initialised, *unfrozen, *filling.initialised))),
+        dropped=tuple(dict.fromkeys((*matching.dropped, *frozen, *filling.dropped))),
         kept_settings=settings.kept,
     )
     dist.barrier()

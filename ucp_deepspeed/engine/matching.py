@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.view import parameter_names
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.model import EngineModel
+from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import logical_names, naming_specs
-from ucp_deepspeed.transfer.matching import Matching, Policies, check_matching, match
+from ucp_deepspeed.transfer.matching import Held, Matching, Policies, check_matching, match
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,15 @@ class Names:
 def policies_of(config: UniversalCheckpointConfig, restore: bool, strict: bool) -> Policies:
     """The policies that the config and a call of ``engine.load_checkpoint`` make together.
 
+    Without states and not strict, as a run is begun from another model's weights, what matches is taken.
+
     Args:
-        restore: whether the call asks for optimizer states at all.
+        restore: whether the call asks for optimizer states at all, and the engine keeps any.
         strict: its ``load_module_strict``.
     """
     states = config.optimizer_states if restore else "keep"
-    return Policies(config.on_missing == "init", config.on_extra == "drop", states, strict)
+    warm = not restore and not strict
+    return Policies(warm or config.on_missing == "init", warm or config.on_extra == "drop", states, strict)
 
 
 def match_names(checkpoint: Checkpoint, model: EngineModel) -> Names:
@@ -70,4 +74,51 @@ def match_model(checkpoint: Checkpoint, model: EngineModel, names: Names, polici
     source = {names.source[name]: parameter for name, parameter in checkpoint.parameters.items()}
     target = {names.target[name]: tensor for name, tensor in model.tensors.items()}
     check_matching(source, target, policies, f"{checkpoint.path} and the model have different parameters")
-    return match(source, target)
+    matching = match(source, target)
+    if not policies.reshape:  # which is for a function of the user's own that fills what doesn't match
+        _check_any(checkpoint, source, target, matching, policies)
+    return matching
+
+
+SHOWN = 3
+"""Names of each side in the message of a load that would restore nothing."""
+
+RENAMED_HINT = "if they are the same under other names, a spec can say so ('names' in docs/language.md)"
+WARM_START_HINT = (
+    "to begin anew with the weights that match, call load_checkpoint(…, load_module_strict=False, "
+    "load_optimizer_states=False)"
+)
+
+
+def _check_any(
+    checkpoint: Checkpoint,
+    source: Mapping[str, Held],
+    target: Mapping[str, Held],
+    matching: Matching,
+    policies: Policies,
+) -> None:
+    """Refuse a load that would only seem to be one: of nothing, or to go on with nothing that is trained.
+
+    Raises:
+        MismatchError: names what the two sides have.
+    """
+    held = [name for name, tensor in source.items() if tensor.kind != "buffer"]
+    wanted = [name for name, tensor in target.items() if tensor.kind != "buffer"]
+    trained = [name for name in wanted if target[name].kind == "trainable"]
+    found = frozenset(held).intersection(matching.restored)
+    if wanted and not found.intersection(wanted):
+        raise MismatchError(
+            f"{checkpoint.path} holds no parameter of the model: it has {_some(held)}, and the model {_some(wanted)}; "
+            + RENAMED_HINT
+        )
+    if trained and policies.optimizer_states != "keep" and not found.intersection(trained):
+        raise MismatchError(
+            f"{checkpoint.path} holds none of the parameters that the model trains ({_some(trained)}), and so nothing to go on "
+            f"with; it has {_some(held)}; {RENAMED_HINT}; {WARM_START_HINT}"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return (
+        ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "") or "no parameters"
+    )

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from deepspeed import comm as dist
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.utils.bwc import (
     bwc_pipeline_parallel_group,
     bwc_pipeline_parallel_world_size,
@@ -170,11 +169,6 @@ def engine_topology(engine: Any) -> Topology:
     return Topology(engine.mp_world_size // pp, pp, engine.seq_dp_world_size, stage, ep)
 
 
-def only_evaluates(engine: Any) -> bool:
-    """Whether it was built without an optimizer; under ZeRO-3 DeepSpeed then has an object of another kind in its place."""
-    return engine.optimizer is None or isinstance(engine.optimizer, DeepSpeedZeRoOffload)
-
-
 def engine_precision(engine: Any) -> Precision:
     """Precision of the weights."""
     return "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
@@ -192,8 +186,6 @@ def _local_tensors(engine: Any) -> Iterator[tuple[str, Kind, torch.Tensor]]:
 
 
 def _names_in_optimizer(engine: Any) -> frozenset[str | None]:
-    if only_evaluates(engine):
-        return frozenset()
     return frozenset(name for group in engine_optimizer(engine).group_names() for name in group)
 
 

@@ -23,7 +23,7 @@ from ucp_deepspeed.engine.model import (
     model_parallel_rank,
 )
 from ucp_deepspeed.engine.names import ModelNames
-from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
+from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, only_evaluates
 from ucp_deepspeed.engine.training_state import usable
 
 
@@ -57,11 +57,27 @@ def takes_universal_path(
     """Whether this rank can't leave the load to DeepSpeed."""
     if not isinstance(checkpoint, DeepSpeedCheckpoint) or config.load == "always" or config.has_policies:
         return True
+    if only_evaluates(engine):
+        return not _has_weights_for(checkpoint, engine, options)
     if not options.optimizer_states and not (options.load_module_only and checkpoint.topology.zero_stage == 0):
         return True  # DeepSpeed leaves the weights of ZeRO-3, or without ZeRO their masters, as they were
     if options.custom_load_fn is not None and not isinstance(engine, PipelineEngine):
         return True  # under ZeRO, DeepSpeed overwrites with the saved masters what the function has changed
     return not _same_topology(checkpoint, engine, optimizer)
+
+
+def _has_weights_for(checkpoint: DeepSpeedCheckpoint, engine: Any, options: LoadOptions) -> bool:
+    """Whether DeepSpeed finds the weights of an engine without an optimizer where it looks for them.
+
+    It doesn't under ZeRO-3 on either side; and of an engine in bf16 it asks for optimizer states that aren't there.
+    """
+    saved, live = checkpoint.topology, engine_topology(engine)
+    looks_for_states = engine.optimizer is not None and options.optimizer_states
+    return (
+        (saved.tp, saved.pp) == (live.tp, live.pp)
+        and max(saved.zero_stage, live.zero_stage) < 3
+        and not looks_for_states
+    )
 
 
 def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: EngineOptimizer) -> bool:

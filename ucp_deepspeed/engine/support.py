@@ -11,9 +11,9 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from ucp_deepspeed.config import CONFIG_KEY
 from ucp_deepspeed.engine.background import check_background
 from ucp_deepspeed.engine.deepspeed_surface import OLDEST_AUTOEP, autoep_layers, autoep_marks_experts
-from ucp_deepspeed.engine.model import agreement, check_same_on_all_ranks, only_evaluates
+from ucp_deepspeed.engine.model import agreement, check_same_on_all_ranks
 from ucp_deepspeed.engine.names import ModelNames
-from ucp_deepspeed.engine.optimizers import engine_optimizer
+from ucp_deepspeed.engine.optimizers import engine_optimizer, only_evaluates
 from ucp_deepspeed.engine.save import check_model
 from ucp_deepspeed.errors import UnsupportedError
 

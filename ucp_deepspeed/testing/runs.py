@@ -230,6 +230,15 @@ def build_engine(run: Run) -> Any:
     return engine
 
 
+def build_evaluator(run: Run) -> Any:
+    """An engine without an optimizer."""
+    reset_parallel_state()
+    model, mpu = _build_model(run)
+    config = {key: value for key, value in _config(run).items() if key not in ("optimizer", "scheduler")}
+    engine, *_ = deepspeed.initialize(model=model, config=config, mpu=mpu)
+    return engine
+
+
 def _build_model(run: Run) -> tuple[torch.nn.Module, Any]:
     dtype = DTYPES[run.precision]
     plain: dict[str, Any] = {"vocabulary": VOCABULARY, "dtype": dtype, "seed": run.seed, **run.size}
@@ -351,6 +360,17 @@ def train_step(engine: Any, run: Run, step: int) -> float:
     total = loss.detach().float().clone()
     dist.all_reduce(total, group=group)
     return float(total) / copies
+
+
+def loss_of(engine: Any, run: Run) -> float:
+    """The loss of one batch that no step is taken with, the same on every rank."""
+    batch = batch_of(run, 0)
+    engine.eval()
+    with torch.no_grad():
+        if run.pp is not None:
+            micro = batch.split(engine.train_micro_batch_size_per_gpu())
+            return float(engine.eval_batch(iter([(part[:, :-1], part[:, 1:]) for part in micro])))
+        return float(_loss(engine, run, batch))
 
 
 def batch_of(run: Run, step: int) -> torch.Tensor:

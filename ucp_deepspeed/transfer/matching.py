@@ -103,6 +103,8 @@ def _problems(name: str, source: Mapping[str, Held], target: Mapping[str, Held],
     else:
         kinds = source[name].kind, target[name].kind
         unfrozen, frozen = kinds == ("frozen", "trainable"), kinds == ("trainable", "frozen")
+        if policies.optimizer_states != "restore":
+            return  # the kinds differ in optimizer states alone
         if kinds[0] != kinds[1] and not (unfrozen and policies.initialise) and not (frozen and policies.drop):
             yield f"{name}: {kinds[0]} in the checkpoint, {kinds[1]} in the model{_hint(unfrozen, frozen)}"
 

@@ -11,6 +11,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from ucp_deepspeed.engine.optimizers.absent import AbsentOptimizer, only_evaluates
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.engine.optimizers.fp16 import FusedOptimizer, UnfusedOptimizer
 from ucp_deepspeed.engine.optimizers.plain import PlainOptimizer
@@ -32,16 +33,16 @@ def engine_optimizer(engine: Any) -> EngineOptimizer:
     """The family of an engine's optimizer.
 
     Raises:
-        UnsupportedError: the engine has no optimizer, one of a class that isn't known, or one whose tensors lie on NVMe.
+        UnsupportedError: an optimizer of a class that isn't known, or one whose tensors lie on NVMe.
     """
     optimizer = engine.optimizer
+    if only_evaluates(engine):
+        return AbsentOptimizer(engine)
     if type(optimizer) in FAMILIES:
         return FAMILIES[type(optimizer)](engine)
     if isinstance(optimizer, torch.optim.Optimizer):
         return PlainOptimizer(engine)
-    if optimizer is None:
-        raise UnsupportedError("the engine has no optimizer: universal checkpoints hold training state")
     raise UnsupportedError(f"optimizer class {type(optimizer).__name__} is not supported by this release")
 
 
-__all__ = ["EngineOptimizer", "EngineSlot", "engine_optimizer"]
+__all__ = ["EngineOptimizer", "EngineSlot", "engine_optimizer", "only_evaluates"]
