@@ -163,11 +163,12 @@ class Checkpoint(ABC):
         """
 
     @abstractmethod
-    def client_state(self, rank: int = 0) -> tuple[str, dict[str, Any]]:
+    def client_state(self, rank: int = 0, partition: int = 0) -> tuple[str, dict[str, Any]]:
         """What ``engine.load_checkpoint`` returns: the path of the file with the common state, and that state's top level.
 
         Args:
             rank: model-parallel rank; a native checkpoint has such a file for each.
+            partition: data-parallel rank; with ZeRO-3 a native checkpoint has such a file for each.
         """
 
     @abstractmethod

@@ -86,9 +86,9 @@ class DeepSpeedCheckpoint(Checkpoint):
                     extent = held.slot.extent(part.partition, state)
                 yield Fragment(held.start + part.local_start, part.numel, extent, part.buffer_start)
 
-    def client_state(self, rank: int = 0) -> tuple[str, dict[str, Any]]:
+    def client_state(self, rank: int = 0, partition: int = 0) -> tuple[str, dict[str, Any]]:
         """See `Checkpoint.client_state`."""
-        path = self.files.model_states_path(rank, 0)
+        path = self.files.model_states_path(rank, partition)
         self.versions.note(path)
         saved = open_torch_file(path, tensors=True)
         return str(path), {key: value for key, value in saved.items() if key != "module"}

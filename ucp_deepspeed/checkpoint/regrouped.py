@@ -132,9 +132,9 @@ class RegroupedCheckpoint(Checkpoint):
             for part in self._inner.fragments(run.name, state, rank, run.start, run.start + run.numel):
                 yield replace(part, local_start=position + part.local_start - run.start)
 
-    def client_state(self, rank: int = 0) -> tuple[str, dict[str, Any]]:
+    def client_state(self, rank: int = 0, partition: int = 0) -> tuple[str, dict[str, Any]]:
         """See `Checkpoint.client_state`."""
-        return self._inner.client_state(rank)
+        return self._inner.client_state(rank, partition)
 
     def extra_states(self) -> tuple[dict[str, Any], ...]:
         """See `Checkpoint.extra_states`."""

@@ -181,7 +181,7 @@ class UniversalCheckpoint(Checkpoint):
         """See `Checkpoint.fragments`."""
         yield Fragment(local_start, local_stop - local_start, self._extents[name, state], local_start)
 
-    def client_state(self, rank: int = 0) -> tuple[str, dict[str, Any]]:
+    def client_state(self, rank: int = 0, partition: int = 0) -> tuple[str, dict[str, Any]]:
         """See `Checkpoint.client_state`."""
         state = decode(self._index.client_state, self._client_tensors)
         if not isinstance(state, dict):

@@ -214,7 +214,6 @@ def _load_universal(
         policies = replace(policies, rounded=True)
     if custom is not None:  # which may fill what is missing, and make use of what is extra
         policies = replace(policies, initialise=True, drop=True, strict=False, reshape=True)
-    same_ranks = replace(checkpoint.topology, dp=1, zero_stage=0) == replace(model.topology, dp=1, zero_stage=0)
     with agreement():
         source = {}
         if custom is not None:
@@ -237,7 +236,7 @@ def _load_universal(
         reset = policies.optimizer_states == "reset"
         settings = without_begun_anew(settings, names, optimizer, filling.initialised, reset)
         extra_states = plan_extra_states(checkpoint, engine.module, model, policies)
-        path, state = checkpoint.client_state(model.rank if same_ranks else 0)
+        path, state = checkpoint.client_state(*_own_file(engine, checkpoint, model))
         filling.check_files()
     with agreement():
         filling.check_exchange()
@@ -266,6 +265,13 @@ def _load_universal(
     dist.barrier()
     _log(report, checkpoint, model)
     return path, _without_restored(state, options)
+
+
+def _own_file(engine: Any, checkpoint: Checkpoint, model: EngineModel) -> tuple[int, int]:
+    """Model- and data-parallel rank of the file whose client state this rank gets: its own where it has one, else the first."""
+    saved, live = checkpoint.topology, model.topology
+    rank = model.rank if (saved.tp, saved.pp, saved.ep) == (live.tp, live.pp, live.ep) else 0
+    return rank, dist.get_rank(engine.seq_data_parallel_group) if saved == live and saved.zero_stage == 3 else 0
 
 
 COUNTERS = ("skipped_steps", "global_steps", "dp_world_size", "mp_world_size", "data_sampler", "random_ltd")
