@@ -52,6 +52,33 @@ def look(engine: Any, run: Run) -> list[float]:
     return [loss_of(engine, run)]
 
 
+def freeze(engine: Any) -> Any:
+    """Switch off what staged unfreezing does; the optimizer keeps the parameters and their states."""
+    for name, param in engine.module.named_parameters():
+        param.requires_grad_(not name.startswith("linear_in"))
+    return engine
+
+
+def build_frozen(run: Run) -> Any:
+    """An engine in which a layer is switched off after it was built."""
+    return freeze(build_engine(run))
+
+
+def train_freeze_and_save(engine: Any, run: Run, folder: str) -> None:
+    """A layer is trained for a step, and then isn't."""
+    train_step(engine, run, 1)
+    train_step(freeze(engine), run, SAVED_STEPS)
+    engine.save_checkpoint(folder, client_state={"epoch": 7})
+
+
+def unfreeze_and_take_two_steps(engine: Any, run: Run) -> list[float]:
+    """One step as it is, and one with everything trained."""
+    losses = [train_step(engine, run, SAVED_STEPS + 1)]
+    for param in engine.module.parameters():
+        param.requires_grad_(True)
+    return [*losses, train_step(engine, run, SAVED_STEPS + 2)]
+
+
 @dataclass(frozen=True)
 class Case:
     """A save and a load of which DeepSpeed is capable.
@@ -88,6 +115,24 @@ CASES = [
     *(
         Case(f"zero-{stage} {precision}", Run("mlp", zero={"stage": stage}, precision=precision), ranks=2)
         for stage, precision in ((0, "fp32"), (0, "bf16"), (1, "fp16"), (2, "bf16"), (3, "fp32"))
+    ),
+    *(
+        Case(
+            f"zero-{stage} {precision} layer switched off {when}",
+            Run("mlp", zero={"stage": stage}, precision=precision),
+            ranks=2,
+            save=train_and_save if when == "after" else train_freeze_and_save,
+            build=build_engine if when == "before" else build_frozen,
+            go_on=unfreeze_and_take_two_steps,
+        )
+        for stage, precision, when in (
+            (0, "fp32", "before"),
+            (0, "fp32", "after"),
+            (0, "bf16", "on both sides"),
+            (1, "fp32", "after"),
+            (2, "fp32", "before"),
+            (3, "fp32", "on both sides"),
+        )
     ),
     *(
         Case(

@@ -78,6 +78,11 @@ class Parameter:
     scalars: Mapping[str, float]
     refused: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def idle(self) -> bool:
+        """False: a checkpoint tells what was trained, and not what needs no gradient for now."""
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class ParameterGroup:

@@ -219,4 +219,15 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return None
-    return read_document(path, Manifest, "a manifest", MANIFEST_VERSION)
+    return _with_kinds_of_optimizer(read_document(path, Manifest, "a manifest", MANIFEST_VERSION))
+
+
+def _with_kinds_of_optimizer(manifest: Manifest) -> Manifest:
+    """What the optimizer has is trained: earlier releases went by ``requires_grad``, which a run switches off and on."""
+    stepped = {name for stage in manifest.parameter_groups for group in stage for name in group}
+    mended = {
+        name: entry.model_copy(update={"kind": "trainable"})
+        for name, entry in manifest.parameters.items()
+        if entry.kind == "frozen" and name in stepped and all(map(prod, entry.local_shapes or ()))
+    }
+    return manifest.model_copy(update={"parameters": {**manifest.parameters, **mended}}) if mended else manifest

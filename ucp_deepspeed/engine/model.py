@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from deepspeed import comm as dist
@@ -27,6 +27,7 @@ from ucp_deepspeed.engine.deepspeed_surface import dealt_experts
 from ucp_deepspeed.engine.exchange import replica_group
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer
+from ucp_deepspeed.engine.optimizers.plain import PlainOptimizer
 from ucp_deepspeed.errors import ConfigError, MismatchError, UniversalCheckpointError
 from ucp_deepspeed.language import Spec, load_spec
 from ucp_deepspeed.layout import Shape, SlicedGroup, Topology
@@ -34,6 +35,9 @@ from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.plan import Fragment
 
 T = TypeVar("T")
+
+HeldKind = Literal[Kind, "idle"]
+"""What a rank tells others of a tensor; see `EngineTensor.idle`."""
 
 
 WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,6 +54,7 @@ class EngineTensor:
         tensor: the live one; None where another pipeline stage has it, or another expert-parallel rank.
         local_shapes: over the model-parallel ranks, of the whole local tensor also where ZeRO-3 has cut it, or AutoEP.
         replicas: process group of the ranks that hold it as this one does; None if there are no others, or it isn't here.
+        idle: trainable, and on no rank needs a gradient for now: what an optimizer with a slot for each parameter skips.
         start: where in the local tensor this rank's experts begin, in elements; 0 for all that AutoEP hasn't cut.
     """
 
@@ -59,6 +64,7 @@ class EngineTensor:
     local_shapes: HeldShapes
     replicas: Any = None
     start: int = 0
+    idle: bool = False
 
     def held(self) -> tuple[torch.Tensor, tuple[Fragment[None], ...]]:
         """The memory of this rank's share of the weight, and which elements lie in it."""
@@ -135,11 +141,12 @@ def describe_model(engine: Any) -> EngineModel:
     tensors = {
         name: EngineTensor(
             name,
-            kind,
+            "trainable" if kind == "idle" else kind,
             local.get(name),
             tuple(shape for stage in stages for shape in stage.local_shapes(name, topology.tp)),
             None if name not in local or _is_expert_buffer(name, kind) else replica_group(engine, local[name]),
             first_element(local[name]) if name in local else 0,
+            kind == "idle",
         )
         for name, kind in _kinds(stages).items()
     }
@@ -157,7 +164,7 @@ def describe_model(engine: Any) -> EngineModel:
     )
 
 
-def _is_expert_buffer(name: str, kind: Kind) -> bool:
+def _is_expert_buffer(name: str, kind: HeldKind) -> bool:
     """DeepSpeed marks an expert's parameters with the group that holds them, and its buffers with nothing."""
     return kind == "buffer" and expert_of(name) is not None
 
@@ -174,24 +181,26 @@ def engine_precision(engine: Any) -> Precision:
     return "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
 
 
-def _local_tensors(engine: Any) -> Iterator[tuple[str, Kind, torch.Tensor]]:
-    """Parameters and persistent buffers, under the names of this rank's modules."""
-    stepped, names = _names_in_optimizer(engine), ModelNames(engine).of_parameters
+def _local_tensors(engine: Any) -> Iterator[tuple[str, HeldKind, torch.Tensor]]:
+    """Parameters and persistent buffers, under the names of this rank's modules.
+
+    What the optimizer has is trained, also while ``requires_grad`` is off: its states are still there, and go on later.
+    """
+    optimizer, names = engine_optimizer(engine), ModelNames(engine).of_parameters
+    stepped = frozenset(name for group in optimizer.group_names() for name in group)
     for param, name in engine.param_names.items():
-        yield name, "trainable" if names[param] in stepped and can_be_trained(param) else "frozen", param
+        trained = names[param] in stepped and has_elements(param)
+        idle = optimizer.form == PlainOptimizer.form and not param.requires_grad
+        yield name, ("idle" if idle else "trainable") if trained else "frozen", param
     buffers = dict(engine.module.named_buffers(remove_duplicate=False))  # DeepSpeed saves one under each of its names
     for name in engine._get_buffer_names():
         if name in buffers:
             yield name, "buffer", buffers[name]
 
 
-def _names_in_optimizer(engine: Any) -> frozenset[str | None]:
-    return frozenset(name for group in engine_optimizer(engine).group_names() for name in group)
-
-
-def can_be_trained(param: torch.Tensor) -> bool:
-    """Whether an optimizer that has it steps on it: a parameter without elements counts as frozen (``runtime/utils.py``)."""
-    return param.requires_grad and torch.Size(local_shape(param)).numel() > 0
+def has_elements(param: torch.Tensor) -> bool:
+    """Whether an optimizer can step on it: a parameter without elements counts as frozen (``runtime/utils.py``)."""
+    return torch.Size(local_shape(param)).numel() > 0
 
 
 def local_shape(tensor: torch.Tensor) -> Shape:
@@ -211,7 +220,7 @@ def first_element(tensor: torch.Tensor) -> int:
 class _Held:
     """What one model-parallel rank tells the others of its stage: kinds and local shapes by name, and inferred patterns."""
 
-    shapes: Mapping[str, tuple[Kind, Shape]]
+    shapes: Mapping[str, tuple[HeldKind, Shape]]
     inferred: Mapping[str, Pattern]
 
 
@@ -223,7 +232,7 @@ class _Stage:
         differing: names that not all of these ranks have.
     """
 
-    shapes: Mapping[str, tuple[Kind, tuple[Shape, ...]]]
+    shapes: Mapping[str, tuple[HeldKind, tuple[Shape, ...]]]
     inferred: Mapping[str, Pattern]
     differing: tuple[str, ...]
 
@@ -250,19 +259,23 @@ def _gather_stages(engine: Any, topology: Topology, mine: _Held) -> list[_Stage]
     return stages
 
 
-def _over_ranks(held: Sequence[tuple[Kind, Shape]]) -> tuple[Kind, tuple[Shape, ...]]:
+def _over_ranks(held: Sequence[tuple[HeldKind, Shape]]) -> tuple[HeldKind, tuple[Shape, ...]]:
     """Kind and shapes of one tensor. Where a rank's share is empty DeepSpeed doesn't train it."""
     kinds, shapes = zip(*held, strict=True)
-    return "trainable" if "trainable" in kinds else kinds[-1], shapes[:1] if len(set(shapes)) == 1 else shapes
+    return _joint(kinds), shapes[:1] if len(set(shapes)) == 1 else shapes
 
 
-def _kinds(stages: Sequence[_Stage]) -> dict[str, Kind]:
+def _kinds(stages: Sequence[_Stage]) -> dict[str, HeldKind]:
     """Of each tensor; one that any stage trains is trained."""
-    kinds: dict[str, Kind] = {}
+    kinds: dict[str, HeldKind] = {}
     for stage in stages:
         for name, (kind, _) in stage.shapes.items():
-            kinds[name] = "trainable" if "trainable" in (kind, kinds.get(name)) else kind
+            kinds[name] = _joint((kinds.get(name, kind), kind))
     return kinds
+
+
+def _joint(kinds: Sequence[HeldKind]) -> HeldKind:
+    return next((kind for kind in ("trainable", "idle") if kind in kinds), kinds[-1])
 
 
 def model_parallel_rank(engine: Any) -> int:

@@ -19,6 +19,7 @@ from ucp_deepspeed.engine.model import (
     engine_precision,
     engine_topology,
     first_element,
+    has_elements,
     local_shape,
     model_parallel_rank,
 )
@@ -108,6 +109,8 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
             return True  # the files name no parameters: only their order can tell, and DeepSpeed goes by it
         if recorded != optimizer.group_names():
             return False
+    if _lacks_frozen(checkpoint, engine):
+        return False
     starts = {name: first_element(param) for param, name in names.of_parameters.items()}
     live = optimizer.slots()
     saved = [
@@ -129,6 +132,18 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
         for found, mine in zip(saved, live, strict=True):
             found.tensor(mine.partition, MASTER)  # raises if this rank's file is of another save than the first one's
     return same
+
+
+def _lacks_frozen(checkpoint: DeepSpeedCheckpoint, engine: Any) -> bool:
+    """Whether a parameter needs no gradient now, and did when the run saved.
+
+    From stage 2 on DeepSpeed looks for all of the first among the second (``runtime/engine.py::load_module_state_dict``).
+    """
+    recorded = checkpoint.files.model_states(model_parallel_rank(engine)).get("frozen_param_shapes")
+    if recorded is None:
+        return False
+    resting = {name for param, name in engine.param_names.items() if not (param.requires_grad and has_elements(param))}
+    return not resting <= recorded.keys()
 
 
 def _flattening_of(slot: Slot | EngineSlot) -> Any:

@@ -381,7 +381,7 @@ def _ranks(group: Any) -> tuple[int, int]:
 
 RESET_HINT = '"optimizer_states": "reset" starts all states afresh'
 REFUSED_HINT = f'"load": "auto" restores it on the topology that it was saved on, {RESET_HINT}'
-DIFFERING_HINT = f"; give them parameter groups of their own, or {RESET_HINT}"
+DIFFERING_HINT = "; give them parameter groups of their own"
 UNSTEPPED_HINT = '; if it never had a gradient, "on_missing": "init" gives it zero state'
 
 

@@ -45,7 +45,7 @@ from ucp_deepspeed.engine.background import (
 )
 from ucp_deepspeed.engine.extra_states import has_extra_states
 from ucp_deepspeed.engine.known_layouts import KnownLayouts, kept_layouts
-from ucp_deepspeed.engine.model import EngineModel, agreement, can_be_trained, describe_model, gather_model_parallel
+from ucp_deepspeed.engine.model import EngineModel, agreement, describe_model, gather_model_parallel, has_elements
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.pipeline import check_tied_copies, layer_keys
@@ -274,7 +274,9 @@ def _warn_of_forms(model: EngineModel) -> None:
 
 def _warn_of_left_out(engine: Any, model: EngineModel) -> None:
     """DeepSpeed's ZeRO-3 files hold trained parameters, and frozen ones that need no gradient (``runtime/engine.py``)."""
-    needing = {name for param, name in ModelNames(engine).of_parameters.items() if can_be_trained(param)}
+    needing = {
+        name for param, name in ModelNames(engine).of_parameters.items() if param.requires_grad and has_elements(param)
+    }
     left_out = [name for name in model.named("frozen") if name in needing]
     if left_out and dist.get_rank() == 0:
         logger.warning(

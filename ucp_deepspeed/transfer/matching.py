@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from ucp_deepspeed.checkpoint.checkpoint import HeldShapes, Kind
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, HeldShapes, Kind, Parameter
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.layout import Shape
 
@@ -24,6 +24,22 @@ class Held(Protocol):
     @property
     def local_shapes(self) -> HeldShapes:
         """See `ucp_deepspeed.checkpoint.checkpoint.HeldShapes`."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is trained, and needs neither gradient nor states for now."""
+
+
+def _unfrozen(saved: Parameter, live: Held) -> bool:
+    """Whether it is trained in the model and not in the checkpoint. What needs no gradient for now needs no states either."""
+    return (saved.kind, live.kind) == ("frozen", "trainable") and not live.idle
+
+
+def _frozen(saved: Parameter, live: Held) -> bool:
+    """Whether it is trained in the checkpoint and not in the model, and has states that would be lost."""
+    if not saved.kind == "trainable" != live.kind:
+        return False
+    return bool(saved.states.keys() - {MASTER} or saved.scalars or saved.refused)
 
 
 @dataclass(frozen=True)
@@ -66,19 +82,21 @@ class Matching:
     frozen: tuple[str, ...]
 
 
-def match(source: Mapping[str, Held], target: Mapping[str, Held]) -> Matching:
+def match(source: Mapping[str, Parameter], target: Mapping[str, Held]) -> Matching:
     """Pair both sides' parameters and buffers, by logical name."""
     both = [name for name in target if name in source]
     return Matching(
         tuple(both),
         tuple(name for name in target if name not in source),
         tuple(name for name in source if name not in target),
-        tuple(name for name in both if target[name].kind == "trainable" != source[name].kind),
-        tuple(name for name in both if source[name].kind == "trainable" != target[name].kind),
+        tuple(name for name in both if _unfrozen(source[name], target[name])),
+        tuple(name for name in both if _frozen(source[name], target[name])),
     )
 
 
-def check_matching(source: Mapping[str, Held], target: Mapping[str, Held], policies: Policies, heading: str) -> None:
+def check_matching(
+    source: Mapping[str, Parameter], target: Mapping[str, Held], policies: Policies, heading: str
+) -> None:
     """Refuse what no policy allows.
 
     Raises:
@@ -90,7 +108,9 @@ def check_matching(source: Mapping[str, Held], target: Mapping[str, Held], polic
         raise MismatchError(heading, problems)
 
 
-def _problems(name: str, source: Mapping[str, Held], target: Mapping[str, Held], policies: Policies) -> Iterator[str]:
+def _problems(
+    name: str, source: Mapping[str, Parameter], target: Mapping[str, Held], policies: Policies
+) -> Iterator[str]:
     """What is wrong with one name; nothing when it is on both sides, or a policy allows that it isn't."""
     if name not in source:
         live = target[name]
@@ -101,18 +121,22 @@ def _problems(name: str, source: Mapping[str, Held], target: Mapping[str, Held],
         if not (policies.drop or (saved.kind != "trainable" and not policies.strict)):
             yield f"{name}: extra in the checkpoint ({saved.kind}, local shape {some_shape(saved.local_shapes)})"
     else:
-        kinds = source[name].kind, target[name].kind
-        unfrozen, frozen = kinds == ("frozen", "trainable"), kinds == ("trainable", "frozen")
-        if policies.optimizer_states != "restore":
-            return  # the kinds differ in optimizer states alone
-        if kinds[0] != kinds[1] and not (unfrozen and policies.initialise) and not (frozen and policies.drop):
-            yield f"{name}: {kinds[0]} in the checkpoint, {kinds[1]} in the model{_hint(unfrozen, frozen)}"
+        saved, live = source[name], target[name]
+        if "buffer" in (saved.kind, live.kind) and saved.kind != live.kind:
+            yield f"{name}: {saved.kind} in the checkpoint, {live.kind} in the model"
+        elif policies.optimizer_states != "restore":
+            return  # parameters' kinds differ in optimizer states alone
+        elif _unfrozen(saved, live) and not policies.initialise:
+            yield f"{name}: frozen in the checkpoint, trainable in the model{UNFROZEN_HINT}"
+        elif _frozen(saved, live) and not policies.drop:
+            yield f"{name}: trainable in the checkpoint, frozen in the model{FROZEN_HINT}"
 
 
-def _hint(unfrozen: bool, frozen: bool) -> str:
-    if unfrozen:
-        return '; "on_missing": "init" starts its optimizer state at zero'
-    return '; "on_extra": "drop" leaves its optimizer state out' if frozen else ""
+UNFROZEN_HINT = '; the checkpoint has no optimizer state of it: "on_missing": "init" starts that at zero'
+FROZEN_HINT = (
+    "; to keep its optimizer state, build the engine with requires_grad on and switch it off afterwards; "
+    '"on_extra": "drop" leaves the state out'
+)
 
 
 def some_shape(shapes: HeldShapes) -> Shape | None:

@@ -29,7 +29,7 @@ class PlainOptimizer(EngineOptimizer):
             EngineSlot(param, (self._names[param],), FlatGroup((param.numel(),), 1, alignment=1), 0, index)
             for index, group in enumerate(self.base.param_groups)
             for param in group["params"]
-            if param in self._names and param.requires_grad
+            if param in self._names and param.numel()
         ]
 
     def group_names(self) -> list[list[str | None]]:
