@@ -43,6 +43,7 @@ from ucp_deepspeed.engine.background import (
     settle_saves,
     wait_for_save,
 )
+from ucp_deepspeed.engine.client_state import to_be_saved
 from ucp_deepspeed.engine.extra_states import has_extra_states
 from ucp_deepspeed.engine.known_layouts import KnownLayouts, kept_layouts
 from ucp_deepspeed.engine.model import EngineModel, agreement, describe_model, gather_model_parallel, has_elements
@@ -82,13 +83,15 @@ def save_checkpoint(
 
     Raises:
         SpecError, MismatchError: the layouts that the config names don't fit the model; nothing is written.
-        SaveError: the tag is a universal checkpoint, and nothing is written; or DeepSpeed's files are written and the manifest
-            couldn't be: then ``latest`` names the checkpoint that it named before; or the engine's last asynchronous save
-            failed.
+        SaveError: the tag is a universal checkpoint, or the client state has keys of DeepSpeed's, and nothing is written; or the
+            engine's last asynchronous save failed; or DeepSpeed's files are written and the manifest couldn't be: then ``latest``
+            names the checkpoint that it named before.
     """
     wait_for_save(engine)
     settle_saves(Path(save_dir or "."))
-    rest = {"client_state": client_state or {}, "exclude_frozen_parameters": exclude_frozen_parameters}
+    with agreement():
+        state = to_be_saved(engine, client_state or {})
+    rest = {"client_state": state, "exclude_frozen_parameters": exclude_frozen_parameters}
     if not save_dir or engine.checkpoint_engine.is_decoupled():
         logger.warning("checkpoint engine commits later: no manifest is written")
         return native(save_dir, tag=tag, save_latest=save_latest, **rest)

@@ -1,0 +1,59 @@
+"""What a user may give to be saved beside DeepSpeed's own state.
+
+DeepSpeed writes both into one dictionary, the user's over its own (``runtime/engine.py::_save_checkpoint``), and resumes from that.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
+
+from ucp_deepspeed.checkpoint.deepspeed_files import ENGINE_KEYS
+from ucp_deepspeed.errors import SaveError
+
+logger = logging.getLogger("ucp_deepspeed")
+
+COUNTERS = ("global_steps", "skipped_steps", "dp_world_size", "mp_world_size")
+"""Numbers that a load takes over, and doesn't return."""
+
+RESUMED = frozenset((*COUNTERS, "module", "optimizer", "lr_scheduler", "data_sampler", "random_ltd"))
+"""Keys that a load takes over, and doesn't return."""
+
+
+def to_be_saved(engine: Any, client_state: Mapping[str, Any]) -> dict[str, Any]:
+    """A client state without the engine's keys.
+
+    A script that saves what its load returned gives the engine some of its own keys back, as they were then: what they are now is
+    saved.
+
+    Raises:
+        SaveError: a key that the next resume would go by; names all of them.
+    """
+    live = {key: getattr(engine, key) for key in ("global_steps", "skipped_steps", "mp_world_size")}
+    live["dp_world_size"] = engine.seq_dp_world_size
+    given = client_state.keys() & ENGINE_KEYS
+    wrong = sorted(key for key in given & RESUMED if key not in live or client_state[key] != live[key])
+    if wrong:
+        raise SaveError(
+            f"the client state has keys of DeepSpeed's, which would take the place of what the run resumes from: "
+            f"{', '.join(wrong)}; nothing was saved; give them other names, or leave them out"
+        )
+    old = {key for key in given if not _is_users(engine, key, client_state[key])}
+    if old:
+        logger.debug(
+            "of the client state the engine's own entries are saved as they are now: %s", ", ".join(sorted(old))
+        )
+    return {key: value for key, value in client_state.items() if key not in old}
+
+
+def _is_users(engine: Any, key: str, value: Any) -> bool:
+    """Whether an entry under one of DeepSpeed's keys may be the user's own.
+
+    Megatron-DeepSpeed tells its layouts in one of them, where AutoTP doesn't; and a script may keep the path of its config.
+    """
+    if key == UNIVERSAL_CHECKPOINT_INFO:
+        return not hasattr(engine.module, UNIVERSAL_CHECKPOINT_INFO)
+    return key == "ds_config" and not isinstance(value, Mapping)
