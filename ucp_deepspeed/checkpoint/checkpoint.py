@@ -139,6 +139,7 @@ class Checkpoint(ABC):
         logical_names: name that a spec gave to each parameter when saving, where it isn't its own.
         vocabulary_size: rows of the unpadded vocabulary, where recorded.
         tied: further names of parameters → the name that each has here, as far as the checkpoint tells.
+        copies: parameters that are tied to others in the files, and not in the model that they are for → those others.
         versions: of the files that have been opened; whoever reads others notes them too, and checks in the end.
     """
 
@@ -154,6 +155,7 @@ class Checkpoint(ABC):
     logical_names: Mapping[str, str]
     vocabulary_size: int | None
     tied: Mapping[str, str] = MappingProxyType({})
+    copies: Mapping[str, str] = MappingProxyType({})
     versions: FileVersions
 
     @abstractmethod

@@ -120,6 +120,7 @@ class Index(BaseModel):
     groups: tuple[IndexGroup, ...]
     client_state: Any
     extra_states: Any = {}
+    tied: Mapping[str, str] = {}
     files: Mapping[str, NonNegativeInt]
 
 
@@ -174,6 +175,7 @@ class UniversalCheckpoint(Checkpoint):
         self.recorded_shapes: Mapping[str, Shape] = {}  # its own files hold whole parameters
         self.logical_names = {}
         self.vocabulary_size = index.vocabulary_size
+        self.tied = {alias: name for alias, name in index.tied.items() if name in self.parameters}
 
     def fragments(
         self, name: str, state: str, rank: int, local_start: int, local_stop: int

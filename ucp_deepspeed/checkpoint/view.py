@@ -6,13 +6,13 @@ pieces, *StripPad* the logical shape.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, HeldShapes, Parameter
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
-from ucp_deepspeed.errors import MismatchError
+from ucp_deepspeed.errors import MismatchError, SpecError
 from ucp_deepspeed.language.families import naming_specs
 from ucp_deepspeed.language.naming import logical_names
 from ucp_deepspeed.language.resolve import contradicts_record, describe, resolve_patterns
@@ -50,7 +50,7 @@ class UniversalView:
         """See the class.
 
         Args:
-            names: parameter of the checkpoint → logical name.
+            names: parameter of the checkpoint, or further name of one, → logical name.
             patterns: by logical name.
             wanted: leave others out.
             check_record: refuse patterns that contradict what was recorded when saving.
@@ -70,13 +70,27 @@ class UniversalView:
             for name, parameter in self.parameters.items()
         }
         self.logical_of = {name: logical for name, logical in names.items() if logical in self.parameters}
-        self._catalog_names = {logical: name for name, logical in names.items()}
+        self._catalog_names = {names[name]: name for name in checkpoint.parameters if name in names}
+        self._further = {name: logical for name, logical in names.items() if name not in checkpoint.parameters}
         degree = checkpoint.topology.tp
         # A tied module's other copies may hold parameters that only its first stage trains: read the first.
         local_shapes = {name: _first_stage(entry.local_shapes, degree) for name, entry in self.parameters.items()}
         self.layouts = layouts_of(self.patterns, local_shapes, degree, self.vocabulary_size, "the checkpoint")
+        self._check_copies()
         if check_record:
             self._check_record()
+
+    def _check_copies(self) -> None:
+        """A copy lies in the files as the parameter that it is a copy of."""
+        copies = {name: owner for name, owner in self.checkpoint.copies.items() if name in self.logical_of}
+        problems = [
+            f"{name}: {describe(self.patterns[name])}; in the checkpoint it is tied to {owner}, which is "
+            f"{describe(self.patterns[owner])}; correct the spec"
+            for name, owner in ((self.logical_of[name], self.logical_of.get(owner)) for name, owner in copies.items())
+            if owner is not None and self.layouts[name] != self.layouts[owner]
+        ]
+        if problems:
+            raise MismatchError("tied parameters can't be cut in different ways", problems)
 
     def _check_record(self) -> None:
         """What the run that saved recorded of its own files holds: patterns that say otherwise would join them wrongly."""
@@ -110,7 +124,7 @@ class UniversalView:
             SpecError: another tensor-parallel size, and nothing tells the layouts.
         """
         specs = naming_specs(spec, parameter_names(checkpoint))
-        names = logical_names(list(checkpoint.parameters), specs, checkpoint.logical_names)
+        names = names_of(checkpoint, specs)
         patterns = resolve_patterns(
             [names[name] for name in parameter_names(checkpoint)],
             degree=max(checkpoint.topology.tp, degree),
@@ -121,6 +135,15 @@ class UniversalView:
             same_degree=checkpoint.topology.tp == degree,
         )
         return cls(checkpoint, names, patterns, vocabulary_size)
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Further logical names of tied parameters → the one that each has here."""
+        return {
+            self._further[alias]: self.logical_of[owner]
+            for alias, owner in self.checkpoint.tied.items()
+            if alias in self._further and owner in self.logical_of
+        }
 
     @classmethod
     def of_single_rank(cls, checkpoint: Checkpoint, names: Mapping[str, str], wanted: Collection[str]) -> UniversalView:
@@ -158,6 +181,24 @@ class UniversalView:
             self.layouts[name],
             lambda rank, start, stop: self.checkpoint.fragments(self._catalog_names[name], state, rank, start, stop),
         )
+
+
+def names_of(checkpoint: Checkpoint, specs: Sequence[Spec]) -> dict[str, str]:
+    """Logical names of a checkpoint's parameters and buffers, and of the further names of tied ones, as far as these are others.
+
+    Raises:
+        SpecError: a spec gives a parameter two names, or two parameters one.
+    """
+    names = logical_names(list(checkpoint.parameters), specs, checkpoint.logical_names)
+    further = [alias for alias in checkpoint.tied if alias not in names]
+    if not further:
+        return names
+    try:
+        found = logical_names([*names, *further], specs, checkpoint.logical_names)
+    except SpecError:  # of a scheme that isn't meant for them
+        found = {alias: alias for alias in further}
+    taken = set(names.values())
+    return names | {alias: found[alias] for alias in further if found[alias] not in taken}
 
 
 def parameter_names(checkpoint: Checkpoint) -> list[str]:

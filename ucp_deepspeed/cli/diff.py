@@ -11,6 +11,7 @@ import click
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of_other
+from ucp_deepspeed.checkpoint.retied import with_copies
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli.options import CHECKPOINT, command, spec_option, view_of, vocabulary_option
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -47,13 +48,14 @@ def diff_command(
 ) -> None:
     """Compare the whole parameters, optimizer states and counters of checkpoints A and B, bit for bit.
 
-    Experts that B keeps in other tensors are compared in those of A.
+    Experts that B keeps in other tensors are compared in those of A, and what only one of them ties under each of its names.
 
     Exit status: 0 when they are equal, 1 when they differ, 2 when they can't be compared.
     """
     first, second = open_checkpoint(a, tag_a), open_checkpoint(b, tag_b)
-    view_a = view_of(first, spec_a or spec, vocabulary_size)
-    view_b = view_of(in_form_of_other(second, first), spec_b or spec, vocabulary_size)
+    second = in_form_of_other(second, first)
+    view_a = view_of(with_copies(first, second.parameters), spec_a or spec, vocabulary_size)
+    view_b = view_of(with_copies(second, first.parameters), spec_b or spec, vocabulary_size)
     differences = compare(view_a, view_b, chunk_numbytes=chunk << 20)
     if not differences:
         click.echo(f"equal: {_extent(view_a)}")

@@ -23,7 +23,7 @@ from ucp_deepspeed.engine.background import settle_saves, wait_for_save
 from ucp_deepspeed.engine.custom_load import check_custom_load, local_state_dict, run_custom_load
 from ucp_deepspeed.engine.extra_states import plan_extra_states
 from ucp_deepspeed.engine.known_layouts import KnownLayouts, keep_layouts, known_by_manifest
-from ucp_deepspeed.engine.matching import match_model, match_names, policies_of
+from ucp_deepspeed.engine.matching import in_ties_of, match_model, match_names, policies_of
 from ucp_deepspeed.engine.model import (
     EngineModel,
     agreement,
@@ -220,6 +220,7 @@ def _load_universal(
             check_custom_load(engine)
             source = local_state_dict(checkpoint, model)
         checkpoint = in_form_of(checkpoint, model.local_shapes)
+        checkpoint = in_ties_of(checkpoint, model, (dist.get_rank(), dist.get_world_size()))
         names = match_names(checkpoint, model)
         matching = match_model(checkpoint, model, names, policies)
         settings = GroupSettings()

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ucp_deepspeed.checkpoint import Checkpoint
-from ucp_deepspeed.checkpoint.view import parameter_names
+from ucp_deepspeed.checkpoint.retied import RetiedCheckpoint, copies_wanted
+from ucp_deepspeed.checkpoint.view import names_of, parameter_names
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import logical_names, naming_specs
 from ucp_deepspeed.transfer.matching import Held, Matching, Policies, check_matching, match
+from ucp_deepspeed.transfer.ties import differing_ties
 
 
 @dataclass(frozen=True)
@@ -44,25 +46,62 @@ def match_names(checkpoint: Checkpoint, model: EngineModel) -> Names:
     Raises:
         SpecError: a spec gives a parameter two names, or two parameters one.
     """
-    specs = naming_specs(model.spec, parameter_names(checkpoint), model.named("trainable", "frozen"))
-    recorded = checkpoint.logical_names
-    source = logical_names(list(checkpoint.parameters), specs, recorded)
-    target = logical_names(list(model.tensors), specs)
-    if all(name == logical for name, logical in target.items()):
-        target = logical_names(list(model.tensors), specs, recorded)
+    source, target = _translated(checkpoint, model)
     return Names(source | _tied_otherwise(checkpoint, model, source, target), target)
+
+
+def _translated(checkpoint: Checkpoint, model: EngineModel) -> tuple[dict[str, str], dict[str, str]]:
+    """Logical names of both sides, further names of tied parameters included where these are others."""
+    specs = naming_specs(model.spec, parameter_names(checkpoint), model.named("trainable", "frozen"))
+    recorded, held = checkpoint.logical_names, list(model.tensors)
+    target = logical_names(held, specs)
+    if all(name == logical for name, logical in target.items()):
+        target = logical_names(held, specs, recorded)
+    return names_of(checkpoint, specs), target
 
 
 def _tied_otherwise(
     checkpoint: Checkpoint, model: EngineModel, source: Mapping[str, str], target: Mapping[str, str]
 ) -> dict[str, str]:
     """Of tied parameters that the model has under another of their names, since its modules stand in another order, that name."""
-    wanted = frozenset(target.values())
-    return {
-        owner: target[alias]
+    wanted, held = frozenset(target.values()), {source[name]: name for name in checkpoint.parameters}
+    renamed = {
+        owner: source[alias]
         for alias, owner in checkpoint.tied.items()
-        if alias in model.tensors and owner in source and source[owner] not in wanted
+        if source.get(alias) in wanted and owner in source and source[owner] not in wanted
     }
+    of_model = {
+        held[alias]: target[owner]
+        for alias, owner in model.tied.items()
+        if alias in held and alias not in wanted and target[owner] not in held
+    }
+    return of_model | renamed
+
+
+def in_ties_of(checkpoint: Checkpoint, model: EngineModel, share: tuple[int, int]) -> Checkpoint:
+    """The checkpoint with copies of tied parameters that the model keeps apart, and one of each that the model ties.
+
+    Args:
+        share: see `differing_ties`.
+
+    Raises:
+        SpecError: see `match_names`.
+        MismatchError: lists parameters that the model ties, and of which the checkpoint holds different values.
+    """
+    if not checkpoint.tied and not model.tied:
+        return checkpoint
+    source, target = _translated(checkpoint, model)
+    wanted = set(target.values())
+    copies = copies_wanted(checkpoint, {name for name, logical in source.items() if logical in wanted})
+    held = {source[name]: name for name in checkpoint.parameters}
+    joined = {
+        held[alias]: held[target[owner]]
+        for alias, owner in model.tied.items()
+        if alias in held and alias not in wanted and target[owner] in held
+    }
+    if problems := differing_ties(checkpoint, joined, share):
+        raise MismatchError(f"{checkpoint.path} and the model tie different parameters", problems)
+    return RetiedCheckpoint(checkpoint, copies, joined) if copies or joined else checkpoint
 
 
 def match_model(checkpoint: Checkpoint, model: EngineModel, names: Names, policies: Policies) -> Matching:

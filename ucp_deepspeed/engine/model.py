@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from math import prod
 from typing import Any, Literal, TypeVar
@@ -95,6 +95,7 @@ class EngineModel:
         spec: the one named in the config.
         vocabulary_size: as in the config.
         tensor_parallel_group: the process group; None if this is the only tensor-parallel rank.
+        tied: further names of this rank's parameters → the first name.
     """
 
     topology: Topology
@@ -107,6 +108,7 @@ class EngineModel:
     spec: Spec | None
     vocabulary_size: int | None
     tensor_parallel_group: Any = None
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def local_shapes(self) -> dict[str, Shape]:
@@ -161,7 +163,18 @@ def describe_model(engine: Any) -> EngineModel:
         spec=None if config.spec == "auto" else load_spec(config.spec),
         vocabulary_size=config.vocabulary_size,
         tensor_parallel_group=bwc_tensor_model_parallel_group(engine.mpu) if topology.tp > 1 else None,
+        tied=_tied(engine, names),
     )
+
+
+def _tied(engine: Any, names: ModelNames) -> dict[str, str]:
+    """Further names of parameters; one without elements may share its address with others, and is left out."""
+    first = names.of_parameters
+    return {
+        names.in_model(name): first[param]
+        for name, param in engine.module.named_parameters(remove_duplicate=False)
+        if param in first and torch.Size(local_shape(param)).numel() and names.in_model(name) != first[param]
+    }
 
 
 def _is_expert_buffer(name: str, kind: HeldKind) -> bool:

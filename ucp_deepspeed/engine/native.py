@@ -26,6 +26,7 @@ from ucp_deepspeed.engine.model import (
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, only_evaluates
 from ucp_deepspeed.engine.training_state import usable
+from ucp_deepspeed.layout import Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,7 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
     shapes = checkpoint.local_shapes(rank)
     same = (
         order[0] == order[1]
+        and not _ties_others(checkpoint, engine, names, shapes)
         and all(
             shapes.get(name, local_shape(param)) == local_shape(param) for param, name in names.of_parameters.items()
         )
@@ -144,6 +146,14 @@ def _lacks_frozen(checkpoint: DeepSpeedCheckpoint, engine: Any) -> bool:
         return False
     resting = {name for param, name in engine.param_names.items() if not (param.requires_grad and has_elements(param))}
     return not resting <= recorded.keys()
+
+
+def _ties_others(checkpoint: DeepSpeedCheckpoint, engine: Any, names: ModelNames, shapes: Mapping[str, Shape]) -> bool:
+    """Whether the model keeps apart what is tied in the checkpoint, or ties what is apart there: DeepSpeed would let the last of
+    two values win."""
+    mine = frozenset(names.of_parameters.values())
+    further = {names.in_model(name) for name, _ in engine.module.named_parameters(remove_duplicate=False)} - mine
+    return not (mine.isdisjoint(checkpoint.tied) and further.isdisjoint(shapes))
 
 
 def _flattening_of(slot: Slot | EngineSlot) -> Any:

@@ -73,6 +73,7 @@ def describe(
         ),
         client_state=values["client_state"],
         extra_states=values["extra_states"],
+        tied=view.tied,
         files={},
     )
     return index, {key: tensor.contiguous().clone() for key, tensor in tensors.items()}

@@ -73,17 +73,18 @@ class HeldValues:
         shape, box = parameter.local_shapes[rank], piece.local_box
         assert shape is not None
         if not shape:
-            yield self._flat(parameter, state, rank, 0, 1)
+            yield self.flat(parameter, state, rank, 0, 1)
             return
         row = prod(shape[1:])
         step = max(CHUNK_NUMBYTES // max(row * ITEMSIZE[parameter.states[state]], 1), 1)
         inner = tuple(slice(low, high) for low, high in zip(box.start[1:], box.stop[1:], strict=True))
         for start in range(box.start[0], box.stop[0], step):
             stop = min(start + step, box.stop[0])
-            flat = self._flat(parameter, state, rank, start * row, stop * row)
+            flat = self.flat(parameter, state, rank, start * row, stop * row)
             yield flat.view(stop - start, *shape[1:])[(slice(None), *inner)]
 
-    def _flat(self, parameter: Parameter, state: str, rank: int, start: int, stop: int) -> torch.Tensor:
+    def flat(self, parameter: Parameter, state: str, rank: int, start: int, stop: int) -> torch.Tensor:
+        """The bits of a flat interval of a rank's local tensor, as integers."""
         dtype = parameter.states[state]
         flat = torch.empty(stop - start, dtype=NAMED_DTYPES[dtype])
         for fragment in self.checkpoint.fragments(parameter.name, state, rank, start, stop):

@@ -21,6 +21,7 @@ from ucp_deepspeed.checkpoint.checkpoint import (
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of_other
 from ucp_deepspeed.checkpoint.experts import expert_of, holder_of, numbers_of_experts
+from ucp_deepspeed.checkpoint.retied import with_copies
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import MismatchError, SpecError
@@ -163,7 +164,7 @@ def plan_target(
         DamagedCheckpointError: a file is missing, truncated or of another size than expected.
     """
     if model is not None:
-        checkpoint = in_form_of_other(checkpoint, model)
+        checkpoint = with_copies(in_form_of_other(checkpoint, model), model.parameters)
     try:
         source = UniversalView.of(checkpoint, spec, vocabulary_size, topology.tp)
         target = source if model is None else UniversalView.of(model, spec, vocabulary_size, topology.tp)
