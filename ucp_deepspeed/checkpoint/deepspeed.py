@@ -335,7 +335,8 @@ class DeepSpeedCheckpoint(Checkpoint):
     @property
     def tied(self) -> Mapping[str, str]:  # type: ignore[override]
         """See `Checkpoint`."""
-        return self._aliases
+        with self.files.sound():
+            return {str(alias): str(name) for alias, name in self._aliases.items()}
 
     @cached_property
     def _aliases(self) -> Mapping[str, str]:
