@@ -72,9 +72,9 @@ class RetiedCheckpoint(Checkpoint):
         """See `Checkpoint.fragments`."""
         return self._inner.fragments(self.copies.get(name, name), state, rank, local_start, local_stop)
 
-    def client_state(self, rank: int = 0) -> tuple[str, dict[str, Any]]:
+    def client_state(self, rank: int = 0, partition: int = 0) -> tuple[str, dict[str, Any]]:
         """See `Checkpoint.client_state`."""
-        return self._inner.client_state(rank)
+        return self._inner.client_state(rank, partition)
 
     def extra_states(self) -> tuple[dict[str, Any], ...]:
         """See `Checkpoint.extra_states`."""
