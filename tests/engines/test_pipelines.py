@@ -23,6 +23,7 @@ from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, SaveError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, build_engine, train
+from ucp_deepspeed.transfer import FileReader, gather
 from ucp_deepspeed.transfer.convert import convert
 
 BOUND = {"fp32": 2e-5, "bf16": 3e-2}
@@ -58,6 +59,8 @@ TARGETS = {
     "plain-zero2": (Run(tp=2, zero=ZERO_2), 2),
     "plain-zero3": (Run(zero=ZERO_3), 4),
 }
+
+RESET = {"enabled": True, "optimizer_states": "reset"}
 
 GetSource = Callable[[str, Run, int], Source]
 Ranks = Callable[[int], RankPool]
@@ -139,8 +142,47 @@ def test_stage_0_in_fp32_names_no_parameters(source: GetSource, tmp_path: Path) 
     saved = source("tied-zero0-fp32", run, world_size)
     stock = copytree(saved.folder, tmp_path / "stock")
     (stock / f"global_step{STEP}" / MANIFEST_NAME).unlink()
-    with pytest.raises(MismatchError, match="which layers a pipeline stage held, or shared, isn't recorded"):
-        _ = open_checkpoint(stock).parameters
+    assert "which layers a pipeline stage held, or shared, isn't recorded" in str(open_checkpoint(stock).lacking)
+
+
+def test_weights_of_a_stage_0_that_names_no_parameters(ranks: Ranks, tmp_path: Path) -> None:
+    """They load on any topology; the rest is refused there, and goes on where it was saved."""
+    run = Run("llama", UNTIED, pp=2, zero=ZERO_0, precision="fp16", partition="uniform", config=UNCLIPPED)
+    ranks(2).run(train, replace(run, universal=None), 2, save=str(tmp_path / "a"), save_tag="step")
+    target, weights = replace(run, pp=1, zero=ZERO_1), weights_of(tmp_path / "a")
+    ways = [
+        (target, {"load_module_only": True}),
+        (target, {"load_optimizer_states": False}),
+        (replace(target, universal=RESET), {}),
+    ]
+    for number, (wanted, options) in enumerate(ways):
+        saving = {"save": str(tmp_path / f"b{number}"), "save_tag": "step", "save_first": True}
+        ranks(1).run(train, wanted, 0, load=str(tmp_path / "a"), options=options, **saving)
+        loaded = weights_of(tmp_path / f"b{number}")
+        assert loaded.keys() == weights.keys() and all(torch.equal(loaded[name], weights[name]) for name in weights)
+    with pytest.raises(RankError) as caught:
+        ranks(1).run(train, target, 2, load=str(tmp_path / "a"))
+    assert isinstance(caught.value.original, MismatchError)
+    for way in ("load_module_only=True", '"optimizer_states": "reset"', "on the topology that saved it"):
+        assert way in str(caught.value.original)
+    on = {"save": str(tmp_path / "c"), "save_tag": "step", "save_first": True}
+    [again, *_] = ranks(2).run(train, run, 4, load=str(tmp_path / "a"), **on)
+    [moved] = ranks(1).run(train, target, 4, load=str(tmp_path / "c"))
+    assert list(again.losses) == [3, 4] == list(moved.losses) and moved.report is not None
+    # The first load was left to DeepSpeed, and the second, on another topology, goes on as that did.
+    assert max(abs(again.losses[step] - moved.losses[step]) for step in (3, 4)) <= BOUND["bf16"]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Masters, or the weights that stand for them, in fp32."""
+    view = UniversalView.of(open_checkpoint(folder))
+    found = {}
+    for name in view.parameters:
+        dtype = {"F32": torch.float32, "F16": torch.float16}[view.parameters[name].states["fp32"]]
+        flat = torch.empty(view.logical_shape(name), dtype=dtype).flatten()
+        gather(view, name, "fp32", 0, flat, FileReader())
+        found[name] = flat.float()
+    return found
 
 
 def test_converted_has_the_plain_names_and_resumes_as_a_pipeline(

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from ucp_deepspeed.checkpoint.versions import FileVersions
+from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.layout import Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.plan import Fragment
@@ -19,12 +20,21 @@ Kind = Literal["trainable", "frozen", "buffer"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
+OnUnreadable = Literal["error", "drop"]
+"""What to do about what files hold and nobody can read, or ought to hold and don't: refuse the checkpoint, or leave it out."""
+
 MASTER = "fp32"
 """Name of the state that holds a trainable parameter's master weight."""
 
 WEIGHT = "weight"
 """Name of the one state of a frozen parameter or a buffer."""
 
+
+WEIGHTS_HINT = (
+    'load_module_only=True or load_optimizer_states=False loads the weights, "optimizer_states": "reset" those and the rest, '
+    "with the optimizer's state as before a first step"
+)
+"""The way on where a checkpoint's optimizer state is out of reach."""
 
 IMPLEMENTATION_SWITCHES = frozenset(("foreach", "fused", "capturable", "differentiable", "name", "moe", "param_names"))
 """Hyper-parameters that choose how a machine computes, not what: each side keeps its own, and all others are restored.
@@ -135,6 +145,9 @@ class Checkpoint(ABC):
         groups: the optimizer's parameter groups.
         patterns: pattern of each parameter in the run that saved, as far as the checkpoint records it.
         refused: parameters of which it records that their layout can't be told, and why.
+        lacking: why the optimizer's state is in no file, or nobody can tell whose it is; for whoever needs it to raise. Weights
+            then stand for the masters.
+        unrecorded: parameters that the model had and whose value is in no file, and why; they aren't among ``parameters``.
         recorded_shapes: whole shape of each parameter, as a manifest or AutoTP records it of the files beside it.
         logical_names: name that a spec gave to each parameter when saving, where it isn't its own.
         vocabulary_size: rows of the unpadded vocabulary, where recorded.
@@ -151,6 +164,8 @@ class Checkpoint(ABC):
     groups: tuple[ParameterGroup, ...]
     patterns: Mapping[str, Pattern]
     refused: Mapping[str, str] = {}
+    lacking: MismatchError | None = None
+    unrecorded: Mapping[str, str] = {}
     recorded_shapes: Mapping[str, Shape]
     logical_names: Mapping[str, str]
     vocabulary_size: int | None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 
 from ucp_deepspeed.checkpoint.autotp import read_autotp_layouts
 from ucp_deepspeed.checkpoint.checkpoint import (
-    WEIGHT,
     Checkpoint,
     FileExtent,
     HeldShapes,
@@ -24,15 +23,29 @@ from ucp_deepspeed.checkpoint.deepspeed_experts import expert_parallel_size, sha
 from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed_layers import PipelineLayers
 from ucp_deepspeed.checkpoint.deepspeed_run import hyperparameters, join_groups, number_groups, read_run
-from ucp_deepspeed.checkpoint.deepspeed_stage0 import Groups, stage0_form, stage0_slots
-from ucp_deepspeed.checkpoint.deepspeed_zero import frozen_slice_slots, recognise, zero_slots
+from ucp_deepspeed.checkpoint.deepspeed_stage0 import Groups, stage0_form, stage0_slots, unnamed
+from ucp_deepspeed.checkpoint.deepspeed_weights import (
+    module_slot,
+    tensors_in,
+    tied_names,
+    unrecorded_weights,
+    weight_slots,
+    without_optimizer,
+)
+from ucp_deepspeed.checkpoint.deepspeed_zero import (
+    described_numels,
+    frozen_slice_slots,
+    mapped_numels,
+    recognise,
+    zero_slots,
+)
 from ucp_deepspeed.checkpoint.deferred import Deferred
 from ucp_deepspeed.checkpoint.experts import names_on, names_on_all
-from ucp_deepspeed.checkpoint.extra_states import extra_states_in, is_extra_state
+from ucp_deepspeed.checkpoint.extra_states import extra_states_in
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, STALE_MANIFEST
 from ucp_deepspeed.checkpoint.megatron_deepspeed_info import MegatronDeepSpeedInfo
-from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of, whole_tensor_slot
-from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, open_torch_file, storage_start
+from ucp_deepspeed.checkpoint.slots import HeldPart, Located, Slot
+from ucp_deepspeed.checkpoint.torch_files import open_torch_file
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 from ucp_deepspeed.layout import Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern
@@ -58,6 +71,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         self.files = DeepSpeedFiles(path)
         self.manifest, self.versions = self.files.manifest, self.files.versions
         self._slots = lru_cache(maxsize=None)(self._read_sound_slots)
+        self._stage0_slots = lru_cache(maxsize=None)(self._read_stage0_slots)
         self._where = lru_cache(maxsize=None)(self._read_where)
         self._settings = lru_cache(maxsize=None)(partial(hyperparameters, self.files))
         with self.files.sound():
@@ -109,7 +123,7 @@ class DeepSpeedCheckpoint(Checkpoint):
     @cached_property
     def optimizer_form(self) -> str:
         """Class of optimizer that wrote the state: ``plain``, ``fp16-fused``, …, ``zero-3``, or ``none``."""
-        if self.files.partitioned:
+        if self.files.partitioned or self.files.sliced:
             return recognise(*self.files.optimizer_state(0, 0)).name
         optimizer = self.files.model_states(0)["optimizer"]
         return stage0_form(optimizer, self.files.model_states_path(0, 0)) if optimizer else "none"
@@ -152,16 +166,16 @@ class DeepSpeedCheckpoint(Checkpoint):
         with self.files.sound():
             return self._read_slots(rank)
 
-    def _read_where(self, rank: int) -> dict[str, list[_Held]]:
+    def _read_where(self, rank: int) -> dict[str, list[HeldPart]]:
         """Where each parameter and buffer of a model-parallel rank lies: in one slot, AutoEP's experts in several in order.
 
         Raises:
             DamagedCheckpointError: they are others than on the stage's first rank, or of other shapes than recorded.
         """
-        where: dict[str, list[_Held]] = {}
+        where: dict[str, list[HeldPart]] = {}
         for slot in self._slots(rank):
             for index, name in enumerate(slot.names):
-                where.setdefault(name, []).append(_Held(slot, index))
+                where.setdefault(name, []).append(HeldPart(slot, index))
         where = {name: sorted(held, key=lambda each: each.start) for name, held in where.items()}
         stage, place = divmod(rank, self.topology.tp)
         expected, by, remedy = set(where), f"rank {rank - place}", ""
@@ -185,16 +199,17 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def _read_topology(self) -> Topology:
         saved = self.files.model_states(0)
-        model_parallel, dp = saved["mp_world_size"], saved["dp_world_size"]
-        pp = saved.get("checkpoint_parallel_dimensions", {}).get("pp_degree", 1)
+        model_parallel, dp, pp = saved["mp_world_size"], saved["dp_world_size"], self.files.pipeline_stages
         if any(type(size) is not int or size < 1 for size in (model_parallel, dp, pp)):
             raise DamagedCheckpointError(
                 f"{self.files.model_states_path(0, 0)} has mp_world_size {model_parallel!r}, dp_world_size {dp!r}, "
                 f"pp_degree {pp!r}"
             )
         stage = 0
-        if saved.get("param_shapes") is not None:
-            stage = 3 if self.files.sliced else int(self.files.optimizer_state(0, 0)[0].get("zero_stage", 1))
+        if self.files.sliced:
+            stage = 3
+        elif self.files.param_shapes(0) is not None and self.files.partitioned:
+            stage = int(self.files.optimizer_state(0, 0)[0].get("zero_stage", 1))
         topology = Topology(model_parallel // pp, pp, dp, stage)
         self.files.check_complete(topology)
         return replace(topology, ep=expert_parallel_size(self.files, topology))
@@ -212,57 +227,72 @@ class DeepSpeedCheckpoint(Checkpoint):
         elif self.files.is_pipeline:
             stage = rank // self.topology.tp
             frozen_names = [name for name in self._unclaimed if name in module] if stage == 0 else []
-            slots += [_module_slot(name, "frozen", *module[name]) for name in frozen_names]
+            slots += [module_slot(name, "frozen", *module[name]) for name in frozen_names]
         else:
             owned = [name for name in module if name not in known and name not in self._aliases]
             slots += [
                 slot for name in owned if name not in buffers for slot in self._frozen_slots(name, *module[name], known)
             ]
-        slots += [_module_slot(name, "buffer", *module[name]) for name in buffers]
+        slots += [module_slot(name, "buffer", *module[name]) for name in buffers]
         return slots
 
     def _frozen_slots(self, key: str, tensor: torch.Tensor, path: Path, known: Collection[str]) -> list[Slot]:
         """Of a tensor in a file of weights; none for an expert's of AutoEP whose layer is trained."""
         found = self.files.autoep.expert_of(key)
         if found is None:
-            return [_module_slot(key, "frozen", tensor, path)]
+            return [module_slot(key, "frozen", tensor, path)]
         name, number = found
-        slot, layer = _module_slot(name, "frozen", tensor, path), self.files.autoep.layers[name]
+        slot, layer = module_slot(name, "frozen", tensor, path), self.files.autoep.layers[name]
         whole = (layer.experts, *slot.shapes[0])
         starts = (number * tensor.numel(),)
         return [] if name in known else [replace(slot, shapes=(whole,), starts=starts)]
 
     def _optimizer_slots(self, rank: int) -> list[Slot]:
         """The slots with an optimizer state."""
-        saved, path = self.files.model_states(rank), self.files.model_states_path(rank, 0)
         open_partition = partial(self.files.optimizer_state, rank)
-        param_shapes = saved.get("param_shapes")
-        if param_shapes is not None:
+        param_shapes = self.files.param_shapes(rank)
+        if param_shapes is not None and self.files.partitioned:
             spread = partial(shares_of_group, self.files, self.topology, rank)
             return zero_slots(param_shapes, self.topology.dp, open_partition, spread)
         if self.files.partitioned:
             module = self._module(rank)
-            shapes = [{name: tuple(module[name][0].shape) for name in group} for group in self._mapped_numels(rank)]
+            shapes = [
+                {name: tuple(module[name][0].shape) for name in group}
+                for group in mapped_numels(self.topology.dp, open_partition)
+            ]
             return zero_slots(shapes, self.topology.dp, open_partition)
+        if param_shapes is not None:
+            trained = [name for group in param_shapes for name in group]
+            return weight_slots(self._module(rank), trained, self.files.model_states_path(rank, 0))
+        return self._stage0_slots(rank)[0]
+
+    def _read_stage0_slots(self, rank: int) -> tuple[list[Slot], MismatchError | None]:
+        """The slots without ZeRO; where the optimizer's state can't be told, of weights alone, and why it can't."""
+        saved, path = self.files.model_states(rank), self.files.model_states_path(rank, 0)
         if not saved.get("optimizer"):
-            return []
+            return [], None
         buffers = frozenset(saved["buffer_names"])
         owned = {
             name: located
             for name, located in self._module(rank).items()
             if name not in self._aliases and name not in buffers
         }
+        try:
+            return self._named_slots(rank, saved["optimizer"], owned, path), None
+        except MismatchError as error:
+            return weight_slots(owned, owned, path), error
+
+    def _named_slots(
+        self, rank: int, optimizer: Mapping[str, Any], owned: Mapping[str, Located], path: Path
+    ) -> list[Slot]:
         groups = self.recorded_groups(rank)
         if groups is None and self.files.is_pipeline:
-            raise MismatchError(
-                f"{path} names no parameters in its optimizer state, and which layers a pipeline stage held, or shared, isn't "
-                f"recorded; save with ucp_deepspeed enabled, which records the names. Parameters that could be mixed up",
-                list(owned),
-            )
+            why = ", and which layers a pipeline stage held, or shared, isn't recorded"
+            raise unnamed(path, why, list(owned))
         recorded = self.manifest.parameters if self.manifest else {}
         kinds = {name: entry.kind for name, entry in recorded.items()}
         if self.topology.ep == 1 and not self.files.autoep:
-            return stage0_slots(saved["optimizer"], owned, groups, path, kinds)
+            return stage0_slots(optimizer, owned, groups, path, kinds)
         return [
             slot
             for ep_rank in range(self.topology.ep)
@@ -271,16 +301,25 @@ class DeepSpeedCheckpoint(Checkpoint):
             )
         ]
 
-    def _mapped_numels(self, rank: int) -> list[dict[str, int]]:
-        """Names in flat order and their elements, from ``param_slice_mappings``; a pipeline's stage 0 has no ``param_shapes``."""
-        groups: list[dict[str, int]] = []
-        for partition in range(self.topology.dp):
-            saved, _ = self.files.optimizer_state(rank, partition)
-            for index, mapping in enumerate(saved["param_slice_mappings"]):
-                groups += [{}] if index == len(groups) else []
-                for name, address in sorted(mapping.items(), key=lambda entry: entry[1].start):
-                    groups[index][name] = groups[index].get(name, 0) + address.numel
-        return groups
+    @cached_property
+    def lacking(self) -> MismatchError | None:  # type: ignore[override]
+        """See `Checkpoint`."""
+        with self.files.sound():
+            if self.files.partitioned:
+                return None
+            if self.files.param_shapes(0) is not None:
+                return without_optimizer(self.files)
+            found = (self._stage0_slots(rank)[1] for rank in range(self.topology.model_parallel))
+            return next((error for error in found if error is not None), None)
+
+    @cached_property
+    def unrecorded(self) -> Mapping[str, str]:  # type: ignore[override]
+        """See `Checkpoint`."""
+        if not self.files.sliced or self.files.autoep:
+            return {}
+        with self.files.sound():
+            known = self._where(0).keys() | self._aliases.keys()
+            return unrecorded_weights(self._module(0), known, self.run.ds_version)
 
     def _module(self, rank: int) -> Mapping[str, Located]:
         """Weights and buffers that a model-parallel rank's files hold; in a pipeline those of all stages.
@@ -291,9 +330,9 @@ class DeepSpeedCheckpoint(Checkpoint):
         if self.files.is_pipeline:
             return self._layers.on(rank % self.topology.tp)
         path = self.files.model_states_path(rank, 0)
-        found = _tensors_in(self.files.model_states(rank)["module"], path)
+        found = tensors_in(self.files.model_states(rank)["module"], path)
         for expert in self.files.expert_files(rank):
-            found |= _tensors_in(self.files.open(expert), expert)
+            found |= tensors_in(self.files.open(expert), expert)
         return found
 
     def _extra_states(self, rank: int) -> dict[str, Any]:
@@ -307,9 +346,10 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def _trained_numels(self) -> dict[str, int]:
         trained: dict[str, int] = {}
-        for rank in range(0, self.topology.model_parallel, self.topology.tp) if self.files.partitioned else ():
-            described = self.files.model_states(rank).get("param_shapes")
-            groups = self._mapped_numels(rank) if described is None else map(_numels, described)
+        for rank in range(0, self.topology.model_parallel, self.topology.tp):
+            groups = [described_numels(group) for group in self.files.param_shapes(rank) or ()]
+            if not groups and self.files.partitioned:
+                groups = mapped_numels(self.topology.dp, partial(self.files.optimizer_state, rank))
             trained |= {name: numel for group in groups for name, numel in group.items()}
         return trained
 
@@ -341,26 +381,12 @@ class DeepSpeedCheckpoint(Checkpoint):
     @cached_property
     def _aliases(self) -> Mapping[str, str]:
         """Names of tied parameters under which they are not stored: listed by DeepSpeed under ZeRO, else found by sharing."""
-        saved = self.files.model_states(0)
-        listed = dict(saved.get("shared_params") or {})
-        if self.files.is_pipeline:
-            return listed
-        module = self._module(0)
-        if not self.files.sliced:  # DeepSpeed takes parameters without elements for one: they have the same address
-            listed = {alias: name for alias, name in listed.items() if alias not in module or module[alias][0].numel()}
-        first: dict[tuple[Any, ...], str] = {}
-        shared: dict[str, str] = {}
-        for name, (tensor, path) in module.items():
-            place = path, storage_start(tensor), tensor.storage_offset(), tensor.dtype, tensor.shape
-            repeated = tensor.numel() and first.setdefault(place, name) != name
-            if repeated and name not in saved["buffer_names"]:
-                shared[name] = first[place]
-        return listed | shared | self.files.autoep.second_names(module)
+        return tied_names(self.files, {} if self.files.is_pipeline else self._module(0))
 
     @cached_property
     def _recorded_stages(self) -> list[dict[str, Kind]] | None:
         """What each pipeline stage's files hold, where a manifest tells all of it; frozen parameters count as the first's."""
-        described = self.files.model_states(0).get("param_shapes") is not None
+        described = self.files.param_shapes(0) is not None
         stages = self.manifest.stages if self.manifest and described and self.topology.pp > 1 else None
         if stages is None:
             return None
@@ -455,44 +481,3 @@ class DeepSpeedCheckpoint(Checkpoint):
     def _settings_of(self, rank: int, group: int) -> Mapping[str, Any]:
         with self.files.sound():
             return self._settings(rank)[group]
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """What a slot has of a parameter: all of it, or of AutoEP's experts some."""
-
-    slot: Slot
-    index: int
-
-    @property
-    def shape(self) -> Shape:
-        """Of the whole local tensor."""
-        return self.slot.shapes[self.index]
-
-    @property
-    def start(self) -> int:
-        """Position in the local tensor of the first element."""
-        return self.slot.start(self.index)
-
-    @property
-    def stop(self) -> int:
-        """Position behind the last element."""
-        return self.start + self.slot.flattening.numels[self.index]
-
-
-def _tensors_in(state_dict: Mapping[str, Any], path: Path) -> dict[str, Located]:
-    tensors = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
-    return {name: (value, path) for name, value in tensors.items() if not is_extra_state(name)}
-
-
-def _numels(named: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    return dict(zip(named, numels_of(shapes_of(named)), strict=True))
-
-
-def _module_slot(name: str, kind: Kind, tensor: torch.Tensor, path: Path) -> Slot:
-    lookup: Callable[[int, str], tuple[torch.Tensor, Path]] = lambda partition, state: (tensor, path)  # noqa: E731
-    shape: Shape = shapes_of({name: tensor.shape})[0]
-    if tensor.dtype in TORCH_DTYPES:
-        return whole_tensor_slot(name, kind, lookup, shape=shape, states={WEIGHT: TORCH_DTYPES[tensor.dtype]})
-    refused = {WEIGHT: f"{tensor.dtype} has no universal form ({path})"}
-    return whole_tensor_slot(name, kind, lookup, shape=shape, states={}, refused=refused)

@@ -45,7 +45,7 @@ def expert_parallel_size(files: DeepSpeedFiles, topology: Topology) -> int:
         return files.autoep.ep
     if not files.expert_totals:
         return 1
-    param_shapes = files.model_states(0).get("param_shapes")
+    param_shapes = files.param_shapes(0)
     if param_shapes is None:
         return 1 + max((held[0] for name in files.names if (held := optimizer_file(name))), default=0)
     groups = enumerate(tuple(group) for group in param_shapes)
@@ -54,7 +54,7 @@ def expert_parallel_size(files: DeepSpeedFiles, topology: Topology) -> int:
 
 
 def _data_first(files: DeepSpeedFiles) -> bool:
-    return bool((files.model_states(0).get("ds_config") or {}).get("use_data_before_expert_parallelism"))
+    return bool(files.config.get("use_data_before_expert_parallelism"))
 
 
 def _expert_ranks(

@@ -6,8 +6,9 @@ File names and keys: DeepSpeed 0.19.8, ``runtime/engine.py`` (``_get_ckpt_name``
 
 from __future__ import annotations
 
+import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,9 +20,9 @@ from ucp_deepspeed.checkpoint.deepspeed_pipeline import layer_file
 from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER
 from ucp_deepspeed.checkpoint.experts import expert_of, optimizer_file, weight_file
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest
-from ucp_deepspeed.checkpoint.torch_files import open_torch_file
+from ucp_deepspeed.checkpoint.torch_files import PRECISIONS, open_torch_file
 from ucp_deepspeed.checkpoint.versions import FileVersions
-from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.layout import Topology
 
 ENGINE_KEYS = frozenset(
@@ -39,6 +40,8 @@ ENGINE_KEYS = frozenset(
         "skipped_steps",
         "global_steps",
         "global_samples",
+        "sparse_tensor_module_names",
+        "csr_tensor_module_names",
         "dp_world_size",
         "mp_world_size",
         "ds_config",
@@ -55,6 +58,11 @@ ENGINE_KEYS = frozenset(
 
 REQUIRED_KEYS = ("module", "buffer_names", "dp_world_size", "mp_world_size", "global_steps", "skipped_steps")
 """Keys without which a model_states file tells too little."""
+
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu")
+"""One of these is in each config that DeepSpeed ran with; a mapping without them is something else."""
+
+_OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
 
 
 class DeepSpeedFiles:
@@ -108,20 +116,98 @@ class DeepSpeedFiles:
         return self.model_states(0).get("module") is None
 
     @cached_property
+    def pipeline_stages(self) -> int:
+        """Pipeline-parallel size; before 0.19.5 DeepSpeed recorded the product with the tensor-parallel size alone.
+
+        Raises:
+            DamagedCheckpointError: there are layer files of more tensor-parallel ranks than that, or of another number.
+        """
+        saved = self.model_states(0)
+        if (recorded := saved.get("checkpoint_parallel_dimensions")) is not None:
+            return int(recorded.get("pp_degree", 1))
+        if self.manifest is not None or not self.is_pipeline:
+            return self.manifest.topology.pp if self.manifest is not None else 1
+        degree = 1 + max((place[1] for name in self.names if (place := layer_file(name))), default=0)
+        stages, rest = divmod(saved["mp_world_size"], degree)
+        if rest:
+            raise DamagedCheckpointError(
+                f"{self.path} holds layer files of {degree} tensor-parallel ranks, which don't divide the "
+                f"{saved['mp_world_size']} model-parallel ranks of {self.model_states_path(0, 0)}: "
+                f"files of two runs, or some are missing"
+            )
+        return int(stages)
+
+    @cached_property
     def partitioned(self) -> bool:
         """Whether the optimizer's state is in files of its own: with ZeRO, and in a bf16 pipeline without."""
-        saved = self.model_states(0)
-        return saved.get("param_shapes") is not None or BF16_OPTIMIZER.masters in (saved.get("optimizer") or {})
+        if BF16_OPTIMIZER.masters in (self.model_states(0).get("optimizer") or {}):
+            return True
+        return self.param_shapes(0) is not None and self.has_optimizer_files
+
+    @cached_property
+    def has_optimizer_files(self) -> bool:
+        """Whether there are files of a ZeRO optimizer that this run may have written."""
+        return self._optimizer_prefix in self._optimizer_prefixes
+
+    def param_shapes(self, rank: int) -> Sequence[Mapping[str, Sequence[int]]] | None:
+        """Names and shapes of each flat group on a model-parallel rank; None without ZeRO.
+
+        Up to 0.5.10 DeepSpeed wrote them into the optimizer's files.
+
+        Raises:
+            UnsupportedError: there are files of a ZeRO optimizer, and nothing says what is in them.
+        """
+        saved = self.model_states(rank)
+        if "param_shapes" in saved or saved.get("optimizer") or not self.has_optimizer_files:
+            return saved.get("param_shapes")
+        path = self.optimizer_path(rank, 0)
+        shapes: Sequence[Mapping[str, Sequence[int]]] | None = self.open(path).get("param_shapes")
+        if shapes is None:
+            raise UnsupportedError(
+                f"{path} doesn't say which parameters it holds: DeepSpeed {saved.get('ds_version', '')} recorded no param_shapes "
+                f"for mixtures of experts; load it with that DeepSpeed on the same topology and save it with a later one"
+            )
+        return shapes
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """What the run was configured with; empty where the files hold something else, as the path of a file."""
+        config = self.model_states(0).get("ds_config")
+        known = isinstance(config, dict) and any(key in config for key in BATCH_KEYS)
+        return config if isinstance(config, dict) and (known or _enabled(config)) else {}
 
     @cached_property
     def precision(self) -> Precision:
-        """Of the weights that the run trained with."""
-        config = self.model_states(0).get("ds_config")
-        config = config if isinstance(config, dict) else {}
-        for name, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
-            if any(isinstance(config.get(key), dict) and config[key].get("enabled") for key in keys):
-                return name  # type: ignore[return-value]
-        return "fp32"
+        """Of the weights that the run trained with: as configured, else as they are."""
+        if self.config:
+            return _enabled(self.config) or "fp32"
+        if self._optimizer_prefixes == {"bf16_"}:
+            return "bf16"
+        return self._precision_of_weights()
+
+    def _precision_of_weights(self) -> Precision:
+        """Of the trained weights, else of all; where ZeRO-3 leaves but a trace of them, that has their dtype."""
+        saved = self.model_states(0)
+        module, buffers = saved["module"], frozenset(saved["buffer_names"])
+        layers = [name for name in sorted(self.names) if layer_file(name)] if module is None else []
+        held: dict[str, Any] = dict(module or {})
+        for name in layers:
+            held |= {f"{name}/{key}": value for key, value in self.open(self.path / name).items()}
+        trained = {name for group in saved.get("param_shapes") or () for name in group} & held.keys()
+        dtypes = {getattr(held[name], "dtype", None) for name in trained or held.keys() - buffers}
+        return next((precision for precision, dtype in PRECISIONS.items() if dtype in dtypes), "fp32")
+
+    @cached_property
+    def _optimizer_prefixes(self) -> frozenset[str]:
+        """How the names of ZeRO's files begin: those of several runs may differ."""
+        found = map(_OPTIMIZER_FILE.fullmatch, self.names)
+        return frozenset(name[1] or "" for name in found if name is not None)
+
+    @cached_property
+    def _optimizer_prefix(self) -> str:
+        """That of the run's precision: a folder saved to twice may hold both. bf16 has a prefix of its own since 0.6.2."""
+        prefix = "bf16_" if self.precision == "bf16" else ""
+        return prefix if prefix in self._optimizer_prefixes else ""
 
     @cached_property
     def expert_totals(self) -> tuple[int, ...]:
@@ -139,9 +225,8 @@ class DeepSpeedFiles:
         return self.path / f"{prefix}mp_rank_{rank:02d}_model_states.pt"
 
     def optimizer_path(self, rank: int, partition: int) -> Path:
-        """Of the two names that DeepSpeed uses that of the run's precision: a folder saved to twice may hold both."""
-        prefix = "bf16_" if self.precision == "bf16" else ""
-        return self.path / f"{prefix}zero_pp_rank_{partition}_mp_rank_{rank:02d}_optim_states.pt"
+        """Of one partition of a model-parallel rank, by one of the two names that DeepSpeed uses."""
+        return self.path / f"{self._optimizer_prefix}zero_pp_rank_{partition}_mp_rank_{rank:02d}_optim_states.pt"
 
     def expert_optimizer_path(self, rank: int, ep_rank: int) -> Path:
         """Where experts aren't cut over tensor-parallel ranks, one of these alone has the file."""
@@ -232,7 +317,7 @@ class DeepSpeedFiles:
         for rank in range(topology.model_parallel):
             partitions = range(topology.dp)
             expected += [self.model_states_path(rank, part).name for part in (partitions if self.sliced else [0])]
-            if self.partitioned:
+            if self.partitioned or self.sliced:
                 expected += [self.optimizer_path(rank, part).name for part in partitions]
         return expected
 
@@ -249,3 +334,11 @@ class DeepSpeedFiles:
             raise DamagedCheckpointError(
                 f"a file in {self.path} holds something else than DeepSpeed writes ({type(error).__name__}: {error})"
             ) from error
+
+
+def _enabled(config: Mapping[str, Any]) -> Precision | None:
+    """The half precision that a config switches on."""
+    for name, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
+        if any(isinstance(config.get(key), dict) and config[key].get("enabled") for key in keys):
+            return name  # type: ignore[return-value]
+    return None

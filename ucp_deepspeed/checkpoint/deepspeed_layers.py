@@ -70,7 +70,7 @@ class PipelineLayers:
     def _needed(self) -> frozenset[int] | None:
         """Under ZeRO the layers with frozen parameters and buffers, if that is recorded; else None for all."""
         manifest = self._files.manifest
-        described = self._files.model_states(0).get("param_shapes") is not None
+        described = self._files.param_shapes(0) is not None
         if manifest is None or not described or any(entry.kind is None for entry in manifest.parameters.values()):
             return None
         aside = {name for name, entry in manifest.parameters.items() if entry.kind != "trainable"}

@@ -14,7 +14,7 @@ from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, LossScale, Parameter
 from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed_zero import recognise
 from ucp_deepspeed.checkpoint.deferred import Deferred
-from ucp_deepspeed.checkpoint.torch_files import read_tensors, scalar_of
+from ucp_deepspeed.checkpoint.torch_files import DynamicLossScaler, read_tensors, scalar_of
 
 NAMING_KEYS = ("params", "param_names")
 """Of a parameter group: what is in it."""
@@ -41,7 +41,8 @@ def _read_loss_scale(files: DeepSpeedFiles) -> LossScale | None:
         if scaler is None:
             return None
         values = {key: value for key, value in vars(scaler).items() if key not in ("dynamic", "dtype")}
-        return LossScale(bool(state.get("dynamic_loss_scale", scaler.dynamic)), values)
+        dynamic = state.get("dynamic_loss_scale", isinstance(scaler, DynamicLossScaler))
+        return LossScale(bool(dynamic), values)
     optimizer = files.model_states(0)["optimizer"] or {}
     if "cur_scale" not in optimizer:
         return None

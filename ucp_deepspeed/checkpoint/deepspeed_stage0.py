@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Kind
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, WEIGHTS_HINT, Kind
 from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, split_states, whole_tensor_slot
 from ucp_deepspeed.checkpoint.torch_files import dtype_of
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
@@ -270,8 +270,14 @@ def _moves(shape: Shape, expected: Expected, taken: _Taken) -> Iterator[tuple[in
 
 
 def _ambiguous(path: Path, names: Sequence[str], groups: str) -> MismatchError:
+    return unnamed(path, f" ({groups}) and the model's order doesn't tell which is which", names)
+
+
+def unnamed(path: Path, why: str, names: Sequence[str]) -> MismatchError:
+    """The error for an optimizer state that no names can be given to."""
     return MismatchError(
-        f"{path} names no parameters in its optimizer state ({groups}) and the model's order doesn't tell which is which; "
-        f"save with ucp_deepspeed enabled, which records the names. Parameters that could be mixed up",
+        f"{path} names no parameters in its optimizer state{why}. DeepSpeed alone can load it, on the topology that saved it: do "
+        f"so and save with ucp_deepspeed enabled, which records the names; then change. Of this one {WEIGHTS_HINT}. Parameters "
+        f"that could be mixed up",
         names,
     )

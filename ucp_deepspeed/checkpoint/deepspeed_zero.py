@@ -151,6 +151,23 @@ def zero_slots(
     return slots
 
 
+def described_numels(named: NamedShapes) -> dict[str, int]:
+    """Names of a flat group in order and their elements."""
+    return dict(zip(named, numels_of(shapes_of(named)), strict=True))
+
+
+def mapped_numels(partitions: int, open_partition: OpenPartition) -> list[dict[str, int]]:
+    """Names in flat order and their elements, from ``param_slice_mappings``; a pipeline's stage 0 has no ``param_shapes``."""
+    groups: list[dict[str, int]] = []
+    for partition in range(partitions):
+        saved, _ = open_partition(partition)
+        for index, mapping in enumerate(saved["param_slice_mappings"]):
+            groups += [{}] if index == len(groups) else []
+            for name, address in sorted(mapping.items(), key=lambda entry: entry[1].start):
+                groups[index][name] = groups[index].get(name, 0) + address.numel
+    return groups
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where one of the flat groups is in any file: the ``number``-th of those that are called ``name``, else at ``index``."""

@@ -71,6 +71,7 @@ class RegroupedCheckpoint(Checkpoint):
         self.vocabulary_size, self.versions = inner.vocabulary_size, inner.versions
         self.patterns: Mapping[str, Pattern] = self._of_kept(inner.patterns)
         self.refused = self._of_kept(inner.refused)
+        self.lacking, self.unrecorded = inner.lacking, inner.unrecorded
         self.recorded_shapes: Mapping[str, Shape] = self._of_kept(inner.recorded_shapes)
         self.logical_names: Mapping[str, str] = self._of_kept(inner.logical_names)
         self.tied = {alias: renamed.get(name, name) for alias, name in inner.tied.items() if name not in gone}

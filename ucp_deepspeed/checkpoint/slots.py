@@ -84,6 +84,29 @@ class Slot:
         return extent
 
 
+@dataclass(frozen=True, slots=True)
+class HeldPart:
+    """What a slot has of a parameter: all of it, or of AutoEP's experts some."""
+
+    slot: Slot
+    index: int
+
+    @property
+    def shape(self) -> Shape:
+        """Of the whole local tensor."""
+        return self.slot.shapes[self.index]
+
+    @property
+    def start(self) -> int:
+        """Position in the local tensor of the first element."""
+        return self.slot.start(self.index)
+
+    @property
+    def stop(self) -> int:
+        """Position behind the last element."""
+        return self.start + self.slot.flattening.numels[self.index]
+
+
 @dataclass(frozen=True)
 class SplitStates:
     """One optimizer state entry; see the fields of `Slot`."""

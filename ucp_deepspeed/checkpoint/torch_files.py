@@ -20,7 +20,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import FileExtent
+from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Precision
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 
 TORCH_DTYPES: dict[torch.dtype, str] = {
@@ -45,6 +45,13 @@ TORCH_DTYPES: dict[torch.dtype, str] = {
 
 NAMED_DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in TORCH_DTYPES.items()}
 """The inverse of `TORCH_DTYPES`."""
+
+PRECISIONS: dict[Precision, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+"""dtype of the weights of a run of each precision."""
 
 
 class LossScaler:
@@ -95,6 +102,7 @@ ALLOWED_CLASSES: list[Any] = [
     (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (DynamicLossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (FragmentAddress, "deepspeed.runtime.bf16_optimizer.fragment_address"),  # up to 0.7.2
     (ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (zero_stage_by_name, "builtins.getattr"),
     (frozenset, "builtins.frozenset"),

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 
 from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -35,6 +37,13 @@ from ucp_deepspeed.transfer.ranks import Ranks, alone
 @click.option(
     "--drop-client-state", metavar="KEY", multiple=True, help="Leave this key of the client state out; repeatable."
 )
+@click.option(
+    "--on-unreadable",
+    type=click.Choice(["error", "drop"]),
+    default="error",
+    show_default=True,
+    help="Refuse a checkpoint with values that can't be read, or leave them out and list them.",
+)
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
 @click.pass_obj
 def convert_command(
@@ -46,6 +55,7 @@ def convert_command(
     vocabulary_size: int | None,
     workers: int,
     drop_client_state: tuple[str, ...],
+    on_unreadable: OnUnreadable,
     quiet: bool,
 ) -> None:
     """Write checkpoint SRC in universal form to DST/<tag>, and DST/latest, so that DST can be loaded from.
@@ -59,7 +69,11 @@ def convert_command(
         folder = destination / _tag(source, checkpoint.path)
         _check_free(destination, folder)
         view = view_of(checkpoint, spec, vocabulary_size)
-        count = _convert(view, destination, folder, workers, drop_client_state, quiet or ranks.rank != 0, ranks)
+        options = {"workers": workers, "drop_client_state": drop_client_state, "on_unreadable": on_unreadable}
+        count = _convert(view, destination, folder, options, quiet or ranks.rank != 0, ranks)
+    if ranks.rank == 0:
+        for name, why in checkpoint.unrecorded.items():
+            click.echo(f"left out {name}: {why}", err=True)
     if not quiet and ranks.rank == 0:
         sizes = [entry.stat().st_size for entry in folder.iterdir()]
         click.echo(
@@ -114,8 +128,7 @@ def _convert(
     view: UniversalView,
     destination: Path,
     folder: Path,
-    workers: int,
-    drop_client_state: tuple[str, ...],
+    options: Mapping[str, Any],
     quiet: bool,
     ranks: Ranks,
 ) -> TransferCount:
@@ -123,8 +136,7 @@ def _convert(
         convert,
         view,
         folder,
-        workers=workers,
-        drop_client_state=drop_client_state,
+        **options,
         ranks=ranks,
         then=lambda: _point_to(destination, folder, view.checkpoint.run.global_steps),
     )

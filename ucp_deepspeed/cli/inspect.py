@@ -72,6 +72,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
         state_bytes: size of each state over all parameters.
         disk_bytes, files: of the tag folder.
         groups: for each parameter group ``names`` and ``hyperparameters``.
+        lacking: why the optimizer's state can't be told, or null; unrecorded: parameters whose value is in no file → why.
         parameters: for each, by logical name: ``kind``, ``shape`` (or null), ``local_shapes`` by model-parallel rank (null
             for a pipeline stage without it), ``pattern`` in words (or null), ``states`` (name → dtype), ``scalars``.
     """
@@ -100,6 +101,8 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
             {"names": list(group.names), "hyperparameters": _json(dict(group.hyperparameters))}
             for group in (view or checkpoint).groups
         ],
+        "lacking": None if checkpoint.lacking is None else checkpoint.lacking.heading,
+        "unrecorded": dict(checkpoint.unrecorded),
         "parameters": {name: _parameter(view, parameter) for name, parameter in parameters.items()},
     }
 
@@ -174,6 +177,10 @@ def _print(report: Mapping[str, Any]) -> None:
     for number, group in enumerate(report["groups"]):
         settings = _settings(group["hyperparameters"])
         console.print(escape(f"group {number}: {len(group['names'])} parameters, {settings}"), soft_wrap=True)
+    for name, why in report["unrecorded"].items():
+        console.print(escape(f"{name} isn't in the files: {why}"), soft_wrap=True)
+    if report["lacking"]:
+        console.print(escape(f"Weights only: {report['lacking']}"), soft_wrap=True)
     if not report["layouts"]["known"]:
         console.print(escape(f"Local shapes only: {report['layouts']['reason']}"), soft_wrap=True)
 

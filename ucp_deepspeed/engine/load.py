@@ -215,6 +215,8 @@ def _load_universal(
     if custom is not None:  # which may fill what is missing, and make use of what is extra
         policies = replace(policies, initialise=True, drop=True, strict=False, reshape=True)
     with agreement():
+        if policies.optimizer_states == "restore" and checkpoint.lacking is not None:
+            raise checkpoint.lacking
         source = {}
         if custom is not None:
             check_custom_load(engine)

@@ -82,8 +82,11 @@ def compare(
 
     Raises:
         DamagedCheckpointError: a file is missing or truncated, or was changed meanwhile.
-        MismatchError: a checkpoint doesn't hold each element of its parameters exactly once.
+        MismatchError: a checkpoint doesn't hold each element of its parameters exactly once, or no state of its optimizer.
     """
+    for view in (view_a, view_b):
+        if view.checkpoint.lacking is not None:  # equal weights alone would count as equal checkpoints
+            raise view.checkpoint.lacking
     found = list(_presence(view_a, view_b))
     hyper_a, hyper_b = _hyperparameters(view_a), _hyperparameters(view_b)
     sides = _Side(view_a, chunk_numbytes), _Side(view_b, chunk_numbytes)

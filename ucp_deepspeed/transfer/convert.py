@@ -19,6 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
 from ucp_deepspeed.checkpoint.universal import CLIENT_TENSORS_NAME, INDEX_NAME, Index, UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError
@@ -45,6 +46,7 @@ def convert(
     chunk_numbytes: int = CHUNK_NUMBYTES,
     file_numbytes: int = FILE_NUMBYTES,
     drop_client_state: Collection[str] = (),
+    on_unreadable: OnUnreadable = "error",
     ranks: Ranks | None = None,
     then: Callable[[], None] = lambda: None,
 ) -> TransferCount:
@@ -55,6 +57,7 @@ def convert(
         workers: threads of each rank; each needs one buffer of ``chunk_numbytes``.
         progress: called with (bytes written, bytes to write) of this rank's share after each chunk, from one thread at a time.
         drop_client_state: top-level keys of the client state to leave out.
+        on_unreadable: see `OnUnreadable`.
         ranks: those that share the work; by default this process alone.
         then: called on rank 0 when the folder has appeared, and not disturbed by signals.
 
@@ -65,7 +68,8 @@ def convert(
         UnsupportedError: the client state, a scheduler or a hyper-parameter holds something that has no universal form;
             nothing is written.
         DamagedCheckpointError: a source file is missing or truncated, or was changed meanwhile; nothing is left behind.
-        MismatchError: the files don't hold each element of each parameter exactly once; nothing is left behind.
+        MismatchError: the files don't hold each element of each parameter exactly once, or no optimizer state; nothing is left
+            behind.
         OSError: the disk is full, or can't be written; nothing is left behind.
         OtherRankError: another rank has failed; nothing is left behind.
     """
@@ -73,7 +77,7 @@ def convert(
     _check_free(destination)
     files = lay_out(view, file_numbytes)
     homes = {(atom.name, atom.state): file.file_name for file in files for atom in file.atoms}
-    index, tensors = describe(view, homes, drop_client_state)
+    index, tensors = describe(view, homes, drop_client_state, on_unreadable)
     _check_same_view(view, files, ranks)
     numbytes = sum(len(file.header) + file.data_numbytes for file in files)
     numbytes += sum(tensor.nbytes for tensor in tensors.values())

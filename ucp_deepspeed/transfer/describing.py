@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, OnUnreadable
 from ucp_deepspeed.checkpoint.deepspeed_files import ENGINE_KEYS
 from ucp_deepspeed.checkpoint.encoding import check_encoded, encode
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states
@@ -35,19 +35,31 @@ KEPT_ENGINE_KEYS = ("ds_config", "ds_version")
 
 
 def describe(
-    view: UniversalView, homes: Mapping[tuple[str, str], str], drop_client_state: Collection[str] = ()
+    view: UniversalView,
+    homes: Mapping[tuple[str, str], str],
+    drop_client_state: Collection[str] = (),
+    on_unreadable: OnUnreadable = "error",
 ) -> tuple[Index, dict[str, torch.Tensor]]:
     """The index, still without the sizes of files, and the tensors in the client state, which go to a file of their own.
 
     Args:
         homes: (parameter, state) → name of the file that will hold the atom.
         drop_client_state: top-level keys of the client state, and keys of extra states, to leave out.
+        on_unreadable: what to do about what can't be read: see `OnUnreadable`.
 
     Raises:
+        MismatchError: the checkpoint holds no optimizer state that could be converted.
         ConfigError: the client state has no such key.
         UnsupportedError: a value has no universal form; says where it is.
     """
     checkpoint = view.checkpoint
+    if checkpoint.lacking is not None:
+        raise checkpoint.lacking
+    if checkpoint.unrecorded and on_unreadable == "error":
+        raise UnsupportedError(
+            f"{checkpoint.path} doesn't hold all of the model; --on-unreadable drop converts the rest",
+            [f"{name}: {why}" for name, why in checkpoint.unrecorded.items()],
+        )
     refused = [f"{name}: {why}" for name, parameter in view.parameters.items() for why in parameter.refused.values()]
     if refused:
         raise UnsupportedError("\n  ".join([f"{checkpoint.path} can't be converted:", *refused[:MAX_LISTED]]))

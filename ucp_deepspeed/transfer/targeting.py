@@ -159,8 +159,7 @@ def plan_target(
 
     Raises:
         SpecError: the spec that the user named doesn't fit the parameters.
-        MismatchError: the checkpoint's own local shapes contradict the patterns, its parameter order is ambiguous, or the model
-            has other experts.
+        MismatchError: the checkpoint's own local shapes contradict the patterns, or the model has other experts.
         DamagedCheckpointError: a file is missing, truncated or of another size than expected.
     """
     if model is not None:
@@ -211,6 +210,8 @@ class _Planner:
 
     def plan(self) -> TargetPlan:
         self.obstacles += _refused_by_deepspeed(self.topology)
+        if self.policies.optimizer_states == "restore" and self.source.checkpoint.lacking is not None:
+            self.obstacles.append(Obstacle(None, self.source.checkpoint.lacking.heading))
         self._check_experts()
         self._match()
         self._lay_out()

@@ -137,8 +137,9 @@ def test_stage_0_is_read_back_with_a_manifest(tmp_path: Path, name: str, layouts
 def test_stage_0_is_refused_without_a_manifest(pp: int, tmp_path: Path) -> None:
     """Even of one stage the order doesn't tell: DeepSpeed's optimizer has the tied modules first, which no file names."""
     folder = write_native(tmp_path, pipeline_model(), NativeRun(pp=pp))
-    with pytest.raises(MismatchError, match="which layers a pipeline stage held, or shared, isn't recorded"):
-        _ = open_checkpoint(folder).parameters
+    checkpoint = open_checkpoint(folder)
+    assert "which layers a pipeline stage held, or shared, isn't recorded" in str(checkpoint.lacking)
+    assert {parameter.kind for parameter in checkpoint.parameters.values()} == {"trainable", "buffer"}  # weights alone
 
 
 @pytest.mark.parametrize("layouts", [None, False, True], ids=["stock", "older manifest", "manifest"])

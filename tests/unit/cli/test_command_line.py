@@ -22,7 +22,15 @@ Ucp = Callable[..., Result]
 
 OPTIONS = {
     "inspect": {"--tag", "--spec", "--vocabulary-size", "--json"},
-    "convert": {"--tag", "--spec", "--vocabulary-size", "--workers", "--drop-client-state", "--quiet"},
+    "convert": {
+        "--tag",
+        "--spec",
+        "--vocabulary-size",
+        "--workers",
+        "--drop-client-state",
+        "--on-unreadable",
+        "--quiet",
+    },
     "diff": {"--tag-a", "--tag-b", "--spec", "--spec-a", "--spec-b", "--vocabulary-size", "--limit", "--chunk"},
 }
 

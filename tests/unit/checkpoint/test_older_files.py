@@ -1,0 +1,169 @@
+"""What older versions of DeepSpeed wrote otherwise than today's, and what a script may have put in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed.runtime.bf16_optimizer
+import deepspeed.utils.tensor_fragment
+import pytest
+import torch
+from native_models import awkward_model, check_reads_back, model_of
+from test_pipeline_files import check, pipeline_model
+
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.layout import Topology
+from ucp_deepspeed.testing.native_files import NativeRun, write_native
+
+RUNS = [
+    NativeRun(dp=2, stage=1, precision="bf16"),
+    NativeRun(dp=2, stage=2, precision="fp16"),
+    NativeRun(dp=2, stage=3, precision="bf16"),
+    NativeRun(dp=2, stage=3, precision="fp16"),
+    NativeRun(dp=2, stage=3),
+    NativeRun(precision="fp16"),
+    NativeRun(),
+]
+
+
+def rewrite(folder: Path, pattern: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the content of files."""
+    for path in folder.glob(pattern):
+        saved = torch.load(path, weights_only=False)
+        change(saved)
+        torch.save(saved, path)
+
+
+@pytest.mark.parametrize("config", ["runs/ds_config.yaml", None, {"lr": 0.1}, ...], ids=str)
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_without_a_config_the_files_tell(tmp_path: Path, run: NativeRun, config: Any) -> None:
+    """Precision, which of two names the optimizer's files have, and the loss scale."""
+    model = awkward_model()
+    folder = write_native(tmp_path, model, run)
+    rewrite(
+        folder,
+        "*model_states.pt",
+        lambda saved: saved.pop("ds_config") if config is ... else saved.update(ds_config=config),
+    )
+    found = check_reads_back(folder, model, run).run
+    assert found.precision == run.precision
+    assert (found.loss_scale is not None) == (run.precision == "fp16")
+
+
+def test_of_two_runs_in_a_folder_the_weights_tell_the_last(tmp_path: Path) -> None:
+    model = awkward_model()
+    folder = write_native(tmp_path, model, NativeRun(dp=2, stage=2, precision="bf16"))
+    run = NativeRun(dp=2, stage=2, precision="fp16", steps=7)
+    for path in write_native(tmp_path / "later", model, run).iterdir():
+        path.rename(folder / path.name)
+    assert len(list(folder.glob("*optim_states.pt"))) == 4
+    rewrite(folder, "*model_states.pt", lambda saved: saved.update(ds_config="config.json"))
+    assert check_reads_back(folder, model, run).parameters["tail"].scalars["step"] == 7
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bf16_had_no_prefix(tmp_path: Path, stage: int) -> None:
+    model, run = awkward_model(), NativeRun(dp=2, stage=stage, precision="bf16")
+    folder = write_native(tmp_path, model, run)
+    for path in folder.glob("bf16_*"):
+        path.rename(folder / path.name.removeprefix("bf16_"))
+    check_reads_back(folder, model, run)
+
+
+def test_another_precisions_files_are_not_taken(tmp_path: Path) -> None:
+    """An fp16 run never wrote such names: they are what an earlier run left, and its own are gone."""
+    folder = write_native(tmp_path, awkward_model(), NativeRun(dp=2, stage=1, precision="fp16"))
+    for path in folder.glob("zero_*"):
+        path.rename(folder / f"bf16_{path.name}")
+    assert "the optimizer's files (*_optim_states.pt) aren't there" in str(open_checkpoint(folder).lacking)
+
+
+@pytest.mark.parametrize("run", RUNS[:5], ids=str)
+def test_param_shapes_lay_in_the_optimizers_files(tmp_path: Path, run: NativeRun) -> None:
+    model = awkward_model()
+    folder = write_native(tmp_path, model, run)
+    shapes: list[Any] = []
+    rewrite(folder, "*model_states.pt", lambda saved: shapes.append(saved.pop("param_shapes")))
+    rewrite(folder, "*optim_states.pt", lambda saved: saved.update(param_shapes=shapes[0]))
+    check_reads_back(folder, model, run)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 2), (1, 1), (2, 2), (2, 1)])
+def test_stages_of_a_pipeline_are_told_by_its_layer_files(tmp_path: Path, tp: int, pp: int, stage: int) -> None:
+    run, model = NativeRun(stage=stage, tp=tp, dp=2, pp=pp, precision="bf16"), pipeline_model()
+    folder = write_native(tmp_path, model, run)
+    rewrite(folder, "mp_rank_*model_states.pt", lambda saved: saved.pop("checkpoint_parallel_dimensions"))
+    if tp == 1:
+        check(folder, model, run)
+    assert open_checkpoint(folder).topology == Topology(tp, pp, 2, stage)
+
+
+def test_layer_files_of_too_many_ranks(tmp_path: Path) -> None:
+    folder = write_native(tmp_path, pipeline_model(), NativeRun(stage=1, dp=2, pp=3, precision="bf16"))
+    rewrite(folder, "mp_rank_*model_states.pt", lambda saved: saved.pop("checkpoint_parallel_dimensions"))
+    (folder / "layer_02-model_01-model_states.pt").touch()
+    with pytest.raises(
+        DamagedCheckpointError, match="layer files of 2 tensor-parallel ranks, which don't divide the 3"
+    ):
+        open_checkpoint(folder)
+
+
+@dataclass
+class _Address:
+    numel: int
+    start: int
+
+
+def test_an_address_has_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, run = awkward_model(), NativeRun(dp=2, stage=1, precision="bf16", optimizer="bf16")
+    folder = write_native(tmp_path, model, run)
+    old = deepspeed.runtime.bf16_optimizer
+    _Address.__module__, _Address.__qualname__ = old.__name__, "fragment_address"
+    monkeypatch.setattr(old, "fragment_address", _Address, raising=False)
+
+    def age(saved: dict[str, Any]) -> None:
+        for mapping in saved["optimizer_state_dict"]["param_slice_mappings"]:
+            for name, address in mapping.items():
+                mapping[name] = _Address(address.numel, address.start)
+
+    rewrite(folder, "*optim_states.pt", age)
+    check_reads_back(folder, model, run)
+
+
+@pytest.mark.parametrize("placeholder", [0, 1])
+def test_ties_of_zero_3_were_not_listed(tmp_path: Path, placeholder: int) -> None:
+    """What stands in the place of a cut parameter is shared by its names, whether it has an element or none."""
+    shapes = {"embedding.weight": (5, 3), "norm.bias": (4,)}
+    model, run = replace(model_of(shapes), aliases={"head.weight": "embedding.weight"}), NativeRun(dp=2, stage=3)
+    folder = write_native(tmp_path, model, run)
+
+    def age(saved: dict[str, Any]) -> None:
+        for key in ("shared_params", "frozen_param_shapes", "frozen_param_fragments"):
+            del saved[key]
+        held = {name: torch.ones(placeholder) for name in shapes}
+        saved["module"] = held | {"head.weight": held["embedding.weight"]}
+
+    rewrite(folder, "*model_states.pt", age)
+    checkpoint = check_reads_back(folder, model, run)
+    assert checkpoint.tied == {"head.weight": "embedding.weight"} and checkpoint.unrecorded == {}
+
+
+@pytest.mark.parametrize("run", [RUNS[0], RUNS[1], NativeRun(stage=1, dp=2, pp=2, precision="bf16")], ids=str)
+def test_without_the_optimizers_files_weights_are_read(tmp_path: Path, run: NativeRun) -> None:
+    model = awkward_model() if run.pp is None else pipeline_model()
+    folder = write_native(tmp_path, model, run)
+    whole = {name: parameter.kind for name, parameter in open_checkpoint(folder).parameters.items()}
+    for path in folder.glob("*optim_states.pt"):
+        path.unlink()
+    checkpoint = open_checkpoint(folder)
+    assert {name: parameter.kind for name, parameter in checkpoint.parameters.items()} == whole
+    trained = [parameter for parameter in checkpoint.parameters.values() if parameter.kind == "trainable"]
+    assert {tuple(parameter.states.items()) for parameter in trained} == {
+        (("fp32", {"bf16": "BF16", "fp16": "F16"}[run.precision]),)
+    }
+    assert "aren't there" in str(checkpoint.lacking) and "load_module_only=True" in str(checkpoint.lacking)

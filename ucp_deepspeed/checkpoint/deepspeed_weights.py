@@ -1,0 +1,94 @@
+"""Slots of weights as the model's own files have them: of frozen parameters and buffers, and of trained ones of whose optimizer
+nothing can be told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, WEIGHTS_HINT, Kind
+from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
+from ucp_deepspeed.checkpoint.extra_states import is_extra_state
+from ucp_deepspeed.checkpoint.slots import Located, Slot, shapes_of, whole_tensor_slot
+from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, storage_start
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
+from ucp_deepspeed.layout import Shape
+
+
+def tensors_in(state_dict: Mapping[str, Any], path: Path) -> dict[str, Located]:
+    """Weights and buffers of a module's ``state_dict``, each with its file."""
+    tensors = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    return {name: (value, path) for name, value in tensors.items() if not is_extra_state(name)}
+
+
+def module_slot(name: str, kind: Kind, tensor: torch.Tensor, path: Path) -> Slot:
+    """The slot of one tensor; of a trained parameter the weight stands for the master."""
+    lookup: Callable[[int, str], Located] = lambda partition, state: (tensor, path)  # noqa: E731
+    shape: Shape = shapes_of({name: tensor.shape})[0]
+    state = MASTER if kind == "trainable" else WEIGHT
+    if tensor.dtype in TORCH_DTYPES:
+        return whole_tensor_slot(name, kind, lookup, shape=shape, states={state: TORCH_DTYPES[tensor.dtype]})
+    refused = {state: f"{tensor.dtype} has no universal form ({path})"}
+    return whole_tensor_slot(name, kind, lookup, shape=shape, states={}, refused=refused)
+
+
+def weight_slots(module: Mapping[str, Located], trained: Collection[str], path: Path) -> list[Slot]:
+    """Slots of trained parameters whose optimizer state is out of reach.
+
+    Raises:
+        DamagedCheckpointError: a weight is in no file.
+    """
+    if lacking := [name for name in trained if name not in module]:
+        raise DamagedCheckpointError(f"{path} describes {lacking[0]}, whose weight is in no file")
+    return [module_slot(name, "trainable", *module[name]) for name in trained]
+
+
+def tied_names(files: DeepSpeedFiles, module: Mapping[str, Located]) -> dict[str, str]:
+    """Names of tied parameters under which they are not stored → the name that they have: listed by DeepSpeed under ZeRO since
+    0.9.2, else found by sharing.
+
+    Args:
+        module: weights and buffers of the first model-parallel rank; none of a pipeline.
+    """
+    saved = files.model_states(0)
+    listed = dict(saved.get("shared_params") or {})
+    if files.is_pipeline:
+        return listed
+    if not files.sliced:  # DeepSpeed takes parameters without elements for one: they have the same address
+        listed = {alias: name for alias, name in listed.items() if alias not in module or module[alias][0].numel()}
+    unlisted = files.sliced and "shared_params" not in saved  # the empty tensors that stand for them are shared too
+    first: dict[tuple[Any, ...], str] = {}
+    shared: dict[str, str] = {}
+    for name, (tensor, path) in module.items():
+        place = path, storage_start(tensor), tensor.storage_offset(), tensor.dtype, tensor.shape
+        repeated = (tensor.numel() or unlisted) and first.setdefault(place, name) != name
+        if repeated and name not in saved["buffer_names"]:
+            shared[name] = first[place]
+    return listed | shared | files.autoep.second_names(module)
+
+
+def without_optimizer(files: DeepSpeedFiles) -> MismatchError:
+    """Why a checkpoint of a run with an optimizer has no state of it."""
+    path, version = files.model_states_path(0, 0), files.model_states(0).get("ds_version", "unknown")
+    stage = files.config.get("zero_optimization")
+    if files.precision == "bf16" and not (stage.get("stage", 0) if isinstance(stage, dict) else stage):
+        return MismatchError(
+            f"{path} holds no optimizer state, and neither does another file: DeepSpeed {version}, which wrote it, left it out "
+            f"at bf16 and ZeRO stage 0. The files are whole otherwise: {WEIGHTS_HINT}"
+        )
+    return MismatchError(
+        f"{files.path} holds no optimizer state: the optimizer's files (*_optim_states.pt) aren't there. The weights are: "
+        f"{WEIGHTS_HINT}"
+    )
+
+
+def unrecorded_weights(module: Mapping[str, Located], known: Collection[str], version: str) -> dict[str, str]:
+    """Parameters of ZeRO-3 of which the files hold but the name, and why."""
+    why = (
+        f"DeepSpeed {version} left its value out: before 0.9.1 that of each frozen parameter at ZeRO-3, and of what no optimizer "
+        "has in any version"
+    )
+    return {name: why for name in module if name not in known}
