@@ -1,6 +1,6 @@
 """What a user may give to be saved beside DeepSpeed's own state.
 
-DeepSpeed writes both into one dictionary, the user's over its own (``runtime/engine.py::_save_checkpoint``), and resumes from that.
+DeepSpeed writes both into one dictionary, the user's over its own (``runtime/engine.py::_save_checkpoint``), and resumes from it.
 """
 
 from __future__ import annotations

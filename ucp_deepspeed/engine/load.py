@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from ucp_deepspeed.engine.training_state import (
     restore_run,
     without_begun_anew,
 )
+from ucp_deepspeed.engine.unpickled import only_held_against_the_list
 from ucp_deepspeed.errors import CheckpointNotFoundError, ConfigError, DamagedCheckpointError, MismatchError
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -117,7 +119,8 @@ def load_checkpoint(
     if not any(_gathered(universal)):  # a pipeline's stages may have changed on some ranks only
         if folder is not None and folder == Path(load_dir):
             load_dir, tag = str(folder.parent), folder.name
-        loaded = native(load_dir, tag=tag, **options.arguments())
+        with nullcontext() if prepared is None else only_held_against_the_list(prepared[0], engine):
+            loaded = native(load_dir, tag=tag, **options.arguments())
         with agreement():
             if prepared is not None:
                 _check_unchanged(prepared[0])

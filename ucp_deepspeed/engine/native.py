@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -26,7 +27,11 @@ from ucp_deepspeed.engine.model import (
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, only_evaluates
 from ucp_deepspeed.engine.training_state import usable
+from ucp_deepspeed.engine.unpickled import files_to_unpickle
+from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import Shape
+
+logger = logging.getLogger("ucp_deepspeed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +64,31 @@ def takes_universal_path(
     """Whether this rank can't leave the load to DeepSpeed."""
     if not isinstance(checkpoint, DeepSpeedCheckpoint) or config.load == "always" or config.has_policies:
         return True
+    return not (_can_take_over(engine, checkpoint, optimizer, options) and _holds_data_alone(checkpoint, engine))
+
+
+def _can_take_over(
+    engine: Any, checkpoint: DeepSpeedCheckpoint, optimizer: EngineOptimizer, options: LoadOptions
+) -> bool:
+    """Whether DeepSpeed would restore on this rank what the options ask for."""
     if only_evaluates(engine):
-        return not _has_weights_for(checkpoint, engine, options)
+        return _has_weights_for(checkpoint, engine, options)
     if not options.optimizer_states and not (options.load_module_only and checkpoint.topology.zero_stage == 0):
-        return True  # DeepSpeed leaves the weights of ZeRO-3, or without ZeRO their masters, as they were
+        return False  # DeepSpeed leaves the weights of ZeRO-3, or without ZeRO their masters, as they were
     if options.custom_load_fn is not None and not isinstance(engine, PipelineEngine):
-        return True  # under ZeRO, DeepSpeed overwrites with the saved masters what the function has changed
-    return not _same_topology(checkpoint, engine, optimizer)
+        return False  # under ZeRO, DeepSpeed overwrites with the saved masters what the function has changed
+    return _same_topology(checkpoint, engine, optimizer)
+
+
+def _holds_data_alone(checkpoint: DeepSpeedCheckpoint, engine: Any) -> bool:
+    """Whether nothing in the files that DeepSpeed would unpickle could run code; the universal path doesn't need all of them."""
+    try:
+        for path in files_to_unpickle(checkpoint, engine):
+            checkpoint.files.open(path)
+    except DamagedCheckpointError as error:
+        logger.warning("the load isn't left to DeepSpeed, which would unpickle a file that isn't data alone: %s", error)
+        return False
+    return True
 
 
 def _has_weights_for(checkpoint: DeepSpeedCheckpoint, engine: Any, options: LoadOptions) -> bool:
