@@ -88,6 +88,15 @@ def save_what_a_load_returned(engine: Any, run: Run, folder: str) -> None:
     engine.save_checkpoint(folder, client_state=state)
 
 
+def train_save_and_publish(engine: Any, run: Run, folder: str) -> None:
+    """Weights alone: what the optimizer keeps is deleted."""
+    train_and_save(engine, run, folder)
+    if dist.get_rank() == 0:
+        for path in Path(folder).rglob("*_optim_states.pt"):
+            path.unlink()
+    dist.barrier()
+
+
 @dataclass(frozen=True)
 class Case:
     """A save and a load of which DeepSpeed is capable.
@@ -144,6 +153,20 @@ CASES = [
         )
     ),
     Case("what a load returned is saved again", Run("mlp", zero={"stage": 2}), ranks=2, save=save_what_a_load_returned),
+    *(
+        Case(
+            f"zero-{stage} {precision} without the optimizer's files, {next(iter(arguments))}",
+            Run("mlp", zero={"stage": stage}, precision=precision),
+            Run("mlp", zero={"stage": stage}, precision=precision, seed=1),
+            ranks=2,
+            arguments=arguments,
+            save=train_save_and_publish,
+        )
+        for stage, precision, arguments in (
+            (1, "fp32", {"load_module_only": True}),
+            (2, "bf16", {"load_optimizer_states": False}),
+        )
+    ),
     *(
         Case(
             f"zero-{stage} into evaluation {precision}",

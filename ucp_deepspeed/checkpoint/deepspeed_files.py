@@ -62,6 +62,8 @@ REQUIRED_KEYS = ("module", "buffer_names", "dp_world_size", "mp_world_size", "gl
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu")
 """One of these is in each config that DeepSpeed ran with; a mapping without them is something else."""
 
+SLICED_HINT = "; with ZeRO-3 the weights are in the optimizer's files alone, so that without these nothing can be loaded: fetch them too"
+
 _OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
 
 
@@ -296,9 +298,11 @@ class DeepSpeedFiles:
         expected = self.expected(topology)
         missing = [name for name in expected if name not in self.names]
         if missing:
+            gone = self.sliced and any(_OPTIMIZER_FILE.fullmatch(name) for name in missing)
             raise DamagedCheckpointError(
                 f"{self.path} was saved as {topology} and lacks {len(missing)} of {len(expected)} files: "
                 + ", ".join(missing[:20])
+                + (SLICED_HINT if gone else "")
             )
 
     def check_sizes(self, topology: Topology) -> None:

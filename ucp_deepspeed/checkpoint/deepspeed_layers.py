@@ -68,9 +68,12 @@ class PipelineLayers:
 
     @cached_property
     def _needed(self) -> frozenset[int] | None:
-        """Under ZeRO the layers with frozen parameters and buffers, if that is recorded; else None for all."""
+        """Under ZeRO the layers with frozen parameters and buffers, if that is recorded; else None for all.
+
+        All too where the optimizer's files, which hold the rest, aren't there.
+        """
         manifest = self._files.manifest
-        described = self._files.param_shapes(0) is not None
+        described = self._files.partitioned and self._files.param_shapes(0) is not None
         if manifest is None or not described or any(entry.kind is None for entry in manifest.parameters.values()):
             return None
         aside = {name for name, entry in manifest.parameters.items() if entry.kind != "trainable"}

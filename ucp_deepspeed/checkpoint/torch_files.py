@@ -166,7 +166,9 @@ def _refuse_other_formats(path: Path) -> None:
 
 
 def _explain(path: Path, error: Exception) -> str:
-    foreign = re.search(r"GLOBAL (\S+) was not an allowed global|(?i:unsupported (?:global|class)):? (\S+)", str(error))
+    foreign = re.search(
+        r"GLOBAL (\S+) (?:was not an allowed global|whose module)|[Uu]nsupported (?:global|class) (\S+)", str(error)
+    )
     if foreign:
         name = foreign.group(1) or foreign.group(2)
         refused = f"{path} holds an object of class {name}, which could run code when loaded and is refused"
