@@ -84,4 +84,4 @@ def test_of_zero_3_the_weights_are_gone_too(ranks: Ranks, tmp_path: Path) -> Non
         with pytest.raises(RankError) as caught:
             ranks(2).run(seen, Run("mlp", zero={"stage": 3}), str(tmp_path), options)
         assert "zero_pp_rank_1_mp_rank_00_optim_states.pt" in str(caught.value)
-        assert "with ZeRO-3 the weights are in the optimizer's files alone" in str(caught.value)
+        assert "with ZeRO-3 these hold the weights too, so that without them nothing can be loaded" in str(caught.value)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from checkpoints import STEP
 
+from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.models import build_mlp
 from ucp_deepspeed.testing.ranks import RankError, RankPool
@@ -92,3 +93,19 @@ def test_kinds_do_not_count_where_no_states_are_restored(ranks: Ranks, tmp_path:
         target = Run("mlp", frozen=("norm.weight",), zero={"stage": 3}, universal={"enabled": True, **block})
         outcome: Outcome = ranks(1).run(train, target, STEP + 1, load=str(tmp_path), options=options)[0]
         assert (outcome.report.initialised, outcome.report.dropped) == ((), ())
+
+
+def test_another_optimizer_is_told_what_loses_least(ranks: Ranks, tmp_path: Path) -> None:
+    """The message's settings, tried: what both optimizers keep is restored."""
+    source = Run("mlp", optimizer=("AdamW", {"lr": 1e-3}))
+    ranks(1).run(train, source, STEP, save=str(tmp_path))
+    target = Run("mlp", optimizer=("Adagrad", {"lr": 1e-3}))
+    found = refusal(ranks, target, tmp_path, {})
+    assert (
+        """"on_missing": "init" starts ['sum'] at zero and "on_extra": "drop" leaves ['exp_avg', 'exp_avg_sq'] out"""
+        in found
+    )
+    again = Run("mlp", optimizer=target.optimizer, universal=ANYTHING)
+    ranks(1).run(train, again, STEP, load=str(tmp_path), save=str(tmp_path / "b"), save_first=True)
+    parameters = open_checkpoint(tmp_path / "b").parameters
+    assert {parameters[name].scalars["step"] for name in REST} == {STEP}

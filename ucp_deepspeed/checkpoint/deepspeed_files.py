@@ -62,7 +62,8 @@ REQUIRED_KEYS = ("module", "buffer_names", "dp_world_size", "mp_world_size", "gl
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu")
 """One of these is in each config that DeepSpeed ran with; a mapping without them is something else."""
 
-SLICED_HINT = "; with ZeRO-3 the weights are in the optimizer's files alone, so that without these nothing can be loaded: fetch them too"
+SLICED_HINT = "; with ZeRO-3 these hold the weights too, so that without them nothing can be loaded: fetch them as well"
+"""Where the optimizer's files aren't there."""
 
 _OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
 

@@ -34,7 +34,8 @@ def plan_extra_states(checkpoint: Checkpoint, module: Module, model: EngineModel
     surplus = not (policies.drop or not policies.strict)
     problems = [f"{key}: missing in the checkpoint" for key in live if lacking and key not in (*shared, *differing)]
     problems += [
-        f'{key}: differs over the {len(found)} tensor-parallel ranks that saved; "on_extra": "drop" leaves it out'
+        f"{key}: differs over the {len(found)} tensor-parallel ranks that saved: on as many each gets its own back, "
+        f'"on_extra": "drop" leaves it out'
         for key in differing
         if surplus
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -313,7 +313,8 @@ class _Planner:
         missing, extra = kept - held, held - kept
         if (missing and not self.policies.initialise) or (extra and not self.policies.drop):
             self.problems.append(
-                f"{first.name}: the optimizer keeps {sorted(kept)}, the checkpoint holds {sorted(held)}; {RESET_HINT}"
+                f"{first.name}: the optimizer keeps {sorted(kept)}, the checkpoint holds {sorted(held)}"
+                + _other_states_hint(missing, extra, wanted.from_zero)
             )
         self.unstepped += names if missing else ()
         self.dropped += names if extra else ()
@@ -383,6 +384,15 @@ RESET_HINT = '"optimizer_states": "reset" starts all states afresh'
 REFUSED_HINT = f'"load": "auto" restores it on the topology that it was saved on, {RESET_HINT}'
 DIFFERING_HINT = "; give them parameter groups of their own"
 UNSTEPPED_HINT = '; if it never had a gradient, "on_missing": "init" gives it zero state'
+
+
+def _other_states_hint(missing: Set[str], extra: Set[str], from_zero: Set[str]) -> str:
+    """What to do about an optimizer that keeps other states: what both have needn't be lost, but for a number that one lacks."""
+    if missing - from_zero:
+        return f"; the optimizer that saved them takes them all, {RESET_HINT}"
+    ways = [f'"on_missing": "init" starts {sorted(missing)} at zero'] if missing else []
+    ways += [f'"on_extra": "drop" leaves {sorted(extra)} out'] if extra else []
+    return f"; the optimizer that saved them takes them all, for this one {' and '.join(ways)}"
 
 
 def _numel(copies: Copies) -> int:
