@@ -161,6 +161,7 @@ class Saved:
                 )
                 for name, (shape, pattern) in self._tensors.items()
             },
+            same_numbers=True,
             has_extra_states=False,
             files=files,
             contents={name: DIGEST for name in files if re.match(r"(bf16_)?(zero_pp_rank_0_)?mp_rank_", name)},

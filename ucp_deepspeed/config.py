@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.errors import ConfigError
 from ucp_deepspeed.plan import SHARED_READ_NUMBYTES
 from ucp_deepspeed.transfer.copying import LEAST_MEMORY_NUMBYTES, MEMORY_NUMBYTES
@@ -52,6 +53,8 @@ class UniversalCheckpointConfig(BaseModel):
             ``error``, or ``init``: keep the model's value, with zero state, and list them.
         on_extra: what to do with trained parameters or their optimizer states for which the model has no place: ``error``, or
             ``drop`` and list them.
+        on_differing: what to do with numbers of the optimizer that differ over the partitions of the checkpoint, where these
+            don't go on: ``error``, or make one of them: the ``first``, the ``mean`` or the ``max``.
         optimizer_states: ``restore``, or ``reset``: start all of them as before a first step.
         hyperparameters: ``restore`` those of the parameter groups (rates, weight decay, …), or ``keep`` the configured ones.
         shared_read_bytes: what all data-parallel ranks hold alike (everything at stage 0, frozen weights, buffers) is read once,
@@ -70,6 +73,7 @@ class UniversalCheckpointConfig(BaseModel):
     vocabulary_size: PositiveInt | None = None
     on_missing: Literal["error", "init"] = "error"
     on_extra: Literal["error", "drop"] = "error"
+    on_differing: OnDiffering = "error"
     optimizer_states: Literal["restore", "reset"] = "restore"
     hyperparameters: Literal["restore", "keep"] = "restore"
     random_state: Literal["restore", "keep"] = "restore"
@@ -85,8 +89,10 @@ class UniversalCheckpointConfig(BaseModel):
 
     @model_validator(mode="after")
     def _can_follow(self) -> UniversalCheckpointConfig:
-        if self.load == "never" and self.has_policies:
-            raise ValueError("'on_missing', 'on_extra', 'optimizer_states' and 'hyperparameters' need another 'load'")
+        if self.load == "never" and (self.has_policies or self.on_differing != "error"):
+            raise ValueError(
+                "'on_missing', 'on_extra', 'on_differing', 'optimizer_states' and 'hyperparameters' need another 'load'"
+            )
         return self
 
 

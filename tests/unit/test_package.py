@@ -101,6 +101,7 @@ def test_config_surface() -> None:
         "vocabulary_size": 50257,
         "on_missing": "init",
         "on_extra": "drop",
+        "on_differing": "mean",
         "optimizer_states": "reset",
         "hyperparameters": "keep",
         "random_state": "keep",

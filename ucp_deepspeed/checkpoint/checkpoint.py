@@ -63,6 +63,9 @@ class FileExtent:
     numel: int
 
 
+Differing = Mapping[str, Mapping[str, Any]]
+"""Numbers that aren't the same on all partitions of a checkpoint, by name → for each partition, in words, its value."""
+
 HeldShapes = tuple[Shape | None, ...]
 """Shape of each model-parallel rank's local tensor, stage by stage; None where a pipeline stage holds none."""
 
@@ -79,6 +82,7 @@ class Parameter:
         scalars: states that are one number (``step``).
         refused: states that can't be restored → why: of no element-wise form, such as factored moments, or of another dtype than
             `ucp_deepspeed.dtypes` lists.
+        differing: of the scalars, which are the first partition's, those that other partitions have other values of.
     """
 
     name: str
@@ -87,6 +91,7 @@ class Parameter:
     states: Mapping[str, str]
     scalars: Mapping[str, float]
     refused: Mapping[str, str] = field(default_factory=dict)
+    differing: Differing = field(default_factory=dict)
 
     @property
     def idle(self) -> bool:
@@ -96,10 +101,17 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class ParameterGroup:
-    """One parameter group of the optimizer: hyper-parameters follow the names in it, not its position."""
+    """One parameter group of the optimizer: hyper-parameters follow the names in it, not its position.
+
+    Attributes:
+        names: its parameters.
+        hyperparameters: as on the first partition.
+        differing: those of them that other partitions have other values of.
+    """
 
     names: tuple[str, ...]
     hyperparameters: Mapping[str, Any]
+    differing: Differing = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import torch
 from ucp_deepspeed.checkpoint.autotp import read_autotp_layouts
 from ucp_deepspeed.checkpoint.checkpoint import (
     Checkpoint,
+    Differing,
     FileExtent,
     HeldShapes,
     Kind,
@@ -40,6 +41,7 @@ from ucp_deepspeed.checkpoint.deepspeed_zero import (
     zero_slots,
 )
 from ucp_deepspeed.checkpoint.deferred import Deferred
+from ucp_deepspeed.checkpoint.differing import DifferingNumbers
 from ucp_deepspeed.checkpoint.experts import names_on, names_on_all
 from ucp_deepspeed.checkpoint.extra_states import extra_states_in
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, STALE_MANIFEST
@@ -81,6 +83,7 @@ class DeepSpeedCheckpoint(Checkpoint):
             saved, place = self.files.model_states(0), self.files.model_states_path(0, 0)
             self._cut = read_autotp_layouts(saved.get("universal_checkpoint_info"), self.topology.tp, place)
             self._info = MegatronDeepSpeedInfo.read(saved, str(place))
+        self._numbers = DifferingNumbers(self.topology.tp, bool(self.manifest and self.manifest.same_numbers))
         self.refused = self._cut.refused
         self.recorded_shapes: Mapping[str, Shape] = (self.manifest or self._cut).logical_shapes
         self.logical_names: Mapping[str, str] = self.manifest.logical_names if self.manifest else {}
@@ -424,7 +427,8 @@ class DeepSpeedCheckpoint(Checkpoint):
         """What the files of a model-parallel rank tell of it; of a stage that is recorded, once someone asks."""
         if self._recorded_stages is None:
             slot = self._where(owner)[name][0].slot
-            return Parameter(name, slot.kind, shapes, slot.states, slot.scalars, self._refused(name, owner))
+            refused, differing = self._refused(name, owner), Deferred(partial(self._differing, name, owner))
+            return Parameter(name, slot.kind, shapes, slot.states, slot.scalars, refused, differing)
         return Parameter(
             name,
             self._recorded_stages[owner // self.topology.tp][name],
@@ -432,7 +436,18 @@ class DeepSpeedCheckpoint(Checkpoint):
             Deferred(lambda: self._where(owner)[name][0].slot.states),
             Deferred(lambda: self._where(owner)[name][0].slot.scalars),
             Deferred(lambda: self._refused(name, owner)),
+            Deferred(partial(self._differing, name, owner)),
         )
+
+    def _differing(self, name: str, owner: int) -> Differing:
+        """See `Parameter.differing`; ``owner`` is the first rank of its stage."""
+        with self.files.sound():
+            return self._numbers.scalars(owner, lambda rank: [held.slot for held in self._where(rank)[name]])
+
+    def _differing_settings(self, first: int, group: int) -> Differing:
+        """See `ParameterGroup.differing`; of a group as the stage whose first rank is ``first`` counts them."""
+        with self.files.sound():
+            return self._numbers.settings(first, lambda rank: [s for s in self._slots(rank) if s.group == group])
 
     def _refused(self, name: str, owner: int) -> Mapping[str, str]:
         """States that can't be read, and why; also where a parameter's parts differ in them."""
@@ -468,7 +483,7 @@ class DeepSpeedCheckpoint(Checkpoint):
                     for first, held in zip(firsts, named, strict=True)
                 ]
             )
-        return join_groups(firsts, named, numbers, self._settings_of)
+        return join_groups(firsts, named, numbers, self._settings_of, self._differing_settings)
 
     def _trained_groups(self, rank: int) -> list[list[str]]:
         """Names in each parameter group of a model-parallel rank; none in elastic files, which have no hyper-parameters."""

@@ -5,19 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, LossScale, ParameterGroup, RunState
+from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, Differing, LossScale, ParameterGroup, RunState
 from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed_zero import recognise
 from ucp_deepspeed.checkpoint.deferred import Deferred
-from ucp_deepspeed.checkpoint.torch_files import DynamicLossScaler, read_tensors, scalar_of
-
-NAMING_KEYS = ("params", "param_names")
-"""Of a parameter group: what is in it."""
+from ucp_deepspeed.checkpoint.slots import settings_in
+from ucp_deepspeed.checkpoint.torch_files import DynamicLossScaler, read_tensors
 
 
 def read_run(files: DeepSpeedFiles) -> RunState:
@@ -58,15 +53,7 @@ def hyperparameters(files: DeepSpeedFiles, rank: int) -> list[Mapping[str, Any]]
     else:
         saved, path = files.model_states(rank)["optimizer"], files.model_states_path(rank, 0)
         groups = list(saved.get("optimizer_state_dict", saved)["param_groups"]) if saved else []
-    return [
-        {key: _as_number(value, path) for key, value in group.items() if key not in NAMING_KEYS} for group in groups
-    ]
-
-
-def _as_number(value: Any, path: Path) -> Any:
-    return (
-        scalar_of(value, path) if isinstance(value, torch.Tensor) and value.numel() == 1 else read_tensors(value, path)
-    )
+    return [settings_in(group, path) for group in groups]
 
 
 def number_groups(stages: Sequence[Sequence[Mapping[str, Any] | None]]) -> list[list[int | None]]:
@@ -94,6 +81,7 @@ def join_groups(
     named: Sequence[Sequence[Sequence[str]]],
     numbers: Sequence[Sequence[int | None]],
     settings_of: Callable[[int, int], Mapping[str, Any]],
+    differing_of: Callable[[int, int], Differing],
 ) -> tuple[ParameterGroup, ...]:
     """The parameter groups of the whole model.
 
@@ -102,11 +90,17 @@ def join_groups(
         named: for each stage and group the names in it.
         numbers: see `number_groups`.
         settings_of: hyper-parameters of one of the groups of a model-parallel rank; called when they are looked into.
+        differing_of: the same of those that aren't the same on all partitions of the stage.
     """
     groups: dict[int, ParameterGroup] = {}
     for first, held, numbered in zip(firsts, named, numbers, strict=True):
         for index, (names, number) in enumerate(zip(held, numbered, strict=True)):
             if number is not None:
                 known = groups.get(number) or ParameterGroup((), Deferred(partial(settings_of, first, index)))
-                groups[number] = replace(known, names=tuple(dict.fromkeys((*known.names, *names))))
+                differing = Deferred(partial(_either, known.differing, partial(differing_of, first, index)))
+                groups[number] = replace(known, names=tuple(dict.fromkeys((*known.names, *names))), differing=differing)
     return tuple(groups.values())
+
+
+def _either(known: Differing, read: Callable[[], Differing]) -> Differing:
+    return {**read(), **known}

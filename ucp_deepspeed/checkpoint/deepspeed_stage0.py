@@ -8,13 +8,23 @@ more than the number of steps taken; it is the value that the run's bias correct
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, WEIGHTS_HINT, Kind
-from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, split_states, whole_tensor_slot
+from ucp_deepspeed.checkpoint.slots import (
+    Located,
+    Numbers,
+    Slot,
+    numels_of,
+    settings_in,
+    split_states,
+    whole_tensor_slot,
+)
 from ucp_deepspeed.checkpoint.torch_files import dtype_of
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
 from ucp_deepspeed.layout import FlatGroup, Shape
@@ -98,6 +108,7 @@ def _plain_slots(
 ) -> list[Slot]:
     slots: list[Slot] = []
     for group, (entry, names) in enumerate(zip(optimizer["param_groups"], groups, strict=True)):
+        settings = settings_in(entry, path)
         for index, name in zip(entry["params"], names, strict=True):
             if name is None:
                 continue
@@ -116,6 +127,7 @@ def _plain_slots(
                     scalars=found.scalars,
                     refused=found.refused,
                     group=group if kind == "trainable" else None,
+                    settings=settings,
                 )
             )
     return slots
@@ -126,6 +138,7 @@ def _unfused_slots(
 ) -> list[Slot]:
     slots: list[Slot] = []
     for group, (entry, held, names) in enumerate(zip(base["param_groups"], masters, groups, strict=True)):
+        settings = settings_in(entry, path)
         for index, master, name in zip(entry["params"], held, names, strict=True):
             assert name is not None
             raw = base["state"].get(index, {})
@@ -142,6 +155,7 @@ def _unfused_slots(
                     scalars=found.scalars,
                     refused=found.refused,
                     group=group,
+                    settings=settings,
                 )
             )
     return slots
@@ -164,7 +178,9 @@ def _fused_slots(
         dtypes = {state: dtype_of(tensor, path) for state, tensor in tensors.items()}
         flattening = FlatGroup(numels_of(shapes), partitions=1, alignment=1)
         lookup = _lookup({state: (tensor, path) for state, tensor in tensors.items()})
-        slots.append(Slot(held, shapes, "trainable", flattening, lookup, dtypes, found.scalars, found.refused, group))
+        numbers = (partial(Numbers, found.scalars, settings_in(base["param_groups"][group], path)),)
+        slot = Slot(held, shapes, "trainable", flattening, lookup, dtypes, found.scalars, found.refused, group)
+        slots.append(replace(slot, numbers=numbers))
     return slots
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,16 @@ import torch
 from ucp_deepspeed.checkpoint.autoep import Part
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
 from ucp_deepspeed.checkpoint.deferred import Deferred
-from ucp_deepspeed.checkpoint.slots import Located, Slot, SplitStates, numels_of, shapes_of, split_states
+from ucp_deepspeed.checkpoint.slots import (
+    Located,
+    Numbers,
+    Slot,
+    SplitStates,
+    numels_of,
+    settings_in,
+    shapes_of,
+    split_states,
+)
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, scalar_of
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup, Shape, SlicedGroup
@@ -231,19 +240,34 @@ def _zero_slot(form: ZeroForm, group: int, share: Share, open_group: OpenGroup, 
     flattening = _flattening(form, saved, index, numels_of(shapes), share.partitions)
     overlapping = _overlapping(form, flattening, open_group)
     found = _held_states(form, flattening, overlapping, open_group)
+    open_sound = _of_one_save(form, open_group)
     return Slot(
         share.names,
         tuple(part.shape for part in share.parts) or shapes,
         "trainable",
         flattening,
-        _locator(form, _of_one_save(form, open_group)),
+        _locator(form, open_sound),
         found.states,
         found.scalars,
         found.refused,
         _group_of(form, saved, group),
         overlapping,
         tuple(part.start for part in share.parts),
+        _numbers(form, share.partitions, open_sound),
     )
+
+
+def _numbers(form: ZeroForm, partitions: int, open_group: OpenGroup) -> tuple[Callable[[], Numbers], ...]:
+    """See `Slot.numbers`."""
+
+    def read(partition: int) -> Numbers:
+        saved, path, index = open_group(partition)
+        groups, group = form.hyperparameters(saved), _group_of(form, saved, index)
+        settings = settings_in(groups[group], path) if group < len(groups) else {}
+        found = split_states(form.state_entry(saved, index), torch.empty(0, device="meta"), path)
+        return Numbers(found.scalars, settings)
+
+    return tuple(cache(partial(read, partition)) for partition in range(partitions))
 
 
 def _held_states(
@@ -310,10 +334,12 @@ def _like_first(form: ZeroForm, first: Slot, share: Share, open_group: OpenGroup
         return saved, path, index
 
     found = lru_cache(maxsize=1)(lambda: _held_states(form, first.flattening, first.overlapping, opened))
+    open_sound = _of_one_save(form, opened)
     return replace(
         first,
         names=share.names,
-        tensor=_locator(form, _of_one_save(form, opened)),
+        tensor=_locator(form, open_sound),
+        numbers=_numbers(form, share.partitions, open_sound),
         states=Deferred(lambda: found().states),
         scalars=Deferred(lambda: found().scalars),
         refused=Deferred(lambda: found().refused),

@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, Parameter, ParameterGroup
+from ucp_deepspeed.checkpoint.deferred import Deferred
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.layout import Shape
 from ucp_deepspeed.layout.pattern import Pattern
@@ -99,7 +100,8 @@ class RegroupedCheckpoint(Checkpoint):
             refused["step"] = (
                 f"experts have different states, or took different numbers of steps ({', '.join(regrouped.sources)})"
             )
-        return Parameter(name, first.kind, (regrouped.shape,), first.states, first.scalars, refused)
+        differing = Deferred(lambda: {key: held for each in (first, *others) for key, held in each.differing.items()})
+        return Parameter(name, first.kind, (regrouped.shape,), first.states, first.scalars, refused, differing)
 
     def _groups(self) -> tuple[ParameterGroup, ...]:
         made_of: dict[str, list[str]] = {}

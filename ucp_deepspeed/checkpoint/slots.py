@@ -16,12 +16,39 @@ from typing import Any
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Kind
-from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, extent_of, scalar_of
+from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, extent_of, read_tensors, scalar_of
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup, Shape
 
 Located = tuple[torch.Tensor, Path]
 """A described tensor and the file it is in."""
+
+NAMING_KEYS = ("params", "param_names")
+"""Of a parameter group: what is in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What one partition's optimizer keeps beside tensors.
+
+    Attributes:
+        scalars: states of a slot that are one number.
+        settings: hyper-parameters of its group; none in elastic files.
+    """
+
+    scalars: Mapping[str, float]
+    settings: Mapping[str, Any]
+
+
+def settings_in(group: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Hyper-parameters of a saved parameter group, without names; rates that are tensors as numbers."""
+    return {key: _as_number(value, path) for key, value in group.items() if key not in NAMING_KEYS}
+
+
+def _as_number(value: Any, path: Path) -> Any:
+    return (
+        scalar_of(value, path) if isinstance(value, torch.Tensor) and value.numel() == 1 else read_tensors(value, path)
+    )
 
 
 @dataclass(frozen=True)
@@ -39,6 +66,7 @@ class Slot:
         refused: states that are neither → why.
         group: index of the optimizer's parameter group; None for frozen parameters and buffers.
         overlapping: states of which each partition has whole every parameter that it has a part of; see `OverlappingGroup`.
+        numbers: for each partition, what reads the numbers that its file has; none for frozen parameters and buffers.
         starts: where in the local tensor what the slot has of each parameter begins, in elements; none where it has all of them.
     """
 
@@ -53,6 +81,7 @@ class Slot:
     group: int | None
     overlapping: frozenset[str] = frozenset()
     starts: tuple[int, ...] = ()
+    numbers: tuple[Callable[[], Numbers], ...] = ()
 
     def start(self, index: int) -> int:
         """Where in its local tensor what the slot has of a parameter begins, in elements."""
@@ -157,11 +186,15 @@ def whole_tensor_slot(
     scalars: Mapping[str, float] | None = None,
     refused: Mapping[str, str] | None = None,
     group: int | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Slot:
-    """A slot that holds one tensor, uncut and unpadded."""
+    """A slot that holds one tensor, uncut and unpadded; with the ``settings`` of its group, where it has one."""
     numel = torch.Size(shape).numel()
     flattening = FlatGroup((numel,), partitions=1, alignment=1)
-    return Slot((name,), (shape,), kind, flattening, tensor, states, scalars or {}, refused or {}, group)
+    numbers = () if group is None else (lambda: Numbers(scalars or {}, settings or {}),)
+    return Slot(
+        (name,), (shape,), kind, flattening, tensor, states, scalars or {}, refused or {}, group, numbers=numbers
+    )
 
 
 def shapes_of(named: Mapping[str, Sequence[int]]) -> tuple[Shape, ...]:

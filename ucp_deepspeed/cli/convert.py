@@ -16,10 +16,20 @@ from rich.console import Console
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
+from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.cli.options import CHECKPOINT, command, in_words, spec_option, tag_option, view_of, vocabulary_option
+from ucp_deepspeed.cli.options import (
+    CHECKPOINT,
+    command,
+    differing_option,
+    in_words,
+    spec_option,
+    tag_option,
+    view_of,
+    vocabulary_option,
+)
 from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError
 from ucp_deepspeed.transfer import TransferCount
 from ucp_deepspeed.transfer.commit import write_atomically
@@ -44,6 +54,7 @@ from ucp_deepspeed.transfer.ranks import Ranks, alone
     show_default=True,
     help="Refuse a checkpoint with values that can't be read, or leave them out and list them.",
 )
+@differing_option
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
 @click.pass_obj
 def convert_command(
@@ -56,6 +67,7 @@ def convert_command(
     workers: int,
     drop_client_state: tuple[str, ...],
     on_unreadable: OnUnreadable,
+    on_differing: OnDiffering,
     quiet: bool,
 ) -> None:
     """Write checkpoint SRC in universal form to DST/<tag>, and DST/latest, so that DST can be loaded from.
@@ -69,7 +81,12 @@ def convert_command(
         folder = destination / _tag(source, checkpoint.path)
         _check_free(destination, folder)
         view = view_of(checkpoint, spec, vocabulary_size)
-        options = {"workers": workers, "drop_client_state": drop_client_state, "on_unreadable": on_unreadable}
+        options = {
+            "workers": workers,
+            "drop_client_state": drop_client_state,
+            "on_unreadable": on_unreadable,
+            "on_differing": on_differing,
+        }
         count = _convert(view, destination, folder, options, quiet or ranks.rank != 0, ranks)
     if ranks.rank == 0:
         for name, why in checkpoint.unrecorded.items():

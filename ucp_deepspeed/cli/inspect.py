@@ -15,6 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ucp_deepspeed.checkpoint import Checkpoint, Parameter, open_checkpoint
+from ucp_deepspeed.checkpoint.checkpoint import Differing
+from ucp_deepspeed.checkpoint.differing import in_words as in_words_by_place
 from ucp_deepspeed.checkpoint.encoding import encode
 from ucp_deepspeed.checkpoint.universal import UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -71,10 +73,12 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
         numel: number of elements for each kind: ``trainable``, ``frozen``, ``buffer``.
         state_bytes: size of each state over all parameters.
         disk_bytes, files: of the tag folder.
-        groups: for each parameter group ``names`` and ``hyperparameters``.
+        groups: for each parameter group ``names``, ``hyperparameters``, and ``differing``: of these the ones that aren't the same
+            on all partitions, with the value on each.
         lacking: why the optimizer's state can't be told, or null; unrecorded: parameters whose value is in no file → why.
         parameters: for each, by logical name: ``kind``, ``shape`` (or null), ``local_shapes`` by model-parallel rank (null
-            for a pipeline stage without it), ``pattern`` in words (or null), ``states`` (name → dtype), ``scalars``.
+            for a pipeline stage without it), ``pattern`` in words (or null), ``states`` (name → dtype), ``scalars``, and
+            ``differing`` as for groups.
     """
     view, reason = _view(checkpoint, spec, vocabulary_size)
     parameters = view.parameters if view else checkpoint.parameters
@@ -98,7 +102,11 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
         "disk_bytes": sum(file.stat().st_size for file in files),
         "files": len(files),
         "groups": [
-            {"names": list(group.names), "hyperparameters": _json(dict(group.hyperparameters))}
+            {
+                "names": list(group.names),
+                "hyperparameters": _json(dict(group.hyperparameters)),
+                "differing": _differing(group.differing),
+            }
             for group in (view or checkpoint).groups
         ],
         "lacking": None if checkpoint.lacking is None else checkpoint.lacking.heading,
@@ -162,7 +170,12 @@ def _parameter(view: UniversalView | None, parameter: Parameter) -> dict[str, An
         "states": dict(parameter.states),
         "scalars": _json(dict(parameter.scalars)),
         "refused": dict(parameter.refused),
+        "differing": _differing(parameter.differing),
     }
+
+
+def _differing(differing: Differing) -> Any:
+    return _json({key: dict(held) for key, held in differing.items()})
 
 
 def _json(value: Any) -> Any:
@@ -181,6 +194,8 @@ def _print(report: Mapping[str, Any]) -> None:
         console.print(escape(f"{name} isn't in the files: {why}"), soft_wrap=True)
     if report["lacking"]:
         console.print(escape(f"Weights only: {report['lacking']}"), soft_wrap=True)
+    for line in _differing_lines(report):
+        console.print(escape(line), soft_wrap=True)
     if not report["layouts"]["known"]:
         console.print(escape(f"Local shapes only: {report['layouts']['reason']}"), soft_wrap=True)
 
@@ -209,6 +224,21 @@ def _lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("elements", (", ".join(numels) or "0") + local),
         ("states", (", ".join(sizes) or "none") + local),
         ("on disk", f"{in_words(report['disk_bytes'])} in {report['files']} files"),
+    ]
+
+
+def _differing_lines(report: Mapping[str, Any]) -> list[str]:
+    """What isn't the same on all partitions, each once with the parameters that have it."""
+    places: dict[str, list[str]] = {}
+    for number, group in enumerate(report["groups"]):
+        for key, held in group["differing"].items():
+            places.setdefault(f"{key!r} is {in_words_by_place(held)}", []).append(f"group {number}")
+    for name, entry in report["parameters"].items():
+        for key, held in entry["differing"].items():
+            places.setdefault(f"{key!r} is {in_words_by_place(held)}", []).append(name)
+    return [
+        f"differs over partitions: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {told}"
+        for told, names in places.items()
     ]
 
 

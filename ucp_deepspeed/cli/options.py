@@ -99,6 +99,14 @@ spec_option = click.option(
     "--spec", metavar="NAME|PATH", help="Family or spec file that gives the layouts under tensor parallelism."
 )
 
+differing_option = click.option(
+    "--on-differing",
+    type=click.Choice(["error", "first", "mean", "max"]),
+    default="error",
+    show_default=True,
+    help="What to make of optimizer numbers that differ over SRC's partitions, as a norm may.",
+)
+
 vocabulary_option = click.option(
     "--vocabulary-size",
     type=click.IntRange(min=1),

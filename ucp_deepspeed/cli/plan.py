@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.cli.inspect import PLAIN_WIDTH
 from ucp_deepspeed.cli.options import (
     CHECKPOINT,
@@ -55,6 +56,12 @@ MOST_ROWS = 16
 @click.option("--on-missing", type=click.Choice(["error", "init"]), default="error", help="As in the config block.")
 @click.option("--on-extra", type=click.Choice(["error", "drop"]), default="error", help="As in the config block.")
 @click.option(
+    "--on-differing",
+    type=click.Choice(["error", "first", "mean", "max"]),
+    default="error",
+    help="As in the config block.",
+)
+@click.option(
     "--optimizer-states", type=click.Choice(["restore", "reset"]), default="restore", help="As in the config block."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead, with all ranks.")
@@ -71,6 +78,7 @@ def plan_command(
     model: Path | None,
     on_missing: str,
     on_extra: str,
+    on_differing: OnDiffering,
     optimizer_states: Literal["restore", "reset"],
     as_json: bool,
 ) -> None:
@@ -80,7 +88,7 @@ def plan_command(
     told.
     """
     opened = open_checkpoint(checkpoint, tag)
-    policies = Policies(on_missing == "init", on_extra == "drop", optimizer_states)
+    policies = Policies(on_missing == "init", on_extra == "drop", optimizer_states, differing=on_differing)
     target = None if model is None else open_checkpoint(model)
     plan = plan_target(opened, Topology(tp, pp, dp, zero, ep), read_spec(spec), vocabulary_size, target, policies)
     source = {"path": str(opened.path), "form": opened.form, "source": _topology(opened.topology)}

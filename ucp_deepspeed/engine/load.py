@@ -32,6 +32,7 @@ from ucp_deepspeed.engine.model import (
     describe_model,
 )
 from ucp_deepspeed.engine.native import LoadOptions, takes_universal_path
+from ucp_deepspeed.engine.numbers import PartitionNumbers
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer, only_evaluates
 from ucp_deepspeed.engine.planning import plan_filling
 from ucp_deepspeed.engine.random_state import read_random_state, restore_random_state
@@ -67,6 +68,7 @@ class LoadReport:
         initialised: parameters that kept the model's values, in whole, in further rows, or in their optimizer states alone.
         dropped: parameters of the checkpoint that, or whose optimizer states, the model has no place for.
         kept_settings: hyper-parameters of the checkpoint that the engine's own, which differ, were kept instead of.
+        merged: numbers of this rank that differed over the partitions of the checkpoint and became one, by ``on_differing``.
     """
 
     source: str
@@ -78,6 +80,7 @@ class LoadReport:
     initialised: tuple[str, ...]
     dropped: tuple[str, ...]
     kept_settings: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
 
 
 def load_checkpoint(
@@ -228,16 +231,16 @@ def _load_universal(
         checkpoint = in_ties_of(checkpoint, model, (dist.get_rank(), dist.get_world_size()))
         names = match_names(checkpoint, model)
         matching = match_model(checkpoint, model, names, policies)
-        settings = GroupSettings()
+        settings, numbers = GroupSettings(), PartitionNumbers(checkpoint, model, optimizer, names, policies)
         if restores:
-            settings = plan_hyperparameters(checkpoint, names, optimizer, config.hyperparameters == "keep")
+            settings = plan_hyperparameters(checkpoint, names, optimizer, numbers, config.hyperparameters == "keep")
         schedule = None
         if options.load_lr_scheduler_states and engine.lr_scheduler is not None:
             keep = config.hyperparameters == "keep"
             schedule = plan_scheduler(checkpoint, names, optimizer, engine.lr_scheduler.state_dict(), keep)
             check_scheduler(engine.lr_scheduler, schedule, (engine, engine.module, engine.optimizer), optimizer)
         filling = plan_filling(
-            checkpoint, model, optimizer, names, matching, policies, settings.values, config.shared_read_bytes
+            checkpoint, model, optimizer, names, matching, policies, settings.values, config.shared_read_bytes, numbers
         )
         reset = policies.optimizer_states == "reset"
         settings = without_begun_anew(settings, names, optimizer, filling.initialised, reset)
@@ -267,6 +270,7 @@ def _load_universal(
         initialised=tuple(dict.fromkeys((*matching.initialised, *unfrozen, *filling.initialised))),
         dropped=tuple(dict.fromkeys((*matching.dropped, *frozen, *filling.dropped))),
         kept_settings=settings.kept,
+        merged=tuple(numbers.merged),
     )
     dist.barrier()
     _log(report, checkpoint, model)
@@ -308,5 +312,7 @@ def _log(report: LoadReport, checkpoint: Checkpoint, model: EngineModel) -> None
         for what, names in (("kept the model's own values", report.initialised), ("were dropped", report.dropped)):
             if names:
                 logger.warning("%d parameters %s, in whole or in part: %s", len(names), what, ", ".join(names))
+        if report.merged:
+            logger.warning("numbers that differed became one: %s", "; ".join(report.merged))
         if report.kept_settings:
             logger.info("the engine's own settings were kept: %s", "; ".join(report.kept_settings))

@@ -35,7 +35,8 @@ def policies_of(config: UniversalCheckpointConfig, restore: bool, strict: bool) 
     """
     states = config.optimizer_states if restore else "keep"
     warm = not restore and not strict
-    return Policies(warm or config.on_missing == "init", warm or config.on_extra == "drop", states, strict)
+    initialise, drop = warm or config.on_missing == "init", warm or config.on_extra == "drop"
+    return Policies(initialise, drop, states, strict, differing=config.on_differing)
 
 
 def match_names(checkpoint: Checkpoint, model: EngineModel) -> Names:

@@ -23,6 +23,7 @@ from ucp_deepspeed.engine.filling import BufferPlan, Copies, Filling, SlotPlan, 
 from ucp_deepspeed.engine.known_layouts import known_by_plan
 from ucp_deepspeed.engine.matching import Names
 from ucp_deepspeed.engine.model import WEIGHT_DTYPES, EngineModel, EngineTensor
+from ucp_deepspeed.engine.numbers import PartitionNumbers
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.engine.optimizers.states import KeptStates
 from ucp_deepspeed.errors import MismatchError
@@ -55,18 +56,22 @@ def plan_filling(
     policies: Policies,
     settings: Sequence[Mapping[str, Any]],
     shared_read_bytes: int,
+    numbers: PartitionNumbers,
 ) -> Filling:
     """Plan all that this rank holds, and prove it covered.
 
     Args:
         settings: for each live parameter group the hyper-parameters that it will have in place of its own; none to keep them.
         shared_read_bytes: what ranks hold alike is read once, a part by each, if it has at least so many bytes.
+        numbers: what the slots take of the checkpoint's numbers.
 
     Raises:
         MismatchError: lists every parameter whose shape, states or scalars don't fit, or that isn't covered.
         SpecError: nothing tells the layouts that another tensor-parallel size needs, or the spec doesn't fit.
     """
-    return _Planner(checkpoint, model, optimizer, names, matching, policies, settings, shared_read_bytes).plan()
+    return _Planner(
+        checkpoint, model, optimizer, names, matching, policies, settings, shared_read_bytes, numbers
+    ).plan()
 
 
 _Key = tuple[Any, ...]
@@ -95,7 +100,9 @@ class _Planner:
         policies: Policies,
         settings: Sequence[Mapping[str, Any]],
         shared_read_bytes: int,
+        numbers: PartitionNumbers,
     ) -> None:
+        self.numbers = numbers
         self.settings, self.shared_read_bytes = settings, shared_read_bytes
         self._divisions: dict[_Key, tuple[Division, Any]] = {}
         self._kept: dict[tuple[int, int], KeptStates | None] = {}
@@ -161,6 +168,7 @@ class _Planner:
         self._divide(slots, weights)
         filled = tuple(self._slot(number, wanted) for number, wanted in enumerate(slots))
         read = tuple(self._weight(tensor) for tensor in weights)
+        self.problems += self.numbers.problems
         if self.problems:
             raise MismatchError(f"{self.view.checkpoint.path} doesn't fit the model", self.problems)
         return Filling(
@@ -282,16 +290,17 @@ class _Planner:
     def _common_states(self, slot: EngineSlot) -> tuple[tuple[str, ...], Mapping[str, float]]:
         """The states and scalars of a slot: one optimizer entry serves all its parameters, so they must be the same."""
         names = [self.logical[name] for name in slot.names]
-        trained = [
+        trained: Sequence[Parameter] = [
             self.view.parameters[name] for name in names if name in self.tensors and self._weight_state(name) == MASTER
         ]
         if not trained or self.policies.optimizer_states != "restore":
             return (MASTER,), {}
-        first = next(filter(_stepped, trained), trained[0])
         for parameter in trained:
             self.problems += [f"{parameter.name}: {reason}; {REFUSED_HINT}" for reason in parameter.refused.values()]
         if any(parameter.refused for parameter in trained):
             return (MASTER,), {}
+        trained = self.numbers.together([self.numbers.of_parameter(slot, parameter) for parameter in trained])
+        first = next(filter(_stepped, trained), trained[0])
         for parameter in trained:
             if _stepped(parameter) != _stepped(first) and self.policies.initialise:
                 self.unstepped.append(parameter.name)

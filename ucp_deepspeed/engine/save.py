@@ -22,7 +22,7 @@ import torch
 from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes
-from ucp_deepspeed.checkpoint.deepspeed_run import NAMING_KEYS, number_groups
+from ucp_deepspeed.checkpoint.deepspeed_run import number_groups
 from ucp_deepspeed.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -31,6 +31,7 @@ from ucp_deepspeed.checkpoint.manifest import (
     describe_files,
 )
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME, open_checkpoint
+from ucp_deepspeed.checkpoint.slots import NAMING_KEYS
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.checkpoint.view import layouts_of
@@ -48,6 +49,7 @@ from ucp_deepspeed.engine.extra_states import has_extra_states
 from ucp_deepspeed.engine.known_layouts import KnownLayouts, kept_layouts
 from ucp_deepspeed.engine.model import EngineModel, agreement, describe_model, gather_model_parallel, has_elements
 from ucp_deepspeed.engine.names import ModelNames
+from ucp_deepspeed.engine.numbers import are_same
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.pipeline import check_tied_copies, layer_keys
 from ucp_deepspeed.engine.random_state import random_state_file, save_random_state
@@ -323,6 +325,7 @@ def _manifest(engine: Any) -> Manifest:
         parameter_groups=tuple(groups[:: topology.tp]),
         layer_keys=keys,
         parameters=_parameters(model, known),
+        same_numbers=are_same(model.rank // topology.tp, optimizer),
         has_extra_states=any(gather_model_parallel(engine, has_extra_states(engine.module))),
         files={},
     )

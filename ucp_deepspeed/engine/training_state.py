@@ -15,6 +15,7 @@ from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, IMPLEMENTATION_SWITCHES
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.engine.matching import Names
+from ucp_deepspeed.engine.numbers import PartitionNumbers
 from ucp_deepspeed.engine.optimizers import EngineOptimizer
 from ucp_deepspeed.errors import MismatchError
 
@@ -41,24 +42,30 @@ class GroupSettings:
     kept: tuple[str, ...] = ()
 
 
-def plan_hyperparameters(checkpoint: Checkpoint, names: Names, optimizer: EngineOptimizer, keep: bool) -> GroupSettings:
+def plan_hyperparameters(
+    checkpoint: Checkpoint, names: Names, optimizer: EngineOptimizer, numbers: PartitionNumbers, keep: bool
+) -> GroupSettings:
     """Give each live parameter group the hyper-parameters of its parameters, whatever their groups' order was.
 
     All of them, also those that the live group doesn't have yet: optimizers make some at their first step.
 
     Args:
+        numbers: what the groups take of numbers that differ over partitions.
         keep: whether the groups keep what was configured; what they count is restored even so.
 
     Raises:
         MismatchError: the parameters of a live group come from groups with different values; lists groups and keys.
     """
-    of_name = {names.source[name]: group.hyperparameters for group in checkpoint.groups for name in group.names}
+    source = {names.source[name]: group for group in checkpoint.groups for name in group.names}
     values: list[Mapping[str, Any]] = []
     kept: list[str] = []
     problems: list[str] = []
     for index, group in enumerate(optimizer.group_names()):
         logical = [names.target[name] for name in group if name is not None]
-        held = [name for name in logical if name in of_name]
+        held = [name for name in logical if name in source]
+        groups = {id(source[name]): source[name] for name in held}
+        settled = {key: numbers.of_group(index, group) for key, group in groups.items()}
+        of_name = {name: settled[id(source[name])] for name in held}
         first, live = of_name[held[0]] if held else {}, optimizer.live_group(index)
         if index >= len(optimizer.base.param_groups):
             kept.append(f"parameter group {index}: {type(optimizer.base).__name__} has one group for all under ZeRO")
@@ -85,12 +92,13 @@ def _differing(
     taken: Mapping[str, Any], held: Sequence[str], of_name: Mapping[str, Mapping[str, Any]], keep: bool
 ) -> Iterator[str]:
     """In what the parameters of a live group differ."""
-    absent = object()
+    absent: Any = object()
     keys = taken if keep else dict.fromkeys(key for name in held for key in usable(of_name[name]))
     for key in keys:
-        value = taken.get(key, absent)
+        nothing = 0 if key == GROUP_STEP else absent
+        value = taken.get(key, nothing)
         for name in held:
-            other = of_name[name].get(key, absent)
+            other = of_name[name].get(key, nothing)
             if (other is absent) != (value is absent) or not same_value(value, other):
                 found = ["missing" if each is absent else each for each in (value, other)]
                 hint = '"hyperparameters": "keep" keeps the configured ones'

@@ -74,7 +74,8 @@ class Prodigy(_Odd):
                     state["exp_avg_sq"] = torch.zeros_like(param)
                 state["s"].mul_(0.9).add_(grad, alpha=0.1)
                 state["exp_avg_sq"].mul_(0.9).addcmul_(grad, grad, value=0.1)
-                numerator += float((grad.flatten() * (state["p0"] - param.data).flatten()).sum()) + float(grad.norm())
+                moved = state["p0"] - param.data  # in ZeRO-3's padding whatever the memory held
+                numerator += float((grad * moved).nansum() + grad.norm())
                 denominator += float(state["s"].abs().sum())
         d = max(first["d"], 1e-4 * numerator / (denominator + 1e-8))
         for group in self.param_groups:

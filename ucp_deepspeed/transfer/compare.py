@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES, Checkpoint
+from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, IMPLEMENTATION_SWITCHES, Checkpoint
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states
 from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
@@ -73,7 +73,8 @@ def compare(
     """Everything in which two checkpoints differ; empty when a run resumed from either would be in the same state.
 
     Compared are the parameters that exist and their kinds, whole shapes, states and dtypes; every element; scalars such as
-    ``step``; the hyper-parameters of each parameter, without `IMPLEMENTATION_SWITCHES`; the modules' extra states; the run's
+    ``step``, on each partition where these differ; the hyper-parameters of each parameter, in the same way and without
+    `IMPLEMENTATION_SWITCHES`; the modules' extra states; the run's
     counters, learning-rate scheduler and, where both sides scale the loss, what both record of it. Precision, topology and client
     state are not.
 
@@ -137,7 +138,7 @@ def _parameter(side_a: _Side, side_b: _Side, name: str) -> Iterator[Difference]:
         yield Difference(name, "kind", f"{one.kind} in A, {other.kind} in B")
     for state in sorted(one.states.keys() ^ other.states.keys()):
         yield Difference(name, "states", f"state {state!r} only in {'A' if state in one.states else 'B'}")
-    yield from _mapping(name, "scalar", one.scalars, other.scalars)
+    yield from _mapping(name, "scalar", {**one.scalars, **one.differing}, {**other.scalars, **other.differing})
     if a.logical_shape(name) != b.logical_shape(name):
         yield Difference(name, "shape", f"{list(a.logical_shape(name))} in A, {list(b.logical_shape(name))} in B")
         return
@@ -187,11 +188,14 @@ def _differing_elements(
 
 def _hyperparameters(view: UniversalView) -> dict[str, dict[str, Any]]:
     """By parameter: groups may be cut and ordered in another way and mean the same."""
-    return {
-        name: {key: value for key, value in group.hyperparameters.items() if key not in IMPLEMENTATION_SWITCHES}
-        for group in view.groups
-        for name in group.names
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for group in view.groups:
+        values = {**group.hyperparameters, **group.differing}
+        meant = {key: value for key, value in values.items() if key not in IMPLEMENTATION_SWITCHES}
+        if meant.get(GROUP_STEP) == 0:  # none has been taken, or none is counted here
+            del meant[GROUP_STEP]
+        found |= dict.fromkeys(group.names, meant)
+    return found
 
 
 def _extra_states(checkpoint: Checkpoint) -> dict[str, Any]:

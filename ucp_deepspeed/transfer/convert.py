@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
+from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.universal import CLIENT_TENSORS_NAME, INDEX_NAME, Index, UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError
@@ -47,6 +48,7 @@ def convert(
     file_numbytes: int = FILE_NUMBYTES,
     drop_client_state: Collection[str] = (),
     on_unreadable: OnUnreadable = "error",
+    on_differing: OnDiffering = "error",
     ranks: Ranks | None = None,
     then: Callable[[], None] = lambda: None,
 ) -> TransferCount:
@@ -58,6 +60,7 @@ def convert(
         progress: called with (bytes written, bytes to write) of this rank's share after each chunk, from one thread at a time.
         drop_client_state: top-level keys of the client state to leave out.
         on_unreadable: see `OnUnreadable`.
+        on_differing: which number to write where partitions have different ones.
         ranks: those that share the work; by default this process alone.
         then: called on rank 0 when the folder has appeared, and not disturbed by signals.
 
@@ -68,8 +71,8 @@ def convert(
         UnsupportedError: the client state, a scheduler or a hyper-parameter holds something that has no universal form;
             nothing is written.
         DamagedCheckpointError: a source file is missing or truncated, or was changed meanwhile; nothing is left behind.
-        MismatchError: the files don't hold each element of each parameter exactly once, or no optimizer state; nothing is left
-            behind.
+        MismatchError: numbers differ over the partitions, and nothing is written; or the files don't hold each element of each
+            parameter exactly once, or no optimizer state, and nothing is left behind.
         OSError: the disk is full, or can't be written; nothing is left behind.
         OtherRankError: another rank has failed; nothing is left behind.
     """
@@ -77,7 +80,7 @@ def convert(
     _check_free(destination)
     files = lay_out(view, file_numbytes)
     homes = {(atom.name, atom.state): file.file_name for file in files for atom in file.atoms}
-    index, tensors = describe(view, homes, drop_client_state, on_unreadable)
+    index, tensors = describe(view, homes, drop_client_state, on_unreadable, on_differing)
     _check_same_view(view, files, ranks)
     numbytes = sum(len(file.header) + file.data_numbytes for file in files)
     numbytes += sum(tensor.nbytes for tensor in tensors.values())

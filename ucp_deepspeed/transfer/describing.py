@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, OnUnreadable
+from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, Differing, OnUnreadable
 from ucp_deepspeed.checkpoint.deepspeed_files import ENGINE_KEYS
+from ucp_deepspeed.checkpoint.differing import OnDiffering, made_one
 from ucp_deepspeed.checkpoint.encoding import check_encoded, encode
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
@@ -25,7 +26,7 @@ from ucp_deepspeed.checkpoint.universal import (
     are_scalars,
 )
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.errors import MAX_LISTED, ConfigError, UnsupportedError
+from ucp_deepspeed.errors import MAX_LISTED, ConfigError, MismatchError, UnsupportedError
 
 DATA_SCHEDULES = ("data_sampler", "random_ltd")
 """DeepSpeed's keys for its curriculum and its random layer-token dropping; None where a run has none."""
@@ -39,6 +40,7 @@ def describe(
     homes: Mapping[tuple[str, str], str],
     drop_client_state: Collection[str] = (),
     on_unreadable: OnUnreadable = "error",
+    on_differing: OnDiffering = "error",
 ) -> tuple[Index, dict[str, torch.Tensor]]:
     """The index, still without the sizes of files, and the tensors in the client state, which go to a file of their own.
 
@@ -46,10 +48,12 @@ def describe(
         homes: (parameter, state) → name of the file that will hold the atom.
         drop_client_state: top-level keys of the client state, and keys of extra states, to leave out.
         on_unreadable: what to do about what can't be read: see `OnUnreadable`.
+        on_differing: what to write of numbers that differ over the partitions.
 
     Raises:
         MismatchError: the checkpoint holds no optimizer state that could be converted.
         ConfigError: the client state has no such key.
+        MismatchError: numbers differ over the partitions, and none may be made of them.
         UnsupportedError: a value has no universal form; says where it is.
     """
     checkpoint = view.checkpoint
@@ -63,6 +67,7 @@ def describe(
     refused = [f"{name}: {why}" for name, parameter in view.parameters.items() for why in parameter.refused.values()]
     if refused:
         raise UnsupportedError("\n  ".join([f"{checkpoint.path} can't be converted:", *refused[:MAX_LISTED]]))
+    scalars, settings = _made_one(view, on_differing)
     values, tensors = _encoded_values(checkpoint, drop_client_state)
     index = Index(
         format_version=FORMAT_VERSION,
@@ -75,13 +80,13 @@ def describe(
                 shape=view.logical_shape(name),
                 pattern=view.patterns[name],
                 states={state: homes[name, state] for state in parameter.states},
-                scalars=_encoded_scalars(parameter.scalars, name),
+                scalars=_encoded_scalars(scalars[name], name),
             )
             for name, parameter in view.parameters.items()
         },
         groups=tuple(
-            IndexGroup(names=group.names, hyperparameters=_encoded(dict(group.hyperparameters), f"group {number}"))
-            for number, group in enumerate(view.groups)
+            IndexGroup(names=group.names, hyperparameters=_encoded(held, f"group {number}"))
+            for number, (group, held) in enumerate(zip(view.groups, settings, strict=True))
         ),
         client_state=values["client_state"],
         extra_states=values["extra_states"],
@@ -89,6 +94,28 @@ def describe(
         files={},
     )
     return index, {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+
+
+def _made_one(view: UniversalView, how: OnDiffering) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """Each parameter's scalars, and each group's hyper-parameters: a universal checkpoint has no partitions."""
+    problems: dict[str, str] = {}
+
+    def settled(place: str, values: Mapping[str, Any], differing: Differing) -> dict[str, Any]:
+        found, refused = made_one(values, differing, how)
+        for key, told in refused.items():
+            problems.setdefault(f"{key!r} is {told}", place)
+        return found
+
+    scalars = {name: settled(name, each.scalars, each.differing) for name, each in view.parameters.items()}
+    settings = [
+        settled(f"parameter group {number}", group.hyperparameters, group.differing)
+        for number, group in enumerate(view.groups)
+    ]
+    if problems:
+        listed = [f"{place}: {told}" for told, place in problems.items()]
+        hint = "--on-differing first, mean or max makes one number of them"
+        raise MismatchError(f"{view.checkpoint.path} has numbers that differ over its partitions; {hint}", listed)
+    return scalars, settings
 
 
 def client_state_of(checkpoint: Checkpoint) -> dict[str, Any]:

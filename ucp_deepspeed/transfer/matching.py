@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, HeldShapes, Kind, Parameter
+from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.layout import Shape
 
@@ -52,6 +53,7 @@ class Policies:
         optimizer_states: ``restore`` them; ``keep`` the live ones; ``reset`` them to zero, as before a first step.
         strict: frozen parameters and buffers must be the same on both sides too.
         reshape: parameters of another shape keep the model's value.
+        differing: numbers of the optimizer that differ over partitions which don't go on become one in this way.
         rounded: masters begin as the source's low-precision weights (``zero_optimization.load_from_fp32_weights: false``).
     """
 
@@ -61,6 +63,7 @@ class Policies:
     strict: bool = True
     reshape: bool = False
     rounded: bool = False
+    differing: OnDiffering = "error"
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,23 @@ Local shapes follow from the patterns alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 from ucp_deepspeed.checkpoint.checkpoint import (
     MASTER,
     WEIGHT,
     Checkpoint,
+    Differing,
     FileExtent,
     HeldShapes,
     Parameter,
 )
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED
+from ucp_deepspeed.checkpoint.differing import made_one
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of_other
 from ucp_deepspeed.checkpoint.experts import expert_of, holder_of, numbers_of_experts
 from ucp_deepspeed.checkpoint.retied import with_copies
@@ -41,7 +44,8 @@ from ucp_deepspeed.plan import (
     read_together,
 )
 from ucp_deepspeed.transfer.copying import TransferCount
-from ucp_deepspeed.transfer.matching import Matching, Policies, check_matching, is_grown, match
+from ucp_deepspeed.transfer.matching import Policies, check_matching, is_grown, match
+from ucp_deepspeed.transfer.target_plan import Obstacle, RankPlan, TargetPlan
 from ucp_deepspeed.transfer.target_ranks import (
     RankNumber,
     Replicas,
@@ -56,87 +60,6 @@ from ucp_deepspeed.transfer.target_ranks import (
 
 RESTORE_ALL = Policies()
 """Nothing may be missing or left out."""
-
-
-@dataclass(frozen=True, slots=True)
-class RankPlan:
-    """What one rank would do.
-
-    Attributes:
-        model_parallel_rank, data_parallel_rank: see `TargetRank`.
-        bytes_read: bytes to copy out of files.
-        bytes_held: bytes of the master weights and optimizer states in its partitions, in fp32, padding included.
-        copies: strided blocks to copy.
-        files: paths of the files that the blocks lie in.
-    """
-
-    model_parallel_rank: int
-    data_parallel_rank: int
-    bytes_read: int
-    bytes_held: int
-    copies: int
-    files: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Obstacle:
-    """A reason why the topology is impossible; ``name`` is the parameter concerned, or None when it is the whole model."""
-
-    name: str | None
-    reason: str
-
-    def __str__(self) -> str:
-        return self.reason if self.name is None else f"{self.name}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class TargetPlan:
-    """The answer for one topology.
-
-    Attributes:
-        topology: the target's.
-        matching: which parameters and buffers are on both sides, by logical name; None when the layouts aren't known.
-        reset: whether all optimizer states start afresh.
-        obstacles: why it is impossible; empty when it isn't.
-        remarks: what the figures rest on, in words.
-        ranks: ordered by model-parallel and then data-parallel rank; empty when the topology is impossible.
-        grown: parameters with further rows than in the checkpoint.
-    """
-
-    topology: Topology
-    matching: Matching | None
-    reset: bool
-    obstacles: tuple[Obstacle, ...]
-    remarks: tuple[str, ...] = ()
-    ranks: tuple[RankPlan, ...] = ()
-    grown: tuple[str, ...] = ()
-
-    @property
-    def possible(self) -> bool:
-        """Whether a load on this topology would succeed, as far as the checkpoint tells."""
-        return not self.obstacles
-
-    @property
-    def restored(self) -> tuple[str, ...]:
-        """Logical names of the parameters and buffers that nothing stands against, in the model's order."""
-        refused = {obstacle.name for obstacle in self.obstacles}
-        return tuple(name for name in (self.matching.restored if self.matching else ()) if name not in refused)
-
-    @property
-    def initialised(self) -> tuple[str, ...]:
-        """Those that keep the model's values: in whole, or in further rows, or in their optimizer states alone."""
-        found = self.matching
-        return (*found.initialised, *found.unfrozen, *self.grown) if found else ()
-
-    @property
-    def dropped(self) -> tuple[str, ...]:
-        """Those of the checkpoint that the model has no place for, or whose optimizer states it has none for."""
-        return (*self.matching.dropped, *self.matching.frozen) if self.matching else ()
-
-    @property
-    def files(self) -> frozenset[str]:
-        """Paths of all files that some rank reads from."""
-        return frozenset().union(*(rank.files for rank in self.ranks))
 
 
 def plan_target(
@@ -308,6 +231,9 @@ class _Planner:
                 self.obstacles += [Obstacle(name, reason) for reason in parameter.refused.values()]
         if self.policies.optimizer_states != "restore":
             return
+        for group in self.source.groups:
+            if found := [name for name in group.names if name in planned]:
+                self._check_numbers(f"the parameter group of {found[0]}", group.hyperparameters, group.differing)
         for names in slot_names(self.view, self.topology):
             held = [self.source.parameters[name] for name in names if name in planned]
             trained = [parameter for parameter in held if parameter.kind == "trainable"]
@@ -315,12 +241,24 @@ class _Planner:
                 first = trained[0]
                 for reason in parameter.refused.values():
                     self._refuse(parameter.name, reason)
+                self._check_numbers(parameter.name, parameter.scalars, parameter.differing)
                 if parameter.states.keys() != first.states.keys() or parameter.scalars != first.scalars:
                     self._refuse(
                         parameter.name,
                         f"has {_states(parameter)}, and {first.name}, which the target keeps in the same buffer, "
                         f"has {_states(first)}",
                     )
+
+    def _check_numbers(self, place: str, values: Mapping[str, Any], differing: Differing) -> None:
+        """Of what differs over partitions each gets its own back where the same ones go on; else one must be made."""
+        source, target = self.source.checkpoint.topology, self.topology
+        degrees, form = replace(target, zero_stage=0), {1: 1, 2: 1, 3: 3}  # ZeRO-1 and 2 cut in one way
+        alike = replace(source, zero_stage=0) == degrees and form.get(source.zero_stage) == form.get(target.zero_stage)
+        if alike and self.source is self.view:
+            return
+        _, refused = made_one(values, differing, self.policies.differing)
+        for key, told in refused.items():
+            self._refuse(place, f"{key!r} is {told}; --on-differing first, mean or max makes one of them")
 
     def _held_by(self, ranks: Collection[RankNumber]) -> Iterator[str]:
         """What some ranks hold; ranks that don't exist hold nothing."""

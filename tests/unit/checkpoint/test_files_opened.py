@@ -98,7 +98,8 @@ def test_data_parallel_alone(tmp_path: Path, stage: int, recorded: bool, monkeyp
     names, plan = opened_by(folder, Topology(1, 1, 4, stage), (0, 2), monkeypatch)
     prefix = "zero_pp_rank_0_" if stage == 3 else ""
     constant = {f"{prefix}mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"}
-    assert names == constant | {Path(path).name for path in plan.files}
+    others = set() if recorded else {f"zero_pp_rank_{part}_mp_rank_00_optim_states.pt" for part in range(8)}
+    assert names == constant | {Path(path).name for path in plan.files} | others  # for numbers that may differ
 
 
 def test_layers_of_which_something_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

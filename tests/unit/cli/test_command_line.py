@@ -29,6 +29,7 @@ OPTIONS = {
         "--workers",
         "--drop-client-state",
         "--on-unreadable",
+        "--on-differing",
         "--quiet",
     },
     "diff": {"--tag-a", "--tag-b", "--spec", "--spec-a", "--spec-b", "--vocabulary-size", "--limit", "--chunk"},

@@ -53,6 +53,7 @@ def test_the_keys_of_the_object(saved: Path, ucp: Ucp) -> None:
         "states": {"fp32": "F32", "exp_avg": "F32", "exp_avg_sq": "F32"},
         "scalars": {"step": 3.0},
         "refused": {},
+        "differing": {},
     }
     assert report["parameters"]["linear_in.bias"]["kind"] == "frozen"
     assert report["parameters"]["calls"]["states"] == {"weight": "I64"}

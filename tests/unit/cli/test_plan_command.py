@@ -30,7 +30,7 @@ def cells(result: Result, place: int) -> list[str]:
 def test_options() -> None:
     options = {opt for param in load_command("plan").params if isinstance(param, click.Option) for opt in param.opts}
     topology = {"--tp", "--pp", "--dp", "--zero", "--ep"}
-    changes = {"--model", "--on-missing", "--on-extra", "--optimizer-states"}
+    changes = {"--model", "--on-missing", "--on-extra", "--on-differing", "--optimizer-states"}
     assert options == {*topology, *changes, "--tag", "--spec", "--vocabulary-size", "--json"}
 
 

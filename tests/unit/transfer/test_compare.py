@@ -118,9 +118,15 @@ def test_groups_may_be_cut_in_another_way(native: Native, view_of: View) -> None
 
 
 def test_switches_of_the_implementation_do_not_matter(native: Native, view_of: View) -> None:
-    switches = {"foreach": True, "fused": True, "capturable": True, "differentiable": True, "step": 9}
+    switches = {"foreach": True, "fused": True, "capturable": True, "differentiable": True, "step": 0}
     b = _edited(native("b", stage=1), "*optim_states.pt", _group(**switches))
     assert compare(view_of(native("a", stage=1)), view_of(b)) == []
+
+
+def test_a_step_that_groups_count(native: Native, view_of: View) -> None:
+    """Apex's FusedAdam keeps it there; DeepSpeed's leaves a zero, which means none."""
+    b = _edited(native("b", stage=1), "*optim_states.pt", _group(step=9))
+    assert "step = 9 only in B" in {found.detail for found in compare(view_of(native("a", stage=1)), view_of(b))}
 
 
 def test_counters_scheduler_and_scalars(native: Native, view_of: View) -> None:

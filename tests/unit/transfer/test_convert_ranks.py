@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError, DamagedCheckpointError, OtherRankError
-from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
+from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, add_manifest, write_native
 from ucp_deepspeed.transfer import convert as convert_module
 from ucp_deepspeed.transfer import copying
 from ucp_deepspeed.transfer import ranks as ranks_module
@@ -71,7 +71,10 @@ def uneven(tmp_path: Path) -> Path:
         )
         for number, shape in enumerate(shapes)
     )
-    return write_native(tmp_path / "uneven", NativeModel(parameters), NativeRun(stage=1, dp=2))
+    model, run = NativeModel(parameters), NativeRun(stage=1, dp=2)
+    folder = write_native(tmp_path / "uneven", model, run)
+    add_manifest(folder, model, run, layouts=True)
+    return folder
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

@@ -55,12 +55,18 @@ def kept_states(found: Mapping[str, Any], probed: Mapping[str, Any], master: tor
         found: as the optimizer has them, or would.
         probed: after one step without a gradient, from which it is told what begins at zero.
     """
-    tensors = {key: value for key, value in found.items() if isinstance(value, torch.Tensor) and key != "step"}
-    elementwise = frozenset(key for key, value in tensors.items() if value.ndim > 0 or master.ndim == 0)
-    numbers = {key for key, value in found.items() if isinstance(value, (bool, int, float, torch.Tensor))}
+    numbers = frozenset(key for key, value in found.items() if is_number(key, value, master))
+    elementwise = frozenset(key for key, value in found.items() if isinstance(value, torch.Tensor)) - numbers
     from_zero = frozenset(key for key in elementwise if key in probed and not probed[key].any())
     names = frozenset(key for key, value in found.items() if value is not None)
-    return KeptStates(elementwise, frozenset(numbers - elementwise), from_zero, names)
+    return KeptStates(elementwise, numbers, from_zero, names)
+
+
+def is_number(key: str, value: Any, master: torch.Tensor) -> bool:
+    """Whether a state is one number, as `ucp_deepspeed.checkpoint.slots.split_states` tells."""
+    if isinstance(value, torch.Tensor):
+        return key == "step" or (value.ndim == 0 and master.ndim > 0)
+    return isinstance(value, (bool, int, float))
 
 
 def is_muon_group(optimizer: torch.optim.Optimizer, group: int) -> bool:

@@ -1,0 +1,117 @@
+"""Numbers of an optimizer that differ over the partitions of a checkpoint, and what becomes of them where these don't go on.
+
+Each partition's optimizer steps on its own, so that a norm, or a rate that it finds, may differ from rank to rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES, Differing
+from ucp_deepspeed.checkpoint.encoding import same_value
+from ucp_deepspeed.checkpoint.slots import Numbers, Slot
+
+OnDiffering = Literal["error", "first", "mean", "max"]
+"""What to do where a target has other partitions: refuse, or make one number of them."""
+
+DIFFERING_HINT = (
+    'the topology that saved it gives each its own back, and "on_differing": "first", "mean" or "max" makes one of them'
+)
+
+MOST_TOLD = 8
+"""Partitions whose values one message tells."""
+
+
+class DifferingNumbers:
+    """Looks for them in the files of the tensor-parallel ranks of a pipeline stage, once."""
+
+    def __init__(self, tp: int, recorded_same: bool) -> None:
+        """Args: recorded_same: whether there are none, so that no file is opened."""
+        self._tp, self._recorded_same = tp, recorded_same
+        self._known: dict[tuple[int, ...], Differing] = {}
+
+    def scalars(self, first: int, slots_of: Callable[[int], Sequence[Slot]]) -> Differing:
+        """States that are one number in the slots of the stage whose first rank is ``first``."""
+        if self._recorded_same:
+            return {}
+        slots = [(self._place(rank), slot) for rank in self._ranks(first) for slot in slots_of(rank)]
+        key = tuple(id(slot) for _, slot in slots)
+        if key not in self._known:
+            self._known[key] = _differing(_by_place((place, read().scalars) for place, read in _numbers(slots)))
+        return self._known[key]
+
+    def settings(self, first: int, slots_of: Callable[[int], Sequence[Slot]]) -> Differing:
+        """Hyper-parameters of the slots' group, but for switches."""
+        if self._recorded_same:
+            return {}
+        slots = [(self._place(rank), slot) for rank in self._ranks(first) for slot in slots_of(rank)]
+        return _differing(_by_place((place, _meant(read().settings)) for place, read in _numbers(slots)))
+
+    def _ranks(self, first: int) -> range:
+        return range(first, first + self._tp)
+
+    def _place(self, rank: int) -> str:
+        return f"tensor-parallel rank {rank % self._tp}, " if self._tp > 1 else ""
+
+
+def _numbers(slots: Iterable[tuple[str, Slot]]) -> Iterator[tuple[str, Callable[[], Numbers]]]:
+    for place, slot in slots:
+        for partition, read in enumerate(slot.numbers):
+            yield f"{place}partition {partition}", read
+
+
+def _meant(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in IMPLEMENTATION_SWITCHES}
+
+
+def _by_place(values: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Mapping[str, Any]]:
+    """The same, once for each place; where experts are spread, several files are one's, and are counted if they differ."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for place, held in values:
+        number, name = 1, place
+        while name in found and not same_value(found[name], held):
+            number += 1
+            name = f"{place} ({number})"
+        found[name] = held
+    return found
+
+
+def _differing(found: Mapping[str, Mapping[str, Any]]) -> Differing:
+    keys = dict.fromkeys(key for values in found.values() for key in values)
+    by_key = {key: {place: values.get(key) for place, values in found.items()} for key in keys}
+    return {key: held for key, held in by_key.items() if not _all_same(list(held.values()))}
+
+
+def _all_same(values: Sequence[Any]) -> bool:
+    return all(same_value(value, values[0]) for value in values[1:])
+
+
+def made_one(
+    values: Mapping[str, Any], differing: Differing, how: OnDiffering
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """One value of each that differs, in place of the first partition's; and in words those that there is no such value of."""
+    found, refused = dict(values), {}
+    for key, held in differing.items():
+        try:
+            found[key] = _one_of(list(held.values()), how)
+        except ValueError:
+            refused[key] = in_words(held)
+    return found, refused
+
+
+def in_words(held: Mapping[str, Any]) -> str:
+    """The values of a number, with the partitions that have them."""
+    told = [f"{value!r} on {place}" for place, value in list(held.items())[:MOST_TOLD]]
+    return ", ".join(told) + (f" and others on {len(held) - MOST_TOLD} more" if len(held) > MOST_TOLD else "")
+
+
+def _one_of(values: Sequence[Any], how: OnDiffering) -> Any:
+    if how == "first":
+        return values[0]
+    if how == "error" or not all(isinstance(value, (int, float)) for value in values):
+        raise ValueError(how)
+    if how == "max":
+        return max(values)
+    mean = sum(values) / len(values)
+    return int(mean) if all(type(value) is int for value in values) and mean.is_integer() else mean

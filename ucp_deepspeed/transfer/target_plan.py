@@ -1,0 +1,89 @@
+"""What a plan for a topology tells; see `ucp_deepspeed.transfer.targeting`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ucp_deepspeed.layout import Topology
+from ucp_deepspeed.transfer.matching import Matching
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlan:
+    """What one rank would do.
+
+    Attributes:
+        model_parallel_rank, data_parallel_rank: see `TargetRank`.
+        bytes_read: bytes to copy out of files.
+        bytes_held: bytes of the master weights and optimizer states in its partitions, in fp32, padding included.
+        copies: strided blocks to copy.
+        files: paths of the files that the blocks lie in.
+    """
+
+    model_parallel_rank: int
+    data_parallel_rank: int
+    bytes_read: int
+    bytes_held: int
+    copies: int
+    files: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """A reason why the topology is impossible; ``name`` is the parameter concerned, or None when it is the whole model."""
+
+    name: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason if self.name is None else f"{self.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    """The answer for one topology.
+
+    Attributes:
+        topology: the target's.
+        matching: which parameters and buffers are on both sides, by logical name; None when the layouts aren't known.
+        reset: whether all optimizer states start afresh.
+        obstacles: why it is impossible; empty when it isn't.
+        remarks: what the figures rest on, in words.
+        ranks: ordered by model-parallel and then data-parallel rank; empty when the topology is impossible.
+        grown: parameters with further rows than in the checkpoint.
+    """
+
+    topology: Topology
+    matching: Matching | None
+    reset: bool
+    obstacles: tuple[Obstacle, ...]
+    remarks: tuple[str, ...] = ()
+    ranks: tuple[RankPlan, ...] = ()
+    grown: tuple[str, ...] = ()
+
+    @property
+    def possible(self) -> bool:
+        """Whether a load on this topology would succeed, as far as the checkpoint tells."""
+        return not self.obstacles
+
+    @property
+    def restored(self) -> tuple[str, ...]:
+        """Logical names of the parameters and buffers that nothing stands against, in the model's order."""
+        refused = {obstacle.name for obstacle in self.obstacles}
+        return tuple(name for name in (self.matching.restored if self.matching else ()) if name not in refused)
+
+    @property
+    def initialised(self) -> tuple[str, ...]:
+        """Those that keep the model's values: in whole, or in further rows, or in their optimizer states alone."""
+        found = self.matching
+        return (*found.initialised, *found.unfrozen, *self.grown) if found else ()
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Those of the checkpoint that the model has no place for, or whose optimizer states it has none for."""
+        return (*self.matching.dropped, *self.matching.frozen) if self.matching else ()
+
+    @property
+    def files(self) -> frozenset[str]:
+        """Paths of all files that some rank reads from."""
+        return frozenset().union(*(rank.files for rank in self.ranks))
