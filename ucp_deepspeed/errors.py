@@ -14,18 +14,20 @@ class ListingError(UniversalCheckpointError):
 
     Attributes:
         problems: one line each, starting with the name of what is concerned; empty where the heading says it all.
+        remedy: what gets the user on, where that isn't said in each line.
     """
 
-    def __init__(self, heading: str, problems: Sequence[str] = ()) -> None:
-        self.heading, self.problems = heading, tuple(problems)
+    def __init__(self, heading: str, problems: Sequence[str] = (), remedy: str = "") -> None:
+        self.heading, self.problems, self.remedy = heading, tuple(problems), remedy
         shown = [f"  {problem}" for problem in self.problems[:MAX_LISTED]]
         if len(self.problems) > MAX_LISTED:
             shown.append(f"  … and {len(self.problems) - MAX_LISTED} more")
-        super().__init__("\n".join([f"{heading} ({len(self.problems)}):", *shown]) if problems else heading)
+        told = [f"{heading} ({len(self.problems)}):", *shown] if problems else [heading]
+        super().__init__("\n".join([*told, *([remedy] if remedy else [])]))
 
-    def __reduce__(self) -> tuple[type[ListingError], tuple[str, tuple[str, ...]]]:
+    def __reduce__(self) -> tuple[type[ListingError], tuple[str, tuple[str, ...], str]]:
         """Pickle by the constructor's arguments, so that the error can cross from one rank to another."""
-        return type(self), (self.heading, self.problems)
+        return type(self), (self.heading, self.problems, self.remedy)
 
 
 MAX_LISTED = 50

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.torch_files import read_tensors
 
+_KEY = "_extra_state"
+
 
 def is_extra_state(key: str) -> bool:
     """Whether a key of a ``state_dict`` is that of a module's ``get_extra_state`` (``torch/nn/modules/module.py``)."""
-    return key.rpartition(".")[2] == "_extra_state"
+    return key.rpartition(".")[2] == _KEY
 
 
 def extra_states_in(state_dict: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -30,3 +33,33 @@ def shared_extra_states(found: Sequence[Mapping[str, Any]]) -> tuple[dict[str, A
             if key not in held or not same_value(shared.setdefault(key, held[key]), held[key]):
                 differing[key] = None
     return {key: value for key, value in shared.items() if key not in differing}, tuple(differing)
+
+
+def under_other_keys(
+    found: Sequence[Mapping[str, Any]], pairs: Mapping[str, str], wanted: Collection[str]
+) -> tuple[dict[str, Any], ...]:
+    """Extra states under the keys that another model has for them, where its modules stand at other places.
+
+    Args:
+        pairs: names of parameters and buffers → names in the other model: they tell where a module stands there.
+        wanted: the other model's keys.
+    """
+    lost = {key for held in found for key in held if key not in wanted}
+    moved = {key: other for key in lost if (other := _moved(key, pairs)) is not None and other in wanted}
+    taken = Counter(moved.values())
+    sound = {
+        key: other for key, other in moved.items() if taken[other] == 1 and all(other not in held for held in found)
+    }
+    return tuple({sound.get(key, key): value for key, value in held.items()} for held in found)
+
+
+def _moved(key: str, pairs: Mapping[str, str]) -> str | None:
+    """The key of the module that holds the same parameters; None where they don't tell of one."""
+    start = key.removesuffix(_KEY)
+    places = {
+        other[: len(other) - len(rest)]
+        for name, other in pairs.items()
+        if name.startswith(start) and other.endswith(rest := name[len(start) :])
+    }
+    places = {place for place in places if not place or place.endswith(".")}
+    return f"{places.pop()}{_KEY}" if len(places) == 1 else None

@@ -17,6 +17,7 @@ from ucp_deepspeed.language.families import naming_specs
 from ucp_deepspeed.language.naming import logical_names
 from ucp_deepspeed.language.resolve import contradicts_record, describe, resolve_patterns
 from ucp_deepspeed.language.spec import Spec
+from ucp_deepspeed.language.wrappers import seen_through
 from ucp_deepspeed.layout import Layout, Shape, across_stages
 from ucp_deepspeed.layout.pattern import AnyPattern, Replicate, Shard, Unique
 from ucp_deepspeed.plan import Source
@@ -77,6 +78,7 @@ class UniversalView:
         local_shapes = {name: _first_stage(entry.local_shapes, degree) for name, entry in self.parameters.items()}
         self.layouts = layouts_of(self.patterns, local_shapes, degree, self.vocabulary_size, "the checkpoint")
         self._check_copies()
+        self._checked = check_record
         if check_record:
             self._check_record()
 
@@ -135,6 +137,17 @@ class UniversalView:
             same_degree=checkpoint.topology.tp == degree,
         )
         return cls(checkpoint, names, patterns, vocabulary_size)
+
+    def under_names_of(self, other: UniversalView) -> UniversalView:
+        """This view with the other's names for what differs by wrappers of modules alone; itself where nothing does."""
+        wrapped = seen_through(self.parameters, other.parameters)
+        if not wrapped:
+            return self
+        names = {name: wrapped.get(logical, logical) for name, logical in self.logical_of.items()}
+        patterns = {wrapped.get(name, name): pattern for name, pattern in self.patterns.items()}
+        return UniversalView(
+            self.checkpoint, names | self._further, patterns, self.vocabulary_size, check_record=self._checked
+        )
 
     @property
     def tied(self) -> dict[str, str]:

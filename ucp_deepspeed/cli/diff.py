@@ -56,6 +56,7 @@ def diff_command(
     second = in_form_of_other(second, first)
     view_a = view_of(with_copies(first, second.parameters), spec_a or spec, vocabulary_size)
     view_b = view_of(with_copies(second, first.parameters), spec_b or spec, vocabulary_size)
+    view_b = view_b.under_names_of(view_a)
     differences = compare(view_a, view_b, chunk_numbytes=chunk << 20)
     if not differences:
         click.echo(f"equal: {_extent(view_a)}")

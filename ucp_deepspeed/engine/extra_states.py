@@ -8,7 +8,8 @@ from typing import Any
 from torch.nn import Module
 
 from ucp_deepspeed.checkpoint import Checkpoint
-from ucp_deepspeed.checkpoint.extra_states import shared_extra_states
+from ucp_deepspeed.checkpoint.extra_states import shared_extra_states, under_other_keys
+from ucp_deepspeed.engine.matching import Names
 from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.transfer.matching import Policies
@@ -17,7 +18,9 @@ ExtraStates = tuple[tuple[Module, Any], ...]
 """Modules, and what to give to ``set_extra_state``."""
 
 
-def plan_extra_states(checkpoint: Checkpoint, module: Module, model: EngineModel, policies: Policies) -> ExtraStates:
+def plan_extra_states(
+    checkpoint: Checkpoint, module: Module, model: EngineModel, names: Names, policies: Policies
+) -> ExtraStates:
     """Pair the modules of this rank with what the checkpoint holds for them.
 
     With as many tensor-parallel ranks as before each takes its own; else only what was the same on all of them has a meaning.
@@ -25,7 +28,7 @@ def plan_extra_states(checkpoint: Checkpoint, module: Module, model: EngineModel
     Raises:
         MismatchError: lists every extra state that one side lacks, or that can't be shared, where no policy allows it.
     """
-    found, degree = checkpoint.extra_states(), model.topology.tp
+    found, degree = _under_live_keys(checkpoint, module, names), model.topology.tp
     shared, differing = shared_extra_states(found)
     if len(found) == degree:
         shared, differing = found[model.rank % degree], ()
@@ -44,6 +47,13 @@ def plan_extra_states(checkpoint: Checkpoint, module: Module, model: EngineModel
     if problems:
         raise MismatchError(f"{checkpoint.path} and the model have different extra states of modules", problems)
     return tuple((module.get_submodule(_owner(key)), shared[key]) for key in shared if _is_live(key, module))
+
+
+def _under_live_keys(checkpoint: Checkpoint, module: Module, names: Names) -> tuple[dict[str, Any], ...]:
+    live = {logical: name for name, logical in names.target.items()}
+    pairs = {name: live[logical] for name, logical in names.source.items() if logical in live}
+    keys = [f"{name}._extra_state".lstrip(".") for name, part in module.named_modules() if _restores(part)]
+    return under_other_keys(checkpoint.extra_states(), pairs, keys)
 
 
 def has_extra_states(module: Module) -> bool:

@@ -244,7 +244,7 @@ def _load_universal(
         )
         reset = policies.optimizer_states == "reset"
         settings = without_begun_anew(settings, names, optimizer, filling.initialised, reset)
-        extra_states = plan_extra_states(checkpoint, engine.module, model, policies)
+        extra_states = plan_extra_states(checkpoint, engine.module, model, names, policies)
         path, state = checkpoint.client_state(*_own_file(engine, checkpoint, model))
         filling.check_files()
     with agreement():

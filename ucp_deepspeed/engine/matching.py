@@ -12,6 +12,7 @@ from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import logical_names, naming_specs
+from ucp_deepspeed.language.wrappers import seen_through
 from ucp_deepspeed.transfer.matching import Held, Matching, Policies, check_matching, match
 from ucp_deepspeed.transfer.ties import differing_ties
 
@@ -42,7 +43,8 @@ def policies_of(config: UniversalCheckpointConfig, restore: bool, strict: bool) 
 def match_names(checkpoint: Checkpoint, model: EngineModel) -> Names:
     """Translate the names of both sides by the same specs.
 
-    What the checkpoint records tells the model's names only where no spec does: a layer may have another number there.
+    What the checkpoint records tells the model's names only where no spec does: a layer may have another number there. What
+    differs by wrappers alone is the same.
 
     Raises:
         SpecError: a spec gives a parameter two names, or two parameters one.
@@ -58,7 +60,9 @@ def _translated(checkpoint: Checkpoint, model: EngineModel) -> tuple[dict[str, s
     target = logical_names(held, specs)
     if all(name == logical for name, logical in target.items()):
         target = logical_names(held, specs, recorded)
-    return names_of(checkpoint, specs), target
+    source = names_of(checkpoint, specs)
+    wrapped = seen_through(source.values(), [*target.values(), *(name for name in model.tied if name not in target)])
+    return {name: wrapped.get(logical, logical) for name, logical in source.items()}, target
 
 
 def _tied_otherwise(

@@ -29,6 +29,7 @@ from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, only_ev
 from ucp_deepspeed.engine.training_state import usable
 from ucp_deepspeed.engine.unpickled import files_to_unpickle
 from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.language.wrappers import seen_through
 from ucp_deepspeed.layout import Shape
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -148,6 +149,7 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
     same = (
         order[0] == order[1]
         and not _ties_others(checkpoint, engine, names, shapes)
+        and not seen_through(shapes, names.of_parameters.values())
         and all(
             shapes.get(name, local_shape(param)) == local_shape(param) for param, name in names.of_parameters.items()
         )

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ucp_deepspeed.errors import SpecError
 from ucp_deepspeed.language.matching import form_of, is_blind
+from ucp_deepspeed.language.wrappers import plain_names
 
 if TYPE_CHECKING:
     from ucp_deepspeed.language.spec import Spec
@@ -166,8 +167,20 @@ def best_scheme(names: Sequence[str], spec: Spec) -> tuple[str | None, dict[str,
 
     Returns:
         None and the names themselves where no scheme does better. One under which names collide isn't meant for them; of two
-        that count layers from different numbers, that is which begins at 0.
+        that count layers from different numbers, that is which begins at 0. Wrappers are seen through where that does better.
     """
+    named = _named(names, spec)
+    seen = plain_names(names)
+    if all(plain == name for name, plain in seen.items()):
+        return named
+    title, plain = _named(list(seen.values()), spec)
+    if spec.coverage(plain.values()) <= spec.coverage(named[1].values()):
+        return named
+    return title, {name: plain[each] for name, each in seen.items()}
+
+
+def _named(names: Sequence[str], spec: Spec) -> tuple[str | None, dict[str, str]]:
+    """The scheme for names as they are, and the names under it."""
     found: list[tuple[str | None, dict[str, str]]] = [(None, {name: name for name in names})]
     forms = set(map(form_of, names)) if spec.names else ()
     for title, scheme in spec.names.items():

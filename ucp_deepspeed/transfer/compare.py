@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, IMPLEMENTATION_SWITCHES, Checkpoint
 from ucp_deepspeed.checkpoint.encoding import same_value
-from ucp_deepspeed.checkpoint.extra_states import shared_extra_states
+from ucp_deepspeed.checkpoint.extra_states import shared_extra_states, under_other_keys
 from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -99,7 +99,11 @@ def compare(
     finally:
         for side in sides:
             side.reader.close()
-    found += _mapping("extra_state", "extra_state", *map(_extra_states, (view_a.checkpoint, view_b.checkpoint)))
+    one, other = view_a.checkpoint.extra_states(), view_b.checkpoint.extra_states()
+    names_in_a = {logical: name for name, logical in view_a.logical_of.items()}
+    pairs = {name: names_in_a[logical] for name, logical in view_b.logical_of.items() if logical in names_in_a}
+    other = under_other_keys(other, pairs, {key for held in one for key in held})
+    found += _mapping("extra_state", "extra_state", _extra_states(one), _extra_states(other))
     found += _run(view_a.checkpoint, view_b.checkpoint)
     for side in sides:
         side.view.checkpoint.versions.check()
@@ -198,9 +202,8 @@ def _hyperparameters(view: UniversalView) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _extra_states(checkpoint: Checkpoint) -> dict[str, Any]:
+def _extra_states(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One value for each module, or where the ranks' differ all of them."""
-    found = checkpoint.extra_states()
     shared, _ = shared_extra_states(found)
     names = dict.fromkeys(name for held in found for name in held)
     return {name: shared.get(name, [held.get(name) for held in found]) for name in names}

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, HeldShapes, Kind, Parameter
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.errors import MismatchError
+from ucp_deepspeed.language.renames import as_lines, suggest_renamings
 from ucp_deepspeed.layout import Shape
 
 
@@ -108,7 +109,28 @@ def check_matching(
     names = sorted(source.keys() | target.keys())
     problems = [problem for name in names for problem in _problems(name, source, target, policies)]
     if problems:
-        raise MismatchError(heading, problems)
+        raise MismatchError(heading, problems, renaming_hint(source, target))
+
+
+def renaming_hint(source: Mapping[str, Held], target: Mapping[str, Held]) -> str:
+    """What to write into a spec, where names that only one side has differ in their beginnings alone; else nothing."""
+    common = source.keys() & target.keys()
+    sides = (
+        {name: tensor.local_shapes for name, tensor in side.items() if name not in common} for side in (source, target)
+    )
+    extra, missing = ({name: some_shape(shapes) for name, shapes in side.items()} for side in sides)
+    degrees = {len(tensor.local_shapes) for side in (source, target) for tensor in side.values()}
+    if len(degrees) > 1:  # shares of other sizes: how many dimensions there are is all that they have in common
+        extra, missing = (
+            {name: shape and (0,) * len(shape) for name, shape in side.items()} for side in (extra, missing)
+        )
+    renamings = suggest_renamings(extra, missing, common)
+    if not renamings:
+        return ""
+    return (
+        "they may be the same under other names; a spec with these lines beside its rules says so "
+        f'("universal_checkpoint": {{"spec": "path.yaml"}}, or --spec on the command line):\n{as_lines(renamings)}'
+    )
 
 
 def _problems(

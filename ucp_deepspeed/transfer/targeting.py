@@ -90,6 +90,7 @@ def plan_target(
     try:
         source = UniversalView.of(checkpoint, spec, vocabulary_size, topology.tp)
         target = source if model is None else UniversalView.of(model, spec, vocabulary_size, topology.tp)
+        source = source.under_names_of(target)
     except SpecError as error:
         if spec is not None:
             raise
@@ -171,6 +172,7 @@ class _Planner:
         except MismatchError as error:
             for problem in error.problems:
                 self._refuse(*problem.split(": ", 1))
+            self.remarks += [error.remedy] if error.remedy else []
 
     def _lay_out(self) -> None:
         """Local shapes and layouts of the target."""
