@@ -68,9 +68,9 @@ class DeepSpeedCheckpoint(Checkpoint):
             which several layers could be a tied module's; raised by ``parameters``.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, files: DeepSpeedFiles | None = None) -> None:
         self.path = path
-        self.files = DeepSpeedFiles(path)
+        self.files = files or DeepSpeedFiles(path)
         self.manifest, self.versions = self.files.manifest, self.files.versions
         self._slots = lru_cache(maxsize=None)(self._read_sound_slots)
         self._stage0_slots = lru_cache(maxsize=None)(self._read_stage0_slots)

@@ -15,7 +15,7 @@ from typing import Any
 
 from deepspeed import comm as dist
 
-from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint, resolve_tag
+from ucp_deepspeed.checkpoint import Checkpoint, resolve_tag
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
@@ -32,6 +32,7 @@ from ucp_deepspeed.engine.model import (
     describe_model,
 )
 from ucp_deepspeed.engine.native import LoadOptions, takes_universal_path
+from ucp_deepspeed.engine.node_local import check_all_here, open_here
 from ucp_deepspeed.engine.numbers import PartitionNumbers
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer, only_evaluates
 from ucp_deepspeed.engine.planning import plan_filling
@@ -115,7 +116,7 @@ def load_checkpoint(
     with agreement():
         folder = _find(Path(load_dir), tag, config.load)
         if folder is not None:
-            prepared = open_checkpoint(folder), engine_optimizer(engine)
+            prepared = open_here(engine, folder), engine_optimizer(engine)
             universal = takes_universal_path(config, engine, *prepared, options)
             random_state = read_random_state(folder, prepared[0].run.global_steps) if goes_on else None
     _check_one_step(None if prepared is None else prepared[0])
@@ -134,6 +135,7 @@ def load_checkpoint(
             if prepared is None:
                 raise CheckpointNotFoundError(f"no checkpoint at {load_dir}, where other ranks see one")
         assert prepared is not None
+        check_all_here(prepared[0])
         loaded = _load_universal(engine, *prepared, options, started)
     if goes_on and loaded[0] is not None:
         restore_random_state(engine, random_state)

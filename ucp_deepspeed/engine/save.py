@@ -30,7 +30,7 @@ from ucp_deepspeed.checkpoint.manifest import (
     ManifestTopology,
     describe_files,
 )
-from ucp_deepspeed.checkpoint.opening import LATEST_NAME, open_checkpoint
+from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.slots import NAMING_KEYS
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
@@ -49,6 +49,7 @@ from ucp_deepspeed.engine.extra_states import has_extra_states
 from ucp_deepspeed.engine.known_layouts import KnownLayouts, kept_layouts
 from ucp_deepspeed.engine.model import EngineModel, agreement, describe_model, gather_model_parallel, has_elements
 from ucp_deepspeed.engine.names import ModelNames
+from ucp_deepspeed.engine.node_local import open_here, writes_for_node
 from ucp_deepspeed.engine.numbers import are_same
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.pipeline import check_tied_copies, layer_keys
@@ -105,7 +106,7 @@ def save_checkpoint(
         _refuse_universal(folder)
     with agreement():
         manifest = _manifest(engine)
-        if dist.get_rank() == 0:
+        if writes_for_node(engine):
             (folder / MANIFEST_NAME).unlink(missing_ok=True)
     saved = native(save_dir, tag=tag, save_latest=False, **rest)
     with agreement():
@@ -116,7 +117,7 @@ def save_checkpoint(
                 f"the random state could not be written to {folder}, and 'latest' was not moved: {error}"
             ) from error
     with agreement():
-        if dist.get_rank() == 0:
+        if writes_for_node(engine):
             try:
                 _commit(manifest, folder)
                 if save_latest:
@@ -125,7 +126,7 @@ def save_checkpoint(
                 raise SaveError(
                     f"the manifest of {folder} could not be written, and 'latest' was not moved: {error}"
                 ) from error
-            _warn_if_unreadable(folder)
+            _warn_if_unreadable(engine, folder)
     return saved
 
 
@@ -169,7 +170,7 @@ def _save_in_background(
         _commit_partial(manifest, partial, place)
         if save_latest:
             write_atomically(latest, tag)
-        _warn_if_unreadable(folder)
+        _warn_if_unreadable(engine, folder)
 
     timeout = engine.universal_checkpoint_config.save.timeout
     begin(engine, Job(partial, folder, tuple(taken.files), texts, commit, rank, dist.get_world_size(), timeout))
@@ -291,10 +292,10 @@ def _warn_of_left_out(engine: Any, model: EngineModel) -> None:
         )
 
 
-def _warn_if_unreadable(folder: Path) -> None:
+def _warn_if_unreadable(engine: Any, folder: Path) -> None:
     """Tell at once, and not at the resume, that the client state holds what a load would refuse. The save itself is done."""
     try:
-        open_checkpoint(folder)
+        open_here(engine, folder)
     except UniversalCheckpointError as error:
         logger.warning("what was just saved can be loaded by DeepSpeed alone, on the same topology: %s", error)
     except Exception as error:  # for want of memory, or of descriptors

@@ -1,0 +1,50 @@
+"""Engines that save on their machines' own disks (DeepSpeed's ``use_node_local_storage``): each rank sees some of the files."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+from deepspeed import comm as dist
+
+from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
+from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.node_local import NodeLocalFiles
+from ucp_deepspeed.checkpoint.universal import INDEX_NAME
+from ucp_deepspeed.errors import MismatchError
+
+
+def writes_for_node(engine: Any) -> bool:
+    """Whether this rank writes what belongs to a folder as a whole: the first of all, or on disks of their own of its machine."""
+    return dist.get_rank() == 0 or bool(engine.use_node_local_storage() and engine.local_rank == 0)
+
+
+def open_here(engine: Any, folder: Path) -> Checkpoint:
+    """The catalog of a checkpoint; of one on machines' own disks, as far as this one has it.
+
+    Raises:
+        UniversalCheckpointError: see `open_checkpoint`.
+    """
+    if not engine.use_node_local_storage() or (folder / INDEX_NAME).is_file():
+        return open_checkpoint(folder)
+    return DeepSpeedCheckpoint(folder, NodeLocalFiles(folder))
+
+
+def check_all_here(checkpoint: Checkpoint | None) -> None:
+    """Collective: whether each rank sees all files, as it must to read from them on another topology.
+
+    Raises:
+        MismatchError: says which are missing where.
+    """
+    files = checkpoint.files if isinstance(checkpoint, DeepSpeedCheckpoint) else None
+    missing = files.missing if isinstance(files, NodeLocalFiles) else ()
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (socket.gethostname(), None if files is None else str(files.path), missing))
+    lacking = {(host, path): names for host, path, names in gathered if names}
+    if lacking:
+        raise MismatchError(
+            "the checkpoint lies on machines' own disks (use_node_local_storage), from which only the topology that saved it "
+            "goes on; for any other copy the files of all machines into each of these folders, or into one that every rank sees",
+            [f"{host}: {path} lacks {', '.join(names)}" for (host, path), names in lacking.items()],
+        )
