@@ -23,7 +23,7 @@ import benchmark_megatron
 import benchmark_profile
 import benchmark_ranks as on_rank
 import click
-from benchmark_commands import TIMEOUT, converter, deepspeed_converter, run_command
+from benchmark_commands import TIMEOUT, converter, deepspeed_converter, ended_by_signals, run_command
 from benchmark_profile import Phases
 from benchmark_ranks import TAG, Measured
 from benchmark_report import Profile, Result, draw, machine, profile_table, table_of
@@ -139,6 +139,7 @@ class Bench:
         """Alternate the ways, each time with cold and then with warm files.
 
         The first pair of each tells what it takes, and not the time: who looks for it often holds up whoever runs in Python.
+        Every second round goes in the other order, and what one has written is on disk before the next begins.
 
         Args:
             converted: what DeepSpeed's conversion took, before the load of its result.
@@ -159,9 +160,9 @@ class Bench:
         for repeat in range(self.repeats + 1):
             if self._pool is not None:
                 _call(self._pool, on_rank.watch, repeat == 0)
-            for way in ways:
+            for way in ways if repeat % 2 == 0 else reversed(ways):
                 _forget_pages(way.source)
-                pair = Pair(way.run(), way.run())
+                pair = Pair(_settled(way.run), _settled(way.run))
                 if not repeat:
                     found[way.name] = Runs(pair)
                 else:
@@ -319,9 +320,8 @@ class Bench:
         rows: dict[str, int | None] = dict.fromkeys(shapes, 0)
         dims, ranks = (cut, tp) if tp > 1 else (rows, self.size.saving)
         torch_folder = self.folder / f"{source.name}-distributed"
-        savers = RankPool(ranks)
-        _call(savers, on_rank.distribute, shapes, dims, str(torch_folder), False)
-        savers.close()
+        with closing(RankPool(ranks)) as savers:
+            _call(savers, on_rank.distribute, shapes, dims, str(torch_folder), False)
         megatron_folder = self.folder / f"{source.name}-megatron"
         described = self.folder / f"{source.name}-megatron.json"
         described.write_text(json.dumps({"shapes": shapes, "dims": dims}))
@@ -403,6 +403,12 @@ def _by_phase(phases: Sequence[Phases], together: Callable[[list[float]], float]
     return {name: together([each.get(name, 0.0) for each in phases]) for name in names}
 
 
+def _settled(run: Callable[[], Measured]) -> Measured:
+    """Run once nothing is left to be written back, which would be measured too."""
+    os.sync()
+    return run()
+
+
 def _forget_pages(folder: Path) -> None:
     """Have the kernel drop what it keeps of these files."""
     os.sync()
@@ -448,6 +454,7 @@ def main(size: str, repeats: int, only: Sequence[str], output: Path, profile: bo
     except OSError as error:
         raise click.BadParameter(f"{output}: {error.strerror}", param_hint="--output") from error
     with (
+        ended_by_signals(),
         TemporaryDirectory(dir=output, prefix="checkpoints-") as work,
         closing(Bench(SIZES[size], repeats, Path(work), profile)) as bench,
     ):

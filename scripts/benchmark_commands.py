@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 from benchmark_ranks import TAG, Measured, io_of_self, memory_in
 
@@ -18,6 +20,31 @@ TIMEOUT = 1800.0
 
 WATCH_SECONDS = 0.05
 """Between two looks at a command's memory and disk."""
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Turn SIGTERM, Ctrl-C and SIGHUP into SystemExit inside the block, once: what cleans up then isn't disturbed by another.
+
+    What is ignored, as SIGHUP is under nohup, stays ignored.
+    """
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN
+    ]
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(128 + signum)
+
+    previous = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def converter(source: Path, target: Path, workers: int) -> list[object]:
@@ -37,14 +64,24 @@ def run_command(command: Sequence[object], target: Path, keep: bool = False) -> 
     shutil.rmtree(target, ignore_errors=True)
     read, written = io_of_self()
     started = time.perf_counter()
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # with all that it starts, which goes on otherwise when it is killed
+    )
     watcher = _Watcher(process.pid, target)
     watcher.start()
     try:
         output, _ = process.communicate(timeout=TIMEOUT)
         seconds = time.perf_counter() - started
+    except BaseException:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()  # until all of them have ended, and write nothing any more
+        raise
     finally:
-        process.kill()
         watcher.end()
     if process.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{output[-4000:]}")

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -111,6 +117,56 @@ def test_what_fails_leaves_nothing(script: ModuleType, monkeypatch: pytest.Monke
     assert isinstance(ran.exception, ZeroDivisionError) and list(tmp_path.iterdir()) == []
     refused = CliRunner().invoke(script.main, ["--repeats", "-1", "--output", str(tmp_path)])
     assert refused.exit_code == 2 and "-1 is not in the range" in refused.output
+
+
+def run_a_command_for_ever(script: ModuleType, output: Path) -> None:
+    """In a process of its own: a part of the benchmark that runs a command whose own children write."""
+
+    def source(bench: Any, *_: Any) -> None:
+        (bench.folder / "data").mkdir()
+        writing = f"(while true; do date > {bench.folder}/data/$$; done) & echo $$ > {output}/pid; wait"
+        script.run_command(["sh", "-c", writing], bench.folder / "target")
+
+    script.Bench.source = source
+    script.main(["--params", "tiny", "--output", str(output)])
+
+
+def states_in(group: int) -> Iterator[str]:
+    """Of the processes in a process group."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            state, _, of_group, *_ = path.read_text().rpartition(")")[2].split()
+            if int(of_group) == group:
+                yield state
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_what_is_ended_leaves_nothing(number: signal.Signals, script: ModuleType, tmp_path: Path) -> None:
+    """Neither files nor processes, also if it is told twice."""
+    running = multiprocessing.get_context("fork").Process(target=run_a_command_for_ever, args=(script, tmp_path))
+    running.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not list(tmp_path.glob("checkpoints-*/data/*")):
+        assert running.is_alive() and time.monotonic() < deadline
+        time.sleep(0.05)
+    group = int((tmp_path / "pid").read_text())
+    for _ in range(2):
+        os.kill(running.pid, number)
+        time.sleep(0.02)
+    running.join(60)
+    assert running.exitcode == 128 + number
+    assert [path.name for path in tmp_path.iterdir()] == ["pid"]
+    assert [state for state in states_in(group) if state != "Z"] == []
+
+
+def test_rows_alternate_and_begin_on_a_settled_disk(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(script.os, "sync", lambda: told.append("sync"))
+    monkeypatch.setattr(script, "_forget_pages", lambda folder: None)
+    bench = script.Bench(script.SIZES["tiny"], 2, Path())
+    bench._alternate([script.Way(name, Path(), lambda name=name: told.append(name)) for name in "ab"])
+    assert told[::2] == ["sync"] * 12
+    assert told[1::2] == list("aabb" + "bbaa" + "aabb")
 
 
 def test_what_loads_saves_and_conversions_count(script: ModuleType, tmp_path: Path) -> None:
