@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.errors import ConfigError
 from ucp_deepspeed.plan import SHARED_READ_NUMBYTES
@@ -61,6 +62,8 @@ class UniversalCheckpointConfig(BaseModel):
             a part by each, and exchanged, if it has at least so many bytes; below that each reads it all. So is what all
             tensor-parallel ranks hold whole, where the checkpoint has fewer copies of it.
         read_memory_bytes: most memory of a rank for what is on its way from a file to where it belongs, at least 1 KiB.
+        on_unreadable: what to do about entries of the client state that can't be read without running code of their classes:
+            ``error``, or ``drop`` and list them. A load on the same topology is left to DeepSpeed, which reads them.
         random_state: ``restore`` each rank's random streams, or derive new ones on another topology; ``keep``: leave them alone.
         save: how checkpoints are written; see `SaveConfig`.
     """
@@ -77,6 +80,7 @@ class UniversalCheckpointConfig(BaseModel):
     optimizer_states: Literal["restore", "reset"] = "restore"
     hyperparameters: Literal["restore", "keep"] = "restore"
     random_state: Literal["restore", "keep"] = "restore"
+    on_unreadable: OnUnreadable = "error"
     shared_read_bytes: NonNegativeInt = SHARED_READ_NUMBYTES
     read_memory_bytes: int = Field(default=MEMORY_NUMBYTES, ge=LEAST_MEMORY_NUMBYTES)
     save: SaveConfig = SaveConfig()

@@ -30,6 +30,7 @@ from ucp_deepspeed.errors import (
     SaveError,
     SpecError,
     UniversalCheckpointError,
+    UnsupportedError,
 )
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.testing.ranks import RankError, RankPool, fp16_on_cpu, get_pool
@@ -355,6 +356,14 @@ def test_pickle_with_a_foreign_class(copy: Path, ranks: Ranks) -> None:
     saved = torch.load(path, weights_only=False)
     torch.save(saved | {"client": Foreign()}, path)
     (path.parent / "ucp_manifest.json").unlink()
+    hint = '"on_unreadable": "drop"'
+    check_refused(ranks, TARGET, copy, UnsupportedError, f"client: {__name__}.Foreign", hint, "DeepSpeed reads them")
+    run = replace(TARGET, universal={**(TARGET.universal or {}), "on_unreadable": "drop"})
+    outcome = ranks(2).run(train, run, STEP, load=str(copy))[0]
+    assert outcome.report is not None and outcome.report.unread == ("client",)
+    assert "client" not in outcome.client_state and outcome.counters["global_steps"] == STEP
+    saved["lr_scheduler"] = Foreign()
+    torch.save(saved, path)
     check_refused(ranks, TARGET, copy, DamagedCheckpointError, path.name, "Foreign", "refused")
 
 

@@ -8,10 +8,14 @@ functions of a module, since ranks get them by name.
 from __future__ import annotations
 
 import gc
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from zoneinfo import ZoneInfo
 
 import deepspeed
 import pytest
@@ -88,6 +92,24 @@ def save_what_a_load_returned(engine: Any, run: Run, folder: str) -> None:
     engine.save_checkpoint(folder, client_state=state)
 
 
+class Settings(dict[str, Any]):
+    """A mapping of a class of its own, as configuration libraries have them."""
+
+
+def save_with_all_kinds_of_values(engine: Any, run: Run, folder: str) -> None:
+    """Some that nobody reads without running code of their classes, and some for which torch's safe reader refuses the file."""
+    train_step(engine, run, 1)
+    train_step(engine, run, SAVED_STEPS)
+    foreign = {"settings": Settings(a=1), "function": partial(print, end=""), "zone": ZoneInfo("UTC")}
+    plain = {
+        "rate": Decimal("0.1"),
+        "last": deque([1, 2], maxlen=2),
+        "seen": defaultdict(list, a=[1]),
+        "slice": slice(3),
+    }
+    engine.save_checkpoint(folder, client_state={"epoch": 7, **foreign, **plain})
+
+
 def train_save_and_publish(engine: Any, run: Run, folder: str) -> None:
     """Weights alone: what the optimizer keeps is deleted."""
     train_and_save(engine, run, folder)
@@ -130,6 +152,14 @@ class Case:
 
 
 CASES = [
+    *(
+        Case(
+            f"client state of all kinds, zero-{stage}",
+            Run("mlp", zero={"stage": stage}),
+            save=save_with_all_kinds_of_values,
+        )
+        for stage in (0, 3)
+    ),
     *(
         Case(f"zero-{stage} {precision}", Run("mlp", zero={"stage": stage}, precision=precision), ranks=2)
         for stage, precision in ((0, "fp32"), (0, "bf16"), (1, "fp16"), (2, "bf16"), (3, "fp32"))

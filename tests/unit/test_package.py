@@ -105,6 +105,7 @@ def test_config_surface() -> None:
         "optimizer_states": "reset",
         "hyperparameters": "keep",
         "random_state": "keep",
+        "on_unreadable": "drop",
         "shared_read_bytes": 0,
         "read_memory_bytes": 1 << 20,
         "save": {"async": True, "timeout": 60.0},

@@ -205,6 +205,13 @@ class Checkpoint(ABC):
             partition: data-parallel rank; with ZeRO-3 a native checkpoint has such a file for each.
         """
 
+    def unreadable(self, rank: int = 0, partition: int = 0) -> Mapping[str, str]:
+        """Keys of the client state that are left out, since they can't be read without running code of a class → that class.
+
+        Args: as of `client_state`.
+        """
+        return {}
+
     @abstractmethod
     def extra_states(self) -> tuple[dict[str, Any], ...]:
         """For each tensor-parallel rank what modules' ``get_extra_state`` returned, but None, by key of the ``state_dict``."""

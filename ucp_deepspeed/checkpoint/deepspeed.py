@@ -47,7 +47,6 @@ from ucp_deepspeed.checkpoint.extra_states import extra_states_in
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, STALE_MANIFEST
 from ucp_deepspeed.checkpoint.megatron_deepspeed_info import MegatronDeepSpeedInfo
 from ucp_deepspeed.checkpoint.slots import HeldPart, Located, Slot
-from ucp_deepspeed.checkpoint.torch_files import open_torch_file
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 from ucp_deepspeed.layout import Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern
@@ -105,10 +104,11 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def client_state(self, rank: int = 0, partition: int = 0) -> tuple[str, dict[str, Any]]:
         """See `Checkpoint.client_state`."""
-        path = self.files.model_states_path(rank, partition)
-        self.versions.note(path)
-        saved = open_torch_file(path, tensors=True)
-        return str(path), {key: value for key, value in saved.items() if key != "module"}
+        return str(self.files.model_states_path(rank, partition)), self.files.client_state(rank, partition)
+
+    def unreadable(self, rank: int = 0, partition: int = 0) -> Mapping[str, str]:
+        """See `Checkpoint.unreadable`."""
+        return self.files.unreadable(rank, partition)
 
     def extra_states(self) -> tuple[dict[str, Any], ...]:
         """See `Checkpoint.extra_states`."""

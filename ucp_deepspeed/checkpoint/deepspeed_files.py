@@ -21,6 +21,7 @@ from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER
 from ucp_deepspeed.checkpoint.experts import expert_of, optimizer_file, weight_file
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest
 from ucp_deepspeed.checkpoint.torch_files import PRECISIONS, open_torch_file
+from ucp_deepspeed.checkpoint.unpickling import opaque_in
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.layout import Topology
@@ -64,6 +65,9 @@ BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu")
 
 SLICED_HINT = "; with ZeRO-3 these hold the weights too, so that without them nothing can be loaded: fetch them as well"
 """Where the optimizer's files aren't there."""
+
+_MODEL_STATES = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
+"""Files with a client state in them, besides what DeepSpeed writes."""
 
 _OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
 
@@ -267,6 +271,18 @@ class DeepSpeedFiles:
             self._check_step(saved, path)
         return saved
 
+    def client_state(self, rank: int, partition: int) -> dict[str, Any]:
+        """The top level of a model_states file, but for the module and what is `unreadable`; tensors are mapped."""
+        path = self.model_states_path(rank, partition)
+        self.versions.note(path)
+        saved, left_out = open_torch_file(path, tensors=True, owned=ENGINE_KEYS), self.unreadable(rank, partition)
+        return {key: value for key, value in saved.items() if key != "module" and key not in left_out}
+
+    def unreadable(self, rank: int, partition: int) -> dict[str, str]:
+        """Keys of the user's in a model_states file that can't be read without running code of a class → that class."""
+        found = ((key, opaque_in(value)) for key, value in self.model_states(rank, partition).items())
+        return {key: kind for key, kind in found if kind is not None}
+
     def _check_step(self, saved: dict[str, Any], path: Path) -> None:
         """Whether a model_states file is of the same step as the first one: not if a second save was interrupted."""
         found, expected = saved["global_steps"], self.model_states(0)["global_steps"]
@@ -292,7 +308,7 @@ class DeepSpeedFiles:
         self.versions.note(path)
         if self.manifest is not None:
             self.manifest.check_file(path)
-        return open_torch_file(path)
+        return open_torch_file(path, owned=ENGINE_KEYS if _MODEL_STATES.fullmatch(path.name) else None)
 
     def check_complete(self, topology: Topology) -> None:
         """Name each file that the topology calls for and that isn't there; sizes are checked when a file is opened."""

@@ -7,12 +7,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ucp_deepspeed.checkpoint.allowed_classes import DynamicLossScaler
 from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, Differing, LossScale, ParameterGroup, RunState
 from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed_zero import recognise
 from ucp_deepspeed.checkpoint.deferred import Deferred
 from ucp_deepspeed.checkpoint.slots import settings_in
-from ucp_deepspeed.checkpoint.torch_files import DynamicLossScaler, read_tensors
+from ucp_deepspeed.checkpoint.torch_files import read_tensors
 
 
 def read_run(files: DeepSpeedFiles) -> RunState:

@@ -8,10 +8,14 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
+from uuid import UUID
 
 import numpy as np
 import pydantic_core
@@ -23,6 +27,19 @@ from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 
 _COLLECTIONS = {list: "", tuple: "$tuple", set: "$set", frozenset: "$frozenset"}
 """Tags of collections; JSON has lists itself."""
+
+_PLAIN: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "decimal": (Decimal, str, Decimal),
+    "fraction": (Fraction, str, Fraction),
+    "uuid": (UUID, str, UUID),
+    "complex": (complex, lambda value: [value.real, value.imag], lambda parts: complex(*parts)),
+    "slice": (slice, lambda value: [value.start, value.stop, value.step], lambda parts: slice(*parts)),
+    "deque": (deque, lambda value: [list(value), value.maxlen], lambda parts: deque(*parts)),
+    "path": (type(Path()), str, Path),
+    "pure_path": (PurePosixPath, str, PurePosixPath),
+    "windows_path": (PureWindowsPath, str, PureWindowsPath),
+}
+"""Plain values of the standard library, by name: class, and functions to what has a form and back."""
 
 Document = TypeVar("Document", bound=BaseModel)
 
@@ -87,6 +104,9 @@ def encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
         return {"$tensor": place}
     if isinstance(value, torch.dtype) and value in TORCH_DTYPES:
         return {"$dtype": TORCH_DTYPES[value]}
+    for name, (plain, say, _) in _PLAIN.items():
+        if type(value) is plain:
+            return {"$plain": [name, encode(say(value), place, tensors)]}
     if isinstance(value, bytes):
         return {"$bytes": base64.b64encode(value).decode("ascii")}
     raise UnsupportedError(
@@ -152,6 +172,9 @@ def _decode_tagged(tag: str, content: Any, tensors: Mapping[str, torch.Tensor]) 
             return NAMED_DTYPES[content]
         case "$bytes":
             return base64.b64decode(content)
+        case "$plain":
+            name, said = content
+            return _PLAIN[name][2](decode(said, tensors))
     raise ValueError(f"unknown tag {tag}")
 
 

@@ -139,6 +139,10 @@ class RegroupedCheckpoint(Checkpoint):
         """See `Checkpoint.client_state`."""
         return self._inner.client_state(rank, partition)
 
+    def unreadable(self, rank: int = 0, partition: int = 0) -> Mapping[str, str]:
+        """See `Checkpoint.unreadable`."""
+        return self._inner.unreadable(rank, partition)
+
     def extra_states(self) -> tuple[dict[str, Any], ...]:
         """See `Checkpoint.extra_states`."""
         return self._inner.extra_states()

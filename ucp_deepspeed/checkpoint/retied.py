@@ -48,6 +48,7 @@ class RetiedCheckpoint(Checkpoint):
         self.logical_names: Mapping[str, str] = inner.logical_names
         self.patterns: Mapping[str, Pattern] = self._with_copies(inner.patterns)
         self.refused = self._with_copies(inner.refused)
+        self.lacking, self.unrecorded = inner.lacking, inner.unrecorded
         self.recorded_shapes: Mapping[str, Shape] = self._with_copies(inner.recorded_shapes)
         self.tied = {alias: owner for alias, owner in inner.tied.items() if alias not in copies}
         self.parameters: Mapping[str, Parameter] = {
@@ -75,6 +76,10 @@ class RetiedCheckpoint(Checkpoint):
     def client_state(self, rank: int = 0, partition: int = 0) -> tuple[str, dict[str, Any]]:
         """See `Checkpoint.client_state`."""
         return self._inner.client_state(rank, partition)
+
+    def unreadable(self, rank: int = 0, partition: int = 0) -> Mapping[str, str]:
+        """See `Checkpoint.unreadable`."""
+        return self._inner.unreadable(rank, partition)
 
     def extra_states(self) -> tuple[dict[str, Any], ...]:
         """See `Checkpoint.extra_states`."""

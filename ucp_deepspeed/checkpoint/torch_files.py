@@ -6,20 +6,17 @@ Tensors come back on the meta device; where their bytes lie in the file is kept 
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import enum
 import pickle
 import re
-import types
 import zipfile
-from dataclasses import dataclass
-from pathlib import Path, PosixPath, PurePosixPath
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 
+from ucp_deepspeed.checkpoint import unpickling
+from ucp_deepspeed.checkpoint.allowed_classes import ALLOWED_CLASSES
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Precision
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 
@@ -54,67 +51,6 @@ PRECISIONS: dict[Precision, torch.dtype] = {
 """dtype of the weights of a run of each precision."""
 
 
-class LossScaler:
-    """Stands in for DeepSpeed's class of this name: attributes only."""
-
-
-class DynamicLossScaler(LossScaler):
-    """Stands in for DeepSpeed's class of this name: attributes only."""
-
-
-@dataclass
-class FragmentAddress:
-    """Stands in for DeepSpeed's ``fragment_address``."""
-
-    numel: int
-    start: int
-
-
-class ZeroStage(enum.IntEnum):
-    """Stands in for DeepSpeed's ``ZeroStageEnum``."""
-
-    disabled = 0
-    optimizer_states = 1
-    gradients = 2
-    weights = 3
-
-
-def zero_stage_by_name(owner: type, name: str) -> ZeroStage:
-    """Stands in for ``getattr``, by which Python 3.11.2 pickles an enum's members; finds only those of `ZeroStage`."""
-    if owner is not ZeroStage or name not in ZeroStage.__members__:
-        raise pickle.UnpicklingError(
-            f"Unsupported global: GLOBAL getattr was not an allowed global ({name} of {owner})"
-        )
-    return ZeroStage[name]
-
-
-NUMPY_MAKERS: list[Any] = [np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]]
-"""The functions by which arrays and scalars are unpickled."""
-
-NUMPY_CLASSES: list[Any] = [
-    *(np.ndarray, np.dtype),
-    *(getattr(np.dtypes, name) for name in np.dtypes.__all__ if name != "ObjectDType"),
-    *((make, f"numpy.{core}.multiarray.{make.__name__}") for make in NUMPY_MAKERS for core in ("core", "_core")),
-]
-"""Arrays and scalars of numpy, but for those that hold Python objects."""
-
-ALLOWED_CLASSES: list[Any] = [
-    (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (DynamicLossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (FragmentAddress, "deepspeed.runtime.bf16_optimizer.fragment_address"),  # up to 0.7.2
-    (ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (zero_stage_by_name, "builtins.getattr"),
-    (frozenset, "builtins.frozenset"),
-    (range, "builtins.range"),
-    (bytes, "builtins.bytes"),
-    *(argparse.Namespace, types.SimpleNamespace, PosixPath, PurePosixPath),
-    *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
-    *NUMPY_CLASSES,
-]
-"""All that a checkpoint may name beyond torch's own classes: data without behaviour, and stand-ins for the rest."""
-
-
 UNREADABLE = (
     RuntimeError,
     pickle.UnpicklingError,
@@ -124,19 +60,22 @@ UNREADABLE = (
     TypeError,
     LookupError,
     OSError,
+    AssertionError,
 )
 """What ``torch.load`` raises for a file that is damaged or refused."""
 
 
-def open_torch_file(path: Path, *, tensors: bool = False) -> dict[str, Any]:
+def open_torch_file(path: Path, *, tensors: bool = False, owned: Collection[str] | None = None) -> dict[str, Any]:
     """The object in a checkpoint file.
 
     Args:
         path: a file that DeepSpeed wrote with ``torch.save``.
         tensors: memory-map the tensors (on the CPU) instead of describing them (on the meta device).
+        owned: keys under which all must be readable, by default all; under others an object of a class that isn't allowed
+            comes as `unpickling.Opaque`.
 
     Raises:
-        DamagedCheckpointError: the file is missing, isn't a whole zip archive, or names a class outside `ALLOWED_CLASSES`.
+        DamagedCheckpointError: the file is missing, isn't a whole zip archive, or names a class that isn't allowed.
         UnsupportedError: the file was written with ``"checkpoint_serialization": false``.
     """
     if not path.is_file():
@@ -144,13 +83,32 @@ def open_torch_file(path: Path, *, tensors: bool = False) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         _refuse_other_formats(path)
     try:
-        with torch.serialization.safe_globals(ALLOWED_CLASSES):
-            loaded = torch.load(path, map_location="cpu" if tensors else "meta", mmap=tensors, weights_only=True)
+        loaded = _unpickled(path, tensors)
     except UNREADABLE as error:
         raise DamagedCheckpointError(_explain(path, error)) from error
     if not isinstance(loaded, dict):
         raise DamagedCheckpointError(f"{path} holds a {type(loaded).__name__}, not a checkpoint dictionary")
+    for key, value in loaded.items():
+        if (owned is None or key in owned) and (name := unpickling.opaque_in(value)):
+            raise DamagedCheckpointError(_refusal(path, name))
     return loaded
+
+
+def _unpickled(path: Path, tensors: bool) -> Any:
+    """By torch's own unpickler, or where it refuses something, by that of `unpickling`."""
+    where: dict[str, Any] = {"map_location": "cpu" if tensors else "meta", "mmap": tensors}
+    if not any(
+        "numpy" in str(allowed) for allowed in torch.serialization.get_safe_globals()
+    ):  # torch would trust dtypes
+        try:
+            with torch.serialization.safe_globals(ALLOWED_CLASSES):
+                return torch.load(path, weights_only=True, **where)
+        except pickle.UnpicklingError:
+            pass
+    with zipfile.ZipFile(path) as archive:
+        if any(name.endswith("constants.pkl") for name in archive.namelist()):
+            raise pickle.UnpicklingError("Unsupported class TorchScript")
+    return torch.load(path, weights_only=False, pickle_module=unpickling, **where)
 
 
 def _refuse_other_formats(path: Path) -> None:
@@ -167,18 +125,21 @@ def _refuse_other_formats(path: Path) -> None:
 
 def _explain(path: Path, error: Exception) -> str:
     foreign = re.search(
-        r"GLOBAL (\S+) (?:was not an allowed global|whose module)|[Uu]nsupported (?:global|class) (\S+)", str(error)
+        r"GLOBAL (\S+) (?:was not an allowed global|whose module)|[Uu]nsupported (?:global|class) ([^\s,]+)", str(error)
     )
     if foreign:
-        name = foreign.group(1) or foreign.group(2)
-        refused = f"{path} holds an object of class {name}, which could run code when loaded and is refused"
-        if "." not in name:  # a builtin, such as eval
-            return refused
-        allowed = f"torch.serialization.add_safe_globals([{name.rsplit('.', 1)[-1]}])"
-        return f"{refused}; if you trust it, allow it with {allowed} before loading"
+        return _refusal(path, foreign.group(1) or foreign.group(2))
     refusal = re.search(r"WeightsUnpickler error: *(\S.*)", str(error))
     reason = refusal.group(1) if refusal else (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"{path} can't be read ({path.stat().st_size} bytes): {reason}"
+
+
+def _refusal(path: Path, name: str) -> str:
+    refused = f"{path} holds an object of class {name}, which could run code when loaded and is refused"
+    module, _, kind = name.rpartition(".")
+    if module in ("", "builtins", "numpy") or module.partition(".")[0] in unpickling.CODE_MODULES:
+        return refused
+    return f"{refused}; if you trust it, allow it with torch.serialization.add_safe_globals([{kind}]) before loading"
 
 
 def dtype_of(tensor: torch.Tensor, path: Path) -> str:

@@ -34,6 +34,7 @@ from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError
 from ucp_deepspeed.transfer import TransferCount
 from ucp_deepspeed.transfer.commit import write_atomically
 from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.describing import left_out
 from ucp_deepspeed.transfer.ranks import Ranks, alone
 
 
@@ -89,8 +90,8 @@ def convert_command(
         }
         count = _convert(view, destination, folder, options, quiet or ranks.rank != 0, ranks)
     if ranks.rank == 0:
-        for name, why in checkpoint.unrecorded.items():
-            click.echo(f"left out {name}: {why}", err=True)
+        for entry in left_out(checkpoint, drop_client_state):
+            click.echo(f"left out {entry}", err=True)
     if not quiet and ranks.rank == 0:
         sizes = [entry.stat().st_size for entry in folder.iterdir()]
         click.echo(

@@ -47,7 +47,13 @@ from ucp_deepspeed.engine.training_state import (
     without_begun_anew,
 )
 from ucp_deepspeed.engine.unpickled import only_held_against_the_list
-from ucp_deepspeed.errors import CheckpointNotFoundError, ConfigError, DamagedCheckpointError, MismatchError
+from ucp_deepspeed.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    DamagedCheckpointError,
+    MismatchError,
+    UnsupportedError,
+)
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -68,6 +74,7 @@ class LoadReport:
         seconds: from the call to the return.
         initialised: parameters that kept the model's values, in whole, in further rows, or in their optimizer states alone.
         dropped: parameters of the checkpoint that, or whose optimizer states, the model has no place for.
+        unread: keys of the client state that couldn't be read and were left out.
         kept_settings: hyper-parameters of the checkpoint that the engine's own, which differ, were kept instead of.
         merged: numbers of this rank that differed over the partitions of the checkpoint and became one, by ``on_differing``.
     """
@@ -82,6 +89,7 @@ class LoadReport:
     dropped: tuple[str, ...]
     kept_settings: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 def load_checkpoint(
@@ -247,7 +255,7 @@ def _load_universal(
         reset = policies.optimizer_states == "reset"
         settings = without_begun_anew(settings, names, optimizer, filling.initialised, reset)
         extra_states = plan_extra_states(checkpoint, engine.module, model, names, policies)
-        path, state = checkpoint.client_state(*_own_file(engine, checkpoint, model))
+        path, state, unread = _client_state(engine, checkpoint, model, config)
         filling.check_files()
     with agreement():
         filling.check_exchange()
@@ -273,10 +281,30 @@ def _load_universal(
         dropped=tuple(dict.fromkeys((*matching.dropped, *frozen, *filling.dropped))),
         kept_settings=settings.kept,
         merged=tuple(numbers.merged),
+        unread=unread,
     )
     dist.barrier()
     _log(report, checkpoint, model)
     return path, _without_restored(state, options)
+
+
+def _client_state(
+    engine: Any, checkpoint: Checkpoint, model: EngineModel, config: UniversalCheckpointConfig
+) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """The path and the client state that this rank gets, and the keys that are left out of it.
+
+    Raises:
+        UnsupportedError: some can't be read, and it isn't said to leave them out.
+    """
+    place = _own_file(engine, checkpoint, model)
+    unread = checkpoint.unreadable(*place)
+    if unread and config.on_unreadable == "error":
+        raise UnsupportedError(
+            f"{checkpoint.path} holds a client state that can't be read without running code of its classes; "
+            f'"on_unreadable": "drop" leaves these entries out, and on the topology that saved them DeepSpeed reads them',
+            [f"{key}: {kind}" for key, kind in unread.items()],
+        )
+    return (*checkpoint.client_state(*place), tuple(unread))
 
 
 def _own_file(engine: Any, checkpoint: Checkpoint, model: EngineModel) -> tuple[int, int]:
@@ -316,5 +344,7 @@ def _log(report: LoadReport, checkpoint: Checkpoint, model: EngineModel) -> None
                 logger.warning("%d parameters %s, in whole or in part: %s", len(names), what, ", ".join(names))
         if report.merged:
             logger.warning("numbers that differed became one: %s", "; ".join(report.merged))
+        if report.unread:
+            logger.warning("of the client state was left out, unread: %s", ", ".join(report.unread))
         if report.kept_settings:
             logger.info("the engine's own settings were kept: %s", "; ".join(report.kept_settings))

@@ -295,7 +295,13 @@ def _warn_of_left_out(engine: Any, model: EngineModel) -> None:
 def _warn_if_unreadable(engine: Any, folder: Path) -> None:
     """Tell at once, and not at the resume, that the client state holds what a load would refuse. The save itself is done."""
     try:
-        open_here(engine, folder)
+        unread = open_here(engine, folder).unreadable()
+        if unread:
+            logger.warning(
+                "of the client state that was just saved DeepSpeed alone can read some, on the same topology; other loads need "
+                '"on_unreadable": "drop", which leaves it out: %s',
+                ", ".join(f"{key} ({kind})" for key, kind in unread.items()),
+            )
     except UniversalCheckpointError as error:
         logger.warning("what was just saved can be loaded by DeepSpeed alone, on the same topology: %s", error)
     except Exception as error:  # for want of memory, or of descriptors

@@ -59,10 +59,9 @@ def describe(
     checkpoint = view.checkpoint
     if checkpoint.lacking is not None:
         raise checkpoint.lacking
-    if checkpoint.unrecorded and on_unreadable == "error":
+    if on_unreadable == "error" and (unread := left_out(checkpoint, drop_client_state)):
         raise UnsupportedError(
-            f"{checkpoint.path} doesn't hold all of the model; --on-unreadable drop converts the rest",
-            [f"{name}: {why}" for name, why in checkpoint.unrecorded.items()],
+            f"{checkpoint.path} can't be read as a whole; --on-unreadable drop converts the rest", unread
         )
     refused = [f"{name}: {why}" for name, parameter in view.parameters.items() for why in parameter.refused.values()]
     if refused:
@@ -116,6 +115,16 @@ def _made_one(view: UniversalView, how: OnDiffering) -> tuple[dict[str, dict[str
         hint = "--on-differing first, mean or max makes one number of them"
         raise MismatchError(f"{view.checkpoint.path} has numbers that differ over its partitions; {hint}", listed)
     return scalars, settings
+
+
+def left_out(checkpoint: Checkpoint, drop_client_state: Collection[str] = ()) -> list[str]:
+    """What a conversion leaves out since no file holds it, or nobody can read it, each with the reason."""
+    classes = checkpoint.unreadable().items()
+    return [f"{name}: {why}" for name, why in checkpoint.unrecorded.items()] + [
+        f"client_state.{key}: it can't be read without running code of {kind}"
+        for key, kind in classes
+        if key not in drop_client_state
+    ]
 
 
 def client_state_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -194,7 +203,7 @@ def _encoded_values(checkpoint: Checkpoint, drop: Collection[str]) -> tuple[dict
     shared, differing = shared_extra_states(checkpoint.extra_states())
     held: dict[str, dict[str, Any]] = {"client_state": client_state_of(checkpoint), "extra_states": shared}
     keys = [*held["client_state"], *shared, *differing]
-    unknown = sorted(set(drop) - {str(key) for key in keys})
+    unknown = sorted(set(drop) - {str(key) for key in keys} - checkpoint.unreadable().keys())
     if unknown:
         raise ConfigError(f"client state has no key {', '.join(unknown)}; its keys: {', '.join(map(str, keys))}")
     kept = {

@@ -159,6 +159,11 @@ class Foreign:
 def test_foreign_code_is_not_run(folder: Path, tmp_path: Path, name: str) -> None:
     mark = tmp_path / "code-was-run"
     edit(folder / name, lambda saved: saved.update(mine=WritesAFile(mark)))
+    if name == MODEL:  # in the client state, which is left out
+        assert open_checkpoint(folder).unreadable() == {"mine": "getattr"}
+        assert "mine" not in open_checkpoint(folder).client_state()[1]
+        edit(folder / name, lambda saved: saved.update(lr_scheduler=WritesAFile(mark)))
+        mark.unlink()  # `edit` has loaded it
     refused(folder, DamagedCheckpointError, name, "refused")
     assert not mark.exists()
     torch.load(folder / name, weights_only=False)
@@ -166,7 +171,7 @@ def test_foreign_code_is_not_run(folder: Path, tmp_path: Path, name: str) -> Non
 
 
 def test_foreign_class_is_named(folder: Path) -> None:
-    edit(folder / MODEL, lambda saved: saved.update(mine=Foreign()))
+    edit(folder / MODEL, lambda saved: saved.update(lr_scheduler=Foreign()))
     refused(folder, DamagedCheckpointError, MODEL, f"{__name__}.Foreign", "add_safe_globals([Foreign])")
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Callable
-from pathlib import Path
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+from uuid import UUID
 
 import pytest
 import torch
@@ -40,6 +44,16 @@ VALUES: dict[str, Any] = {
         "empty": torch.empty(0, 2),
     },
     "empty": {},
+    "plain": [
+        Decimal("1.50"),
+        Fraction(1, 3),
+        UUID(int=7),
+        1 - 2j,
+        slice(1, None, 2),
+        deque([(1, 2)], maxlen=3),
+        deque(),
+    ],
+    "paths": [Path("runs/a"), PurePosixPath("b"), PureWindowsPath("C:/c")],
 }
 
 
@@ -151,6 +165,21 @@ def test_what_has_no_form_is_refused_by_name(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["n"]
     found = _converted(folder, tmp_path / "u", drop_client_state=["device", "deep"])
     assert found.keys() == {"fine", "ds_config", "ds_version"}
+
+
+class Settings(dict[str, Any]):
+    """A mapping of a class of its own."""
+
+
+def test_what_cant_be_read_is_refused_or_left_out(tmp_path: Path) -> None:
+    folder = _saved(tmp_path / "n", {"settings": Settings(a=1), "epoch": 3})
+    with pytest.raises(UnsupportedError) as caught:
+        _converted(folder, tmp_path / "u")
+    assert f"client_state.settings: it can't be read without running code of {__name__}.Settings" in str(caught.value)
+    assert "--on-unreadable drop" in str(caught.value) and not (tmp_path / "u").exists()
+    for number, way in enumerate(({"on_unreadable": "drop"}, {"drop_client_state": ["settings"]})):
+        found = _converted(folder, tmp_path / f"u{number}", **way)
+        assert found["epoch"] == 3 and "settings" not in found
 
 
 def test_dropping_what_is_not_there_is_an_error(tmp_path: Path) -> None:
