@@ -165,6 +165,31 @@ CASES = [
         for stage, precision in ((0, "fp32"), (0, "bf16"), (1, "fp16"), (2, "bf16"), (3, "fp32"))
     ),
     *(
+        Case(f"{run.model} zero-{run.zero['stage']} {run.precision} {why}", run, target, ranks=2, arguments=arguments)
+        for run, target, arguments, why in (
+            (Run("mlp", zero={"stage": 3}), None, {"load_module_strict": False}, "not strict"),
+            (
+                Run("mlp"),
+                Run("mlp", zero={"stage": 2}, seed=1),
+                {"load_module_only": True},
+                "weights into another stage",
+            ),
+            (
+                Run("mlp"),
+                Run("mlp", frozen=("gain",), seed=1),
+                {"load_optimizer_states": False},
+                "frozen now",
+            ),
+            (Run("mlp", zero={"stage": 1, "elastic_checkpoint": True}, fused=True), None, {}, "elastic"),
+            (Run("mlp", zero={"stage": 3}, size={"remembers": True}), None, {}, "extra states"),
+            (Run("mlp", outside=("gain",)), None, {}, "not all in the optimizer"),
+            (Run("moe", groups="decay"), None, {}, "experts"),
+            (Run("gpt", pp=2, precision="bf16"), None, {}, "pipeline"),
+            (Run("gpt", pp=2, zero={"stage": 0}), None, {"load_module_only": True}, "pipeline's weights"),
+            (Run("llama", tp=2), None, {}, "tensor-parallel"),
+        )
+    ),
+    *(
         Case(
             f"zero-{stage} {precision} layer switched off {when}",
             Run("mlp", zero={"stage": stage}, precision=precision),
