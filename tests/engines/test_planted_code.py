@@ -49,6 +49,7 @@ MOE = Run("moe", groups="decay")
         (Run("gpt", pp=2), "zero_pp_rank_0_mp_rank_01_optim_states.pt", False),
         (Run("mlp", zero={"stage": 3}), "zero_pp_rank_1_mp_rank_00_model_states.pt", False),
         (Run("mlp", zero={"stage": 1}), "zero_pp_rank_1_mp_rank_00_optim_states.pt", False),
+        (Run("mlp"), "mp_rank_00_model_states.pt", False),
         (MOE, "layer_1_expert_3_mp_rank_00_model_states.pt", False),
     ],
     ids=lambda value: f"{value.model} {value.zero['stage']}" if isinstance(value, Run) else str(value),
@@ -64,6 +65,30 @@ def test_planted_code_never_runs(run: Run, name: str, resumes: bool, ranks: Rank
     except RankError as error:
         assert not resumes and name in str(error) and "of class posix.system" in str(error)
     assert not (tmp_path / "mark").exists()
+
+
+class Noting:
+    """Of the script's own; leaves a file behind when it is made, and isn't on any list."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        Path(path).touch()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Noting, (self.path,)
+
+
+@pytest.mark.parametrize("what", ["error", "drop"])
+def test_a_class_of_the_scripts_own_is_made_by_deepspeed_alone(what: str, ranks: Ranks, tmp_path: Path) -> None:
+    """As without the package; not where it is said to be left out, which goes for the same topology too."""
+    mark = tmp_path / "mark"
+    run = Run("mlp", universal={"enabled": True, "on_unreadable": what})
+    ranks(2).run(train, run, 1, save=str(tmp_path / "a"), client_state={"own": Noting(str(mark)), "epoch": 7})
+    mark.unlink()
+    for outcome in ranks(2).run(train, run, 2, load=str(tmp_path / "a")):
+        assert outcome.client_state["epoch"] == 7
+        assert (outcome.report is not None and outcome.report.unread == ("own",)) == (what == "drop")
+    assert mark.exists() == (what == "error")
 
 
 def compare_reads(run: Run, folder: str) -> tuple[set[str], set[str]]:

@@ -15,6 +15,7 @@ from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed_run import hyperparameters
 from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER
 from ucp_deepspeed.checkpoint.slots import Slot
+from ucp_deepspeed.checkpoint.unpickling import opaque_in
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.model import (
     engine_precision,
@@ -65,7 +66,10 @@ def takes_universal_path(
     """Whether this rank can't leave the load to DeepSpeed."""
     if not isinstance(checkpoint, DeepSpeedCheckpoint) or config.load == "always" or config.has_policies:
         return True
-    return not (_can_take_over(engine, checkpoint, optimizer, options) and _holds_data_alone(checkpoint, engine))
+    trusting = config.on_unreadable == "error"
+    return not (
+        _can_take_over(engine, checkpoint, optimizer, options) and _holds_data_alone(checkpoint, engine, trusting)
+    )
 
 
 def _can_take_over(
@@ -81,11 +85,17 @@ def _can_take_over(
     return _same_topology(checkpoint, engine, optimizer)
 
 
-def _holds_data_alone(checkpoint: DeepSpeedCheckpoint, engine: Any) -> bool:
-    """Whether nothing in the files that DeepSpeed would unpickle could run code; the universal path doesn't need all of them."""
+def _holds_data_alone(checkpoint: DeepSpeedCheckpoint, engine: Any, trusting: bool) -> bool:
+    """Whether nothing in the files that DeepSpeed would unpickle could run code; the universal path doesn't need all of them.
+
+    Args:
+        trusting: whether a client state may hold objects of classes that aren't known, which are then made by these.
+    """
     try:
         for path in files_to_unpickle(checkpoint, engine):
-            checkpoint.files.open(path)
+            held = checkpoint.files.open(path)
+            if not trusting and opaque_in(held) is not None:
+                return False
     except DamagedCheckpointError as error:
         logger.warning("the load isn't left to DeepSpeed, which would unpickle a file that isn't data alone: %s", error)
         return False
