@@ -17,7 +17,7 @@ from typing import Any
 from ucp_deepspeed.checkpoint.autoep import AutoEpLayers, read_autoep_layers
 from ucp_deepspeed.checkpoint.checkpoint import Precision
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import layer_file
-from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER
+from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER, in_flat_groups
 from ucp_deepspeed.checkpoint.experts import expert_of, optimizer_file, weight_file
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest
 from ucp_deepspeed.checkpoint.torch_files import PRECISIONS, open_torch_file
@@ -168,13 +168,17 @@ class DeepSpeedFiles:
         if "param_shapes" in saved or saved.get("optimizer") or not self.has_optimizer_files:
             return saved.get("param_shapes")
         path = self.optimizer_path(rank, 0)
-        shapes: Sequence[Mapping[str, Sequence[int]]] | None = self.open(path).get("param_shapes")
+        shapes: Any = self.open(path).get("param_shapes")
+        if isinstance(shapes, Mapping):  # of all groups in one
+            states = [self.optimizer_state(rank, partition)[0] for partition in range(saved["dp_world_size"])]
+            return in_flat_groups(shapes, states, path)
         if shapes is None:
             raise UnsupportedError(
                 f"{path} doesn't say which parameters it holds: DeepSpeed {saved.get('ds_version', '')} recorded no param_shapes "
                 f"for mixtures of experts; load it with that DeepSpeed on the same topology and save it with a later one"
             )
-        return shapes
+        found: Sequence[Mapping[str, Sequence[int]]] = shapes
+        return found
 
     @cached_property
     def config(self) -> Mapping[str, Any]:

@@ -165,6 +165,33 @@ def described_numels(named: NamedShapes) -> dict[str, int]:
     return dict(zip(named, numels_of(shapes_of(named)), strict=True))
 
 
+def in_flat_groups(named: NamedShapes, partitions: Sequence[Mapping[str, Any]], path: Path) -> list[NamedShapes]:
+    """Names in flat order, which early releases didn't tell the groups of, by group: their sizes do.
+
+    Args:
+        partitions: the ``optimizer_state_dict`` of each partition's file.
+
+    Raises:
+        DamagedCheckpointError: they don't.
+    """
+    form, numels = recognise(partitions[0], path), described_numels(named)
+    masters = [[buffer.numel() for buffer in saved[form.masters]] for saved in partitions]
+    sizes = masters[0] if form is ZERO_3 else [sum(held) for held in zip(*masters, strict=True)]
+    if form is ZERO_3:  # each rank has a part of each parameter
+        numels = {name: -(-numel // len(partitions)) for name, numel in numels.items()}
+    groups: list[dict[str, Sequence[int]]] = []
+    left = 0
+    for name, numel in numels.items():
+        if left == 0 and (numel or not groups) and len(groups) < len(sizes):
+            groups.append({})
+            left = sizes[len(groups) - 1]
+        left -= numel
+        groups[-1][name] = named[name]
+    if left or len(groups) != len(sizes):
+        raise DamagedCheckpointError(f"{path}: param_shapes doesn't fit flat groups of {sizes} elements")
+    return list(groups)
+
+
 def mapped_numels(partitions: int, open_partition: OpenPartition) -> list[dict[str, int]]:
     """Names in flat order and their elements, from ``param_slice_mappings``; a pipeline's stage 0 has no ``param_shapes``."""
     groups: list[dict[str, int]] = []

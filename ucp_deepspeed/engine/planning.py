@@ -14,7 +14,7 @@ import torch
 from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint, FileExtent, Parameter
-from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
+from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, MASTER, WEIGHT
 from ucp_deepspeed.checkpoint.experts import expert_of
 from ucp_deepspeed.checkpoint.view import UniversalView, held_shapes, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -318,7 +318,8 @@ class _Planner:
         found, wanted = first.states.keys() - {MASTER}, self._states_kept(slot)
         if wanted is None or not (found or first.scalars):
             return tuple(first.states), first.scalars
-        held, kept = found | first.scalars.keys(), wanted.elementwise | wanted.scalars
+        scalars = self._with_step(first, wanted)
+        held, kept = found | scalars.keys(), wanted.elementwise | wanted.scalars
         missing, extra = kept - held, held - kept
         if (missing and not self.policies.initialise) or (extra and not self.policies.drop):
             self.problems.append(
@@ -330,7 +331,15 @@ class _Planner:
         if missing - wanted.from_zero:  # a number, or a state whose first value isn't known: all begin anew
             return (MASTER,), {}
         states = (MASTER, *sorted(missing), *(state for state in first.states if state in wanted.elementwise))
-        return states, {key: value for key, value in first.scalars.items() if key in wanted.scalars}
+        return states, {key: value for key, value in scalars.items() if key in wanted.scalars}
+
+    def _with_step(self, parameter: Parameter, wanted: KeptStates) -> Mapping[str, float]:
+        """Its scalars; where only its group counts steps, as up to DeepSpeed 0.6 in its FusedAdam, these for its own."""
+        if GROUP_STEP not in wanted.scalars or GROUP_STEP in parameter.scalars:
+            return parameter.scalars
+        settings = (group.hyperparameters for group in self.view.groups if parameter.name in group.names)
+        steps = next(settings, {}).get(GROUP_STEP)
+        return {**parameter.scalars, **({GROUP_STEP: steps} if isinstance(steps, (int, float)) and steps > 0 else {})}
 
     def _states_kept(self, slot: EngineSlot) -> KeptStates | None:
         """What the optimizer will keep for a slot; the same for all of a group that have as many dimensions."""

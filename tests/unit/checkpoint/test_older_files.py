@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,6 +91,24 @@ def test_param_shapes_lay_in_the_optimizers_files(tmp_path: Path, run: NativeRun
     rewrite(folder, "*model_states.pt", lambda saved: shapes.append(saved.pop("param_shapes")))
     rewrite(folder, "*optim_states.pt", lambda saved: saved.update(param_shapes=shapes[0]))
     check_reads_back(folder, model, run)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_param_shapes_were_one_list_of_all_groups(tmp_path: Path, stage: int) -> None:
+    """Which sizes alone cut into groups; of ZeRO-3 also into sub-groups."""
+    names = [parameter.name for parameter in awkward_model().parameters if parameter.optimized]
+    groups = tuple(names[1::2]), tuple(names[0::2])
+    model, run = awkward_model(), NativeRun(dp=3, stage=stage, groups=groups, sub_group_size=20, elastic=stage == 2)
+    folder = write_native(tmp_path, model, run)
+    shapes: list[Any] = []
+    rewrite(folder, "*model_states.pt", lambda saved: shapes.append(saved.pop("param_shapes")))
+    one = OrderedDict(item for group in shapes[0] for item in group.items())
+    rewrite(folder, "*optim_states.pt", lambda saved: saved.update(param_shapes=one))
+    check_reads_back(folder, model, run)
+    wrong = OrderedDict(one, more=(5,))
+    rewrite(folder, "*optim_states.pt", lambda saved: saved.update(param_shapes=wrong))
+    with pytest.raises(DamagedCheckpointError, match="param_shapes doesn't fit flat groups of"):
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("stage", [0, 1])

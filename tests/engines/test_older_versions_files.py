@@ -1,0 +1,32 @@
+"""Files of older versions of DeepSpeed in live engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ucp_deepspeed.testing.ranks import RankPool
+from ucp_deepspeed.testing.runs import Run, train
+
+Ranks = Callable[[int], RankPool]
+
+
+def test_steps_that_a_group_counted(ranks: Ranks, tmp_path: Path) -> None:
+    """As DeepSpeed's FusedAdam did up to 0.6; the next step's bias correction needs them."""
+    run = Run("mlp", zero={"stage": 1})
+    [saved] = ranks(1).run(train, run, 4, save=str(tmp_path), save_tag="step", save_at=2)
+    [path] = (tmp_path / "step").glob("*optim_states.pt")
+    (tmp_path / "step" / "ucp_manifest.json").unlink()
+    content = torch.load(path, weights_only=False)
+    base = content["optimizer_state_dict"]["base_optimizer_state"]
+    for number, group in enumerate(base["param_groups"]):
+        group["step"] = int(base["state"][number].pop("step"))
+    torch.save(content, path)
+    for stage in (1, 3):
+        target = replace(run, zero={"stage": stage}, universal={"enabled": True, "load": "always"})
+        [again] = ranks(1).run(train, target, 4, load=str(tmp_path), tag="step")
+        assert again.report is not None and list(again.losses) == [3, 4]
+        assert stage == 3 or again.losses == {step: saved.losses[step] for step in (3, 4)}
