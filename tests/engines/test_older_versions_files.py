@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
-from ucp_deepspeed.testing.ranks import RankPool
+from ucp_deepspeed.errors import MismatchError
+from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, train
 
 Ranks = Callable[[int], RankPool]
@@ -30,3 +32,23 @@ def test_steps_that_a_group_counted(ranks: Ranks, tmp_path: Path) -> None:
         [again] = ranks(1).run(train, target, 4, load=str(tmp_path), tag="step")
         assert again.report is not None and list(again.losses) == [3, 4]
         assert stage == 3 or again.losses == {step: saved.losses[step] for step in (3, 4)}
+
+
+def test_frozen_weights_that_zero_3_left_out(ranks: Ranks, tmp_path: Path) -> None:
+    """The model may keep its own, as of a base model that was fetched again; never without being asked to."""
+    run = Run("mlp", zero={"stage": 3}, frozen=("linear_in.weight",))
+    ranks(2).run(train, run, 2, save=str(tmp_path), save_tag="step")
+    (tmp_path / "step" / "ucp_manifest.json").unlink()
+    for path in (tmp_path / "step").glob("*model_states.pt"):
+        content = torch.load(path, weights_only=False)
+        del content["frozen_param_shapes"], content["frozen_param_fragments"], content["shared_params"]
+        torch.save(content, path)
+    target = replace(run, zero={"stage": 2})
+    with pytest.raises(RankError) as caught:
+        ranks(1).run(train, target, 2, load=str(tmp_path), tag="step")
+    assert isinstance(caught.value.original, MismatchError)
+    for part in ("linear_in.weight: DeepSpeed ", "left its value out", "load_module_strict=False"):
+        assert part in str(caught.value.original)
+    options = {"load_module_strict": False}
+    [again] = ranks(1).run(train, target, 3, load=str(tmp_path), tag="step", options=options)
+    assert list(again.losses) == [3] and again.report is not None and "linear_in.weight" in again.report.initialised

@@ -117,6 +117,10 @@ def match_model(checkpoint: Checkpoint, model: EngineModel, names: Names, polici
     """
     source = {names.source[name]: parameter for name, parameter in checkpoint.parameters.items()}
     target = {names.target[name]: tensor for name, tensor in model.tensors.items()}
+    unrecorded = [f"{name}: {why}" for name, why in checkpoint.unrecorded.items() if name in model.tensors]
+    if unrecorded and policies.strict and not policies.initialise:
+        hint = "load_checkpoint(…, load_module_strict=False) keeps the model's own values of what isn't trained"
+        raise MismatchError(f"{checkpoint.path} doesn't hold all of the model", unrecorded, hint)
     check_matching(source, target, policies, f"{checkpoint.path} and the model have different parameters")
     matching = match(source, target)
     if not policies.reshape:  # which is for a function of the user's own that fills what doesn't match
