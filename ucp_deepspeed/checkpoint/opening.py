@@ -110,7 +110,12 @@ def _holds_checkpoint(folder: Path) -> bool:
     return (folder / INDEX_NAME).is_file() or any(folder.glob("*_model_states.pt"))
 
 
-def _tags(root: Path) -> str:
+def tags_in(root: Path) -> list[str]:
+    """Names of the tag folders in a folder."""
     folders = [entry for entry in root.iterdir() if entry.is_dir() and not is_unfinished(entry)]
-    tags = sorted(entry.name for entry in folders if _holds_checkpoint(entry))
+    return sorted(entry.name for entry in folders if _holds_checkpoint(entry))
+
+
+def _tags(root: Path) -> str:
+    tags = tags_in(root)
     return f"; tags there: {', '.join(tags)}" if tags else "; no tag folders there"

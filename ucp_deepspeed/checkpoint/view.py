@@ -15,7 +15,7 @@ from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
 from ucp_deepspeed.errors import MismatchError, SpecError
 from ucp_deepspeed.language.families import naming_specs
 from ucp_deepspeed.language.naming import logical_names
-from ucp_deepspeed.language.resolve import contradicts_record, describe, resolve_patterns
+from ucp_deepspeed.language.resolve import CHECK_HINT, contradicts_record, describe, resolve_patterns
 from ucp_deepspeed.language.spec import Spec
 from ucp_deepspeed.language.wrappers import seen_through
 from ucp_deepspeed.layout import Layout, Shape, across_stages
@@ -254,7 +254,7 @@ def layouts_of(
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems:
-        raise MismatchError(f"shapes of {side} contradict the patterns", problems)
+        raise MismatchError(f"shapes of {side} contradict the patterns", problems, CHECK_HINT)
     return layouts
 
 

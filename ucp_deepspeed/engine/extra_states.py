@@ -18,6 +18,9 @@ ExtraStates = tuple[tuple[Module, Any], ...]
 """Modules, and what to give to ``set_extra_state``."""
 
 
+STRICT_HINT = "load_module_strict=False takes what both have, and leaves the rest as it is"
+
+
 def plan_extra_states(
     checkpoint: Checkpoint, module: Module, model: EngineModel, names: Names, policies: Policies
 ) -> ExtraStates:
@@ -45,7 +48,9 @@ def plan_extra_states(
     if model.topology.pp == 1:  # a stage has no modules for the others' extra states
         problems += [f"{key}: extra in the checkpoint" for key in shared if surplus and not _is_live(key, module)]
     if problems:
-        raise MismatchError(f"{checkpoint.path} and the model have different extra states of modules", problems)
+        raise MismatchError(
+            f"{checkpoint.path} and the model have different extra states of modules", problems, STRICT_HINT
+        )
     return tuple((module.get_submodule(_owner(key)), shared[key]) for key in shared if _is_live(key, module))
 
 

@@ -47,6 +47,7 @@ from ucp_deepspeed.engine.training_state import (
     without_begun_anew,
 )
 from ucp_deepspeed.engine.unpickled import only_held_against_the_list
+from ucp_deepspeed.engine.ways_on import telling_ways_on
 from ucp_deepspeed.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -92,6 +93,7 @@ class LoadReport:
     unread: tuple[str, ...] = ()
 
 
+@telling_ways_on
 def load_checkpoint(
     native: Callable[..., Loaded],
     engine: Any,
@@ -195,7 +197,9 @@ def _check_one_step(checkpoint: Checkpoint | None) -> None:
     opened = _gathered(None if checkpoint is None else (checkpoint.run.global_steps, str(checkpoint.path)))
     if len({found[0] for found in opened if found is not None}) > 1:
         seen = [found and f"step {found[0]} in {found[1]}" for found in opened]
-        raise MismatchError(f"ranks opened different checkpoints: {_by_rank(seen)}")
+        raise MismatchError(
+            f"ranks opened different checkpoints: {_by_rank(seen)}; name the same tag=… on all ranks, in a folder that all see"
+        )
 
 
 def _by_rank(values: Sequence[Any]) -> str:

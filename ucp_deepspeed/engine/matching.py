@@ -13,7 +13,7 @@ from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import logical_names, naming_specs
 from ucp_deepspeed.language.wrappers import seen_through
-from ucp_deepspeed.transfer.matching import Held, Matching, Policies, check_matching, match
+from ucp_deepspeed.transfer.matching import RENAMED_HINT, Held, Matching, Policies, check_matching, match
 from ucp_deepspeed.transfer.ties import differing_ties
 
 
@@ -131,7 +131,6 @@ def match_model(checkpoint: Checkpoint, model: EngineModel, names: Names, polici
 SHOWN = 3
 """Names of each side in the message of a load that would restore nothing."""
 
-RENAMED_HINT = "if they are the same under other names, a spec can say so ('names' in docs/language.md)"
 WARM_START_HINT = (
     "to begin anew with the weights that match, call load_checkpoint(…, load_module_strict=False, "
     "load_optimizer_states=False)"

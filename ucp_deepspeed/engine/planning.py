@@ -383,9 +383,14 @@ class _Planner:
         return copies
 
     def _hint(self, name: str) -> str:
-        """What to do about a vocabulary that source and target pad differently."""
+        """What to do about another shape, or a vocabulary that source and target pad differently."""
+        found, expected = self.view.logical_shape(name), self.layouts[name].logical_shape
+        if found == expected:
+            return ""
         padded = getattr(self.view.patterns[name], "vocabulary", False) and self.view.vocabulary_size is None
-        return '; if the rows are padding, give "universal_checkpoint": {"vocabulary_size": …}' if padded else ""
+        padding = '; if the rows are padding, give "universal_checkpoint": {"vocabulary_size": …}' if padded else ""
+        grown = '; "on_missing": "init" lets further rows keep the model\'s values' if is_grown(found, expected) else ""
+        return padding + grown or f"; {RESHAPED_HINT}"
 
 
 def _is_expert(tensor: EngineTensor) -> bool:
@@ -398,6 +403,7 @@ def _ranks(group: Any) -> tuple[int, int]:
     return dist.get_world_size(group), dist.get_rank(group)
 
 
+RESHAPED_HINT = "load_checkpoint(…, custom_load_fn=…) lets a function of yours make its weight of the saved one"
 RESET_HINT = '"optimizer_states": "reset" starts all states afresh'
 REFUSED_HINT = f'"load": "auto" restores it on the topology that it was saved on, {RESET_HINT}'
 DIFFERING_HINT = "; give them parameter groups of their own"

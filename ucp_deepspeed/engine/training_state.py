@@ -162,7 +162,7 @@ def plan_scheduler(
         state = _regrouped(state, live, sources, len(checkpoint.groups), "", problems)
         if problems:
             heading = f"{checkpoint.path} and the engine group parameters differently; the scheduler's state"
-            raise MismatchError(heading, problems)
+            raise MismatchError(heading, problems, "load_lr_scheduler_states=False starts the schedule anew")
     return _from_configured(state, live) if state is not None and keep else state
 
 

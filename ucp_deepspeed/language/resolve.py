@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from ucp_deepspeed.language.spec import Spec
 
 
+CHECK_HINT = (
+    'correct the spec, which "ucp spec check PATH --against CKPT" holds against all that a checkpoint tells; with "spec": "auto" '
+    "the checkpoint and the model tell what they know"
+)
+
+
 class Agreement(Enum):
     """How a pattern compares with what a live parameter's attributes say."""
 
@@ -78,7 +84,7 @@ def resolve_patterns(
         if inferred and name in inferred and compare(chosen[name], inferred[name], exact) is Agreement.CONTRADICTED
     ]
     if problems and (degree > 1 or spec is not None):
-        raise MismatchError("layouts contradict the live model's parameters", problems)
+        raise MismatchError("layouts contradict the live model's parameters", problems, CHECK_HINT)
     return chosen
 
 
@@ -97,7 +103,7 @@ def _of_spec(
     denied = {name: why for name, why in check.problems.items() if name not in recorded}
     if denied:
         problems = [f"{name}: {describe(patterns[name])}; {why}" for name, why in denied.items()]
-        raise MismatchError(f"shapes contradict what spec {spec.family!r} states", problems)
+        raise MismatchError(f"shapes contradict what spec {spec.family!r} states", problems, CHECK_HINT)
     return patterns
 
 

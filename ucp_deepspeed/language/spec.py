@@ -51,6 +51,11 @@ PATTERN: TypeAdapter[Pattern] = TypeAdapter(
 Extent = Annotated[int | str | None, BeforeValidator(_checked_extent)]
 """One extent of a stated shape: a number, an expression over dimensions without a value, or nothing, which says nothing."""
 
+RULES_HINT = (
+    'correct the rules; "ucp spec check PATH --against CKPT" lists what they leave, and "ucp spec infer CKPT" writes a first '
+    "spec"
+)
+
 Lines = Mapping[tuple[int, int], int]
 """Line of each glob in its file, by the positions of the rule and of the glob in it."""
 
@@ -190,7 +195,9 @@ class Spec(BaseModel):
             else:
                 problems.append(f"{name}: matches no rule; nearest: {', '.join(self.nearest(name))}")
         if problems:
-            raise SpecError(f"spec {self.family!r} doesn't give exactly one rule for each parameter", problems)
+            raise SpecError(
+                f"spec {self.family!r} doesn't give exactly one rule for each parameter", problems, RULES_HINT
+            )
         return found
 
     def matches(self, name: str) -> tuple[Match, ...]:

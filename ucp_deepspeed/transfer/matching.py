@@ -5,7 +5,7 @@ Everything that isn't a plain restore is an error, unless a policy allows it by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -109,7 +109,22 @@ def check_matching(
     names = sorted(source.keys() | target.keys())
     problems = [problem for name in names for problem in _problems(name, source, target, policies)]
     if problems:
-        raise MismatchError(heading, problems, renaming_hint(source, target))
+        raise MismatchError(
+            heading, problems, renaming_hint(source, target) or _policies_hint(source, target, problems)
+        )
+
+
+RENAMED_HINT = "if they are the same under other names, a spec can say so ('names' in docs/language.md)"
+
+
+def _policies_hint(source: Mapping[str, Held], target: Mapping[str, Held], problems: Sequence[str]) -> str:
+    """Which settings take the model as it is; kinds have hints of their own."""
+    concerned = {problem.partition(": ")[0] for problem in problems}
+    missing, extra = concerned - source.keys(), concerned - target.keys()
+    ways = [RENAMED_HINT] if missing and extra else []
+    ways += ['"on_missing": "init" lets what is missing keep the model\'s values'] if missing else []
+    ways += ['"on_extra": "drop" leaves out what is extra'] if extra else []
+    return "; ".join(ways)
 
 
 def renaming_hint(source: Mapping[str, Held], target: Mapping[str, Held]) -> str:

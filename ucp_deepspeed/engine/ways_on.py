@@ -1,0 +1,96 @@
+"""What gets a user on whose load was refused: each message ends with it.
+
+Most messages say it themselves, where the reason is found. Here is what goes for all of one kind: files that are damaged or gone,
+and what only DeepSpeed itself can read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ucp_deepspeed.checkpoint.opening import tags_in
+from ucp_deepspeed.errors import (
+    CheckpointNotFoundError,
+    DamagedCheckpointError,
+    ListingError,
+    MismatchError,
+    SpecError,
+    UniversalCheckpointError,
+    UnsupportedError,
+)
+
+T = TypeVar("T")
+
+_WAYS = re.compile(
+    r"\"(?:load|spec|on_\w+|optimizer_states|hyperparameters|random_state|vocabulary_size|shared_read_bytes|tie_word_embeddings)\""
+    r"|tag=|load_\w+=|custom_load_fn=|\bucp [a-z]+|--[a-z]+|^names:|remove |correct |fetch |move one|keep one"
+    r"|save (?:again|with|it)|name (?:a spec|the same)|parameter groups of their own|install ",
+    re.MULTILINE,
+)
+"""How settings and commands look in messages."""
+
+_NATIVE = (
+    '"load": "never" leaves the load to DeepSpeed itself, which may read it on the topology, and with the model and optimizer, '
+    "that saved it"
+)
+_NEWER = "install the release that wrote it, or a later one"
+_SPEC = 'correct the spec, which "ucp spec check PATH --against CKPT" holds against all that a checkpoint tells'
+_COMPARE = '"ucp inspect CKPT" tells what it holds, and "ucp plan CKPT --model OTHER" what of that another model takes'
+
+
+def tells_a_way_on(error: UniversalCheckpointError) -> bool:
+    """Whether the message says what to do: in its heading, at its end or in each of its lines."""
+    if not isinstance(error, ListingError):
+        return bool(_WAYS.search(str(error)))
+    lines = all(_WAYS.search(problem) for problem in error.problems) and bool(error.problems)
+    return lines or bool(_WAYS.search(error.heading) or _WAYS.search(error.remedy))
+
+
+def telling_ways_on(load: Callable[..., T]) -> Callable[..., T]:
+    """Around a load (``native, engine, load_dir, tag, …``): what it raises ends with what gets the user on."""
+
+    @wraps(load)
+    def told(native: Any, engine: Any, load_dir: str, tag: str | None = None, *rest: Any, **options: Any) -> T:
+        try:
+            return load(native, engine, load_dir, tag, *rest, **options)
+        except UniversalCheckpointError as error:
+            way = None if tells_a_way_on(error) else _way_on(error, Path(load_dir), tag)
+            if way is None:
+                raise
+            raise _with_way(error, way) from error
+
+    return told
+
+
+def _way_on(error: UniversalCheckpointError, load_dir: Path, tag: str | None) -> str | None:
+    if isinstance(error, DamagedCheckpointError | CheckpointNotFoundError):
+        return _other_tags(load_dir, tag, str(error))
+    if isinstance(error, UnsupportedError):
+        return _NEWER if "format version" in str(error) else _NATIVE
+    if isinstance(error, SpecError):
+        return _SPEC
+    return _COMPARE if isinstance(error, MismatchError) else None
+
+
+def _other_tags(load_dir: Path, tag: str | None, message: str) -> str:
+    """Another tag that was saved there, the newest first."""
+    root = load_dir
+    if root.is_dir() and tag is None and not (root / "latest").is_file():
+        root = root.parent
+    found = [name for name in tags_in(root) if name != tag and str(root / name) not in message] if root.is_dir() else []
+    if not found:
+        return 'restore the files from a copy, or name the folder of another save; "ucp inspect PATH" tells whether it is one'
+    ordered = sorted(found, key=lambda name: (root / name).stat().st_mtime, reverse=True)
+    return f"restore the files from a copy, or load another tag of {root}: tag={ordered[0]!r}" + "".join(
+        f", {name!r}" for name in ordered[1:5]
+    )
+
+
+def _with_way(error: UniversalCheckpointError, way: str) -> UniversalCheckpointError:
+    if isinstance(error, ListingError):
+        return type(error)(error.heading, error.problems, "\n".join(part for part in (error.remedy, way) if part))
+    return type(error)(f"{error}; {way}")
