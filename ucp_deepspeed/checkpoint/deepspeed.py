@@ -21,7 +21,7 @@ from ucp_deepspeed.checkpoint.checkpoint import (
     ParameterGroup,
 )
 from ucp_deepspeed.checkpoint.deepspeed_experts import expert_parallel_size, shares_of_group, stage0_expert_slots
-from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
+from ucp_deepspeed.checkpoint.deepspeed_files import VALUES_KEY, DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed_layers import PipelineLayers
 from ucp_deepspeed.checkpoint.deepspeed_run import hyperparameters, join_groups, number_groups, read_run
 from ucp_deepspeed.checkpoint.deepspeed_stage0 import Groups, stage0_form, stage0_slots, unnamed
@@ -333,7 +333,8 @@ class DeepSpeedCheckpoint(Checkpoint):
         if self.files.is_pipeline:
             return self._layers.on(rank % self.topology.tp)
         path = self.files.model_states_path(rank, 0)
-        found = tensors_in(self.files.model_states(rank)["module"], path)
+        saved = self.files.model_states(rank)
+        found = tensors_in(saved["module"], path) | tensors_in(saved.get(VALUES_KEY) or {}, path)
         for expert in self.files.expert_files(rank):
             found |= tensors_in(self.files.open(expert), expert)
         return found

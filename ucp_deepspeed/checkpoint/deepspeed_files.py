@@ -26,8 +26,12 @@ from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.layout import Topology
 
+VALUES_KEY = "ucp_optimizer_only"
+"""Key of a model_states file under which saving adds the parameters that the optimizer has and no module, by name."""
+
 ENGINE_KEYS = frozenset(
     {
+        VALUES_KEY,
         "module",
         "buffer_names",
         "optimizer",

@@ -110,8 +110,8 @@ def _plain_slots(
     for group, (entry, names) in enumerate(zip(optimizer["param_groups"], groups, strict=True)):
         settings = settings_in(entry, path)
         for index, name in zip(entry["params"], names, strict=True):
-            if name is None:
-                continue
+            if name is None or name not in module:
+                continue  # what the optimizer alone had, in files of a DeepSpeed that wasn't told to add it
             raw = optimizer["state"].get(index, {})
             master, home = module[name]
             found = split_states(raw, master, path)

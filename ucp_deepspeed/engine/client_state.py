@@ -12,6 +12,7 @@ from typing import Any
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 
 from ucp_deepspeed.checkpoint.deepspeed_files import ENGINE_KEYS
+from ucp_deepspeed.engine.optimizer_only import values_to_save
 from ucp_deepspeed.errors import SaveError
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -24,7 +25,7 @@ RESUMED = frozenset((*COUNTERS, "module", "optimizer", "lr_scheduler", "data_sam
 
 
 def to_be_saved(engine: Any, client_state: Mapping[str, Any]) -> dict[str, Any]:
-    """A client state without the engine's keys.
+    """A client state without the engine's keys, and with what DeepSpeed leaves out.
 
     A script that saves what its load returned gives the engine some of its own keys back, as they were then: what they are now is
     saved.
@@ -46,7 +47,7 @@ def to_be_saved(engine: Any, client_state: Mapping[str, Any]) -> dict[str, Any]:
         logger.debug(
             "of the client state the engine's own entries are saved as they are now: %s", ", ".join(sorted(old))
         )
-    return {key: value for key, value in client_state.items() if key not in old}
+    return {key: value for key, value in client_state.items() if key not in old} | values_to_save(engine)
 
 
 def _is_users(engine: Any, key: str, value: Any) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint, resolve_tag
+from ucp_deepspeed.checkpoint.deepspeed_files import VALUES_KEY
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
@@ -34,6 +35,7 @@ from ucp_deepspeed.engine.model import (
 from ucp_deepspeed.engine.native import LoadOptions, takes_universal_path
 from ucp_deepspeed.engine.node_local import check_all_here, open_here
 from ucp_deepspeed.engine.numbers import PartitionNumbers
+from ucp_deepspeed.engine.optimizer_only import take_values
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer, only_evaluates
 from ucp_deepspeed.engine.planning import plan_filling
 from ucp_deepspeed.engine.random_state import read_random_state, restore_random_state
@@ -135,6 +137,7 @@ def load_checkpoint(
             load_dir, tag = str(folder.parent), folder.name
         with nullcontext() if prepared is None else only_held_against_the_list(prepared[0], engine):
             loaded = native(load_dir, tag=tag, **options.arguments())
+        take_values(engine, loaded[1])
         with agreement():
             if prepared is not None:
                 _check_unchanged(prepared[0])
@@ -323,7 +326,7 @@ COUNTERS = ("skipped_steps", "global_steps", "dp_world_size", "mp_world_size", "
 
 def _without_restored(state: dict[str, Any], options: LoadOptions) -> dict[str, Any]:
     """Drop what DeepSpeed doesn't return either (``runtime/engine.py::_load_checkpoint``)."""
-    restored = set() if options.load_module_only else set(COUNTERS)
+    restored = {VALUES_KEY} if options.load_module_only else {VALUES_KEY, *COUNTERS}
     if options.load_lr_scheduler_states:
         restored.add("lr_scheduler")
     if options.load_optimizer_states:

@@ -26,6 +26,7 @@ from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.deepspeed_surface import dealt_experts
 from ucp_deepspeed.engine.exchange import replica_group
 from ucp_deepspeed.engine.names import ModelNames
+from ucp_deepspeed.engine.optimizer_only import optimizer_only
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.optimizers.plain import PlainOptimizer
 from ucp_deepspeed.errors import ConfigError, MismatchError, UniversalCheckpointError
@@ -205,6 +206,7 @@ def _local_tensors(engine: Any) -> Iterator[tuple[str, HeldKind, torch.Tensor]]:
         trained = names[param] in stepped and has_elements(param)
         idle = optimizer.form == PlainOptimizer.form and not param.requires_grad
         yield name, ("idle" if idle else "trainable") if trained else "frozen", param
+    yield from ((name, "trainable", param) for param, name in optimizer_only(engine).items())
     buffers = dict(engine.module.named_buffers(remove_duplicate=False))  # DeepSpeed saves one under each of its names
     for name in engine._get_buffer_names():
         if name in buffers:

@@ -13,6 +13,7 @@ from deepspeed.utils import groups
 
 from ucp_deepspeed.checkpoint.experts import EXPERTS, expert_of, renumbered
 from ucp_deepspeed.engine.deepspeed_surface import autoep_layers
+from ucp_deepspeed.engine.optimizer_only import optimizer_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,9 @@ class ModelNames:
 
     @cached_property
     def of_parameters(self) -> Mapping[torch.Tensor, str]:
-        """This rank's parameters → names in the whole model."""
-        return {param: self.in_model(name) for param, name in self._engine.param_names.items()}
+        """This rank's parameters → names in the whole model; also those that the optimizer alone has."""
+        named = {param: self.in_model(name) for param, name in self._engine.param_names.items()}
+        return named | optimizer_only(self._engine)
 
     def in_model(self, name: str) -> str:
         """Of a name of this rank's, that in the whole model."""

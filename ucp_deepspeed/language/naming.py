@@ -107,6 +107,15 @@ Scheme = tuple[Renaming, ...]
 """The renamings for one class of model."""
 
 
+OPTIMIZER_ONLY = "optimizer_only."
+"""How the names of parameters begin that the optimizer has and no module."""
+
+
+def optimizer_only_name(group: int, index: int) -> str:
+    """Of the ``index``-th of those that a parameter group has."""
+    return f"{OPTIMIZER_ONLY}{group}.{index}"
+
+
 def translate(names: Sequence[str], scheme: Scheme) -> dict[str, str]:
     """The logical name of each; one to which no renaming applies keeps its own.
 

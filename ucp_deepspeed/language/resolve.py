@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ucp_deepspeed.errors import MismatchError, SpecError, UnsupportedError
 from ucp_deepspeed.language.families import find_family
+from ucp_deepspeed.language.naming import OPTIMIZER_ONLY
 from ucp_deepspeed.layout.box import Shape
 from ucp_deepspeed.layout.pattern import AnyPattern, Partial, Pattern, PerRank, Replicate, Shard, ShardGrid, Unique
 
@@ -63,6 +64,9 @@ def resolve_patterns(
         MismatchError: the winner contradicts the live parameters, or shapes contradict those that the spec states; lists them.
     """
     known: dict[str, AnyPattern] = {**(inferred or {}), **(recorded or {})}
+    apart = [name for name in names if name.startswith(OPTIMIZER_ONLY)]  # which no spec knows, and nothing cuts
+    names = [name for name in names if name not in apart] if apart else names
+    whole: AnyPattern = Unique() if degree == 1 else Replicate()
     unknown = [name for name in names if name not in known]
     chosen: dict[str, AnyPattern]
     if spec is not None:
@@ -85,7 +89,7 @@ def resolve_patterns(
     ]
     if problems and (degree > 1 or spec is not None):
         raise MismatchError("layouts contradict the live model's parameters", problems, CHECK_HINT)
-    return chosen
+    return chosen | {name: known.get(name, whole) for name in apart}
 
 
 def per_rank(patterns: Mapping[str, AnyPattern]) -> list[str]:

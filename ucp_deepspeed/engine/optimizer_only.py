@@ -1,0 +1,51 @@
+"""Parameters that the optimizer has and no module, such as a learned weight of a loss: DeepSpeed takes them without ZeRO alone.
+
+Their states are in DeepSpeed's files and their values, at best, in a master without a name; so saving adds the values under
+`VALUES_KEY`, by names of their own (`ucp_deepspeed.language.naming.OPTIMIZER_ONLY`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+from ucp_deepspeed.checkpoint.deepspeed_files import VALUES_KEY
+from ucp_deepspeed.language.naming import optimizer_only_name
+
+
+def optimizer_only(engine: Any) -> dict[torch.Tensor, str]:
+    """The names of those of this rank."""
+    found: dict[torch.Tensor, str] = {}
+    for group, params in enumerate(_groups(engine.optimizer)):
+        own = [param for param in params if param not in engine.param_names]
+        found |= {param: optimizer_only_name(group, index) for index, param in enumerate(own)}
+    return found
+
+
+def _groups(optimizer: Any) -> Sequence[Sequence[torch.Tensor]]:
+    """What an optimizer steps on, as the model has it."""
+    if isinstance(optimizer, FP16_Optimizer | FP16_UnfusedOptimizer):
+        groups: Sequence[Sequence[torch.Tensor]] = optimizer.fp16_groups
+        return groups
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return [group["params"] for group in optimizer.param_groups]
+    return []  # ZeRO's classes fail on them
+
+
+def values_to_save(engine: Any) -> dict[str, Any]:
+    """What is added to the client state; nothing where there are none."""
+    values = {name: param.detach() for param, name in optimizer_only(engine).items()}
+    return {VALUES_KEY: values} if values else {}
+
+
+def take_values(engine: Any, state: dict[str, Any] | None) -> None:
+    """Take them out of a client state that DeepSpeed has loaded, and over into the engine."""
+    values: Mapping[str, torch.Tensor] = (state or {}).pop(VALUES_KEY, {})
+    with torch.no_grad():
+        for param, name in optimizer_only(engine).items():
+            if name in values:
+                param.copy_(values[name])
