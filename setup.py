@@ -29,7 +29,7 @@ setup(
     long_description_content_type="text/markdown",
     author="The developers of ucp_deepspeed",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.10",
     packages=[*packages, "ucp_deepspeed.configs"],
     package_dir={"ucp_deepspeed": "ucp_deepspeed", "ucp_deepspeed.configs": "configs"},
     package_data={"ucp_deepspeed": ["py.typed"], "ucp_deepspeed.configs": ["*.yaml"]},

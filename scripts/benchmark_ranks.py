@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -272,7 +272,7 @@ class Gauge:
         self._watcher = threading.Thread(target=self._watch)
         self._seconds: float | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Gauge:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what is free already must not hide what the call takes
         if self._watching:

@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def machine() -> dict[str, object]:
     return {
         "cpu": next(models, platform.machine()),
         "cores": os.cpu_count(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "deepspeed", "megatron-core")},
     }

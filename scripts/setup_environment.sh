@@ -1,10 +1,13 @@
 # Makes .venv from nothing and exports what DeepSpeed needs on CPU ranks; source it from the repository root.
 # Quick when everything is in place: a stamp records for which requirements the environment was made.
 
-python=$(command -v python3.11 || command -v python3 || true)
-if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
-    echo "python 3.11 is needed and was not found" >&2
-    exit 1
+for python in python3.11 python3.12 python3.13 python3.10 python3; do
+    "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && break
+    python=
+done
+if [ -z "$python" ]; then
+    echo "Python 3.10 to 3.13 is needed and was not found" >&2
+    return 1 2>/dev/null || exit 1
 fi
 
 [ -x .venv/bin/python ] || "$python" -m venv .venv

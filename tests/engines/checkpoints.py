@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.testing.ranks import get_pool
-from ucp_deepspeed.testing.runs import Outcome, Run, train
+from ucp_deepspeed.testing.runs import Outcome, Run, build_engine, train
 from ucp_deepspeed.transfer.compare import compare
 
 STEP = 3
@@ -50,3 +51,17 @@ def make_source(run: Run, world_size: int, folder: Path) -> Source:
     """Train a source on real ranks."""
     outcomes = get_pool(world_size).run(train, run, LAST_STEP, save=str(folder), save_at=STEP)
     return Source(run, world_size, folder, outcomes)
+
+
+def warnings_of_building(run: Run) -> list[str]:
+    """On a rank: what the package warns of when an engine is built."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("ucp_deepspeed")
+    logger.addHandler(handler)
+    try:
+        build_engine(run).destroy()
+    finally:
+        logger.removeHandler(handler)
+    return found

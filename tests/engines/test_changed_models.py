@@ -6,7 +6,6 @@ frozen parameters and buffers.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LAST_STEP, STEP, differences, shared_differences
+from checkpoints import LAST_STEP, STEP, differences, shared_differences, warnings_of_building
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.models import build_mlp
 from ucp_deepspeed.testing.ranks import RankError, RankPool
-from ucp_deepspeed.testing.runs import Outcome, Run, build_engine, train
+from ucp_deepspeed.testing.runs import Outcome, Run, train
 from ucp_deepspeed.transfer import FileReader
 from ucp_deepspeed.transfer.copying import gather
 
@@ -304,20 +303,6 @@ def test_zero3_leaves_out_what_no_optimizer_has(ranks: Ranks, tmp_path: Path) ->
     message = refusal(ranks, source, outside=OUTSIDE)
     assert all(f"{name}: missing in the checkpoint" in message for name in OUTSIDE)
     assert message.count("\n  ") == len(OUTSIDE)
-
-
-def warnings_of_building(run: Run) -> list[str]:
-    """On a rank: what the package warns of when an engine is built."""
-    found: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("ucp_deepspeed")
-    logger.addHandler(handler)
-    try:
-        build_engine(run).destroy()
-    finally:
-        logger.removeHandler(handler)
-    return found
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])

@@ -10,11 +10,21 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, NamedTuple
 
+import deepspeed
 import torch
 from deepspeed.checkpoint import constants
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from packaging.version import Version
 
 OLDEST_AUTOEP = "0.19.8"
 """First version whose AutoEP marks each tensor with the experts that it holds."""
+
+OLDEST_MOE = "0.19.3"
+"""First version whose files of models with DeepSpeed's own experts tell the names of parameters and buffers."""
+
+SAVES_BF16_WITHOUT_ZERO = "0.18.5"
+"""First version that saves the optimizer's state of bf16 where no ZeRO optimizer wraps it."""
 
 
 def _class_of(module: str, name: str) -> type | None:
@@ -31,7 +41,7 @@ _DEALT = getattr(constants, "DS_AUTOEP_UC_META", None)
 
 
 def autoep_layers(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Names and modules of AutoEP's layers. Before 0.19.4 there is no AutoEP."""
+    """Names and modules of AutoEP's layers. Before 0.19.2 there is no AutoEP."""
     if _AUTOEP_LAYER is not None:
         yield from ((name, each) for name, each in module.named_modules() if isinstance(each, _AUTOEP_LAYER))
 
@@ -39,6 +49,11 @@ def autoep_layers(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 def autoep_marks_experts() -> bool:
     """Whether `dealt_experts` can tell which experts a tensor of AutoEP holds."""
     return _DEALT is not None
+
+
+def moe_files_have_names() -> bool:
+    """Whether ``_save_moe_checkpoint`` (``runtime/engine.py``) writes ``param_shapes`` and ``buffer_names``."""
+    return Version(deepspeed.__version__) >= Version(OLDEST_MOE)
 
 
 class DealtExperts(NamedTuple):
@@ -58,6 +73,16 @@ def dealt_experts(tensor: torch.Tensor) -> DealtExperts | None:
     )
 
 
+def uncut_by_autotp(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
+    """Weights and biases that AutoTP has left whole: it replaces each linear layer that it cuts by one of its own.
+
+    Embeddings that it cuts stay embeddings, so nothing is said of them. From 0.19.7 on it records all that it does.
+    """
+    for each in module.modules():
+        if type(each) is torch.nn.Linear:
+            yield from each.parameters(recurse=False)
+
+
 def loss_scale_of(wrapper: Any) -> Any:
     """The object on which ``FP16_Optimizer`` and ``FP16_UnfusedOptimizer`` keep their loss scale; None without one.
 
@@ -65,3 +90,13 @@ def loss_scale_of(wrapper: Any) -> Any:
     """
     holder = getattr(wrapper, "loss_scale_config", wrapper)
     return holder if getattr(holder, "use_grad_scaling", True) else None
+
+
+def saves_optimizer(engine: Any) -> bool:
+    """Whether what this version saves of an engine has the optimizer's state.
+
+    Before 0.18.5 ``_save_checkpoint`` (``runtime/engine.py``) took all of bf16 for ZeRO's, of which other files have it, and
+    ``_do_optimizer_sanity_check`` took ``BF16_Optimizer`` for no case.
+    """
+    wrapped = isinstance(engine.optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)) and engine.bfloat16_enabled()
+    return not wrapped or Version(deepspeed.__version__) >= Version(SAVES_BF16_WITHOUT_ZERO)

@@ -11,7 +11,7 @@ from packaging.version import Version
 
 from ucp_deepspeed.errors import UnsupportedError
 
-OLDEST_DEEPSPEED = "0.19.0"
+OLDEST_DEEPSPEED = "0.18.0"
 """First version that the tests pass with."""
 
 NEWEST_DEEPSPEED = "0.19"

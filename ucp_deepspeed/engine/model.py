@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from math import prod
 from typing import Any, Literal, TypeVar
@@ -23,7 +23,7 @@ from ucp_deepspeed.checkpoint.autotp import RecordedLayouts, read_autotp_layouts
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes, Kind, Precision
 from ucp_deepspeed.checkpoint.experts import expert_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
-from ucp_deepspeed.engine.deepspeed_surface import dealt_experts
+from ucp_deepspeed.engine.deepspeed_surface import dealt_experts, uncut_by_autotp
 from ucp_deepspeed.engine.exchange import replica_group
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizer_only import optimizer_only
@@ -32,7 +32,7 @@ from ucp_deepspeed.engine.optimizers.plain import PlainOptimizer
 from ucp_deepspeed.errors import ConfigError, MismatchError, UniversalCheckpointError
 from ucp_deepspeed.language import Spec, load_spec
 from ucp_deepspeed.layout import Shape, SlicedGroup, Topology
-from ucp_deepspeed.layout.pattern import Pattern
+from ucp_deepspeed.layout.pattern import Pattern, Replicate
 from ucp_deepspeed.plan import Fragment
 
 T = TypeVar("T")
@@ -314,7 +314,13 @@ def _live_layouts(engine: Any) -> RecordedLayouts:
     """What AutoTP's or Megatron-Core's attributes of parameters tell; the latter's if the process uses Megatron-Core anyway."""
     if engine.autotp_size() > 1:
         info = getattr(engine.module, UNIVERSAL_CHECKPOINT_INFO, None)
-        return read_autotp_layouts(info, engine.autotp_size(), "the engine's model")
+        recorded = read_autotp_layouts(info, engine.autotp_size(), "the engine's model")
+        whole: dict[str, Pattern] = {
+            engine.param_names[param]: Replicate()
+            for param in uncut_by_autotp(engine.module)
+            if param in engine.param_names
+        }
+        return replace(recorded, patterns=whole | dict(recorded.patterns))
     if "megatron.core" not in sys.modules:
         return RecordedLayouts()
     from ucp_deepspeed.megatron.layouts import inferred_patterns

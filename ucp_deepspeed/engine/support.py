@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from deepspeed import __version__ as deepspeed_version
+from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ucp_deepspeed.config import CONFIG_KEY
 from ucp_deepspeed.engine.background import check_background
-from ucp_deepspeed.engine.deepspeed_surface import OLDEST_AUTOEP, autoep_layers, autoep_marks_experts
+from ucp_deepspeed.engine.deepspeed_surface import (
+    OLDEST_AUTOEP,
+    OLDEST_MOE,
+    SAVES_BF16_WITHOUT_ZERO,
+    autoep_layers,
+    autoep_marks_experts,
+    moe_files_have_names,
+    saves_optimizer,
+)
 from ucp_deepspeed.engine.model import agreement, check_same_on_all_ranks
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer, only_evaluates
 from ucp_deepspeed.engine.save import check_model
 from ucp_deepspeed.errors import UnsupportedError
+
+logger = logging.getLogger("ucp_deepspeed")
 
 
 def check_engine(engine: Any) -> None:
@@ -36,6 +48,17 @@ def check_engine(engine: Any) -> None:
         if not only_evaluates(engine):
             engine_optimizer(engine)
             check_model(engine)
+            _tell_what_is_not_saved(engine)
+
+
+def _tell_what_is_not_saved(engine: Any) -> None:
+    if not saves_optimizer(engine) and dist.get_rank() == 0:
+        logger.warning(
+            "DeepSpeed %s saves no optimizer state in bf16 at stage 0, nor at stage 1 with gradients accumulated in fp32: "
+            "nothing can restore it; install %s or later, or use ZeRO without 'data_types.grad_accum_dtype'",
+            deepspeed_version,
+            SAVES_BF16_WITHOUT_ZERO,
+        )
 
 
 def _check_experts(engine: Any) -> None:
@@ -51,6 +74,10 @@ def _check_experts(engine: Any) -> None:
     reason = ""
     if automatic and not autoep_marks_experts():
         reason = f"layers of AutoEP in DeepSpeed {deepspeed_version} (the first that can be handled are those of {OLDEST_AUTOEP})"
+    elif not automatic and not moe_files_have_names():
+        reason = (
+            f"experts of DeepSpeed {deepspeed_version}, whose files name no parameters (since {OLDEST_MOE} they do)"
+        )
     elif automatic and any(isinstance(module, MoE) for module in modules):
         reason = "layers of DeepSpeed's AutoEP beside its own mixture-of-experts layers"
     elif isinstance(engine, PipelineEngine):
@@ -63,4 +90,7 @@ def _check_experts(engine: Any) -> None:
             f"(DeepSpeed writes no model_states file of the other tensor-parallel ranks)"
         )
     if reason:
-        raise UnsupportedError(f"universal checkpoints of {reason} are not supported by this release")
+        raise UnsupportedError(
+            f"universal checkpoints of {reason} are not supported by this release; change that, or set "
+            f'"universal_checkpoint": {{"enabled": false}}'
+        )

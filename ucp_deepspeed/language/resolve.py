@@ -51,7 +51,8 @@ def resolve_patterns(
         spec: the one that the user named.
         recorded: what the checkpoint's manifest says.
         inferred: what the attributes of the live target's parameters say.
-        exact: whether they tell the whole cut (AutoTP): then a plain shard has no fused parts.
+        exact: whether they tell the whole cut (AutoTP): then a plain shard has no fused parts, and a family, which is a guess,
+            yields to them.
         refused: parameters that source or target say are cut in a way that can't be told, and why. Only a named spec can.
         local_shapes: on the source's tensor-parallel ranks, for telling families apart.
         same_degree: source and target have that size alike: where nothing tells, each rank's share then goes to the same rank,
@@ -80,6 +81,9 @@ def resolve_patterns(
         family = _family(names, unknown, local_shapes, denied, may_stay)
         if family is not None:
             chosen, origin = {**family.patterns(names)}, f"family {family.family!r}"
+            chosen |= {
+                name: live for name, live in (inferred or {}).items() if exact and _contradicts(chosen, name, live)
+            }
         else:
             chosen, origin = {name: known.get(name, PerRank()) for name in names}, "the checkpoint"
     problems = [
@@ -90,6 +94,10 @@ def resolve_patterns(
     if problems and (degree > 1 or spec is not None):
         raise MismatchError("layouts contradict the live model's parameters", problems, CHECK_HINT)
     return chosen | {name: known.get(name, whole) for name in apart}
+
+
+def _contradicts(chosen: Mapping[str, AnyPattern], name: str, live: Pattern) -> bool:
+    return name in chosen and compare(chosen[name], live, exact=True) is Agreement.CONTRADICTED
 
 
 def per_rank(patterns: Mapping[str, AnyPattern]) -> list[str]:

@@ -344,8 +344,11 @@ def _join() -> None:
     import deepspeed
     from deepspeed.utils.logging import logger
 
+    from ucp_deepspeed.testing.older_deepspeed import run_under_newer_torch
+
     logger.setLevel(logging.ERROR)
     _use_gloo_only()
+    run_under_newer_torch()
     deepspeed.init_distributed("gloo", verbose=False)
 
 

@@ -77,11 +77,11 @@ class HeldValues:
             return
         row = prod(shape[1:])
         step = max(CHUNK_NUMBYTES // max(row * ITEMSIZE[parameter.states[state]], 1), 1)
-        inner = tuple(slice(low, high) for low, high in zip(box.start[1:], box.stop[1:], strict=True))
+        inner = (slice(None), *(slice(low, high) for low, high in zip(box.start[1:], box.stop[1:], strict=True)))
         for start in range(box.start[0], box.stop[0], step):
             stop = min(start + step, box.stop[0])
             flat = self.flat(parameter, state, rank, start * row, stop * row)
-            yield flat.view(stop - start, *shape[1:])[(slice(None), *inner)]
+            yield flat.view(stop - start, *shape[1:])[inner]
 
     def flat(self, parameter: Parameter, state: str, rank: int, start: int, stop: int) -> torch.Tensor:
         """The bits of a flat interval of a rank's local tensor, as integers."""

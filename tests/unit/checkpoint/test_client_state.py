@@ -8,7 +8,7 @@ import sys
 from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, deque
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
@@ -29,7 +29,7 @@ from ucp_deepspeed.errors import DamagedCheckpointError
 PLAIN: dict[str, Any] = {
     "arguments": Namespace(lr=0.1, out=Path("runs/a"), layers=[2, 3]),
     "simple": SimpleNamespace(epoch=3),
-    "when": datetime(2026, 2, 3, 4, 5, tzinfo=UTC),
+    "when": datetime(2026, 2, 3, 4, 5, tzinfo=timezone.utc),
     "spent": timedelta(minutes=3),
     "range": range(2, 9, 3),
     "bytes": b"\x00\xff",

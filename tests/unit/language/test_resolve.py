@@ -37,6 +37,17 @@ def test_inferred_wins_over_the_family() -> None:
     assert resolve_patterns(FAMILY_NAMES, degree=2, inferred=inferred) == inferred
 
 
+def test_a_family_yields_where_a_live_parameter_tells_its_whole_cut() -> None:
+    embedding, norm = FAMILY_NAMES
+    live: dict[str, Pattern] = {embedding: Replicate()}
+    assert resolve_patterns(FAMILY_NAMES, degree=2, inferred=live, exact=True) == {
+        embedding: Replicate(),
+        norm: Replicate(),
+    }
+    with pytest.raises(MismatchError, match="the live parameter is replicate"):
+        resolve_patterns(FAMILY_NAMES, degree=2, inferred=live)
+
+
 def test_family_where_nothing_is_known() -> None:
     expected = load_spec("megatron_core_llama").patterns(FAMILY_NAMES)
     assert resolve_patterns(FAMILY_NAMES, degree=2) == expected
