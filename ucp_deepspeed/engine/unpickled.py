@@ -17,6 +17,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.experts import weight_file
+from ucp_deepspeed.engine.model import model_parallel_rank
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import only_evaluates
 
@@ -24,7 +25,7 @@ from ucp_deepspeed.engine.optimizers import only_evaluates
 def files_to_unpickle(checkpoint: DeepSpeedCheckpoint, engine: Any) -> list[Path]:
     """The files that DeepSpeed reads on this rank, by its own names for them (``runtime/engine.py::_load_checkpoint``)."""
     place = str(checkpoint.path.parent), checkpoint.path.name
-    listed = [*_first_and_own(engine._get_all_ckpt_names(*place), int(engine.checkpoint_mp_rank), engine.mp_world_size)]
+    listed = [*_first_and_own(engine._get_all_ckpt_names(*place), model_parallel_rank(engine), engine.mp_world_size)]
     if isinstance(engine, PipelineEngine):
         rank, degree = engine.grid.get_slice_parallel_rank(), engine.grid.get_slice_parallel_world_size()
         for index, layer in enumerate(engine.module.forward_funcs):
@@ -52,7 +53,7 @@ def _partitions(engine: Any, place: tuple[str, str]) -> list[str]:
     every = (
         range(dist.get_world_size(group=group)) if engine.zero_elastic_checkpoint() else [dist.get_rank(group=group)]
     )
-    rank = int(engine.checkpoint_mp_rank)
+    rank = model_parallel_rank(engine)
     return [
         engine._get_rank_zero_ckpt_name(*place, mp_rank=rank, dp_rank=partition, bf16_mode=bf16)
         for partition in every
@@ -64,7 +65,7 @@ def _experts(checkpoint: DeepSpeedCheckpoint, engine: Any, names: ModelNames) ->
     """The files with the weights of this rank's experts."""
     own = {layer.ep_rank * layer.local + expert for layer in names.layers.values() for expert in range(layer.local)}
     places = {name: weight_file(name) for name in checkpoint.files.names} if own else {}
-    rank = int(engine.checkpoint_mp_rank)
+    rank = model_parallel_rank(engine)
     return [checkpoint.path / name for name, held in places.items() if held and held[1] in own and held[2] == rank]
 
 
