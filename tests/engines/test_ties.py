@@ -63,7 +63,9 @@ def run(
         "zero_optimization": {"stage": stage},
         "universal_checkpoint": {"enabled": True, **(universal or {})},
     }
-    module = Model(**model)
+    module: nn.Module = Model(**{key: value for key, value in model.items() if key != "compiled"})
+    if model.get("compiled"):
+        module = torch.compile(module, backend="eager")  # type: ignore[assignment]
     trained = [param for param in module.parameters() if param.requires_grad]
     engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=config)
     if load is not None:
@@ -115,6 +117,17 @@ def test_untying_and_tying_again(stage: int, frozen: bool, ranks: Ranks, tmp_pat
         assert main(["diff", str(tmp_path / a), str(tmp_path / b)], standalone_mode=False) in (0, None)
     plan = ["plan", str(tmp_path / "u"), "--model", str(tmp_path / "apart"), "--dp", "2", "--zero", str(stage)]
     assert main(plan, standalone_mode=False) in (0, None)
+
+
+def test_ties_are_found_through_wrappers(ranks: Ranks, tmp_path: Path) -> None:
+    """Tied and plain, then untied and compiled, then tied and plain again."""
+    tied, apart = {"tied": True, "frozen": False}, {"tied": False, "frozen": False, "compiled": True}
+    seen = ranks(1).run(run, tied, 1, str(tmp_path / "tied"), steps=2)[0]
+    found = ranks(1).run(run, apart, 1, str(tmp_path / "apart"), str(tmp_path / "tied"))[0]
+    assert all(torch.equal(found[f"_orig_mod.{name}"], value) for name, value in seen.items())
+    found = ranks(1).run(run, tied, 1, str(tmp_path / "again"), str(tmp_path / "apart"))[0]
+    assert all(torch.equal(found[name], value) for name, value in seen.items())
+    assert states(tmp_path / "again", WORDS) == states(tmp_path / "tied", WORDS)
 
 
 @pytest.mark.parametrize(("stage", "frozen"), [(0, False), (1, True), (2, False), (3, False)])

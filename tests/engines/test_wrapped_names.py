@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from checkpoints import differences
 from torch import nn
 
 from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
 from ucp_deepspeed.cli import main
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.models import build_mlp
@@ -63,6 +65,8 @@ def wrapped(how: str, seed: int) -> nn.Module:
     if how == "adapted":
         model.linear_in = Adapted(model.linear_in)  # type: ignore[arg-type]
         return Outer(model, "base_model", "model")
+    if how == "a layer renamed":
+        model.linear_in = Outer(model.linear_in, "inner")  # type: ignore[assignment,arg-type]
     names = {"data parallel": ["module"], "renamed": ["model", "visual"], "renamed before": ["visual"]}
     return Outer(model, *names[how]) if how in names else model
 
@@ -100,6 +104,22 @@ def run(
     return report
 
 
+TAKE_ALL = {"on_missing": "init", "on_extra": "drop"}
+
+
+def run_and_listen(*arguments: Any, **settings: Any) -> list[str]:
+    """The warnings of a run."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ucp_deepspeed").addHandler(handler)
+    try:
+        run(*arguments, **settings)
+    finally:
+        logging.getLogger("ucp_deepspeed").removeHandler(handler)
+    return told
+
+
 def ucp(*arguments: str | Path) -> Any:
     return main([str(argument) for argument in arguments], standalone_mode=False) or 0
 
@@ -119,6 +139,15 @@ def test_wrappers_are_seen_through(how: str, stage: int, ranks: Ranks, tmp_path:
     assert differences(plain, back) == []
 
 
+def test_stage_0_without_a_manifest(ranks: Ranks, tmp_path: Path) -> None:
+    """The optimizer's states are found by the model's order, and the weights by name."""
+    plain, middle = tmp_path / "plain", tmp_path / "wrapped"
+    ranks(1).run(run, "plain", 0, str(plain), steps=2)
+    (plain / "t" / MANIFEST_NAME).unlink()
+    assert ranks(1).run(run, "compiled", 0, str(middle), str(plain), seed=2)[0].initialised == ()
+    assert ucp("diff", plain, middle) == 0
+
+
 def test_adapters_are_added_and_taken_away(ranks: Ranks, tmp_path: Path) -> None:
     """What PEFT adds begins as in the model, and is what is left out on the way back."""
     plain, adapted, back = (tmp_path / name for name in ("plain", "adapted", "back"))
@@ -129,6 +158,14 @@ def test_adapters_are_added_and_taken_away(ranks: Ranks, tmp_path: Path) -> None
     report = ranks(2).run(run, "plain", 1, str(back), str(adapted), universal={"on_extra": "drop"}, seed=3)[0]
     assert sorted(report.dropped) == added and report.initialised == ()
     assert differences(plain, back) == []
+
+
+def test_a_part_that_was_renamed_is_told_where_policies_let_it_pass(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(1).run(run, "plain", 1, str(tmp_path / "a"), steps=1)
+    told = ranks(1).run(
+        run_and_listen, "a layer renamed", 1, str(tmp_path / "b"), str(tmp_path / "a"), universal=TAKE_ALL
+    )[0]
+    assert any('{from: "linear_in.inner.**", to: "linear_in.**"}' in message for message in told)
 
 
 def lines_of(message: str) -> str:
@@ -147,9 +184,11 @@ def test_what_was_renamed_is_told_how_to_map(source: str, target: str, ranks: Ra
         ranks(2).run(run, target, 1, str(after), str(before), seed=2)
     assert isinstance(caught.value.original, MismatchError)
     spec = tmp_path / "mine.yaml"
-    spec.write_text(
-        'family: mine\nrules:\n  - {match: "**", pattern: replicate}\n' + lines_of(str(caught.value.original))
-    )
+    lines = lines_of(str(caught.value.original))
+    spec.write_text('family: mine\nrules:\n  - {match: "**", pattern: replicate}\n' + lines)
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(run, target, 1, str(after), str(before), universal=TAKE_ALL, seed=2)
+    assert lines_of(str(caught.value.original)) == lines
     named = {"spec": str(spec)}
     assert ranks(2).run(run, target, 1, str(after), str(before), universal=named, seed=2)[0].initialised == ()
     assert ucp("diff", before, after, "--spec", spec) == 0

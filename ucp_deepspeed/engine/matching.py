@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.retied import RetiedCheckpoint, copies_wanted
@@ -13,8 +16,10 @@ from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import logical_names, naming_specs
 from ucp_deepspeed.language.wrappers import seen_through
-from ucp_deepspeed.transfer.matching import RENAMED_HINT, Held, Matching, Policies, check_matching, match
+from ucp_deepspeed.transfer.matching import RENAMED_HINT, Held, Matching, Policies, check_matching, match, renaming_hint
 from ucp_deepspeed.transfer.ties import differing_ties
+
+logger = logging.getLogger("ucp_deepspeed")
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,8 @@ def match_model(checkpoint: Checkpoint, model: EngineModel, names: Names, polici
         raise MismatchError(f"{checkpoint.path} doesn't hold all of the model", unrecorded, hint)
     check_matching(source, target, policies, f"{checkpoint.path} and the model have different parameters")
     matching = match(source, target)
+    if matching.initialised and matching.dropped and (hint := renaming_hint(source, target)) and dist.get_rank() == 0:
+        logger.warning("of what is left out, and what keeps the model's values: %s", hint)
     if not policies.reshape:  # which is for a function of the user's own that fills what doesn't match
         _check_any(checkpoint, source, target, matching, policies)
     return matching
@@ -156,7 +163,8 @@ def _check_any(
     if wanted and not found.intersection(wanted):
         raise MismatchError(
             f"{checkpoint.path} holds no parameter of the model: it has {_some(held)}, and the model {_some(wanted)}; "
-            + RENAMED_HINT
+            + RENAMED_HINT,
+            remedy=renaming_hint(source, target),
         )
     if trained and policies.optimizer_states != "keep" and not found.intersection(trained):
         raise MismatchError(

@@ -141,7 +141,9 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
             return False
         recorded = checkpoint.recorded_groups(rank, names.ep_rank)
         if recorded is None:
-            return True  # the files name no parameters: only their order can tell, and DeepSpeed goes by it
+            # The files name no parameters of the optimizer: only their order can tell, and DeepSpeed goes by it.
+            weights = checkpoint.files.model_states(rank).get("module") or {}
+            return not seen_through(weights, names.of_parameters.values())
         if recorded != optimizer.group_names():
             return False
     if _lacks_frozen(checkpoint, engine):
