@@ -6,6 +6,7 @@ fails with a misleading message.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -190,6 +191,39 @@ def test_another_number_of_experts(ranks: Ranks, tmp_path: Path) -> None:
     assert isinstance(caught.value.original, MismatchError)
     assert "layers.1.deepspeed_moe.experts.deepspeed_experts.4.linear_in.weight: missing in the checkpoint" in message
     assert "deepspeed_experts.3." not in message
+
+
+LEFT_OUT = (
+    "buffer_names optimizer param_shapes frozen_param_shapes frozen_param_fragments shared_params ds_config ds_version"
+)
+
+
+@pytest.mark.parametrize("manifest", [False, True], ids=["stock", "manifest"])
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "bf16")])
+def test_files_from_before_they_told_as_much(
+    stage: int, precision: Any, manifest: bool, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Up to DeepSpeed 0.19.2: names in flat order, shapes and precision are told by the rest."""
+    ranks(4).run(
+        train, moe(2, stage, groups="decay", precision=precision), STEP, save=str(tmp_path / "a"), save_tag="step"
+    )
+    old = copytree(tmp_path / "a" / "step", tmp_path / "old")
+    saved = torch.load(old / "mp_rank_00_model_states.pt", weights_only=False)
+    for key in (*LEFT_OUT.split(), "checkpoint_parallel_dimensions"):
+        del saved[key]
+    torch.save(saved, old / "mp_rank_00_model_states.pt")
+    manifest_path = old / "ucp_manifest.json"
+    if manifest:
+        content = json.loads(manifest_path.read_text())
+        for record in ("files", "contents"):
+            del content[record]["mp_rank_00_model_states.pt"]
+        manifest_path.write_text(json.dumps(content))
+    else:
+        manifest_path.unlink()
+    found = [line for line in differences(tmp_path / "a" / "step", old) if "buffer in A, frozen in B" not in line]
+    assert found == []  # without a manifest nothing tells buffers from frozen parameters; a load takes them for either
+    [target] = ranks(1).run(train, moe(1, 2, groups="decay", precision=precision), STEP + 1, load=str(old))
+    assert target.report is not None
 
 
 def test_a_file_of_an_expert_is_missing(ranks: Ranks, tmp_path: Path) -> None:

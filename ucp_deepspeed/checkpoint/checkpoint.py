@@ -83,6 +83,7 @@ class Parameter:
         refused: states that can't be restored → why: of no element-wise form, such as factored moments, or of another dtype than
             `ucp_deepspeed.dtypes` lists.
         differing: of the scalars, which are the first partition's, those that other partitions have other values of.
+        may_be_buffer: it counts as frozen, and nothing tells whether it is a buffer.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Parameter:
     scalars: Mapping[str, float]
     refused: Mapping[str, str] = field(default_factory=dict)
     differing: Differing = field(default_factory=dict)
+    may_be_buffer: bool = False
 
     @property
     def idle(self) -> bool:

@@ -271,17 +271,17 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def _read_stage0_slots(self, rank: int) -> tuple[list[Slot], MismatchError | None]:
         """The slots without ZeRO; where the optimizer's state can't be told, of weights alone, and why it can't."""
-        saved, path = self.files.model_states(rank), self.files.model_states_path(rank, 0)
-        if not saved.get("optimizer"):
+        optimizer, path = self.files.whole_optimizer(rank)
+        if not optimizer:
             return [], None
-        buffers = frozenset(saved["buffer_names"])
+        buffers = frozenset(self.files.model_states(rank)["buffer_names"])
         owned = {
             name: located
             for name, located in self._module(rank).items()
             if name not in self._aliases and name not in buffers
         }
         try:
-            return self._named_slots(rank, saved["optimizer"], owned, path), None
+            return self._named_slots(rank, optimizer, owned, path), None
         except MismatchError as error:
             return weight_slots(owned, owned, path), error
 
@@ -429,7 +429,8 @@ class DeepSpeedCheckpoint(Checkpoint):
         if self._recorded_stages is None:
             slot = self._where(owner)[name][0].slot
             refused, differing = self._refused(name, owner), Deferred(partial(self._differing, name, owner))
-            return Parameter(name, slot.kind, shapes, slot.states, slot.scalars, refused, differing)
+            unsure = slot.kind == "frozen" and not self.files.tells_buffers
+            return Parameter(name, slot.kind, shapes, slot.states, slot.scalars, refused, differing, unsure)
         return Parameter(
             name,
             self._recorded_stages[owner // self.topology.tp][name],

@@ -135,7 +135,7 @@ def stage0_expert_slots(
         groups: names in the optimizer's order, where they are recorded.
         kinds: see `stage0_slots`.
     """
-    path, own = files.expert_optimizer_path(rank, ep_rank), files.model_states_path(rank, 0)
+    path = files.expert_optimizer_path(rank, ep_rank)
     single = {key: located for key, located in owned.items() if files.autoep.expert_of(key)}
     held = _held_by(files, topology, ep_rank, owned, single, path)
     found = stage0_slots(files.open(path)["optimizer"], held, groups, path, kinds)
@@ -145,7 +145,8 @@ def stage0_expert_slots(
         if _of_experts(files, slot)
     ]
     if ep_rank == 0:
-        others = stage0_slots(files.model_states(rank)["optimizer"], held, groups, own, kinds)
+        optimizer, own = files.whole_optimizer(rank)
+        others = stage0_slots(optimizer or {}, held, groups, own, kinds)
         slots = [slot for slot in others if not _of_experts(files, slot)] + slots
     return slots
 

@@ -16,6 +16,12 @@ from typing import Any
 
 from ucp_deepspeed.checkpoint.autoep import AutoEpLayers, read_autoep_layers
 from ucp_deepspeed.checkpoint.checkpoint import Precision
+from ucp_deepspeed.checkpoint.deepspeed_older_experts import (
+    completed,
+    first_expert_optimizer,
+    is_older,
+    mapped_shapes,
+)
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import layer_file
 from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER, in_flat_groups
 from ucp_deepspeed.checkpoint.experts import expert_of, optimizer_file, weight_file
@@ -23,7 +29,7 @@ from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, STALE_MANIFEST, Man
 from ucp_deepspeed.checkpoint.torch_files import PRECISIONS, open_torch_file
 from ucp_deepspeed.checkpoint.unpickling import opaque_in
 from ucp_deepspeed.checkpoint.versions import FileVersions
-from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import Topology
 
 VALUES_KEY = "ucp_optimizer_only"
@@ -93,6 +99,9 @@ class DeepSpeedFiles:
         self.versions.note(path / MANIFEST_NAME)
         self.manifest: Manifest | None = read_manifest(path)
         self.open = lru_cache(maxsize=None)(self._open_checked)
+        self._completed = lru_cache(maxsize=None)(
+            lambda rank: completed(self, self.open(self.model_states_path(rank, 0)), rank)
+        )
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -120,6 +129,11 @@ class DeepSpeedFiles:
                 f"{self.path} holds the files of two runs, one with ZeRO-3 and one without ({sliced[0]}, …); keep one"
             )
         return bool(sliced)
+
+    @cached_property
+    def tells_buffers(self) -> bool:
+        """Whether it is recorded which tensors are buffers."""
+        return self.manifest is not None or not is_older(self.open(self.model_states_path(0, 0)))
 
     @property
     def is_pipeline(self) -> bool:
@@ -163,10 +177,10 @@ class DeepSpeedFiles:
     def param_shapes(self, rank: int) -> Sequence[Mapping[str, Sequence[int]]] | None:
         """Names and shapes of each flat group on a model-parallel rank; None without ZeRO.
 
-        Up to 0.5.10 DeepSpeed wrote them into the optimizer's files.
+        Up to 0.5.10 DeepSpeed wrote them into the optimizer's files, and with experts before 0.19.3 nowhere.
 
         Raises:
-            UnsupportedError: there are files of a ZeRO optimizer, and nothing says what is in them.
+            UnsupportedError: nothing tells what the optimizer's files hold.
         """
         saved = self.model_states(rank)
         if "param_shapes" in saved or saved.get("optimizer") or not self.has_optimizer_files:
@@ -176,18 +190,17 @@ class DeepSpeedFiles:
         if isinstance(shapes, Mapping):  # of all groups in one
             states = [self.optimizer_state(rank, partition)[0] for partition in range(saved["dp_world_size"])]
             return in_flat_groups(shapes, states, path)
-        if shapes is None:
-            raise UnsupportedError(
-                f"{path} doesn't say which parameters it holds: DeepSpeed {saved.get('ds_version', '')} recorded no param_shapes "
-                f"for mixtures of experts; load it with that DeepSpeed on the same topology and save it with a later one"
-            )
-        found: Sequence[Mapping[str, Sequence[int]]] = shapes
+        found: Sequence[Mapping[str, Sequence[int]]] = mapped_shapes(self, rank) if shapes is None else shapes
         return found
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """What the run was configured with; empty where the files hold something else, as the path of a file."""
-        config = self.model_states(0).get("ds_config")
+        saved = self.model_states(0)
+        config = saved.get("ds_config")
+        if "ds_config" not in saved and len(self._optimizer_prefixes) == 1:
+            first = min(name for name in self.names if _OPTIMIZER_FILE.fullmatch(name))
+            config = self.open(self.path / first).get("ds_config")
         known = isinstance(config, dict) and any(key in config for key in BATCH_KEYS)
         return config if isinstance(config, dict) and (known or _enabled(config)) else {}
 
@@ -227,7 +240,8 @@ class DeepSpeedFiles:
     @cached_property
     def expert_totals(self) -> tuple[int, ...]:
         """Number of experts of each mixture-of-experts layer."""
-        return tuple(self.model_states(0).get("num_experts") or ())
+        totals = self.model_states(0).get("num_experts") or ()
+        return (totals,) if isinstance(totals, int) else tuple(totals)
 
     @cached_property
     def autoep(self) -> AutoEpLayers:
@@ -254,8 +268,8 @@ class DeepSpeedFiles:
         """The files of all experts' weights, which under ZeRO only frozen parameters and buffers are taken from."""
         recorded = self.manifest.parameters if self.manifest else {}
         if not self.expert_totals or (
-            self.partitioned
-            and self.manifest is not None
+            self.manifest is not None
+            and self.partitioned
             and not any(
                 entry.kind != "trainable" and (expert_of(name) or name in self.autoep.layers)
                 for name, entry in recorded.items()
@@ -273,6 +287,8 @@ class DeepSpeedFiles:
         """The content of a model_states file; tensors are described, not read (`open_torch_file`)."""
         path = self.model_states_path(rank, partition)
         saved = self.open(path)
+        if is_older(saved):
+            saved = self._completed(rank)
         if lacking := [key for key in REQUIRED_KEYS if key not in saved]:
             raise DamagedCheckpointError(f"{path} lacks {', '.join(map(repr, lacking))}")
         if (rank, partition) != (0, 0):
@@ -302,6 +318,12 @@ class DeepSpeedFiles:
     def sliced_states(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
         """As `model_states`, with the file's path."""
         return self.model_states(rank, partition), self.model_states_path(rank, partition)
+
+    def whole_optimizer(self, rank: int) -> tuple[dict[str, Any] | None, Path]:
+        """Without ZeRO the optimizer's state on a model-parallel rank, and the file that holds it."""
+        path = self.model_states_path(rank, 0)
+        home = first_expert_optimizer(self, rank) if is_older(self.open(path)) else path
+        return self.model_states(rank).get("optimizer"), home
 
     def optimizer_state(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
         """The optimizer's state in the file of one partition, and the file's path."""

@@ -52,7 +52,7 @@ def hyperparameters(files: DeepSpeedFiles, rank: int) -> list[Mapping[str, Any]]
         state, path = files.optimizer_state(rank, 0)
         groups = recognise(state, path).hyperparameters(state)
     else:
-        saved, path = files.model_states(rank)["optimizer"], files.model_states_path(rank, 0)
+        saved, path = files.whole_optimizer(rank)
         groups = list(saved.get("optimizer_state_dict", saved)["param_groups"]) if saved else []
     return [settings_in(group, path) for group in groups]
 

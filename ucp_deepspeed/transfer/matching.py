@@ -162,6 +162,8 @@ def _problems(
             yield f"{name}: extra in the checkpoint ({saved.kind}, local shape {some_shape(saved.local_shapes)})"
     else:
         saved, live = source[name], target[name]
+        if saved.may_be_buffer and live.kind == "buffer":
+            return
         if "buffer" in (saved.kind, live.kind) and saved.kind != live.kind:
             yield f"{name}: {saved.kind} in the checkpoint, {live.kind} in the model"
         elif policies.optimizer_states != "restore":

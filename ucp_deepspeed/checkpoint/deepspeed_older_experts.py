@@ -1,0 +1,90 @@
+"""What DeepSpeed before 0.19.3 left out of checkpoints with mixtures of experts, and where else it is told.
+
+Such a model_states file has no ``buffer_names``, ``param_shapes`` and ``ds_config``, and the optimizer's state of all parameters
+is in the files of the expert-parallel ranks (``runtime/engine.py::_save_moe_checkpoint``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ucp_deepspeed.checkpoint.deepspeed_zero import NamedShapes, recognise
+from ucp_deepspeed.checkpoint.experts import weight_file
+from ucp_deepspeed.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
+
+RESAVE_HINT = 'on the topology that saved it DeepSpeed itself can load it: do so with "load": "never" and save again, which records that'
+"""The way on where the files don't tell enough."""
+
+
+def is_older(saved: Mapping[str, Any]) -> bool:
+    """Whether it is a model_states file of that kind."""
+    return "num_experts" in saved and "buffer_names" not in saved
+
+
+def completed(files: DeepSpeedFiles, saved: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """The file of a model-parallel rank with names of buffers and, without ZeRO, the optimizer's state.
+
+    Raises:
+        UnsupportedError: no file has this rank's.
+    """
+    recorded = files.manifest.parameters if files.manifest else {}
+    buffers = [name for name, entry in recorded.items() if entry.kind == "buffer"]
+    if not recorded:  # what can't have a gradient; others count as frozen parameters
+        tensors = ((name, value) for name, value in saved["module"].items() if isinstance(value, torch.Tensor))
+        buffers = [name for name, tensor in tensors if not (tensor.is_floating_point() or tensor.is_complex())]
+    path = first_expert_optimizer(files, rank)
+    if path.name not in files.names and any(name.startswith("expp_rank_") for name in files.names):
+        raise UnsupportedError(
+            f"{files.path} lacks {path.name}: which file has that rank's state can't be told; {RESAVE_HINT}"
+        )
+    optimizer = files.open(path)["optimizer"] if path.name in files.names else None
+    return {**saved, "buffer_names": buffers, "optimizer": optimizer}
+
+
+def first_expert_optimizer(files: DeepSpeedFiles, rank: int) -> Path:
+    """The file of the first expert-parallel rank, which has the state of all parameters that aren't experts too."""
+    return files.path / f"expp_rank_0_mp_rank_{rank:02d}_optim_states.pt"
+
+
+def mapped_shapes(files: DeepSpeedFiles, rank: int) -> list[NamedShapes]:
+    """In place of ``param_shapes``: names as the partitions map them, and shapes of the weights in the model's files.
+
+    Raises:
+        UnsupportedError: the mappings aren't there, or don't tell the order.
+    """
+    saved = files.model_states(rank)
+    opened = [files.optimizer_state(rank, partition) for partition in range(saved["dp_world_size"])]
+    path = opened[0][1]
+    if any("param_slice_mappings" not in state for state, _ in opened):
+        raise UnsupportedError(
+            f"{path} doesn't say which parameters it holds: DeepSpeed recorded that for mixtures of experts under ZeRO in no "
+            f"way before 0.7.3, and of ZeRO-3 before 0.19.3; {RESAVE_HINT}"
+        )
+    zero = files.config.get("zero_optimization")
+    named = [[group.get("name") for group in recognise(*each).hyperparameters(each[0])] for each in opened]
+    if (isinstance(zero, Mapping) and zero.get("round_robin_gradients")) or any(names != named[0] for names in named):
+        raise UnsupportedError(f"{path}: the order of the parameters in it can't be told; {RESAVE_HINT}")
+    shapes = _shapes(files, saved, rank)
+    groups: list[dict[str, tuple[int, ...]]] = [{} for _ in opened[0][0]["param_slice_mappings"]]
+    for state, _ in opened:
+        for group, mapping in zip(groups, state["param_slice_mappings"], strict=True):
+            for name, _ in sorted(mapping.items(), key=lambda entry: entry[1].start):
+                group.setdefault(name, shapes[name])
+    return list(groups)
+
+
+def _shapes(files: DeepSpeedFiles, saved: Mapping[str, Any], rank: int) -> dict[str, tuple[int, ...]]:
+    """Of all weights; the experts of the first expert-parallel rank have the numbers there that each rank gives its own."""
+    held = dict(saved["module"])
+    for name in sorted(files.names):
+        place = weight_file(name)
+        if place is not None and place[2] == rank:
+            held |= files.open(files.path / name)
+    return {name: tuple(tensor.shape) for name, tensor in held.items() if isinstance(tensor, torch.Tensor)}
