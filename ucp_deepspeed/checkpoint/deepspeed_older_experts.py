@@ -19,7 +19,9 @@ from ucp_deepspeed.errors import UnsupportedError
 if TYPE_CHECKING:
     from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
 
-RESAVE_HINT = 'on the topology that saved it DeepSpeed itself can load it: do so with "load": "never" and save again, which records that'
+RESAVE_HINT = (
+    'DeepSpeed itself can load it where it was saved: do so with "load": "never" and save again, which records that'
+)
 """The way on where the files don't tell enough."""
 
 
