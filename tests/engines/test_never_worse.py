@@ -22,7 +22,9 @@ import pytest
 import torch
 from deepspeed import comm as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from transformers.optimization import Adafactor
 
+from ucp_deepspeed.testing import odd_optimizers
 from ucp_deepspeed.testing.ranks import RankPool, fp16_on_cpu
 from ucp_deepspeed.testing.runs import Run, build_engine, build_evaluator, loss_of, train_step
 
@@ -205,6 +207,23 @@ CASES = [
             (1, "fp32", "after"),
             (2, "fp32", "before"),
             (3, "fp32", "on both sides"),
+        )
+    ),
+    *(
+        Case(
+            f"{getattr(kind, '__name__', kind)} zero-{stage}",
+            Run("mlp", zero={"stage": stage}, optimizer=(kind, options)),
+            ranks=2,
+        )
+        for kind, stage, options in (
+            ("Adafactor", 0, {"lr": 1e-3}),
+            (Adafactor, 0, {"lr": 1e-3, "relative_step": False}),
+            (Adafactor, 1, {"lr": 1e-3, "relative_step": False}),
+            (odd_optimizers.OneElement, 0, {}),
+            (odd_optimizers.OneElement, 1, {}),
+            (odd_optimizers.NormPerTensor, 2, {}),
+            (odd_optimizers.Prodigy, 1, {}),
+            (odd_optimizers.GroupStepFusedAdam, 3, {}),
         )
     ),
     Case("what a load returned is saved again", Run("mlp", zero={"stage": 2}), ranks=2, save=save_what_a_load_returned),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import LAST_STEP, STEP, differences
 
+from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.testing import odd_optimizers
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
@@ -139,3 +140,17 @@ def numbers_after_a_load(run: Run, folder: str) -> list[dict[str, float]]:
         {k: v for k, v in group.items() if isinstance(v, float)} | held
         for group, held in zip(groups, first, strict=True)
     ]
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_a_step_that_is_counted_for_a_whole_group(real: bool, ranks: Ranks, tmp_path: Path) -> None:
+    """Without ZeRO DeepSpeed's FusedAdam counts in the state of a group's last parameter alone; ZeRO needs one for all."""
+    kind: dict[str, Any] = {"fused": True} if real else {"optimizer": (odd_optimizers.StateStepFusedAdam, {})}
+    run = Run("mlp", zero={"stage": 0}, groups="decay", **kind)
+    source = ranks(2).run(train, run, LAST_STEP, save=str(tmp_path / "0"), save_at=STEP)
+    assert {each.scalars.get("step") for each in open_checkpoint(tmp_path / "0").parameters.values()} == {STEP, None}
+    for hop, stage in enumerate((1, 0), start=1):
+        target, again = replace(run, zero={"stage": stage}), str(tmp_path / str(hop))
+        outcome = ranks(2).run(train, target, LAST_STEP, load=str(tmp_path / str(hop - 1)), save=again, save_first=True)
+        assert differences(tmp_path / "0", tmp_path / str(hop)) == []
+        assert abs(outcome[0].losses[LAST_STEP] - source[0].losses[LAST_STEP]) < 2e-5

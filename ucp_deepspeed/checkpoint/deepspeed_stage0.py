@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, WEIGHTS_HINT, Kind
+from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, MASTER, WEIGHT, WEIGHTS_HINT, Kind
 from ucp_deepspeed.checkpoint.slots import (
     Located,
     Numbers,
@@ -108,11 +108,12 @@ def _plain_slots(
 ) -> list[Slot]:
     slots: list[Slot] = []
     for group, (entry, names) in enumerate(zip(optimizer["param_groups"], groups, strict=True)):
-        settings = settings_in(entry, path)
+        settings, counted = settings_in(entry, path), _counted_by_one(entry, optimizer["state"])
         for index, name in zip(entry["params"], names, strict=True):
             if name is None or name not in module:
                 continue  # what the optimizer alone had, in files of a DeepSpeed that wasn't told to add it
             raw = optimizer["state"].get(index, {})
+            raw = {**raw, **counted} if raw else raw
             master, home = module[name]
             found = split_states(raw, master, path)
             kind: Kind = kinds.get(name) or ("trainable" if raw or not optimizer["state"] else "frozen")
@@ -131,6 +132,15 @@ def _plain_slots(
                 )
             )
     return slots
+
+
+def _counted_by_one(entry: Mapping[str, Any], states: Mapping[int, Mapping[str, Any]]) -> dict[str, int]:
+    """The step of a group of DeepSpeed's ``FusedAdam``, which counts for all that it steps on in the last of them alone
+    (``ops/adam/fused_adam.py``); nothing of other groups."""
+    if not ("bias_correction" in entry and entry.get(GROUP_STEP) == 0):
+        return {}
+    steps = [states[index]["step"] for index in entry["params"] if "step" in states.get(index, {})]
+    return {"step": max(steps)} if steps and all(type(step) is int for step in steps) else {}
 
 
 def _unfused_slots(
