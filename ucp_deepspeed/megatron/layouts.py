@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.mlp import MLP
 
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Shard
 
@@ -34,6 +35,13 @@ def _pattern(param: torch.Tensor, name: str, modules: dict[str, torch.nn.Module]
     if not getattr(param, "tensor_model_parallel", False):
         unmarked = local_name == "weight" and isinstance(modules[owner], SHARDED_MODULES)
         return None if unmarked else Replicate()
-    parts = (1,) * getattr(param, "partition_stride", 1)
+    parts = (1,) * (2 if _is_gated(owner, modules) else getattr(param, "partition_stride", 1))
     vocabulary = isinstance(modules[owner], VocabParallelEmbedding) or owner.split(".")[-1] == OUTPUT_LAYER
     return Shard(param.partition_dim, parts=parts, vocabulary=vocabulary and len(parts) == 1)
+
+
+def _is_gated(owner: str, modules: dict[str, torch.nn.Module]) -> bool:
+    """Whether gate and input lie in one ``linear_fc1``; Megatron-Core before 0.16 leaves its ``partition_stride`` at 1."""
+    parent, _, name = owner.rpartition(".")
+    layer = modules[parent]
+    return name == "linear_fc1" and isinstance(layer, MLP) and bool(layer.config.gated_linear_unit)

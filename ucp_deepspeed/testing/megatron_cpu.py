@@ -1,6 +1,6 @@
 """Megatron-Core on CPU ranks: what it takes to run its GPT models over gloo, without a GPU.
 
-Megatron-Core 0.16 has a CPU initialisation path (``use_cpu_initialization``) but no CPU execution path: a handful of
+Megatron-Core 0.15 and 0.16 have a CPU initialisation path (``use_cpu_initialization``) but no CPU execution path: a handful of
 places ask CUDA for the current device or for the state of its generator. Only those are replaced here. The
 tensor-parallel layers, the collectives, the loss and the autograd functions are Megatron-Core's own.
 """
@@ -88,7 +88,8 @@ def _fork_cpu_state(tracker: megatron_random.CudaRNGStatesTracker, name: str = _
     if name not in tracker.states_:
         yield
         return
-    outer_name, outer_state = tracker._current_state_name, torch.get_rng_state()
+    # Megatron-Core before 0.16 doesn't keep the name, which only calls within one another need.
+    outer_name, outer_state = getattr(tracker, "_current_state_name", _DEFAULT_STATE), torch.get_rng_state()
     if outer_name != _DEFAULT_STATE:
         tracker.states_[outer_name] = outer_state
     torch.set_rng_state(tracker.states_[name])
