@@ -163,3 +163,27 @@ def test_no_rule_overlaps_another(name: str) -> None:
     samples = [glob.replace("**", "x.y").replace("*", "7") for rule in spec.rules for glob in rule.match]
     assert set(spec.patterns(samples)) == set(samples)
     assert Unique() not in spec.patterns(samples).values()
+
+
+def gated_layers_without_a_stride() -> dict[str, object]:
+    """On a rank: what is inferred of a gated model whose parameters don't tell how many parts they have."""
+    reset_parallel_state()
+    from megatron.core import parallel_state
+
+    from ucp_deepspeed.megatron.layouts import inferred_patterns
+    from ucp_deepspeed.testing import megatron_models
+    from ucp_deepspeed.testing.megatron_cpu import run_megatron_on_cpu
+
+    run_megatron_on_cpu()
+    parallel_state.initialize_model_parallel(1)
+    size = megatron_models.llama_flavour(layers=1)
+    model = megatron_models.build_megatron_gpt(size)
+    for param in model.parameters():
+        param.partition_stride = 1  # type: ignore[attr-defined]
+    return {name: pattern for name, pattern in inferred_patterns(model).items() if "linear_fc1.weight" in name}
+
+
+def test_gated_layers_are_told_by_their_module_too() -> None:
+    """Megatron-Core before 0.16 leaves the stride of a gated layer at 1; joined plainly, the model would be ruined."""
+    [found] = get_pool(1).run(gated_layers_without_a_stride)
+    assert found == {"decoder.layers.0.mlp.linear_fc1.weight": Shard(0, parts=(1, 1))}
