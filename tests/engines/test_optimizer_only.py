@@ -81,3 +81,25 @@ def test_from_form_to_form_and_where_there_is_none(ranks: Ranks, tmp_path: Path)
     assert found == torch.tensor(source).bfloat16().tolist()
     with pytest.raises((RankError, MismatchError), match=f"{NAME}: extra in the checkpoint"):
         ranks(1).run(train, Run("mlp", zero={"stage": 1}, groups="one"), 3, load=str(tmp_path / "0"))
+
+
+def hold(run: Run, number: float, load: str | None = None, save: str | None = None) -> float:
+    """On each pipeline stage an optimizer has one that begins at ``number`` more than the stage's."""
+    reset_parallel_state()
+    model, mpu = _build_model(run)
+    rank = dist.get_rank()
+    weight = torch.nn.Parameter(torch.tensor([number + rank]))
+    groups = [{"params": [*model.parameters(), weight]}]
+    engine, *_ = deepspeed.initialize(model=model, config=_config(run), mpu=mpu, model_parameters=groups)
+    if load:
+        engine.load_checkpoint(load)
+    if save:
+        engine.save_checkpoint(save)
+    return float(weight)
+
+
+@pytest.mark.parametrize("load", ["auto", "always"])
+def test_each_stage_of_a_pipeline_has_its_own(load: str, ranks: Ranks, tmp_path: Path) -> None:
+    run = Run("gpt", pp=2, zero={"stage": 0}, universal={"enabled": True, "load": load})
+    ranks(2).run(hold, run, 5.0, save=str(tmp_path))
+    assert ranks(2).run(hold, run, 0.0, load=str(tmp_path)) == [5.0, 6.0]

@@ -330,12 +330,11 @@ class DeepSpeedCheckpoint(Checkpoint):
         Raises:
             DamagedCheckpointError: a layer has files of some tensor-parallel ranks only.
         """
-        if self.files.is_pipeline:
-            return self._layers.on(rank % self.topology.tp)
-        path = self.files.model_states_path(rank, 0)
-        saved = self.files.model_states(rank)
-        found = tensors_in(saved["module"], path) | tensors_in(saved.get(VALUES_KEY) or {}, path)
-        for expert in self.files.expert_files(rank):
+        saved, path = self.files.model_states(rank), self.files.model_states_path(rank, 0)
+        pipeline = self.files.is_pipeline
+        weights = self._layers.on(rank % self.topology.tp) if pipeline else tensors_in(saved["module"], path)
+        found = {**weights, **tensors_in(saved.get(VALUES_KEY) or {}, path)}
+        for expert in () if pipeline else self.files.expert_files(rank):
             found |= tensors_in(self.files.open(expert), expert)
         return found
 

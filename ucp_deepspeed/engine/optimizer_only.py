@@ -18,11 +18,12 @@ from ucp_deepspeed.language.naming import optimizer_only_name
 
 
 def optimizer_only(engine: Any) -> dict[torch.Tensor, str]:
-    """The names of those of this rank."""
+    """The names of those of this rank; a pipeline's later stages count their own."""
     found: dict[torch.Tensor, str] = {}
+    stage = f".stage{engine.stage_id}" if getattr(engine, "stage_id", 0) else ""
     for group, params in enumerate(_groups(engine.optimizer)):
         own = [param for param in params if param not in engine.param_names]
-        found |= {param: optimizer_only_name(group, index) for index, param in enumerate(own)}
+        found |= {param: optimizer_only_name(group, index) + stage for index, param in enumerate(own)}
     return found
 
 
