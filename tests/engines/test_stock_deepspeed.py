@@ -112,6 +112,18 @@ def test_stage_0_names_come_from_the_manifest(ranks: Ranks, tmp_path: Path) -> N
     assert [list(group.names) for group in named] == recorded[0]
 
 
+def test_stage_0_without_names_on_another_data_parallel_size(ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed goes by the order of the optimizer's parameters, and each rank has all of them; not so tensor-parallel ones."""
+    run = Run("llama", zero={"stage": 0}, groups="decay", precision="bf16", fused=True, universal=STOCK)
+    ranks(2).run(train, run, STEP, save=str(tmp_path))
+    assert open_checkpoint(tmp_path).lacking is not None
+    alone = ranks(1).run(train, run, LAST_STEP, load=str(tmp_path))[0]
+    found = ranks(1).run(train, replace(run, universal={"enabled": True}), LAST_STEP, load=str(tmp_path))[0]
+    assert (found.losses, found.rates, found.counters) == (alone.losses, alone.rates, alone.counters)
+    with pytest.raises(RankError, match="names no parameters in its optimizer state"):
+        ranks(2).run(train, replace(run, tp=2, universal={"enabled": True}), STEP, load=str(tmp_path))
+
+
 def test_save_moves_latest_last(ranks: Ranks, tmp_path: Path) -> None:
     """``latest`` names the new tag, the manifest lists every file at its size, and nothing temporary stays."""
     ranks(2).run(train, Run("mlp", zero={"stage": 3}), STEP, save=str(tmp_path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -122,8 +122,11 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
     The slots catch what degrees don't: another optimizer, ``round_robin_gradients``, ``parameter_alignment`` or
     ``sub_group_size``, and a parameter with another shape of the same size.
     """
+    topology = engine_topology(engine)
+    if _goes_by_order(checkpoint):
+        topology = replace(topology, dp=checkpoint.topology.dp)
     if (checkpoint.topology, checkpoint.optimizer_form, checkpoint.run.precision) != (
-        engine_topology(engine),
+        topology,
         optimizer.form,
         engine_precision(engine),
     ):
@@ -191,6 +194,13 @@ def _ties_others(checkpoint: DeepSpeedCheckpoint, engine: Any, names: ModelNames
     mine = frozenset(names.of_parameters.values())
     further = {names.in_model(name) for name, _ in engine.module.named_parameters(remove_duplicate=False)} - mine
     return not (mine.isdisjoint(checkpoint.tied) and further.isdisjoint(shapes))
+
+
+def _goes_by_order(checkpoint: DeepSpeedCheckpoint) -> bool:
+    """Whether only the order of the live optimizer's parameters tells whose each state is, and each rank has all of them: then
+    DeepSpeed alone can load it, on any data-parallel size."""
+    saved = checkpoint.topology
+    return (saved.zero_stage, saved.ep) == (0, 1) and checkpoint.manifest is None and checkpoint.lacking is not None
 
 
 def _flattening_of(slot: Slot | EngineSlot) -> Any:
