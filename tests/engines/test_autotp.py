@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -18,12 +19,13 @@ from safetensors.torch import load_file
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.errors import MismatchError, UnsupportedError
+from ucp_deepspeed.errors import MismatchError, SpecError, UnsupportedError
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.language.families import spec_folder
 from ucp_deepspeed.testing.huggingface_models import FAMILIES, build_huggingface, causal_logits
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import VOCABULARY, Run, batch_of, build_engine, train_step
+from ucp_deepspeed.transfer.compare import compare
 from ucp_deepspeed.transfer.convert import convert
 
 Ranks = Callable[[int], RankPool]
@@ -144,6 +146,20 @@ def test_layouts_without_a_manifest(ranks: Ranks, tmp_path: Path) -> None:
         ranks(1).run(save_after, one, 0, str(tmp_path / f"{family}-1"), "step", str(tmp_path / family))
         ranks(2).run(save_after, run, 0, str(tmp_path / f"{family}-2"), "step", str(tmp_path / f"{family}-1"))
         assert differences(tmp_path / family / "step", tmp_path / f"{family}-2" / "step") == []
+
+
+def test_files_of_versions_that_recorded_nothing(ranks: Ranks, tmp_path: Path) -> None:
+    """How AutoTP cut them may only be guessed, and versions differ in what they leave whole: a named spec has to say."""
+    ranks(2).run(save_after, hugging_face("llama", 2), 1, str(tmp_path), "step")
+    (tmp_path / "step" / MANIFEST_NAME).unlink()
+    expected = UniversalView.of(open_checkpoint(copytree(tmp_path / "step", tmp_path / "as it was")))
+    for file in (tmp_path / "step").glob("*model_states.pt"):
+        saved = torch.load(file, weights_only=False)
+        del saved["universal_checkpoint_info"]
+        torch.save(saved | {"ds_version": "0.18.9"}, file)
+    with pytest.raises(SpecError, match=r"doesn't record how it cut the model.*--spec hf_llama$"):
+        UniversalView.of(open_checkpoint(tmp_path))
+    assert list(compare(UniversalView.of(open_checkpoint(tmp_path), load_spec("hf_llama")), expected)) == []
 
 
 def test_a_spec_that_contradicts_the_record(ranks: Ranks, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from packaging.version import InvalidVersion, Version
+
 from ucp_deepspeed.errors import UnsupportedError
 from ucp_deepspeed.layout import Shape
 from ucp_deepspeed.layout.affine import MAP_VERSION, pattern_of_map
@@ -20,6 +22,12 @@ MAPS = "affine_map"
 REFUSED = "autotp_unsupported_parameter_patterns"
 REPLICATED = "tp_replicated_parameter_patterns"
 ROW = "parameter_with_row_parallelism_patterns"
+
+FIRST_RECORDED = "0.19.7"
+"""First version of DeepSpeed whose AutoTP records layouts."""
+
+AUTOTP_FAMILIES = "hf_"
+"""How the names of families begin whose models AutoTP cuts."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,14 @@ def read_autotp_layouts(info: Any, degree: int, place: Path | str) -> RecordedLa
     patterns = {name: found for name, found in patterns.items() if name not in refused}
     # ZeRO-3 may have cut what AutoTP leaves alone before AutoTP looked at it.
     return RecordedLayouts(patterns, {name: shape for name, shape in shapes.items() if 0 not in shape}, refused)
+
+
+def before_records(ds_version: str) -> bool:
+    """Whether a version of DeepSpeed is one whose AutoTP records nothing; one that can't be told counts as old."""
+    try:
+        return Version(ds_version.split("+")[0]) < Version(FIRST_RECORDED)
+    except InvalidVersion:
+        return True
 
 
 def _names(keys: Collection[str]) -> list[str]:

@@ -10,10 +10,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+from ucp_deepspeed.checkpoint.autotp import AUTOTP_FAMILIES, before_records
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, HeldShapes, Parameter
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
 from ucp_deepspeed.errors import MismatchError, SpecError
-from ucp_deepspeed.language.families import naming_specs
+from ucp_deepspeed.language.families import find_family, naming_specs
 from ucp_deepspeed.language.naming import logical_names
 from ucp_deepspeed.language.resolve import CHECK_HINT, contradicts_record, describe, resolve_patterns
 from ucp_deepspeed.language.spec import Spec
@@ -123,7 +124,7 @@ class UniversalView:
             degree: tensor-parallel size of a target that the patterns shall serve too.
 
         Raises:
-            SpecError: another tensor-parallel size, and nothing tells the layouts.
+            SpecError: another tensor-parallel size, and nothing tells the layouts, or nothing but a guess that may be wrong.
         """
         specs = naming_specs(spec, parameter_names(checkpoint))
         names = names_of(checkpoint, specs)
@@ -136,6 +137,8 @@ class UniversalView:
             local_shapes=held_shapes(checkpoint, names),
             same_degree=checkpoint.topology.tp == degree,
         )
+        if spec is None:
+            _check_guess(checkpoint, list(patterns), held_shapes(checkpoint, names))
         return cls(checkpoint, names, patterns, vocabulary_size)
 
     def under_names_of(self, other: UniversalView) -> UniversalView:
@@ -217,6 +220,23 @@ def names_of(checkpoint: Checkpoint, specs: Sequence[Spec]) -> dict[str, str]:
 def parameter_names(checkpoint: Checkpoint) -> list[str]:
     """What a spec speaks of: parameters, without buffers."""
     return [name for name, parameter in checkpoint.parameters.items() if parameter.kind != "buffer"]
+
+
+def _check_guess(checkpoint: Checkpoint, names: Sequence[str], local_shapes: Mapping[str, tuple[Shape, ...]]) -> None:
+    """Refuse to guess by names how an AutoTP that records nothing has cut a model: its versions leave other parts of it whole.
+
+    Raises:
+        SpecError: names the family that it would be, and how to see whether it is.
+    """
+    if checkpoint.topology.tp == 1 or checkpoint.patterns or not before_records(checkpoint.run.ds_version):
+        return
+    family = find_family(names, local_shapes).spec
+    if family is not None and family.family.startswith(AUTOTP_FAMILIES):
+        raise SpecError(
+            f"{checkpoint.path} was saved by DeepSpeed {checkpoint.run.ds_version}, whose AutoTP doesn't record how it cut the "
+            f'model, and cut it in other ways than later ones: compare with "ucp spec check {family.family} --against '
+            f'{checkpoint.path}" (is lm_head whole on each rank?), and name the spec that fits: --spec {family.family}'
+        )
 
 
 def held_shapes(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, tuple[Shape, ...]]:
