@@ -46,17 +46,19 @@ def _init(wrapped: Callable[..., None], engine: Any, args: tuple[Any, ...], kwar
 def _save(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not _enabled(engine):
         return wrapped(*args, **kwargs)
-    from ucp_deepspeed.engine.save import save_checkpoint
+    from ucp_deepspeed.engine import left_alone, save
 
-    return save_checkpoint(wrapped, engine, *args, **kwargs)
+    hook = left_alone.save_checkpoint if left_alone.is_left_alone(engine) else save.save_checkpoint
+    return hook(wrapped, engine, *args, **kwargs)
 
 
 def _load(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not _enabled(engine):
         return wrapped(*args, **kwargs)
-    from ucp_deepspeed.engine.load import load_checkpoint
+    from ucp_deepspeed.engine import left_alone, load
 
-    return load_checkpoint(wrapped, engine, *args, **kwargs)
+    hook = left_alone.load_checkpoint if left_alone.is_left_alone(engine) else load.load_checkpoint
+    return hook(wrapped, engine, *args, **kwargs)
 
 
 def _enabled(engine: Any) -> bool:

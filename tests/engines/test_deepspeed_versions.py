@@ -38,7 +38,7 @@ def test_experts_are_known_or_refused(kind: str, oldest: str, ranks: Ranks) -> N
     """Before these versions files of DeepSpeed's own layers name no parameters, and AutoEP's tensors don't tell their experts."""
     automatic = {"expert_parallel": {"enabled": True, "autoep_size": 1}}
     run = Run("huggingface", {"family": "mixtral"}, config=automatic) if "AutoEP" in kind else Run("moe")
-    run = replace(run, zero={"stage": 0})
+    run = replace(run, zero={"stage": 0}, universal={"enabled": True, "load": "always"})
     try:
         ranks(2).run(warnings_of_building, run)
     except RankError as error:

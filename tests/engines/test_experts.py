@@ -18,6 +18,7 @@ import torch
 from checkpoints import LAST_STEP, STEP, differences, shared_differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
@@ -163,9 +164,22 @@ def test_experts_spread_over_tensor_parallel_ranks(
 def test_what_deepspeed_saves_incompletely_is_refused_when_the_engine_is_built(ranks: Ranks) -> None:
     """EP1 on TP2: DeepSpeed writes mp_rank_00_model_states.pt alone, and can't load that itself."""
     with pytest.raises(RankError) as caught:
-        ranks(2).run(train, moe(1, 1, tp=2), 0)
+        ranks(2).run(train, moe(1, 1, tp=2, universal={"enabled": True, "load": "always"}), 0)
     assert isinstance(caught.value.original, UnsupportedError)
     assert "an expert-parallel size (1) below the tensor-parallel one" in str(caught.value.original)
+
+
+def test_several_expert_parallel_sizes_at_stage_0_are_left_to_deepspeed(ranks: Ranks, tmp_path: Path) -> None:
+    """Its save takes away the manifest of other files; without ZeRO it goes on with more replicas, as DeepSpeed alone does."""
+    mixed = moe(2, 0, size={"ep": (1, 2)})
+    for run in (moe(2, 0), mixed):
+        ranks(2).run(train, run, 1, save=str(tmp_path), save_tag="a")
+        assert (tmp_path / "a" / MANIFEST_NAME).exists() == (run != mixed)
+    losses = [
+        ranks(4).run(train, replace(mixed, universal=block), 3, load=str(tmp_path), tag="a")[0].losses
+        for block in (None, {"enabled": True})
+    ]
+    assert losses[0] == losses[1] and losses[0].keys() == {2, 3}
 
 
 def test_stage_0_of_stock_deepspeed(ranks: Ranks, tmp_path: Path) -> None:

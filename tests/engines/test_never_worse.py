@@ -22,6 +22,7 @@ import pytest
 import torch
 from deepspeed import comm as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from nvme import build_on_nvme, nvme_run
 from transformers.optimization import Adafactor
 
 from ucp_deepspeed.testing import odd_optimizers
@@ -226,6 +227,8 @@ CASES = [
             (odd_optimizers.GroupStepFusedAdam, 3, {}),
         )
     ),
+    Case("experts of several expert-parallel sizes", Run("moe", size={"ep": (1, 2)}, zero={"stage": 0}), ranks=2),
+    Case("states on NVMe", nvme_run(), make=build_on_nvme, build=build_on_nvme),
     Case("what a load returned is saved again", Run("mlp", zero={"stage": 2}), ranks=2, save=save_what_a_load_returned),
     *(
         Case(

@@ -1,13 +1,13 @@
 """Settings that move tensors, or keep second copies of them: offload, hpZ, persistent parameters, accumulation in fp32.
 
-None of them changes what a checkpoint holds, but each has copies of its own that a load must refresh. NVMe is refused: there
-DeepSpeed's universal checkpointing skips the load of the optimizer without a word (``runtime/engine.py:4456``).
+None of them changes what a checkpoint holds, but each has copies of its own that a load must refresh. NVMe is left to
+DeepSpeed, or refused: its universal checkpointing skips the load of the optimizer there, without a word
+(``runtime/engine.py:4456``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,20 +15,21 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from checkpoints import LAST_STEP, STEP, Source, differences
+from checkpoints import LAST_STEP, STEP, Source, differences, warnings_of_building
 from deepspeed import comm as dist
 from deepspeed.runtime.superoffload.superoffload_stage3 import SuperOffloadOptimizer_Stage3
-from deepspeed.runtime.swap_tensor import partitioned_optimizer_swapper
 from deepspeed.runtime.zenflow.zenflow_stage_1_and_2 import ZenFlowZeroOptimizerParallel
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from nvme import nvme_as_files, nvme_run
 
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.config import UniversalCheckpointConfig
+from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.optimizers.zero3 import Zero3Optimizer
 from ucp_deepspeed.errors import UnsupportedError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, batch_of, build_engine, train, train_step
+from ucp_deepspeed.transfer.convert import convert
 
 Ranks = Callable[[int], RankPool]
 Sources = Callable[[str, Run, int], Source]
@@ -147,92 +148,50 @@ def test_accumulation_in_fp32(ranks: Ranks, source: Sources, tmp_path: Path) -> 
     assert found.losses == {step: saved.losses[step] for step in found.losses}
 
 
-class FileHandle:
-    """In place of DeepSpeed's asynchronous reads and writes, which need libaio: the same, done at once."""
-
-    def __init__(self, **_: Any) -> None:
-        self._locked: set[int] = set()
-        self._done = 0
-
-    def new_cpu_locked_tensor(self, numel: int, like: torch.Tensor) -> torch.Tensor:
-        tensor = torch.zeros(numel, dtype=like.dtype)
-        self._locked.add(tensor.untyped_storage().data_ptr())
-        return tensor
-
-    def free_cpu_locked_tensor(self, tensor: torch.Tensor) -> None:
-        self._locked.discard(tensor.untyped_storage().data_ptr())
-
-    def is_pinned(self, tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self._locked
-
-    def async_pwrite(self, tensor: torch.Tensor, path: str, offset: int) -> int:
-        Path(path).write_bytes(tensor.detach().numpy().tobytes())
-        self._done += 1
-        return offset
-
-    def async_pread(self, tensor: torch.Tensor, path: str, offset: int) -> int:
-        held = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=tensor.dtype)
-        tensor.copy_(held[: tensor.numel()])
-        self._done += 1
-        return offset
-
-    def wait(self) -> int:
-        done, self._done = self._done, 0
-        return done
-
-
-@contextmanager
-def nvme_as_files() -> Iterator[None]:
-    """On a rank: let DeepSpeed offload to "NVMe" without libaio."""
-    builder: Any = partitioned_optimizer_swapper.AsyncIOBuilder
-    partitioned_optimizer_swapper.AsyncIOBuilder = lambda: SimpleNamespace(  # type: ignore[misc,assignment]
-        load=lambda: SimpleNamespace(aio_handle=FileHandle)
-    )
-    try:
-        yield
-    finally:
-        partitioned_optimizer_swapper.AsyncIOBuilder = builder  # type: ignore[misc]
-
-
 def train_on_nvme(run: Run, save: str | None = None) -> None:
     """On a rank: `train`, with `nvme_as_files`."""
     with nvme_as_files():
         train(run, STEP, save=save)
 
 
-def refusals(run: Run, load: str, save: str) -> list[str]:
-    """On a rank: what saving and loading say to an engine whose states are on NVMe and that wasn't checked when it was built."""
+def test_nvme_is_refused_by_name_where_more_is_asked_for_than_deepspeed_does(ranks: Ranks, tmp_path: Path) -> None:
+    for block in ({"load": "always"}, {"optimizer_states": "reset"}, {"save": {"async": True}}):
+        with pytest.raises(RankError) as caught:
+            ranks(1).run(train_on_nvme, nvme_run(tmp_path / "nvme", universal={"enabled": True, **block}))
+        message = str(caught.value.original)
+        assert isinstance(caught.value.original, UnsupportedError)
+        assert "zero_optimization.offload_optimizer.device: nvme is not supported" in message
+        assert '"load": "auto", without policies' in message.splitlines()[-1]
+
+
+def load_on_nvme(run: Run, folder: str) -> list[str]:
+    """On a rank: what is told of an engine whose states are on NVMe, when it is built and when it loads."""
     with nvme_as_files():
-        engine = build_engine(replace(run, universal=None))
-        engine.universal_checkpoint_config = UniversalCheckpointConfig(enabled=True)
-        said: list[str] = []
-        for call in (lambda: engine.load_checkpoint(load), lambda: engine.save_checkpoint(save)):
-            with pytest.raises(UnsupportedError) as caught:
-                call()
-            said.append(str(caught.value))
+        told = warnings_of_building(run)
+        engine = build_engine(run)
+        with pytest.raises(UnsupportedError) as caught:
+            engine.load_checkpoint(folder)
         engine.destroy()
-        return said
+    return [*told, str(caught.value)]
 
 
-def nvme_run(folder: Path, **changes: Any) -> Run:
-    """A run whose matrices are large enough (1 MiB) to be swapped out."""
-    nvme = {"device": "nvme", "nvme_path": str(folder), "pin_memory": False}
-    return Run("mlp", size={"ffn": 30001}, zero={"stage": 3, "offload_optimizer": nvme}, **changes)
-
-
-def test_nvme_is_refused_by_name(ranks: Ranks, tmp_path: Path) -> None:
-    """DeepSpeed's universal load skips the optimizer; here nothing is built, written or loaded."""
-    run = nvme_run(tmp_path / "nvme")
-    with pytest.raises(RankError) as caught:
-        ranks(2).run(train_on_nvme, run)
-    assert isinstance(caught.value.original, UnsupportedError)
-    assert "zero_optimization.offload_optimizer.device: nvme is not supported" in str(caught.value.original)
-
-    plain = replace(run, zero={"stage": 1})
-    ranks(2).run(train, plain, 1, save=str(tmp_path / "a"))
-    for said in ranks(2).run(refusals, run, str(tmp_path / "a"), str(tmp_path / "b")):
-        assert len(said) == 2 and all("offload_optimizer.device: nvme" in message for message in said)
-    assert not (tmp_path / "b").exists()
+def test_nvme_loads_no_universal_checkpoint_and_no_other_topology(ranks: Ranks, tmp_path: Path) -> None:
+    """Of the first DeepSpeed would say that nothing is there. What the message says gets the user on."""
+    plain, run = Run("mlp", size={"ffn": 30001}, zero={"stage": 1}), nvme_run(tmp_path / "nvme")
+    ranks(1).run(train, plain, 1, save=str(tmp_path / "a"))
+    convert(UniversalView.of(open_checkpoint(tmp_path / "a")), tmp_path / "u")
+    for folder, why in (("u", f"{tmp_path / 'u'} is a universal checkpoint"), ("a", "was saved on")):
+        for warning, error in ranks(1).run(load_on_nvme, run, str(tmp_path / folder)):
+            assert "offload_optimizer.device: nvme" in warning and "left to DeepSpeed alone (no manifest" in warning
+            assert (
+                why in error
+                and "offload_optimizer.device: nvme" in error
+                and error.splitlines()[-1].startswith("change that")
+            )
+    changed = replace(run, zero={"stage": 3})
+    for folder in "ua":
+        ranks(1).run(train, changed, 1, load=str(tmp_path / folder), save=str(tmp_path / f"{folder}3"))
+        assert differences(tmp_path / "a", tmp_path / f"{folder}3") == []
 
 
 def test_a_checkpoint_from_nvme_is_refused_by_name(ranks: Ranks, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Which engines this release handles."""
+"""Which engines this release handles, and why it doesn't handle others."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from deepspeed import __version__ as deepspeed_version
@@ -21,6 +22,7 @@ from ucp_deepspeed.engine.deepspeed_surface import (
     moe_files_have_names,
     saves_optimizer,
 )
+from ucp_deepspeed.engine.left_alone import leave_alone
 from ucp_deepspeed.engine.model import agreement, check_same_on_all_ranks
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer, only_evaluates
@@ -31,11 +33,11 @@ logger = logging.getLogger("ucp_deepspeed")
 
 
 def check_engine(engine: Any) -> None:
-    """Refuse, when the engine is built, what saving and loading couldn't handle. Collective.
+    """Refuse, when the engine is built, what this release can't handle, or leave it to DeepSpeed (`left_alone`). Collective.
 
     Raises:
-        UnsupportedError: the kind of mixture-of-experts layers, the optimizer's class, or where its settings keep
-            its tensors.
+        UnsupportedError: the kind of mixture-of-experts layers, the optimizer's class, or where its settings keep its tensors;
+            and the block asks for what DeepSpeed doesn't do itself.
         ConfigError: the block differs from rank to rank; or DeepSpeed's settings that asynchronous saving can't go with.
         SpecError, MismatchError: the layouts that the config names don't fit the model.
     """
@@ -43,12 +45,36 @@ def check_engine(engine: Any) -> None:
     with agreement():
         if engine.universal_checkpoint_config.save.asynchronous:
             check_background(engine)
-        if engine.has_moe_layers:
-            _check_experts(engine)
-        if not only_evaluates(engine):
-            engine_optimizer(engine)
-            check_model(engine)
-            _tell_what_is_not_saved(engine)
+    reason = _first_reason(engine, _check_kinds) or _first_reason(engine, _check_model)
+    if reason is not None:
+        leave_alone(engine, reason)
+    elif not only_evaluates(engine):
+        _tell_what_is_not_saved(engine)
+
+
+def _first_reason(engine: Any, check: Callable[[Any], None]) -> UnsupportedError | None:
+    """The first rank's that finds one why this release can't handle the engine; other errors are raised. Collective."""
+    found: UnsupportedError | None = None
+    with agreement():
+        try:
+            check(engine)
+        except UnsupportedError as error:
+            found = error
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, found)
+    return next((reason for reason in gathered if reason is not None), None)
+
+
+def _check_kinds(engine: Any) -> None:
+    if engine.has_moe_layers:
+        _check_experts(engine)
+    if not only_evaluates(engine):
+        engine_optimizer(engine)
+
+
+def _check_model(engine: Any) -> None:
+    if not only_evaluates(engine):
+        check_model(engine)
 
 
 def _tell_what_is_not_saved(engine: Any) -> None:
@@ -90,7 +116,4 @@ def _check_experts(engine: Any) -> None:
             f"(DeepSpeed writes no model_states file of the other tensor-parallel ranks)"
         )
     if reason:
-        raise UnsupportedError(
-            f"universal checkpoints of {reason} are not supported by this release; change that, or set "
-            f'"universal_checkpoint": {{"enabled": false}}'
-        )
+        raise UnsupportedError(f"universal checkpoints of {reason} are not supported by this release")

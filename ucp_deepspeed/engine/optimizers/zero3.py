@@ -118,6 +118,5 @@ def _check_settings(zero: Any) -> None:
     }
     if found := [setting for setting, used in refused.items() if used]:
         raise UnsupportedError(
-            f"zero_optimization.{', '.join(found)} is not supported by this release: it keeps tensors outside ZeRO's partitions; "
-            f'change it, or set "universal_checkpoint": {{"enabled": false}}'
+            f"zero_optimization.{', '.join(found)} is not supported by this release: it keeps tensors outside ZeRO's partitions"
         )
