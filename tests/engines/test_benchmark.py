@@ -120,7 +120,12 @@ def test_what_fails_leaves_nothing(script: ModuleType, monkeypatch: pytest.Monke
 
 
 def run_a_command_for_ever(script: ModuleType, output: Path) -> None:
-    """In a process of its own: a part of the benchmark that runs a command whose own children write."""
+    """In a process of its own: a part of the benchmark that runs a command whose own children write.
+
+    Of a background job, or under nohup, some signals would be ignored.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
     def source(bench: Any, *_: Any) -> None:
         (bench.folder / "data").mkdir()
@@ -150,13 +155,18 @@ def test_what_is_ended_leaves_nothing(number: signal.Signals, script: ModuleType
         assert running.is_alive() and time.monotonic() < deadline
         time.sleep(0.05)
     group = int((tmp_path / "pid").read_text())
-    for _ in range(2):
-        os.kill(running.pid, number)
-        time.sleep(0.02)
-    running.join(60)
-    assert running.exitcode == 128 + number
-    assert [path.name for path in tmp_path.iterdir()] == ["pid"]
-    assert [state for state in states_in(group) if state != "Z"] == []
+    try:
+        for _ in range(2):
+            os.kill(running.pid, number)
+            time.sleep(0.02)
+        running.join(60)
+        assert running.exitcode == 128 + number
+        assert [path.name for path in tmp_path.iterdir()] == ["pid"]
+        assert [state for state in states_in(group) if state != "Z"] == []
+    finally:  # or it would go on for ever
+        running.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
 
 
 def test_rows_alternate_and_begin_on_a_settled_disk(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

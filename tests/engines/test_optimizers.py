@@ -225,12 +225,13 @@ def test_another_optimizer_is_refused_or_reset(ranks: Ranks, tmp_path: Path) -> 
     ranks(2).run(train, adam, STEP, save=str(tmp_path / "a"))
     message = refusal(ranks, sgd, tmp_path / "a")
     assert "keeps ['momentum_buffer'], the checkpoint holds ['exp_avg', 'exp_avg_sq', 'step']" in message
-    assert '"optimizer_states": "reset"' in message
-    reset = replace(sgd, universal={"enabled": True, "optimizer_states": "reset"})
-    ranks(2).run(train, reset, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"), save_first=True)
-    found = differences(tmp_path / "a", tmp_path / "b")
-    assert not [line for line in found if "elements differ" in line]  # the masters are the same
-    assert any("state 'exp_avg' only in A" in line for line in found)
+    assert '"on_missing": "init" starts [\'momentum_buffer\'] at zero and "on_extra": "drop" leaves [' in message
+    for place, policies in enumerate(({"on_missing": "init", "on_extra": "drop"}, {"optimizer_states": "reset"})):
+        allowed, again = replace(sgd, universal={"enabled": True, **policies}), tmp_path / str(place)
+        ranks(2).run(train, allowed, STEP, load=str(tmp_path / "a"), save=str(again), save_first=True)
+        found = differences(tmp_path / "a", again)
+        assert not [line for line in found if "elements differ" in line]  # the masters are the same
+        assert any("state 'exp_avg' only in A" in line for line in found)
 
 
 ADAM = {"lr": 1e-2}
