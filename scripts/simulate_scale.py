@@ -15,7 +15,7 @@ import re
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from math import prod
@@ -199,8 +199,8 @@ class Opened:
         self._model, self._topology, self._folder = model, topology, folder
         self.names: set[str] = set()
 
-    def open(self, path: Path) -> dict[str, Any]:
-        """What DeepSpeed would have written, as far as a load looks at it."""
+    def open(self, path: Path, owned: Collection[str] | None = None) -> dict[str, Any]:
+        """What DeepSpeed would have written, as far as a load looks at it; there is nothing in it that can't be read."""
         self.names.add(path.name)
         found = re.fullmatch(r"(?:bf16_)?(?:zero_pp_rank_\d+_)?mp_rank_(\d+)_(model|optim)_states.pt", path.name)
         assert found is not None, path

@@ -36,7 +36,6 @@ tests=(
     "tests/engines/test_stock_deepspeed.py::test_saved_without_the_plugin[2]"
     # Pipelines, saving in the background.
     "$pipelines::test_state_is_bit_exact_and_training_goes_on[tied-zero1-bf16-one-stage]"
-    "$pipelines::test_state_is_bit_exact_and_training_goes_on[tied-zero0-fp32-tp2-pp2]"
     "$pipelines::test_state_is_bit_exact_and_training_goes_on[untied-uneven-fp32-plain-zero3]"
     "$pipelines::test_same_topology_continues_bit_for_bit[tied-zero1-bf16]"
     "tests/engines/test_async_save.py::test_files_are_those_of_a_synchronous_save[zero-0]"
@@ -44,7 +43,10 @@ tests=(
     "tests/engines/test_async_save.py::test_files_are_those_of_a_synchronous_save[pipeline]"
     "tests/engines/test_async_save.py::test_deepspeed_alone_loads_it[1]"
 )
-# In bf16 at stage 0, and at stage 1 with gradients accumulated in fp32, DeepSpeed saves the optimizer's state since 0.18.5.
+# Pipelines without ZeRO, which don't train with 0.18.3 and 0.18.4.
+pipelines_without_zero=("$pipelines::test_state_is_bit_exact_and_training_goes_on[tied-zero0-fp32-tp2-pp2]")
+# In bf16 at stage 0, and at stage 1 with gradients accumulated in fp32, DeepSpeed saves the optimizer's state since 0.18.5. A run
+# that this version resumes at stage 0 isn't the uninterrupted one.
 bf16_wrappers=(
     "tests/engines/test_round_trip.py::test_native_universal_engine_native[tp1dp1-zero0]"
     tests/engines/test_training_state.py::test_frozen_parameters_and_buffers
@@ -69,7 +71,8 @@ for version in "$@"; do
         pip install -q --no-deps --no-build-isolation --target "$folder" "deepspeed==$version"
     fi
     chosen=("${tests[@]}")
-    if since 0.18.5; then chosen+=("${bf16_wrappers[@]}"); fi
+    case $version in 0.18.3 | 0.18.4) ;; *) chosen+=("${pipelines_without_zero[@]}") ;; esac
+    if since 0.18.6; then chosen+=("${bf16_wrappers[@]}"); fi
     if since 0.19.3; then chosen+=("${experts[@]}"); fi
     export PYTHONPATH="$folder:$PWD" TORCH_EXTENSIONS_DIR="$folder/torch_extensions"
     python -c 'import sys, deepspeed, torch

@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
+from ucp_deepspeed.testing.native_files import (
+    NativeModel,
+    NativeParameter,
+    NativeRun,
+    add_manifest,
+    write_native,
+)
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -34,7 +40,12 @@ def source(tmp_path: Path) -> Path:
     """Files of two ranks, of which the second rank of a conversion alone needs the second's."""
     weights = [torch.arange(300_000.0) + number for number in range(4)]
     parameters = tuple(NativeParameter(f"p{n}", weight, {"exp_avg": weight / 3}) for n, weight in enumerate(weights))
-    return write_native(tmp_path / "source", NativeModel(parameters), NativeRun(stage=1, dp=2)).parent
+    model, run = NativeModel(parameters), NativeRun(stage=1, dp=2)
+    folder = write_native(tmp_path / "source", model, run)
+    add_manifest(
+        folder, model, run, layouts=True
+    )  # by which the second's file needn't be opened for the optimizer's numbers
+    return folder.parent
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:
