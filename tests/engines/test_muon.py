@@ -38,21 +38,31 @@ def muon_run(stage: int, *, zero: Any = None, params: Any = None, **changes: Any
     return Run("mlp", zero={"stage": stage, **stage_3, **(zero or {})}, config=config, **changes)
 
 
+def fresh(ranks: Ranks, world_size: int) -> RankPool:
+    """Ranks that have trained nothing yet: DeepSpeed compiles Muon's step, and what torch compiles for a shape depends, to the
+    last digit, on the shapes that a process has seen before."""
+    pool = ranks(world_size)
+    pool.close()
+    return pool
+
+
 @pytest.fixture
-def fp32(source: Sources) -> Source:
+def fp32(source: Sources, ranks: Ranks) -> Source:
     """ZeRO-1 on two ranks."""
+    fresh(ranks, 2)
     return source("muon_fp32", muon_run(1), 2)
 
 
 @pytest.fixture
-def bf16(source: Sources) -> Source:
+def bf16(source: Sources, ranks: Ranks) -> Source:
     """ZeRO-2 on two ranks, whose momentum is in bf16 as the gradients are."""
+    fresh(ranks, 2)
     return source("muon_bf16", muon_run(2, precision="bf16"), 2)
 
 
 def resumed(ranks: Ranks, world_size: int, run: Run, load: Path, save: Path) -> Outcome:
     """Load, save at once, and go on."""
-    pool = ranks(world_size)
+    pool = fresh(ranks, world_size)
     return pool.run(train, run, LAST_STEP, load=str(load), save=str(save), save_first=True)[0]  # type: ignore[no-any-return]
 
 
