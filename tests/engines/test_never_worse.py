@@ -227,6 +227,14 @@ CASES = [
             (odd_optimizers.GroupStepFusedAdam, 3, {}),
         )
     ),
+    *(
+        Case(
+            f"zero-{stage} in torch's older format",
+            Run("mlp", zero={"stage": stage}, config={"checkpoint": {"checkpoint_serialization": False}}),
+            ranks=2,
+        )
+        for stage in (0, 2, 3)
+    ),
     Case("experts of several expert-parallel sizes", Run("moe", size={"ep": (1, 2)}, zero={"stage": 0}), ranks=2),
     Case("states on NVMe", nvme_run(), make=build_on_nvme, build=build_on_nvme),
     Case("what a load returned is saved again", Run("mlp", zero={"stage": 2}), ranks=2, save=save_what_a_load_returned),

@@ -1,13 +1,15 @@
 """Opening ``torch.save`` files without running their code and without reading their tensors.
 
 Tensors come back on the meta device; where their bytes lie in the file is kept on their storage (``torch.load`` records it when
-``map_location="meta"``), so that one reader serves these files and safetensors alike.
+``map_location="meta"``), so that one reader serves these files and safetensors alike. `legacy_files` does the same for torch's
+older format.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from ucp_deepspeed.checkpoint import unpickling
 from ucp_deepspeed.checkpoint.allowed_classes import ALLOWED_CLASSES
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Precision
+from ucp_deepspeed.checkpoint.legacy_files import is_legacy, unpickle_legacy
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 
 TORCH_DTYPES: dict[torch.dtype, str] = {
@@ -54,6 +57,7 @@ PRECISIONS: dict[Precision, torch.dtype] = {
 UNREADABLE = (
     RuntimeError,
     pickle.UnpicklingError,
+    struct.error,
     zipfile.BadZipFile,
     EOFError,
     ValueError,
@@ -75,15 +79,12 @@ def open_torch_file(path: Path, *, tensors: bool = False, owned: Collection[str]
             comes as `unpickling.Opaque`.
 
     Raises:
-        DamagedCheckpointError: the file is missing, isn't a whole zip archive, or names a class that isn't allowed.
-        UnsupportedError: the file was written with ``"checkpoint_serialization": false``.
+        DamagedCheckpointError: the file is missing, isn't whole, or names a class that isn't allowed.
     """
     if not path.is_file():
         raise DamagedCheckpointError(f"{path} is missing")
-    if not zipfile.is_zipfile(path):
-        _refuse_other_formats(path)
     try:
-        loaded = _unpickled(path, tensors)
+        loaded = _unpickled(path, tensors) if zipfile.is_zipfile(path) else _unpickled_legacy(path, tensors)
     except UNREADABLE as error:
         raise DamagedCheckpointError(_explain(path, error)) from error
     if not isinstance(loaded, dict):
@@ -111,14 +112,11 @@ def _unpickled(path: Path, tensors: bool) -> Any:
     return torch.load(path, weights_only=False, pickle_module=unpickling, **where)
 
 
-def _refuse_other_formats(path: Path) -> None:
+def _unpickled_legacy(path: Path, tensors: bool) -> Any:
+    if is_legacy(path):
+        return unpickle_legacy(path, tensors)
     with path.open("rb") as file:
         start = file.read(4)
-    if start[:1] == b"\x80":
-        raise UnsupportedError(
-            f"{path} is in torch's legacy format, which can't be memory-mapped: it was saved with "
-            f'"checkpoint": {{"checkpoint_serialization": false}}; save again without that setting'
-        )
     kind = "empty" if not start else "truncated" if start == b"PK\x03\x04" else "not a torch file"
     raise DamagedCheckpointError(f"{path} is {kind} ({path.stat().st_size} bytes)")
 

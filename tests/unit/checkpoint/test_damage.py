@@ -175,10 +175,42 @@ def test_foreign_class_is_named(folder: Path) -> None:
     refused(folder, DamagedCheckpointError, MODEL, f"{__name__}.Foreign", "add_safe_globals([Foreign])")
 
 
-def test_legacy_format(folder: Path) -> None:
+def in_older_format(path: Path) -> bytes:
+    """Save a file anew, in torch's format from before its zip archives."""
+    torch.save(torch.load(path, weights_only=False), path, _use_new_zipfile_serialization=False)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("kept", [1, 20, 100, 1000, -1])
+@pytest.mark.parametrize("name", [MODEL, LAST])
+def test_cut_in_the_older_format(name: str, kept: int, folder: Path) -> None:
+    whole = in_older_format(folder / name)
+    (folder / name).write_bytes(whole[:kept])
+    refused(folder, DamagedCheckpointError, name, "can't be read")
+
+
+@pytest.mark.parametrize(
+    ("held", "put", "reason"),
+    [
+        (b"little_endianq\x02\x88", b"little_endianq\x02\x89", "big-endian"),
+        (b"X\x07\x00\x00\x00storage", b"X\x07\x00\x00\x00another", "isn't a storage"),
+        (b"\x80\x02M\xe9\x03.", b"\x80\x02M\xe8\x03.", "begins with"),
+    ],
+)
+def test_another_than_the_older_format(held: bytes, put: bytes, reason: str, folder: Path) -> None:
+    whole = in_older_format(folder / MODEL)
+    assert held in whole
+    (folder / MODEL).write_bytes(whole.replace(held, put))
+    refused(folder, DamagedCheckpointError, MODEL, "can't be read", reason)
+
+
+def test_code_in_the_older_format(folder: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
     saved = torch.load(folder / MODEL, weights_only=False)
+    saved["lr_scheduler"] = WritesAFile(mark)
     torch.save(saved, folder / MODEL, _use_new_zipfile_serialization=False)
-    refused(folder, UnsupportedError, MODEL, '"checkpoint_serialization": false', "save again")
+    refused(folder, DamagedCheckpointError, MODEL, "refused")
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize(("content", "kind"), [(b"", "empty"), (b"hello", "not a torch file")])

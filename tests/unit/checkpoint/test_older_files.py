@@ -39,6 +39,18 @@ def rewrite(folder: Path, pattern: str, change: Callable[[dict[str, Any]], Any])
         torch.save(saved, path)
 
 
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_torchs_format_from_before_its_archives(tmp_path: Path, run: NativeRun) -> None:
+    """``"checkpoint_serialization": false`` still writes it."""
+    model = awkward_model()
+    folder = write_native(tmp_path, model, run)
+    for path in folder.glob("*.pt"):
+        torch.save(torch.load(path, weights_only=False), path, _use_new_zipfile_serialization=False)
+    check_reads_back(folder, model, run)
+    state = open_checkpoint(folder).client_state()[1]
+    assert state["global_steps"] == open_checkpoint(folder).run.global_steps
+
+
 @pytest.mark.parametrize("config", ["runs/ds_config.yaml", None, {"lr": 0.1}, ...], ids=str)
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_without_a_config_the_files_tell(tmp_path: Path, run: NativeRun, config: Any) -> None:
