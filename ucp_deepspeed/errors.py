@@ -62,5 +62,9 @@ class UnsupportedError(ListingError):
     """A sound checkpoint, engine or version that this release can't handle exactly."""
 
 
+class FormatError(UnsupportedError):
+    """Files in a format, or a version of one, that this release can't read, and DeepSpeed by itself can't load either."""
+
+
 class MismatchError(ListingError):
     """Source and target don't fit together: lists every parameter concerned."""

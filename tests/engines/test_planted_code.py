@@ -97,7 +97,7 @@ def compare_reads(run: Run, folder: str) -> tuple[set[str], set[str]]:
         engine = build_engine(run)
         checkpoint = open_checkpoint(folder)
         assert isinstance(checkpoint, DeepSpeedCheckpoint)
-        listed = {path.name for path in files_to_unpickle(checkpoint, engine)}
+        listed = {path.name for path in files_to_unpickle(checkpoint.path, checkpoint.files.names, engine)}
         read: set[str] = set()
         load = engine.checkpoint_engine.load
 

@@ -338,7 +338,7 @@ class DeepSpeedFiles:
         self.versions.note(path)
         if self.manifest is not None:
             self.manifest.check_file(path)
-        return open_torch_file(path, owned=ENGINE_KEYS if _MODEL_STATES.fullmatch(path.name) else None)
+        return open_saved(path)
 
     def check_complete(self, topology: Topology) -> None:
         """Name each file that the topology calls for and that isn't there; sizes are checked when a file is opened."""
@@ -385,6 +385,11 @@ class DeepSpeedFiles:
             raise DamagedCheckpointError(
                 f"a file in {self.path} holds something else than DeepSpeed writes ({type(error).__name__}: {error})"
             ) from error
+
+
+def open_saved(path: Path) -> dict[str, Any]:
+    """The content of a file that DeepSpeed wrote: all of it must be data, but for the client state (`open_torch_file`)."""
+    return open_torch_file(path, owned=ENGINE_KEYS if _MODEL_STATES.fullmatch(path.name) else None)
 
 
 def _enabled(config: Mapping[str, Any]) -> Precision | None:

@@ -23,7 +23,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES, TORCH_DTYPES
-from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.errors import DamagedCheckpointError, FormatError, UnsupportedError
 
 _COLLECTIONS = {list: "", tuple: "$tuple", set: "$set", frozenset: "$frozenset"}
 """Tags of collections; JSON has lists itself."""
@@ -53,7 +53,7 @@ def read_document(path: Path, form: type[Document], what: str, newest: int) -> D
 
     Raises:
         DamagedCheckpointError: it isn't JSON, or lacks a key, or a value is of another type.
-        UnsupportedError: a later version wrote it.
+        FormatError: a later version wrote it.
     """
     content = path.read_bytes()
     with suppress(ValidationError):  # which the slower way says more about
@@ -68,7 +68,7 @@ def read_document(path: Path, form: type[Document], what: str, newest: int) -> D
     if type(version) is not int:
         raise DamagedCheckpointError(f"{path} is not {what}: format_version must be an integer, found {version!r}")
     if not 1 <= version <= newest:
-        raise UnsupportedError(f"{path} has format version {version}; this release reads up to {newest}")
+        raise FormatError(f"{path} has format version {version}; this release reads up to {newest}")
     try:
         return form.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:

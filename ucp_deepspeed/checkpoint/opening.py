@@ -16,7 +16,7 @@ from ucp_deepspeed.checkpoint.universal import (
     UniversalCheckpoint,
     is_unfinished,
 )
-from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, FormatError
 
 LATEST_NAME = "latest"
 
@@ -84,7 +84,8 @@ def open_checkpoint(path: str | Path, tag: str | None = None) -> Checkpoint:
     Raises:
         CheckpointNotFoundError: nothing there.
         DamagedCheckpointError: files are missing, truncated or inconsistent.
-        UnsupportedError: a form that this release can't read.
+        FormatError: a form that this release can't read.
+        UnsupportedError: files of DeepSpeed's that this release can't read, and DeepSpeed by itself may.
     """
     folder = resolve_tag(path, tag)
     if is_unfinished(folder):
@@ -100,7 +101,7 @@ def open_checkpoint(path: str | Path, tag: str | None = None) -> Checkpoint:
     if native is not None:
         return DeepSpeedCheckpoint(folder)
     if any(folder.glob("layer_*-model_states.pt")) or (folder / "zero").is_dir():
-        raise UnsupportedError(
+        raise FormatError(
             f"{folder} is a pipeline checkpoint or DeepSpeed's universal folder, which this release can't read"
         )
     raise DamagedCheckpointError(f"{folder} holds no model_states file and no universal index")

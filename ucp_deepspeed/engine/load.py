@@ -16,7 +16,7 @@ from typing import Any
 from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint, resolve_tag
-from ucp_deepspeed.checkpoint.deepspeed_files import VALUES_KEY
+from ucp_deepspeed.checkpoint.deepspeed_files import VALUES_KEY, open_saved
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
@@ -48,12 +48,13 @@ from ucp_deepspeed.engine.training_state import (
     restore_run,
     without_begun_anew,
 )
-from ucp_deepspeed.engine.unpickled import only_held_against_the_list
+from ucp_deepspeed.engine.unpickled import files_to_unpickle, only_held_against_the_list
 from ucp_deepspeed.engine.ways_on import telling_ways_on
 from ucp_deepspeed.errors import (
     CheckpointNotFoundError,
     ConfigError,
     DamagedCheckpointError,
+    FormatError,
     MismatchError,
     UnsupportedError,
 )
@@ -128,14 +129,17 @@ def load_checkpoint(
     with agreement():
         folder = _find(Path(load_dir), tag, config.load)
         if folder is not None:
-            prepared = open_here(engine, folder), engine_optimizer(engine)
-            universal = takes_universal_path(config, engine, *prepared, options)
+            checkpoint = _opened(engine, folder, config)
+            prepared = None if checkpoint is None else (checkpoint, engine_optimizer(engine))
+        if folder is not None and prepared is not None:
             random_state = read_random_state(folder, prepared[0].run.global_steps) if goes_on else None
+            universal = takes_universal_path(config, engine, *prepared, options)
     _check_one_step(None if prepared is None else prepared[0])
     if not any(_gathered(universal)):  # a pipeline's stages may have changed on some ranks only
         if folder is not None and folder == Path(load_dir):
             load_dir, tag = str(folder.parent), folder.name
-        with nullcontext() if prepared is None else only_held_against_the_list(prepared[0], engine):
+        checked = only_held_against_the_list(None if prepared is None else prepared[0], engine)
+        with nullcontext() if folder is None else checked:
             loaded = native(load_dir, tag=tag, **options.arguments())
         take_values(engine, loaded[1])
         with agreement():
@@ -153,6 +157,29 @@ def load_checkpoint(
     if goes_on and loaded[0] is not None:
         restore_random_state(engine, random_state)
     return loaded
+
+
+def _opened(engine: Any, folder: Path, config: UniversalCheckpointConfig) -> Checkpoint | None:
+    """The catalog; None where this release can't read the files, and DeepSpeed by itself may be able to.
+
+    Raises:
+        UniversalCheckpointError: see `open_checkpoint`; also if the files hold more than data.
+    """
+    try:
+        return open_here(engine, folder)
+    except UnsupportedError as error:
+        if isinstance(error, FormatError) or config.load == "always" or config.has_policies:
+            raise
+        if (folder / INDEX_NAME).is_file():
+            raise
+        for path in files_to_unpickle(folder, [entry.name for entry in folder.iterdir()], engine):
+            open_saved(path)
+        if dist.get_rank() == 0:
+            logger.warning(
+                "the load, random streams included, is left to DeepSpeed, and works at most on the topology that saved: %s",
+                error,
+            )
+        return None
 
 
 def _check_unchanged(checkpoint: Checkpoint) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from deepspeed import comm as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ucp_deepspeed.checkpoint import Checkpoint
@@ -28,8 +29,8 @@ from ucp_deepspeed.engine.model import (
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, only_evaluates
 from ucp_deepspeed.engine.training_state import usable
-from ucp_deepspeed.engine.unpickled import files_to_unpickle
-from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.engine.unpickled import files_to_unpickle, own_partition
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.language.wrappers import seen_through
 from ucp_deepspeed.layout import Shape
 
@@ -92,7 +93,7 @@ def _holds_data_alone(checkpoint: DeepSpeedCheckpoint, engine: Any, trusting: bo
         trusting: whether a client state may hold objects of classes that aren't known, which are then made by these.
     """
     try:
-        for path in files_to_unpickle(checkpoint, engine):
+        for path in files_to_unpickle(checkpoint.path, checkpoint.files.names, engine):
             held = checkpoint.files.open(path)
             if not trusting and opaque_in(held) is not None:
                 return False
@@ -131,13 +132,52 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
         engine_precision(engine),
     ):
         return False
-    rank, names = model_parallel_rank(engine), ModelNames(engine)
-    groups = hyperparameters(checkpoint.files, rank)
+    names = ModelNames(engine)
+    groups = hyperparameters(checkpoint.files, model_parallel_rank(engine))
     if not optimizer.has_keys(groups):
         return False  # DeepSpeed puts them in place of the live ones
     if len({layer.ep for layer in names.layers.values()}) > 1:
         return False  # DeepSpeed goes by the order of the groups of experts, which it takes from a set
+    if not _finds_own_files(checkpoint, engine, names):
+        return False
+    try:
+        return _same_contents(checkpoint, engine, optimizer, names, groups)
+    except UnsupportedError as error:  # DeepSpeed goes by the order in the files, which is that of the topology
+        logger.warning("the load is left to DeepSpeed, since this release can't read the checkpoint: %s", error)
+        return True
+
+
+def _finds_own_files(checkpoint: DeepSpeedCheckpoint, engine: Any, names: ModelNames) -> bool:
+    """Whether DeepSpeed finds this rank's partition under the name it looks for, and under ZeRO-3 what it expects for weights.
+
+    Before 0.6.2 the files of bf16 were named as others are; and what stands for a partitioned weight had an element.
+    """
     if checkpoint.topology.zero_stage == 0:
+        return True
+    if not own_partition(checkpoint.path, engine).is_file():
+        return False
+    if checkpoint.topology.zero_stage < 3:
+        return True
+    rank, partition = model_parallel_rank(engine), dist.get_rank(group=engine.optimizer.dp_process_group)
+    held = checkpoint.files.model_states(rank, partition)["module"]
+    cut = (name for param, name in names.of_parameters.items() if hasattr(param, "ds_tensor") and name in held)
+    return all(held[name].numel() == 0 for name in cut)
+
+
+def _same_contents(
+    checkpoint: DeepSpeedCheckpoint,
+    engine: Any,
+    optimizer: EngineOptimizer,
+    names: ModelNames,
+    groups: Sequence[Mapping[str, Any]],
+) -> bool:
+    """Whether model and optimizer are as those that saved, in names, shapes, groups and states.
+
+    Raises:
+        UnsupportedError: the files don't tell.
+    """
+    rank, stage = model_parallel_rank(engine), checkpoint.topology.zero_stage
+    if stage == 0:
         if checkpoint.optimizer_form == BF16_OPTIMIZER.name:
             return False  # DeepSpeed can't read what it has written (KeyError in BF16_Optimizer.load_state_dict)
         if checkpoint.files.autoep.layers.keys() - names.of_parameters.values():
@@ -145,8 +185,7 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
         recorded = checkpoint.recorded_groups(rank, names.ep_rank)
         if recorded is None:
             # The files name no parameters of the optimizer: only their order can tell, and DeepSpeed goes by it.
-            weights = checkpoint.files.model_states(rank).get("module") or {}
-            return not seen_through(weights, names.of_parameters.values())
+            return _same_sizes(checkpoint, optimizer, rank) and _same_weights(checkpoint, engine, names)
         if recorded != optimizer.group_names():
             return False
     if _lacks_frozen(checkpoint, engine):
@@ -158,22 +197,37 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
         for slot in checkpoint.trained_slots(rank)
         if all(starts.get(name) == slot.start(index) for index, name in enumerate(slot.names))
     ]
-    form = _numels_of if checkpoint.topology.zero_stage == 0 else _flattening_of
+    form = _numels_of if stage == 0 else _flattening_of
     order = [[(slot.names, form(slot), slot.overlapping) for slot in slots] for slots in (saved, live)]
-    shapes = checkpoint.local_shapes(rank)
     same = (
         order[0] == order[1]
-        and not _ties_others(checkpoint, engine, names, shapes)
+        and _same_weights(checkpoint, engine, names)
+        and _same_states(saved, live, groups, optimizer)
+    )
+    if same and stage > 0:
+        for found, mine in zip(saved, live, strict=True):
+            found.tensor(mine.partition, MASTER)  # raises if this rank's file is of another save than the first one's
+    return same
+
+
+def _same_sizes(checkpoint: DeepSpeedCheckpoint, optimizer: EngineOptimizer, rank: int) -> bool:
+    """Whether the base optimizer has as many tensors in each group as in the files, in which it is whole."""
+    saved, _ = checkpoint.files.whole_optimizer(rank)
+    base = (saved or {}).get("optimizer_state_dict", saved) or {}
+    counts = [len(group["params"]) for group in base.get("param_groups", ())]
+    return not counts or counts == [len(group["params"]) for group in optimizer.base.param_groups]
+
+
+def _same_weights(checkpoint: DeepSpeedCheckpoint, engine: Any, names: ModelNames) -> bool:
+    """Whether the model has the shapes and ties of the one that saved, under the same names."""
+    shapes = checkpoint.local_shapes(model_parallel_rank(engine))
+    return (
+        not _ties_others(checkpoint, engine, names, shapes)
         and not seen_through(shapes, names.of_parameters.values())
         and all(
             shapes.get(name, local_shape(param)) == local_shape(param) for param, name in names.of_parameters.items()
         )
-        and _same_states(saved, live, groups, optimizer)
     )
-    if same and checkpoint.topology.zero_stage > 0:
-        for found, mine in zip(saved, live, strict=True):
-            found.tensor(mine.partition, MASTER)  # raises if this rank's file is of another save than the first one's
-    return same
 
 
 def _lacks_frozen(checkpoint: DeepSpeedCheckpoint, engine: Any) -> bool:

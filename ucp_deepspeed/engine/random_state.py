@@ -32,7 +32,7 @@ from ucp_deepspeed.checkpoint.encoding import decode, encode
 from ucp_deepspeed.checkpoint.manifest import read_manifest
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.engine.model import agreement, engine_topology, model_parallel_rank
-from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.errors import DamagedCheckpointError, FormatError
 from ucp_deepspeed.transfer.commit import write_atomically
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -123,7 +123,7 @@ def read_random_state(folder: Path, global_steps: int) -> RandomState | None:
 
     Raises:
         DamagedCheckpointError: it can't be parsed, is of another step, or has another size than the manifest says.
-        UnsupportedError: a later version wrote it.
+        FormatError: a later version wrote it.
     """
     path = folder / RANDOM_STATE_NAME.format(rank=dist.get_rank())
     manifest = read_manifest(folder)
@@ -136,7 +136,7 @@ def read_random_state(folder: Path, global_steps: int) -> RandomState | None:
         if type(raw["format_version"]) is not int or raw["format_version"] < 1:
             raise TypeError(f"format_version is {raw['format_version']!r}")
         if raw["format_version"] > RANDOM_STATE_VERSION:
-            raise UnsupportedError(
+            raise FormatError(
                 f"{path} has format version {raw['format_version']}; this release reads up to {RANDOM_STATE_VERSION}"
             )
         state = RandomState.model_validate(raw)

@@ -6,7 +6,7 @@ the catalog has opened by then.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,28 +16,35 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.deepspeed_files import open_saved
 from ucp_deepspeed.checkpoint.experts import weight_file
 from ucp_deepspeed.engine.model import model_parallel_rank
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import only_evaluates
 
 
-def files_to_unpickle(checkpoint: DeepSpeedCheckpoint, engine: Any) -> list[Path]:
-    """The files that DeepSpeed reads on this rank, by its own names for them (``runtime/engine.py::_load_checkpoint``)."""
-    place = str(checkpoint.path.parent), checkpoint.path.name
+def files_to_unpickle(folder: Path, held: Collection[str], engine: Any) -> list[Path]:
+    """The files that DeepSpeed reads on this rank, by its own names for them (``runtime/engine.py::_load_checkpoint``).
+
+    Args:
+        folder: the tag's.
+        held: names of the files in it.
+        engine: that loads.
+    """
+    place = str(folder.parent), folder.name
     listed = [*_first_and_own(engine._get_all_ckpt_names(*place), model_parallel_rank(engine), engine.mp_world_size)]
     if isinstance(engine, PipelineEngine):
         rank, degree = engine.grid.get_slice_parallel_rank(), engine.grid.get_slice_parallel_world_size()
         for index, layer in enumerate(engine.module.forward_funcs):
             if hasattr(layer, "load_state_dict"):
-                layer_files = engine.module.ckpt_layer_path_list(str(checkpoint.path), index)
+                layer_files = engine.module.ckpt_layer_path_list(str(folder), index)
                 listed += _first_and_own(layer_files, rank, degree)
     names = ModelNames(engine)
-    if names.layers and checkpoint.topology.zero_stage == 0 and not only_evaluates(engine):
+    if names.layers and not engine.zero_optimization() and not only_evaluates(engine):
         listed.append(engine._get_optimizer_ckpt_name(*place, names.ep_rank))
     if engine.zero_optimization():
         listed += _partitions(engine, place)
-    return [path for path in map(Path, listed) if path.is_file()] + _experts(checkpoint, engine, names)
+    return [path for path in map(Path, listed) if path.is_file()] + _experts(folder, held, engine, names)
 
 
 def _first_and_own(files: list[str], rank: int, degree: int) -> Iterator[str]:
@@ -61,27 +68,37 @@ def _partitions(engine: Any, place: tuple[str, str]) -> list[str]:
     ]
 
 
-def _experts(checkpoint: DeepSpeedCheckpoint, engine: Any, names: ModelNames) -> list[Path]:
+def own_partition(folder: Path, engine: Any) -> Path:
+    """The optimizer's file that DeepSpeed reads on this rank under ZeRO (``runtime/engine.py::_get_all_zero_checkpoints``)."""
+    place, partition = (
+        (str(folder.parent), folder.name),
+        dist.get_rank(engine.optimizer.dp_process_group),
+    )
+    own = engine._get_rank_zero_ckpt_name(*place, model_parallel_rank(engine), partition, engine.bfloat16_enabled())
+    return Path(own)
+
+
+def _experts(folder: Path, held: Collection[str], engine: Any, names: ModelNames) -> list[Path]:
     """The files with the weights of this rank's experts."""
     own = {layer.ep_rank * layer.local + expert for layer in names.layers.values() for expert in range(layer.local)}
-    places = {name: weight_file(name) for name in checkpoint.files.names} if own else {}
+    places = {name: weight_file(name) for name in held} if own else {}
     rank = model_parallel_rank(engine)
-    return [checkpoint.path / name for name, held in places.items() if held and held[1] in own and held[2] == rank]
+    return [folder / name for name, place in places.items() if place and place[1] in own and place[2] == rank]
 
 
 @contextmanager
-def only_held_against_the_list(checkpoint: Checkpoint, engine: Any) -> Iterator[None]:
+def only_held_against_the_list(checkpoint: Checkpoint | None, engine: Any) -> Iterator[None]:
     """While DeepSpeed loads: a file that `files_to_unpickle` doesn't know is looked at before it is unpickled.
 
     Raises:
         DamagedCheckpointError: it holds something that could run code; parts of the engine are filled by then.
     """
-    assert isinstance(checkpoint, DeepSpeedCheckpoint), "DeepSpeed can't load any other form"
-    reader, files = engine.checkpoint_engine, checkpoint.files
+    assert checkpoint is None or isinstance(checkpoint, DeepSpeedCheckpoint), "DeepSpeed can't load any other form"
+    reader, look = engine.checkpoint_engine, open_saved if checkpoint is None else checkpoint.files.open
     load = reader.load
 
     def checked_load(path: Any, *args: Any, **kwargs: Any) -> Any:
-        files.open(Path(path))
+        look(Path(path))
         return load(path, *args, **kwargs)
 
     reader.load = checked_load

@@ -16,6 +16,7 @@ from ucp_deepspeed.checkpoint.opening import tags_in
 from ucp_deepspeed.errors import (
     CheckpointNotFoundError,
     DamagedCheckpointError,
+    FormatError,
     ListingError,
     MismatchError,
     SpecError,
@@ -70,7 +71,7 @@ def _way_on(error: UniversalCheckpointError, load_dir: Path, tag: str | None) ->
     if isinstance(error, DamagedCheckpointError | CheckpointNotFoundError):
         return _other_tags(load_dir, tag, str(error))
     if isinstance(error, UnsupportedError):
-        return _NEWER if "format version" in str(error) else _NATIVE
+        return _NEWER if isinstance(error, FormatError) else _NATIVE
     if isinstance(error, SpecError):
         return _SPEC
     return _COMPARE if isinstance(error, MismatchError) else None
