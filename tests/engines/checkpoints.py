@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,13 +56,24 @@ def make_source(run: Run, world_size: int, folder: Path) -> Source:
 
 def warnings_of_building(run: Run) -> list[str]:
     """On a rank: what the package warns of when an engine is built."""
+    return warnings_of(lambda: build_engine(run).destroy())
+
+
+def warnings_of_loading(run: Run, steps: int, folder: str) -> tuple[list[str], Outcome]:
+    """On a rank: what the package warns of while a run goes on from a folder, and the run."""
+    outcomes: list[Outcome] = []
+    return warnings_of(lambda: outcomes.append(train(run, steps, load=folder))), outcomes[0]
+
+
+def warnings_of(work: Callable[[], object]) -> list[str]:
+    """What the package warns of meanwhile."""
     found: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("ucp_deepspeed")
     logger.addHandler(handler)
     try:
-        build_engine(run).destroy()
+        work()
     finally:
         logger.removeHandler(handler)
     return found

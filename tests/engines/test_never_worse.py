@@ -122,6 +122,37 @@ def train_save_and_publish(engine: Any, run: Run, folder: str) -> None:
     dist.barrier()
 
 
+def train_save_and_age(engine: Any, run: Run, folder: str) -> None:
+    """As DeepSpeed before 0.7.3 saved mixtures of experts under ZeRO: nothing tells the names of what the optimizer has."""
+    train_and_save(engine, run, folder)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for path in Path(folder).rglob("*_states.pt"):
+            saved = torch.load(path, weights_only=False)
+            for key in ("buffer_names", "param_shapes", "ds_config"):
+                saved.pop(key, None)
+            if "optim_states" in path.name:
+                del saved["optimizer_state_dict"]["param_slice_mappings"]
+            torch.save(saved, path)
+        for path in Path(folder).rglob("ucp_manifest.json"):
+            path.unlink()
+    dist.barrier()
+
+
+def train_save_and_record_oddly(engine: Any, run: Run, folder: str) -> None:
+    """A record that this release can't read, and DeepSpeed has no use for."""
+    train_and_save(engine, run, folder)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for path in Path(folder).rglob("*model_states.pt"):
+            saved = torch.load(path, weights_only=False)
+            saved["universal_checkpoint_info"] = {"original_vocab_size": "many", "vocabulary_parameter_patterns": []}
+            torch.save(saved, path)
+        for path in Path(folder).rglob("ucp_manifest.json"):
+            path.unlink()
+    dist.barrier()
+
+
 @dataclass(frozen=True)
 class Case:
     """A save and a load of which DeepSpeed is capable.
@@ -235,6 +266,16 @@ CASES = [
         )
         for stage in (0, 2, 3)
     ),
+    *(
+        Case(
+            f"experts under zero-{stage}, whose names were in no file",
+            Run("moe", size={"ep": (2, 2)}, groups="decay", zero={"stage": stage}),
+            ranks=2,
+            save=train_save_and_age,
+        )
+        for stage in (1, 2)
+    ),
+    Case("a record that can't be read", Run("mlp", zero={"stage": 2}), save=train_save_and_record_oddly),
     Case("experts of several expert-parallel sizes", Run("moe", size={"ep": (1, 2)}, zero={"stage": 0}), ranks=2),
     Case("states on NVMe", nvme_run(), make=build_on_nvme, build=build_on_nvme),
     Case("what a load returned is saved again", Run("mlp", zero={"stage": 2}), ranks=2, save=save_what_a_load_returned),

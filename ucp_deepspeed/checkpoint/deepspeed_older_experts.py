@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
 
 RESAVE_HINT = (
-    'DeepSpeed itself can load it where it was saved: do so with "load": "never" and save again, which records that'
+    'resume where it was saved, with "load": "auto" (DeepSpeed itself loads it there), and save again: that records it'
 )
 """The way on where the files don't tell enough."""
 

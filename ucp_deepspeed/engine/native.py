@@ -68,9 +68,21 @@ def takes_universal_path(
     if not isinstance(checkpoint, DeepSpeedCheckpoint) or config.load == "always" or config.has_policies:
         return True
     trusting = config.on_unreadable == "error"
-    return not (
-        _can_take_over(engine, checkpoint, optimizer, options) and _holds_data_alone(checkpoint, engine, trusting)
-    )
+    if _can_take_over(engine, checkpoint, optimizer, options) and _holds_data_alone(checkpoint, engine, trusting):
+        _warn_of_unrecorded(checkpoint)
+        return False
+    return True
+
+
+def _warn_of_unrecorded(checkpoint: DeepSpeedCheckpoint) -> None:
+    """Tell of weights that are in no file: DeepSpeed by itself goes on with the model's own, and says nothing."""
+    try:
+        unrecorded = checkpoint.unrecorded
+    except UnsupportedError:
+        return
+    if unrecorded and dist.get_rank() == 0:
+        listed = "; ".join(f"{name}: {why}" for name, why in unrecorded.items())
+        logger.warning("%s: the model keeps its own values of what is in no file: %s", checkpoint.path, listed)
 
 
 def _can_take_over(
