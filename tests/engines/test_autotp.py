@@ -7,6 +7,7 @@ given the whole weights, joined by the family's spec: it has to say the same abo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -22,6 +23,7 @@ from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import MismatchError, SpecError, UnsupportedError
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.language.families import spec_folder
+from ucp_deepspeed.layout.pattern import Shard
 from ucp_deepspeed.testing.huggingface_models import FAMILIES, build_huggingface, causal_logits
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import VOCABULARY, Run, batch_of, build_engine, train_step
@@ -75,7 +77,7 @@ def logits_of_whole(run: Run, checkpoint: Path, folder: Path, spec: str | None) 
         return causal_logits(model, batch_of(run, 100)[:, :-1])
 
 
-def check_chain(ranks: Ranks, runs: list[Run], worlds: list[int], folder: Path, spec: str) -> None:
+def check_chain(ranks: Ranks, runs: list[Run], worlds: list[int], folder: Path, spec: str | None) -> None:
     """Save after some steps; then load and save under each further run: the same state, and the oracle's logits everywhere."""
     expected = torch.zeros(0)
     for number, (run, world) in enumerate(zip(runs, worlds, strict=True)):
@@ -104,6 +106,25 @@ def test_each_family(family: str, ranks: Ranks, tmp_path: Path) -> None:
     sizes = [2, 1, 2]
     runs = [hugging_face(family, tp) for tp in sizes]
     check_chain(ranks, runs, sizes, tmp_path, FAMILIES[family].spec)
+
+
+def test_a_tied_head_that_is_cut_by_vocabulary(ranks: Ranks, tmp_path: Path) -> None:
+    """As transformers asks for it since 5.18: DeepSpeed records the cut, and the family's spec is refused."""
+    whole, cut = (hugging_face("qwen2_tied", tp) for tp in (1, 2))
+    cut = replace(cut, config={"tensor_parallel": {"autotp_size": 2, "vocab_parallel_lm_head": True}})
+    check_chain(ranks, [cut, whole, cut], [2, 1, 2], tmp_path, None)
+    for record in (MANIFEST_NAME, "AutoTP"):
+        checkpoint = open_checkpoint(tmp_path / "0")
+        assert UniversalView.of(checkpoint).patterns["model.embed_tokens.weight"] == Shard(0)
+        with pytest.raises(
+            MismatchError, match=rf"{record}(.|\n)*embed_tokens.weight: replicate; recorded was shard on dimension 0"
+        ):
+            UniversalView.of(checkpoint, load_spec("hf_llama"))
+        (tmp_path / "0" / "step" / MANIFEST_NAME).unlink(missing_ok=True)
+    with pytest.raises(
+        RankError, match=r"embed_tokens.weight: spec 'hf_llama' says replicate(.|\n)*with \"spec\": \"auto\""
+    ):
+        ranks(2).run(build_engine, replace(cut, universal=UNIVERSAL | {"spec": "hf_llama"}))
 
 
 CHAIN = ((1, 1), (2, 2), (4, 4), (1, 2))

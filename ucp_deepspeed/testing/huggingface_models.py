@@ -89,7 +89,7 @@ FAMILIES: dict[str, Family] = {
 
 
 _LATENT = {
-    "num_key_value_heads": 4,
+    "num_key_value_heads": 8,
     "moe_intermediate_size": 24,
     "n_routed_experts": 4,
     "n_shared_experts": 1,
@@ -198,6 +198,8 @@ def tensor_parallel_settings(family: str, **changes: Any) -> dict[str, Any]:
     """
     if family == "phi3":
         return {"preset_model": "phi3"}
+    if family == "qwen2_tied":  # transformers 5.18 and later ask for a tied head that is cut by vocabulary
+        return {"vocab_parallel_lm_head": False}
     if family != "phi3_medium":
         return {}
     settings = {**FAMILIES[family].settings, **changes}
@@ -223,13 +225,35 @@ def count_heads_here(model: torch.nn.Module) -> None:
 
 
 def causal_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """What the model says about tokens, float32 of shape ``[batch, sequence, vocabulary]``."""
+    """What the model says about tokens, whole: float32 of shape ``[batch, sequence, vocabulary]``; no gradient for a cut head."""
+    logits, head = _logits_here(model, tokens), _head_cut_by_vocabulary(model)
+    if head is None:
+        return logits
+    shares: list[Any] = [None] * torch.distributed.get_world_size(head.mp_group)
+    torch.distributed.all_gather_object(shares, logits.detach(), group=head.mp_group)
+    return torch.cat(shares, dim=-1)
+
+
+def mean_loss(model: Any, share: torch.Tensor) -> torch.Tensor:
+    """Mean loss of the next token over sequences of one token more than the model is given."""
+    logits, labels = _logits_here(model, share[:, :-1]).flatten(0, 1), share[:, 1:].flatten()
+    head = _head_cut_by_vocabulary(model)
+    if head is None:
+        return torch.nn.functional.cross_entropy(logits, labels)
+    from deepspeed.sequence.cross_entropy import vocab_parallel_cross_entropy
+
+    losses: torch.Tensor = vocab_parallel_cross_entropy(
+        logits, labels, head.mp_group, vocab_start_index=head.vocab_start_index, vocab_end_index=head.vocab_end_index
+    )
+    return losses.mean()
+
+
+def _logits_here(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     arguments = {"decoder_input_ids": tokens} if hasattr(getattr(model, "module", model), "decoder") else {}
     logits: torch.Tensor = model(input_ids=tokens, **arguments).logits
     return logits.float()
 
 
-def mean_loss(model: Any, share: torch.Tensor) -> torch.Tensor:
-    """Mean loss of the next token over sequences of one token more than the model is given."""
-    logits = causal_logits(model, share[:, :-1])
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), share[:, 1:].flatten())
+def _head_cut_by_vocabulary(model: Any) -> Any:
+    """The layer of AutoTP that leaves each rank the logits of its own tokens; None where they are whole."""
+    return next((layer for layer in model.modules() if getattr(layer, "is_vocab_parallel_lm_head", False)), None)
