@@ -255,6 +255,10 @@ CASES = [
             (odd_optimizers.OneElement, 1, {}),
             (odd_optimizers.NormPerTensor, 2, {}),
             (odd_optimizers.Prodigy, 1, {}),
+            (odd_optimizers.Soap, 0, {}),
+            (odd_optimizers.Soap, 1, {}),
+            (odd_optimizers.LateAverage, 1, {}),
+            (odd_optimizers.LateAverage, 3, {}),
             (odd_optimizers.GroupStepFusedAdam, 3, {}),
         )
     ),
@@ -409,7 +413,11 @@ def _optimizer(engine: Any) -> dict[str, Any]:
     for index, group in groups:
         for place, master in enumerate(group["params"]):
             held = {"master": master, **base.state.get(master, {})}
-            found |= {f"group {index} {key} {place}": torch.as_tensor(each).clone() for key, each in held.items()}
+            for key, value in held.items():
+                parts = value if isinstance(value, list) else [value]
+                found |= {
+                    f"group {index} {key} {place} {n}": torch.as_tensor(each).clone() for n, each in enumerate(parts)
+                }
     return found
 
 

@@ -63,11 +63,47 @@ def test_an_unchanged_topology_with_states_of_other_forms(kind: str, stage: int,
     assert outcome[0].losses == {step: source[0].losses[step] for step in outcome[0].losses}
     state = "scale" if kind == "OneElement" else "row_var"
     with pytest.raises(RankError) as refused:
-        ranks(1).run(train, run, STEP, load=str(tmp_path))
+        ranks(1).run(train, replace(run, universal=ALWAYS) if stage == 0 else run, STEP, load=str(tmp_path))
     assert f"optimizer state {state!r} isn't element-wise" in str(refused.value)
     assert '"load": "auto" restores it on the topology' in str(refused.value) and '"reset"' in str(refused.value)
     reset = replace(run, universal={"enabled": True, "optimizer_states": "reset"})
     assert ranks(1).run(train, reset, STEP, load=str(tmp_path))[0].report is not None
+
+
+@pytest.mark.parametrize("block", [None, {"enabled": True}], ids=["alone", "block"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Adafactor", {"lr": 1e-3}),
+        (odd_optimizers.Soap, {}),
+        (odd_optimizers.LateAverage, {}),
+        (odd_optimizers.SignDescent, {}),
+        ("SGD", {"lr": 1e-3}),
+    ],
+)
+def test_where_nothing_is_cut_any_number_of_replicas_resumes_as_with_deepspeed_alone(
+    kind: Any, options: Any, block: Any, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Saved with the block or without; the file of such a run has everything that each rank needs."""
+    saved = Run("mlp", zero={"stage": 0}, groups="decay", optimizer=(kind, options), universal=block)
+    ranks(2).run(train, saved, STEP, save=str(tmp_path))
+    here, alone = (
+        ranks(1).run(train, replace(saved, universal=universal), LAST_STEP, load=str(tmp_path))[0]
+        for universal in ({"enabled": True}, None)
+    )
+    assert list(here.losses) == [4, 5, 6] and here.losses == alone.losses
+    assert here.client_state == alone.client_state and here.rates == alone.rates
+
+
+def test_a_state_that_is_made_later_follows_to_another_topology(ranks: Ranks, tmp_path: Path) -> None:
+    run = Run("mlp", zero={"stage": 1}, optimizer=(odd_optimizers.LateAverage, {}))
+    ranks(2).run(train, run, STEP, save=str(tmp_path / "a"))
+    for stage, world_size in ((3, 1), (0, 2)):
+        target = replace(run, zero={"stage": stage})
+        ranks(world_size).run(train, target, STEP, load=str(tmp_path / "a"), save=str(tmp_path / f"{stage}"))
+        assert differences(tmp_path / "a", tmp_path / f"{stage}") == []
+    view = open_checkpoint(tmp_path / "3").parameters
+    assert all("average" in held.states for held in view.values() if held.kind == "trainable")
 
 
 def test_groups_without_a_key_that_the_engines_class_needs(ranks: Ranks, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
     ``sub_group_size``, and a parameter with another shape of the same size.
     """
     topology = engine_topology(engine)
-    if _goes_by_order(checkpoint):
+    if _serves_any_size(checkpoint, engine):
         topology = replace(topology, dp=checkpoint.topology.dp)
     if (checkpoint.topology, checkpoint.optimizer_form, checkpoint.run.precision) != (
         topology,
@@ -262,11 +262,18 @@ def _ties_others(checkpoint: DeepSpeedCheckpoint, engine: Any, names: ModelNames
     return not (mine.isdisjoint(checkpoint.tied) and further.isdisjoint(shapes))
 
 
-def _goes_by_order(checkpoint: DeepSpeedCheckpoint) -> bool:
-    """Whether only the order of the live optimizer's parameters tells whose each state is, and each rank has all of them: then
-    DeepSpeed alone can load it, on any data-parallel size."""
+def _serves_any_size(checkpoint: DeepSpeedCheckpoint, engine: Any) -> bool:
+    """Whether DeepSpeed alone can restore all of it, on any data-parallel size: each rank has everything, and only their order
+    tells whose the states are, or some aren't element-wise."""
     saved = checkpoint.topology
-    return (saved.zero_stage, saved.ep) == (0, 1) and checkpoint.manifest is None and checkpoint.lacking is not None
+    if (saved.zero_stage, saved.ep) != (0, 1) or checkpoint.optimizer_form == BF16_OPTIMIZER.name:
+        return False
+    if checkpoint.manifest is None:
+        return True
+    rank = model_parallel_rank(engine)
+    if rank >= saved.model_parallel:
+        return False
+    return any(slot.refused for slot in checkpoint.trained_slots(rank))
 
 
 def _flattening_of(slot: Slot | EngineSlot) -> Any:
@@ -291,6 +298,8 @@ def _same_states(
         settings = groups[group] if group < len(groups) else {}
         held, wanted = saved[index], optimizer.kept_states(live[index], usable(settings))
         found = (held.states.keys() | held.scalars.keys() | held.refused.keys()) - {MASTER}
-        if wanted is not None and found and found != wanted.names:
+        if wanted is None or not found:
+            continue
+        if wanted.names - found or (found - wanted.names and not optimizer.is_like(group, settings)):
             return False
     return True

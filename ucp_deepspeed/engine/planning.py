@@ -319,6 +319,10 @@ class _Planner:
         if wanted is None or not (found or first.scalars):
             return tuple(first.states), first.scalars
         scalars = self._with_step(first, wanted)
+        if self.optimizer.is_like(
+            slot.group, self._saved_settings(first)
+        ):  # which may make some later than at its first step
+            wanted = replace(wanted, elementwise=wanted.elementwise | found)
         held, kept = found | scalars.keys(), wanted.elementwise | wanted.scalars
         missing, extra = kept - held, held - kept
         if (missing and not self.policies.initialise) or (extra and not self.policies.drop):
@@ -337,9 +341,13 @@ class _Planner:
         """Its scalars; where only its group counts steps, as up to DeepSpeed 0.6 in its FusedAdam, these for its own."""
         if GROUP_STEP not in wanted.scalars or GROUP_STEP in parameter.scalars:
             return parameter.scalars
-        settings = (group.hyperparameters for group in self.view.groups if parameter.name in group.names)
-        steps = next(settings, {}).get(GROUP_STEP)
+        steps = self._saved_settings(parameter).get(GROUP_STEP)
         return {**parameter.scalars, **({GROUP_STEP: steps} if isinstance(steps, (int, float)) and steps > 0 else {})}
+
+    def _saved_settings(self, parameter: Parameter) -> Mapping[str, Any]:
+        """Hyper-parameters of the group in which it was trained."""
+        groups = (group.hyperparameters for group in self.view.groups if parameter.name in group.names)
+        return next(groups, {})
 
     def _states_kept(self, slot: EngineSlot) -> KeptStates | None:
         """What the optimizer will keep for a slot; the same for all of a group that have as many dimensions."""

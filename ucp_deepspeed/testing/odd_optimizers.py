@@ -147,6 +147,60 @@ class OneElement(_Odd):
             param.data.add_(state["exp_avg"], alpha=-group["lr"] / float(state["scale"]))
 
 
+class Soap(_Odd):
+    """As SOAP does, keeps lists of matrices, the second of which it makes at its second step; and from then on an average too."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        for param in _stepped_on(group):
+            state, grad = self.state[param], param.grad
+            assert grad is not None
+            if not state:
+                state.update(step=0, exp_avg=torch.zeros_like(param), Q=None)
+                state["GG"] = [torch.zeros(size, size) for size in param.shape]
+            state["step"] += 1
+            state["exp_avg"].lerp_(grad, 0.1)
+            for index, found in enumerate(state["GG"]):
+                rows = grad.transpose(0, index).reshape(len(found), -1)
+                found.lerp_(rows @ rows.T, 0.1)
+            if state["step"] > 1:
+                state["Q"] = [torch.linalg.qr(found + torch.eye(len(found)))[0] for found in state["GG"]]
+            param.data.add_(state["exp_avg"], alpha=-group["lr"] * float(sum(map(torch.sum, state["GG"])).sigmoid()))
+
+
+class LateAverage(_Odd):
+    """As averaging optimizers do, begins to keep an average of the weights at its second step."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        for param in _stepped_on(group):
+            state, grad = self.state[param], param.grad
+            assert grad is not None
+            if not state:
+                state.update(step=0, exp_avg=torch.zeros_like(param))
+            state["step"] += 1
+            state["exp_avg"].lerp_(grad, 0.1)
+            if state["step"] > 1:
+                state.setdefault("average", param.detach().clone()).lerp_(param.detach(), 0.5)
+            param.data.add_(state["exp_avg"] + state.get("average", 0.0), alpha=-group["lr"])
+
+
+class SignDescent(_Odd):
+    """Keeps nothing."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        for param in _stepped_on(group):
+            assert param.grad is not None
+            param.data.add_(param.grad.sign(), alpha=-group["lr"])
+
+
 class ScheduleFree(_Odd):
     """Schedule-free AdamW: ``k``, ``weight_sum`` and ``lr_max`` are in the groups, and are the same on all ranks."""
 

@@ -108,9 +108,13 @@ class EngineOptimizer(ABC):
 
     def has_keys(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether saved groups, put in place of the live ones, have every key that these have."""
-        made = {"params", *IMPLEMENTATION_SWITCHES, GROUP_STEP}
         pairs = zip(self.base.param_groups, groups, strict=False)
-        return all(live.keys() - made <= set(keys_after_load(self.base, saved)) for live, saved in pairs)
+        return all(live.keys() - UNTELLING <= set(keys_after_load(self.base, saved)) for live, saved in pairs)
+
+    def is_like(self, index: int, saved: Mapping[str, Any]) -> bool:
+        """Whether a saved group has the very keys of a live one: then what the optimizer keeps now tells nothing against states
+        that it may make at a later step."""
+        return bool(saved) and self.live_group(index).keys() - UNTELLING == set(saved) - UNTELLING
 
     def replicas(self, slot: EngineSlot) -> Any:
         """The process group of the ranks that hold all of a slot as this one does; None for a slot that is cut over ranks."""
@@ -162,6 +166,10 @@ class EngineOptimizer(ABC):
     def _examples(self, slot: EngineSlot) -> Mapping[str, Any] | None:
         """See `example_states`; the live state itself where there is one."""
         return self.state_of(slot) or example_states(self.base, self.live_group(slot.group), slot.master, {})
+
+
+UNTELLING = frozenset(("params", "initial_lr", *IMPLEMENTATION_SWITCHES, GROUP_STEP))
+"""Keys of groups that don't tell an optimizer's class: others than it make them, or it makes them at its first step."""
 
 
 def _empty_like(master: torch.Tensor) -> torch.Tensor:
