@@ -26,6 +26,7 @@ from ucp_deepspeed.engine.model import WEIGHT_DTYPES, EngineModel, EngineTensor
 from ucp_deepspeed.engine.numbers import PartitionNumbers
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.engine.optimizers.states import KeptStates
+from ucp_deepspeed.engine.training_state import usable
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import per_rank, resolve_patterns
 from ucp_deepspeed.layout import Layout
@@ -319,9 +320,7 @@ class _Planner:
         if wanted is None or not (found or first.scalars):
             return tuple(first.states), first.scalars
         scalars = self._with_step(first, wanted)
-        if self.optimizer.is_like(
-            slot.group, self._saved_settings(first)
-        ):  # which may make some later than at its first step
+        if self._goes_on(slot, first):
             wanted = replace(wanted, elementwise=wanted.elementwise | found)
         held, kept = found | scalars.keys(), wanted.elementwise | wanted.scalars
         missing, extra = kept - held, held - kept
@@ -343,6 +342,13 @@ class _Planner:
             return parameter.scalars
         steps = self._saved_settings(parameter).get(GROUP_STEP)
         return {**parameter.scalars, **({GROUP_STEP: steps} if isinstance(steps, (int, float)) and steps > 0 else {})}
+
+    def _goes_on(self, slot: EngineSlot, parameter: Parameter) -> bool:
+        """Whether it is the optimizer that saved, as far as its groups tell, with the settings that it had: then it may have made
+        states later than at its first step."""
+        saved = self._saved_settings(parameter)
+        taken = self.settings[slot.group].keys() if slot.group < len(self.settings) else frozenset()
+        return self.optimizer.is_like(slot.group, saved) and usable(saved).keys() <= taken
 
     def _saved_settings(self, parameter: Parameter) -> Mapping[str, Any]:
         """Hyper-parameters of the group in which it was trained."""
