@@ -23,7 +23,7 @@ from ucp_deepspeed.checkpoint.checkpoint import (
 from ucp_deepspeed.checkpoint.deepspeed_experts import expert_parallel_size, shares_of_group, stage0_expert_slots
 from ucp_deepspeed.checkpoint.deepspeed_files import VALUES_KEY, DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed_layers import PipelineLayers
-from ucp_deepspeed.checkpoint.deepspeed_run import hyperparameters, join_groups, number_groups, read_run
+from ucp_deepspeed.checkpoint.deepspeed_run import check_numbers, hyperparameters, join_groups, number_groups, read_run
 from ucp_deepspeed.checkpoint.deepspeed_stage0 import Groups, stage0_form, stage0_slots, unnamed
 from ucp_deepspeed.checkpoint.deepspeed_weights import (
     module_slot,
@@ -203,11 +203,7 @@ class DeepSpeedCheckpoint(Checkpoint):
     def _read_topology(self) -> Topology:
         saved = self.files.model_states(0)
         model_parallel, dp, pp = saved["mp_world_size"], saved["dp_world_size"], self.files.pipeline_stages
-        if any(type(size) is not int or size < 1 for size in (model_parallel, dp, pp)):
-            raise DamagedCheckpointError(
-                f"{self.files.model_states_path(0, 0)} has mp_world_size {model_parallel!r}, dp_world_size {dp!r}, "
-                f"pp_degree {pp!r}"
-            )
+        check_numbers(saved, pp, self.files.model_states_path(0, 0))
         stage = 0
         if self.files.sliced:
             stage = 3
@@ -272,7 +268,7 @@ class DeepSpeedCheckpoint(Checkpoint):
     def _read_stage0_slots(self, rank: int) -> tuple[list[Slot], MismatchError | None]:
         """The slots without ZeRO; where the optimizer's state can't be told, of weights alone, and why it can't."""
         optimizer, path = self.files.whole_optimizer(rank)
-        if not optimizer:
+        if not (optimizer or self.files.lost_optimizer):
             return [], None
         buffers = frozenset(self.files.model_states(rank)["buffer_names"])
         owned = {
@@ -280,6 +276,8 @@ class DeepSpeedCheckpoint(Checkpoint):
             for name, located in self._module(rank).items()
             if name not in self._aliases and name not in buffers
         }
+        if not optimizer:
+            return weight_slots(owned, owned, path), without_optimizer(self.files)
         try:
             return self._named_slots(rank, optimizer, owned, path), None
         except MismatchError as error:
@@ -328,7 +326,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         """Weights and buffers that a model-parallel rank's files hold; in a pipeline those of all stages.
 
         Raises:
-            DamagedCheckpointError: a layer has files of some tensor-parallel ranks only.
+            DamagedCheckpointError: a layer has no files, or of some tensor-parallel ranks only.
         """
         saved, path = self.files.model_states(rank), self.files.model_states_path(rank, 0)
         pipeline = self.files.is_pipeline
@@ -345,7 +343,7 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     @cached_property
     def _layers(self) -> PipelineLayers:
-        return PipelineLayers(self.files, self.topology.tp, self._trained_numels)
+        return PipelineLayers(self.files, self.topology, self._trained_numels)
 
     def _trained_numels(self) -> dict[str, int]:
         trained: dict[str, int] = {}

@@ -205,6 +205,23 @@ class DeepSpeedFiles:
         return config if isinstance(config, dict) and (known or _enabled(config)) else {}
 
     @cached_property
+    def configured_stage(self) -> int | None:
+        """The ZeRO stage that the run was configured with; None where the files don't hold the config."""
+        zero = self.config.get("zero_optimization", 0)
+        return int(zero.get("stage", 0) if isinstance(zero, Mapping) else zero) if self.config else None
+
+    @cached_property
+    def lost_optimizer(self) -> bool:
+        """Whether ZeRO's files are gone that up to 0.5.10 alone named the parameters.
+
+        DeepSpeed couldn't save an engine under ZeRO that had no optimizer then.
+        """
+        saved = self.model_states(0)
+        if {"param_shapes", "num_experts"} & saved.keys() or saved.get("optimizer") or self.has_optimizer_files:
+            return False
+        return saved["global_steps"] > 0 if self.configured_stage is None else self.configured_stage > 0
+
+    @cached_property
     def precision(self) -> Precision:
         """Of the weights that the run trained with: as configured, else as they are."""
         if self.config:

@@ -17,6 +17,8 @@ from ucp_deepspeed.checkpoint.deepspeed_pipeline import (
 )
 from ucp_deepspeed.checkpoint.extra_states import extra_states_in
 from ucp_deepspeed.checkpoint.slots import Located
+from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.layout import Topology
 
 Numels = Mapping[str, int]
 """Elements of each parameter, by name."""
@@ -27,24 +29,45 @@ class PipelineLayers:
 
     Args:
         files: the tag folder.
-        degree: tensor-parallel size.
-        trained: asked only where no manifest tells which layers use a tied module.
+        topology: of the run that saved.
+        trained: asked only where no manifest tells which layers there are, and which use a tied module.
     """
 
-    def __init__(self, files: DeepSpeedFiles, degree: int, trained: Callable[[], Numels]) -> None:
-        self._files, self._degree, self._trained = files, degree, trained
+    def __init__(self, files: DeepSpeedFiles, topology: Topology, trained: Callable[[], Numels]) -> None:
+        self._files, self._topology, self._trained = files, topology, trained
         self.on = lru_cache(maxsize=None)(self._read)
 
     def _read(self, tp_rank: int) -> dict[str, Located]:
         """The tensors of a tensor-parallel rank, as far as they are needed, tied ones under their own names.
 
         Raises:
-            DamagedCheckpointError: a layer has files of some tensor-parallel ranks only.
+            DamagedCheckpointError: a layer has no files, or of some tensor-parallel ranks only.
         """
+        self._check_all_there()
         named: dict[str, Located] = {}
         for key, located in self._tensors(tp_rank, self._needed).items():
             named.setdefault(self._keys.get(key, key), located)  # of a tied module's layers the first
         return named
+
+    def _check_all_there(self) -> None:
+        """Whether what other files tell of is there: a manifest lists the files themselves.
+
+        A layer of nothing but frozen parameters is told of nowhere, and tied modules may have no file.
+        """
+        if self._files.manifest is not None:
+            return
+        firsts = range(0, self._topology.model_parallel, self._topology.tp)
+        buffers = [name for rank in firsts for name in self._files.model_states(rank)["buffer_names"]]
+        there = {place[0] for name in self._files.names if (place := layer_file(name))}
+        known = {layer: name for name in (*buffers, *self._trained()) if (layer := layer_of(name)) is not None}
+        if gone := sorted(known.keys() - there):
+            told = ", ".join(f"layer_{layer:02d}-*model_states.pt (of {known[layer]})" for layer in gone[:20])
+            raise DamagedCheckpointError(f"{self._files.path} lacks the files of {len(gone)} layers: {told}")
+        held = self._tensors(0).keys()
+        if lost := [name for name in buffers if layer_of(name) is not None and name not in held]:
+            raise DamagedCheckpointError(
+                f"{self._files.path}/layer_{layer_of(lost[0]):02d}-*model_states.pt lacks the buffer {lost[0]}"
+            )
 
     def order(self) -> Iterable[str]:
         """Names, layer by layer; there may be more than are saved."""
@@ -64,7 +87,7 @@ class PipelineLayers:
         return found
 
     def _tensors(self, tp_rank: int, wanted: Collection[int] | None = None) -> dict[str, Located]:
-        return read_layers(self._files.path, self._files.names, self._degree, tp_rank, self._files.open, wanted)
+        return read_layers(self._files.path, self._files.names, self._topology.tp, tp_rank, self._files.open, wanted)
 
     @cached_property
     def _needed(self) -> frozenset[int] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ucp_deepspeed.checkpoint.allowed_classes import DynamicLossScaler
@@ -14,6 +15,27 @@ from ucp_deepspeed.checkpoint.deepspeed_zero import recognise
 from ucp_deepspeed.checkpoint.deferred import Deferred
 from ucp_deepspeed.checkpoint.slots import settings_in
 from ucp_deepspeed.checkpoint.torch_files import read_tensors
+from ucp_deepspeed.errors import DamagedCheckpointError
+
+
+def check_numbers(saved: Mapping[str, Any], pp: Any, path: Path) -> None:
+    """Refuse sizes and counters that no run has.
+
+    Args:
+        saved: the content of a model_states file.
+        pp: the pipeline-parallel size, wherever it is told.
+    """
+    sizes = {key: saved[key] for key in ("mp_world_size", "dp_world_size")} | {"pp_degree": pp}
+    counters = {key: saved[key] for key in ("global_steps", "skipped_steps")}
+    counters["global_samples"] = 0 if saved.get("global_samples") is None else saved["global_samples"]
+    for least, numbers in ((1, sizes), (0, counters)):
+        for key, number in numbers.items():
+            if type(number) is not int or number < least:
+                raise DamagedCheckpointError(f"{path} has {key} {number!r}; expected a whole number from {least} on")
+    if saved["mp_world_size"] % pp:
+        raise DamagedCheckpointError(
+            f"{path} has pp_degree {pp}, which doesn't divide mp_world_size {saved['mp_world_size']}"
+        )
 
 
 def read_run(files: DeepSpeedFiles) -> RunState:

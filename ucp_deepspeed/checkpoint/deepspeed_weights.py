@@ -3,6 +3,7 @@ nothing can be told."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from ucp_deepspeed.checkpoint.slots import Located, Slot, shapes_of, whole_tenso
 from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES, storage_start
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 from ucp_deepspeed.layout import Shape
+
+FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
+"""How a config may call the dtype (``runtime/config_utils.py::DtypeEnum``)."""
 
 
 def tensors_in(state_dict: Mapping[str, Any], path: Path) -> dict[str, Located]:
@@ -72,17 +76,31 @@ def tied_names(files: DeepSpeedFiles, module: Mapping[str, Located]) -> dict[str
 
 def without_optimizer(files: DeepSpeedFiles) -> MismatchError:
     """Why a checkpoint of a run with an optimizer has no state of it."""
-    path, version = files.model_states_path(0, 0), files.model_states(0).get("ds_version", "unknown")
-    stage = files.config.get("zero_optimization")
-    if files.precision == "bf16" and not (stage.get("stage", 0) if isinstance(stage, dict) else stage):
+    path, version = files.model_states_path(0, 0), str(files.model_states(0).get("ds_version", "unknown")).strip()
+    if _never_wrote_optimizer(files, version):
+        fp32 = ", with gradients accumulated in fp32" if files.configured_stage else ""
         return MismatchError(
             f"{path} holds no optimizer state, and neither does another file: DeepSpeed {version}, which wrote it, left it out "
-            f"at bf16 and ZeRO stage 0. The files are whole otherwise: {WEIGHTS_HINT}"
+            f"at bf16 and ZeRO stage {files.configured_stage}{fp32}. The files are whole otherwise: {WEIGHTS_HINT}"
         )
     return MismatchError(
         f"{files.path} holds no optimizer state: the optimizer's files (*_optim_states.pt) aren't there. The weights are: "
         f"{WEIGHTS_HINT}"
     )
+
+
+def _never_wrote_optimizer(files: DeepSpeedFiles, version: str) -> bool:
+    """Whether it was DeepSpeed that left the optimizer's state out.
+
+    From 0.17.6 to 0.18.4 it did where bf16 calls for ``BF16_Optimizer``, in whose place it took another
+    (``runtime/engine.py::_configure_optimizer``).
+    """
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    if found is None or files.precision != "bf16" or not (0, 17, 6) <= tuple(map(int, found.groups())) < (0, 18, 5):
+        return False
+    types = files.config.get("data_types")
+    accumulated = types.get("grad_accum_dtype") if isinstance(types, Mapping) else None
+    return files.configured_stage == 0 or (files.configured_stage == 1 and accumulated in FP32_NAMES)
 
 
 def unrecorded_weights(module: Mapping[str, Located], known: Collection[str], version: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ masters, moments, frozen weights, buffers, rates and step counts, gathered from 
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,31 @@ def test_an_optimizer_state_that_was_never_written_is_no_damage(tmp_path: Path) 
     found = CliRunner().invoke(main, ["convert", str(GOLDEN / UNTOLD), str(tmp_path / "u")])
     assert found.exit_code and "load_module_only=True" in found.output
     assert "Weights only" in CliRunner().invoke(main, ["inspect", str(GOLDEN / UNTOLD)]).output
+
+
+@pytest.mark.parametrize(
+    ("version", "accumulated", "told"),
+    [
+        ("0.17.6", "fp32", "left it out at bf16 and ZeRO stage 1, with gradients accumulated in fp32"),
+        ("0.17.6", "bf16", "aren't there"),
+        ("0.14.5 ", "fp32", "aren't there"),
+    ],
+)
+def test_who_left_out_the_optimizers_state_of_bf16(version: str, accumulated: str, told: str, tmp_path: Path) -> None:
+    """DeepSpeed itself, or whoever removed the files. What 0.17.6 writes at stage 1 differs in the config alone."""
+    shutil.copytree(GOLDEN / UNTOLD, tmp_path / "c")
+    path = tmp_path / "c" / "t" / "mp_rank_00_model_states.pt"
+    saved = torch.load(path, weights_only=False)
+    saved["ds_config"] |= {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": accumulated}}
+    torch.save(saved | {"ds_version": version}, path)
+    assert told in str(open_checkpoint(tmp_path / "c").lacking)
+
+
+@pytest.mark.parametrize("name", ["0.5.10/z1fp16-Adam", "0.5.10/z2fp16-Adam", "0.7.7/z2fp16-Adam"])
+def test_lost_files_of_the_optimizer_are_told(name: str, tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / name, tmp_path / "c")
+    for path in (tmp_path / "c" / "t").glob("*optim_states.pt"):
+        path.unlink()
+    found = CliRunner().invoke(main, ["convert", str(tmp_path / "c"), str(tmp_path / "u")])
+    assert found.exit_code and "(*_optim_states.pt) aren't there" in found.output
+    assert not (tmp_path / "u").exists()

@@ -198,3 +198,38 @@ def test_without_the_optimizers_files_weights_are_read(tmp_path: Path, run: Nati
         (("fp32", {"bf16": "BF16", "fp16": "F16"}[run.precision]),)
     }
     assert "aren't there" in str(checkpoint.lacking) and "load_module_only=True" in str(checkpoint.lacking)
+
+
+def age(folder: Path) -> None:
+    """As up to 0.5.10, when nothing but ZeRO's files named the parameters; then these are lost."""
+    rewrite(folder, "mp_rank*model_states.pt", lambda saved: saved.pop("param_shapes"))
+    for path in folder.glob("*optim_states.pt"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("config", [True, False])
+@pytest.mark.parametrize("run", [RUNS[1], NativeRun(stage=1, dp=2, pp=2)], ids=str)
+def test_lost_files_of_the_optimizer_that_alone_named_the_parameters(
+    run: NativeRun, config: bool, tmp_path: Path
+) -> None:
+    """Nothing tells what was trained: all weights may have been."""
+    model = awkward_model() if run.pp is None else pipeline_model()
+    folder = write_native(tmp_path, model, run)
+    age(folder)
+    if not config:
+        rewrite(folder, "mp_rank*model_states.pt", lambda saved: saved.update(ds_config="runs/config.json"))
+    checkpoint = open_checkpoint(folder)
+    assert {parameter.kind for parameter in checkpoint.parameters.values()} == {"trainable", "buffer"}
+    assert "aren't there" in str(checkpoint.lacking) and "load_module_only=True" in str(checkpoint.lacking)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_an_engine_that_has_no_optimizer_lost_none(stage: int, tmp_path: Path) -> None:
+    """Later versions save such under ZeRO too, and say that there are no shapes; before, without ZeRO."""
+    folder = write_native(tmp_path, awkward_model(), NativeRun(stage=stage, dp=2, precision="fp16"))
+    age(folder)
+    more = {"param_shapes": None} if stage else {}
+    rewrite(folder, "*model_states.pt", lambda saved: saved.update(optimizer=None, **more))
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.lacking is None
+    assert {parameter.kind for parameter in checkpoint.parameters.values()} == {"frozen", "buffer"}

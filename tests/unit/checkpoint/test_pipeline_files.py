@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -304,6 +306,36 @@ def test_a_missing_layer_is_named_where_a_manifest_lists_it(tmp_path: Path) -> N
         (folder / f"layer_01-model_{rank:02d}-model_states.pt").unlink()
     with pytest.raises(DamagedCheckpointError, match=r"lacks 2 of \d+ files: .*layer_01-model_0[01]"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("run", "gone", "told"),
+    [
+        (NativeRun(stage=1, dp=2, pp=2), (3,), "1 layers: layer_03-*model_states.pt (of 3."),
+        (NativeRun(stage=1, dp=2, pp=2), range(6), "3 layers: layer_02-*model_states.pt (of 2."),
+        (NativeRun(precision="fp16", pp=2), (4,), "1 layers: layer_04-*model_states.pt (of 4.calls)"),
+    ],
+    ids=["one", "all", "of a buffer, without ZeRO"],
+)
+def test_a_missing_layer_is_told_by_what_is_known_to_be_in_it(
+    run: NativeRun, gone: Iterable[int], told: str, tmp_path: Path
+) -> None:
+    """No manifest lists the files."""
+    folder = write_native(tmp_path, pipeline_model(), run)
+    for layer in gone:
+        (folder / f"layer_{layer:02d}-model_00-model_states.pt").unlink(missing_ok=True)
+    with pytest.raises(DamagedCheckpointError, match=re.escape(f"lacks the files of {told}")):
+        _ = open_checkpoint(folder).parameters
+
+
+def test_a_buffer_that_its_layers_file_lacks(tmp_path: Path) -> None:
+    folder = write_native(tmp_path, pipeline_model(), NativeRun(stage=1, dp=2, pp=2))
+    path = folder / "layer_04-model_00-model_states.pt"
+    saved = torch.load(path)
+    del saved["calls"]
+    torch.save(saved, path)
+    with pytest.raises(DamagedCheckpointError, match=r"layer_04-\*model_states.pt lacks the buffer 4.calls"):
+        _ = open_checkpoint(folder).parameters
 
 
 @pytest.mark.parametrize(
