@@ -48,7 +48,7 @@ setup(
     extras_require={
         "megatron": ["megatron-core>=0.16.1,<0.17"],
         "plots": ["matplotlib>=3.8"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=5,<5.11"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=5,<5.23"],
         "dev": ["ruff", "mypy", "pre-commit", "codespell", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["ucp = ucp_deepspeed.cli:main"]},

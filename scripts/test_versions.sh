@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs a small set of engine tests on other versions of DeepSpeed: bash scripts/test_versions.sh [VERSION …]
-# Without arguments: the oldest that is accepted, and one in the middle. Each is installed beside the environment, which stays as
-# it is; everything else, torch too, is that of constraints.txt (see ucp_deepspeed/testing/older_deepspeed.py).
+# Runs a small set of engine tests on other versions of DeepSpeed or transformers:
+#     bash scripts/test_versions.sh [VERSION | transformers==VERSION …]
+# Without arguments: the oldest DeepSpeed that is accepted, and one in the middle. Each is installed beside the environment, which
+# stays as it is; everything else, torch too, is that of constraints.txt (see ucp_deepspeed/testing/older_deepspeed.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup_environment.sh
@@ -60,11 +61,45 @@ bf16_wrappers=(
 # DeepSpeed's own experts, of which its files tell enough since 0.19.3.
 experts=("tests/engines/test_experts.py::test_every_expert_parallel_size[1-one-fp32]")
 
+# Models of transformers: all families that AutoTP cuts, all whose experts AutoEP deals out.
+models=(tests/engines/test_autotp.py)
+# DeepSpeed 0.19.8 can't change the record of outputs that transformers has from 5.23 on.
+models_with_experts=(
+    tests/engines/test_autoep.py::test_from_and_to_the_model_of_transformers
+    tests/engines/test_autoep.py::test_experts_that_are_modules_of_their_own
+    "tests/engines/test_autoep.py::test_every_expert_parallel_size[2-stages2-settings2]"
+)
+
 since() { # the version in which it came; whether the tested one has it
     [ "$(printf '%s\n' "$1" "$version" | sort -V | head -1)" = "$1" ]
 }
 
+test_transformers() { # the version
+    version=$1 folder="${DEEPSPEED_VERSIONS:-$PWD/.venv/versions}/transformers-$1"
+    if [ ! -e "$folder/transformers/__init__.py" ]; then
+        rm -rf "$folder"
+        pip install -q --no-deps --target "$folder" "transformers==$version"
+    fi
+    # What it is made of and the environment has in another version only.
+    PYTHONPATH="$folder" python -c 'from importlib.metadata import requires, version
+from packaging.requirements import Requirement
+parts = ("tokenizers", "safetensors", "huggingface-hub")
+needed = [need for need in map(Requirement, requires("transformers")) if need.name in parts and need.marker is None]
+print(*(need for need in needed if not need.specifier.contains(version(need.name))), sep="\n")' |
+        xargs -r pip install -q --no-deps --target "$folder"
+    PYTHONPATH="$folder:$PWD" python -c 'import sys, transformers
+assert transformers.__version__ == sys.argv[1], f"{transformers.__version__} was imported from {transformers.__file__}"
+print(f"transformers {sys.argv[1]}")' "$version" 2>/dev/null
+    chosen=("${models[@]}")
+    if ! since 5.23; then chosen+=("${models_with_experts[@]}"); fi
+    PYTHONPATH="$folder:$PWD" python -m pytest -q -p no:cacheprovider --durations=0 --durations-min=4 "${chosen[@]}"
+}
+
 for version in "$@"; do
+    case $version in transformers==*)
+        test_transformers "${version#transformers==}"
+        continue ;;
+    esac
     folder="${DEEPSPEED_VERSIONS:-$PWD/.venv/versions}/$version"
     if [ ! -e "$folder/deepspeed/__init__.py" ]; then
         rm -rf "$folder"
