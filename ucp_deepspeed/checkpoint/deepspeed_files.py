@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ucp_deepspeed.checkpoint.experts import expert_of, optimizer_file, weight_f
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest
 from ucp_deepspeed.checkpoint.torch_files import PRECISIONS, open_torch_file
 from ucp_deepspeed.checkpoint.unpickling import opaque_in
-from ucp_deepspeed.checkpoint.versions import FileVersions
+from ucp_deepspeed.checkpoint.versions import FileVersions, check_regular
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import Topology
 
@@ -80,6 +81,9 @@ _MODEL_STATES = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
 """Files with a client state in them, besides what DeepSpeed writes."""
 
 _OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
+
+_RANKS_FILE = re.compile(r"(?:(?:bf16_)?zero_pp_rank_(\d+)_)?mp_rank_(\d+)_(?:model|optim)_states\.pt")
+"""Files that each model-parallel rank has: its partition, if any, and its number."""
 
 
 class DeepSpeedFiles:
@@ -358,21 +362,46 @@ class DeepSpeedFiles:
         return open_saved(path)
 
     def check_complete(self, topology: Topology) -> None:
-        """Name each file that the topology calls for and that isn't there; sizes are checked when a file is opened."""
-        expected = self.expected(topology)
-        missing = [name for name in expected if name not in self.names]
+        """Name each file that the topology calls for and that isn't there; sizes are checked when a file is opened.
+
+        Also files of model-parallel ranks that it hasn't, unless a manifest tells which files are the run's.
+        """
+        places = {name: found for name in sorted(self.names) if (found := _RANKS_FILE.fullmatch(name))}
+        if self.manifest is None:
+            more = [name for name, place in places.items() if int(place[2]) >= topology.model_parallel]
+            if more:
+                raise DamagedCheckpointError(
+                    f"{self.path} holds {more[0]}, and {self.model_states_path(0, 0).name} tells of {topology.model_parallel} "
+                    f"model-parallel ranks: files of two runs, or a wrong mp_world_size"
+                )
+        # A size may be anything in a damaged file: names are made one by one, and no more than there are files, and a few.
+        missing = list(islice((name for name in self._expected(topology) if name not in self.names), 20))
         if missing:
+            each = 1 if self.partitioned or self.sliced else 0
+            recorded = sum(1 for _ in self._recorded())
+            total = recorded + topology.model_parallel * ((topology.dp if self.sliced else 1) + each * topology.dp)
+            there = sum(name in self.names for name in self._recorded())
+            there += sum(self._calls_for(topology, name, place) for name, place in places.items())
             gone = self.sliced and any(_OPTIMIZER_FILE.fullmatch(name) for name in missing)
             raise DamagedCheckpointError(
-                f"{self.path} was saved as {topology} and lacks {len(missing)} of {len(expected)} files: "
-                + ", ".join(missing[:20])
+                f"{self.path} was saved as {topology} and lacks {total - there} of {total} files: "
+                + ", ".join(missing)
                 + (SLICED_HINT if gone else "")
             )
+
+    def _calls_for(self, topology: Topology, name: str, place: re.Match[str]) -> bool:
+        """Whether a run on this topology writes a file that is there, of whose name ``place`` is what `_RANKS_FILE` finds."""
+        partition, rank = int(place[1] or 0), int(place[2])
+        names = [self.model_states_path(rank, partition).name]
+        if self.partitioned or self.sliced:
+            names.append(self.optimizer_path(rank, partition).name)
+        return partition < topology.dp and rank < topology.model_parallel and name in names
 
     def check_sizes(self, topology: Topology) -> None:
         """Whether each file has the size that the manifest says; without one, whether it has the end of an archive."""
         for name in self.expected(topology):
             path = self.path / name
+            check_regular(path)
             if self.manifest is not None:
                 self.manifest.check_file(path)
             elif not zipfile.is_zipfile(path):
@@ -380,14 +409,20 @@ class DeepSpeedFiles:
 
     def expected(self, topology: Topology) -> list[str]:
         """Names of the files that a run on this topology writes."""
-        recorded = self.manifest.files if self.manifest else {}
-        expected = [name for name in recorded if layer_file(name) or weight_file(name) or optimizer_file(name)]
+        return list(self._expected(topology))
+
+    def _expected(self, topology: Topology) -> Iterator[str]:
+        yield from self._recorded()
         for rank in range(topology.model_parallel):
             partitions = range(topology.dp)
-            expected += [self.model_states_path(rank, part).name for part in (partitions if self.sliced else [0])]
+            yield from (self.model_states_path(rank, part).name for part in (partitions if self.sliced else [0]))
             if self.partitioned or self.sliced:
-                expected += [self.optimizer_path(rank, part).name for part in partitions]
-        return expected
+                yield from (self.optimizer_path(rank, part).name for part in partitions)
+
+    def _recorded(self) -> Iterator[str]:
+        """Names in the manifest of files that the topology doesn't tell."""
+        recorded = self.manifest.files if self.manifest else {}
+        return (name for name in recorded if layer_file(name) or weight_file(name) or optimizer_file(name))
 
     @contextmanager
     def sound(self) -> Iterator[None]:

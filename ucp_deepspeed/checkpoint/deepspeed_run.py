@@ -11,6 +11,7 @@ from typing import Any
 from ucp_deepspeed.checkpoint.allowed_classes import DynamicLossScaler
 from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, Differing, LossScale, ParameterGroup, RunState
 from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
+from ucp_deepspeed.checkpoint.deepspeed_stage0 import stage0_form
 from ucp_deepspeed.checkpoint.deepspeed_zero import recognise
 from ucp_deepspeed.checkpoint.deferred import Deferred
 from ucp_deepspeed.checkpoint.slots import settings_in
@@ -54,16 +55,18 @@ def read_run(files: DeepSpeedFiles) -> RunState:
 
 def _read_loss_scale(files: DeepSpeedFiles) -> LossScale | None:
     if files.partitioned:
-        state, _ = files.optimizer_state(0, 0)
+        state, path = files.optimizer_state(0, 0)
         scaler = state.get("loss_scaler")
         if scaler is None:
-            return None
+            raise DamagedCheckpointError(f"{path} lacks 'loss_scaler', which ZeRO in fp16 has in any version")
         values = {key: value for key, value in vars(scaler).items() if key not in ("dynamic", "dtype")}
         dynamic = state.get("dynamic_loss_scale", isinstance(scaler, DynamicLossScaler))
         return LossScale(bool(dynamic), values)
-    optimizer = files.model_states(0)["optimizer"] or {}
-    if "cur_scale" not in optimizer:
+    optimizer, path = files.whole_optimizer(0)
+    if not optimizer or stage0_form(optimizer, path) == "plain":
         return None
+    if "cur_scale" not in optimizer:
+        raise DamagedCheckpointError(f"{path} lacks 'cur_scale', the loss scale of its optimizer in fp16")
     values = {key: optimizer[key] for key in SCALE_KEYS if key in optimizer}
     return LossScale(bool(optimizer["dynamic_loss_scale"]), values)
 

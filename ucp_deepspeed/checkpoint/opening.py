@@ -19,6 +19,8 @@ from ucp_deepspeed.checkpoint.universal import (
 from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, FormatError
 
 LATEST_NAME = "latest"
+UNIVERSAL_LATEST_NAME = "latest_universal"
+"""Where DeepSpeed's ds_to_universal names its folder."""
 
 REPLACING_SECONDS = 1.0
 """Far more than what lies between the two renames of a save takes."""
@@ -46,6 +48,8 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
         return root
     if tag is None:
         latest = root / LATEST_NAME
+        if not latest.is_file() and (root / UNIVERSAL_LATEST_NAME).is_file():
+            latest = root / UNIVERSAL_LATEST_NAME
         if not latest.is_file():
             raise CheckpointNotFoundError(
                 f"{root} is not a checkpoint: it holds neither checkpoint files nor a 'latest' file{_tags(root)}"
@@ -98,11 +102,17 @@ def open_checkpoint(path: str | Path, tag: str | None = None) -> Checkpoint:
                 f"move one of them to another folder"
             )
         return UniversalCheckpoint(folder)
+    if (folder / "zero").is_dir() and not any(folder.glob("*_optim_states.pt")):
+        raise FormatError(
+            f"{folder} is a universal folder of DeepSpeed's ds_to_universal, which this release can't read: load the folder that "
+            f'it was made from. If that is gone, DeepSpeed loads it with "checkpoint": {{"load_universal": true}}, and "load": '
+            f'"never" in the block, but leaves buffers and frozen weights as the model has them; then save again'
+        )
     if native is not None:
         return DeepSpeedCheckpoint(folder)
-    if any(folder.glob("layer_*-model_states.pt")) or (folder / "zero").is_dir():
+    if any(folder.glob("layer_*-model_states.pt")):
         raise FormatError(
-            f"{folder} is a pipeline checkpoint or DeepSpeed's universal folder, which this release can't read"
+            f"{folder} is a pipeline checkpoint without model_states files, which this release can't read"
         )
     raise DamagedCheckpointError(f"{folder} holds no model_states file and no universal index")
 

@@ -21,6 +21,7 @@ from ucp_deepspeed.checkpoint import unpickling
 from ucp_deepspeed.checkpoint.allowed_classes import ALLOWED_CLASSES
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Precision
 from ucp_deepspeed.checkpoint.legacy_files import is_legacy, unpickle_legacy
+from ucp_deepspeed.checkpoint.versions import check_regular
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 
 TORCH_DTYPES: dict[torch.dtype, str] = {
@@ -81,6 +82,7 @@ def open_torch_file(path: Path, *, tensors: bool = False, owned: Collection[str]
     Raises:
         DamagedCheckpointError: the file is missing, isn't whole, or names a class that isn't allowed.
     """
+    check_regular(path)
     if not path.is_file():
         raise DamagedCheckpointError(f"{path} is missing")
     try:

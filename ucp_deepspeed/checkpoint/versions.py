@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from ucp_deepspeed.errors import DamagedCheckpointError
@@ -28,8 +29,10 @@ class FileVersions:
             status: of the opened file; without, it is opened for that, and if that fails nothing is noted.
 
         Raises:
-            DamagedCheckpointError: it isn't the file that was noted first under this path.
+            DamagedCheckpointError: it isn't the file that was noted first under this path, or no file at all.
         """
+        if status is None:
+            check_regular(path)
         try:
             version = _opened_version(path) if status is None else _version(status)
         except OSError:  # whoever reads it tells why
@@ -52,6 +55,21 @@ class FileVersions:
                 raise _changed(path) from None
             if now != version:
                 raise _changed(path)
+
+
+def check_regular(path: str | Path) -> None:
+    """Refuse what isn't a file, before somebody reads it: a pipe has reading wait, and a device may never end.
+
+    Raises:
+        DamagedCheckpointError: it is something else; says what. What isn't there, or can't be looked at, is another matter.
+    """
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+        raise DamagedCheckpointError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'something else')}, not a file")
 
 
 def _opened_version(path: str | Path) -> _Version:

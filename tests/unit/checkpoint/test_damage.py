@@ -341,3 +341,59 @@ def test_files_of_two_runs_are_not_mixed(folder: Path, tmp_path: Path) -> None:
     refused(folder, DamagedCheckpointError, "holds the files of two runs", "zero_pp_rank_")
     write_manifest(folder, NativeRun(stage=3, dp=2, precision="bf16"), (tuple(SHAPES),))
     assert read_all(folder).topology.zero_stage == 3
+
+
+@pytest.mark.parametrize("name", [MODEL, LAST, MANIFEST_NAME])
+@pytest.mark.parametrize("kind", ["a device", "a pipe", "a folder"])
+def test_what_is_no_file_is_not_read(kind: str, name: str, folder: Path) -> None:
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if kind == "a device":
+        path.symlink_to("/dev/zero")
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    refused(folder, DamagedCheckpointError, f"{name} is {kind}, not a file")
+    if name == LAST:
+        with pytest.raises(DamagedCheckpointError, match=f"{name} is {kind}"):
+            open_checkpoint(folder).check_sizes()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("key", ["dp_world_size", "mp_world_size"])
+def test_sizes_that_no_folder_has_files_for(key: str, stage: int, tmp_path: Path) -> None:
+    folder = write_native(tmp_path, model_of(SHAPES), NativeRun(stage=stage, dp=2, precision="bf16"))
+    for path in folder.glob("*model_states.pt"):
+        edit(path, lambda saved: saved.update({key: 10**9}) or saved.pop("checkpoint_parallel_dimensions"))
+    refused(folder, DamagedCheckpointError, "0000000", "files: ", "and lacks")
+
+
+def test_model_parallel_ranks_that_nothing_tells_of(tmp_path: Path) -> None:
+    folder = write_native(tmp_path, model_of(SHAPES), NativeRun(stage=1, tp=2))
+    one = {"mp_world_size": 1, "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1}}
+    edit(folder / MODEL, lambda saved: saved.update(one))
+    refused(folder, DamagedCheckpointError, "mp_rank_01_model_states.pt", "tells of 1 model-parallel ranks")
+
+
+@pytest.mark.parametrize("key", ["global_steps", "skipped_steps", "global_samples"])
+@pytest.mark.parametrize("value", ["x", -1, 2.5, True])
+def test_counters_that_count_nothing(value: object, key: str, folder: Path) -> None:
+    edit(folder / MODEL, lambda saved: saved.update({key: value}))
+    refused(folder, DamagedCheckpointError, MODEL, f"has {key} {value!r}; expected a whole number from 0 on")
+
+
+@pytest.mark.parametrize(
+    ("run", "name", "key"),
+    [
+        (NativeRun(stage=2, dp=2, precision="fp16"), FIRST.removeprefix("bf16_"), "loss_scaler"),
+        (NativeRun(stage=3, dp=2, precision="fp16"), FIRST.removeprefix("bf16_"), "loss_scaler"),
+        (NativeRun(precision="fp16"), MODEL, "cur_scale"),
+        (NativeRun(precision="fp16", optimizer="fused"), MODEL, "cur_scale"),
+    ],
+    ids=str,
+)
+def test_a_loss_scale_that_is_in_no_file(run: NativeRun, name: str, key: str, tmp_path: Path) -> None:
+    folder = write_native(tmp_path, model_of(SHAPES), run)
+    edit(folder / name, lambda saved: saved["optimizer" if name == MODEL else "optimizer_state_dict"].pop(key))
+    refused(folder, DamagedCheckpointError, name, f"lacks '{key}'")
