@@ -14,6 +14,9 @@ OUTPUT_LAYER = "output_layer"
 SHARDED_MODULES = (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
 """Modules whose weight is always cut. Built with ``perform_initialization=False`` they set no attributes on it."""
 
+MEGATRON_DEEPSPEED = ("dense_h_to_4h", "dense_4h_to_h")
+"""A feed-forward layer's modules in Megatron-DeepSpeed; with a gate the first has two rows for each column of the second."""
+
 
 def inferred_patterns(module: torch.nn.Module) -> dict[str, Pattern]:
     """The pattern of each parameter, by its first name; empty for a model without a single tensor-parallel parameter.
@@ -41,7 +44,17 @@ def _pattern(param: torch.Tensor, name: str, modules: dict[str, torch.nn.Module]
 
 
 def _is_gated(owner: str, modules: dict[str, torch.nn.Module]) -> bool:
-    """Whether gate and input lie in one ``linear_fc1``; Megatron-Core before 0.16 leaves its ``partition_stride`` at 1."""
+    """Whether gate and input lie in one tensor; Megatron-Core before 0.16 leaves its ``partition_stride`` at 1."""
     parent, _, name = owner.rpartition(".")
     layer = modules[parent]
+    if name == MEGATRON_DEEPSPEED[0]:
+        first, second = (_shape_on_rank(getattr(layer, each, None)) for each in MEGATRON_DEEPSPEED)
+        return len(first) == len(second) == 2 and first[0] == 2 * second[1]
     return name == "linear_fc1" and isinstance(layer, MLP) and bool(layer.config.gated_linear_unit)
+
+
+def _shape_on_rank(module: torch.nn.Module | None) -> torch.Size:
+    """The shape of a module's weight on this tensor-parallel rank, before ZeRO-3 cuts it; empty where there is none."""
+    weight = getattr(module, "weight", torch.zeros(()))
+    found: torch.Size = getattr(weight, "ds_shape", weight.shape)
+    return found

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 
 from ucp_deepspeed.errors import SpecError
 from ucp_deepspeed.language import families, find_family, load_spec
@@ -173,17 +174,23 @@ def gated_layers_without_a_stride() -> dict[str, object]:
     from ucp_deepspeed.megatron.layouts import inferred_patterns
     from ucp_deepspeed.testing import megatron_models
     from ucp_deepspeed.testing.megatron_cpu import run_megatron_on_cpu
+    from ucp_deepspeed.testing.megatron_deepspeed import MegatronDeepSpeedModel
 
     run_megatron_on_cpu()
     parallel_state.initialize_model_parallel(1)
-    size = megatron_models.llama_flavour(layers=1)
-    model = megatron_models.build_megatron_gpt(size)
+    model = megatron_models.build_megatron_gpt(megatron_models.llama_flavour(layers=1))
     for param in model.parameters():
         param.partition_stride = 1  # type: ignore[attr-defined]
-    return {name: pattern for name, pattern in inferred_patterns(model).items() if "linear_fc1.weight" in name}
+    renamed = MegatronDeepSpeedModel(model, embedding_norm=False)
+    found = {**inferred_patterns(model), **inferred_patterns(renamed)}
+    for param in model.parameters():  # as ZeRO-3 does
+        param.ds_shape, param.data = param.shape, torch.empty(0)  # type: ignore[attr-defined]
+    assert inferred_patterns(renamed).items() <= found.items()
+    return {name: pattern for name, pattern in found.items() if "fc1.weight" in name or "h_to_4h.weight" in name}
 
 
 def test_gated_layers_are_told_by_their_module_too() -> None:
     """Megatron-Core before 0.16 leaves the stride of a gated layer at 1; joined plainly, the model would be ruined."""
     [found] = get_pool(1).run(gated_layers_without_a_stride)
-    assert found == {"decoder.layers.0.mlp.linear_fc1.weight": Shard(0, parts=(1, 1))}
+    names = ("decoder.layers.0.mlp.linear_fc1.weight", "language_model.encoder.layers.0.mlp.dense_h_to_4h.weight")
+    assert found == dict.fromkeys(names, Shard(0, parts=(1, 1)))
