@@ -252,7 +252,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         param_shapes = self.files.param_shapes(rank)
         if param_shapes is not None and self.files.partitioned:
             spread = partial(shares_of_group, self.files, self.topology, rank)
-            return zero_slots(param_shapes, self.topology.dp, open_partition, spread)
+            return zero_slots(param_shapes, self.topology.dp, open_partition, spread, self.files.maps_slices)
         if self.files.partitioned:
             module = self._module(rank)
             shapes = [

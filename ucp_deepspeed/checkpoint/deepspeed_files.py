@@ -215,6 +215,12 @@ class DeepSpeedFiles:
         return int(zero.get("stage", 0) if isinstance(zero, Mapping) else zero) if self.config else None
 
     @cached_property
+    def maps_slices(self) -> bool:
+        """Whether ``param_slice_mappings`` are known to be right: with ``round_robin_gradients`` they are of another order."""
+        zero = self.config.get("zero_optimization")
+        return bool(self.config) and not (isinstance(zero, Mapping) and zero.get("round_robin_gradients"))
+
+    @cached_property
     def lost_optimizer(self) -> bool:
         """Whether ZeRO's files are gone that up to 0.5.10 alone named the parameters.
 

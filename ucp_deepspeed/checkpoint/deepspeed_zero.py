@@ -16,6 +16,7 @@ import torch
 
 from ucp_deepspeed.checkpoint.autoep import Part
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
+from ucp_deepspeed.checkpoint.deepspeed_mapped import held_as_mapped
 from ucp_deepspeed.checkpoint.deferred import Deferred
 from ucp_deepspeed.checkpoint.slots import (
     Located,
@@ -123,6 +124,7 @@ def zero_slots(
     partitions: int,
     open_partition: OpenPartition,
     spread: Callable[[int, NamedShapes], Sequence[Share]] | None = None,
+    mapped: bool = False,
 ) -> list[Slot]:
     """The slots of one model-parallel rank.
 
@@ -132,6 +134,7 @@ def zero_slots(
         open_partition: see `OpenPartition`.
         spread: of a group (index, shapes by name) its shares, where ranks hold different parameters under the same names, or
             different parts: experts.
+        mapped: ``param_slice_mappings`` are right, and files that are opened are held against them.
 
     Raises:
         DamagedCheckpointError: the two files disagree on the number of slots.
@@ -149,7 +152,8 @@ def zero_slots(
         whole = Share(tuple(named), partitions, open_partition)
         place = _place_among_named(form, saved, index)
         first, *others = spread(index, named) if spread else (whole,)
-        slot = _zero_slot(form, index, first, _open_group(first.open_partition, place), shapes_of(named))
+        open_first = _open_group(first.open_partition, place)
+        slot = _zero_slot(form, index, first, open_first, shapes_of(named), mapped and not others)
         slots.append(slot)
         for share in others:
             open_group = _open_group(share.open_partition, place)
@@ -261,13 +265,22 @@ class Share:
     parts: tuple[Part, ...] = ()
 
 
-def _zero_slot(form: ZeroForm, group: int, share: Share, open_group: OpenGroup, shapes: tuple[Shape, ...]) -> Slot:
+def _zero_slot(
+    form: ZeroForm,
+    group: int,
+    share: Share,
+    open_group: OpenGroup,
+    shapes: tuple[Shape, ...],
+    mapped: bool = False,
+) -> Slot:
     saved, path, index = open_group(0)
     _check_partitions(saved, index, share.partitions, path)
     flattening = _flattening(form, saved, index, numels_of(shapes), share.partitions)
     overlapping = _overlapping(form, flattening, open_group)
     found = _held_states(form, flattening, overlapping, open_group)
     open_sound = _of_one_save(form, open_group)
+    if mapped and isinstance(flattening, FlatGroup) and not share.parts:
+        open_sound = held_as_mapped(open_sound, share.names, flattening)
     return Slot(
         share.names,
         tuple(part.shape for part in share.parts) or shapes,

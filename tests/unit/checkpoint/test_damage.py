@@ -397,3 +397,24 @@ def test_a_loss_scale_that_is_in_no_file(run: NativeRun, name: str, key: str, tm
     folder = write_native(tmp_path, model_of(SHAPES), run)
     edit(folder / name, lambda saved: saved["optimizer" if name == MODEL else "optimizer_state_dict"].pop(key))
     refused(folder, DamagedCheckpointError, name, f"lacks '{key}'")
+
+
+@pytest.mark.parametrize("exchanged", [True, False])
+@pytest.mark.parametrize(
+    "run",
+    [
+        ZERO_2,
+        NativeRun(dp=2, stage=1, precision="bf16", parameter_alignment=True),
+        NativeRun(dp=2, stage=1, precision="bf16", optimizer="bf16"),
+    ],
+    ids=["plain", "aligned", "bf16-optimizer"],
+)
+def test_the_file_of_another_partition(run: NativeRun, exchanged: bool, tmp_path: Path) -> None:
+    """Its size is the same; which elements it has is recorded in it."""
+    folder = write_native(tmp_path, model_of(SHAPES), run)
+    read_all(folder)
+    contents = (folder / FIRST).read_bytes(), (folder / LAST).read_bytes()
+    (folder / LAST).write_bytes(contents[0])
+    if exchanged:
+        (folder / FIRST).write_bytes(contents[1])
+    refused(folder, DamagedCheckpointError, "records that it holds", "this is another rank's file")
