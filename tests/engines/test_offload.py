@@ -218,6 +218,7 @@ def test_nvme_that_a_run_was_too_small_for(ranks: Ranks, tmp_path: Path) -> None
     [
         ({"params_in_nvme_and_cpu": True}, "offload_param.device: nvme"),
         ({"offload_optimizer": True, "partial_offload": 0.5}, "offload_optimizer.ratio below 1"),
+        ({"zenflow": True}, "zenflow"),
         ({"zero_quantized_nontrainable_weights": True}, "zero_quantized_nontrainable_weights"),
     ],
 )

@@ -114,6 +114,7 @@ def _check_settings(zero: Any) -> None:
         "offload_optimizer.device: nvme": zero.swap_optimizer,
         "offload_param.device: nvme": zero.params_in_nvme_and_cpu,
         "offload_optimizer.ratio below 1": zero.offload_optimizer and zero.partial_offload != 1,
+        "zenflow": getattr(zero, "zenflow", False),
         "zero_quantized_nontrainable_weights": zero.zero_quantized_nontrainable_weights,
     }
     if found := [setting for setting, used in refused.items() if used]:
