@@ -255,6 +255,8 @@ CASES = [
             (odd_optimizers.OneElement, 1, {}),
             (odd_optimizers.NormPerTensor, 2, {}),
             (odd_optimizers.Prodigy, 1, {}),
+            (odd_optimizers.Bookkeeper, 1, {}),
+            (odd_optimizers.Counter, 0, {}),
             (odd_optimizers.Soap, 0, {}),
             (odd_optimizers.Soap, 1, {}),
             (odd_optimizers.LateAverage, 1, {}),

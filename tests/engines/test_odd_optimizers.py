@@ -95,6 +95,37 @@ def test_where_nothing_is_cut_any_number_of_replicas_resumes_as_with_deepspeed_a
     assert here.client_state == alone.client_state and here.rates == alone.rates
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_lists_and_tensors_in_groups_and_counts_of_elements(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """They are what they were, also after the optimizer was asked which states it keeps; and it goes on from them."""
+    run = Run("mlp", zero={"stage": stage}, optimizer=(odd_optimizers.Bookkeeper, {}), universal=ALWAYS)
+    source = ranks(2).run(train, run, LAST_STEP, save=str(tmp_path / "a"), save_at=STEP)
+    groups, _ = ranks(1).run(groups_and_numbers, run, str(tmp_path / "a"))[0]
+    assert groups[0]["history"] == [0, 1, 2] and groups[0]["table"] == {"steps": 3}
+    assert torch.equal(groups[0]["scale"], torch.tensor(0.125))
+    for world_size in (1, 2):
+        again = str(tmp_path / str(world_size))
+        outcome = ranks(world_size).run(train, run, LAST_STEP, load=str(tmp_path / "a"), save=again, save_at=STEP)
+        assert list(outcome[0].losses) == [4, 5, 6]
+        assert world_size == 1 or outcome[0].losses == {step: source[0].losses[step] for step in outcome[0].losses}
+    ranks(1).run(train, run, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"), save_first=True)
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_what_is_of_no_parameter_is_never_lost(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """It is restored where the optimizer's own file is, and told elsewhere."""
+    run = Run("mlp", zero={"stage": stage}, optimizer=(odd_optimizers.Counter, {}))
+    ranks(2).run(train, run, STEP, save=str(tmp_path))
+    refusing = replace(run, universal=ALWAYS) if stage == 0 else run
+    with pytest.raises(RankError) as refused:
+        ranks(1).run(train, refusing, STEP, load=str(tmp_path))
+    for part in ("'shared' is of no parameter", "'calls' is of no parameter", '"reset"'):
+        assert part in str(refused.value)
+    if stage == 0:
+        assert ranks(1).run(train, run, STEP + 1, load=str(tmp_path))[0].report is None
+
+
 def test_a_state_that_is_made_later_follows_to_another_topology(ranks: Ranks, tmp_path: Path) -> None:
     run = Run("mlp", zero={"stage": 1}, optimizer=(odd_optimizers.LateAverage, {}))
     ranks(2).run(train, run, STEP, save=str(tmp_path / "a"))

@@ -23,7 +23,14 @@ from ucp_deepspeed.checkpoint.checkpoint import (
 from ucp_deepspeed.checkpoint.deepspeed_experts import expert_parallel_size, shares_of_group, stage0_expert_slots
 from ucp_deepspeed.checkpoint.deepspeed_files import VALUES_KEY, DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed_layers import PipelineLayers
-from ucp_deepspeed.checkpoint.deepspeed_run import check_numbers, hyperparameters, join_groups, number_groups, read_run
+from ucp_deepspeed.checkpoint.deepspeed_run import (
+    check_numbers,
+    hyperparameters,
+    join_groups,
+    number_groups,
+    read_run,
+    with_all_states,
+)
 from ucp_deepspeed.checkpoint.deepspeed_stage0 import Groups, stage0_form, stage0_slots, unnamed
 from ucp_deepspeed.checkpoint.deepspeed_weights import (
     module_slot,
@@ -252,14 +259,15 @@ class DeepSpeedCheckpoint(Checkpoint):
         param_shapes = self.files.param_shapes(rank)
         if param_shapes is not None and self.files.partitioned:
             spread = partial(shares_of_group, self.files, self.topology, rank)
-            return zero_slots(param_shapes, self.topology.dp, open_partition, spread, self.files.maps_slices)
+            slots = zero_slots(param_shapes, self.topology.dp, open_partition, spread, self.files.maps_slices)
+            return with_all_states(slots, self.files, rank)
         if self.files.partitioned:
             module = self._module(rank)
             shapes = [
                 {name: tuple(module[name][0].shape) for name in group}
                 for group in mapped_numels(self.topology.dp, open_partition)
             ]
-            return zero_slots(shapes, self.topology.dp, open_partition)
+            return with_all_states(zero_slots(shapes, self.topology.dp, open_partition), self.files, rank)
         if param_shapes is not None:
             trained = [name for group in param_shapes for name in group]
             return weight_slots(self._module(rank), trained, self.files.model_states_path(rank, 0))
@@ -279,7 +287,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         if not optimizer:
             return weight_slots(owned, owned, path), without_optimizer(self.files)
         try:
-            return self._named_slots(rank, optimizer, owned, path), None
+            return with_all_states(self._named_slots(rank, optimizer, owned, path), self.files, rank), None
         except MismatchError as error:
             return weight_slots(owned, owned, path), error
 

@@ -24,7 +24,8 @@ def held_as_mapped(open_group: OpenGroup, names: Sequence[str], flattening: Flat
     @cache
     def opened(partition: int) -> tuple[dict[str, Any], Path, int]:
         saved, path, index = open_group(partition)
-        if mappings := saved.get("param_slice_mappings"):
+        mappings = saved.get("param_slice_mappings") or ()
+        if index < len(mappings):  # of torch's Adagrad only the first group's are there
             found = {name: (address.start, address.numel) for name, address in mappings[index].items()}
             laid = {names[held.index]: (held.buffer_start, held.numel) for held in flattening.held_by(partition)}
             differing = [name for name in (*found, *laid) if found.get(name) != laid.get(name)]

@@ -14,7 +14,7 @@ from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed_stage0 import stage0_form
 from ucp_deepspeed.checkpoint.deepspeed_zero import recognise
 from ucp_deepspeed.checkpoint.deferred import Deferred
-from ucp_deepspeed.checkpoint.slots import settings_in
+from ucp_deepspeed.checkpoint.slots import Slot, settings_in
 from ucp_deepspeed.checkpoint.torch_files import read_tensors
 from ucp_deepspeed.errors import DamagedCheckpointError
 
@@ -73,13 +73,30 @@ def _read_loss_scale(files: DeepSpeedFiles) -> LossScale | None:
 
 def hyperparameters(files: DeepSpeedFiles, rank: int) -> list[Mapping[str, Any]]:
     """Of the base optimizer's parameter groups on one model-parallel rank, without names; rates that are tensors as numbers."""
+    base, path = _base_optimizer(files, rank)
+    return [settings_in(group, path) for group in base.get("param_groups", ())]
+
+
+def with_all_states(slots: list[Slot], files: DeepSpeedFiles, rank: int) -> list[Slot]:
+    """The slots of a model-parallel rank; the first one refuses what the base optimizer keeps under keys of its own, among the
+    states of parameters and beside them."""
+    base, path = _base_optimizer(files, rank)
+    states = [str(key) for key in base.get("state", ()) if type(key) is not int]
+    others = [key for key in base if key not in ("state", "param_groups")]
+    if not slots or not (states or others):
+        return slots
+    beside = {key: f"optimizer state {key!r} is of no parameter ({path})" for key in (*states, *others)}
+    return [replace(slots[0], refused={**slots[0].refused, **beside}), *slots[1:]]
+
+
+def _base_optimizer(files: DeepSpeedFiles, rank: int) -> tuple[Mapping[str, Any], Path]:
+    """States and groups in the first file of a model-parallel rank; nothing where elastic files list them otherwise."""
     if files.partitioned:
         state, path = files.optimizer_state(rank, 0)
-        groups = recognise(state, path).hyperparameters(state)
-    else:
-        saved, path = files.whole_optimizer(rank)
-        groups = list(saved.get("optimizer_state_dict", saved)["param_groups"]) if saved else []
-    return [settings_in(group, path) for group in groups]
+        base = state[recognise(state, path).optimizer]
+        return ({} if isinstance(base, list) else base), path
+    saved, path = files.whole_optimizer(rank)
+    return (saved.get("optimizer_state_dict", saved) if saved else {}), path
 
 
 def number_groups(stages: Sequence[Sequence[Mapping[str, Any] | None]]) -> list[list[int | None]]:

@@ -354,7 +354,8 @@ def _of_one_save(form: ZeroForm, open_group: OpenGroup) -> OpenGroup:
 def _step_of(form: ZeroForm, saved: Mapping[str, Any], path: Path, index: int) -> float | None:
     """How many steps the optimizer has taken with a flat group, if it says."""
     step = form.state_entry(saved, index).get("step")
-    return None if step is None else scalar_of(step, path)
+    each = isinstance(step, torch.Tensor) and step.numel() != 1
+    return None if step is None or each else scalar_of(step, path)
 
 
 def _like_first(form: ZeroForm, first: Slot, share: Share, open_group: OpenGroup) -> Slot:

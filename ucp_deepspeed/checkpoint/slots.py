@@ -159,7 +159,7 @@ def split_states(raw: Mapping[str, Any], buffer: torch.Tensor, path: Path) -> Sp
     for key, value in raw.items():
         if isinstance(value, (bool, int, float)):
             scalars[key] = value
-        elif isinstance(value, torch.Tensor) and (key == "step" or (value.ndim == 0 and buffer.ndim > 0)):
+        elif isinstance(value, torch.Tensor) and is_number_in_tensor(key, value, buffer):
             scalars[key] = scalar_of(value, path)
         elif isinstance(value, torch.Tensor) and _is_elementwise(value, buffer) and value.dtype in TORCH_DTYPES:
             states[key] = TORCH_DTYPES[value.dtype]
@@ -169,6 +169,13 @@ def split_states(raw: Mapping[str, Any], buffer: torch.Tensor, path: Path) -> Sp
                 f"optimizer state {key!r} isn't element-wise: {found} where the buffer has shape {tuple(buffer.shape)} ({path})"
             )
     return SplitStates(states, scalars, refused)
+
+
+def is_number_in_tensor(key: str, state: torch.Tensor, buffer: torch.Tensor) -> bool:
+    """Whether a state is one number, and no element of the buffer: it has no axes where that has some, or it counts steps."""
+    if key == "step":
+        return state.numel() == 1 and (state.ndim == 0 or state.shape != buffer.shape)
+    return state.ndim == 0 and buffer.ndim > 0
 
 
 def _is_elementwise(state: torch.Tensor, buffer: torch.Tensor) -> bool:

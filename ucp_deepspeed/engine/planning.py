@@ -324,6 +324,10 @@ class _Planner:
             wanted = replace(wanted, elementwise=wanted.elementwise | found)
         held, kept = found | scalars.keys(), wanted.elementwise | wanted.scalars
         missing, extra = kept - held, held - kept
+        if mixed := (found & wanted.scalars) | (scalars.keys() & wanted.elementwise):
+            self.problems.append(
+                f"{first.name}: {sorted(mixed)}: one number on one side, and one for each element on the other; {RESET_HINT}"
+            )
         if (missing and not self.policies.initialise) or (extra and not self.policies.drop):
             self.problems.append(
                 f"{first.name}: the optimizer keeps {sorted(kept)}, the checkpoint holds {sorted(held)}"

@@ -311,7 +311,10 @@ def _set_scheduled(scheduler: Any, optimizer: EngineOptimizer) -> None:
         scheduler.step(scheduler.last_batch_iteration)
     elif isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
         for group, rate in zip(optimizer.base.param_groups, scheduler.get_last_lr(), strict=True):
-            _set(group, "lr", rate)
+            if isinstance(group.get("lr"), torch.Tensor):  # on the device
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
 
 def _samples(engine: Any) -> int:
@@ -319,16 +322,8 @@ def _samples(engine: Any) -> int:
 
 
 def _set_hyperparameters(optimizer: EngineOptimizer, settings: Settings) -> None:
-    for live, values in zip(optimizer.base.param_groups, settings, strict=False):  # no settings: none are taken over
-        for key, value in values.items():
-            _set(live, key, value)
-
-
-def _set(group: dict[str, Any], key: str, value: Any) -> None:
-    if isinstance(group.get(key), torch.Tensor):  # such as a rate on the device
-        group[key].fill_(value)
-    else:
-        group[key] = value
+    for index, values in enumerate(settings[: len(optimizer.base.param_groups)]):  # no settings: none are taken over
+        optimizer.set_settings(index, values)
 
 
 def _restore_loss_scale(checkpoint: Checkpoint, optimizer: EngineOptimizer) -> None:

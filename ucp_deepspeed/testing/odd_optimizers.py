@@ -189,6 +189,55 @@ class LateAverage(_Odd):
             param.data.add_(state["exp_avg"] + state.get("average", 0.0), alpha=-group["lr"])
 
 
+class Bookkeeper(_Odd):
+    """Keeps lists and tensors in its groups, some from its first step on, and a count for each element."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+        for group in self.param_groups:
+            group |= {"betas": torch.tensor([0.9, 0.99]), "history": [], "table": {"steps": 0}}
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        group["history"].append(len(group["history"]))
+        group["table"]["steps"] += 1
+        group["betas"].mul_(0.99)
+        group.setdefault("scale", torch.ones(())).mul_(0.5)
+        for param in _stepped_on(group):
+            state, grad = self.state[param], param.grad
+            assert grad is not None
+            if not state:
+                state.update(step=torch.zeros_like(param), exp_avg=torch.zeros_like(param))
+            state["step"] += grad != 0
+            state["exp_avg"].mul_(group["betas"][0]).add_(grad, alpha=0.1)
+            param.data.add_(state["exp_avg"] / (state["step"] + 1), alpha=-group["lr"] * float(group["scale"]))
+
+
+class Counter(_Odd):
+    """Keeps a count of its own, under a key that is no parameter, and writes another into its ``state_dict``."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+        self.calls = 0
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        self.calls += 1
+        shared: Any = self.state
+        shared.setdefault("shared", {"steps": 0})["steps"] += 1
+        for param in _stepped_on(group):
+            assert param.grad is not None
+            self.state[param].setdefault("exp_avg", torch.zeros_like(param)).lerp_(param.grad, 0.1)
+            param.data.add_(self.state[param]["exp_avg"], alpha=-group["lr"] / self.calls)
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the calls."""
+        return {**super().state_dict(), "calls": self.calls}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """With the calls."""
+        super().load_state_dict(state_dict)
+        self.calls = state_dict["calls"]
+
+
 class SignDescent(_Odd):
     """Keeps nothing."""
 

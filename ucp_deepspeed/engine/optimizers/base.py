@@ -6,6 +6,7 @@ A *slot* is one tensor that the base (torch) optimizer steps on, with the parame
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,13 @@ import numpy as np
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, IMPLEMENTATION_SWITCHES, MASTER, LossScale
-from ucp_deepspeed.engine.optimizers.states import KeptStates, example_states, kept_states, keys_after_load
+from ucp_deepspeed.engine.optimizers.states import (
+    KeptStates,
+    example_settings,
+    example_states,
+    kept_states,
+    keys_after_load,
+)
 from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup
 from ucp_deepspeed.plan import Fragment
 
@@ -110,6 +117,24 @@ class EngineOptimizer(ABC):
         """Whether saved groups, put in place of the live ones, have every key that these have."""
         pairs = zip(self.base.param_groups, groups, strict=False)
         return all(live.keys() - UNTELLING <= set(keys_after_load(self.base, saved)) for live, saved in pairs)
+
+    def set_settings(self, index: int, values: Mapping[str, Any]) -> None:
+        """Put hyper-parameters in a live group, each in the form in which the optimizer keeps it."""
+        live = self.base.param_groups[index]
+        master = next((slot.master for slot in self.slots() if slot.group == index), None)
+        forms = {} if master is None else example_settings(self.base, live, master)
+        for key, value in values.items():
+            kept = live.get(key)
+            form = kept if isinstance(kept, torch.Tensor) else forms.get(key)
+            if not isinstance(form, torch.Tensor):
+                live[key] = copy.deepcopy(value)  # the optimizer may change what it gets
+                continue
+            found = torch.as_tensor(value, dtype=form.dtype, device=form.device)  # such as a rate on the device
+            if kept is form and (found.numel() == kept.numel() == 1 or found.shape == kept.shape):
+                with torch.no_grad():
+                    kept.copy_(found.view(kept.shape))
+            else:
+                live[key] = found.clone().view(form.shape) if found.numel() == form.numel() == 1 else found.clone()
 
     def is_like(self, index: int, saved: Mapping[str, Any]) -> bool:
         """Whether a saved group has the very keys of a live one: then what the optimizer keeps now tells nothing against states

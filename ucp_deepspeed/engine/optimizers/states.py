@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ucp_deepspeed.checkpoint.deepspeed_zero import MOMENTUM
+from ucp_deepspeed.checkpoint.slots import is_number_in_tensor
 
 COMPILED_STATES: Mapping[str, tuple[str, ...]] = {
     "FusedAdam": ("exp_avg", "exp_avg_sq"),
@@ -65,7 +66,7 @@ def kept_states(found: Mapping[str, Any], probed: Mapping[str, Any], master: tor
 def is_number(key: str, value: Any, master: torch.Tensor) -> bool:
     """Whether a state is one number, as `ucp_deepspeed.checkpoint.slots.split_states` tells."""
     if isinstance(value, torch.Tensor):
-        return key == "step" or (value.ndim == 0 and master.ndim > 0)
+        return is_number_in_tensor(key, value, master)
     return isinstance(value, (bool, int, float))
 
 
@@ -112,7 +113,19 @@ def _listed_or_probed(
 ) -> Mapping[str, Any] | None:
     if names := COMPILED_STATES.get(type(optimizer).__name__):
         return _counting(*names, master=master)
-    return _probed(optimizer, group, master)
+    probe = _stepped(optimizer, group, master)
+    return None if probe is None else probe.state[probe.param_groups[0]["params"][0]]
+
+
+def example_settings(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], master: torch.Tensor
+) -> Mapping[str, Any]:
+    """A parameter group as it is after a step on a tensor like the master, for the forms of what is in it: some optimizers make
+    tensors there. Nothing where that can't be told."""
+    if type(optimizer).__name__ in COMPILED_STATES or type(optimizer).__name__ == MUON:
+        return {}
+    probe = _stepped(optimizer, group, master)
+    return {} if probe is None else probe.param_groups[0]
 
 
 def _counting(*names: str, master: torch.Tensor) -> Mapping[str, Any]:
@@ -123,17 +136,37 @@ def _nothing(master: torch.Tensor) -> torch.Tensor:
     return torch.zeros((1,) * master.ndim, device=master.device)
 
 
-def _probed(
+def _apart(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """A copy, without parameters and states, that shares nothing with it that a step could change; hooks are left out.
+
+    Raises:
+        TypeError: it steps by another optimizer, or keeps what can't be copied.
+    """
+    own = {key: value for key, value in vars(optimizer).items() if key not in ("state", "param_groups")}
+    if any(isinstance(value, torch.optim.Optimizer) for value in own.values()):
+        raise TypeError(f"{type(optimizer).__name__} steps by another optimizer")
+    shared = {id(param): param for group in optimizer.param_groups for param in group["params"]}
+    probe = copy.copy(optimizer)
+    for key, value in own.items():
+        if key.endswith("_hooks"):
+            setattr(probe, key, type(value)())
+        elif isinstance(value, (dict, list, set, torch.Tensor)):
+            setattr(probe, key, copy.deepcopy(value, shared))
+    probe.state = defaultdict(dict)
+    return probe
+
+
+def _stepped(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], master: torch.Tensor
-) -> Mapping[str, Any] | None:
-    """What a copy of the optimizer keeps after a step on a scratch tensor; torch's make their states then."""
+) -> torch.optim.Optimizer | None:
+    """A copy of the optimizer after a step on a scratch tensor, alone in a group; torch's make their states then."""
     scratch = torch.zeros((2,) * master.ndim, device=master.device, requires_grad=True)
     scratch.grad = torch.zeros_like(scratch)
     try:
-        probe = copy.copy(optimizer)
-        probe.state = defaultdict(dict)
-        probe.param_groups = [{**group, "params": [scratch]}]
+        probe = _apart(optimizer)
+        settings = {key: value for key, value in group.items() if key != "params"}
+        probe.param_groups = [{**copy.deepcopy(settings), "params": [scratch]}]
         probe.step()
     except Exception:  # a user's own class may raise anything; then the states are taken as they are
         return None
-    return probe.state[scratch]
+    return probe
