@@ -20,6 +20,7 @@ from checkpoints import LAST_STEP, STEP, differences
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.testing import odd_optimizers
 from ucp_deepspeed.testing.ranks import RankPool
 from ucp_deepspeed.testing.runs import Run, train
 from ucp_deepspeed.transfer.convert import convert
@@ -28,7 +29,7 @@ Ranks = Callable[[int], RankPool]
 
 ALWAYS = {"enabled": True, "load": "always"}
 
-OPTIMIZERS: tuple[tuple[str, Mapping[str, Any]] | None, ...] = (
+OPTIMIZERS: tuple[tuple[str | type, Mapping[str, Any]] | None, ...] = (
     None,
     None,
     ("SGD", {"lr": 0.02, "momentum": 0.9}),
@@ -41,8 +42,12 @@ OPTIMIZERS: tuple[tuple[str, Mapping[str, Any]] | None, ...] = (
     ("RAdam", {"lr": 1e-3}),
     ("NAdam", {"lr": 1e-3}),
     ("ASGD", {"lr": 0.01}),
+    (odd_optimizers.GroupStepFusedAdam, {}),
+    (odd_optimizers.ScheduleFree, {}),
+    (odd_optimizers.LateAverage, {}),
+    (odd_optimizers.SignDescent, {}),
 )
-"""DeepSpeed's choice from the config, and classes of torch's that step on each element alone."""
+"""DeepSpeed's choice from the config, and classes that step on each element alone."""
 
 ZERO_SETTINGS: Mapping[int, tuple[Mapping[str, Any], ...]] = {
     0: ({},),
