@@ -15,10 +15,12 @@ from checkpoints import LAST_STEP, STEP, differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
+from ucp_deepspeed.transfer.convert import convert
 
 Ranks = Callable[[int], RankPool]
 
@@ -80,6 +82,15 @@ def test_saved_without_the_plugin(stage: int, ranks: Ranks, tmp_path: Path) -> N
     target = Run("llama", tp=1, zero={"stage": 3 - stage}, precision="bf16")
     ranks(2).run(train, target, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
     assert differences(tmp_path / "a", tmp_path / "b", "megatron_core_llama") == []
+
+
+def test_converted_without_a_manifest_and_without_tensor_parallelism(ranks: Ranks, tmp_path: Path) -> None:
+    """That each parameter was on one rank says nothing about more of them: the live model's attributes tell."""
+    source = Run("llama", zero={"stage": 1}, universal=STOCK)
+    ranks(2).run(train, source, STEP, save=str(tmp_path / "a"))
+    convert(UniversalView.of(open_checkpoint(tmp_path / "a")), tmp_path / "u")
+    ranks(2).run(train, Run("llama", tp=2), STEP, load=str(tmp_path / "u"), save=str(tmp_path / "b"))
+    assert differences(tmp_path / "a", tmp_path / "b") == []
 
 
 def test_without_a_manifest_shapes_tell_families_apart_whose_names_are_the_same(ranks: Ranks, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import Shape, Topology
-from ucp_deepspeed.layout.pattern import Pattern
+from ucp_deepspeed.layout.pattern import Pattern, Unique
 from ucp_deepspeed.plan import Fragment
 
 INDEX_NAME = "ucp_index.json"
@@ -171,7 +171,11 @@ class UniversalCheckpoint(Checkpoint):
             for group in index.groups
         )
         self.run = self._run_state(index.run)
-        self.patterns = {name: entry.pattern for name, entry in index.parameters.items()}
+        self.patterns = {  # without tensor parallelism each parameter is on one rank, which says nothing of others
+            name: entry.pattern
+            for name, entry in index.parameters.items()
+            if index.source.tp > 1 or not isinstance(entry.pattern, Unique)
+        }
         self.recorded_shapes: Mapping[str, Shape] = {}  # its own files hold whole parameters
         self.logical_names = {}
         self.vocabulary_size = index.vocabulary_size

@@ -235,8 +235,8 @@ def test_patterns_that_a_degree_contradicts(sources: dict[str, Path], tmp_path: 
     whole = tmp_path / "whole" / "step"
     convert(UniversalView.of(open_checkpoint(sources["zero2-one-group"])), whole)
     plan = plan_target(open_checkpoint(whole), Topology(2, 1, 1, 1))
-    assert [found.name for found in plan.obstacles] == list(SHAPES)
-    assert plan.obstacles[0].reason == "unique parameter can't be spread over 2 ranks"
+    assert len(plan.obstacles) == 1
+    assert str(plan.obstacles[0]).startswith(f"no layout is known for {len(SHAPES)} parameters")
 
 
 def test_shares_that_a_pattern_leaves_unequal(sources: dict[str, Path]) -> None:
