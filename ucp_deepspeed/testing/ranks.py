@@ -32,6 +32,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from random import SystemRandom
 from typing import Any
 
 MOST_RANKS = 8
@@ -250,11 +251,18 @@ def _context() -> Any:
     return context
 
 
+PORTS = 20_000, 32_768
+"""From, and up to, where Linux begins to hand them out (``net.ipv4.ip_local_port_range``)."""
+
+
 def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nothing listens on now, and that the system doesn't hand out by itself: else another process may have it
+    before it is used."""
+    while True:
+        port = SystemRandom().randrange(*PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def reset_parallel_state() -> None:
