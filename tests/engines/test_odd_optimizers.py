@@ -199,6 +199,24 @@ def test_numbers_that_differ_from_partition_to_partition(kind: str, form: str, r
         assert sorted({*got}) == sorted({float(torch.tensor(w)) if key == "rms" else w for w in wanted})
 
 
+def test_numbers_that_differ_from_expert_parallel_rank_to_rank(ranks: Ranks, tmp_path: Path) -> None:
+    """Without ZeRO each steps on its own experts, and by the number that it finds also on what the others have too."""
+    run = Run("moe", size={"ep": (2, 2)}, zero={"stage": 0}, groups="decay", optimizer=(odd_optimizers.Prodigy, {}))
+    ranks(2).run(train, run, STEP, save=str(tmp_path))
+    saved = ranks(2).run(groups_and_numbers, run, str(tmp_path))
+    assert saved[0] != saved[1]
+    assert all("d" in group.differing for group in open_checkpoint(tmp_path).groups)
+    assert ranks(2).run(groups_and_numbers, replace(run, universal=ALWAYS), str(tmp_path)) == saved
+    target = replace(run, size={"ep": (1, 1)})
+    with pytest.raises(
+        RankError, match=r"'d_numerator' is .* on expert-parallel rank 0, .* on expert-parallel rank 1;"
+    ):
+        ranks(1).run(train, target, STEP, load=str(tmp_path))
+    made = replace(target, universal={"enabled": True, "on_differing": "max"})
+    groups, _ = ranks(1).run(groups_and_numbers, made, str(tmp_path))[0]
+    assert groups[0]["d"] == max(held[0]["d"] for held, _ in saved)
+
+
 def numbers_after_a_load(run: Run, folder: str) -> list[dict[str, float]]:
     """By parameter group what the group and its first state keep in numbers."""
     groups, states = groups_and_numbers(run, folder)

@@ -302,13 +302,8 @@ class DeepSpeedCheckpoint(Checkpoint):
         kinds = {name: entry.kind for name, entry in recorded.items()}
         if self.topology.ep == 1 and not self.files.autoep:
             return stage0_slots(optimizer, owned, groups, path, kinds)
-        return [
-            slot
-            for ep_rank in range(self.topology.ep)
-            for slot in stage0_expert_slots(
-                self.files, self.topology, rank, ep_rank, owned, self.recorded_groups(rank, ep_rank), kinds
-            )
-        ]
+        named = partial(self.recorded_groups, rank)
+        return stage0_expert_slots(self.files, self.topology, rank, owned, named, kinds)
 
     @cached_property
     def lacking(self) -> MismatchError | None:  # type: ignore[override]

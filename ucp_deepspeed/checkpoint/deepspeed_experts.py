@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from ucp_deepspeed.checkpoint.experts import (
     optimizer_file,
     recognise_experts,
 )
-from ucp_deepspeed.checkpoint.slots import Located, Slot, numels_of, shapes_of
+from ucp_deepspeed.checkpoint.slots import Located, NumbersReader, Slot, numels_of, place_of, shapes_of
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.layout import FlatGroup, Topology
 
@@ -120,35 +121,41 @@ def stage0_expert_slots(
     files: DeepSpeedFiles,
     topology: Topology,
     rank: int,
-    ep_rank: int,
     owned: Mapping[str, Located],
-    groups: Groups | None,
+    groups_of: Callable[[int], Groups | None],
     kinds: Mapping[str, Kind | None],
 ) -> list[Slot]:
-    """At stage 0, the slots of one expert-parallel rank's experts, with the first one's also all others.
+    """The slots of a model-parallel rank at stage 0: those without experts, and each expert-parallel rank's experts.
 
-    Those are taken from the model-parallel rank's own file: where experts aren't cut over tensor-parallel ranks, one of these
-    alone has the file of an expert-parallel rank's optimizer.
+    What isn't an expert's each expert-parallel rank keeps whole. It is taken from the model-parallel rank's own file, with the
+    numbers that each of them has. Where experts aren't cut over tensor-parallel ranks, one of these alone has the file of an
+    expert-parallel rank's optimizer.
 
     Args:
         owned: weights of the model-parallel rank, each with its file.
-        groups: names in the optimizer's order, where they are recorded.
+        groups_of: expert-parallel rank → names in the optimizer's order, where they are recorded.
         kinds: see `stage0_slots`.
     """
-    path = files.expert_optimizer_path(rank, ep_rank)
     single = {key: located for key, located in owned.items() if files.autoep.expert_of(key)}
-    held = _held_by(files, topology, ep_rank, owned, single, path)
-    found = stage0_slots(files.open(path)["optimizer"], held, groups, path, kinds)
-    slots = [
-        _with_parts(files, slot, ep_rank, single) if files.autoep else slot
-        for slot in found
-        if _of_experts(files, slot)
-    ]
-    if ep_rank == 0:
-        optimizer, own = files.whole_optimizer(rank)
-        others = stage0_slots(optimizer or {}, held, groups, own, kinds)
-        slots = [slot for slot in others if not _of_experts(files, slot)] + slots
-    return slots
+
+    def slots_in(optimizer: Mapping[str, Any], path: Path, ep_rank: int) -> list[Slot]:
+        held = _held_by(files, topology, ep_rank, owned, single, path)
+        return stage0_slots(optimizer, held, groups_of(ep_rank), path, kinds)
+
+    experts: list[Slot] = []
+    numbers: defaultdict[tuple[str, ...], dict[str, NumbersReader]] = defaultdict(dict)
+    for ep_rank in range(topology.ep):
+        path, place = files.expert_optimizer_path(rank, ep_rank), place_of("expert-parallel rank", ep_rank)
+        for slot in slots_in(files.open(path)["optimizer"], path, ep_rank):
+            held = {place: slot.numbers[place_of("partition", 0)]} if slot.numbers else {}
+            if _of_experts(files, slot):
+                own = replace(slot, numbers=held)
+                experts.append(_with_parts(files, own, ep_rank, single) if files.autoep else own)
+            elif optimizer_file(path.name) == (ep_rank, rank):
+                numbers[slot.names] |= held
+    optimizer, home = files.whole_optimizer(rank)
+    others = [slot for slot in slots_in(optimizer or {}, home, 0) if not _of_experts(files, slot)]
+    return [replace(slot, numbers=numbers[slot.names] or slot.numbers) for slot in others] + experts
 
 
 def _of_experts(files: DeepSpeedFiles, slot: Slot) -> bool:

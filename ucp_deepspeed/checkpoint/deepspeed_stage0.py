@@ -21,6 +21,7 @@ from ucp_deepspeed.checkpoint.slots import (
     Numbers,
     Slot,
     numels_of,
+    place_of,
     settings_in,
     split_states,
     whole_tensor_slot,
@@ -188,7 +189,8 @@ def _fused_slots(
         dtypes = {state: dtype_of(tensor, path) for state, tensor in tensors.items()}
         flattening = FlatGroup(numels_of(shapes), partitions=1, alignment=1)
         lookup = _lookup({state: (tensor, path) for state, tensor in tensors.items()})
-        numbers = (partial(Numbers, found.scalars, settings_in(base["param_groups"][group], path)),)
+        settings = settings_in(base["param_groups"][group], path)
+        numbers = {place_of("partition", 0): partial(Numbers, found.scalars, settings)}
         slot = Slot(held, shapes, "trainable", flattening, lookup, dtypes, found.scalars, found.refused, group)
         slots.append(replace(slot, numbers=numbers))
     return slots

@@ -21,9 +21,11 @@ from ucp_deepspeed.checkpoint.deferred import Deferred
 from ucp_deepspeed.checkpoint.slots import (
     Located,
     Numbers,
+    NumbersReader,
     Slot,
     SplitStates,
     numels_of,
+    place_of,
     settings_in,
     shapes_of,
     split_states,
@@ -297,7 +299,7 @@ def _zero_slot(
     )
 
 
-def _numbers(form: ZeroForm, partitions: int, open_group: OpenGroup) -> tuple[Callable[[], Numbers], ...]:
+def _numbers(form: ZeroForm, partitions: int, open_group: OpenGroup) -> dict[str, NumbersReader]:
     """See `Slot.numbers`."""
 
     def read(partition: int) -> Numbers:
@@ -307,7 +309,7 @@ def _numbers(form: ZeroForm, partitions: int, open_group: OpenGroup) -> tuple[Ca
         found = split_states(form.state_entry(saved, index), torch.empty(0, device="meta"), path)
         return Numbers(found.scalars, settings)
 
-    return tuple(cache(partial(read, partition)) for partition in range(partitions))
+    return {place_of("partition", partition): cache(partial(read, partition)) for partition in range(partitions)}
 
 
 def _held_states(

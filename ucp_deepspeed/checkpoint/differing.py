@@ -57,8 +57,8 @@ class DifferingNumbers:
 
 def _numbers(slots: Iterable[tuple[str, Slot]]) -> Iterator[tuple[str, Callable[[], Numbers]]]:
     for place, slot in slots:
-        for partition, read in enumerate(slot.numbers):
-            yield f"{place}partition {partition}", read
+        for part, read in slot.numbers.items():
+            yield f"{place}{part}", read
 
 
 def _meant(settings: Mapping[str, Any]) -> dict[str, Any]:

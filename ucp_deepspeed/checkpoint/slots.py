@@ -9,9 +9,9 @@ found in the files differs; that is the `tensor` function each family gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -40,6 +40,15 @@ class Numbers:
     settings: Mapping[str, Any]
 
 
+NumbersReader = Callable[[], Numbers]
+"""Reads the numbers in the file of one rank."""
+
+
+def place_of(kind: Literal["partition", "expert-parallel rank"], number: int) -> str:
+    """A rank whose optimizer keeps numbers of its own, in words."""
+    return f"{kind} {number}"
+
+
 def settings_in(group: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Hyper-parameters of a saved parameter group, without names; rates that are tensors as numbers."""
     return {key: _as_number(value, path) for key, value in group.items() if key not in NAMING_KEYS}
@@ -66,7 +75,8 @@ class Slot:
         refused: states that are neither → why.
         group: index of the optimizer's parameter group; None for frozen parameters and buffers.
         overlapping: states of which each partition has whole every parameter that it has a part of; see `OverlappingGroup`.
-        numbers: for each partition, what reads the numbers that its file has; none for frozen parameters and buffers.
+        numbers: for each partition, or without ZeRO each expert-parallel rank, what reads the numbers that its file has, by
+            `place_of`; none for frozen parameters and buffers.
         starts: where in the local tensor what the slot has of each parameter begins, in elements; none where it has all of them.
     """
 
@@ -81,7 +91,7 @@ class Slot:
     group: int | None
     overlapping: frozenset[str] = frozenset()
     starts: tuple[int, ...] = ()
-    numbers: tuple[Callable[[], Numbers], ...] = ()
+    numbers: Mapping[str, NumbersReader] = field(default_factory=dict)
 
     def start(self, index: int) -> int:
         """Where in its local tensor what the slot has of a parameter begins, in elements."""
@@ -199,7 +209,7 @@ def whole_tensor_slot(
     """A slot that holds one tensor, uncut and unpadded; with the ``settings`` of its group, where it has one."""
     numel = torch.Size(shape).numel()
     flattening = FlatGroup((numel,), partitions=1, alignment=1)
-    numbers = () if group is None else (lambda: Numbers(scalars or {}, settings or {}),)
+    numbers = {} if group is None else {place_of("partition", 0): lambda: Numbers(scalars or {}, settings or {})}
     return Slot(
         (name,), (shape,), kind, flattening, tensor, states, scalars or {}, refused or {}, group, numbers=numbers
     )

@@ -83,12 +83,13 @@ class EngineTensor:
 
 @dataclass(frozen=True)
 class EngineModel:
-    """The target, or the run that saves. Built by `describe_model`, the same on every rank but for ``rank``.
+    """The target, or the run that saves. Built by `describe_model`, the same on every rank but for ``rank`` and ``ep_rank``.
 
     Attributes:
         topology: of the engine.
         precision: of the weights.
         rank: this rank's model-parallel rank.
+        ep_rank: its expert-parallel rank; 0 without experts.
         tensors: of all pipeline stages, by name, in the model's order.
         inferred: patterns that parameter attributes tell (Megatron-Core, AutoTP), by name.
         exact: whether they tell the whole cut, as AutoTP's do.
@@ -102,6 +103,7 @@ class EngineModel:
     topology: Topology
     precision: Precision
     rank: int
+    ep_rank: int
     tensors: Mapping[str, EngineTensor]
     inferred: Mapping[str, Pattern]
     exact: bool
@@ -157,6 +159,7 @@ def describe_model(engine: Any) -> EngineModel:
         topology=topology,
         precision=engine_precision(engine),
         rank=model_parallel_rank(engine),
+        ep_rank=names.ep_rank,
         tensors=tensors,
         inferred={name: pattern for stage in stages for name, pattern in stage.inferred.items()},
         exact=engine.autotp_size() > 1,

@@ -14,7 +14,7 @@ from ucp_deepspeed.checkpoint import Checkpoint, Parameter
 from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES, Differing, ParameterGroup
 from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.differing import DIFFERING_HINT, in_words, made_one
-from ucp_deepspeed.checkpoint.slots import Numbers
+from ucp_deepspeed.checkpoint.slots import Numbers, place_of
 from ucp_deepspeed.engine.matching import Names
 from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
@@ -42,20 +42,21 @@ class PartitionNumbers:
         restored = policies.optimizer_states == "restore"
         same = replace(checkpoint.topology, dp=1, zero_stage=0) == replace(model.topology, dp=1, zero_stage=0)
         if same and restored and isinstance(checkpoint, DeepSpeedCheckpoint):
-            self._find_own(checkpoint, model.rank, optimizer)
+            self._find_own(checkpoint, model, optimizer)
 
-    def _find_own(self, checkpoint: DeepSpeedCheckpoint, rank: int, optimizer: EngineOptimizer) -> None:
+    def _find_own(self, checkpoint: DeepSpeedCheckpoint, model: EngineModel, optimizer: EngineOptimizer) -> None:
         """The slots that are the same in the checkpoint, and groups all of whose slots are."""
         saved = {logical: name for name, logical in self._names.source.items() if name in checkpoint.parameters}
         others: set[int] = set()
-        known = {(slot.names, slot.flattening): slot for slot in checkpoint.trained_slots(rank)}
+        known = {(slot.names, slot.flattening): slot for slot in checkpoint.trained_slots(model.rank)}
         for slot in optimizer.slots():
             names = tuple(saved.get(self._names.target[name], "") for name in slot.names)
             found = known.get((names, slot.flattening))
             if found is None or not found.numbers:
                 others.add(slot.group)
             else:
-                numbers = found.numbers[slot.partition]()
+                own = found.numbers.get(place_of("expert-parallel rank", model.ep_rank))
+                numbers = (own or found.numbers[place_of("partition", slot.partition)])()
                 self._own[slot.names] = self._own_groups[slot.group] = numbers
         for group in others:
             self._own_groups.pop(group, None)
