@@ -217,6 +217,18 @@ def test_numbers_that_differ_from_expert_parallel_rank_to_rank(ranks: Ranks, tmp
     assert groups[0]["d"] == max(held[0]["d"] for held, _ in saved)
 
 
+@pytest.mark.parametrize("block", [None, ALWAYS], ids=["alone", "block"])
+def test_a_parameter_without_elements_in_an_optimizer_of_the_users(block: Any, ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed leaves those out of the optimizers that it builds itself, and out of all that are cut."""
+    run = Run("mlp", size={"odd": 0}, zero={"stage": 0}, optimizer=("AdamW", {"lr": 1e-3}), universal=block)
+    ranks(2).run(train, run, STEP, save=str(tmp_path / "a"))
+    for stage in (0, 1, 3):
+        target, again = replace(run, zero={"stage": stage}, universal=ALWAYS), tmp_path / str(stage)
+        outcome = ranks(1).run(train, target, STEP + 1, load=str(tmp_path / "a"), save=str(again), save_first=True)
+        assert outcome[0].report.initialised == outcome[0].report.dropped == ()
+        assert differences(tmp_path / "a", again) == []
+
+
 def numbers_after_a_load(run: Run, folder: str) -> list[dict[str, float]]:
     """By parameter group what the group and its first state keep in numbers."""
     groups, states = groups_and_numbers(run, folder)

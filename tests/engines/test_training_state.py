@@ -14,7 +14,7 @@ import deepspeed
 import numpy as np
 import pytest
 import torch
-from checkpoints import LAST_STEP, STEP, differences
+from checkpoints import LAST_STEP, STEP, differences, warnings_of_loading
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -659,6 +659,8 @@ def test_masters_from_low_precision_weights(stage: int, ranks: Ranks, tmp_path: 
     """``load_from_fp32_weights: false``: the masters begin as the rounded weights, and the moments are restored."""
     ranks(2).run(train, Run("mlp", zero={"stage": 0}, precision="bf16"), STEP, save=str(tmp_path / "a"))
     target = Run("mlp", zero={"stage": stage, "load_from_fp32_weights": False}, precision="bf16")
+    told, _ = ranks(2).run(warnings_of_loading, target, STEP, str(tmp_path / "a"))[0]
+    assert told == ['the masters begin as the checkpoint\'s bf16 weights, as "load_from_fp32_weights": false says']
     ranks(2).run(train, target, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"), save_first=True)
     found = differences(tmp_path / "a", tmp_path / "b")
     assert found and {line.split(" ")[1] for line in found} == {"fp32"}

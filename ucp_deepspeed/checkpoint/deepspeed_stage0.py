@@ -64,7 +64,7 @@ def stage0_slots(
         groups: names as the manifest records them; None to map through the model's order.
         path: the model_states file.
         kinds: as the manifest records them. Else what a plain optimizer has no state for, where it has some for others, counts as
-            frozen.
+            frozen. A parameter without elements always does, and an optimizer's state of it isn't one: no other stage has any.
 
     Raises:
         MismatchError: without names, and the order leaves more than one way to assign them.
@@ -113,11 +113,12 @@ def _plain_slots(
         for index, name in zip(entry["params"], names, strict=True):
             if name is None or name not in module:
                 continue  # what the optimizer alone had, in files of a DeepSpeed that wasn't told to add it
-            raw = optimizer["state"].get(index, {})
-            raw = {**raw, **counted} if raw else raw
             master, home = module[name]
+            raw = optimizer["state"].get(index, {}) if master.numel() else {}
+            raw = {**raw, **counted} if raw else raw
             found = split_states(raw, master, path)
-            kind: Kind = kinds.get(name) or ("trainable" if raw or not optimizer["state"] else "frozen")
+            trained = raw or (not optimizer["state"] and master.numel())
+            kind: Kind = kinds.get(name) or ("trainable" if trained else "frozen")
             state = MASTER if kind == "trainable" else WEIGHT
             slots.append(
                 whole_tensor_slot(

@@ -318,7 +318,7 @@ def _load_universal(
         unread=unread,
     )
     dist.barrier()
-    _log(report, checkpoint, model)
+    _log(report, checkpoint, model, policies.rounded)
     return path, _without_restored(state, options)
 
 
@@ -361,7 +361,7 @@ def _without_restored(state: dict[str, Any], options: LoadOptions) -> dict[str, 
     return {key: value for key, value in state.items() if key not in restored}
 
 
-def _log(report: LoadReport, checkpoint: Checkpoint, model: EngineModel) -> None:
+def _log(report: LoadReport, checkpoint: Checkpoint, model: EngineModel, rounded: bool) -> None:
     if dist.get_rank() == 0:
         logger.info(
             "resumed %s (step %d, saved as %s) on %s: rank 0 read %.1f MB from %d files in %.2f s",
@@ -376,6 +376,11 @@ def _log(report: LoadReport, checkpoint: Checkpoint, model: EngineModel) -> None
         for what, names in (("kept the model's own values", report.initialised), ("were dropped", report.dropped)):
             if names:
                 logger.warning("%d parameters %s, in whole or in part: %s", len(names), what, ", ".join(names))
+        if rounded and checkpoint.run.precision != "fp32":
+            logger.warning(
+                'the masters begin as the checkpoint\'s %s weights, as "load_from_fp32_weights": false says',
+                checkpoint.run.precision,
+            )
         if report.merged:
             logger.warning("numbers that differed became one: %s", "; ".join(report.merged))
         if report.unread:
