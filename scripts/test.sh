@@ -3,6 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup_environment.sh
-# Some tests train with DeepSpeed's fused Adam, which is compiled for CPUs: a minute or two, once.
-build_op fused_adam "from deepspeed.accelerator import get_accelerator; get_accelerator().create_op_builder('FusedAdamBuilder').load()"
+# Some tests train with DeepSpeed's fused Adam or its Adam on CPUs, which are compiled: less than a minute each, once.
+for op in fused_adam:FusedAdamBuilder cpu_adam:CPUAdamBuilder; do
+    build_op "${op%:*}" "from deepspeed.accelerator import get_accelerator; get_accelerator().create_op_builder('${op#*:}').load()"
+done
 exec python -m pytest -q "$@"

@@ -1,4 +1,4 @@
-"""Engines whose optimizer states are on "NVMe", which here are files that plain Python reads and writes."""
+"""Engines whose optimizer states or parameters are on "NVMe", which here are files that plain Python reads and writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from deepspeed.runtime.swap_tensor import partitioned_optimizer_swapper
+from deepspeed.runtime.swap_tensor import partitioned_optimizer_swapper, partitioned_param_swapper
 
 from ucp_deepspeed.testing.runs import Run, build_engine
 
@@ -53,14 +53,15 @@ class FileHandle:
 @contextmanager
 def nvme_as_files() -> Iterator[None]:
     """On a rank: let DeepSpeed offload to "NVMe" without libaio."""
-    builder: Any = partitioned_optimizer_swapper.AsyncIOBuilder
-    partitioned_optimizer_swapper.AsyncIOBuilder = lambda: SimpleNamespace(  # type: ignore[misc,assignment]
-        load=lambda: SimpleNamespace(aio_handle=FileHandle)
-    )
+    swappers: tuple[Any, ...] = (partitioned_optimizer_swapper, partitioned_param_swapper)
+    builders = [swapper.AsyncIOBuilder for swapper in swappers]
+    for swapper in swappers:
+        swapper.AsyncIOBuilder = lambda: SimpleNamespace(load=lambda **_: SimpleNamespace(aio_handle=FileHandle))
     try:
         yield
     finally:
-        partitioned_optimizer_swapper.AsyncIOBuilder = builder  # type: ignore[misc]
+        for swapper, builder in zip(swappers, builders, strict=True):
+            swapper.AsyncIOBuilder = builder
 
 
 def nvme_run(folder: Path | None = None, **changes: Any) -> Run:
@@ -69,11 +70,18 @@ def nvme_run(folder: Path | None = None, **changes: Any) -> Run:
     return Run("mlp", size={"ffn": 30001}, zero={"stage": 3, "offload_optimizer": nvme}, **changes)
 
 
+def nvme_parameters_run() -> Run:
+    """The same with the parameters there, and the states on the CPU; for `build_on_nvme`."""
+    nvme = {"device": "nvme", "buffer_size": 1_500_000, "pin_memory": False}
+    offload = {"offload_param": nvme, "offload_optimizer": {"device": "cpu", "pin_memory": False}}
+    return Run("mlp", size={"ffn": 30001}, zero={"stage": 3, **offload})
+
+
 def build_on_nvme(run: Run) -> Any:
     """On a rank: an engine that swaps to a folder of its own, which goes with it."""
     place = TemporaryDirectory()
-    offload = {**run.zero["offload_optimizer"], "nvme_path": place.name}
+    zero = {key: {**value, "nvme_path": place.name} if "offload" in key else value for key, value in run.zero.items()}
     with nvme_as_files():
-        engine = build_engine(replace(run, zero={**run.zero, "offload_optimizer": offload}))
+        engine = build_engine(replace(run, zero=zero))
     engine.nvme_folder = place
     return engine

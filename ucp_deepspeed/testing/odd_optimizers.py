@@ -13,7 +13,10 @@ import torch
 
 
 class _Odd(torch.optim.Optimizer):
-    """Steps on one group after another."""
+    """Steps on one group after another; ``defaults`` are what a group has beside its rate."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, **defaults: Any) -> None:
+        super().__init__(params, {"lr": lr, **defaults})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step."""
@@ -23,9 +26,9 @@ class _Odd(torch.optim.Optimizer):
     def _step_group(self, group: dict[str, Any]) -> None:
         raise AssertionError("each class has its own")
 
-
-def _stepped_on(group: dict[str, Any]) -> Iterator[torch.Tensor]:
-    return (param for param in group["params"] if param.grad is not None)
+    def _stepped_on(self, group: dict[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
+        """Each parameter that has a gradient, with that and with its state."""
+        return ((param, param.grad, self.state[param]) for param in group["params"] if param.grad is not None)
 
 
 class NormPerTensor(_Odd):
@@ -34,13 +37,8 @@ class NormPerTensor(_Odd):
     Under ZeRO what it steps on is a partition, so that both differ from rank to rank.
     """
 
-    def __init__(self, params: Any, lr: float = 1e-3) -> None:
-        super().__init__(params, {"lr": lr})
-
     def _step_group(self, group: dict[str, Any]) -> None:
-        for param in _stepped_on(group):
-            state, grad = self.state[param], param.grad
-            assert grad is not None
+        for param, grad, state in self._stepped_on(group):
             if not state:
                 state.update(step=0, rms=torch.zeros(()), peak=0.0, exp_avg=torch.zeros_like(param))
             assert type(state["step"]) is int and type(state["peak"]) is float and state["rms"].ndim == 0
@@ -59,16 +57,14 @@ class Prodigy(_Odd):
     """
 
     def __init__(self, params: Any, lr: float = 1.0, d0: float = 1e-4) -> None:
-        super().__init__(params, {"lr": lr, "d": d0, "d0": d0, "d_max": d0, "d_numerator": 0.0, "k": 0})
+        super().__init__(params, lr, d=d0, d0=d0, d_max=d0, d_numerator=0.0, k=0)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step; all groups share one ``d``."""
         first, denominator = self.param_groups[0], 0.0
         numerator = first["d_numerator"] * 0.9
         for group in self.param_groups:
-            for param in _stepped_on(group):
-                state, grad = self.state[param], param.grad
-                assert grad is not None
+            for param, grad, state in self._stepped_on(group):
                 if not state:
                     state.update(step=0, s=torch.zeros_like(param), p0=param.detach().clone())
                     state["exp_avg_sq"] = torch.zeros_like(param)
@@ -80,8 +76,7 @@ class Prodigy(_Odd):
         d = max(first["d"], 1e-4 * numerator / (denominator + 1e-8))
         for group in self.param_groups:
             group.update(d=d, d_max=max(group["d_max"], d), d_numerator=numerator, k=group["k"] + 1)
-            for param in _stepped_on(group):
-                state = self.state[param]
+            for param, _, state in self._stepped_on(group):
                 state["step"] += 1
                 param.data.addcdiv_(state["s"], state["exp_avg_sq"].sqrt() + 1e-6, value=-group["lr"] * d)
 
@@ -90,12 +85,11 @@ class GroupStepFusedAdam(_Odd):
     """``FusedAdam`` of Apex and of Transformer Engine: the step is in the group, which has it from the first step on."""
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99)) -> None:
-        super().__init__(params, {"lr": lr, "bias_correction": True, "betas": betas, "eps": 1e-8, "weight_decay": 0.0})
+        super().__init__(params, lr, bias_correction=True, betas=betas, eps=1e-8, weight_decay=0.0)
 
     def _step_group(self, group: dict[str, Any]) -> None:
         group["step"] = group["step"] + 1 if "step" in group else 1
-        for param in _stepped_on(group):
-            state = self.state[param]
+        for param, _, state in self._stepped_on(group):
             if not state:
                 state.update(exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
             _adam(group, state, param, group["step"])
@@ -106,16 +100,15 @@ class StateStepFusedAdam(GroupStepFusedAdam):
 
     def _step_group(self, group: dict[str, Any]) -> None:
         group.setdefault("step", 0)
-        stepped = list(_stepped_on(group))
-        for param in stepped:
-            state = self.state[param]
+        stepped = list(self._stepped_on(group))
+        for param, _, state in stepped:
             if not state:
                 state.update(step=group["step"], exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
             assert type(state["step"]) is int
         if stepped:
-            self.state[stepped[-1]]["step"] += 1
-        for param in stepped:
-            _adam(group, self.state[param], param, self.state[stepped[-1]]["step"])
+            stepped[-1][2]["step"] += 1
+        for param, _, state in stepped:
+            _adam(group, state, param, stepped[-1][2]["step"])
 
 
 def _adam(group: dict[str, Any], state: dict[str, Any], param: torch.Tensor, step: int) -> None:
@@ -131,13 +124,8 @@ def _adam(group: dict[str, Any], state: dict[str, Any], param: torch.Tensor, ste
 class OneElement(_Odd):
     """As optimizers of bitsandbytes' kind do, keeps a state of shape ``(1,)`` for each tensor that it steps on."""
 
-    def __init__(self, params: Any, lr: float = 1e-3) -> None:
-        super().__init__(params, {"lr": lr})
-
     def _step_group(self, group: dict[str, Any]) -> None:
-        for param in _stepped_on(group):
-            state, grad = self.state[param], param.grad
-            assert grad is not None
+        for param, grad, state in self._stepped_on(group):
             if not state:
                 state.update(step=torch.zeros(()), scale=torch.ones(1), exp_avg=torch.zeros_like(param))
             assert state["scale"].shape == (1,)
@@ -150,13 +138,8 @@ class OneElement(_Odd):
 class Soap(_Odd):
     """As SOAP does, keeps lists of matrices, the second of which it makes at its second step; and from then on an average too."""
 
-    def __init__(self, params: Any, lr: float = 1e-3) -> None:
-        super().__init__(params, {"lr": lr})
-
     def _step_group(self, group: dict[str, Any]) -> None:
-        for param in _stepped_on(group):
-            state, grad = self.state[param], param.grad
-            assert grad is not None
+        for param, grad, state in self._stepped_on(group):
             if not state:
                 state.update(step=0, exp_avg=torch.zeros_like(param), Q=None)
                 state["GG"] = [torch.zeros(size, size) for size in param.shape]
@@ -173,13 +156,8 @@ class Soap(_Odd):
 class LateAverage(_Odd):
     """As averaging optimizers do, begins to keep an average of the weights at its second step."""
 
-    def __init__(self, params: Any, lr: float = 1e-3) -> None:
-        super().__init__(params, {"lr": lr})
-
     def _step_group(self, group: dict[str, Any]) -> None:
-        for param in _stepped_on(group):
-            state, grad = self.state[param], param.grad
-            assert grad is not None
+        for param, grad, state in self._stepped_on(group):
             if not state:
                 state.update(step=0, exp_avg=torch.zeros_like(param))
             state["step"] += 1
@@ -193,7 +171,7 @@ class Bookkeeper(_Odd):
     """Keeps lists and tensors in its groups, some from its first step on, and a count for each element."""
 
     def __init__(self, params: Any, lr: float = 1e-3) -> None:
-        super().__init__(params, {"lr": lr})
+        super().__init__(params, lr)
         for group in self.param_groups:
             group |= {"betas": torch.tensor([0.9, 0.99]), "history": [], "table": {"steps": 0}}
 
@@ -202,9 +180,7 @@ class Bookkeeper(_Odd):
         group["table"]["steps"] += 1
         group["betas"].mul_(0.99)
         group.setdefault("scale", torch.ones(())).mul_(0.5)
-        for param in _stepped_on(group):
-            state, grad = self.state[param], param.grad
-            assert grad is not None
+        for param, grad, state in self._stepped_on(group):
             if not state:
                 state.update(step=torch.zeros_like(param), exp_avg=torch.zeros_like(param))
             state["step"] += grad != 0
@@ -216,17 +192,16 @@ class Counter(_Odd):
     """Keeps a count of its own, under a key that is no parameter, and writes another into its ``state_dict``."""
 
     def __init__(self, params: Any, lr: float = 1e-3) -> None:
-        super().__init__(params, {"lr": lr})
+        super().__init__(params, lr)
         self.calls = 0
 
     def _step_group(self, group: dict[str, Any]) -> None:
         self.calls += 1
         shared: Any = self.state
         shared.setdefault("shared", {"steps": 0})["steps"] += 1
-        for param in _stepped_on(group):
-            assert param.grad is not None
-            self.state[param].setdefault("exp_avg", torch.zeros_like(param)).lerp_(param.grad, 0.1)
-            param.data.add_(self.state[param]["exp_avg"], alpha=-group["lr"] / self.calls)
+        for param, grad, state in self._stepped_on(group):
+            state.setdefault("exp_avg", torch.zeros_like(param)).lerp_(grad, 0.1)
+            param.data.add_(state["exp_avg"], alpha=-group["lr"] / self.calls)
 
     def state_dict(self) -> dict[str, Any]:
         """With the calls."""
@@ -241,21 +216,17 @@ class Counter(_Odd):
 class SignDescent(_Odd):
     """Keeps nothing."""
 
-    def __init__(self, params: Any, lr: float = 1e-3) -> None:
-        super().__init__(params, {"lr": lr})
-
     def _step_group(self, group: dict[str, Any]) -> None:
-        for param in _stepped_on(group):
-            assert param.grad is not None
-            param.data.add_(param.grad.sign(), alpha=-group["lr"])
+        for param in group["params"]:
+            if param.grad is not None:
+                param.data.add_(param.grad.sign(), alpha=-group["lr"])
 
 
 class ScheduleFree(_Odd):
     """Schedule-free AdamW: ``k``, ``weight_sum`` and ``lr_max`` are in the groups, and are the same on all ranks."""
 
     def __init__(self, params: Any, lr: float = 1e-3) -> None:
-        defaults = {"lr": lr, "k": 0, "weight_sum": 0.0, "lr_max": -1.0, "train_mode": True}
-        super().__init__(params, defaults)
+        super().__init__(params, lr, k=0, weight_sum=0.0, lr_max=-1.0, train_mode=True)
 
     def _step_group(self, group: dict[str, Any]) -> None:
         rate = group["lr"]
@@ -264,9 +235,7 @@ class ScheduleFree(_Odd):
         group["weight_sum"] += weight
         share = weight / group["weight_sum"] if group["weight_sum"] else 0.0
         group["scheduled_lr"] = rate  # from the first step on
-        for param in _stepped_on(group):
-            state, grad = self.state[param], param.grad
-            assert grad is not None
+        for param, grad, state in self._stepped_on(group):
             if not state:
                 state.update(z=param.detach().clone(), exp_avg_sq=torch.zeros_like(param))
             state["exp_avg_sq"].mul_(0.99).addcmul_(grad, grad, value=0.01)

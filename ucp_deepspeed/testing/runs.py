@@ -212,7 +212,11 @@ def train(
 def build_engine(run: Run) -> Any:
     """The engine of a run; replaces whatever parallel state an earlier run of this process left."""
     reset_parallel_state()
-    model, mpu = _build_model(run)
+    return start_engine(run, *_build_model(run))
+
+
+def start_engine(run: Run, model: torch.nn.Module, mpu: Any = None) -> Any:
+    """The engine of a run whose model is there; whoever built that has called `reset_parallel_state`."""
     for name, param in model.named_parameters():
         param.requires_grad_(name not in run.frozen)
     groups, config = _parameter_groups(model, run), _config(run)
