@@ -445,9 +445,9 @@ class DeepSpeedFiles:
             ) from error
 
 
-def open_saved(path: Path) -> dict[str, Any]:
+def open_saved(path: Path, foreign: bool = False) -> dict[str, Any]:
     """The content of a file that DeepSpeed wrote: all of it must be data, but for the client state (`open_torch_file`)."""
-    return open_torch_file(path, owned=ENGINE_KEYS if _MODEL_STATES.fullmatch(path.name) else None)
+    return open_torch_file(path, owned=ENGINE_KEYS if _MODEL_STATES.fullmatch(path.name) else None, foreign=foreign)
 
 
 def _enabled(config: Mapping[str, Any]) -> Precision | None:

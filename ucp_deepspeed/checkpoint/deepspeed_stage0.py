@@ -33,8 +33,8 @@ from ucp_deepspeed.layout import FlatGroup, Shape
 Groups = list[list[str | None]]
 """For each parameter group the names in the optimizer's order; None where no parameter of the model belongs to an index."""
 
-Expected = Sequence[Sequence[Shape | None]]
-"""For each parameter group the shape of each parameter, None where the file doesn't tell."""
+Expected = Sequence[Sequence[frozenset[Shape]]]
+"""For each parameter group the shapes that each parameter may have, of which none are listed where the file doesn't tell."""
 
 
 def stage0_form(optimizer: Mapping[str, Any], path: Path) -> str:
@@ -78,7 +78,7 @@ def stage0_slots(
         return _plain_slots(optimizer, module, groups or _plain_groups(optimizer, module, path), path, kinds)
     if form == "fp16-unfused":
         masters = optimizer["fp32_groups"]
-        groups = groups or assign_names(module, [[tuple(m.shape) for m in held] for held in masters], path)
+        groups = groups or assign_names(module, [[frozenset([tuple(m.shape)]) for m in held] for held in masters], path)
         return _unfused_slots(masters, base, groups, path)
     flat = optimizer["fp32_groups_flat"]
     return _fused_slots(flat, base, module, groups or _fused_groups(flat, module, path), path)
@@ -203,18 +203,16 @@ def _lookup(tensors: Mapping[str, Located]) -> Callable[[int, str], Located]:
 
 def _plain_groups(optimizer: Mapping[str, Any], module: Mapping[str, Located], path: Path) -> Groups:
     expected = [
-        [_state_shape(optimizer["state"].get(index)) for index in entry["params"]]
+        [_state_shapes(optimizer["state"].get(index)) for index in entry["params"]]
         for entry in optimizer["param_groups"]
     ]
     return assign_names(module, expected, path)
 
 
-def _state_shape(entry: Mapping[str, Any] | None) -> Shape | None:
-    """Shape of a parameter as its element-wise states show it."""
-    for key, value in (entry or {}).items():
-        if key != "step" and isinstance(value, torch.Tensor):
-            return tuple(value.shape)
-    return None
+def _state_shapes(entry: Mapping[str, Any] | None) -> frozenset[Shape]:
+    """Shapes of a parameter's states, one of which is its own if any is element-wise; what has no axes tells nothing."""
+    tensors = (value for key, value in (entry or {}).items() if key != "step" and isinstance(value, torch.Tensor))
+    return frozenset(tuple(tensor.shape) for tensor in tensors if tensor.ndim)
 
 
 def _fused_groups(masters: Sequence[torch.Tensor], module: Mapping[str, Located], path: Path) -> Groups:
@@ -294,7 +292,7 @@ def _moves(shape: Shape, expected: Expected, taken: _Taken) -> Iterator[tuple[in
     """Groups whose next parameter may have this shape, and no group."""
     yield None, taken
     for group, position in enumerate(taken):
-        if position < len(expected[group]) and expected[group][position] in (None, shape):
+        if position < len(expected[group]) and (not expected[group][position] or shape in expected[group][position]):
             yield group, (*taken[:group], position + 1, *taken[group + 1 :])
 
 

@@ -12,6 +12,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ import torch
 
 from ucp_deepspeed.checkpoint import unpickling
 from ucp_deepspeed.checkpoint.allowed_classes import ALLOWED_CLASSES
+from ucp_deepspeed.checkpoint.archives import Archive, storage_start
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Precision
 from ucp_deepspeed.checkpoint.legacy_files import is_legacy, unpickle_legacy
 from ucp_deepspeed.checkpoint.versions import check_regular
@@ -70,23 +72,28 @@ UNREADABLE = (
 """What ``torch.load`` raises for a file that is damaged or refused."""
 
 
-def open_torch_file(path: Path, *, tensors: bool = False, owned: Collection[str] | None = None) -> dict[str, Any]:
+def open_torch_file(
+    path: Path, *, tensors: bool = False, owned: Collection[str] | None = None, foreign: bool = False
+) -> dict[str, Any]:
     """The object in a checkpoint file.
 
     Args:
         path: a file that DeepSpeed wrote with ``torch.save``.
         tensors: memory-map the tensors (on the CPU) instead of describing them (on the meta device).
+        foreign: read the tensors of an archive that torch didn't write itself, instead of refusing it.
         owned: keys under which all must be readable, by default all; under others an object of a class that isn't allowed
             comes as `unpickling.Opaque`.
 
     Raises:
         DamagedCheckpointError: the file is missing, isn't whole, or names a class that isn't allowed.
+        UnsupportedError: it is an archive that another program has written anew; see `archives`.
     """
     check_regular(path)
     if not path.is_file():
         raise DamagedCheckpointError(f"{path} is missing")
     try:
-        loaded = _unpickled(path, tensors) if zipfile.is_zipfile(path) else _unpickled_legacy(path, tensors)
+        unpickled = partial(_unpickled, foreign=foreign) if zipfile.is_zipfile(path) else _unpickled_legacy
+        loaded = unpickled(path, tensors)
     except UNREADABLE as error:
         raise DamagedCheckpointError(_explain(path, error)) from error
     if not isinstance(loaded, dict):
@@ -97,9 +104,20 @@ def open_torch_file(path: Path, *, tensors: bool = False, owned: Collection[str]
     return loaded
 
 
-def _unpickled(path: Path, tensors: bool) -> Any:
+def _unpickled(path: Path, tensors: bool, foreign: bool) -> Any:
+    try:
+        archive = Archive.of(path)
+    except UnsupportedError:
+        if not foreign:
+            raise
+        return _by_either(path, map_location="cpu")
+    loaded = _by_either(path, map_location="cpu" if tensors else "meta", mmap=tensors)
+    archive.check_storages(loaded)
+    return loaded
+
+
+def _by_either(path: Path, **where: Any) -> Any:
     """By torch's own unpickler, or where it refuses something, by that of `unpickling`."""
-    where: dict[str, Any] = {"map_location": "cpu" if tensors else "meta", "mmap": tensors}
     if not any(
         "numpy" in str(allowed) for allowed in torch.serialization.get_safe_globals()
     ):  # torch would trust dtypes
@@ -167,12 +185,6 @@ def extent_of(tensor: torch.Tensor, path: Path) -> FileExtent:
         )
     start = storage_start(tensor) + tensor.storage_offset() * tensor.element_size()
     return FileExtent(str(path), start, dtype, tensor.numel())
-
-
-def storage_start(tensor: torch.Tensor) -> int:
-    """Where in its file the storage of a tensor from `open_torch_file` begins, in bytes; views share one."""
-    start: int = getattr(tensor.untyped_storage(), "_checkpoint_offset", 0)
-    return start
 
 
 def scalar_of(value: Any, path: Path) -> float:

@@ -53,14 +53,20 @@ def opaque_in(value: Any) -> str | None:
 
 def opaques_in(value: Any) -> Iterator[str]:
     """Those of all."""
+    for found in everything_in(value):
+        if isinstance(found, Opaque) or (isinstance(found, type) and issubclass(found, Opaque)):
+            yield found.described
+
+
+def everything_in(value: Any) -> Iterator[Any]:
+    """A value, and all that is in it, each object once."""
     seen: set[int] = set()
     waiting = [value]
     while waiting:
         found = waiting.pop()
-        if isinstance(found, Opaque) or (isinstance(found, type) and issubclass(found, Opaque)):
-            yield found.described
-        elif id(found) not in seen:
+        if id(found) not in seen:
             seen.add(id(found))
+            yield found
             waiting += _parts(found)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint, resolve_tag
-from ucp_deepspeed.checkpoint.deepspeed_files import VALUES_KEY, open_saved
+from ucp_deepspeed.checkpoint.deepspeed_files import VALUES_KEY
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
@@ -48,7 +48,7 @@ from ucp_deepspeed.engine.training_state import (
     restore_run,
     without_begun_anew,
 )
-from ucp_deepspeed.engine.unpickled import files_to_unpickle, only_held_against_the_list
+from ucp_deepspeed.engine.unpickled import files_to_unpickle, look_into, only_held_against_the_list
 from ucp_deepspeed.engine.ways_on import telling_ways_on
 from ucp_deepspeed.errors import (
     CheckpointNotFoundError,
@@ -173,7 +173,7 @@ def _opened(engine: Any, folder: Path, config: UniversalCheckpointConfig) -> Che
         if (folder / INDEX_NAME).is_file():
             raise
         for path in files_to_unpickle(folder, [entry.name for entry in folder.iterdir()], engine):
-            open_saved(path)
+            look_into(path, None)
         if dist.get_rank() == 0:
             logger.warning(
                 "the load, random streams included, is left to DeepSpeed, and works at most on the topology that saved: %s",

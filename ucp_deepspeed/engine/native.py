@@ -29,7 +29,7 @@ from ucp_deepspeed.engine.model import (
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, only_evaluates
 from ucp_deepspeed.engine.training_state import usable
-from ucp_deepspeed.engine.unpickled import files_to_unpickle, own_partition
+from ucp_deepspeed.engine.unpickled import files_to_unpickle, look_into, own_partition
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.language.wrappers import seen_through
 from ucp_deepspeed.layout import Shape
@@ -106,7 +106,7 @@ def _holds_data_alone(checkpoint: DeepSpeedCheckpoint, engine: Any, trusting: bo
     """
     try:
         for path in files_to_unpickle(checkpoint.path, checkpoint.files.names, engine):
-            held = checkpoint.files.open(path)
+            held = look_into(path, checkpoint)
             if not trusting and opaque_in(held) is not None:
                 return False
     except DamagedCheckpointError as error:

@@ -7,7 +7,7 @@ the catalog has opened by then.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ucp_deepspeed.checkpoint.experts import weight_file
 from ucp_deepspeed.engine.model import model_parallel_rank
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import only_evaluates
+from ucp_deepspeed.errors import UnsupportedError
 
 
 def files_to_unpickle(folder: Path, held: Collection[str], engine: Any) -> list[Path]:
@@ -86,6 +87,18 @@ def _experts(folder: Path, held: Collection[str], engine: Any, names: ModelNames
     return [folder / name for name, place in places.items() if place and place[1] in own and place[2] == rank]
 
 
+def look_into(path: Path, checkpoint: DeepSpeedCheckpoint | None) -> dict[str, Any]:
+    """What is in a file that DeepSpeed will unpickle; as the catalog has it, where that can read it.
+
+    Raises:
+        DamagedCheckpointError: it holds something that could run code.
+    """
+    if checkpoint is not None:
+        with suppress(UnsupportedError):
+            return checkpoint.files.open(path)
+    return open_saved(path, foreign=True)
+
+
 @contextmanager
 def only_held_against_the_list(checkpoint: Checkpoint | None, engine: Any) -> Iterator[None]:
     """While DeepSpeed loads: a file that `files_to_unpickle` doesn't know is looked at before it is unpickled.
@@ -94,11 +107,10 @@ def only_held_against_the_list(checkpoint: Checkpoint | None, engine: Any) -> It
         DamagedCheckpointError: it holds something that could run code; parts of the engine are filled by then.
     """
     assert checkpoint is None or isinstance(checkpoint, DeepSpeedCheckpoint), "DeepSpeed can't load any other form"
-    reader, look = engine.checkpoint_engine, open_saved if checkpoint is None else checkpoint.files.open
-    load = reader.load
+    reader, load = engine.checkpoint_engine, engine.checkpoint_engine.load
 
     def checked_load(path: Any, *args: Any, **kwargs: Any) -> Any:
-        look(Path(path))
+        look_into(Path(path), checkpoint)
         return load(path, *args, **kwargs)
 
     reader.load = checked_load

@@ -73,7 +73,7 @@ class FlatGroup:
     Attributes:
         numels: elements of each local tensor, in flat order.
         partitions: ranks that share the group; 1 for stage 0.
-        gaps: alignment zeros after each tensor (``parameter_alignment``); all 0 by default.
+        gaps: alignment zeros after each tensor (``parameter_alignment``); empty where all are 0, however they are given.
         alignment: the total is padded to a multiple of ``alignment * partitions``; 2 under ZeRO
             (``nccl_start_alignment_factor``), 1 for stage 0.
 
@@ -92,6 +92,8 @@ class FlatGroup:
             raise ValueError(f"{len(self.gaps)} alignment gaps for {len(self.numels)} tensors")
         if self.alignment < 1 or any(gap < 0 for gap in self.gaps):
             raise ValueError("alignment must be positive and gaps not negative")
+        if not any(self.gaps):
+            object.__setattr__(self, "gaps", ())
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:

@@ -418,3 +418,57 @@ def test_the_file_of_another_partition(run: NativeRun, exchanged: bool, tmp_path
     if exchanged:
         (folder / FIRST).write_bytes(contents[1])
     refused(folder, DamagedCheckpointError, "records that it holds", "this is another rank's file")
+
+
+def rewrite(path: Path, how: int, change: Callable[[str, bytes], bytes] = lambda name, content: content) -> None:
+    """Write an archive anew, as other programs than torch do; ``change``: of each record, by its name."""
+    with zipfile.ZipFile(path) as file:
+        records = [(record.filename, file.read(record)) for record in file.infolist()]
+    with zipfile.ZipFile(path, "w", how) as file:
+        for name, content in records:
+            file.writestr(name, change(name.partition("/")[2], content))
+
+
+def swapped(name: str, content: bytes) -> bytes:
+    return b"big" if name == "byteorder" else content
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "change", "told"),
+    [
+        (MODEL, zipfile.ZIP_DEFLATED, None, "is compressed, which torch doesn't do"),
+        (LAST, zipfile.ZIP_DEFLATED, None, "is compressed, which torch doesn't do"),
+        (LAST, zipfile.ZIP_STORED, None, "was written anew by another program than torch"),
+        (MODEL, zipfile.ZIP_STORED, swapped, "was written on a machine of the other byte order"),
+    ],
+    ids=["compressed weights", "compressed states", "stored", "byte order"],
+)
+def test_an_archive_that_torch_did_not_lay_out(name: str, how: int, change: Any, told: str, folder: Path) -> None:
+    """torch looks where its own archives would have the tensors; written anew by torch all is as it was."""
+    before = torch.load(folder / name, weights_only=False)
+    rewrite(folder / name, how, *([] if change is None else [change]))
+    refused(folder, UnsupportedError, name, told, "torch.save(torch.load(path), path)")
+    if change is None:
+        torch.save(torch.load(folder / name, weights_only=False), folder / name)
+        read_all(folder)
+        assert str(torch.load(folder / name, weights_only=False)) == str(before)
+
+
+@pytest.mark.parametrize("length", [8, 80])
+def test_a_record_that_is_shorter_or_longer_than_its_tensor(length: int, folder: Path) -> None:
+    """The bytes behind a shorter one are another tensor's."""
+
+    def cut(name: str, content: bytes) -> bytes:
+        return content[:length].ljust(length, b"\0") if name == "data/0" else content
+
+    path = folder / LAST
+    rewrite(path, zipfile.ZIP_STORED, cut)
+    with zipfile.ZipFile(path) as file:
+        kept = [(record.filename, file.read(record)) for record in file.infolist()]
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in kept:
+            if not name.endswith(
+                (".format_version", ".storage_alignment")
+            ):  # so that torch looks, and doesn't calculate
+                file.writestr(name, content)
+    refused(folder, DamagedCheckpointError, LAST, f"holds {length} bytes in", "data/0, for a storage of ")

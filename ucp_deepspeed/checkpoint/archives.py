@@ -1,0 +1,109 @@
+"""Whether a zip archive is one that torch laid out, so that the bytes of a tensor lie where torch says that they do.
+
+Archives that other programs have written anew hold the same, and ``torch.load`` reads them; but their records may be compressed.
+And since 2.7 torch calculates where a storage begins, by the layout that it gives archives itself
+(``torch/serialization.py::_load``), when it describes tensors and doesn't read them.
+"""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ucp_deepspeed.checkpoint.unpickling import everything_in
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+
+REWRITE_HINT = "write it anew with torch.save(torch.load(path), path)"
+
+_DEFAULT_ALIGNMENT = 64
+"""Bytes to a multiple of which torch pads the beginning of each record, where the archive doesn't say."""
+
+
+def storage_start(tensor: torch.Tensor) -> int:
+    """Where in its file the storage of a described tensor begins, in bytes; views share one."""
+    start: int = getattr(tensor.untyped_storage(), "_checkpoint_offset", 0)
+    return start
+
+
+@dataclass(frozen=True)
+class Archive:
+    """The directory of an archive.
+
+    Attributes:
+        path: its file.
+        records: in the order of the file.
+    """
+
+    path: Path
+    records: Sequence[zipfile.ZipInfo]
+
+    @classmethod
+    def of(cls, path: Path) -> Archive:
+        """Read a directory.
+
+        Raises:
+            zipfile.BadZipFile: there is none, or it is damaged.
+            UnsupportedError: torch reads the file, and it can't say where the bytes of a tensor lie.
+        """
+        with zipfile.ZipFile(path) as file:
+            archive = cls(path, sorted(file.infolist(), key=lambda record: record.header_offset))
+            order = archive._read(file, "byteorder")
+            alignment = archive._read(file, ".storage_alignment")
+        if order not in (None, sys.byteorder):
+            raise UnsupportedError(f"{path} was written on a machine of the other byte order; {REWRITE_HINT}")
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.records):
+            raise UnsupportedError(f"{path} is compressed, which torch doesn't do; {REWRITE_HINT}")
+        if archive._named(".format_version") is not None:
+            archive._check_layout(_DEFAULT_ALIGNMENT if alignment is None else int(alignment))
+        return archive
+
+    def _named(self, name: str) -> zipfile.ZipInfo | None:
+        return next((record for record in self.records if record.filename.partition("/")[2] == name), None)
+
+    def _read(self, file: zipfile.ZipFile, name: str) -> str | None:
+        found = self._named(name)
+        return None if found is None or found.file_size > 64 else file.read(found).decode("ascii", "replace")
+
+    def _check_layout(self, alignment: int) -> None:
+        """Whether each storage's record ends where torch takes the next to begin."""
+        reader = torch._C.PyTorchFileReader(str(self.path))
+        for record, following in zip(self.records, self.records[1:], strict=False):
+            name = record.filename.partition("/")[2]
+            if not (name.startswith("data/") and following.filename.partition("/")[2].startswith("data/")):
+                continue
+            start = reader.get_record_offset_no_read(record.header_offset, name, record.file_size, alignment)
+            if start + record.file_size + _descriptor(record) != following.header_offset:
+                raise UnsupportedError(f"{self.path} was written anew by another program than torch; {REWRITE_HINT}")
+
+    def check_storages(self, loaded: Any) -> None:
+        """Whether what was loaded with descriptions of tensors finds each storage in a record of its size.
+
+        Raises:
+            DamagedCheckpointError: a record is shorter or longer; the bytes behind it are another's.
+        """
+        headers = [record.header_offset for record in self.records]
+        for value in everything_in(loaded):
+            if not isinstance(value, torch.Tensor) or value.device.type != "meta":
+                continue
+            storage = value.untyped_storage()
+            if not storage.nbytes():
+                continue
+            record = self.records[bisect_right(headers, storage_start(value)) - 1]
+            if record.file_size != storage.nbytes():
+                raise DamagedCheckpointError(
+                    f"{self.path} holds {record.file_size} bytes in {record.filename}, for a storage of {storage.nbytes()}"
+                )
+
+
+def _descriptor(record: zipfile.ZipInfo) -> int:
+    """Bytes that torch writes behind the content of a record."""
+    if not record.file_size:
+        return 0
+    return 24 if max(record.header_offset, record.file_size) >= 2**32 - 1 else 16
