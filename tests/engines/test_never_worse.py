@@ -24,6 +24,18 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from nvme import build_on_nvme, nvme_parameters_run, nvme_run
+from sources import (
+    SAVED_STEPS,
+    age,
+    compress,
+    forget_paddings,
+    litter,
+    record_oddly,
+    train_and_save,
+    train_save_and_change,
+    train_save_and_publish,
+    train_save_and_rewrite,
+)
 from transformers.optimization import Adafactor
 
 from ucp_deepspeed.testing import odd_optimizers
@@ -33,16 +45,6 @@ from ucp_deepspeed.testing.runs import Run, build_engine, build_evaluator, loss_
 Ranks = Callable[[int], RankPool]
 
 BLOCK = {"enabled": True, "load": "auto"}
-
-SAVED_STEPS = 2
-"""Steps that a source has taken when it saves."""
-
-
-def train_and_save(engine: Any, run: Run, folder: str) -> None:
-    """The usual source: two steps, and a save with a number in its client state."""
-    for step in range(1, SAVED_STEPS + 1):
-        train_step(engine, run, step)
-    engine.save_checkpoint(folder, client_state={"epoch": 7})
 
 
 def take_two_steps(engine: Any, run: Run) -> list[float]:
@@ -112,43 +114,6 @@ def save_with_all_kinds_of_values(engine: Any, run: Run, folder: str) -> None:
         "slice": slice(3),
     }
     engine.save_checkpoint(folder, client_state={"epoch": 7, **foreign, **plain})
-
-
-def train_save_and_publish(engine: Any, run: Run, folder: str) -> None:
-    """Weights alone: what the optimizer keeps is deleted."""
-    train_and_save(engine, run, folder)
-    if dist.get_rank() == 0:
-        for path in Path(folder).rglob("*_optim_states.pt"):
-            path.unlink()
-    dist.barrier()
-
-
-def train_save_and_rewrite(rewrite: Callable[[dict[str, Any]], None], engine: Any, run: Run, folder: str) -> None:
-    """Each file is written again with what ``rewrite`` makes of it, and nothing else tells what it was."""
-    train_and_save(engine, run, folder)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        for path in Path(folder).rglob("*_states.pt"):
-            saved = torch.load(path, weights_only=False)
-            rewrite(saved)
-            torch.save(saved, path)
-        for path in Path(folder).rglob("ucp_manifest.json"):
-            path.unlink()
-    dist.barrier()
-
-
-def age(saved: dict[str, Any]) -> None:
-    """As DeepSpeed before 0.7.3 saved mixtures of experts under ZeRO: nothing tells the names of what the optimizer has."""
-    for key in ("buffer_names", "param_shapes", "ds_config"):
-        saved.pop(key, None)
-    if "optimizer_state_dict" in saved:
-        del saved["optimizer_state_dict"]["param_slice_mappings"]
-
-
-def record_oddly(saved: dict[str, Any]) -> None:
-    """A record that this release can't read, and DeepSpeed has no use for."""
-    if "module" in saved:
-        saved["universal_checkpoint_info"] = {"original_vocab_size": "many", "vocabulary_parameter_patterns": []}
 
 
 @dataclass(frozen=True)
@@ -278,6 +243,26 @@ CASES = [
             save=partial(train_save_and_rewrite, age),
         )
         for stage in (1, 2)
+    ),
+    *(
+        Case(
+            f"zero-{stage} {why}",
+            Run("mlp", zero={"stage": stage}),
+            ranks=2,
+            save=partial(train_save_and_change, change),
+        )
+        for stage, change, why in (
+            (0, compress, "files compressed anew"),
+            (2, compress, "files compressed anew"),
+            (1, litter, "other files beside them"),
+            (3, litter, "other files beside them"),
+        )
+    ),
+    Case(
+        "OneElement as before DeepSpeed 0.19.8",
+        Run("mlp", zero={"stage": 1}, optimizer=(odd_optimizers.OneElement, {})),
+        ranks=2,
+        save=partial(train_save_and_rewrite, forget_paddings),
     ),
     Case(
         "a record that can't be read",

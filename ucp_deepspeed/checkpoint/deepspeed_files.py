@@ -119,7 +119,7 @@ class DeepSpeedFiles:
         Raises:
             DamagedCheckpointError: files of both kinds, and no manifest, or one from before, tells which are the last run's.
         """
-        found = sorted(name for name in self.names if name.endswith("_model_states.pt"))
+        found = sorted(name for name in self.names if is_model_states(name))
         sliced = [name for name in found if name.startswith("zero_pp_rank_")]
         if self.manifest is not None:
             recorded = self.manifest.topology.zero_stage == 3
@@ -378,7 +378,8 @@ class DeepSpeedFiles:
             if more:
                 raise DamagedCheckpointError(
                     f"{self.path} holds {more[0]}, and {self.model_states_path(0, 0).name} tells of {topology.model_parallel} "
-                    f"model-parallel ranks: files of two runs, or a wrong mp_world_size"
+                    f"model-parallel ranks: files of two runs, or a wrong mp_world_size; move those of the other run to another "
+                    f"folder"
                 )
         # A size may be anything in a damaged file: names are made one by one, and no more than there are files, and a few.
         missing = list(islice((name for name in self._expected(topology) if name not in self.names), 20))
@@ -445,9 +446,14 @@ class DeepSpeedFiles:
             ) from error
 
 
+def is_model_states(name: str) -> bool:
+    """Whether DeepSpeed calls a model_states file so; file managers and people leave others beside it."""
+    return _MODEL_STATES.fullmatch(name) is not None
+
+
 def open_saved(path: Path, foreign: bool = False) -> dict[str, Any]:
     """The content of a file that DeepSpeed wrote: all of it must be data, but for the client state (`open_torch_file`)."""
-    return open_torch_file(path, owned=ENGINE_KEYS if _MODEL_STATES.fullmatch(path.name) else None, foreign=foreign)
+    return open_torch_file(path, owned=ENGINE_KEYS if is_model_states(path.name) else None, foreign=foreign)
 
 
 def _enabled(config: Mapping[str, Any]) -> Precision | None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
+from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles, is_model_states
 from ucp_deepspeed.layout import Topology
-
-_MODEL_STATES = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
 
 
 class NodeLocalFiles(DeepSpeedFiles):
@@ -28,7 +25,7 @@ class NodeLocalFiles(DeepSpeedFiles):
     def model_states_path(self, rank: int, partition: int) -> Path:
         """See `DeepSpeedFiles.model_states_path`."""
         path = super().model_states_path(rank, partition)
-        return self._here(path, [name for name in sorted(self.names) if _MODEL_STATES.fullmatch(name)], rank)
+        return self._here(path, [name for name in sorted(self.names) if is_model_states(name)], rank)
 
     def optimizer_path(self, rank: int, partition: int) -> Path:
         """See `DeepSpeedFiles.optimizer_path`."""

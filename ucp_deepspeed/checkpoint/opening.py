@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.deepspeed_files import is_model_states
 from ucp_deepspeed.checkpoint.universal import (
     INDEX_NAME,
     PARTIAL_MARK,
@@ -94,7 +95,7 @@ def open_checkpoint(path: str | Path, tag: str | None = None) -> Checkpoint:
     folder = resolve_tag(path, tag)
     if is_unfinished(folder):
         raise DamagedCheckpointError(f"{folder} {UNFINISHED}")
-    native = next(folder.glob("*mp_rank_*_model_states.pt"), None)
+    native = _native_file(folder)
     if (folder / INDEX_NAME).is_file():
         if native is not None:
             raise DamagedCheckpointError(
@@ -119,6 +120,11 @@ def open_checkpoint(path: str | Path, tag: str | None = None) -> Checkpoint:
 
 def _holds_checkpoint(folder: Path) -> bool:
     return (folder / INDEX_NAME).is_file() or any(folder.glob("*_model_states.pt"))
+
+
+def _native_file(folder: Path) -> Path | None:
+    """One of DeepSpeed's model_states files."""
+    return next((path for path in folder.glob("*_model_states.pt") if is_model_states(path.name)), None)
 
 
 def tags_in(root: Path) -> list[str]:

@@ -118,3 +118,19 @@ def test_unknown_optimizer_class(tmp_path: Path) -> None:
     torch.save(saved, path)
     with pytest.raises(UnsupportedError, match="mystery"):
         assert open_checkpoint(folder).parameters
+
+
+def test_states_of_other_shapes_than_the_parameter(tmp_path: Path) -> None:
+    """NAdam's product of momenta comes before its moments; one of the states has the parameter's own shape."""
+    run, model = NativeRun(groups=(("a", "c"), ("b", "d"))), model_of(DISTINCT)
+    folder = write_native(tmp_path, model, run)
+    path = folder / "mp_rank_00_model_states.pt"
+    saved = torch.load(path, weights_only=False)
+    states = saved["optimizer"]["state"]
+    for key, entry in states.items():
+        states[key] = {"mu_product": torch.tensor(0.5), "rows": torch.zeros(9), **entry}
+    torch.save(saved, path)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.lacking is None
+    assert [group.names for group in checkpoint.groups] == [("a", "c"), ("b", "d")]
+    assert {each.scalars["mu_product"] for each in checkpoint.parameters.values()} == {0.5}
