@@ -49,6 +49,7 @@ from ucp_deepspeed.checkpoint.deepspeed_zero import (
 )
 from ucp_deepspeed.checkpoint.deferred import Deferred
 from ucp_deepspeed.checkpoint.differing import DifferingNumbers
+from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.experts import names_on, names_on_all
 from ucp_deepspeed.checkpoint.extra_states import extra_states_in
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, STALE_MANIFEST
@@ -454,7 +455,7 @@ class DeepSpeedCheckpoint(Checkpoint):
     def _refused(self, name: str, owner: int) -> Mapping[str, str]:
         """States that can't be read, and why; also where a parameter's parts differ in them."""
         first, *others = (held.slot for held in self._where(owner)[name])
-        if all((other.states, other.scalars) == (first.states, first.scalars) for other in others):
+        if all(same_value((other.states, other.scalars), (first.states, first.scalars)) for other in others):
             return first.refused
         differing = "expert-parallel ranks have different states of it, or took different numbers of steps"
         return {**first.refused, "step": differing}

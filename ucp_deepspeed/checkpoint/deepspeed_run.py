@@ -14,6 +14,7 @@ from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed_stage0 import stage0_form
 from ucp_deepspeed.checkpoint.deepspeed_zero import recognise
 from ucp_deepspeed.checkpoint.deferred import Deferred
+from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.slots import Slot, settings_in
 from ucp_deepspeed.checkpoint.torch_files import read_tensors
 from ucp_deepspeed.errors import DamagedCheckpointError
@@ -111,7 +112,7 @@ def number_groups(stages: Sequence[Sequence[Mapping[str, Any] | None]]) -> list[
     for stage, groups in enumerate(stages):
         numbers.append([])
         for settings in groups:
-            same = next((number for number, other in enumerate(known) if stage and other == settings), None)
+            same = next((number for number, other in enumerate(known) if stage and same_value(other, settings)), None)
             if settings is not None and same is None:
                 same = len(known)
                 known.append(settings)

@@ -80,10 +80,11 @@ def _by_place(values: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Mapp
 def _differing(found: Mapping[str, Mapping[str, Any]]) -> Differing:
     keys = dict.fromkeys(key for values in found.values() for key in values)
     by_key = {key: {place: values.get(key) for place, values in found.items()} for key in keys}
-    return {key: held for key, held in by_key.items() if not _all_same(list(held.values()))}
+    return {key: held for key, held in by_key.items() if not all_same(list(held.values()))}
 
 
-def _all_same(values: Sequence[Any]) -> bool:
+def all_same(values: Sequence[Any]) -> bool:
+    """Whether values are all the same, as `same_value` tells."""
     return all(same_value(value, values[0]) for value in values[1:])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, Parameter, ParameterGroup
 from ucp_deepspeed.checkpoint.deferred import Deferred
+from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.layout import Shape
 from ucp_deepspeed.layout.pattern import Pattern
@@ -96,7 +97,7 @@ class RegroupedCheckpoint(Checkpoint):
                 [name],
             )
         refused = {key: why for parameter in (first, *others) for key, why in parameter.refused.items()}
-        if any((other.states, other.scalars) != (first.states, first.scalars) for other in others):
+        if any(not same_value((other.states, other.scalars), (first.states, first.scalars)) for other in others):
             refused["step"] = (
                 f"experts have different states, or took different numbers of steps ({', '.join(regrouped.sources)})"
             )
@@ -112,7 +113,9 @@ class RegroupedCheckpoint(Checkpoint):
         settings: dict[str, Mapping[str, Any]] = {}
         for group in groups:
             differing = [
-                n for n in group.names if settings.setdefault(n, group.hyperparameters) != group.hyperparameters
+                name
+                for name in group.names
+                if not same_value(settings.setdefault(name, group.hyperparameters), group.hyperparameters)
             ]
             if differing:
                 raise MismatchError(

@@ -13,7 +13,7 @@ from deepspeed import comm as dist
 from ucp_deepspeed.checkpoint import Checkpoint, Parameter
 from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES, Differing, ParameterGroup
 from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
-from ucp_deepspeed.checkpoint.differing import DIFFERING_HINT, in_words, made_one
+from ucp_deepspeed.checkpoint.differing import DIFFERING_HINT, all_same, in_words, made_one
 from ucp_deepspeed.checkpoint.slots import Numbers, place_of
 from ucp_deepspeed.engine.matching import Names
 from ucp_deepspeed.engine.model import EngineModel
@@ -82,7 +82,7 @@ class PartitionNumbers:
             for key in parameters[0].scalars
             if key != "step" and all(key in scalars for scalars in found.values())
         }
-        differing = {key: held for key, held in differing.items() if len(set(held.values())) > 1}
+        differing = {key: held for key, held in differing.items() if not all_same(list(held.values()))}
         if not differing or self._how == "error":
             return parameters
         values = self._settled(parameters[0].name, parameters[0].scalars, differing)

@@ -15,6 +15,7 @@ from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint, FileExtent, Parameter
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, MASTER, WEIGHT
+from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.experts import expert_of
 from ucp_deepspeed.checkpoint.view import UniversalView, held_shapes, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -305,7 +306,7 @@ class _Planner:
         for parameter in trained:
             if _stepped(parameter) != _stepped(first) and self.policies.initialise:
                 self.unstepped.append(parameter.name)
-            elif (parameter.states.keys(), parameter.scalars) != (first.states.keys(), first.scalars):
+            elif parameter.states.keys() != first.states.keys() or not same_value(parameter.scalars, first.scalars):
                 self.problems.append(
                     f"{parameter.name}: has {_states(parameter)}, and {first.name}, which the target keeps in the same buffer, "
                     f"has {_states(first)}{DIFFERING_HINT if _stepped(parameter) else UNSTEPPED_HINT}"

@@ -221,7 +221,10 @@ def _regrouped(
         elif isinstance(value, (list, tuple)) and len(value) == count and key in PER_GROUP:
             found[key] = [_of_group(value, other, held, i, f"{place}{key}", problems) for i, held in enumerate(sources)]
         elif (
-            isinstance(value, (list, tuple)) and len(value) == count > 1 and key not in OF_ALL_GROUPS and value != other
+            isinstance(value, (list, tuple))
+            and len(value) == count > 1
+            and key not in OF_ALL_GROUPS
+            and not same_value(value, other)
         ):
             problems.append(
                 f"{place}{key}: {value} may be of the groups, in an order that isn't the engine's; "
@@ -233,7 +236,7 @@ def _regrouped(
 def _of_group(value: Any, live: Any, held: list[int], index: int, place: str, problems: list[str]) -> Any:
     if not held:
         return live[index] if isinstance(live, (list, tuple)) and index < len(live) else value[0]
-    if any(value[other] != value[held[0]] for other in held):
+    if not all(same_value(value[other], value[held[0]]) for other in held):
         problems.append(f"{place}: parameter group {index} joins groups with {[value[other] for other in held]}")
     return value[held[0]]
 

@@ -22,6 +22,7 @@ from ucp_deepspeed.checkpoint.checkpoint import (
 )
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED
 from ucp_deepspeed.checkpoint.differing import made_one
+from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of_other
 from ucp_deepspeed.checkpoint.experts import expert_of, holder_of, numbers_of_experts
 from ucp_deepspeed.checkpoint.retied import with_copies
@@ -244,7 +245,7 @@ class _Planner:
                 for reason in parameter.refused.values():
                     self._refuse(parameter.name, reason)
                 self._check_numbers(parameter.name, parameter.scalars, parameter.differing)
-                if parameter.states.keys() != first.states.keys() or parameter.scalars != first.scalars:
+                if parameter.states.keys() != first.states.keys() or not same_value(parameter.scalars, first.scalars):
                     self._refuse(
                         parameter.name,
                         f"has {_states(parameter)}, and {first.name}, which the target keeps in the same buffer, "

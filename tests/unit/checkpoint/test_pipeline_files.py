@@ -155,6 +155,20 @@ def test_groups_of_all_stages_are_joined(tmp_path: Path, run: NativeRun, layouts
     assert [group.hyperparameters["weight_decay"] for group in groups] == [group_decay(0, run), group_decay(1, run)]
 
 
+def test_groups_with_settings_that_are_tensors_are_joined(tmp_path: Path) -> None:
+    """Of several elements, as an optimizer of one's own may have its ``betas``; and NaN is itself."""
+    run = RUNS["groups"]
+    folder = write_native(tmp_path, pipeline_model(), run)
+    for path in folder.glob("*_optim_states.pt"):
+        saved = torch.load(path, weights_only=False)
+        for group in saved["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]:
+            group |= {"betas": torch.tensor([0.9, 0.99]), "note": float("nan")}
+        torch.save(saved, path)
+    groups = open_checkpoint(folder).groups
+    assert [set(group.names) for group in groups] == [set(names) for names in two_groups()]
+    assert all(torch.equal(group.hyperparameters["betas"], torch.tensor([0.9, 0.99])) for group in groups)
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize("recorded", [False, True], ids=["stock", "manifest"])
 def test_of_a_tied_module_the_first_stage_is_read(tmp_path: Path, recorded: bool, stage: int) -> None:
