@@ -181,6 +181,12 @@ CASES = [
             (Run("mlp", zero={"stage": 3}, size={"remembers": True}), None, {}, "extra states"),
             (Run("mlp", outside=("gain",)), None, {}, "not all in the optimizer"),
             (Run("moe", groups="decay"), None, {}, "experts"),
+            (
+                Run("moe", size={"ep": (2, 2)}, zero={"stage": 0}, optimizer=("Adafactor", {"lr": 1e-3})),
+                None,
+                {},
+                "experts with factored states",
+            ),
             (Run("gpt", pp=2, precision="bf16"), None, {}, "pipeline"),
             (Run("gpt", pp=2, zero={"stage": 0}), None, {"load_module_only": True}, "pipeline's weights"),
             (Run("llama", tp=2), None, {}, "tensor-parallel"),

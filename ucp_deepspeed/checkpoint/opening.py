@@ -75,9 +75,11 @@ def _put_back(folder: Path) -> bool:
 
 def _read_latest(latest: Path) -> str:
     try:
-        tag = latest.read_text(encoding="utf-8").strip()
+        tag = latest.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        raise DamagedCheckpointError(f"{latest} holds no tag's name: {error}") from error
+        raise DamagedCheckpointError(
+            f"{latest} holds no tag's name in UTF-8 ({error}); write it so, or name the tag{_tags(latest.parent)}"
+        ) from error
     if not tag:
         raise DamagedCheckpointError(f"{latest} is empty; name the tag{_tags(latest.parent)}")
     return tag

@@ -57,6 +57,9 @@ PRECISIONS: dict[Precision, torch.dtype] = {
 """dtype of the weights of a run of each precision."""
 
 
+_ZIP, _POINTER = b"PK\x03\x04", b"version https://git-lfs"
+"""How an archive begins, and what Git LFS leaves in the place of a large file."""
+
 UNREADABLE = (
     RuntimeError,
     pickle.UnpicklingError,
@@ -92,7 +95,7 @@ def open_torch_file(
     if not path.is_file():
         raise DamagedCheckpointError(f"{path} is missing")
     try:
-        unpickled = partial(_unpickled, foreign=foreign) if zipfile.is_zipfile(path) else _unpickled_legacy
+        unpickled = partial(_unpickled, foreign=foreign) if _is_archive(path) else _unpickled_legacy
         loaded = unpickled(path, tensors)
     except UNREADABLE as error:
         raise DamagedCheckpointError(_explain(path, error)) from error
@@ -102,6 +105,16 @@ def open_torch_file(
         if (owned is None or key in owned) and (name := unpickling.opaque_in(value)):
             raise DamagedCheckpointError(_refusal(path, name))
     return loaded
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file is a whole zip archive from its first byte on, as torch asks for."""
+    return _beginning(path, 4) == _ZIP and zipfile.is_zipfile(path)
+
+
+def _beginning(path: Path, numbytes: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(numbytes)
 
 
 def _unpickled(path: Path, tensors: bool, foreign: bool) -> Any:
@@ -135,9 +148,10 @@ def _by_either(path: Path, **where: Any) -> Any:
 def _unpickled_legacy(path: Path, tensors: bool) -> Any:
     if is_legacy(path):
         return unpickle_legacy(path, tensors)
-    with path.open("rb") as file:
-        start = file.read(4)
-    kind = "empty" if not start else "truncated" if start == b"PK\x03\x04" else "not a torch file"
+    start = _beginning(path, len(_POINTER))
+    kind = "empty" if not start else "truncated" if start.startswith(_ZIP) else "not a torch file"
+    if start == _POINTER:
+        kind = 'a pointer to a file, which "git lfs pull" would fetch'
     raise DamagedCheckpointError(f"{path} is {kind} ({path.stat().st_size} bytes)")
 
 

@@ -80,7 +80,7 @@ def convert_command(
     with (join or alone)() as ranks:
         checkpoint = open_checkpoint(source, tag)
         folder = destination / _tag(source, checkpoint.path)
-        _check_free(destination, folder)
+        _check_free(destination, folder, checkpoint.path)
         view = view_of(checkpoint, spec, vocabulary_size)
         options = {
             "workers": workers,
@@ -100,8 +100,10 @@ def convert_command(
         )
 
 
-def _check_free(destination: Path, folder: Path) -> None:
+def _check_free(destination: Path, folder: Path, source: Path) -> None:
     latest = destination / LATEST_NAME
+    if destination.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"{destination} lies in the checkpoint that is read; name a folder outside it")
     if latest.is_dir():
         raise ConfigError(f"{latest} is a folder, where a file is to name the tag; nothing was written")
     if not os.path.lexists(folder):

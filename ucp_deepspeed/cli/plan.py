@@ -25,13 +25,16 @@ from ucp_deepspeed.cli.options import (
     tag_option,
     vocabulary_option,
 )
-from ucp_deepspeed.errors import MAX_LISTED
+from ucp_deepspeed.errors import MAX_LISTED, ConfigError
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.transfer.matching import Policies
 from ucp_deepspeed.transfer.targeting import RankPlan, TargetPlan, plan_target
 
 IMPOSSIBLE = 1
 """Exit status for a topology on which the checkpoint can't be resumed."""
+
+MOST_RANKS = 1 << 20
+"""Ranks of a topology that are planned: each takes some memory."""
 
 MOST_ROWS = 16
 """Ranks that the table shows; of more ranks it shows half as many with the fewest bytes, and half as many with the most."""
@@ -87,6 +90,8 @@ def plan_command(
     DeepSpeed's default settings are assumed. Exit status: 0 when the topology is possible, 1 when it isn't, 2 when that can't be
     told.
     """
+    if tp * pp * dp > MOST_RANKS:
+        raise ConfigError(f"TP{tp}·PP{pp}·DP{dp} has {tp * pp * dp:,} ranks; at most {MOST_RANKS:,} are planned")
     opened = open_checkpoint(checkpoint, tag)
     policies = Policies(on_missing == "init", on_extra == "drop", optimizer_states, differing=on_differing)
     target = None if model is None else open_checkpoint(model)

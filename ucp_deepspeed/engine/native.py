@@ -209,6 +209,9 @@ def _same_contents(
         for slot in checkpoint.trained_slots(rank)
         if all(starts.get(name) == slot.start(index) for index, name in enumerate(slot.names))
     ]
+    if stage == 0:  # whose order the recorded groups have told; the catalog puts experts last
+        places = {slot.names: place for place, slot in enumerate(live)}
+        saved.sort(key=lambda slot: places.get(slot.names, len(places)))
     form = _numels_of if stage == 0 else _flattening_of
     order = [[(slot.names, form(slot), slot.overlapping) for slot in slots] for slots in (saved, live)]
     same = (

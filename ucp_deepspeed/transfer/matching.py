@@ -176,7 +176,8 @@ def _problems(
 
 UNFROZEN_HINT = '; the checkpoint has no optimizer state of it: "on_missing": "init" starts that at zero'
 FROZEN_HINT = (
-    "; to keep its optimizer state, build the engine with requires_grad on and switch it off afterwards; "
+    "; to keep its optimizer state, have it in the optimizer before the load: build the engine with requires_grad on and switch "
+    "it off afterwards, or add its parameter group first; "
     '"on_extra": "drop" leaves the state out'
 )
 

@@ -376,8 +376,11 @@ class _Planner:
         return None if slot.replicas.experts and is_buffer else slot.replicas
 
     def _dtype(self, slot: TargetSlot, state: str) -> str:
-        """Of a buffer in memory; a frozen weight or a buffer of the model has that of the checkpoint."""
-        return self.source.parameters[slot.names[0]].states.get(WEIGHT, "F32") if state == WEIGHT else "F32"
+        """Of a buffer in memory; a frozen weight or a buffer of the model has that of the checkpoint, if it is there."""
+        if state != WEIGHT:
+            return "F32"
+        name = slot.names[0]
+        return (self.source.parameters.get(name) or self.view.parameters[name]).states.get(WEIGHT, "F32")
 
     def _buffers_of(self, slot: TargetSlot) -> tuple[str, ...]:
         """Master and optimizer states that the target keeps for a slot."""

@@ -420,6 +420,16 @@ def test_the_file_of_another_partition(run: NativeRun, exchanged: bool, tmp_path
     refused(folder, DamagedCheckpointError, "records that it holds", "this is another rank's file")
 
 
+def test_what_lies_in_the_place_of_a_file(folder: Path) -> None:
+    """A pointer that nobody has followed, and an archive behind something else."""
+    path = folder / LAST
+    whole = path.read_bytes()
+    path.write_bytes(b"\n" + whole)
+    refused(folder, DamagedCheckpointError, LAST, "is not a torch file")
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    refused(folder, DamagedCheckpointError, LAST, 'a pointer to a file, which "git lfs pull" would fetch')
+
+
 def rewrite(path: Path, how: int, change: Callable[[str, bytes], bytes] = lambda name, content: content) -> None:
     """Write an archive anew, as other programs than torch do; ``change``: of each record, by its name."""
     with zipfile.ZipFile(path) as file:

@@ -87,9 +87,11 @@ def test_index(tmp_path: Path) -> None:
     [
         ("", "/latest is empty; name the tag; tags there: step"),
         (" \n", "/latest is empty; name the tag; tags there: step"),
-        (b"\xff\xfe", "/latest holds no tag's name: "),
+        (b"\xff\xfe", "/latest holds no tag's name in UTF-8 .*; write it so, or name the tag; tags there: step"),
+        (b"\xef\xbb\xbfstep2", "no tag 'step2' in .*; tags there: step"),
         ("../other/step", "no tag '../other/step' in .*; tags there: step"),
         ("step/../../other/step", "no tag "),
+        (b"\xef\xbb\xbfstep2", "no tag 'step2' in .*; tags there: step"),
         ("{}/other/step", "no tag "),
     ],
 )

@@ -54,6 +54,14 @@ def test_a_second_tag_beside_the_first(
     assert sorted(path.name for path in (tmp_path / "u").iterdir()) == ["latest", "step2", "step3"]
 
 
+@pytest.mark.parametrize("inside", ["step3", "step3/universal"])
+def test_a_destination_in_the_checkpoint_itself(inside: str, saved: Path, ucp: Ucp) -> None:
+    before = sorted(saved.rglob("*"))
+    result = ucp("convert", saved, saved / inside)
+    assert result.exit_code == 2 and "lies in the checkpoint that is read; name a folder outside it" in result.stderr
+    assert sorted(saved.rglob("*")) == before
+
+
 def test_a_tag_with_a_slash(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
     """It keeps its name, so that the script that resumes finds it."""
     source = tmp_path / "s"

@@ -101,6 +101,19 @@ def test_a_model_that_changed(changed: tuple[Path, Path], ucp: Ucp) -> None:
         assert line in shown
 
 
+@pytest.mark.parametrize("kind", ["frozen", "buffer"])
+def test_what_the_checkpoint_lacks_and_nobody_trains(kind: str, tmp_path: Path, ucp: Ucp) -> None:
+    """It keeps the model's values, in the dtype that the model has."""
+    run, weight = NativeRun(stage=1, precision="bf16"), NativeParameter("rows", torch.ones(6, 4))
+    source = write_native(tmp_path / "source", NativeModel((weight,)), run)
+    more = NativeParameter("more", torch.ones(3), frozen=True)
+    model = NativeModel((weight, more)) if kind == "frozen" else NativeModel((weight,), {"more": torch.ones(3)})
+    plan = ("plan", source, "--dp", 2, "--zero", 3, "--model", write_native(tmp_path / "model", model, run), "--json")
+    assert ucp(*plan).exit_code == 1
+    allowed = json.loads(ucp(*plan, "--on-missing", "init").stdout)
+    assert allowed["possible"] and allowed["initialised"] == ["more"] and allowed["restored"] == ["rows"]
+
+
 def test_for_people(sharded: Path, spec_file: Path, ucp: Ucp) -> None:
     result = ucp("plan", sharded, "--tp", 2, "--dp", 2, "--zero", 3, "--spec", spec_file)
     assert result.exit_code == 0
@@ -180,6 +193,7 @@ def test_impossible_without_the_size_of_the_vocabulary(sharded: Path, spec_file:
         (["--dp", "1"], "Missing option '--zero'"),
         (["--dp", "1", "--zero", "4"], "4 is not in the range 0<=x<=3"),
         (["--dp", "0", "--zero", "1"], "0 is not in the range x>=1"),
+        (["--dp", "1000000000", "--zero", "3"], "1,000,000,000 ranks; at most 1,048,576 are planned"),
         (["--dp", "1", "--zero", "1", "--tag", "step9"], "no tag 'step9' in"),
         (["--dp", "1", "--zero", "1", "--spec", "unknown"], "no family or spec file 'unknown'"),
         (
