@@ -229,6 +229,21 @@ def test_a_parameter_without_elements_in_an_optimizer_of_the_users(block: Any, r
         assert differences(tmp_path / "a", again) == []
 
 
+def test_numbers_that_differ_from_stage_to_stage(ranks: Ranks, tmp_path: Path) -> None:
+    """A pipeline's stages step each by itself, on what becomes one group of a plain model."""
+    run = Run("gpt", pp=2, zero={"stage": 1}, optimizer=(odd_optimizers.Prodigy, {}))
+    ranks(2).run(train, run, STEP, save=str(tmp_path))
+    saved = [group["d_numerator"] for group in (each.hyperparameters for each in open_checkpoint(tmp_path).groups)]
+    assert len(set(saved)) == 2
+    with pytest.raises(RankError) as refused:
+        ranks(1).run(train, replace(run, pp=None), STEP, load=str(tmp_path))
+    assert all(f"{value} for " in str(refused.value) for value in saved)
+    assert '"on_differing": "first"' in str(refused.value)
+    made = replace(run, pp=None, universal={"enabled": True, "on_differing": "max"})
+    groups, _ = ranks(1).run(groups_and_numbers, made, str(tmp_path))[0]
+    assert groups[0]["d_numerator"] == max(saved)
+
+
 def numbers_after_a_load(run: Run, folder: str) -> list[dict[str, float]]:
     """By parameter group what the group and its first state keep in numbers."""
     groups, states = groups_and_numbers(run, folder)

@@ -222,7 +222,12 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return None
-    return _with_kinds_of_optimizer(read_document(path, Manifest, "a manifest", MANIFEST_VERSION))
+    try:
+        return _with_kinds_of_optimizer(read_document(path, Manifest, "a manifest", MANIFEST_VERSION))
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(
+            f"{error}; DeepSpeed's own files may be whole: remove {MANIFEST_NAME}, and they are read as it alone wrote them"
+        ) from error
 
 
 def _with_kinds_of_optimizer(manifest: Manifest) -> Manifest:

@@ -34,7 +34,8 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
 
     Args:
         path: a tag folder, or a folder with tag folders in it.
-        tag: name of the tag; without it ``path`` itself if it is a tag folder, else what its ``latest`` file says.
+        tag: name of the tag, which may lead out of the folder; without it ``path`` itself if it is a tag folder, else what its
+            ``latest`` file says, in the folder alone.
 
     Raises:
         CheckpointNotFoundError: no such folder, tag or ``latest`` file; says which tags there are.
@@ -47,6 +48,7 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
         raise DamagedCheckpointError(f"{root} {UNFINISHED}")
     if tag is None and _holds_checkpoint(root):
         return root
+    strays = False
     if tag is None:
         latest = root / LATEST_NAME
         if not latest.is_file() and (root / UNIVERSAL_LATEST_NAME).is_file():
@@ -56,8 +58,9 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
                 f"{root} is not a checkpoint: it holds neither checkpoint files nor a 'latest' file{_tags(root)}"
             )
         tag = _read_latest(latest)
+        strays = Path(tag).is_absolute() or ".." in Path(tag).parts
     folder = root / tag
-    if Path(tag).is_absolute() or ".." in Path(tag).parts or not (folder.is_dir() or _put_back(folder)):
+    if strays or not (folder.is_dir() or _put_back(folder)):
         raise CheckpointNotFoundError(f"no tag {tag!r} in {root}{_tags(root)}")
     return folder
 

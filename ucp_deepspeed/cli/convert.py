@@ -139,7 +139,7 @@ def _tag(source: Path, folder: Path) -> Path:
 
     That may be ``.`` or ``..``; a link keeps its own name.
     """
-    if folder != source and folder.is_relative_to(source):
+    if folder != source and folder.is_relative_to(source) and ".." not in folder.relative_to(source).parts:
         return folder.relative_to(source)
     return Path(folder.name if folder.name not in ("", "..") else folder.resolve().name)
 

@@ -74,6 +74,27 @@ class PartitionNumbers:
         place = f"the parameter group of {self._names.source[group.names[0]]}"
         return self._settled(place, group.hyperparameters, group.differing)
 
+    def of_joined(
+        self, index: int, names: Mapping[int, str], held: Mapping[int, Mapping[str, Any]]
+    ) -> Mapping[str, Any]:
+        """Numbers of which groups that become one live group have different ones, as pipeline stages may; if one may be made.
+
+        Args:
+            names: for each group the name of a parameter in it.
+            held: its hyper-parameters.
+        """
+        settings = list(held.values())
+        differing = {
+            key: {f"the group of {names[group]}": values[key] for group, values in held.items()}
+            for key, value in (settings[0] if settings else {}).items()
+            if all(type(values.get(key)) in (int, float) for values in settings)
+            and not all(values[key] == value for values in settings)
+        }
+        if not differing or self._how == "error":
+            return {}
+        made = self._settled(f"parameter group {index}", settings[0], differing)
+        return {key: made[key] for key in differing}
+
     def together(self, parameters: Sequence[Parameter]) -> Sequence[Parameter]:
         """Parameters of one slot with the same scalars, if one may be made of several; but for steps, which must be the same."""
         found = {parameter.name: parameter.scalars for parameter in parameters}

@@ -425,7 +425,10 @@ def _ranks(group: Any) -> tuple[int, int]:
 RESHAPED_HINT = "load_checkpoint(…, custom_load_fn=…) lets a function of yours make its weight of the saved one"
 RESET_HINT = '"optimizer_states": "reset" starts all states afresh'
 REFUSED_HINT = f'"load": "auto" restores it on the topology that it was saved on, {RESET_HINT}'
-DIFFERING_HINT = "; give them parameter groups of their own"
+DIFFERING_HINT = (
+    '; give them parameter groups of their own, or "on_differing": "first", "mean" or "max" makes one number of all '
+    "but steps"
+)
 UNSTEPPED_HINT = '; if it never had a gradient, "on_missing": "init" gives it zero state'
 
 

@@ -115,6 +115,9 @@ def random_state_file(engine: Any) -> tuple[str, str]:
     return RANDOM_STATE_NAME.format(rank=place.rank), json.dumps(state.model_dump())
 
 
+KEEP_HINT = '"random_state": "keep" loads all else, and leaves the streams as the script has seeded them'
+
+
 def read_random_state(folder: Path, global_steps: int) -> RandomState | None:
     """This rank's file; None if there is none, or none that was committed. Nothing of the engine or the streams changes.
 
@@ -129,9 +132,9 @@ def read_random_state(folder: Path, global_steps: int) -> RandomState | None:
     manifest = read_manifest(folder)
     if not path.is_file() or (manifest is None and not (folder / INDEX_NAME).is_file()):
         return None
-    if manifest is not None:
-        manifest.check_file(path)
     try:
+        if manifest is not None:
+            manifest.check_file(path)
         raw = json.loads(path.read_text(encoding="utf-8"))
         if type(raw["format_version"]) is not int or raw["format_version"] < 1:
             raise TypeError(f"format_version is {raw['format_version']!r}")
@@ -140,8 +143,10 @@ def read_random_state(folder: Path, global_steps: int) -> RandomState | None:
                 f"{path} has format version {raw['format_version']}; this release reads up to {RANDOM_STATE_VERSION}"
             )
         state = RandomState.model_validate(raw)
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(f"{error}; {KEEP_HINT}") from error
     except (ValueError, ValidationError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{path} is not a random state: {error}") from error
+        raise DamagedCheckpointError(f"{path} is not a random state: {error}; {KEEP_HINT}") from error
     if state.global_steps != global_steps:
         raise DamagedCheckpointError(
             f"{path} is of step {state.global_steps}, and the checkpoint of step {global_steps}: if it was saved again without "

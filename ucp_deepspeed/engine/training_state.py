@@ -65,7 +65,8 @@ def plan_hyperparameters(
         held = [name for name in logical if name in source]
         groups = {id(source[name]): source[name] for name in held}
         settled = {key: numbers.of_group(index, group) for key, group in groups.items()}
-        of_name = {name: settled[id(source[name])] for name in held}
+        one = numbers.of_joined(index, {id(source[name]): name for name in reversed(held)}, settled)
+        of_name = {name: {**settled[id(source[name])], **one} for name in held}
         first, live = of_name[held[0]] if held else {}, optimizer.live_group(index)
         if index >= len(optimizer.base.param_groups):
             kept.append(f"parameter group {index}: {type(optimizer.base).__name__} has one group for all under ZeRO")
@@ -81,6 +82,11 @@ def plan_hyperparameters(
     if problems:
         raise MismatchError(f"{checkpoint.path} and the engine group parameters differently", problems)
     return GroupSettings(tuple(values), tuple(kept))
+
+
+JOINED_HINT = (
+    '"on_differing": "first", "mean" or "max" makes one of numbers, "hyperparameters": "keep" keeps the configured ones'
+)
 
 
 def _is_counted(key: str, live: Mapping[str, Any]) -> bool:
@@ -101,8 +107,7 @@ def _differing(
             other = of_name[name].get(key, nothing)
             if (other is absent) != (value is absent) or not same_value(value, other):
                 found = ["missing" if each is absent else each for each in (value, other)]
-                hint = '"hyperparameters": "keep" keeps the configured ones'
-                yield f"{key!r} is {found[0]} for {held[0]} and {found[1]} for {name}; {hint}"
+                yield f"{key!r} is {found[0]} for {held[0]} and {found[1]} for {name}; {JOINED_HINT}"
                 break
 
 

@@ -482,3 +482,18 @@ def test_a_record_that_is_shorter_or_longer_than_its_tensor(length: int, folder:
             ):  # so that torch looks, and doesn't calculate
                 file.writestr(name, content)
     refused(folder, DamagedCheckpointError, LAST, f"holds {length} bytes in", "data/0, for a storage of ")
+
+
+def test_a_manifest_that_is_cut(folder: Path) -> None:
+    """It is this package's alone; without it the files are read as DeepSpeed wrote them."""
+    write_manifest(folder, ZERO_2, (tuple(SHAPES),))
+    path = folder / MANIFEST_NAME
+    path.write_bytes(path.read_bytes()[:100])
+    refused(
+        folder,
+        DamagedCheckpointError,
+        "is not a manifest",
+        f"remove {MANIFEST_NAME}, and they are read as it alone wrote",
+    )
+    path.unlink()
+    read_all(folder)
