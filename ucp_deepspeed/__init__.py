@@ -6,14 +6,39 @@ beside DeepSpeed's files, and ``engine.load_checkpoint`` reads checkpoints of an
 
 With ``"save": {"async": true}`` in the block, files are written in the background; `wait_for_save` waits for them.
 
-DeepSpeed itself is not imported here: the hooks are set when the training script imports it.
+`open_checkpoint` opens a checkpoint to look into it: its metadata, and whole tensors or slices of them. `tags` lists those in a
+folder.
+
+DeepSpeed itself is not imported here: the hooks are set when the training script imports it. Nor is torch, until a checkpoint is
+opened.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from ucp_deepspeed.arming import arm
 from ucp_deepspeed.waiting import wait_for_save
 
-__all__ = ["__version__", "wait_for_save"]
+if TYPE_CHECKING:
+    from ucp_deepspeed.reading import open_checkpoint, tags
+
+__all__ = ["__version__", "open_checkpoint", "tags", "wait_for_save"]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """What is imported when it is used."""
+    if name in ("open_checkpoint", "tags"):
+        from ucp_deepspeed import reading
+
+        return getattr(reading, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 arm()

@@ -46,6 +46,10 @@ class CheckpointNotFoundError(UniversalCheckpointError):
     """There is no checkpoint at the path, or no such tag in it."""
 
 
+class NotInCheckpointError(UniversalCheckpointError, LookupError):
+    """A checkpoint has no such parameter, state or element."""
+
+
 class DamagedCheckpointError(UniversalCheckpointError):
     """A checkpoint's files are missing, truncated, inconsistent or hold what must not be loaded."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from ucp_deepspeed.errors import DamagedCheckpointError
@@ -40,20 +41,23 @@ class FileVersions:
         if version != self._first.setdefault(str(path), version):
             raise _changed(path)
 
-    def check(self) -> None:
-        """Whether all files are still those that were noted.
+    def check(self, paths: Iterable[str] | None = None) -> None:
+        """Whether the files are still those that were noted.
+
+        Args:
+            paths: of the files; by default all that were noted.
 
         Raises:
             DamagedCheckpointError: one was written, replaced or removed meanwhile, as by a run that saves the same tag again.
         """
-        for path, version in list(self._first.items()):
+        for path in list(self._first) if paths is None else paths:
             try:
                 now = _version(os.stat(path))  # noqa: PTH116
             except FileNotFoundError:
                 now = None
             except OSError:  # a network file system's stale handle, or a folder that has become a file
                 raise _changed(path) from None
-            if now != version:
+            if now != self._first[path]:
                 raise _changed(path)
 
 

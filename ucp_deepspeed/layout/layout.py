@@ -94,6 +94,17 @@ class Layout:
         """A parameter that one rank holds entirely."""
         return cls(shape, (LocalTensor(shape, pieces_of(Box.whole(shape), (0,) * len(shape))),))
 
+    @classmethod
+    def around(cls, shape: Shape, box: Box) -> Layout:
+        """Rank 0 holds a box and nothing else; each further rank holds one of the boxes around it."""
+        boxes = [box]
+        for dim, extent in enumerate(shape):
+            for low, high in ((0, box.start[dim]), (box.stop[dim], extent)):
+                start, stop = (*box.start[:dim], low), (*box.stop[:dim], high)
+                boxes.append(Box((*start, *(0,) * len(shape[dim + 1 :])), (*stop, *shape[dim + 1 :])))
+        held = [(part.shape, pieces_of(part, (0,) * len(shape))) for part in boxes]
+        return cls(shape, tuple(LocalTensor(*part) for part in held))
+
     @property
     def degree(self) -> int:
         """Number of model-parallel ranks."""

@@ -27,7 +27,7 @@ from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
-from ucp_deepspeed.layout import Layout
+from ucp_deepspeed.layout import Box, Layout
 from ucp_deepspeed.layout.box import row_major_strides
 from ucp_deepspeed.plan import BlockCopy, Fragment, StridedView, Target, plan_tensor
 
@@ -360,8 +360,34 @@ def gather(
         MismatchError: the checkpoint doesn't hold each of them exactly once, or scales them in a way that isn't known.
         DamagedCheckpointError: a source file is missing or truncated.
     """
-    layout = Layout.whole(view.logical_shape(name))
-    fragment = Fragment(flat_start, target.numel(), None, 0)
+    whole = Layout.whole(view.logical_shape(name))
+    return _gather(view, name, state, whole, Fragment(flat_start, target.numel(), None, 0), target, reader)
+
+
+def gather_box(
+    view: UniversalView, name: str, state: str, box: Box, target: torch.Tensor, reader: FileReader
+) -> TransferCount:
+    """Fill ``target`` with a box of one whole parameter's state, in row-major order.
+
+    Args:
+        box: of the logical tensor; not empty.
+        target: one-dimensional, with one element for each of the box.
+
+    Raises: as `gather`.
+    """
+    layout = Layout.around(view.logical_shape(name), box)
+    return _gather(view, name, state, layout, Fragment(0, box.numel, None, 0), target, reader)
+
+
+def _gather(
+    view: UniversalView,
+    name: str,
+    state: str,
+    layout: Layout,
+    fragment: Fragment[None],
+    target: torch.Tensor,
+    reader: FileReader,
+) -> TransferCount:
     try:
         with _PLANNING:
             copies = plan_tensor(view.source(name, state), Target(layout, 0, (fragment,)), state)

@@ -272,3 +272,14 @@ def test_a_stage_without_the_parameter_forbids_no_merging() -> None:
     empty_share = LocalTensor((2, 3, 0), ())
     beside = Layout((2, 3, 4), (*whole.locals, empty_share))
     assert across_stages([None, beside]).mergeable_dims() == {0}
+
+
+@pytest.mark.parametrize(
+    ("shape", "box"),
+    [((), Box((), ())), ((5,), Box((1,), (4,))), ((4, 5), Box((0, 2), (4, 3))), ((3, 4, 5), Box((1, 0, 2), (2, 4, 5)))],
+)
+def test_a_box_with_what_lies_around_it(shape: tuple[int, ...], box: Box) -> None:
+    layout = Layout.around(shape, box)  # which checks that the boxes are disjoint and cover all
+    assert [piece.logical_box for piece in layout.locals[0].pieces] == [box]
+    assert layout.locals[0].shape == box.shape
+    assert all(piece.logical_box.intersect(box) is None for local in layout.locals[1:] for piece in local.pieces)

@@ -1,0 +1,290 @@
+"""Checkpoints in Python: what one holds, and whole tensors of it or slices, read from whatever files they lie in.
+
+Needs torch, and neither DeepSpeed nor Megatron-Core. Use it as ``ucp_deepspeed.open_checkpoint`` and ``ucp_deepspeed.tags``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property, partial
+from pathlib import Path
+from types import EllipsisType, TracebackType
+from typing import Any, SupportsIndex, TypeAlias
+
+import torch
+
+from ucp_deepspeed import checkpoint as catalogs
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Differing, HeldShapes, Kind, Parameter
+from ucp_deepspeed.checkpoint.deepspeed_files import ENGINE_KEYS
+from ucp_deepspeed.checkpoint.deferred import Deferred
+from ucp_deepspeed.checkpoint.opening import tags_in
+from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
+from ucp_deepspeed.checkpoint.universal import UniversalCheckpoint
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.errors import (
+    CheckpointNotFoundError,
+    MismatchError,
+    NotInCheckpointError,
+    SpecError,
+    UnsupportedError,
+)
+from ucp_deepspeed.language import Spec, load_spec
+from ucp_deepspeed.language.resolve import describe
+from ucp_deepspeed.layout import Box, Shape, Topology
+from ucp_deepspeed.transfer.copying import FileReader, gather_box
+
+Index: TypeAlias = "SupportsIndex | slice | EllipsisType | Sequence[Any]"
+"""As in ``tensor[…]``: an integer, a slice, or several of these for the first dimensions, with an ellipsis among them or not."""
+
+
+def tags(folder: str | Path) -> list[str]:
+    """Names of the tags in a folder, of any form: what ``open_checkpoint`` takes as ``tag``.
+
+    Raises:
+        CheckpointNotFoundError: there is no such folder.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise CheckpointNotFoundError(f"no folder at {root}")
+    return tags_in(root)
+
+
+def open_checkpoint(
+    path: str | Path, tag: str | None = None, spec: str | Path | Spec = "auto", *, vocabulary_size: int | None = None
+) -> OpenCheckpoint:
+    """Open a checkpoint, native or universal, to look into it. Reads metadata alone, and changes nothing on disk.
+
+    Args:
+        path: a tag folder, or a folder with tag folders in it.
+        tag: name of the tag; without it what the ``latest`` file says.
+        spec: family or spec file that tells how tensor-parallel ranks have cut the model. ``"auto"`` goes by what the checkpoint
+            records, and else by the names of the parameters.
+        vocabulary_size: rows of the vocabulary without padding; by default what the checkpoint records.
+
+    Raises:
+        CheckpointNotFoundError: nothing there, or no such tag.
+        DamagedCheckpointError: files are missing, truncated or inconsistent.
+        UnsupportedError: a form that this release can't read.
+        SpecError, MismatchError: the spec doesn't fit. With ``"auto"`` this is told when a whole tensor is read.
+    """
+    return OpenCheckpoint(catalogs.open_checkpoint(path, tag), spec, vocabulary_size)
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """One parameter or buffer.
+
+    Attributes:
+        name: its name; a spec may give one that differs from the model's.
+        kind: ``trainable``, ``frozen`` or ``buffer``.
+        shape: of the whole tensor, without padding; None where nothing tells how the ranks have cut it.
+        local_shapes: of what each model-parallel rank holds; None for a pipeline stage without it.
+        pattern: how the ranks have cut it, in words; None as for ``shape``.
+        states: tensors that can be read, with their dtype: ``fp32`` and the optimizer's of what is trained, else ``weight``.
+        scalars: states that are one number, as ``step``.
+        differing: of the scalars, those that aren't the same on all partitions, with the value on each.
+        refused: states that can't be read, and why.
+    """
+
+    name: str
+    kind: Kind
+    shape: Shape | None
+    local_shapes: HeldShapes
+    pattern: str | None
+    states: Mapping[str, torch.dtype]
+    scalars: Mapping[str, float]
+    differing: Differing
+    refused: Mapping[str, str]
+
+
+class OpenCheckpoint:
+    """A checkpoint to look into; made by `open_checkpoint`. A context manager, which closes the files.
+
+    Attributes:
+        path: the tag folder.
+        form: what wrote it: ``deepspeed zero-3``, ``universal 1``, …
+        topology: sizes of the run whose files these are (``tp``, ``pp``, ``dp``, ``zero_stage``, ``ep``).
+        saved_by: the same of the run that trained: of a universal checkpoint, the one that it was converted from.
+        run: where it stood: ``global_steps``, ``global_samples``, ``skipped_steps``, ``lr_scheduler``, ``loss_scale``; and its
+            ``precision`` and ``ds_version``.
+        parameters: `ParameterInfo` of each parameter and buffer by name, in the model's order.
+        groups: the optimizer's parameter groups: ``names``, ``hyperparameters``, ``differing``.
+        tied: further names of tied parameters → the name in ``parameters``. `read` takes both.
+        unrecorded: parameters whose value is in no file, and why.
+        lacking: why no file tells the optimizer's state; None where it is there.
+        layouts_unknown: why whole tensors can't be read; None where they can.
+    """
+
+    def __init__(
+        self, checkpoint: catalogs.Checkpoint, spec: str | Path | Spec = "auto", vocabulary_size: int | None = None
+    ) -> None:
+        """See `open_checkpoint`."""
+        self._checkpoint = checkpoint
+        self._view: UniversalView | None = None
+        self.layouts_unknown: SpecError | MismatchError | None = None
+        try:
+            self._view = UniversalView.of(checkpoint, _spec(spec), vocabulary_size)
+        except (SpecError, MismatchError) as error:
+            if spec != "auto":
+                raise
+            self.layouts_unknown = error
+        self._reader = FileReader(checkpoint.versions)
+        self.path, self.form, self.topology = checkpoint.path, checkpoint.form, checkpoint.topology
+        source = checkpoint.source if isinstance(checkpoint, UniversalCheckpoint) else self.topology
+        self.saved_by = Topology(source.tp, source.pp, source.dp, source.zero_stage, source.ep)
+        self.run = checkpoint.run
+        held = checkpoint.parameters if self._view is None else self._view.parameters
+        self.parameters: Mapping[str, ParameterInfo] = {name: self._info(name, entry) for name, entry in held.items()}
+        self.groups = checkpoint.groups if self._view is None else self._view.groups
+        self.tied: Mapping[str, str] = checkpoint.tied if self._view is None else self._view.tied
+        self.unrecorded = checkpoint.unrecorded
+        self.lacking = None if checkpoint.lacking is None else checkpoint.lacking.heading
+
+    def _info(self, name: str, parameter: Parameter) -> ParameterInfo:
+        view = self._view
+        return ParameterInfo(
+            name,
+            parameter.kind,
+            None if view is None else view.logical_shape(name),
+            parameter.local_shapes,
+            None if view is None else describe(view.patterns[name]),
+            Deferred(partial(_dtypes, parameter)),
+            parameter.scalars,
+            parameter.differing,
+            parameter.refused,
+        )
+
+    @cached_property
+    def client_state(self) -> dict[str, Any]:
+        """What the script gave to ``save_checkpoint`` as ``client_state``, on the first rank; see also `unreadable`."""
+        _, state = self._checkpoint.client_state()
+        return {key: value for key, value in state.items() if key not in ENGINE_KEYS}
+
+    @cached_property
+    def unreadable(self) -> Mapping[str, str]:
+        """Keys left out of `client_state`, since code of a class would have to run to read them → that class."""
+        return self._checkpoint.unreadable()
+
+    def read(self, name: str, state: str | None = None, index: Index = ()) -> torch.Tensor:
+        """A whole tensor, or a slice of one, on the CPU. Reads the parts of the files that hold it, and nothing else.
+
+        Args:
+            name: of a parameter or buffer.
+            state: one of ``parameters[name].states``; by default ``fp32`` of what is trained, and ``weight`` of the rest.
+            index: what ``tensor[index]`` would give: ``slice(0, 10)``, ``(slice(None), 3)``, ``numpy.s_[..., :10]``. Steps are
+                positive; all up to the last element of a slice is read.
+
+        Raises:
+            NotInCheckpointError: no such parameter, state or element.
+            UnsupportedError: the state is there, and can't be read.
+            SpecError, MismatchError: nothing tells how the tensor was cut.
+            DamagedCheckpointError: a file is missing or truncated, or was changed since the checkpoint was opened.
+            TypeError: an index of another kind.
+        """
+        found = self._parameter(name)
+        state = self._state(found, state)
+        if self._view is None:
+            assert self.layouts_unknown is not None
+            raise self.layouts_unknown
+        shape = self._view.logical_shape(found.name)
+        box, rest = _boxed(index, shape, found.name)
+        flat = torch.empty(box.numel, dtype=found.states[state])
+        if box.numel:
+            count = gather_box(self._view, found.name, state, box, flat, self._reader)
+            self._checkpoint.versions.check(count.files)
+        tensor: torch.Tensor = flat.view(box.shape)[rest]
+        return tensor.contiguous()
+
+    def _parameter(self, name: str) -> ParameterInfo:
+        found = self.parameters.get(self.tied.get(name, name))
+        if found is not None:
+            return found
+        if name in self.unrecorded:
+            raise NotInCheckpointError(f"{self.path} has no value of {name}: {self.unrecorded[name]}")
+        raise NotInCheckpointError(
+            f"{self.path} has no parameter or buffer {name!r}{_nearest(name, (*self.parameters, *self.tied))}"
+        )
+
+    def _state(self, parameter: ParameterInfo, state: str | None) -> str:
+        if state is None:
+            return MASTER if parameter.kind == "trainable" else WEIGHT
+        if state in parameter.states:
+            return state
+        if state in parameter.refused:
+            raise UnsupportedError(f"{parameter.name}/{state} can't be read: {parameter.refused[state]}")
+        number = f"; {state!r} is a number, in its scalars" if state in parameter.scalars else ""
+        why = f"; {self.lacking}" if self.lacking is not None else ""
+        raise NotInCheckpointError(
+            f"{parameter.name} ({parameter.kind}) has no state {state!r} in {self.path}; it has "
+            f"{', '.join(parameter.states)}{number}{why}"
+        )
+
+    def close(self) -> None:
+        """Close the files that were read. A later `read` opens them again."""
+        self._reader.close()
+
+    def __enter__(self) -> OpenCheckpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"<OpenCheckpoint {self.path}: {self.form}, {self.topology}, step {self.run.global_steps}, "
+            f"{len(self.parameters)} parameters and buffers>"
+        )
+
+
+def _spec(spec: str | Path | Spec) -> Spec | None:
+    if isinstance(spec, Spec):
+        return spec
+    return None if spec == "auto" else load_spec(str(spec))
+
+
+def _dtypes(parameter: Parameter) -> dict[str, torch.dtype]:
+    return {state: NAMED_DTYPES[dtype] for state, dtype in parameter.states.items()}
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    """The end of a message about a name that isn't there."""
+    near = get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]}?" if near else "; the names are in 'parameters'"
+
+
+def _boxed(index: Index, shape: Shape, name: str) -> tuple[Box, tuple[int | slice, ...]]:
+    """The box of a tensor that an index needs, and the index into that box.
+
+    Raises:
+        NotInCheckpointError: it leaves the tensor.
+        TypeError: it is neither of integers nor of slices.
+    """
+    parts = list(index) if isinstance(index, Sequence) and not isinstance(index, str) else [index]
+    if (dots := [place for place, part in enumerate(parts) if part is Ellipsis]) and len(parts) <= len(shape) + 1:
+        parts[dots[0] : dots[0] + 1] = [slice(None)] * (len(shape) - len(parts) + 1)
+    if len(parts) > len(shape):
+        raise NotInCheckpointError(f"{name} has shape {list(shape)}: an index of {len(parts)} dimensions leaves it")
+    bounds: list[tuple[int, int]] = []
+    rest: list[int | slice] = []
+    for part, extent in zip([*parts, *[slice(None)] * (len(shape) - len(parts))], shape, strict=True):
+        if isinstance(part, slice):
+            start, stop, step = part.indices(extent)
+            if step < 1:
+                raise TypeError(f"index {part} has a negative step; read it forwards and call flip() on the tensor")
+            bounds.append((start, max(start, stop)))
+            rest.append(slice(None, None, step))
+        elif isinstance(part, SupportsIndex) and not isinstance(part, bool):
+            part = part.__index__()
+            if not -extent <= part < extent:
+                raise NotInCheckpointError(
+                    f"{name} has shape {list(shape)}: index {part} leaves a dimension of {extent}"
+                )
+            bounds.append((part % extent, part % extent + 1))
+            rest.append(0)
+        else:
+            raise TypeError(f"index {part!r} is neither an integer, a slice nor an ellipsis")
+    return Box(tuple(low for low, _ in bounds), tuple(high for _, high in bounds)), tuple(rest)
