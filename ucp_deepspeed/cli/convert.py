@@ -38,7 +38,15 @@ from ucp_deepspeed.transfer.describing import left_out
 from ucp_deepspeed.transfer.ranks import Ranks, alone
 
 
-@command("convert")
+@command(
+    "convert",
+    examples=[
+        "ucp convert runs/a runs/a-universal",
+        "ucp convert runs/a runs/a-universal --tag global_step500 --workers 8",
+        "ucp convert runs/a runs/a-universal --on-unreadable drop",
+        "torchrun --nproc-per-node 4 -m ucp_deepspeed.convert runs/a runs/a-universal",
+    ],
+)
 @click.argument("source", metavar="SRC", type=CHECKPOINT)
 @click.argument("destination", metavar="DST", type=CHECKPOINT)
 @tag_option
@@ -71,10 +79,10 @@ def convert_command(
     on_differing: OnDiffering,
     quiet: bool,
 ) -> None:
-    """Write checkpoint SRC in universal form to DST/<tag>, and DST/latest, so that DST can be loaded from.
+    """Write checkpoint SRC in universal form to DST/<tag> and DST/latest. DST can then be loaded from.
 
-    If DST/latest names a tag of a later step, it stays as it is.
-    DST/<tag> must not exist yet. It appears when it is complete; an interrupted conversion leaves nothing to load.
+    DST/<tag> must not exist yet. It appears when it is complete: an interrupted conversion leaves nothing to load.
+    DST/latest stays as it is if it names a tag of a later step.
     """
     started = time.monotonic()
     with (join or alone)() as ranks:

@@ -21,10 +21,16 @@ DIFFERENT = 1
 """Exit status for checkpoints that differ."""
 
 
-@command("diff")
+@command(
+    "diff",
+    examples=[
+        "ucp diff runs/a runs/a-universal",
+        "ucp diff runs/a runs/a --tag-a global_step100 --tag-b global_step200",
+    ],
+)
 @click.argument("a", type=CHECKPOINT)
 @click.argument("b", type=CHECKPOINT)
-@click.option("--tag-a", help="Name of A's tag folder; by default what its 'latest' file says.")
+@click.option("--tag-a", help="Tag folder of A to take; by default the one that its file 'latest' names.")
 @click.option("--tag-b", help="The same for B.")
 @spec_option
 @click.option("--spec-a", metavar="NAME|PATH", help="Family or spec file for A alone.")
@@ -48,7 +54,8 @@ def diff_command(
 ) -> None:
     """Compare the whole parameters, optimizer states and counters of checkpoints A and B, bit for bit.
 
-    Experts that B keeps in other tensors are compared in those of A, and what only one of them ties under each of its names.
+    Experts that B keeps in other tensors are compared in the form of A. A weight that only one side ties is compared under each
+    of its names.
 
     Exit status: 0 when they are equal, 1 when they differ, 2 when they can't be compared.
     """

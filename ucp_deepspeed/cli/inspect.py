@@ -37,7 +37,13 @@ PLAIN_WIDTH = 240
 """Columns of the table where the output is no terminal: wide enough that names are not broken."""
 
 
-@command("inspect")
+@command(
+    "inspect",
+    examples=[
+        "ucp inspect runs/a",
+        "ucp inspect runs/a --tag global_step500 --json",
+    ],
+)
 @click.argument("checkpoint", metavar="CKPT", type=CHECKPOINT)
 @tag_option
 @spec_option
@@ -46,7 +52,10 @@ PLAIN_WIDTH = 240
 def inspect_command(
     checkpoint: Path, tag: str | None, spec: str | None, vocabulary_size: int | None, as_json: bool
 ) -> None:
-    """Show what checkpoint CKPT holds; reads no tensors."""
+    """Show what checkpoint CKPT holds. Reads no tensors.
+
+    CKPT is a tag folder, or a folder with tag folders in it.
+    """
     opened = open_checkpoint(checkpoint, tag)
     opened.check_sizes()
     report = inspect_checkpoint(opened, spec, vocabulary_size)

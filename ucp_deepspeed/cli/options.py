@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import resource
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -29,7 +31,17 @@ FAILED = 2
 
 
 class Command(click.Command):
-    """Turns the library's errors, and the system's, into one message."""
+    """Turns the library's errors, and the system's, into one message. Its help ends with examples."""
+
+    def __init__(self, *args: Any, examples: Sequence[str], **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.examples = examples
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples, one line each."""
+        with formatter.section("Examples"):
+            for example in self.examples:
+                formatter.write(f"{'':{formatter.current_indent}}{example}\n")
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -40,8 +52,8 @@ class Command(click.Command):
         except UniversalCheckpointError as error:
             message = str(error)
         except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader of our output has gone: click ends quietly
-                raise
+            if error.errno == errno.EPIPE:
+                _end_without_reader(ctx)
             message = str(error)
         except (KeyboardInterrupt, click.Abort):
             click.echo("interrupted", err=True)
@@ -49,6 +61,8 @@ class Command(click.Command):
         except (click.ClickException, click.exceptions.Exit):
             raise
         except SystemExit as ended:
+            if isinstance(ended.__context__, BrokenPipeError):  # rich's answer to it
+                _end_without_reader(ctx)
             if (number := _signal_of(ended)) is not None:
                 click.echo(f"ended by {number.name}", err=True)
             raise
@@ -56,6 +70,12 @@ class Command(click.Command):
             message = f"this should not have happened:\n{traceback.format_exc().rstrip()}"
         click.echo(f"error: {message}", err=True)
         ctx.exit(FAILED)
+
+
+def _end_without_reader(ctx: click.Context) -> NoReturn:
+    """End quietly when the reader of the output has gone, as ``head`` does. The status is no command's answer."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it empties its buffer
+    ctx.exit(128 + signal.SIGPIPE)
 
 
 def _signal_of(ended: SystemExit) -> signal.Signals | None:
@@ -93,7 +113,7 @@ class _Folder(click.Path):
 
 CHECKPOINT = _Folder(path_type=Path)
 
-tag_option = click.option("--tag", help="Name of the tag folder; by default what the 'latest' file says.")
+tag_option = click.option("--tag", help="Tag folder to take; by default the one that the file 'latest' names.")
 
 spec_option = click.option(
     "--spec", metavar="NAME|PATH", help="Family or spec file that gives the layouts under tensor parallelism."
@@ -104,14 +124,14 @@ differing_option = click.option(
     type=click.Choice(["error", "first", "mean", "max"]),
     default="error",
     show_default=True,
-    help="What to make of optimizer numbers that differ over SRC's partitions, as a norm may.",
+    help="Optimizer numbers that differ over SRC's partitions: refuse them, or make one number of them.",
 )
 
 vocabulary_option = click.option(
     "--vocabulary-size",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Rows of the vocabulary without padding; by default what the checkpoint records.",
+    help="Rows of the vocabulary without padding; by default as the checkpoint records.",
 )
 
 

@@ -40,7 +40,13 @@ MOST_ROWS = 16
 """Ranks that the table shows; of more ranks it shows half as many with the fewest bytes, and half as many with the most."""
 
 
-@command("plan")
+@command(
+    "plan",
+    examples=[
+        "ucp plan runs/a --tp 2 --pp 2 --dp 4 --zero 1",
+        "ucp plan runs/a --dp 8 --zero 3 --model runs/changed --on-missing init",
+    ],
+)
 @click.argument("checkpoint", metavar="CKPT", type=CHECKPOINT)
 @click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True, help="Tensor-parallel size.")
 @click.option("--pp", type=click.IntRange(min=1), default=1, show_default=True, help="Pipeline-parallel size.")
@@ -85,10 +91,10 @@ def plan_command(
     optimizer_states: Literal["restore", "reset"],
     as_json: bool,
 ) -> None:
-    """Show what each rank of another topology would read of checkpoint CKPT, and hold; reads no tensors.
+    """Show what each rank of another topology would read of checkpoint CKPT, and hold. Reads no tensors.
 
-    DeepSpeed's default settings are assumed. Exit status: 0 when the topology is possible, 1 when it isn't, 2 when that can't be
-    told.
+    DeepSpeed's default settings are assumed. Exit status: 0 when the topology is possible, 1 when it isn't, 2 when nobody
+    can tell.
     """
     if tp * pp * dp > MOST_RANKS:
         raise ConfigError(f"TP{tp}·PP{pp}·DP{dp} has {tp * pp * dp:,} ranks; at most {MOST_RANKS:,} are planned")

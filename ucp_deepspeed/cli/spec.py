@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.view import held_shapes, layouts_of, parameter_names
-from ucp_deepspeed.cli import HELP
+from ucp_deepspeed.cli import HELP, SuggestingGroup
 from ucp_deepspeed.cli.inspect import PLAIN_WIDTH
 from ucp_deepspeed.cli.options import CHECKPOINT, command, tag_option, vocabulary_option
 from ucp_deepspeed.errors import ConfigError, MismatchError, SpecError, UnsupportedError
@@ -43,17 +43,17 @@ WRONG = 1
 """Exit status of a check that found something."""
 
 
-@click.group("spec", context_settings=HELP)
+@click.group("spec", cls=SuggestingGroup, context_settings=HELP)
 def spec_command() -> None:
     """Write spec files, which say how parameters are sharded, and hold them against checkpoints."""
 
 
-@command("list")
+@command("list", examples=["ucp spec list", "ucp spec list --against runs/a"])
 @click.option("--against", type=CHECKPOINT, metavar="CKPT", help="A checkpoint: say how well each family fits it.")
 @tag_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def list_command(against: Path | None, tag: str | None, as_json: bool) -> None:
-    """List the families that come with the package; with --against, how well each fits a checkpoint's names and shapes.
+    """List the families that come with the package. With --against, say how well each fits a checkpoint's names and shapes.
 
     Exit status with --against: 0 when one family fits, else 1.
     """
@@ -110,7 +110,13 @@ def _print_detection(found: Detection) -> None:
             console.print(escape(f"note: {label}: {', '.join(names)}"), soft_wrap=True)
 
 
-@command("check")
+@command(
+    "check",
+    examples=[
+        "ucp spec check megatron_core_gpt --against runs/a",
+        "ucp spec check mine.yaml --against runs/tp2 --single-rank runs/tp1",
+    ],
+)
 @click.argument("spec", metavar="FILE|FAMILY")
 @click.option("--against", type=CHECKPOINT, metavar="CKPT", required=True, help="The checkpoint to hold it against.")
 @tag_option
@@ -135,9 +141,9 @@ def check_command(
     strict: bool,
     as_json: bool,
 ) -> None:
-    """Hold a spec against everything that a checkpoint tells: names, shapes, values, and what was recorded when saving.
+    """Hold a spec against a checkpoint. Compares names, shapes, values, and what was recorded when saving.
 
-    Exit status: 0 when nothing contradicts the spec, 1 when something does, 2 when that can't be told.
+    Exit status: 0 when nothing contradicts the spec, 1 when something does, 2 when nobody can tell.
     """
     loaded, checkpoint = load_spec(spec), open_checkpoint(against, tag)
     whole = open_checkpoint(single_rank) if single_rank is not None else None
@@ -226,7 +232,10 @@ def _check_cells(checked: Checked) -> list[str]:
     return [checked.name, ", ".join(map(str, checked.matches)) or "none", patterns, shape]
 
 
-@command("explain")
+@command(
+    "explain",
+    examples=["ucp spec explain layers.0.mlp.weight --spec mine.yaml --against runs/a"],
+)
 @click.argument("name")
 @click.option("--spec", "spec", metavar="FILE|FAMILY", required=True, help="The spec.")
 @click.option("--against", type=CHECKPOINT, metavar="CKPT", help="A checkpoint that holds the parameter.")
@@ -236,7 +245,7 @@ def _check_cells(checked: Checked) -> list[str]:
 def explain_command(
     name: str, spec: str, against: Path | None, tag: str | None, vocabulary_size: int | None, as_json: bool
 ) -> None:
-    """Say which rule parameter NAME matches, and which part of it each rank of a checkpoint holds.
+    """Show how a spec shards one parameter. Says which rule NAME matches, and which part of it each rank of a checkpoint holds.
 
     NAME is the parameter's own name or its logical one. Exit status: 0 when it matches exactly one rule and the shapes agree,
     else 1.
@@ -339,7 +348,13 @@ def _box(bounds: Sequence[Sequence[int]] | None) -> str:
     return "" if bounds is None else f"[{', '.join(f'{low}:{high}' for low, high in bounds)}]"
 
 
-@command("infer")
+@command(
+    "infer",
+    examples=[
+        "ucp spec infer runs/tp2 --single-rank runs/tp1 > mine.yaml",
+        "ucp spec infer --model train:build_model > mine.yaml",
+    ],
+)
 @click.argument("checkpoint", metavar="[CKPT]", type=CHECKPOINT, required=False)
 @tag_option
 @click.option(
@@ -352,7 +367,7 @@ def _box(bounds: Sequence[Sequence[int]] | None) -> str:
 def infer_command(
     checkpoint: Path | None, tag: str | None, model: str | None, single_rank: Path | None, family: str
 ) -> None:
-    """Write a first spec to standard output, and say in comments what is left open.
+    """Write a first spec to standard output. Comments in it say what is left open.
 
     From what CKPT records; or, with --single-rank, by comparing its shapes, and its values if both are of the same state; or,
     with --model, from the attributes that Megatron-Core sets on the parameters of a model.
@@ -419,7 +434,7 @@ def _new_table(*columns: str) -> Table:
     return table
 
 
-@command("schema")
+@command("schema", examples=["ucp spec schema > ucp_spec.schema.json"])
 def schema_command() -> None:
     """Print the JSON Schema of spec files, for completion in editors."""
     click.echo(json.dumps(spec_schema(), indent=2, ensure_ascii=False))

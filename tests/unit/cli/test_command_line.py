@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from click.testing import Result
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import COMMANDS, load_command
+from ucp_deepspeed.cli.options import Command
 from ucp_deepspeed.errors import ConfigError
 from ucp_deepspeed.transfer.convert import convert
 
@@ -67,6 +70,59 @@ print([m for m in %s if m in sys.modules])
     command = [sys.executable, "-c", code % others, "convert", str(saved), str(tmp_path / "u"), "--quiet"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.stdout == "[]\n", run.stderr
+
+
+def test_help_and_completion_import_no_command(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from ucp_deepspeed.cli import main
+sys.argv[1:] or os.environ.update(_UCP_COMPLETE="bash_complete", COMP_WORDS="ucp in", COMP_CWORD="1")
+try:
+    main(prog_name="ucp")
+finally:
+    print({'torch'} & sys.modules.keys())
+"""
+    for args, line in ((["--help"], "  inspect  Show what a checkpoint holds."), ([], "plain,inspect")):
+        run = subprocess.run(
+            [sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=60, cwd=tmp_path
+        )
+        assert line in run.stdout.splitlines() and run.stdout.endswith("set()\n"), run.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "hint"),
+    [
+        (["inspct", "x"], "No such command 'inspct'. Did you mean 'inspect'?"),
+        (["runs/a"], "No such command 'runs/a'. The commands: inspect, convert, diff, plan, spec."),
+        (["spec", "checks"], "No such command 'checks'. Did you mean 'check'?"),
+    ],
+)
+def test_a_mistyped_command_gets_a_suggestion(args: list[str], hint: str, ucp: Ucp) -> None:
+    result = ucp(*args)
+    assert result.exit_code == 2 and hint in result.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_with_examples_that_are_right(name: str) -> None:
+    found = load_command(name)
+    for command in found.commands.values() if isinstance(found, click.Group) else [found]:
+        assert isinstance(command, Command) and command.name and command.examples
+        shown = command.get_help(click.Context(command, info_name=command.name))
+        for example in command.examples:
+            assert example in shown and len(example) < 80
+            words = shlex.split(example.partition(" > ")[0])
+            place = words.index("ucp_deepspeed.convert" if words[0] == "torchrun" else command.name)
+            command.make_context(command.name, words[place + 1 :])
+
+
+@pytest.mark.parametrize("args", [["inspect"], ["inspect", "--json"]])
+def test_a_reader_that_goes_away(args: list[str], saved: Path) -> None:
+    """As ``head`` does. The command ends quietly, and its status is no answer."""
+    command = [sys.executable, "-m", "ucp_deepspeed.cli", *args, saved]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout is not None and run.stderr is not None
+        run.stdout.close()
+        assert (run.stderr.read(), run.wait(60)) == (b"", 128 + signal.SIGPIPE)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
