@@ -406,12 +406,12 @@ def load_and_draw(
 ) -> tuple[Drawn, list[str]]:
     """On a rank: load in another script, and return what is drawn next, and what is logged of it."""
     lines: list[str] = []
-    handler = logging.Handler(logging.INFO)
+    handler = logging.Handler(logging.DEBUG)
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("ucp_deepspeed")
     before = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
     try:
         with resumed(seeded_engine(run, seed, by_rank), None) as engine:
             engine.load_checkpoint(folder, **(options or {}))

@@ -214,6 +214,7 @@ class Writing(threading.Thread):
         self.settled = False
         self.outcome: Exception | None = None
         self._given_up = threading.Event()
+        self._begun = time.monotonic()
 
     def run(self) -> None:
         """Write, and commit on rank 0."""
@@ -231,6 +232,12 @@ class Writing(threading.Thread):
             with self._failing():
                 self._await_ranks()
                 self.job.commit()
+                with suppress(Exception):  # a log that can't be written
+                    numbytes = sum(file.stat().st_size for file in self.job.folder.iterdir())
+                    taken = time.monotonic() - self._begun
+                    logger.info(
+                        "saved %s (%.1f MB) in the background, in %.1f s", self.job.folder, numbytes / 1e6, taken
+                    )
             if self.error is not None and not self.job.partial.is_dir():
                 self.clear()  # it was moved, and no rank finds it any more
 

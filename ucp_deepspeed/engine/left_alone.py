@@ -17,6 +17,7 @@ from ucp_deepspeed.checkpoint import Checkpoint, resolve_tag
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.config import UniversalCheckpointConfig
+from ucp_deepspeed.engine.console import told_once
 from ucp_deepspeed.engine.model import agreement, engine_topology
 from ucp_deepspeed.engine.native import LoadOptions
 from ucp_deepspeed.engine.node_local import open_here, writes_for_node
@@ -81,7 +82,8 @@ def load_checkpoint(
     options = LoadOptions(*positional, **named)
     with agreement():
         _check_loadable(engine, Path(load_dir), None if tag is None else str(tag), options)
-    return native(load_dir, tag=tag, **options.arguments())
+    with told_once(load_dir, tag):
+        return native(load_dir, tag=tag, **options.arguments())
 
 
 def _check_loadable(engine: Any, load_dir: Path, tag: str | None, options: LoadOptions) -> None:

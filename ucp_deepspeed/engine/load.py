@@ -22,6 +22,7 @@ from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.background import settle_saves, wait_for_save
+from ucp_deepspeed.engine.console import told_once
 from ucp_deepspeed.engine.custom_load import check_custom_load, local_state_dict, run_custom_load
 from ucp_deepspeed.engine.extra_states import plan_extra_states
 from ucp_deepspeed.engine.known_layouts import KnownLayouts, keep_layouts, known_by_manifest
@@ -139,7 +140,7 @@ def load_checkpoint(
         if folder is not None and folder == Path(load_dir):
             load_dir, tag = str(folder.parent), folder.name
         checked = only_held_against_the_list(None if prepared is None else prepared[0], engine)
-        with nullcontext() if folder is None else checked:
+        with told_once(load_dir, tag), nullcontext() if folder is None else checked:
             loaded = native(load_dir, tag=tag, **options.arguments())
         take_values(engine, loaded[1])
         with agreement():
@@ -147,6 +148,13 @@ def load_checkpoint(
                 _check_unchanged(prepared[0])
         if loaded[0] is not None:
             keep_layouts(engine, KnownLayouts() if prepared is None else known_by_manifest(prepared[0], engine))
+            if prepared is not None and dist.get_rank() == 0:
+                logger.info(
+                    "loaded %s (step %d) by DeepSpeed itself: nothing has changed since it was saved on %s",
+                    prepared[0].path,
+                    prepared[0].run.global_steps,
+                    prepared[0].topology,
+                )
     else:
         with agreement():
             if prepared is None:
@@ -364,7 +372,7 @@ def _without_restored(state: dict[str, Any], options: LoadOptions) -> dict[str, 
 def _log(report: LoadReport, checkpoint: Checkpoint, model: EngineModel, rounded: bool) -> None:
     if dist.get_rank() == 0:
         logger.info(
-            "resumed %s (step %d, saved as %s) on %s: rank 0 read %.1f MB from %d files in %.2f s",
+            "loaded %s (step %d, saved as %s) on %s: rank 0 read %.1f MB from %d files in %.2f s",
             checkpoint.path,
             checkpoint.run.global_steps,
             report.source,

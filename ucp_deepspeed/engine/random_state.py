@@ -171,7 +171,7 @@ def restore_random_state(engine: Any, saved: RandomState | None) -> None:
     origin = ranks[0].origin
     if origin is None:
         if place.rank == 0:
-            logger.info("the checkpoint holds no random state: the streams stay as the script has seeded them")
+            logger.debug("the checkpoint holds no random state: the streams stay as the script has seeded them")
         return
     exact = all(live.origin is not None and live.origin.same_place for live in ranks)
     with agreement():
@@ -237,9 +237,9 @@ def _digest(text: str) -> bytes:
 
 def _log(exact: bool, origin: _Origin) -> None:
     if exact:
-        logger.info("random state: each rank's streams go on where they stood at step %d", origin.global_steps)
+        logger.debug("random state: each rank's streams go on where they stood at step %d", origin.global_steps)
         return
-    logger.info(
+    logger.debug(
         "random state: saved at step %d by %d ranks, or in other roles, or on another accelerator; new streams are derived from "
         "its seed %d",
         origin.global_steps,

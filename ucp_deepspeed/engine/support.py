@@ -13,6 +13,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ucp_deepspeed.config import CONFIG_KEY
 from ucp_deepspeed.engine.background import check_background
+from ucp_deepspeed.engine.console import show
 from ucp_deepspeed.engine.deepspeed_surface import (
     OLDEST_AUTOEP,
     OLDEST_MOE,
@@ -41,6 +42,7 @@ def check_engine(engine: Any) -> None:
         ConfigError: the block differs from rank to rank; or DeepSpeed's settings that asynchronous saving can't go with.
         SpecError, MismatchError: the layouts that the config names don't fit the model.
     """
+    show()
     check_same_on_all_ranks(CONFIG_KEY, engine.universal_checkpoint_config.model_dump(by_alias=True))
     with agreement():
         if engine.universal_checkpoint_config.save.asynchronous:

@@ -355,6 +355,7 @@ def _join() -> None:
     from ucp_deepspeed.testing.older_deepspeed import run_under_newer_torch
 
     logger.setLevel(logging.ERROR)
+    logging.getLogger("ucp_deepspeed").setLevel(logging.WARNING)
     _use_gloo_only()
     run_under_newer_torch()
     deepspeed.init_distributed("gloo", verbose=False)
