@@ -55,7 +55,9 @@ class UniversalCheckpointConfig(BaseModel):
         on_extra: what to do with trained parameters or their optimizer states for which the model has no place: ``error``, or
             ``drop`` and list them.
         on_differing: what to do with numbers of the optimizer that differ over the partitions of the checkpoint, where these
-            don't go on: ``error``, or make one of them: the ``first``, the ``mean`` or the ``max``.
+            don't go on: ``error``, or make one of them: the ``first``, ``last``, ``mean`` or ``max``. And with copies of a
+            parameter that pipeline stages hold and trained apart, on other stages: ``error``; ``last`` takes the last, and
+            all others the first.
         optimizer_states: ``restore``, or ``reset``: start all of them as before a first step.
         hyperparameters: ``restore`` those of the parameter groups (rates, weight decay, …), or ``keep`` the configured ones.
         shared_read_bytes: what all data-parallel ranks hold alike (everything at stage 0, frozen weights, buffers) is read once,

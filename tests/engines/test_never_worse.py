@@ -157,6 +157,11 @@ CASES = [
         )
         for stage in (0, 3)
     ),
+    Case(  # whose step depends on what else a stage holds, so that its copies of a tied weight differ
+        "tied weights that drift apart",
+        Run("tied", pp=2, optimizer=(odd_optimizers.NormPerTensor, {"lr": 1e-2})),
+        ranks=2,
+    ),
     *(
         Case(f"zero-{stage} {precision}", Run("mlp", zero={"stage": stage}, precision=precision), ranks=2)
         for stage, precision in ((0, "fp32"), (0, "bf16"), (1, "fp16"), (2, "bf16"), (3, "fp32"))

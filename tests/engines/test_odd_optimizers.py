@@ -190,7 +190,7 @@ def test_numbers_that_differ_from_partition_to_partition(kind: str, form: str, r
     key = told.split("'")[1]
     for value in {ranked[0][key] for ranked in saved}:
         assert repr(value) in str(refused.value)
-    assert told in str(refused.value) and '"on_differing": "first", "mean" or "max"' in str(refused.value)
+    assert told in str(refused.value) and '"on_differing": "first", "last", "mean" or "max"' in str(refused.value)
     for how, one in (("first", lambda values: values[0]), ("mean", lambda v: sum(v) / len(v)), ("max", max)):
         made = replace(run, universal={"enabled": True, "on_differing": how})
         found = ranks(1).run(numbers_after_a_load, made, str(tmp_path / "0"))
@@ -231,7 +231,7 @@ def test_a_parameter_without_elements_in_an_optimizer_of_the_users(block: Any, r
 
 def test_numbers_that_differ_from_stage_to_stage(ranks: Ranks, tmp_path: Path) -> None:
     """A pipeline's stages step each by itself, on what becomes one group of a plain model."""
-    run = Run("gpt", pp=2, zero={"stage": 1}, optimizer=(odd_optimizers.Prodigy, {}))
+    run = Run("llama", {"layers": 3}, pp=2, zero={"stage": 1}, optimizer=(odd_optimizers.Prodigy, {}))
     ranks(2).run(train, run, STEP, save=str(tmp_path))
     saved = [group["d_numerator"] for group in (each.hyperparameters for each in open_checkpoint(tmp_path).groups)]
     assert len(set(saved)) == 2

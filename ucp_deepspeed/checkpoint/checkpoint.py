@@ -84,6 +84,7 @@ class Parameter:
             `ucp_deepspeed.dtypes` lists.
         differing: of the scalars, which are the first partition's, those that other partitions have other values of.
         may_be_buffer: it counts as frozen, and nothing tells whether it is a buffer.
+        stage: the pipeline stage whose copy is read, where several may hold one; None for the first that does.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Parameter:
     refused: Mapping[str, str] = field(default_factory=dict)
     differing: Differing = field(default_factory=dict)
     may_be_buffer: bool = False
+    stage: int | None = field(default=None, compare=False)
 
     @property
     def idle(self) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
-
-import torch
 
 from ucp_deepspeed.checkpoint.autotp import read_autotp_layouts
 from ucp_deepspeed.checkpoint.checkpoint import (
@@ -33,6 +32,7 @@ from ucp_deepspeed.checkpoint.deepspeed_run import (
 )
 from ucp_deepspeed.checkpoint.deepspeed_stage0 import Groups, stage0_form, stage0_slots, unnamed
 from ucp_deepspeed.checkpoint.deepspeed_weights import (
+    frozen_slots,
     module_slot,
     tensors_in,
     tied_names,
@@ -75,8 +75,11 @@ class DeepSpeedCheckpoint(Checkpoint):
             which several layers could be a tied module's; raised by ``parameters``.
     """
 
-    def __init__(self, path: Path, files: DeepSpeedFiles | None = None) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, files: DeepSpeedFiles | None = None, copies: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        """Args: copies: parameters that several pipeline stages hold → the stage whose copy is read; by default the first."""
+        self.path, self._copies = path, copies
         self.files = files or DeepSpeedFiles(path)
         self.manifest, self.versions = self.files.manifest, self.files.versions
         self._slots = lru_cache(maxsize=None)(self._read_sound_slots)
@@ -237,22 +240,10 @@ class DeepSpeedCheckpoint(Checkpoint):
             slots += [module_slot(name, "frozen", *module[name]) for name in frozen_names]
         else:
             owned = [name for name in module if name not in known and name not in self._aliases]
-            slots += [
-                slot for name in owned if name not in buffers for slot in self._frozen_slots(name, *module[name], known)
-            ]
+            frozen_here = ((name, *module[name]) for name in owned if name not in buffers)
+            slots += [slot for each in frozen_here for slot in frozen_slots(self.files.autoep, *each, known)]
         slots += [module_slot(name, "buffer", *module[name]) for name in buffers]
         return slots
-
-    def _frozen_slots(self, key: str, tensor: torch.Tensor, path: Path, known: Collection[str]) -> list[Slot]:
-        """Of a tensor in a file of weights; none for an expert's of AutoEP whose layer is trained."""
-        found = self.files.autoep.expert_of(key)
-        if found is None:
-            return [module_slot(key, "frozen", tensor, path)]
-        name, number = found
-        slot, layer = module_slot(name, "frozen", tensor, path), self.files.autoep.layers[name]
-        whole = (layer.experts, *slot.shapes[0])
-        starts = (number * tensor.numel(),)
-        return [] if name in known else [replace(slot, shapes=(whole,), starts=starts)]
 
     def _optimizer_slots(self, rank: int) -> list[Slot]:
         """The slots with an optimizer state."""
@@ -323,8 +314,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         if not self.files.sliced or self.files.autoep:
             return {}
         with self.files.sound():
-            known = self._where(0).keys() | self._aliases.keys()
-            return unrecorded_weights(self._module(0), known, self.run.ds_version)
+            return unrecorded_weights(self._module(0), {*self._where(0), *self._aliases}, self.run.ds_version)
 
     def _module(self, rank: int) -> Mapping[str, Located]:
         """Weights and buffers that a model-parallel rank's files hold; in a pipeline those of all stages.
@@ -413,6 +403,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         owners: dict[str, int] = {}
         for first, held in zip(firsts, stages, strict=True):
             owners = dict.fromkeys(held, first) | owners
+        owners |= {name: stage * degree for name, stage in self._copies.items()}
         recorded = self.manifest.local_shapes if self.manifest else {}
         if owners.keys() <= recorded.keys():
             shares = [{name: recorded[name] for name in held} for held in stages]
@@ -425,13 +416,19 @@ class DeepSpeedCheckpoint(Checkpoint):
             parameters[name] = self._parameter(name, owners[name], shapes)
         return parameters
 
+    def parameter_on(self, name: str, stage: int) -> Parameter:
+        """The copy of a parameter that a pipeline stage holds, as that stage's files tell of it."""
+        with self.files.sound():
+            return self._parameter(name, stage * self.topology.tp, self.parameters[name].local_shapes)
+
     def _parameter(self, name: str, owner: int, shapes: HeldShapes) -> Parameter:
         """What the files of a model-parallel rank tell of it; of a stage that is recorded, once someone asks."""
         if self._recorded_stages is None:
             slot = self._where(owner)[name][0].slot
             refused, differing = self._refused(name, owner), Deferred(partial(self._differing, name, owner))
             unsure = slot.kind == "frozen" and not self.files.tells_buffers
-            return Parameter(name, slot.kind, shapes, slot.states, slot.scalars, refused, differing, unsure)
+            stage = owner // self.topology.tp
+            return Parameter(name, slot.kind, shapes, slot.states, slot.scalars, refused, differing, unsure, stage)
         return Parameter(
             name,
             self._recorded_stages[owner // self.topology.tp][name],
@@ -440,6 +437,7 @@ class DeepSpeedCheckpoint(Checkpoint):
             Deferred(lambda: self._where(owner)[name][0].slot.scalars),
             Deferred(lambda: self._refused(name, owner)),
             Deferred(partial(self._differing, name, owner)),
+            stage=owner // self.topology.tp,
         )
 
     def _differing(self, name: str, owner: int) -> Differing:
@@ -486,7 +484,8 @@ class DeepSpeedCheckpoint(Checkpoint):
                     for first, held in zip(firsts, named, strict=True)
                 ]
             )
-        return join_groups(firsts, named, numbers, self._settings_of, self._differing_settings)
+        read = {name: parameter.stage for name, parameter in self.parameters.items()}
+        return join_groups(firsts, named, numbers, read, self._settings_of, self._differing_settings)
 
     def _trained_groups(self, rank: int) -> list[list[str]]:
         """Names in each parameter group of a model-parallel rank; none in elastic files, which have no hyper-parameters."""

@@ -124,6 +124,7 @@ def join_groups(
     firsts: Sequence[int],
     named: Sequence[Sequence[Sequence[str]]],
     numbers: Sequence[Sequence[int | None]],
+    read: Mapping[str, int | None],
     settings_of: Callable[[int, int], Mapping[str, Any]],
     differing_of: Callable[[int, int], Differing],
 ) -> tuple[ParameterGroup, ...]:
@@ -133,17 +134,19 @@ def join_groups(
         firsts: first model-parallel rank of each pipeline stage.
         named: for each stage and group the names in it.
         numbers: see `number_groups`.
+        read: by name, the stage whose copy is read; on others the name doesn't count. None if it is on one alone.
         settings_of: hyper-parameters of one of the groups of a model-parallel rank; called when they are looked into.
         differing_of: the same of those that aren't the same on all partitions of the stage.
     """
     groups: dict[int, ParameterGroup] = {}
-    for first, held, numbered in zip(firsts, named, numbers, strict=True):
+    for stage, (first, held, numbered) in enumerate(zip(firsts, named, numbers, strict=True)):
         for index, (names, number) in enumerate(zip(held, numbered, strict=True)):
             if number is not None:
                 known = groups.get(number) or ParameterGroup((), Deferred(partial(settings_of, first, index)))
+                own = [name for name in names if read.get(name) in (None, stage)]
                 differing = Deferred(partial(_either, known.differing, partial(differing_of, first, index)))
-                groups[number] = replace(known, names=tuple(dict.fromkeys((*known.names, *names))), differing=differing)
-    return tuple(groups.values())
+                groups[number] = replace(known, names=tuple(dict.fromkeys((*known.names, *own))), differing=differing)
+    return tuple(group for group in groups.values() if group.names)
 
 
 def _either(known: Differing, read: Callable[[], Differing]) -> Differing:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ucp_deepspeed.checkpoint.autoep import AutoEpLayers
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, WEIGHTS_HINT, Kind
 from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.extra_states import is_extra_state
@@ -37,6 +39,20 @@ def module_slot(name: str, kind: Kind, tensor: torch.Tensor, path: Path) -> Slot
         return whole_tensor_slot(name, kind, lookup, shape=shape, states={state: TORCH_DTYPES[tensor.dtype]})
     refused = {state: f"{tensor.dtype} has no universal form ({path})"}
     return whole_tensor_slot(name, kind, lookup, shape=shape, states={}, refused=refused)
+
+
+def frozen_slots(
+    autoep: AutoEpLayers, key: str, tensor: torch.Tensor, path: Path, known: Collection[str]
+) -> list[Slot]:
+    """Slots of a tensor in a file of weights; none for an expert's of AutoEP whose layer is trained, and so ``known``."""
+    found = autoep.expert_of(key)
+    if found is None:
+        return [module_slot(key, "frozen", tensor, path)]
+    name, number = found
+    slot, layer = module_slot(name, "frozen", tensor, path), autoep.layers[name]
+    whole = (layer.experts, *slot.shapes[0])
+    starts = (number * tensor.numel(),)
+    return [] if name in known else [replace(slot, shapes=(whole,), starts=starts)]
 
 
 def weight_slots(module: Mapping[str, Located], trained: Collection[str], path: Path) -> list[Slot]:

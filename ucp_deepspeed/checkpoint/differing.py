@@ -12,11 +12,13 @@ from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES, Differi
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.slots import Numbers, Slot
 
-OnDiffering = Literal["error", "first", "mean", "max"]
-"""What to do where a target has other partitions: refuse, or make one number of them."""
+OnDiffering = Literal["error", "first", "last", "mean", "max"]
+"""What to do where a target has other partitions: refuse, or make one number of them. Of copies of a parameter that several
+pipeline stages hold, where nothing tells which was trained, ``last`` takes the last, and all but ``error`` the first."""
 
 DIFFERING_HINT = (
-    'the topology that saved it gives each its own back, and "on_differing": "first", "mean" or "max" makes one of them'
+    'the topology that saved it gives each its own back, and "on_differing": "first", "last", "mean" or "max" makes one of '
+    "them"
 )
 
 MOST_TOLD = 8
@@ -108,8 +110,8 @@ def in_words(held: Mapping[str, Any]) -> str:
 
 
 def _one_of(values: Sequence[Any], how: OnDiffering) -> Any:
-    if how == "first":
-        return values[0]
+    if how in ("first", "last"):
+        return values[0 if how == "first" else -1]
     if how == "error" or not all(isinstance(value, (int, float)) for value in values):
         raise ValueError(how)
     if how == "max":

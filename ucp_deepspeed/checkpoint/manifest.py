@@ -80,6 +80,8 @@ class Manifest(BaseModel):
         has_extra_states: whether modules kept extra states, on any model-parallel rank; None where that wasn't recorded.
         same_numbers: whether the numbers that the optimizer keeps, in its states and groups, were the same on all partitions and
             tensor-parallel ranks of each pipeline stage; None where that wasn't recorded.
+        differing_copies: trained parameters of which pipeline stages held copies that weren't the same, in masters, states or
+            numbers; None where that wasn't recorded.
         files: size in bytes of each file in the tag folder when it was committed.
         contents: digests of what some of them hold (`digest_of`): those that every run writes anew.
     """
@@ -96,6 +98,7 @@ class Manifest(BaseModel):
     parameters: Mapping[str, ManifestParameter]
     has_extra_states: bool | None = None
     same_numbers: bool | None = None
+    differing_copies: tuple[str, ...] | None = None
     files: Mapping[str, NonNegativeInt]
     contents: Mapping[str, str] = {}
 

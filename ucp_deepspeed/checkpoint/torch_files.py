@@ -49,6 +49,9 @@ TORCH_DTYPES: dict[torch.dtype, str] = {
 NAMED_DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in TORCH_DTYPES.items()}
 """The inverse of `TORCH_DTYPES`."""
 
+INTEGERS: dict[int, torch.dtype] = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By element size, the type as which elements are compared, so that NaN equals itself and -0.0 isn't 0.0."""
+
 PRECISIONS: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,

@@ -75,8 +75,7 @@ class UniversalView:
         self._catalog_names = {names[name]: name for name in checkpoint.parameters if name in names}
         self._further = {name: logical for name, logical in names.items() if name not in checkpoint.parameters}
         degree = checkpoint.topology.tp
-        # A tied module's other copies may hold parameters that only its first stage trains: read the first.
-        local_shapes = {name: _first_stage(entry.local_shapes, degree) for name, entry in self.parameters.items()}
+        local_shapes = {name: _of_one_stage(entry, degree) for name, entry in self.parameters.items()}
         self.layouts = layouts_of(self.patterns, local_shapes, degree, self.vocabulary_size, "the checkpoint")
         self._check_copies()
         self._checked = check_record
@@ -151,6 +150,11 @@ class UniversalView:
         return UniversalView(
             self.checkpoint, names | self._further, patterns, self.vocabulary_size, check_record=self._checked
         )
+
+    def over(self, checkpoint: Checkpoint) -> UniversalView:
+        """The same view of another catalog of the same parameters."""
+        names = self.logical_of | self._further
+        return UniversalView(checkpoint, names, self.patterns, self.vocabulary_size, check_record=self._checked)
 
     @property
     def tied(self) -> dict[str, str]:
@@ -240,10 +244,10 @@ def _check_guess(checkpoint: Checkpoint, names: Sequence[str], local_shapes: Map
 
 
 def held_shapes(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, tuple[Shape, ...]]:
-    """Shapes on the tensor-parallel ranks of the first pipeline stage that holds a parameter, by logical name."""
+    """Shapes on the tensor-parallel ranks of the pipeline stage whose copy of a parameter is read, by logical name."""
     degree = checkpoint.topology.tp
     return {
-        names[name]: tuple(shape for shape in _first_stage(entry.local_shapes, degree) if shape is not None)
+        names[name]: tuple(shape for shape in _of_one_stage(entry, degree) if shape is not None)
         for name, entry in checkpoint.parameters.items()
         if name in names
     }
@@ -294,11 +298,12 @@ def _stages(shapes: HeldShapes, degree: int) -> list[HeldShapes]:
     return [shapes[start : start + degree] for start in range(0, len(shapes), degree)]
 
 
-def _first_stage(shapes: HeldShapes, degree: int) -> HeldShapes:
-    """The shapes of the first pipeline stage that holds the parameter, and None for the others."""
-    stages = _stages(shapes, degree)
+def _of_one_stage(parameter: Parameter, degree: int) -> HeldShapes:
+    """The shapes of the pipeline stage whose copy of a parameter is read, and None for the others."""
+    stages = _stages(parameter.local_shapes, degree)
     if len(stages) == 1:
-        return shapes
+        return parameter.local_shapes
     first = next((index for index, stage in enumerate(stages) if any(shape is not None for shape in stage)), 0)
+    read = first if parameter.stage is None else parameter.stage
     nothing = (None,) * degree
-    return tuple(shape for index, stage in enumerate(stages) for shape in (stage if index == first else nothing))
+    return tuple(shape for index, stage in enumerate(stages) for shape in (stage if index == read else nothing))

@@ -32,6 +32,7 @@ from ucp_deepspeed.cli.options import (
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import MismatchError, SpecError
 from ucp_deepspeed.language.resolve import describe
+from ucp_deepspeed.transfer.stage_copies import recorded_differing
 
 PLAIN_WIDTH = 240
 """Columns of the table where the output is no terminal: wide enough that names are not broken."""
@@ -84,6 +85,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
         disk_bytes, files: of the tag folder.
         groups: for each parameter group ``names``, ``hyperparameters``, and ``differing``: of these the ones that aren't the same
             on all partitions, with the value on each.
+        differing_copies: parameters of which pipeline stages held different values, as a manifest records; else null.
         lacking: why the optimizer's state can't be told, or null; unrecorded: parameters whose value is in no file → why.
         parameters: for each, by logical name: ``kind``, ``shape`` (or null), ``local_shapes`` by model-parallel rank (null
             for a pipeline stage without it), ``pattern`` in words (or null), ``states`` (name → dtype), ``scalars``, and
@@ -118,6 +120,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
             }
             for group in (view or checkpoint).groups
         ],
+        "differing_copies": None if (differing := recorded_differing(checkpoint)) is None else list(differing),
         "lacking": None if checkpoint.lacking is None else checkpoint.lacking.heading,
         "unrecorded": dict(checkpoint.unrecorded),
         "parameters": {name: _parameter(view, parameter) for name, parameter in parameters.items()},
@@ -203,6 +206,8 @@ def _print(report: Mapping[str, Any]) -> None:
         console.print(escape(f"{name} isn't in the files: {why}"), soft_wrap=True)
     if report["lacking"]:
         console.print(escape(f"Weights only: {report['lacking']}"), soft_wrap=True)
+    for name in report["differing_copies"] or ():
+        console.print(escape(f"differs over pipeline stages: {name}"), soft_wrap=True)
     for line in _differing_lines(report):
         console.print(escape(line), soft_wrap=True)
     if not report["layouts"]["known"]:

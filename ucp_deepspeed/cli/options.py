@@ -121,7 +121,7 @@ spec_option = click.option(
 
 differing_option = click.option(
     "--on-differing",
-    type=click.Choice(["error", "first", "mean", "max"]),
+    type=click.Choice(["error", "first", "last", "mean", "max"]),
     default="error",
     show_default=True,
     help="Optimizer numbers that differ over SRC's partitions: refuse them, or make one number of them.",

@@ -66,7 +66,7 @@ MOST_ROWS = 16
 @click.option("--on-extra", type=click.Choice(["error", "drop"]), default="error", help="As in the config block.")
 @click.option(
     "--on-differing",
-    type=click.Choice(["error", "first", "mean", "max"]),
+    type=click.Choice(["error", "first", "last", "mean", "max"]),
     default="error",
     help="As in the config block.",
 )

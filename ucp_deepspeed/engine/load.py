@@ -40,6 +40,7 @@ from ucp_deepspeed.engine.optimizer_only import take_values
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer, only_evaluates
 from ucp_deepspeed.engine.planning import plan_filling
 from ucp_deepspeed.engine.random_state import read_random_state, restore_random_state
+from ucp_deepspeed.engine.stage_copies import with_copies_for
 from ucp_deepspeed.engine.training_state import (
     GroupSettings,
     check_scheduler,
@@ -81,6 +82,7 @@ class LoadReport:
         dropped: parameters of the checkpoint that, or whose optimizer states, the model has no place for.
         unread: keys of the client state that couldn't be read and were left out.
         kept_settings: hyper-parameters of the checkpoint that the engine's own, which differ, were kept instead of.
+        copies: in words, parameters of which the checkpoint's pipeline stages hold different values, and whose were read.
         merged: numbers of this rank that differed over the partitions of the checkpoint and became one, by ``on_differing``.
     """
 
@@ -95,6 +97,7 @@ class LoadReport:
     kept_settings: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
 
 
 @telling_ways_on
@@ -275,6 +278,8 @@ def _load_universal(
     with agreement():
         if policies.optimizer_states == "restore" and checkpoint.lacking is not None:
             raise checkpoint.lacking
+    checkpoint, copies = with_copies_for(checkpoint, model, policies)
+    with agreement():
         source = {}
         if custom is not None:
             check_custom_load(engine)
@@ -324,6 +329,7 @@ def _load_universal(
         kept_settings=settings.kept,
         merged=tuple(numbers.merged),
         unread=unread,
+        copies=copies,
     )
     dist.barrier()
     _log(report, checkpoint, model, policies.rounded)
@@ -389,6 +395,8 @@ def _log(report: LoadReport, checkpoint: Checkpoint, model: EngineModel, rounded
                 'the masters begin as the checkpoint\'s %s weights, as "load_from_fp32_weights": false says',
                 checkpoint.run.precision,
             )
+        if report.copies:
+            logger.warning("of different values one was read: %s", "; ".join(report.copies))
         if report.merged:
             logger.warning("numbers that differed became one: %s", "; ".join(report.merged))
         if report.unread:

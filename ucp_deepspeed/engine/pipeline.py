@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from deepspeed.runtime.pipe.module import TiedLayerSpec
 
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED
 from ucp_deepspeed.engine.model import gather_model_parallel
-from ucp_deepspeed.errors import SaveError
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -36,56 +35,36 @@ def _tied_keys(engine: Any) -> Iterator[tuple[str, str]]:
                 yield f"{layer}.{local_name}", f"{TIED}{spec.key}.{local_name}"
 
 
-def check_tied_copies(engine: Any) -> None:
-    """Compare the copies that pipeline stages hold of each tied module. Collective over the stages that share one, on which alone
-    the error is raised. Of what isn't tied in it, a difference is told.
+def tell_of_others(engine: Any, trained: Collection[str]) -> None:
+    """Of what a tied module holds and nothing trains each stage has a copy of its own, of which a load takes the first.
 
-    Raises:
-        SaveError: they differ: a checkpoint could keep only one of them.
-    """
-    if not isinstance(engine, PipelineEngine):
-        return
-    differing: list[str] = []
-    for key, shared in engine.module.tied_comms.items():
-        weights = [engine.module._recursive_getattr(shared["module"], name) for name in shared["weight_attr"]]
-        digests: list[Any] = [None] * len(shared["ranks"])
-        dist.all_gather_object(digests, [_digest(weight) for weight in weights], group=shared["group"])
-        differing += [
-            f"{TIED}{key}.{name}"
-            for name, copies in zip(shared["weight_attr"], zip(*digests, strict=True), strict=True)
-            if len(set(copies)) > 1
-        ]
-        _tell_of_others(engine, key, shared, weights)
-    if differing:
-        raise SaveError(f"pipeline stages hold different values of tied weights: {', '.join(differing)}")
+    Told once for each engine: often the later stages don't use theirs. Collective over the stages that share a module.
 
-
-def _tell_of_others(engine: Any, key: str, shared: Mapping[str, Any], weights: Sequence[torch.Tensor]) -> None:
-    """Of what a tied module holds beside its tied weights each stage has a copy of its own, of which a load takes the first.
-
-    Told once for each engine: often the later stages don't use theirs.
+    Args:
+        trained: names of trained parameters.
     """
     told = engine.__dict__.setdefault("_universal_checkpoint_told", set())
-    if key in told:
+    if not isinstance(engine, PipelineEngine):
         return
-    told.add(key)
-    held = shared["module"].state_dict(keep_vars=True)
-    tied = {id(weight) for weight in weights}
-    mine = {
-        name: _digest(value)
-        for name, value in held.items()
-        if isinstance(value, torch.Tensor) and id(value) not in tied
-    }
-    copies: list[Any] = [None] * len(shared["ranks"])
-    dist.all_gather_object(copies, mine, group=shared["group"])
-    differing = [name for name in mine if len({copy.get(name) for copy in copies}) > 1]
-    if differing and dist.get_rank() == min(shared["ranks"]):
-        logger.warning(
-            "pipeline stages hold different values of what isn't tied in module %r; no checkpoint holds those of later ones: a "
-            "load gives them those of the first, or, where it is left to DeepSpeed, none: %s",
-            key,
-            ", ".join(differing),
-        )
+    for key, shared in engine.module.tied_comms.items():
+        if key in told:
+            continue
+        told.add(key)
+        mine = {
+            name: _digest(value)
+            for name, value in shared["module"].state_dict().items()
+            if isinstance(value, torch.Tensor) and f"{TIED}{key}.{name}" not in trained
+        }
+        copies: list[Any] = [None] * len(shared["ranks"])
+        dist.all_gather_object(copies, mine, group=shared["group"])
+        differing = [name for name in mine if len({copy.get(name) for copy in copies}) > 1]
+        if differing and dist.get_rank() == min(shared["ranks"]):
+            logger.warning(
+                "pipeline stages hold different values of what isn't trained in module %r; no checkpoint holds those of later "
+                "ones: a load gives them those of the first, or, where it is left to DeepSpeed, none: %s",
+                key,
+                ", ".join(differing),
+            )
 
 
 def _digest(weight: torch.Tensor) -> bytes:

@@ -52,8 +52,9 @@ from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.node_local import open_here, writes_for_node
 from ucp_deepspeed.engine.numbers import are_same
 from ucp_deepspeed.engine.optimizers import engine_optimizer
-from ucp_deepspeed.engine.pipeline import check_tied_copies, layer_keys
+from ucp_deepspeed.engine.pipeline import layer_keys, tell_of_others
 from ucp_deepspeed.engine.random_state import random_state_file, save_random_state
+from ucp_deepspeed.engine.stage_copies import differing_copies, tell_of_differing
 from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError, UnsupportedError
 from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
 from ucp_deepspeed.layout import Shape
@@ -318,13 +319,14 @@ def _manifest(engine: Any) -> Manifest:
 
     Raises:
         SpecError, MismatchError: the layouts that the config names don't fit the model.
-        SaveError: pipeline stages hold different values of a tied weight.
     """
     model, optimizer = describe_model(engine), engine_optimizer(engine)
     topology, known = model.topology, kept_layouts(engine, model)
     keys = layer_keys(engine)
     groups = gather_model_parallel(engine, tuple(tuple(names) for names in optimizer.group_names()))
-    check_tied_copies(engine)
+    tell_of_others(engine, frozenset(model.named("trainable")))
+    differing = differing_copies(model, optimizer)
+    tell_of_differing(engine, differing, optimizer.form)
     manifest = Manifest(
         topology=ManifestTopology(**asdict(topology)),
         optimizer=optimizer.form,
@@ -333,6 +335,7 @@ def _manifest(engine: Any) -> Manifest:
         layer_keys=keys,
         parameters=_parameters(model, known),
         same_numbers=are_same(model.rank // topology.tp, optimizer),
+        differing_copies=differing,
         has_extra_states=any(gather_model_parallel(engine, has_extra_states(engine.module))),
         files={},
     )

@@ -85,7 +85,8 @@ def plan_hyperparameters(
 
 
 JOINED_HINT = (
-    '"on_differing": "first", "mean" or "max" makes one of numbers, "hyperparameters": "keep" keeps the configured ones'
+    '"on_differing": "first", "last", "mean" or "max" makes one of numbers, "hyperparameters": "keep" keeps the configured '
+    "ones"
 )
 
 

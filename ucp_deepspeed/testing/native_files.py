@@ -307,6 +307,7 @@ def add_manifest(folder: Path, model: NativeModel, run: NativeRun, *, layouts: b
         },
         "parameters": {name: {} for name in names} | (_layouts(model, run) if layouts else {}),
         "same_numbers": True if layouts else None,
+        "differing_copies": [] if layouts else None,
         "has_extra_states": False if layouts else None,
         "group_numbers": _group_numbers(parts, run) if layouts else None,
         "files": {path.name: path.stat().st_size for path in folder.iterdir()},

@@ -18,6 +18,7 @@ import ucp_deepspeed  # noqa: F401  (its import sets the hooks)
 from ucp_deepspeed.checkpoint.checkpoint import Precision
 from ucp_deepspeed.testing.models import build_mlp, build_moe
 from ucp_deepspeed.testing.ranks import fp16_on_cpu, gather_tokens_over_gloo, reset_parallel_state
+from ucp_deepspeed.testing.tied_pipeline import build_tied_pipeline
 
 VOCABULARY = 48
 GLOBAL_BATCH = 8
@@ -33,6 +34,7 @@ ModelName = Literal[
     "mlp",
     "moe",
     "huggingface",
+    "tied",
     "megatron-deepspeed-gpt",
     "megatron-deepspeed-llama",
     "megatron-deepspeed-bloom",
@@ -46,7 +48,8 @@ class Run:
     Attributes:
         model: ``llama`` or ``gpt`` (Megatron-Core), flavours under the names of Megatron-DeepSpeed, ``mlp`` (plain torch; with
             tensor parallelism each rank has one of its own, and nothing tells how they belong together), ``moe`` (DeepSpeed's
-            mixture of experts), or ``huggingface``, which AutoTP cuts, and AutoEP if ``config`` says so.
+            mixture of experts), ``tied`` (a pipeline with a tied module, see `ucp_deepspeed.testing.tied_pipeline`), or
+            ``huggingface``, which AutoTP cuts, and AutoEP if ``config`` says so.
         size: changes to the model's shape; of ``huggingface`` with the ``family``; of a pipeline of Megatron-DeepSpeed with
             ``reordering``, see `ucp_deepspeed.testing.megatron_deepspeed_pipeline`.
         tp: tensor-parallel size.
@@ -252,6 +255,8 @@ def _build_model(run: Run) -> tuple[torch.nn.Module, Any]:
         from ucp_deepspeed.testing.huggingface_models import build_huggingface
 
         return build_huggingface(**plain), None
+    if run.model == "tied":
+        return build_tied_pipeline(run.pp or 1, VOCABULARY, run.seed), None
     if run.model == "moe" and run.tp == 1:
         return build_moe(**plain), None
     from megatron.core import parallel_state

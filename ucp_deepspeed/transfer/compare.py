@@ -12,20 +12,19 @@ import torch
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, IMPLEMENTATION_SWITCHES, Checkpoint
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states, under_other_keys
-from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
+from ucp_deepspeed.checkpoint.torch_files import INTEGERS, NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.layout import Shape
 from ucp_deepspeed.transfer.copying import FileReader, gather
+from ucp_deepspeed.transfer.stage_copies import look, may_differ, settle, with_copies_of
 
 COMPARE_NUMBYTES = 16 << 20
 """Bytes of each side held at a time: past a few MiB larger chunks are no faster."""
 
-INTEGERS: dict[int, torch.dtype] = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By element size, the type as which elements are compared, so that NaN equals itself and -0.0 isn't 0.0."""
-
 What = Literal[
     "presence",
+    "copies",
     "kind",
     "shape",
     "states",
@@ -88,7 +87,9 @@ def compare(
     for view in (view_a, view_b):
         if view.checkpoint.lacking is not None:  # equal weights alone would count as equal checkpoints
             raise view.checkpoint.lacking
-    found = list(_presence(view_a, view_b))
+    view_a, undecided_a = _of_trained(view_a)
+    view_b, undecided_b = _of_trained(view_b)
+    found = [*_presence(view_a, view_b), *_copies(view_a, view_b, undecided_a, undecided_b, chunk_numbytes)]
     hyper_a, hyper_b = _hyperparameters(view_a), _hyperparameters(view_b)
     sides = _Side(view_a, chunk_numbytes), _Side(view_b, chunk_numbytes)
     try:
@@ -108,6 +109,50 @@ def compare(
     for side in sides:
         side.view.checkpoint.versions.check()
     return found
+
+
+@dataclass(frozen=True)
+class _Undecided:
+    """A parameter whose copies differ over pipeline stages, and of which nothing tells which was trained."""
+
+    name: str
+    stages: tuple[int, ...]
+    why: str
+
+
+def _of_trained(view: UniversalView) -> tuple[UniversalView, Mapping[str, _Undecided]]:
+    """The view with the copies that were trained of what several pipeline stages hold; and by logical name those of which nothing
+    tells that, of which it has the first."""
+    copies = may_differ(view.checkpoint)
+    if not copies:
+        return view, {}
+    settled = settle(view.checkpoint, copies, look(view.checkpoint, copies), "error")
+    problems = (problem.split(": ", 1) for problem in settled.problems)
+    undecided = {
+        view.logical_of[name]: _Undecided(name, copies[name], why) for name, why in problems if name in view.logical_of
+    }
+    return view.over(with_copies_of(view.checkpoint, settled.stages)), undecided
+
+
+def _copies(
+    a: UniversalView, b: UniversalView, in_a: Mapping[str, _Undecided], in_b: Mapping[str, _Undecided], numbytes: int
+) -> Iterator[Difference]:
+    """Of what a side holds several values the later ones, copy by copy; a difference by itself where the other side doesn't."""
+    for name in dict.fromkeys((*in_a, *in_b)):
+        one, other = in_a.get(name), in_b.get(name)
+        if one is None or other is None or len(one.stages) != len(other.stages):
+            told = (f"in {side} {held.why}" for side, held in (("A", one), ("B", other)) if held is not None)
+            yield Difference(name, "copies", "; ".join(told))
+            continue
+        for stages in zip(one.stages[1:], other.stages[1:], strict=True):
+            pairs = zip((a, b), (one, other), stages, strict=True)
+            views = [v.over(with_copies_of(v.checkpoint, {held.name: stage})) for v, held, stage in pairs]
+            sides = [_Side(view, numbytes) for view in views]
+            try:
+                yield from _parameter(sides[0], sides[1], name)
+            finally:
+                for side in sides:
+                    side.reader.close()
 
 
 def _presence(a: UniversalView, b: UniversalView) -> Iterator[Difference]:

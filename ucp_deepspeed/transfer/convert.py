@@ -7,6 +7,7 @@ worker has that place in its share.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import time
@@ -29,7 +30,10 @@ from ucp_deepspeed.transfer.commit import committed_folder
 from ucp_deepspeed.transfer.copying import TransferCount
 from ucp_deepspeed.transfer.describing import describe
 from ucp_deepspeed.transfer.ranks import Ranks
+from ucp_deepspeed.transfer.stage_copies import Seen, look, may_differ, merge, settle, with_copies_of
 from ucp_deepspeed.transfer.writing import CHUNK_NUMBYTES, create_files, write_share
+
+logger = logging.getLogger("ucp_deepspeed")
 
 FIRST_RANDOM_STATE_NAME = "ucp_random_state_rank_00000.json"
 """From its seed, new streams of random numbers are derived on any topology (``docs/format.md``, *Random state*)."""
@@ -60,7 +64,8 @@ def convert(
         progress: called with (bytes written, bytes to write) of this rank's share after each chunk, from one thread at a time.
         drop_client_state: top-level keys of the client state to leave out.
         on_unreadable: see `OnUnreadable`.
-        on_differing: which number to write where partitions have different ones.
+        on_differing: which number to write where partitions have different ones, and which copy of a parameter where pipeline
+            stages do and nothing tells which was trained.
         ranks: those that share the work; by default this process alone.
         then: called on rank 0 when the folder has appeared, and not disturbed by signals.
 
@@ -71,13 +76,14 @@ def convert(
         UnsupportedError: the client state, a scheduler or a hyper-parameter holds something that has no universal form;
             nothing is written.
         DamagedCheckpointError: a source file is missing or truncated, or was changed meanwhile; nothing is left behind.
-        MismatchError: numbers differ over the partitions, and nothing is written; or the files don't hold each element of each
-            parameter exactly once, or no optimizer state, and nothing is left behind.
+        MismatchError: numbers differ over the partitions, or copies over pipeline stages, and nothing is written; or the files
+            don't hold each element of each parameter exactly once, or no optimizer state, and nothing is left behind.
         OSError: the disk is full, or can't be written; nothing is left behind.
         OtherRankError: another rank has failed; nothing is left behind.
     """
     ranks = ranks or Ranks()
     _check_free(destination)
+    view = _with_copies(view, on_differing, ranks)
     files = lay_out(view, file_numbytes)
     homes = {(atom.name, atom.state): file.file_name for file in files for atom in file.atoms}
     index, tensors = describe(view, homes, drop_client_state, on_unreadable, on_differing)
@@ -110,6 +116,23 @@ def convert(
         _write_rest(view, folder, index, tensors)
     ranks.broadcast("committed")
     return count
+
+
+def _with_copies(view: UniversalView, on_differing: OnDiffering, ranks: Ranks) -> UniversalView:
+    """The view with the copies that are to be written of what several pipeline stages hold. Collective over the ranks."""
+    copies = may_differ(view.checkpoint)
+    if not copies:
+        return view
+    seen = look(view.checkpoint, copies, (ranks.rank, ranks.count))
+    parts = ranks.gather(
+        "copies", {name: [sorted(each.differing), sorted(each.trained)] for name, each in seen.items()}
+    )
+    found = merge([{name: Seen(frozenset(d), frozenset(t)) for name, (d, t) in part.items()} for part in parts])
+    settled = settle(view.checkpoint, copies, found, on_differing)
+    settled.check(view.checkpoint)
+    if settled.told and ranks.rank == 0:
+        logger.warning("of different values one is written: %s", "; ".join(settled.told))
+    return view.over(with_copies_of(view.checkpoint, settled.stages))
 
 
 def _check_free(destination: Path) -> None:

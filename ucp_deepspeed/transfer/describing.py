@@ -112,7 +112,7 @@ def _made_one(view: UniversalView, how: OnDiffering) -> tuple[dict[str, dict[str
     ]
     if problems:
         listed = [f"{place}: {told}" for told, place in problems.items()]
-        remedy = "--on-differing first, mean or max makes one number of them"
+        remedy = "--on-differing first, last, mean or max makes one number of them"
         raise MismatchError(f"{view.checkpoint.path} has numbers that differ over its partitions", listed, remedy)
     return scalars, settings
 

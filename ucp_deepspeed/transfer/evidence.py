@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Checkpoint, HeldShapes, Parameter
-from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
+from ucp_deepspeed.checkpoint.torch_files import INTEGERS, NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of, parameter_names
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import MismatchError
@@ -23,7 +23,6 @@ from ucp_deepspeed.language.resolve import contradicts_record, describe
 from ucp_deepspeed.layout import Layout, Partial, Replicate, Shape, Shard, ShardGrid
 from ucp_deepspeed.layout.layout import NOTHING
 from ucp_deepspeed.layout.pattern import Pattern, split_evenly
-from ucp_deepspeed.transfer.compare import INTEGERS
 from ucp_deepspeed.transfer.copying import FileReader, gather
 from ucp_deepspeed.transfer.held_values import CHUNK_NUMBYTES, HeldValues
 

@@ -8,12 +8,11 @@ from math import prod
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, Parameter
-from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
+from ucp_deepspeed.checkpoint.torch_files import INTEGERS, NAMED_DTYPES
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.layout.layout import Piece
 from ucp_deepspeed.plan import StridedView
-from ucp_deepspeed.transfer.compare import INTEGERS
 from ucp_deepspeed.transfer.copying import FileReader
 
 CHUNK_NUMBYTES = 8 << 20

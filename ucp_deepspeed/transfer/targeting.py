@@ -46,6 +46,7 @@ from ucp_deepspeed.plan import (
 )
 from ucp_deepspeed.transfer.copying import TransferCount
 from ucp_deepspeed.transfer.matching import Policies, check_matching, is_grown, match
+from ucp_deepspeed.transfer.stage_copies import may_differ
 from ucp_deepspeed.transfer.target_plan import Obstacle, RankPlan, TargetPlan
 from ucp_deepspeed.transfer.target_ranks import (
     RankNumber,
@@ -287,6 +288,12 @@ class _Planner:
             self.remarks.append(
                 f"names such as {_listed(layers[:1])} are those of a pipeline, of one stage too: for a plain model a spec has to "
                 f"give both the same"
+            )
+        copies, source = may_differ(self.source.checkpoint), self.source.checkpoint.topology
+        if copies and (source.tp, source.pp) != (self.topology.tp, self.topology.pp):
+            self.remarks.append(
+                f"several stages hold copies of {_listed(list(copies))}, which a load compares: where these differ it takes that "
+                f'of the stage that trained it, and if several did, "on_differing": "first" or "last" has to say which'
             )
         if unknown := per_rank(self.view.patterns):
             self.remarks.append(

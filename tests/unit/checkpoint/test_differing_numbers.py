@@ -72,7 +72,7 @@ def test_every_reader_tells(form: str, tmp_path: Path) -> None:
     assert checkpoint.parameters["first"].differing == {"rms": values}
     assert checkpoint.parameters["second"].differing == {}
     assert [dict(group.differing) for group in checkpoint.groups] == [{}, {"d": values}]
-    with pytest.raises(MismatchError, match=r"--on-differing first, mean or max") as refused:
+    with pytest.raises(MismatchError, match=r"--on-differing first, last, mean or max") as refused:
         convert(UniversalView.of(checkpoint), tmp_path / "u")
     assert [problem.split(":")[0] for problem in refused.value.problems] == ["first", "parameter group 1"]
     assert "'rms' is 0.5 on partition 0, 0.5 on partition 1, 2.5 on partition 2" in refused.value.problems[0]

@@ -17,7 +17,7 @@ Ucp = Callable[..., Result]
 
 KEYS = """
     path form topology source_topology global_steps global_samples skipped_steps precision ds_version lr_scheduler loss_scale
-    optimizer_steps layouts vocabulary_size numel state_bytes disk_bytes files groups lacking unrecorded
+    optimizer_steps layouts vocabulary_size numel state_bytes disk_bytes files groups differing_copies lacking unrecorded
     parameters
 """
 

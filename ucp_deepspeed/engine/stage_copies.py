@@ -1,0 +1,203 @@
+"""Parameters that several pipeline stages hold: whether a run's copies are the same, and which of a checkpoint's a rank takes."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+
+from ucp_deepspeed.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint.checkpoint import MASTER
+from ucp_deepspeed.checkpoint.torch_files import INTEGERS
+from ucp_deepspeed.engine.model import EngineModel, agreement
+from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
+from ucp_deepspeed.engine.optimizers.states import is_number
+from ucp_deepspeed.transfer.matching import Policies
+from ucp_deepspeed.transfer.stage_copies import (
+    has_one_master,
+    held_by_several,
+    look,
+    may_differ,
+    merge,
+    settle,
+    told_of_lost,
+    with_copies_of,
+)
+
+logger = logging.getLogger("ucp_deepspeed")
+
+CHUNK_NUMEL = 1 << 22
+"""Elements that are summed at a time."""
+
+
+def with_copies_for(
+    checkpoint: Checkpoint, model: EngineModel, policies: Policies
+) -> tuple[Checkpoint, tuple[str, ...]]:
+    """The checkpoint with the copies that this rank is to have, and in words those that were chosen. Collective.
+
+    A stage that holds what it held gets its own back. On another topology copies are compared that may differ, which all ranks
+    read together.
+
+    Raises:
+        MismatchError: copies differ, and nothing tells which is to be taken; lists the parameters.
+    """
+    with agreement():
+        held = held_by_several(checkpoint)
+        own = _own_stage(checkpoint, model, held)
+        copies = may_differ(checkpoint)
+        if own is not None:
+            copies = {name: stages for name, stages in copies.items() if has_one_master(checkpoint, name, stages)}
+        seen = look(checkpoint, copies, (dist.get_rank(), dist.get_world_size())) if copies else {}
+    parts: list[Any] = [seen]
+    if copies:
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, seen)
+    with agreement():
+        if own is not None:
+            mine = {name: own for name, stages in held.items() if own in stages and own != stages[0]}
+            return with_copies_of(checkpoint, mine), told_of_lost(checkpoint, copies, merge(parts))
+        restored = policies.optimizer_states == "restore"
+        settled = settle(checkpoint, copies, merge(parts), policies.differing, restored)
+        settled.check(checkpoint)
+        return with_copies_of(checkpoint, settled.stages), settled.told
+
+
+def _own_stage(checkpoint: Checkpoint, model: EngineModel, held: Mapping[str, tuple[int, ...]]) -> int | None:
+    """This rank's pipeline stage, if the same stages hold the same of these parameters on both sides."""
+    degrees = [replace(topology, dp=1, zero_stage=0) for topology in (checkpoint.topology, model.topology)]
+    if degrees[0] != degrees[1] or held != _held_by_several(model):
+        return None
+    return model.rank // model.topology.tp
+
+
+def _held_by_several(model: EngineModel) -> dict[str, tuple[int, ...]]:
+    """Trained parameters that several pipeline stages hold → these stages."""
+    found = {
+        name: tuple(stage for stage, shape in enumerate(tensor.local_shapes[:: model.topology.tp]) if shape is not None)
+        for name, tensor in model.tensors.items()
+        if tensor.kind == "trainable"
+    }
+    return {name: stages for name, stages in found.items() if len(stages) > 1}
+
+
+def differing_copies(model: EngineModel, optimizer: EngineOptimizer) -> tuple[str, ...]:
+    """Trained parameters of which pipeline stages hold copies that aren't the same: masters, states, or numbers. Collective.
+
+    The bits of each tensor are summed, each times a number made of its place, on each rank for what it has of it. However it is
+    cut, the parts' sums add up to the same.
+    """
+    shared = _held_by_several(model)
+    if not shared:
+        return ()
+    sums: dict[tuple[str, str], int] = {}
+    numbers: dict[str, set[str]] = {}
+    for slot in optimizer.slots():
+        if shared.keys().isdisjoint(slot.names):
+            continue
+        kept = {key: value for key, value in optimizer.state_of(slot).items() if not is_number(key, value, slot.master)}
+        told = repr(sorted((str(k), _plain(v)) for k, v in optimizer.state_of(slot).items() if k not in kept))
+        for name in slot.names:
+            numbers.setdefault(name, set()).add(told)
+        for state, tensor in {MASTER: slot.master, **kept}.items():
+            for name, part in _sums(slot, state, tensor):
+                if name in shared:
+                    sums[name, state] = sums.get((name, state), 0) + part
+    stage, tp_rank = divmod(model.rank, model.topology.tp)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (stage, tp_rank, sums, {name: numbers[name] for name in shared if name in numbers}))
+    return tuple(name for name, stages in shared.items() if not _are_same(name, stages, found))
+
+
+def tell_of_differing(engine: Any, differing: Sequence[str], form: str) -> None:
+    """Once for each parameter of an engine; its copies may never be one again.
+
+    Args:
+        differing: see `differing_copies`.
+        form: of the engine's optimizer; without ZeRO in fp32 DeepSpeed writes weights alone, and of one stage.
+    """
+    told = engine.__dict__.setdefault("_universal_checkpoint_differing", set())
+    new = [name for name in differing if name not in told]
+    told.update(new)
+    if not new or dist.get_rank() != 0:
+        return
+    kept = (
+        "these stages go on with their own"
+        if form != "plain"
+        else "the files hold the weights of the first of these alone"
+    )
+    logger.warning(
+        "pipeline stages hold different values of one parameter; %s, and a load on other stages takes the values of the one that "
+        'trained it, or if that isn\'t one alone, what "on_differing": "first" or "last" says: %s',
+        kept,
+        ", ".join(new),
+    )
+
+
+def _are_same(name: str, stages: Sequence[int], found: Sequence[Any]) -> bool:
+    of_stages: dict[int, tuple[dict[Any, int], set[str]]] = {stage: ({}, set()) for stage in stages}
+    for stage, tp_rank, sums, numbers in found:
+        if stage not in of_stages:
+            continue
+        total, told = of_stages[stage]
+        told |= numbers.get(name, set())
+        for (other, state), part in sums.items():
+            if other == name:
+                total[tp_rank, state] = (total.get((tp_rank, state), 0) + part) % (1 << 64)
+    first, *others = of_stages.values()
+    return all(other == first for other in others)
+
+
+def _sums(slot: EngineSlot, state: str, tensor: Any) -> Iterator[tuple[str, int]]:
+    """For each run of a state's elements the parameter's name and a sum; for what isn't of an element each one for all of it."""
+    if not _is_in_place(slot, state, tensor):
+        yield from ((name, _digest_of(tensor)) for name in slot.names)
+        return
+    flat = tensor.detach().reshape(-1)
+    for name, part in slot.fragments(state):
+        yield name, sum_of_bits(flat[part.buffer_start : part.buffer_start + part.numel], part.local_start)
+
+
+def _is_in_place(slot: EngineSlot, state: str, tensor: Any) -> bool:
+    """Whether a state has its elements where the slot says."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.layout is torch.strided
+        and tensor.element_size() in INTEGERS
+        and tensor.numel() == slot.flattening_of(state).buffer_numel(slot.partition)
+    )
+
+
+def sum_of_bits(values: torch.Tensor, start: int) -> int:
+    """A sum of a flat tensor's bits, modulo 2 ** 64, of which the sums of its parts add up to the whole's.
+
+    Args:
+        start: place of the first element.
+    """
+    total = 0
+    for begin in range(0, values.numel(), CHUNK_NUMEL):
+        part = values[begin : begin + CHUNK_NUMEL]
+        bits = part.contiguous().view(INTEGERS[part.element_size()]).to(torch.int64)
+        place = torch.arange(start + begin, start + begin + bits.numel(), device=bits.device)
+        total += int((bits * _spread(place)).sum())
+    return total % (1 << 64)
+
+
+def _spread(place: torch.Tensor) -> torch.Tensor:
+    """Odd numbers that look like random ones, by the finishing steps of the SplitMix64 generator; products wrap around."""
+    mixed = (place + 1) * -0x61C8864680B583EB
+    mixed = (mixed ^ ((mixed >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    mixed = (mixed ^ ((mixed >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return (mixed ^ ((mixed >> 31) & 0x1FFFFFFFF)) | 1
+
+
+def _digest_of(value: Any) -> int:
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "little")
+
+
+def _plain(value: Any) -> str:
+    return repr(value.tolist() if isinstance(value, torch.Tensor) else value)

@@ -1,0 +1,249 @@
+"""Parameters that several pipeline stages hold, as those of a tied module: each stage's optimizer has a copy of its own.
+
+Copies that are all in use are trained alike and stay the same. They differ where a stage doesn't use its copy, as of a bias
+beside a tied weight, and where an optimizer's step depends on what else a partition holds. A target that has other stages takes
+one copy: that of the stage that trained it, if only one did; else one that the user names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, Checkpoint, Parameter
+from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.differing import OnDiffering, all_same
+from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
+from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.errors import MismatchError
+from ucp_deepspeed.transfer.held_values import CHUNK_NUMBYTES, HeldValues
+
+COPIES_HINT = (
+    'the pipeline stages that saved it go on with their own, and "on_differing": "first" or "last" takes one stage\'s '
+    "(--on-differing of the commands)"
+)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was seen of the copies of one parameter, perhaps in a part of its elements.
+
+    Attributes:
+        differing: masters, states and other things in which the copies aren't the same.
+        trained: stages whose copy has a state that isn't zero all over.
+    """
+
+    differing: frozenset[str] = frozenset()
+    trained: frozenset[int] = frozenset()
+
+    def __or__(self, other: Seen) -> Seen:
+        return Seen(self.differing | other.differing, self.trained | other.trained)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Which copies are to be read.
+
+    Attributes:
+        stages: parameter whose copies differ → the stage whose copy is read.
+        told: the same in words.
+        problems: parameters of which nothing tells that, and why.
+    """
+
+    stages: Mapping[str, int]
+    told: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Refuse the problems.
+
+        Raises:
+            MismatchError: there are some.
+        """
+        if self.problems:
+            raise MismatchError(
+                f"{checkpoint.path} holds different values of one parameter", self.problems, COPIES_HINT
+            )
+
+
+def held_by_several(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Trained parameters that several pipeline stages hold → these stages."""
+    degree = checkpoint.topology.tp
+    if not isinstance(checkpoint, DeepSpeedCheckpoint) or checkpoint.topology.pp == 1:
+        return {}
+    found = {
+        name: tuple(stage for stage, shape in enumerate(parameter.local_shapes[::degree]) if shape is not None)
+        for name, parameter in checkpoint.parameters.items()
+        if parameter.kind == "trainable"
+    }
+    return {name: stages for name, stages in found.items() if len(stages) > 1}
+
+
+def may_differ(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The same, but for those whose copies were the same when they were saved, as a manifest records."""
+    held = held_by_several(checkpoint)
+    assert not held or isinstance(checkpoint, DeepSpeedCheckpoint)
+    recorded = recorded_differing(checkpoint)
+    return held if recorded is None else {name: stages for name, stages in held.items() if name in recorded}
+
+
+def recorded_differing(checkpoint: Checkpoint) -> tuple[str, ...] | None:
+    """Parameters whose copies weren't the same, as a manifest records; None where none does."""
+    manifest = checkpoint.manifest if isinstance(checkpoint, DeepSpeedCheckpoint) else None
+    return None if manifest is None else manifest.differing_copies
+
+
+def with_copies_of(checkpoint: Checkpoint, stages: Mapping[str, int]) -> Checkpoint:
+    """The catalog that reads other stages' copies than the first's."""
+    if not stages:
+        return checkpoint
+    assert isinstance(checkpoint, DeepSpeedCheckpoint)
+    return DeepSpeedCheckpoint(checkpoint.path, checkpoint.files, stages)
+
+
+def look(
+    checkpoint: Checkpoint, copies: Mapping[str, Sequence[int]], share: tuple[int, int] = (0, 1)
+) -> dict[str, Seen]:
+    """Compare copies bit by bit; reads them.
+
+    Args:
+        copies: parameter → stages that hold it.
+        share: which part of the elements to look at, of how many: ranks divide them.
+    """
+    held = HeldValues(checkpoint)
+    try:
+        return {name: _look_at(held, name, stages, share) for name, stages in copies.items()}
+    finally:
+        held.reader.close()
+
+
+def _look_at(held: HeldValues, name: str, stages: Sequence[int], share: tuple[int, int]) -> Seen:
+    assert isinstance(held.checkpoint, DeepSpeedCheckpoint)
+    copies = {stage: held.checkpoint.parameter_on(name, stage) for stage in stages}
+    first, *others = copies.values()
+    differing: set[str] = set()
+    trained: set[int] = set()
+    if any(other.states != first.states for other in others):
+        differing.add("states")
+    if not all_same([dict(copy.scalars) for copy in copies.values()]):
+        differing.add("numbers")
+    if len({copy.local_shapes[stage * held.checkpoint.topology.tp] for stage, copy in copies.items()}) > 1:
+        differing.add("shape")
+    for state in dict.fromkeys(state for copy in copies.values() for state in copy.states):
+        holding = {stage: copy for stage, copy in copies.items() if state in copy.states}
+        for rank in range(held.checkpoint.topology.tp):
+            for parts in _parts(held, holding, state, rank, share):
+                if not all_same(list(parts.values())):
+                    differing.add(state)
+                if state != MASTER:
+                    trained |= {stage for stage, part in parts.items() if _isnt_zero(part)}
+    return Seen(frozenset(differing), frozenset(trained))
+
+
+def _isnt_zero(values: torch.Tensor) -> bool:
+    return bool(values.to(torch.complex128 if values.is_complex() else torch.float64).any())
+
+
+def _parts(
+    held: HeldValues, copies: Mapping[int, Parameter], state: str, rank: int, share: tuple[int, int]
+) -> Iterator[dict[int, torch.Tensor]]:
+    """A state on one tensor-parallel rank of each stage, a few elements at a time."""
+    degree = held.checkpoint.topology.tp
+    shapes = {stage: copy.local_shapes[stage * degree + rank] for stage, copy in copies.items()}
+    numel = min(prod(shape) for shape in shapes.values() if shape is not None)
+    first, last = (numel * part // share[1] for part in (share[0], share[0] + 1))
+    step = CHUNK_NUMBYTES // max(ITEMSIZE[copy.states[state]] for copy in copies.values())
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        yield {
+            stage: held.flat(copy, state, stage * degree + rank, start, stop).view(NAMED_DTYPES[copy.states[state]])
+            for stage, copy in copies.items()
+        }
+
+
+def merge(parts: Sequence[Mapping[str, Seen]]) -> dict[str, Seen]:
+    """What ranks have seen together that looked at a part each."""
+    found: dict[str, Seen] = {}
+    for part in parts:
+        for name, seen in part.items():
+            found[name] = found.get(name, Seen()) | seen
+    return found
+
+
+def settle(
+    checkpoint: Checkpoint,
+    copies: Mapping[str, Sequence[int]],
+    found: Mapping[str, Seen],
+    how: OnDiffering,
+    states: bool = True,
+) -> Settled:
+    """Which stage's copy is read of each parameter whose copies differ.
+
+    Args:
+        copies: parameter → stages that hold it.
+        found: of all their elements.
+        how: what to do where nothing tells.
+        states: whether optimizer states are wanted, and not weights alone.
+    """
+    chosen: dict[str, int] = {}
+    told: list[str] = []
+    problems: list[str] = []
+    for name, stages in copies.items():
+        seen, once = found[name], has_one_master(checkpoint, name, stages)
+        differing = seen.differing if states or once else seen.differing & {MASTER}
+        if not differing and not (once and name in (recorded_differing(checkpoint) or ())):
+            continue
+        place = _place(name, stages, differing)
+        trained = [stage for stage in stages if stage in seen.trained]
+        if len(trained) == 1 and not (once and trained != [stages[0]]):
+            chosen[name] = trained[0]
+            told.append(f"{place}; read is that of stage {trained[0]}, which alone has states that aren't zero")
+        elif how != "error":
+            chosen[name] = stages[-1 if how == "last" else 0]
+            told.append(f"{place}; read is that of stage {chosen[name]}, as on_differing {how!r} says")
+        else:
+            by = f"trained on {'stages' if len(trained) > 1 else 'stage'} {_listed(trained)}"
+            by = by if trained else "no states tell which was trained"
+            alone = f", and the weights are in the files for stage {stages[0]} alone" if once else ""
+            problems.append(f"{place}; {by}{alone}")
+    return Settled(chosen, tuple(told), tuple(problems))
+
+
+def told_of_lost(
+    checkpoint: Checkpoint, copies: Mapping[str, Sequence[int]], found: Mapping[str, Seen]
+) -> tuple[str, ...]:
+    """In words, parameters of which stages trained copies apart whose weights DeepSpeed wrote of the first stage alone.
+
+    Args:
+        copies: such with one master in the files, and the stages that hold them.
+    """
+    recorded = recorded_differing(checkpoint) or ()
+    return tuple(
+        f"{_place(name, stages, found[name].differing)}; the weights are in the files for stage {stages[0]} alone, and read "
+        f"for all"
+        for name, stages in copies.items()
+        if found[name].differing or name in recorded
+    )
+
+
+def _place(name: str, stages: Sequence[int], differing: Collection[str]) -> str:
+    found = f" in {', '.join(sorted(differing))}" if differing else ""
+    return f"{name}: the copies of pipeline stages {_listed(stages)} differ{found}"
+
+
+def _listed(stages: Sequence[int]) -> str:
+    return " and ".join(map(str, stages))
+
+
+def has_one_master(checkpoint: Checkpoint, name: str, stages: Sequence[int]) -> bool:
+    """Whether all stages' masters are one tensor in the files: weights, of which DeepSpeed writes those of one stage."""
+    places = set()
+    for stage in stages:
+        rank = stage * checkpoint.topology.tp
+        shape = checkpoint.parameters[name].local_shapes[rank]
+        for part in checkpoint.fragments(name, MASTER, rank, 0, prod(shape or ())):
+            places.add((part.local_start, part.buffer.path, part.buffer.file_offset))
+    return len({place[0] for place in places}) == len(places)
