@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "language": {"layout"},
     "checkpoint": {"layout", "plan", "language"},
     "transfer": {"layout", "plan", "language", "checkpoint"},
-    "megatron": {"layout"},
+    "megatron": {"layout", "parallel"},
 }
 """Sub-package → those that it may import, besides itself, ``errors`` and ``dtypes``."""
 

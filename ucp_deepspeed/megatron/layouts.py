@@ -38,6 +38,8 @@ def _pattern(param: torch.Tensor, name: str, modules: dict[str, torch.nn.Module]
     if not getattr(param, "tensor_model_parallel", False):
         unmarked = local_name == "weight" and isinstance(modules[owner], SHARDED_MODULES)
         return None if unmarked else Replicate()
+    if not hasattr(param, "partition_dim"):  # a layer of the user's, marked for DeepSpeed's norm of gradients
+        return None
     parts = (1,) * (2 if _is_gated(owner, modules) else getattr(param, "partition_stride", 1))
     vocabulary = isinstance(modules[owner], VocabParallelEmbedding) or owner.split(".")[-1] == OUTPUT_LAYER
     return Shard(param.partition_dim, parts=parts, vocabulary=vocabulary and len(parts) == 1)

@@ -1,0 +1,147 @@
+"""The ``mpu`` object by which DeepSpeed learns which ranks share a model, made from sizes, or by whoever has the groups.
+
+Needs torch alone. What DeepSpeed calls is read from 0.19.8: ``runtime/engine.py``, ``runtime/utils.py``, ``runtime/zero``,
+``utils/groups.py`` and ``utils/bwc.py``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch.distributed as dist
+
+from ucp_deepspeed.errors import ConfigError
+
+
+class ModelParallelUnit(ABC):
+    """What DeepSpeed asks an ``mpu``: groups, and in each of them the size and this rank's place. See `Mpu`.
+
+    * *data parallel*: ranks that hold the same weights; ZeRO partitions and averages gradients over them.
+    * *tensor model parallel* and *pipeline model parallel*: DeepSpeed records their sizes in the ``model_states`` files as
+      ``checkpoint_parallel_dimensions`` (``tp_degree``, ``pp_degree``).
+    * *model parallel*: the full group, tensor and pipeline. DeepSpeed names files ``mp_rank_XX`` by it and sums gradient norms
+      over it. The tensor group would do while there is one pipeline stage, and would let the stages overwrite each other's
+      files when there are several. The rank in this group is ``pp_rank * tp + tp_rank``.
+
+    There is deliberately no ``get_sequence_…`` and no ``initialize_sequence_parallel``: DeepSpeed takes their mere presence as a
+    sign that the ranks share sequences in its own (Ulysses) way, and of the second, that there is no model parallelism.
+    """
+
+    @abstractmethod
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that hold one copy of the model together: tensor and pipeline parallel."""
+
+    @abstractmethod
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that split each layer's tensors."""
+
+    @abstractmethod
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that hold consecutive stages."""
+
+    @abstractmethod
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the same weights."""
+
+    def get_model_parallel_world_size(self) -> int:
+        """Number of ranks that hold one copy of the model together."""
+        return dist.get_world_size(self.get_model_parallel_group())
+
+    def get_model_parallel_rank(self) -> int:
+        """This rank among those that hold one copy of the model: the number in ``mp_rank_XX``."""
+        return dist.get_rank(self.get_model_parallel_group())
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        """Tensor parallel degree."""
+        return dist.get_world_size(self.get_tensor_model_parallel_group())
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        """This rank among those that split each layer's tensors."""
+        return dist.get_rank(self.get_tensor_model_parallel_group())
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        """Global rank of the first rank of the tensor parallel group."""
+        return dist.get_process_group_ranks(self.get_tensor_model_parallel_group())[0]
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        """Pipeline parallel degree."""
+        return dist.get_world_size(self.get_pipeline_model_parallel_group())
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        """This rank's pipeline stage."""
+        return dist.get_rank(self.get_pipeline_model_parallel_group())
+
+    def get_data_parallel_world_size(self) -> int:
+        """Data parallel degree."""
+        return dist.get_world_size(self.get_data_parallel_group())
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank among those that hold the same weights."""
+        return dist.get_rank(self.get_data_parallel_group())
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Global ranks of those that hold the same weights, in group order (for DeepSpeed's parallel writer)."""
+        return dist.get_process_group_ranks(self.get_data_parallel_group())
+
+
+class Mpu(ModelParallelUnit):
+    """An ``mpu`` from sizes, for models with tensor-parallel layers of their own::
+
+        deepspeed.init_distributed()
+        mpu = Mpu(tp=2)
+        model = MyModel(mpu.get_tensor_model_parallel_group())  # whose layers hold this rank's share
+        engine, *_ = deepspeed.initialize(model=model, mpu=mpu, config=config, model_parameters=model.parameters())
+
+    Consecutive ranks share tensors, and ranks that are ``world_size / pp`` apart are neighbouring stages, as in Megatron-Core's
+    usual order. A spec tells how the layers are cut (``docs/language.md``). A parameter that is cut needs the attribute
+    ``tensor_model_parallel = True``: of all others DeepSpeed counts the gradient's norm on the first tensor-parallel rank alone.
+
+    To be made on all ranks, in the same order as other groups.
+
+    Args:
+        tp: tensor-parallel size.
+        pp: pipeline-parallel size. DeepSpeed's own ``PipelineModule`` needs no ``mpu``, and accepts none.
+
+    Raises:
+        ConfigError: the sizes don't divide the number of ranks, or there is no process group yet.
+    """
+
+    def __init__(self, tp: int, pp: int = 1) -> None:
+        if not dist.is_initialized():
+            raise ConfigError("there is no process group yet: call deepspeed.init_distributed() before Mpu(…)")
+        world_size = dist.get_world_size()
+        if min(tp, pp) < 1 or world_size % (tp * pp):
+            raise ConfigError(
+                f"Mpu(tp={tp}, pp={pp}): {world_size} ranks can't be divided; tp * pp must divide their number"
+            )
+        stages = [list(range(start, start + world_size // pp)) for start in range(0, world_size, world_size // pp)]
+        rows = [stage[start : start + tp] for stage in stages for start in range(0, len(stage), tp)]
+        copies = range(len(stages[0]) // tp)
+        self._tensor = _own_group(rows)
+        self._data = _own_group([stage[place::tp] for stage in stages for place in range(tp)])
+        self._pipeline = _own_group([list(ranks) for ranks in zip(*stages, strict=True)])
+        self._model = _own_group(
+            [[rank for stage in stages for rank in stage[copy * tp : (copy + 1) * tp]] for copy in copies]
+        )
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """See `ModelParallelUnit`."""
+        return self._model
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        """See `ModelParallelUnit`."""
+        return self._tensor
+
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        """See `ModelParallelUnit`."""
+        return self._pipeline
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """See `ModelParallelUnit`."""
+        return self._data
+
+
+def _own_group(groups: list[list[int]]) -> dist.ProcessGroup:
+    """Make groups of ranks, all of them on each rank; returns the one that this rank is in."""
+    made = [dist.new_group(ranks) for ranks in groups]
+    return next(group for group, ranks in zip(made, groups, strict=True) if dist.get_rank() in ranks)
