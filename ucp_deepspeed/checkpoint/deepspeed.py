@@ -93,7 +93,8 @@ class DeepSpeedCheckpoint(Checkpoint):
             saved, place = self.files.model_states(0), self.files.model_states_path(0, 0)
             self._cut = read_autotp_layouts(saved.get("universal_checkpoint_info"), self.topology.tp, place)
             self._info = MegatronDeepSpeedInfo.read(saved, str(place))
-        self._numbers = DifferingNumbers(self.topology.tp, bool(self.manifest and self.manifest.same_numbers))
+        self.same_numbers = bool(self.manifest and self.manifest.same_numbers)
+        self._numbers = DifferingNumbers(self.topology.tp, self.same_numbers)
         self.refused = self._cut.refused
         self.recorded_shapes: Mapping[str, Shape] = (self.manifest or self._cut).logical_shapes
         self.logical_names: Mapping[str, str] = self.manifest.logical_names if self.manifest else {}

@@ -96,7 +96,7 @@ def _pairs(model: EngineModel, optimizer: EngineOptimizer) -> Iterator[tuple[tor
         for name, part in slot.fragments():
             weight, held = model.tensors[name].held()
             first = model.tensors[name].start + part.local_start
-            for fragment in held:
+            for _, fragment in held.fragments():
                 start = max(first, fragment.local_start)
                 stop = min(first + part.numel, fragment.local_start + fragment.numel)
                 if start < stop:

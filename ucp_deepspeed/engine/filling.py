@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
-from ucp_deepspeed.checkpoint import FileExtent
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -24,11 +23,10 @@ from ucp_deepspeed.engine.known_layouts import KnownLayouts
 from ucp_deepspeed.engine.model import agreement
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UniversalCheckpointError
-from ucp_deepspeed.plan import UNDIVIDED, BlockCopy, Division, Fragment, Interval, Sharing, without
+from ucp_deepspeed.plan import Fragment, Interval, Sharing, without
 from ucp_deepspeed.transfer import CopyPool, FileReader, TransferCount, run_copies
 from ucp_deepspeed.transfer.matching import Policies
-
-Copies = tuple[BlockCopy[FileExtent, None], ...]
+from ucp_deepspeed.transfer.rank_planner import Copies, PlannedBuffer
 
 ROUNDED_NUMEL = 1 << 16
 """Elements that are rounded at a time: few enough to stay in caches."""
@@ -38,20 +36,14 @@ MOST_THREADS = 8
 
 
 @dataclass(frozen=True)
-class BufferPlan:
+class BufferPlan(PlannedBuffer):
     """How one buffer is filled.
 
     Attributes:
-        copies: what this rank reads.
-        held: the parts that copies fill, or that keep the model's own values; all else that this rank reads becomes zero.
-        division: what other ranks read for this one.
-        replicas: the process group of those that hold the whole buffer, where they divide it.
-        tensor_parallel: the one of those that hold parts of it, where they divide these.
+        replicas: the process group of the ranks that hold the whole buffer, where they divide it.
+        tensor_parallel: the process group of the ranks that hold parts of it, where they divide these.
     """
 
-    copies: Copies
-    held: tuple[Fragment[None], ...]
-    division: Division = UNDIVIDED
     replicas: Any = None
     tensor_parallel: Any = None
 

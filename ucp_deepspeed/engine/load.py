@@ -35,10 +35,9 @@ from ucp_deepspeed.engine.model import (
 )
 from ucp_deepspeed.engine.native import LoadOptions, takes_universal_path
 from ucp_deepspeed.engine.node_local import check_all_here, open_here
-from ucp_deepspeed.engine.numbers import PartitionNumbers
 from ucp_deepspeed.engine.optimizer_only import take_values
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer, only_evaluates
-from ucp_deepspeed.engine.planning import plan_filling
+from ucp_deepspeed.engine.planning import plan_filling, target_slots
 from ucp_deepspeed.engine.random_state import read_random_state, restore_random_state
 from ucp_deepspeed.engine.stage_copies import with_copies_for
 from ucp_deepspeed.engine.training_state import (
@@ -60,6 +59,7 @@ from ucp_deepspeed.errors import (
     MismatchError,
     UnsupportedError,
 )
+from ucp_deepspeed.transfer.numbers import PartitionNumbers
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -288,7 +288,9 @@ def _load_universal(
         checkpoint = in_ties_of(checkpoint, model, (dist.get_rank(), dist.get_world_size()))
         names = match_names(checkpoint, model)
         matching = match_model(checkpoint, model, names, policies)
-        settings, numbers = GroupSettings(), PartitionNumbers(checkpoint, model, optimizer, names, policies)
+        place, slots = (model.rank, model.ep_rank), target_slots(model, optimizer, names)
+        numbers = PartitionNumbers(checkpoint, names.source, model.topology, place, slots, policies)
+        settings = GroupSettings()
         if restores:
             settings = plan_hyperparameters(checkpoint, names, optimizer, numbers, config.hyperparameters == "keep")
         schedule = None

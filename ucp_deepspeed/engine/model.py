@@ -31,9 +31,9 @@ from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.optimizers.plain import PlainOptimizer
 from ucp_deepspeed.errors import ConfigError, MismatchError, UniversalCheckpointError
 from ucp_deepspeed.language import Spec, load_spec
-from ucp_deepspeed.layout import Shape, SlicedGroup, Topology
+from ucp_deepspeed.layout import FlatGroup, Flattening, Shape, SlicedGroup, Topology
 from ucp_deepspeed.layout.pattern import Pattern, Replicate
-from ucp_deepspeed.plan import Fragment
+from ucp_deepspeed.transfer.target import TargetSlot
 
 T = TypeVar("T")
 
@@ -67,18 +67,25 @@ class EngineTensor:
     start: int = 0
     idle: bool = False
 
-    def held(self) -> tuple[torch.Tensor, tuple[Fragment[None], ...]]:
+    def held(self) -> tuple[torch.Tensor, TargetSlot]:
         """The memory of this rank's share of the weight, and which elements lie in it."""
         assert self.tensor is not None, f"{self.name} is on another rank"
-        if not hasattr(self.tensor, "ds_tensor"):
-            whole = Fragment(self.start, self.tensor.numel(), None, 0)
-            return self.tensor.data, (whole,) if self.tensor.numel() else ()
-        group = self.tensor.ds_process_group
-        cut = SlicedGroup((self.tensor.ds_numel,), dist.get_world_size(group=group))
-        parts = cut.held_by(dist.get_rank(group=group))
-        return self.tensor.ds_tensor.data, tuple(
-            Fragment(self.start + p.local_start, p.numel, None, p.buffer_start) for p in parts
+        memory, partition = self.tensor.data, 0
+        cut: Flattening = FlatGroup((self.tensor.numel(),), 1, alignment=1)
+        if hasattr(self.tensor, "ds_tensor"):
+            memory, group = self.tensor.ds_tensor.data, self.tensor.ds_process_group
+            cut = SlicedGroup((self.tensor.ds_numel,), dist.get_world_size(group=group))
+            partition = dist.get_rank(group=group)
+        slot = TargetSlot(
+            (self.name,),
+            cut,
+            partition,
+            starts=(self.start,),
+            replicas=self.replicas,
+            itemsize=memory.element_size(),
+            divisible=memory.is_contiguous(),
         )
+        return memory, slot
 
 
 @dataclass(frozen=True)

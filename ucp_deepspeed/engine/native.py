@@ -28,11 +28,11 @@ from ucp_deepspeed.engine.model import (
 )
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, only_evaluates
-from ucp_deepspeed.engine.training_state import usable
 from ucp_deepspeed.engine.unpickled import files_to_unpickle, look_into, own_partition
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.language.wrappers import seen_through
 from ucp_deepspeed.layout import Shape
+from ucp_deepspeed.transfer.numbers import usable
 
 logger = logging.getLogger("ucp_deepspeed")
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ucp_deepspeed.checkpoint import Checkpoint
-from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, IMPLEMENTATION_SWITCHES
+from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.engine.matching import Names
-from ucp_deepspeed.engine.numbers import PartitionNumbers
 from ucp_deepspeed.engine.optimizers import EngineOptimizer
 from ucp_deepspeed.errors import MismatchError
+from ucp_deepspeed.transfer.numbers import PartitionNumbers, usable
 
 if TYPE_CHECKING:
     from ucp_deepspeed.engine.native import LoadOptions
@@ -245,11 +245,6 @@ def _of_group(value: Any, live: Any, held: list[int], index: int, place: str, pr
     if not all(same_value(value[other], value[held[0]]) for other in held):
         problems.append(f"{place}: parameter group {index} joins groups with {[value[other] for other in held]}")
     return value[held[0]]
-
-
-def usable(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a group that mean the same on every machine."""
-    return {key: value for key, value in hyperparameters.items() if key not in (*IMPLEMENTATION_SWITCHES, "params")}
 
 
 def restore_run(

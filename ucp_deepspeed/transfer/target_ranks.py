@@ -14,12 +14,13 @@ from types import MappingProxyType
 from typing import Literal
 
 from ucp_deepspeed.checkpoint.autoep import is_stacked
-from ucp_deepspeed.checkpoint.checkpoint import HeldShapes, Kind, Precision
+from ucp_deepspeed.checkpoint.checkpoint import WEIGHT, HeldShapes, Kind, Precision
 from ucp_deepspeed.checkpoint.experts import holder_of, numbers_of_experts
 from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.layout import FlatGroup, Flattening, SlicedGroup, Topology
 from ucp_deepspeed.layout.pattern import split_evenly
-from ucp_deepspeed.plan import Fragment
+from ucp_deepspeed.transfer.target import TargetRank, TargetSlot
 
 RankNumber = tuple[int, int]
 """Model-parallel and data-parallel rank."""
@@ -38,53 +39,6 @@ class Replicas:
     count: int
     number: int
     experts: bool
-
-
-@dataclass(frozen=True)
-class TargetSlot:
-    """Parameters that one rank keeps in one buffer: a partition of master weights, or a frozen weight or buffer of its own.
-
-    Attributes:
-        names: logical names, in buffer order.
-        flattening: where their elements lie in the buffers of all partitions.
-        partition: which partition the rank holds.
-        starts: where in each local tensor what the rank holds begins, in elements: its first expert; none for other parameters.
-        replicas: those that hold the whole buffer as this rank does; None if they cut it among them.
-    """
-
-    names: tuple[str, ...]
-    flattening: Flattening
-    partition: int
-    starts: tuple[int, ...] = ()
-    replicas: Replicas | None = None
-
-    def fragments(self) -> Iterator[tuple[str, Fragment[None]]]:
-        """For each run of elements that the rank holds: the parameter's name, and where it lies in the buffer."""
-        for part in self.flattening.held_by(self.partition):
-            start = self.starts[part.index] if self.starts else 0
-            yield self.names[part.index], Fragment(start + part.local_start, part.numel, None, part.buffer_start)
-
-    @property
-    def numel(self) -> int:
-        """Elements of the buffer, padding included."""
-        return self.flattening.buffer_numel(self.partition)
-
-
-@dataclass(frozen=True)
-class TargetRank:
-    """One rank of the target.
-
-    Attributes:
-        model_parallel_rank: pipeline stage times tensor-parallel size plus tensor-parallel rank.
-        data_parallel_rank: which replica of the model, or which partition of it.
-        slots: trained parameters.
-        weights: frozen parameters and buffers, each by itself.
-    """
-
-    model_parallel_rank: int
-    data_parallel_rank: int
-    slots: tuple[TargetSlot, ...]
-    weights: tuple[TargetSlot, ...]
 
 
 def target_ranks(
@@ -116,9 +70,11 @@ def target_ranks(
                 numels = _numels(local_shapes, by_holder.get(ep_rank, ()), rank) | parts
                 experts[ep_rank] = _buffers(view, spread, numels)
             starts = {name: ep_rank * numel for name, numel in parts.items()}
-            common_held = _held(shared, Replicas(topology.dp, part, experts=False))
-            experts_held = _held(experts[ep_rank], Replicas(spread.dp, position, experts=True), starts)
-            yield TargetRank(rank, part, *(a + b for a, b in zip(common_held, experts_held, strict=True)))
+            replicas = Replicas(topology.dp, part, experts=False), Replicas(spread.dp, position, experts=True)
+            common_held = _held(view, shared, replicas[0])
+            experts_held = _held(view, experts[ep_rank], replicas[1], starts)
+            slots, weights = (a + b for a, b in zip(common_held, experts_held, strict=True))
+            yield TargetRank(rank, part, slots, weights, {each: (each.count, each.number) for each in replicas})
 
 
 def stacked_experts(view: UniversalView) -> dict[str, int]:
@@ -193,15 +149,25 @@ def slot_names(view: UniversalView, topology: Topology) -> list[tuple[str, ...]]
 
 
 def _held(
-    buffers: tuple[_Buffers, _Buffers], replicas: Replicas, starts: Mapping[str, int] = MappingProxyType({})
+    view: UniversalView,
+    buffers: tuple[_Buffers, _Buffers],
+    replicas: Replicas,
+    starts: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[tuple[TargetSlot, ...], tuple[TargetSlot, ...]]:
     """What one of the ranks that have them, or cut them, has of them."""
+    group_of = {name: number for number, group in enumerate(view.groups) for name in group.names}
 
     def slot(names: tuple[str, ...], cut: Flattening) -> TargetSlot:
-        begins = tuple(starts.get(name, 0) for name in names)
+        parameter = view.parameters[names[0]]
+        trained, begins = parameter.kind == "trainable", tuple(starts.get(name, 0) for name in names)
+        group = group_of.get(names[0], 0) if trained else -1
+        itemsize = ITEMSIZE["F32" if trained else parameter.states.get(WEIGHT, "F32")]
+        found = TargetSlot(names, cut, 0, group, starts=begins, itemsize=itemsize)
         if cut.partitions > 1:
-            return TargetSlot(names, cut, replicas.number, begins)
-        return TargetSlot(names, cut, 0, begins, replicas)
+            return replace(found, partition=replicas.number)
+        # DeepSpeed keeps no group of those that hold an expert's buffer.
+        alone = replicas.count == 1 or (replicas.experts and parameter.kind == "buffer")
+        return found if alone else replace(found, replicas=replicas)
 
     slots, weights = (tuple(slot(*entry) for entry in kind) for kind in buffers)
     return slots, weights

@@ -5,26 +5,16 @@ Local shapes follow from the patterns alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import product
 from math import prod
-from typing import Any
 
-from ucp_deepspeed.checkpoint.checkpoint import (
-    MASTER,
-    WEIGHT,
-    Checkpoint,
-    Differing,
-    FileExtent,
-    HeldShapes,
-    Parameter,
-)
+from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, HeldShapes
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED
-from ucp_deepspeed.checkpoint.differing import made_one
-from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of_other
-from ucp_deepspeed.checkpoint.experts import expert_of, holder_of, numbers_of_experts
+from ucp_deepspeed.checkpoint.experts import expert_of, numbers_of_experts
 from ucp_deepspeed.checkpoint.retied import with_copies
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -32,33 +22,15 @@ from ucp_deepspeed.errors import MismatchError, SpecError
 from ucp_deepspeed.language import Spec, per_rank
 from ucp_deepspeed.layout import Layout, Shard, Topology
 from ucp_deepspeed.layout.pattern import AnyPattern
-from ucp_deepspeed.plan import (
-    SHARED_READ_NUMBYTES,
-    BlockCopy,
-    Division,
-    Fragment,
-    Interval,
-    Shareable,
-    Target,
-    divide,
-    plan_tensor,
-    read_together,
-)
+from ucp_deepspeed.plan import SHARED_READ_NUMBYTES, BlockCopy
 from ucp_deepspeed.transfer.copying import TransferCount
 from ucp_deepspeed.transfer.matching import Policies, check_matching, is_grown, match
+from ucp_deepspeed.transfer.numbers import PartitionNumbers
+from ucp_deepspeed.transfer.rank_planner import RankPlanner, TargetOptimizer
+from ucp_deepspeed.transfer.target import TargetRank, TargetSlot
 from ucp_deepspeed.transfer.stage_copies import may_differ
 from ucp_deepspeed.transfer.target_plan import Obstacle, RankPlan, TargetPlan
-from ucp_deepspeed.transfer.target_ranks import (
-    RankNumber,
-    Replicas,
-    TargetRank,
-    TargetSlot,
-    layer_of,
-    slot_names,
-    stacked_experts,
-    stages_of,
-    target_ranks,
-)
+from ucp_deepspeed.transfer.target_ranks import RankNumber, layer_of, stacked_experts, stages_of, target_ranks
 
 RESTORE_ALL = Policies()
 """Nothing may be missing or left out."""
@@ -126,11 +98,8 @@ class _Planner:
     remarks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._known: dict[tuple[str, str, int, tuple[Fragment[None], ...]], TransferCount] = {}
         self._shapes: dict[str, HeldShapes] = {}
         self._layouts: dict[str, Layout] = {}
-        self._grown: list[str] = []
-        self._together: dict[int, frozenset[str]] = {}
         self._matching = match(self.source.parameters, self.view.parameters)
         self._restored = frozenset(self._matching.restored)
 
@@ -141,14 +110,59 @@ class _Planner:
         self._check_experts()
         self._match()
         self._lay_out()
-        self._check_states()
         self._remark()
-        targets = () if self.obstacles else target_ranks(self.view, self.topology, self._shapes, self.only)
-        ranks = tuple(self._rank(target) for target in targets)
+        planner = self._planner()
+        ranks: tuple[RankPlan, ...] = ()
+        if not self.obstacles:
+            self._check(planner)
+        if not self.obstacles:
+            targets = target_ranks(self.view, self.topology, self._shapes, self.only)
+            ranks = tuple(self._rank(planner, target) for target in targets)
+            self.obstacles += planner.problems
         found = tuple(self.obstacles)
         reset = self.policies.optimizer_states == "reset"
-        grown, remarks = tuple(self._grown), tuple(self.remarks)
+        grown, remarks = planner.grown, tuple(self.remarks)
         return TargetPlan(self.topology, self._matching, reset, found, remarks, () if found else ranks, grown)
+
+    def _planner(self) -> RankPlanner:
+        restored = [name for name in self._matching.restored if name in self._layouts]
+        experts = {name for name in restored if expert_of(name) is not None}
+        return RankPlanner(
+            self.source,
+            restored,
+            self._layouts,
+            self.topology,
+            list(self._shapes.values()),
+            self.policies,
+            TargetOptimizer(),
+            {*stacked_experts(self.view), *experts},
+            SHARED_READ_NUMBYTES,
+        )
+
+    def _check(self, planner: RankPlanner) -> None:
+        """What stands against each rank's slots, by one of the data-parallel ranks that hold the same parameters."""
+        ranks = (
+            product(range(self.topology.model_parallel), range(self.topology.dp)) if self.only is None else self.only
+        )
+        first: dict[RankNumber, RankNumber] = {}
+        for rank, part in sorted(ranks):
+            if rank < self.topology.model_parallel and part < self.topology.dp:
+                first.setdefault((rank, part % self.topology.ep), (rank, part))
+        for target in target_ranks(self.view, self.topology, self._shapes, frozenset(first.values())):
+            numbers = self._numbers(target)
+            planner.check(target, numbers)
+            if self.policies.optimizer_states == "restore":
+                held = {name for slot in target.slots for name in slot.names}
+                for index, group in enumerate(self.source.checkpoint.groups):
+                    if not held.isdisjoint(self.source.groups[index].names):
+                        numbers.of_group(index, group)
+            self.obstacles += [Obstacle(*problem) for problem in numbers.problems]
+        self.obstacles = list(dict.fromkeys([*self.obstacles, *planner.problems]))
+
+    def _numbers(self, target: TargetRank) -> PartitionNumbers:
+        place = target.model_parallel_rank, target.data_parallel_rank % self.topology.ep
+        names = self.source.logical_of
+        return PartitionNumbers(self.source.checkpoint, names, self.topology, place, target.slots, self.policies)
 
     def _check_experts(self) -> None:
         """What keeps layers with experts from being trained on this topology, or from being supported there."""
@@ -216,8 +230,8 @@ class _Planner:
             return
         found, expected = self.source.logical_shape(name), self._layouts[name].logical_shape
         if self.policies.initialise and is_grown(found, expected):
-            self._grown.append(name)
-        elif found != expected and self.source is not self.view:
+            return
+        if found != expected and self.source is not self.view:
             self._refuse(name, f"expected logical shape {expected}, found {found} in the checkpoint")
         elif found != expected and isinstance(pattern, Shard):
             self._refuse(
@@ -225,53 +239,6 @@ class _Planner:
                 f"the checkpoint has {found[pattern.dim]} rows, and the target pads them to {expected[pattern.dim]}; say with "
                 f'--vocabulary-size ("universal_checkpoint": {{"vocabulary_size": …}}) how many aren\'t padding',
             )
-
-    def _check_states(self) -> None:
-        """Each state must be element-wise, and all parameters of a slot must have the same."""
-        planned = self._restored if self.only is None else self._restored & set(self._held_by(self.only))
-        for name in sorted(planned):
-            parameter = self.source.parameters[name]
-            if parameter.kind != "trainable":
-                self.obstacles += [Obstacle(name, reason) for reason in parameter.refused.values()]
-        if self.policies.optimizer_states != "restore":
-            return
-        for group in self.source.groups:
-            if found := [name for name in group.names if name in planned]:
-                self._check_numbers(f"the parameter group of {found[0]}", group.hyperparameters, group.differing)
-        for names in slot_names(self.view, self.topology):
-            held = [self.source.parameters[name] for name in names if name in planned]
-            trained = [parameter for parameter in held if parameter.kind == "trainable"]
-            for parameter in trained:
-                first = trained[0]
-                for reason in parameter.refused.values():
-                    self._refuse(parameter.name, reason)
-                self._check_numbers(parameter.name, parameter.scalars, parameter.differing)
-                if parameter.states.keys() != first.states.keys() or not same_value(parameter.scalars, first.scalars):
-                    self._refuse(
-                        parameter.name,
-                        f"has {_states(parameter)}, and {first.name}, which the target keeps in the same buffer, "
-                        f"has {_states(first)}",
-                    )
-
-    def _check_numbers(self, place: str, values: Mapping[str, Any], differing: Differing) -> None:
-        """Of what differs over partitions each gets its own back where the same ones go on; else one must be made."""
-        source, target = self.source.checkpoint.topology, self.topology
-        degrees, form = replace(target, zero_stage=0), {1: 1, 2: 1, 3: 3}  # ZeRO-1 and 2 cut in one way
-        alike = replace(source, zero_stage=0) == degrees and form.get(source.zero_stage) == form.get(target.zero_stage)
-        if alike and self.source is self.view:
-            return
-        _, refused = made_one(values, differing, self.policies.differing)
-        for key, told in refused.items():
-            self._refuse(place, f"{key!r} is {told}; --on-differing first, mean or max makes one of them")
-
-    def _held_by(self, ranks: Collection[RankNumber]) -> Iterator[str]:
-        """What some ranks hold; ranks that don't exist hold nothing."""
-        numbers, ep = numbers_of_experts(self._shapes), self.topology.ep
-        places = {(rank, part % ep) for rank, part in ranks if rank < self.topology.model_parallel}
-        for name, shapes in self._shapes.items():
-            holder = holder_of(name, numbers, ep)
-            if any(shapes[rank] is not None and holder in (None, ep_rank) for rank, ep_rank in places):
-                yield name
 
     def _refuse(self, name: str, reason: str) -> None:
         self.obstacles.append(Obstacle(name, reason))
@@ -325,19 +292,12 @@ class _Planner:
             elif found != padded:
                 yield f"the {found} rows of {_listed(names)} are padded to {padded}; the engine may pad them in another way"
 
-    def _rank(self, target: TargetRank) -> RankPlan:
+    def _rank(self, planner: RankPlanner, target: TargetRank) -> RankPlan:
+        planned = planner.plan(target, self._numbers(target))
         count = TransferCount()
-        buffers = [(slot, state) for slot in target.slots for state in self._buffers_of(slot)]
-        buffers += [(slot, WEIGHT) for slot in target.weights]
-        for (slot, state), division in zip(buffers, self._divisions(target, buffers), strict=True):
-            read: dict[str, list[Fragment[None]]] = {}
-            intervals = division.read(slot.numel)
-            for name, fragment in slot.fragments():
-                for part in fragment.within(intervals):
-                    read.setdefault(name, []).append(part)
-            for name, fragments in read.items():
-                count.add(self._read(name, state, target.model_parallel_rank, tuple(fragments)))
-        held_numels = sum(slot.numel * self._states_held(slot) for slot in target.slots)
+        for buffer in (*(each for slot in planned.slots for each in slot.buffers.values()), *planned.weights):
+            count.add(counted(buffer.copies))
+        held_numels = sum(slot.numel() * self._states_held(slot) for slot in target.slots)
         return RankPlan(
             target.model_parallel_rank,
             target.data_parallel_rank,
@@ -347,93 +307,10 @@ class _Planner:
             frozenset(count.files),
         )
 
-    def _divisions(self, target: TargetRank, buffers: Sequence[tuple[TargetSlot, str]]) -> list[Division]:
-        """What a rank divides with others; those that hold experts and those of everything else do so on their own."""
-        common = self._common(target.model_parallel_rank)
-        found = [
-            Shareable(slot.numel, ITEMSIZE[self._dtype(slot, state)], self._replicas(slot), _alike(slot, common))
-            for slot, state in buffers
-        ]
-        replicas = {
-            each: (each.count, each.number) for slot, _ in buffers if (each := self._replicas(slot)) is not None
-        }
-        tensor_parallel = self.topology.tp, target.model_parallel_rank % self.topology.tp
-        return divide(found, replicas, tensor_parallel, SHARED_READ_NUMBYTES)
-
-    def _common(self, rank: int) -> frozenset[str]:
-        """What a model-parallel rank reads together with the tensor-parallel ranks of its stage, which all read the same."""
-        stage = rank // self.topology.tp
-        if stage not in self._together:
-            kept_apart = {*self._grown, *stacked_experts(self.view)}
-            layouts = {
-                name: layout
-                for name, layout in self._layouts.items()
-                if name in self._restored and name not in kept_apart and expert_of(name) is None
-            }
-            self._together[stage] = read_together(
-                layouts, self.source.layouts, self._shapes.values(), rank, self.topology.tp
-            )
-        return self._together[stage]
-
-    def _replicas(self, slot: TargetSlot) -> Replicas | None:
-        """Ranks that read a slot together with this one; DeepSpeed keeps no group of those that hold an expert's buffer."""
-        if slot.replicas is None or slot.replicas.count == 1:
-            return None
-        is_buffer = self.view.parameters[slot.names[0]].kind == "buffer"
-        return None if slot.replicas.experts and is_buffer else slot.replicas
-
-    def _dtype(self, slot: TargetSlot, state: str) -> str:
-        """Of a buffer in memory; a frozen weight or a buffer of the model has that of the checkpoint, if it is there."""
-        if state != WEIGHT:
-            return "F32"
-        name = slot.names[0]
-        return (self.source.parameters.get(name) or self.view.parameters[name]).states.get(WEIGHT, "F32")
-
-    def _buffers_of(self, slot: TargetSlot) -> tuple[str, ...]:
-        """Master and optimizer states that the target keeps for a slot."""
-        if self.policies.optimizer_states != "restore":
-            return (MASTER,)
-        states = (state for name in slot.names for state in self._states_read(name) if state != WEIGHT)
-        return tuple(dict.fromkeys((MASTER, *states)))
-
     def _states_held(self, slot: TargetSlot) -> int:
         """Master included; as many as the slot's parameters have in the checkpoint."""
         sources = [self.source.parameters[name] for name in slot.names if name in self._restored]
         return max((len(source.states) for source in sources), default=1)
-
-    def _read(self, name: str, state: str, rank: int, fragments: tuple[Fragment[None], ...]) -> TransferCount:
-        """One state of one parameter, a master standing for a weight too; what ranks have in common is planned once."""
-        wanted = [each for each in self._states_read(name) if each == state or {each, state} == {MASTER, WEIGHT}]
-        if not wanted:
-            return TransferCount()
-        rank -= rank % self.topology.tp if name in self._common(rank) else 0  # one copy for all, as engines do
-        key = name, state, rank, fragments
-        if key not in self._known:
-            count = self._known[key] = TransferCount()
-            layout = self._layouts[name]
-            target = Target(
-                layout.cropped(self.source.logical_shape(name)) if name in self._grown else layout, rank, fragments
-            )
-            try:
-                count.add(counted(plan_tensor(self.source.source(name, wanted[0]), target, wanted[0])))
-            except ValueError as error:
-                if all(obstacle.name != name for obstacle in self.obstacles):
-                    self._refuse(name, str(error))
-        return self._known[key]
-
-    def _states_read(self, name: str) -> Sequence[str]:
-        """The weight alone where the model doesn't train the parameter, or starts its states afresh."""
-        states = list(self.source.parameters[name].states) if name in self._restored else []
-        both = self.view.parameters[name].kind == "trainable" and self.policies.optimizer_states == "restore"
-        return states if both else [state for state in states if state in (MASTER, WEIGHT)]
-
-
-def _alike(slot: TargetSlot, common: Collection[str]) -> tuple[Interval, ...]:
-    """Where in a slot the parameters are that tensor-parallel ranks read together."""
-    if not common:
-        return ()
-    held = (part for name, part in slot.fragments() if name in common)
-    return tuple((part.buffer_start, part.buffer_start + part.numel) for part in held)
 
 
 def counted(copies: Sequence[BlockCopy[FileExtent, None]]) -> TransferCount:
@@ -448,7 +325,3 @@ def counted(copies: Sequence[BlockCopy[FileExtent, None]]) -> TransferCount:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _states(parameter: Parameter) -> str:
-    return f"states {sorted(parameter.states)}, scalars {dict(parameter.scalars)}"

@@ -146,7 +146,7 @@ def test_data_parallel_ranks_hold_each_element_once_or_all_of_it(target: Topolog
             for name, fragment in slot.fragments():
                 part = slice(fragment.local_start, fragment.local_start + fragment.numel)
                 counts[held.model_parallel_rank, name][part] += 1
-                assert fragment.buffer_start + fragment.numel <= slot.numel
+                assert fragment.buffer_start + fragment.numel <= slot.numel()
     for (_, name), count in counts.items():
         partitioned = target.zero_stage > 0 if whole.get(name) and not whole[name].frozen else target.zero_stage == 3
         once = partitioned and name != "mask"

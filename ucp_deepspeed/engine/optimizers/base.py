@@ -8,55 +8,32 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, IMPLEMENTATION_SWITCHES, MASTER, LossScale
+from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, IMPLEMENTATION_SWITCHES, LossScale
 from ucp_deepspeed.engine.optimizers.states import (
-    KeptStates,
     example_settings,
     example_states,
     kept_states,
     keys_after_load,
 )
-from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup
-from ucp_deepspeed.plan import Fragment
+from ucp_deepspeed.transfer.target import KeptStates, TargetSlot
 
 
 @dataclass(frozen=True)
-class EngineSlot:
+class EngineSlot(TargetSlot):
     """One tensor that the base optimizer steps on.
 
     Attributes:
         master: the fp32 master weights of this rank; contiguous, of any shape.
-        names: the parameters in it, in buffer order.
-        flattening: where their elements lie in the masters of all partitions.
-        partition: which partition this rank holds.
-        group: index of the parameter group.
-        overlapping: states that are kept whole of every parameter that this rank holds a part of; see `OverlappingGroup`.
     """
 
-    master: torch.Tensor
-    names: tuple[str, ...]
-    flattening: Flattening
-    partition: int
-    group: int
-    overlapping: frozenset[str] = frozenset()
-
-    def flattening_of(self, state: str) -> Flattening:
-        """Where the elements of a state lie; the masters' way but for ``overlapping``."""
-        if state in self.overlapping and isinstance(self.flattening, FlatGroup):
-            return OverlappingGroup(self.flattening)
-        return self.flattening
-
-    def fragments(self, state: str = MASTER) -> Iterator[tuple[str, Fragment[None]]]:
-        """For each run of elements that this rank holds of a state: the parameter's name, and where it lies in the buffer."""
-        for part in self.flattening_of(state).held_by(self.partition):
-            yield self.names[part.index], Fragment(part.local_start, part.numel, None, part.buffer_start)
+    master: torch.Tensor = field(kw_only=True)
 
 
 class EngineOptimizer(ABC):

@@ -59,7 +59,7 @@ class UnfusedOptimizer(Fp16Optimizer):
     def slots(self) -> list[EngineSlot]:
         """See `EngineOptimizer.slots`."""
         return [
-            EngineSlot(master, (self._names[param],), FlatGroup((master.numel(),), 1, alignment=1), 0, group)
+            EngineSlot((self._names[param],), FlatGroup((master.numel(),), 1, alignment=1), 0, group, master=master)
             for group, (masters, params) in enumerate(
                 zip(self._wrapper.fp32_groups, self._wrapper.fp16_groups, strict=True)
             )
@@ -82,11 +82,11 @@ class FusedOptimizer(Fp16Optimizer):
         """See `EngineOptimizer.slots`."""
         return [
             EngineSlot(
-                master,
                 tuple(self._names[param] for param in params),
                 FlatGroup(tuple(param.numel() for param in params), 1, alignment=1),
                 0,
                 group,
+                master=master,
             )
             for group, (master, params) in enumerate(
                 zip(self._wrapper.fp32_groups_flat, self._wrapper.fp16_groups, strict=True)

@@ -26,7 +26,7 @@ class PlainOptimizer(EngineOptimizer):
     def slots(self) -> list[EngineSlot]:
         """See `EngineOptimizer.slots`."""
         return [
-            EngineSlot(param, (self._names[param],), FlatGroup((param.numel(),), 1, alignment=1), 0, index)
+            EngineSlot((self._names[param],), FlatGroup((param.numel(),), 1, alignment=1), 0, index, master=param)
             for index, group in enumerate(self.base.param_groups)
             for param in group["params"]
             if param in self._names and param.numel()

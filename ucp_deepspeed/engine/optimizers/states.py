@@ -8,13 +8,13 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ucp_deepspeed.checkpoint.deepspeed_zero import MOMENTUM
 from ucp_deepspeed.checkpoint.slots import is_number_in_tensor
+from ucp_deepspeed.transfer.target import KeptStates
 
 COMPILED_STATES: Mapping[str, tuple[str, ...]] = {
     "FusedAdam": ("exp_avg", "exp_avg_sq"),
@@ -30,23 +30,6 @@ step, nor be deleted: some of them free their compiled half in ``__del__``."""
 MUON = "MuonWithAuxAdam"
 """DeepSpeed's Muon (``runtime/zero/muon/muon_optimizer.py``), whose groups with ``use_muon`` keep a momentum and whose others are
 stepped on by ``aux_optimizer`` or, without one, by the class itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class KeptStates:
-    """What an optimizer keeps for what it steps on, by name.
-
-    Attributes:
-        elementwise: states with a value for each element.
-        scalars: states that are one number.
-        from_zero: those of the element-wise ones that begin at zero.
-        names: of all states, also of those that are neither.
-    """
-
-    elementwise: frozenset[str]
-    scalars: frozenset[str]
-    from_zero: frozenset[str]
-    names: frozenset[str]
 
 
 def kept_states(found: Mapping[str, Any], probed: Mapping[str, Any], master: torch.Tensor) -> KeptStates:

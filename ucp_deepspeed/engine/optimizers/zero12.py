@@ -43,11 +43,11 @@ class PartitionedOptimizer(EngineOptimizer):
             assert flattening.partition_numel == master.numel(), (index, flattening.partition_numel, master.numel())
             names = tuple(self._names[param] for param in params)
             rank, overlapping = dist.get_rank(group=process_group), self._overlapping(index)
-            slots.append(EngineSlot(master, names, flattening, rank, index, overlapping))
+            slots.append(EngineSlot(names, flattening, rank, index, overlapping, master=master))
         return slots
 
     def _overlapping(self, group: int) -> frozenset[str]:
-        """See `EngineSlot.overlapping`."""
+        """See `TargetSlot.overlapping`."""
         return frozenset()
 
     def group_names(self) -> list[list[str | None]]:

@@ -44,7 +44,7 @@ class Zero3Optimizer(EngineOptimizer):
             assert flattening.buffer_numel(0) == master.numel(), (index, flattening.buffer_numel(0), master.numel())
             names = tuple(self._names[param] for param in params)
             group = zero.sub_group_to_group_id[index]
-            slots.append(EngineSlot(master, names, flattening, dist.get_rank(group=process_group), group))
+            slots.append(EngineSlot(names, flattening, dist.get_rank(group=process_group), group, master=master))
         return slots
 
     def group_names(self) -> list[list[str | None]]:

@@ -1,0 +1,143 @@
+"""Numbers that differ over the partitions of a checkpoint: a rank that has one of these partitions gets its own back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ucp_deepspeed.checkpoint import Checkpoint, Parameter
+from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES, Differing, ParameterGroup
+from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.differing import DIFFERING_HINT, all_same, in_words, made_one
+from ucp_deepspeed.checkpoint.slots import Numbers, place_of
+from ucp_deepspeed.layout import Topology
+from ucp_deepspeed.transfer.matching import Policies
+from ucp_deepspeed.transfer.target import TargetSlot
+
+
+class PartitionNumbers:
+    """What the slots and groups of one rank take of the numbers in a checkpoint.
+
+    Attributes:
+        merged: in words, those of which one was made.
+        problems: those of which none may be made: of what, and why.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        names: Mapping[str, str],
+        topology: Topology,
+        place: tuple[int, int],
+        slots: Sequence[TargetSlot],
+        policies: Policies,
+    ) -> None:
+        """Args:
+        names: the checkpoint's names of parameters → logical ones.
+        topology: of the target.
+        place: the rank's model- and expert-parallel rank.
+        slots: of the rank, under logical names.
+        """
+        self._how, self._names = policies.differing, names
+        self.merged: list[str] = []
+        self.problems: list[tuple[str, str]] = []
+        self._told: set[str] = set()
+        self._own: dict[tuple[str, ...], Numbers] = {}
+        self._own_groups: dict[int, Numbers] = {}
+        restored = policies.optimizer_states == "restore"
+        same = replace(checkpoint.topology, dp=1, zero_stage=0) == replace(topology, dp=1, zero_stage=0)
+        if same and restored and isinstance(checkpoint, DeepSpeedCheckpoint) and not checkpoint.same_numbers:
+            self._find_own(checkpoint, *place, slots)
+
+    def _find_own(self, checkpoint: DeepSpeedCheckpoint, rank: int, ep_rank: int, slots: Sequence[TargetSlot]) -> None:
+        """The slots that are the same in the checkpoint, and groups all of whose slots are."""
+        others: set[int] = set()
+        known = {
+            (tuple(self._names.get(name) for name in slot.names), slot.flattening): slot
+            for slot in checkpoint.trained_slots(rank)
+        }
+        for slot in slots:
+            found = known.get((slot.names, slot.flattening))
+            if found is None or not found.numbers:
+                others.add(slot.group)
+            else:
+                own = found.numbers.get(place_of("expert-parallel rank", ep_rank))
+                numbers = (own or found.numbers[place_of("partition", slot.partition)])()
+                self._own[slot.names] = self._own_groups[slot.group] = numbers
+        for group in others:
+            self._own_groups.pop(group, None)
+
+    def has_own(self, slot: TargetSlot) -> bool:
+        """Whether a slot gets numbers that its own partition had."""
+        return slot.names in self._own
+
+    def of_parameter(self, slot: TargetSlot, parameter: Parameter) -> Parameter:
+        """A parameter of a slot with the scalars that the slot is to have."""
+        if slot.names in self._own:
+            return replace(parameter, scalars=self._own[slot.names].scalars)
+        return replace(parameter, scalars=self._settled(parameter.name, parameter.scalars, parameter.differing))
+
+    def of_group(self, index: int, group: ParameterGroup) -> Mapping[str, Any]:
+        """Hyper-parameters that a live group takes from one of the checkpoint's."""
+        if index in self._own_groups:
+            return self._own_groups[index].settings
+        place = f"the parameter group of {self._names[group.names[0]]}"
+        return self._settled(place, group.hyperparameters, group.differing)
+
+    def of_joined(
+        self, index: int, names: Mapping[int, str], held: Mapping[int, Mapping[str, Any]]
+    ) -> Mapping[str, Any]:
+        """Numbers of which groups that become one live group have different ones, as pipeline stages may; if one may be made.
+
+        Args:
+            names: for each group the name of a parameter in it.
+            held: its hyper-parameters.
+        """
+        settings = list(held.values())
+        differing = {
+            key: {f"the group of {names[group]}": values[key] for group, values in held.items()}
+            for key, value in (settings[0] if settings else {}).items()
+            if all(type(values.get(key)) in (int, float) for values in settings)
+            and not all(values[key] == value for values in settings)
+        }
+        if not differing or self._how == "error":
+            return {}
+        made = self._settled(f"parameter group {index}", settings[0], differing)
+        return {key: made[key] for key in differing}
+
+    def together(self, parameters: Sequence[Parameter]) -> Sequence[Parameter]:
+        """Parameters of one slot with the same scalars, if one may be made of several; but for steps, which must be the same."""
+        found = {parameter.name: parameter.scalars for parameter in parameters}
+        differing = {
+            key: {name: scalars[key] for name, scalars in found.items()}
+            for key in parameters[0].scalars
+            if key != "step" and all(key in scalars for scalars in found.values())
+        }
+        differing = {key: held for key, held in differing.items() if not all_same(list(held.values()))}
+        if not differing or self._how == "error":
+            return parameters
+        values = self._settled(parameters[0].name, parameters[0].scalars, differing)
+        return [
+            replace(each, scalars={**each.scalars, **{key: values[key] for key in differing}}) for each in parameters
+        ]
+
+    def _settled(self, place: str, values: Mapping[str, Any], differing: Differing) -> Mapping[str, Any]:
+        if not differing:
+            return values
+        found, refused = made_one(values, differing, self._how)
+        for key, held in differing.items():
+            told = f"{key!r} is {in_words(held)}"
+            if told in self._told:  # of another parameter of the same slot
+                continue
+            self._told.add(told)
+            if key in refused:
+                self.problems.append((place, f"{told}; {DIFFERING_HINT}"))
+            else:
+                self.merged.append(f"{place}: {told}; now {found[key]!r}")
+        return found
+
+
+def usable(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a group that mean the same on every machine."""
+    return {key: value for key, value in hyperparameters.items() if key not in (*IMPLEMENTATION_SWITCHES, "params")}

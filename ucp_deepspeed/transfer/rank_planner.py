@@ -1,0 +1,444 @@
+"""What one rank of a target reads of a checkpoint, and which states and numbers its slots get; pure, and the same for an engine
+that runs and for one that doesn't yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+from ucp_deepspeed.checkpoint.checkpoint import (
+    GROUP_STEP,
+    MASTER,
+    WEIGHT,
+    FileExtent,
+    HeldShapes,
+    Parameter,
+)
+from ucp_deepspeed.checkpoint.encoding import same_value
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.layout import Layout, Topology
+from ucp_deepspeed.plan import (
+    SHARED_READ_NUMBYTES,
+    UNDIVIDED,
+    BlockCopy,
+    Division,
+    Fragment,
+    Interval,
+    Shareable,
+    Target,
+    divide,
+    overlapping_fragments,
+    plan_tensor,
+    read_together,
+)
+from ucp_deepspeed.transfer.matching import Policies, is_grown
+from ucp_deepspeed.transfer.numbers import PartitionNumbers
+from ucp_deepspeed.transfer.target import KeptStates, TargetRank, TargetSlot
+from ucp_deepspeed.transfer.target_plan import Obstacle
+
+Copies = tuple[BlockCopy[FileExtent, None], ...]
+
+
+@dataclass(frozen=True)
+class PlannedBuffer:
+    """How one buffer is filled.
+
+    Attributes:
+        copies: what the rank itself reads.
+        held: the parts that copies fill, or that keep the model's own values; the rest of what the rank reads becomes zero.
+        division: what other ranks read for this one.
+    """
+
+    copies: Copies
+    held: tuple[Fragment[None], ...]
+    division: Division = UNDIVIDED
+
+
+@dataclass(frozen=True)
+class PlannedSlot:
+    """How one slot is filled.
+
+    Attributes:
+        buffers: by state; the master's is always there.
+        scalars: shared by the slot's parameters.
+    """
+
+    buffers: Mapping[str, PlannedBuffer]
+    scalars: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class PlannedRank:
+    """How one rank is filled.
+
+    Attributes:
+        slots, weights: one for each of `TargetRank`'s.
+        bytes_needed: bytes of the elements that the rank is to read, in the source's dtypes.
+        initialised: parameters of which optimizer states begin anew.
+        dropped: parameters of which optimizer states are left out.
+        exchanged: what tensor-parallel ranks read for one another: for each buffer its number and state, the parameters and the
+            shares; the same on all of them, or they would wait for one another.
+    """
+
+    slots: tuple[PlannedSlot, ...]
+    weights: tuple[PlannedBuffer, ...]
+    bytes_needed: int
+    initialised: tuple[str, ...]
+    dropped: tuple[str, ...]
+    exchanged: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _States:
+    """The states and scalars that a slot gets, and the parameters of which some begin anew or are left out."""
+
+    states: tuple[str, ...]
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    initialised: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TargetOptimizer:
+    """What is known of the optimizer that goes on.
+
+    Attributes:
+        kept_states: slot → the states that it will keep; None where that can't be told, and any fit.
+        goes_on: slot and the saved hyper-parameters of its group → whether it is the optimizer that saved, with the settings that
+            it had: it may have made states later than at its first step.
+    """
+
+    kept_states: Callable[[TargetSlot], KeptStates | None] = lambda slot: None
+    goes_on: Callable[[TargetSlot, Mapping[str, Any]], bool] = lambda slot, saved: False
+
+
+class RankPlanner:
+    """Plans one rank after another, under logical names, and collects what stands against it.
+
+    Attributes:
+        problems: in the order in which they were found; each once.
+        grown: parameters with further rows than in the checkpoint.
+        reshaped: parameters of another shape that keep the model's values.
+    """
+
+    def __init__(
+        self,
+        source: UniversalView,
+        restored: Sequence[str],
+        layouts: Mapping[str, Layout],
+        topology: Topology,
+        local_shapes: Sequence[HeldShapes],
+        policies: Policies,
+        optimizer: TargetOptimizer,
+        kept_apart: Set[str],
+        shared_read_numbytes: int = SHARED_READ_NUMBYTES,
+    ) -> None:
+        """Args:
+        source: the checkpoint.
+        restored: parameters and buffers on both sides.
+        layouts: of these in the target.
+        local_shapes: of everything in the target, over its model-parallel ranks.
+        kept_apart: what tensor-parallel ranks don't read for one another.
+        shared_read_numbytes: what ranks hold alike is read once, a part by each, if it has at least so many bytes.
+        """
+        self.source, self.layouts, self.policies = source, layouts, policies
+        self._topology, self._local_shapes, self._optimizer = topology, local_shapes, optimizer
+        self._kept_apart, self._shared_read_numbytes = kept_apart, shared_read_numbytes
+        self._problems: dict[Obstacle, None] = {}
+        self.grown = tuple(name for name in restored if policies.initialise and self._is_grown(name))
+        self.reshaped = tuple(name for name in restored if policies.reshape and self._is_reshaped(name))
+        self._restored = dict.fromkeys(name for name in restored if name not in self.reshaped)
+        self._common = lru_cache(maxsize=None)(self._read_together)
+        self._copies = lru_cache(maxsize=1 << 16)(self._plan_tensor)
+        self._known_states: dict[tuple[tuple[str, ...], int], _States] = {}
+
+    @property
+    def problems(self) -> list[Obstacle]:
+        """See the class."""
+        return list(self._problems)
+
+    def _refuse(self, name: str, reason: str) -> None:
+        self._problems[Obstacle(name, reason)] = None
+
+    def _is_grown(self, name: str) -> bool:
+        return is_grown(self.source.logical_shape(name), self.layouts[name].logical_shape)
+
+    def _is_reshaped(self, name: str) -> bool:
+        return name not in self.grown and self.source.logical_shape(name) != self.layouts[name].logical_shape
+
+    def check_shapes(self) -> None:
+        """Compare the shapes of all that is restored, also of what lies on other ranks."""
+        for name in self._restored:
+            self._copies(name, self._weight_state(name), 0, ())
+
+    def check(self, rank: TargetRank, numbers: PartitionNumbers) -> list[_States]:
+        """What one rank's slots get; collects what stands against it, and against its frozen parameters and buffers."""
+        wanted = [self.states_of(slot, numbers) for slot in rank.slots]
+        for name, reason in numbers.problems:
+            self._refuse(name, reason)
+        for slot in rank.weights:
+            self._check_weight(slot.names[0])
+        return wanted
+
+    def states_of(self, slot: TargetSlot, numbers: PartitionNumbers) -> _States:
+        """The states of a slot, and what stands against them."""
+        if numbers.has_own(slot):
+            return self._common_states(slot, numbers)
+        key = slot.names, slot.group
+        if key not in self._known_states:
+            self._known_states[key] = self._common_states(slot, numbers)
+        return self._known_states[key]
+
+    def plan(self, rank: TargetRank, numbers: PartitionNumbers) -> PlannedRank:
+        """Plan all that one rank holds.
+
+        Args:
+            numbers: what the rank's slots take of the checkpoint's numbers.
+        """
+        wanted = self.check(rank, numbers)
+        buffers = [(slot, state) for slot, states in zip(rank.slots, wanted, strict=True) for state in states.states]
+        buffers += [(slot, WEIGHT) for slot in rank.weights]
+        divisions = self._divide(rank, buffers)
+        planned = iter(
+            [
+                self._buffer(slot, state, division, rank.model_parallel_rank)
+                for (slot, state), division in zip(buffers, divisions, strict=True)
+            ]
+        )
+        slots = tuple(
+            PlannedSlot({state: next(planned) for state in states.states}, states.scalars) for states in wanted
+        )
+        weights = tuple(planned)
+        filled = [*(buffer for slot in slots for buffer in slot.buffers.values()), *weights]
+        return PlannedRank(
+            slots,
+            weights,
+            sum(_numbytes(buffer.copies) for buffer in filled),
+            tuple(name for states in wanted for name in states.initialised),
+            tuple(name for states in wanted for name in states.dropped),
+            tuple(self._exchanged(rank, buffers, divisions)),
+        )
+
+    def _check_weight(self, name: str) -> None:
+        """Refuse a frozen parameter or a buffer that can't be read."""
+        parameter = self.source.parameters.get(name) if name in self._restored else None
+        if parameter is not None and WEIGHT not in parameter.states and parameter.kind != "trainable":
+            for reason in parameter.refused.values():
+                self._refuse(name, reason)
+
+    def _exchanged(
+        self, rank: TargetRank, buffers: Sequence[tuple[TargetSlot, str]], divisions: Sequence[Division]
+    ) -> list[Any]:
+        common, told = self._common(rank.model_parallel_rank // self._topology.tp), []
+        for number, ((slot, state), division) in enumerate(zip(buffers, divisions, strict=True)):
+            if division.tensor_parallel is not None:
+                names = [name for name, _ in slot.fragments(state) if name in common]
+                lengths = [(share.reader, share.stop - share.start) for share in division.tensor_parallel.shares]
+                told.append((number, state, names, lengths))
+        return told
+
+    def _divide(self, rank: TargetRank, buffers: Sequence[tuple[TargetSlot, str]]) -> list[Division]:
+        """Divide among ranks what they all hold, where it is enough to be worth the exchange."""
+        common = self._common(rank.model_parallel_rank // self._topology.tp)
+        shareable = {
+            place: Shareable(slot.numel(state), slot.itemsize, slot.replicas, _alike(slot, state, common))
+            for place, (slot, state) in enumerate(buffers)
+            if slot.divisible
+        }
+        held = {buffer.replicas for buffer in shareable.values()} - {None}
+        replicas = {name: ranks for name, ranks in rank.replicas.items() if name in held}
+        tensor_parallel = self._topology.tp, rank.model_parallel_rank % self._topology.tp
+        found = divide(list(shareable.values()), replicas, tensor_parallel, self._shared_read_numbytes)
+        divisions = dict(zip(shareable, found, strict=True))
+        return [divisions.get(place, UNDIVIDED) for place in range(len(buffers))]
+
+    def _read_together(self, stage: int) -> frozenset[str]:
+        """The parameters that a stage's tensor-parallel ranks read for one another; see `read_together`."""
+        tp = self._topology.tp
+        if tp == 1:
+            return frozenset()
+        first = stage * tp
+        layouts = {
+            name: self.layouts[name]
+            for name in self._restored
+            if name not in self._kept_apart and name not in self.grown
+        }
+        return read_together(layouts, self.source.layouts, self._local_shapes, first, tp)
+
+    def _buffer(self, slot: TargetSlot, state: str, division: Division, rank: int) -> PlannedBuffer:
+        """What a rank reads of a slot's master, of one of its states, or of a weight."""
+        copies: list[BlockCopy[FileExtent, None]] = []
+        held: list[Fragment[None]] = []
+        for name, fragments in self._read(slot, state, division).items():
+            source = self._weight_state(name) if name in self._restored else None
+            kept = state in (MASTER, WEIGHT) and (name not in self._restored or name in self.grown)
+            found: Copies = ()
+            if source is not None and (source == MASTER or state in (MASTER, WEIGHT)):
+                found = self._found(name, source if state in (MASTER, WEIGHT) else state, rank, tuple(fragments))
+            copies += found
+            # Rows of padding, and those that a model has more, are in no copy.
+            if kept or _numel(found) == sum(part.numel for part in fragments):
+                held += fragments
+        if state == WEIGHT:  # what of it isn't in the checkpoint keeps the model's values
+            held = [Fragment(0, slot.numel(), None, 0)]
+        return PlannedBuffer(tuple(copies), tuple(held), division)
+
+    def _read(self, slot: TargetSlot, state: str, division: Division) -> Mapping[str, Sequence[Fragment[None]]]:
+        """By logical name, what a rank itself reads of a state of a slot."""
+        read: dict[str, list[Fragment[None]]] = {}
+        intervals: Sequence[Interval] = division.read(slot.numel(state))
+        for name, fragment in slot.fragments(state):
+            for part in fragment.within(intervals):
+                read.setdefault(name, []).append(part)
+        assert overlapping_fragments(fragment for group in read.values() for fragment in group) is None
+        return read
+
+    def _weight_state(self, name: str) -> str:
+        """State of the checkpoint that holds a weight: the master of a trained parameter, of others the weight itself."""
+        return MASTER if self.source.parameters[name].kind == "trainable" else WEIGHT
+
+    def _found(self, name: str, state: str, rank: int, fragments: tuple[Fragment[None], ...]) -> Copies:
+        if fragments and state not in (MASTER, *self.source.parameters[name].states):
+            return ()  # one that policies let start at zero
+        if name in self._common(rank // self._topology.tp):
+            rank -= rank % self._topology.tp  # of several copies in the checkpoint one for all, should they differ
+        return self._copies(name, state, rank, fragments)
+
+    def _plan_tensor(self, name: str, state: str, rank: int, fragments: tuple[Fragment[None], ...]) -> Copies:
+        layout = self.layouts[name]
+        if name in self.grown:
+            layout = layout.cropped(self.source.logical_shape(name))
+        try:
+            return plan_tensor(self.source.source(name, state), Target(layout, rank, fragments), state)
+        except ValueError as error:
+            if all(problem.name != name for problem in self._problems):
+                self._refuse(name, f"{error}{self._hint(name)}")
+            return ()
+
+    def _hint(self, name: str) -> str:
+        """What to do about another shape, or a vocabulary that source and target pad differently."""
+        found, expected = self.source.logical_shape(name), self.layouts[name].logical_shape
+        if found == expected:
+            return ""
+        padded = getattr(self.source.patterns[name], "vocabulary", False) and self.source.vocabulary_size is None
+        padding = '; if the rows are padding, give "universal_checkpoint": {"vocabulary_size": …}' if padded else ""
+        grown = '; "on_missing": "init" lets further rows keep the model\'s values' if is_grown(found, expected) else ""
+        return padding + grown or f"; {RESHAPED_HINT}"
+
+    def _common_states(self, slot: TargetSlot, numbers: PartitionNumbers) -> _States:
+        """The states and scalars of a slot: one optimizer entry serves all its parameters, so they must be the same."""
+        trained: Sequence[Parameter] = [
+            self.source.parameters[name]
+            for name in slot.names
+            if name in self._restored and self._weight_state(name) == MASTER
+        ]
+        if not trained or self.policies.optimizer_states != "restore":
+            return _States((MASTER,))
+        for parameter in trained:
+            for reason in parameter.refused.values():
+                self._refuse(parameter.name, f"{reason}; {REFUSED_HINT}")
+        if any(parameter.refused for parameter in trained):
+            return _States((MASTER,))
+        trained = numbers.together([numbers.of_parameter(slot, parameter) for parameter in trained])
+        first = next(filter(_stepped, trained), trained[0])
+        unstepped = []
+        for parameter in trained:
+            if _stepped(parameter) != _stepped(first) and self.policies.initialise:
+                unstepped.append(parameter.name)
+            elif parameter.states.keys() != first.states.keys() or not same_value(parameter.scalars, first.scalars):
+                self._refuse(
+                    parameter.name,
+                    f"has {_described(parameter)}, and {first.name}, which the target keeps in the same buffer, "
+                    f"has {_described(first)}{DIFFERING_HINT if _stepped(parameter) else UNSTEPPED_HINT}",
+                )
+        found = self._fitting_states(slot, first, [parameter.name for parameter in trained])
+        return replace(found, initialised=(*unstepped, *found.initialised))
+
+    def _fitting_states(self, slot: TargetSlot, first: Parameter, names: Sequence[str]) -> _States:
+        """The states and scalars to restore; where the optimizer keeps others, a problem unless the policies allow it."""
+        found, wanted = first.states.keys() - {MASTER}, self._optimizer.kept_states(slot)
+        if wanted is None or not (found or first.scalars):
+            return _States(tuple(first.states), first.scalars)
+        scalars = self._with_step(first, wanted)
+        if self._optimizer.goes_on(slot, self._saved_settings(first)):
+            wanted = replace(wanted, elementwise=wanted.elementwise | found)
+        held, kept = found | scalars.keys(), wanted.elementwise | wanted.scalars
+        missing, extra = kept - held, held - kept
+        if mixed := (found & wanted.scalars) | (scalars.keys() & wanted.elementwise):
+            self._refuse(
+                first.name,
+                f"{sorted(mixed)}: one number on one side, and one for each element on the other; {RESET_HINT}",
+            )
+        if (missing and not self.policies.initialise) or (extra and not self.policies.drop):
+            self._refuse(
+                first.name,
+                f"the optimizer keeps {sorted(kept)}, the checkpoint holds {sorted(held)}"
+                + _other_states_hint(missing, extra, wanted.from_zero),
+            )
+        begun, left = tuple(names) if missing else (), tuple(names) if extra else ()
+        if missing - wanted.from_zero:  # a number, or a state whose first value isn't known: all begin anew
+            return _States((MASTER,), {}, begun, left)
+        states = (MASTER, *sorted(missing), *(state for state in first.states if state in wanted.elementwise))
+        kept_scalars = {key: value for key, value in scalars.items() if key in wanted.scalars}
+        return _States(states, kept_scalars, begun, left)
+
+    def _with_step(self, parameter: Parameter, wanted: KeptStates) -> Mapping[str, float]:
+        """Its scalars; where only its group counts steps, as up to DeepSpeed 0.6 in its FusedAdam, these for its own."""
+        if GROUP_STEP not in wanted.scalars or GROUP_STEP in parameter.scalars:
+            return parameter.scalars
+        steps = self._saved_settings(parameter).get(GROUP_STEP)
+        return {**parameter.scalars, **({GROUP_STEP: steps} if isinstance(steps, (int, float)) and steps > 0 else {})}
+
+    def _saved_settings(self, parameter: Parameter) -> Mapping[str, Any]:
+        """Hyper-parameters of the group in which it was trained."""
+        groups = (group.hyperparameters for group in self.source.groups if parameter.name in group.names)
+        return next(groups, {})
+
+
+RESHAPED_HINT = "load_checkpoint(…, custom_load_fn=…) lets a function of yours make its weight of the saved one"
+RESET_HINT = '"optimizer_states": "reset" starts all states afresh'
+REFUSED_HINT = f'"load": "auto" restores it on the topology that it was saved on, {RESET_HINT}'
+DIFFERING_HINT = (
+    '; give them parameter groups of their own, or "on_differing": "first", "mean" or "max" makes one number of all '
+    "but steps"
+)
+UNSTEPPED_HINT = '; if it never had a gradient, "on_missing": "init" gives it zero state'
+
+
+def _other_states_hint(missing: Set[str], extra: Set[str], from_zero: Set[str]) -> str:
+    """What to do about an optimizer that keeps other states: what both have needn't be lost, but for a number that one lacks."""
+    if missing - from_zero:
+        return f"; the optimizer that saved them takes them all, {RESET_HINT}"
+    ways = [f'"on_missing": "init" starts {sorted(missing)} at zero'] if missing else []
+    ways += [f'"on_extra": "drop" leaves {sorted(extra)} out'] if extra else []
+    return f"; the optimizer that saved them takes them all, for this one {' and '.join(ways)}"
+
+
+def _alike(slot: TargetSlot, state: str, common: Set[str]) -> tuple[Interval, ...]:
+    """Where in a buffer the parameters lie that tensor-parallel ranks read for one another."""
+    if not common or not slot.exchangeable:
+        return ()
+    held = (part for name, part in slot.fragments(state) if name in common)
+    return tuple((part.buffer_start, part.buffer_start + part.numel) for part in held)
+
+
+def _numel(copies: Copies) -> int:
+    return sum(prod(copy.shape) for copy in copies)
+
+
+def _numbytes(copies: Copies) -> int:
+    """Bytes of the elements that some copies make, in the source's dtype."""
+    return sum(prod(copy.shape) * ITEMSIZE[copy.sources[0].buffer.dtype] for copy in copies)
+
+
+def _stepped(parameter: Parameter) -> bool:
+    """Whether the optimizer had made a state for it: a torch optimizer does so at the first gradient."""
+    return bool(parameter.states.keys() - {MASTER} or parameter.scalars or parameter.refused)
+
+
+def _described(parameter: Parameter) -> str:
+    return f"states {sorted(parameter.states)}, scalars {dict(parameter.scalars)}"

@@ -1,0 +1,92 @@
+"""What one rank of a target keeps, whether an engine runs there already or not."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from ucp_deepspeed.checkpoint.checkpoint import MASTER
+from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup
+from ucp_deepspeed.plan import Fragment
+
+
+@dataclass(frozen=True)
+class KeptStates:
+    """The states that an optimizer keeps for what it steps on, by name.
+
+    Attributes:
+        elementwise: states with a value for each element.
+        scalars: states that are one number.
+        from_zero: those of the element-wise ones that begin at zero.
+        names: of all states, also of those that are neither.
+    """
+
+    elementwise: frozenset[str]
+    scalars: frozenset[str]
+    from_zero: frozenset[str]
+    names: frozenset[str]
+
+
+@dataclass(frozen=True)
+class TargetSlot:
+    """Parameters that one rank keeps in one buffer: a partition of master weights, or one frozen weight or buffer.
+
+    Attributes:
+        names: the parameters, in buffer order.
+        flattening: where their elements lie in the buffers of all partitions.
+        partition: the partition that the rank holds.
+        group: index of the optimizer's parameter group; -1 for frozen parameters and buffers.
+        overlapping: states that are kept whole of every parameter that the rank holds a part of; see `OverlappingGroup`.
+        starts: where in each local tensor the part that the rank holds begins, in elements: at its first expert. Empty where the
+            rank holds all of each.
+        replicas: names the ranks that hold the whole buffer as this rank does; None where there are none.
+        itemsize: bytes of an element.
+        divisible: whether ranks may read parts of the buffer for one another: its elements lie in row-major order.
+        exchangeable: whether tensor-parallel ranks can send one another parts of it.
+    """
+
+    names: tuple[str, ...]
+    flattening: Flattening
+    partition: int
+    group: int = -1
+    overlapping: frozenset[str] = frozenset()
+    starts: tuple[int, ...] = ()
+    replicas: Hashable | None = None
+    itemsize: int = 4
+    divisible: bool = True
+    exchangeable: bool = True
+
+    def flattening_of(self, state: str) -> Flattening:
+        """Where the elements of a state lie: as those of the masters do, but for ``overlapping``."""
+        if state in self.overlapping and isinstance(self.flattening, FlatGroup):
+            return OverlappingGroup(self.flattening)
+        return self.flattening
+
+    def fragments(self, state: str = MASTER) -> Iterator[tuple[str, Fragment[None]]]:
+        """For each run of elements of a state that the rank holds: the parameter's name, and where it lies in the buffer."""
+        for part in self.flattening_of(state).held_by(self.partition):
+            start = self.starts[part.index] if self.starts else 0
+            yield self.names[part.index], Fragment(start + part.local_start, part.numel, None, part.buffer_start)
+
+    def numel(self, state: str = MASTER) -> int:
+        """Elements of a state's buffer, padding included."""
+        return self.flattening_of(state).buffer_numel(self.partition)
+
+
+@dataclass(frozen=True)
+class TargetRank:
+    """One rank of the target.
+
+    Attributes:
+        model_parallel_rank: pipeline stage times tensor-parallel size plus tensor-parallel rank.
+        data_parallel_rank: which replica of the model, or which partition of it.
+        slots: trained parameters.
+        weights: frozen parameters and buffers, each by itself.
+        replicas: how many ranks a slot's ``replicas`` are, and this rank's number among them.
+    """
+
+    model_parallel_rank: int
+    data_parallel_rank: int
+    slots: tuple[TargetSlot, ...]
+    weights: tuple[TargetSlot, ...]
+    replicas: Mapping[Hashable, tuple[int, int]] = field(default_factory=dict)
