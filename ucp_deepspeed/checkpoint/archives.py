@@ -32,6 +32,10 @@ def storage_start(tensor: torch.Tensor) -> int:
     return start
 
 
+_LARGE = 2**32 - 1
+"""From this number on a field of 32 bits is too small."""
+
+
 @dataclass(frozen=True)
 class Archive:
     """The directory of an archive.
@@ -52,7 +56,7 @@ class Archive:
             zipfile.BadZipFile: there is none, or it is damaged.
             UnsupportedError: torch reads the file, and it can't say where the bytes of a tensor lie.
         """
-        with zipfile.ZipFile(path) as file:
+        with path.open("rb", buffering=0) as raw, zipfile.ZipFile(raw) as file:
             archive = cls(path, sorted(file.infolist(), key=lambda record: record.header_offset))
             order = archive._read(file, "byteorder")
             alignment = archive._read(file, ".storage_alignment")
@@ -73,12 +77,12 @@ class Archive:
 
     def _check_layout(self, alignment: int) -> None:
         """Whether each storage's record ends where torch takes the next to begin."""
-        reader = torch._C.PyTorchFileReader(str(self.path))
         for record, following in zip(self.records, self.records[1:], strict=False):
-            name = record.filename.partition("/")[2]
-            if not (name.startswith("data/") and following.filename.partition("/")[2].startswith("data/")):
+            names = (each.filename.partition("/")[2] for each in (record, following))
+            if not all(name.startswith("data/") for name in names):
                 continue
-            start = reader.get_record_offset_no_read(record.header_offset, name, record.file_size, alignment)
+            name_length = len(record.filename.encode())
+            start = content_start(record.header_offset, name_length, record.file_size, alignment)
             if start + record.file_size + _descriptor(record) != following.header_offset:
                 raise UnsupportedError(f"{self.path} was written anew by another program than torch; {REWRITE_HINT}")
 
@@ -102,8 +106,17 @@ class Archive:
                 )
 
 
+def content_start(header: int, name_length: int, numbytes: int, alignment: int) -> int:
+    """Where torch writes the content of a record whose header begins at a byte; after ``caffe2/serialize/inline_container.cc``,
+    ``getPadding``."""
+    start = header + 30 + name_length + 4
+    if max(header, numbytes) >= _LARGE:  # both may need fields of 64 bits
+        start += 4 + 16 * (numbytes >= _LARGE) + 8 * (header >= _LARGE)
+    return -(-start // alignment) * alignment
+
+
 def _descriptor(record: zipfile.ZipInfo) -> int:
     """Bytes that torch writes behind the content of a record."""
     if not record.file_size:
         return 0
-    return 24 if max(record.header_offset, record.file_size) >= 2**32 - 1 else 16
+    return 24 if max(record.header_offset, record.file_size) >= _LARGE else 16

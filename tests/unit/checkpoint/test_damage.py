@@ -14,6 +14,7 @@ import torch
 from native_models import SHAPES, model_of, write_manifest
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
+from ucp_deepspeed.checkpoint.archives import content_start
 from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from ucp_deepspeed.checkpoint.torch_files import open_torch_file
@@ -462,6 +463,18 @@ def test_an_archive_that_torch_did_not_lay_out(name: str, how: int, change: Any,
         torch.save(torch.load(folder / name, weights_only=False), folder / name)
         read_all(folder)
         assert str(torch.load(folder / name, weights_only=False)) == str(before)
+
+
+def test_torch_lays_records_out_as_is_calculated(folder: Path) -> None:
+    """Also records that are too large for a test, and that begin behind the first 4 GiB."""
+    reader = torch._C.PyTorchFileReader(str(folder / MODEL))
+    with zipfile.ZipFile(folder / MODEL) as file:
+        prefix = len(file.namelist()[0].partition("/")[0]) + 1
+    for header in (0, 63, 64, 2**32 - 2, 2**32 - 1, 2**40 + 7):
+        for numbytes in (0, 1, 100, 2**32 - 2, 2**32 - 1, 2**35):
+            for name in ("data/0", "data/12345"):
+                expected = reader.get_record_offset_no_read(header, name, numbytes, 64)
+                assert content_start(header, prefix + len(name), numbytes, 64) == expected
 
 
 @pytest.mark.parametrize("length", [8, 80])
