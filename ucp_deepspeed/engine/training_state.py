@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.engine.matching import Names
 from ucp_deepspeed.engine.optimizers import EngineOptimizer
 from ucp_deepspeed.errors import MismatchError
-from ucp_deepspeed.transfer.numbers import PartitionNumbers, usable
+from ucp_deepspeed.transfer.group_settings import GroupSettings, Settings, settings_of_groups
+from ucp_deepspeed.transfer.numbers import PartitionNumbers
 
 if TYPE_CHECKING:
     from ucp_deepspeed.engine.native import LoadOptions
@@ -25,29 +26,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ucp_deepspeed")
 
 
-Settings = tuple[Mapping[str, Any], ...]
-"""For each live parameter group the hyper-parameters to take over."""
-
-
-@dataclass(frozen=True, slots=True)
-class GroupSettings:
-    """What the live parameter groups take over.
-
-    Attributes:
-        values: for each group.
-        kept: those of the checkpoint's that differ and aren't taken over, in words.
-    """
-
-    values: Settings = ()
-    kept: tuple[str, ...] = ()
-
-
 def plan_hyperparameters(
     checkpoint: Checkpoint, names: Names, optimizer: EngineOptimizer, numbers: PartitionNumbers, keep: bool
 ) -> GroupSettings:
-    """Give each live parameter group the hyper-parameters of its parameters, whatever their groups' order was.
-
-    All of them, also those that the live group doesn't have yet: optimizers make some at their first step.
+    """Give each live parameter group the hyper-parameters of its parameters; see `settings_of_groups`.
 
     Args:
         numbers: what the groups take of numbers that differ over partitions.
@@ -57,63 +39,16 @@ def plan_hyperparameters(
         MismatchError: the parameters of a live group come from groups with different values; lists groups and keys.
     """
     source = {names.source[name]: group for group in checkpoint.groups for name in group.names}
-    values: list[Mapping[str, Any]] = []
-    kept: list[str] = []
-    problems: list[str] = []
-    for index, group in enumerate(optimizer.group_names()):
-        logical = [names.target[name] for name in group if name is not None]
-        held = [name for name in logical if name in source]
-        groups = {id(source[name]): source[name] for name in held}
-        settled = {key: numbers.of_group(index, group) for key, group in groups.items()}
-        one = numbers.of_joined(index, {id(source[name]): name for name in reversed(held)}, settled)
-        of_name = {name: {**settled[id(source[name])], **one} for name in held}
-        first, live = of_name[held[0]] if held else {}, optimizer.live_group(index)
-        if index >= len(optimizer.base.param_groups):
-            kept.append(f"parameter group {index}: {type(optimizer.base).__name__} has one group for all under ZeRO")
-            continue
-        taken = {key: value for key, value in usable(first).items() if not keep or _is_counted(key, live)}
-        values.append(taken)
-        kept += [
-            f"parameter group {index}: {key!r} is {value!r} in the checkpoint, {live[key]!r} here"
-            for key, value in first.items()
-            if key not in taken and key in live and not same_value(_plain(value), _plain(live[key]))
-        ]
-        problems += [f"parameter group {index}: {problem}" for problem in _differing(taken, held, of_name, keep)]
-    if problems:
-        raise MismatchError(f"{checkpoint.path} and the engine group parameters differently", problems)
-    return GroupSettings(tuple(values), tuple(kept))
-
-
-JOINED_HINT = (
-    '"on_differing": "first", "last", "mean" or "max" makes one of numbers, "hyperparameters": "keep" keeps the configured '
-    "ones"
-)
-
-
-def _is_counted(key: str, live: Mapping[str, Any]) -> bool:
-    """Whether a hyper-parameter is one that the optimizer made while it ran, and no setting."""
-    return key == GROUP_STEP or (key not in live and key != "initial_lr")
-
-
-def _differing(
-    taken: Mapping[str, Any], held: Sequence[str], of_name: Mapping[str, Mapping[str, Any]], keep: bool
-) -> Iterator[str]:
-    """In what the parameters of a live group differ."""
-    absent: Any = object()
-    keys = taken if keep else dict.fromkeys(key for name in held for key in usable(of_name[name]))
-    for key in keys:
-        nothing = 0 if key == GROUP_STEP else absent
-        value = taken.get(key, nothing)
-        for name in held:
-            other = of_name[name].get(key, nothing)
-            if (other is absent) != (value is absent) or not same_value(value, other):
-                found = ["missing" if each is absent else each for each in (value, other)]
-                yield f"{key!r} is {found[0]} for {held[0]} and {found[1]} for {name}; {JOINED_HINT}"
-                break
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    groups = [[names.target[name] for name in group if name is not None] for group in optimizer.group_names()]
+    count = len(optimizer.base.param_groups)
+    settings = settings_of_groups(source, groups[:count], optimizer.live_group, numbers, keep)
+    if settings.problems:
+        raise MismatchError(f"{checkpoint.path} and the engine group parameters differently", settings.problems)
+    alone = (
+        f"parameter group {index}: {type(optimizer.base).__name__} has one group for all under ZeRO"
+        for index in range(count, len(groups))
+    )
+    return replace(settings, kept=(*settings.kept, *alone))
 
 
 def without_begun_anew(

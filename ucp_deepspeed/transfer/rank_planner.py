@@ -93,7 +93,7 @@ class PlannedRank:
 
 
 @dataclass(frozen=True)
-class _States:
+class SlotStates:
     """The states and scalars that a slot gets, and the parameters of which some begin anew or are left out."""
 
     states: tuple[str, ...]
@@ -154,7 +154,7 @@ class RankPlanner:
         self._restored = dict.fromkeys(name for name in restored if name not in self.reshaped)
         self._common = lru_cache(maxsize=None)(self._read_together)
         self._copies = lru_cache(maxsize=1 << 16)(self._plan_tensor)
-        self._known_states: dict[tuple[tuple[str, ...], int], _States] = {}
+        self._known_states: dict[tuple[tuple[str, ...], int], SlotStates] = {}
 
     @property
     def problems(self) -> list[Obstacle]:
@@ -175,7 +175,7 @@ class RankPlanner:
         for name in self._restored:
             self._copies(name, self._weight_state(name), 0, ())
 
-    def check(self, rank: TargetRank, numbers: PartitionNumbers) -> list[_States]:
+    def check(self, rank: TargetRank, numbers: PartitionNumbers) -> list[SlotStates]:
         """What one rank's slots get; collects what stands against it, and against its frozen parameters and buffers."""
         wanted = [self.states_of(slot, numbers) for slot in rank.slots]
         for name, reason in numbers.problems:
@@ -184,7 +184,7 @@ class RankPlanner:
             self._check_weight(slot.names[0])
         return wanted
 
-    def states_of(self, slot: TargetSlot, numbers: PartitionNumbers) -> _States:
+    def states_of(self, slot: TargetSlot, numbers: PartitionNumbers) -> SlotStates:
         """The states of a slot, and what stands against them."""
         if numbers.has_own(slot):
             return self._common_states(slot, numbers)
@@ -329,7 +329,7 @@ class RankPlanner:
         grown = '; "on_missing": "init" lets further rows keep the model\'s values' if is_grown(found, expected) else ""
         return padding + grown or f"; {RESHAPED_HINT}"
 
-    def _common_states(self, slot: TargetSlot, numbers: PartitionNumbers) -> _States:
+    def _common_states(self, slot: TargetSlot, numbers: PartitionNumbers) -> SlotStates:
         """The states and scalars of a slot: one optimizer entry serves all its parameters, so they must be the same."""
         trained: Sequence[Parameter] = [
             self.source.parameters[name]
@@ -337,12 +337,12 @@ class RankPlanner:
             if name in self._restored and self._weight_state(name) == MASTER
         ]
         if not trained or self.policies.optimizer_states != "restore":
-            return _States((MASTER,))
+            return SlotStates((MASTER,))
         for parameter in trained:
             for reason in parameter.refused.values():
                 self._refuse(parameter.name, f"{reason}; {REFUSED_HINT}")
         if any(parameter.refused for parameter in trained):
-            return _States((MASTER,))
+            return SlotStates((MASTER,))
         trained = numbers.together([numbers.of_parameter(slot, parameter) for parameter in trained])
         first = next(filter(_stepped, trained), trained[0])
         unstepped = []
@@ -358,11 +358,11 @@ class RankPlanner:
         found = self._fitting_states(slot, first, [parameter.name for parameter in trained])
         return replace(found, initialised=(*unstepped, *found.initialised))
 
-    def _fitting_states(self, slot: TargetSlot, first: Parameter, names: Sequence[str]) -> _States:
+    def _fitting_states(self, slot: TargetSlot, first: Parameter, names: Sequence[str]) -> SlotStates:
         """The states and scalars to restore; where the optimizer keeps others, a problem unless the policies allow it."""
         found, wanted = first.states.keys() - {MASTER}, self._optimizer.kept_states(slot)
         if wanted is None or not (found or first.scalars):
-            return _States(tuple(first.states), first.scalars)
+            return SlotStates(tuple(first.states), first.scalars)
         scalars = self._with_step(first, wanted)
         if self._optimizer.goes_on(slot, self._saved_settings(first)):
             wanted = replace(wanted, elementwise=wanted.elementwise | found)
@@ -381,10 +381,10 @@ class RankPlanner:
             )
         begun, left = tuple(names) if missing else (), tuple(names) if extra else ()
         if missing - wanted.from_zero:  # a number, or a state whose first value isn't known: all begin anew
-            return _States((MASTER,), {}, begun, left)
+            return SlotStates((MASTER,), {}, begun, left)
         states = (MASTER, *sorted(missing), *(state for state in first.states if state in wanted.elementwise))
         kept_scalars = {key: value for key, value in scalars.items() if key in wanted.scalars}
-        return _States(states, kept_scalars, begun, left)
+        return SlotStates(states, kept_scalars, begun, left)
 
     def _with_step(self, parameter: Parameter, wanted: KeptStates) -> Mapping[str, float]:
         """Its scalars; where only its group counts steps, as up to DeepSpeed 0.6 in its FusedAdam, these for its own."""

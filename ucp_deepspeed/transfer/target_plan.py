@@ -51,6 +51,8 @@ class TargetPlan:
         remarks: what the figures rest on, in words.
         ranks: ordered by model-parallel and then data-parallel rank; empty when the topology is impossible.
         grown: parameters with further rows than in the checkpoint.
+        begun: parameters of which optimizer states begin anew.
+        left: parameters of which optimizer states are left out.
     """
 
     topology: Topology
@@ -60,6 +62,8 @@ class TargetPlan:
     remarks: tuple[str, ...] = ()
     ranks: tuple[RankPlan, ...] = ()
     grown: tuple[str, ...] = ()
+    begun: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
 
     @property
     def possible(self) -> bool:
@@ -76,12 +80,18 @@ class TargetPlan:
     def initialised(self) -> tuple[str, ...]:
         """Those that keep the model's values: in whole, or in further rows, or in their optimizer states alone."""
         found = self.matching
-        return (*found.initialised, *found.unfrozen, *self.grown) if found else ()
+        if found is None:
+            return ()
+        unfrozen = () if self.reset else found.unfrozen
+        return tuple(dict.fromkeys((*found.initialised, *unfrozen, *self.grown, *self.begun)))
 
     @property
     def dropped(self) -> tuple[str, ...]:
         """Those of the checkpoint that the model has no place for, or whose optimizer states it has none for."""
-        return (*self.matching.dropped, *self.matching.frozen) if self.matching else ()
+        found = self.matching
+        if found is None:
+            return ()
+        return tuple(dict.fromkeys((*found.dropped, *(() if self.reset else found.frozen), *self.left)))
 
     @property
     def files(self) -> frozenset[str]:

@@ -5,13 +5,14 @@ Local shapes follow from the patterns alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 from math import prod
+from typing import Any
 
-from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, HeldShapes
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, Checkpoint, FileExtent, HeldShapes
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of_other
 from ucp_deepspeed.checkpoint.experts import expert_of, numbers_of_experts
@@ -24,11 +25,12 @@ from ucp_deepspeed.layout import Layout, Shard, Topology
 from ucp_deepspeed.layout.pattern import AnyPattern
 from ucp_deepspeed.plan import SHARED_READ_NUMBYTES, BlockCopy
 from ucp_deepspeed.transfer.copying import TransferCount
+from ucp_deepspeed.transfer.group_settings import UNTELLING, settings_of_groups
 from ucp_deepspeed.transfer.matching import Policies, check_matching, is_grown, match
 from ucp_deepspeed.transfer.numbers import PartitionNumbers
 from ucp_deepspeed.transfer.rank_planner import RankPlanner, TargetOptimizer
-from ucp_deepspeed.transfer.target import TargetRank, TargetSlot
 from ucp_deepspeed.transfer.stage_copies import may_differ
+from ucp_deepspeed.transfer.target import KeptStates, TargetRank, TargetSlot
 from ucp_deepspeed.transfer.target_plan import Obstacle, RankPlan, TargetPlan
 from ucp_deepspeed.transfer.target_ranks import RankNumber, layer_of, stacked_experts, stages_of, target_ranks
 
@@ -100,6 +102,8 @@ class _Planner:
     def __post_init__(self) -> None:
         self._shapes: dict[str, HeldShapes] = {}
         self._layouts: dict[str, Layout] = {}
+        self._begun: list[str] = []
+        self._left: list[str] = []
         self._matching = match(self.source.parameters, self.view.parameters)
         self._restored = frozenset(self._matching.restored)
 
@@ -121,8 +125,18 @@ class _Planner:
             self.obstacles += planner.problems
         found = tuple(self.obstacles)
         reset = self.policies.optimizer_states == "reset"
-        grown, remarks = planner.grown, tuple(self.remarks)
-        return TargetPlan(self.topology, self._matching, reset, found, remarks, () if found else ranks, grown)
+        remarks, held = tuple(self.remarks), () if found else ranks
+        return TargetPlan(
+            self.topology,
+            self._matching,
+            reset,
+            found,
+            remarks,
+            held,
+            planner.grown,
+            tuple(dict.fromkeys(self._begun)),
+            tuple(dict.fromkeys(self._left)),
+        )
 
     def _planner(self) -> RankPlanner:
         restored = [name for name in self._matching.restored if name in self._layouts]
@@ -134,7 +148,7 @@ class _Planner:
             self.topology,
             list(self._shapes.values()),
             self.policies,
-            TargetOptimizer(),
+            TargetOptimizer() if self.source is self.view else TargetOptimizer(self._kept_states, self._goes_on),
             {*stacked_experts(self.view), *experts},
             SHARED_READ_NUMBYTES,
         )
@@ -150,14 +164,34 @@ class _Planner:
                 first.setdefault((rank, part % self.topology.ep), (rank, part))
         for target in target_ranks(self.view, self.topology, self._shapes, frozenset(first.values())):
             numbers = self._numbers(target)
-            planner.check(target, numbers)
-            if self.policies.optimizer_states == "restore":
-                held = {name for slot in target.slots for name in slot.names}
-                for index, group in enumerate(self.source.checkpoint.groups):
-                    if not held.isdisjoint(self.source.groups[index].names):
-                        numbers.of_group(index, group)
-            self.obstacles += [Obstacle(*problem) for problem in numbers.problems]
+            if self.policies.optimizer_states != "keep":  # which keeps the groups' hyper-parameters too
+                self._check_groups(target, numbers)
+            for states in planner.check(target, numbers):
+                self._begun += states.initialised
+                self._left += states.dropped
         self.obstacles = list(dict.fromkeys([*self.obstacles, *planner.problems]))
+
+    def _check_groups(self, target: TargetRank, numbers: PartitionNumbers) -> None:
+        """Whether the parameters of each group of a rank come from groups with the same hyper-parameters."""
+        held = {name for slot in target.slots for name in slot.names}
+        names = self.source.logical_of
+        source = {names[name]: each for each in self.source.checkpoint.groups for name in each.names if name in names}
+        groups = [[name for name in group.names if name in held] for group in self.view.groups]
+        settings = settings_of_groups(source, groups, lambda index: {}, numbers, keep=False)
+        self.obstacles += [Obstacle(*problem.split(": ", 1)) for problem in settings.problems]
+
+    def _kept_states(self, slot: TargetSlot) -> KeptStates | None:
+        """The states that the optimizer of the model to load into has made; None where it has made none yet."""
+        found = next((self.view.parameters[name] for name in slot.names), None)
+        if found is None or not (found.states.keys() - {MASTER} or found.scalars):
+            return None
+        elementwise, scalars = frozenset(found.states.keys() - {MASTER}), frozenset(found.scalars)
+        return KeptStates(elementwise, scalars, elementwise, elementwise | scalars | found.refused.keys())
+
+    def _goes_on(self, slot: TargetSlot, saved: Mapping[str, Any]) -> bool:
+        """Whether the group has the keys of the saved one."""
+        live = self.view.groups[slot.group].hyperparameters if slot.group < len(self.view.groups) else {}
+        return bool(saved) and live.keys() - UNTELLING == saved.keys() - UNTELLING
 
     def _numbers(self, target: TargetRank) -> PartitionNumbers:
         place = target.model_parallel_rank, target.data_parallel_rank % self.topology.ep

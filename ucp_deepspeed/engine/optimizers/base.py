@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, IMPLEMENTATION_SWITCHES, LossScale
+from ucp_deepspeed.checkpoint.checkpoint import LossScale
 from ucp_deepspeed.engine.optimizers.states import (
     example_settings,
     example_states,
     kept_states,
     keys_after_load,
 )
+from ucp_deepspeed.transfer.group_settings import UNTELLING
 from ucp_deepspeed.transfer.target import KeptStates, TargetSlot
 
 
@@ -168,10 +169,6 @@ class EngineOptimizer(ABC):
     def _examples(self, slot: EngineSlot) -> Mapping[str, Any] | None:
         """See `example_states`; the live state itself where there is one."""
         return self.state_of(slot) or example_states(self.base, self.live_group(slot.group), slot.master, {})
-
-
-UNTELLING = frozenset(("params", "initial_lr", *IMPLEMENTATION_SWITCHES, GROUP_STEP))
-"""Keys of groups that don't tell an optimizer's class: others than it make them, or it makes them at its first step."""
 
 
 def _empty_like(master: torch.Tensor) -> torch.Tensor:
