@@ -23,6 +23,9 @@ LATEST_NAME = "latest"
 UNIVERSAL_LATEST_NAME = "latest_universal"
 """Where DeepSpeed's ds_to_universal names its folder."""
 
+LONGEST_SHOWN = 100
+"""Characters of a tag's name that a message repeats: the file ``latest`` may hold anything."""
+
 REPLACING_SECONDS = 1.0
 """Far more than what lies between the two renames of a save takes."""
 
@@ -43,26 +46,35 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
     """
     root = Path(path)
     if not root.is_dir():
-        raise CheckpointNotFoundError(f"no checkpoint folder at {root}")
+        hint = f": it is a file; name its folder, {root.parent}" if root.is_file() else _near(root.parent)
+        raise CheckpointNotFoundError(f"no checkpoint folder at {root}{hint}")
     if is_unfinished(root):
         raise DamagedCheckpointError(f"{root} {UNFINISHED}")
     if tag is None and _holds_checkpoint(root):
         return root
-    strays = False
+    strays, named = False, ""
     if tag is None:
         latest = root / LATEST_NAME
         if not latest.is_file() and (root / UNIVERSAL_LATEST_NAME).is_file():
             latest = root / UNIVERSAL_LATEST_NAME
         if not latest.is_file():
             raise CheckpointNotFoundError(
-                f"{root} is not a checkpoint: it holds neither checkpoint files nor a 'latest' file{_tags(root)}"
+                f"{root} is not a checkpoint: it holds neither checkpoint files nor a 'latest' file{_there(root)}"
             )
         tag = _read_latest(latest)
-        strays = Path(tag).is_absolute() or ".." in Path(tag).parts
+        strays, named = Path(tag).is_absolute() or ".." in Path(tag).parts, f", which {latest} names"
     folder = root / tag
-    if strays or not (folder.is_dir() or _put_back(folder)):
-        raise CheckpointNotFoundError(f"no tag {tag!r} in {root}{_tags(root)}")
+    if strays or not (_is_folder(folder) or _put_back(folder)):
+        shown = tag if len(tag) <= LONGEST_SHOWN else f"{tag[:LONGEST_SHOWN]}…"
+        raise CheckpointNotFoundError(f"no tag {shown!r} in {root}{named}{_there(root)}")
     return folder
+
+
+def _is_folder(folder: Path) -> bool:
+    """Whether a folder is there; a name that the file system can't have is none."""
+    with suppress(OSError, ValueError):
+        return folder.is_dir()
+    return False
 
 
 def _put_back(folder: Path) -> bool:
@@ -70,10 +82,10 @@ def _put_back(folder: Path) -> bool:
     replaced = sorted(folder.parent.glob(f".{glob.escape(folder.name)}{PARTIAL_MARK}*{REPLACED_MARK}"))
     if replaced:
         time.sleep(REPLACING_SECONDS)  # somebody may be about to put the new one in its place
-        if not folder.is_dir():
+        if not _is_folder(folder):
             with suppress(OSError):  # another rank was faster, or it can't be written here
                 max(replaced, key=lambda entry: entry.stat().st_mtime).rename(folder)
-    return folder.is_dir()
+    return _is_folder(folder)
 
 
 def _read_latest(latest: Path) -> str:
@@ -81,10 +93,10 @@ def _read_latest(latest: Path) -> str:
         tag = latest.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise DamagedCheckpointError(
-            f"{latest} holds no tag's name in UTF-8 ({error}); write it so, or name the tag{_tags(latest.parent)}"
+            f"{latest} holds no tag's name in UTF-8 ({error}); write it so, or name the tag{_there(latest.parent)}"
         ) from error
     if not tag:
-        raise DamagedCheckpointError(f"{latest} is empty; name the tag{_tags(latest.parent)}")
+        raise DamagedCheckpointError(f"{latest} is empty; name the tag{_there(latest.parent)}")
     return tag
 
 
@@ -138,6 +150,16 @@ def tags_in(root: Path) -> list[str]:
     return sorted(entry.name for entry in folders if _holds_checkpoint(entry))
 
 
-def _tags(root: Path) -> str:
-    tags = tags_in(root)
-    return f"; tags there: {', '.join(tags)}" if tags else "; no tag folders there"
+def _there(root: Path) -> str:
+    """The end of a message about a tag that isn't in a folder: what is."""
+    return _near(root) or "; no tag folders there"
+
+
+def _near(root: Path) -> str:
+    """Tags in a folder, or runs, for a message; empty without either."""
+    if not root.is_dir():
+        return ""
+    if tags := tags_in(root):
+        return f"; tags there: {', '.join(tags)}"
+    runs = sorted(entry.name for entry in root.iterdir() if (entry / LATEST_NAME).is_file())
+    return f"; runs there: {', '.join(runs)}; name the folder of one" if runs else ""

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime, timezone
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from ucp_deepspeed.checkpoint import Checkpoint, Parameter, open_checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import Differing
+from ucp_deepspeed.checkpoint.deepspeed_files import ENGINE_KEYS
 from ucp_deepspeed.checkpoint.differing import in_words as in_words_by_place
 from ucp_deepspeed.checkpoint.encoding import encode
+from ucp_deepspeed.checkpoint.opening import tags_in
 from ucp_deepspeed.checkpoint.universal import UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli.options import (
@@ -29,29 +30,42 @@ from ucp_deepspeed.cli.options import (
     tag_option,
     vocabulary_option,
 )
+from ucp_deepspeed.cli.tables import collapsed, new_console, print_by_name, print_lines, print_plain
 from ucp_deepspeed.dtypes import ITEMSIZE
-from ucp_deepspeed.errors import MismatchError, SpecError
+from ucp_deepspeed.errors import ConfigError, MismatchError, SpecError
+from ucp_deepspeed.language.matching import compiled
 from ucp_deepspeed.language.resolve import describe
 from ucp_deepspeed.transfer.stage_copies import recorded_differing
-
-PLAIN_WIDTH = 240
-"""Columns of the table where the output is no terminal: wide enough that names are not broken."""
 
 
 @command(
     "inspect",
     examples=[
         "ucp inspect runs/a",
-        "ucp inspect runs/a --tag global_step500 --json",
+        "ucp inspect runs/a --tag global_step500 --match 'layers.0.**'",
+        "ucp inspect runs/a --all",
+        "ucp inspect runs/a --json",
     ],
 )
 @click.argument("checkpoint", metavar="CKPT", type=CHECKPOINT)
 @tag_option
 @spec_option
 @vocabulary_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@click.option(
+    "--match",
+    metavar="GLOB",
+    help="List only parameters whose name fits: * stands for one part of it, or a piece of one, ** for any number of parts.",
+)
+@click.option("--all", "every", is_flag=True, help="List the parameters of each layer, not of like layers together.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead, with each parameter.")
 def inspect_command(
-    checkpoint: Path, tag: str | None, spec: str | None, vocabulary_size: int | None, as_json: bool
+    checkpoint: Path,
+    tag: str | None,
+    spec: str | None,
+    vocabulary_size: int | None,
+    match: str | None,
+    every: bool,
+    as_json: bool,
 ) -> None:
     """Show what checkpoint CKPT holds. Reads no tensors.
 
@@ -60,10 +74,12 @@ def inspect_command(
     opened = open_checkpoint(checkpoint, tag)
     opened.check_sizes()
     report = inspect_checkpoint(opened, spec, vocabulary_size)
+    if match is not None:
+        report["parameters"] = _matching(report, match)
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:
-        _print(report)
+        _print(report, every)
 
 
 def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size: int | None) -> dict[str, Any]:
@@ -82,7 +98,9 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
         vocabulary_size: rows of the unpadded vocabulary, or null.
         numel: number of elements for each kind: ``trainable``, ``frozen``, ``buffer``.
         state_bytes: size of each state over all parameters.
-        disk_bytes, files: of the tag folder.
+        disk_bytes, files, written: of the tag folder; when its newest file was written, in UTC.
+        other_tags: that lie beside it.
+        client_state: keys that the script gave to ``save_checkpoint``.
         groups: for each parameter group ``names``, ``hyperparameters``, and ``differing``: of these the ones that aren't the same
             on all partitions, with the value on each.
         differing_copies: parameters of which pipeline stages held different values, as a manifest records; else null.
@@ -112,6 +130,9 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
         "state_bytes": _state_bytes(view, parameters),
         "disk_bytes": sum(file.stat().st_size for file in files),
         "files": len(files),
+        "written": datetime.fromtimestamp(max(map(_written, files)), timezone.utc).isoformat(timespec="seconds"),
+        "other_tags": _other_tags(checkpoint.path),
+        "client_state": _client_keys(checkpoint),
         "groups": [
             {
                 "names": list(group.names),
@@ -125,6 +146,35 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
         "unrecorded": dict(checkpoint.unrecorded),
         "parameters": {name: _parameter(view, parameter) for name, parameter in parameters.items()},
     }
+
+
+def _written(file: Path) -> float:
+    return file.stat().st_mtime
+
+
+def _other_tags(folder: Path) -> list[str]:
+    with suppress(OSError):  # what lies beside the tag is none of the checkpoint
+        return [tag for tag in tags_in(folder.absolute().parent) if tag != folder.absolute().name]
+    return []
+
+
+def _client_keys(checkpoint: Checkpoint) -> list[str]:
+    keys = [*checkpoint.client_state()[1], *checkpoint.unreadable()]
+    return [str(key) for key in keys if key not in ENGINE_KEYS]
+
+
+def _matching(report: Mapping[str, Any], match: str) -> dict[str, Any]:
+    """The parameters whose name a glob fits.
+
+    Raises:
+        ConfigError: it fits none.
+    """
+    glob = compiled(match)
+    found = {name: entry for name, entry in report["parameters"].items() if glob.fullmatch(name)}
+    if not found:
+        wider = "" if "**" in match else f"; * stays between two dots: try --match '**{match.strip('*')}**'"
+        raise ConfigError(f"no parameter of {report['path']} fits {match!r}{wider}")
+    return found
 
 
 def _view(
@@ -194,24 +244,21 @@ def _json(value: Any) -> Any:
     return encode(value, "value", {})
 
 
-def _print(report: Mapping[str, Any]) -> None:
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
-    for label, value in _lines(report):
-        console.print(f"[bold]{label:<17}[/bold]{escape(value)}", soft_wrap=True)
-    console.print(_table(report))
-    for number, group in enumerate(report["groups"]):
-        settings = _settings(group["hyperparameters"])
-        console.print(escape(f"group {number}: {len(group['names'])} parameters, {settings}"), soft_wrap=True)
-    for name, why in report["unrecorded"].items():
-        console.print(escape(f"{name} isn't in the files: {why}"), soft_wrap=True)
-    if report["lacking"]:
-        console.print(escape(f"Weights only: {report['lacking']}"), soft_wrap=True)
-    for name in report["differing_copies"] or ():
-        console.print(escape(f"differs over pipeline stages: {name}"), soft_wrap=True)
-    for line in _differing_lines(report):
-        console.print(escape(line), soft_wrap=True)
-    if not report["layouts"]["known"]:
-        console.print(escape(f"Local shapes only: {report['layouts']['reason']}"), soft_wrap=True)
+def _print(report: Mapping[str, Any], every: bool) -> None:
+    console = new_console()
+    print_lines(console, _lines(report), 17)
+    _print_parameters(console, report, every)
+    lines = [
+        f"group {number}: {len(group['names'])} parameters, {_settings(group['hyperparameters'])}"
+        for number, group in enumerate(report["groups"])
+    ]
+    lines += [f"{name} isn't in the files: {why}" for name, why in report["unrecorded"].items()]
+    lines += [f"Weights only: {report['lacking']}"] if report["lacking"] else []
+    lines += [f"differs over pipeline stages: {name}" for name in report["differing_copies"] or ()]
+    lines += _differing_lines(report)
+    lines += [] if report["layouts"]["known"] else [f"Local shapes only: {report['layouts']['reason']}"]
+    for line in lines:
+        print_plain(console, line)
 
 
 def _lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -237,8 +284,18 @@ def _lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("lr scheduler", _settings(report["lr_scheduler"]) if report["lr_scheduler"] else "none"),
         ("elements", (", ".join(numels) or "0") + local),
         ("states", (", ".join(sizes) or "none") + local),
-        ("on disk", f"{in_words(report['disk_bytes'])} in {report['files']} files"),
+        ("client state", ", ".join(report["client_state"]) or "none"),
+        (
+            "on disk",
+            f"{in_words(report['disk_bytes'])} in {report['files']} files, written {_local(report['written'])}",
+        ),
+        ("other tags", ", ".join(report["other_tags"]) or "none"),
     ]
+
+
+def _local(written: str) -> str:
+    """A time, as the clock here has it."""
+    return datetime.fromisoformat(written).astimezone().isoformat(" ", "minutes")
 
 
 def _differing_lines(report: Mapping[str, Any]) -> list[str]:
@@ -274,26 +331,29 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _table(report: Mapping[str, Any]) -> Table:
+def _print_parameters(console: Console, report: Mapping[str, Any], every: bool) -> None:
     sharded = report["topology"]["tp"] * report["topology"]["pp"] > 1
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in (
-        "parameter",
-        "kind",
-        "shape",
-        *(["local shapes"] if sharded else []),
-        "pattern",
-        "states",
-        "scalars",
-    ):
-        table.add_column(column, overflow="fold", no_wrap=column == "kind")
-    for name, entry in report["parameters"].items():
-        shape = str(entry["shape"]) if entry["shape"] is not None else "unknown"
-        states = ", ".join(f"{state} {dtype}" for state, dtype in entry["states"].items())
-        local = [_local_shapes(entry["local_shapes"])] if sharded else []
-        cells = [name, entry["kind"], shape, *local, entry["pattern"] or "unknown", states, _settings(entry["scalars"])]
-        table.add_row(*map(escape, cells))
-    return table
+    rows = {name: _row(entry, sharded) for name, entry in report["parameters"].items()}
+    if not rows:
+        return
+    shown = (
+        {name: name for name in rows} if every else collapsed({name: (*row.values(),) for name, row in rows.items()})
+    )
+    note = "{0..3} stands for the numbers 0 to 3; --all lists each parameter" if len(shown) < len(rows) else ""
+    optional = ("scalars", "local shapes", "states", "pattern", "kind")
+    print_by_name(console, [{"parameter": title} | rows[name] for title, name in shown.items()], optional, note)
+
+
+def _row(entry: Mapping[str, Any], sharded: bool) -> dict[str, str]:
+    """What the table says of a parameter, by heading."""
+    return {
+        "kind": entry["kind"],
+        "shape": str(entry["shape"]) if entry["shape"] is not None else "unknown",
+        **({"local shapes": _local_shapes(entry["local_shapes"])} if sharded else {}),
+        "pattern": entry["pattern"] or "unknown",
+        "states": ", ".join(f"{state} {dtype}" for state, dtype in entry["states"].items()),
+        "scalars": _settings(entry["scalars"]),
+    }
 
 
 def _local_shapes(shapes: list[list[int] | None]) -> str:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import click
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.differing import OnDiffering
-from ucp_deepspeed.cli.inspect import PLAIN_WIDTH
 from ucp_deepspeed.cli.options import (
     CHECKPOINT,
     command,
@@ -25,6 +21,7 @@ from ucp_deepspeed.cli.options import (
     tag_option,
     vocabulary_option,
 )
+from ucp_deepspeed.cli.tables import new_console, new_table, print_lines, print_plain
 from ucp_deepspeed.errors import MAX_LISTED, ConfigError
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.transfer.matching import Policies
@@ -161,7 +158,7 @@ def _total(plan: TargetPlan) -> dict[str, int]:
 
 
 def _print(plan: TargetPlan, path: str, source: str) -> None:
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    console = new_console()
     lines = [("path", path), ("source", source), ("target", f"{plan.topology}: {_verdict(plan)}")]
     if plan.possible:
         total = _total(plan)
@@ -171,16 +168,15 @@ def _print(plan: TargetPlan, path: str, source: str) -> None:
             ("read", f"{in_words(total['bytes_read'])} by {len(plan.ranks)} ranks from {total['files']} files"),
             ("held", f"{in_words(total['bytes_held'])} of master weights and optimizer states"),
         ]
-    for label, value in lines:
-        console.print(f"[bold]{label:<10}[/bold]{escape(value)}", soft_wrap=True)
+    print_lines(console, lines)
     for obstacle in plan.obstacles[:MAX_LISTED]:
-        console.print(escape(f"  {obstacle}"), soft_wrap=True)
+        print_plain(console, f"  {obstacle}")
     if len(plan.obstacles) > MAX_LISTED:
         console.print(f"  … and {len(plan.obstacles) - MAX_LISTED} more")
     if plan.possible:
         console.print(_table(plan))
     for remark in plan.remarks:
-        console.print(escape(f"note: {remark}"), soft_wrap=True)
+        print_plain(console, f"note: {remark}")
 
 
 def _except_states(plan: TargetPlan) -> str:
@@ -201,9 +197,8 @@ def _verdict(plan: TargetPlan) -> str:
 
 
 def _table(plan: TargetPlan) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("model-parallel rank", "data-parallel rank", "reads", "from files", "in copies", "holds"):
-        table.add_column(column, justify="right")
+    headings = ("model-parallel rank", "data-parallel rank", "reads", "from files", "in copies", "holds")
+    table = new_table(*headings, justify="right")
     shown = _shown(plan.ranks)
     for rank in shown:
         table.add_row(str(rank.model_parallel_rank), str(rank.data_parallel_rank), *_cells(rank))

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.view import held_shapes, layouts_of, parameter_names
 from ucp_deepspeed.cli import HELP, SuggestingGroup
-from ucp_deepspeed.cli.inspect import PLAIN_WIDTH
 from ucp_deepspeed.cli.options import CHECKPOINT, command, tag_option, vocabulary_option
+from ucp_deepspeed.cli.tables import new_console, new_table, print_by_name, print_lines, print_plain
 from ucp_deepspeed.errors import ConfigError, MismatchError, SpecError, UnsupportedError
 from ucp_deepspeed.language import (
     Detection,
@@ -64,10 +62,10 @@ def list_command(against: Path | None, tag: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({spec.family: spec.description for spec in specs}, indent=1))
         return
-    table = _new_table("family", "rules", "description")
+    table = new_table("family", "rules", "description")
     for spec in specs:
         table.add_row(spec.family, str(len(spec.rules)), escape(spec.description))
-    _console().print(table)
+    new_console().print(table)
 
 
 def _detect(checkpoint: Checkpoint, as_json: bool) -> None:
@@ -95,7 +93,7 @@ def _detect(checkpoint: Checkpoint, as_json: bool) -> None:
 
 
 def _print_detection(found: Detection) -> None:
-    console = _console()
+    console = new_console()
     verdict = {
         "shapes": "one family fits, and shapes confirm it",
         "names": "one family fits by names; no shape confirms it",
@@ -104,10 +102,10 @@ def _print_detection(found: Detection) -> None:
     }
     console.print(verdict[found.confidence], soft_wrap=True)
     for candidate in found.candidates:
-        console.print(escape(f"  {candidate}"), soft_wrap=True)
+        print_plain(console, f"  {candidate}")
     for label, names in (("disagree on", found.disagreement), ("not confirmed by shapes", found.unconfirmed)):
         if names:
-            console.print(escape(f"note: {label}: {', '.join(names)}"), soft_wrap=True)
+            print_plain(console, f"note: {label}: {', '.join(names)}")
 
 
 @command(
@@ -197,7 +195,7 @@ def _match(match: Match) -> dict[str, Any]:
 
 
 def _print_check(spec: Spec, checkpoint: Checkpoint, check: SpecCheck) -> None:
-    console = _console()
+    console = new_console()
     wrong = [finding for finding in check.findings if finding.wrong]
     remarks = [finding for finding in check.findings if not finding.wrong]
     verdict = "nothing contradicts it" if check.sound else f"{len(wrong)} contradiction{'s' if len(wrong) > 1 else ''}"
@@ -212,24 +210,24 @@ def _print_check(spec: Spec, checkpoint: Checkpoint, check: SpecCheck) -> None:
             f"{single[check.whole_compared]}",
         ),
     ]
-    for label, value in lines:
-        console.print(f"[bold]{label:<10}[/bold]{escape(value)}", soft_wrap=True)
+    print_lines(console, lines)
     for finding in wrong:
-        console.print(escape(f"  {finding}"), soft_wrap=True)
-    table = _new_table("parameter", "rule", "pattern", "shape")
-    for checked in check.parameters:
-        table.add_row(*map(escape, _check_cells(checked)))
-    console.print(table)
+        print_plain(console, f"  {finding}")
+    if check.parameters:
+        print_by_name(console, [_check_row(checked) for checked in check.parameters])
     for finding in remarks:
-        console.print(escape(f"note: {finding}"), soft_wrap=True)
+        print_plain(console, f"note: {finding}")
     if check.unused:
-        console.print(escape(f"note: globs that fit nothing: {', '.join(map(str, check.unused))}"), soft_wrap=True)
+        print_plain(console, f"note: globs that fit nothing: {', '.join(map(str, check.unused))}")
 
 
-def _check_cells(checked: Checked) -> list[str]:
-    patterns = ", ".join(describe(match.pattern) for match in checked.matches)
-    shape = str(list(checked.layout.logical_shape)) if checked.layout else "unknown"
-    return [checked.name, ", ".join(map(str, checked.matches)) or "none", patterns, shape]
+def _check_row(checked: Checked) -> dict[str, str]:
+    return {
+        "parameter": checked.name,
+        "rule": ", ".join(map(str, checked.matches)) or "none",
+        "pattern": ", ".join(describe(match.pattern) for match in checked.matches),
+        "shape": str(list(checked.layout.logical_shape)) if checked.layout else "unknown",
+    }
 
 
 @command(
@@ -321,17 +319,16 @@ def _bounds(box: Box) -> list[list[int]]:
 
 
 def _print_explanation(report: dict[str, Any]) -> None:
-    console = _console()
+    console = new_console()
     by = f" (by naming scheme {report['scheme']!r})" if report["scheme"] else ""
     lines = [("parameter", report["name"]), ("logical", report["logical_name"] + by)]
     lines += [("rule", f"{rule['glob']}{_line(rule)}: {rule['pattern']}") for rule in report["rules"]]
     lines += [("problem", report["problem"])] if report["problem"] else []
     lines += [("shape", str(report["shape"]))] if report["shape"] is not None else []
-    for label, value in lines:
-        console.print(f"[bold]{label:<10}[/bold]{escape(value)}", soft_wrap=True)
+    print_lines(console, lines)
     if report["ranks"] is None:
         return
-    table = _new_table("rank", "local shape", "logical box", "local box")
+    table = new_table("rank", "local shape", "logical box", "local box")
     for number, rank in enumerate(report["ranks"]):
         shape = "none" if rank["shape"] is None else str(rank["shape"])
         for piece in rank["pieces"] or [{"logical": None, "local": None}]:
@@ -421,17 +418,6 @@ def _infer_from_model(place: str) -> dict[str, Guess]:
         raise SpecError(f"no parameter of {place} carries attributes of tensor parallelism")
     unmarked = Guess(None, ("Megatron-Core cuts this weight and has set no attribute on it",))
     return {name: Guess(patterns[name]) if name in patterns else unmarked for name, _ in model.named_parameters()}
-
-
-def _console() -> Console:
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
-
-
-def _new_table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
 
 
 @command("schema", examples=["ucp spec schema > ucp_spec.schema.json"])

@@ -44,6 +44,35 @@ def test_no_folder(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "nowhere")
 
 
+def test_a_file_names_its_folder(tmp_path: Path) -> None:
+    folder = write_native(tmp_path, model_of(SHAPES), RUN)
+    for file in (tmp_path / "latest", folder / "mp_rank_00_model_states.pt"):
+        with pytest.raises(CheckpointNotFoundError) as caught:
+            open_checkpoint(file)
+        assert str(caught.value) == f"no checkpoint folder at {file}: it is a file; name its folder, {file.parent}"
+
+
+def test_a_folder_of_runs_names_them(tmp_path: Path) -> None:
+    for run in ("b", "a"):
+        write_native(tmp_path / run, model_of(SHAPES), RUN, tag="step")
+    (tmp_path / "logs").mkdir()
+    for path in (tmp_path, tmp_path / "c"):
+        with pytest.raises(CheckpointNotFoundError, match=r"; runs there: a, b; name the folder of one$"):
+            open_checkpoint(path)
+    with pytest.raises(CheckpointNotFoundError, match=r"no checkpoint folder at .*/a/stop; tags there: step$"):
+        open_checkpoint(tmp_path / "a" / "stop")
+
+
+@pytest.mark.parametrize(("latest", "shown"), [("x" * 5000, f"'{'x' * 100}…'"), ("a\0b", r"'a\x00b'")])
+def test_latest_that_names_nothing(latest: str, shown: str, tmp_path: Path) -> None:
+    write_native(tmp_path, model_of(SHAPES), RUN, tag="step")
+    (tmp_path / "latest").write_text(latest, encoding="utf-8")
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        open_checkpoint(tmp_path)
+    told = f"no tag {shown} in {tmp_path}, which {tmp_path / 'latest'} names; tags there: step"
+    assert str(caught.value) == told
+
+
 def test_no_such_tag_lists_the_tags(tmp_path: Path) -> None:
     for tag in ("global_step10", "global_step5"):
         write_native(tmp_path, model_of(SHAPES), RUN, tag=tag)

@@ -24,7 +24,7 @@ from ucp_deepspeed.transfer.convert import convert
 Ucp = Callable[..., Result]
 
 OPTIONS = {
-    "inspect": {"--tag", "--spec", "--vocabulary-size", "--json"},
+    "inspect": {"--tag", "--spec", "--vocabulary-size", "--match", "--all", "--json"},
     "convert": {
         "--tag",
         "--spec",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
+from subprocess import Popen
 
 import numpy as np
 import pytest
@@ -17,7 +19,8 @@ Ucp = Callable[..., Result]
 
 KEYS = """
     path form topology source_topology global_steps global_samples skipped_steps precision ds_version lr_scheduler loss_scale
-    optimizer_steps layouts vocabulary_size numel state_bytes disk_bytes files groups differing_copies lacking unrecorded
+    optimizer_steps layouts vocabulary_size numel state_bytes disk_bytes files written other_tags client_state groups
+    differing_copies lacking unrecorded
     parameters
 """
 
@@ -43,6 +46,9 @@ def test_the_keys_of_the_object(saved: Path, ucp: Ucp) -> None:
     }
     files = [path for path in (saved / "step3").iterdir() if path.is_file()]
     assert report["files"] == len(files) and report["disk_bytes"] == sum(path.stat().st_size for path in files)
+    newest = max(path.stat().st_mtime for path in files)
+    assert datetime.fromisoformat(report["written"]).timestamp() == int(newest)
+    assert (report["other_tags"], report["client_state"]) == (["step2"], ["epoch"])
     assert [len(group["names"]) for group in report["groups"]] == [3, 4]
     assert [group["hyperparameters"]["weight_decay"] for group in report["groups"]] == [0.1, 0.0]
     assert report["parameters"]["linear_in.weight"] == {
@@ -69,6 +75,8 @@ def test_for_people(saved: Path, ucp: Ucp) -> None:
         "fp32 12.7 KiB",
         "last_batch_iteration=2",
         "group 1: 4 parameters, weight_decay=0.0",
+        "client state     epoch",
+        "other tags       step2",
     ):
         assert expected in shown
     [row] = [line for line in shown.splitlines() if line.startswith("linear_in.weight")]
@@ -76,6 +84,43 @@ def test_for_people(saved: Path, ucp: Ucp) -> None:
         " ".join(row.split())
         == "linear_in.weight trainable [33, 20] unique fp32 F32, exp_avg F32, exp_avg_sq F32 step=3.0"
     )
+
+
+@pytest.fixture
+def layered(tmp_path: Path) -> Path:
+    """A checkpoint of three layers, the second of which is wider, with client state that can't all be read."""
+    shapes = {f"layers.{number}.{name}": (4 + number % 2, 2) for number in range(3) for name in ("up", "down")}
+    parameters = tuple(NativeParameter(name, torch.ones(shape)) for name, shape in {"embed": (9, 2), **shapes}.items())
+    state = {"epoch": 1, "sampler": Popen}
+    return write_native(tmp_path / "layered", NativeModel(parameters), NativeRun(stage=1), client_state=state)
+
+
+def names_of(result: Result) -> list[str]:
+    return [line.split()[0] for line in result.stdout.splitlines() if " trainable  [" in line]
+
+
+def test_like_layers_are_one_line(layered: Path, ucp: Ucp) -> None:
+    shown = ucp("inspect", layered)
+    assert names_of(shown) == ["embed", "layers.{0,2}.up", "layers.{0,2}.down", "layers.1.up", "layers.1.down"]
+    assert "--all lists each parameter" in shown.stdout
+    every = ucp("inspect", layered, "--all")
+    assert names_of(every) == ["embed", *(f"layers.{n}.{name}" for n in range(3) for name in ("up", "down"))]
+    assert "--all" not in every.stdout
+
+
+def test_parameters_that_a_glob_fits(layered: Path, ucp: Ucp) -> None:
+    assert names_of(ucp("inspect", layered, "--match", "layers.*.up")) == ["layers.{0,2}.up", "layers.1.up"]
+    report = json.loads(ucp("inspect", layered, "--match", "**down", "--json").stdout)
+    assert list(report["parameters"]) == [f"layers.{number}.down" for number in range(3)]
+    assert report["numel"]["trainable"] == 2 * (9 + 2 * (4 + 5 + 4))
+    none = ucp("inspect", layered, "--match", "*down")
+    assert (none.exit_code, none.stdout) == (2, "")
+    assert none.stderr == f"error: no parameter of {layered} fits '*down'; * stays between two dots: try --match '**down**'\n"
+    assert len(names_of(ucp("inspect", layered, "--match", "**down**"))) == 2
+
+
+def test_client_state_that_cant_be_read_is_listed_too(layered: Path, ucp: Ucp) -> None:
+    assert json.loads(ucp("inspect", layered, "--json").stdout)["client_state"] == ["epoch", "sampler"]
 
 
 def test_a_tag(saved: Path, ucp: Ucp) -> None:

@@ -1,0 +1,60 @@
+"""Tables of parameters: names that are one, and names in narrow windows."""
+
+from __future__ import annotations
+
+import io
+from itertools import product
+
+import pytest
+from rich.console import Console
+
+from ucp_deepspeed.cli.tables import collapsed, print_by_name
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ({"a": 1, "b.0": 1, "b.1": 1, "c": 1}, {"a": "a", "b.{0..1}": "b.0", "c": "c"}),
+        ({"b.0.w": 1, "b.1.w": 2, "b.2.w": 1}, {"b.{0,2}.w": "b.0.w", "b.1.w": "b.1.w"}),
+        ({"b.10.w": 1, "b.9.w": 1}, {"b.{9..10}.w": "b.9.w"}),
+        ({"fc1": 1, "fc2": 1, "b.00": 1, "b.01": 1}, {name: name for name in ("fc1", "fc2", "b.00", "b.01")}),
+        ({f"l.{a}.e.{b}": 1 for a, b in product(range(3), range(4))}, {"l.{0..2}.e.{0..3}": "l.0.e.0"}),
+        (
+            {f"l.{a}.e.{b}": 1 for a in range(3) for b in range(2 if a == 1 else 4)},
+            {"l.{0,2}.e.{0..3}": "l.0.e.0", "l.1.e.{0..1}": "l.1.e.0"},
+        ),
+    ],
+)
+def test_names_that_differ_in_numbers_alone_are_one(kinds: dict[str, int], expected: dict[str, str]) -> None:
+    assert list(collapsed(kinds).items()) == list(expected.items())
+
+
+ROWS = [
+    {"parameter": f"model.decoder.layers.{number}.mlp.weight", "kind": "trainable", "states": "fp32 F32, exp_avg F32"}
+    for number in range(2)
+]
+
+
+def printed(width: int, rows: list[dict[str, str]] = ROWS) -> list[str]:
+    console = Console(file=io.StringIO(), width=width)
+    print_by_name(console, rows, ("states",), "a note")
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+def test_names_lose_their_beginnings_in_narrow_windows() -> None:
+    wide = printed(100)
+    assert wide[1].split("  ")[0] == ROWS[0]["parameter"] and wide[1].endswith("exp_avg F32")
+    narrow = printed(50)
+    assert narrow[1].startswith("…layers.0.mlp.weight  trainable  fp32")
+    assert all(len(line) <= 50 for line in narrow) and narrow[-1] == "a note"
+
+
+def test_columns_are_left_out_before_words_break() -> None:
+    lines = printed(34)
+    assert [line.split() for line in lines[:2]] == [["parameter", "kind"], ["…er.layers.0.mlp.weight", "trainable"]]
+    assert lines[-2:] == ["left out in this narrow window: states", "a note"]
+
+
+def test_brackets_are_no_markup() -> None:
+    assert "[bold]" in "".join(printed(100, [{"parameter": "a", "states": "[bold]"}]))
