@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -33,7 +34,7 @@ from ucp_deepspeed.cli.options import (
 from ucp_deepspeed.cli.tables import collapsed, new_console, print_by_name, print_lines, print_plain
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import ConfigError, MismatchError, SpecError
-from ucp_deepspeed.language.matching import compiled
+from ucp_deepspeed.language.matching import check_glob, compiled
 from ucp_deepspeed.language.resolve import describe
 from ucp_deepspeed.transfer.stage_copies import recorded_differing
 
@@ -167,12 +168,18 @@ def _matching(report: Mapping[str, Any], match: str) -> dict[str, Any]:
     """The parameters whose name a glob fits.
 
     Raises:
-        ConfigError: it fits none.
+        ConfigError: it fits none, or isn't a glob.
     """
+    try:
+        check_glob(match)
+    except ValueError as error:
+        raise ConfigError(f"--match: {error}") from error
     glob = compiled(match)
     found = {name: entry for name, entry in report["parameters"].items() if glob.fullmatch(name)}
     if not found:
         wider = "" if "**" in match else f"; * stays between two dots: try --match '**{match.strip('*')}**'"
+        if "{" in match:
+            wider = f"; write * for numbers in braces: try --match '{re.sub(r'{[^}]*}', '*', match)}'"
         raise ConfigError(f"no parameter of {report['path']} fits {match!r}{wider}")
     return found
 

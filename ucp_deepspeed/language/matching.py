@@ -41,6 +41,16 @@ def compiled(glob: str) -> re.Pattern[str]:
     return re.compile("".join(wild.get(piece, re.escape(piece)) for piece in pieces))
 
 
+def check_glob(glob: str) -> None:
+    """Refuse a question mark, which stands for a character elsewhere.
+
+    Raises:
+        ValueError: there is one; says what to write.
+    """
+    if "?" in glob:
+        raise ValueError(f"? in {glob!r} is no wildcard: write * for a part of a name between dots, or a piece of one")
+
+
 Fit = tuple[int, int]
 """A rule, and the first of its globs that fits, by their positions."""
 

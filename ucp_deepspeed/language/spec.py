@@ -23,12 +23,13 @@ from pydantic import (
     PrivateAttr,
     TypeAdapter,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from ucp_deepspeed.errors import SpecError
 from ucp_deepspeed.language.dimensions import Dimension, dimension_values, is_expression, read_config, with_numbers
-from ucp_deepspeed.language.matching import Matcher, compiled
+from ucp_deepspeed.language.matching import Matcher, check_glob, compiled
 from ucp_deepspeed.language.naming import Renaming
 from ucp_deepspeed.language.shapes import ShapeCheck, StatedShape, check_shapes
 from ucp_deepspeed.layout.box import Shape
@@ -109,6 +110,13 @@ class Rule(BaseModel):
         if "shape" in raw:
             folded["shape"] = raw["shape"]
         return folded
+
+    @field_validator("match")
+    @classmethod
+    def _check_globs(cls, globs: tuple[str, ...]) -> tuple[str, ...]:
+        for glob in globs:
+            check_glob(glob)
+        return globs
 
     def matches(self, name: str) -> bool:
         """Whether some glob fits the whole name."""

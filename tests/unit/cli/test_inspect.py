@@ -115,8 +115,15 @@ def test_parameters_that_a_glob_fits(layered: Path, ucp: Ucp) -> None:
     assert report["numel"]["trainable"] == 2 * (9 + 2 * (4 + 5 + 4))
     none = ucp("inspect", layered, "--match", "*down")
     assert (none.exit_code, none.stdout) == (2, "")
-    assert none.stderr == f"error: no parameter of {layered} fits '*down'; * stays between two dots: try --match '**down**'\n"
+    assert (
+        none.stderr
+        == f"error: no parameter of {layered} fits '*down'; * stays between two dots: try --match '**down**'\n"
+    )
     assert len(names_of(ucp("inspect", layered, "--match", "**down**"))) == 2
+    copied = ucp("inspect", layered, "--match", "layers.{0,2}.up")
+    assert copied.exit_code == 2 and "try --match 'layers.*.up'" in copied.stderr
+    shells = ucp("inspect", layered, "--match", "layers.?.up")
+    assert shells.exit_code == 2 and shells.stderr.startswith("error: --match: ? in 'layers.?.up' is no wildcard: ")
 
 
 def test_client_state_that_cant_be_read_is_listed_too(layered: Path, ucp: Ucp) -> None:

@@ -95,6 +95,11 @@ def test_globs(glob: str, fits: list[str], misses: list[str]) -> None:
     assert [name for name in misses if rule.matches(name)] == []
 
 
+def test_a_question_mark_is_no_wildcard() -> None:
+    with pytest.raises(SpecError, match=r"rules\[1\]\.match: .*\? in 'layers\.\?\.w' is no wildcard: write \* for"):
+        spec_of(GOOD, {"match": ["a", "layers.?.w"], "pattern": "unique"})
+
+
 def test_unmatched_parameters_are_all_listed_with_the_nearest_globs() -> None:
     spec = spec_of(
         {"match": ["model.norm.weight", "model.up.weight"], "pattern": "replicate"},
