@@ -1,4 +1,4 @@
-"""The README's table of families, from the spec files in ``configs/`` and the tests that are marked as covering them."""
+"""The table in ``docs/families.md``, from the spec files in ``configs/`` and the tests that are marked as covering them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "families.md"
 BEGIN, END = "<!-- families: scripts/families.py -->\n", "<!-- end -->\n"
 MARK = "covers"
 
@@ -38,24 +39,23 @@ def table() -> str:
     rows = ["| family | models | tested in engines |", "| --- | --- | --- |"]
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         spec = yaml.safe_load(path.read_text(encoding="utf-8"))
-        tests = "; ".join(f"[{what}]({where})" for what, where in shown.get(spec["family"], {}).items())
-        rows.append(f"| [`{spec['family']}`](configs/{path.name}) | {spec['description']} | {tests} |")
+        tests = "; ".join(f"[{what}](../{where})" for what, where in shown.get(spec["family"], {}).items())
+        rows.append(f"| [`{spec['family']}`](../configs/{path.name}) | {spec['description']} | {tests} |")
     return "\n".join(rows) + "\n"
 
 
 def written(text: str) -> str:
-    """The README with the table as it should be."""
+    """The page with the table as it should be."""
     before, rest = text.split(BEGIN)
     return before + BEGIN + table() + END + rest.split(END, 1)[1]
 
 
 @click.command(help=__doc__)
-@click.option("--write", is_flag=True, help="Put it into README.md.")
+@click.option("--write", is_flag=True, help="Put it into docs/families.md.")
 def main(write: bool) -> None:
     """Print or write the table."""
-    readme = ROOT / "README.md"
     if write:
-        readme.write_text(written(readme.read_text(encoding="utf-8")), encoding="utf-8")
+        PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         click.echo(table(), nl=False)
 
