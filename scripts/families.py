@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ BEGIN, END = "<!-- families: scripts/families.py -->\n", "<!-- end -->\n"
 MARK = "covers"
 
 
+@functools.cache
 def covered(tests: Path = ROOT / "tests") -> dict[str, dict[str, str]]:
     """Family → what a test shows of it → that test, from ``@pytest.mark.covers("family", …, shows="…")``."""
     found: dict[str, dict[str, str]] = {}
