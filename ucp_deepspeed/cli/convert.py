@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
-from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli.options import (
     CHECKPOINT,
     command,
@@ -30,8 +26,8 @@ from ucp_deepspeed.cli.options import (
     view_of,
     vocabulary_option,
 )
+from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError
-from ucp_deepspeed.transfer import TransferCount
 from ucp_deepspeed.transfer.commit import write_atomically
 from ucp_deepspeed.transfer.convert import convert
 from ucp_deepspeed.transfer.describing import left_out
@@ -90,13 +86,21 @@ def convert_command(
         folder = destination / _tag(source, checkpoint.path)
         _check_free(destination, folder, checkpoint.path)
         view = view_of(checkpoint, spec, vocabulary_size)
-        options = {
+        options: dict[str, Any] = {
             "workers": workers,
             "drop_client_state": drop_client_state,
             "on_unreadable": on_unreadable,
             "on_differing": on_differing,
         }
-        count = _convert(view, destination, folder, options, quiet or ranks.rank != 0, ranks)
+        with shown_progress("convert", quiet or ranks.rank != 0) as progress:
+            count = convert(
+                view,
+                folder,
+                **options,
+                progress=progress,
+                ranks=ranks,
+                then=lambda: _point_to(destination, folder, checkpoint.run.global_steps),
+            )
     if ranks.rank == 0:
         for entry in left_out(checkpoint, drop_client_state):
             click.echo(f"left out {entry}", err=True)
@@ -150,31 +154,3 @@ def _tag(source: Path, folder: Path) -> Path:
     if folder != source and folder.is_relative_to(source) and ".." not in folder.relative_to(source).parts:
         return folder.relative_to(source)
     return Path(folder.name if folder.name not in ("", "..") else folder.resolve().name)
-
-
-def _convert(
-    view: UniversalView,
-    destination: Path,
-    folder: Path,
-    options: Mapping[str, Any],
-    quiet: bool,
-    ranks: Ranks,
-) -> TransferCount:
-    run = partial(
-        convert,
-        view,
-        folder,
-        **options,
-        ranks=ranks,
-        then=lambda: _point_to(destination, folder, view.checkpoint.run.global_steps),
-    )
-    console = Console(file=sys.stderr)
-    if quiet or not console.is_terminal:  # in a log the bar would be one line of no use
-        return run()
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()
-    # On a terminal it makes place for the summary, or for an error.
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("convert", total=None)
-        return run(progress=lambda written, total: bar.update(task, completed=written, total=total))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,7 +67,11 @@ class Difference:
 
 
 def compare(
-    view_a: UniversalView, view_b: UniversalView, *, chunk_numbytes: int = COMPARE_NUMBYTES
+    view_a: UniversalView,
+    view_b: UniversalView,
+    *,
+    chunk_numbytes: int = COMPARE_NUMBYTES,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Difference]:
     """Everything in which two checkpoints differ; empty when a run resumed from either would be in the same state.
 
@@ -79,6 +83,7 @@ def compare(
 
     Args:
         chunk_numbytes: bytes of each side to hold at a time.
+        progress: called with (bytes compared, bytes to compare) of one side after each chunk.
 
     Raises:
         DamagedCheckpointError: a file is missing or truncated, or was changed meanwhile.
@@ -92,10 +97,11 @@ def compare(
     found = [*_presence(view_a, view_b), *_copies(view_a, view_b, undecided_a, undecided_b, chunk_numbytes)]
     hyper_a, hyper_b = _hyperparameters(view_a), _hyperparameters(view_b)
     sides = _Side(view_a, chunk_numbytes), _Side(view_b, chunk_numbytes)
+    total = sum(sum(_common(view_a, view_b, name).values()) for name in view_a.parameters if name in view_b.parameters)
     try:
         for name in view_a.parameters:
             if name in view_b.parameters:
-                found += _parameter(*sides, name)
+                found += _parameter(*sides, name, lambda: progress(sides[0].numbytes_read, total))
                 found += _mapping(name, "hyperparameter", hyper_a.get(name, {}), hyper_b.get(name, {}))
     finally:
         for side in sides:
@@ -171,16 +177,29 @@ class _Side:
         self.view = view
         self.reader = FileReader(view.checkpoint.versions)
         self.buffer = torch.empty(max(chunk_numbytes // 8, 1) * 8, dtype=torch.uint8)
+        self.numbytes_read = 0
 
     def elements(self, name: str, state: str, start: int, numel: int) -> torch.Tensor:
         """Consecutive elements of a parameter's state; valid until the next call."""
         dtype = self.view.parameters[name].states[state]
         target = self.buffer[: numel * ITEMSIZE[dtype]].view(NAMED_DTYPES[dtype])
         gather(self.view, name, state, start, target, self.reader)
+        self.numbytes_read += target.nbytes
         return target
 
 
-def _parameter(side_a: _Side, side_b: _Side, name: str) -> Iterator[Difference]:
+def _common(a: UniversalView, b: UniversalView, name: str) -> dict[str, int]:
+    """States of a parameter whose elements can be compared → their size in bytes."""
+    if a.logical_shape(name) != b.logical_shape(name):
+        return {}
+    numel, others = math.prod(a.logical_shape(name)), b.parameters[name].states
+    held = a.parameters[name].states
+    return {state: numel * ITEMSIZE[dtype] for state, dtype in held.items() if others.get(state) == dtype}
+
+
+def _parameter(
+    side_a: _Side, side_b: _Side, name: str, done: Callable[[], None] = lambda: None
+) -> Iterator[Difference]:
     a, b = side_a.view, side_b.view
     one, other = a.parameters[name], b.parameters[name]
     if one.kind != other.kind:
@@ -192,15 +211,13 @@ def _parameter(side_a: _Side, side_b: _Side, name: str) -> Iterator[Difference]:
         yield Difference(name, "shape", f"{list(a.logical_shape(name))} in A, {list(b.logical_shape(name))} in B")
         return
     for state, dtype in one.states.items():
-        if state not in other.states:
-            continue
-        if dtype != other.states[state]:
+        if other.states.get(state, dtype) != dtype:
             yield Difference(name, "dtype", f"{dtype} in A, {other.states[state]} in B", state)
-        else:
-            yield from _elements(side_a, side_b, name, state)
+    for state in _common(a, b, name):
+        yield from _elements(side_a, side_b, name, state, done)
 
 
-def _elements(a: _Side, b: _Side, name: str, state: str) -> Iterator[Difference]:
+def _elements(a: _Side, b: _Side, name: str, state: str, done: Callable[[], None]) -> Iterator[Difference]:
     dtype = a.view.parameters[name].states[state]
     shape = a.view.logical_shape(name)
     numel = torch.Size(shape).numel()
@@ -208,6 +225,7 @@ def _elements(a: _Side, b: _Side, name: str, state: str) -> Iterator[Difference]
     count, first, largest = 0, -1, 0.0
     for start in range(0, numel, step):
         left, right = (side.elements(name, state, start, min(step, numel - start)) for side in (a, b))
+        done()
         integer = INTEGERS[ITEMSIZE[dtype]]
         if torch.equal(left.view(integer), right.view(integer)):
             continue

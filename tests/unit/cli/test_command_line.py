@@ -35,7 +35,17 @@ OPTIONS = {
         "--on-differing",
         "--quiet",
     },
-    "diff": {"--tag-a", "--tag-b", "--spec", "--spec-a", "--spec-b", "--vocabulary-size", "--limit", "--chunk"},
+    "diff": {
+        "--tag-a",
+        "--tag-b",
+        "--spec",
+        "--spec-a",
+        "--spec-b",
+        "--vocabulary-size",
+        "--json",
+        "--limit",
+        "--chunk",
+    },
 }
 
 

@@ -14,6 +14,7 @@ import torch
 
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.transfer import compare as compare_module
 from ucp_deepspeed.transfer.compare import Difference, compare
 from ucp_deepspeed.transfer.convert import convert
@@ -32,6 +33,17 @@ def test_topologies_do_not_matter(run: dict[str, Any], chunk_numbytes: int, nati
     a, b = view_of(native("a", stage=1)), view_of(native("b", **run))
     found = compare(a, b, chunk_numbytes=chunk_numbytes)
     assert {difference.name for difference in found} <= {"global_samples"}  # the oracle's grow with the ranks
+
+
+def test_progress_ends_with_all_bytes(native: Native, view_of: View) -> None:
+    a, b = view_of(native("a", tp=2, dp=2, stage=1)), view_of(native("b", stage=1))
+    sizes = {
+        name: math.prod(a.logical_shape(name)) * sum(ITEMSIZE[dtype] for dtype in parameter.states.values())
+        for name, parameter in a.parameters.items()
+    }
+    seen: list[tuple[int, int]] = []
+    compare(a, b, chunk_numbytes=64, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (sum(sizes.values()),) * 2 and seen == sorted(seen) and len(seen) > len(sizes)
 
 
 def test_the_converted_checkpoint_is_equal(native: Native, view_of: View, tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""How far a command is: a bar on a terminal, and a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+from rich.console import Console
+
+from ucp_deepspeed.cli.options import in_words
+
+FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0
+"""Seconds before the first line in a log, and at most between two: a pause is twice as long as the one before it."""
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that are done, and all bytes."""
+
+
+@contextmanager
+def shown_progress(what: str, quiet: bool = False) -> Iterator[Progress]:
+    """Show how far some work is, on standard error."""
+    console = Console(file=sys.stderr)
+    if quiet:
+        yield lambda done, total: None
+    elif not console.is_terminal:  # in a log a bar would be one line of no use
+        yield _Lines(what)
+    else:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()
+        # It makes place for the summary, or for an error.
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class _Lines:
+    """Progress for a log."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._start, self._pause = what, time.monotonic(), FIRST_PAUSE
+        self._next = self._start + FIRST_PAUSE
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now < self._next or not 0 < done < total:
+            return
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        self._next = now + self._pause
+        rate = done / (now - self._start)
+        left = round((total - done) / rate)
+        click.echo(
+            f"{self._what}: {in_words(done)} of {in_words(total)} ({done / total:.0%}), {in_words(rate)}/s, "
+            f"{left // 60}:{left % 60:02} left",
+            err=True,
+        )
