@@ -31,6 +31,7 @@ from ucp_deepspeed.cli.options import (
     tag_option,
     vocabulary_option,
 )
+from ucp_deepspeed.cli.plots import draw_sizes, plot_option
 from ucp_deepspeed.cli.tables import collapsed, new_console, print_by_name, print_lines, print_plain
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import ConfigError, MismatchError, SpecError
@@ -46,6 +47,7 @@ from ucp_deepspeed.transfer.stage_copies import recorded_differing
         "ucp inspect runs/a --tag global_step500 --match 'layers.0.**'",
         "ucp inspect runs/a --all",
         "ucp inspect runs/a --json",
+        "ucp inspect runs/a --plot sizes.svg",
     ],
 )
 @click.argument("checkpoint", metavar="CKPT", type=CHECKPOINT)
@@ -59,6 +61,7 @@ from ucp_deepspeed.transfer.stage_copies import recorded_differing
 )
 @click.option("--all", "every", is_flag=True, help="List the parameters of each layer, not of like layers together.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead, with each parameter.")
+@plot_option
 def inspect_command(
     checkpoint: Path,
     tag: str | None,
@@ -67,6 +70,7 @@ def inspect_command(
     match: str | None,
     every: bool,
     as_json: bool,
+    plot: Path | None,
 ) -> None:
     """Show what checkpoint CKPT holds. Reads no tensors.
 
@@ -81,6 +85,8 @@ def inspect_command(
         click.echo(json.dumps(report, indent=1))
     else:
         _print(report, every)
+    if plot is not None:
+        draw_sizes(report, plot)
 
 
 def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size: int | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ucp_deepspeed.cli.options import (
     tag_option,
     vocabulary_option,
 )
+from ucp_deepspeed.cli.plots import draw_plan, plot_option
 from ucp_deepspeed.cli.tables import new_console, new_table, print_lines, print_plain
 from ucp_deepspeed.errors import MAX_LISTED, ConfigError
 from ucp_deepspeed.layout import Topology
@@ -41,6 +42,7 @@ MOST_ROWS = 16
     "plan",
     examples=[
         "ucp plan runs/a --tp 2 --pp 2 --dp 4 --zero 1",
+        "ucp plan runs/a --dp 64 --zero 3 --plot plan.svg",
         "ucp plan runs/a --dp 8 --zero 3 --model runs/changed --on-missing init",
     ],
 )
@@ -71,6 +73,7 @@ MOST_ROWS = 16
     "--optimizer-states", type=click.Choice(["restore", "reset"]), default="restore", help="As in the config block."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead, with all ranks.")
+@plot_option
 def plan_command(
     checkpoint: Path,
     tp: int,
@@ -87,6 +90,7 @@ def plan_command(
     on_differing: OnDiffering,
     optimizer_states: Literal["restore", "reset"],
     as_json: bool,
+    plot: Path | None,
 ) -> None:
     """Show what each rank of another topology would read of checkpoint CKPT, and hold. Reads no tensors.
 
@@ -106,6 +110,8 @@ def plan_command(
         _print(plan, f"{opened.path}", f"{opened.form}, {opened.topology}")
     if not plan.possible:
         raise click.exceptions.Exit(IMPOSSIBLE)
+    if plot is not None:
+        draw_plan(plan, opened.path, plot)
 
 
 def _report(plan: TargetPlan, folder: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.view import held_shapes, layouts_of, parameter_names
 from ucp_deepspeed.cli import HELP, SuggestingGroup
 from ucp_deepspeed.cli.options import CHECKPOINT, command, tag_option, vocabulary_option
-from ucp_deepspeed.cli.tables import new_console, new_table, print_by_name, print_lines, print_plain
+from ucp_deepspeed.cli.plots import draw_parameter, plot_option
+from ucp_deepspeed.cli.tables import box_in_words, new_console, new_table, print_by_name, print_lines, print_plain
 from ucp_deepspeed.errors import ConfigError, MismatchError, SpecError, UnsupportedError
 from ucp_deepspeed.language import (
     Detection,
@@ -232,7 +232,10 @@ def _check_row(checked: Checked) -> dict[str, str]:
 
 @command(
     "explain",
-    examples=["ucp spec explain layers.0.mlp.weight --spec mine.yaml --against runs/a"],
+    examples=[
+        "ucp spec explain layers.0.mlp.weight --spec mine.yaml --against runs/a",
+        "ucp spec explain head.weight --spec mine.yaml --against runs/a --plot head.svg",
+    ],
 )
 @click.argument("name")
 @click.option("--spec", "spec", metavar="FILE|FAMILY", required=True, help="The spec.")
@@ -240,8 +243,15 @@ def _check_row(checked: Checked) -> dict[str, str]:
 @tag_option
 @vocabulary_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@plot_option
 def explain_command(
-    name: str, spec: str, against: Path | None, tag: str | None, vocabulary_size: int | None, as_json: bool
+    name: str,
+    spec: str,
+    against: Path | None,
+    tag: str | None,
+    vocabulary_size: int | None,
+    as_json: bool,
+    plot: Path | None,
 ) -> None:
     """Show how a spec shards one parameter. Says which rule NAME matches, and which part of it each rank of a checkpoint holds.
 
@@ -257,6 +267,8 @@ def explain_command(
         _print_explanation(report)
     if report["problem"] is not None:
         raise click.exceptions.Exit(WRONG)
+    if plot is not None:
+        draw_parameter(report, plot)
 
 
 def _explanation(name: str, spec: Spec, checkpoint: Checkpoint | None, vocabulary_size: int | None) -> dict[str, Any]:
@@ -332,17 +344,14 @@ def _print_explanation(report: dict[str, Any]) -> None:
     for number, rank in enumerate(report["ranks"]):
         shape = "none" if rank["shape"] is None else str(rank["shape"])
         for piece in rank["pieces"] or [{"logical": None, "local": None}]:
-            table.add_row(str(number), escape(shape), *(escape(_box(piece[side])) for side in ("logical", "local")))
+            table.add_row(
+                str(number), escape(shape), *(escape(box_in_words(piece[side])) for side in ("logical", "local"))
+            )
     console.print(table)
 
 
 def _line(rule: dict[str, Any]) -> str:
     return f" (line {rule['line']})" if rule["line"] is not None else ""
-
-
-def _box(bounds: Sequence[Sequence[int]] | None) -> str:
-    """``[0:3, 0:8]``."""
-    return "" if bounds is None else f"[{', '.join(f'{low}:{high}' for low, high in bounds)}]"
 
 
 @command(

@@ -83,6 +83,11 @@ def print_by_name(
         print_plain(console, note)
 
 
+def box_in_words(bounds: Sequence[Sequence[int]] | None) -> str:
+    """``[0:3, 0:8]``."""
+    return "" if bounds is None else f"[{', '.join(f'{low}:{high}' for low, high in bounds)}]"
+
+
 def collapsed(kinds: Mapping[str, Hashable]) -> dict[str, str]:
     """Names of one kind that differ in their numbers alone, as one: ``layers.{0..31}.mlp.weight`` → the first of them.
 

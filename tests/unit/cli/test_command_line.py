@@ -24,7 +24,7 @@ from ucp_deepspeed.transfer.convert import convert
 Ucp = Callable[..., Result]
 
 OPTIONS = {
-    "inspect": {"--tag", "--spec", "--vocabulary-size", "--match", "--all", "--json"},
+    "inspect": {"--tag", "--spec", "--vocabulary-size", "--match", "--all", "--json", "--plot"},
     "convert": {
         "--tag",
         "--spec",

@@ -31,7 +31,7 @@ def test_options() -> None:
     options = {opt for param in load_command("plan").params if isinstance(param, click.Option) for opt in param.opts}
     topology = {"--tp", "--pp", "--dp", "--zero", "--ep"}
     changes = {"--model", "--on-missing", "--on-extra", "--on-differing", "--optimizer-states"}
-    assert options == {*topology, *changes, "--tag", "--spec", "--vocabulary-size", "--json"}
+    assert options == {*topology, *changes, "--tag", "--spec", "--vocabulary-size", "--json", "--plot"}
 
 
 def test_the_keys_of_the_object(sharded: Path, spec_file: Path, ucp: Ucp) -> None:
