@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 from checkpoints import differences
 from deepspeed import comm as dist
+from left_alone import Wrapped
 from test_async_save import ASYNC, FILE_LIMIT, contents, save_and_wait, trained
 
 from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.universal import PARTIAL_MARK, REPLACED_MARK
 from ucp_deepspeed.engine import save
 from ucp_deepspeed.engine.snapshot import FileSnapshot
 from ucp_deepspeed.testing.ranks import RankError, RankPool, free_port
@@ -96,6 +98,35 @@ def test_the_checkpoint_before_stays(moment: str, tag: str, before: Path, tmp_pa
     assert contents(folder / "old") == contents(before / "old")
     assert open_checkpoint(folder).run.global_steps == 3
     pool.close()
+
+
+def test_a_tag_that_lies_aside_is_loaded_there_and_put_back_by_the_next_save(
+    before: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """As a process leaves it that is killed between two renames. DeepSpeed's own load finds it too."""
+    shutil.copytree(before, tmp_path, dirs_exist_ok=True)
+    aside = tmp_path / f".old{PARTIAL_MARK}elsewhere-7{REPLACED_MARK}"
+    (tmp_path / "old").rename(aside)
+    held = contents(tmp_path)
+    stage_3 = replace(RUN, zero={"stage": 3})
+    for run, tag, universal in ((RUN, None, False), (stage_3, "old", True)):
+        found = ranks(1).run(train, run, 3, load=str(tmp_path), tag=tag)[0]
+        assert Path(str(found.load_path)).parent == aside
+        assert (found.counters["global_steps"], found.report is not None) == (3, universal)
+    assert contents(tmp_path) == held
+    plain = replace(RUN, universal={"enabled": True})
+    ranks(1).run(train, plain, 4, load=str(tmp_path), save=str(tmp_path), save_tag="next")
+    assert contents(tmp_path / "old") == contents(before / "old")
+    assert not aside.exists() and (tmp_path / "next").is_dir()
+
+
+def test_an_engine_that_is_left_to_deepspeed_finds_a_tag_that_lies_aside(ranks: Ranks, tmp_path: Path) -> None:
+    run = Run("mlp", zero={"stage": 0}, optimizer=(Wrapped, {"lr": 1e-3}))
+    ranks(1).run(train, run, 2, save=str(tmp_path), save_tag="old")
+    aside = tmp_path / f".old{PARTIAL_MARK}elsewhere-7{REPLACED_MARK}"
+    (tmp_path / "old").rename(aside)
+    found = ranks(1).run(train, run, 2, load=str(tmp_path))[0]
+    assert (Path(str(found.load_path)).parent, found.counters["global_steps"]) == (aside, 2)
 
 
 def save_until_one_is_killed(run: Run, folder: str, killed: int, tag: str) -> None:

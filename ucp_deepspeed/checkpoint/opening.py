@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from ucp_deepspeed.checkpoint.universal import (
     PARTIAL_MARK,
     REPLACED_MARK,
     UniversalCheckpoint,
+    home_of,
     is_unfinished,
 )
 from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, FormatError
@@ -33,7 +33,7 @@ UNFINISHED = "is what an interrupted conversion, or save in the background, left
 
 
 def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
-    """The tag folder that a path means.
+    """The tag folder that a path means; of a tag whose save was killed between two renames, where its old content lies.
 
     Args:
         path: a tag folder, or a folder with tag folders in it.
@@ -64,10 +64,11 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
         tag = _read_latest(latest)
         strays, named = Path(tag).is_absolute() or ".." in Path(tag).parts, f", which {latest} names"
     folder = root / tag
-    if strays or not (_is_folder(folder) or _put_back(folder)):
+    found = folder if _is_folder(folder) else _lies_aside(folder)
+    if strays or found is None:
         shown = tag if len(tag) <= LONGEST_SHOWN else f"{tag[:LONGEST_SHOWN]}…"
         raise CheckpointNotFoundError(f"no tag {shown!r} in {root}{named}{_there(root)}")
-    return folder
+    return found
 
 
 def _is_folder(folder: Path) -> bool:
@@ -77,15 +78,18 @@ def _is_folder(folder: Path) -> bool:
     return False
 
 
-def _put_back(folder: Path) -> bool:
-    """Whether a folder that isn't there could be brought back: see `REPLACED_MARK`."""
-    replaced = sorted(folder.parent.glob(f".{glob.escape(folder.name)}{PARTIAL_MARK}*{REPLACED_MARK}"))
-    if replaced:
+def interrupted(root: Path) -> dict[Path, Path]:
+    """Folders that a save was replacing when it was killed → where each lies now, whole (`REPLACED_MARK`)."""
+    hidden = [entry for entry in root.glob(f".*{PARTIAL_MARK}*{REPLACED_MARK}") if not home_of(entry).exists()]
+    return {home_of(entry): entry for entry in sorted(hidden, key=lambda entry: entry.stat().st_mtime)}
+
+
+def _lies_aside(folder: Path) -> Path | None:
+    """Where a folder lies that isn't there; None where it is nowhere."""
+    if _is_folder(folder.parent) and folder in interrupted(folder.parent):
         time.sleep(REPLACING_SECONDS)  # somebody may be about to put the new one in its place
-        if not _is_folder(folder):
-            with suppress(OSError):  # another rank was faster, or it can't be written here
-                max(replaced, key=lambda entry: entry.stat().st_mtime).rename(folder)
-    return _is_folder(folder)
+        return folder if folder.is_dir() else interrupted(folder.parent).get(folder)
+    return None
 
 
 def _read_latest(latest: Path) -> str:
@@ -145,9 +149,9 @@ def _native_file(folder: Path) -> Path | None:
 
 
 def tags_in(root: Path) -> list[str]:
-    """Names of the tag folders in a folder."""
+    """Names of the tags in a folder."""
     folders = [entry for entry in root.iterdir() if entry.is_dir() and not is_unfinished(entry)]
-    return sorted(entry.name for entry in folders if _holds_checkpoint(entry))
+    return sorted({home_of(entry).name for entry in folders if _holds_checkpoint(entry)})
 
 
 def _there(root: Path) -> str:

@@ -134,9 +134,16 @@ def are_scalars(values: Mapping[Any, Any]) -> bool:
     return all(isinstance(key, str) and isinstance(value, int | float) for key, value in values.items())
 
 
+def home_of(folder: Path) -> Path:
+    """Where a folder belongs: where it is, or, for what `REPLACED_MARK` is on, where it was."""
+    name, found, _ = folder.name.removesuffix(REPLACED_MARK).rpartition(PARTIAL_MARK)
+    moved = found and name.startswith(".") and folder.name.endswith(REPLACED_MARK)
+    return folder.with_name(name.removeprefix(".")) if moved else folder
+
+
 def is_unfinished(folder: Path) -> bool:
-    """Whether a folder is one that a conversion was still writing."""
-    return folder.name.startswith(".") and PARTIAL_MARK in folder.name
+    """Whether it is hidden and was being written, or removed; what alone is left of a tag is whole."""
+    return folder.name.startswith(".") and PARTIAL_MARK in folder.name and home_of(folder).exists()
 
 
 class UniversalCheckpoint(Checkpoint):

@@ -15,7 +15,7 @@ from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint, resolve_tag
 from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
-from ucp_deepspeed.checkpoint.universal import INDEX_NAME
+from ucp_deepspeed.checkpoint.universal import INDEX_NAME, home_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.console import told_once
 from ucp_deepspeed.engine.model import agreement, engine_topology
@@ -81,18 +81,25 @@ def load_checkpoint(
     """
     options = LoadOptions(*positional, **named)
     with agreement():
-        _check_loadable(engine, Path(load_dir), None if tag is None else str(tag), options)
+        aside = _check_loadable(engine, Path(load_dir), None if tag is None else str(tag), options)
+        if aside is not None:
+            load_dir, tag = str(aside.parent), aside.name
     with told_once(load_dir, tag):
         return native(load_dir, tag=tag, **options.arguments())
 
 
-def _check_loadable(engine: Any, load_dir: Path, tag: str | None, options: LoadOptions) -> None:
-    """Refuse what DeepSpeed can't load, as far as that can be told; for the rest it has words of its own."""
+def _check_loadable(engine: Any, load_dir: Path, tag: str | None, options: LoadOptions) -> Path | None:
+    """Refuse what DeepSpeed can't load, as far as that can be told; for the rest it has words of its own.
+
+    Returns:
+        Where a tag lies aside (`resolve_tag`), which DeepSpeed doesn't find by its name; None for any other.
+    """
     reason: UnsupportedError = getattr(engine, REASON)
     try:
         folder = resolve_tag(load_dir, tag)
     except UniversalCheckpointError:
-        return
+        return None
+    aside = None if home_of(folder) == folder else folder
     if (folder / INDEX_NAME).is_file():
         raise UnsupportedError(
             f"{folder} is a universal checkpoint, which this engine can't load: {reason.heading}",
@@ -100,11 +107,11 @@ def _check_loadable(engine: Any, load_dir: Path, tag: str | None, options: LoadO
             'change that: "load": "auto" or "always" then loads it',
         )
     if engine.universal_checkpoint_config.load == "never":
-        return
+        return aside
     try:
         checkpoint = open_here(engine, folder)
     except UniversalCheckpointError:
-        return
+        return aside
     if _is_of_another_topology(checkpoint, engine, options):
         raise UnsupportedError(
             f"{folder} was saved on {checkpoint.topology}, and this engine, on {engine_topology(engine)}, can load what its own "
@@ -112,6 +119,7 @@ def _check_loadable(engine: Any, load_dir: Path, tag: str | None, options: LoadO
             reason.problems,
             f'change that, or resume on {checkpoint.topology}, where "load": "auto" leaves it to DeepSpeed',
         )
+    return aside
 
 
 def _is_of_another_topology(checkpoint: Checkpoint, engine: Any, options: LoadOptions) -> bool:

@@ -19,7 +19,7 @@ from ucp_deepspeed.checkpoint import Checkpoint, resolve_tag
 from ucp_deepspeed.checkpoint.deepspeed_files import VALUES_KEY
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
-from ucp_deepspeed.checkpoint.universal import INDEX_NAME
+from ucp_deepspeed.checkpoint.universal import INDEX_NAME, home_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.background import settle_saves, wait_for_save
 from ucp_deepspeed.engine.console import told_once
@@ -140,8 +140,8 @@ def load_checkpoint(
             universal = takes_universal_path(config, engine, *prepared, options)
     _check_one_step(None if prepared is None else prepared[0])
     if not any(_gathered(universal)):  # a pipeline's stages may have changed on some ranks only
-        if folder is not None and folder == Path(load_dir):
-            load_dir, tag = str(folder.parent), folder.name
+        if folder is not None and (tag is None or folder.name != Path(tag).name):
+            load_dir, tag = str(folder.parent), folder.name  # it was named itself, or lies aside
         checked = only_held_against_the_list(None if prepared is None else prepared[0], engine)
         with told_once(load_dir, tag), nullcontext() if folder is None else checked:
             loaded = native(load_dir, tag=tag, **options.arguments())
@@ -225,7 +225,7 @@ def _one_tag(load_dir: Path, tag: str | None, load: str) -> str | None:
         return tag
     with agreement():
         folder = _find(load_dir, None, load)
-    found = _gathered(None if folder is None else str(folder.relative_to(load_dir)))
+    found = _gathered(None if folder is None else str(home_of(folder).relative_to(load_dir)))
     return next((name for name in found if name is not None), None)
 
 

@@ -63,6 +63,7 @@ from ucp_deepspeed.transfer.commit import (
     flush,
     make_partial_folder,
     partial_folder,
+    put_back,
     remove_partial_folder,
     replace_folder,
     write_atomically,
@@ -108,6 +109,7 @@ def save_checkpoint(
     with agreement():
         manifest = _manifest(engine)
         if writes_for_node(engine):
+            put_back(folder.parent)
             (folder / MANIFEST_NAME).unlink(missing_ok=True)
     saved = native(save_dir, tag=tag, save_latest=False, **rest)
     with agreement():

@@ -17,7 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from ucp_deepspeed.checkpoint.universal import PARTIAL_MARK, REPLACED_MARK
+from ucp_deepspeed.checkpoint import opening
+from ucp_deepspeed.checkpoint.opening import interrupted
+from ucp_deepspeed.checkpoint.universal import PARTIAL_MARK, REPLACED_MARK, home_of
 from ucp_deepspeed.errors import ConfigError
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -39,9 +41,10 @@ def committed_folder(final: Path, then: Callable[[], None] = lambda: None) -> It
     Raises:
         ConfigError: ``final`` exists already, or another process of this machine is writing it.
     """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    put_back(final.parent)
     if final.exists():
         raise ConfigError(f"{final} exists already; nothing was written")
-    final.parent.mkdir(parents=True, exist_ok=True)
     with terminated_as_exception():
         partial = make_partial_folder(final, alone=True)
         try:
@@ -73,6 +76,7 @@ def make_partial_folder(final: Path, alone: bool = False) -> Path:
         ConfigError: somebody else is writing it.
     """
     partial = partial_folder(final)
+    put_back(final.parent)
     with _locked(final.parent):  # between its making and its being held nobody looks
         remove_abandoned(final, of_any_name=not alone)
         others = [
@@ -260,7 +264,7 @@ def remove_abandoned(final: Path, of_any_name: bool = False) -> None:
     for entry, name, pid in _partial_folders(final):
         if (of_any_name or name == final.name) and not _alive(pid) and not _is_held(entry):
             try:
-                _remove_or_put_back(entry, final.parent / name)
+                _remove(entry, final.parent / name)
             except OSError as error:  # another user's, perhaps
                 logger.warning("%s, which a process that has ended left behind, can't be removed: %s", entry, error)
 
@@ -275,11 +279,22 @@ def _partial_folders(final: Path) -> Iterator[tuple[Path, str, int]]:
             yield entry, name.removeprefix("."), int(pid)
 
 
-def _remove_or_put_back(abandoned: Path, final: Path) -> None:
-    """What was killed between the two renames of `_exchange` has left nothing else of ``final``."""
-    if abandoned.name.endswith(REPLACED_MARK) and not final.exists():
-        abandoned.rename(final)
-    else:
+def put_back(root: Path) -> None:
+    """Give folders their names back that were to be replaced by processes that were killed between two renames (`_exchange`).
+
+    Whoever is about to write in ``root`` calls it; readers read such folders where they lie.
+    """
+    if interrupted(root):
+        time.sleep(
+            opening.REPLACING_SECONDS
+        )  # a process on another machine may be about to put the new one in its place
+        for final, replaced in interrupted(root).items():
+            with suppress(OSError):  # another rank was faster
+                replaced.rename(final)
+
+
+def _remove(abandoned: Path, final: Path) -> None:
+    if home_of(abandoned) != final or final.exists():  # else it is all that there is: see `put_back`
         shutil.rmtree(abandoned)
         with suppress(OSError):  # what a save had put there for what others add to it
             final.rmdir()

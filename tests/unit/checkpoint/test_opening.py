@@ -8,6 +8,7 @@ import pytest
 from native_models import SHAPES, check_reads_back, model_of
 
 from ucp_deepspeed.checkpoint import open_checkpoint, opening, resolve_tag
+from ucp_deepspeed.checkpoint.opening import tags_in
 from ucp_deepspeed.checkpoint.universal import PARTIAL_MARK, REPLACED_MARK
 from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.testing.native_files import NativeRun, write_native
@@ -141,13 +142,20 @@ def test_interrupted_conversion(tmp_path: Path) -> None:
 
 
 def test_a_tag_whose_save_was_killed_between_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On file systems that can't exchange folders. Hidden folders count as no tags."""
+    """On file systems that can't exchange folders: it is read where it lies, and nothing is changed. Others that are hidden count
+    as no tags."""
     monkeypatch.setattr(opening, "REPLACING_SECONDS", 0.0)
-    for mark in ("", REPLACED_MARK):
-        hidden = tmp_path / f".a{PARTIAL_MARK}elsewhere-7{mark}"
-        hidden.mkdir()
-        (hidden / "mp_rank_00_model_states.pt").write_text(mark)
-    with pytest.raises(CheckpointNotFoundError, match=r"no tag 'b' in .*; no tag folders there"):
+    half, whole = (tmp_path / f".a{PARTIAL_MARK}elsewhere-7{mark}" for mark in ("", REPLACED_MARK))
+    write_native(tmp_path, model_of({"weight": (3, 2)}), NativeRun(stage=1), tag="a").rename(whole)
+    half.mkdir()
+    (half / "mp_rank_00_model_states.pt").touch()
+    (tmp_path / "latest").write_text("a")
+    with pytest.raises(CheckpointNotFoundError, match=r"no tag 'b' in .*; tags there: a$"):
         resolve_tag(tmp_path, "b")
-    assert resolve_tag(tmp_path, "a") == tmp_path / "a"
-    assert (tmp_path / "a" / "mp_rank_00_model_states.pt").read_text() == REPLACED_MARK
+    for opened in (open_checkpoint(tmp_path), open_checkpoint(tmp_path, "a"), open_checkpoint(whole)):
+        assert opened.path == whole and set(opened.parameters) == {"weight"}
+    assert tags_in(tmp_path) == ["a"]
+    assert sorted(tmp_path.iterdir()) == sorted([half, whole, tmp_path / "latest"])
+    (tmp_path / "a").mkdir()  # then what lies aside is what nobody got to remove
+    with pytest.raises(DamagedCheckpointError, match="interrupted"):
+        open_checkpoint(whole)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from ucp_deepspeed.checkpoint import opening
 from ucp_deepspeed.checkpoint.universal import PARTIAL_MARK, REPLACED_MARK
 from ucp_deepspeed.errors import ConfigError
 from ucp_deepspeed.transfer import commit
@@ -208,13 +209,20 @@ def test_a_forked_child_holds_nothing(tmp_path: Path) -> None:
         assert commit._is_held(folder)
 
 
-def test_a_process_killed_between_two_renames_has_lost_nothing(tmp_path: Path) -> None:
-    """Its old folder comes back, unless there is one of that name."""
+@pytest.mark.parametrize("host", [socket.gethostname(), "elsewhere"])
+def test_a_process_killed_between_two_renames_has_lost_nothing(
+    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next writer brings its old folder back, unless there is one of that name: then that counts, and of this machine's
+    processes the old one goes."""
+    monkeypatch.setattr(opening, "REPLACING_SECONDS", 0.0)
     for name in "ab":
-        make(abandoned(tmp_path, name, REPLACED_MARK), x_pt="old")
+        hidden = make(abandoned(tmp_path, name, REPLACED_MARK), x_pt="old")
+        hidden.rename(tmp_path / hidden.name.replace(socket.gethostname(), host))
     make(tmp_path / "b", x_pt="new")
-    commit.remove_abandoned(tmp_path / "c", of_any_name=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    commit.remove_partial_folder(commit.make_partial_folder(tmp_path / "c"))
+    found = sorted(path.name for path in tmp_path.iterdir() if host != "elsewhere" or not path.name.startswith(".b"))
+    assert found == ["a", "b"]
     assert read(tmp_path / "a") == {"x.pt": "old"} and read(tmp_path / "b") == {"x.pt": "new"}
 
 
