@@ -38,6 +38,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo, TorchCheckpointEngine
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import agreement
 from ucp_deepspeed.engine.snapshot import FileSnapshot, HostBuffers, snapshot
 from ucp_deepspeed.errors import ConfigError, SaveError
@@ -56,7 +57,7 @@ BUFFERS = "universal_checkpoint_buffers"
 """Attribute of an engine: its `HostBuffers`."""
 
 
-def check_background(engine: Any) -> None:
+def check_background(engine: Engine) -> None:
     """Refuse settings that asynchronous saving can't go with.
 
     Raises:
@@ -88,7 +89,7 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
         files: what is to be written.
     """
 
-    def __init__(self, engine: Any, folder: Path) -> None:
+    def __init__(self, engine: Engine, folder: Path) -> None:
         super().__init__()
         self.name = "SnapshotEngine"
         self.files: list[FileSnapshot] = []
@@ -108,7 +109,7 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
             self.files.append(snapshot(state_dict, name, self._buffers, apart=self._is_cloned(name)))
 
     @contextmanager
-    def in_place_of_files(self, engine: Any) -> Iterator[None]:
+    def in_place_of_files(self, engine: Engine) -> Iterator[None]:
         """Be the engine's checkpoint engine in the block. What it writes past that, on rank 0 and between two barriers, is kept
         from raising too."""
         copy_scripts = engine._copy_recovery_script
@@ -333,7 +334,7 @@ OWN = "_universal_checkpoint_writing"
 """Attribute of an engine: its last `Writing`."""
 
 
-def begin(engine: Any, job: Job) -> None:
+def begin(engine: Engine, job: Job) -> None:
     """Start to write, on all ranks or on none. Collective.
 
     Raises:
@@ -368,7 +369,7 @@ def _end_with_child() -> None:
         multiprocessing.util.Finalize(None, end_of_process, exitpriority=0)
 
 
-def wait_for_save(engine: Any = None) -> None:
+def wait_for_save(engine: Engine | None = None) -> None:
     """Wait until the last asynchronous save of an engine, or of each, is on disk and ``latest`` has moved. Collective, unless the
     process group is gone.
 

@@ -12,6 +12,7 @@ from typing import Any
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 
 from ucp_deepspeed.checkpoint.deepspeed_files import ENGINE_KEYS
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.optimizer_only import values_to_save
 from ucp_deepspeed.errors import SaveError
 
@@ -24,7 +25,7 @@ RESUMED = frozenset((*COUNTERS, "module", "optimizer", "lr_scheduler", "data_sam
 """Keys that a load takes over, and doesn't return."""
 
 
-def to_be_saved(engine: Any, client_state: Mapping[str, Any]) -> dict[str, Any]:
+def to_be_saved(engine: Engine, client_state: Mapping[str, Any]) -> dict[str, Any]:
     """A client state without the engine's keys, and with what DeepSpeed leaves out.
 
     A script that saves what its load returned gives the engine some of its own keys back, as they were then: what they are now is
@@ -50,7 +51,7 @@ def to_be_saved(engine: Any, client_state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in client_state.items() if key not in old} | values_to_save(engine)
 
 
-def _is_users(engine: Any, key: str, value: Any) -> bool:
+def _is_users(engine: Engine, key: str, value: Any) -> bool:
     """Whether an entry under one of DeepSpeed's keys may be the user's own.
 
     Megatron-DeepSpeed tells its layouts in one of them, where AutoTP doesn't; and a script may keep the path of its config.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from math import prod
-from typing import Any
 
 import deepspeed
 import torch
@@ -20,6 +19,7 @@ from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
 from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.engine.deepspeed_surface import autoep_layers
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import WEIGHT_DTYPES, EngineModel
 from ucp_deepspeed.engine.optimizers import EngineOptimizer
 from ucp_deepspeed.errors import UnsupportedError
@@ -27,7 +27,7 @@ from ucp_deepspeed.plan import Fragment, Target, plan_tensor
 from ucp_deepspeed.transfer import FileReader, run_copies
 
 
-def check_custom_load(engine: Any) -> None:
+def check_custom_load(engine: Engine) -> None:
     """Refuse where DeepSpeed does too, and what a state dict of this rank can't be made for.
 
     Raises:
@@ -71,7 +71,7 @@ def _dtype(parameter: Parameter, model: EngineModel) -> torch.dtype:
 
 
 def run_custom_load(
-    engine: Any,
+    engine: Engine,
     model: EngineModel,
     optimizer: EngineOptimizer,
     function: Callable[..., None],

@@ -17,6 +17,8 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from packaging.version import Version
 
+from ucp_deepspeed.engine.deepspeed_types import Engine
+
 OLDEST_AUTOEP = "0.19.8"
 """First version whose AutoEP marks each tensor with the experts that it holds."""
 
@@ -92,7 +94,7 @@ def loss_scale_of(wrapper: Any) -> Any:
     return holder if getattr(holder, "use_grad_scaling", True) else None
 
 
-def saves_optimizer(engine: Any) -> bool:
+def saves_optimizer(engine: Engine) -> bool:
     """Whether what this version saves of an engine has the optimizer's state.
 
     Before 0.18.5 ``_save_checkpoint`` (``runtime/engine.py``) took all of bf16 for ZeRO's, of which other files have it, and

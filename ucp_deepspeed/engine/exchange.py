@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
 
+from ucp_deepspeed.engine.deepspeed_types import Engine
+
 PACKED_NUMBYTES = 1 << 17
 """Tensors below this size, or a rank's part of a round, travel together: a message of its own costs more than copying them."""
 
@@ -56,7 +58,7 @@ class _Pack:
     received: bool
 
 
-def replica_group(engine: Any, tensor: torch.Tensor) -> Any:
+def replica_group(engine: Engine, tensor: torch.Tensor) -> Any:
     """The ranks that hold all of a parameter or buffer, or what belongs to it, as this one does.
 
     None where there are no others, where ZeRO-3 has cut it, or where the group's backend can't reach its device.

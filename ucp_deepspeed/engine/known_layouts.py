@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.view import layouts_of
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language.resolve import Agreement, compare
@@ -47,7 +47,7 @@ def known_by_plan(
     return KnownLayouts(told, names, vocabulary_size)
 
 
-def known_by_manifest(checkpoint: Checkpoint, engine: Any) -> KnownLayouts:
+def known_by_manifest(checkpoint: Checkpoint, engine: Engine) -> KnownLayouts:
     """What the manifest tells of a model that DeepSpeed itself loads: it has the same names and shares. A spec in the config
     knows better."""
     manifest = checkpoint.manifest if isinstance(checkpoint, DeepSpeedCheckpoint) else None
@@ -56,12 +56,12 @@ def known_by_manifest(checkpoint: Checkpoint, engine: Any) -> KnownLayouts:
     return KnownLayouts(manifest.patterns, manifest.logical_names, manifest.vocabulary_size)
 
 
-def keep_layouts(engine: Any, known: KnownLayouts) -> None:
+def keep_layouts(engine: Engine, known: KnownLayouts) -> None:
     """After a load that succeeded, in place of what was known before it."""
     setattr(engine, ATTRIBUTE, known)
 
 
-def kept_layouts(engine: Any, model: EngineModel) -> KnownLayouts:
+def kept_layouts(engine: Engine, model: EngineModel) -> KnownLayouts:
     """What the last load knew and the live model doesn't contradict, with the config's vocabulary size if it names one."""
     known: KnownLayouts = getattr(engine, ATTRIBUTE, KnownLayouts())
     size = model.vocabulary_size or known.vocabulary_size

@@ -18,6 +18,7 @@ from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME, home_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.console import told_once
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import agreement, engine_topology
 from ucp_deepspeed.engine.native import LoadOptions
 from ucp_deepspeed.engine.node_local import open_here, writes_for_node
@@ -29,7 +30,7 @@ REASON = "universal_checkpoint_left_alone"
 """Attribute of an engine: the `UnsupportedError` for which it is left to DeepSpeed, or None."""
 
 
-def leave_alone(engine: Any, reason: UnsupportedError) -> None:
+def leave_alone(engine: Engine, reason: UnsupportedError) -> None:
     """Leave the engine's saves and loads to DeepSpeed.
 
     Raises:
@@ -54,13 +55,13 @@ def _asks_for_more(config: UniversalCheckpointConfig) -> bool:
     return config.load == "always" or config.has_policies or config.save.asynchronous
 
 
-def is_left_alone(engine: Any) -> bool:
+def is_left_alone(engine: Engine) -> bool:
     """Whether the engine's saves and loads are DeepSpeed's own."""
     return getattr(engine, REASON, None) is not None
 
 
 def save_checkpoint(
-    native: Callable[..., bool], engine: Any, save_dir: str, tag: Any = None, *positional: Any, **named: Any
+    native: Callable[..., bool], engine: Engine, save_dir: str, tag: Any = None, *positional: Any, **named: Any
 ) -> bool:
     """In place of ``engine.save_checkpoint``: DeepSpeed's own. A manifest that is there describes other files, and goes."""
     if save_dir and writes_for_node(engine):
@@ -71,7 +72,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    native: Callable[..., Any], engine: Any, load_dir: str, tag: Any = None, *positional: Any, **named: Any
+    native: Callable[..., Any], engine: Engine, load_dir: str, tag: Any = None, *positional: Any, **named: Any
 ) -> Any:
     """In place of ``engine.load_checkpoint``: DeepSpeed's own.
 
@@ -88,7 +89,7 @@ def load_checkpoint(
         return native(load_dir, tag=tag, **options.arguments())
 
 
-def _check_loadable(engine: Any, load_dir: Path, tag: str | None, options: LoadOptions) -> Path | None:
+def _check_loadable(engine: Engine, load_dir: Path, tag: str | None, options: LoadOptions) -> Path | None:
     """Refuse what DeepSpeed can't load, as far as that can be told; for the rest it has words of its own.
 
     Returns:
@@ -122,7 +123,7 @@ def _check_loadable(engine: Any, load_dir: Path, tag: str | None, options: LoadO
     return aside
 
 
-def _is_of_another_topology(checkpoint: Checkpoint, engine: Any, options: LoadOptions) -> bool:
+def _is_of_another_topology(checkpoint: Checkpoint, engine: Engine, options: LoadOptions) -> bool:
     """Whether DeepSpeed can't go on from it; without ZeRO, and for weights below stage 3, a file serves all replicas."""
     saved, live = checkpoint.topology, engine_topology(engine)
     if (saved.tp, saved.pp) != (live.tp, live.pp):

@@ -24,6 +24,7 @@ from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.background import settle_saves, wait_for_save
 from ucp_deepspeed.engine.console import told_once
 from ucp_deepspeed.engine.custom_load import check_custom_load, local_state_dict, run_custom_load
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.extra_states import plan_extra_states
 from ucp_deepspeed.engine.known_layouts import KnownLayouts, keep_layouts, known_by_manifest
 from ucp_deepspeed.engine.matching import in_ties_of, match_model, match_names, policies_of
@@ -103,7 +104,7 @@ class LoadReport:
 @telling_ways_on
 def load_checkpoint(
     native: Callable[..., Loaded],
-    engine: Any,
+    engine: Engine,
     load_dir: str,
     tag: str | None = None,
     load_module_strict: bool = True,
@@ -170,7 +171,7 @@ def load_checkpoint(
     return loaded
 
 
-def _opened(engine: Any, folder: Path, config: UniversalCheckpointConfig) -> Checkpoint | None:
+def _opened(engine: Engine, folder: Path, config: UniversalCheckpointConfig) -> Checkpoint | None:
     """The catalog; None where this release can't read the files, and DeepSpeed by itself may be able to.
 
     Raises:
@@ -265,7 +266,7 @@ def _find(load_dir: Path, tag: str | None, load: str) -> Path | None:
 
 
 def _load_universal(
-    engine: Any, checkpoint: Checkpoint, optimizer: EngineOptimizer, options: LoadOptions, started: float
+    engine: Engine, checkpoint: Checkpoint, optimizer: EngineOptimizer, options: LoadOptions, started: float
 ) -> Loaded:
     model, custom = describe_model(engine), options.custom_load_fn
     config: UniversalCheckpointConfig = engine.universal_checkpoint_config
@@ -339,7 +340,7 @@ def _load_universal(
 
 
 def _client_state(
-    engine: Any, checkpoint: Checkpoint, model: EngineModel, config: UniversalCheckpointConfig
+    engine: Engine, checkpoint: Checkpoint, model: EngineModel, config: UniversalCheckpointConfig
 ) -> tuple[str, dict[str, Any], tuple[str, ...]]:
     """The path and the client state that this rank gets, and the keys that are left out of it.
 
@@ -357,7 +358,7 @@ def _client_state(
     return (*checkpoint.client_state(*place), tuple(unread))
 
 
-def _own_file(engine: Any, checkpoint: Checkpoint, model: EngineModel) -> tuple[int, int]:
+def _own_file(engine: Engine, checkpoint: Checkpoint, model: EngineModel) -> tuple[int, int]:
     """Model- and data-parallel rank of the file whose client state this rank gets: its own where it has one, else the first."""
     saved, live = checkpoint.topology, model.topology
     rank = model.rank if (saved.tp, saved.pp, saved.ep) == (live.tp, live.pp, live.ep) else 0

@@ -24,6 +24,7 @@ from ucp_deepspeed.checkpoint.checkpoint import HeldShapes, Kind, Precision
 from ucp_deepspeed.checkpoint.experts import expert_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.deepspeed_surface import dealt_experts, uncut_by_autotp
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.exchange import replica_group
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizer_only import optimizer_only
@@ -131,7 +132,7 @@ class EngineModel:
         return [name for name, tensor in self.tensors.items() if tensor.kind in kinds]
 
 
-def describe_model(engine: Any) -> EngineModel:
+def describe_model(engine: Engine) -> EngineModel:
     """Collective over the model-parallel ranks: those of a stage tell one another what they hold, and then the stages.
 
     A rank learns the names and shapes of the model once, and not once for each tensor-parallel rank.
@@ -178,7 +179,7 @@ def describe_model(engine: Any) -> EngineModel:
     )
 
 
-def _tied(engine: Any, names: ModelNames) -> dict[str, str]:
+def _tied(engine: Engine, names: ModelNames) -> dict[str, str]:
     """Further names of parameters; one without elements may share its address with others, and is left out."""
     first = names.of_parameters
     return {
@@ -193,19 +194,19 @@ def _is_expert_buffer(name: str, kind: HeldKind) -> bool:
     return kind == "buffer" and expert_of(name) is not None
 
 
-def engine_topology(engine: Any) -> Topology:
+def engine_topology(engine: Engine) -> Topology:
     """The topology under the names of this package; sequence-parallel ranks count as data-parallel, as in DeepSpeed's files."""
     pp = bwc_pipeline_parallel_world_size(engine.mpu) if engine.mpu is not None else 1
     stage, ep = engine.zero_optimization_stage(), ModelNames(engine).ep
     return Topology(engine.mp_world_size // pp, pp, engine.seq_dp_world_size, stage, ep)
 
 
-def engine_precision(engine: Any) -> Precision:
+def engine_precision(engine: Engine) -> Precision:
     """Precision of the weights."""
     return "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
 
 
-def _local_tensors(engine: Any) -> Iterator[tuple[str, HeldKind, torch.Tensor]]:
+def _local_tensors(engine: Engine) -> Iterator[tuple[str, HeldKind, torch.Tensor]]:
     """Parameters and persistent buffers, under the names of this rank's modules.
 
     What the optimizer has is trained, also while ``requires_grad`` is off: its states are still there, and go on later.
@@ -269,7 +270,7 @@ class _Stage:
         return shapes * degree if len(shapes) == 1 else shapes
 
 
-def _gather_stages(engine: Any, topology: Topology, mine: _Held) -> list[_Stage]:
+def _gather_stages(engine: Engine, topology: Topology, mine: _Held) -> list[_Stage]:
     """What each stage holds. Raised after the last exchange, and so on all ranks, is what one stage has wrong."""
     held = _gather(engine, mine, bwc_tensor_model_parallel_group(engine.mpu)) if topology.tp > 1 else [mine]
     common = [name for name in mine.shapes if all(name in share.shapes for share in held)]
@@ -303,24 +304,24 @@ def _joint(kinds: Sequence[HeldKind]) -> HeldKind:
     return next((kind for kind in ("trainable", "idle") if kind in kinds), kinds[-1])
 
 
-def model_parallel_rank(engine: Any) -> int:
+def model_parallel_rank(engine: Engine) -> int:
     """Position among the ranks that hold one copy of the model: stage by stage, tensor-parallel rank by rank."""
     return int(engine.mpu.get_model_parallel_rank()) if engine.mp_world_size > 1 else 0
 
 
-def gather_model_parallel(engine: Any, value: T) -> list[T]:
+def gather_model_parallel(engine: Engine, value: T) -> list[T]:
     """Every model-parallel rank's value, in rank order. Collective over the model-parallel group."""
     return [value] if engine.mp_world_size == 1 else _gather(engine, value, engine.mpu.get_model_parallel_group())
 
 
-def _gather(engine: Any, value: T, group: Any) -> list[T]:
+def _gather(engine: Engine, value: T, group: Any) -> list[T]:
     """The values of a group of model-parallel ranks, in the order of these."""
     gathered: list[Any] = [None] * dist.get_world_size(group=group)
     dist.all_gather_object(gathered, (model_parallel_rank(engine), value), group=group)
     return [held for _, held in sorted(gathered, key=lambda entry: entry[0])]
 
 
-def _live_layouts(engine: Any) -> RecordedLayouts:
+def _live_layouts(engine: Engine) -> RecordedLayouts:
     """What AutoTP's or Megatron-Core's attributes of parameters tell; the latter's if the process uses Megatron-Core anyway."""
     if engine.autotp_size() > 1:
         info = getattr(engine.module, UNIVERSAL_CHECKPOINT_INFO, None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from deepspeed.moe.layer import MoE
@@ -13,6 +12,7 @@ from deepspeed.utils import groups
 
 from ucp_deepspeed.checkpoint.experts import EXPERTS, expert_of, renumbered
 from ucp_deepspeed.engine.deepspeed_surface import autoep_layers
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.optimizer_only import optimizer_only
 
 
@@ -37,7 +37,7 @@ class ModelNames:
         layers: by the beginning of its experts' names; those of AutoEP too.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.layers: Mapping[str, LayerExperts] = {
             f"{name}.{EXPERTS}.".lstrip("."): LayerExperts(

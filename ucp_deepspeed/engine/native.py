@@ -18,6 +18,7 @@ from ucp_deepspeed.checkpoint.deepspeed_zero import BF16_OPTIMIZER
 from ucp_deepspeed.checkpoint.slots import Slot
 from ucp_deepspeed.checkpoint.unpickling import opaque_in
 from ucp_deepspeed.config import UniversalCheckpointConfig
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import (
     engine_precision,
     engine_topology,
@@ -59,7 +60,7 @@ class LoadOptions:
 
 def takes_universal_path(
     config: UniversalCheckpointConfig,
-    engine: Any,
+    engine: Engine,
     checkpoint: Checkpoint,
     optimizer: EngineOptimizer,
     options: LoadOptions,
@@ -86,7 +87,7 @@ def _warn_of_unrecorded(checkpoint: DeepSpeedCheckpoint) -> None:
 
 
 def _can_take_over(
-    engine: Any, checkpoint: DeepSpeedCheckpoint, optimizer: EngineOptimizer, options: LoadOptions
+    engine: Engine, checkpoint: DeepSpeedCheckpoint, optimizer: EngineOptimizer, options: LoadOptions
 ) -> bool:
     """Whether DeepSpeed would restore on this rank what the options ask for."""
     if only_evaluates(engine):
@@ -98,7 +99,7 @@ def _can_take_over(
     return _same_topology(checkpoint, engine, optimizer)
 
 
-def _holds_data_alone(checkpoint: DeepSpeedCheckpoint, engine: Any, trusting: bool) -> bool:
+def _holds_data_alone(checkpoint: DeepSpeedCheckpoint, engine: Engine, trusting: bool) -> bool:
     """Whether nothing in the files that DeepSpeed would unpickle could run code; the universal path doesn't need all of them.
 
     Args:
@@ -115,7 +116,7 @@ def _holds_data_alone(checkpoint: DeepSpeedCheckpoint, engine: Any, trusting: bo
     return True
 
 
-def _has_weights_for(checkpoint: DeepSpeedCheckpoint, engine: Any, options: LoadOptions) -> bool:
+def _has_weights_for(checkpoint: DeepSpeedCheckpoint, engine: Engine, options: LoadOptions) -> bool:
     """Whether DeepSpeed finds the weights of an engine without an optimizer where it looks for them.
 
     It doesn't under ZeRO-3 on either side; and of an engine in bf16 it asks for optimizer states that aren't there.
@@ -129,7 +130,7 @@ def _has_weights_for(checkpoint: DeepSpeedCheckpoint, engine: Any, options: Load
     )
 
 
-def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: EngineOptimizer) -> bool:
+def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Engine, optimizer: EngineOptimizer) -> bool:
     """Whether each rank can take over one rank's files as they are: same degrees, stage, precision and slots.
 
     The slots catch what degrees don't: another optimizer, ``round_robin_gradients``, ``parameter_alignment`` or
@@ -159,7 +160,7 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Any, optimizer: Engi
         return True
 
 
-def _finds_own_files(checkpoint: DeepSpeedCheckpoint, engine: Any, names: ModelNames) -> bool:
+def _finds_own_files(checkpoint: DeepSpeedCheckpoint, engine: Engine, names: ModelNames) -> bool:
     """Whether DeepSpeed finds this rank's partition under the name it looks for, and under ZeRO-3 what it expects for weights.
 
     Before 0.6.2 the files of bf16 were named as others are; and what stands for a partitioned weight had an element.
@@ -178,7 +179,7 @@ def _finds_own_files(checkpoint: DeepSpeedCheckpoint, engine: Any, names: ModelN
 
 def _same_contents(
     checkpoint: DeepSpeedCheckpoint,
-    engine: Any,
+    engine: Engine,
     optimizer: EngineOptimizer,
     names: ModelNames,
     groups: Sequence[Mapping[str, Any]],
@@ -233,7 +234,7 @@ def _same_sizes(checkpoint: DeepSpeedCheckpoint, optimizer: EngineOptimizer, ran
     return not counts or counts == [len(group["params"]) for group in optimizer.base.param_groups]
 
 
-def _same_weights(checkpoint: DeepSpeedCheckpoint, engine: Any, names: ModelNames) -> bool:
+def _same_weights(checkpoint: DeepSpeedCheckpoint, engine: Engine, names: ModelNames) -> bool:
     """Whether the model has the shapes and ties of the one that saved, under the same names."""
     shapes = checkpoint.local_shapes(model_parallel_rank(engine))
     return (
@@ -245,7 +246,7 @@ def _same_weights(checkpoint: DeepSpeedCheckpoint, engine: Any, names: ModelName
     )
 
 
-def _lacks_frozen(checkpoint: DeepSpeedCheckpoint, engine: Any) -> bool:
+def _lacks_frozen(checkpoint: DeepSpeedCheckpoint, engine: Engine) -> bool:
     """Whether a parameter needs no gradient now, and did when the run saved.
 
     From stage 2 on DeepSpeed looks for all of the first among the second (``runtime/engine.py::load_module_state_dict``).
@@ -257,7 +258,9 @@ def _lacks_frozen(checkpoint: DeepSpeedCheckpoint, engine: Any) -> bool:
     return not resting <= recorded.keys()
 
 
-def _ties_others(checkpoint: DeepSpeedCheckpoint, engine: Any, names: ModelNames, shapes: Mapping[str, Shape]) -> bool:
+def _ties_others(
+    checkpoint: DeepSpeedCheckpoint, engine: Engine, names: ModelNames, shapes: Mapping[str, Shape]
+) -> bool:
     """Whether the model keeps apart what is tied in the checkpoint, or ties what is apart there: DeepSpeed would let the last of
     two values win."""
     mine = frozenset(names.of_parameters.values())
@@ -265,7 +268,7 @@ def _ties_others(checkpoint: DeepSpeedCheckpoint, engine: Any, names: ModelNames
     return not (mine.isdisjoint(checkpoint.tied) and further.isdisjoint(shapes))
 
 
-def _serves_any_size(checkpoint: DeepSpeedCheckpoint, engine: Any) -> bool:
+def _serves_any_size(checkpoint: DeepSpeedCheckpoint, engine: Engine) -> bool:
     """Whether DeepSpeed alone can restore all of it, on any data-parallel size: each rank has everything, and only their order
     tells whose the states are, or some aren't element-wise."""
     saved = checkpoint.topology

@@ -12,15 +12,16 @@ from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.node_local import NodeLocalFiles
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.errors import MismatchError
 
 
-def writes_for_node(engine: Any) -> bool:
+def writes_for_node(engine: Engine) -> bool:
     """Whether this rank writes what belongs to a folder as a whole: the first of all, or on disks of their own of its machine."""
     return dist.get_rank() == 0 or bool(engine.use_node_local_storage() and engine.local_rank == 0)
 
 
-def open_here(engine: Any, folder: Path) -> Checkpoint:
+def open_here(engine: Engine, folder: Path) -> Checkpoint:
     """The catalog of a checkpoint; of one on machines' own disks, as far as this one has it.
 
     Raises:

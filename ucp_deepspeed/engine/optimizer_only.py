@@ -14,13 +14,15 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
 from ucp_deepspeed.checkpoint.deepspeed_files import VALUES_KEY
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.language.naming import optimizer_only_name
 
 
-def optimizer_only(engine: Any) -> dict[torch.Tensor, str]:
+def optimizer_only(engine: Engine) -> dict[torch.Tensor, str]:
     """The names of those of this rank; a pipeline's later stages count their own."""
     found: dict[torch.Tensor, str] = {}
-    stage = f".stage{engine.stage_id}" if getattr(engine, "stage_id", 0) else ""
+    number = getattr(engine, "stage_id", 0)  # of a pipeline's engine
+    stage = f".stage{number}" if number else ""
     for group, params in enumerate(_groups(engine.optimizer)):
         own = [param for param in params if param not in engine.param_names]
         found |= {param: optimizer_only_name(group, index) + stage for index, param in enumerate(own)}
@@ -37,13 +39,13 @@ def _groups(optimizer: Any) -> Sequence[Sequence[torch.Tensor]]:
     return []  # ZeRO's classes fail on them
 
 
-def values_to_save(engine: Any) -> dict[str, Any]:
+def values_to_save(engine: Engine) -> dict[str, Any]:
     """What is added to the client state; nothing where there are none."""
     values = {name: param.detach() for param, name in optimizer_only(engine).items()}
     return {VALUES_KEY: values} if values else {}
 
 
-def take_values(engine: Any, state: dict[str, Any] | None) -> None:
+def take_values(engine: Engine, state: dict[str, Any] | None) -> None:
     """Take them out of a client state that DeepSpeed has loaded, and over into the engine."""
     values: Mapping[str, torch.Tensor] = (state or {}).pop(VALUES_KEY, {})
     with torch.no_grad():

@@ -16,26 +16,28 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import TiedLayerSpec
 
 from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED
+from ucp_deepspeed.engine.deepspeed_types import Engine, PipelineModule
 from ucp_deepspeed.engine.model import gather_model_parallel
 
 logger = logging.getLogger("ucp_deepspeed")
 
 
-def layer_keys(engine: Any) -> dict[str, str]:
+def layer_keys(engine: Engine) -> dict[str, str]:
     """Keys of layer files (``{layer}.{local name}``) → names, for tied modules. Collective over the model-parallel group."""
     if not isinstance(engine, PipelineEngine):
         return {}
     return {key: name for held in gather_model_parallel(engine, dict(_tied_keys(engine))) for key, name in held.items()}
 
 
-def _tied_keys(engine: Any) -> Iterator[tuple[str, str]]:
-    for layer, spec in enumerate(engine.module._layer_specs):
+def _tied_keys(engine: Engine) -> Iterator[tuple[str, str]]:
+    module: PipelineModule = engine.module
+    for layer, spec in enumerate(module._layer_specs):
         if isinstance(spec, TiedLayerSpec) and spec.forward_fn is None and spec.key in engine.module.tied_modules:
             for local_name in engine.module.tied_modules[spec.key].state_dict():
                 yield f"{layer}.{local_name}", f"{TIED}{spec.key}.{local_name}"
 
 
-def tell_of_others(engine: Any, trained: Collection[str]) -> None:
+def tell_of_others(engine: Engine, trained: Collection[str]) -> None:
     """Of what a tied module holds and nothing trains each stage has a copy of its own, of which a load takes the first.
 
     Told once for each engine: often the later stages don't use theirs. Collective over the stages that share a module.
@@ -46,7 +48,8 @@ def tell_of_others(engine: Any, trained: Collection[str]) -> None:
     told = engine.__dict__.setdefault("_universal_checkpoint_told", set())
     if not isinstance(engine, PipelineEngine):
         return
-    for key, shared in engine.module.tied_comms.items():
+    module: PipelineModule = engine.module
+    for key, shared in module.tied_comms.items():
         if key in told:
             continue
         told.add(key)

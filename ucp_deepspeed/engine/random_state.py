@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ucp_deepspeed.checkpoint.encoding import decode, encode
 from ucp_deepspeed.checkpoint.manifest import read_manifest
 from ucp_deepspeed.checkpoint.universal import INDEX_NAME
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import agreement, engine_topology, model_parallel_rank
 from ucp_deepspeed.errors import DamagedCheckpointError, FormatError
 from ucp_deepspeed.transfer.commit import write_atomically
@@ -96,14 +97,14 @@ class Stream:
     identity: Hashable
 
 
-def save_random_state(engine: Any, folder: Path) -> None:
+def save_random_state(engine: Engine, folder: Path) -> None:
     """Write this rank's file. Called on every rank between DeepSpeed's files and the manifest, without which it doesn't count."""
     name, text = random_state_file(engine)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / name, text)
 
 
-def random_state_file(engine: Any) -> tuple[str, str]:
+def random_state_file(engine: Engine) -> tuple[str, str]:
     """Name and content of this rank's file."""
     place = _place(engine)
     state = RandomState(
@@ -155,7 +156,7 @@ def read_random_state(folder: Path, global_steps: int) -> RandomState | None:
     return state
 
 
-def restore_random_state(engine: Any, saved: RandomState | None) -> None:
+def restore_random_state(engine: Engine, saved: RandomState | None) -> None:
     """Let the streams go on, or derive new ones. Collective; the last thing that a load does.
 
     Args:
@@ -248,7 +249,7 @@ def _log(exact: bool, origin: _Origin) -> None:
     )
 
 
-def _place(engine: Any) -> Place:
+def _place(engine: Engine) -> Place:
     stage, tensor_parallel_rank = divmod(model_parallel_rank(engine), engine_topology(engine).tp)
     copy, share = divmod(dist.get_rank(group=engine.seq_data_parallel_group), engine.sequence_parallel_size)
     return Place(
@@ -262,7 +263,7 @@ def _place(engine: Any) -> Place:
     )
 
 
-def _live_streams(engine: Any) -> dict[str, Stream]:
+def _live_streams(engine: Engine) -> dict[str, Stream]:
     """All sources of this rank, by the names that they have in the file."""
     streams = {"python": _python_stream(), "torch": _generator_stream(torch.default_generator)}
     if np.random.get_state(legacy=False)["bit_generator"] == NUMPY_GENERATOR:

@@ -45,6 +45,7 @@ from ucp_deepspeed.engine.background import (
     wait_for_save,
 )
 from ucp_deepspeed.engine.client_state import to_be_saved
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.extra_states import has_extra_states
 from ucp_deepspeed.engine.known_layouts import KnownLayouts, kept_layouts
 from ucp_deepspeed.engine.model import EngineModel, agreement, describe_model, gather_model_parallel, has_elements
@@ -77,7 +78,7 @@ SEEN_SECONDS = 10.0
 
 def save_checkpoint(
     native: Callable[..., bool],
-    engine: Any,
+    engine: Engine,
     save_dir: str,
     tag: str | None = None,
     client_state: dict[str, Any] | None = None,
@@ -134,7 +135,7 @@ def save_checkpoint(
 
 
 def _save_in_background(
-    native: Callable[..., bool], engine: Any, save_dir: str, tag: str, save_latest: bool, rest: Mapping[str, Any]
+    native: Callable[..., bool], engine: Engine, save_dir: str, tag: str, save_latest: bool, rest: Mapping[str, Any]
 ) -> bool:
     """Copy into host memory what DeepSpeed would write, and begin to write it. Collective.
 
@@ -253,7 +254,7 @@ def _is_part(name: str) -> bool:
     return _PARTS.fullmatch(name) is not None
 
 
-def check_model(engine: Any) -> None:
+def check_model(engine: Engine) -> None:
     """What saving would check, without saving: called when the engine is built. Collective.
 
     Raises:
@@ -281,7 +282,7 @@ def _warn_of_forms(model: EngineModel) -> None:
         )
 
 
-def _warn_of_left_out(engine: Any, model: EngineModel) -> None:
+def _warn_of_left_out(engine: Engine, model: EngineModel) -> None:
     """DeepSpeed's ZeRO-3 files hold trained parameters, and frozen ones that need no gradient (``runtime/engine.py``)."""
     needing = {
         name for param, name in ModelNames(engine).of_parameters.items() if param.requires_grad and has_elements(param)
@@ -295,7 +296,7 @@ def _warn_of_left_out(engine: Any, model: EngineModel) -> None:
         )
 
 
-def _warn_if_unreadable(engine: Any, folder: Path) -> None:
+def _warn_if_unreadable(engine: Engine, folder: Path) -> None:
     """Tell at once, and not at the resume, that the client state holds what a load would refuse. The save itself is done."""
     try:
         unread = open_here(engine, folder).unreadable()
@@ -316,7 +317,7 @@ def _commit(manifest: Manifest, folder: Path) -> None:
     write_atomically(folder / MANIFEST_NAME, complete.model_dump_json(indent=1))
 
 
-def _manifest(engine: Any) -> Manifest:
+def _manifest(engine: Engine) -> Manifest:
     """All but the files. Collective.
 
     Raises:

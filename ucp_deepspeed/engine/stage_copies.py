@@ -14,6 +14,7 @@ from deepspeed import comm as dist
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.torch_files import INTEGERS
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import EngineModel, agreement
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.engine.optimizers.states import is_number
@@ -113,7 +114,7 @@ def differing_copies(model: EngineModel, optimizer: EngineOptimizer) -> tuple[st
     return tuple(name for name, stages in shared.items() if not _are_same(name, stages, found))
 
 
-def tell_of_differing(engine: Any, differing: Sequence[str], form: str) -> None:
+def tell_of_differing(engine: Engine, differing: Sequence[str], form: str) -> None:
     """Once for each parameter of an engine; its copies may never be one again.
 
     Args:

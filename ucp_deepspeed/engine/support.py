@@ -23,6 +23,7 @@ from ucp_deepspeed.engine.deepspeed_surface import (
     moe_files_have_names,
     saves_optimizer,
 )
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.left_alone import leave_alone
 from ucp_deepspeed.engine.model import agreement, check_same_on_all_ranks
 from ucp_deepspeed.engine.names import ModelNames
@@ -33,7 +34,7 @@ from ucp_deepspeed.errors import UnsupportedError
 logger = logging.getLogger("ucp_deepspeed")
 
 
-def check_engine(engine: Any) -> None:
+def check_engine(engine: Engine) -> None:
     """Refuse, when the engine is built, what this release can't handle, or leave it to DeepSpeed (`left_alone`). Collective.
 
     Raises:
@@ -54,7 +55,7 @@ def check_engine(engine: Any) -> None:
         _tell_what_is_not_saved(engine)
 
 
-def _first_reason(engine: Any, check: Callable[[Any], None]) -> UnsupportedError | None:
+def _first_reason(engine: Engine, check: Callable[[Any], None]) -> UnsupportedError | None:
     """The first rank's that finds one why this release can't handle the engine; other errors are raised. Collective."""
     found: UnsupportedError | None = None
     with agreement():
@@ -67,19 +68,19 @@ def _first_reason(engine: Any, check: Callable[[Any], None]) -> UnsupportedError
     return next((reason for reason in gathered if reason is not None), None)
 
 
-def _check_kinds(engine: Any) -> None:
+def _check_kinds(engine: Engine) -> None:
     if engine.has_moe_layers:
         _check_experts(engine)
     if not only_evaluates(engine):
         engine_optimizer(engine)
 
 
-def _check_model(engine: Any) -> None:
+def _check_model(engine: Engine) -> None:
     if not only_evaluates(engine):
         check_model(engine)
 
 
-def _tell_what_is_not_saved(engine: Any) -> None:
+def _tell_what_is_not_saved(engine: Engine) -> None:
     if not saves_optimizer(engine) and dist.get_rank() == 0:
         logger.warning(
             "DeepSpeed %s saves no optimizer state in bf16 at stage 0, nor at stage 1 with gradients accumulated in fp32: "
@@ -89,7 +90,7 @@ def _tell_what_is_not_saved(engine: Any) -> None:
         )
 
 
-def _check_experts(engine: Any) -> None:
+def _check_experts(engine: Engine) -> None:
     """Refuse experts whose ranks or files this release doesn't know.
 
     Raises:

@@ -14,6 +14,7 @@ import torch
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP
 from ucp_deepspeed.checkpoint.encoding import same_value
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.matching import Names
 from ucp_deepspeed.engine.optimizers import EngineOptimizer
 from ucp_deepspeed.errors import MismatchError
@@ -183,7 +184,7 @@ def _of_group(value: Any, live: Any, held: list[int], index: int, place: str, pr
 
 
 def restore_run(
-    engine: Any,
+    engine: Engine,
     checkpoint: Checkpoint,
     optimizer: EngineOptimizer,
     options: LoadOptions,
@@ -215,7 +216,7 @@ def restore_run(
         _restore_loss_scale(checkpoint, optimizer)
 
 
-def restore_data_schedules(engine: Any, state: Mapping[str, Any]) -> None:
+def restore_data_schedules(engine: Engine, state: Mapping[str, Any]) -> None:
     """Take over DeepSpeed's curriculum sampler and random layer-token dropping.
 
     Both count samples, steps and tokens of the whole run, so that they go on unchanged on any number of ranks.
@@ -256,7 +257,7 @@ def _set_scheduled(scheduler: Any, optimizer: EngineOptimizer) -> None:
                 group["lr"] = rate
 
 
-def _samples(engine: Any) -> int:
+def _samples(engine: Engine) -> int:
     return int(engine.global_steps * engine.train_batch_size())
 
 

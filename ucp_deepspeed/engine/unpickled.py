@@ -18,13 +18,14 @@ from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed_files import open_saved
 from ucp_deepspeed.checkpoint.experts import weight_file
+from ucp_deepspeed.engine.deepspeed_types import Engine, PipelineModule
 from ucp_deepspeed.engine.model import model_parallel_rank
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import only_evaluates
 from ucp_deepspeed.errors import UnsupportedError
 
 
-def files_to_unpickle(folder: Path, held: Collection[str], engine: Any) -> list[Path]:
+def files_to_unpickle(folder: Path, held: Collection[str], engine: Engine) -> list[Path]:
     """The files that DeepSpeed reads on this rank, by its own names for them (``runtime/engine.py::_load_checkpoint``).
 
     Args:
@@ -36,9 +37,10 @@ def files_to_unpickle(folder: Path, held: Collection[str], engine: Any) -> list[
     listed = [*_first_and_own(engine._get_all_ckpt_names(*place), model_parallel_rank(engine), engine.mp_world_size)]
     if isinstance(engine, PipelineEngine):
         rank, degree = engine.grid.get_slice_parallel_rank(), engine.grid.get_slice_parallel_world_size()
-        for index, layer in enumerate(engine.module.forward_funcs):
+        module: PipelineModule = engine.module
+        for index, layer in enumerate(module.forward_funcs):
             if hasattr(layer, "load_state_dict"):
-                layer_files = engine.module.ckpt_layer_path_list(str(folder), index)
+                layer_files = module.ckpt_layer_path_list(str(folder), index)
                 listed += _first_and_own(layer_files, rank, degree)
     names = ModelNames(engine)
     if names.layers and not engine.zero_optimization() and not only_evaluates(engine):
@@ -55,7 +57,7 @@ def _first_and_own(files: list[str], rank: int, degree: int) -> Iterator[str]:
         yield from (files[index] for index in {rank * len(files) // degree} if index < len(files))
 
 
-def _partitions(engine: Any, place: tuple[str, str]) -> list[str]:
+def _partitions(engine: Engine, place: tuple[str, str]) -> list[str]:
     """The optimizer's files: this rank's own, of elastic ones all."""
     group = engine.optimizer.dp_process_group
     every = (
@@ -69,7 +71,7 @@ def _partitions(engine: Any, place: tuple[str, str]) -> list[str]:
     ]
 
 
-def own_partition(folder: Path, engine: Any) -> Path:
+def own_partition(folder: Path, engine: Engine) -> Path:
     """The optimizer's file that DeepSpeed reads on this rank under ZeRO (``runtime/engine.py::_get_all_zero_checkpoints``)."""
     place, partition = (
         (str(folder.parent), folder.name),
@@ -79,7 +81,7 @@ def own_partition(folder: Path, engine: Any) -> Path:
     return Path(own)
 
 
-def _experts(folder: Path, held: Collection[str], engine: Any, names: ModelNames) -> list[Path]:
+def _experts(folder: Path, held: Collection[str], engine: Engine, names: ModelNames) -> list[Path]:
     """The files with the weights of this rank's experts."""
     own = {layer.ep_rank * layer.local + expert for layer in names.layers.values() for expert in range(layer.local)}
     places = {name: weight_file(name) for name in held} if own else {}
@@ -100,7 +102,7 @@ def look_into(path: Path, checkpoint: DeepSpeedCheckpoint | None) -> dict[str, A
 
 
 @contextmanager
-def only_held_against_the_list(checkpoint: Checkpoint | None, engine: Any) -> Iterator[None]:
+def only_held_against_the_list(checkpoint: Checkpoint | None, engine: Engine) -> Iterator[None]:
     """While DeepSpeed loads: a file that `files_to_unpickle` doesn't know is looked at before it is unpickled.
 
     Raises:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ucp_deepspeed.checkpoint.opening import tags_in
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.errors import (
     CheckpointNotFoundError,
     DamagedCheckpointError,
@@ -55,7 +56,7 @@ def telling_ways_on(load: Callable[..., T]) -> Callable[..., T]:
     """Around a load (``native, engine, load_dir, tag, …``): what it raises ends with what gets the user on."""
 
     @wraps(load)
-    def told(native: Any, engine: Any, load_dir: str, tag: str | None = None, *rest: Any, **options: Any) -> T:
+    def told(native: Any, engine: Engine, load_dir: str, tag: str | None = None, *rest: Any, **options: Any) -> T:
         try:
             return load(native, engine, load_dir, tag, *rest, **options)
         except UniversalCheckpointError as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
@@ -11,6 +9,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.optimizers.absent import AbsentOptimizer, only_evaluates
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.engine.optimizers.fp16 import FusedOptimizer, UnfusedOptimizer
@@ -29,7 +28,7 @@ FAMILIES: dict[type, type[EngineOptimizer]] = {
 """Exact classes: a subclass may keep its state elsewhere."""
 
 
-def engine_optimizer(engine: Any) -> EngineOptimizer:
+def engine_optimizer(engine: Engine) -> EngineOptimizer:
     """The family of an engine's optimizer.
 
     Raises:

@@ -11,10 +11,11 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 
 
-def only_evaluates(engine: Any) -> bool:
+def only_evaluates(engine: Engine) -> bool:
     """Whether an engine was built without an optimizer.
 
     In its place DeepSpeed has an object of another kind under ZeRO-3, and one that steps on nothing in bf16.
@@ -30,7 +31,7 @@ class AbsentOptimizer(EngineOptimizer):
 
     form = "none"
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.base = cast(torch.optim.Optimizer, SimpleNamespace(param_groups=[], state={}))
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.optimizers.states import (
     example_settings,
     example_states,
@@ -49,7 +50,7 @@ class EngineOptimizer(ABC):
     base: torch.optim.Optimizer
 
     @abstractmethod
-    def __init__(self, engine: Any) -> None: ...
+    def __init__(self, engine: Engine) -> None: ...
 
     @abstractmethod
     def slots(self) -> list[EngineSlot]:

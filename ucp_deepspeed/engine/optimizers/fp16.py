@@ -13,6 +13,7 @@ import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, LossScale
 from ucp_deepspeed.engine.deepspeed_surface import loss_scale_of
+from ucp_deepspeed.engine.deepspeed_types import Engine, Fp16, Fp16Fused, Fp16Unfused
 from ucp_deepspeed.engine.exchange import replica_group
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
@@ -22,7 +23,9 @@ from ucp_deepspeed.layout import FlatGroup
 class Fp16Optimizer(EngineOptimizer):
     """Shared by both classes."""
 
-    def __init__(self, engine: Any) -> None:
+    _wrapper: Fp16
+
+    def __init__(self, engine: Engine) -> None:
         self._engine, self._wrapper = engine, engine.optimizer
         self.base = engine.optimizer.optimizer
         self._names: Mapping[torch.Tensor, str] = ModelNames(engine).of_parameters
@@ -55,6 +58,7 @@ class UnfusedOptimizer(Fp16Optimizer):
     """``FP16_UnfusedOptimizer``: a master tensor per parameter."""
 
     form = "fp16-unfused"
+    _wrapper: Fp16Unfused
 
     def slots(self) -> list[EngineSlot]:
         """See `EngineOptimizer.slots`."""
@@ -77,6 +81,7 @@ class FusedOptimizer(Fp16Optimizer):
     """``FP16_Optimizer``: a flat, unpadded master buffer per parameter group; the weights are views of its 16-bit twin."""
 
     form = "fp16-fused"
+    _wrapper: Fp16Fused
 
     def slots(self) -> list[EngineSlot]:
         """See `EngineOptimizer.slots`."""

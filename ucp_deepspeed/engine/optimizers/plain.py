@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
+from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.exchange import replica_group
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
@@ -19,7 +20,7 @@ class PlainOptimizer(EngineOptimizer):
 
     form = "plain"
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine, self.base = engine, engine.optimizer
         self._names: Mapping[torch.Tensor, str] = ModelNames(engine).of_parameters
 

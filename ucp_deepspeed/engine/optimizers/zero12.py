@@ -13,6 +13,7 @@ from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
 from ucp_deepspeed.checkpoint.deepspeed_zero import MOMENTUM
+from ucp_deepspeed.engine.deepspeed_types import Bf16, Engine, Partitioned, Scaled, Zero12
 from ucp_deepspeed.engine.exchange import Exchange, begin_exchange, goes_over_gloo
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
@@ -23,7 +24,9 @@ from ucp_deepspeed.layout import FlatGroup
 class PartitionedOptimizer(EngineOptimizer):
     """Shared by both classes."""
 
-    def __init__(self, engine: Any) -> None:
+    _zero: Partitioned
+
+    def __init__(self, engine: Engine) -> None:
         self._zero = engine.optimizer
         self.base = engine.optimizer.optimizer
         self._names: Mapping[torch.Tensor, str] = ModelNames(engine).of_parameters
@@ -85,6 +88,7 @@ class Zero12Optimizer(PartitionedOptimizer):
     """``DeepSpeedZeroOptimizer``. The flat order is that of the round-robin lists, which without that setting is the usual."""
 
     form = "zero-1/2"
+    _zero: Zero12
 
     def _groups(self) -> Sequence[tuple[Sequence[torch.Tensor], torch.Tensor, tuple[int, ...]]]:
         zero = self._zero
@@ -123,6 +127,7 @@ class Bf16Optimizer(PartitionedOptimizer):
     """``BF16_Optimizer``: bf16 with fp32 gradient accumulation."""
 
     form = "bf16-optimizer"
+    _zero: Bf16
 
     def _groups(self) -> Sequence[tuple[Sequence[torch.Tensor], torch.Tensor, tuple[int, ...]]]:
         zero = self._zero
@@ -143,7 +148,7 @@ class Bf16Optimizer(PartitionedOptimizer):
         """Nothing to do: bf16 isn't scaled."""
 
 
-def scaler_state(zero: Any) -> LossScale | None:
+def scaler_state(zero: Scaled) -> LossScale | None:
     """The state of a ZeRO optimizer's loss scaler; None unless it trains in fp16."""
     if zero.dtype != torch.float16:
         return None
@@ -151,7 +156,7 @@ def scaler_state(zero: Any) -> LossScale | None:
     return LossScale(bool(zero.dynamic_loss_scale), values)
 
 
-def set_scaler_state(zero: Any, values: Mapping[str, Any]) -> None:
+def set_scaler_state(zero: Scaled, values: Mapping[str, Any]) -> None:
     """Set those values that the live loss scaler has too."""
     for key, value in values.items():
         if hasattr(zero.loss_scaler, key) and key not in ("dynamic", "dtype"):

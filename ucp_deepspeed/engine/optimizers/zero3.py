@@ -13,6 +13,7 @@ from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
 from ucp_deepspeed.checkpoint.deepspeed_zero import MOMENTUM
+from ucp_deepspeed.engine.deepspeed_types import Engine, Zero3
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.engine.optimizers.states import is_muon_group
@@ -26,8 +27,8 @@ class Zero3Optimizer(EngineOptimizer):
 
     form = "zero-3"
 
-    def __init__(self, engine: Any) -> None:
-        self._zero = engine.optimizer
+    def __init__(self, engine: Engine) -> None:
+        self._zero: Zero3 = engine.optimizer
         self.base = engine.optimizer.optimizer
         _check_settings(self._zero)
         self._names: Mapping[torch.Tensor, str] = ModelNames(engine).of_parameters
@@ -104,7 +105,7 @@ class Zero3Optimizer(EngineOptimizer):
         set_scaler_state(self._zero, values)
 
 
-def _check_settings(zero: Any) -> None:
+def _check_settings(zero: Zero3) -> None:
     """Refuse settings under which masters, states or weights are not where this module fills them.
 
     Raises:
