@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -105,9 +105,8 @@ def differing_copies(model: EngineModel, optimizer: EngineOptimizer) -> tuple[st
         for name in slot.names:
             numbers.setdefault(name, set()).add(told)
         for state, tensor in {MASTER: slot.master, **kept}.items():
-            for name, part in _sums(slot, state, tensor):
-                if name in shared:
-                    sums[name, state] = sums.get((name, state), 0) + part
+            for name, part in _sums(slot, state, tensor, shared):
+                sums[name, state] = sums.get((name, state), 0) + part
     stage, tp_rank = divmod(model.rank, model.topology.tp)
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (stage, tp_rank, sums, {name: numbers[name] for name in shared if name in numbers}))
@@ -153,13 +152,15 @@ def _are_same(name: str, stages: Sequence[int], found: Sequence[Any]) -> bool:
     return all(other == first for other in others)
 
 
-def _sums(slot: EngineSlot, state: str, tensor: Any) -> Iterator[tuple[str, int]]:
+def _sums(slot: EngineSlot, state: str, tensor: Any, wanted: Collection[str]) -> Iterator[tuple[str, int]]:
     """For each run of a state's elements the parameter's name and a sum; for what isn't of an element each one for all of it."""
     if not _is_in_place(slot, state, tensor):
-        yield from ((name, _digest_of(tensor)) for name in slot.names)
+        yield from ((name, _digest_of(tensor)) for name in slot.names if name in wanted)
         return
     flat = tensor.detach().reshape(-1)
     for name, part in slot.fragments(state):
+        if name not in wanted:
+            continue
         yield name, sum_of_bits(flat[part.buffer_start : part.buffer_start + part.numel], part.local_start)
 
 
