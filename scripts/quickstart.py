@@ -15,7 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,13 +136,23 @@ def end_session(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+@contextmanager
+def doing(what: str, console: Console) -> Iterator[None]:
+    """Say what is done, also where the output is no terminal, and then how long it took."""
+    started = time.monotonic()
+    console.print(f"{what} …", highlight=False)
+    with console.status("running"):
+        yield
+    console.print(f"  took {time.monotonic() - started:.0f} s", highlight=False)
+
+
 def run_all(precision: str, console: Console) -> list[Result]:
     """All runs, in order; the first is the uninterrupted one."""
     saved, universal = WORK / "saved", WORK / "universal"
     reference = Training("TP2·DP2 ZeRO-1", 4, 2, 1, save=saved)
-    with console.status(f"training {reference.name} to step {LAST}, saving at step {SWITCH}"):
+    with doing(f"training on {reference.name} to step {LAST}, saving at step {SWITCH}", console):
         results = [launch(reference, precision)]
-    with console.status("converting to the universal format"):
+    with doing(f"converting what step {SWITCH} saved to the universal format", console):
         convert = [PROGRAMS / "ucp", "convert", saved, universal, "--tag", f"global_step{SWITCH}"]
         execute(convert, WORK / "convert.log")
     resumed = [
@@ -151,7 +162,7 @@ def run_all(precision: str, console: Console) -> list[Result]:
         Training("converted, TP2·DP1 ZeRO-3", 2, 2, 3, load=universal),
     ]
     for run in resumed:
-        with console.status(f"resuming step {SWITCH} as {run.name}"):
+        with doing(f"resuming step {SWITCH} on {run.name}, training to step {LAST}", console):
             results.append(launch(run, precision))
     return results
 
@@ -279,6 +290,7 @@ def main() -> None:
     started = time.monotonic()
     results = run_all(arguments.precision, console)
     show(results, arguments.precision, console)
+    console.print("what the conversion said:", highlight=False)
     console.print((WORK / "convert.log").read_text(encoding="utf-8").splitlines()[-1], soft_wrap=True, highlight=False)
     found = problems(results, arguments.precision)
     if found:

@@ -17,10 +17,11 @@ export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR="$PWD/.venv/tor
 stamp=.venv/requirements.stamp
 wanted=$(cat constraints.txt setup.py scripts/setup_environment.sh | sha256sum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    echo "setting up .venv (a few minutes the first time)"
+    echo "setting up .venv (a few minutes the first time): build tools and torch"
     # torch first and pinned: DeepSpeed's own build imports it, and an unpinned torch would bring CUDA.
     pip install -q setuptools wheel ninja -c constraints.txt
     pip install -q torch -c constraints.txt
+    echo "setting up .venv: the package, DeepSpeed and what the tests use"
     pip install -q --no-build-isolation -e ".[megatron,plots,test,dev]" -c constraints.txt
     echo "$wanted" > "$stamp"
 fi
@@ -30,6 +31,7 @@ fi
 find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +10 -delete 2>/dev/null || true
 build_op() { # folder of the op, Python that loads it
     if ! ls "$TORCH_EXTENSIONS_DIR/$1"/*.so >/dev/null 2>&1; then
+        echo "compiling DeepSpeed's $1 (once, about a minute)"
         rm -f "$TORCH_EXTENSIONS_DIR/$1/lock"
         python -c "$2" >.venv/build_op.log 2>&1 || { cat .venv/build_op.log >&2; return 1; }
     fi

@@ -46,7 +46,7 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
     """
     root = Path(path)
     if not root.is_dir():
-        hint = f": it is a file; name its folder, {root.parent}" if root.is_file() else _near(root.parent)
+        hint = f": it is a file; name its folder, {root.parent}" if root.is_file() else ""
         raise CheckpointNotFoundError(f"no checkpoint folder at {root}{hint}")
     if is_unfinished(root):
         raise DamagedCheckpointError(f"{root} {UNFINISHED}")
@@ -156,14 +156,14 @@ def tags_in(root: Path) -> list[str]:
 
 def _there(root: Path) -> str:
     """The end of a message about a tag that isn't in a folder: what is."""
-    return _near(root) or "; no tag folders there"
-
-
-def _near(root: Path) -> str:
-    """Tags in a folder, or runs, for a message; empty without either."""
-    if not root.is_dir():
-        return ""
     if tags := tags_in(root):
         return f"; tags there: {', '.join(tags)}"
-    runs = sorted(entry.name for entry in root.iterdir() if (entry / LATEST_NAME).is_file())
-    return f"; runs there: {', '.join(runs)}; name the folder of one" if runs else ""
+    runs = sorted(entry.name for entry in root.iterdir() if _is_run(entry))
+    return f"; runs there: {', '.join(runs)}; name the folder of one" if runs else "; no tag folders there"
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether there are tags in a folder; one that can't be looked into has none."""
+    with suppress(OSError):
+        return (folder / LATEST_NAME).is_file()
+    return False
