@@ -162,7 +162,7 @@ def run_all(precision: str, console: Console) -> list[Result]:
         Training("converted, TP2·DP1 ZeRO-3", 2, 2, 3, load=universal),
     ]
     for run in resumed:
-        with doing(f"resuming step {SWITCH} on {run.name}, training to step {LAST}", console):
+        with doing(f"resuming step {SWITCH} as {run.name}, training to step {LAST}", console):
             results.append(launch(run, precision))
     return results
 

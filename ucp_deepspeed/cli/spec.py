@@ -16,6 +16,7 @@ from ucp_deepspeed.checkpoint.view import held_shapes, layouts_of, parameter_nam
 from ucp_deepspeed.cli import HELP, SuggestingGroup
 from ucp_deepspeed.cli.options import CHECKPOINT, command, tag_option, vocabulary_option
 from ucp_deepspeed.cli.plots import draw_parameter, plot_option
+from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.cli.tables import box_in_words, new_console, new_table, print_by_name, print_lines, print_plain
 from ucp_deepspeed.errors import ConfigError, MismatchError, SpecError, UnsupportedError
 from ucp_deepspeed.language import (
@@ -145,7 +146,15 @@ def check_command(
     """
     loaded, checkpoint = load_spec(spec), open_checkpoint(against, tag)
     whole = open_checkpoint(single_rank) if single_rank is not None else None
-    check = check_spec(loaded, checkpoint, vocabulary_size=vocabulary_size, values=not no_values, whole=whole)
+    with shown_progress("spec check") as progress:
+        check = check_spec(
+            loaded,
+            checkpoint,
+            vocabulary_size=vocabulary_size,
+            values=not no_values,
+            whole=whole,
+            progress=progress,
+        )
     if as_json:
         click.echo(json.dumps(_check_report(loaded, checkpoint, check), indent=1))
     else:
@@ -387,7 +396,9 @@ def infer_command(
         opened = open_checkpoint(checkpoint, tag)
         if single_rank is not None:
             whole = open_checkpoint(single_rank)
-            guesses, origin = infer_by_comparison(opened, whole), f"{opened.path}, compared with {whole.path}"
+            with shown_progress("spec infer") as progress:
+                guesses = infer_by_comparison(opened, whole, progress)
+            origin = f"{opened.path}, compared with {whole.path}"
         else:
             guesses, origin = infer_from_record(opened), f"what {opened.path} records"
     heading = [f"Inferred from {origin}.", "Read it, decide what the comments leave open, and run: ucp spec check"]

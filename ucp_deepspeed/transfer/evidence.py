@@ -24,7 +24,7 @@ from ucp_deepspeed.layout import Layout, Partial, Replicate, Shape, Shard, Shard
 from ucp_deepspeed.layout.layout import NOTHING
 from ucp_deepspeed.layout.pattern import Pattern, split_evenly
 from ucp_deepspeed.transfer.copying import FileReader, gather
-from ucp_deepspeed.transfer.held_values import CHUNK_NUMBYTES, HeldValues
+from ucp_deepspeed.transfer.held_values import CHUNK_NUMBYTES, HeldValues, Progress, no_progress, passing
 
 UNRELATED = 0.5
 """`HeldValues.distance` from which matrices of two ranks count as different ones, not as copies that were updated apart."""
@@ -112,12 +112,14 @@ def check_spec(
     vocabulary_size: int | None = None,
     values: bool = True,
     whole: Checkpoint | None = None,
+    progress: Progress = no_progress,
 ) -> SpecCheck:
     """Hold a spec against a checkpoint.
 
     Args:
         values: read tensors; without, only metadata.
         whole: a checkpoint of the same model without tensor parallelism; if it is of the same state, values are compared too.
+        progress: see `Progress`; it begins anew for the second checkpoint.
 
     Raises:
         SpecError: names collide under the spec's naming scheme.
@@ -141,12 +143,12 @@ def check_spec(
         findings += _of_bias(checked, fitting)
     compared = 0
     if values and checkpoint.topology.tp > 1:
-        found, compared = _of_values(checkpoint, fitting)
+        found, compared = _of_values(checkpoint, fitting, progress)
         findings += found
     extent: Literal["no", "shapes", "values"] = "no"
     if whole is not None:
         accused = {finding.name for finding in findings if finding.wrong}
-        extent, found = _of_whole(checkpoint, whole, fitting, names, spec, size, accused if values else None)
+        extent, found = _of_whole(checkpoint, whole, fitting, names, spec, size, accused if values else None, progress)
         findings += found
     order = {checked.name: place for place, checked in enumerate(parameters)}
     findings.sort(key=lambda finding: order[finding.name])
@@ -239,13 +241,14 @@ def _words(checked: Checked) -> str:
     return f"{describe(checked.matches[0].pattern)} ({checked.matches[0]})"
 
 
-def _of_values(checkpoint: Checkpoint, fitting: Mapping[str, Checked]) -> tuple[list[Finding], int]:
+def _of_values(checkpoint: Checkpoint, fitting: Mapping[str, Checked], progress: Progress) -> tuple[list[Finding], int]:
     ranks = HeldValues(checkpoint)
     findings: list[Finding] = []
     compared = 0
     try:
-        for checked in fitting.values():
-            found, looked = _values_of(checked, ranks)
+        held = {name: checkpoint.parameters[checked.own_name] for name, checked in fitting.items()}
+        for name in passing(held, progress):
+            found, looked = _values_of(fitting[name], ranks)
             findings += found
             compared += looked
     finally:
@@ -325,6 +328,7 @@ def _of_whole(
     spec: Spec,
     size: int | None,
     accused: set[str] | None,
+    progress: Progress,
 ) -> tuple[Literal["shapes", "values"], list[Finding]]:
     """What a checkpoint of the same model without tensor parallelism says.
 
@@ -355,7 +359,7 @@ def _of_whole(
     wanted = {name: pattern for name, pattern in same.items() if name not in accused}
     one = UniversalView(checkpoint, names, wanted, size, wanted)
     flat = UniversalView.of_single_rank(whole, own, wanted)
-    differing, same_state = _differing_wholes(one, flat)
+    differing, same_state = _differing_wholes(one, flat, progress)
     in_part: dict[str, Joined] = {}
     for name, pattern in padded.items():
         joined = None if name in accused else joins_to(checkpoint, whole, name, pattern, size, (names, own))
@@ -479,7 +483,7 @@ def _fits(found: Shape, expected: Shape, pattern: Pattern) -> bool:
     return found == expected
 
 
-def _differing_wholes(one: UniversalView, other: UniversalView) -> tuple[list[str], bool]:
+def _differing_wholes(one: UniversalView, other: UniversalView, progress: Progress) -> tuple[list[str], bool]:
     """Trained parameters whose values differ, and whether the two checkpoints are of the same state.
 
     They are, if some parameter has the same values in both that no two initialisations share.
@@ -488,9 +492,8 @@ def _differing_wholes(one: UniversalView, other: UniversalView) -> tuple[list[st
     same_state = False
     reader = FileReader()
     try:
-        for name, parameter in one.parameters.items():
-            if parameter.kind != "trainable":
-                continue
+        trained = {name: each for name, each in one.parameters.items() if each.kind == "trainable"}
+        for name in passing(trained, progress):
             joined = _joined(one, other, name, reader)
             same_state |= joined is not None and joined.same and joined.told
             if joined is None or not joined.same:

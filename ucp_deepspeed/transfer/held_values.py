@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 
 import torch
@@ -17,6 +17,28 @@ from ucp_deepspeed.transfer.copying import FileReader
 
 CHUNK_NUMBYTES = 8 << 20
 """Bytes of each of two tensors that are held when values are compared."""
+
+
+Progress = Callable[[int, int], None]
+"""Called with bytes that have been compared, or needn't be, and all bytes."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def passing(parameters: Mapping[str, Parameter], progress: Progress) -> Iterator[str]:
+    """Names of parameters, one after the other; tells how much of what ranks hold of them has been passed."""
+    sizes = {
+        name: sum(prod(shape) for shape in parameter.local_shapes if shape is not None)
+        * sum(ITEMSIZE[dtype] for dtype in parameter.states.values())
+        for name, parameter in parameters.items()
+    }
+    total, done = sum(sizes.values()), 0
+    for name, numbytes in sizes.items():
+        yield name
+        done += numbytes
+        progress(done, total)
 
 
 class HeldValues:

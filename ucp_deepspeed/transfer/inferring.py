@@ -17,6 +17,7 @@ from ucp_deepspeed.language.inference import (
 from ucp_deepspeed.layout import Partial, Replicate, Scale, Shape, Shard
 from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.transfer.evidence import Joined, check_single_rank, copies_agree, joins_to, whole_shape
+from ucp_deepspeed.transfer.held_values import Progress, no_progress, passing
 
 SCALE_COMMENT = "each rank holds the value divided by their number; give powers for the optimizer's states, too"
 PARTIAL_COMMENT = "all ranks hold the whole shape with different values: partial, if each rank updates its own"
@@ -39,7 +40,9 @@ def infer_from_record(checkpoint: Checkpoint) -> dict[str, Guess]:
     return {checkpoint.logical_names.get(name, name): Guess(checkpoint.patterns[name]) for name in names}
 
 
-def infer_by_comparison(checkpoint: Checkpoint, whole: Checkpoint) -> dict[str, Guess]:
+def infer_by_comparison(
+    checkpoint: Checkpoint, whole: Checkpoint, progress: Progress = no_progress
+) -> dict[str, Guess]:
     """What local and whole shapes tell; and the values, where both checkpoints are of the same state.
 
     Raises:
@@ -52,7 +55,8 @@ def infer_by_comparison(checkpoint: Checkpoint, whole: Checkpoint) -> dict[str, 
     missing = [name for name in names if name not in whole.parameters]
     if missing:
         raise MismatchError(f"{whole.path} isn't of the same model: these parameters are missing there", missing)
-    found = {name: _of_parameter(checkpoint, whole, name) for name in names}
+    held = {name: checkpoint.parameters[name] for name in names}
+    found = {name: _of_parameter(checkpoint, whole, name) for name in passing(held, progress)}
     same_state = any(
         each is not None and each.same and each.told for _, by_pattern in found.values() for each in by_pattern.values()
     )

@@ -325,6 +325,17 @@ def test_an_uneven_cut_is_remarked(tmp_path: Path, right: Path, ucp: Ucp) -> Non
     assert ucp("spec", "check", right, "--against", path, "--strict").exit_code == 0
 
 
+@pytest.mark.parametrize("command", [("check", "RIGHT", "--against"), ("infer",)])
+def test_progress_in_a_log(
+    command: tuple[str, ...], two: Path, one: Path, right: Path, ucp: Ucp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ucp_deepspeed.cli.progress.FIRST_PAUSE", 0.0)
+    result = ucp("spec", *[right if word == "RIGHT" else word for word in command], two, "--single-rank", one)
+    assert result.exit_code == 0
+    # two ranks' shares of the vocabulary of 10 rows of 4 numbers in three states come first
+    assert result.stderr.startswith(f"spec {command[0]}: 480 B of 3.4 KiB (14%), ")
+
+
 def test_explain(two: Path, right: Path, ucp: Ucp) -> None:
     report = json.loads(
         ucp("spec", "explain", "layers.1.gate_up.weight", "--spec", right, "--against", two, "--json").stdout
