@@ -7,36 +7,35 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
-from ucp_deepspeed.checkpoint import Checkpoint, Parameter, open_checkpoint
+from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import Differing
-from ucp_deepspeed.checkpoint.deepspeed_files import ENGINE_KEYS
 from ucp_deepspeed.checkpoint.differing import in_words as in_words_by_place
 from ucp_deepspeed.checkpoint.encoding import encode
 from ucp_deepspeed.checkpoint.opening import tags_in
+from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
 from ucp_deepspeed.checkpoint.universal import UniversalCheckpoint
-from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli.options import (
     CHECKPOINT,
     command,
+    degrees,
     in_words,
-    read_spec,
+    numel_of,
     spec_option,
+    state_bytes,
     tag_option,
     vocabulary_option,
 )
 from ucp_deepspeed.cli.plots import draw_sizes, plot_option
 from ucp_deepspeed.cli.tables import collapsed, new_console, print_by_name, print_lines, print_plain
-from ucp_deepspeed.dtypes import ITEMSIZE
-from ucp_deepspeed.errors import ConfigError, MismatchError, SpecError
+from ucp_deepspeed.errors import ConfigError
 from ucp_deepspeed.language.matching import check_glob, compiled
-from ucp_deepspeed.language.resolve import describe
+from ucp_deepspeed.reading import OpenCheckpoint, ParameterInfo
 from ucp_deepspeed.transfer.stage_copies import recorded_differing
 
 
@@ -116,58 +115,51 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
             for a pipeline stage without it), ``pattern`` in words (or null), ``states`` (name → dtype), ``scalars``, and
             ``differing`` as for groups.
     """
-    view, reason = _view(checkpoint, spec, vocabulary_size)
-    parameters = view.parameters if view else checkpoint.parameters
-    source = checkpoint.source if isinstance(checkpoint, UniversalCheckpoint) else None
-    files = [entry for entry in checkpoint.path.rglob("*") if entry.is_file()]
-    steps = {float(entry.scalars["step"]) for entry in parameters.values() if "step" in entry.scalars}
+    held = OpenCheckpoint(checkpoint, "auto" if spec is None else spec, vocabulary_size)
+    parameters = {name: _parameter(parameter) for name, parameter in held.parameters.items()}
+    files = [entry.stat() for entry in checkpoint.path.rglob("*") if entry.is_file()]
+    steps = {float(entry.scalars["step"]) for entry in held.parameters.values() if "step" in entry.scalars}
     return {
         "path": str(checkpoint.path),
         "form": checkpoint.form,
-        "topology": _topology(checkpoint.topology),
-        "source_topology": _topology(source) if source else None,
+        "topology": degrees(checkpoint.topology),
+        "source_topology": degrees(held.saved_by) if isinstance(checkpoint, UniversalCheckpoint) else None,
         **_run(checkpoint),
         "optimizer_steps": sorted(int(step) if step.is_integer() else step for step in steps),
-        "layouts": {"known": view is not None, "reason": reason},
-        "vocabulary_size": view.vocabulary_size if view else vocabulary_size or checkpoint.vocabulary_size,
+        "layouts": {
+            "known": held.layouts_unknown is None,
+            "reason": held.layouts_unknown and str(held.layouts_unknown),
+        },
+        "vocabulary_size": vocabulary_size or checkpoint.vocabulary_size,
         "numel": {
-            kind: sum(_numel(view, parameter) for parameter in parameters.values() if parameter.kind == kind)
+            kind: sum(numel_of(entry) for entry in parameters.values() if entry["kind"] == kind)
             for kind in ("trainable", "frozen", "buffer")
         },
-        "state_bytes": _state_bytes(view, parameters),
-        "disk_bytes": sum(file.stat().st_size for file in files),
+        "state_bytes": state_bytes(parameters.values()),
+        "disk_bytes": sum(file.st_size for file in files),
         "files": len(files),
-        "written": datetime.fromtimestamp(max(map(_written, files)), timezone.utc).isoformat(timespec="seconds"),
+        "written": datetime.fromtimestamp(max(file.st_mtime for file in files), timezone.utc).isoformat("T", "seconds"),
         "other_tags": _other_tags(checkpoint.path),
-        "client_state": _client_keys(checkpoint),
+        "client_state": [str(key) for key in (*held.client_state, *held.unreadable)],
         "groups": [
             {
                 "names": list(group.names),
                 "hyperparameters": _json(dict(group.hyperparameters)),
                 "differing": _differing(group.differing),
             }
-            for group in (view or checkpoint).groups
+            for group in held.groups
         ],
         "differing_copies": None if (differing := recorded_differing(checkpoint)) is None else list(differing),
-        "lacking": None if checkpoint.lacking is None else checkpoint.lacking.heading,
+        "lacking": held.lacking,
         "unrecorded": dict(checkpoint.unrecorded),
-        "parameters": {name: _parameter(view, parameter) for name, parameter in parameters.items()},
+        "parameters": parameters,
     }
-
-
-def _written(file: Path) -> float:
-    return file.stat().st_mtime
 
 
 def _other_tags(folder: Path) -> list[str]:
     with suppress(OSError):  # what lies beside the tag is none of the checkpoint
         return [tag for tag in tags_in(folder.absolute().parent) if tag != folder.absolute().name]
     return []
-
-
-def _client_keys(checkpoint: Checkpoint) -> list[str]:
-    keys = [*checkpoint.client_state()[1], *checkpoint.unreadable()]
-    return [str(key) for key in keys if key not in ENGINE_KEYS]
 
 
 def _matching(report: Mapping[str, Any], match: str) -> dict[str, Any]:
@@ -190,22 +182,6 @@ def _matching(report: Mapping[str, Any], match: str) -> dict[str, Any]:
     return found
 
 
-def _view(
-    checkpoint: Checkpoint, spec: str | None, vocabulary_size: int | None
-) -> tuple[UniversalView | None, str | None]:
-    """The view; or, when the user named no spec and nothing else tells the layouts, why there is none."""
-    if spec is not None:
-        return UniversalView.of(checkpoint, read_spec(spec), vocabulary_size), None
-    try:
-        return UniversalView.of(checkpoint, None, vocabulary_size), None
-    except (SpecError, MismatchError) as error:
-        return None, str(error)
-
-
-def _topology(topology: Any) -> dict[str, int]:
-    return {key: getattr(topology, key) for key in ("tp", "pp", "dp", "zero_stage", "ep")}
-
-
 def _run(checkpoint: Checkpoint) -> dict[str, Any]:
     run = checkpoint.run
     scale = run.loss_scale
@@ -220,29 +196,13 @@ def _run(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _numel(view: UniversalView | None, parameter: Parameter) -> int:
-    return (
-        prod(view.logical_shape(parameter.name))
-        if view
-        else sum(prod(shape) for shape in parameter.local_shapes if shape is not None)
-    )
-
-
-def _state_bytes(view: UniversalView | None, parameters: Mapping[str, Parameter]) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for parameter in parameters.values():
-        for state, dtype in parameter.states.items():
-            sizes[state] = sizes.get(state, 0) + _numel(view, parameter) * ITEMSIZE[dtype]
-    return sizes
-
-
-def _parameter(view: UniversalView | None, parameter: Parameter) -> dict[str, Any]:
+def _parameter(parameter: ParameterInfo) -> dict[str, Any]:
     return {
         "kind": parameter.kind,
-        "shape": list(view.logical_shape(parameter.name)) if view else None,
+        "shape": None if parameter.shape is None else list(parameter.shape),
         "local_shapes": [None if shape is None else list(shape) for shape in parameter.local_shapes],
-        "pattern": describe(view.patterns[parameter.name]) if view else None,
-        "states": dict(parameter.states),
+        "pattern": parameter.pattern,
+        "states": {state: TORCH_DTYPES[dtype] for state, dtype in parameter.states.items()},
         "scalars": _json(dict(parameter.scalars)),
         "refused": dict(parameter.refused),
         "differing": _differing(parameter.differing),

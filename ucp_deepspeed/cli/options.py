@@ -9,9 +9,10 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,8 +21,10 @@ import click
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import HELP
+from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import UniversalCheckpointError
 from ucp_deepspeed.language import Spec, load_spec
+from ucp_deepspeed.layout import Topology
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -143,6 +146,26 @@ def read_spec(name_or_path: str | None) -> Spec | None:
 def view_of(checkpoint: Checkpoint, spec: str | None, vocabulary_size: int | None = None) -> UniversalView:
     """The universal view of a checkpoint, with the layouts that the options name."""
     return UniversalView.of(checkpoint, read_spec(spec), vocabulary_size)
+
+
+def degrees(topology: Topology) -> dict[str, int]:
+    """A topology, as JSON has it."""
+    return {key: getattr(topology, key) for key in ("tp", "pp", "dp", "zero_stage", "ep")}
+
+
+def numel_of(entry: Mapping[str, Any]) -> int:
+    """Elements of a parameter as `inspect` reports it: of the whole, or where no layout is known of the ranks' local tensors."""
+    shapes = [entry["shape"]] if entry["shape"] is not None else filter(None, entry["local_shapes"])
+    return sum(map(prod, shapes))
+
+
+def state_bytes(entries: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Size of each state over such parameters."""
+    sizes: dict[str, int] = {}
+    for entry in entries:
+        for state, dtype in entry["states"].items():
+            sizes[state] = sizes.get(state, 0) + numel_of(entry) * ITEMSIZE[dtype]
+    return sizes
 
 
 def in_words(numbytes: float) -> str:

@@ -15,6 +15,7 @@ from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.cli.options import (
     CHECKPOINT,
     command,
+    degrees,
     in_words,
     read_spec,
     spec_option,
@@ -103,7 +104,7 @@ def plan_command(
     policies = Policies(on_missing == "init", on_extra == "drop", optimizer_states, differing=on_differing)
     target = None if model is None else open_checkpoint(model)
     plan = plan_target(opened, Topology(tp, pp, dp, zero, ep), read_spec(spec), vocabulary_size, target, policies)
-    source = {"path": str(opened.path), "form": opened.form, "source": _topology(opened.topology)}
+    source = {"path": str(opened.path), "form": opened.form, "source": degrees(opened.topology)}
     if as_json:
         click.echo(json.dumps(source | _report(plan, opened.path), indent=1))
     else:
@@ -131,7 +132,7 @@ def _report(plan: TargetPlan, folder: Path) -> dict[str, Any]:
             optimizer states in fp32, padding included), ``copies``, and the names of its ``files``. Empty when impossible.
     """
     return {
-        "target": _topology(plan.topology),
+        "target": degrees(plan.topology),
         "possible": plan.possible,
         "reasons": [{"parameter": obstacle.name, "reason": obstacle.reason} for obstacle in plan.obstacles],
         "remarks": list(plan.remarks),
@@ -152,10 +153,6 @@ def _report(plan: TargetPlan, folder: Path) -> dict[str, Any]:
             for rank in plan.ranks
         ],
     }
-
-
-def _topology(topology: Topology) -> dict[str, int]:
-    return {key: getattr(topology, key) for key in ("tp", "pp", "dp", "zero_stage", "ep")}
 
 
 def _total(plan: TargetPlan) -> dict[str, int]:

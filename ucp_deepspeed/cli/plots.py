@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ucp_deepspeed.cli.options import in_words
+from ucp_deepspeed.cli.options import in_words, state_bytes
 from ucp_deepspeed.cli.tables import box_in_words
-from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import ConfigError, UnsupportedError
 from ucp_deepspeed.transfer.target_plan import TargetPlan
 from ucp_deepspeed.transfer.target_ranks import layer_of
@@ -71,15 +70,12 @@ def draw_sizes(report: Mapping[str, Any], path: Path) -> None:
     Args:
         report: what ``ucp inspect --json`` prints.
     """
-    sizes: dict[str, dict[str, int]] = {}
+    layers: dict[str, list[Mapping[str, Any]]] = {}
     for name, entry in report["parameters"].items():
         layer = layer_of(name)
         title = ".".join(map(str, layer)) if layer else name.rpartition(".")[0] or name
-        shapes = [entry["shape"]] if entry["shape"] is not None else filter(None, entry["local_shapes"])
-        numel = sum(map(prod, shapes))
-        for state, dtype in entry["states"].items():
-            of_layer = sizes.setdefault(title, {})
-            of_layer[state] = of_layer.get(state, 0) + numel * ITEMSIZE[dtype]
+        layers.setdefault(title, []).append(entry)
+    sizes = {title: state_bytes(entries) for title, entries in layers.items()}
     states = list(dict.fromkeys(state for of_layer in sizes.values() for state in of_layer))
     figure = _new_figure(8, 1.2 + 0.22 * min(len(sizes), 2 * MOST_NAMED))
     axes = figure.subplots()
