@@ -72,7 +72,7 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
 
 
 def _is_folder(folder: Path) -> bool:
-    """Whether a folder is there; a name that the file system can't have is none."""
+    """True for a folder that is there; a name that the file system can't have is none."""
     with suppress(OSError, ValueError):
         return folder.is_dir()
     return False
@@ -163,7 +163,7 @@ def _there(root: Path) -> str:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether there are tags in a folder; one that can't be looked into has none."""
+    """True for a folder with tags in it; one that can't be looked into has none."""
     with suppress(OSError):
         return (folder / LATEST_NAME).is_file()
     return False

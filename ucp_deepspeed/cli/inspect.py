@@ -272,7 +272,7 @@ def _local(written: str) -> str:
 
 
 def _differing_lines(report: Mapping[str, Any]) -> list[str]:
-    """What isn't the same on all partitions, each once with the parameters that have it."""
+    """Lines on values that partitions disagree on, each once with the parameters that have it."""
     places: dict[str, list[str]] = {}
     for number, group in enumerate(report["groups"]):
         for key, held in group["differing"].items():
@@ -318,7 +318,7 @@ def _print_parameters(console: Console, report: Mapping[str, Any], every: bool) 
 
 
 def _row(entry: Mapping[str, Any], sharded: bool) -> dict[str, str]:
-    """What the table says of a parameter, by heading."""
+    """Cells of a parameter in the table, by heading."""
     return {
         "kind": entry["kind"],
         "shape": str(entry["shape"]) if entry["shape"] is not None else "unknown",

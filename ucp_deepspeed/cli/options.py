@@ -1,4 +1,4 @@
-"""What all commands share: how they fail, options, and words for sizes."""
+"""Shared by all commands: how they fail, options, and words for sizes."""
 
 from __future__ import annotations
 

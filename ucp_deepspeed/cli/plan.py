@@ -116,7 +116,7 @@ def plan_command(
 
 
 def _report(plan: TargetPlan, folder: Path) -> dict[str, Any]:
-    """What ``--json`` prints beside ``path``, ``form`` and the ``source``'s topology.
+    """The part of the object that ``--json`` prints beside ``path``, ``form`` and the ``source``'s topology.
 
     Keys:
         target: ``tp``, ``pp``, ``dp``, ``zero_stage``, ``ep``.

@@ -70,7 +70,7 @@ def list_command(against: Path | None, tag: str | None, as_json: bool) -> None:
 
 
 def _detect(checkpoint: Checkpoint, as_json: bool) -> None:
-    """What ``--json`` prints: ``path``; ``confidence``, ``disagreement`` and ``unconfirmed`` of
+    """Print how well families fit. ``--json`` prints ``path``; ``confidence``, ``disagreement`` and ``unconfirmed`` of
     `ucp_deepspeed.language.families.Detection`; ``families``, best first, each with ``coverage``, ``fits``, ``why``."""
     own = parameter_names(checkpoint)
     names = logical_names(list(checkpoint.parameters), naming_specs(None, own), checkpoint.logical_names)

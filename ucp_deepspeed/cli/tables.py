@@ -1,4 +1,4 @@
-"""What commands print for people: a console, labelled lines, and tables whose names stay readable in narrow windows."""
+"""Output for people: a console, labelled lines, and tables whose names stay readable in narrow windows."""
 
 from __future__ import annotations
 
