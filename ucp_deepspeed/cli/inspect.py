@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -262,7 +262,7 @@ def _lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             "on disk",
             f"{in_words(report['disk_bytes'])} in {report['files']} files, written {_local(report['written'])}",
         ),
-        ("other tags", ", ".join(report["other_tags"]) or "none"),
+        ("other tags", _first(report["other_tags"], 8) or "none"),
     ]
 
 
@@ -280,10 +280,13 @@ def _differing_lines(report: Mapping[str, Any]) -> list[str]:
     for name, entry in report["parameters"].items():
         for key, held in entry["differing"].items():
             places.setdefault(f"{key!r} is {in_words_by_place(held)}", []).append(name)
-    return [
-        f"differs over partitions: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {told}"
-        for told, names in places.items()
-    ]
+    return [f"differs over partitions: {_first(names, 3)}: {told}" for told, names in places.items()]
+
+
+def _first(names: Sequence[str], count: int) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def _topology_in_words(topology: Mapping[str, int]) -> str:

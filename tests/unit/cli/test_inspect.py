@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from shutil import copytree
 from subprocess import Popen
 
 import numpy as np
@@ -124,6 +125,13 @@ def test_parameters_that_a_glob_fits(layered: Path, ucp: Ucp) -> None:
     assert copied.exit_code == 2 and "try --match 'layers.*.up'" in copied.stderr
     shells = ucp("inspect", layered, "--match", "layers.?.up")
     assert shells.exit_code == 2 and shells.stderr.startswith("error: --match: ? in 'layers.?.up' is no wildcard: ")
+
+
+def test_of_many_tags_the_first(layered: Path, ucp: Ucp) -> None:
+    for number in range(10, 20):
+        copytree(layered, layered.parent / f"step{number}")
+    [line] = [line for line in ucp("inspect", layered).stdout.splitlines() if line.startswith("other tags")]
+    assert line.endswith("step15, step16, step17 and 2 more")
 
 
 def test_client_state_that_cant_be_read_is_listed_too(layered: Path, ucp: Ucp) -> None:
