@@ -65,6 +65,31 @@ def test_pure_layers_stay_pure(name: str) -> None:
     assert not {module.split(".")[0] for module in imports_of(PACKAGE / name)} & OUTSIDE[name]
 
 
+def imports_between_modules() -> dict[str, set[str]]:
+    """For each module of the package those that it imports, also within functions and for types alone."""
+    paths = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    found: dict[str, set[str]] = {name: set() for name in modules}
+    for name, path in modules.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names if alias.name in modules}
+            elif isinstance(node, ast.ImportFrom) and node.module in modules:
+                members = {f"{node.module}.{alias.name}" for alias in node.names}
+                found[name] |= {member if member in modules else node.module for member in members}
+    return found
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    left = imports_between_modules()
+    assert len(left) > 100 and "ucp_deepspeed.layout.box" in left["ucp_deepspeed.layout.layout"]
+    while left:
+        imported = set().union(*left.values())
+        within = {name: left[name] & left.keys() for name in left if name in imported and left[name] & left.keys()}
+        assert within != left, f"circles: {within}"
+        left = within
+
+
 def test_importing_the_package_imports_neither_torch_nor_deepspeed() -> None:
     code = "import sys, ucp_deepspeed; print([m for m in ('torch', 'deepspeed', 'megatron') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -6,18 +6,16 @@ is in the files of the expert-parallel ranks (``runtime/engine.py::_save_moe_che
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from ucp_deepspeed.checkpoint.deepspeed_zero import NamedShapes, recognise
 from ucp_deepspeed.checkpoint.experts import weight_file
+from ucp_deepspeed.checkpoint.manifest import Manifest
 from ucp_deepspeed.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from ucp_deepspeed.checkpoint.deepspeed_files import DeepSpeedFiles
 
 RESAVE_HINT = (
     'resume where it was saved, with "load": "auto" (DeepSpeed itself loads it there), and save again: that records it'
@@ -25,12 +23,37 @@ RESAVE_HINT = (
 """The way on where the files don't tell enough."""
 
 
+class Files(Protocol):
+    """What is asked here of a tag folder: see `ucp_deepspeed.checkpoint.deepspeed_files.DeepSpeedFiles`."""
+
+    path: Path
+    manifest: Manifest | None
+
+    @property
+    def open(self) -> Callable[[Path], dict[str, Any]]:
+        """Describes the content of a file."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of all files in the folder."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What DeepSpeed ran with."""
+
+    def model_states(self, rank: int, partition: int = 0) -> dict[str, Any]:
+        """The content of a model_states file."""
+
+    def optimizer_state(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
+        """The optimizer's state in the file of one partition, and the file's path."""
+
+
 def is_older(saved: Mapping[str, Any]) -> bool:
     """Whether it is a model_states file of that kind."""
     return "num_experts" in saved and "buffer_names" not in saved
 
 
-def completed(files: DeepSpeedFiles, saved: Mapping[str, Any], rank: int) -> dict[str, Any]:
+def completed(files: Files, saved: Mapping[str, Any], rank: int) -> dict[str, Any]:
     """The file of a model-parallel rank with names of buffers and, without ZeRO, the optimizer's state.
 
     Raises:
@@ -50,12 +73,12 @@ def completed(files: DeepSpeedFiles, saved: Mapping[str, Any], rank: int) -> dic
     return {**saved, "buffer_names": buffers, "optimizer": optimizer}
 
 
-def first_expert_optimizer(files: DeepSpeedFiles, rank: int) -> Path:
+def first_expert_optimizer(files: Files, rank: int) -> Path:
     """The file of the first expert-parallel rank, which has the state of all parameters that aren't experts too."""
     return files.path / f"expp_rank_0_mp_rank_{rank:02d}_optim_states.pt"
 
 
-def mapped_shapes(files: DeepSpeedFiles, rank: int) -> list[NamedShapes]:
+def mapped_shapes(files: Files, rank: int) -> list[NamedShapes]:
     """In place of ``param_shapes``: names as the partitions map them, and shapes of the weights in the model's files.
 
     Raises:
@@ -82,7 +105,7 @@ def mapped_shapes(files: DeepSpeedFiles, rank: int) -> list[NamedShapes]:
     return list(groups)
 
 
-def _shapes(files: DeepSpeedFiles, saved: Mapping[str, Any], rank: int) -> dict[str, tuple[int, ...]]:
+def _shapes(files: Files, saved: Mapping[str, Any], rank: int) -> dict[str, tuple[int, ...]]:
     """Of all weights; the experts of the first expert-parallel rank have the numbers there that each rank gives its own."""
     held = dict(saved["module"])
     for name in sorted(files.names):

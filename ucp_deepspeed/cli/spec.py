@@ -30,9 +30,9 @@ from ucp_deepspeed.language import (
     spec_names,
 )
 from ucp_deepspeed.language.inference import Guess, spec_text
-from ucp_deepspeed.language.naming import best_scheme
 from ucp_deepspeed.language.resolve import describe
 from ucp_deepspeed.language.schema import spec_schema
+from ucp_deepspeed.language.schemes import best_scheme
 from ucp_deepspeed.layout import Box, Layout
 from ucp_deepspeed.layout.layout import NOTHING
 from ucp_deepspeed.transfer.evidence import Checked, SpecCheck, check_spec

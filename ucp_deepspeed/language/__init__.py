@@ -1,8 +1,8 @@
 """The language: spec files that say, for each parameter name of a model family, which pattern it follows."""
 
 from ucp_deepspeed.language.families import Detection, find_family, load_spec, naming_specs, spec_names
-from ucp_deepspeed.language.naming import logical_names
 from ucp_deepspeed.language.resolve import Agreement, per_rank, resolve_patterns
+from ucp_deepspeed.language.schemes import logical_names
 from ucp_deepspeed.language.spec import PATTERN, Match, Rule, Spec
 
 __all__ = [

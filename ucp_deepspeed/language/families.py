@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from ucp_deepspeed.errors import SpecError
-from ucp_deepspeed.language.naming import logical_names
+from ucp_deepspeed.language.schemes import logical_names
 from ucp_deepspeed.language.spec import Lines, Spec
 from ucp_deepspeed.layout.box import Shape
 from ucp_deepspeed.layout.pattern import Shard

@@ -14,22 +14,15 @@ are only ever translated towards the logical one; both sides of a load are, and 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ucp_deepspeed.errors import SpecError
 from ucp_deepspeed.language.matching import form_of, is_blind
-from ucp_deepspeed.language.wrappers import plain_names
-
-if TYPE_CHECKING:
-    from ucp_deepspeed.language.spec import Spec
 
 _PLACEHOLDER = re.compile(r"(\{[^{}]*\}|\*\*)")
-_FIRST_NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 _NUMBER = re.compile(r"\{\s*([a-z_]\w*)\s*\}")
 _SUM = re.compile(r"\{\s*([a-z_]\w*)\s*(?:([+-])\s*(\d+)\s*)?\}")
 
@@ -132,10 +125,15 @@ def translate(names: Sequence[str], scheme: Scheme) -> dict[str, str]:
         if len(logical) > 1:
             raise SpecError(f"{name} has {len(logical)} logical names: {', '.join(sorted(logical))}")
         found[name] = logical.pop() if logical else name
-    return _without_collisions(found)
+    return without_collisions(found)
 
 
-def _without_collisions(found: dict[str, str]) -> dict[str, str]:
+def without_collisions(found: dict[str, str]) -> dict[str, str]:
+    """Names with their logical names, as given.
+
+    Raises:
+        SpecError: two have the same logical name.
+    """
     if len(set(found.values())) == len(found):
         return found
     owners: dict[str, str] = {}
@@ -143,73 +141,3 @@ def _without_collisions(found: dict[str, str]) -> dict[str, str]:
         if owners.setdefault(logical_name, name) != name:
             raise SpecError(f"{owners[logical_name]} and {name} have the same logical name, {logical_name}")
     return found
-
-
-def logical_names(
-    names: Sequence[str], specs: Sequence[Spec], recorded: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """The logical name of each parameter: as the checkpoint records it, else by the specs, else its own.
-
-    Args:
-        specs: those that may apply (`ucp_deepspeed.language.families.naming_specs`); of each the scheme under which most names
-            match a rule.
-
-    Raises:
-        SpecError: the specs disagree on a name; see also `translate`.
-    """
-    found = [best_scheme(names, spec)[1] for spec in specs] or [{name: name for name in names}]
-    for other, spec in zip(found[1:], specs[1:], strict=True):
-        differing = [name for name in names if found[0][name] != other[name]]
-        if differing:
-            raise SpecError(
-                f"families {specs[0].family!r} and {spec.family!r} both fit and name {differing[0]} otherwise; name one in the "
-                f"config or with --spec. Parameters that they name otherwise",
-                differing,
-            )
-    return _without_collisions(
-        found[0] | {name: logical for name, logical in (recorded or {}).items() if name in found[0]}
-    )
-
-
-def best_scheme(names: Sequence[str], spec: Spec) -> tuple[str | None, dict[str, str]]:
-    """The scheme under which most names match a rule, and the logical names under it.
-
-    Returns:
-        None and the names themselves where no scheme does better. One under which names collide isn't meant for them; of two
-        that count layers from different numbers, that is which begins at 0. Wrappers are seen through where that does better.
-    """
-    named = _named(names, spec)
-    seen = plain_names(names)
-    if all(plain == name for name, plain in seen.items()):
-        return named
-    title, plain = _named(list(seen.values()), spec)
-    if spec.coverage(plain.values()) <= spec.coverage(named[1].values()):
-        return named
-    return title, {name: plain[each] for name, each in seen.items()}
-
-
-def _named(names: Sequence[str], spec: Spec) -> tuple[str | None, dict[str, str]]:
-    """The scheme for names as they are, and the names under it."""
-    found: list[tuple[str | None, dict[str, str]]] = [(None, {name: name for name in names})]
-    forms = set(map(form_of, names)) if spec.names else ()
-    for title, scheme in spec.names.items():
-        if not any(renaming.may_apply(form) for renaming in scheme for form in forms):
-            continue
-        with suppress(SpecError):
-            if _renamed(translated := translate(names, scheme)):
-                found.append((title, translated))
-    if len(found) == 1:
-        return found[0]
-    return max(
-        found, key=lambda named: (spec.coverage(named[1].values()), _renamed(named[1]), -_first_number(named[1]))
-    )
-
-
-def _first_number(names: Mapping[str, str]) -> int:
-    """Layers count from 0: of two schemes that differ in the number of the first, that is meant which begins there."""
-    return min((int(number) for name in names.values() for number in _FIRST_NUMBER.findall(name)), default=0)
-
-
-def _renamed(names: Mapping[str, str]) -> int:
-    """Where as many match, as with a rule for every name, the scheme that has something to say about them is meant."""
-    return sum(name != logical for name, logical in names.items())

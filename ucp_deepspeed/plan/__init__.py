@@ -4,9 +4,9 @@ Pure: integers in, frozen data out. Only `ucp_deepspeed.transfer` touches bytes.
 """
 
 from ucp_deepspeed.plan.coverage import overlapping_fragments, prove_cover
+from ucp_deepspeed.plan.fragment import Fragment
 from ucp_deepspeed.plan.plan import (
     BlockCopy,
-    Fragment,
     Source,
     StridedView,
     Target,

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from ucp_deepspeed.layout.box import Box
 from ucp_deepspeed.layout.layout import overlapping
-
-if TYPE_CHECKING:
-    from ucp_deepspeed.plan.plan import Fragment
+from ucp_deepspeed.plan.fragment import Fragment
 
 B = TypeVar("B")
 

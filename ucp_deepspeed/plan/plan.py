@@ -5,47 +5,19 @@ Cost grows with the number of fragments and pieces that meet, never with element
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from operator import itemgetter
 from typing import Generic, TypeVar
 
 from ucp_deepspeed.layout.box import Box, Shape, flat_interval_boxes, row_major_strides
 from ucp_deepspeed.layout.layout import Layout, Piece
 from ucp_deepspeed.plan.coverage import prove_cover
-from ucp_deepspeed.plan.sharing import Interval
+from ucp_deepspeed.plan.fragment import Fragment
 
 B = TypeVar("B", bound=Hashable)
 S = TypeVar("S", bound=Hashable)
 T = TypeVar("T", bound=Hashable)
-
-
-@dataclass(frozen=True, slots=True)
-class Fragment(Generic[B]):
-    """A run of consecutive (row-major) elements of one rank's local tensor, consecutive in a buffer too. In elements.
-
-    Attributes:
-        local_start: flat position of its first element in the local tensor.
-        numel: length.
-        buffer: names the buffer: a range of a file, or a tensor of an engine.
-        buffer_start: position of its first element in the buffer.
-    """
-
-    local_start: int
-    numel: int
-    buffer: B
-    buffer_start: int
-
-    def within(self, intervals: Sequence[Interval]) -> Iterator[Fragment[B]]:
-        """What of it lies in some intervals of the buffer, which are given in order and don't overlap."""
-        end = self.buffer_start + self.numel
-        for start, stop in intervals[bisect_right(intervals, self.buffer_start, key=itemgetter(1)) :]:
-            if start >= end:
-                break
-            low, high = max(self.buffer_start, start), min(end, stop)
-            yield Fragment(self.local_start + low - self.buffer_start, high - low, self.buffer, low)
 
 
 @dataclass(frozen=True, slots=True)

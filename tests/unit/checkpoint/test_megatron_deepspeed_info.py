@@ -9,7 +9,7 @@ import pytest
 from ucp_deepspeed.checkpoint.megatron_deepspeed_info import MegatronDeepSpeedInfo
 from ucp_deepspeed.errors import MismatchError, UnsupportedError
 from ucp_deepspeed.language import load_spec
-from ucp_deepspeed.language.naming import best_scheme
+from ucp_deepspeed.language.schemes import best_scheme
 from ucp_deepspeed.layout import Replicate, Shard
 from ucp_deepspeed.layout.pattern import Partial
 
