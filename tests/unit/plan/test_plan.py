@@ -104,7 +104,7 @@ def flatten(flat_local: Array, group: FlatGroup | SlicedGroup) -> list[Array]:
         cut = [np.split(pad_end(tensor, group.partitions), group.partitions) for tensor in tensors]
         return [np.concatenate(slices) for slices in zip(*cut, strict=True)]
     joined = np.concatenate(
-        [np.pad(t, (0, g), constant_values=PADDING) for t, g in zip(tensors, group.gaps, strict=True)]
+        [np.pad(t, (0, g), constant_values=PADDING) for t, g in zip(tensors, group.gaps or (0, 0, 0), strict=True)]
     )
     return list(np.split(pad_end(joined, group.alignment * group.partitions), group.partitions))
 
