@@ -1,8 +1,8 @@
 """The DeepSpeed side: what an engine holds, and the hooks on its saving and loading.
 
-All access to DeepSpeed's private attributes is in this package: per optimizer class in `optimizers`, what differs from version to
-version in `deepspeed_surface`, the rest in `model`. A version outside the range is refused by importing this package, before
-anything is imported that such a version may lack.
+All access to DeepSpeed's private attributes is in this package. Each optimizer class has a module in `optimizers`;
+`deepspeed_surface` holds what differs from version to version; `model` holds the rest. Importing this package refuses a version
+outside the range, before it imports anything that such a version may lack.
 """
 
 from ucp_deepspeed.engine.deepspeed_versions import check_version

@@ -1,22 +1,22 @@
 """Asynchronous saving: DeepSpeed saves into host memory, and a thread of each rank writes from there.
 
-`SnapshotEngine` stands in for DeepSpeed's checkpoint engine while ``engine.save_checkpoint`` runs. What it is given goes into
-host buffers (`snapshot`). Then `begin` starts a thread, which writes this rank's files into a hidden folder beside the tag's.
+`SnapshotEngine` stands in for DeepSpeed's checkpoint engine while ``engine.save_checkpoint`` runs. It copies what it is given
+into host buffers (`snapshot`). Then `begin` starts a thread, which writes this rank's files into a hidden folder beside the
+tag's.
 When the files of all ranks are on disk, rank 0's thread adds the manifest, puts the folder in the tag's place and moves
 ``latest``.
 
 **How rank 0 learns that the others are done.** Each rank leaves a small file in the hidden folder when its own files are on
-disk, or couldn't be written; rank 0 looks for them. The ranks write to one file system anyway. A collective in the background
-could meet the training's own on the same group in another order on each rank, and a further group, or torch's store, may be gone
-before the files are written: scripts destroy their process group first and end then.
+disk, or couldn't be written; rank 0 looks for these small files. The ranks write to one file system anyway. A collective in the
+background could meet the training's own collectives on the same group in another order on each rank. Another group, or torch's
+store, may be gone before the files are written: scripts destroy their process group first and end then.
 
-**How the others learn of a failure.** By a collective in the foreground: `wait_for_save`, which the engine's next save or load
-calls. At
-the end of the process there is no collective any more: each rank finishes its files, rank 0 waits for the others, and a rank
-whose own save failed ends with a status other than zero (`ucp_deepspeed.waiting`).
+**How the others learn of a failure.** They learn by a collective in the foreground: `wait_for_save`, which the engine's next
+save or load calls. At the end of the process there is no collective any more: each rank finishes its files, rank 0 waits for the
+others, and a rank whose own save failed ends with a status other than zero (`ucp_deepspeed.waiting`).
 
-**Why a thread.** Nearly all of its time is spent outside the interpreter's lock: checksums and writes of whole tensors, fsync.
-Another process would need the buffers in shared memory, which can't be pinned in general.
+**Why a thread.** The thread spends nearly all of its time outside the interpreter's lock: checksums and writes of whole
+tensors, fsync. Another process would need the buffers in shared memory, which can't be pinned in general.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ from ucp_deepspeed.waiting import end_of_process
 logger = logging.getLogger("ucp_deepspeed")
 
 ENDED_NAME, ENDED_NAMES = ".ended_rank_{rank:05d}.json", ".ended_rank_*.json"
-"""What a rank leaves in the hidden folder: ``error`` is a text, or null if all of its files are on disk. And all of these."""
+"""The file that a rank leaves in the hidden folder, and a glob for all of them. ``error`` in it is a text, or null if all of the
+rank's files are on disk."""
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.01, 1.0
 """Seconds between two looks for the other ranks' files."""
@@ -58,7 +59,7 @@ BUFFERS = "universal_checkpoint_buffers"
 
 
 def check_background(engine: Engine) -> None:
-    """Refuse settings that asynchronous saving can't go with.
+    """Refuse settings that can't be used with asynchronous saving.
 
     Raises:
         ConfigError: another of DeepSpeed's checkpoint engines, its old file format, or files on each node's own disk.
@@ -83,10 +84,10 @@ def check_background(engine: Engine) -> None:
 class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
     """Stands in for DeepSpeed's ``TorchCheckpointEngine`` during one ``save_checkpoint``; `save` only copies.
 
-    An error is kept until DeepSpeed is through with its barriers (`check`), so that no rank waits there for one that failed.
+    It keeps an error until DeepSpeed is through with its barriers (`check`), so that no rank waits there for one that failed.
 
     Attributes:
-        files: what is to be written.
+        files: the files to write.
     """
 
     def __init__(self, engine: Engine, folder: Path) -> None:
@@ -100,7 +101,7 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
         self._buffers.reuse()
 
     def create(self, info: CheckpointCommitInfo) -> None:
-        """Called first; nothing is to be done."""
+        """Do nothing; DeepSpeed calls this first."""
 
     def save(self, state_dict: Any, path: str) -> None:
         """Copy what ``torch.save`` would write."""
@@ -110,8 +111,8 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
 
     @contextmanager
     def in_place_of_files(self, engine: Engine) -> Iterator[None]:
-        """Be the engine's checkpoint engine in the block. What it writes past that, on rank 0 and between two barriers, is kept
-        from raising too."""
+        """Be the engine's checkpoint engine in the block. DeepSpeed also writes recovery scripts past it, on rank 0 and between
+        two barriers; errors of that are kept until `check` too."""
         copy_scripts = engine._copy_recovery_script
 
         def copy_scripts_or_keep(folder: str) -> None:
@@ -129,23 +130,23 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
             vars(engine).update({name: own[name] for name in replaced if name in own})
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """As ever; a save loads nothing."""
+        """Load by DeepSpeed's own engine; a save loads nothing."""
         return self._native.load(path, map_location)
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
-        """Called last; the files are committed in the background."""
+        """Return True; DeepSpeed calls this last, and the files are committed in the background."""
         return True
 
     def is_data_parallel_writer(self, dp_rank: int) -> bool:
-        """Which ranks save what all ranks have."""
+        """Return whether a rank saves what all ranks have."""
         return bool(self._native.is_data_parallel_writer(dp_rank))
 
     def preserves_storage_sharing(self) -> bool:
-        """No: DeepSpeed needn't clone tensors before it saves them, since copying them does as well."""
+        """Return False: DeepSpeed needn't clone tensors before it saves them, since copying them does the same."""
         return False
 
     def check(self) -> None:
-        """Raise what went wrong first.
+        """Raise the first error.
 
         Raises:
             SaveError: something can't be pickled, or DeepSpeed couldn't write what it writes itself.
@@ -165,23 +166,23 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
                 self._error.__cause__ = error
 
     def _is_cloned(self, name: str) -> bool:
-        """Whether this is a file for which DeepSpeed clones tensors otherwise: layers of pipelines (``runtime/pipe/module.py``,
-        ``save_state_dict``), and with experts all but ZeRO's (``runtime/engine.py``, ``_save_moe_checkpoint``)."""
+        """Return whether DeepSpeed clones the tensors of this file otherwise: layers of pipelines (``runtime/pipe/module.py``,
+        ``save_state_dict``), and with experts all files but ZeRO's (``runtime/engine.py``, ``_save_moe_checkpoint``)."""
         return name.startswith("layer_") or (self._experts and not (self._zero and name.endswith("optim_states.pt")))
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one rank is to write.
+    """The part of a save that one rank writes.
 
     Attributes:
         partial: the hidden folder, which exists.
-        folder: that of the tag.
-        files: this rank's.
+        folder: the tag's folder.
+        files: this rank's files.
         texts: further files of this rank, with their content.
         commit: makes ``partial`` the checkpoint.
-        rank: this one; rank 0 commits.
-        world_size: of all that write.
+        rank: this rank; rank 0 commits.
+        world_size: number of ranks that write.
         timeout: seconds that rank 0 waits for the others.
     """
 
@@ -200,10 +201,10 @@ class Writing(threading.Thread):
 
     Attributes:
         written: set when this rank's own files are on disk or have failed.
-        own_error: what failed of this rank's files; to be read after ``written``.
-        error: the first that failed; to be read when the thread has ended.
-        settled: whether all ranks have waited for it.
-        outcome: why it failed, on whatever rank; to be read when it is settled.
+        own_error: the error in this rank's files; to be read after ``written``.
+        error: the first error; to be read when the thread has ended.
+        settled: whether all ranks have waited for this save.
+        outcome: why the save failed, on whatever rank; to be read when it is settled.
     """
 
     def __init__(self, job: Job) -> None:
@@ -240,15 +241,15 @@ class Writing(threading.Thread):
                         "saved %s (%.1f MB) in the background, in %.1f s", self.job.folder, numbytes / 1e6, taken
                     )
             if self.error is not None and not self.job.partial.is_dir():
-                self.clear()  # it was moved, and no rank finds it any more
+                self.clear()  # the folder was moved, and no rank finds it any more
 
     def give_up(self) -> None:
-        """Commit nothing, since a rank has failed; returns when the thread has ended."""
+        """Commit nothing, since a rank has failed. Return when the thread has ended."""
         self._given_up.set()
         self.join()
 
     def clear(self) -> None:
-        """Remove what a failed save has written. Only when no rank writes any more."""
+        """Remove what a failed save has written. Call it only when no rank writes any more."""
         if self.job.rank == 0:
             remove_partial_folder(self.job.partial, self.job.folder)
 
@@ -276,7 +277,7 @@ class Writing(threading.Thread):
             file.write(self.job.partial)
 
     def _await_ranks(self) -> None:
-        """Until all ranks have ended.
+        """Wait until all ranks have ended.
 
         Raises:
             SaveError: some have failed, or didn't end in time.
@@ -318,7 +319,7 @@ def _as_save_error(error: Exception, job: Job) -> SaveError:
 
 
 def gone_error(folder: Path, moved: Path) -> SaveError:
-    """Somebody else has renamed or removed what a save writes to."""
+    """The error for a save whose folder somebody else has renamed or removed."""
     return SaveError(
         f"{folder} could not be saved, and 'latest' was not moved: {moved} was renamed or removed, in whole or in part, while "
         f'the save wrote there; call ucp_deepspeed.wait_for_save() before you do so, or set "async": false in '
@@ -327,8 +328,8 @@ def gone_error(folder: Path, moved: Path) -> SaveError:
 
 
 _pending: list[Writing] = []
-"""Saves that may not be finished, or have failed and nobody has been told, in the order in which they began: the same on every
-rank."""
+"""Saves that may not be finished, or that failed and nobody has been told. They are in the order in which they began, which is
+the same on every rank."""
 
 OWN = "_universal_checkpoint_writing"
 """Attribute of an engine: its last `Writing`."""
@@ -358,11 +359,11 @@ def begin(engine: Engine, job: Job) -> None:
 
 
 _finalized = 0
-"""The process of which `_end_with_child` knows."""
+"""The id of the process in which `_end_with_child` has registered."""
 
 
 def _end_with_child() -> None:
-    """What ``atexit`` does, in processes that ``multiprocessing`` has forked: those call no such handler."""
+    """Register what ``atexit`` does elsewhere: processes that ``multiprocessing`` has forked call no ``atexit`` handler."""
     global _finalized
     if _finalized != os.getpid():
         _finalized = os.getpid()
@@ -374,7 +375,7 @@ def wait_for_save(engine: Engine | None = None) -> None:
     process group is gone.
 
     Raises:
-        SaveError: on all ranks, if it failed on one of them. It is told once.
+        SaveError: on all ranks, if the save failed on one of them. It is told once.
     """
     errors: list[Exception] = []
     for writing in [each for each in _pending if engine is None or each is vars(engine).get(OWN)]:
@@ -388,7 +389,7 @@ def wait_for_save(engine: Engine | None = None) -> None:
 def settle_saves(folder: Path | None = None) -> None:
     """Wait for the saves of all engines, or for those below a folder, whose ``latest`` they move. Collective.
 
-    How they ended is told to whoever waits for them by `wait_for_save`.
+    `wait_for_save` tells how they ended to whoever calls it.
     """
     place = None if folder is None else folder.resolve()
     for writing in list(_pending):
@@ -409,7 +410,7 @@ def _settle(writing: Writing) -> None:
             writing.join()
             if writing.error is not None:
                 raise writing.error
-    except Exception as error:  # Ctrl-C is none: the save goes on, and the next call waits for it
+    except Exception as error:  # Ctrl-C isn't caught: the save goes on, and the next call waits for it
         writing.give_up()
         writing.clear()
         writing.outcome = error
@@ -417,8 +418,8 @@ def _settle(writing: Writing) -> None:
 
 
 def last_failure() -> BaseException | None:
-    """Why a save isn't on disk, if nobody has been told; waits for all. At the end of the process, when threads are no longer
-    waited for, or were and the wait was interrupted."""
+    """Return why a save isn't on disk, if nobody has been told; wait for all. Called at the end of the process, when the
+    interpreter no longer waits for threads, or its wait was interrupted."""
     try:
         for writing in _pending:
             writing.join()

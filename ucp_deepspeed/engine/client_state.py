@@ -1,6 +1,7 @@
-"""What a user may give to be saved beside DeepSpeed's own state.
+"""The client state: values of the user's own that are saved beside DeepSpeed's state.
 
-DeepSpeed writes both into one dictionary, the user's over its own (``runtime/engine.py::_save_checkpoint``), and resumes from it.
+DeepSpeed writes both into one dictionary, where the user's entries replace its own
+(``runtime/engine.py::_save_checkpoint``), and resumes from it.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from ucp_deepspeed.errors import SaveError
 logger = logging.getLogger("ucp_deepspeed")
 
 COUNTERS = ("global_steps", "skipped_steps", "dp_world_size", "mp_world_size")
-"""Numbers that a load takes over, and doesn't return."""
+"""Numbers that a load takes over and doesn't return."""
 
 RESUMED = frozenset((*COUNTERS, "module", "optimizer", "lr_scheduler", "data_sampler", "random_ltd"))
-"""Keys that a load takes over, and doesn't return."""
+"""Keys that a load takes over and doesn't return."""
 
 
 def to_be_saved(engine: Engine, client_state: Mapping[str, Any]) -> dict[str, Any]:
-    """A client state without the engine's keys, and with what DeepSpeed leaves out.
+    """Return a client state without the engine's keys, and with the values that DeepSpeed leaves out.
 
-    A script that saves what its load returned gives the engine some of its own keys back, as they were then: what they are now is
-    saved.
+    A script that saves what its load returned gives the engine some of its own keys back, with old values. The current values
+    are saved instead.
 
     Raises:
-        SaveError: a key that the next resume would go by; names all of them.
+        SaveError: the client state has keys that the next resume would go by; names all of them.
     """
     live = {key: getattr(engine, key) for key in ("global_steps", "skipped_steps", "mp_world_size")}
     live["dp_world_size"] = engine.seq_dp_world_size
@@ -52,9 +53,10 @@ def to_be_saved(engine: Engine, client_state: Mapping[str, Any]) -> dict[str, An
 
 
 def _is_users(engine: Engine, key: str, value: Any) -> bool:
-    """Whether an entry under one of DeepSpeed's keys may be the user's own.
+    """Return whether an entry under one of DeepSpeed's keys may be the user's own.
 
-    Megatron-DeepSpeed tells its layouts in one of them, where AutoTP doesn't; and a script may keep the path of its config.
+    Megatron-DeepSpeed keeps its layouts under one of these keys where AutoTP doesn't; and a script may keep the path of its
+    config.
     """
     if key == UNIVERSAL_CHECKPOINT_INFO:
         return not hasattr(engine.module, UNIVERSAL_CHECKPOINT_INFO)

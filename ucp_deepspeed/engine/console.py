@@ -1,7 +1,7 @@
-"""Lines on stderr, as DeepSpeed has its own: one per load and finished background save, and warnings.
+"""Lines on stderr, as DeepSpeed has its own: one per load and per finished background save, and warnings.
 
-Scripts for DeepSpeed rarely configure Python's logging. DeepSpeed's own logger doesn't serve: it writes to stdout, and leaves out
-what isn't a warning.
+Scripts for DeepSpeed rarely configure Python's logging. DeepSpeed's own logger isn't used: it writes to stdout, and leaves
+out everything below a warning.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Console(logging.Handler):
 
 
 def show() -> None:
-    """Show the package's lines from now on, down to `logging.INFO`; a level that the script has set stays."""
+    """Show the package's lines from now on, down to `logging.INFO`. A level that the script has set stays."""
     logger = logging.getLogger(NAME)
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
@@ -48,7 +48,7 @@ def show() -> None:
 
 @contextmanager
 def told_once(load_dir: str | Path, tag: str | None) -> Iterator[None]:
-    """While DeepSpeed loads: where it finds no checkpoint it says so on the first rank alone, and not on each."""
+    """Let only the first rank say that DeepSpeed found no checkpoint, and not every rank, while DeepSpeed loads."""
     if dist.get_rank() == 0 or tag is not None or (Path(load_dir) / LATEST_NAME).is_file():
         yield
         return

@@ -1,8 +1,8 @@
-"""``custom_load_fn``: the user's own function moves the weights, here from any topology.
+"""``custom_load_fn``: the user's own function moves the weights; here it works from any topology.
 
-DeepSpeed calls ``custom_load_fn(src=<the rank's state dict>, dst=engine.module)`` in place of ``load_state_dict``. The same call
-is made here, with a state dict made for this rank's tensor-parallel share, after everything that fits has been restored. What the
-function changes in the model's weights is then taken over into the masters; all else keeps its exact fp32 value.
+DeepSpeed calls ``custom_load_fn(src=<the rank's state dict>, dst=engine.module)`` in place of ``load_state_dict``. This
+module makes the same call after everything that fits has been restored, with a state dict made for this rank's tensor-parallel
+share. Then the masters take over what the function has changed in the model's weights; all else keeps its exact fp32 value.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from ucp_deepspeed.transfer import FileReader, run_copies
 
 
 def check_custom_load(engine: Engine) -> None:
-    """Refuse where DeepSpeed does too, and what a state dict of this rank can't be made for.
+    """Refuse what DeepSpeed refuses too, and engines for which no state dict of one rank can be made.
 
     Raises:
-        UnsupportedError: a pipeline engine; also experts of AutoEP, of which a rank's modules have some and the state dict all.
+        UnsupportedError: a pipeline engine; also experts of AutoEP: a rank's modules have some of them, and the state dict has
+            all.
     """
     if any(autoep_layers(engine.module)):
         raise UnsupportedError("custom_load_fn can't be used with layers of DeepSpeed's AutoEP in this release")
@@ -40,9 +41,9 @@ def check_custom_load(engine: Engine) -> None:
 
 
 def local_state_dict(checkpoint: Checkpoint, model: EngineModel) -> dict[str, torch.Tensor]:
-    """Weights and buffers under the checkpoint's names, each as this rank's tensor-parallel share of it.
+    """Return weights and buffers under the checkpoint's names, each as this rank's tensor-parallel shard.
 
-    Trained weights have the model's precision, others the dtype that they were saved in.
+    Trained weights have the model's precision; others have the dtype in which they were saved.
 
     Raises:
         SpecError: nothing tells the layouts that another tensor-parallel size needs.
@@ -77,7 +78,7 @@ def run_custom_load(
     function: Callable[..., None],
     source: dict[str, torch.Tensor],
 ) -> None:
-    """Call the user's function with whole weights, and take over into the masters what it changed. Collective."""
+    """Call the user's function with whole weights, and take over its changes into the masters. Collective."""
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=0):
         function(src=source, dst=engine.module)
     optimizer.begin()
@@ -90,7 +91,7 @@ def run_custom_load(
 
 
 def _pairs(model: EngineModel, optimizer: EngineOptimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Runs of this rank's masters, and of the weights that were made of them."""
+    """Yield runs of this rank's masters, each with the weights that were made of it."""
     for slot in optimizer.slots():
         master = slot.master.data.view(-1)
         for name, part in slot.fragments():

@@ -1,7 +1,7 @@
-"""What differs in DeepSpeed from one supported version to the next, looked up once.
+"""The differences between the supported versions of DeepSpeed, looked up once.
 
-What a version lacks is answered here as if nothing of it were in use, so that no other module asks for a version, catches an
-`ImportError`, or looks whether an attribute is there.
+Where a version lacks something, the functions here answer as if nothing of it were in use. So no other module asks for a
+version, catches an `ImportError`, or looks whether an attribute is there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SAVES_BF16_WITHOUT_ZERO = "0.18.5"
 
 
 def _class_of(module: str, name: str) -> type | None:
-    """A class of DeepSpeed's; None if this version lacks its module."""
+    """Return a class of DeepSpeed's, or None if this version lacks its module."""
     try:
         found: type = getattr(import_module(module), name)
     except ModuleNotFoundError:
@@ -43,30 +43,30 @@ _DEALT = getattr(constants, "DS_AUTOEP_UC_META", None)
 
 
 def autoep_layers(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Names and modules of AutoEP's layers. Before 0.19.2 there is no AutoEP."""
+    """Yield names and modules of AutoEP's layers. Before 0.19.2 there is no AutoEP."""
     if _AUTOEP_LAYER is not None:
         yield from ((name, each) for name, each in module.named_modules() if isinstance(each, _AUTOEP_LAYER))
 
 
 def autoep_marks_experts() -> bool:
-    """Whether `dealt_experts` can tell which experts a tensor of AutoEP holds."""
+    """Return whether `dealt_experts` can tell which experts a tensor of AutoEP holds."""
     return _DEALT is not None
 
 
 def moe_files_have_names() -> bool:
-    """Whether ``_save_moe_checkpoint`` (``runtime/engine.py``) writes ``param_shapes`` and ``buffer_names``."""
+    """Return whether ``_save_moe_checkpoint`` (``runtime/engine.py``) writes ``param_shapes`` and ``buffer_names``."""
     return Version(deepspeed.__version__) >= Version(OLDEST_MOE)
 
 
 class DealtExperts(NamedTuple):
-    """A tensor of which AutoEP has given each rank some: the shape with all experts, and this rank's first expert."""
+    """A tensor of experts that AutoEP has dealt out over ranks: the shape with all experts, and this rank's first expert."""
 
     shape: tuple[int, ...]
     first: int
 
 
 def dealt_experts(tensor: torch.Tensor) -> DealtExperts | None:
-    """What AutoEP has written on a tensor of experts; None for any other."""
+    """Return what AutoEP has recorded on a tensor of experts; None for any other tensor."""
     told = getattr(tensor, _DEALT, None) if _DEALT is not None else None
     if told is None:
         return None
@@ -76,9 +76,9 @@ def dealt_experts(tensor: torch.Tensor) -> DealtExperts | None:
 
 
 def uncut_by_autotp(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
-    """Weights and biases that AutoTP has left whole: it replaces each linear layer that it cuts by one of its own.
+    """Yield weights and biases that AutoTP has left whole: it replaces each linear layer that it partitions with one of its own.
 
-    Embeddings that it cuts stay embeddings, so nothing is said of them. From 0.19.7 on it records all that it does.
+    Embeddings that it partitions stay embeddings, so they are left out here. From 0.19.7 on AutoTP records all that it does.
     """
     for each in module.modules():
         if type(each) is torch.nn.Linear:
@@ -86,19 +86,19 @@ def uncut_by_autotp(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
 
 
 def loss_scale_of(wrapper: Any) -> Any:
-    """The object on which ``FP16_Optimizer`` and ``FP16_UnfusedOptimizer`` keep their loss scale; None without one.
+    """Return the object on which ``FP16_Optimizer`` and ``FP16_UnfusedOptimizer`` keep their loss scale; None without one.
 
-    At first it is the optimizer itself, and ``FP16_UnfusedOptimizer`` scales the loss in bf16 too.
+    In older versions that object is the optimizer itself, and ``FP16_UnfusedOptimizer`` scales the loss in bf16 too.
     """
     holder = getattr(wrapper, "loss_scale_config", wrapper)
     return holder if getattr(holder, "use_grad_scaling", True) else None
 
 
 def saves_optimizer(engine: Engine) -> bool:
-    """Whether what this version saves of an engine has the optimizer's state.
+    """Return whether this version saves the optimizer's state of an engine.
 
-    Before 0.18.5 ``_save_checkpoint`` (``runtime/engine.py``) took all of bf16 for ZeRO's, of which other files have it, and
-    ``_do_optimizer_sanity_check`` took ``BF16_Optimizer`` for no case.
+    Before 0.18.5 ``_save_checkpoint`` (``runtime/engine.py``) took every bf16 engine for a ZeRO one, whose state is in other
+    files, and ``_do_optimizer_sanity_check`` didn't handle ``BF16_Optimizer``.
     """
     wrapped = isinstance(engine.optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)) and engine.bfloat16_enabled()
     return not wrapped or Version(deepspeed.__version__) >= Version(SAVES_BF16_WITHOUT_ZERO)

@@ -1,7 +1,7 @@
-"""Everything of DeepSpeed's own objects that this package reads, sets or calls beside their public interface: one list.
+"""One list of all attributes of DeepSpeed's own objects that this package reads, sets or calls beside their public interface.
 
-mypy holds the code to it: a function that takes an `Engine` can use what stands here alone. `CLASSES` says which classes have it,
-so that a test tells by name what a new version of DeepSpeed has renamed.
+mypy holds the code to it: a function that takes an `Engine` can use only what stands here. `CLASSES` says which classes
+have each attribute, so that a test names what a new version of DeepSpeed has renamed.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 
 
 class OwnAttributes(Protocol):
-    """What this package itself puts on an engine.
+    """Attributes that this package itself puts on an engine.
 
     Attributes:
-        universal_checkpoint_config: the block of the config.
-        universal_checkpoint_report: of the last universal load.
+        universal_checkpoint_config: the ``universal_checkpoint`` block of the config.
+        universal_checkpoint_report: report of the last universal load.
     """
 
     universal_checkpoint_config: Any
@@ -25,7 +25,7 @@ class OwnAttributes(Protocol):
 
 
 class Engine(OwnAttributes, Protocol):
-    """``DeepSpeedEngine`` (``runtime/engine.py``), of which `PipelineEngine` is one."""
+    """``DeepSpeedEngine`` (``runtime/engine.py``); `PipelineEngine` is a subclass."""
 
     module: Any
     optimizer: Any
@@ -89,7 +89,7 @@ class Scaled(Protocol):
 
 
 class Partitioned(Protocol):
-    """What ``DeepSpeedZeroOptimizer`` and ``BF16_Optimizer`` have in common."""
+    """The attributes that ``DeepSpeedZeroOptimizer`` and ``BF16_Optimizer`` have in common."""
 
     optimizer: torch.optim.Optimizer
     real_dp_process_group: Sequence[Any]
@@ -136,7 +136,7 @@ class Zero3(Scaled, Protocol):
 
 
 class Fp16(Protocol):
-    """What ``FP16_Optimizer`` and ``FP16_UnfusedOptimizer`` (``runtime/fp16/``) have in common."""
+    """The attributes that ``FP16_Optimizer`` and ``FP16_UnfusedOptimizer`` (``runtime/fp16/``) have in common."""
 
     optimizer: torch.optim.Optimizer
     fp16_groups: Sequence[Sequence[torch.Tensor]]

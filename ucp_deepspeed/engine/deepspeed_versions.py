@@ -1,6 +1,6 @@
-"""The range of DeepSpeed versions whose internals this release knows; the first thing that `ucp_deepspeed.engine` imports.
+"""The range of DeepSpeed versions whose internals this release knows; `ucp_deepspeed.engine` imports this module first.
 
-So nothing of DeepSpeed is imported here but the package, which must be there whatever its version lacks. ``setup.py`` reads the
+So this module imports nothing of DeepSpeed but the package itself, which is there in every version. ``setup.py`` reads the
 range from the text of this file.
 """
 
@@ -12,10 +12,10 @@ from packaging.version import Version
 from ucp_deepspeed.errors import UnsupportedError
 
 OLDEST_DEEPSPEED = "0.18.0"
-"""First version that the tests pass with."""
+"""First version with which the tests pass."""
 
 NEWEST_DEEPSPEED = "0.19"
-"""Last minor version that they pass with; its later patch releases are accepted."""
+"""Last minor version with which the tests pass; its later patch releases are accepted."""
 
 
 def check_version(version: str = deepspeed.__version__) -> None:

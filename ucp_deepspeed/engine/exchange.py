@@ -1,7 +1,7 @@
-"""What one rank has read and others need too goes over the network, while this rank goes on reading.
+"""Exchange between ranks: one rank sends over the network what others need too, while it goes on reading.
 
-gloo's all-gather waits for one neighbour after the other, at a third of the speed of messages sent side by side; other backends
-are left to their own collectives, which run beside the host anyway.
+gloo's all-gather waits for one neighbour after the other, at a third of the speed of messages sent side by side. Other
+backends use their own collectives, which run beside the host anyway.
 """
 
 from __future__ import annotations
@@ -18,28 +18,29 @@ from deepspeed.utils import groups
 from ucp_deepspeed.engine.deepspeed_types import Engine
 
 PACKED_NUMBYTES = 1 << 17
-"""Tensors below this size, or a rank's part of a round, travel together: a message of its own costs more than copying them."""
+"""Tensors below this size, or below a rank's part of a round, travel together: a message of its own costs more than copying
+them."""
 
 ROUND_NUMBYTES = 8 << 20
-"""Memory of a rank for those that travel together, as a rule, before it waits for them and packs the next ones."""
+"""Memory of a rank for tensors that travel together. When it is full, the rank waits for them and packs the next ones."""
 
 
 @dataclass
 class Exchange:
-    """One under way. Until `wait` neither what is sent may change, nor what is received be used."""
+    """One exchange under way. Until `wait` the tensors to send may not change, and the received ones may not be used."""
 
     _works: list[Any] = field(default_factory=list)
     _packed: list[_Pack] = field(default_factory=list)
 
     def wait(self) -> None:
-        """Until every rank has what this one sent, and this one what the others sent."""
+        """Wait until every rank has what this one sent, and this one has what the others sent."""
         for work in self._works:
             work.wait()
         self._works = []
         self.wait_for_packed()
 
     def wait_for_packed(self) -> None:
-        """The same for small tensors; the memory in which they travel is free then."""
+        """Wait for the small tensors; the memory in which they travel is free then."""
         for pack in self._packed:
             for work in pack.works:
                 work.wait()
@@ -59,9 +60,10 @@ class _Pack:
 
 
 def replica_group(engine: Engine, tensor: torch.Tensor) -> Any:
-    """The ranks that hold all of a parameter or buffer, or what belongs to it, as this one does.
+    """Return the process group of the ranks that hold all of a parameter or buffer, or what belongs to it, as this one does.
 
-    None where there are no others, where ZeRO-3 has cut it, or where the group's backend can't reach its device.
+    It is None where there are no others, where ZeRO-3 has partitioned the tensor, or where the group's backend can't reach its
+    device.
     """
     group = (
         groups._get_expert_data_parallel_group(tensor.group_name)  # type: ignore[attr-defined]
@@ -73,17 +75,17 @@ def replica_group(engine: Engine, tensor: torch.Tensor) -> Any:
 
 
 def is_expert(tensor: torch.Tensor) -> bool:
-    """Whether DeepSpeed keeps a parameter on some expert-parallel ranks only (``moe/experts.py``)."""
+    """Return whether DeepSpeed keeps a parameter on some expert-parallel ranks only (``moe/experts.py``)."""
     return not getattr(tensor, "allreduce", True)
 
 
 def goes_over_gloo(group: Any, tensor: torch.Tensor) -> bool:
-    """Whether a tensor is on the CPU and the process group's messages are gloo's."""
+    """Return whether a tensor is on the CPU and the process group's messages are gloo's."""
     return bool(dist.get_backend(group) == "gloo" and tensor.device.type == "cpu")
 
 
 def reaches(group: Any, tensor: torch.Tensor) -> bool:
-    """Whether the backend of a process group can send a tensor from where it is."""
+    """Return whether the backend of a process group can send a tensor from where it is."""
     return goes_over_gloo(group, tensor) or (dist.get_backend(group) != "gloo" and tensor.device.type != "cpu")
 
 
@@ -93,8 +95,8 @@ def begin_exchange(
     """Begin to give every rank of a process group what each of them has. Collective over the group.
 
     Args:
-        held: for each rank of the group contiguous tensors, of the same shapes on all ranks: the rank's own are sent, the others'
-            are received into.
+        held: for each rank of the group contiguous tensors, of the same shapes on all ranks. The rank's own are sent; the others'
+            are filled with what is received.
         round_numbytes: memory for small tensors; the same on all ranks.
     """
     most = round_numbytes // len(held)
@@ -115,7 +117,7 @@ def begin_exchange(
 
 
 def _cut(tensors: Sequence[torch.Tensor], least: int, most: int) -> Iterator[list[torch.Tensor]]:
-    """Those that are smaller than ``least`` bytes, by at most so many bytes: the same on all ranks."""
+    """Yield the tensors smaller than ``least`` bytes, in lists of at most ``most`` bytes: the same on all ranks."""
     taken: list[torch.Tensor] = []
     numbytes = 0
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""Restoring what modules keep beside parameters and buffers: torch's ``get_extra_state`` and ``set_extra_state``."""
+"""Restore extra states: what modules keep beside parameters and buffers (torch's ``get_extra_state`` and ``set_extra_state``)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.transfer.matching import Policies
 
 ExtraStates = tuple[tuple[Module, Any], ...]
-"""Modules, and what to give to ``set_extra_state``."""
+"""Modules, each with the value for its ``set_extra_state``."""
 
 
 STRICT_HINT = "load_module_strict=False takes what both have, and leaves the rest as it is"
@@ -24,9 +24,10 @@ STRICT_HINT = "load_module_strict=False takes what both have, and leaves the res
 def plan_extra_states(
     checkpoint: Checkpoint, module: Module, model: EngineModel, names: Names, policies: Policies
 ) -> ExtraStates:
-    """Pair the modules of this rank with what the checkpoint holds for them.
+    """Pair the modules of this rank with their extra states in the checkpoint.
 
-    With as many tensor-parallel ranks as before each takes its own; else only what was the same on all of them has a meaning.
+    If the tensor-parallel size is unchanged, each rank takes its own. Otherwise only an extra state that was the same on all
+    ranks has a meaning.
 
     Raises:
         MismatchError: lists every extra state that one side lacks, or that can't be shared, where no policy allows it.
@@ -62,13 +63,13 @@ def _under_live_keys(checkpoint: Checkpoint, module: Module, names: Names) -> tu
 
 
 def has_extra_states(module: Module) -> bool:
-    """Whether its ``state_dict`` holds an extra state that isn't None."""
+    """Return whether a module's ``state_dict`` holds an extra state that isn't None."""
     keeping = (part for part in module.modules() if type(part).get_extra_state is not Module.get_extra_state)
     return any(part.get_extra_state() is not None for part in keeping)
 
 
 def _modules(module: Module) -> Mapping[str, Module]:
-    """By key of the ``state_dict``, the modules that have something to restore."""
+    """Return the modules that have something to restore, by key of the ``state_dict``."""
     own = {f"{name}._extra_state".lstrip("."): part for name, part in module.named_modules() if _restores(part)}
     return {key: part for key, part in own.items() if part.get_extra_state() is not None}
 

@@ -1,4 +1,4 @@
-"""Filling an engine as planned: reading, giving replicas what they need, and making the weights.
+"""Fill an engine as planned: read, give replicas what they need, and make the weights.
 
 The masters come first, so that the weights made of them travel while the optimizer's states are read.
 """
@@ -32,7 +32,7 @@ ROUNDED_NUMEL = 1 << 16
 """Elements that are rounded at a time: few enough to stay in caches."""
 
 MOST_THREADS = 8
-"""Of one rank; more don't make copies of memory faster."""
+"""Most threads of one rank; more don't make copies of memory faster."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ class Filling:
         slots: see `SlotPlan`.
         weights: see `WeightPlan`.
         policies: whether the base optimizer's state is replaced, kept or reset.
-        initialised: parameters with more rows than in the checkpoint (the further ones keep the model's values), of another
-            shape, and those of this rank of which optimizer states begin anew.
-        dropped: parameters of this rank of which optimizer states are left out.
-        bytes_needed: bytes of the elements that this rank is to read, in the source's dtypes.
+        initialised: parameters with more rows than in the checkpoint (the further ones keep the model's values), parameters of
+            another shape, and parameters of this rank whose optimizer states begin anew, in whole or in part.
+        dropped: parameters of this rank some of whose optimizer states are left out.
+        bytes_needed: bytes of the elements that this rank has to read, in the source's dtypes.
         rounding: dtype to which masters are rounded; None to keep them exact.
-        exchanged: process group of the tensor-parallel ranks, and a digest of what these exchange.
-        versions: of the checkpoint's files.
+        exchanged: process group of the tensor-parallel ranks, and a digest of what they exchange.
+        versions: versions of the checkpoint's files.
         layouts: what the load knows of the model's layouts.
     """
 
@@ -100,10 +100,10 @@ class Filling:
     layouts: KnownLayouts
 
     def check_exchange(self) -> None:
-        """Collective over the tensor-parallel ranks: whether all of them are to exchange the same.
+        """Check that all tensor-parallel ranks are to exchange the same. Collective over these.
 
         Raises:
-            MismatchError: they aren't, and would wait for one another, or receive what is meant for another parameter.
+            MismatchError: they don't, and would wait for one another, or receive what is meant for another parameter.
         """
         group, digest = self.exchanged
         if group is not None:
@@ -116,11 +116,11 @@ class Filling:
                 )
 
     def check_files(self) -> None:
-        """Open each file that this rank is to read once, so that what can't be read is told before anything has changed.
+        """Open each file that this rank is to read once, so that an unreadable file is told before anything has changed.
 
         Raises:
-            DamagedCheckpointError: a file is missing, can't be opened, or ends before what is wanted of it does, or isn't the one
-                any more that was opened when planning.
+            DamagedCheckpointError: a file is missing, can't be opened, ends before the bytes that are needed, or has changed
+                since it was opened for planning.
         """
         buffers = [buffer for slot in self.slots for buffer in slot.buffers.values()]
         stops: dict[str, int] = {}
@@ -140,8 +140,8 @@ class Filling:
             memory_numbytes: most bytes of memory for blocks on their way from a file into a buffer.
 
         Raises:
-            UniversalCheckpointError: a rank couldn't read a file, or one was changed meanwhile; on every rank, none of which then
-                waits for the others.
+            UniversalCheckpointError: a rank couldn't read a file, or a file was changed meanwhile. It is raised on every rank, so
+                that none waits for the others.
         """
         with torch.no_grad(), closing(_Filler(memory_numbytes, self.versions)) as filler:
             with agreement():  # there may be too little memory on one rank
@@ -159,7 +159,7 @@ class Filling:
         return filler.count
 
     def _state_buffers(self, optimizer: EngineOptimizer, plan: SlotPlan) -> Mapping[str, torch.Tensor]:
-        """What the optimizer's states of a slot go into; nothing of the optimizer changes yet."""
+        """Return the buffers for the optimizer's states of a slot; nothing of the optimizer changes yet."""
         if self.policies.optimizer_states != "restore":
             return {}
         return {state: optimizer.state_buffer(plan.slot, state) for state in plan.buffers if state != MASTER}
@@ -167,7 +167,7 @@ class Filling:
     def _become_part(
         self, optimizer: EngineOptimizer, states: Sequence[Mapping[str, torch.Tensor]]
     ) -> Iterator[tuple[torch.Tensor, BufferPlan]]:
-        """The buffers of the optimizer's states, as they become part of it."""
+        """Yield the buffers of the optimizer's states, and make them part of it."""
         for plan, buffers in zip(self.slots, states, strict=True):
             if self.policies.optimizer_states == "reset":
                 optimizer.reset_state(plan.slot)
@@ -177,7 +177,7 @@ class Filling:
 
 
 class _Filler:
-    """Fills buffers one after another; what replicas share is on its way meanwhile."""
+    """Fills buffers one after another, while the parts that replicas share are on their way."""
 
     def __init__(self, memory_numbytes: int, versions: FileVersions) -> None:
         self.count = TransferCount()
@@ -188,7 +188,7 @@ class _Filler:
         self._error: Exception | None = None
 
     def fill(self, buffers: Sequence[tuple[torch.Tensor, BufferPlan]], rounding: torch.dtype | None = None) -> None:
-        """Fill this rank's part of each, and begin to exchange the parts with replicas. Collective."""
+        """Fill this rank's part of each buffer, and begin to exchange the parts with replicas. Collective."""
         for buffer, plan in buffers:
             whole = buffer.contiguous()  # the tensor itself unless its elements lie in another order
             flat = whole.view(-1)
@@ -209,7 +209,7 @@ class _Filler:
         self._exchanges += self._begin([(each, plan.replicas, plan.division.replicas) for each, plan in buffers])
 
     def _read(self, copies: Copies, flat: torch.Tensor) -> None:
-        """Read into one buffer. After a first error nothing more is read, but other ranks still get what they wait for."""
+        """Read into one buffer. After a first error read nothing more; other ranks still get what they wait for."""
         if self._error is None:
             try:
                 self.count.add(run_copies(copies, self._reader, lambda _: flat, self._pool))
@@ -217,7 +217,7 @@ class _Filler:
                 self._error = error
 
     def check(self) -> None:
-        """Raise what went wrong on this rank, if anything did."""
+        """Raise the error of this rank, if there is one."""
         try:
             if self._error is not None:
                 raise self._error
@@ -228,7 +228,7 @@ class _Filler:
             raise kind(f"{reason}; the engine is filled in part and can't be used without another load") from error
 
     def _begin(self, buffers: Iterable[tuple[torch.Tensor, Any, Sharing | None]]) -> list[Exchange]:
-        """Begin to exchange what process groups share of buffers. Collective."""
+        """Begin to exchange the parts of buffers that process groups share. Collective."""
         held: dict[Any, list[list[torch.Tensor]]] = {}
         for buffer, group, sharing in buffers:
             if sharing is not None:
@@ -239,12 +239,12 @@ class _Filler:
         begun: list[Exchange] = []
         for group, by_reader in held.items():
             for exchange in (*self._exchanges, *begun):
-                exchange.wait_for_packed()  # one of them at a time takes memory for that
+                exchange.wait_for_packed()  # one exchange at a time takes memory for that
             begun.append(begin_exchange(by_reader, group, self._round_numbytes))
         return begun
 
     def wait(self) -> None:
-        """Until replicas have what they need. Collective."""
+        """Wait until replicas have what they need. Collective."""
         for exchange in self._exchanges:
             exchange.wait()
 
@@ -266,11 +266,12 @@ def _check_file(path: str, stop: int, versions: FileVersions) -> None:
 
 
 def _gaps(held: Sequence[Fragment[None]], read: Sequence[Interval]) -> list[Interval]:
-    """What of some intervals isn't held: padding, or states that begin at zero. To clear all first would cost a pass."""
+    """Return the parts of some intervals that aren't held: padding, or states that begin at zero. Clearing whole buffers first
+    would cost a pass."""
     return without(read, sorted((part.buffer_start, part.buffer_start + part.numel) for part in held))
 
 
 def _threads() -> int:
-    """As many as there are cores for each rank of this machine; ``torchrun`` and ``deepspeed`` say how many these are."""
+    """Return the number of cores for each rank of this machine; ``torchrun`` and ``deepspeed`` say how many ranks it has."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
     return max(min(len(os.sched_getaffinity(0)) // ranks, MOST_THREADS), 1)

@@ -1,4 +1,4 @@
-"""What a load knew of the model's layouts, for the saves that follow: they record what no spec or attribute tells any more."""
+"""The layouts that a load knew, kept for the saves that follow: they record what no spec or attribute tells any more."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ucp_deepspeed.language.resolve import Agreement, compare
 from ucp_deepspeed.layout.pattern import AnyPattern, Pattern, PerRank, Unique
 
 ATTRIBUTE = "_universal_checkpoint_layouts"
-"""Of an engine: the `KnownLayouts` of its last load."""
+"""Attribute of an engine: the `KnownLayouts` of its last load."""
 
 
 @dataclass(frozen=True)
 class KnownLayouts:
-    """By the names that the live model has.
+    """Layouts by the names that the live model has.
 
     Attributes:
-        patterns: of parameters, without those that say nothing about other tensor-parallel sizes.
-        logical_names: of parameters and buffers; of those that aren't here nothing is known.
+        patterns: patterns of parameters, without those that say nothing about other tensor-parallel sizes.
+        logical_names: logical names of parameters and buffers; nothing is known of names that aren't here.
         vocabulary_size: rows of the unpadded vocabulary.
     """
 
@@ -36,7 +36,7 @@ class KnownLayouts:
 def known_by_plan(
     patterns: Mapping[str, AnyPattern], names: Mapping[str, str], vocabulary_size: int | None
 ) -> KnownLayouts:
-    """What a universal load went by.
+    """Return the layouts that a universal load used.
 
     Args:
         patterns: by logical name.
@@ -48,8 +48,8 @@ def known_by_plan(
 
 
 def known_by_manifest(checkpoint: Checkpoint, engine: Engine) -> KnownLayouts:
-    """What the manifest tells of a model that DeepSpeed itself loads: it has the same names and shares. A spec in the config
-    knows better."""
+    """Return the manifest's layouts for a model that DeepSpeed itself loads: it has the same names and shares. A spec in the
+    config takes precedence."""
     manifest = checkpoint.manifest if isinstance(checkpoint, DeepSpeedCheckpoint) else None
     if manifest is None or engine.universal_checkpoint_config.spec != "auto":
         return KnownLayouts()
@@ -57,12 +57,12 @@ def known_by_manifest(checkpoint: Checkpoint, engine: Engine) -> KnownLayouts:
 
 
 def keep_layouts(engine: Engine, known: KnownLayouts) -> None:
-    """After a load that succeeded, in place of what was known before it."""
+    """Keep the layouts of a load that succeeded, in place of what was known before it."""
     setattr(engine, ATTRIBUTE, known)
 
 
 def kept_layouts(engine: Engine, model: EngineModel) -> KnownLayouts:
-    """What the last load knew and the live model doesn't contradict, with the config's vocabulary size if it names one."""
+    """Return what the last load knew and the live model doesn't contradict, with the config's vocabulary size if it names one."""
     known: KnownLayouts = getattr(engine, ATTRIBUTE, KnownLayouts())
     size = model.vocabulary_size or known.vocabulary_size
     return KnownLayouts(

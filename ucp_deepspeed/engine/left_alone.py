@@ -1,7 +1,7 @@
-"""Engines that this release can't handle, and DeepSpeed can: their saves and loads are DeepSpeed's own, on one topology.
+"""Engines that this release can't handle and DeepSpeed can: DeepSpeed's own saves and loads are used, on one topology.
 
-`support.check_engine` says which, and why. Where the block asks for more than DeepSpeed does (``"load": "always"``, a policy, a
-save in the background) they are refused when they are built. These loads trust the files, as DeepSpeed does.
+`support.check_engine` says which engines, and why. Where the block asks for more than DeepSpeed does (``"load": "always"``, a
+policy, a save in the background) it refuses them when they are built. These loads trust the files, as DeepSpeed does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ucp_deepspeed.errors import UniversalCheckpointError, UnsupportedError
 logger = logging.getLogger("ucp_deepspeed")
 
 REASON = "universal_checkpoint_left_alone"
-"""Attribute of an engine: the `UnsupportedError` for which it is left to DeepSpeed, or None."""
+"""Attribute of an engine: the `UnsupportedError` that says why it is left to DeepSpeed, or None."""
 
 
 def leave_alone(engine: Engine, reason: UnsupportedError) -> None:
@@ -56,14 +56,14 @@ def _asks_for_more(config: UniversalCheckpointConfig) -> bool:
 
 
 def is_left_alone(engine: Engine) -> bool:
-    """Whether the engine's saves and loads are DeepSpeed's own."""
+    """Return whether the engine's saves and loads are DeepSpeed's own."""
     return getattr(engine, REASON, None) is not None
 
 
 def save_checkpoint(
     native: Callable[..., bool], engine: Engine, save_dir: str, tag: Any = None, *positional: Any, **named: Any
 ) -> bool:
-    """In place of ``engine.save_checkpoint``: DeepSpeed's own. A manifest that is there describes other files, and goes."""
+    """Save by DeepSpeed itself, in place of ``engine.save_checkpoint``. Remove an old manifest, which describes other files."""
     if save_dir and writes_for_node(engine):
         manifest = Path(save_dir) / (f"global_step{engine.global_steps}" if tag is None else str(tag)) / MANIFEST_NAME
         if manifest.is_file():
@@ -74,7 +74,7 @@ def save_checkpoint(
 def load_checkpoint(
     native: Callable[..., Any], engine: Engine, load_dir: str, tag: Any = None, *positional: Any, **named: Any
 ) -> Any:
-    """In place of ``engine.load_checkpoint``: DeepSpeed's own.
+    """Load by DeepSpeed itself, in place of ``engine.load_checkpoint``.
 
     Raises:
         UnsupportedError: the checkpoint is a universal one, or is known to be of another topology; on every rank, before
@@ -90,10 +90,10 @@ def load_checkpoint(
 
 
 def _check_loadable(engine: Engine, load_dir: Path, tag: str | None, options: LoadOptions) -> Path | None:
-    """Refuse what DeepSpeed can't load, as far as that can be told; for the rest it has words of its own.
+    """Refuse checkpoints that DeepSpeed can't load, as far as that can be told; DeepSpeed has its own messages for the rest.
 
     Returns:
-        Where a tag lies aside (`resolve_tag`), which DeepSpeed doesn't find by its name; None for any other.
+        The folder of a tag that lies aside (`resolve_tag`), which DeepSpeed doesn't find by its name; None for any other.
     """
     reason: UnsupportedError = getattr(engine, REASON)
     try:
@@ -124,7 +124,8 @@ def _check_loadable(engine: Engine, load_dir: Path, tag: str | None, options: Lo
 
 
 def _is_of_another_topology(checkpoint: Checkpoint, engine: Engine, options: LoadOptions) -> bool:
-    """Whether DeepSpeed can't go on from it; without ZeRO, and for weights below stage 3, a file serves all replicas."""
+    """Return whether DeepSpeed can't resume from it. Without ZeRO, and for weights below stage 3, one file serves all
+    replicas."""
     saved, live = checkpoint.topology, engine_topology(engine)
     if (saved.tp, saved.pp) != (live.tp, live.pp):
         return True

@@ -1,6 +1,6 @@
 """The load hook: fill an engine's partitions straight from the files of any checkpoint.
 
-Plan, prove, agree, fill: nothing of the engine is touched before every rank has a plan that covers what it holds.
+Plan, prove, agree, fill: every rank has a plan that covers what it holds before anything of the engine is touched.
 """
 
 from __future__ import annotations
@@ -69,21 +69,22 @@ Loaded = tuple[str | None, dict[str, Any] | None]
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What a universal load did on this rank; kept as ``engine.universal_checkpoint_report``.
+    """The result of a universal load on this rank; kept as ``engine.universal_checkpoint_report``.
 
     Attributes:
         source: form and topology of the checkpoint.
         target: topology of the engine.
         bytes_read: bytes copied out of files.
-        bytes_needed: bytes that this rank's partitions, frozen parameters and buffers hold, in the source's dtypes; of what
-            replicas hold too and read together, its part.
+        bytes_needed: bytes that this rank's partitions, frozen parameters and buffers hold, in the source's dtypes. Where
+            replicas read together, it counts this rank's part.
         files: files that bytes came from.
         seconds: from the call to the return.
         initialised: parameters that kept the model's values, in whole, in further rows, or in their optimizer states alone.
-        dropped: parameters of the checkpoint that, or whose optimizer states, the model has no place for.
+        dropped: parameters of the checkpoint for which the model has no place, or no place for their optimizer states.
         unread: keys of the client state that couldn't be read and were left out.
-        kept_settings: hyper-parameters of the checkpoint that the engine's own, which differ, were kept instead of.
-        copies: in words, parameters of which the checkpoint's pipeline stages hold different values, and whose were read.
+        kept_settings: hyper-parameters for which the engine kept its own values, which differ from the checkpoint's.
+        copies: parameters whose values differ over the checkpoint's pipeline stages, and the stage whose values were read, in
+            words.
         merged: numbers of this rank that differed over the partitions of the checkpoint and became one, by ``on_differing``.
     """
 
@@ -113,11 +114,12 @@ def load_checkpoint(
     load_module_only: bool = False,
     custom_load_fn: Callable[..., None] | None = None,
 ) -> Loaded:
-    """In place of ``engine.load_checkpoint``; same arguments, same result.
+    """Load in place of ``engine.load_checkpoint``; same arguments, same result.
 
     Raises:
-        UniversalCheckpointError: one of its subclasses, on every rank, before anything of the engine has changed; SaveError if an
-            asynchronous save, for which this waits, failed. Later only where a file that was whole can't be read any more.
+        UniversalCheckpointError: one of its subclasses, on every rank, before anything of the engine has changed. SaveError if an
+            asynchronous save, for which this waits, failed. It is raised later only where a file that was whole can't be read any
+            more.
     """
     wait_for_save(engine)
     settle_saves()
@@ -142,7 +144,7 @@ def load_checkpoint(
     _check_one_step(None if prepared is None else prepared[0])
     if not any(_gathered(universal)):  # a pipeline's stages may have changed on some ranks only
         if folder is not None and (tag is None or folder.name != Path(tag).name):
-            load_dir, tag = str(folder.parent), folder.name  # it was named itself, or lies aside
+            load_dir, tag = str(folder.parent), folder.name  # the folder was named itself, or lies aside
         checked = only_held_against_the_list(None if prepared is None else prepared[0], engine)
         with told_once(load_dir, tag), nullcontext() if folder is None else checked:
             loaded = native(load_dir, tag=tag, **options.arguments())
@@ -172,7 +174,7 @@ def load_checkpoint(
 
 
 def _opened(engine: Engine, folder: Path, config: UniversalCheckpointConfig) -> Checkpoint | None:
-    """The catalog; None where this release can't read the files, and DeepSpeed by itself may be able to.
+    """Return the catalog; None where this release can't read the files, and DeepSpeed by itself may be able to.
 
     Raises:
         UniversalCheckpointError: see `open_checkpoint`; also if the files hold more than data.
@@ -195,7 +197,7 @@ def _opened(engine: Engine, folder: Path, config: UniversalCheckpointConfig) -> 
 
 
 def _check_unchanged(checkpoint: Checkpoint) -> None:
-    """After DeepSpeed has loaded by itself: whether it read what decided that it may."""
+    """Check, after DeepSpeed has loaded by itself, that it read the files that were checked before."""
     try:
         checkpoint.versions.check()
     except DamagedCheckpointError as error:
@@ -205,14 +207,15 @@ def _check_unchanged(checkpoint: Checkpoint) -> None:
 
 
 def _gathered(value: Any) -> list[Any]:
-    """The values of all ranks. Collective over these."""
+    """Return the values of all ranks. Collective over these."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
 
 
 def _one_tag(load_dir: Path, tag: str | None, load: str) -> str | None:
-    """The tag that all ranks load: with none named the first rank's, since ``latest`` may move while ranks read it. Collective.
+    """Return the tag that all ranks load. With none named it is the first rank's, since ``latest`` may move while ranks read it.
+    Collective.
 
     Raises:
         ConfigError: ranks name different tags.
@@ -231,7 +234,8 @@ def _one_tag(load_dir: Path, tag: str | None, load: str) -> str | None:
 
 
 def _check_one_step(checkpoint: Checkpoint | None) -> None:
-    """Whether ranks that opened a checkpoint see the same one, each where it looks: folders may be a machine's own. Collective.
+    """Check that ranks that opened a checkpoint see the same one, each where it looks: folders may be a machine's own.
+    Collective.
 
     Raises:
         MismatchError: they don't.
@@ -245,13 +249,14 @@ def _check_one_step(checkpoint: Checkpoint | None) -> None:
 
 
 def _by_rank(values: Sequence[Any]) -> str:
-    """Each of the different values, with the first rank that has it."""
+    """List the different values, each with the first rank that has it."""
     first = {value: rank for rank, value in reversed(list(enumerate(values)))}
     return ", ".join(f"{value} on rank {rank}" for value, rank in sorted(first.items(), key=lambda item: item[1]))
 
 
 def _find(load_dir: Path, tag: str | None, load: str) -> Path | None:
-    """The tag folder; None leaves the load to DeepSpeed: it has words of its own for a folder in which no tag was ever saved."""
+    """Return the tag folder. None leaves the load to DeepSpeed, which has its own message for a folder in which no tag was
+    saved."""
     try:
         folder = resolve_tag(load_dir, tag)
     except CheckpointNotFoundError:
@@ -274,7 +279,7 @@ def _load_universal(
     policies = policies_of(config, restores, options.load_module_strict)
     if model.topology.zero_stage > 0 and not engine.zero_load_from_fp32_weights():
         policies = replace(policies, rounded=True)
-    if custom is not None:  # which may fill what is missing, and make use of what is extra
+    if custom is not None:  # the function may fill what is missing, and use what is extra
         policies = replace(policies, initialise=True, drop=True, strict=False, reshape=True)
     with agreement():
         if policies.optimizer_states == "restore" and checkpoint.lacking is not None:
@@ -342,10 +347,10 @@ def _load_universal(
 def _client_state(
     engine: Engine, checkpoint: Checkpoint, model: EngineModel, config: UniversalCheckpointConfig
 ) -> tuple[str, dict[str, Any], tuple[str, ...]]:
-    """The path and the client state that this rank gets, and the keys that are left out of it.
+    """Return the path and the client state that this rank gets, and the keys that are left out of it.
 
     Raises:
-        UnsupportedError: some can't be read, and it isn't said to leave them out.
+        UnsupportedError: some keys can't be read, and the config doesn't say to leave them out.
     """
     place = _own_file(engine, checkpoint, model)
     unread = checkpoint.unreadable(*place)
@@ -359,7 +364,8 @@ def _client_state(
 
 
 def _own_file(engine: Engine, checkpoint: Checkpoint, model: EngineModel) -> tuple[int, int]:
-    """Model- and data-parallel rank of the file whose client state this rank gets: its own where it has one, else the first."""
+    """Return model- and data-parallel rank of the file whose client state this rank gets: its own where it has one, else the
+    first."""
     saved, live = checkpoint.topology, model.topology
     rank = model.rank if (saved.tp, saved.pp, saved.ep) == (live.tp, live.pp, live.ep) else 0
     return rank, dist.get_rank(engine.seq_data_parallel_group) if saved == live and saved.zero_stage == 3 else 0
@@ -369,7 +375,7 @@ COUNTERS = ("skipped_steps", "global_steps", "dp_world_size", "mp_world_size", "
 
 
 def _without_restored(state: dict[str, Any], options: LoadOptions) -> dict[str, Any]:
-    """Drop what DeepSpeed doesn't return either (``runtime/engine.py::_load_checkpoint``)."""
+    """Drop the keys that DeepSpeed doesn't return either (``runtime/engine.py::_load_checkpoint``)."""
     restored = {VALUES_KEY} if options.load_module_only else {VALUES_KEY, *COUNTERS}
     if options.load_lr_scheduler_states:
         restored.add("lr_scheduler")

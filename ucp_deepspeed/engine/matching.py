@@ -1,4 +1,4 @@
-"""Which parameter of the checkpoint belongs to which of the live model; see `ucp_deepspeed.transfer.matching`."""
+"""Match the checkpoint's parameters with the live model's; see `ucp_deepspeed.transfer.matching`."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Names:
 
 
 def policies_of(config: UniversalCheckpointConfig, restore: bool, strict: bool) -> Policies:
-    """The policies that the config and a call of ``engine.load_checkpoint`` make together.
+    """Return the policies that the config and a call of ``engine.load_checkpoint`` make together.
 
-    Without states and not strict, as a run is begun from another model's weights, what matches is taken.
+    A call without states that isn't strict begins a run from another model's weights: it takes what matches.
 
     Args:
         restore: whether the call asks for optimizer states at all, and the engine keeps any.
@@ -48,8 +48,8 @@ def policies_of(config: UniversalCheckpointConfig, restore: bool, strict: bool) 
 def match_names(checkpoint: Checkpoint, model: EngineModel) -> Names:
     """Translate the names of both sides by the same specs.
 
-    What the checkpoint records tells the model's names only where no spec does: a layer may have another number there. What
-    differs by wrappers alone is the same.
+    The checkpoint's recorded names are used for the model only where no spec names anything: a layer may have another number
+    there. Names that differ by wrappers alone are the same.
 
     Raises:
         SpecError: a spec gives a parameter two names, or two parameters one.
@@ -59,7 +59,7 @@ def match_names(checkpoint: Checkpoint, model: EngineModel) -> Names:
 
 
 def _translated(checkpoint: Checkpoint, model: EngineModel) -> tuple[dict[str, str], dict[str, str]]:
-    """Logical names of both sides, further names of tied parameters included where these are others."""
+    """Return logical names of both sides; they include further names of tied parameters where these have other logical names."""
     specs = naming_specs(model.spec, parameter_names(checkpoint), model.named("trainable", "frozen"))
     recorded, held = checkpoint.logical_names, list(model.tensors)
     target = logical_names(held, specs)
@@ -73,7 +73,8 @@ def _translated(checkpoint: Checkpoint, model: EngineModel) -> tuple[dict[str, s
 def _tied_otherwise(
     checkpoint: Checkpoint, model: EngineModel, source: Mapping[str, str], target: Mapping[str, str]
 ) -> dict[str, str]:
-    """Of tied parameters that the model has under another of their names, since its modules stand in another order, that name."""
+    """Return, for tied parameters that the model has under another of their names, that name: its modules stand in another
+    order."""
     wanted, held = frozenset(target.values()), {source[name]: name for name in checkpoint.parameters}
     renamed = {
         owner: source[alias]
@@ -89,14 +90,14 @@ def _tied_otherwise(
 
 
 def in_ties_of(checkpoint: Checkpoint, model: EngineModel, share: tuple[int, int]) -> Checkpoint:
-    """The checkpoint with copies of tied parameters that the model keeps apart, and one of each that the model ties.
+    """Return the checkpoint with copies of tied parameters that the model keeps apart, and one of each that the model ties.
 
     Args:
         share: see `differing_ties`.
 
     Raises:
         SpecError: see `match_names`.
-        MismatchError: lists parameters that the model ties, and of which the checkpoint holds different values.
+        MismatchError: lists parameters that the model ties and that have different values in the checkpoint.
     """
     if not checkpoint.tied and not model.tied:
         return checkpoint
@@ -130,7 +131,7 @@ def match_model(checkpoint: Checkpoint, model: EngineModel, names: Names, polici
     matching = match(source, target)
     if matching.initialised and matching.dropped and (hint := renaming_hint(source, target)) and dist.get_rank() == 0:
         logger.warning("of what is left out, and what keeps the model's values: %s", hint)
-    if not policies.reshape:  # which is for a function of the user's own that fills what doesn't match
+    if not policies.reshape:  # this policy is for a function of the user's own that fills what doesn't match
         _check_any(checkpoint, source, target, matching, policies)
     return matching
 
@@ -151,7 +152,7 @@ def _check_any(
     matching: Matching,
     policies: Policies,
 ) -> None:
-    """Refuse a load that would only seem to be one: of nothing, or to go on with nothing that is trained.
+    """Refuse a load that would only seem to be one: it restores nothing, or resumes with nothing that is trained.
 
     Raises:
         MismatchError: names what the two sides have.

@@ -1,4 +1,4 @@
-"""What an engine's model looks like from outside: topology, parameters and buffers with their local shapes, and layouts."""
+"""The model of an engine as seen from outside: topology, parameters and buffers with their local shapes, and layouts."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ from ucp_deepspeed.transfer.target import TargetSlot
 T = TypeVar("T")
 
 HeldKind = Literal[Kind, "idle"]
-"""What a rank tells others of a tensor; see `EngineTensor.idle`."""
+"""The kind that a rank tells others of a tensor; see `EngineTensor.idle`."""
 
 
 WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Of trained weights, by precision."""
+"""Dtypes of trained weights, by precision."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,12 @@ class EngineTensor:
         name: the first name under which the model has it.
         kind: see `ucp_deepspeed.checkpoint.checkpoint.Kind`.
         tensor: the live one; None where another pipeline stage has it, or another expert-parallel rank.
-        local_shapes: over the model-parallel ranks, of the whole local tensor also where ZeRO-3 has cut it, or AutoEP.
+        local_shapes: over the model-parallel ranks, the shapes of the whole local tensor, also where ZeRO-3 or AutoEP has
+            partitioned it.
         replicas: process group of the ranks that hold it as this one does; None if there are no others, or it isn't here.
-        idle: trainable, and on no rank needs a gradient for now: what an optimizer with a slot for each parameter skips.
-        start: where in the local tensor this rank's experts begin, in elements; 0 for all that AutoEP hasn't cut.
+        idle: trainable, and needs a gradient on no rank for now: an optimizer with a slot for each parameter skips it.
+        start: place in the local tensor where this rank's experts begin, in elements; 0 for all tensors that AutoEP hasn't dealt
+            out.
     """
 
     name: str
@@ -69,7 +71,7 @@ class EngineTensor:
     idle: bool = False
 
     def held(self) -> tuple[torch.Tensor, TargetSlot]:
-        """The memory of this rank's share of the weight, and which elements lie in it."""
+        """Return the memory of this rank's share of the weight, and which elements lie in it."""
         assert self.tensor is not None, f"{self.name} is on another rank"
         memory, partition = self.tensor.data, 0
         cut: Flattening = FlatGroup((self.tensor.numel(),), 1, alignment=1)
@@ -91,18 +93,19 @@ class EngineTensor:
 
 @dataclass(frozen=True)
 class EngineModel:
-    """The target, or the run that saves. Built by `describe_model`, the same on every rank but for ``rank`` and ``ep_rank``.
+    """The target, or the run that saves. `describe_model` builds it; it is the same on every rank but for ``rank`` and
+    ``ep_rank``.
 
     Attributes:
         topology: of the engine.
         precision: of the weights.
         rank: this rank's model-parallel rank.
-        ep_rank: its expert-parallel rank; 0 without experts.
+        ep_rank: this rank's expert-parallel rank; 0 without experts.
         tensors: of all pipeline stages, by name, in the model's order.
-        inferred: patterns that parameter attributes tell (Megatron-Core, AutoTP), by name.
-        exact: whether they tell the whole cut, as AutoTP's do.
-        refused: parameters that AutoTP has cut in a way that can't be told, and why.
-        spec: the one named in the config.
+        inferred: patterns that come from parameter attributes (Megatron-Core, AutoTP), by name.
+        exact: whether these attributes tell the whole cut, as AutoTP's do.
+        refused: parameters that AutoTP has partitioned in a way that can't be told, and why.
+        spec: the spec named in the config.
         vocabulary_size: as in the config.
         tensor_parallel_group: the process group; None if this is the only tensor-parallel rank.
         tied: further names of this rank's parameters → the first name.
@@ -123,7 +126,7 @@ class EngineModel:
 
     @property
     def local_shapes(self) -> dict[str, Shape]:
-        """Of what the first model-parallel rank holds."""
+        """Local shapes of the tensors that the first model-parallel rank holds."""
         first = {name: tensor.local_shapes[0] for name, tensor in self.tensors.items()}
         return {name: shape for name, shape in first.items() if shape is not None}
 
@@ -133,7 +136,8 @@ class EngineModel:
 
 
 def describe_model(engine: Engine) -> EngineModel:
-    """Collective over the model-parallel ranks: those of a stage tell one another what they hold, and then the stages.
+    """Describe an engine's model. Collective over the model-parallel ranks: the ranks of a stage tell one another what they hold,
+    then the stages do.
 
     A rank learns the names and shapes of the model once, and not once for each tensor-parallel rank.
 
@@ -180,7 +184,7 @@ def describe_model(engine: Engine) -> EngineModel:
 
 
 def _tied(engine: Engine, names: ModelNames) -> dict[str, str]:
-    """Further names of parameters; one without elements may share its address with others, and is left out."""
+    """Return further names of parameters. A parameter without elements may share its address with others, and is left out."""
     first = names.of_parameters
     return {
         names.in_model(name): first[param]
@@ -190,26 +194,28 @@ def _tied(engine: Engine, names: ModelNames) -> dict[str, str]:
 
 
 def _is_expert_buffer(name: str, kind: HeldKind) -> bool:
-    """DeepSpeed marks an expert's parameters with the group that holds them, and its buffers with nothing."""
+    """Return whether a tensor is an expert's buffer: DeepSpeed marks an expert's parameters with the group that holds them, and
+    its buffers with nothing."""
     return kind == "buffer" and expert_of(name) is not None
 
 
 def engine_topology(engine: Engine) -> Topology:
-    """The topology under the names of this package; sequence-parallel ranks count as data-parallel, as in DeepSpeed's files."""
+    """Return the topology under the names of this package; sequence-parallel ranks count as data-parallel, as in DeepSpeed's
+    files."""
     pp = bwc_pipeline_parallel_world_size(engine.mpu) if engine.mpu is not None else 1
     stage, ep = engine.zero_optimization_stage(), ModelNames(engine).ep
     return Topology(engine.mp_world_size // pp, pp, engine.seq_dp_world_size, stage, ep)
 
 
 def engine_precision(engine: Engine) -> Precision:
-    """Precision of the weights."""
+    """Return the precision of the weights."""
     return "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
 
 
 def _local_tensors(engine: Engine) -> Iterator[tuple[str, HeldKind, torch.Tensor]]:
-    """Parameters and persistent buffers, under the names of this rank's modules.
+    """Yield parameters and persistent buffers, under the names of this rank's modules.
 
-    What the optimizer has is trained, also while ``requires_grad`` is off: its states are still there, and go on later.
+    A parameter in the optimizer is trained, also while ``requires_grad`` is off: its states are still there, and go on later.
     """
     optimizer, names = engine_optimizer(engine), ModelNames(engine).of_parameters
     stepped = frozenset(name for group in optimizer.group_names() for name in group)
@@ -225,26 +231,28 @@ def _local_tensors(engine: Engine) -> Iterator[tuple[str, HeldKind, torch.Tensor
 
 
 def has_elements(param: torch.Tensor) -> bool:
-    """Whether an optimizer can step on it: a parameter without elements counts as frozen (``runtime/utils.py``)."""
+    """Return whether an optimizer can step on a parameter: one without elements counts as frozen (``runtime/utils.py``)."""
     return torch.Size(local_shape(param)).numel() > 0
 
 
 def local_shape(tensor: torch.Tensor) -> Shape:
-    """Shape of the whole local tensor, also where ZeRO-3 has cut it; of experts that AutoEP has dealt out that of all."""
+    """Return the shape of the whole local tensor, also where ZeRO-3 has partitioned it; where AutoEP has dealt out experts, the
+    shape with all of them."""
     held: Shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
     dealt = dealt_experts(tensor)
     return held if dealt is None else dealt.shape
 
 
 def first_element(tensor: torch.Tensor) -> int:
-    """Where in the whole local tensor what this rank has of it begins, in elements: its first expert's with AutoEP."""
+    """Return where this rank's part begins in the whole local tensor, in elements: at its first expert with AutoEP."""
     dealt = dealt_experts(tensor)
     return 0 if dealt is None else dealt.first * prod(dealt.shape[1:])
 
 
 @dataclass(frozen=True)
 class _Held:
-    """What one model-parallel rank tells the others of its stage: kinds and local shapes by name, and inferred patterns."""
+    """The kinds and local shapes by name, and the inferred patterns, that one model-parallel rank tells the others of its
+    stage."""
 
     shapes: Mapping[str, tuple[HeldKind, Shape]]
     inferred: Mapping[str, Pattern]
@@ -252,7 +260,8 @@ class _Held:
 
 @dataclass(frozen=True)
 class _Stage:
-    """What a pipeline stage tells the others: the same, of its tensor-parallel ranks; one shape where they hold the same.
+    """The kinds, local shapes and inferred patterns that a pipeline stage tells the others, for its tensor-parallel ranks. There
+    is one shape where all of them hold the same.
 
     Attributes:
         differing: names that not all of these ranks have.
@@ -263,7 +272,7 @@ class _Stage:
     differing: tuple[str, ...]
 
     def local_shapes(self, name: str, degree: int) -> tuple[Shape | None, ...]:
-        """Of each tensor-parallel rank; None if the stage doesn't hold it."""
+        """Return the shape on each tensor-parallel rank; None if the stage doesn't hold the tensor."""
         if name not in self.shapes:
             return (None,) * degree
         _, shapes = self.shapes[name]
@@ -271,7 +280,7 @@ class _Stage:
 
 
 def _gather_stages(engine: Engine, topology: Topology, mine: _Held) -> list[_Stage]:
-    """What each stage holds. Raised after the last exchange, and so on all ranks, is what one stage has wrong."""
+    """Return what each stage holds. A problem of one stage is raised after the last exchange, and so on all ranks."""
     held = _gather(engine, mine, bwc_tensor_model_parallel_group(engine.mpu)) if topology.tp > 1 else [mine]
     common = [name for name in mine.shapes if all(name in share.shapes for share in held)]
     stage = _Stage(
@@ -286,13 +295,13 @@ def _gather_stages(engine: Engine, topology: Topology, mine: _Held) -> list[_Sta
 
 
 def _over_ranks(held: Sequence[tuple[HeldKind, Shape]]) -> tuple[HeldKind, tuple[Shape, ...]]:
-    """Kind and shapes of one tensor. Where a rank's share is empty DeepSpeed doesn't train it."""
+    """Return kind and shapes of one tensor. DeepSpeed doesn't train it where a rank's share is empty."""
     kinds, shapes = zip(*held, strict=True)
     return _joint(kinds), shapes[:1] if len(set(shapes)) == 1 else shapes
 
 
 def _kinds(stages: Sequence[_Stage]) -> dict[str, HeldKind]:
-    """Of each tensor; one that any stage trains is trained."""
+    """Return the kind of each tensor; a tensor that any stage trains is trained."""
     kinds: dict[str, HeldKind] = {}
     for stage in stages:
         for name, (kind, _) in stage.shapes.items():
@@ -305,24 +314,26 @@ def _joint(kinds: Sequence[HeldKind]) -> HeldKind:
 
 
 def model_parallel_rank(engine: Engine) -> int:
-    """Position among the ranks that hold one copy of the model: stage by stage, tensor-parallel rank by rank."""
+    """Return this rank's position among the ranks that hold one copy of the model: stage by stage, tensor-parallel rank by
+    rank."""
     return int(engine.mpu.get_model_parallel_rank()) if engine.mp_world_size > 1 else 0
 
 
 def gather_model_parallel(engine: Engine, value: T) -> list[T]:
-    """Every model-parallel rank's value, in rank order. Collective over the model-parallel group."""
+    """Return every model-parallel rank's value, in rank order. Collective over the model-parallel group."""
     return [value] if engine.mp_world_size == 1 else _gather(engine, value, engine.mpu.get_model_parallel_group())
 
 
 def _gather(engine: Engine, value: T, group: Any) -> list[T]:
-    """The values of a group of model-parallel ranks, in the order of these."""
+    """Return the values of a group of model-parallel ranks, in rank order."""
     gathered: list[Any] = [None] * dist.get_world_size(group=group)
     dist.all_gather_object(gathered, (model_parallel_rank(engine), value), group=group)
     return [held for _, held in sorted(gathered, key=lambda entry: entry[0])]
 
 
 def _live_layouts(engine: Engine) -> RecordedLayouts:
-    """What AutoTP's or Megatron-Core's attributes of parameters tell; the latter's if the process uses Megatron-Core anyway."""
+    """Return the layouts in AutoTP's or Megatron-Core's attributes of parameters; Megatron-Core's only if the process uses it
+    anyway."""
     if engine.autotp_size() > 1:
         info = getattr(engine.module, UNIVERSAL_CHECKPOINT_INFO, None)
         recorded = read_autotp_layouts(info, engine.autotp_size(), "the engine's model")
@@ -341,11 +352,11 @@ def _live_layouts(engine: Engine) -> RecordedLayouts:
 
 @contextmanager
 def agreement() -> Iterator[None]:
-    """Collective over all ranks, at its end: what is raised on one rank is raised on every rank, so that none goes on alone.
+    """Raise an error of one rank on every rank, so that none goes on alone. Collective over all ranks, at the end of the block.
 
     Raises:
         Exception: this rank's own error.
-        UniversalCheckpointError: another rank's, with its rank in the message where it doesn't list parameters.
+        UniversalCheckpointError: another rank's error, with its rank in the message unless it lists parameters.
     """
     error: Exception | None = None
     try:
@@ -362,10 +373,11 @@ def agreement() -> Iterator[None]:
 
 
 def check_same_on_all_ranks(what: str, settings: Mapping[str, Any]) -> None:
-    """Collective: what ranks do together goes by it, and they would wait for one another, or end in different states.
+    """Check settings that all ranks must share: with different ones, ranks would wait for one another, or end in different
+    states. Collective.
 
     Args:
-        what: to which the settings belong, for the message.
+        what: the owner of the settings, for the message.
 
     Raises:
         ConfigError: on all ranks; lists the settings that differ.
@@ -388,7 +400,7 @@ def check_same_on_all_ranks(what: str, settings: Mapping[str, Any]) -> None:
 
 
 def _portable(error: Exception | None) -> UniversalCheckpointError | None:
-    """An error that other ranks can unpickle."""
+    """Return an error that other ranks can unpickle."""
     if error is None or isinstance(error, UniversalCheckpointError):
         return error
     return UniversalCheckpointError(f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""What parameters and buffers of a live engine are called in the whole model, whatever rank holds them."""
+"""Names in the whole model of a live engine's parameters and buffers, whatever rank holds them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ucp_deepspeed.engine.optimizer_only import optimizer_only
 
 @dataclass(frozen=True, slots=True)
 class LayerExperts:
-    """Of one mixture-of-experts layer, what this rank holds: ``local`` of ``total`` experts, from ``ep_rank * local``."""
+    """The experts of one mixture-of-experts layer that this rank holds: ``local`` of ``total``, from ``ep_rank * local`` on."""
 
     ep_rank: int
     local: int
@@ -31,10 +31,10 @@ class LayerExperts:
 
 
 class ModelNames:
-    """From the names of this rank's modules to those in the whole model: others only for experts of DeepSpeed's own layers.
+    """Maps names of this rank's modules to those in the whole model. They differ only for experts of DeepSpeed's own layers.
 
     Attributes:
-        layers: by the beginning of its experts' names; those of AutoEP too.
+        layers: by the beginning of their experts' names; layers of AutoEP too.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -52,12 +52,12 @@ class ModelNames:
 
     @cached_property
     def of_parameters(self) -> Mapping[torch.Tensor, str]:
-        """This rank's parameters → names in the whole model; also those that the optimizer alone has."""
+        """This rank's parameters → names in the whole model; also the parameters that only the optimizer has."""
         named = {param: self.in_model(name) for param, name in self._engine.param_names.items()}
         return named | optimizer_only(self._engine)
 
     def in_model(self, name: str) -> str:
-        """Of a name of this rank's, that in the whole model."""
+        """Return the name in the whole model for a name on this rank."""
         found = expert_of(name)
         if found is None:
             return name
@@ -65,7 +65,7 @@ class ModelNames:
         return renumbered(name, layer.ep_rank * layer.local)
 
     def on_all_ranks(self, name: str) -> list[str]:
-        """Of a name of this rank's, the names in the whole model of what the expert-parallel ranks call so."""
+        """Return the names in the whole model of everything that the expert-parallel ranks call by this name."""
         found = expert_of(name)
         if found is None:
             return [name]
@@ -79,5 +79,5 @@ class ModelNames:
 
     @property
     def ep_rank(self) -> int:
-        """This rank's position among those of the largest; 0 without experts."""
+        """This rank's expert-parallel rank, in the largest expert-parallel group; 0 without experts."""
         return next((layer.ep_rank for layer in self.layers.values() if layer.ep == self.ep), 0)

@@ -1,4 +1,4 @@
-"""Which loads are left to DeepSpeed: those of a checkpoint whose files each rank can take over as they are."""
+"""The loads that are left to DeepSpeed: each rank can take over the checkpoint's files as they are."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class LoadOptions:
     custom_load_fn: Callable[..., None] | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """By name; nothing is copied, as of a method's object it would be by ``dataclasses.asdict``."""
+        """Return the arguments by name. ``dataclasses.asdict`` would copy them, also the object of a bound method."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @property
@@ -65,7 +65,7 @@ def takes_universal_path(
     optimizer: EngineOptimizer,
     options: LoadOptions,
 ) -> bool:
-    """Whether this rank can't leave the load to DeepSpeed."""
+    """Return whether this rank can't leave the load to DeepSpeed."""
     if not isinstance(checkpoint, DeepSpeedCheckpoint) or config.load == "always" or config.has_policies:
         return True
     trusting = config.on_unreadable == "error"
@@ -76,7 +76,7 @@ def takes_universal_path(
 
 
 def _warn_of_unrecorded(checkpoint: DeepSpeedCheckpoint) -> None:
-    """Tell of weights that are in no file: DeepSpeed by itself goes on with the model's own, and says nothing."""
+    """Warn of weights that are in no file: DeepSpeed by itself keeps the model's own, and says nothing."""
     try:
         unrecorded = checkpoint.unrecorded
     except UnsupportedError:
@@ -89,7 +89,7 @@ def _warn_of_unrecorded(checkpoint: DeepSpeedCheckpoint) -> None:
 def _can_take_over(
     engine: Engine, checkpoint: DeepSpeedCheckpoint, optimizer: EngineOptimizer, options: LoadOptions
 ) -> bool:
-    """Whether DeepSpeed would restore on this rank what the options ask for."""
+    """Return whether DeepSpeed would restore on this rank what the options ask for."""
     if only_evaluates(engine):
         return _has_weights_for(checkpoint, engine, options)
     if not options.optimizer_states and not (options.load_module_only and checkpoint.topology.zero_stage == 0):
@@ -100,10 +100,11 @@ def _can_take_over(
 
 
 def _holds_data_alone(checkpoint: DeepSpeedCheckpoint, engine: Engine, trusting: bool) -> bool:
-    """Whether nothing in the files that DeepSpeed would unpickle could run code; the universal path doesn't need all of them.
+    """Return whether nothing in the files that DeepSpeed would unpickle could run code; the universal path doesn't need all of
+    them.
 
     Args:
-        trusting: whether a client state may hold objects of classes that aren't known, which are then made by these.
+        trusting: whether a client state may hold objects of unknown classes, whose own code then runs.
     """
     try:
         for path in files_to_unpickle(checkpoint.path, checkpoint.files.names, engine):
@@ -117,9 +118,9 @@ def _holds_data_alone(checkpoint: DeepSpeedCheckpoint, engine: Engine, trusting:
 
 
 def _has_weights_for(checkpoint: DeepSpeedCheckpoint, engine: Engine, options: LoadOptions) -> bool:
-    """Whether DeepSpeed finds the weights of an engine without an optimizer where it looks for them.
+    """Return whether DeepSpeed finds the weights of an engine without an optimizer where it looks for them.
 
-    It doesn't under ZeRO-3 on either side; and of an engine in bf16 it asks for optimizer states that aren't there.
+    It doesn't under ZeRO-3 on either side. For an engine in bf16 it asks for optimizer states that aren't there.
     """
     saved, live = checkpoint.topology, engine_topology(engine)
     looks_for_states = engine.optimizer is not None and options.optimizer_states
@@ -131,9 +132,9 @@ def _has_weights_for(checkpoint: DeepSpeedCheckpoint, engine: Engine, options: L
 
 
 def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Engine, optimizer: EngineOptimizer) -> bool:
-    """Whether each rank can take over one rank's files as they are: same degrees, stage, precision and slots.
+    """Return whether each rank can take over one rank's files as they are: same degrees, stage, precision and slots.
 
-    The slots catch what degrees don't: another optimizer, ``round_robin_gradients``, ``parameter_alignment`` or
+    The slots show what the degrees don't: another optimizer, ``round_robin_gradients``, ``parameter_alignment`` or
     ``sub_group_size``, and a parameter with another shape of the same size.
     """
     topology = engine_topology(engine)
@@ -148,7 +149,7 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Engine, optimizer: E
     names = ModelNames(engine)
     groups = hyperparameters(checkpoint.files, model_parallel_rank(engine))
     if not optimizer.has_keys(groups):
-        return False  # DeepSpeed puts them in place of the live ones
+        return False  # DeepSpeed puts the saved groups in place of the live ones
     if len({layer.ep for layer in names.layers.values()}) > 1:
         return False  # DeepSpeed goes by the order of the groups of experts, which it takes from a set
     if not _finds_own_files(checkpoint, engine, names):
@@ -161,9 +162,10 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Engine, optimizer: E
 
 
 def _finds_own_files(checkpoint: DeepSpeedCheckpoint, engine: Engine, names: ModelNames) -> bool:
-    """Whether DeepSpeed finds this rank's partition under the name it looks for, and under ZeRO-3 what it expects for weights.
+    """Return whether DeepSpeed finds this rank's partition under the name it looks for, and under ZeRO-3 what it expects for
+    weights.
 
-    Before 0.6.2 the files of bf16 were named as others are; and what stands for a partitioned weight had an element.
+    Before 0.6.2 the files of bf16 were named as others are, and the placeholder of a partitioned weight had an element.
     """
     if checkpoint.topology.zero_stage == 0:
         return True
@@ -184,7 +186,7 @@ def _same_contents(
     names: ModelNames,
     groups: Sequence[Mapping[str, Any]],
 ) -> bool:
-    """Whether model and optimizer are as those that saved, in names, shapes, groups and states.
+    """Return whether model and optimizer are as those that saved, in names, shapes, groups and states.
 
     Raises:
         UnsupportedError: the files don't tell.
@@ -210,7 +212,7 @@ def _same_contents(
         for slot in checkpoint.trained_slots(rank)
         if all(starts.get(name) == slot.start(index) for index, name in enumerate(slot.names))
     ]
-    if stage == 0:  # whose order the recorded groups have told; the catalog puts experts last
+    if stage == 0:  # their order is already told by the recorded groups; the catalog puts experts last
         places = {slot.names: place for place, slot in enumerate(live)}
         saved.sort(key=lambda slot: places.get(slot.names, len(places)))
     form = _numels_of if stage == 0 else _flattening_of
@@ -227,7 +229,7 @@ def _same_contents(
 
 
 def _same_sizes(checkpoint: DeepSpeedCheckpoint, optimizer: EngineOptimizer, rank: int) -> bool:
-    """Whether the base optimizer has as many tensors in each group as in the files, in which it is whole."""
+    """Return whether each group of the base optimizer has as many tensors as in the files, where the groups are whole."""
     saved, _ = checkpoint.files.whole_optimizer(rank)
     base = (saved or {}).get("optimizer_state_dict", saved) or {}
     counts = [len(group["params"]) for group in base.get("param_groups", ())]
@@ -235,7 +237,7 @@ def _same_sizes(checkpoint: DeepSpeedCheckpoint, optimizer: EngineOptimizer, ran
 
 
 def _same_weights(checkpoint: DeepSpeedCheckpoint, engine: Engine, names: ModelNames) -> bool:
-    """Whether the model has the shapes and ties of the one that saved, under the same names."""
+    """Return whether the model has the shapes and ties of the one that saved, under the same names."""
     shapes = checkpoint.local_shapes(model_parallel_rank(engine))
     return (
         not _ties_others(checkpoint, engine, names, shapes)
@@ -247,9 +249,10 @@ def _same_weights(checkpoint: DeepSpeedCheckpoint, engine: Engine, names: ModelN
 
 
 def _lacks_frozen(checkpoint: DeepSpeedCheckpoint, engine: Engine) -> bool:
-    """Whether a parameter needs no gradient now, and did when the run saved.
+    """Return whether a parameter needs no gradient now and needed one when the run saved.
 
-    From stage 2 on DeepSpeed looks for all of the first among the second (``runtime/engine.py::load_module_state_dict``).
+    From stage 2 on DeepSpeed looks for every parameter that needs none among the saved ones
+    (``runtime/engine.py::load_module_state_dict``).
     """
     recorded = checkpoint.files.model_states(model_parallel_rank(engine)).get("frozen_param_shapes")
     if recorded is None:
@@ -261,16 +264,16 @@ def _lacks_frozen(checkpoint: DeepSpeedCheckpoint, engine: Engine) -> bool:
 def _ties_others(
     checkpoint: DeepSpeedCheckpoint, engine: Engine, names: ModelNames, shapes: Mapping[str, Shape]
 ) -> bool:
-    """Whether the model keeps apart what is tied in the checkpoint, or ties what is apart there: DeepSpeed would let the last of
-    two values win."""
+    """Return whether the model keeps apart what is tied in the checkpoint, or ties what is apart there. DeepSpeed would let the
+    last of two values win."""
     mine = frozenset(names.of_parameters.values())
     further = {names.in_model(name) for name, _ in engine.module.named_parameters(remove_duplicate=False)} - mine
     return not (mine.isdisjoint(checkpoint.tied) and further.isdisjoint(shapes))
 
 
 def _serves_any_size(checkpoint: DeepSpeedCheckpoint, engine: Engine) -> bool:
-    """Whether DeepSpeed alone can restore all of it, on any data-parallel size: each rank has everything, and only their order
-    tells whose the states are, or some aren't element-wise."""
+    """Return whether DeepSpeed alone can restore all of it, on any data-parallel size: each rank has everything, and only the
+    order tells which parameter a state belongs to, or some states aren't element-wise."""
     saved = checkpoint.topology
     if (saved.zero_stage, saved.ep) != (0, 1) or checkpoint.optimizer_form == BF16_OPTIMIZER.name:
         return False
@@ -287,17 +290,18 @@ def _flattening_of(slot: Slot | EngineSlot) -> Any:
 
 
 def _numels_of(slot: Slot | EngineSlot) -> Any:
-    """Without ZeRO nothing is cut; the catalog may take the experts of AutoEP, whose weights are in several files, one by one."""
+    """Return the sizes of a slot's parameters: without ZeRO nothing is partitioned. The catalog may list AutoEP's experts one by
+    one, since their weights are in several files."""
     return slot.flattening.numels
 
 
 def _same_states(
     saved: Sequence[Slot], live: Sequence[EngineSlot], groups: Sequence[Mapping[str, Any]], optimizer: EngineOptimizer
 ) -> bool:
-    """Whether the optimizer keeps the states that the checkpoint holds, by the first slot of each group.
+    """Return whether the optimizer keeps the states that the checkpoint holds; only the first slot of each group is compared.
 
     Args:
-        groups: hyper-parameters of the checkpoint's groups, which DeepSpeed restores too; none in elastic files.
+        groups: hyper-parameters of the checkpoint's groups, which DeepSpeed restores too; empty for elastic files.
     """
     first = {slot.group: index for index, slot in reversed(list(enumerate(live)))}
     for group, index in first.items():

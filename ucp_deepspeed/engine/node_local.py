@@ -17,12 +17,13 @@ from ucp_deepspeed.errors import MismatchError
 
 
 def writes_for_node(engine: Engine) -> bool:
-    """Whether this rank writes what belongs to a folder as a whole: the first of all, or on disks of their own of its machine."""
+    """Return whether this rank writes what belongs to a folder as a whole: the first of all ranks, or on each machine's own disks
+    its first."""
     return dist.get_rank() == 0 or bool(engine.use_node_local_storage() and engine.local_rank == 0)
 
 
 def open_here(engine: Engine, folder: Path) -> Checkpoint:
-    """The catalog of a checkpoint; of one on machines' own disks, as far as this one has it.
+    """Open the catalog of a checkpoint. On machines' own disks it holds as much as this machine has.
 
     Raises:
         UniversalCheckpointError: see `open_checkpoint`.
@@ -33,10 +34,10 @@ def open_here(engine: Engine, folder: Path) -> Checkpoint:
 
 
 def check_all_here(checkpoint: Checkpoint | None) -> None:
-    """Collective: whether each rank sees all files, as it must to read from them on another topology.
+    """Check that each rank sees all files, as it must to read from them on another topology. Collective.
 
     Raises:
-        MismatchError: says which are missing where.
+        MismatchError: some are missing; says which and where.
     """
     files = checkpoint.files if isinstance(checkpoint, DeepSpeedCheckpoint) else None
     missing = files.missing if isinstance(files, NodeLocalFiles) else ()

@@ -1,4 +1,5 @@
-"""Whether the numbers that a live optimizer keeps are the same on all ranks: then a manifest records it, and no load looks."""
+"""Compare the numbers that a live optimizer keeps over all ranks. If they are the same, a manifest records it, and no load
+compares them."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from ucp_deepspeed.engine.optimizers.states import is_number
 
 
 def are_same(stage: int, optimizer: EngineOptimizer) -> bool:
-    """Whether the numbers that the optimizer keeps are the same on all ranks of each pipeline stage. Collective."""
+    """Return whether the numbers that the optimizer keeps are the same on all ranks of each pipeline stage. Collective."""
     digest = hashlib.sha256(repr(_numbers_of(optimizer)).encode()).hexdigest()
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (stage, digest))
@@ -22,7 +23,7 @@ def are_same(stage: int, optimizer: EngineOptimizer) -> bool:
 
 
 def _numbers_of(optimizer: EngineOptimizer) -> list[Any]:
-    """Of each group, by name as ranks may order groups of experts otherwise, its settings and its slots' numbers."""
+    """Return each group's settings and its slots' numbers, sorted by name: ranks may order groups of experts differently."""
     groups, left_out = optimizer.base.param_groups, {"params", *IMPLEMENTATION_SWITCHES}
     found: list[tuple[str, Any, list[Any]]] = [
         (

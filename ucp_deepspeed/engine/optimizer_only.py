@@ -1,7 +1,8 @@
-"""Parameters that the optimizer has and no module, such as a learned weight of a loss: DeepSpeed takes them without ZeRO alone.
+"""Parameters that only the optimizer has, and no module, such as a learned weight of a loss. DeepSpeed takes them only without
+ZeRO.
 
-Their states are in DeepSpeed's files and their values, at best, in a master without a name; so saving adds the values under
-`VALUES_KEY`, by names of their own (`ucp_deepspeed.language.naming.OPTIMIZER_ONLY`).
+DeepSpeed's files hold their states, and at best hold their values in a master without a name. So saving adds the values
+under `VALUES_KEY`, by names of their own (`ucp_deepspeed.language.naming.OPTIMIZER_ONLY`).
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from ucp_deepspeed.language.naming import optimizer_only_name
 
 
 def optimizer_only(engine: Engine) -> dict[torch.Tensor, str]:
-    """The names of those of this rank; a pipeline's later stages count their own."""
+    """Return this rank's such parameters and their names; a pipeline's later stages count their own."""
     found: dict[torch.Tensor, str] = {}
-    number = getattr(engine, "stage_id", 0)  # of a pipeline's engine
+    number = getattr(engine, "stage_id", 0)  # only a pipeline's engine has a stage
     stage = f".stage{number}" if number else ""
     for group, params in enumerate(_groups(engine.optimizer)):
         own = [param for param in params if param not in engine.param_names]
@@ -30,7 +31,7 @@ def optimizer_only(engine: Engine) -> dict[torch.Tensor, str]:
 
 
 def _groups(optimizer: Any) -> Sequence[Sequence[torch.Tensor]]:
-    """What an optimizer steps on, as the model has it."""
+    """Return the tensors that an optimizer steps on, as the model has them."""
     if isinstance(optimizer, FP16_Optimizer | FP16_UnfusedOptimizer):
         groups: Sequence[Sequence[torch.Tensor]] = optimizer.fp16_groups
         return groups
@@ -40,13 +41,13 @@ def _groups(optimizer: Any) -> Sequence[Sequence[torch.Tensor]]:
 
 
 def values_to_save(engine: Engine) -> dict[str, Any]:
-    """What is added to the client state; nothing where there are none."""
+    """Return the entry that is added to the client state; empty where there are no such parameters."""
     values = {name: param.detach() for param, name in optimizer_only(engine).items()}
     return {VALUES_KEY: values} if values else {}
 
 
 def take_values(engine: Engine, state: dict[str, Any] | None) -> None:
-    """Take them out of a client state that DeepSpeed has loaded, and over into the engine."""
+    """Take the values out of a client state that DeepSpeed has loaded, and put them into the engine."""
     values: Mapping[str, torch.Tensor] = (state or {}).pop(VALUES_KEY, {})
     with torch.no_grad():
         for param, name in optimizer_only(engine).items():

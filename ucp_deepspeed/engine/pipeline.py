@@ -1,4 +1,4 @@
-"""What a pipeline engine has beside its stages' parameters: tied modules, and the names of its layer files.
+"""Tied modules and layer files: what a pipeline engine has beside its stages' parameters.
 
 Source: ``runtime/pipe/module.py``.
 """
@@ -23,7 +23,8 @@ logger = logging.getLogger("ucp_deepspeed")
 
 
 def layer_keys(engine: Engine) -> dict[str, str]:
-    """Keys of layer files (``{layer}.{local name}``) → names, for tied modules. Collective over the model-parallel group."""
+    """Return keys of layer files (``{layer}.{local name}``) → names, for tied modules. Collective over the model-parallel
+    group."""
     if not isinstance(engine, PipelineEngine):
         return {}
     return {key: name for held in gather_model_parallel(engine, dict(_tied_keys(engine))) for key, name in held.items()}
@@ -38,9 +39,10 @@ def _tied_keys(engine: Engine) -> Iterator[tuple[str, str]]:
 
 
 def tell_of_others(engine: Engine, trained: Collection[str]) -> None:
-    """Of what a tied module holds and nothing trains each stage has a copy of its own, of which a load takes the first.
+    """Warn of untrained values in a tied module that differ over its stages: each stage has its own copy, and a load takes the
+    first.
 
-    Told once for each engine: often the later stages don't use theirs. Collective over the stages that share a module.
+    It warns once for each engine: often the later stages don't use theirs. Collective over the stages that share a module.
 
     Args:
         trained: names of trained parameters.

@@ -1,4 +1,4 @@
-"""From a checkpoint and a live engine to a proven plan of what this rank reads."""
+"""Make a proven plan of what this rank reads, from a checkpoint and a live engine."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def plan_filling(
     """Plan all that this rank holds, and prove it covered.
 
     Args:
-        settings: for each live parameter group the hyper-parameters that it will have in place of its own; none to keep them.
-        shared_read_bytes: what ranks hold alike is read once, a part by each, if it has at least so many bytes.
-        numbers: what the slots take of the checkpoint's numbers.
+        settings: for each live parameter group the hyper-parameters that it will have in place of its own; empty to keep them.
+        shared_read_bytes: ranks read together what they hold alike, a part by each, if it has at least so many bytes.
+        numbers: gives the numbers of the checkpoint that the slots take.
 
     Raises:
         MismatchError: lists every parameter whose shape, states or scalars don't fit, or that isn't covered.
@@ -80,7 +80,7 @@ def plan_filling(
         raise MismatchError(f"{checkpoint.path} doesn't fit the model", [str(problem) for problem in planner.problems])
 
     def bound(slot: TargetSlot, buffer: PlannedBuffer) -> BufferPlan:
-        """With the process groups of those that divide it."""
+        """Add the process groups of the ranks that divide the buffer."""
         held = buffer.copies, buffer.held, buffer.division
         return BufferPlan(*held, slot.replicas, model.tensor_parallel_group)
 
@@ -107,7 +107,7 @@ def plan_filling(
 def _patterns(
     checkpoint: Checkpoint, model: EngineModel, names: Names, tensors: Mapping[str, EngineTensor]
 ) -> Mapping[str, AnyPattern]:
-    """How each parameter on both sides is cut, by all that the checkpoint and the model tell."""
+    """Resolve how each parameter on both sides is sharded, by all that the checkpoint and the model tell."""
     patterns = resolve_patterns(
         [name for name, tensor in tensors.items() if tensor.kind != "buffer"],
         degree=max(checkpoint.topology.tp, model.topology.tp),
@@ -126,7 +126,7 @@ def _patterns(
 
 
 def target_slots(model: EngineModel, optimizer: EngineOptimizer, names: Names) -> list[EngineSlot]:
-    """The live slots under logical names, with what this rank holds of AutoEP's experts."""
+    """Return the live slots under logical names, with the part of AutoEP's experts that this rank holds."""
     return [
         replace(
             slot,
@@ -144,7 +144,7 @@ def target_slots(model: EngineModel, optimizer: EngineOptimizer, names: Names) -
 def _rank(
     model: EngineModel, names: Names, slots: Sequence[EngineSlot], weights: Sequence[EngineTensor]
 ) -> tuple[TargetRank, list[Any]]:
-    """This rank, and the memory of its frozen parameters and buffers."""
+    """Return this rank, and the memory of its frozen parameters and buffers."""
     memories, held = zip(*(tensor.held() for tensor in weights), strict=True) if weights else ((), ())
     named = tuple(
         replace(slot, names=(names.target[slot.names[0]],), exchangeable=_reaches(model, memory))
@@ -160,7 +160,8 @@ def _reaches(model: EngineModel, memory: Any) -> bool:
 
 
 def _optimizer_of(optimizer: EngineOptimizer, settings: Sequence[Mapping[str, Any]]) -> TargetOptimizer:
-    """What the live optimizer tells of its states; the same for all slots of a group that have as many dimensions."""
+    """Return what the live optimizer tells of its states. It is the same for all slots of a group that have as many
+    dimensions."""
     known: dict[tuple[int, int], KeptStates | None] = {}
 
     def taken(slot: TargetSlot) -> Mapping[str, Any]:
@@ -180,5 +181,6 @@ def _optimizer_of(optimizer: EngineOptimizer, settings: Sequence[Mapping[str, An
 
 
 def _is_expert(tensor: EngineTensor) -> bool:
-    """By its name too: DeepSpeed marks no buffers. Tensor-parallel ranks may hold different experts."""
+    """Return whether a tensor is an expert's, also by its name: DeepSpeed marks no buffers. Tensor-parallel ranks may hold
+    different experts."""
     return expert_of(tensor.name) is not None or (tensor.tensor is not None and is_expert(tensor.tensor))

@@ -1,9 +1,10 @@
-"""Random numbers: what each rank's streams were when a run saved, and what they become when it resumes.
+"""Random streams: each rank's state is saved with the run, and restored or derived anew when it resumes.
 
-On the same ranks every stream goes on exactly where it stood. On others, new streams are derived from the saved seed, so that
-resuming twice draws the same numbers. Which ranks share a stream is then taken from the live run, as its script has seeded it:
-ranks that are alike stay alike, and others differ. That is Megatron's rule where its seeding is used (tensor-parallel ranks share
-the default stream and differ in the tracker's), and it keeps ranks together that must decide alike, such as which layers to skip
+On the same ranks every stream resumes exactly where it stood. On other ranks, new streams are derived from the saved seed, so
+that resuming twice draws the same numbers. The live run, as its script has seeded it, then tells which ranks share a stream:
+ranks
+that are alike stay alike, and others differ. This is Megatron's rule where its seeding is used (tensor-parallel ranks share the
+default stream and differ in the tracker's). It also keeps together ranks that must decide alike, such as which layers to skip
 under ZeRO-3.
 
 Each rank writes a small file of its own beside DeepSpeed's (``docs/format.md``, *Random state*).
@@ -42,11 +43,11 @@ RANDOM_STATE_VERSION = 1
 RANDOM_STATE_NAME = "ucp_random_state_rank_{rank:05d}.json"
 
 NUMPY_GENERATOR = "MT19937"
-"""Behind numpy's global functions; a script that has put another one there seeds it itself."""
+"""The generator behind numpy's global functions. A script that has put another one there seeds it itself."""
 
 
 class Place(BaseModel):
-    """A rank's role in its run; streams go on only where every rank has its role again."""
+    """A rank's role in its run; streams resume only where every rank has its role again."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -66,7 +67,7 @@ class RandomState(BaseModel):
         format_version: `RANDOM_STATE_VERSION`; a reader refuses a later one.
         place: of the rank that wrote it.
         global_steps: of the run when it saved.
-        seed: ``torch.initial_seed()``; that of rank 0 is what new streams are derived from.
+        seed: ``torch.initial_seed()``; new streams are derived from rank 0's.
         streams: by name, encoded (`ucp_deepspeed.checkpoint.encoding`).
     """
 
@@ -84,11 +85,11 @@ class Stream:
     """One live source of random numbers.
 
     Attributes:
-        read: its state, as `encode` takes it.
-        write: go on from such a state.
-        reseed: begin anew, from a seed of 63 bits.
-        identity: equal on ranks that were seeded alike, as far as can be told; None if the stream belongs to the whole run and
-            not to a rank: it then goes on exactly on any topology.
+        read: returns its state, as `encode` takes it.
+        write: goes on from such a state.
+        reseed: begins anew, from a seed of 63 bits.
+        identity: equal on ranks that were seeded alike, as far as can be told. None if the stream belongs to the whole run and
+            not to a rank: it then resumes exactly on any topology.
     """
 
     read: Callable[[], Any]
@@ -98,14 +99,15 @@ class Stream:
 
 
 def save_random_state(engine: Engine, folder: Path) -> None:
-    """Write this rank's file. Called on every rank between DeepSpeed's files and the manifest, without which it doesn't count."""
+    """Write this rank's file. Called on every rank after DeepSpeed's files and before the manifest; without a manifest the file
+    doesn't count."""
     name, text = random_state_file(engine)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / name, text)
 
 
 def random_state_file(engine: Engine) -> tuple[str, str]:
-    """Name and content of this rank's file."""
+    """Return name and content of this rank's file."""
     place = _place(engine)
     state = RandomState(
         place=place,
@@ -120,13 +122,13 @@ KEEP_HINT = '"random_state": "keep" loads all else, and leaves the streams as th
 
 
 def read_random_state(folder: Path, global_steps: int) -> RandomState | None:
-    """This rank's file; None if there is none, or none that was committed. Nothing of the engine or the streams changes.
+    """Read this rank's file; None if there is none, or none that was committed. Nothing of the engine or the streams changes.
 
     Args:
         global_steps: of the checkpoint beside it.
 
     Raises:
-        DamagedCheckpointError: it can't be parsed, is of another step, or has another size than the manifest says.
+        DamagedCheckpointError: the file can't be parsed, is of another step, or has another size than the manifest says.
         FormatError: a later version wrote it.
     """
     path = folder / RANDOM_STATE_NAME.format(rank=dist.get_rank())
@@ -160,10 +162,10 @@ def restore_random_state(engine: Engine, saved: RandomState | None) -> None:
     """Let the streams go on, or derive new ones. Collective; the last thing that a load does.
 
     Args:
-        saved: of `read_random_state`.
+        saved: the result of `read_random_state`.
 
     Raises:
-        DamagedCheckpointError: a stream doesn't take the state that was saved of it.
+        DamagedCheckpointError: a stream doesn't take its saved state.
     """
     streams, place = _live_streams(engine), _place(engine)
     mine = _Live(place, {name: stream.identity for name, stream in streams.items()}, _origin(saved, place))
@@ -188,7 +190,7 @@ def restore_random_state(engine: Engine, saved: RandomState | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """What a rank's own file tells: seed and step of the run that saved, and whether the rank has the place that it had there."""
+    """The content of a rank's own file: seed and step of the run that saved, and whether the rank has the same place as there."""
 
     seed: int
     global_steps: int
@@ -198,7 +200,7 @@ class _Origin:
 
 @dataclass(frozen=True, slots=True)
 class _Live:
-    """What one rank tells the others."""
+    """The values that one rank tells the others."""
 
     place: Place
     identities: Mapping[str, Hashable]
@@ -212,7 +214,7 @@ def _origin(saved: RandomState | None, place: Place) -> _Origin | None:
 
 
 def _first_alike(ranks: Sequence[_Live], name: str, stream: Stream) -> Place:
-    """Place of the first rank that was seeded like this one."""
+    """Return the place of the first rank that was seeded like this one."""
     return next(live.place for live in ranks if live.identities.get(name) == stream.identity)
 
 
@@ -226,7 +228,7 @@ def _go_on(name: str, stream: Stream, held: Any) -> None:
 
 
 def derived_seed(seed: int, global_steps: int, stream: str, place: Place) -> int:
-    """Seed of a new stream, 63 bits wide; it depends on a rank's role, and not on the size of either topology."""
+    """Return the seed of a new stream, 63 bits wide. It depends on a rank's role, and not on the size of either topology."""
     role = place.model_dump(exclude={"world_size", "rank", "accelerator"})
     text = json.dumps([seed, global_steps, stream, role], sort_keys=True)
     return int.from_bytes(_digest(text), "little") >> 1
@@ -264,7 +266,7 @@ def _place(engine: Engine) -> Place:
 
 
 def _live_streams(engine: Engine) -> dict[str, Stream]:
-    """All sources of this rank, by the names that they have in the file."""
+    """Return all streams of this rank, by the names that they have in the file."""
     streams = {"python": _python_stream(), "torch": _generator_stream(torch.default_generator)}
     if np.random.get_state(legacy=False)["bit_generator"] == NUMPY_GENERATOR:
         streams["numpy"] = _numpy_stream()
@@ -315,7 +317,8 @@ def _accelerator_stream() -> Stream:
 
 
 def _trackers() -> Iterator[tuple[str, Any]]:
-    """The named streams that DeepSpeed's activation checkpointing and Megatron-Core keep beside the default one."""
+    """Yield the trackers of named streams that DeepSpeed's activation checkpointing and Megatron-Core keep beside the default
+    one."""
     yield "deepspeed", checkpointing.get_cuda_rng_tracker()
     megatron: Any = sys.modules.get("megatron.core.tensor_parallel.random")
     if megatron is not None and megatron._CUDA_RNG_STATE_TRACKER_INITIALIZED:
@@ -323,7 +326,8 @@ def _trackers() -> Iterator[tuple[str, Any]]:
 
 
 def _tracked_stream(tracker: Any, name: str) -> Stream:
-    """A tracker's stream is a generator where CUDA graphs use it, which must stay the same object; otherwise a state."""
+    """Return a tracker's stream. It is a generator where CUDA graphs use it, and must stay the same object; otherwise it is a
+    state."""
     held = tracker.get_states()[name]
     if isinstance(held, torch.Generator):
         return _generator_stream(held)
@@ -342,7 +346,8 @@ def _tracked_stream(tracker: Any, name: str) -> Stream:
 
 
 def _curriculum_stream(generator: np.random.Generator) -> Stream:
-    """What DeepSpeed's curriculum sampler draws from, on rank 0 for all; its state dict holds numpy's global stream instead."""
+    """Return the stream of DeepSpeed's curriculum sampler: rank 0 draws for all. The sampler's state dict holds numpy's global
+    stream instead."""
 
     def write(state: Any) -> None:
         generator.bit_generator.state = state
@@ -359,4 +364,4 @@ def _to_tensor(state: bytes) -> torch.Tensor:
 
 
 def _discard(_: object) -> None:
-    """For calls whose result nobody needs."""
+    """Drop the result of a call that nobody needs."""

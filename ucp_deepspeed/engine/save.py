@@ -1,11 +1,12 @@
-"""The save hook: DeepSpeed's own files, and beside them a manifest of what they don't tell.
+"""The save hook: DeepSpeed's own files, and beside them a manifest with what they don't tell.
 
-Order of events: the old manifest goes, DeepSpeed writes its files, all ranks meet, rank 0 writes the manifest, then ``latest``
-moves. So ``latest`` never names a checkpoint that some rank is still writing, and a manifest never describes other files.
+Order of events: the old manifest is removed, DeepSpeed writes its files, all ranks meet, rank 0 writes the manifest, then
+``latest`` moves. So ``latest`` never names a checkpoint that some rank is still writing, and a manifest never describes other
+files.
 
-With ``"save": {"async": true}`` DeepSpeed's files go into host memory instead, and from there, in the background, into a hidden
-folder (`background`). The manifest is added to it, it takes the place of the tag's folder in one step, then ``latest`` moves. So
-a checkpoint that was there before stays whole until then, also one of the same tag.
+With ``"save": {"async": true}`` DeepSpeed's files go into host memory first, and from there, in the background, into a
+hidden folder (`background`). Then the manifest is added, the hidden folder takes the place of the tag's folder in one step, and
+``latest`` moves. So an earlier checkpoint stays whole until then, also one of the same tag.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ from ucp_deepspeed.transfer.commit import (
 logger = logging.getLogger("ucp_deepspeed")
 
 SEEN_SECONDS = 10.0
-"""How long a folder that one node makes may take to be seen on another, on a shared file system that caches."""
+"""Seconds that a folder made by one node may take to be seen on another, on a shared file system that caches."""
 
 
 def save_checkpoint(
@@ -85,13 +86,13 @@ def save_checkpoint(
     save_latest: bool = True,
     exclude_frozen_parameters: bool = False,
 ) -> bool:
-    """In place of ``engine.save_checkpoint``; same arguments, same result. Collective.
+    """Save in place of ``engine.save_checkpoint``; same arguments, same result. Collective.
 
     Raises:
         SpecError, MismatchError: the layouts that the config names don't fit the model; nothing is written.
         SaveError: the tag is a universal checkpoint, or the client state has keys of DeepSpeed's, and nothing is written; or the
             engine's last asynchronous save failed; or DeepSpeed's files are written and the manifest couldn't be: then ``latest``
-            names the checkpoint that it named before.
+            still names the checkpoint that it named before.
     """
     wait_for_save(engine)
     settle_saves(Path(save_dir or "."))
@@ -191,7 +192,7 @@ def _refuse_universal(folder: Path) -> None:
 
 
 def _make_partial(folder: Path, tag: str) -> Path:
-    """The hidden folder, made by rank 0 and seen by all. Collective.
+    """Return the hidden folder, made by rank 0 and seen by all. Collective.
 
     Raises:
         SaveError: it can't be made, or isn't seen by all ranks; or they save different tags.
@@ -204,7 +205,7 @@ def _make_partial(folder: Path, tag: str) -> Path:
             except OSError as error:
                 raise SaveError(f"{folder} can't be saved, and 'latest' was not moved: {error}") from error
     named: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(named, (partial_folder(folder), tag))  # it is named for rank 0's host and process
+    dist.all_gather_object(named, (partial_folder(folder), tag))  # its name has rank 0's host and process
     partial: Path = named[0][0]
     if len(tags := {each for _, each in named}) > 1:
         raise SaveError(f"ranks save different tags into {folder.parent}: {', '.join(sorted(tags))}")
@@ -214,10 +215,10 @@ def _make_partial(folder: Path, tag: str) -> Path:
 
 
 def _await_folder(partial: Path) -> None:
-    """Until this rank sees what rank 0 has made.
+    """Wait until this rank sees the folder that rank 0 has made.
 
     Raises:
-        SaveError: it doesn't.
+        SaveError: it isn't seen in time.
     """
     deadline = time.monotonic() + SEEN_SECONDS
     while not partial.is_dir():
@@ -230,7 +231,7 @@ def _await_folder(partial: Path) -> None:
 
 
 def _commit_partial(manifest: Manifest, partial: Path, folder: Path) -> None:
-    """Make a hidden folder, in which all ranks' files are on disk, the checkpoint. On rank 0, in the background."""
+    """Turn a hidden folder, in which all ranks' files are on disk, into the checkpoint. Called on rank 0, in the background."""
     for ended in partial.glob(ENDED_NAMES):
         ended.unlink()
     _commit(manifest, partial)
@@ -246,16 +247,16 @@ _PARTS = re.compile(
     r"|expp_rank_\d+_mp_rank_\d+_optim_states\.pt"
     r"|ucp_manifest\.json|ucp_random_state_rank_\d+\.json"
 )
-"""Names that DeepSpeed's engines give (``runtime/engine.py``, ``runtime/pipe/module.py``), and this package."""
+"""Names of the files that DeepSpeed's engines (``runtime/engine.py``, ``runtime/pipe/module.py``) and this package write."""
 
 
 def _is_part(name: str) -> bool:
-    """Whether a file of a tag's folder is DeepSpeed's or this package's; others may lie there too, and are kept."""
+    """Return whether a file of a tag's folder is DeepSpeed's or this package's. Others may lie there too, and are kept."""
     return _PARTS.fullmatch(name) is not None
 
 
 def check_model(engine: Engine) -> None:
-    """What saving would check, without saving: called when the engine is built. Collective.
+    """Check what saving would check, without saving; called when the engine is built. Collective.
 
     Raises:
         SpecError, MismatchError: the layouts that the config names don't fit the model.
@@ -268,7 +269,7 @@ def check_model(engine: Engine) -> None:
 
 
 def _warn_of_forms(model: EngineModel) -> None:
-    """Tell at once of tensors that DeepSpeed saves and no universal load reads."""
+    """Warn at once of tensors that DeepSpeed saves and no universal load reads."""
     strange = {
         name: str(entry.tensor.dtype) if entry.tensor.dtype not in TORCH_DTYPES else f"strides {entry.tensor.stride()}"
         for name, entry in model.tensors.items()
@@ -283,7 +284,8 @@ def _warn_of_forms(model: EngineModel) -> None:
 
 
 def _warn_of_left_out(engine: Engine, model: EngineModel) -> None:
-    """DeepSpeed's ZeRO-3 files hold trained parameters, and frozen ones that need no gradient (``runtime/engine.py``)."""
+    """Warn of parameters that ZeRO-3's files leave out: they hold trained parameters, and frozen ones that need no gradient
+    (``runtime/engine.py``)."""
     needing = {
         name for param, name in ModelNames(engine).of_parameters.items() if param.requires_grad and has_elements(param)
     }
@@ -297,7 +299,7 @@ def _warn_of_left_out(engine: Engine, model: EngineModel) -> None:
 
 
 def _warn_if_unreadable(engine: Engine, folder: Path) -> None:
-    """Tell at once, and not at the resume, that the client state holds what a load would refuse. The save itself is done."""
+    """Warn at once, and not at the resume, of client state that a load would refuse. The save itself is done."""
     try:
         unread = open_here(engine, folder).unreadable()
         if unread:
@@ -308,7 +310,7 @@ def _warn_if_unreadable(engine: Engine, folder: Path) -> None:
             )
     except UniversalCheckpointError as error:
         logger.warning("what was just saved can be loaded by DeepSpeed alone, on the same topology: %s", error)
-    except Exception as error:  # for want of memory, or of descriptors
+    except Exception as error:  # too little memory, or too few descriptors
         logger.warning("whether %s can be loaded couldn't be told: %s: %s", folder, type(error).__name__, error)
 
 
@@ -318,7 +320,7 @@ def _commit(manifest: Manifest, folder: Path) -> None:
 
 
 def _manifest(engine: Engine) -> Manifest:
-    """All but the files. Collective.
+    """Return the manifest without the files. Collective.
 
     Raises:
         SpecError, MismatchError: the layouts that the config names don't fit the model.
@@ -351,7 +353,7 @@ def _manifest(engine: Engine) -> Manifest:
 def _group_numbers(
     manifest: Manifest, settings: Sequence[Sequence[Mapping[str, Any]]]
 ) -> tuple[tuple[int | None, ...], ...] | None:
-    """See `Manifest.group_numbers`; ``settings``: for each pipeline stage and group its hyper-parameters."""
+    """See `Manifest.group_numbers`. ``settings`` holds the hyper-parameters of each pipeline stage's groups."""
     if any(len(one) != len(other) for one, other in zip(manifest.trained_groups, settings, strict=True)):
         return None
     stages = zip(manifest.trained_groups, settings, strict=True)
@@ -360,7 +362,7 @@ def _group_numbers(
 
 
 def _settings(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Hyper-parameters of each group, in a form in which stages can be compared."""
+    """Return the hyper-parameters of each group, in a form in which stages can be compared."""
     return [
         {
             key: value.tolist() if isinstance(value, torch.Tensor) else value
@@ -372,7 +374,7 @@ def _settings(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _parameters(model: EngineModel, kept: KnownLayouts) -> dict[str, ManifestParameter]:
-    """Whole shape, pattern and logical name of each parameter and buffer, as far as they are known."""
+    """Return global shape, pattern and logical name of each parameter and buffer, as far as they are known."""
     specs = naming_specs(model.spec, model.named("trainable", "frozen"))
     logical = logical_names(list(model.tensors), specs, kept.logical_names)
     known = {**_patterns(model, logical, kept.patterns), **{name: Replicate() for name in model.named("buffer")}}
@@ -392,12 +394,12 @@ def _parameters(model: EngineModel, kept: KnownLayouts) -> dict[str, ManifestPar
 
 
 def _stages(shapes: HeldShapes, degree: int) -> tuple[int, ...]:
-    """Pipeline stages that hold a tensor."""
+    """Return the pipeline stages that hold a tensor."""
     return tuple(stage for stage, shape in enumerate(shapes[::degree]) if shape is not None)
 
 
 def _shares(shapes: HeldShapes, degree: int) -> tuple[Shape, ...] | None:
-    """What the tensor-parallel ranks hold, once where it is the same on all; None where stages differ."""
+    """Return the local shapes on the tensor-parallel ranks, once where all are the same; None where stages differ."""
     stages = {shapes[start : start + degree] for start in range(0, len(shapes), degree)} - {(None,) * degree}
     [held, *others] = stages
     known = tuple(shape for shape in held if shape is not None)
@@ -407,8 +409,8 @@ def _shares(shapes: HeldShapes, degree: int) -> tuple[Shape, ...] | None:
 
 
 def _patterns(model: EngineModel, logical: Mapping[str, str], kept: Mapping[str, Pattern]) -> Mapping[str, AnyPattern]:
-    """What is known when saving; under tensor parallelism, when nothing tells all, what the last load knew. A later load may make
-    up for the rest."""
+    """Return the patterns that are known when saving. Under tensor parallelism, if the sources together don't tell all, they are
+    what the last load knew. A later load may add the rest."""
     names = model.named("trainable", "frozen")
     inferred = {logical[name]: pattern for name, pattern in model.inferred.items()}
     try:

@@ -1,8 +1,8 @@
-"""What a file of ``torch.save`` will hold, taken at once into host memory, and written later.
+"""Snapshots: the content of a ``torch.save`` file, copied at once into host memory, and written later.
 
-`snapshot` has ``torch.save`` go over an object (``torch/serialization.py::_save``): everything but tensors is pickled on the
-spot, and each storage is copied once, into a buffer that the next save uses again. What is written later is, byte for byte,
-the file that ``torch.save`` would have written, so that tensors that share a storage still do.
+`snapshot` lets ``torch.save`` go over an object (``torch/serialization.py::_save``): everything but tensors is pickled at
+once, and each storage is copied once, into a buffer that the next save uses again. The file that is written later is, byte for
+byte, the one that ``torch.save`` would have written. So tensors that share a storage still do.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch.serialization import DEFAULT_PROTOCOL
 from ucp_deepspeed.transfer.commit import flush
 
 LEAST_SHARED = 1 << 24
-"""Bytes from which a copy is shared among threads, as many as torch has for one operation."""
+"""Bytes from which a copy is divided among threads, as many as torch has for one operation."""
 
 
 PROBE_NUMBYTES = 1 << 20
-"""More than a disk has left on which a write has just failed."""
+"""Bytes to write as a probe: more than is left on a disk where a write has just failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class FileSnapshot:
 
     Attributes:
         name: its path in the tag folder.
-        records: of the zip file, in order: name → bytes, or a buffer of bytes on the host.
+        records: records of the zip file, in order: name → bytes, or a buffer of bytes on the host.
     """
 
     name: str
@@ -47,11 +47,11 @@ class FileSnapshot:
         """Write the file and wait until it is on disk. The interpreter's lock is free while tensors are written.
 
         Raises:
-            OSError: it can't be created, or the disk is full or fails.
-            RuntimeError: torch's for a write that failed without a reason that lasts.
+            OSError: the file can't be created, or the disk is full or fails.
+            RuntimeError: torch's error for a write that failed for no lasting reason.
         """
         path = folder / self.name
-        path.touch()  # which tells why it can't be created; torch doesn't
+        path.touch()  # this tells why it can't be created; torch doesn't
         opened = torch.serialization._open_zipfile_writer(str(path))
         writer = opened.__enter__()
         try:
@@ -72,7 +72,7 @@ class FileSnapshot:
 
 
 def _why_not_longer(path: Path) -> OSError | None:
-    """What keeps a file from growing, which torch doesn't tell."""
+    """Return the error that keeps a file from growing; torch doesn't tell it."""
     try:
         with path.open("ab") as file:
             file.write(bytes(PROBE_NUMBYTES))
@@ -84,7 +84,7 @@ def _why_not_longer(path: Path) -> OSError | None:
 
 
 def _never_destroy(writer: Any) -> None:
-    """Keep a failed writer for ever: its destructor would try to complete the file, fail again, and end the process
+    """Keep a failed writer for ever. Its destructor would try to complete the file, fail again, and end the process
     (``std::terminate``, torch 2.13)."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(writer))
 
@@ -95,8 +95,8 @@ class HostBuffers:
     A buffer has exactly the size that is asked for: the sizes of a run's tensors don't change from save to save.
 
     Attributes:
-        taken: since the last `reuse`.
-        bytes_copied: into buffers since then.
+        taken: buffers taken since the last `reuse`.
+        bytes_copied: bytes copied into buffers since then.
     """
 
     def __init__(self) -> None:
@@ -107,17 +107,17 @@ class HostBuffers:
 
     @property
     def bytes_held(self) -> int:
-        """Of all buffers."""
+        """Bytes of all buffers."""
         return sum(buffer.numel() for buffer in (*self.taken, *(one for free in self._free.values() for one in free)))
 
     def reuse(self) -> None:
-        """Let all buffers be taken anew; those that the last save didn't take are freed."""
+        """Let all buffers be taken anew; free those that the last save didn't take."""
         self._free, taken, self.taken, self.bytes_copied = {}, self.taken, [], 0
         for buffer in taken:
             self._free.setdefault(buffer.numel(), []).append(buffer)
 
     def take(self, size: int) -> torch.Tensor:
-        """A buffer of so many bytes, with anything in it."""
+        """Return a buffer of so many bytes, with undefined content."""
         free = self._free.get(size)
         buffer = free.pop() if free else self._new(size)
         self.taken.append(buffer)
@@ -133,7 +133,7 @@ class HostBuffers:
             target.copy_(source, non_blocking=self._pinned)
 
     def wait(self) -> None:
-        """Until all copies are done."""
+        """Wait until all copies are done."""
         if self._pinned:
             get_accelerator().synchronize()
 
@@ -147,7 +147,8 @@ def _bytes(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _copy_bytes(source: np.ndarray, target: np.ndarray) -> None:
-    """By the C library's ``memmove``, which goes around the caches and takes two thirds of the time of torch's own copy."""
+    """Copy with the C library's ``memmove``, which goes around the caches and takes two thirds of the time of torch's own
+    copy."""
     threads = torch.get_num_threads()
     if threads == 1 or source.size < LEAST_SHARED:
         np.copyto(target, source)
@@ -160,14 +161,14 @@ def _copy_bytes(source: np.ndarray, target: np.ndarray) -> None:
 
 
 def snapshot(state: Any, file_name: str, buffers: HostBuffers, apart: bool) -> FileSnapshot:
-    """Take a copy of everything that ``torch.save(state)`` would write; nothing that happens to ``state`` later is in it.
+    """Copy everything that ``torch.save(state)`` would write; later changes of ``state`` aren't in the copy.
 
     Args:
         apart: give each tensor a storage of its own on the CPU, of its own size, as DeepSpeed's
-            ``checkpoint/utils.py::clone_tensors_for_torch_save`` does before it saves; here the copy is the only one.
+            ``checkpoint/utils.py::clone_tensors_for_torch_save`` does before it saves. Here the copy is the only one.
 
     Raises:
-        Exception: what pickling raises.
+        Exception: any error that pickling raises.
     """
     placed: dict[int, torch.Tensor] = {}
     found, storages = _records(_apart(state, buffers, placed) if apart else state)
@@ -185,15 +186,15 @@ def snapshot(state: Any, file_name: str, buffers: HostBuffers, apart: bool) -> F
 
 
 def _records(state: Any) -> tuple[list[tuple[str, bytes | None]], dict[str, torch.UntypedStorage]]:
-    """The records of the zip file, in order, with None for the contents of storages; and the storages by their keys.
+    """Return the records of the zip file, in order, with None for the contents of storages; and the storages by their keys.
 
-    torch's own ``_save`` makes them, so that they are those of its version.
+    torch's own ``_save`` makes the records, so that they are those of its version.
     """
     zip_file = _Collector()
     storages: dict[str, torch.UntypedStorage] = {}
 
     class Pickler(pickle.Pickler):
-        """Base of the pickler in ``_save``; sees which key that gives to which storage."""
+        """Base of the pickler in ``_save``; it sees which key the pickler gives to which storage."""
 
         def __init_subclass__(cls) -> None:
             identify = cls.persistent_id
@@ -209,12 +210,12 @@ def _records(state: Any) -> tuple[list[tuple[str, bytes | None]], dict[str, torc
     with torch.serialization.skip_data():
         torch.serialization._save(state, zip_file, SimpleNamespace(Pickler=Pickler), DEFAULT_PROTOCOL, False)
     found = dict(storages)
-    storages.clear()  # the class, which only the garbage collector frees, would keep them
+    storages.clear()  # the class would keep them, and only the garbage collector frees it
     return zip_file.records, found
 
 
 class _Collector:
-    """In the place of torch's ``PyTorchFileWriter``."""
+    """Stands in for torch's ``PyTorchFileWriter``, and collects the records."""
 
     def __init__(self) -> None:
         self.records: list[tuple[str, bytes | None]] = []
@@ -227,7 +228,7 @@ class _Collector:
 
 
 def _apart(item: Any, buffers: HostBuffers, placed: dict[int, torch.Tensor]) -> Any:
-    """The containers and tensors of ``clone_tensors_for_torch_save``."""
+    """Copy the containers and tensors that ``clone_tensors_for_torch_save`` copies."""
     if torch.is_tensor(item):
         return _placed(item.detach(), buffers, placed)
     if isinstance(item, list):
@@ -240,7 +241,7 @@ def _apart(item: Any, buffers: HostBuffers, placed: dict[int, torch.Tensor]) -> 
 
 
 def _placed(tensor: torch.Tensor, buffers: HostBuffers, placed: dict[int, torch.Tensor]) -> torch.Tensor:
-    """A clone on the CPU whose memory is a buffer; ``placed`` tells the buffer of its storage."""
+    """Return a clone on the CPU whose memory is a buffer; ``placed`` gets the buffer of its storage."""
     if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.is_quantized:
         return tensor.clone() if tensor.device.type == "cpu" else tensor.to("cpu")
     like = torch.empty_like(tensor, device="meta")  # with the strides that a clone has

@@ -1,4 +1,5 @@
-"""Parameters that several pipeline stages hold: whether a run's copies are the same, and which of a checkpoint's a rank takes."""
+"""Parameters that several pipeline stages hold: whether a run's copies are the same, and which of a checkpoint's copies a rank
+takes."""
 
 from __future__ import annotations
 
@@ -39,13 +40,13 @@ CHUNK_NUMEL = 1 << 22
 def with_copies_for(
     checkpoint: Checkpoint, model: EngineModel, policies: Policies
 ) -> tuple[Checkpoint, tuple[str, ...]]:
-    """The checkpoint with the copies that this rank is to have, and in words those that were chosen. Collective.
+    """Return the checkpoint with the copies that this rank is to have, and a text for each copy that was chosen. Collective.
 
-    A stage that holds what it held gets its own back. On another topology copies are compared that may differ, which all ranks
-    read together.
+    A stage that holds what it held before gets its own copies back. On another topology all ranks together read and compare the
+    copies that may differ.
 
     Raises:
-        MismatchError: copies differ, and nothing tells which is to be taken; lists the parameters.
+        MismatchError: copies differ, and nothing tells which to take; lists the parameters.
     """
     with agreement():
         held = held_by_several(checkpoint)
@@ -69,7 +70,7 @@ def with_copies_for(
 
 
 def _own_stage(checkpoint: Checkpoint, model: EngineModel, held: Mapping[str, tuple[int, ...]]) -> int | None:
-    """This rank's pipeline stage, if the same stages hold the same of these parameters on both sides."""
+    """Return this rank's pipeline stage, if the same stages hold the same of these parameters on both sides."""
     degrees = [replace(topology, dp=1, zero_stage=0) for topology in (checkpoint.topology, model.topology)]
     if degrees[0] != degrees[1] or held != _held_by_several(model):
         return None
@@ -77,7 +78,7 @@ def _own_stage(checkpoint: Checkpoint, model: EngineModel, held: Mapping[str, tu
 
 
 def _held_by_several(model: EngineModel) -> dict[str, tuple[int, ...]]:
-    """Trained parameters that several pipeline stages hold → these stages."""
+    """Return the trained parameters that several pipeline stages hold → these stages."""
     found = {
         name: tuple(stage for stage, shape in enumerate(tensor.local_shapes[:: model.topology.tp]) if shape is not None)
         for name, tensor in model.tensors.items()
@@ -87,10 +88,10 @@ def _held_by_several(model: EngineModel) -> dict[str, tuple[int, ...]]:
 
 
 def differing_copies(model: EngineModel, optimizer: EngineOptimizer) -> tuple[str, ...]:
-    """Trained parameters of which pipeline stages hold copies that aren't the same: masters, states, or numbers. Collective.
+    """Return trained parameters whose copies on pipeline stages differ in masters, states, or numbers. Collective.
 
-    The bits of each tensor are summed, each times a number made of its place, on each rank for what it has of it. However it is
-    cut, the parts' sums add up to the same.
+    Each rank sums the bits of its part of each tensor, each element times a number made of its place. However a tensor is
+    partitioned, the parts' sums add up to the same.
     """
     shared = _held_by_several(model)
     if not shared:
@@ -114,11 +115,11 @@ def differing_copies(model: EngineModel, optimizer: EngineOptimizer) -> tuple[st
 
 
 def tell_of_differing(engine: Engine, differing: Sequence[str], form: str) -> None:
-    """Once for each parameter of an engine; its copies may never be one again.
+    """Warn once for each parameter of an engine whose copies differ; they may never be the same again.
 
     Args:
         differing: see `differing_copies`.
-        form: of the engine's optimizer; without ZeRO in fp32 DeepSpeed writes weights alone, and of one stage.
+        form: of the engine's optimizer; without ZeRO in fp32 DeepSpeed writes only weights, and only one stage's.
     """
     told = engine.__dict__.setdefault("_universal_checkpoint_differing", set())
     new = [name for name in differing if name not in told]
@@ -153,7 +154,8 @@ def _are_same(name: str, stages: Sequence[int], found: Sequence[Any]) -> bool:
 
 
 def _sums(slot: EngineSlot, state: str, tensor: Any, wanted: Collection[str]) -> Iterator[tuple[str, int]]:
-    """For each run of a state's elements the parameter's name and a sum; for what isn't of an element each one for all of it."""
+    """Yield the wanted parameters' names, with a sum for each run of a state's elements; for a state that isn't element-wise, one
+    sum for all of it."""
     if not _is_in_place(slot, state, tensor):
         yield from ((name, _digest_of(tensor)) for name in slot.names if name in wanted)
         return
@@ -165,7 +167,7 @@ def _sums(slot: EngineSlot, state: str, tensor: Any, wanted: Collection[str]) ->
 
 
 def _is_in_place(slot: EngineSlot, state: str, tensor: Any) -> bool:
-    """Whether a state has its elements where the slot says."""
+    """Return whether a state has its elements where the slot says."""
     return (
         isinstance(tensor, torch.Tensor)
         and tensor.layout is torch.strided
@@ -175,7 +177,7 @@ def _is_in_place(slot: EngineSlot, state: str, tensor: Any) -> bool:
 
 
 def sum_of_bits(values: torch.Tensor, start: int) -> int:
-    """A sum of a flat tensor's bits, modulo 2 ** 64, of which the sums of its parts add up to the whole's.
+    """Return a sum of a flat tensor's bits, modulo 2 ** 64; the sums of a tensor's parts add up to the sum of the whole.
 
     Args:
         start: place of the first element.
@@ -190,7 +192,7 @@ def sum_of_bits(values: torch.Tensor, start: int) -> int:
 
 
 def _spread(place: torch.Tensor) -> torch.Tensor:
-    """Odd numbers that look like random ones, by the finishing steps of the SplitMix64 generator; products wrap around."""
+    """Return odd numbers that look random, by the finishing steps of the SplitMix64 generator; products wrap around."""
     mixed = (place + 1) * -0x61C8864680B583EB
     mixed = (mixed ^ ((mixed >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     mixed = (mixed ^ ((mixed >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15

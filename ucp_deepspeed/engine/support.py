@@ -1,4 +1,4 @@
-"""Which engines this release handles, and why it doesn't handle others."""
+"""The engines that this release handles, and why it doesn't handle others."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ logger = logging.getLogger("ucp_deepspeed")
 
 
 def check_engine(engine: Engine) -> None:
-    """Refuse, when the engine is built, what this release can't handle, or leave it to DeepSpeed (`left_alone`). Collective.
+    """Refuse an engine that this release can't handle, or leave it to DeepSpeed (`left_alone`); called when it is built.
+    Collective.
 
     Raises:
-        UnsupportedError: the kind of mixture-of-experts layers, the optimizer's class, or where its settings keep its tensors;
-            and the block asks for what DeepSpeed doesn't do itself.
-        ConfigError: the block differs from rank to rank; or DeepSpeed's settings that asynchronous saving can't go with.
+        UnsupportedError: the kind of mixture-of-experts layers, the optimizer's class, or the place where its settings keep its
+            tensors is unsupported, and the block asks for what DeepSpeed doesn't do itself.
+        ConfigError: the block differs from rank to rank; or DeepSpeed's settings can't be used with asynchronous saving.
         SpecError, MismatchError: the layouts that the config names don't fit the model.
     """
     show()
@@ -56,7 +57,8 @@ def check_engine(engine: Engine) -> None:
 
 
 def _first_reason(engine: Engine, check: Callable[[Any], None]) -> UnsupportedError | None:
-    """The first rank's that finds one why this release can't handle the engine; other errors are raised. Collective."""
+    """Return the reason why this release can't handle the engine, from the first rank that finds one. Other errors are raised.
+    Collective."""
     found: UnsupportedError | None = None
     with agreement():
         try:
@@ -94,8 +96,8 @@ def _check_experts(engine: Engine) -> None:
     """Refuse experts whose ranks or files this release doesn't know.
 
     Raises:
-        UnsupportedError: layers of AutoEP beside DeepSpeed's own, experts in a pipeline, at stage 0 layers of
-            several expert-parallel sizes, or experts of which DeepSpeed's own checkpoints are incomplete.
+        UnsupportedError: layers of AutoEP beside DeepSpeed's own, experts in a pipeline, layers of several expert-parallel sizes
+            at stage 0, or experts for which DeepSpeed's own checkpoints are incomplete.
     """
     sizes, modules = {layer.ep for layer in ModelNames(engine).layers.values()}, list(engine.module.modules())
     automatic = any(autoep_layers(engine.module))

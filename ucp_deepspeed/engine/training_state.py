@@ -1,4 +1,4 @@
-"""What a run is beside its tensors: counters, scheduler, hyper-parameters, loss scale."""
+"""The state of a run beside its tensors: counters, scheduler, hyper-parameters, loss scale."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def plan_hyperparameters(
     """Give each live parameter group the hyper-parameters of its parameters; see `settings_of_groups`.
 
     Args:
-        numbers: what the groups take of numbers that differ over partitions.
-        keep: whether the groups keep what was configured; what they count is restored even so.
+        numbers: gives the groups' values of numbers that differ over partitions.
+        keep: whether the groups keep what was configured; their counts are restored even so.
 
     Raises:
         MismatchError: the parameters of a live group come from groups with different values; lists groups and keys.
@@ -55,11 +55,11 @@ def plan_hyperparameters(
 def without_begun_anew(
     settings: GroupSettings, names: Names, optimizer: EngineOptimizer, anew: Collection[str], reset: bool
 ) -> GroupSettings:
-    """The same, but for what groups count whose states begin anew.
+    """Return the settings without the step counts of groups whose states begin anew.
 
     Args:
-        anew: logical names of parameters whose states do.
-        reset: whether those of all do.
+        anew: logical names of parameters whose states begin anew.
+        reset: whether the states of all parameters do.
     """
     values: list[Mapping[str, Any]] = []
     for index, (group, taken) in enumerate(zip(optimizer.group_names(), settings.values, strict=False)):
@@ -71,25 +71,25 @@ def without_begun_anew(
 
 
 PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
-"""What torch's schedulers keep of each parameter group, in the optimizer's order (``torch/optim/lr_scheduler.py``)."""
+"""Values that torch's schedulers keep for each parameter group, in the optimizer's order (``torch/optim/lr_scheduler.py``)."""
 
 
 OF_ALL_GROUPS = ("_milestones", "milestones", "_schedule_phases")
-"""Lists of theirs that are of the whole schedule, even if they are as long as there are groups."""
+"""Lists that belong to a scheduler's whole schedule, even if they are as long as there are groups."""
 
 
 def plan_scheduler(
     checkpoint: Checkpoint, names: Names, optimizer: EngineOptimizer, live: Mapping[str, Any], keep: bool
 ) -> Mapping[str, Any] | None:
-    """The scheduler's state with what it keeps of each group in the order of the live groups.
+    """Return the scheduler's state, with its values for each group in the order of the live groups.
 
     Args:
-        live: the live scheduler's state, whose values a group keeps of which the checkpoint has no parameter.
+        live: the live scheduler's state; its values stay for groups without parameters in the checkpoint.
         keep: whether all groups keep their configured hyper-parameters: the schedule then goes on from these.
 
     Raises:
-        MismatchError: groups are joined of which the scheduler keeps different values, or as many values as there are groups are
-            kept under a name that isn't known.
+        MismatchError: groups are joined for which the scheduler keeps different values, or an unknown name holds as many values
+            as there are groups.
     """
     state = checkpoint.run.lr_scheduler
     group_of = {names.source[name]: index for index, group in enumerate(checkpoint.groups) for name in group.names}
@@ -114,10 +114,10 @@ def check_scheduler(
     """Try on a copy whether a scheduler can take over a state that has other keys than its own.
 
     Args:
-        parts: objects of the engine that a scheduler may know, and that aren't copied with it.
+        parts: objects of the engine that a scheduler may refer to, and that aren't copied with it.
 
     Raises:
-        MismatchError: it can't: another class of schedulers has saved it.
+        MismatchError: it can't: a scheduler of another class has saved the state.
     """
     live = scheduler.state_dict()
     if state is None or state.keys() == live.keys():
@@ -130,7 +130,7 @@ def check_scheduler(
     try:
         trial.load_state_dict(dict(state))
     except AttributeError:
-        return  # of what stands in for the optimizer, perhaps
+        return  # perhaps an attribute of the optimizer's stand-in
     except Exception as error:
         raise MismatchError(
             f"{type(scheduler).__name__} keeps {sorted(live)}, and can't take over the saved scheduler's {sorted(state)} "
@@ -139,7 +139,8 @@ def check_scheduler(
 
 
 def _from_configured(state: Mapping[str, Any], live: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a schedule that began at the saved rates would be had it begun at the live ones (torch's, which know ``base_lrs``)."""
+    """Return the state that a schedule begun at the saved rates would have had it begun at the live ones (torch's, which know
+    ``base_lrs``)."""
     began, now = state.get("base_lrs"), live.get("base_lrs")
     if not (isinstance(began, list) and isinstance(now, list) and len(began) == len(now)):
         return state
@@ -195,7 +196,7 @@ def restore_run(
     """Take over counters, scheduler, hyper-parameters and loss scale, as far as the options ask for them.
 
     Args:
-        reset: whether all states of the optimizer begin anew, and with them what its groups count.
+        reset: whether all states of the optimizer begin anew, and with them the counts of its groups.
     """
     run = checkpoint.run
     engine.loaded_checkpoint_dp_world_size = checkpoint.topology.dp
@@ -219,7 +220,7 @@ def restore_run(
 def restore_data_schedules(engine: Engine, state: Mapping[str, Any]) -> None:
     """Take over DeepSpeed's curriculum sampler and random layer-token dropping.
 
-    Both count samples, steps and tokens of the whole run, so that they go on unchanged on any number of ranks.
+    Both count samples, steps and tokens of the whole run, so they go on unchanged on any number of ranks.
     """
     loader = engine.training_dataloader
     schedules = {
@@ -245,9 +246,9 @@ def _restore_scheduler(scheduler: Any, state: Mapping[str, Any] | None) -> None:
 
 
 def _set_scheduled(scheduler: Any, optimizer: EngineOptimizer) -> None:
-    """Set what the scheduler gives for where it stands, for groups that keep their own hyper-parameters: loading its state
-    doesn't, and the next step would be at the first rate of all."""
-    if getattr(scheduler, "last_batch_iteration", -1) >= 0:  # DeepSpeed's, some of which cycle momentum too
+    """Set the scheduler's rates for its present step, for groups that keep their own hyper-parameters. Loading its state doesn't
+    set them, and the next step would use the first rate of all."""
+    if getattr(scheduler, "last_batch_iteration", -1) >= 0:  # DeepSpeed's schedulers, some of which cycle momentum too
         scheduler.step(scheduler.last_batch_iteration)
     elif isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
         for group, rate in zip(optimizer.base.param_groups, scheduler.get_last_lr(), strict=True):

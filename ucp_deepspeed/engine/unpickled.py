@@ -1,7 +1,7 @@
-"""What DeepSpeed unpickles when a load is left to it, by ``torch.load(weights_only=False)``: code in a file would run.
+"""Files that DeepSpeed unpickles when a load is left to it, by ``torch.load(weights_only=False)``: code in a file would run.
 
-So each rank holds the files that it will read against the allow-list first (`ucp_deepspeed.checkpoint.torch_files`). Most of them
-the catalog has opened by then.
+So each rank first checks the files that it will read against the allow-list (`ucp_deepspeed.checkpoint.torch_files`). The
+catalog has opened most of them by then.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from ucp_deepspeed.errors import UnsupportedError
 
 
 def files_to_unpickle(folder: Path, held: Collection[str], engine: Engine) -> list[Path]:
-    """The files that DeepSpeed reads on this rank, by its own names for them (``runtime/engine.py::_load_checkpoint``).
+    """Return the files that DeepSpeed reads on this rank, by its own names for them (``runtime/engine.py::_load_checkpoint``).
 
     Args:
-        folder: the tag's.
+        folder: the tag's folder.
         held: names of the files in it.
-        engine: that loads.
+        engine: the engine that loads.
     """
     place = str(folder.parent), folder.name
     listed = [*_first_and_own(engine._get_all_ckpt_names(*place), model_parallel_rank(engine), engine.mp_world_size)]
@@ -51,14 +51,15 @@ def files_to_unpickle(folder: Path, held: Collection[str], engine: Engine) -> li
 
 
 def _first_and_own(files: list[str], rank: int, degree: int) -> Iterator[str]:
-    """Of a sorted list DeepSpeed looks into the first, and reads its own (``runtime/state_dict_factory.py``)."""
+    """Yield the first file of a sorted list, which DeepSpeed looks into, and the rank's own, which it reads
+    (``runtime/state_dict_factory.py``)."""
     if files:
         yield files[0]
         yield from (files[index] for index in {rank * len(files) // degree} if index < len(files))
 
 
 def _partitions(engine: Engine, place: tuple[str, str]) -> list[str]:
-    """The optimizer's files: this rank's own, of elastic ones all."""
+    """Return the optimizer's files: this rank's own, or all of them for elastic checkpoints."""
     group = engine.optimizer.dp_process_group
     every = (
         range(dist.get_world_size(group=group)) if engine.zero_elastic_checkpoint() else [dist.get_rank(group=group)]
@@ -72,7 +73,8 @@ def _partitions(engine: Engine, place: tuple[str, str]) -> list[str]:
 
 
 def own_partition(folder: Path, engine: Engine) -> Path:
-    """The optimizer's file that DeepSpeed reads on this rank under ZeRO (``runtime/engine.py::_get_all_zero_checkpoints``)."""
+    """Return the optimizer's file that DeepSpeed reads on this rank under ZeRO
+    (``runtime/engine.py::_get_all_zero_checkpoints``)."""
     place, partition = (
         (str(folder.parent), folder.name),
         dist.get_rank(engine.optimizer.dp_process_group),
@@ -82,7 +84,7 @@ def own_partition(folder: Path, engine: Engine) -> Path:
 
 
 def _experts(folder: Path, held: Collection[str], engine: Engine, names: ModelNames) -> list[Path]:
-    """The files with the weights of this rank's experts."""
+    """Return the files with the weights of this rank's experts."""
     own = {layer.ep_rank * layer.local + expert for layer in names.layers.values() for expert in range(layer.local)}
     places = {name: weight_file(name) for name in held} if own else {}
     rank = model_parallel_rank(engine)
@@ -90,7 +92,7 @@ def _experts(folder: Path, held: Collection[str], engine: Engine, names: ModelNa
 
 
 def look_into(path: Path, checkpoint: DeepSpeedCheckpoint | None) -> dict[str, Any]:
-    """What is in a file that DeepSpeed will unpickle; as the catalog has it, where that can read it.
+    """Return the content of a file that DeepSpeed will unpickle; read by the catalog, where that can read it.
 
     Raises:
         DamagedCheckpointError: it holds something that could run code.
@@ -103,7 +105,7 @@ def look_into(path: Path, checkpoint: DeepSpeedCheckpoint | None) -> dict[str, A
 
 @contextmanager
 def only_held_against_the_list(checkpoint: Checkpoint | None, engine: Engine) -> Iterator[None]:
-    """While DeepSpeed loads: a file that `files_to_unpickle` doesn't know is looked at before it is unpickled.
+    """Check each file against the allow-list before DeepSpeed unpickles it, also one that `files_to_unpickle` doesn't know.
 
     Raises:
         DamagedCheckpointError: it holds something that could run code; parts of the engine are filled by then.

@@ -1,7 +1,7 @@
-"""What gets a user on whose load was refused: each message ends with it.
+"""Hints for a user whose load was refused: each message ends with one.
 
-Most messages say it themselves, where the reason is found. Here is what goes for all of one kind: files that are damaged or gone,
-and what only DeepSpeed itself can read.
+Most messages have the hint themselves, where the reason is found. This module holds the hints for whole kinds of errors:
+files that are damaged or gone, and checkpoints that only DeepSpeed itself can read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WAYS = re.compile(
     r"|save (?:again|with|it)|name (?:a spec|the same)|parameter groups of their own|install ",
     re.MULTILINE,
 )
-"""How settings and commands look in messages."""
+"""The look of settings and commands in messages."""
 
 _NATIVE = (
     '"load": "never" leaves the load to DeepSpeed itself, which may read it on the topology, and with the model and optimizer, '
@@ -45,7 +45,7 @@ _COMPARE = '"ucp inspect CKPT" tells what it holds, and "ucp plan CKPT --model O
 
 
 def tells_a_way_on(error: UniversalCheckpointError) -> bool:
-    """Whether the message says what to do: in its heading, at its end or in each of its lines."""
+    """Return whether the message says what to do: in its heading, at its end or in each of its lines."""
     if not isinstance(error, ListingError):
         return bool(_WAYS.search(str(error)))
     lines = all(_WAYS.search(problem) for problem in error.problems) and bool(error.problems)
@@ -53,7 +53,7 @@ def tells_a_way_on(error: UniversalCheckpointError) -> bool:
 
 
 def telling_ways_on(load: Callable[..., T]) -> Callable[..., T]:
-    """Around a load (``native, engine, load_dir, tag, …``): what it raises ends with what gets the user on."""
+    """Wrap a load (``native, engine, load_dir, tag, …``), so that each error that it raises ends with a hint for the user."""
 
     @wraps(load)
     def told(native: Any, engine: Engine, load_dir: str, tag: str | None = None, *rest: Any, **options: Any) -> T:
@@ -79,7 +79,7 @@ def _way_on(error: UniversalCheckpointError, load_dir: Path, tag: str | None) ->
 
 
 def _other_tags(load_dir: Path, tag: str | None, message: str) -> str:
-    """Another tag that was saved there, the newest first."""
+    """Name other tags that were saved there, the newest first."""
     root = load_dir
     if root.is_dir() and tag is None and not (root / "latest").is_file():
         root = root.parent

@@ -29,10 +29,10 @@ FAMILIES: dict[type, type[EngineOptimizer]] = {
 
 
 def engine_optimizer(engine: Engine) -> EngineOptimizer:
-    """The family of an engine's optimizer.
+    """Return the family of an engine's optimizer.
 
     Raises:
-        UnsupportedError: an optimizer of a class that isn't known, or one whose tensors lie on NVMe.
+        UnsupportedError: the optimizer is of an unknown class, or its tensors lie on NVMe.
     """
     optimizer = engine.optimizer
     if only_evaluates(engine):

@@ -1,4 +1,4 @@
-"""Engines that were built without an optimizer, to evaluate: all that they have counts as frozen."""
+"""Engines that were built without an optimizer, to evaluate: all their parameters count as frozen."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 
 
 def only_evaluates(engine: Engine) -> bool:
-    """Whether an engine was built without an optimizer.
+    """Return whether an engine was built without an optimizer.
 
-    In its place DeepSpeed has an object of another kind under ZeRO-3, and one that steps on nothing in bf16.
+    In its place DeepSpeed has an object of another kind under ZeRO-3, and in bf16 one that steps on nothing.
     """
     optimizer = engine.optimizer
     if isinstance(optimizer, BF16_Optimizer):
@@ -27,7 +27,7 @@ def only_evaluates(engine: Engine) -> bool:
 
 
 class AbsentOptimizer(EngineOptimizer):
-    """Steps on nothing, and keeps nothing; filling ends with the weights."""
+    """An optimizer that steps on nothing and keeps nothing; filling ends with the weights."""
 
     form = "none"
 
@@ -36,23 +36,23 @@ class AbsentOptimizer(EngineOptimizer):
         self.base = cast(torch.optim.Optimizer, SimpleNamespace(param_groups=[], state={}))
 
     def slots(self) -> list[EngineSlot]:
-        """None."""
+        """Return no slots."""
         return []
 
     def group_names(self) -> list[list[str | None]]:
-        """None."""
+        """Return no groups."""
         return []
 
     def begin(self) -> None:
-        """Under ZeRO-3 partition what is gathered, so that no stale whole copy outlives the filling."""
+        """Partition gathered parameters under ZeRO-3, so that no stale whole copy outlives the filling."""
         if isinstance(self._engine.optimizer, DeepSpeedZeRoOffload):
             self._engine.optimizer.partition_all_parameters()
 
     def refresh_weights(self) -> None:
-        """Nothing to do: there are no masters."""
+        """Do nothing: there are no masters."""
 
     def end(self) -> None:
-        """Under ZeRO-3 drop secondary copies, and gather persistent parameters again."""
+        """Drop secondary copies under ZeRO-3, and gather persistent parameters again."""
         if isinstance(self._engine.optimizer, DeepSpeedZeRoOffload):
             for param in self._engine.module.parameters():
                 param.ds_secondary_tensor = None
@@ -60,8 +60,8 @@ class AbsentOptimizer(EngineOptimizer):
                 persistent[0].all_gather(persistent)
 
     def loss_scale(self) -> LossScale | None:
-        """None."""
+        """Return None: there is no loss scale."""
         return None
 
     def set_loss_scale(self, values: Mapping[str, Any]) -> None:
-        """Nothing to do."""
+        """Do nothing: there is no loss scale."""

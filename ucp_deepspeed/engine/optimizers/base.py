@@ -1,7 +1,7 @@
-"""What every optimizer class offers to loading and saving.
+"""The interface that every optimizer class offers to loading and saving.
 
-A *slot* is one tensor that the base (torch) optimizer steps on, with the parameters in it; the source side's twin is
-`ucp_deepspeed.checkpoint.slots.Slot`. The base optimizer's state for a slot has that tensor as its key.
+A *slot* is one tensor that the base (torch) optimizer steps on, with the parameters in it; its counterpart on the source side
+is `ucp_deepspeed.checkpoint.slots.Slot`. The base optimizer's state for a slot has that tensor as its key.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class EngineOptimizer(ABC):
     """An engine's optimizer, of one class. All methods are called on every rank, in the order in which they stand here.
 
     Attributes:
-        form: as `DeepSpeedCheckpoint.optimizer_form` calls the files that this class writes.
+        form: the name that `DeepSpeedCheckpoint.optimizer_form` has for the files that this class writes.
         base: the torch optimizer.
     """
 
@@ -54,46 +54,47 @@ class EngineOptimizer(ABC):
 
     @abstractmethod
     def slots(self) -> list[EngineSlot]:
-        """The slots of this rank."""
+        """Return the slots of this rank."""
 
     @abstractmethod
     def group_names(self) -> list[list[str | None]]:
-        """For each parameter group the names, in the optimizer's order; None for a parameter that isn't the model's."""
+        """Return the names in each parameter group, in the optimizer's order; None for a parameter that isn't the model's."""
 
     def begin(self) -> None:
-        """Called before anything is filled."""
+        """Prepare; called before anything is filled."""
 
     def begin_refresh(self) -> None:
-        """Called when the masters are filled that are cut over ranks, and the optimizer's states aren't yet. Collective."""
+        """Begin to send weights. Called when the masters that are partitioned over ranks are filled, and the optimizer's states
+        aren't yet. Collective."""
 
     @abstractmethod
     def refresh_weights(self) -> None:
         """Make the model's (low-precision) weights from the masters. Collective."""
 
     def end(self) -> None:
-        """Called after frozen parameters and buffers are filled too. Collective."""
+        """Finish; called after frozen parameters and buffers are filled too. Collective."""
 
     @abstractmethod
     def loss_scale(self) -> LossScale | None:
-        """The live loss scale; None without fp16."""
+        """Return the live loss scale; None without fp16."""
 
     @abstractmethod
     def set_loss_scale(self, values: Mapping[str, Any]) -> None:
         """Take over values of a loss scale of the same kind, under the names of `LossScale`."""
 
     def state_of(self, slot: EngineSlot) -> Mapping[str, Any]:
-        """The base optimizer's state for a slot as it is now; empty before the first step."""
+        """Return the base optimizer's state for a slot as it is now; empty before the first step."""
         state: Mapping[str, Any] = self.base.state.get(slot.master, {})
         return state
 
     def live_group(self, index: int) -> dict[str, Any]:
-        """A parameter group of the base optimizer. Under ZeRO torch's Adagrad is made anew, with one for all parameters
+        """Return a parameter group of the base optimizer. ZeRO makes torch's Adagrad anew, with one group for all parameters
         (``runtime/zero/stage_1_and_2.py::initialize_optimizer_states``)."""
         groups: list[dict[str, Any]] = self.base.param_groups
         return groups[min(index, len(groups) - 1)]
 
     def has_keys(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether saved groups, put in place of the live ones, have every key that these have."""
+        """Return whether saved groups, put in place of the live ones, have every key that these have."""
         pairs = zip(self.base.param_groups, groups, strict=False)
         return all(live.keys() - UNTELLING <= set(keys_after_load(self.base, saved)) for live, saved in pairs)
 
@@ -116,16 +117,18 @@ class EngineOptimizer(ABC):
                 live[key] = found.clone().view(form.shape) if found.numel() == form.numel() == 1 else found.clone()
 
     def is_like(self, index: int, saved: Mapping[str, Any]) -> bool:
-        """Whether a saved group has the very keys of a live one: then what the optimizer keeps now tells nothing against states
-        that it may make at a later step."""
+        """Return whether a saved group has the very keys of a live one. Then states that the optimizer lacks now may be made at a
+        later step, and aren't a contradiction."""
         return bool(saved) and self.live_group(index).keys() - UNTELLING == set(saved) - UNTELLING
 
     def replicas(self, slot: EngineSlot) -> Any:
-        """The process group of the ranks that hold all of a slot as this one does; None for a slot that is cut over ranks."""
+        """Return the process group of the ranks that hold all of a slot as this one does; None for a slot that is partitioned
+        over ranks."""
         return None
 
     def state_buffer(self, slot: EngineSlot, state: str) -> torch.Tensor:
-        """A tensor to fill with an element-wise state and to give to `set_state`: the live one, or one of undefined values."""
+        """Return a tensor to fill with an element-wise state and to give to `set_state`: the live one, or one of undefined
+        values."""
         live, master = self.state_of(slot).get(state), slot.master.data
         if (
             isinstance(live, torch.Tensor)
@@ -148,7 +151,7 @@ class EngineOptimizer(ABC):
     def reset_state(self, slot: EngineSlot) -> None:
         """Make the base optimizer's state for a slot what it is before a first step."""
         self.base.state.pop(slot.master, None)
-        if isinstance(self.base, torch.optim.Adagrad):  # whose constructor makes the state
+        if isinstance(self.base, torch.optim.Adagrad):  # its constructor makes the state
             initial = self.live_group(slot.group)["initial_accumulator_value"]
             self.base.state[slot.master] = {
                 "step": torch.tensor(0.0),
@@ -156,7 +159,7 @@ class EngineOptimizer(ABC):
             }
 
     def kept_states(self, slot: EngineSlot, settings: Mapping[str, Any]) -> KeptStates | None:
-        """What the base optimizer keeps for a slot once it has stepped; None when that can't be told.
+        """Return the states that the base optimizer keeps for a slot once it has stepped; None when that can't be told.
 
         Args:
             settings: hyper-parameters that the slot's group will have in place of its own.
@@ -168,12 +171,13 @@ class EngineOptimizer(ABC):
         return None if found is None else kept_states(found, probed or {}, slot.master)
 
     def _examples(self, slot: EngineSlot) -> Mapping[str, Any] | None:
-        """See `example_states`; the live state itself where there is one."""
+        """Return the live state where there is one, else `example_states`."""
         return self.state_of(slot) or example_states(self.base, self.live_group(slot.group), slot.master, {})
 
 
 def _empty_like(master: torch.Tensor) -> torch.Tensor:
-    """numpy asks the system for large pages, of which a first pass takes half the time."""
+    """Return an empty tensor like the master. numpy asks the system for large pages, with which a first pass takes half the
+    time."""
     if master.device.type != "cpu":
         return torch.empty_like(master, memory_format=torch.contiguous_format)
     raw = np.empty(master.numel() * master.element_size(), np.uint8)
@@ -181,7 +185,7 @@ def _empty_like(master: torch.Tensor) -> torch.Tensor:
 
 
 def _in_form_of(example: Any, value: float) -> Any:
-    """A scalar state as the optimizer keeps it: torch's classes do so in tensors, DeepSpeed's own in numbers."""
+    """Return a scalar state as the optimizer keeps it: torch's classes keep tensors, DeepSpeed's own keep numbers."""
     if isinstance(example, torch.Tensor):
         return torch.full_like(example, value)
     return int(value) if type(value) is float and value.is_integer() and type(example) is not float else value

@@ -1,7 +1,7 @@
 """Stage 0 in bf16 or fp16: ``FP16_UnfusedOptimizer`` (one slot per parameter) and ``FP16_Optimizer`` (one per group).
 
-Source: ``runtime/fp16/unfused_optimizer.py``, ``runtime/fp16/fused_optimizer.py``. Both step once, with zero gradients, in their
-constructor; filling replaces the state that this leaves.
+Source: ``runtime/fp16/unfused_optimizer.py``, ``runtime/fp16/fused_optimizer.py``. Both step once, with zero gradients, in
+their constructor; filling replaces the state that this leaves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ucp_deepspeed.layout import FlatGroup
 
 
 class Fp16Optimizer(EngineOptimizer):
-    """Shared by both classes."""
+    """The part that both classes share."""
 
     _wrapper: Fp16
 

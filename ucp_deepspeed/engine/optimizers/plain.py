@@ -42,11 +42,11 @@ class PlainOptimizer(EngineOptimizer):
         return replica_group(self._engine, slot.master)
 
     def refresh_weights(self) -> None:
-        """Nothing to do: the masters are the weights."""
+        """Do nothing: the masters are the weights."""
 
     def loss_scale(self) -> LossScale | None:
-        """None: fp32."""
+        """Return None: fp32 isn't scaled."""
         return None
 
     def set_loss_scale(self, values: Mapping[str, Any]) -> None:
-        """Nothing to do: fp32."""
+        """Do nothing: fp32 isn't scaled."""

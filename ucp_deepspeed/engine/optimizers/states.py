@@ -1,6 +1,6 @@
-"""Which states a torch optimizer keeps, and in which form, before it has made them.
+"""The states that a torch optimizer keeps, and their form, before it has made them.
 
-DeepSpeed's own classes are listed; of others a copy takes a step on a scratch tensor.
+DeepSpeed's own classes are listed. For others, a copy of the optimizer takes a step on a scratch tensor.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ COMPILED_STATES: Mapping[str, tuple[str, ...]] = {
     "DeepSpeedCPULion": ("exp_avg", "exp_avg_sq"),  # the second is never used (``ops/lion/cpu_lion.py``)
     "DeepSpeedCPUAdagrad": ("exp_avg_sq",),
 }
-"""Element-wise states of DeepSpeed's compiled classes (``ops/*/``), all of which count steps in a Python number. A copy must not
-step, nor be deleted: some of them free their compiled half in ``__del__``."""
+"""Element-wise states of DeepSpeed's compiled classes (``ops/*/``), all of which count steps in a Python number. A copy of these
+must not step or be deleted: some of them free their compiled half in ``__del__``."""
 
 MUON = "MuonWithAuxAdam"
-"""DeepSpeed's Muon (``runtime/zero/muon/muon_optimizer.py``), whose groups with ``use_muon`` keep a momentum and whose others are
-stepped on by ``aux_optimizer`` or, without one, by the class itself."""
+"""DeepSpeed's Muon (``runtime/zero/muon/muon_optimizer.py``). Its groups with ``use_muon`` keep a momentum. ``aux_optimizer``
+steps on the others or, without one, the class itself does."""
 
 
 def kept_states(found: Mapping[str, Any], probed: Mapping[str, Any], master: torch.Tensor) -> KeptStates:
-    """Sort states, told apart as `ucp_deepspeed.checkpoint.slots.split_states` does.
+    """Sort states into kinds, as `ucp_deepspeed.checkpoint.slots.split_states` does.
 
     Args:
-        found: as the optimizer has them, or would.
-        probed: after one step without a gradient, from which it is told what begins at zero.
+        found: the states as the optimizer has them, or would have them.
+        probed: the states after one step without a gradient; they show which states begin at zero.
     """
     numbers = frozenset(key for key, value in found.items() if is_number(key, value, master))
     elementwise = frozenset(key for key, value in found.items() if isinstance(value, torch.Tensor)) - numbers
@@ -47,25 +47,25 @@ def kept_states(found: Mapping[str, Any], probed: Mapping[str, Any], master: tor
 
 
 def is_number(key: str, value: Any, master: torch.Tensor) -> bool:
-    """Whether a state is one number, as `ucp_deepspeed.checkpoint.slots.split_states` tells."""
+    """Return whether a state is one number, as `ucp_deepspeed.checkpoint.slots.split_states` tells."""
     if isinstance(value, torch.Tensor):
         return is_number_in_tensor(key, value, master)
     return isinstance(value, (bool, int, float))
 
 
 def is_muon_group(optimizer: torch.optim.Optimizer, group: int) -> bool:
-    """Whether a parameter group is one of Muon's own."""
+    """Return whether a parameter group is one of Muon's own."""
     return type(optimizer).__name__ == MUON and bool(optimizer.param_groups[group]["use_muon"])
 
 
 def example_states(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], master: torch.Tensor, settings: Mapping[str, Any]
 ) -> Mapping[str, Any] | None:
-    """Values, of any number, in the form in which an optimizer keeps them; None when that can't be told.
+    """Return states of any value, in the form in which an optimizer keeps them; None when that can't be told.
 
     Args:
         group: the parameter group.
-        master: what the optimizer steps on.
+        master: the tensor that the optimizer steps on.
         settings: hyper-parameters in place of the group's own, since some decide which states there are (``amsgrad``).
     """
     if type(optimizer).__name__ == MUON:
@@ -79,8 +79,8 @@ def example_states(
 
 
 def keys_after_load(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> Collection[str]:
-    """Which keys a parameter group has once the optimizer's ``load_state_dict`` has put it in place of its own: torch's classes
-    set what older ones of their kind lacked."""
+    """Return the keys that a parameter group has after the optimizer's ``load_state_dict`` has put it in place of its own:
+    torch's classes set keys that older versions of them lacked."""
     if type(optimizer).__name__ in COMPILED_STATES:
         return {*group, "amsgrad"}
     probe, loaded = copy.copy(optimizer), {**group, "params": []}
@@ -103,8 +103,8 @@ def _listed_or_probed(
 def example_settings(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], master: torch.Tensor
 ) -> Mapping[str, Any]:
-    """A parameter group as it is after a step on a tensor like the master, for the forms of what is in it: some optimizers make
-    tensors there. Nothing where that can't be told."""
+    """Return a parameter group as it is after a step on a tensor like the master. It shows the form of each entry: some
+    optimizers make tensors there. Empty where that can't be told."""
     if type(optimizer).__name__ in COMPILED_STATES or type(optimizer).__name__ == MUON:
         return {}
     probe = _stepped(optimizer, group, master)
@@ -120,10 +120,10 @@ def _nothing(master: torch.Tensor) -> torch.Tensor:
 
 
 def _apart(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """A copy, without parameters and states, that shares nothing with it that a step could change; hooks are left out.
+    """Return a copy without parameters, states and hooks, that shares nothing with the original that a step could change.
 
     Raises:
-        TypeError: it steps by another optimizer, or keeps what can't be copied.
+        TypeError: the optimizer steps by another optimizer, or keeps what can't be copied.
     """
     own = {key: value for key, value in vars(optimizer).items() if key not in ("state", "param_groups")}
     if any(isinstance(value, torch.optim.Optimizer) for value in own.values()):
@@ -142,7 +142,8 @@ def _apart(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def _stepped(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], master: torch.Tensor
 ) -> torch.optim.Optimizer | None:
-    """A copy of the optimizer after a step on a scratch tensor, alone in a group; torch's make their states then."""
+    """Return a copy of the optimizer after a step on a scratch tensor, alone in a group; torch's optimizers make their states
+    then."""
     scratch = torch.zeros((2,) * master.ndim, device=master.device, requires_grad=True)
     scratch.grad = torch.zeros_like(scratch)
     try:

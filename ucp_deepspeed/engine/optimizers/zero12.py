@@ -1,4 +1,4 @@
-"""ZeRO-1 and 2 (``DeepSpeedZeroOptimizer``) and ``BF16_Optimizer``: one slot per parameter group, cut over the ranks.
+"""ZeRO-1 and 2 (``DeepSpeedZeroOptimizer``) and ``BF16_Optimizer``: one slot per parameter group, partitioned over the ranks.
 
 Source: ``runtime/zero/stage_1_and_2.py``, ``runtime/bf16_optimizer.py``.
 """
@@ -22,7 +22,7 @@ from ucp_deepspeed.layout import FlatGroup
 
 
 class PartitionedOptimizer(EngineOptimizer):
-    """Shared by both classes."""
+    """The part that both classes share."""
 
     _zero: Partitioned
 
@@ -33,7 +33,7 @@ class PartitionedOptimizer(EngineOptimizer):
         self._exchanges: list[Exchange] = []
 
     def _groups(self) -> Sequence[tuple[Sequence[torch.Tensor], torch.Tensor, tuple[int, ...]]]:
-        """Per group: the parameters in flat order, this rank's master partition, and the alignment gaps."""
+        """Return for each group the parameters in flat order, this rank's master partition, and the alignment gaps."""
         raise AssertionError("each class says where it keeps them")
 
     def slots(self) -> list[EngineSlot]:
@@ -58,7 +58,7 @@ class PartitionedOptimizer(EngineOptimizer):
         return [[self._names[param] for param in params] for params, _, _ in self._groups()]
 
     def _weights(self) -> Sequence[Sequence[torch.Tensor]]:
-        """Per group, of all ranks, the partitions of the weights that belong to the partitions of the masters."""
+        """Return for each group all ranks' partitions of the weights, which belong to the partitions of the masters."""
         raise AssertionError("each class says where it keeps them")
 
     def begin_refresh(self) -> None:
@@ -73,8 +73,8 @@ class PartitionedOptimizer(EngineOptimizer):
         self._exchanges = [begin_exchange([[part.data] for part in parts], group) for group, parts in held]
 
     def refresh_weights(self) -> None:
-        """See `EngineOptimizer.refresh_weights`. Also lets DeepSpeed's per-parameter views of the state be made anew."""
-        begun, self._exchanges = self._exchanges, []  # of these masters; the next call has others
+        """See `EngineOptimizer.refresh_weights`. Also let DeepSpeed make its per-parameter views of the state anew."""
+        begun, self._exchanges = self._exchanges, []  # exchanges of these masters; the next call has others
         for exchange in begun:
             exchange.wait()
         if not begun:
@@ -85,7 +85,7 @@ class PartitionedOptimizer(EngineOptimizer):
 
 
 class Zero12Optimizer(PartitionedOptimizer):
-    """``DeepSpeedZeroOptimizer``. The flat order is that of the round-robin lists, which without that setting is the usual."""
+    """``DeepSpeedZeroOptimizer``. The flat order is that of the round-robin lists; without that setting it is the usual order."""
 
     form = "zero-1/2"
     _zero: Zero12
@@ -101,12 +101,14 @@ class Zero12Optimizer(PartitionedOptimizer):
         return partitions
 
     def _overlapping(self, group: int) -> frozenset[str]:
-        """Muon's momentum: its update needs whole matrices, which are gathered where the state is offloaded, else kept."""
+        """Return Muon's momentum where it is kept whole: its update needs whole matrices. With an offloaded state these are
+        gathered instead."""
         kept_whole = is_muon_group(self.base, group) and not self._zero.cpu_offload
         return frozenset((MOMENTUM,)) if kept_whole else frozenset()
 
     def state_buffer(self, slot: EngineSlot, state: str) -> torch.Tensor:
-        """See `EngineOptimizer.state_buffer`. Momentum that is kept whole has the gradients' type (``_muon_momentum_buffer``)."""
+        """See `EngineOptimizer.state_buffer`. Momentum that is kept whole has the gradients' dtype
+        (``_muon_momentum_buffer``)."""
         if state not in slot.overlapping:
             return super().state_buffer(slot, state)
         zero = self._zero
@@ -141,15 +143,15 @@ class Bf16Optimizer(PartitionedOptimizer):
         return partitions
 
     def loss_scale(self) -> LossScale | None:
-        """None: bf16 isn't scaled."""
+        """Return None: bf16 isn't scaled."""
         return None
 
     def set_loss_scale(self, values: Mapping[str, Any]) -> None:
-        """Nothing to do: bf16 isn't scaled."""
+        """Do nothing: bf16 isn't scaled."""
 
 
 def scaler_state(zero: Scaled) -> LossScale | None:
-    """The state of a ZeRO optimizer's loss scaler; None unless it trains in fp16."""
+    """Return the state of a ZeRO optimizer's loss scaler; None unless it trains in fp16."""
     if zero.dtype != torch.float16:
         return None
     values = {key: value for key, value in vars(zero.loss_scaler).items() if key not in ("dynamic", "dtype")}

@@ -1,4 +1,4 @@
-"""ZeRO-3 (``DeepSpeedZeroOptimizer_Stage3``): one slot per sub-group, each parameter cut on its own.
+"""ZeRO-3 (``DeepSpeedZeroOptimizer_Stage3``): one slot per sub-group, each parameter partitioned on its own.
 
 Source: ``runtime/zero/stage3.py``, ``runtime/zero/partition_parameters.py``.
 """
@@ -57,7 +57,7 @@ class Zero3Optimizer(EngineOptimizer):
         return names
 
     def begin(self) -> None:
-        """Partition what is gathered, so that no stale whole copy outlives the filling."""
+        """Partition gathered parameters, so that no stale whole copy outlives the filling."""
         self._zero.checkpoint_event_prologue()
 
     def refresh_weights(self) -> None:
@@ -72,22 +72,24 @@ class Zero3Optimizer(EngineOptimizer):
     def end(self) -> None:
         """Drop secondary copies (hpZ) and gather persistent parameters again.
 
-        ``checkpoint_event_epilogue`` drops those of trained parameters alone, and gathers from secondary copies where there are.
+        ``checkpoint_event_epilogue`` drops only those of trained parameters, and gathers from secondary copies where there are
+        any.
         """
         for param in self._names:
             param.ds_secondary_tensor = None  # type: ignore[attr-defined]
         self._zero.checkpoint_event_epilogue()
 
     def state_buffer(self, slot: EngineSlot, state: str) -> torch.Tensor:
-        """See `EngineOptimizer.state_buffer`; of Muon the live momentum.
+        """See `EngineOptimizer.state_buffer`; for Muon's momentum it is the live tensor.
 
-        Its type is that of the gradients' communication, and ``save_muon_momentum_buffer_in_memory`` refers to it a second time.
+        The live tensor has the dtype of the gradients' communication, and ``save_muon_momentum_buffer_in_memory`` refers to it a
+        second time.
         """
         live = self._live_momentum(slot)
         return super().state_buffer(slot, state) if live is None else live
 
     def reset_state(self, slot: EngineSlot) -> None:
-        """See `EngineOptimizer.reset_state`. Muon's momentum is made with the engine, so it stays."""
+        """See `EngineOptimizer.reset_state`. Muon's momentum is made with the engine, so the tensor stays and becomes zero."""
         live = self._live_momentum(slot)
         super().reset_state(slot)
         if live is not None:
@@ -106,7 +108,7 @@ class Zero3Optimizer(EngineOptimizer):
 
 
 def _check_settings(zero: Zero3) -> None:
-    """Refuse settings under which masters, states or weights are not where this module fills them.
+    """Refuse settings that keep masters, states or weights elsewhere than where this module fills them.
 
     Raises:
         UnsupportedError: names the setting.
