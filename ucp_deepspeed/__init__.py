@@ -6,11 +6,11 @@ beside DeepSpeed's files, and ``engine.load_checkpoint`` reads checkpoints of an
 
 With ``"save": {"async": true}`` in the block, files are written in the background; `wait_for_save` waits for them.
 
-`open_checkpoint` opens a checkpoint to look into it: its metadata, and whole tensors or slices of them. `tags` lists those in a
-folder.
+`open_checkpoint` opens a checkpoint to look into it: its metadata, and whole tensors or slices of them. `tags` lists the tags in
+a folder.
 
-DeepSpeed itself is not imported here: the hooks are set when the training script imports it. Nor is torch, until a checkpoint is
-opened.
+This package doesn't import DeepSpeed: the hooks are set when the training script imports it. Torch is imported only when a
+checkpoint is opened.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """What is imported when it is used."""
+    """Import a public name when it is first used."""
     if name in ("open_checkpoint", "tags"):
         from ucp_deepspeed import reading
 

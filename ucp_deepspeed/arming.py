@@ -1,4 +1,4 @@
-"""Setting the hooks: when ``deepspeed.runtime.engine`` is imported, now or later, its engine's methods are wrapped.
+"""Set the hooks: when ``deepspeed.runtime.engine`` is imported, now or later, its engine's methods are wrapped.
 
 The wrappers keep the methods' signatures (other libraries inspect them) and import `ucp_deepspeed.engine` only for engines
 whose config asks for it.

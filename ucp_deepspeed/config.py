@@ -42,32 +42,33 @@ class SaveConfig(BaseModel):
 
 
 class UniversalCheckpointConfig(BaseModel):
-    """What the block may hold. Unknown keys and wrong types are errors that name the key.
+    """All keys of the block. Unknown keys and wrong types are errors that name the key.
 
     Attributes:
         enabled: without it everything else is ignored and DeepSpeed behaves as if the package weren't there.
         spec: ``auto``, a family's name, or the path of a spec file.
-        load: ``auto`` takes DeepSpeed's own path when the topology is the same and no policy is set; ``always`` and ``never`` say
-            so.
-        vocabulary_size: rows of the unpadded vocabulary; needed when source and target pad it differently.
-        on_missing: what to do with trained parameters, rows of them, or their optimizer states that the checkpoint lacks:
-            ``error``, or ``init``: keep the model's value, with zero state, and list them.
-        on_extra: what to do with trained parameters or their optimizer states for which the model has no place: ``error``, or
-            ``drop`` and list them.
-        on_differing: what to do with numbers of the optimizer that differ over the partitions of the checkpoint, where these
-            don't go on: ``error``, or make one of them: the ``first``, ``last``, ``mean`` or ``max``. And with copies of a
-            parameter that pipeline stages hold and trained apart, on other stages: ``error``; ``last`` takes the last, and
-            all others the first.
+        load: ``auto`` takes DeepSpeed's own path if the topology is the same and no policy is set; ``always`` and ``never`` fix
+            the choice.
+        vocabulary_size: rows of the unpadded vocabulary; needed if source and target pad it differently.
+        on_missing: policy for trained parameters, rows of them, or their optimizer states that the checkpoint lacks: ``error``,
+            or ``init``: keep the model's value, with zero state, and list them.
+        on_extra: policy for trained parameters or their optimizer states that have no place in the model: ``error``, or ``drop``
+            and list them.
+        on_differing: policy for optimizer numbers that differ between partitions, if the target has other partitions: ``error``,
+            or make one number of them: the ``first``, ``last``, ``mean`` or ``max``. It applies also to copies of a parameter
+            that pipeline stages hold and trained apart, if the target has other stages: ``error``; ``last`` takes the last copy,
+            and all others take the first.
         optimizer_states: ``restore``, or ``reset``: start all of them as before a first step.
         hyperparameters: ``restore`` those of the parameter groups (rates, weight decay, …), or ``keep`` the configured ones.
-        shared_read_bytes: what all data-parallel ranks hold alike (everything at stage 0, frozen weights, buffers) is read once,
-            a part by each, and exchanged, if it has at least so many bytes; below that each reads it all. So is what all
-            tensor-parallel ranks hold whole, where the checkpoint has fewer copies of it.
-        read_memory_bytes: most memory of a rank for what is on its way from a file to where it belongs, at least 1 KiB.
-        on_unreadable: what to do about entries of the client state that can't be read without running code of their classes:
-            ``error``, or ``drop`` and list them. A load on the same topology is left to DeepSpeed, which reads them.
-        random_state: ``restore`` each rank's random streams, or derive new ones on another topology; ``keep``: leave them alone.
-        save: how checkpoints are written; see `SaveConfig`.
+        shared_read_bytes: least size of shared bytes that are read once. Bytes that all data-parallel ranks hold (everything at
+            stage 0, frozen weights, buffers) are then read in parts, one by each rank, and exchanged; below this size each rank
+            reads them all. The same is true of parameters that all tensor-parallel ranks hold whole, if the checkpoint has fewer
+            copies of them.
+        read_memory_bytes: most memory of a rank for data on its way from a file to its place, at least 1 KiB.
+        on_unreadable: policy for entries of the client state that can't be read without running code of their classes:
+            ``error``, or ``drop`` and list them. DeepSpeed itself does a load on the same topology, and reads them.
+        random_state: ``restore`` each rank's random streams, or derive new ones on another topology; ``keep``: don't change them.
+        save: settings of saving; see `SaveConfig`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -89,7 +90,7 @@ class UniversalCheckpointConfig(BaseModel):
 
     @property
     def has_policies(self) -> bool:
-        """Whether something else than a plain restore is allowed, or asked for; DeepSpeed's own path can't do it."""
+        """Return whether more than a plain restore is allowed or asked for. DeepSpeed's own path can't do that."""
         chosen = self.on_missing, self.on_extra, self.optimizer_states, self.hyperparameters
         return chosen != ("error", "error", "restore", "restore")
 
@@ -103,7 +104,7 @@ class UniversalCheckpointConfig(BaseModel):
 
 
 def parse_config(ds_config: Mapping[str, Any]) -> UniversalCheckpointConfig:
-    """The block of a DeepSpeed config; disabled when there is none.
+    """Read the block of a DeepSpeed config; disabled if there is none.
 
     Raises:
         ConfigError: lists each unknown key and each value of a wrong type; or DeepSpeed's own universal load is on too.

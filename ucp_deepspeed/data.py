@@ -1,8 +1,8 @@
-"""Where a run stands in its data: a sampler that goes on at the same sample, whatever the data-parallel size was and is.
+"""The position of a run in its data: a sampler that continues at the same sample when the data-parallel size changes.
 
-All ranks together read one endless *stream* of indices: epoch after epoch, each in an order that depends on nothing but the seed
-and the epoch's number. A *position* in it is a number of samples. Each global batch is the next run of the stream, so that the
-position is ``engine.global_samples``, which DeepSpeed counts, saves and restores itself; nothing else needs to be stored::
+All ranks together read one endless *stream* of indices, epoch after epoch. The order in an epoch depends only on the seed and the
+epoch's number. A *position* in the stream is a number of samples. Each global batch is the next run of the stream, so that the
+position is ``engine.global_samples``. DeepSpeed counts, saves and restores that number itself; nothing else is stored::
 
     sampler = ResumableSampler(dataset, seed=1234).follow(engine)
     loader = DataLoader(dataset, batch_size=engine.train_micro_batch_size_per_gpu(), sampler=sampler)
@@ -11,8 +11,8 @@ position is ``engine.global_samples``, which DeepSpeed counts, saves and restore
         for batch in loader:
             ...
 
-``engine.deepspeed_io(dataset, data_sampler=sampler)`` makes DeepSpeed's own loader of it, in place of ``training_data=``, whose
-sampler knows no position; ``engine.set_dataloader(RepeatingLoader(that))``, after loading, feeds a pipeline.
+``engine.deepspeed_io(dataset, data_sampler=sampler)`` makes DeepSpeed's own loader of it. It replaces ``training_data=``, whose
+sampler knows no position. ``engine.set_dataloader(RepeatingLoader(that))``, after loading, feeds a pipeline.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class SampleStream:
     Position ``p`` lies in epoch ``p // samples``; the positions of one epoch hold each index exactly once.
 
     Attributes:
-        samples: of the dataset.
-        seed: of all orders.
-        shuffle: each epoch has an order of its own; False: all have the dataset's.
+        samples: number of samples in the dataset.
+        seed: seed of all orders.
+        shuffle: give each epoch an order of its own; if False, all epochs have the dataset's order.
     """
 
     samples: int
@@ -71,10 +71,10 @@ class SampleStream:
 
 
 def permuted(places: Indices, size: int, seed: int, epoch: int) -> Indices:
-    """Images of some places under the permutation of ``range(size)`` that a seed and an epoch choose.
+    """Map places by the permutation of ``range(size)`` that a seed and an epoch choose.
 
-    A Feistel network over the next larger square of a power of two, repeated for what falls outside ``size``: integer arithmetic
-    alone, so that no version of a library and no platform changes an order in the middle of an epoch, and no memory is needed.
+    The permutation is a Feistel network over the next larger square of a power of two, repeated for values outside ``size``. It
+    uses integer arithmetic alone: no library version and no platform changes an order within an epoch, and it needs no memory.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     keys = np.frombuffer(hashlib.blake2b(f"{seed}/{epoch}".encode()).digest(), dtype="<u8")
@@ -101,18 +101,18 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What one iteration over a sampler hands out, to all ranks together: the stream from ``start`` to ``stop``, in samples."""
+    """The samples that one iteration over a sampler hands out, to all ranks together: the stream from ``start`` to ``stop``."""
 
     start: int
     stop: int
 
     @classmethod
     def of(cls, start: int, boundary: int, samples: int, batch: int) -> Pass:
-        """From ``start`` to the end of its epoch, and on into the next one until the global batch is full.
+        """Make the pass from ``start`` to the end of its epoch, and on into the next epoch until the global batch is full.
 
         Args:
-            boundary: where the global batch of ``start`` began.
-            samples: of an epoch.
+            boundary: position at which the global batch of ``start`` began.
+            samples: number of samples in an epoch.
             batch: size of a global batch.
         """
         epoch_end = (start // samples + 1) * samples
@@ -120,29 +120,29 @@ class Pass:
 
 
 class ResumableSampler(Sampler[int]):
-    """In place of torch's ``DistributedSampler``: a data-parallel rank's share of a `SampleStream`, from any position on.
+    """A data-parallel rank's share of a `SampleStream`, from any position on. It replaces torch's ``DistributedSampler``.
 
-    One iteration is what is left of an epoch. Nothing is dropped or repeated where an epoch doesn't end with a global batch: that
-    batch goes on with the next epoch's first samples, and the next iteration after them. Ranks take positions in turn, so that
-    the samples of a global batch depend neither on the data-parallel size nor on micro-batches and accumulation.
+    One iteration is the rest of an epoch. Nothing is dropped or repeated if an epoch doesn't end with a global batch: that
+    batch continues with the next epoch's first samples, and the next iteration starts after them. Ranks take positions in turn,
+    so that the samples of a global batch depend neither on the data-parallel size nor on micro-batches and accumulation.
 
-    What a loader has prefetched isn't consumed: with `follow`, each iteration begins after what the engine has trained on. Load
-    before iterating, and begin an iteration only when the engine has taken all of the one before. Steps that were skipped because
-    of an overflow have consumed their samples. A save within an accumulation goes back to its first micro-batch, whose gradients
-    no checkpoint holds. Where the script itself decides when to step (``managed_gradient_accumulation: false``), it must step
-    before it begins another iteration.
+    Samples that a loader has prefetched aren't consumed: with `follow`, each iteration begins after the samples that the engine
+    has trained on. Load before iterating, and begin an iteration only when the engine has taken all of the one before. Steps that
+    were skipped because of an overflow have consumed their samples. A save within an accumulation goes back to its first
+    micro-batch, because no checkpoint holds its gradients. If the script itself decides when to step
+    (``managed_gradient_accumulation: false``), it must step before it begins another iteration.
 
     A torch ``DataLoader`` draws a seed for its workers from the default generator whenever an iteration begins; with a
     ``generator`` of its own it leaves that alone, and a resumed run draws the same random numbers as one never interrupted.
 
     Args:
-        dataset: what the indices are for, or its number of samples.
+        dataset: the dataset, or its number of samples.
         num_replicas: data-parallel size; `follow` takes it from the engine.
-        rank: data-parallel rank; likewise.
+        rank: data-parallel rank; `follow` takes it from the engine.
         shuffle: give each epoch an order of its own.
-        seed: of all orders; the same on all ranks and in all runs.
-        global_batch_size: samples per optimizer step over all ranks, a multiple of ``num_replicas``; likewise.
-        begins_at: ``engine.global_samples`` at which the run began with this dataset, where it read another one before.
+        seed: seed of all orders; the same on all ranks and in all runs.
+        global_batch_size: samples per optimizer step over all ranks, a multiple of ``num_replicas``; `follow` takes it too.
+        begins_at: value of ``engine.global_samples`` when the run began with this dataset, if it read another one before.
 
     Raises:
         DataPositionError: a number is out of range.
@@ -196,10 +196,10 @@ class ResumableSampler(Sampler[int]):
         return self._global_batch_size if self._engine is None else int(self._engine.train_batch_size())
 
     def set_position(self, samples: int) -> None:
-        """Begin the next iteration there; only for a sampler that follows no engine.
+        """Begin the next iteration at a position. Only for a sampler that follows no engine.
 
         Args:
-            samples: of the stream that have been consumed, over all ranks.
+            samples: number of samples of the stream that have been consumed, over all ranks.
 
         Raises:
             DataPositionError: it is negative, or the sampler follows an engine.
@@ -230,15 +230,15 @@ class ResumableSampler(Sampler[int]):
             self._position = ahead.stop
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data for the client state. With `follow` it isn't needed; loading it checks that the stream is still the same."""
+        """Return plain data for the client state. With `follow` it isn't needed; loading it checks for a changed stream."""
         return self._identity() | {"position": self._boundary}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the position, or, with `follow`, check that it is the engine's.
+        """Take over the saved position. With `follow`, check that it is the engine's position.
 
         Raises:
-            MismatchError: it comes from another stream: lists dataset size, seed and whatever else differs.
-            DataPositionError: the engine stands elsewhere: its checkpoint isn't the one of this state, or isn't loaded yet.
+            MismatchError: the state is from another stream; lists dataset size, seed and whatever else differs.
+            DataPositionError: the engine is at another position: its checkpoint isn't the one of this state, or isn't loaded yet.
         """
         mine = self._identity()
         problems = [
@@ -270,7 +270,7 @@ class ResumableSampler(Sampler[int]):
         return Pass.of(self.position, self._boundary, self.stream.samples, batch)
 
     def _accumulates(self) -> bool:
-        """Whether the engine decides after how many micro-batches it steps. (Releases before that was a setting always do.)"""
+        """Return whether the engine decides after how many micro-batches it steps. (Releases without this setting always do.)"""
         return bool(getattr(self._engine, "managed_gradient_accumulation", lambda: True)())
 
     @property
@@ -298,10 +298,10 @@ class ResumableSampler(Sampler[int]):
         return int(self._engine.micro_steps % self._engine.gradient_accumulation_steps()) * self._micro_batches
 
     def _checked(self, seen: int, handed: int) -> int:
-        """The engine's position, which can't have gone back, nor have passed what was handed out.
+        """Return the engine's position. It can't go back, nor pass the samples that were handed out.
 
         Raises:
-            DataPositionError: it has.
+            DataPositionError: it went back, or passed them.
         """
         position = self.position
         if not seen <= position <= handed:

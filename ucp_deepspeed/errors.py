@@ -13,8 +13,8 @@ class ListingError(UniversalCheckpointError):
     """An error that may list everything that it concerns.
 
     Attributes:
-        problems: one line each, starting with the name of what is concerned; empty where the heading says it all.
-        remedy: what gets the user on, where that isn't said in each line.
+        problems: one line each, starting with the name of the thing concerned; empty if the heading says it all.
+        remedy: what the user can do, if the lines don't say it.
     """
 
     def __init__(self, heading: str, problems: Sequence[str] = (), remedy: str = "") -> None:
@@ -51,7 +51,7 @@ class NotInCheckpointError(UniversalCheckpointError, LookupError):
 
 
 class DamagedCheckpointError(UniversalCheckpointError):
-    """A checkpoint's files are missing, truncated, inconsistent or hold what must not be loaded."""
+    """A checkpoint's files are missing, truncated, inconsistent, or hold something that must not be loaded."""
 
 
 class SaveError(UniversalCheckpointError):
@@ -67,7 +67,7 @@ class UnsupportedError(ListingError):
 
 
 class FormatError(UnsupportedError):
-    """Files in a format, or a version of one, that this release can't read, and DeepSpeed by itself can't load either."""
+    """Files in a format, or a version of one, that this release can't read. DeepSpeed by itself can't load them either."""
 
 
 class MismatchError(ListingError):

@@ -1,7 +1,7 @@
-"""The ``mpu`` object by which DeepSpeed learns which ranks share a model, made from sizes, or by whoever has the groups.
+"""The ``mpu`` object that tells DeepSpeed which ranks share a model. It is made from sizes, or by code that has the groups.
 
-Needs torch alone. What DeepSpeed calls is read from 0.19.8: ``runtime/engine.py``, ``runtime/utils.py``, ``runtime/zero``,
-``utils/groups.py`` and ``utils/bwc.py``.
+Needs torch alone. The methods that DeepSpeed calls are taken from 0.19.8: ``runtime/engine.py``, ``runtime/utils.py``,
+``runtime/zero``, ``utils/groups.py`` and ``utils/bwc.py``.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from ucp_deepspeed.errors import ConfigError
 
 
 class ModelParallelUnit(ABC):
-    """What DeepSpeed asks an ``mpu``: groups, and in each of them the size and this rank's place. See `Mpu`.
+    """The methods that DeepSpeed calls on an ``mpu``: groups, and in each group its size and this rank's place. See `Mpu`.
 
     * *data parallel*: ranks that hold the same weights; ZeRO partitions and averages gradients over them.
     * *tensor model parallel* and *pipeline model parallel*: DeepSpeed records their sizes in the ``model_states`` files as
       ``checkpoint_parallel_dimensions`` (``tp_degree``, ``pp_degree``).
     * *model parallel*: the full group, tensor and pipeline. DeepSpeed names files ``mp_rank_XX`` by it and sums gradient norms
-      over it. The tensor group would do while there is one pipeline stage, and would let the stages overwrite each other's
-      files when there are several. The rank in this group is ``pp_rank * tp + tp_rank``.
+      over it. The tensor group would be enough with one pipeline stage; with several, the stages would overwrite each other's
+      files. The rank in this group is ``pp_rank * tp + tp_rank``.
 
-    There is deliberately no ``get_sequence_…`` and no ``initialize_sequence_parallel``: DeepSpeed takes their mere presence as a
-    sign that the ranks share sequences in its own (Ulysses) way, and of the second, that there is no model parallelism.
+    The class deliberately has no ``get_sequence_…`` and no ``initialize_sequence_parallel``. If the first exists, DeepSpeed
+    assumes that the ranks share sequences in its own (Ulysses) way; if the second exists, it also assumes no model parallelism.
     """
 
     @abstractmethod
@@ -89,14 +89,14 @@ class Mpu(ModelParallelUnit):
 
         deepspeed.init_distributed()
         mpu = Mpu(tp=2)
-        model = MyModel(mpu.get_tensor_model_parallel_group())  # whose layers hold this rank's share
+        model = MyModel(mpu.get_tensor_model_parallel_group())  # its layers hold this rank's share
         engine, *_ = deepspeed.initialize(model=model, mpu=mpu, config=config, model_parameters=model.parameters())
 
     Consecutive ranks share tensors, and ranks that are ``world_size / pp`` apart are neighbouring stages, as in Megatron-Core's
     usual order. A spec tells how the layers are cut (``docs/language.md``). A parameter that is cut needs the attribute
-    ``tensor_model_parallel = True``: of all others DeepSpeed counts the gradient's norm on the first tensor-parallel rank alone.
+    ``tensor_model_parallel = True``: DeepSpeed counts the gradient norm of all others on the first tensor-parallel rank alone.
 
-    To be made on all ranks, in the same order as other groups.
+    Make it on all ranks, in the same order as other groups.
 
     Args:
         tp: tensor-parallel size.
@@ -142,6 +142,6 @@ class Mpu(ModelParallelUnit):
 
 
 def _own_group(groups: list[list[int]]) -> dist.ProcessGroup:
-    """Make groups of ranks, all of them on each rank; returns the one that this rank is in."""
+    """Make groups of ranks, all of them on each rank. Return the group that this rank is in."""
     made = [dist.new_group(ranks) for ranks in groups]
     return next(group for group, ranks in zip(made, groups, strict=True) if dist.get_rank() in ranks)

@@ -1,4 +1,4 @@
-"""Checkpoints in Python: what one holds, and whole tensors of it or slices, read from whatever files they lie in.
+"""Checkpoints in Python: metadata, and whole tensors or slices of them, read from the files that hold them.
 
 Needs torch, and neither DeepSpeed nor Megatron-Core. Use it as ``ucp_deepspeed.open_checkpoint`` and ``ucp_deepspeed.tags``.
 """
@@ -36,11 +36,11 @@ from ucp_deepspeed.layout import Box, Shape, Topology
 from ucp_deepspeed.transfer.copying import FileReader, gather_box
 
 Index: TypeAlias = "SupportsIndex | slice | EllipsisType | Sequence[Any]"
-"""As in ``tensor[…]``: an integer, a slice, or several of these for the first dimensions, with an ellipsis among them or not."""
+"""An index as in ``tensor[…]``: an integer, a slice, or several of these for the first dimensions, also with an ellipsis."""
 
 
 def tags(folder: str | Path) -> list[str]:
-    """Names of the tags in a folder, of any form: what ``open_checkpoint`` takes as ``tag``.
+    """Return the names of the tags in a folder, of any form. ``open_checkpoint`` takes such a name as ``tag``.
 
     Raises:
         CheckpointNotFoundError: there is no such folder.
@@ -58,16 +58,16 @@ def open_checkpoint(
 
     Args:
         path: a tag folder, or a folder with tag folders in it.
-        tag: name of the tag; without it what the ``latest`` file says.
-        spec: family or spec file that tells how tensor-parallel ranks have cut the model. ``"auto"`` goes by what the checkpoint
-            records, and else by the names of the parameters.
-        vocabulary_size: rows of the vocabulary without padding; by default what the checkpoint records.
+        tag: name of the tag; by default the one that the ``latest`` file names.
+        spec: family or spec file that tells how tensor-parallel ranks have cut the model. ``"auto"`` uses the record in the
+            checkpoint, and without a record the names of the parameters.
+        vocabulary_size: rows of the vocabulary without padding; by default the recorded number.
 
     Raises:
         CheckpointNotFoundError: nothing there, or no such tag.
         DamagedCheckpointError: files are missing, truncated or inconsistent.
         UnsupportedError: a form that this release can't read.
-        SpecError, MismatchError: the spec doesn't fit. With ``"auto"`` this is told when a whole tensor is read.
+        SpecError, MismatchError: the spec doesn't fit. With ``"auto"`` reading a whole tensor raises this instead.
     """
     return OpenCheckpoint(catalogs.open_checkpoint(path, tag), spec, vocabulary_size)
 
@@ -79,13 +79,13 @@ class ParameterInfo:
     Attributes:
         name: its name; a spec may give one that differs from the model's.
         kind: ``trainable``, ``frozen`` or ``buffer``.
-        shape: of the whole tensor, without padding; None where nothing tells how the ranks have cut it.
-        local_shapes: of what each model-parallel rank holds; None for a pipeline stage without it.
+        shape: shape of the whole tensor, without padding; None if nothing tells how the ranks have cut it.
+        local_shapes: shape of each model-parallel rank's local tensor; None for a pipeline stage without it.
         pattern: how the ranks have cut it, in words; None as for ``shape``.
-        states: tensors that can be read, with their dtype: ``fp32`` and the optimizer's of what is trained, else ``weight``.
-        scalars: states that are one number, as ``step``.
-        differing: of the scalars, those that aren't the same on all partitions, with the value on each.
-        refused: states that can't be read, and why.
+        states: tensors that can be read → their dtype: ``fp32`` and the optimizer's of a trained parameter, else ``weight``.
+        scalars: states that are one number, such as ``step``.
+        differing: scalars that differ between partitions, with the value on each.
+        refused: states that can't be read, with the reason.
     """
 
     name: str
@@ -104,17 +104,17 @@ class OpenCheckpoint:
 
     Attributes:
         path: the tag folder.
-        form: what wrote it: ``deepspeed zero-3``, ``universal 1``, …
+        form: the program that wrote it: ``deepspeed zero-3``, ``universal 1``, …
         topology: sizes of the run whose files these are (``tp``, ``pp``, ``dp``, ``zero_stage``, ``ep``).
-        saved_by: the same of the run that trained: of a universal checkpoint, the one that it was converted from.
-        run: where it stood: ``global_steps``, ``global_samples``, ``skipped_steps``, ``lr_scheduler``, ``loss_scale``; and its
+        saved_by: sizes of the run that trained; for a universal checkpoint, of the run that it was converted from.
+        run: state of the run: ``global_steps``, ``global_samples``, ``skipped_steps``, ``lr_scheduler``, ``loss_scale``; and its
             ``precision`` and ``ds_version``.
         parameters: `ParameterInfo` of each parameter and buffer by name, in the model's order.
         groups: the optimizer's parameter groups: ``names``, ``hyperparameters``, ``differing``.
         tied: further names of tied parameters → the name in ``parameters``. `read` takes both.
-        unrecorded: parameters whose value is in no file, and why.
-        lacking: why no file tells the optimizer's state; None where it is there.
-        layouts_unknown: why whole tensors can't be read; None where they can.
+        unrecorded: parameters whose value is in no file, with the reason.
+        lacking: why no file holds the optimizer's state; None if one does.
+        layouts_unknown: why whole tensors can't be read; None if they can.
     """
 
     def __init__(
@@ -158,30 +158,30 @@ class OpenCheckpoint:
 
     @cached_property
     def client_state(self) -> dict[str, Any]:
-        """What the script gave to ``save_checkpoint`` as ``client_state``, on the first rank; see also `unreadable`."""
+        """The ``client_state`` that the script gave to ``save_checkpoint`` on the first rank. See also `unreadable`."""
         _, state = self._checkpoint.client_state()
         return {key: value for key, value in state.items() if key not in ENGINE_KEYS}
 
     @cached_property
     def unreadable(self) -> Mapping[str, str]:
-        """Keys left out of `client_state`, since code of a class would have to run to read them → that class."""
+        """Keys left out of `client_state` because reading them would run code of a class → that class."""
         return self._checkpoint.unreadable()
 
     def read(self, name: str, state: str | None = None, index: Index = ()) -> torch.Tensor:
-        """A whole tensor, or a slice of one, on the CPU. Reads the parts of the files that hold it, and nothing else.
+        """Read a whole tensor, or a slice of one, to the CPU. Reads only the parts of the files that hold it.
 
         Args:
-            name: of a parameter or buffer.
-            state: one of ``parameters[name].states``; by default ``fp32`` of what is trained, and ``weight`` of the rest.
-            index: what ``tensor[index]`` would give: ``slice(0, 10)``, ``(slice(None), 3)``, ``numpy.s_[..., :10]``. Steps are
-                positive; all up to the last element of a slice is read.
+            name: name of a parameter or buffer.
+            state: one of ``parameters[name].states``; by default ``fp32`` of a trained parameter, and ``weight`` of all others.
+            index: as in ``tensor[index]``: ``slice(0, 10)``, ``(slice(None), 3)``, ``numpy.s_[..., :10]``. Steps are positive; a
+                slice reads the whole range up to its last element.
 
         Raises:
             NotInCheckpointError: no such parameter, state or element.
-            UnsupportedError: the state is there, and can't be read.
+            UnsupportedError: the state is there but can't be read.
             SpecError, MismatchError: nothing tells how the tensor was cut.
             DamagedCheckpointError: a file is missing or truncated, or was changed since the checkpoint was opened.
-            TypeError: an index of another kind.
+            TypeError: the index is of another kind.
         """
         found = self._parameter(name)
         state = self._state(found, state)

@@ -1,4 +1,4 @@
-"""The language: spec files that say, for each parameter name of a model family, which pattern it follows."""
+"""The language: spec files give for each parameter name of a model family the pattern that it follows."""
 
 from ucp_deepspeed.language.families import Detection, find_family, load_spec, naming_specs, spec_names
 from ucp_deepspeed.language.resolve import Agreement, per_rank, resolve_patterns

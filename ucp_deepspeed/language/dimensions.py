@@ -23,10 +23,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 LONGEST_EXPRESSION = 200
-"""Characters: what is longer isn't arithmetic on a few dimensions."""
+"""Most characters of an expression. Longer text isn't arithmetic on a few dimensions."""
 
 LARGEST = 2**63 - 1
-"""No dimension of a tensor is above this."""
+"""The largest dimension of a tensor."""
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -37,7 +37,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
 
 
 class FromConfig(BaseModel):
-    """A dimension that stands in the model's own configuration, a JSON file."""
+    """A dimension that is in the model's own configuration, a JSON file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -51,41 +51,41 @@ class FromConfig(BaseModel):
 
 
 Dimension = Annotated[int, Field(strict=True, gt=0)] | str | FromConfig | None
-"""A number, an expression over other dimensions, a key of the model's configuration; or nothing: then the parameters whose shapes
-the rules state give it its value, and it can be used in such shapes only."""
+"""A number, an expression over other dimensions, a key of the model's configuration, or nothing. A dimension without a value gets
+it from the parameters whose shapes the rules state, and can be used in such shapes only."""
 
 
 def evaluate(expression: str, values: Mapping[str, int]) -> int:
-    """The value of an expression.
+    """Return the value of an expression.
 
     Raises:
-        ValueError: it isn't arithmetic on known names, or leaves the integers that a dimension may have.
+        ValueError: it isn't arithmetic on known names, or a result is too large for a dimension.
     """
     return _value(_parsed(expression), expression, values.__getitem__, values)
 
 
 def names_in(expression: str) -> frozenset[str]:
-    """The dimensions that an expression uses.
+    """Return the dimensions that an expression uses.
 
     Raises:
-        ValueError: it isn't one.
+        ValueError: it isn't an expression.
     """
     return frozenset(node.id for node in ast.walk(_parsed(expression)) if isinstance(node, ast.Name))
 
 
 def is_expression(text: str) -> bool:
-    """Whether a string is meant as an expression: there is more in it than a number, which wouldn't be in quotes."""
+    """Return whether a string is meant as an expression: it holds more than a number, which needs no quotes."""
     return not text.strip().isdecimal()
 
 
 def dimension_values(dimensions: Mapping[str, Dimension], config: Mapping[str, Any] | None) -> dict[str, int]:
-    """The number that each name stands for, but for those that parameters give a value.
+    """Return the number of each name, except names that get their value from parameters.
 
     Args:
-        config: content of the model's configuration file; None where the spec names none.
+        config: content of the model's configuration file; None if the spec names none.
 
     Raises:
-        ValueError: names the dimension that has no value, and why.
+        ValueError: names the dimension that has no value, with the reason.
     """
     found: dict[str, int] = {}
     for name in (name for name, given in dimensions.items() if given is not None):
@@ -94,7 +94,7 @@ def dimension_values(dimensions: Mapping[str, Dimension], config: Mapping[str, A
 
 
 class _NoValueError(ValueError):
-    """Says which dimension has no value, and why."""
+    """Names the dimension that has no value, with the reason."""
 
 
 def _resolve(
@@ -122,7 +122,7 @@ def _resolve(
                 _parsed(given), given, lambda other: _resolve(other, dimensions, config, found, names), dimensions
             )
         except _NoValueError:
-            raise  # of another dimension, whose name it has
+            raise  # the error is about another dimension, and names it
         except ValueError as error:
             raise _NoValueError(f"{name}: {error}") from error
     if not 0 < given <= LARGEST:
@@ -145,7 +145,7 @@ def _configured(name: str, given: FromConfig, config: Mapping[str, Any] | None) 
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
-    """A model's configuration.
+    """Read a model's configuration.
 
     Raises:
         ValueError: there is no such file, or it holds no JSON object.
@@ -199,7 +199,7 @@ NUMBERS = ("parts", "heads", "widths", "shape", "pad_to_multiple")
 def with_numbers(
     rule: Mapping[str, Any], values: Mapping[str, int], free_dims: Iterable[str] = ()
 ) -> tuple[dict[str, Any], list[str]]:
-    """A rule with its expressions replaced by what they stand for, and what is wrong with them, by place.
+    """Replace the expressions in a rule by numbers. Returns the rule, and what is wrong with its expressions, by place.
 
     Args:
         free_dims: dimensions without a value; expressions with these stay in ``shape``.

@@ -1,4 +1,4 @@
-"""The spec files that come with the package (``configs/`` in the source tree), and the user's own by path."""
+"""Spec files: those that come with the package (``configs/`` in the source tree), and the user's own by path."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ucp_deepspeed.layout.pattern import Shard
 
 
 def spec_folder() -> Path:
-    """Where the spec files are: inside the installed package, or ``configs/`` beside it in a source tree."""
+    """The folder of the spec files: inside the installed package, or ``configs/`` beside it in a source tree."""
     package = Path(__file__).parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
@@ -40,7 +40,7 @@ def spec_names() -> list[str]:
 
 
 def load_spec(name_or_path: str) -> Spec:
-    """A family by name, or a spec file by path.
+    """Load a family by name, or a spec file by path.
 
     Raises:
         SpecError: no such family and no such file, not YAML, or not a valid spec.
@@ -60,24 +60,24 @@ def _read(path: Path) -> Spec:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise SpecError(f"spec {path}{place} is not YAML: {error.problem}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # The reader of YAML lets some of Python's own errors through, as of a date that there isn't.
+        # The YAML reader lets some of Python's own errors through, for example for a date that doesn't exist.
         raise SpecError(f"spec {path} is not YAML: {str(error).splitlines()[0]}") from error
     return Spec.parse(raw, str(path), lines, path.parent)
 
 
 def _parse(text: str) -> tuple[Any, Lines]:
-    """A document's content, and where its globs stand."""
+    """Return a document's content, and the lines of its globs."""
     loader = _UniqueKeys(text)
     try:
         node = loader.get_single_node()
-        lines = dict(_lines(node))  # before the content is made, which moves keys that ``<<`` takes over
+        lines = dict(_lines(node))  # first: making the content moves keys that ``<<`` takes over
         return (None if node is None else loader.construct_document(node)), lines
     finally:
         loader.dispose()
 
 
 def _lines(node: Any) -> Iterator[tuple[tuple[int, int], int]]:
-    """Line of each glob; of one that ``<<`` takes over there is none. What isn't a spec has no lines."""
+    """Yield the line of each glob. A glob that ``<<`` takes over has none. Other documents than specs yield no lines."""
     rules = _value_of(node, "rules")
     for number, rule in enumerate(rules.value if isinstance(rules, yaml.SequenceNode) else ()):
         match = _value_of(rule, "match")
@@ -92,10 +92,10 @@ def _value_of(node: Any, key: str) -> Any:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, where YAML's usual reader would take the last."""
+    """A YAML loader that refuses a key that stands twice in a mapping. YAML's usual reader would take the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """As the base class's, but for keys that stand twice. Here ``<<`` hasn't added a mapping's keys to another's yet."""
+        """Compose as the base class does, but refuse keys that stand twice. ``<<`` hasn't yet added keys to a mapping here."""
         node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value]
         for index, (key, _) in enumerate(node.value):
@@ -106,14 +106,14 @@ class _UniqueKeys(yaml.SafeLoader):
 
 @dataclass(frozen=True)
 class Candidate:
-    """How well one family fits a model.
+    """One family, and how well it fits a model.
 
     Attributes:
         spec: the family.
         coverage: share of the parameters that match exactly one rule, 0 to 1.
-        unmatched: parameters that don't.
-        problems: parameters that match, and whose shapes contradict the rule; each with the reason.
-        confirmed: how many parameters have a whole shape that the rules state and that nothing contradicts.
+        unmatched: parameters that don't match exactly one rule.
+        problems: parameters that match, but whose shapes contradict the rule; each with the reason.
+        confirmed: number of parameters with a whole shape that the rules state and nothing contradicts.
     """
 
     spec: Spec
@@ -124,7 +124,7 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        """Whether all names fit, and no shape contradicts."""
+        """Return whether all names fit, and no shape contradicts."""
         return self.coverage == 1.0 and not self.problems
 
     def __str__(self) -> str:
@@ -139,15 +139,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Detection:
-    """Which family a model belongs to, and why.
+    """The family that a model belongs to, with the evidence.
 
     Attributes:
         confidence: ``shapes``: one family fits, and shapes that its rules state confirm it; ``names``: one family fits, by names
             alone; ``ambiguous``: several fit and say different things; ``none``: no family fits.
         candidates: every family, best first.
         disagreement: when ambiguous, the parameters for which the families that fit give different patterns.
-        unconfirmed: cut parameters of which shapes don't tell whether they are fused: that they are laid out as the family says
-            rests on their names.
+        unconfirmed: cut parameters whose shapes don't tell whether they are fused: only their names say that they are laid out
+            as the family says.
     """
 
     confidence: Literal["shapes", "names", "ambiguous", "none"]
@@ -157,7 +157,7 @@ class Detection:
 
     @property
     def spec(self) -> Spec | None:
-        """The family; None when none fits.
+        """The family; None if none fits.
 
         Raises:
             SpecError: several fit and disagree.
@@ -176,11 +176,11 @@ class Detection:
 
 
 def find_family(names: Sequence[str], local_shapes: Mapping[str, Sequence[Shape]] | None = None) -> Detection:
-    """The family of which each of these parameters matches exactly one rule, and whose stated shapes theirs don't contradict.
+    """Find the family: each parameter matches exactly one of its rules, and no shape contradicts a stated one.
 
     Args:
         names: logical names.
-        local_shapes: by name, the shapes on the tensor-parallel ranks of one stage; without, only names tell.
+        local_shapes: by name, the shapes on the tensor-parallel ranks of one stage; if None, only names decide.
     """
     ordered = sorted(
         (_candidate(spec, names, local_shapes or {}) for spec in _families().values()),
@@ -192,7 +192,7 @@ def find_family(names: Sequence[str], local_shapes: Mapping[str, Sequence[Shape]
     patterns = [candidate.spec.patterns(names) for candidate in fitting]
     differing = tuple(name for name in names if any(other[name] != patterns[0][name] for other in patterns[1:]))
     if differing:
-        # The first two of the candidates are to be ones that disagree.
+        # Make sure that the first two candidates disagree.
         other = next(place for place, found in enumerate(patterns) if found != patterns[0])
         ordered.insert(1, ordered.pop(other))
         first = patterns[other]
@@ -217,7 +217,7 @@ def _candidate(spec: Spec, names: Sequence[str], local_shapes: Mapping[str, Sequ
 
 
 def naming_specs(spec: Spec | None, *sides: Sequence[str]) -> list[Spec]:
-    """The specs by which names are made logical: the one that the user named, else all that fit the parameters of one side.
+    """Return the specs that make names logical: the spec that the user named, else all that fit the parameters of one side.
 
     Args:
         sides: names of the source's and of the target's parameters; the first side that some family fits decides.
@@ -227,7 +227,7 @@ def naming_specs(spec: Spec | None, *sides: Sequence[str]) -> list[Spec]:
     return next((list(fitting) for names in sides if (fitting := _fitting(tuple(names)))), [])
 
 
-@lru_cache(maxsize=8)  # each save asks for the same names, and training waits
+@lru_cache(maxsize=8)  # each save asks for the same names, while training waits
 def _fitting(names: tuple[str, ...]) -> tuple[Spec, ...]:
-    """Families of which each of these parameters, under its logical name, matches exactly one rule."""
+    """Return the families in which each parameter, under its logical name, matches exactly one rule."""
     return tuple(spec for spec in _families().values() if spec.coverage(logical_names(names, [spec]).values()) == 1.0)

@@ -1,7 +1,7 @@
-"""A first spec from what is known of a model: patterns by parameter, folded into rules; and patterns from shapes.
+"""A first spec from facts about a model: patterns by parameter, folded into rules; and patterns from shapes.
 
-What shapes leave open is said in comments of the written file. A parameter about which nothing is certain gets no rule: its globs
-are written as a comment, so that the spec is refused until somebody has decided.
+Comments in the written file say what shapes leave open. If nothing is certain about a parameter, it gets no rule: its globs are
+written as a comment, so that the spec is refused until somebody has decided.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from ucp_deepspeed.layout.box import Shape
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Shard, ShardGrid
 
 FUSED_PARTS = ((1, 1), (1, 1, 1), *((share, 1, 1) for share in range(2, 17)))
-"""Parts that fused tensors are known to have: gate and up; q, k and v; up to 16 q heads for each k head."""
+"""Parts that fused tensors can have: gate and up; q, k and v; up to 16 q heads for each k head."""
 
 MOST_HEADS_FOR_ONE, MOST_HEADS_IN_ALL = 32, 128
-"""q heads for each kv head, and for the only one, up to which further rows may be copies of k and v, and not just padding."""
+"""Limits of q heads for each kv head, and for a single kv head. Up to these, further rows may be copies of k and v."""
 
 _PLAIN = re.compile(r"[A-Za-z_][\w.*-]*")
-"""Strings that YAML reads as such without quotes, as far as names of parameters go."""
+"""Strings that YAML reads unchanged without quotes, considering the characters in parameter names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """What is known of one parameter.
+    """The pattern of one parameter, as far as it is known.
 
     Attributes:
-        pattern: None where nothing is certain.
-        comments: what is left open, in words; one line each.
+        pattern: the pattern; None if nothing is certain.
+        comments: open questions, in words; one line each.
     """
 
     pattern: Pattern | None
@@ -41,7 +41,7 @@ class Guess:
 
 
 def guess_from_shapes(local_shapes: Sequence[Shape], whole: Shape) -> Guess:
-    """The pattern that leads from a whole tensor's shape to those of the tensor-parallel ranks, as far as shapes tell.
+    """Find the pattern that leads from a whole tensor's shape to those of the tensor-parallel ranks, as far as shapes tell.
 
     Args:
         whole: shape on a single rank.
@@ -71,7 +71,7 @@ def guess_from_shapes(local_shapes: Sequence[Shape], whole: Shape) -> Guess:
 
 
 def _guess_more_rows(candidates: Sequence[Shard], local_shapes: Sequence[Shape], whole: Shape) -> Guess | None:
-    """The ranks hold more rows than there are on one: certain is what only one kind of tensor leads to."""
+    """Guess if the ranks hold more rows than a single rank would. Certain only if one kind of tensor explains it."""
     if not candidates:
         return None
     held = f"{sum(shape[0] for shape in local_shapes)} rows over {len(local_shapes)} ranks, {whole[0]} on one"
@@ -87,8 +87,8 @@ def _guess_more_rows(candidates: Sequence[Shard], local_shapes: Sequence[Shape],
 
 
 def padded_candidates(local_shapes: Sequence[Shape], whole: Shape) -> tuple[Shard, ...]:
-    """Patterns by which ranks hold more rows than there are on one: a padded vocabulary; fused q, k and v with fewer kv heads
-    than ranks, which hold copies of these."""
+    """Return patterns by which ranks hold more rows than a single rank would: a padded vocabulary; fused q, k and v with fewer
+    kv heads than ranks, which hold copies of these."""
     first, degree = local_shapes[0], len(local_shapes)
     if not whole or any(shape != first for shape in local_shapes) or first[1:] != whole[1:]:
         return ()
@@ -97,7 +97,7 @@ def padded_candidates(local_shapes: Sequence[Shape], whole: Shape) -> tuple[Shar
         return ()
     found = [Shard(0, vocabulary=True)] if excess < whole[0] else []
     for copies in (each for each in range(2, degree + 1) if degree % each == 0):
-        kv_rows, odd = divmod(excess, 2 * (copies - 1))  # of all kv heads once
+        kv_rows, odd = divmod(excess, 2 * (copies - 1))  # rows of all kv heads, counted once
         q_heads_each, rest = divmod(whole[0], kv_rows) if kv_rows else (0, 1)
         q_heads_each -= 2
         kv_heads = degree // copies
@@ -111,7 +111,7 @@ def padded_candidates(local_shapes: Sequence[Shape], whole: Shape) -> tuple[Shar
 
 
 def _guess_grid(local_shapes: Sequence[Shape], whole: Shape, cut: Sequence[int]) -> Guess | None:
-    """A cut along several dimensions, if the ranks form a grid."""
+    """Guess a cut along several dimensions, if the ranks form a grid."""
     first = local_shapes[0]
     grid = tuple(-(-whole[dim] // max(first[dim], 1)) for dim in cut)
     if prod(grid) != len(local_shapes):
@@ -125,7 +125,7 @@ def _guess_grid(local_shapes: Sequence[Shape], whole: Shape, cut: Sequence[int])
 
 
 def fused_candidates(pattern: Shard, local_shapes: Sequence[Shape], logical_shape: Shape) -> tuple[Shard, ...]:
-    """Shards with parts that have the same local shapes as a plain shard: shapes can't tell them apart."""
+    """Return shards with parts that have the same local shapes as a plain shard. Shapes can't tell them apart."""
     if pattern.parts != (1,) or pattern.heads is not None or pattern.vocabulary or len(local_shapes) < 2:
         return ()
     found = []
@@ -140,7 +140,7 @@ def fused_candidates(pattern: Shard, local_shapes: Sequence[Shape], logical_shap
 
 
 def fused_comment(candidates: Sequence[Shard]) -> str:
-    """What to say of a plain shard that might be fused."""
+    """A comment for a plain shard that might be fused."""
     listed = [list(candidate.parts) for candidate in candidates]
     several = ", ".join(map(str, listed[:3])) + (", …" if len(listed) > 3 else "")
     return f"shapes can't tell whether this is fused (gate and up; q, k and v); if it is, add parts, one of {several}"
@@ -152,7 +152,7 @@ def generalised(name: str) -> str:
 
 
 def spec_text(family: str, description: str, guesses: Mapping[str, Guess], heading: Sequence[str] = ()) -> str:
-    """A spec file in which each parameter with a known pattern matches exactly one rule.
+    """Write a spec file in which each parameter with a known pattern matches exactly one rule.
 
     Args:
         guesses: by logical name.
@@ -170,7 +170,7 @@ def spec_text(family: str, description: str, guesses: Mapping[str, Guess], headi
 
 
 def _globs(guesses: Mapping[str, Guess]) -> dict[str, Guess]:
-    """Globs for all names: numbers are left out where that makes no difference."""
+    """Return globs for all names: numbers are left out if that makes no difference."""
     members: dict[str, list[str]] = {}
     for name in guesses:
         members.setdefault(generalised(name), []).append(name)
@@ -194,7 +194,7 @@ def _rule(globs: Sequence[str], pattern: Pattern) -> list[str]:
 
 
 def _undecided(globs: Sequence[str]) -> list[str]:
-    """A rule that isn't one yet."""
+    """The lines of a rule that isn't one yet."""
     return ["  # - match:", *(f"  #     - {_scalar(glob)}" for glob in globs), "  #   pattern: ?"]
 
 

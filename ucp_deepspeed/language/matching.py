@@ -1,8 +1,8 @@
-"""Which rules fit a name, for models with a hundred thousand of them.
+"""Matching of names and rules, fast for models with a hundred thousand names.
 
 ``layers.0.mlp.weight`` and ``layers.31.mlp.weight`` have one *form*, ``layers.0.mlp.weight``: they differ in numbers that stand
-alone between dots. A glob whose own texts hold no such number is *blind*: it fits a name if and only if it fits the name's form,
-and each form is looked at once. All other globs are tried on the names themselves.
+alone between dots. A glob is *blind* if its own texts hold no such number: it fits a name if and only if it fits the name's form,
+so that each form is matched once. All other globs are tried on the names themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import lru_cache
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
 _MOST_NAMES, _MOST_FORMS = 2**17, 2**14
-"""That are remembered, some 100 bytes each; what is forgotten is computed again."""
+"""Numbers of remembered entries, some 100 bytes each; forgotten ones are computed again."""
 
 
 @lru_cache(maxsize=_MOST_NAMES)
@@ -26,26 +26,26 @@ def form_of(name: str) -> str:
 
 
 def is_blind(texts: Iterable[str]) -> bool:
-    """Whether a pattern made of these texts, with anything between them, takes all names of a form for the same.
+    """Return whether a pattern of these texts, with anything between them, treats all names of a form in the same way.
 
-    Digits beside another character can only stand for a part of a name that isn't a number: ``fc1`` is none, ``*.0`` may be.
+    Digits beside another character can only be in a part of a name that isn't a number: ``fc1`` is none, ``*.0`` may be one.
     """
     return not any(_NUMBER.search(text) for text in texts)
 
 
 @lru_cache(maxsize=4096)
 def compiled(glob: str) -> re.Pattern[str]:
-    """A glob as a regular expression for whole names: ``*`` is a part of a dotted name or a piece of one, ``**`` any number."""
+    """Compile a glob for whole names: ``*`` stands for a part of a dotted name or a piece of one, ``**`` for any parts."""
     pieces = re.split(r"(\*\*|\*)", glob)
     wild = {"**": r".*", "*": r"[^.]*"}
     return re.compile("".join(wild.get(piece, re.escape(piece)) for piece in pieces))
 
 
 def check_glob(glob: str) -> None:
-    """Refuse a question mark, which stands for a character elsewhere.
+    """Refuse a question mark. Elsewhere it stands for a character.
 
     Raises:
-        ValueError: there is one; says what to write.
+        ValueError: there is one; tells what to write.
     """
     if "?" in glob:
         raise ValueError(f"? in {glob!r} is no wildcard: write * for a part of a name between dots, or a piece of one")
@@ -68,7 +68,7 @@ class Matcher:
         self._fits_of_form = lru_cache(maxsize=_MOST_FORMS)(self._match_form)
 
     def fits(self, name: str) -> tuple[Fit, ...]:
-        """Every rule that fits, in order."""
+        """Return every rule that fits, in order."""
         found = self._fits_of_form(form_of(name))
         if not self._numbered:
             return found
@@ -79,14 +79,14 @@ class Matcher:
         return tuple(sorted(first.items()))
 
     def count_unique(self, names: Iterable[str]) -> int:
-        """How many of the names exactly one rule fits; a name that stands twice counts twice."""
+        """Count the names that exactly one rule fits; a name that stands twice counts twice."""
         if self._numbered:
             return sum(len(self.fits(name)) == 1 for name in names)
         forms = Counter(map(form_of, names))
         return sum(count for form, count in forms.items() if len(self._fits_of_form(form)) == 1)
 
     def unused(self, names: Iterable[str]) -> list[Fit]:
-        """Rules and globs that fit none of the names, in order."""
+        """Return rules and globs that fit none of the names, in order."""
         known = set(names)
         forms = set(map(form_of, known))
         return [

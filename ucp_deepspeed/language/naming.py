@@ -1,14 +1,14 @@
-"""Naming schemes: one logical name for a parameter that other classes of model know under another.
+"""Naming schemes: one logical name for a parameter that other classes of model call by another name.
 
-A pipeline engine calls a parameter ``5.self_attention.linear_qkv.weight`` that the plain model calls
+A pipeline engine has a parameter ``5.self_attention.linear_qkv.weight``; the plain model calls the same parameter
 ``decoder.layers.3.self_attention.linear_qkv.weight``. A spec says so with renamings, grouped into schemes by the class of model:
 
     names:
       pipeline:
         - {from: "{n}.self_attention.**", to: "decoder.layers.{n - 2}.self_attention.**"}
 
-``{n}`` stands for a number, of which the other side may add or subtract; ``**`` for any number of parts of the dotted name. Names
-are only ever translated towards the logical one; both sides of a load are, and then they are compared.
+``{n}`` stands for a number; the other side may add to it or subtract from it. ``**`` stands for any number of parts of the dotted
+name. Names are only translated towards the logical one; a load translates both sides, and then compares them.
 """
 
 from __future__ import annotations
@@ -70,16 +70,16 @@ class Renaming(BaseModel):
 
     @cached_property
     def _blind(self) -> bool:
-        """Of two placeholders side by side each needs a part of a number."""
+        """Return whether matching a form is enough. It isn't with placeholders side by side: each needs a part of a number."""
         texts = _PLACEHOLDER.split(self.from_)[::2]
         return is_blind(texts) and all(texts[1:-1])
 
     def may_apply(self, form: str) -> bool:
-        """Whether there are names of this form (`form_of`) to which it applies."""
+        """Return whether it applies to any names of this form (`form_of`)."""
         return not self._blind or self._pattern.fullmatch(form) is not None
 
     def logical_name(self, name: str) -> str | None:
-        """The logical name of a parameter; None when it isn't of this form, or its number would be negative."""
+        """Return the logical name of a parameter; None if it isn't of this form, or its number would be negative."""
         found = self._pattern.fullmatch(name)
         if found is None:
             return None
@@ -101,16 +101,16 @@ Scheme = tuple[Renaming, ...]
 
 
 OPTIMIZER_ONLY = "optimizer_only."
-"""How the names of parameters begin that the optimizer has and no module."""
+"""Prefix of the names of parameters that the optimizer has and no module."""
 
 
 def optimizer_only_name(group: int, index: int) -> str:
-    """Of the ``index``-th of those that a parameter group has."""
+    """Name the ``index``-th such parameter of a parameter group."""
     return f"{OPTIMIZER_ONLY}{group}.{index}"
 
 
 def translate(names: Sequence[str], scheme: Scheme) -> dict[str, str]:
-    """The logical name of each; one to which no renaming applies keeps its own.
+    """Return the logical name of each; a name without a renaming stays as it is.
 
     Raises:
         SpecError: two renamings apply to a name, or two names become the same.

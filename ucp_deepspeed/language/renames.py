@@ -1,7 +1,7 @@
-"""Names that differ in their beginnings alone: the lines of a spec that would make them the same.
+"""Names that differ only in their beginnings: the lines of a spec that would make them the same.
 
-A library that renames its modules (``visual.blocks.0.weight``, then ``model.visual.blocks.0.weight``) leaves the ends of the
-names and the shapes. What is found is held against all names of both sides before it is told.
+A library that renames its modules (``visual.blocks.0.weight``, then ``model.visual.blocks.0.weight``) doesn't change the ends of
+the names and the shapes. Renamings that are found are checked against all names of both sides before they are told.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from ucp_deepspeed.language.naming import Renaming, translate
 from ucp_deepspeed.layout.box import Shape
 
 MOST_LINES = 12
-"""Of a suggestion: more are no rule, but chance."""
+"""Most lines of a suggestion. More lines are no rule, but chance."""
 
 PLACEHOLDERS = "nmkl"
 """Names for the numbers in one beginning."""
 
 MOST_NAMES = 4096
-"""Of a side, beyond which no rule is looked for."""
+"""Most names of a side. With more, no rule is looked for."""
 
 
 def suggest_renamings(
     source: Mapping[str, Shape | None], target: Mapping[str, Shape | None], common: Collection[str]
 ) -> list[Renaming]:
-    """Renamings under which names that only one side has become the same; none where no rule does it.
+    """Return renamings under which names that only one side has become the same; none if no rule does it.
 
     Args:
         source, target: names that only this side has → their shapes.
@@ -41,20 +41,20 @@ def suggest_renamings(
 
 
 def as_lines(renamings: Sequence[Renaming], title: str = "renamed") -> str:
-    """The key ``names`` of a spec file."""
+    """Write the key ``names`` of a spec file."""
     lines = [f'    - {{from: "{each.from_}", to: "{each.to}"}}' for each in renamings]
     return "\n".join(["names:", f"  {title}:", *lines])
 
 
 Rule = tuple[str, str]
-"""What a renaming goes from, and to."""
+"""Both sides of a renaming: from, and to."""
 
 
 def _rules(source: Mapping[str, Shape | None], target: Mapping[str, Shape | None], longer: int) -> list[Renaming]:
-    """Beginnings to exchange, the one that maps most names first, until no further name becomes one of the target's.
+    """Find beginnings to exchange, the one that maps most names first, until no more names become one of the target's.
 
     Args:
-        longer: parts by which the beginnings are longer than what differs, to tell more names apart.
+        longer: number of parts by which the beginnings are longer than the difference, to tell more names apart.
     """
     by_end: dict[str, list[str]] = {}
     for name in target:
@@ -75,19 +75,19 @@ def _rules(source: Mapping[str, Shape | None], target: Mapping[str, Shape | None
 
 
 def _exchange(name: list[str], other: list[str], longer: int) -> Rule | None:
-    """What makes of one name the other: their beginnings up to the longest common end, with numbers as placeholders."""
+    """Return the rule from one name to the other: their beginnings up to the longest common end, numbers as placeholders."""
     same = 0
     while same < min(len(name), len(other)) and name[-1 - same] == other[-1 - same]:
         same += 1
     if len(name) == 1:
         return name[0], ".".join(other)
-    same = max(min(same, len(name) - 1) - longer, 1)  # a beginning must be there to be told by
+    same = max(min(same, len(name) - 1) - longer, 1)  # a beginning must remain
     beginnings = _numbered(name[: len(name) - same], other[: len(other) - same])
     return beginnings and (".".join([*beginnings[0], "**"]), ".".join([*beginnings[1], "**"]))
 
 
 def _numbered(start: list[str], end: list[str]) -> tuple[list[str], list[str]] | None:
-    """With the same numbers on both sides as placeholders; None where a number of one side isn't on the other."""
+    """Replace numbers by placeholders, the same on both sides; None if the two sides have different numbers."""
     numbers = [part for part in start if part.isdecimal()]
     if numbers != [part for part in end if part.isdecimal()] or len(numbers) > len(PLACEHOLDERS):
         return None
@@ -105,7 +105,7 @@ def _holds(
     target: Mapping[str, Shape | None],
     common: Collection[str],
 ) -> bool:
-    """Whether the renamings make names of both sides the same, of the same shapes, and leave alone what is the same already."""
+    """Return whether the renamings make names of both sides the same, of the same shapes, and keep names that already agree."""
     scheme = tuple(found)
     try:
         left = translate([*common, *source], scheme)

@@ -1,4 +1,4 @@
-"""Which pattern each parameter follows, when several sources know something about it."""
+"""The pattern of each parameter, if several sources know something about it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHECK_HINT = (
 
 
 class Agreement(Enum):
-    """How a pattern compares with what a live parameter's attributes say."""
+    """The result of comparing a pattern with a live parameter's attributes."""
 
     SAME = "same"
     REFINED = "refined"
@@ -43,29 +43,29 @@ def resolve_patterns(
     local_shapes: Mapping[str, Sequence[Shape]] | None = None,
     same_degree: bool = False,
 ) -> dict[str, AnyPattern]:
-    """One pattern per parameter. What knows better wins: spec, then checkpoint, then live model, then family by names.
+    """Choose one pattern per parameter. The best source wins: spec, then checkpoint, then live model, then family by names.
 
     Args:
-        names: of the parameters, without buffers.
+        names: names of the parameters, without buffers.
         degree: the larger tensor-parallel size of source and target; at 1 every unknown parameter is *unique*.
-        spec: the one that the user named.
-        recorded: what the checkpoint's manifest says.
-        inferred: what the attributes of the live target's parameters say.
-        exact: whether they tell the whole cut (AutoTP): then a plain shard has no fused parts, and a family, which is a guess,
-            yields to them.
-        refused: parameters that source or target say are cut in a way that can't be told, and why. Only a named spec can.
-        local_shapes: on the source's tensor-parallel ranks, for telling families apart.
-        same_degree: source and target have that size alike: where nothing tells, each rank's share then goes to the same rank,
-            if all of them have the same shape.
+        spec: the spec that the user named.
+        recorded: patterns in the checkpoint's manifest.
+        inferred: patterns from the attributes of the live target's parameters.
+        exact: whether the attributes tell the whole cut (AutoTP): then a plain shard has no fused parts, and a family, which is a
+            guess, yields to them.
+        refused: parameters whose cut can't be told, according to source or target, with the reason. Only a named spec tells it.
+        local_shapes: shapes on the source's tensor-parallel ranks, to tell families apart.
+        same_degree: source and target both have that size. If nothing tells the pattern, each rank's share then goes to the same
+            rank, provided that all shares have the same shape.
 
     Raises:
-        UnsupportedError: the degree changes, and nothing but a guess is left for a parameter of ``refused``.
-        SpecError: the degree changes and no source knows the parameters, or several families fit; or the spec leaves some without
-            exactly one rule.
+        UnsupportedError: the degree changes, and there is only a guess for a parameter of ``refused``.
+        SpecError: the degree changes and no source knows the parameters, or several families fit; or some parameters don't match
+            exactly one rule of the spec.
         MismatchError: the winner contradicts the live parameters, or shapes contradict those that the spec states; lists them.
     """
     known: dict[str, AnyPattern] = {**(inferred or {}), **(recorded or {})}
-    apart = [name for name in names if name.startswith(OPTIMIZER_ONLY)]  # which no spec knows, and nothing cuts
+    apart = [name for name in names if name.startswith(OPTIMIZER_ONLY)]  # no spec knows them, and nothing cuts them
     names = [name for name in names if name not in apart] if apart else names
     whole: AnyPattern = Unique() if degree == 1 else Replicate()
     unknown = [name for name in names if name not in known]
@@ -101,7 +101,7 @@ def _contradicts(chosen: Mapping[str, AnyPattern], name: str, live: Pattern) -> 
 
 
 def per_rank(patterns: Mapping[str, AnyPattern]) -> list[str]:
-    """Parameters of which each rank goes on with the same rank's share, since nothing tells more."""
+    """Return the parameters of which each rank keeps the same rank's share, since nothing tells more."""
     return [name for name, pattern in patterns.items() if isinstance(pattern, PerRank)]
 
 
@@ -109,9 +109,9 @@ def _of_spec(
     names: Sequence[str], spec: Spec, recorded: Mapping[str, Pattern], local_shapes: Mapping[str, Sequence[Shape]]
 ) -> dict[str, Pattern]:
     patterns = spec.patterns(names)
-    # What can't be joined at all is found, with its local shapes, when layouts are made of the patterns.
+    # If a parameter can't be joined at all, making layouts of the patterns finds it, with its local shapes.
     _, check = spec.check_local_shapes({name: shapes for name, shapes in local_shapes.items() if name in patterns})
-    # What was recorded knows better than shapes, and is compared with the spec where the files are read.
+    # The record is better than shapes; it is compared with the spec when the files are read.
     denied = {name: why for name, why in check.problems.items() if name not in recorded}
     if denied:
         problems = [f"{name}: {describe(patterns[name])}; {why}" for name, why in denied.items()]
@@ -126,7 +126,7 @@ def _family(
     refused: Sequence[str],
     may_stay: bool,
 ) -> Spec | None:
-    """The family, which is a guess; None where that isn't good enough and isn't needed, since shares may stay on their ranks."""
+    """Find the family, which is a guess. None if it isn't good enough and shares may stay on their ranks."""
     if refused and not may_stay:
         raise UnsupportedError(
             "tensor parallelism has cut parameters in a way that this release can't tell; name a spec that says how they are "
@@ -147,7 +147,7 @@ def _family(
 
 
 def compare(pattern: AnyPattern, live: Pattern, exact: bool = False) -> Agreement:
-    """Whether a pattern fits what attributes tell. A pattern may add to it: widths and, if it isn't ``exact``, parts."""
+    """Compare a pattern with a live parameter's. A pattern may add to it: widths and, if it isn't ``exact``, parts."""
     if pattern == live:
         return Agreement.SAME
     if isinstance(pattern, Shard) and isinstance(live, Shard):
@@ -166,9 +166,9 @@ def _reduced(parts: Sequence[int]) -> tuple[int, ...]:
 
 
 def contradicts_record(pattern: AnyPattern, recorded: Pattern) -> bool:
-    """Whether a pattern differs from the one that was recorded when saving.
+    """Return whether a pattern differs from the one that was recorded when saving.
 
-    It may add what a vocabulary is, and which heads a plain shard has: the recorded whole shape still has to come out.
+    It may add what a vocabulary is, and which heads a plain shard has: the result must still have the recorded whole shape.
     """
     if not (isinstance(pattern, Shard) and isinstance(recorded, Shard)):
         return pattern != recorded
@@ -183,7 +183,7 @@ def contradicts_record(pattern: AnyPattern, recorded: Pattern) -> bool:
 
 
 def describe(pattern: AnyPattern) -> str:
-    """A pattern in a few words: ``shard on dimension 0 in parts 1:1``."""
+    """Describe a pattern in a few words: ``shard on dimension 0 in parts 1:1``."""
     if isinstance(pattern, Replicate) and pattern.scale is not None:
         powers = ", ".join(f"{state} {power}" for state, power in sorted(pattern.scale.powers.items()))
         return f"replicate (scaled, powers {powers})"

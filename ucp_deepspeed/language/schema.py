@@ -1,6 +1,6 @@
-"""JSON Schema of spec files, for completion in editors. Made from the models, so that it can't say anything else.
+"""JSON Schema of spec files, for completion in editors. It is made from the models, so that it can't differ from them.
 
-``docs/spec.schema.json`` is what `spec_schema` gives; ``ucp spec schema`` prints it.
+`spec_schema` returns the content of ``docs/spec.schema.json``; ``ucp spec schema`` prints it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _DEFINITIONS = {kind.__name__: kind for kind in (Unique, Replicate, Partial, Sha
 
 
 def spec_schema() -> dict[str, Any]:
-    """The schema of a file, in which a pattern's fields stand beside ``match`` and expressions for numbers."""
+    """Make the schema of a file. A pattern's fields stand beside ``match``; an expression may stand for a number."""
     schema = Spec.model_json_schema(by_alias=True)
     definitions = schema["$defs"]
     patterns = PATTERN.json_schema()["$defs"]
@@ -48,7 +48,7 @@ def _make_rule(pattern: dict[str, Any], common: dict[str, Any]) -> None:
 
 
 def _with_expressions(field: Any, key: str) -> Any:
-    """A field's schema, with a string wherever an expression may stand for a number."""
+    """Return fields' schemas, with a string allowed wherever an expression may stand for a number."""
     if key not in NUMBERS:
         return field
     if isinstance(field, list):
@@ -63,7 +63,7 @@ def _with_expressions(field: Any, key: str) -> Any:
 
 
 def _described(schema: dict[str, Any], kind: type) -> dict[str, Any]:
-    """A dataclass's schema; fields are described by the lines under *Attributes* of its docstring."""
+    """Return a dataclass's schema; the lines under *Attributes* of its docstring describe the fields."""
     texts = _attributes(kind)
     properties = {
         key: {**value, "description": texts[key]} if key in texts else value

@@ -1,4 +1,4 @@
-"""Whole shapes that rules state: dimensions without a value get theirs from the parameters, and then all must agree.
+"""Whole shapes in rules: dimensions without a value get theirs from the parameters, and then all must agree.
 
 dimensions: {hidden: null, ffn: null}
 rules:
@@ -17,17 +17,17 @@ from ucp_deepspeed.language.dimensions import evaluate
 from ucp_deepspeed.layout.box import Shape
 
 StatedShape = tuple[int | str | None, ...]
-"""What a rule says: numbers, expressions, and None for an extent of which it says nothing."""
+"""A shape that a rule states: numbers, expressions, and None for an extent that the rule leaves open."""
 
 
 @dataclass(frozen=True)
 class ShapeCheck:
-    """Stated shapes against those that there are.
+    """Result of comparing stated shapes with found ones.
 
     Attributes:
-        values: of the dimensions that the parameters gave.
-        problems: parameter → in what its shape differs.
-        confirmed: parameters of which some stated extent agrees with another parameter's, or with a given number.
+        values: values of dimensions that the parameters gave.
+        problems: parameter → how its shape differs.
+        confirmed: parameters with some stated extent that agrees with another parameter's, or with a given number.
     """
 
     values: Mapping[str, int]
@@ -41,15 +41,15 @@ def check_shapes(
     given: Mapping[str, int],
     free_dims: Mapping[str, Any],
 ) -> ShapeCheck:
-    """Compare what rules state with whole shapes.
+    """Compare the shapes that rules state with whole shapes.
 
-    A free dimension has the value that most parameters give it; the others are then the wrong ones.
+    A free dimension gets the value that most parameters give it; the others are then the wrong ones.
 
     Args:
-        stated: parameter → what its rule says.
-        found: parameter → its whole shape; those without one are left out.
+        stated: parameter → the shape in its rule.
+        found: parameter → its whole shape; parameters without one are left out.
         given: dimensions that have a value.
-        free_dims: names of those that have none.
+        free_dims: names of dimensions that have none.
     """
     problems: dict[str, str] = {}
     votes: dict[str, Counter[int]] = {name: Counter() for name in free_dims}
@@ -82,7 +82,7 @@ def check_shapes(
 
 
 def _extent(item: int | str | None, values: Mapping[str, int]) -> int | None:
-    """A stated number; None where dimensions in it have no value."""
+    """Return a stated number; None if dimensions in it have no value."""
     if not isinstance(item, str):
         return item
     try:
@@ -92,7 +92,7 @@ def _extent(item: int | str | None, values: Mapping[str, int]) -> int | None:
 
 
 def _tells(item: int | str | None, extent: int | None, votes: Mapping[str, Counter[int]]) -> bool:
-    """Whether an extent could have been another: one that it alone gave a value to couldn't."""
+    """Return whether an extent could have disagreed. If it alone gave a dimension its value, it couldn't."""
     if isinstance(item, str) and item in votes:
         return votes[item].total() > 1
     return extent is not None

@@ -37,7 +37,7 @@ from ucp_deepspeed.layout.pattern import Pattern, Shard
 
 
 def _checked_extent(value: Any) -> Any:
-    """Let nothing be taken for something else: a boolean for a number, or a number in quotes for an expression."""
+    """Refuse values that could be mistaken: a boolean for a number, or a number in quotes for an expression."""
     if value is None or (type(value) is int and value >= 0) or (isinstance(value, str) and is_expression(value)):
         return value
     raise ValueError(f"an extent is a number from 0 or an expression, not {value!r}")
@@ -50,7 +50,7 @@ PATTERN: TypeAdapter[Pattern] = TypeAdapter(
 
 
 Extent = Annotated[int | str | None, BeforeValidator(_checked_extent)]
-"""One extent of a stated shape: a number, an expression over dimensions without a value, or nothing, which says nothing."""
+"""One extent of a stated shape: a number, an expression over dimensions without a value, or None for an open extent."""
 
 RULES_HINT = (
     'correct the rules; "ucp spec check PATH --against CKPT" lists what they leave, and "ucp spec infer CKPT" writes a first '
@@ -68,9 +68,9 @@ class Match:
     Attributes:
         rule: its position in the spec, from 0.
         glob: the first of its globs that fits.
-        line: where the glob stands in the file; None when the spec didn't come from one.
-        pattern: what the rule says.
-        shape: of the whole parameter, if the rule says it.
+        line: line of the glob in the file; None if the spec didn't come from one.
+        pattern: the rule's pattern.
+        shape: shape of the whole parameter, if the rule states it.
     """
 
     rule: int
@@ -86,8 +86,8 @@ class Match:
 class Rule(BaseModel):
     """Parameters, by glob, and the pattern that they follow.
 
-    In YAML the pattern's fields stand beside ``match``: ``{match: "*.weight", pattern: shard, dim: 0}``. ``shape``, where given,
-    is the whole parameter's: ``ucp spec check`` compares it.
+    In YAML the pattern's fields stand beside ``match``: ``{match: "*.weight", pattern: shard, dim: 0}``. ``shape`` is optional
+    and gives the whole parameter's shape, which ``ucp spec check`` compares.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -103,7 +103,7 @@ class Rule(BaseModel):
         if not isinstance(raw, Mapping) or not isinstance(raw.get("pattern"), str):
             return raw
         fields = {key: value for key, value in raw.items() if key not in ("match", "shape")}
-        # By way of JSON, where a list may stand for a tuple and yet "0" or true not for a number.
+        # JSON lets a list stand for a tuple, but doesn't take "0" or true for a number.
         folded: dict[str, Any] = {"pattern": PATTERN.validate_json(json.dumps(fields, default=repr), strict=True)}
         if "match" in raw:
             folded["match"] = [raw["match"]] if isinstance(raw["match"], str) else raw["match"]
@@ -119,7 +119,7 @@ class Rule(BaseModel):
         return globs
 
     def matches(self, name: str) -> bool:
-        """Whether some glob fits the whole name."""
+        """Return whether some glob fits the whole name."""
         return any(compiled(glob).fullmatch(name) for glob in self.match)
 
 
@@ -128,12 +128,11 @@ class Spec(BaseModel):
 
     Attributes:
         family: its name.
-        description: which models, written by what.
+        description: the models, and the software that wrote them.
         rules: see `Rule`; they apply to logical names.
-        config: the model's own configuration, a JSON file, by its path from the spec's folder.
+        config: path of the model's own configuration, a JSON file, relative to the spec's folder.
         dimensions: numbers with names, for expressions in rules (`ucp_deepspeed.language.dimensions`).
-        names: for classes of model that call the parameters otherwise, how to get at the logical names
-            (`ucp_deepspeed.language.naming`).
+        names: renamings to logical names, for classes of model that use other names (`ucp_deepspeed.language.naming`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -149,11 +148,11 @@ class Spec(BaseModel):
 
     @classmethod
     def parse(cls, raw: Any, origin: str, lines: Lines | None = None, folder: Path | None = None) -> Spec:
-        """Validate a spec that was read from ``origin``, and put numbers for the expressions in it.
+        """Validate a spec that was read from ``origin``, and replace the expressions in it by numbers.
 
         Args:
-            lines: where its globs stand.
-            folder: from which the path of the model's configuration goes out; by default the current one.
+            lines: lines of its globs.
+            folder: folder that the path of the model's configuration is relative to; by default the current one.
 
         Raises:
             SpecError: lists every wrong key or value with its place.
@@ -179,7 +178,7 @@ class Spec(BaseModel):
 
     @cached_property
     def _of_globs(self) -> dict[tuple[int, int], Match]:
-        """By the positions of the rule and of the glob in it."""
+        """Matches by the positions of the rule and of the glob in it."""
         return {
             (number, place): Match(number, glob, self._lines.get((number, place)), rule.pattern, rule.shape)
             for number, rule in enumerate(self.rules)
@@ -187,7 +186,7 @@ class Spec(BaseModel):
         }
 
     def patterns(self, names: Iterable[str]) -> dict[str, Pattern]:
-        """The pattern of each parameter.
+        """Return the pattern of each parameter.
 
         Raises:
             SpecError: lists all parameters that match no rule, with the nearest globs, and all that match several.
@@ -209,15 +208,15 @@ class Spec(BaseModel):
         return found
 
     def matches(self, name: str) -> tuple[Match, ...]:
-        """Every rule that a parameter matches, in the spec's order; there should be exactly one."""
+        """Return every rule that a parameter matches, in the spec's order; there should be exactly one."""
         return tuple(self._of_globs[fit] for fit in self._matcher.fits(name))
 
     def unused(self, names: Iterable[str]) -> tuple[Match, ...]:
-        """The globs that fit none of these names, in the spec's order."""
+        """Return the globs that fit none of these names, in the spec's order."""
         return tuple(self._of_globs[place] for place in self._matcher.unused(names))
 
     def unmatched(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Those of the names that don't match exactly one rule."""
+        """Return the names that don't match exactly one rule."""
         return tuple(name for name in names if len(self._matcher.fits(name)) != 1)
 
     def check_shapes(self, logical_shapes: Mapping[str, Shape]) -> ShapeCheck:
@@ -228,7 +227,7 @@ class Spec(BaseModel):
         return check_shapes(known, logical_shapes, self._values, free_dims)
 
     def check_local_shapes(self, local_shapes: Mapping[str, Sequence[Shape]]) -> tuple[list[str], ShapeCheck]:
-        """Join what the tensor-parallel ranks hold by the rules' patterns, and compare it with the shapes that they state.
+        """Join local shapes of the tensor-parallel ranks by the rules' patterns, and compare them with the stated shapes.
 
         Returns:
             Parameters that can't be joined, each with the reason, and the comparison of the others. Vocabularies are left out,
@@ -249,25 +248,25 @@ class Spec(BaseModel):
         return impossible, replace(check, problems=worded)
 
     def coverage(self, names: Iterable[str]) -> float:
-        """Share of the names that match exactly one rule, 0 to 1."""
+        """Return the share of the names that match exactly one rule, 0 to 1."""
         known = list(names)
         return self._matcher.count_unique(known) / len(known) if known else 0.0
 
     def nearest(self, name: str) -> list[str]:
-        """The two globs that look most like a name."""
+        """Return the two globs that look most like a name."""
         globs = [glob for rule in self.rules for glob in rule.match]
         return sorted(globs, key=lambda glob: -SequenceMatcher(None, glob, name).ratio())[:2]
 
 
 class _Dimensions(BaseModel):
-    """What has to be known of a spec before its expressions can be read."""
+    """The part of a spec that is needed before its expressions can be read."""
 
     config: str | None = None
     dimensions: Mapping[str, Dimension] = {}
 
 
 def _with_numbers(raw: Any, folder: Path) -> tuple[Any, dict[str, int], list[str]]:
-    """A spec without expressions, its dimensions, and what is wrong with them. What is no spec is left to the validation."""
+    """Return a spec without expressions, its dimensions, and what is wrong with them. Validation refuses what is no spec."""
     if not isinstance(raw, Mapping) or not isinstance(raw.get("rules"), list):
         return raw, {}, []
     try:

@@ -1,8 +1,8 @@
-"""Names that known wrappers of modules give: the wrapped module's parameters, with parts of the name more.
+"""Names with parts that known wrappers of modules add to the wrapped module's parameters.
 
-``torch.compile`` puts ``_orig_mod`` into the name of what it compiles, be it the model or a layer; FSDP and activation
-checkpointing have parts of their own, data parallelism puts ``module`` in front, and PEFT ``base_model.model``, with
-``base_layer`` for each module that it adds adapters to.
+``torch.compile`` puts ``_orig_mod`` into the name of the model or layer that it compiles. FSDP and activation checkpointing
+have parts of their own. Data parallelism puts ``module`` in front. PEFT puts ``base_model.model`` in front, and adds
+``base_layer`` for each module that gets adapters.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from collections.abc import Collection, Iterable
 _WRAPPED = re.compile(
     r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)|(?<=\.)base_layer\."
 )
-"""Parts that stand anywhere; a module of the model's own that is called ``base_layer`` stands at its top."""
+"""Parts that can stand anywhere; ``base_layer`` not at the top, where it may be a module of the model's own."""
 
 _LEADING = re.compile(r"^(?:module\.|base_model\.model\.)+(?=.)")
-"""Of what wraps the whole model."""
+"""Parts of wrappers around the whole model."""
 
 
 def plain_name(name: str) -> str:
-    """A name without the parts that wrappers put into it."""
+    """Return a name without the parts that wrappers put into it."""
     return _LEADING.sub("", _WRAPPED.sub("", name)) or name
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """The plain name of each; those that would become the same as another keep their own."""
+    """Return the plain name of each; a name keeps its own form if the plain one is another's too."""
     plain = {name: plain_name(name) for name in names}
     count = Counter(plain.values())
     found = {name: each if count[each] == 1 else name for name, each in plain.items()}
@@ -34,9 +34,9 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def seen_through(source: Collection[str], target: Collection[str]) -> dict[str, str]:
-    """Names of the source that the target has only under another that is the same but for wrappers → that one.
+    """Map names of the source to names of the target that differ from them by wrappers alone, if only one side has each.
 
-    None of which there are two on a side, nor any that is the same, but for wrappers, as one that both sides have.
+    A name is left out if two on a side have the same plain name, or if a name that both sides have has that plain name too.
     """
     known, wanted = frozenset(source), frozenset(target)
     taken = {plain_name(name) for name in known & wanted}

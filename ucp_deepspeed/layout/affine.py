@@ -1,8 +1,8 @@
-"""Patterns from DeepSpeed's affine maps, which tell how automatic tensor parallelism (AutoTP) has cut a parameter.
+"""Patterns from DeepSpeed's affine maps. A map tells how automatic tensor parallelism (AutoTP) has cut a parameter.
 
 A map lists for each rank the blocks that it holds, as offsets and strides in the whole parameter and in the rank's tensor
-(DeepSpeed 0.19.8, ``checkpoint/affine.py``). It is of one number of ranks; the pattern found here serves all. It is found by
-trying: one is taken only if its layout has exactly the map's blocks.
+(DeepSpeed 0.19.8, ``checkpoint/affine.py``). A map is for one number of ranks; the pattern found here serves all. Patterns are
+tried one by one; a pattern is accepted only if its layout has exactly the map's blocks.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ucp_deepspeed.layout.layout import Piece
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Scale, Shard
 
 MAP_VERSION = 1
-"""The only version of affine maps that there is."""
+"""The only version of affine maps so far."""
 
 
 def pattern_of_map(entry: Mapping[str, Any]) -> Pattern:
-    """The pattern of one parameter's map over two or more ranks.
+    """Return the pattern of one parameter's map over two or more ranks.
 
     Raises:
-        ValueError: the map has blocks that no pattern has, or isn't one.
+        ValueError: the map has blocks that no pattern has, or it isn't a map.
     """
     try:
         logical_shape: Shape = tuple(entry["logical_shape"])
@@ -71,7 +71,7 @@ def _candidates(
 
 
 def _widths(pieces: Sequence[set[Piece]], dim: int) -> list[list[int]]:
-    """For each fused part the extent on each rank; nothing if ranks have different numbers of parts."""
+    """Return for each fused part the extent on each rank; nothing if ranks have different numbers of parts."""
     ordered = [sorted(found, key=lambda piece: piece.local_box.start) for found in pieces]
     if len({len(found) for found in ordered}) > 1:
         return []
@@ -79,7 +79,7 @@ def _widths(pieces: Sequence[set[Piece]], dim: int) -> list[list[int]]:
 
 
 def _heads(widths: Sequence[Sequence[int]]) -> tuple[int, ...] | None:
-    """Units of each part that no cut goes through: where shares differ, they differ by one unit."""
+    """Return the number of units of each part that no cut goes through. If shares differ, they differ by one unit."""
     units = [max(found) - min(found) for found in widths]
     counts = {sum(found) // unit for found, unit in zip(widths, units, strict=True) if unit}
     if len(counts) != 1:
@@ -96,10 +96,10 @@ def _piece(found: Mapping[str, Any], logical_shape: Shape, local_shape: Shape) -
 
 
 def _box(place: Sequence[Any], extents: Shape, shape: Shape) -> Box:
-    """The block at ``[offset, strides]`` of a row-major tensor.
+    """Return the block at ``[offset, strides]`` of a row-major tensor.
 
     Raises:
-        ValueError: the strides are others.
+        ValueError: the strides aren't row-major.
     """
     offset, strides = place
     if 0 in extents:  # the offset may lie behind the end

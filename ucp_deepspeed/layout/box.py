@@ -1,4 +1,4 @@
-"""Boxes: the arithmetic that everything else stands on.
+"""Boxes: the arithmetic that everything else is built on.
 
 A box is a half-open, axis-aligned range of indices of a row-major tensor. Three coordinate spaces use it: *logical* (the
 whole, unpadded parameter), *local* (what one model-parallel rank holds of it) and, with one dimension, *flat* (positions in
@@ -54,14 +54,14 @@ class Box:
         return Box(start, stop)
 
     def contains(self, other: Box) -> bool:
-        """Whether every index of ``other`` is in this box (true of any empty box within the bounds)."""
+        """Return whether every index of ``other`` is in this box (true for any empty box within the bounds)."""
         return all(
             mine_low <= low and high <= mine_high
             for mine_low, mine_high, low, high in zip(self.start, self.stop, other.start, other.stop, strict=True)
         )
 
     def moved(self, origin: Shape, new_origin: Shape) -> Box:
-        """This box in another coordinate space, where the point ``origin`` is called ``new_origin``."""
+        """Return this box in another coordinate space, where the point ``origin`` is called ``new_origin``."""
         shift = tuple(new - old for old, new in zip(origin, new_origin, strict=True))
         return Box(
             tuple(low + by for low, by in zip(self.start, shift, strict=True)),
@@ -85,9 +85,9 @@ def row_major_strides(shape: Shape) -> Shape:
 
 
 def flat_interval_boxes(shape: Shape, flat_start: int, flat_stop: int) -> tuple[Box, ...]:
-    """The flat interval ``flat_start <= i < flat_stop`` of a row-major tensor as disjoint boxes, in flat order.
+    """Split the flat interval ``flat_start <= i < flat_stop`` of a row-major tensor into disjoint boxes, in flat order.
 
-    At most ``2 * len(shape) - 1`` boxes: a ragged head and a ragged tail per dimension around one full middle.
+    Returns at most ``2 * len(shape) - 1`` boxes: a ragged head and a ragged tail per dimension around one full middle.
 
     Raises:
         ValueError: the interval leaves the tensor.

@@ -35,7 +35,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class LocalTensor:
-    """What one model-parallel rank holds: its tensor's shape and the pieces in it. Elements of no piece are padding.
+    """The local tensor of one model-parallel rank: its shape and the pieces in it. Elements outside all pieces are padding.
 
     A rank of a pipeline stage without the parameter holds `NOTHING`.
 
@@ -62,8 +62,8 @@ class Layout:
     Attributes:
         logical_shape: shape of the whole, unpadded parameter.
         locals: one local tensor per model-parallel rank.
-        union: ``take``: ranks that hold the same logical box hold the same values, any one serves; ``mean``: they differ and
-            the logical value is their mean (the paper's *params_to_average*).
+        union: ``take``: ranks that hold the same logical box hold the same values, so that any one serves; ``mean``: the values
+            differ and the logical value is their mean (the paper's *params_to_average*).
         scale: ``local = logical * scale`` for the states named in ``scale_powers``, raised to the power given there.
 
     Raises:
@@ -96,7 +96,7 @@ class Layout:
 
     @classmethod
     def around(cls, shape: Shape, box: Box) -> Layout:
-        """Rank 0 holds a box and nothing else; each further rank holds one of the boxes around it."""
+        """Make a layout: rank 0 holds a box and nothing else; each further rank holds one of the boxes around it."""
         boxes = [box]
         for dim, extent in enumerate(shape):
             for low, high in ((0, box.start[dim]), (box.stop[dim], extent)):
@@ -111,7 +111,7 @@ class Layout:
         return len(self.locals)
 
     def holders(self) -> dict[Box, list[tuple[int, Piece]]]:
-        """For each distinct logical box the ranks that hold it, with their pieces, in rank order."""
+        """Map each distinct logical box to the ranks that hold it, with their pieces, in rank order."""
         found: dict[Box, list[tuple[int, Piece]]] = {}
         for rank, local in enumerate(self.locals):
             for piece in local.pieces:
@@ -119,10 +119,10 @@ class Layout:
         return found
 
     def mergeable_dims(self) -> frozenset[int]:
-        """Dimensions ``d`` that can be merged with ``d + 1`` into one, on every rank, keeping row-major order.
+        """Return the dimensions ``d`` that can be merged with ``d + 1`` into one, on every rank, keeping row-major order.
 
-        True where no piece cuts dimension ``d + 1``. Merging turns the common case, unsharded or sharded along dimension 0,
-        into one-dimensional intervals, so that a plan holds one copy per contiguous run.
+        They can be merged if no piece cuts dimension ``d + 1``. Merging turns the common case, unsharded or sharded along
+        dimension 0, into one-dimensional intervals, so that a plan holds one copy per contiguous run.
         """
         dims = len(self.logical_shape)
         return frozenset(
@@ -137,7 +137,7 @@ class Layout:
         )
 
     def merged(self, dims: frozenset[int]) -> Layout:
-        """The same layout with each dimension in ``dims`` merged with its successor.
+        """Return the same layout with each dimension in ``dims`` merged with its successor.
 
         Raises:
             ValueError: a dimension isn't in `mergeable_dims`.
@@ -167,7 +167,7 @@ class Layout:
         )
 
     def cropped(self, logical_shape: Shape) -> Layout:
-        """The same ranks and local tensors, with the pieces of the first ``logical_shape`` elements along each dimension.
+        """Return the same ranks and local tensors, with pieces cut to the first ``logical_shape`` elements along each dimension.
 
         Raises:
             ValueError: the shape reaches beyond this layout's.
@@ -178,7 +178,7 @@ class Layout:
         return replace(self, logical_shape=logical_shape, locals=tuple(_crop(local, whole) for local in self.locals))
 
     def factor(self, state: str) -> Fraction | None:
-        """``local / logical`` for one state; None when this layout doesn't say how that state scales."""
+        """``local / logical`` for one state; None if this layout doesn't say how that state scales."""
         if self.scale == 1:
             return Fraction(1)
         power = self.scale_powers.get(state)
@@ -198,13 +198,13 @@ def _crop(local: LocalTensor, whole: Box) -> LocalTensor:
 
 
 def across_stages(stages: Sequence[Layout | None]) -> Layout:
-    """The layout over all model-parallel ranks of a pipeline, whose stages follow one another.
+    """Join the layouts of pipeline stages into one over all model-parallel ranks; stages follow one another.
 
     Args:
-        stages: for each stage the layout over its tensor-parallel ranks; None where it doesn't hold the parameter.
+        stages: for each stage the layout over its tensor-parallel ranks; None if the stage doesn't hold the parameter.
 
     Raises:
-        ValueError: no stage holds it, or two hold it in another way.
+        ValueError: no stage holds the parameter, or two hold it in different ways.
     """
     held = [stage for stage in stages if stage is not None]
     if not held:
@@ -231,7 +231,7 @@ def pieces_of(logical_box: Box, local_start: Shape) -> tuple[Piece, ...]:
 
 
 def overlapping(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
-    """Some two boxes with a common element, or None. Sweeps along the first dimension."""
+    """Return two boxes with a common element, or None. Sweeps along the first dimension."""
     ordered = sorted((box for box in boxes if box.numel), key=lambda box: box.start)
     active: list[Box] = []
     for box in ordered:
@@ -274,4 +274,4 @@ def _merge_box(box: Box, shape: Shape, dims: frozenset[int]) -> Box:
 
 
 NOTHING = LocalTensor((), ())
-"""What a rank of another pipeline stage holds."""
+"""The local tensor of a rank in a pipeline stage without the parameter."""

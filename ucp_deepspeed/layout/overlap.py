@@ -1,7 +1,8 @@
-"""Buffers in which each rank keeps whole every tensor that its partition holds a part of.
+"""Buffers in which each rank keeps whole tensors: all those that its partition holds a part of.
 
-DeepSpeed's Muon keeps its momentum so under ZeRO-1 and 2 without offload (``runtime/zero/stage_1_and_2.py``,
-``_muon_momentum_buffer``): its update needs whole matrices. A tensor that is cut between two partitions is in both buffers.
+DeepSpeed's Muon keeps its momentum in this way under ZeRO-1 and 2 without offload (``runtime/zero/stage_1_and_2.py``,
+``_muon_momentum_buffer``), because its update needs whole matrices. A tensor that is cut between two partitions is in both
+buffers.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class OverlappingGroup:
         return list(accumulate(self.numels, initial=0))
 
     def slices(self, index: int, local_start: int, local_stop: int) -> Iterator[Slice]:
-        """See `Flattening.slices`: of several copies the one in the first partition."""
+        """See `Flattening.slices`. If there are several copies, the one in the first partition is used."""
         if local_start < local_stop:
             partition = self.flat.offsets[index] // self.flat.partition_numel
             first = bisect_right(self._stops, partition * self.flat.partition_numel)

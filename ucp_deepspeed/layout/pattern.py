@@ -1,12 +1,12 @@
-"""Parameter patterns: the names that the language gives to layouts.
+"""Parameter patterns: the names of layouts in the language.
 
 Each pattern answers three questions, in terms of the local shapes of the ``degree`` model-parallel ranks:
 
-* `logical_shape`: what is the whole parameter's shape? (the paper's *Union* and *StripPad*)
-* `local_shapes`: what would each rank of a target hold? (the paper's *GenUcpMetadata*)
-* `layout`: which box lies where?
+* `logical_shape`: the whole parameter's shape (the paper's *Union* and *StripPad*)
+* `local_shapes`: the shape that each rank of a target would hold (the paper's *GenUcpMetadata*)
+* `layout`: the position of each box
 
-All raise `ValueError` when the shapes contradict the pattern; the caller knows the parameter's name and adds it.
+All raise `ValueError` if the shapes contradict the pattern. The caller knows the parameter's name and adds it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Scale:
 
     Attributes:
         factor: ``one_over_degree`` suits a row-parallel bias that every rank adds before the sum over the ranks.
-        powers: state name → exponent. A state that isn't named can't be moved between different degrees: it is refused.
+        powers: state name → exponent. A state that isn't named can't be moved between different degrees and is refused.
     """
 
     factor: Literal["one_over_degree"] = "one_over_degree"
@@ -105,19 +105,19 @@ class Partial:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Split along one dimension over the ranks; as several parts side by side when the tensor is fused.
+    """Split along one dimension over the ranks. A fused tensor is split as several parts side by side.
 
     Attributes:
         dim: the dimension that is split.
         parts: relative sizes of the fused parts along ``dim``, in logical order. Each part is split over the ranks on its
             own, and a rank's local tensor is its shares of the parts, side by side (the paper's *Shard-NC*). ``(1,)`` is a
             plain shard; ``(1, 1)`` a fused gate/up pair.
-        heads: for each part the number of equal units that no cut goes through. A rank holds whole units of a part: consecutive
-            ones, dealt out evenly, or, where a part has fewer units than there are ranks, one that it shares with its neighbours
-            (kv heads fewer than tensor-parallel ranks).
-        widths: share of each rank along ``dim``, in elements; by default an even split in which the first ranks hold one more
-            where the degree doesn't divide. With several parts or with heads, shares follow from those.
-        vocabulary: the logical end of ``dim`` is the vocabulary size; what lies behind it in the local tensors is padding.
+        heads: for each part the number of equal units that no cut goes through. A rank holds whole consecutive units of a part,
+            dealt out evenly. If a part has fewer units than there are ranks, neighbouring ranks share one (fewer kv heads than
+            tensor-parallel ranks).
+        widths: share of each rank along ``dim``, in elements. The default is an even split; if the degree doesn't divide the
+            extent, the first ranks hold one more. With several parts or with heads, shares follow from those.
+        vocabulary: the logical end of ``dim`` is the vocabulary size; elements behind it in the local tensors are padding.
         pad_to_multiple: with ``vocabulary``, a target without a live model pads the vocabulary to a multiple of this times
             the degree.
     """
@@ -207,7 +207,7 @@ class Shard:
         return Layout(logical_shape, locals_)
 
     def _pieces(self, logical_shape: Shape, share: Sequence[tuple[int, int]]) -> tuple[Piece, ...]:
-        """Pieces of one rank: (logical start, extent) runs along ``dim``, side by side from 0."""
+        """Return the pieces of one rank: (logical start, extent) runs along ``dim``, side by side from 0."""
         pieces: list[Piece] = []
         local_start = 0
         whole = Box.whole(logical_shape)
@@ -225,7 +225,7 @@ class Shard:
         return [extent // whole * part for part in self.parts]
 
     def _part_shares(self, extent: int, degree: int) -> list[list[tuple[int, int]]]:
-        """For each rank its (logical start, extent) run in each part."""
+        """Return for each rank its (logical start, extent) run in each part."""
         sizes = self._part_sizes(extent)
         heads = self.heads or (None,) * len(sizes)
         starts = accumulate(sizes, initial=0)
@@ -236,7 +236,7 @@ class Shard:
         return [[runs[rank] for runs in by_part] for rank in range(degree)]
 
     def _without_copies(self, total: int, degree: int) -> int:
-        """The logical extent, when all ranks together hold ``total``."""
+        """The logical extent, if all ranks together hold ``total``."""
         if self.heads is None:
             return total
         held = sum(
@@ -259,7 +259,7 @@ class ShardGrid:
 
     Attributes:
         dims: the dimensions that are split, one for each axis of the grid.
-        grids: how many ranks there are along each axis; one entry for each number of ranks that may occur, besides 1.
+        grids: number of ranks along each axis; one entry for each number of ranks that may occur, except 1.
     """
 
     dims: tuple[int, ...]
@@ -312,7 +312,7 @@ class ShardGrid:
         return Layout(logical_shape, tuple(locals_))
 
     def _extents(self, local_shapes: Sequence[Shape]) -> list[list[int]]:
-        """For each axis the extents along it; the same whatever the position on the other axes."""
+        """Return for each axis the extents along it. They must be the same at each position on the other axes."""
         for shape in local_shapes:
             self._check_dims(shape)
         places = list(product(*(range(count) for count in self._grid(len(local_shapes)))))
@@ -346,26 +346,26 @@ class ShardGrid:
 
 @dataclass(frozen=True, slots=True)
 class PerRank:
-    """Each rank has a tensor of its own, and nothing is known of how they make up the parameter.
+    """Each rank has a tensor of its own; how the tensors make up the parameter is unknown.
 
-    Serves where source and target have as many ranks. Logically the tensors lie along a new first dimension: ``(degree, *local
-    shape)``.
+    Usable if source and target have the same number of ranks. Logically the tensors lie along a new first dimension:
+    ``(degree, *local shape)``.
     """
 
     pattern: Literal["per_rank"] = "per_rank"
 
     def logical_shape(self, local_shapes: Sequence[Shape], vocabulary_size: int | None = None) -> Shape:
-        """The number of ranks, and the shape that all of them share."""
+        """The number of ranks, followed by the shape that all of them share."""
         return (len(local_shapes), *_common_shape(local_shapes, "per-rank"))
 
     def local_shapes(self, logical_shape: Shape, degree: int) -> tuple[Shape, ...]:
-        """The same for each of as many ranks."""
+        """The same shape for each rank, as many as in the logical shape."""
         if logical_shape[0] != degree:
             raise ValueError(f"no layout is known, and {logical_shape[0]} shares can't become {degree}")
         return (logical_shape[1:],) * degree
 
     def layout(self, logical_shape: Shape, local_shapes: Sequence[Shape]) -> Layout:
-        """To each rank its own."""
+        """Give each rank its own tensor."""
         if self.logical_shape(local_shapes) != logical_shape:
             raise ValueError(f"local shapes {list(local_shapes)} don't fit the logical shape {logical_shape}")
         local = (1, *logical_shape[1:])
@@ -375,7 +375,7 @@ class PerRank:
 
 
 Pattern: TypeAlias = Unique | Replicate | Partial | Shard | ShardGrid
-"""What spec files, manifests and universal checkpoints can name."""
+"""All patterns that spec files, manifests and universal checkpoints can name."""
 
 AnyPattern: TypeAlias = Pattern | PerRank
 
@@ -387,7 +387,7 @@ def split_evenly(extent: int, degree: int) -> tuple[int, ...]:
 
 
 def _runs(size: int, heads: int | None, degree: int) -> list[tuple[int, int]]:
-    """For each rank its (start, extent) run in a part, which heads, where there are any, divide into equal units."""
+    """Return for each rank its (start, extent) run in a part. If there are heads, they divide the part into equal units."""
     unit, count = (1, size) if heads is None else (size // heads, heads)
     if unit * count != size:
         raise ValueError(f"{count} heads don't divide an extent of {size}")

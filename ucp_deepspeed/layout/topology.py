@@ -1,4 +1,4 @@
-"""Topology: over how many ranks, and how, a run's state is spread."""
+"""Topology: the number of ranks that a run's state is spread over, and how."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Topology:
     Attributes:
         tp, pp, dp: tensor-, pipeline- and data-parallel size.
         zero_stage: 0 to 3.
-        ep: expert-parallel size: how many ranks hold different experts; they count among the data-parallel ones.
+        ep: expert-parallel size: number of ranks that hold different experts; they are among the data-parallel ranks.
 
     Raises:
         ValueError: a degree below 1, or a stage outside 0 to 3.

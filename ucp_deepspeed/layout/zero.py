@@ -1,4 +1,4 @@
-"""How ZeRO lays the local tensors of a group end to end in a flat buffer and cuts the buffer over data-parallel ranks.
+"""ZeRO's flat buffers: local tensors of a group laid end to end, and the buffer cut over data-parallel ranks.
 
 Two ways exist (formulas: DeepSpeed 0.19.8, files named below):
 
@@ -26,8 +26,8 @@ class Slice:
     """A run of consecutive elements of one local tensor in one rank's flat buffer. All in elements.
 
     Attributes:
-        index: which tensor of the group.
-        partition: which rank of the partition group holds it.
+        index: number of the tensor in the group.
+        partition: rank of the partition group that holds it.
         local_start: flat position of the first element in the (row-major) local tensor.
         buffer_start: position of the first element in that rank's flat buffer.
         numel: length; never 0.
@@ -41,7 +41,7 @@ class Slice:
 
 
 class Flattening(Protocol):
-    """Where the elements of a group's local tensors lie. `FlatGroup` and `SlicedGroup` are the two implementations."""
+    """The positions of a group's local tensors in flat buffers. `FlatGroup` and `SlicedGroup` are the two implementations."""
 
     @property
     def numels(self) -> tuple[int, ...]:
@@ -54,7 +54,7 @@ class Flattening(Protocol):
         ...
 
     def slices(self, index: int, local_start: int, local_stop: int) -> Iterator[Slice]:
-        """Slices that hold ``local_start <= i < local_stop`` of tensor ``index``, in local order; costs only what it yields."""
+        """Yield the slices that hold ``local_start <= i < local_stop`` of tensor ``index``, in local order; visits no others."""
         ...
 
     def held_by(self, partition: int) -> Iterator[Slice]:
@@ -73,12 +73,12 @@ class FlatGroup:
     Attributes:
         numels: elements of each local tensor, in flat order.
         partitions: ranks that share the group; 1 for stage 0.
-        gaps: alignment zeros after each tensor (``parameter_alignment``); empty where all are 0, however they are given.
+        gaps: alignment zeros after each tensor (``parameter_alignment``); empty if all are 0, however they are given.
         alignment: the total is padded to a multiple of ``alignment * partitions``; 2 under ZeRO
             (``nccl_start_alignment_factor``), 1 for stage 0.
 
     Raises:
-        ValueError: a negative number, no partition, or as many gaps as tensors isn't given.
+        ValueError: a negative number, no partition, or another number of gaps than of tensors.
     """
 
     numels: tuple[int, ...]
@@ -117,7 +117,7 @@ class FlatGroup:
         return self.partition_numel
 
     def unpadded_numel(self, partition: int) -> int:
-        """Elements of one partition before the end padding: what ZeRO-1/2 keeps of the fp32 partition when it saves."""
+        """Elements of one partition before the end padding. ZeRO-1/2 saves only these of the fp32 partition."""
         return min(max(self.unpadded - partition * self.partition_numel, 0), self.partition_numel)
 
     def slices(self, index: int, local_start: int, local_stop: int) -> Iterator[Slice]:

@@ -1,4 +1,4 @@
-"""Planning: source pieces ∩ target pieces, as strided block copies, proven to write each wanted element exactly once.
+"""Planning: source pieces ∩ target pieces, as strided block copies that are proven to write each wanted element exactly once.
 
 Pure: integers in, frozen data out. Only `ucp_deepspeed.transfer` touches bytes.
 """

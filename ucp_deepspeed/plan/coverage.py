@@ -14,10 +14,10 @@ B = TypeVar("B")
 
 
 def prove_cover(wanted: Box, found: Sequence[Box]) -> None:
-    """Check that ``found`` tiles ``wanted``: all inside, no two with a common element, and as many elements in all.
+    """Check that ``found`` tiles ``wanted``: all boxes inside, no two with a common element, and as many elements in all.
 
     Raises:
-        ValueError: with the number of missing elements, or the first two boxes that overlap.
+        ValueError: names the number of missing elements, or the first two boxes that overlap.
     """
     if len(found) == 1 and found[0] == wanted:
         return
@@ -33,7 +33,7 @@ def prove_cover(wanted: Box, found: Sequence[Box]) -> None:
 
 
 def overlapping_fragments(fragments: Iterable[Fragment[B]]) -> tuple[Fragment[B], Fragment[B]] | None:
-    """Some two fragments that claim the same element of the same buffer, or None.
+    """Return two fragments that claim the same element of the same buffer, or None.
 
     A target whose fragments pass this check can't be written twice by copies that `prove_cover` accepted one by one.
     """

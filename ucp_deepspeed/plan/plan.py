@@ -1,6 +1,6 @@
-"""From two layouts and the fragments on either side to strided block copies.
+"""Strided block copies from two layouts and the fragments on either side.
 
-Cost grows with the number of fragments and pieces that meet, never with elements.
+The cost grows with the number of fragments and pieces that meet, never with elements.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ T = TypeVar("T", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class StridedView(Generic[B]):
-    """A block inside a buffer: where its first element lies and the distance between neighbours, in elements."""
+    """A block inside a buffer: the position of its first element and the distance between neighbours, in elements."""
 
     buffer: B
     start: int
     strides: Shape
 
     def span(self, shape: Shape) -> int:
-        """Elements from a block's first to its last, with what lies between them."""
+        """Elements from a block's first to its last, including those between them."""
         return 1 + sum((count - 1) * stride for count, stride in zip(shape, self.strides, strict=True))
 
     def moved(self, dim: int, steps: int) -> StridedView[B]:
-        """The view that begins ``steps`` further along a dimension."""
+        """Return the view that begins ``steps`` further along a dimension."""
         return StridedView(self.buffer, self.start + steps * self.strides[dim], self.strides)
 
 
@@ -41,7 +41,7 @@ class StridedView(Generic[B]):
 class BlockCopy(Generic[S, T]):
     """``target = mean(sources) * factor``, element by element over a block of ``shape``.
 
-    One source and factor 1, which is all but *partial* and *scaled* parameters, is a plain copy.
+    A copy with one source and factor 1 is a plain copy; only *partial* and *scaled* parameters need others.
     """
 
     shape: Shape
@@ -50,9 +50,9 @@ class BlockCopy(Generic[S, T]):
     factor: Fraction = Fraction(1)
 
     def parts(self, most: int) -> Iterator[BlockCopy[S, T]]:
-        """Copies that together do the same, none of which spans more than ``most`` elements of a source, or more than one.
+        """Split into copies that together do the same. Each spans at most ``most`` elements of a source, or a single element.
 
-        Cut along the dimension in which neighbours lie farthest apart in the source.
+        The cut is along the dimension in which neighbours lie farthest apart in the source.
         """
         span = max(view.span(self.shape) for view in self.sources)
         if span <= most or max(self.shape, default=1) <= 1:
@@ -73,7 +73,7 @@ class Source(Generic[S]):
     """One state of one parameter, as the source checkpoint holds it.
 
     Attributes:
-        layout: of the parameter over the source's model-parallel ranks.
+        layout: layout of the parameter over the source's model-parallel ranks.
         fragments: ``(rank, local_start, local_stop)`` → the fragments of that rank's local tensor that meet the flat interval.
     """
 
@@ -86,9 +86,9 @@ class Target(Generic[T]):
     """One state of one parameter, as one target rank wants it.
 
     Attributes:
-        layout: of the parameter over the target's model-parallel ranks.
+        layout: layout of the parameter over the target's model-parallel ranks.
         rank: this rank's model-parallel rank.
-        fragments: what this rank holds of its local tensor.
+        fragments: the parts of its local tensor that this rank holds.
     """
 
     layout: Layout
@@ -98,13 +98,13 @@ class Target(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class _Region(Generic[B]):
-    """A logical box and where it lies in a buffer."""
+    """A logical box and its position in a buffer."""
 
     logical_box: Box
     view: StridedView[B]
 
     def cut(self, box: Box) -> StridedView[B]:
-        """Where ``box``, inside this region, begins."""
+        """Return the view of ``box``, a box inside this region."""
         steps = zip(box.start, self.logical_box.start, self.view.strides, strict=True)
         start = self.view.start + sum((low - mine) * stride for low, mine, stride in steps)
         return StridedView(self.view.buffer, start, self.view.strides)
@@ -118,12 +118,12 @@ class _Match(Generic[S]):
     regions: tuple[_Region[S], ...] = ()
 
     def views(self) -> tuple[StridedView[S], ...]:
-        """Where the box begins on each rank; cut last, since each further rank may have narrowed it."""
+        """Return the view of the box on each rank. Cut last, since each further rank may have narrowed the box."""
         return tuple(region.cut(self.box) for region in self.regions)
 
 
 def plan_tensor(source: Source[S], target: Target[T], state: str) -> tuple[BlockCopy[S, T], ...]:
-    """Copies that fill everything the target rank wants of one state of one parameter.
+    """Plan the copies that fill everything the target rank wants of one state of one parameter.
 
     Args:
         state: name of the state; only scaled layouts look at it.
@@ -163,7 +163,7 @@ def _factor(source: Layout, target: Layout, state: str) -> Fraction:
 
 
 def _holders_to_read(layout: Layout, target_rank: int) -> list[tuple[Box, list[tuple[int, Piece]]]]:
-    """For each distinct logical box the ranks to read: all of them for a mean, else one, chosen so that readers spread."""
+    """Return for each distinct logical box the ranks to read: all for a mean, else one, chosen so that readers spread."""
     if layout.union == "mean":
         return list(layout.holders().items())
     return [(box, [held[target_rank % len(held)]]) for box, held in layout.holders().items()]
@@ -182,7 +182,7 @@ def _match(
     holders: Sequence[tuple[Box, list[tuple[int, Piece]]]],
     wanted: Box,
 ) -> Iterator[_Match[S]]:
-    """Boxes that tile ``wanted`` as far as the source reaches, each with one region per rank to read."""
+    """Yield boxes that tile ``wanted`` as far as the source reaches, each with one region per rank to read."""
     for logical_box, held in holders:
         box = wanted.intersect(logical_box)
         if box is None:
@@ -202,7 +202,7 @@ def _match(
 def _source_regions(
     layout: Layout, source: Source[S], rank: int, piece: Piece, logical_box: Box
 ) -> Iterator[_Region[S]]:
-    """Where the source rank holds ``logical_box``, a part of ``piece``."""
+    """Yield the regions in which the source rank holds ``logical_box``, a part of ``piece``."""
     local_shape = layout.locals[rank].shape
     local_box = logical_box.moved(piece.logical_box.start, piece.local_box.start)
     for fragment in source.fragments(rank, *_whole_rows(local_box, local_shape).flat_range(local_shape)):
@@ -210,7 +210,7 @@ def _source_regions(
 
 
 def _whole_rows(box: Box, shape: Shape) -> Box:
-    """The box grown to all of each dimension after the first in which it is wider than 1.
+    """Grow the box to all of each dimension after the first in which it is wider than 1.
 
     The flat interval of the grown box starts and ends with a row, so that a source held in one piece stays one block.
     """
@@ -220,7 +220,7 @@ def _whole_rows(box: Box, shape: Shape) -> Box:
 
 
 def _regions(fragment: Fragment[B], local_shape: Shape, piece: Piece, local_box: Box) -> Iterator[_Region[B]]:
-    """The parts of ``local_box``, itself a part of ``piece``, that lie in one fragment."""
+    """Yield the parts of ``local_box``, itself a part of ``piece``, that lie in one fragment."""
     strides = row_major_strides(local_shape)
     for held in flat_interval_boxes(local_shape, fragment.local_start, fragment.local_start + fragment.numel):
         common = held.intersect(local_box)

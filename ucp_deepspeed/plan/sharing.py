@@ -1,7 +1,7 @@
-"""Which rank reads what, where several ranks need the same bytes (the paper's redundancy-bypassing load).
+"""Shared reads: which rank reads what, if several ranks need the same bytes (the paper's redundancy-bypassing load).
 
-Two kinds of ranks hold the same: data-parallel replicas a buffer as a whole, and tensor-parallel ranks some parts of it, the
-parameters that aren't cut. Where both do, a part that a replica reads for the others is divided once more.
+Two kinds of ranks hold the same bytes. Data-parallel replicas share a whole buffer. Tensor-parallel ranks share parts of it: the
+parameters that aren't cut. If both apply, a part that a replica reads for the others is divided once more.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 from ucp_deepspeed.layout import Box, Layout, LocalTensor, Shape
 
 SHARED_READ_NUMBYTES = 64 << 20
-"""Where ranks hold fewer bytes alike, each reads them all: that costs less than to exchange them."""
+"""If ranks share fewer bytes than this, each reads them all: that costs less than exchanging them."""
 
 ALIGNMENT_NUMBYTES = 64
-"""What is shared is cut at multiples of this, which are element boundaries of every dtype."""
+"""Shared parts are cut at multiples of this, which are element boundaries of every dtype."""
 
 Interval = tuple[int, int]
-"""Of a buffer: the first element, and that behind the last."""
+"""Part of a buffer: the first element, and the one behind the last."""
 
 
 def without(intervals: Sequence[Interval], taken: Sequence[Interval]) -> list[Interval]:
-    """What is left of some intervals after others are taken out; both are given in order, and don't overlap."""
+    """Return the rest of some intervals after others are taken out. Both are ordered, and don't overlap."""
     left: list[Interval] = []
     place = 0
     for start, stop in intervals:
@@ -51,10 +51,10 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """What ranks read of a buffer for one another.
+    """The parts of a buffer that ranks read for one another.
 
     Attributes:
-        shares: ordered by place; they needn't meet.
+        shares: ordered by position; there may be gaps between them.
         rank: this rank's number among them.
     """
 
@@ -62,19 +62,19 @@ class Sharing:
     rank: int
 
     def left_of(self, intervals: Sequence[Interval]) -> list[Interval]:
-        """What of some intervals others don't read for this rank."""
+        """Return the parts of some intervals that no other rank reads for this rank."""
         return without(intervals, [(share.start, share.stop) for share in self.shares if share.reader != self.rank])
 
 
 @dataclass(frozen=True)
 class Shareable:
-    """A buffer of one rank, and what others hold of the same.
+    """A buffer of one rank, and the parts of it that other ranks hold too.
 
     Attributes:
-        numel: its elements.
-        itemsize: bytes of each.
-        replicas: names the ranks that hold all of it; None if there are none.
-        alike: the parts that this rank's tensor-parallel ranks hold too, each in the same order and of the same length.
+        numel: number of its elements.
+        itemsize: bytes of each element.
+        replicas: names the ranks that hold all of the buffer; None if there are none.
+        alike: the parts that this rank's tensor-parallel ranks hold too, on each in the same order and of the same length.
     """
 
     numel: int
@@ -85,27 +85,27 @@ class Shareable:
 
 @dataclass(frozen=True)
 class Division:
-    """How a buffer is read.
+    """The division of a buffer among the ranks that read it.
 
     Attributes:
-        replicas: what data-parallel replicas read for one another, which is all of it; None where each reads all.
-        tensor_parallel: what tensor-parallel ranks read for one another of what their replica reads; None as before.
+        replicas: parts that data-parallel replicas read for one another, together the whole buffer; None if each reads all.
+        tensor_parallel: parts of a replica's share that tensor-parallel ranks read for one another; None if each reads all.
     """
 
     replicas: Sharing | None = None
     tensor_parallel: Sharing | None = None
 
     def own(self, numel: int) -> list[Interval]:
-        """What this rank's replica reads of a buffer of ``numel`` elements."""
+        """Return the parts of a buffer of ``numel`` elements that this rank's replica reads."""
         return self.replicas.left_of([(0, numel)]) if self.replicas else [(0, numel)]
 
     def read(self, numel: int) -> list[Interval]:
-        """What this rank itself reads of it."""
+        """Return the parts of it that this rank itself reads."""
         return self.tensor_parallel.left_of(self.own(numel)) if self.tensor_parallel else self.own(numel)
 
 
 UNDIVIDED = Division()
-"""Each rank reads what it holds."""
+"""Each rank reads all that it holds."""
 
 
 def divide(
@@ -114,13 +114,13 @@ def divide(
     tensor_parallel: tuple[int, int],
     least_numbytes: int = SHARED_READ_NUMBYTES,
 ) -> list[Division]:
-    """Divide among ranks what they all hold, where it is enough to be worth the exchange.
+    """Divide shared bytes among ranks, if there are enough to be worth the exchange.
 
     Args:
-        buffers: of one rank, in an order that is the same on all that hold them.
-        replicas: how many ranks hold a buffer's like, and this one's number among them, by the buffer's ``replicas``.
-        tensor_parallel: the same of the tensor-parallel ranks.
-        least_numbytes: what ranks hold alike is divided among them if it has at least so many bytes.
+        buffers: buffers of one rank, in an order that is the same on all ranks that hold them.
+        replicas: by the buffer's ``replicas``: how many ranks hold the same buffer, and this rank's number among them.
+        tensor_parallel: the same two numbers for the tensor-parallel ranks.
+        least_numbytes: shared bytes are divided if there are at least this many.
     """
     divisions = [UNDIVIDED] * len(buffers)
     for name, ranks in replicas.items():
@@ -145,15 +145,15 @@ def read_together(
     rank: int,
     degree: int,
 ) -> frozenset[str]:
-    """Parameters that each tensor-parallel rank of a stage holds whole, and that the checkpoint holds less often.
+    """Return parameters that each tensor-parallel rank of a stage holds whole, and of which the checkpoint has fewer copies.
 
-    None where the ranks hold some other parameter in different shapes: then they lay out their buffers in different ways, and
-    data-parallel partitions of theirs hold different parts.
+    Returns none if the ranks hold some other parameter in different shapes. Then they lay out their buffers in different ways,
+    and their data-parallel partitions hold different parts.
 
     Args:
-        layouts: of what may be read together.
+        layouts: layouts of the parameters that may be read together.
         sources: layouts in the checkpoint.
-        local_shapes: of everything in the model, over its model-parallel ranks.
+        local_shapes: shapes of everything in the model, over its model-parallel ranks.
         rank: model-parallel rank.
         degree: tensor-parallel size.
     """
@@ -169,7 +169,7 @@ def read_together(
 
 
 def _are_whole(locals_: Sequence[LocalTensor]) -> bool:
-    """Whether some ranks hold the same, without padding."""
+    """Return whether some ranks hold the same, without padding."""
     first = locals_[0]
     unpadded = len(first.pieces) == 1 and first.pieces[0].local_box == Box.whole(first.shape)
     return unpadded and all(other == first for other in locals_)
@@ -186,7 +186,7 @@ class _Run:
 
 
 def _share(runs: Sequence[_Run], ranks: int, rank: int, least_numbytes: int) -> dict[int, Sharing]:
-    """Cut runs, laid end to end, into parts of equal numbers of bytes, one for each rank; by the buffers that they are of."""
+    """Cut runs, laid end to end, into parts of equal numbers of bytes, one for each rank. Returns them by buffer."""
     total = sum((run.stop - run.start) * run.itemsize for run in runs)
     if ranks < 2 or total < least_numbytes:
         return {}
@@ -210,7 +210,7 @@ def _share(runs: Sequence[_Run], ranks: int, rank: int, least_numbytes: int) -> 
 
 
 def _common(intervals: Sequence[Interval], others: Sequence[Interval]) -> list[Interval]:
-    """What lies both in some intervals, of which there are few, and in others."""
+    """Return the overlap of some intervals, of which there are few, with others."""
     return [
         (max(start, low), min(stop, high))
         for start, stop in intervals
