@@ -1,6 +1,6 @@
-"""On-disk forms of a checkpoint, each as a *catalog*: which range of which file holds which elements of which parameter.
+"""On-disk forms of a checkpoint, each as a *catalog*: it tells which range of which file holds which elements of a parameter.
 
-Every form is a `Checkpoint`; `open_checkpoint` finds out which one a path holds. Opening parses metadata only: a tensor's bytes
+Every form is a `Checkpoint`; `open_checkpoint` recognises the form at a path. Opening parses metadata only: a tensor's bytes
 stay on disk until a plan asks for them.
 """
 

@@ -1,4 +1,4 @@
-"""What the pickles of a checkpoint may name: plain data, and DeepSpeed's four classes, in whose place there are stand-ins."""
+"""The classes that pickles of a checkpoint may name: plain data, and four classes of DeepSpeed, replaced by stand-ins."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ZeroStage(enum.IntEnum):
 
 
 def zero_stage_by_name(owner: type, name: str) -> ZeroStage:
-    """Stands in for ``getattr``, by which Python 3.11.2 pickles an enum's members; finds only those of `ZeroStage`."""
+    """Stands in for ``getattr``, with which Python 3.11.2 pickles an enum's members. It finds only members of `ZeroStage`."""
     if owner is not ZeroStage or name not in ZeroStage.__members__:
         raise pickle.UnpicklingError(
             f"Unsupported global: GLOBAL getattr was not an allowed global ({name} of {owner})"
@@ -53,7 +53,7 @@ def zero_stage_by_name(owner: type, name: str) -> ZeroStage:
 
 
 PATHS = PosixPath, PurePosixPath, PureWindowsPath
-"""Python 3.13 pickles them from another module."""
+"""Path classes; Python 3.13 pickles them from another module."""
 
 ALLOWED_CLASSES: list[Any] = [
     (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
@@ -72,7 +72,7 @@ ALLOWED_CLASSES: list[Any] = [
     *(decimal.Decimal, fractions.Fraction, uuid.UUID, uuid.SafeUUID),
     *(collections.deque, collections.defaultdict),
 ]
-"""All that a checkpoint may name beyond torch's own classes: data without behaviour, and stand-ins for the rest."""
+"""All classes that a checkpoint may name beyond torch's own: data without behaviour, and stand-ins for the rest."""
 
 ALLOWED: dict[str, Any] = {
     name: kind
@@ -81,4 +81,4 @@ ALLOWED: dict[str, Any] = {
         for each in ALLOWED_CLASSES
     )
 }
-"""The same by name."""
+"""`ALLOWED_CLASSES` by name."""

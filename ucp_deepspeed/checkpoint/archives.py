@@ -1,7 +1,7 @@
-"""Whether a zip archive is one that torch laid out, so that the bytes of a tensor lie where torch says that they do.
+"""Zip archives: checks that torch laid one out, so that the bytes of a tensor are where torch says.
 
-Archives that other programs have written anew hold the same, and ``torch.load`` reads them; but their records may be compressed.
-And since 2.7 torch calculates where a storage begins, by the layout that it gives archives itself
+An archive that another program has written anew holds the same data, and ``torch.load`` reads it; but its records may be
+compressed. Besides, since 2.7 torch calculates where a storage begins from its own layout of archives
 (``torch/serialization.py::_load``), when it describes tensors and doesn't read them.
 """
 
@@ -23,17 +23,17 @@ from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 REWRITE_HINT = "write it anew with torch.save(torch.load(path), path)"
 
 _DEFAULT_ALIGNMENT = 64
-"""Bytes to a multiple of which torch pads the beginning of each record, where the archive doesn't say."""
+"""Torch pads the beginning of each record to a multiple of this many bytes, unless the archive names another number."""
 
 
 def storage_start(tensor: torch.Tensor) -> int:
-    """Where in its file the storage of a described tensor begins, in bytes; views share one."""
+    """Return the position in its file where the storage of a described tensor begins, in bytes. Views share a storage."""
     start: int = getattr(tensor.untyped_storage(), "_checkpoint_offset", 0)
     return start
 
 
 _LARGE = 2**32 - 1
-"""From this number on a field of 32 bits is too small."""
+"""The first number that is too large for a field of 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Archive:
 
     Attributes:
         path: its file.
-        records: in the order of the file.
+        records: records, in the order of the file.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class Archive:
 
         Raises:
             zipfile.BadZipFile: there is none, or it is damaged.
-            UnsupportedError: torch reads the file, and it can't say where the bytes of a tensor lie.
+            UnsupportedError: torch reads the file but can't say where the bytes of a tensor are.
         """
         with path.open("rb", buffering=0) as raw, zipfile.ZipFile(raw) as file:
             archive = cls(path, sorted(file.infolist(), key=lambda record: record.header_offset))
@@ -76,7 +76,7 @@ class Archive:
         return None if found is None or found.file_size > 64 else file.read(found).decode("ascii", "replace")
 
     def _check_layout(self, alignment: int) -> None:
-        """Whether each storage's record ends where torch takes the next to begin."""
+        """Check that each storage's record ends where torch assumes the next one begins."""
         for record, following in zip(self.records, self.records[1:], strict=False):
             names = (each.filename.partition("/")[2] for each in (record, following))
             if not all(name.startswith("data/") for name in names):
@@ -87,10 +87,10 @@ class Archive:
                 raise UnsupportedError(f"{self.path} was written anew by another program than torch; {REWRITE_HINT}")
 
     def check_storages(self, loaded: Any) -> None:
-        """Whether what was loaded with descriptions of tensors finds each storage in a record of its size.
+        """Check that each storage of described tensors lies in a record of its size.
 
         Raises:
-            DamagedCheckpointError: a record is shorter or longer; the bytes behind it are another's.
+            DamagedCheckpointError: a record is shorter or longer; the bytes behind it belong to another.
         """
         headers = [record.header_offset for record in self.records]
         for value in everything_in(loaded):
@@ -107,10 +107,11 @@ class Archive:
 
 
 def content_start(header: int, name_length: int, numbytes: int, alignment: int) -> int:
-    """Where torch writes the content of a record whose header begins at a byte; after ``caffe2/serialize/inline_container.cc``,
-    ``getPadding``."""
+    """Return the position where torch writes the content of a record whose header begins at ``header``.
+
+    Source: ``caffe2/serialize/inline_container.cc``, ``getPadding``."""
     start = header + 30 + name_length + 4
-    if max(header, numbytes) >= _LARGE:  # both may need fields of 64 bits
+    if max(header, numbytes) >= _LARGE:  # each of the two may need fields of 64 bits
         start += 4 + 16 * (numbytes >= _LARGE) + 8 * (header >= _LARGE)
     return -(-start // alignment) * alignment
 

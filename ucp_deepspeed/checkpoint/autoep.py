@@ -1,7 +1,7 @@
-"""DeepSpeed's automatic expert parallelism (AutoEP): layers of Hugging Face models that keep all their experts in three tensors.
+"""DeepSpeed's automatic expert parallelism (AutoEP): layers of Hugging Face models with all experts in three tensors.
 
-Those are ``w1`` (gate), ``w2`` (down) and ``w3`` (up), of shape (experts, out, in); each expert-parallel rank has consecutive
-experts of each, under the same names. Here a parameter is the tensor of the whole layer, of which a rank's files hold a part.
+The tensors are ``w1`` (gate), ``w2`` (down) and ``w3`` (up), of shape (experts, out, in). Each expert-parallel rank has
+consecutive experts of each, under the same names. Here a parameter is the tensor of the whole layer; a rank's files hold a part.
 
 Source: DeepSpeed 0.19.8, ``module_inject/auto_ep_layer.py``, ``runtime/engine.py::_save_moe_checkpoint``.
 """
@@ -22,13 +22,13 @@ WEIGHTS = ("w1", "w2", "w3")
 """The tensors of a layer's experts (``moe/ep_experts.py::GroupedExperts``)."""
 
 ROUTER = "router"
-"""Under which a layer keeps its router; transformers wants to find it as ``gate`` too, so that a ``state_dict`` has it twice."""
+"""Name of a layer's router. Transformers wants to find it as ``gate`` too, so that a ``state_dict`` has it twice."""
 
 _NAME = re.compile(r"(?:.+\.)?experts\.w[123]")
 
 
 def is_stacked(name: str, shape: Shape) -> bool:
-    """Whether a parameter looks like all experts of a layer, where no file tells."""
+    """Return whether a parameter looks like all experts of a layer. Used if no file tells."""
     return len(shape) == 3 and _NAME.fullmatch(name) is not None
 
 
@@ -38,8 +38,8 @@ class AutoEpLayer:
 
     Attributes:
         module: its name; empty for the model itself.
-        experts: number of experts, of all ranks together.
-        ep: expert-parallel size; expert-parallel rank ``e`` has the experts from ``e * experts / ep``.
+        experts: number of experts on all ranks together.
+        ep: expert-parallel size; expert-parallel rank ``e`` has the experts from ``e * experts / ep`` on.
     """
 
     module: str
@@ -48,12 +48,12 @@ class AutoEpLayer:
 
     @property
     def prefix(self) -> str:
-        """What its parameters' names begin with."""
+        """Prefix of the names of its parameters."""
         return f"{self.module}." if self.module else ""
 
     @property
     def local(self) -> int:
-        """Experts of each rank."""
+        """Number of experts on each rank."""
         return self.experts // self.ep
 
 
@@ -62,8 +62,8 @@ class Part:
     """Some consecutive experts of a tensor.
 
     Attributes:
-        shape: of the whole tensor.
-        start: position in it of the first element.
+        shape: shape of the whole tensor.
+        start: position of the first element in the whole tensor.
     """
 
     shape: Shape
@@ -75,7 +75,7 @@ class AutoEpLayers:
     """The layers of a model.
 
     Attributes:
-        layers: by the names of their experts' tensors.
+        layers: layers by the names of their experts' tensors.
     """
 
     layers: Mapping[str, AutoEpLayer] = field(default_factory=dict)
@@ -89,19 +89,19 @@ class AutoEpLayers:
         return max((layer.ep for layer in self.layers.values()), default=1)
 
     def part(self, name: str, ep_rank: int, shape: Shape) -> Part:
-        """What a rank holds of a parameter, from the shape that its files give it; the whole of what isn't of experts."""
+        """Return the part of a parameter that a rank holds, from the shape in its files; all of it if it isn't of experts."""
         layer = self.layers.get(name)
         if layer is None:
             return Part(shape, 0)
         return Part((layer.experts, *shape[1:]), ep_rank * layer.local * prod(shape[1:]))
 
     def expert_of(self, key: str) -> tuple[str, int] | None:
-        """The tensor and the number of the expert that a key of a file of weights means; None for any other key."""
+        """Return the tensor and the expert's number for a key of a file of weights; None for any other key."""
         name, _, number = key.rpartition(".")
         return (name, int(number)) if name in self.layers and number.isdecimal() else None
 
     def second_names(self, keys: Iterable[str]) -> dict[str, str]:
-        """Names under which a ``state_dict`` has the routers a second time → the first."""
+        """Map the names under which a ``state_dict`` has the routers a second time to the first names."""
         known = frozenset(keys)
         found: dict[str, str] = {}
         for prefix in {layer.prefix for layer in self.layers.values()}:
@@ -114,10 +114,10 @@ class AutoEpLayers:
 
 
 def read_autoep_layers(recorded: Any, place: Path) -> AutoEpLayers:
-    """The layers, from ``ds_autoep_layers`` of a model_states file.
+    """Read the layers from ``ds_autoep_layers`` of a model_states file.
 
     Raises:
-        UnsupportedError: experts that aren't dealt out consecutively and evenly, or a record of another form.
+        UnsupportedError: experts aren't dealt out consecutively and evenly, or the record has another form.
     """
     layers: dict[str, AutoEpLayer] = {}
     for entry in recorded or ():

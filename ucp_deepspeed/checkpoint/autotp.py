@@ -1,4 +1,4 @@
-"""What DeepSpeed's automatic tensor parallelism (AutoTP) records of layouts, in every model_states file.
+"""The layouts that DeepSpeed's automatic tensor parallelism (AutoTP) records in every model_states file.
 
 Keys: DeepSpeed 0.19.8, ``module_inject/layers.py::collect_autotp_universal_checkpoint_info``.
 """
@@ -27,16 +27,16 @@ FIRST_RECORDED = "0.19.7"
 """First version of DeepSpeed whose AutoTP records layouts."""
 
 AUTOTP_FAMILIES = "hf_"
-"""How the names of families begin whose models AutoTP cuts."""
+"""Prefix of the names of families whose models AutoTP cuts."""
 
 
 @dataclass(frozen=True)
 class RecordedLayouts:
-    """What a run has recorded of its own layouts.
+    """The layouts that a run has recorded.
 
     Attributes:
-        patterns: by name.
-        logical_shapes: of whole parameters, by name.
+        patterns: patterns by name.
+        logical_shapes: shapes of whole parameters, by name.
         refused: name → why its layout can't be told, by DeepSpeed or here.
     """
 
@@ -46,15 +46,15 @@ class RecordedLayouts:
 
 
 def read_autotp_layouts(info: Any, degree: int, place: Path | str) -> RecordedLayouts:
-    """Layouts that AutoTP has recorded; nothing where it didn't run, or on one rank, where nothing is cut.
+    """Return the layouts that AutoTP has recorded; none if it didn't run, or on one rank, where nothing is cut.
 
     Args:
         info: ``universal_checkpoint_info`` of a model_states file.
         degree: tensor-parallel size.
-        place: where it stands, for messages.
+        place: the file, for messages.
 
     Raises:
-        UnsupportedError: maps of another version.
+        UnsupportedError: the maps are of another version.
     """
     if not isinstance(info, Mapping) or REFUSED not in info or degree == 1:
         return RecordedLayouts()
@@ -65,7 +65,7 @@ def read_autotp_layouts(info: Any, degree: int, place: Path | str) -> RecordedLa
             f"use a later release"
         )
     patterns: dict[str, Pattern] = {name: Replicate() for name in _names(info.get(REPLICATED, ()))}
-    # Of embeddings that are cut AutoTP records this alone.
+    # For embeddings that are cut, AutoTP records only this.
     patterns |= {name: Shard(1) for name in _names(info.get(ROW, ()))}
     shapes: dict[str, Shape] = {}
     refused = {_name(key): str(reason) for key, reason in info[REFUSED].items()}
@@ -77,12 +77,12 @@ def read_autotp_layouts(info: Any, degree: int, place: Path | str) -> RecordedLa
         except ValueError as error:
             refused[name] = str(error)
     patterns = {name: found for name, found in patterns.items() if name not in refused}
-    # ZeRO-3 may have cut what AutoTP leaves alone before AutoTP looked at it.
+    # ZeRO-3 may have cut the parameters that AutoTP leaves alone before AutoTP looked at them.
     return RecordedLayouts(patterns, {name: shape for name, shape in shapes.items() if 0 not in shape}, refused)
 
 
 def before_records(ds_version: str) -> bool:
-    """Whether a version of DeepSpeed is one whose AutoTP records nothing; one that can't be told counts as old."""
+    """Return whether AutoTP of a DeepSpeed version records nothing. A version that can't be told counts as old."""
     try:
         return Version(ds_version.split("+")[0]) < Version(FIRST_RECORDED)
     except InvalidVersion:
@@ -94,5 +94,5 @@ def _names(keys: Collection[str]) -> list[str]:
 
 
 def _name(key: str) -> str:
-    """The parameter of a key: a regular expression that is its name, escaped."""
+    """Return the parameter of a key. The key is the name as an escaped regular expression."""
     return re.sub(r"\\(.)", r"\1", key.removeprefix("^").removesuffix("$"))

@@ -1,4 +1,4 @@
-"""What every form of checkpoint offers: the types of the catalog."""
+"""The common interface of all forms of checkpoint: the types of the catalog."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Kind = Literal["trainable", "frozen", "buffer"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 OnUnreadable = Literal["error", "drop"]
-"""What to do about what files hold and nobody can read, or ought to hold and don't: refuse the checkpoint, or leave it out."""
+"""Policy for data that can't be read, or that files lack but should hold: refuse the checkpoint, or leave the data out."""
 
 MASTER = "fp32"
 """Name of the state that holds a trainable parameter's master weight."""
@@ -34,16 +34,16 @@ WEIGHTS_HINT = (
     'load_module_only=True or load_optimizer_states=False loads the weights, "optimizer_states": "reset" those and the rest, '
     "with the optimizer's state as before a first step"
 )
-"""The way on where a checkpoint's optimizer state is out of reach."""
+"""The user's options if a checkpoint's optimizer state is out of reach."""
 
 IMPLEMENTATION_SWITCHES = frozenset(("foreach", "fused", "capturable", "differentiable", "name", "moe", "param_names"))
-"""Hyper-parameters that choose how a machine computes, not what: each side keeps its own, and all others are restored.
-``name`` and ``moe`` are DeepSpeed's marks on groups of experts, which say over which ranks they are cut. ``param_names`` is
-torch's list of what is in the group."""
+"""Hyper-parameters that choose how a machine computes, not the result: each side keeps its own, and all others are restored.
+``name`` and ``moe`` are DeepSpeed's marks on groups of experts; they say over which ranks the experts are cut. ``param_names``
+is torch's list of the group's parameters."""
 
 GROUP_STEP = "step"
-"""Where some optimizers count steps in a parameter group, from the first step on: Apex's and Transformer Engine's ``FusedAdam``.
-In DeepSpeed's it stays 0, and each parameter has its own."""
+"""Key of a parameter group in which Apex's and Transformer Engine's ``FusedAdam`` count steps, from the first step on. In
+DeepSpeed's ``FusedAdam`` it stays 0, and each parameter has its own count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,10 @@ class FileExtent:
 
 
 Differing = Mapping[str, Mapping[str, Any]]
-"""Numbers that aren't the same on all partitions of a checkpoint, by name → for each partition, in words, its value."""
+"""Numbers that differ between partitions of a checkpoint, by name → for each partition, in words, its value."""
 
 HeldShapes = tuple[Shape | None, ...]
-"""Shape of each model-parallel rank's local tensor, stage by stage; None where a pipeline stage holds none."""
+"""Shape of each model-parallel rank's local tensor, stage by stage; None if a pipeline stage holds none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +75,16 @@ class Parameter:
     """One parameter or buffer of the model.
 
     Attributes:
-        name: as in the model's ``state_dict``.
+        name: name in the model's ``state_dict``.
         kind: see `Kind`.
         local_shapes: see `HeldShapes`.
         states: element-wise states that the checkpoint holds → their dtype.
         scalars: states that are one number (``step``).
-        refused: states that can't be restored → why: of no element-wise form, such as factored moments, or of another dtype than
-            `ucp_deepspeed.dtypes` lists.
-        differing: of the scalars, which are the first partition's, those that other partitions have other values of.
-        may_be_buffer: it counts as frozen, and nothing tells whether it is a buffer.
-        stage: the pipeline stage whose copy is read, where several may hold one; None for the first that does.
+        refused: states that can't be restored → why: they aren't element-wise, such as factored moments, or their dtype isn't in
+            `ucp_deepspeed.dtypes`.
+        differing: scalars for which other partitions have other values; ``scalars`` holds the first partition's.
+        may_be_buffer: it counts as frozen, but nothing tells whether it is a buffer.
+        stage: pipeline stage whose copy is read, if several may hold one; None for the first that holds it.
     """
 
     name: str
@@ -99,18 +99,18 @@ class Parameter:
 
     @property
     def idle(self) -> bool:
-        """False: a checkpoint tells what was trained, and not what needs no gradient for now."""
+        """Always False: a checkpoint tells which parameters were trained, but not which need no gradient for now."""
         return False
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterGroup:
-    """One parameter group of the optimizer: hyper-parameters follow the names in it, not its position.
+    """One parameter group of the optimizer: hyper-parameters belong to the names in it, not to its position.
 
     Attributes:
-        names: its parameters.
-        hyperparameters: as on the first partition.
-        differing: those of them that other partitions have other values of.
+        names: names of its parameters.
+        hyperparameters: values on the first partition.
+        differing: hyper-parameters for which other partitions have other values.
     """
 
     names: tuple[str, ...]
@@ -134,7 +134,7 @@ class LossScale:
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """Where the run stood, besides its tensors."""
+    """The state of the run, besides its tensors."""
 
     precision: Precision
     global_steps: int
@@ -154,22 +154,22 @@ class Checkpoint(ABC):
 
     Attributes:
         path: the tag folder.
-        form: what wrote it, for people: ``deepspeed zero-3``, ``universal 1``, …
-        topology: of the run that saved it.
+        form: name of the writer and form, for people: ``deepspeed zero-3``, ``universal 1``, …
+        topology: topology of the run that saved it.
         run: counters, scheduler and loss scale.
-        parameters: by name, in the model's order.
+        parameters: parameters and buffers by name, in the model's order.
         groups: the optimizer's parameter groups.
-        patterns: pattern of each parameter in the run that saved, as far as the checkpoint records it.
-        refused: parameters of which it records that their layout can't be told, and why.
-        lacking: why the optimizer's state is in no file, or nobody can tell whose it is; for whoever needs it to raise. Weights
-            then stand for the masters.
-        unrecorded: parameters that the model had and whose value is in no file, and why; they aren't among ``parameters``.
-        recorded_shapes: whole shape of each parameter, as a manifest or AutoTP records it of the files beside it.
-        logical_names: name that a spec gave to each parameter when saving, where it isn't its own.
-        vocabulary_size: rows of the unpadded vocabulary, where recorded.
-        tied: further names of parameters → the name that each has here, as far as the checkpoint tells.
-        copies: parameters that are tied to others in the files, and not in the model that they are for → those others.
-        versions: of the files that have been opened; whoever reads others notes them too, and checks in the end.
+        patterns: pattern of each parameter in the run that saved, if the checkpoint records it.
+        refused: parameters whose layout can't be told, according to the checkpoint, with the reason.
+        lacking: why no file holds the optimizer's state, or why its owner can't be told; code that needs the state raises it. The
+            weights then replace the masters.
+        unrecorded: parameters that the model had but whose value is in no file, and why; they aren't among ``parameters``.
+        recorded_shapes: whole shape of each parameter, as a manifest or AutoTP records it for the files beside it.
+        logical_names: name that a spec gave to each parameter when saving, if it isn't its own.
+        vocabulary_size: rows of the unpadded vocabulary, if recorded.
+        tied: further names of parameters → the name that each has here, if the checkpoint tells.
+        copies: parameters that are tied to others in the files, but not in the target model → those others.
+        versions: versions of the opened files; code that reads other files notes them too, and checks all at the end.
     """
 
     path: Path
@@ -193,7 +193,7 @@ class Checkpoint(ABC):
     def fragments(
         self, name: str, state: str, rank: int, local_start: int, local_stop: int
     ) -> Iterator[Fragment[FileExtent]]:
-        """Where the flat interval of a model-parallel rank's local tensor lies, in local order.
+        """Yield the file ranges of a flat interval of a model-parallel rank's local tensor, in local order.
 
         Raises:
             KeyError: no such parameter or state.
@@ -202,7 +202,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def client_state(self, rank: int = 0, partition: int = 0) -> tuple[str, dict[str, Any]]:
-        """What ``engine.load_checkpoint`` returns: the path of the file with the common state, and that state's top level.
+        """Return the result of ``engine.load_checkpoint``: path of the file with the common state, and that state's top level.
 
         Args:
             rank: model-parallel rank; a native checkpoint has such a file for each.
@@ -210,19 +210,19 @@ class Checkpoint(ABC):
         """
 
     def unreadable(self, rank: int = 0, partition: int = 0) -> Mapping[str, str]:
-        """Keys of the client state that are left out, since they can't be read without running code of a class → that class.
+        """Keys of the client state that are left out because reading them would run code of a class → that class.
 
-        Args: as of `client_state`.
+        Args: see `client_state`.
         """
         return {}
 
     @abstractmethod
     def extra_states(self) -> tuple[dict[str, Any], ...]:
-        """For each tensor-parallel rank what modules' ``get_extra_state`` returned, but None, by key of the ``state_dict``."""
+        """Return for each tensor-parallel rank the results of ``get_extra_state``, except None, by key of the ``state_dict``."""
 
     def check_sizes(self) -> None:
-        """Compare the sizes of all files with what is recorded of them; a load checks those that it opens.
+        """Compare the sizes of all files with the record; a load checks the files that it opens.
 
         Raises:
-            DamagedCheckpointError: a file is truncated, or isn't the one that was recorded.
+            DamagedCheckpointError: a file is truncated, or isn't the recorded one.
         """

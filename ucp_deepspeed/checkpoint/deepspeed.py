@@ -64,21 +64,21 @@ from ucp_deepspeed.plan import Fragment
 class DeepSpeedCheckpoint(Checkpoint):
     """A tag folder that DeepSpeed wrote. See `Checkpoint`.
 
-    Opening reads what tells the topology; asking for the parameters reads the metadata of each model-parallel rank's
-    model_states file and of one optimizer file per model-parallel rank; other optimizer files are opened when a fragment in
-    them is asked for.
+    Opening reads the files that tell the topology. Asking for the parameters reads the metadata of each model-parallel rank's
+    model_states file and of one optimizer file per model-parallel rank. Other optimizer files are opened when a fragment in them
+    is asked for.
 
     Raises:
         DamagedCheckpointError: a file is missing, truncated, or disagrees with another.
-        UnsupportedError: an unknown optimizer class, or experts that are spread in a way that can't be told.
-        MismatchError: without a manifest stage 0 whose parameter order is ambiguous, or that of a pipeline, and a pipeline in
-            which several layers could be a tied module's; raised by ``parameters``.
+        UnsupportedError: an unknown optimizer class, or experts whose distribution can't be told.
+        MismatchError: there is no manifest and the parameter order of stage 0 is ambiguous, or it is a pipeline's, or several
+            layers of a pipeline could be a tied module's; raised by ``parameters``.
     """
 
     def __init__(
         self, path: Path, files: DeepSpeedFiles | None = None, copies: Mapping[str, int] = MappingProxyType({})
     ) -> None:
-        """Args: copies: parameters that several pipeline stages hold → the stage whose copy is read; by default the first."""
+        """Args: copies: parameters that several pipeline stages hold → stage whose copy is read; by default the first."""
         self.path, self._copies = path, copies
         self.files = files or DeepSpeedFiles(path)
         self.manifest, self.versions = self.files.manifest, self.files.versions
@@ -145,7 +145,7 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     @cached_property
     def patterns(self) -> Mapping[str, Pattern]:  # type: ignore[override]
-        """What the manifest records and, for parameters of which it says nothing, what AutoTP or Megatron-DeepSpeed recorded."""
+        """Patterns in the manifest; for other parameters, the patterns that AutoTP or Megatron-DeepSpeed recorded."""
         recorded = {**self._cut.patterns, **(self.manifest.patterns if self.manifest else {})}
         if self._info is None:
             return recorded
@@ -170,11 +170,11 @@ class DeepSpeedCheckpoint(Checkpoint):
             return self._read_groups()
 
     def trained_slots(self, rank: int) -> list[Slot]:
-        """A model-parallel rank's slots with an optimizer state, in the order of the file."""
+        """Return a model-parallel rank's slots with an optimizer state, in the order of the file."""
         return [slot for slot in self._slots(rank) if slot.kind == "trainable"]
 
     def local_shapes(self, rank: int) -> dict[str, Shape]:
-        """Shape of each parameter and buffer on a model-parallel rank."""
+        """Return the shape of each parameter and buffer on a model-parallel rank."""
         return {name: shape for slot in self._slots(rank) for name, shape in zip(slot.names, slot.shapes, strict=True)}
 
     def _read_sound_slots(self, rank: int) -> list[Slot]:
@@ -182,10 +182,10 @@ class DeepSpeedCheckpoint(Checkpoint):
             return self._read_slots(rank)
 
     def _read_where(self, rank: int) -> dict[str, list[HeldPart]]:
-        """Where each parameter and buffer of a model-parallel rank lies: in one slot, AutoEP's experts in several in order.
+        """Find the parts of each parameter and buffer of a model-parallel rank: one slot each; AutoEP's experts have several.
 
         Raises:
-            DamagedCheckpointError: they are others than on the stage's first rank, or of other shapes than recorded.
+            DamagedCheckpointError: the names differ from the stage's first rank, or shapes differ from the record.
         """
         where: dict[str, list[HeldPart]] = {}
         for slot in self._slots(rank):
@@ -267,7 +267,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         return self._stage0_slots(rank)[0]
 
     def _read_stage0_slots(self, rank: int) -> tuple[list[Slot], MismatchError | None]:
-        """The slots without ZeRO; where the optimizer's state can't be told, of weights alone, and why it can't."""
+        """Return the slots without ZeRO. If the optimizer's state can't be told: slots of weights alone, and the error."""
         optimizer, path = self.files.whole_optimizer(rank)
         if not (optimizer or self.files.lost_optimizer):
             return [], None
@@ -318,10 +318,10 @@ class DeepSpeedCheckpoint(Checkpoint):
             return unrecorded_weights(self._module(0), {*self._where(0), *self._aliases}, self.run.ds_version)
 
     def _module(self, rank: int) -> Mapping[str, Located]:
-        """Weights and buffers that a model-parallel rank's files hold; in a pipeline those of all stages.
+        """Return the weights and buffers in a model-parallel rank's files; in a pipeline those of all stages.
 
         Raises:
-            DamagedCheckpointError: a layer has no files, or of some tensor-parallel ranks only.
+            DamagedCheckpointError: a layer has no files, or files of only some tensor-parallel ranks.
         """
         saved, path = self.files.model_states(rank), self.files.model_states_path(rank, 0)
         pipeline = self.files.is_pipeline
@@ -351,7 +351,7 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     @cached_property
     def _unclaimed(self) -> list[str]:
-        """Of a pipeline's layer files what is neither a trained parameter nor a buffer, on any stage: frozen parameters."""
+        """Frozen parameters: keys in a pipeline's layer files that no stage trains or has as a buffer."""
         if self._recorded_stages is not None:
             return [name for name, kind in self._recorded_stages[0].items() if kind == "frozen"]
         stages = range(0, self.topology.model_parallel, self.topology.tp)
@@ -361,7 +361,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         return [name for name in self._layers.on(0) if name not in claimed and name in recorded]
 
     def recorded_groups(self, rank: int, ep_rank: int = 0) -> Groups | None:
-        """Names in the optimizer's order on one model- and expert-parallel rank, as the manifest records those of the first."""
+        """Return the names in the optimizer's order on one model- and expert-parallel rank. The manifest records the first's."""
         if self.manifest is None:
             return None
         groups = self.manifest.parameter_groups[rank // self.topology.tp]
@@ -376,17 +376,17 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     @cached_property
     def _aliases(self) -> Mapping[str, str]:
-        """Names of tied parameters under which they are not stored: listed by DeepSpeed under ZeRO, else found by sharing."""
+        """Names of tied parameters under which no value is stored: DeepSpeed lists them under ZeRO, else shared storage tells."""
         return tied_names(self.files, {} if self.files.is_pipeline else self._module(0))
 
     @cached_property
     def _recorded_stages(self) -> list[dict[str, Kind]] | None:
-        """What each pipeline stage's files hold, where a manifest tells all of it; frozen parameters count as the first's."""
+        """The content of each pipeline stage, if a manifest tells all of it; frozen parameters count as the first stage's."""
         described = self.files.param_shapes(0) is not None
         stages = self.manifest.stages if self.manifest and described and self.topology.pp > 1 else None
         if stages is None:
             return None
-        saved = self._layers.on(0)  # perhaps without frozen parameters
+        saved = self._layers.on(0)  # frozen parameters may be missing from the files
         kinds: list[dict[str, Kind]] = [
             {name: kind for name, kind in held.items() if kind == "trainable" or (kind == "buffer" and name in saved)}
             for held in stages
@@ -418,12 +418,12 @@ class DeepSpeedCheckpoint(Checkpoint):
         return parameters
 
     def parameter_on(self, name: str, stage: int) -> Parameter:
-        """The copy of a parameter that a pipeline stage holds, as that stage's files tell of it."""
+        """Return the copy of a parameter that a pipeline stage holds, according to that stage's files."""
         with self.files.sound():
             return self._parameter(name, stage * self.topology.tp, self.parameters[name].local_shapes)
 
     def _parameter(self, name: str, owner: int, shapes: HeldShapes) -> Parameter:
-        """What the files of a model-parallel rank tell of it; of a stage that is recorded, once someone asks."""
+        """Describe a parameter by the files of a model-parallel rank. For a recorded stage they are read on demand."""
         if self._recorded_stages is None:
             slot = self._where(owner)[name][0].slot
             refused, differing = self._refused(name, owner), Deferred(partial(self._differing, name, owner))
@@ -447,12 +447,12 @@ class DeepSpeedCheckpoint(Checkpoint):
             return self._numbers.scalars(owner, lambda rank: [held.slot for held in self._where(rank)[name]])
 
     def _differing_settings(self, first: int, group: int) -> Differing:
-        """See `ParameterGroup.differing`; of a group as the stage whose first rank is ``first`` counts them."""
+        """See `ParameterGroup.differing`. ``group`` is the number in the stage whose first rank is ``first``."""
         with self.files.sound():
             return self._numbers.settings(first, lambda rank: [s for s in self._slots(rank) if s.group == group])
 
     def _refused(self, name: str, owner: int) -> Mapping[str, str]:
-        """States that can't be read, and why; also where a parameter's parts differ in them."""
+        """Return states that can't be read, with the reason. States in which a parameter's parts differ are among them."""
         first, *others = (held.slot for held in self._where(owner)[name])
         if all(same_value((other.states, other.scalars), (first.states, first.scalars)) for other in others):
             return first.refused
@@ -460,7 +460,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         return {**first.refused, "step": differing}
 
     def _shapes_on_all_ranks(self, first: int) -> dict[str, tuple[Shape, ...]]:
-        """Local shapes on the tensor-parallel ranks of a stage, read from the files of each."""
+        """Read the local shapes on the tensor-parallel ranks of a stage from the files of each."""
         ranks = [self._where(rank) for rank in range(first, first + self.topology.tp)]
         return {name: tuple(where[name][0].shape for where in ranks) for name in ranks[0]}
 
@@ -472,7 +472,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         return self._layers.order() if self.files.is_pipeline else self.files.model_states(0)["module"]
 
     def _read_groups(self) -> tuple[ParameterGroup, ...]:
-        """The groups of all pipeline stages; each stage numbers its own, so that they are told apart by what is in them."""
+        """Return the groups of all pipeline stages. Each stage numbers its own, so that their content tells them apart."""
         firsts = range(0, self.topology.model_parallel, self.topology.tp)
         recorded = self.manifest.group_numbers if self.manifest and self._recorded_stages is not None else None
         if self.manifest is not None and recorded is not None and self._settings(0):
@@ -489,7 +489,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         return join_groups(firsts, named, numbers, read, self._settings_of, self._differing_settings)
 
     def _trained_groups(self, rank: int) -> list[list[str]]:
-        """Names in each parameter group of a model-parallel rank; none in elastic files, which have no hyper-parameters."""
+        """Return the names in each parameter group of a model-parallel rank; none for elastic files, without hyper-parameters."""
         named: list[list[str]] = [[] for _ in self._settings(rank)]
         for slot in self._slots(rank):
             if slot.group is not None and slot.group < len(named):

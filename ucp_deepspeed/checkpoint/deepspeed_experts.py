@@ -1,4 +1,4 @@
-"""Which ranks' files hold which experts of a native checkpoint: of DeepSpeed's own layers, and of those of AutoEP."""
+"""The ranks whose files hold the experts of a native checkpoint, for DeepSpeed's own layers and for AutoEP's."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from ucp_deepspeed.layout import FlatGroup, Topology
 
 
 def expert_parallel_size(files: DeepSpeedFiles, topology: Topology) -> int:
-    """The largest; layers may differ in it. 1 without experts.
+    """Return the largest expert-parallel size, since layers may differ in it. 1 without experts.
 
     Raises:
-        UnsupportedError: AutoEP's experts in a pipeline, or beside DeepSpeed's own layers.
+        UnsupportedError: AutoEP's experts are in a pipeline, or beside DeepSpeed's own layers.
     """
     if files.autoep:
         others = len(files.expert_totals) * 3 > len(files.autoep.layers)
@@ -69,7 +69,7 @@ def _expert_ranks(
 def shares_of_group(
     files: DeepSpeedFiles, topology: Topology, rank: int, index: int, named: NamedShapes
 ) -> list[Share]:
-    """Of a flat group under ZeRO, what the ranks hold: all the same, or each some of the experts."""
+    """Return the parts of a flat group under ZeRO that the ranks hold: all the same, or each some of the experts."""
     names = tuple(named)
     if not files.autoep.layers.keys().isdisjoint(names):
         return _autoep_shares(files, topology, rank, index, named)
@@ -104,8 +104,9 @@ def _autoep_shares(files: DeepSpeedFiles, topology: Topology, rank: int, index: 
 
 
 def _check_groups(files: DeepSpeedFiles, ranks: ExpertRanks, rank: int, index: int) -> None:
-    """Of the ranks that share a sub-group ZeRO-3 says which they are; here they are calculated. Tensor-parallel ranks are
-    neighbours (``module_inject/auto_ep_folding.py``)."""
+    """Compare the ranks that share a sub-group with ZeRO-3's record of them. Here they are calculated.
+
+    Tensor-parallel ranks are neighbours (``module_inject/auto_ep_folding.py``)."""
     state, path = files.optimizer_state(rank, 0)
     listed = state.get("ds_zero_partition_groups")
     holders = [ranks.holder(rank % ranks.ep, partition, rank) for partition in range(ranks.partitions)]
@@ -125,15 +126,15 @@ def stage0_expert_slots(
     groups_of: Callable[[int], Groups | None],
     kinds: Mapping[str, Kind | None],
 ) -> list[Slot]:
-    """The slots of a model-parallel rank at stage 0: those without experts, and each expert-parallel rank's experts.
+    """Return the slots of a model-parallel rank at stage 0: those without experts, and each expert-parallel rank's experts.
 
-    What isn't an expert's each expert-parallel rank keeps whole. It is taken from the model-parallel rank's own file, with the
-    numbers that each of them has. Where experts aren't cut over tensor-parallel ranks, one of these alone has the file of an
-    expert-parallel rank's optimizer.
+    Each expert-parallel rank keeps all other parameters whole. They are taken from the model-parallel rank's own file, with the
+    numbers that each expert-parallel rank has. If experts aren't cut over tensor-parallel ranks, only one of these has the file
+    of an expert-parallel rank's optimizer.
 
     Args:
         owned: weights of the model-parallel rank, each with its file.
-        groups_of: expert-parallel rank → names in the optimizer's order, where they are recorded.
+        groups_of: expert-parallel rank → names in the optimizer's order, if they are recorded.
         kinds: see `stage0_slots`.
     """
     single = {key: located for key, located in owned.items() if files.autoep.expert_of(key)}
@@ -159,7 +160,7 @@ def stage0_expert_slots(
 
 
 def _of_experts(files: DeepSpeedFiles, slot: Slot) -> bool:
-    """Whether a slot holds experts; DeepSpeed keeps them in groups of their own."""
+    """Return whether a slot holds experts. DeepSpeed keeps them in groups of their own."""
     return any(name in files.autoep.layers or expert_of(name) is not None for name in slot.names)
 
 
@@ -171,7 +172,7 @@ def _held_by(
     single: Mapping[str, Located],
     path: Path,
 ) -> dict[str, Located]:
-    """What an expert-parallel rank's optimizer has; of AutoEP's experts, which lie in a file for each, the shape alone."""
+    """Return the parameters of an expert-parallel rank's optimizer. AutoEP's experts, each in its own file, have shapes only."""
     numbers = numbers_of_experts(owned)
     held = {
         name: located
@@ -191,7 +192,7 @@ def _shape_of_expert(single: Mapping[str, Located], name: str, path: Path) -> tu
 
 
 def _with_parts(files: DeepSpeedFiles, slot: Slot, ep_rank: int, single: Mapping[str, Located]) -> Slot:
-    """A slot of local tensors as one of parts of whole ones."""
+    """Turn a slot of local tensors into a slot of parts of whole tensors."""
     parts = [files.autoep.part(name, ep_rank, shape) for name, shape in zip(slot.names, slot.shapes, strict=True)]
     found = replace(slot, shapes=tuple(part.shape for part in parts), starts=tuple(part.start for part in parts))
     layer = files.autoep.layers.get(slot.names[0])
@@ -201,12 +202,12 @@ def _with_parts(files: DeepSpeedFiles, slot: Slot, ep_rank: int, single: Mapping
 
 
 def _lies_apart(slot: Slot, files: DeepSpeedFiles) -> bool:
-    """Whether a plain torch optimizer wrote it, whose masters are the weights: each expert's in a file of its own."""
+    """Return whether a plain torch optimizer wrote it. Its masters are the weights: each expert's is in a file of its own."""
     return slot.kind == "frozen" or "state" in (files.model_states(0)["optimizer"] or {})
 
 
 def _apart(slot: Slot, layer: AutoEpLayer, ep_rank: int, single: Mapping[str, Located]) -> Slot:
-    """A slot whose partitions are its experts: for each, weights in a file of its own, and its row of each state."""
+    """Turn a slot into one whose partitions are its experts: each has weights in its own file, and its row of each state."""
     name, numel = slot.names[0], numels_of(slot.shapes)[0] // layer.experts
 
     def tensor(partition: int, state: str) -> tuple[Any, Path]:

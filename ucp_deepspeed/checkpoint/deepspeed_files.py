@@ -1,4 +1,4 @@
-"""The files of a tag folder that DeepSpeed wrote: which there are, what they are called, and opening them.
+"""The files of a tag folder that DeepSpeed wrote: their names, and opening them.
 
 File names and keys: DeepSpeed 0.19.8, ``runtime/engine.py`` (``_get_ckpt_name``, ``_get_rank_zero_ckpt_name``,
 ``_common_checkpoint_state``).
@@ -34,7 +34,7 @@ from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import Topology
 
 VALUES_KEY = "ucp_optimizer_only"
-"""Key of a model_states file under which saving adds the parameters that the optimizer has and no module, by name."""
+"""Key under which saving adds to a model_states file the parameters that the optimizer has and no module, by name."""
 
 ENGINE_KEYS = frozenset(
     {
@@ -69,30 +69,30 @@ ENGINE_KEYS = frozenset(
 """Top-level keys of a model_states file that DeepSpeed writes; all others are the user's client state."""
 
 REQUIRED_KEYS = ("module", "buffer_names", "dp_world_size", "mp_world_size", "global_steps", "skipped_steps")
-"""Keys without which a model_states file tells too little."""
+"""Keys that a model_states file must have."""
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu")
-"""One of these is in each config that DeepSpeed ran with; a mapping without them is something else."""
+"""Keys of a DeepSpeed config: each config that DeepSpeed ran with has one of these. A mapping without them is no config."""
 
 SLICED_HINT = "; with ZeRO-3 these hold the weights too, so that without them nothing can be loaded: fetch them as well"
-"""Where the optimizer's files aren't there."""
+"""Hint if the optimizer's files are missing."""
 
 _MODEL_STATES = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
-"""Files with a client state in them, besides what DeepSpeed writes."""
+"""Files that hold a client state besides DeepSpeed's own data."""
 
 _OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
 
 _RANKS_FILE = re.compile(r"(?:(?:bf16_)?zero_pp_rank_(\d+)_)?mp_rank_(\d+)_(?:model|optim)_states\.pt")
-"""Files that each model-parallel rank has: its partition, if any, and its number."""
+"""Files that each model-parallel rank has. The groups are its partition, if any, and its number."""
 
 
 class DeepSpeedFiles:
-    """A tag folder, and what DeepSpeed wrote into it; a file that has been opened stays known.
+    """A tag folder that DeepSpeed wrote. A file that was opened once stays in memory.
 
     Attributes:
         path: the folder.
-        manifest: what the save hook wrote, or None.
-        versions: of the files that have been opened.
+        manifest: the manifest of the save hook, or None.
+        versions: versions of the files that have been opened.
 
     Raises:
         DamagedCheckpointError: a file is missing, truncated, or of another size than the manifest says.
@@ -109,15 +109,15 @@ class DeepSpeedFiles:
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """Of all files in the folder."""
+        """Names of all files in the folder."""
         return frozenset(entry.name for entry in self.path.iterdir())
 
     @cached_property
     def sliced(self) -> bool:
-        """Whether each data-parallel rank wrote a model_states file of its own: ZeRO-3.
+        """True if each data-parallel rank wrote a model_states file of its own, as ZeRO-3 does.
 
         Raises:
-            DamagedCheckpointError: files of both kinds, and no manifest, or one from before, tells which are the last run's.
+            DamagedCheckpointError: there are files of both kinds, and no manifest tells which are the last run's, or it is stale.
         """
         found = sorted(name for name in self.names if is_model_states(name))
         sliced = [name for name in found if name.startswith("zero_pp_rank_")]
@@ -136,20 +136,20 @@ class DeepSpeedFiles:
 
     @cached_property
     def tells_buffers(self) -> bool:
-        """Whether it is recorded which tensors are buffers."""
+        """True if the files record which tensors are buffers."""
         return self.manifest is not None or not is_older(self.open(self.model_states_path(0, 0)))
 
     @property
     def is_pipeline(self) -> bool:
-        """Whether a pipeline engine saved it: weights and buffers lie in files of their own, one for each layer."""
+        """True if a pipeline engine saved it: weights and buffers lie in separate files, one for each layer."""
         return self.model_states(0).get("module") is None
 
     @cached_property
     def pipeline_stages(self) -> int:
-        """Pipeline-parallel size; before 0.19.5 DeepSpeed recorded the product with the tensor-parallel size alone.
+        """Pipeline-parallel size. Before 0.19.5 DeepSpeed recorded only its product with the tensor-parallel size.
 
         Raises:
-            DamagedCheckpointError: there are layer files of more tensor-parallel ranks than that, or of another number.
+            DamagedCheckpointError: the number of tensor-parallel ranks with layer files doesn't divide that product.
         """
         saved = self.model_states(0)
         if (recorded := saved.get("checkpoint_parallel_dimensions")) is not None:
@@ -168,30 +168,30 @@ class DeepSpeedFiles:
 
     @cached_property
     def partitioned(self) -> bool:
-        """Whether the optimizer's state is in files of its own: with ZeRO, and in a bf16 pipeline without."""
+        """True if the optimizer's state is in files of its own: with ZeRO, and in a bf16 pipeline without ZeRO."""
         if BF16_OPTIMIZER.masters in (self.model_states(0).get("optimizer") or {}):
             return True
         return self.param_shapes(0) is not None and self.has_optimizer_files
 
     @cached_property
     def has_optimizer_files(self) -> bool:
-        """Whether there are files of a ZeRO optimizer that this run may have written."""
+        """True if there are files of a ZeRO optimizer that this run may have written."""
         return self._optimizer_prefix in self._optimizer_prefixes
 
     def param_shapes(self, rank: int) -> Sequence[Mapping[str, Sequence[int]]] | None:
-        """Names and shapes of each flat group on a model-parallel rank; None without ZeRO.
+        """Return names and shapes of each flat group on a model-parallel rank; None without ZeRO.
 
-        Up to 0.5.10 DeepSpeed wrote them into the optimizer's files, and with experts before 0.19.3 nowhere.
+        Up to 0.5.10 DeepSpeed wrote them into the optimizer's files. With experts it wrote them nowhere before 0.19.3.
 
         Raises:
-            UnsupportedError: nothing tells what the optimizer's files hold.
+            UnsupportedError: nothing tells the parameters in the optimizer's files.
         """
         saved = self.model_states(rank)
         if "param_shapes" in saved or saved.get("optimizer") or not self.has_optimizer_files:
             return saved.get("param_shapes")
         path = self.optimizer_path(rank, 0)
         shapes: Any = self.open(path).get("param_shapes")
-        if isinstance(shapes, Mapping):  # of all groups in one
+        if isinstance(shapes, Mapping):  # all groups in one mapping
             states = [self.optimizer_state(rank, partition)[0] for partition in range(saved["dp_world_size"])]
             return in_flat_groups(shapes, states, path)
         found: Sequence[Mapping[str, Sequence[int]]] = mapped_shapes(self, rank) if shapes is None else shapes
@@ -199,7 +199,7 @@ class DeepSpeedFiles:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """What the run was configured with; empty where the files hold something else, as the path of a file."""
+        """Config of the run; empty if the files hold something else, such as the path of a file."""
         saved = self.model_states(0)
         config = saved.get("ds_config")
         if "ds_config" not in saved and len(self._optimizer_prefixes) == 1:
@@ -210,21 +210,21 @@ class DeepSpeedFiles:
 
     @cached_property
     def configured_stage(self) -> int | None:
-        """The ZeRO stage that the run was configured with; None where the files don't hold the config."""
+        """The ZeRO stage in the run's config; None if the files don't hold the config."""
         zero = self.config.get("zero_optimization", 0)
         return int(zero.get("stage", 0) if isinstance(zero, Mapping) else zero) if self.config else None
 
     @cached_property
     def maps_slices(self) -> bool:
-        """Whether ``param_slice_mappings`` are known to be right: with ``round_robin_gradients`` they are of another order."""
+        """True if ``param_slice_mappings`` are surely right. With ``round_robin_gradients`` they are of another order."""
         zero = self.config.get("zero_optimization")
         return bool(self.config) and not (isinstance(zero, Mapping) and zero.get("round_robin_gradients"))
 
     @cached_property
     def lost_optimizer(self) -> bool:
-        """Whether ZeRO's files are gone that up to 0.5.10 alone named the parameters.
+        """True if ZeRO's files are gone that named the parameters. Up to 0.5.10 no other file did.
 
-        DeepSpeed couldn't save an engine under ZeRO that had no optimizer then.
+        Those releases couldn't save an engine under ZeRO that had no optimizer.
         """
         saved = self.model_states(0)
         if {"param_shapes", "num_experts"} & saved.keys() or saved.get("optimizer") or self.has_optimizer_files:
@@ -233,7 +233,7 @@ class DeepSpeedFiles:
 
     @cached_property
     def precision(self) -> Precision:
-        """Of the weights that the run trained with: as configured, else as they are."""
+        """Precision of the weights that the run trained with: from the config, else from the weights."""
         if self.config:
             return _enabled(self.config) or "fp32"
         if self._optimizer_prefixes == {"bf16_"}:
@@ -241,7 +241,7 @@ class DeepSpeedFiles:
         return self._precision_of_weights()
 
     def _precision_of_weights(self) -> Precision:
-        """Of the trained weights, else of all; where ZeRO-3 leaves but a trace of them, that has their dtype."""
+        """Return the precision of trained weights, else of all. Under ZeRO-3 only empty tensors remain, with the same dtype."""
         saved = self.model_states(0)
         module, buffers = saved["module"], frozenset(saved["buffer_names"])
         layers = [name for name in sorted(self.names) if layer_file(name)] if module is None else []
@@ -254,13 +254,13 @@ class DeepSpeedFiles:
 
     @cached_property
     def _optimizer_prefixes(self) -> frozenset[str]:
-        """How the names of ZeRO's files begin: those of several runs may differ."""
+        """Prefixes of the names of ZeRO's files: they may differ between runs."""
         found = map(_OPTIMIZER_FILE.fullmatch, self.names)
         return frozenset(name[1] or "" for name in found if name is not None)
 
     @cached_property
     def _optimizer_prefix(self) -> str:
-        """That of the run's precision: a folder saved to twice may hold both. bf16 has a prefix of its own since 0.6.2."""
+        """Prefix for the run's precision: a folder saved to twice may hold both. Since 0.6.2 bf16 has a prefix of its own."""
         prefix = "bf16_" if self.precision == "bf16" else ""
         return prefix if prefix in self._optimizer_prefixes else ""
 
@@ -276,23 +276,23 @@ class DeepSpeedFiles:
         return read_autoep_layers(self.model_states(0).get("ds_autoep_layers"), self.model_states_path(0, 0))
 
     def model_states_path(self, rank: int, partition: int) -> Path:
-        """Of a model-parallel rank; with ZeRO-3, of one of its partitions."""
+        """Return the path for a model-parallel rank; with ZeRO-3, for one of its partitions."""
         prefix = f"zero_pp_rank_{partition}_" if self.sliced else ""
         return self.path / f"{prefix}mp_rank_{rank:02d}_model_states.pt"
 
     def optimizer_path(self, rank: int, partition: int) -> Path:
-        """Of one partition of a model-parallel rank, by one of the two names that DeepSpeed uses."""
+        """Return the path for one partition of a model-parallel rank. DeepSpeed uses one of two names."""
         return self.path / f"{self._optimizer_prefix}zero_pp_rank_{partition}_mp_rank_{rank:02d}_optim_states.pt"
 
     def expert_optimizer_path(self, rank: int, ep_rank: int) -> Path:
-        """Where experts aren't cut over tensor-parallel ranks, one of these alone has the file."""
+        """Return the path for an expert-parallel rank. If experts aren't cut, only one tensor-parallel rank has the file."""
         found = {held[1]: name for name in self.names if (held := optimizer_file(name)) and held[0] == ep_rank}
         if not found:
             raise DamagedCheckpointError(f"{self.path} lacks the optimizer's file of expert-parallel rank {ep_rank}")
         return self.path / found.get(rank, found[min(found)])
 
     def expert_files(self, rank: int) -> list[Path]:
-        """The files of all experts' weights, which under ZeRO only frozen parameters and buffers are taken from."""
+        """Return the files of all experts' weights. Under ZeRO only frozen parameters and buffers are taken from them."""
         recorded = self.manifest.parameters if self.manifest else {}
         if not self.expert_totals or (
             self.manifest is not None
@@ -311,7 +311,7 @@ class DeepSpeedFiles:
         return [self.path / name for _, name in sorted(files.items())]
 
     def model_states(self, rank: int, partition: int = 0) -> dict[str, Any]:
-        """The content of a model_states file; tensors are described, not read (`open_torch_file`)."""
+        """Return the content of a model_states file; tensors are described, not read (`open_torch_file`)."""
         path = self.model_states_path(rank, partition)
         saved = self.open(path)
         if is_older(saved):
@@ -323,7 +323,7 @@ class DeepSpeedFiles:
         return saved
 
     def client_state(self, rank: int, partition: int) -> dict[str, Any]:
-        """The top level of a model_states file, but for the module and what is `unreadable`; tensors are mapped."""
+        """Return the top level of a model_states file, except the module and the keys in `unreadable`. Tensors are mapped."""
         path = self.model_states_path(rank, partition)
         self.versions.note(path)
         saved, left_out = open_torch_file(path, tensors=True, owned=ENGINE_KEYS), self.unreadable(rank, partition)
@@ -335,7 +335,7 @@ class DeepSpeedFiles:
         return {key: kind for key, kind in found if kind is not None}
 
     def _check_step(self, saved: dict[str, Any], path: Path) -> None:
-        """Whether a model_states file is of the same step as the first one: not if a second save was interrupted."""
+        """Check that a model_states file is of the same step as the first one. It isn't if a second save was interrupted."""
         found, expected = saved["global_steps"], self.model_states(0)["global_steps"]
         if found != expected:
             raise DamagedCheckpointError(
@@ -343,17 +343,17 @@ class DeepSpeedFiles:
             )
 
     def sliced_states(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
-        """As `model_states`, with the file's path."""
+        """Return the same as `model_states`, and the file's path."""
         return self.model_states(rank, partition), self.model_states_path(rank, partition)
 
     def whole_optimizer(self, rank: int) -> tuple[dict[str, Any] | None, Path]:
-        """Without ZeRO the optimizer's state on a model-parallel rank, and the file that holds it."""
+        """Return the optimizer's state on a model-parallel rank without ZeRO, and the file that holds it."""
         path = self.model_states_path(rank, 0)
         home = first_expert_optimizer(self, rank) if is_older(self.open(path)) else path
         return self.model_states(rank).get("optimizer"), home
 
     def optimizer_state(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
-        """The optimizer's state in the file of one partition, and the file's path."""
+        """Return the optimizer's state in the file of one partition, and the file's path."""
         path = self.optimizer_path(rank, partition)
         saved = self.open(path)
         if "optimizer_state_dict" not in saved:
@@ -368,9 +368,9 @@ class DeepSpeedFiles:
         return open_saved(path)
 
     def check_complete(self, topology: Topology) -> None:
-        """Name each file that the topology calls for and that isn't there; sizes are checked when a file is opened.
+        """Check that all files of the topology are there, and name those that aren't. Opening a file checks its size.
 
-        Also files of model-parallel ranks that it hasn't, unless a manifest tells which files are the run's.
+        Without a manifest that lists the run's files, also refuse files of further model-parallel ranks.
         """
         places = {name: found for name in sorted(self.names) if (found := _RANKS_FILE.fullmatch(name))}
         if self.manifest is None:
@@ -381,7 +381,7 @@ class DeepSpeedFiles:
                     f"model-parallel ranks: files of two runs, or a wrong mp_world_size; move those of the other run to another "
                     f"folder"
                 )
-        # A size may be anything in a damaged file: names are made one by one, and no more than there are files, and a few.
+        # A damaged file may name any size: names are made one by one, no more than there are files plus a few.
         missing = list(islice((name for name in self._expected(topology) if name not in self.names), 20))
         if missing:
             each = 1 if self.partitioned or self.sliced else 0
@@ -397,7 +397,7 @@ class DeepSpeedFiles:
             )
 
     def _calls_for(self, topology: Topology, name: str, place: re.Match[str]) -> bool:
-        """Whether a run on this topology writes a file that is there, of whose name ``place`` is what `_RANKS_FILE` finds."""
+        """Return whether a run on this topology writes an existing file; ``place`` is the match of `_RANKS_FILE` on its name."""
         partition, rank = int(place[1] or 0), int(place[2])
         names = [self.model_states_path(rank, partition).name]
         if self.partitioned or self.sliced:
@@ -405,7 +405,7 @@ class DeepSpeedFiles:
         return partition < topology.dp and rank < topology.model_parallel and name in names
 
     def check_sizes(self, topology: Topology) -> None:
-        """Whether each file has the size that the manifest says; without one, whether it has the end of an archive."""
+        """Check that each file has the size in the manifest. Without a manifest, check that it has the end of an archive."""
         for name in self.expected(topology):
             path = self.path / name
             check_regular(path)
@@ -415,7 +415,7 @@ class DeepSpeedFiles:
                 open_torch_file(path)
 
     def expected(self, topology: Topology) -> list[str]:
-        """Names of the files that a run on this topology writes."""
+        """Return the names of the files that a run on this topology writes."""
         return list(self._expected(topology))
 
     def _expected(self, topology: Topology) -> Iterator[str]:
@@ -427,13 +427,13 @@ class DeepSpeedFiles:
                 yield from (self.optimizer_path(rank, part).name for part in partitions)
 
     def _recorded(self) -> Iterator[str]:
-        """Names in the manifest of files that the topology doesn't tell."""
+        """Yield names in the manifest of files that the topology doesn't tell."""
         recorded = self.manifest.files if self.manifest else {}
         return (name for name in recorded if layer_file(name) or weight_file(name) or optimizer_file(name))
 
     @contextmanager
     def sound(self) -> Iterator[None]:
-        """While files are read that are whole, and may still hold something else than DeepSpeed writes.
+        """Turn errors into a damaged checkpoint while whole files are read that may hold something else than DeepSpeed writes.
 
         Raises:
             DamagedCheckpointError: they do; the cause tells where it was found.
@@ -447,17 +447,17 @@ class DeepSpeedFiles:
 
 
 def is_model_states(name: str) -> bool:
-    """Whether DeepSpeed calls a model_states file so; file managers and people leave others beside it."""
+    """Return whether this is DeepSpeed's name of a model_states file. File managers and people leave others beside it."""
     return _MODEL_STATES.fullmatch(name) is not None
 
 
 def open_saved(path: Path, foreign: bool = False) -> dict[str, Any]:
-    """The content of a file that DeepSpeed wrote: all of it must be data, but for the client state (`open_torch_file`)."""
+    """Return the content of a file of DeepSpeed's. All of it must be data, except the client state (`open_torch_file`)."""
     return open_torch_file(path, owned=ENGINE_KEYS if is_model_states(path.name) else None, foreign=foreign)
 
 
 def _enabled(config: Mapping[str, Any]) -> Precision | None:
-    """The half precision that a config switches on."""
+    """Return the half precision that a config switches on."""
     for name, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
         if any(isinstance(config.get(key), dict) and config[key].get("enabled") for key in keys):
             return name  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Weights, buffers and extra states of a pipeline, in the files of its layers; those that nothing is needed from stay closed."""
+"""Weights, buffers and extra states in a pipeline's layer files. Files from which nothing is needed stay closed."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class PipelineLayers:
 
     Args:
         files: the tag folder.
-        topology: of the run that saved.
-        trained: asked only where no manifest tells which layers there are, and which use a tied module.
+        topology: topology of the run that saved.
+        trained: called only if no manifest tells which layers there are, and which of them use a tied module.
     """
 
     def __init__(self, files: DeepSpeedFiles, topology: Topology, trained: Callable[[], Numels]) -> None:
@@ -38,21 +38,21 @@ class PipelineLayers:
         self.on = lru_cache(maxsize=None)(self._read)
 
     def _read(self, tp_rank: int) -> dict[str, Located]:
-        """The tensors of a tensor-parallel rank, as far as they are needed, tied ones under their own names.
+        """Return the needed tensors of a tensor-parallel rank, tied ones under their own names.
 
         Raises:
-            DamagedCheckpointError: a layer has no files, or of some tensor-parallel ranks only.
+            DamagedCheckpointError: a layer has no files, or files of only some tensor-parallel ranks.
         """
         self._check_all_there()
         named: dict[str, Located] = {}
         for key, located in self._tensors(tp_rank, self._needed).items():
-            named.setdefault(self._keys.get(key, key), located)  # of a tied module's layers the first
+            named.setdefault(self._keys.get(key, key), located)  # for a tied module the first of its layers counts
         return named
 
     def _check_all_there(self) -> None:
-        """Whether what other files tell of is there: a manifest lists the files themselves.
+        """Check that layers named in other files are there. With a manifest this isn't needed: it lists the files themselves.
 
-        A layer of nothing but frozen parameters is told of nowhere, and tied modules may have no file.
+        No file names a layer with frozen parameters only, and tied modules may have no file.
         """
         if self._files.manifest is not None:
             return
@@ -70,13 +70,13 @@ class PipelineLayers:
             )
 
     def order(self) -> Iterable[str]:
-        """Names, layer by layer; there may be more than are saved."""
+        """Return the names, layer by layer. There may be more than are saved."""
         if self._files.manifest is None or self._needed is None:
             return self.on(0)
         return in_order_of_layers(self._files.manifest.parameters, self._keys)
 
     def extra_states(self, tp_rank: int) -> dict[str, Any]:
-        """Of all layers, with their tensors read."""
+        """Return the extra states of all layers, with their tensors read."""
         found: dict[str, Any] = {}
         for name in sorted(self._files.names):
             place = layer_file(name)
@@ -91,9 +91,9 @@ class PipelineLayers:
 
     @cached_property
     def _needed(self) -> frozenset[int] | None:
-        """Under ZeRO the layers with frozen parameters and buffers, if that is recorded; else None for all.
+        """With ZeRO, layers with frozen parameters and buffers, if that is recorded; else None for all layers.
 
-        All too where the optimizer's files, which hold the rest, aren't there.
+        None also if the optimizer's files are missing, since they hold the rest.
         """
         manifest = self._files.manifest
         described = self._files.partitioned and self._files.param_shapes(0) is not None
@@ -105,7 +105,7 @@ class PipelineLayers:
 
     @cached_property
     def _keys(self) -> Mapping[str, str]:
-        """Key of a layer file → name, where it is another: of tied modules."""
+        """Key of a layer file → name, if they differ: for tied modules."""
         if self._files.manifest is not None:
             return self._files.manifest.layer_keys
         trained, found = self._trained(), self._tensors(0)

@@ -1,4 +1,4 @@
-"""Whether a file of ZeRO-1/2's is the one that its name says: ``param_slice_mappings`` tell which elements a rank had."""
+"""A check of ZeRO-1/2's files against their names: ``param_slice_mappings`` tell which elements a rank had."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ OpenGroup = Callable[[int], tuple[dict[str, Any], Path, int]]
 
 
 def held_as_mapped(open_group: OpenGroup, names: Sequence[str], flattening: FlatGroup) -> OpenGroup:
-    """The same, for partitions whose files record that they hold what lies there; before 0.7.4 they record nothing.
+    """Open groups like ``open_group``, but check each file's record of the elements in it. Before 0.7.4 there is no record.
 
     Raises:
-        DamagedCheckpointError: when one is opened that records something else: files were exchanged, or one was copied.
+        DamagedCheckpointError: a file that is opened records something else: files were exchanged, or one was copied.
     """
 
     @cache
     def opened(partition: int) -> tuple[dict[str, Any], Path, int]:
         saved, path, index = open_group(partition)
         mappings = saved.get("param_slice_mappings") or ()
-        if index < len(mappings):  # of torch's Adagrad only the first group's are there
+        if index < len(mappings):  # torch's Adagrad has only the first group's
             found = {name: (address.start, address.numel) for name, address in mappings[index].items()}
             laid = {names[held.index]: (held.buffer_start, held.numel) for held in flattening.held_by(partition)}
             differing = [name for name in (*found, *laid) if found.get(name) != laid.get(name)]

@@ -1,7 +1,7 @@
-"""What DeepSpeed before 0.19.3 left out of checkpoints with mixtures of experts, and where else it is told.
+"""Facts that DeepSpeed before 0.19.3 left out of checkpoints with mixtures of experts, and other sources of them.
 
-Such a model_states file has no ``buffer_names``, ``param_shapes`` and ``ds_config``, and the optimizer's state of all parameters
-is in the files of the expert-parallel ranks (``runtime/engine.py::_save_moe_checkpoint``).
+Such a model_states file has no ``buffer_names``, ``param_shapes`` and ``ds_config``. The files of the expert-parallel ranks hold
+the optimizer's state of all parameters (``runtime/engine.py::_save_moe_checkpoint``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ucp_deepspeed.errors import UnsupportedError
 RESAVE_HINT = (
     'resume where it was saved, with "load": "auto" (DeepSpeed itself loads it there), and save again: that records it'
 )
-"""The way on where the files don't tell enough."""
+"""The user's way on if the files don't tell enough."""
 
 
 class Files(Protocol):
@@ -49,7 +49,7 @@ class Files(Protocol):
 
 
 def is_older(saved: Mapping[str, Any]) -> bool:
-    """Whether it is a model_states file of that kind."""
+    """Return whether a model_states file is of that kind."""
     return "num_experts" in saved and "buffer_names" not in saved
 
 
@@ -57,11 +57,11 @@ def completed(files: Files, saved: Mapping[str, Any], rank: int) -> dict[str, An
     """The file of a model-parallel rank with names of buffers and, without ZeRO, the optimizer's state.
 
     Raises:
-        UnsupportedError: no file has this rank's.
+        UnsupportedError: no file has this rank's optimizer state.
     """
     recorded = files.manifest.parameters if files.manifest else {}
     buffers = [name for name, entry in recorded.items() if entry.kind == "buffer"]
-    if not recorded:  # what can't have a gradient; others count as frozen parameters
+    if not recorded:  # tensors that can't have a gradient; others count as frozen
         tensors = ((name, value) for name, value in saved["module"].items() if isinstance(value, torch.Tensor))
         buffers = [name for name, tensor in tensors if not (tensor.is_floating_point() or tensor.is_complex())]
     path = first_expert_optimizer(files, rank)
@@ -82,7 +82,7 @@ def mapped_shapes(files: Files, rank: int) -> list[NamedShapes]:
     """In place of ``param_shapes``: names as the partitions map them, and shapes of the weights in the model's files.
 
     Raises:
-        UnsupportedError: the mappings aren't there, or don't tell the order.
+        UnsupportedError: the mappings are missing, or don't tell the order.
     """
     saved = files.model_states(rank)
     opened = [files.optimizer_state(rank, partition) for partition in range(saved["dp_world_size"])]

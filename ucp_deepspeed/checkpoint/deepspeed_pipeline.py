@@ -1,7 +1,7 @@
 """The ``layer_*`` files of a pipeline engine: weights and buffers, by layer and tensor-parallel rank.
 
-A layer's file has local names; the optimizer files say ``{layer}.{local name}``, with the layer's number in the whole model,
-and for tied modules ``tied_modules.{key}.{local name}``, whatever layers use them (``runtime/pipe/module.py``).
+A layer's file has local names. The optimizer files have ``{layer}.{local name}``, with the layer's number in the whole model.
+For tied modules they have ``tied_modules.{key}.{local name}``, whatever layers use them (``runtime/pipe/module.py``).
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from ucp_deepspeed.checkpoint.slots import Located
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 
 TIED = "tied_modules."
-"""How the names of tied parameters begin."""
+"""Prefix of the names of tied parameters."""
 
 _FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 
 
 def layer_file(file_name: str) -> tuple[int, int] | None:
-    """Layer and tensor-parallel rank of a layer file; None for any other file."""
+    """Return layer and tensor-parallel rank of a layer file; None for any other file."""
     found = _FILE.fullmatch(file_name)
     return (int(found[1]), int(found[2] or 0)) if found else None
 
 
 def layer_of(name: str) -> int | None:
-    """The layer that a parameter's name begins with; None for a tied one."""
+    """Return the layer number at the beginning of a parameter's name; None for a tied one."""
     first, _, rest = name.partition(".")
     return int(first) if first.isdecimal() and rest else None
 
 
 def in_order_of_layers(names: Iterable[str], keys: Mapping[str, str]) -> list[str]:
-    """Names as the layer files would list them; within a layer they stay as they are.
+    """Sort names as the layer files would list them. Within a layer they keep their order.
 
     Args:
-        keys: of tied modules' layer files → names; the first layer counts.
+        keys: keys of tied modules' layer files → names; the first layer counts.
     """
     places: dict[str, int] = {}
     for key, name in keys.items():
@@ -59,14 +59,14 @@ def read_layers(
     open_file: Callable[[Path], Mapping[str, Any]],
     wanted: Collection[int] | None = None,
 ) -> dict[str, Located]:
-    """The tensors of a tensor-parallel rank's layers, in the model's order, as ``{layer}.{local name}``.
+    """Return the tensors of a tensor-parallel rank's layers, in the model's order, as ``{layer}.{local name}``.
 
     Args:
         degree: tensor-parallel size.
-        wanted: leave the files of other layers closed.
+        wanted: layers whose files are opened; all if None.
 
     Raises:
-        DamagedCheckpointError: a layer has files of some tensor-parallel ranks only.
+        DamagedCheckpointError: a layer has files of only some tensor-parallel ranks.
     """
     found = {place: name for name in file_names if (place := layer_file(name)) is not None}
     layers = sorted({layer for layer, _ in found})
@@ -86,10 +86,10 @@ def read_layers(
 
 
 def tied_keys(tied: Mapping[str, int], free: Mapping[str, int], folder: Path) -> dict[str, str]:
-    """Under which key of a layer file each parameter and buffer of a tied module lies.
+    """Find the key in a layer file of each parameter and buffer of a tied module.
 
-    The layers that use a tied module aren't recorded: among the tensors that no other parameter claims, it is the layer with all
-    of the module's local names, of the same sizes. What else that layer holds, frozen or a buffer, is the module's too.
+    The layers that use a tied module aren't recorded. Among tensors that no other parameter claims, a tied module's layer is one
+    with all of the module's local names, of the same sizes. That layer's other tensors, frozen or buffers, are the module's too.
 
     Args:
         tied: names of tied parameters → elements.
@@ -97,11 +97,11 @@ def tied_keys(tied: Mapping[str, int], free: Mapping[str, int], folder: Path) ->
         folder: the tag folder, for the message.
 
     Returns:
-        Key → name; without a module whose layers all use a function of their own, which have no file.
+        Key → name. A module is missing if all its layers use a function of their own: they have no file.
 
     Raises:
-        MismatchError: several layers could be a module's, or several modules a layer's: one may be a frozen layer of its own;
-            lists the keys of those layers.
+        MismatchError: several layers fit a module, or several modules a layer, which may be a frozen layer of its own; lists the
+            keys of those layers.
     """
     layers: dict[int, list[str]] = {}
     for name in free:
@@ -125,7 +125,7 @@ def tied_keys(tied: Mapping[str, int], free: Mapping[str, int], folder: Path) ->
 
 
 def _modules(tied: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """For each tied module its local names → elements."""
+    """Return for each tied module its local names → elements."""
     modules: dict[str, dict[str, int]] = {}
     for name, numel in tied.items():
         module, _, local_name = name.removeprefix(TIED).partition(".")

@@ -1,4 +1,4 @@
-"""What a run was at when DeepSpeed saved it: counters, scheduler, loss scale, hyper-parameters."""
+"""The state of a run when DeepSpeed saved it: counters, scheduler, loss scale, hyper-parameters."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ucp_deepspeed.errors import DamagedCheckpointError
 
 
 def check_numbers(saved: Mapping[str, Any], pp: Any, path: Path) -> None:
-    """Refuse sizes and counters that no run has.
+    """Refuse sizes and counters that no run can have.
 
     Args:
         saved: the content of a model_states file.
-        pp: the pipeline-parallel size, wherever it is told.
+        pp: pipeline-parallel size, from whatever file tells it.
     """
     sizes = {key: saved[key] for key in ("mp_world_size", "dp_world_size")} | {"pp_degree": pp}
     counters = {key: saved[key] for key in ("global_steps", "skipped_steps")}
@@ -41,7 +41,7 @@ def check_numbers(saved: Mapping[str, Any], pp: Any, path: Path) -> None:
 
 
 def read_run(files: DeepSpeedFiles) -> RunState:
-    """Counters, scheduler and loss scale."""
+    """Read counters, scheduler and loss scale."""
     saved = files.model_states(0)
     return RunState(
         precision=files.precision,
@@ -73,14 +73,14 @@ def _read_loss_scale(files: DeepSpeedFiles) -> LossScale | None:
 
 
 def hyperparameters(files: DeepSpeedFiles, rank: int) -> list[Mapping[str, Any]]:
-    """Of the base optimizer's parameter groups on one model-parallel rank, without names; rates that are tensors as numbers."""
+    """Read the base optimizer's parameter groups on one model-parallel rank, without names. Rates in tensors become numbers."""
     base, path = _base_optimizer(files, rank)
     return [settings_in(group, path) for group in base.get("param_groups", ())]
 
 
 def with_all_states(slots: list[Slot], files: DeepSpeedFiles, rank: int) -> list[Slot]:
-    """The slots of a model-parallel rank; the first one refuses what the base optimizer keeps under keys of its own, among the
-    states of parameters and beside them."""
+    """Return the slots of a model-parallel rank. The first one refuses data that the base optimizer keeps under keys of its own,
+    among the states of parameters and beside them."""
     base, path = _base_optimizer(files, rank)
     states = [str(key) for key in base.get("state", ()) if type(key) is not int]
     others = [key for key in base if key not in ("state", "param_groups")]
@@ -91,7 +91,7 @@ def with_all_states(slots: list[Slot], files: DeepSpeedFiles, rank: int) -> list
 
 
 def _base_optimizer(files: DeepSpeedFiles, rank: int) -> tuple[Mapping[str, Any], Path]:
-    """States and groups in the first file of a model-parallel rank; nothing where elastic files list them otherwise."""
+    """Return states and groups in the first file of a model-parallel rank; nothing for elastic files, which differ."""
     if files.partitioned:
         state, path = files.optimizer_state(rank, 0)
         base = state[recognise(state, path).optimizer]
@@ -101,11 +101,11 @@ def _base_optimizer(files: DeepSpeedFiles, rank: int) -> tuple[Mapping[str, Any]
 
 
 def number_groups(stages: Sequence[Sequence[Mapping[str, Any] | None]]) -> list[list[int | None]]:
-    """Which parameter group of the whole model each stage's groups are parts of: those with the same hyper-parameters.
+    """Number the groups of all stages as groups of the whole model: those with the same hyper-parameters are one.
 
     Args:
-        stages: for each pipeline stage and group its hyper-parameters; None for a group without trained parameters there, which
-            has no number.
+        stages: for each pipeline stage and group its hyper-parameters; None for a group without trained parameters there. Such a
+            group gets no number.
     """
     known: list[Mapping[str, Any]] = []
     numbers: list[list[int | None]] = []
@@ -128,15 +128,15 @@ def join_groups(
     settings_of: Callable[[int, int], Mapping[str, Any]],
     differing_of: Callable[[int, int], Differing],
 ) -> tuple[ParameterGroup, ...]:
-    """The parameter groups of the whole model.
+    """Join the stages' groups into the parameter groups of the whole model.
 
     Args:
         firsts: first model-parallel rank of each pipeline stage.
         named: for each stage and group the names in it.
         numbers: see `number_groups`.
-        read: by name, the stage whose copy is read; on others the name doesn't count. None if it is on one alone.
-        settings_of: hyper-parameters of one of the groups of a model-parallel rank; called when they are looked into.
-        differing_of: the same of those that aren't the same on all partitions of the stage.
+        read: by name, the stage whose copy is read; on other stages the name doesn't count. None if only one stage has it.
+        settings_of: reads the hyper-parameters of a model-parallel rank's group; called when they are looked into.
+        differing_of: reads the hyper-parameters that differ between partitions of the stage; called then too.
     """
     groups: dict[int, ParameterGroup] = {}
     for stage, (first, held, numbered) in enumerate(zip(firsts, named, numbers, strict=True)):

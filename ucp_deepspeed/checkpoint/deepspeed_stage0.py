@@ -1,8 +1,8 @@
-"""Slots of stage 0, where the optimizer's state lies in the model_states file and names no parameters.
+"""Slots of stage 0: the optimizer's state lies in the model_states file and names no parameters.
 
 Three classes write it: the plain torch optimizer (fp32), ``FP16_UnfusedOptimizer`` (one tensor per parameter) and
 ``FP16_Optimizer`` (one flat buffer per group). The wrappers step once in their constructor, so that their Adam ``step`` is one
-more than the number of steps taken; it is the value that the run's bias correction uses and is carried over as it is.
+more than the number of steps taken. The run's bias correction uses this value, and it is carried over as it is.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, Unsuppor
 from ucp_deepspeed.layout import FlatGroup, Shape
 
 Groups = list[list[str | None]]
-"""For each parameter group the names in the optimizer's order; None where no parameter of the model belongs to an index."""
+"""Names of each parameter group in the optimizer's order; None for an index that belongs to no parameter of the model."""
 
 Expected = Sequence[Sequence[frozenset[Shape]]]
-"""For each parameter group the shapes that each parameter may have, of which none are listed where the file doesn't tell."""
+"""Shapes that each parameter of each group may have; an empty set if the file doesn't tell."""
 
 
 def stage0_form(optimizer: Mapping[str, Any], path: Path) -> str:
-    """``fp16-fused``, ``fp16-unfused`` or ``plain``.
+    """Return ``fp16-fused``, ``fp16-unfused`` or ``plain``.
 
     Raises:
-        UnsupportedError: none of them.
+        UnsupportedError: it is none of them.
     """
     for key, form in (("fp32_groups_flat", "fp16-fused"), ("fp32_groups", "fp16-unfused"), ("state", "plain")):
         if key in optimizer:
@@ -56,18 +56,19 @@ def stage0_slots(
     path: Path,
     kinds: Mapping[str, Kind | None],
 ) -> list[Slot]:
-    """The slots of one model-parallel rank.
+    """Return the slots of one model-parallel rank.
 
     Args:
-        optimizer: what the model_states file holds under ``optimizer``.
+        optimizer: value under ``optimizer`` in the model_states file.
         module: the model's parameters (no buffers, no tied duplicates), in the model's order, each with its file.
         groups: names as the manifest records them; None to map through the model's order.
         path: the model_states file.
-        kinds: as the manifest records them. Else what a plain optimizer has no state for, where it has some for others, counts as
-            frozen. A parameter without elements always does, and an optimizer's state of it isn't one: no other stage has any.
+        kinds: kinds as the manifest records them. Without a record, a parameter counts as frozen if a plain optimizer has state
+            for others but not for it. A parameter without elements always does; an optimizer's state of it is ignored, since no
+            other stage has any.
 
     Raises:
-        MismatchError: without names, and the order leaves more than one way to assign them.
+        MismatchError: there are no names, and the order leaves more than one way to assign them.
         UnsupportedError: an optimizer class that isn't known.
     """
     form = stage0_form(optimizer, path)
@@ -87,7 +88,7 @@ def stage0_slots(
 def _check_groups(
     groups: Groups, entries: Sequence[Mapping[str, Any]], module: Mapping[str, Located], form: str, path: Path
 ) -> None:
-    """Names that the manifest gives must be the model's, and as many as the optimizer has."""
+    """Check that the manifest's names are the model's, and as many as the optimizer has."""
     counts, named = [len(entry["params"]) for entry in entries], [len(group) for group in groups]
     if form == "fp16-fused":  # one flat tensor for each group
         counts, named = [len(entries)], [len(groups)]
@@ -112,7 +113,7 @@ def _plain_slots(
         settings, counted = settings_in(entry, path), _counted_by_one(entry, optimizer["state"])
         for index, name in zip(entry["params"], names, strict=True):
             if name is None or name not in module:
-                continue  # what the optimizer alone had, in files of a DeepSpeed that wasn't told to add it
+                continue  # only the optimizer had it, and DeepSpeed wasn't told to save it
             master, home = module[name]
             raw = optimizer["state"].get(index, {}) if master.numel() else {}
             raw = {**raw, **counted} if raw else raw
@@ -137,8 +138,8 @@ def _plain_slots(
 
 
 def _counted_by_one(entry: Mapping[str, Any], states: Mapping[int, Mapping[str, Any]]) -> dict[str, int]:
-    """The step of a group of DeepSpeed's ``FusedAdam``, which counts for all that it steps on in the last of them alone
-    (``ops/adam/fused_adam.py``); nothing of other groups."""
+    """Return the step of a group of DeepSpeed's ``FusedAdam``; nothing for other groups. ``FusedAdam`` counts for all parameters
+    that it steps on, but only in the last of them (``ops/adam/fused_adam.py``)."""
     if not ("bias_correction" in entry and entry.get(GROUP_STEP) == 0):
         return {}
     steps = [states[index]["step"] for index in entry["params"] if "step" in states.get(index, {})]
@@ -210,7 +211,7 @@ def _plain_groups(optimizer: Mapping[str, Any], module: Mapping[str, Located], p
 
 
 def _state_shapes(entry: Mapping[str, Any] | None) -> frozenset[Shape]:
-    """Shapes of a parameter's states, one of which is its own if any is element-wise; what has no axes tells nothing."""
+    """Return the shapes of a parameter's states. If any state is element-wise, one is the parameter's. Scalars tell nothing."""
     tensors = (value for key, value in (entry or {}).items() if key != "step" and isinstance(value, torch.Tensor))
     return frozenset(tuple(tensor.shape) for tensor in tensors if tensor.ndim)
 
@@ -224,13 +225,13 @@ def _fused_groups(masters: Sequence[torch.Tensor], module: Mapping[str, Located]
 
 
 def assign_names(module: Mapping[str, Located], expected: Expected, path: Path) -> Groups:
-    """Names for each group's parameters, when the model's order leaves exactly one way.
+    """Assign names to each group's parameters, if the model's order leaves exactly one way.
 
-    Each group is taken to list its parameters in the model's order. Two assignments are looked for; if both exist, the
+    Each group is assumed to list its parameters in the model's order. The search looks for two assignments; if both exist, the
     parameters on which they differ are ambiguous.
 
     Raises:
-        MismatchError: no assignment, or more than one; lists the parameters concerned.
+        MismatchError: there is no assignment, or more than one; lists the parameters concerned.
     """
     names = list(module)
     shapes = [tuple(tensor.shape) for tensor, _ in module.values()]
@@ -251,7 +252,7 @@ def assign_names(module: Mapping[str, Located], expected: Expected, path: Path) 
 
 
 def _assignments(shapes: Sequence[Shape], expected: Expected) -> Iterator[tuple[int | None, ...]]:
-    """Ways to hand the model's parameters, in order, to the groups (None: to no group)."""
+    """Yield the ways to hand the model's parameters, in order, to the groups (None: to no group)."""
     layers = _reachable(shapes, expected)
     alive: list[set[_Taken]] = [{layer for layer in layers[-1] if layer == tuple(len(group) for group in expected)}]
     for layer, shape in zip(reversed(layers[:-1]), reversed(shapes), strict=True):
@@ -272,14 +273,14 @@ def _assignments(shapes: Sequence[Shape], expected: Expected) -> Iterator[tuple[
 
 
 _Taken = tuple[int, ...]
-"""How many parameters each group has been handed so far."""
+"""Number of parameters that each group has been handed so far."""
 
 _MOST_STATES = 200_000
-"""Bound on the search: beyond it an order counts as ambiguous. Two groups of 400 parameters stay below."""
+"""Bound on the search. Above it an order counts as ambiguous. Two groups of 400 parameters stay below."""
 
 
 def _reachable(shapes: Sequence[Shape], expected: Expected) -> list[set[_Taken]]:
-    """For each number of parameters handed out, the states that some choice leads to."""
+    """Return for each number of parameters handed out the states that some choice leads to."""
     layers: list[set[_Taken]] = [{(0,) * len(expected)}]
     for shape in shapes:
         layers.append({after for taken in layers[-1] for _, after in _moves(shape, expected, taken)})
@@ -289,7 +290,7 @@ def _reachable(shapes: Sequence[Shape], expected: Expected) -> list[set[_Taken]]
 
 
 def _moves(shape: Shape, expected: Expected, taken: _Taken) -> Iterator[tuple[int | None, _Taken]]:
-    """Groups whose next parameter may have this shape, and no group."""
+    """Yield the groups whose next parameter may have this shape, and no group."""
     yield None, taken
     for group, position in enumerate(taken):
         if position < len(expected[group]) and (not expected[group][position] or shape in expected[group][position]):
@@ -301,7 +302,7 @@ def _ambiguous(path: Path, names: Sequence[str], groups: str) -> MismatchError:
 
 
 def unnamed(path: Path, why: str, names: Sequence[str]) -> MismatchError:
-    """The error for an optimizer state that no names can be given to."""
+    """Return the error for an optimizer state whose parameters can't be named."""
     return MismatchError(
         f"{path} names no parameters in its optimizer state{why}. DeepSpeed alone can load it, on the topology that saved it: do "
         f"so and save with ucp_deepspeed enabled, which records the names; then change. Of this one {WEIGHTS_HINT}. Parameters "

@@ -1,5 +1,5 @@
-"""Slots of weights as the model's own files have them: of frozen parameters and buffers, and of trained ones of whose optimizer
-nothing can be told."""
+"""Slots of weights in the model's own files: of frozen parameters and buffers, and of trained parameters without a usable
+optimizer state."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 from ucp_deepspeed.layout import Shape
 
 FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
-"""How a config may call the dtype (``runtime/config_utils.py::DtypeEnum``)."""
+"""Names of the dtype in a config (``runtime/config_utils.py::DtypeEnum``)."""
 
 
 def tensors_in(state_dict: Mapping[str, Any], path: Path) -> dict[str, Located]:
-    """Weights and buffers of a module's ``state_dict``, each with its file."""
+    """Return weights and buffers of a module's ``state_dict``, each with its file."""
     tensors = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
     return {name: (value, path) for name, value in tensors.items() if not is_extra_state(name)}
 
 
 def module_slot(name: str, kind: Kind, tensor: torch.Tensor, path: Path) -> Slot:
-    """The slot of one tensor; of a trained parameter the weight stands for the master."""
+    """Return the slot of one tensor. For a trained parameter the weight replaces the master."""
     lookup: Callable[[int, str], Located] = lambda partition, state: (tensor, path)  # noqa: E731
     shape: Shape = shapes_of({name: tensor.shape})[0]
     state = MASTER if kind == "trainable" else WEIGHT
@@ -44,7 +44,7 @@ def module_slot(name: str, kind: Kind, tensor: torch.Tensor, path: Path) -> Slot
 def frozen_slots(
     autoep: AutoEpLayers, key: str, tensor: torch.Tensor, path: Path, known: Collection[str]
 ) -> list[Slot]:
-    """Slots of a tensor in a file of weights; none for an expert's of AutoEP whose layer is trained, and so ``known``."""
+    """Return the slots of a tensor in a file of weights; none for an AutoEP expert of a trained layer, which is ``known``."""
     found = autoep.expert_of(key)
     if found is None:
         return [module_slot(key, "frozen", tensor, path)]
@@ -56,7 +56,7 @@ def frozen_slots(
 
 
 def weight_slots(module: Mapping[str, Located], trained: Collection[str], path: Path) -> list[Slot]:
-    """Slots of trained parameters whose optimizer state is out of reach.
+    """Return slots of trained parameters whose optimizer state is out of reach.
 
     Raises:
         DamagedCheckpointError: a weight is in no file.
@@ -67,19 +67,20 @@ def weight_slots(module: Mapping[str, Located], trained: Collection[str], path: 
 
 
 def tied_names(files: DeepSpeedFiles, module: Mapping[str, Located]) -> dict[str, str]:
-    """Names of tied parameters under which they are not stored → the name that they have: listed by DeepSpeed under ZeRO since
-    0.9.2, else found by sharing.
+    """Map names of tied parameters under which no value is stored to the names that have it.
+
+    DeepSpeed lists them under ZeRO since 0.9.2; else shared storage tells.
 
     Args:
-        module: weights and buffers of the first model-parallel rank; none of a pipeline.
+        module: weights and buffers of the first model-parallel rank; empty for a pipeline.
     """
     saved = files.model_states(0)
     listed = dict(saved.get("shared_params") or {})
     if files.is_pipeline:
         return listed
-    if not files.sliced:  # DeepSpeed takes parameters without elements for one: they have the same address
+    if not files.sliced:  # DeepSpeed lists parameters without elements as one: they share an address
         listed = {alias: name for alias, name in listed.items() if alias not in module or module[alias][0].numel()}
-    unlisted = files.sliced and "shared_params" not in saved  # the empty tensors that stand for them are shared too
+    unlisted = files.sliced and "shared_params" not in saved  # the empty tensors in their place are shared too
     first: dict[tuple[Any, ...], str] = {}
     shared: dict[str, str] = {}
     for name, (tensor, path) in module.items():
@@ -91,7 +92,7 @@ def tied_names(files: DeepSpeedFiles, module: Mapping[str, Located]) -> dict[str
 
 
 def without_optimizer(files: DeepSpeedFiles) -> MismatchError:
-    """Why a checkpoint of a run with an optimizer has no state of it."""
+    """Return the error that says why a checkpoint of a run with an optimizer has no state of it."""
     path, version = files.model_states_path(0, 0), str(files.model_states(0).get("ds_version", "unknown")).strip()
     if _never_wrote_optimizer(files, version):
         fp32 = ", with gradients accumulated in fp32" if files.configured_stage else ""
@@ -106,9 +107,9 @@ def without_optimizer(files: DeepSpeedFiles) -> MismatchError:
 
 
 def _never_wrote_optimizer(files: DeepSpeedFiles, version: str) -> bool:
-    """Whether it was DeepSpeed that left the optimizer's state out.
+    """Return whether DeepSpeed itself left the optimizer's state out.
 
-    From 0.17.6 to 0.18.4 it did where bf16 calls for ``BF16_Optimizer``, in whose place it took another
+    It did so from 0.17.6 to 0.18.4 if bf16 called for ``BF16_Optimizer``; it took another optimizer instead
     (``runtime/engine.py::_configure_optimizer``).
     """
     found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
@@ -120,7 +121,7 @@ def _never_wrote_optimizer(files: DeepSpeedFiles, version: str) -> bool:
 
 
 def unrecorded_weights(module: Mapping[str, Located], known: Collection[str], version: str) -> dict[str, str]:
-    """Parameters of ZeRO-3 of which the files hold but the name, and why."""
+    """Return the parameters of ZeRO-3 whose names alone are in the files, with the reason."""
     why = (
         f"DeepSpeed {version} left its value out: before 0.9.1 that of each frozen parameter at ZeRO-3, and of what no optimizer "
         "has in any version"

@@ -1,6 +1,6 @@
 """Slots of the ZeRO optimizers' files (``*_optim_states.pt``); formulas in `ucp_deepspeed.layout.zero`.
 
-The order of a flat group is that of ``param_shapes``, never of ``param_slice_mappings``: the latter is wrong with
+The order of a flat group is that of ``param_shapes``, never of ``param_slice_mappings``: the mappings are wrong with
 ``round_robin_gradients``.
 """
 
@@ -41,15 +41,15 @@ NamedShapes = Mapping[str, Sequence[int]]
 """Parameters of a flat group, in flat order, and their local shapes."""
 
 OpenGroup = Callable[[int], tuple[dict[str, Any], Path, int]]
-"""``partition`` → the same, and the index that one flat group has in this file."""
+"""Like `OpenPartition`: ``partition`` → the state, the file, and the index of one flat group in this file."""
 
 
 @dataclass(frozen=True)
 class ZeroForm:
-    """How one ZeRO optimizer class names things in its file.
+    """The names that one ZeRO optimizer class uses in its file.
 
     Attributes:
-        name: for people and for comparing topologies.
+        name: name for people and for comparing topologies.
         masters: key of the list of fp32 buffers.
         optimizer: key of the base optimizer's state.
     """
@@ -59,7 +59,7 @@ class ZeroForm:
     optimizer: str
 
     def state_entry(self, saved: Mapping[str, Any], slot: int) -> Mapping[str, Any]:
-        """The base optimizer's state for one slot; empty when no step was taken. Elastic files keep a list."""
+        """Return the base optimizer's state for one slot; empty if no step was taken. Elastic files keep a list."""
         base = saved[self.optimizer]
         if isinstance(base, list):
             return dict(base[slot]) | {
@@ -70,7 +70,7 @@ class ZeroForm:
         return entry
 
     def hyperparameters(self, saved: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """The base optimizer's parameter groups; none in elastic files."""
+        """Return the base optimizer's parameter groups; none for elastic files."""
         base = saved[self.optimizer]
         return [] if isinstance(base, list) else list(base["param_groups"])
 
@@ -81,25 +81,25 @@ ZERO_3 = ZeroForm("zero-3", "fp32_flat_groups", "optimizer_state_dict")
 
 
 NVME_FOLDER = "offloaded_tensors"
-"""Where DeepSpeed copies what was on NVMe."""
+"""Folder to which DeepSpeed copies tensors from NVMe."""
 
 MOMENTUM = "momentum_buffer"
-"""State of Muon's matrices."""
+"""State of matrices under Muon."""
 
 
 def slot_indices(groups: Sequence[Mapping[str, Any]]) -> list[int]:
-    """For each sub-group of ZeRO-3 its index in the base optimizer's state.
+    """Return for each sub-group of ZeRO-3 its index in the base optimizer's state.
 
-    They are the same, but for an Adagrad that hasn't stepped yet: DeepSpeed then lists each sub-group twice.
+    The indices are the sub-groups' numbers, except for an Adagrad that hasn't stepped: DeepSpeed then lists each sub-group twice.
     """
     return list(dict.fromkeys(index for group in groups for index in group["params"]))
 
 
 def recognise(saved: Mapping[str, Any], path: Path) -> ZeroForm:
-    """Which class wrote an ``optimizer_state_dict``.
+    """Return the class that wrote an ``optimizer_state_dict``.
 
     Raises:
-        UnsupportedError: none that is known, or the masters were on NVMe.
+        UnsupportedError: the class isn't known, or the masters were on NVMe.
     """
     if ZERO_3.masters in saved:
         _check_masters(saved[ZERO_3.masters], path)
@@ -110,9 +110,9 @@ def recognise(saved: Mapping[str, Any], path: Path) -> ZeroForm:
 
 
 def _check_masters(masters: Sequence[torch.Tensor], path: Path) -> None:
-    """Refuse what DeepSpeed writes of sub-groups that it has swapped out.
+    """Refuse sub-groups that DeepSpeed had swapped out.
 
-    That is an empty tensor, and in a folder beside a copy of its swap files (``runtime/engine.py::save_checkpoint``).
+    For these it writes an empty tensor, and copies its swap files to a folder (``runtime/engine.py::save_checkpoint``).
     """
     if (path.parent / NVME_FOLDER).is_dir() and any(master.numel() == 0 for master in masters):
         raise UnsupportedError(
@@ -128,15 +128,15 @@ def zero_slots(
     spread: Callable[[int, NamedShapes], Sequence[Share]] | None = None,
     mapped: bool = False,
 ) -> list[Slot]:
-    """The slots of one model-parallel rank.
+    """Return the slots of one model-parallel rank.
 
     Args:
         param_shapes: from the model_states file; one mapping per slot, in buffer order.
         partitions: data-parallel size.
         open_partition: see `OpenPartition`.
-        spread: of a group (index, shapes by name) its shares, where ranks hold different parameters under the same names, or
+        spread: returns the shares of a group (index, shapes by name), if ranks hold different parameters under the same names, or
             different parts: experts.
-        mapped: ``param_slice_mappings`` are right, and files that are opened are held against them.
+        mapped: ``param_slice_mappings`` are right, and opened files are compared with them.
 
     Raises:
         DamagedCheckpointError: the two files disagree on the number of slots.
@@ -167,18 +167,18 @@ def zero_slots(
 
 
 def described_numels(named: NamedShapes) -> dict[str, int]:
-    """Names of a flat group in order and their elements."""
+    """Return the names of a flat group in order, with their elements."""
     return dict(zip(named, numels_of(shapes_of(named)), strict=True))
 
 
 def in_flat_groups(named: NamedShapes, partitions: Sequence[Mapping[str, Any]], path: Path) -> list[NamedShapes]:
-    """Names in flat order, which early releases didn't tell the groups of, by group: their sizes do.
+    """Split names in flat order into groups, by the groups' sizes. Early releases didn't record which group has which name.
 
     Args:
-        partitions: the ``optimizer_state_dict`` of each partition's file.
+        partitions: ``optimizer_state_dict`` of each partition's file.
 
     Raises:
-        DamagedCheckpointError: they don't.
+        DamagedCheckpointError: the sizes don't fit the names.
     """
     form, numels = recognise(partitions[0], path), described_numels(named)
     masters = [[buffer.numel() for buffer in saved[form.masters]] for saved in partitions]
@@ -199,7 +199,7 @@ def in_flat_groups(named: NamedShapes, partitions: Sequence[Mapping[str, Any]], 
 
 
 def mapped_numels(partitions: int, open_partition: OpenPartition) -> list[dict[str, int]]:
-    """Names in flat order and their elements, from ``param_slice_mappings``; a pipeline's stage 0 has no ``param_shapes``."""
+    """Read names in flat order and their elements from ``param_slice_mappings``. A stage-0 pipeline has no ``param_shapes``."""
     groups: list[dict[str, int]] = []
     for partition in range(partitions):
         saved, _ = open_partition(partition)
@@ -212,7 +212,7 @@ def mapped_numels(partitions: int, open_partition: OpenPartition) -> list[dict[s
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where one of the flat groups is in any file: the ``number``-th of those that are called ``name``, else at ``index``."""
+    """The place of a flat group in any file: the ``number``-th of the groups called ``name``, else ``index``."""
 
     form: ZeroForm
     index: int
@@ -225,10 +225,10 @@ class _Place:
 
 
 def _place_among_named(form: ZeroForm, saved: Mapping[str, Any], index: int) -> _Place:
-    """The place of a group that has ``index`` in one of the files.
+    """Return the place of a group that has ``index`` in one of the files.
 
-    DeepSpeed takes the groups of experts of several expert-parallel sizes from a set (``moe/utils.py``), so that each rank's file
-    may have an order of its own.
+    DeepSpeed takes the groups of experts of several expert-parallel sizes from a set (``moe/utils.py``). Each rank's file may
+    therefore have an order of its own.
     """
     groups = form.hyperparameters(saved)
     name = groups[index].get("name") if form is not ZERO_3 and index < len(groups) else None
@@ -252,13 +252,13 @@ def _open_group(open_partition: OpenPartition, place: _Place) -> OpenGroup:
 
 @dataclass(frozen=True)
 class Share:
-    """What some ranks hold of a flat group.
+    """The part of a flat group that some ranks hold.
 
     Attributes:
         names: its parameters.
         partitions: number of these ranks.
         open_partition: their files.
-        parts: where they hold a part of each, which; else none.
+        parts: the parts of the parameters, if these ranks hold a part of each; else empty.
     """
 
     names: tuple[str, ...]
@@ -315,7 +315,7 @@ def _numbers(form: ZeroForm, partitions: int, open_group: OpenGroup) -> dict[str
 def _held_states(
     form: ZeroForm, flattening: Flattening, overlapping: frozenset[str], open_group: OpenGroup
 ) -> SplitStates:
-    """Master and optimizer state of a flat group, as its first partition's file has them."""
+    """Return master and optimizer state of a flat group as in its first partition's file."""
     saved, path, index = open_group(0)
     master = saved[form.masters][index]
     buffer = torch.empty(flattening.buffer_numel(0), device="meta")
@@ -328,10 +328,10 @@ def _held_states(
 
 
 def _of_one_save(form: ZeroForm, open_group: OpenGroup) -> OpenGroup:
-    """The same, for partitions whose optimizer has taken as many steps as the first one's.
+    """Open groups like ``open_group``, but check that all partitions' optimizers have taken as many steps as the first one's.
 
     Raises:
-        DamagedCheckpointError: when one is opened that hasn't: a second save under the tag was interrupted, or files were mixed.
+        DamagedCheckpointError: a file that is opened has not: a second save under the tag was interrupted, or files were mixed.
     """
 
     @cache
@@ -354,17 +354,17 @@ def _of_one_save(form: ZeroForm, open_group: OpenGroup) -> OpenGroup:
 
 
 def _step_of(form: ZeroForm, saved: Mapping[str, Any], path: Path, index: int) -> float | None:
-    """How many steps the optimizer has taken with a flat group, if it says."""
+    """Return the number of steps that the optimizer has taken with a flat group, if the file tells."""
     step = form.state_entry(saved, index).get("step")
     each = isinstance(step, torch.Tensor) and step.numel() != 1
     return None if step is None or each else scalar_of(step, path)
 
 
 def _like_first(form: ZeroForm, first: Slot, share: Share, open_group: OpenGroup) -> Slot:
-    """The slot of ranks that hold other experts, as many and cut in the same way: their files stay closed until they are needed.
+    """Return the slot of ranks that hold other experts, as many and cut in the same way. Their files stay closed until needed.
 
     Raises:
-        DamagedCheckpointError: when one is opened and is cut in another way.
+        DamagedCheckpointError: a file that is opened is cut in another way.
     """
     numels = numels_of(first.shapes)
 
@@ -392,7 +392,7 @@ def _like_first(form: ZeroForm, first: Slot, share: Share, open_group: OpenGroup
 def _overlapping(form: ZeroForm, flattening: Flattening, open_group: OpenGroup) -> frozenset[str]:
     """See `Slot.overlapping`: under ZeRO-1/2 the momentum of Muon's groups, unless it was offloaded.
 
-    Both ways differ in the first partition whose tensors aren't exactly those that it has whole; before it they are the same.
+    The two ways differ first in the first partition whose own elements aren't exactly its whole tensors; before it they agree.
     """
     saved, _, index = open_group(0)
     if form is not ZERO_12 or not isinstance(flattening, FlatGroup) or MOMENTUM not in form.state_entry(saved, index):
@@ -415,7 +415,7 @@ def frozen_slice_slots(
     partitions: int,
     open_model_states: Callable[[int], tuple[dict[str, Any], Path]],
 ) -> list[Slot]:
-    """Frozen parameters of ZeRO-3: each is cut over the ranks' own model_states files (``frozen_param_fragments``)."""
+    """Return frozen parameters of ZeRO-3. Each is cut over the ranks' own model_states files (``frozen_param_fragments``)."""
 
     def tensor_of(name: str) -> Callable[[int, str], Located]:
         def tensor(partition: int, state: str) -> Located:
@@ -441,7 +441,7 @@ def _lacks_step(saved: Mapping[str, Any], slot: int) -> bool:
 
 
 def partition_count(saved: Mapping[str, Any], index: int, usual: int) -> int:
-    """Over how many ranks a flat group is cut; ZeRO-3 lists them where there are experts (``stage3.py::_rigid_state_dict``)."""
+    """Return the number of ranks that share a flat group; ZeRO-3 lists it for experts (``stage3.py::_rigid_state_dict``)."""
     if listed := saved.get("ds_zero_partition_groups"):
         return int(listed[index]["partition_count"])
     counts = saved.get("partition_count", usual)
@@ -481,7 +481,7 @@ def _locator(form: ZeroForm, open_group: OpenGroup) -> Callable[[int, str], Loca
 
 
 def _group_of(form: ZeroForm, saved: Mapping[str, Any], slot: int) -> int:
-    """Parameter group of a slot: ZeRO-1/2 has one slot per group, ZeRO-3 lists its sub-groups in ``param_groups``."""
+    """Return the parameter group of a slot. ZeRO-1/2 has one slot per group, ZeRO-3 lists its sub-groups in ``param_groups``."""
     if form is ZERO_3:
         groups = form.hyperparameters(saved)
         index = slot_indices(groups)[slot]

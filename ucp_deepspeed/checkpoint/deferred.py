@@ -1,4 +1,4 @@
-"""Mappings that are read when they are first looked into: what they tell lies in files that most ranks leave closed."""
+"""Mappings that are read when they are first looked into, because their content is in files that most ranks leave closed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Deferred(Mapping[str, T]):
-    """The mapping that a function returns, called once at most; looking into it raises what the function raises."""
+    """The mapping that a function returns. The function is called at most once; looking into the mapping raises its errors."""
 
     def __init__(self, read: Callable[[], Mapping[str, T]]) -> None:
         self._read = read

@@ -1,6 +1,6 @@
-"""Numbers of an optimizer that differ over the partitions of a checkpoint, and what becomes of them where these don't go on.
+"""Numbers of an optimizer that differ between partitions of a checkpoint, and their fate if the target has other partitions.
 
-Each partition's optimizer steps on its own, so that a norm, or a rate that it finds, may differ from rank to rank.
+Each partition's optimizer steps on its own, so that a norm, or a rate that it finds, may differ between ranks.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.slots import Numbers, Slot
 
 OnDiffering = Literal["error", "first", "last", "mean", "max"]
-"""What to do where a target has other partitions: refuse, or make one number of them. Of copies of a parameter that several
-pipeline stages hold, where nothing tells which was trained, ``last`` takes the last, and all but ``error`` the first."""
+"""Policy for a target with other partitions: refuse, or make one number of them. It also applies to copies of a parameter
+that several pipeline stages hold, if nothing tells which was trained: ``last`` takes the last copy, all others the first."""
 
 DIFFERING_HINT = (
     'the topology that saved it gives each its own back, and "on_differing": "first", "last", "mean" or "max" makes one of '
@@ -22,19 +22,19 @@ DIFFERING_HINT = (
 )
 
 MOST_TOLD = 8
-"""Partitions whose values one message tells."""
+"""Number of partitions whose values one message lists."""
 
 
 class DifferingNumbers:
-    """Looks for them in the files of the tensor-parallel ranks of a pipeline stage, once."""
+    """Finds differing numbers in the files of the tensor-parallel ranks of a pipeline stage, once."""
 
     def __init__(self, tp: int, recorded_same: bool) -> None:
-        """Args: recorded_same: whether there are none, so that no file is opened."""
+        """Args: recorded_same: the numbers are recorded to be the same, so that no file is opened."""
         self._tp, self._recorded_same = tp, recorded_same
         self._known: dict[tuple[int, ...], Differing] = {}
 
     def scalars(self, first: int, slots_of: Callable[[int], Sequence[Slot]]) -> Differing:
-        """States that are one number in the slots of the stage whose first rank is ``first``."""
+        """Return states that are one number and differ, in the slots of the stage whose first rank is ``first``."""
         if self._recorded_same:
             return {}
         slots = [(self._place(rank), slot) for rank in self._ranks(first) for slot in slots_of(rank)]
@@ -44,7 +44,7 @@ class DifferingNumbers:
         return self._known[key]
 
     def settings(self, first: int, slots_of: Callable[[int], Sequence[Slot]]) -> Differing:
-        """Hyper-parameters of the slots' group, but for switches."""
+        """Return differing hyper-parameters of the slots' group, without switches of the implementation."""
         if self._recorded_same:
             return {}
         slots = [(self._place(rank), slot) for rank in self._ranks(first) for slot in slots_of(rank)]
@@ -68,7 +68,7 @@ def _meant(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_place(values: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Mapping[str, Any]]:
-    """The same, once for each place; where experts are spread, several files are one's, and are counted if they differ."""
+    """Merge values of the same place. Spread experts have several files for a place; files that differ get a number each."""
     found: dict[str, Mapping[str, Any]] = {}
     for place, held in values:
         number, name = 1, place
@@ -86,14 +86,14 @@ def _differing(found: Mapping[str, Mapping[str, Any]]) -> Differing:
 
 
 def all_same(values: Sequence[Any]) -> bool:
-    """Whether values are all the same, as `same_value` tells."""
+    """Return whether all values are the same, as `same_value` tells."""
     return all(same_value(value, values[0]) for value in values[1:])
 
 
 def made_one(
     values: Mapping[str, Any], differing: Differing, how: OnDiffering
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """One value of each that differs, in place of the first partition's; and in words those that there is no such value of."""
+    """Replace differing values by one value each. Return the values, and those that can't be made one, in words."""
     found, refused = dict(values), {}
     for key, held in differing.items():
         try:

@@ -1,6 +1,6 @@
-"""Python values as JSON, exactly: what JSON can't say is tagged. `docs/format.md`, *Values*, is the specification.
+"""Python values as exact JSON: values that JSON lacks get a tag. `docs/format.md`, *Values*, is the specification.
 
-Also when two values are the same, and how the index and the manifest are read, which are JSON of one form each.
+Also here: comparing two values, and reading the index and the manifest, which are JSON of one form each.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES, TORCH_DTYPES
 from ucp_deepspeed.errors import DamagedCheckpointError, FormatError, UnsupportedError
 
 _COLLECTIONS = {list: "", tuple: "$tuple", set: "$set", frozenset: "$frozenset"}
-"""Tags of collections; JSON has lists itself."""
+"""Tags of collections. Lists need none in JSON."""
 
 _PLAIN: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
     "decimal": (Decimal, str, Decimal),
@@ -39,13 +39,13 @@ _PLAIN: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
     "pure_path": (PurePosixPath, str, PurePosixPath),
     "windows_path": (PureWindowsPath, str, PureWindowsPath),
 }
-"""Plain values of the standard library, by name: class, and functions to what has a form and back."""
+"""Plain values of the standard library, by name: class, function to a value that has a form, and function back."""
 
 Document = TypeVar("Document", bound=BaseModel)
 
 
 def read_document(path: Path, form: type[Document], what: str, newest: int) -> Document:
-    """A JSON file of a given form.
+    """Read a JSON file of a given form.
 
     Args:
         what: ``an index`` or ``a manifest``, for messages.
@@ -56,7 +56,7 @@ def read_document(path: Path, form: type[Document], what: str, newest: int) -> D
         FormatError: a later version wrote it.
     """
     content = path.read_bytes()
-    with suppress(ValidationError):  # which the slower way says more about
+    with suppress(ValidationError):  # the slower way below tells more
         document = form.model_validate_json(content, strict=True)
         if "format_version" in document.model_fields_set and 1 <= getattr(document, "format_version", 0) <= newest:
             return document
@@ -78,7 +78,7 @@ def read_document(path: Path, form: type[Document], what: str, newest: int) -> D
 
 
 def encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """A value as JSON.
+    """Encode a value as JSON.
 
     Args:
         place: the value's name, for messages and for the names of tensors in it.
@@ -115,10 +115,10 @@ def encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def check_encoded(encoded: Any, place: str) -> None:
-    """Whether what `encode` returned can be written, and read again as a part of an index.
+    """Check that the result of `encode` can be written, and read again as a part of an index.
 
     Raises:
-        UnsupportedError: a string without a UTF-8 form, such as the name of a file may be, or too many values inside others.
+        UnsupportedError: there is a string without a UTF-8 form, as a file's name may be, or values are nested too deeply.
     """
     try:
         pydantic_core.from_json(json.dumps([[[[encoded]]]], ensure_ascii=False).encode("utf-8"))
@@ -136,10 +136,10 @@ def _encode_mapping(value: Mapping[Any, Any], place: str, tensors: dict[str, tor
 
 
 def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The value that `encode` was given.
+    """Return the value that `encode` was given.
 
     Raises:
-        DamagedCheckpointError: an unknown tag, or a tensor that isn't there.
+        DamagedCheckpointError: a tag is unknown, or a tensor is missing.
     """
     if isinstance(value, list):
         return [decode(item, tensors) for item in value]
@@ -179,9 +179,9 @@ def _decode_tagged(tag: str, content: Any, tensors: Mapping[str, torch.Tensor]) 
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Whether two values of a state dict mean the same: NaN equals itself, 0.0 isn't -0.0, 1 is 1.0, a list equals a tuple.
+    """Return whether two state dict values mean the same: NaN equals itself, 0.0 isn't -0.0, 1 is 1.0, a list equals a tuple.
 
-    Tensors without data (on the meta device) can't be told to be the same, so they are not.
+    Tensors without data (on the meta device) can't be compared, and count as different.
     """
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b

@@ -1,6 +1,6 @@
-"""In which tensors a Hugging Face model keeps the experts of a layer, and from any of these forms to another.
+"""Forms of expert tensors in Hugging Face models, and conversion between them.
 
-* Of AutoEP: ``experts.w1``, ``experts.w3`` and ``experts.w2`` of all experts (`ucp_deepspeed.checkpoint.autoep`).
+* AutoEP: ``experts.w1``, ``experts.w3`` and ``experts.w2``, each of all experts (`ucp_deepspeed.checkpoint.autoep`).
 * Fused, transformers 5: ``experts.gate_up_proj`` of shape (experts, 2 * inner, hidden), gate above up, and ``experts.down_proj``.
 * Single, transformers 4: modules ``experts.0``, … with ``w1``, ``w3``, ``w2`` (Mixtral) or ``gate_proj``, ``up_proj``,
   ``down_proj`` (Qwen, DeepSeek).
@@ -21,7 +21,7 @@ from ucp_deepspeed.errors import MismatchError, UnsupportedError
 from ucp_deepspeed.layout import Shape
 
 Matrix = tuple[str, str, int]
-"""Of one expert: the layer's name, ``gate``, ``up`` or ``down``, and the expert's number."""
+"""A matrix of one expert: the layer's name, ``gate``, ``up`` or ``down``, and the expert's number."""
 
 _STACKED = re.compile(r"(.+)\.experts\.(w1|w2|w3)")
 _FUSED = re.compile(r"(.+)\.experts\.(gate_up_proj|down_proj)")
@@ -31,7 +31,7 @@ _MATRICES: Mapping[str, tuple[str, ...]] = {
     **{"w1": ("gate",), "w3": ("up",), "w2": ("down",)},
     **{"gate_proj": ("gate",), "up_proj": ("up",), "down_proj": ("down",), "gate_up_proj": ("gate", "up")},
 }
-"""Which matrices of an expert a tensor holds, from the first row on."""
+"""Matrices of an expert in each tensor, from the first row on."""
 
 _OF_LAYER = (
     (r"gate\.(weight|bias)", r"router.gate.\1"),
@@ -39,14 +39,14 @@ _OF_LAYER = (
     (r"shared_expert\.(.+)", r"shared_experts.\1"),
     (r"shared_expert_gate\.(.+)", r"shared_experts_gate.\1"),
 )
-"""What transformers calls the rest of a layer, and what AutoEP does (``module_inject/auto_ep_layer.py``)."""
+"""Names of a layer's other tensors in transformers, and in AutoEP (``module_inject/auto_ep_layer.py``)."""
 
 _OLD_LAYER = "block_sparse_moe"
-"""What transformers 4 called Mixtral's layers; now ``mlp``."""
+"""Name of Mixtral's layers in transformers 4; now ``mlp``."""
 
 
 def matrices_in(name: str, shape: Shape) -> list[Matrix]:
-    """The matrices of experts that a parameter holds, end to end, layer by the name that transformers 5 gives it; else none."""
+    """Return the expert matrices in a parameter, end to end, with transformers 5's name of the layer; none for others."""
     if single := _SINGLE.fullmatch(name):
         layer, number, weight = single.groups()
         return [(_layer(layer), matrix, int(number)) for matrix in _MATRICES[weight]]
@@ -63,20 +63,20 @@ def _layer(name: str) -> str:
 
 
 def matrix_shape(name: str, shape: Shape) -> Shape:
-    """Shape of one of the matrices in a parameter with experts."""
+    """Return the shape of one of the matrices in a parameter with experts."""
     rows, columns = shape[-2:]
     return (rows // len(_MATRICES[name.removesuffix(".weight").rpartition(".")[2]]), columns)
 
 
 def in_form_of(checkpoint: Checkpoint, wanted: Mapping[str, Shape]) -> Checkpoint:
-    """The checkpoint with its experts in the tensors that a model has, where these are others; else the checkpoint itself.
+    """Return the checkpoint with its experts in the model's tensors. If they already are, return the checkpoint itself.
 
     Args:
         wanted: whole shapes of the model's parameters and buffers, by name.
 
     Raises:
-        UnsupportedError: the checkpoint's are cut over model-parallel ranks.
-        MismatchError: the model has another number of experts, or of another shape; or see `RegroupedCheckpoint`.
+        UnsupportedError: the checkpoint's experts are cut over model-parallel ranks.
+        MismatchError: the model has another number or shape of experts; or see `RegroupedCheckpoint`.
     """
     lacking = {
         name: found
@@ -102,7 +102,7 @@ def in_form_of(checkpoint: Checkpoint, wanted: Mapping[str, Shape]) -> Checkpoin
 
 
 def in_form_of_other(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
-    """The same, with another checkpoint in place of the model; nothing is done where that one is cut over model-parallel ranks.
+    """Do the same as `in_form_of` for another checkpoint instead of a model; nothing if it is cut over model-parallel ranks.
 
     Raises:
         UnsupportedError, MismatchError: see `in_form_of`.
@@ -115,7 +115,7 @@ def in_form_of_other(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a matrix of an expert lies, and its shape."""
+    """The place of an expert's matrix, and its shape."""
 
     run: Run
     shape: Shape
@@ -136,7 +136,7 @@ def _check_matrices(
     lacking: Mapping[str, list[Matrix]],
     wanted: Mapping[str, Shape],
 ) -> None:
-    """Each matrix that the model wants must be there in the same shape, and none may be left."""
+    """Check that each matrix that the model wants is there in the same shape, and that none is left over."""
     problems: list[str] = []
     for name, found in lacking.items():
         shape, (layer, kind, _) = matrix_shape(name, wanted[name]), found[0]
@@ -152,7 +152,7 @@ def _check_matrices(
 
 
 def _renamed(checkpoint: Checkpoint, wanted: Mapping[str, Shape], layers: set[str]) -> dict[str, str]:
-    """What else of these layers the model calls otherwise: the checkpoint's names → the model's."""
+    """Map the other names of these layers that differ in the model: the checkpoint's names → the model's."""
     missing = {_known_as(name, layers): name for name in wanted if name not in checkpoint.parameters}
     found = {
         _known_as(name, layers): name
@@ -163,7 +163,7 @@ def _renamed(checkpoint: Checkpoint, wanted: Mapping[str, Shape], layers: set[st
 
 
 def _known_as(name: str, layers: set[str]) -> str:
-    """One name for what the forms call differently."""
+    """Return one name for tensors that the forms call differently."""
     name = name.replace(f".{_OLD_LAYER}.", ".mlp.")
     layer = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
     if layer is None:

@@ -1,7 +1,7 @@
-"""DeepSpeed's mixture-of-experts layers, whose experts are spread over expert-parallel ranks.
+"""DeepSpeed's mixture-of-experts layers. Their experts are spread over expert-parallel ranks.
 
-Every rank calls its own experts 0, 1, …, in the model and in the optimizer's files; files of experts' weights have the numbers in
-the whole layer. Here names always have the latter, so that no two ranks' experts are mistaken for one.
+Every rank calls its own experts 0, 1, …, in the model and in the optimizer's files. Files of experts' weights have the numbers
+in the whole layer. Names here always have the numbers in the whole layer, so that no two ranks' experts are confused.
 
 Source: ``moe/experts.py``, ``utils/groups.py::_create_expert_and_data_parallel``, ``runtime/engine.py::_save_moe_checkpoint``.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from ucp_deepspeed.errors import UnsupportedError
 
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts"
-"""Where a layer (``deepspeed.moe.layer.MoE``) keeps its experts."""
+"""Name of the experts in a layer (``deepspeed.moe.layer.MoE``)."""
 
 _NAME = re.compile(rf"((?:.+\.)?{re.escape(EXPERTS)}\.)(\d+)(\..+)")
 _WEIGHT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
@@ -24,19 +24,19 @@ _OPTIMIZER_FILE = re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
 
 def expert_of(name: str) -> tuple[str, int] | None:
-    """The layer's list of experts, and the expert's number in it; None for what isn't an expert's."""
+    """Return the layer's list of experts, and the expert's number in it; None if the name isn't an expert's."""
     found = _NAME.fullmatch(name)
     return (found[1], int(found[2])) if found else None
 
 
 def renumbered(name: str, shift: int) -> str:
-    """The same tensor of the expert whose number is higher by ``shift``; other names stay as they are."""
+    """Return the name of the same tensor in the expert with a number higher by ``shift``; other names stay as they are."""
     found = _NAME.fullmatch(name)
     return f"{found[1]}{int(found[2]) + shift}{found[3]}" if found else name
 
 
 def numbers_of_experts(names: Iterable[str]) -> dict[str, int]:
-    """For each layer's list of experts, how many there are among the names."""
+    """Count the experts in each layer's list among the names."""
     counts: dict[str, int] = {}
     for name in names:
         if (found := expert_of(name)) is not None:
@@ -45,20 +45,20 @@ def numbers_of_experts(names: Iterable[str]) -> dict[str, int]:
 
 
 def holder_of(name: str, numbers: Mapping[str, int], ep: int) -> int | None:
-    """Which expert-parallel rank holds it; None for what isn't an expert's. ``numbers``: of all experts, by layer."""
+    """Return the expert-parallel rank that holds it; None if it isn't an expert's. ``numbers``: all experts by layer."""
     found = expert_of(name)
     return None if found is None else found[1] // max(numbers[found[0]] // ep, 1)
 
 
 def names_on(names: Iterable[str], ep_rank: int) -> tuple[str, ...]:
-    """Names with which a rank calls its own parameters → what they are called in the whole model."""
+    """Turn a rank's own names of its parameters into the names in the whole model."""
     held = tuple(names)
     counts = numbers_of_experts(held)
     return tuple(_shifted(name, counts, ep_rank) for name in held)
 
 
 def names_on_all(names: Iterable[str], ep: int) -> list[str]:
-    """The same for all expert-parallel ranks, without repeating what all of them hold."""
+    """Do the same as `names_on` for all expert-parallel ranks. Names that all of them hold aren't repeated."""
     held = tuple(names)
     return list(dict.fromkeys(name for ep_rank in range(ep) for name in names_on(held, ep_rank)))
 
@@ -69,27 +69,27 @@ def _shifted(name: str, counts: Mapping[str, int], ep_rank: int) -> str:
 
 
 def weight_file(file_name: str) -> tuple[int, int, int] | None:
-    """Layer, expert and model-parallel rank of a file with one expert's weights; None for any other file."""
+    """Return layer, expert and model-parallel rank of a file with one expert's weights; None for any other file."""
     found = _WEIGHT_FILE.fullmatch(file_name)
     return (int(found[1]), int(found[2]), int(found[3])) if found else None
 
 
 def optimizer_file(file_name: str) -> tuple[int, int] | None:
-    """Expert-parallel and model-parallel rank of a stage-0 optimizer file; None for any other file."""
+    """Return expert-parallel and model-parallel rank of a stage-0 optimizer file; None for any other file."""
     found = _OPTIMIZER_FILE.fullmatch(file_name)
     return (int(found[1]), int(found[2])) if found else None
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertRanks:
-    """Which ranks hold which experts of a layer.
+    """The ranks that hold each expert of a layer.
 
     Attributes:
         ep: expert-parallel size: expert ``i`` of rank ``e`` is number ``e * local experts + i`` of the layer.
         dp: data-parallel size.
         tp: tensor-parallel size.
-        tensor_parallel: whether each expert is cut over the tensor-parallel ranks (``enable_expert_tensor_parallelism``); if not,
-            these count as further ranks over which experts are spread.
+        tensor_parallel: True if each expert is cut over the tensor-parallel ranks (``enable_expert_tensor_parallelism``). If
+            False, experts are spread over these ranks too.
         data_first: the config's ``use_data_before_expert_parallelism``.
     """
 
@@ -101,7 +101,7 @@ class ExpertRanks:
 
     @property
     def partitions(self) -> int:
-        """Ranks that hold the same experts: over so many ZeRO cuts their group."""
+        """Number of ranks that hold the same experts. ZeRO cuts their group over so many."""
         return self._spread // self.ep
 
     @property
@@ -109,11 +109,11 @@ class ExpertRanks:
         return self.dp if self.tensor_parallel else self.dp * self.tp
 
     def holder(self, ep_rank: int, partition: int, rank: int) -> tuple[int, int]:
-        """Model-parallel and data-parallel rank of one of the ranks that hold an expert-parallel rank's experts.
+        """Return model-parallel and data-parallel rank of one of the ranks that hold an expert-parallel rank's experts.
 
         Args:
             partition: its position among them.
-            rank: the model-parallel rank, of which only the pipeline stage counts where experts aren't cut.
+            rank: the model-parallel rank; only its pipeline stage counts if experts aren't cut.
         """
         position = ep_rank * self.partitions + partition if self.data_first else ep_rank + self.ep * partition
         if self.tensor_parallel:
@@ -124,12 +124,12 @@ class ExpertRanks:
 def recognise_experts(
     names: Iterable[str], totals: Collection[int], partitions: int, dp: int, tp: int, data_first: bool, where: Path
 ) -> ExpertRanks:
-    """How the experts of a group are spread, from what DeepSpeed writes of it.
+    """Find out how the experts of a group are spread, from DeepSpeed's records of it.
 
     Args:
-        names: of one rank's parameters in the group.
+        names: names of one rank's parameters in the group.
         totals: number of experts of each layer of the model, in any order.
-        partitions: over how many ranks the group is cut.
+        partitions: number of ranks that the group is cut over.
         where: the file, for the message.
 
     Raises:

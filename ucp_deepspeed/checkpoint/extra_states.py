@@ -1,4 +1,4 @@
-"""What modules keep beside parameters and buffers: the values of torch's ``get_extra_state``."""
+"""State of modules beside parameters and buffers: the values of torch's ``get_extra_state``."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _KEY = "_extra_state"
 
 
 def is_extra_state(key: str) -> bool:
-    """Whether a key of a ``state_dict`` is that of a module's ``get_extra_state`` (``torch/nn/modules/module.py``)."""
+    """Return whether a key of a ``state_dict`` is of a module's ``get_extra_state`` (``torch/nn/modules/module.py``)."""
     return key.rpartition(".")[2] == _KEY
 
 
 def extra_states_in(state_dict: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The extra states, but None, in a ``state_dict`` of `open_torch_file`, with their tensors read."""
+    """Return the extra states, except None, in a ``state_dict`` of `open_torch_file`, with their tensors read."""
     found = {key: value for key, value in state_dict.items() if is_extra_state(key) and value is not None}
     return {key: read_tensors(value, path) for key, value in found.items()}
 
 
 def shared_extra_states(found: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Extra states that are the same on all tensor-parallel ranks, and the keys of those that aren't."""
+    """Return extra states that are the same on all tensor-parallel ranks, and the keys of all others."""
     shared: dict[str, Any] = {}
     differing: dict[str, None] = {}
     for held in found:
@@ -38,10 +38,10 @@ def shared_extra_states(found: Sequence[Mapping[str, Any]]) -> tuple[dict[str, A
 def under_other_keys(
     found: Sequence[Mapping[str, Any]], pairs: Mapping[str, str], wanted: Collection[str]
 ) -> tuple[dict[str, Any], ...]:
-    """Extra states under the keys that another model has for them, where its modules stand at other places.
+    """Move extra states to another model's keys, if its modules have other names.
 
     Args:
-        pairs: names of parameters and buffers → names in the other model: they tell where a module stands there.
+        pairs: names of parameters and buffers → names in the other model: they tell the module's name there.
         wanted: the other model's keys.
     """
     lost = {key for held in found for key in held if key not in wanted}
@@ -54,7 +54,7 @@ def under_other_keys(
 
 
 def _moved(key: str, pairs: Mapping[str, str]) -> str | None:
-    """The key of the module that holds the same parameters; None where they don't tell of one."""
+    """Return the key of the module that holds the same parameters; None if they name none or several."""
     start = key.removesuffix(_KEY)
     places = {
         other[: len(other) - len(rest)]

@@ -1,7 +1,7 @@
-"""torch's file format from before its zip archives, which DeepSpeed writes with ``"checkpoint_serialization": false``.
+"""torch's file format before its zip archives. DeepSpeed writes it with ``"checkpoint_serialization": false``.
 
-A pickle of the object comes first, then the keys of its storages, and then these one after the other, each behind its number of
-elements (``torch/serialization.py::_legacy_save``).
+A pickle of the object comes first, then the keys of its storages, then the storages one after the other. Each storage follows
+its number of elements (``torch/serialization.py::_legacy_save``).
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from torch.storage import TypedStorage
 from ucp_deepspeed.checkpoint.unpickling import Unpickler
 
 _NUMEL = struct.Struct("<q")
-"""What stands before each storage."""
+"""The number of elements before each storage."""
 
 
 def is_legacy(path: Path) -> bool:
-    """Whether the file begins as one of this format: with a pickle."""
+    """Return whether the file begins like one of this format: with a pickle."""
     with path.open("rb") as file:
         return file.read(1) == pickle.PROTO
 
 
 def unpickle_legacy(path: Path, tensors: bool) -> Any:
-    """The object in the file. None of its code is run.
+    """Return the object in the file. None of its code is run.
 
     Args:
         path: a file that `is_legacy`.
-        tensors: read the tensors; else they are on the meta device, and their storages' ``_checkpoint_offset`` tells where in the
-            file they begin, in bytes.
+        tensors: read the tensors. If False, they are on the meta device, and ``_checkpoint_offset`` of their storages tells where
+            they begin in the file, in bytes.
 
     Raises:
-        pickle.UnpicklingError: the file is of another format, refused or truncated. Damage may raise others too, as
-            ``torch.load`` does.
+        pickle.UnpicklingError: the file is of another format, refused or truncated. Damage may raise other errors too, as in
+            ``torch.load``.
     """
     with path.open("rb") as file:
         storages = _Storages("cpu" if tensors else "meta")
@@ -62,7 +62,7 @@ class _Storages:
         self._made: dict[str, TypedStorage] = {}
 
     def make(self, reference: Any) -> TypedStorage:
-        """The storage that a pickle refers to."""
+        """Return the storage that a pickle refers to."""
         kind, storage_type, key, _, numel, view = reference
         if kind != "storage" or view is not None or type(numel) is not int or numel < 0:
             raise pickle.UnpicklingError(f"refers to {reference!r:.100}, which isn't a storage")
@@ -73,7 +73,7 @@ class _Storages:
         return self._made[key]
 
     def place(self, keys: Any, file: BinaryIO, file_numbytes: int, tensors: bool) -> None:
-        """Tell each storage where its bytes lie, or read them. They follow in the order of the keys."""
+        """Tell each storage where its bytes are, or read them. They follow in the order of the keys."""
         if sorted(keys) != sorted(self._made):
             raise pickle.UnpicklingError("lists other storages than it refers to")
         start = file.tell()

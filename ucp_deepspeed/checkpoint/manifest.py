@@ -1,4 +1,4 @@
-"""The manifest: what the save hook adds beside DeepSpeed's files. `docs/format.md`, *Manifest*, is its specification."""
+"""The manifest, which the save hook adds beside DeepSpeed's files. `docs/format.md`, *Manifest*, is its specification."""
 
 from __future__ import annotations
 
@@ -32,13 +32,21 @@ MANIFEST_VERSION = 1
 STALE_MANIFEST = (
     f": if the tag was saved again without ucp_deepspeed, remove {MANIFEST_NAME}, which is of the run before"
 )
-"""What to do about files that a manifest doesn't describe."""
+"""Hint about files that a manifest doesn't describe."""
 
 
 class ManifestParameter(BaseModel):
-    """One parameter: whether it was trained, its whole shape, how it was sharded (None where nothing was known or needed), its
-    logical name where a spec gave it another than its own, and its shape on each tensor-parallel rank of a stage that holds it,
-    or once where it is the same on all (None where stages differ), and those stages."""
+    """One parameter.
+
+    Attributes:
+        kind: whether it was trained; see `Kind`.
+        logical_shape: its whole shape; None if it was unknown or not needed.
+        pattern: how it was sharded; None if that was unknown or not needed.
+        logical_name: the name that a spec gave it, if it isn't its own.
+        local_shapes: its shape on each tensor-parallel rank of a stage that holds it, or a single shape if it is the same on all;
+            None if stages differ.
+        stages: the pipeline stages that hold it.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -69,21 +77,21 @@ class Manifest(BaseModel):
         format_version: `MANIFEST_VERSION`; a reader refuses a later one.
         topology: see `ManifestTopology`.
         optimizer: class of the engine's optimizer, for people.
-        vocabulary_size: rows of the unpadded vocabulary, where the user gave it.
+        vocabulary_size: rows of the unpadded vocabulary, if the user gave it.
         parameter_groups: for each pipeline stage and each parameter group on it the names in the optimizer's order; null for an
             entry that belongs to no parameter of the model.
-        group_numbers: of a pipeline, for each stage and group the number of the group that it is a part of: stages count each on
-            their own. None for a group that trains nothing there, and where it wasn't recorded.
-        layer_keys: for a pipeline, keys of its layer files → names of the parameters and buffers that lie there under another
-            name: those of tied modules.
+        group_numbers: for each stage and group of a pipeline, the number of the whole model's group: each stage counts its own.
+            None for a group that trains nothing there, and if it wasn't recorded.
+        layer_keys: for a pipeline, keys of its layer files → names, for parameters and buffers of tied modules, whose names
+            differ from the keys.
         parameters: see `ManifestParameter`.
-        has_extra_states: whether modules kept extra states, on any model-parallel rank; None where that wasn't recorded.
-        same_numbers: whether the numbers that the optimizer keeps, in its states and groups, were the same on all partitions and
-            tensor-parallel ranks of each pipeline stage; None where that wasn't recorded.
-        differing_copies: trained parameters of which pipeline stages held copies that weren't the same, in masters, states or
-            numbers; None where that wasn't recorded.
+        has_extra_states: whether modules kept extra states, on any model-parallel rank; None if that wasn't recorded.
+        same_numbers: whether the optimizer's numbers, in its states and groups, were the same on all partitions and
+            tensor-parallel ranks of each pipeline stage; None if that wasn't recorded.
+        differing_copies: trained parameters whose copies on pipeline stages weren't the same, in masters, states or numbers; None
+            if that wasn't recorded.
         files: size in bytes of each file in the tag folder when it was committed.
-        contents: digests of what some of them hold (`digest_of`): those that every run writes anew.
+        contents: digests of the content of some files (`digest_of`): those that every run writes anew.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -123,25 +131,25 @@ class Manifest(BaseModel):
 
     @cached_property
     def patterns(self) -> dict[str, Pattern]:
-        """The patterns that were known when saving."""
+        """Patterns that were known when saving."""
         return {name: entry.pattern for name, entry in self.parameters.items() if entry.pattern is not None}
 
     @cached_property
     def logical_shapes(self) -> dict[str, Shape]:
-        """Whole shapes, where a layout was known when saving."""
+        """Whole shapes, if a layout was known when saving."""
         known = self.parameters.items()
         return {name: entry.logical_shape for name, entry in known if entry.logical_shape is not None}
 
     @cached_property
     def local_shapes(self) -> dict[str, tuple[Shape, ...]]:
-        """Shape on each tensor-parallel rank, where recorded."""
+        """Shape on each tensor-parallel rank, if recorded."""
         known = ((name, entry.local_shapes) for name, entry in self.parameters.items())
         return {name: held * (self.topology.tp // len(held)) for name, held in known if held is not None}
 
     @cached_property
     def stages(self) -> list[dict[str, Kind]] | None:
-        """What each pipeline stage holds; None if that isn't recorded of all parameters, or a rank's share is empty: what the
-        other ranks train is frozen there."""
+        """Parameters of each pipeline stage with their kinds; None if that isn't recorded of all parameters, or if a rank has no
+        elements of a parameter that other ranks train: it is frozen there."""
         found: list[dict[str, Kind]] = [{} for _ in range(self.topology.pp)]
         for name, entry in self.parameters.items():
             if entry.kind is None or entry.local_shapes is None or entry.stages is None:
@@ -154,7 +162,7 @@ class Manifest(BaseModel):
 
     @property
     def trained_groups(self) -> list[list[list[str]]]:
-        """For each pipeline stage and parameter group the names of trained parameters."""
+        """Names of trained parameters, for each pipeline stage and parameter group."""
         trained = {name for name, entry in self.parameters.items() if entry.kind == "trainable"}
         return [
             [[name for name in group if name is not None and name in trained] for group in groups]
@@ -163,11 +171,11 @@ class Manifest(BaseModel):
 
     @cached_property
     def logical_names(self) -> dict[str, str]:
-        """Logical names that are other than the parameters' own."""
+        """Logical names that differ from the parameters' own."""
         return {name: entry.logical_name for name, entry in self.parameters.items() if entry.logical_name is not None}
 
     def check_file(self, path: Path) -> None:
-        """Compare a file's size, and where it is recorded its content, with what is recorded.
+        """Compare a file's size, and its content if recorded, with the record.
 
         Raises:
             DamagedCheckpointError: it differs.
@@ -192,11 +200,11 @@ class Manifest(BaseModel):
 _ALWAYS_WRITTEN = re.compile(
     r"(?:zero_pp_rank_0_)?mp_rank_\d+_model_states\.pt|(?:bf16_)?zero_pp_rank_0_mp_rank_\d+_optim_states\.pt"
 )
-"""The first data-parallel rank's files, which tell names and orders: to look at all would take long where there are thousands."""
+"""The first data-parallel rank's files, which tell names and orders. Checking all files would take long if there are many."""
 
 
 def describe_files(folder: Path) -> dict[str, Mapping[str, int] | Mapping[str, str]]:
-    """``files`` and ``contents`` of a manifest for a folder as it is."""
+    """Return ``files`` and ``contents`` of a manifest for a folder as it is."""
     found = {entry.name: entry for entry in sorted(folder.iterdir()) if entry.is_file()}
     digests = {name: digest_of(entry) for name, entry in found.items() if _ALWAYS_WRITTEN.fullmatch(name)}
     return {
@@ -206,7 +214,7 @@ def describe_files(folder: Path) -> dict[str, Mapping[str, int] | Mapping[str, s
 
 
 def digest_of(path: Path) -> str | None:
-    """Digest of an archive's directory, in which the checksums of all of its records are; None for what isn't an archive."""
+    """Digest an archive's directory, which has the checksums of all of its records. Return None for other files."""
     try:
         with zipfile.ZipFile(path) as archive:
             listed = [(record.filename, record.CRC, record.file_size) for record in archive.infolist()]
@@ -216,7 +224,7 @@ def digest_of(path: Path) -> str | None:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a tag folder, or None when it was saved without the plugin.
+    """Read the manifest of a tag folder; None if it was saved without the plugin.
 
     Raises:
         DamagedCheckpointError: it can't be parsed.
@@ -234,7 +242,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def _with_kinds_of_optimizer(manifest: Manifest) -> Manifest:
-    """What the optimizer has is trained: earlier releases went by ``requires_grad``, which a run switches off and on."""
+    """Mark all parameters of the optimizer as trained. Earlier releases used ``requires_grad``, which runs switch off and on."""
     stepped = {name for stage in manifest.parameter_groups for group in stage for name in group}
     mended = {
         name: entry.model_copy(update={"kind": "trainable"})

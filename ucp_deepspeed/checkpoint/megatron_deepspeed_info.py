@@ -1,8 +1,8 @@
-"""What Megatron-DeepSpeed records of its layouts: the ``universal_checkpoint_info`` among the model_states of a checkpoint.
+"""Layouts that Megatron-DeepSpeed records: ``universal_checkpoint_info`` in the model_states files of a checkpoint.
 
 It is lists of regular expressions, matched at the beginning of a name. Semantics as in DeepSpeed 0.19.8,
 ``checkpoint/ds_to_universal.py::merge_tp_slices``: the first kind that fits a name, in the order of `KINDS`, says how it is cut;
-one that none fits is cut along dimension 0; besides, the rows of some are the vocabulary.
+a name that no kind fits is cut along dimension 0. Besides, some parameters' rows are the vocabulary.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ KINDS: Mapping[str, Pattern] = {
 """Lists that come before sub-parameters."""
 
 RECORDED = (*KINDS, SUB_PARAMS, VOCABULARY, ROW_PARALLEL)
-"""Keys of which an info has at least one if it tells layouts."""
+"""Keys of an info. At least one is there if the info tells layouts."""
 
 
 @dataclass(frozen=True)
 class SubParameters:
-    """Names of tensors that hold several side by side, and how large these are.
+    """Names of tensors that hold several sub-parameters side by side, and the sizes of these.
 
     Attributes:
-        patterns: regular expressions.
+        patterns: regular expressions for the names.
         dim: the dimension along which they lie side by side and are cut.
-        parts: their relative sizes.
+        parts: relative sizes of the sub-parameters.
     """
 
     patterns: tuple[str, ...]
@@ -55,10 +55,10 @@ class MegatronDeepSpeedInfo:
     """The info of one checkpoint.
 
     Attributes:
-        kinds: list of regular expressions → the pattern of what they fit, in the order in which they are asked.
-        sub_parameters: see there; asked after ``kinds``.
-        row_parallel: names that are cut along dimension 1; asked last.
-        vocabulary: names whose rows are the vocabulary.
+        kinds: list of regular expressions → the pattern of names that they fit; the first that fits counts.
+        sub_parameters: see `SubParameters`; they come after ``kinds``.
+        row_parallel: expressions for names that are cut along dimension 1; they come last.
+        vocabulary: expressions for names whose rows are the vocabulary.
         vocabulary_size: its size without padding.
     """
 
@@ -70,7 +70,7 @@ class MegatronDeepSpeedInfo:
 
     @classmethod
     def read(cls, saved: Mapping[str, Any], where: str) -> MegatronDeepSpeedInfo | None:
-        """The info in a model_states file; None where there is none, or one of automatic tensor parallelism.
+        """Read the info in a model_states file; None if there is none, or if it is of automatic tensor parallelism.
 
         Args:
             where: the file, for messages.
@@ -98,10 +98,10 @@ class MegatronDeepSpeedInfo:
         )
 
     def patterns(self, local_shapes: Mapping[str, Shape], where: str) -> dict[str, Pattern]:
-        """The pattern of each parameter.
+        """Return the pattern of each parameter.
 
         Args:
-            local_shapes: on some rank; a vector can't be cut along dimension 1.
+            local_shapes: shapes on some rank; a vector can't be cut along dimension 1.
 
         Raises:
             MismatchError: the info contradicts itself or can't be expressed; lists the parameters.
@@ -145,10 +145,10 @@ def _fits(expressions: Sequence[str], name: str) -> bool:
 
 
 def _expressions(info: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
-    """A list of regular expressions.
+    """Return a list of regular expressions.
 
     Raises:
-        UnsupportedError: it isn't one; says which.
+        UnsupportedError: an entry isn't a regular expression; names it.
     """
     return _checked(info.get(key) or (), key, where)
 
@@ -164,7 +164,7 @@ def _checked(listed: Any, key: str, where: str) -> tuple[str, ...]:
 
 
 def _sub_parameters(entry: Any, where: str) -> SubParameters:
-    """One entry, as ``checkpoint/universal_checkpoint.py::SubparamShape`` has it.
+    """Read one entry, of the form of ``checkpoint/universal_checkpoint.py::SubparamShape``.
 
     Raises:
         UnsupportedError: it has other keys, or sizes that can't be expressed.

@@ -1,4 +1,4 @@
-"""What one machine has of a checkpoint that was saved on disks of its machines' own (DeepSpeed's ``use_node_local_storage``)."""
+"""The files of one machine, of a checkpoint on each machine's own disk (DeepSpeed's ``use_node_local_storage``)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ucp_deepspeed.layout import Topology
 
 
 class NodeLocalFiles(DeepSpeedFiles):
-    """As `DeepSpeedFiles`; where a file isn't here, one of the same kind stands for it, to tell names, shapes and settings.
+    """Like `DeepSpeedFiles`. If a file isn't here, one of the same kind replaces it, to tell names, shapes and settings.
 
-    So a rank can compare what it holds with its own files; to read from all of them all must be here.
+    A rank can so compare its state with its own files. To read from all files, all must be here.
 
     Attributes:
         missing: names of the files that aren't here, once the topology is known.
@@ -40,8 +40,8 @@ class NodeLocalFiles(DeepSpeedFiles):
         return self.path / next((name for name in others if f"mp_rank_{rank:02d}_" in name), others[0])
 
     def check_complete(self, topology: Topology) -> None:
-        """Notes what isn't here; see `DeepSpeedFiles.check_complete`."""
-        _ = self.sliced, self.partitioned  # told by files that are here, and kept
+        """Note the files that aren't here; see `DeepSpeedFiles.check_complete`."""
+        _ = self.sliced, self.partitioned  # files that are here tell both, and the answers are kept
         self._stands_in = False
         self.missing = tuple(name for name in self.expected(topology) if name not in self.names)
         self._stands_in = True

@@ -1,4 +1,4 @@
-"""From a path to a catalog."""
+"""Opening: a path becomes a catalog."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError
 
 LATEST_NAME = "latest"
 UNIVERSAL_LATEST_NAME = "latest_universal"
-"""Where DeepSpeed's ds_to_universal names its folder."""
+"""File in which DeepSpeed's ds_to_universal names its folder."""
 
 LONGEST_SHOWN = 100
-"""Characters of a tag's name that a message repeats: the file ``latest`` may hold anything."""
+"""Most characters of a tag's name that a message repeats. The file ``latest`` may hold anything."""
 
 REPLACING_SECONDS = 1.0
-"""Far more than what lies between the two renames of a save takes."""
+"""Far more time than the two renames of a save take."""
 
 UNFINISHED = "is what an interrupted conversion, or save in the background, left behind; convert again, or save again"
 
 
 def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
-    """The tag folder that a path means; of a tag whose save was killed between two renames, where its old content lies.
+    """Return the tag folder that a path means. If a save was killed between two renames, its old content lies in another folder.
 
     Args:
         path: a tag folder, or a folder with tag folders in it.
-        tag: name of the tag, which may lead out of the folder; without it ``path`` itself if it is a tag folder, else what its
-            ``latest`` file says, in the folder alone.
+        tag: name of the tag, which may lead out of the folder. Without it: ``path`` itself if it is a tag folder, else the tag in
+            its ``latest`` file, which may not lead out of the folder.
 
     Raises:
-        CheckpointNotFoundError: no such folder, tag or ``latest`` file; says which tags there are.
-        DamagedCheckpointError: what is there was never finished.
+        CheckpointNotFoundError: there is no such folder, tag or ``latest`` file; lists the tags that there are.
+        DamagedCheckpointError: the checkpoint there was never finished.
     """
     root = Path(path)
     if not root.is_dir():
@@ -79,15 +79,15 @@ def _is_folder(folder: Path) -> bool:
 
 
 def interrupted(root: Path) -> dict[Path, Path]:
-    """Folders that a save was replacing when it was killed → where each lies now, whole (`REPLACED_MARK`)."""
+    """Return folders that a killed save was replacing → where each lies now, whole (`REPLACED_MARK`)."""
     hidden = [entry for entry in root.glob(f".*{PARTIAL_MARK}*{REPLACED_MARK}") if not home_of(entry).exists()]
     return {home_of(entry): entry for entry in sorted(hidden, key=lambda entry: entry.stat().st_mtime)}
 
 
 def _lies_aside(folder: Path) -> Path | None:
-    """Where a folder lies that isn't there; None where it is nowhere."""
+    """Return where the content of a missing folder lies; None if it is nowhere."""
     if _is_folder(folder.parent) and folder in interrupted(folder.parent):
-        time.sleep(REPLACING_SECONDS)  # somebody may be about to put the new one in its place
+        time.sleep(REPLACING_SECONDS)  # a save may be about to put the new one in its place
         return folder if folder.is_dir() else interrupted(folder.parent).get(folder)
     return None
 
@@ -105,13 +105,13 @@ def _read_latest(latest: Path) -> str:
 
 
 def open_checkpoint(path: str | Path, tag: str | None = None) -> Checkpoint:
-    """Open the catalog of whatever form of checkpoint is at a path; see `resolve_tag`.
+    """Open the catalog of a checkpoint of any form; see `resolve_tag`.
 
     Raises:
-        CheckpointNotFoundError: nothing there.
+        CheckpointNotFoundError: there is nothing.
         DamagedCheckpointError: files are missing, truncated or inconsistent.
         FormatError: a form that this release can't read.
-        UnsupportedError: files of DeepSpeed's that this release can't read, and DeepSpeed by itself may.
+        UnsupportedError: DeepSpeed's files that this release can't read, but DeepSpeed by itself may.
     """
     folder = resolve_tag(path, tag)
     if is_unfinished(folder):
@@ -144,12 +144,12 @@ def _holds_checkpoint(folder: Path) -> bool:
 
 
 def _native_file(folder: Path) -> Path | None:
-    """One of DeepSpeed's model_states files."""
+    """Return one of DeepSpeed's model_states files."""
     return next((path for path in folder.glob("*_model_states.pt") if is_model_states(path.name)), None)
 
 
 def tags_in(root: Path) -> list[str]:
-    """Names of the tags in a folder."""
+    """Return the names of the tags in a folder."""
     folders = [entry for entry in root.iterdir() if entry.is_dir() and not is_unfinished(entry)]
     return sorted({home_of(entry).name for entry in folders if _holds_checkpoint(entry)})
 

@@ -1,4 +1,4 @@
-"""A checkpoint whose parameters are cut and joined otherwise than in its files: experts that one side keeps in other tensors."""
+"""A checkpoint whose parameters are cut and joined differently from its files, for experts that another form keeps otherwise."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Regrouped:
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
-        """Names of the parameters in the files that it is made of."""
+        """Names of the parameters in the files that are the sources of its runs."""
         return tuple(dict.fromkeys(run.name for run in self.runs))
 
     @cached_property
@@ -49,7 +49,7 @@ class Regrouped:
         return tuple(accumulate((run.numel for run in self.runs), initial=0))[:-1]
 
     def within(self, start: int, stop: int) -> Iterator[tuple[Run, int]]:
-        """What of its runs lies in an interval, each with its position in the parameter."""
+        """Yield the parts of its runs in an interval, each with its position in the parameter."""
         for run, first in zip(self.runs, self._starts, strict=True):
             low, high = max(start, first), min(stop, first + run.numel)
             if low < high:
@@ -57,14 +57,14 @@ class Regrouped:
 
 
 class RegroupedCheckpoint(Checkpoint):
-    """Another checkpoint, of one model-parallel rank, with some of its parameters cut and joined otherwise. See `Checkpoint`.
+    """Another checkpoint, of one model-parallel rank, with some parameters cut and joined differently. See `Checkpoint`.
 
     Raises:
-        MismatchError: parameters that were trained and others, or of groups with different hyper-parameters, would become one.
+        MismatchError: one parameter would be made of trained and other ones, or of groups with different hyper-parameters.
     """
 
     def __init__(self, inner: Checkpoint, made: Mapping[str, Regrouped], renamed: Mapping[str, str]) -> None:
-        """Args: made: new parameters, in place of those that they are made of. renamed: others, from the old name to the new."""
+        """Args: made: new parameters, which replace their sources. renamed: other parameters, old name → new name."""
         self._inner, self._made, self._renamed = inner, made, renamed
         self._old = {new: old for old, new in renamed.items()}
         gone = {source for regrouped in made.values() for source in regrouped.sources}

@@ -1,4 +1,4 @@
-"""A checkpoint as a model sees it that ties other parameters: further copies of what is tied, and without what is tied there."""
+"""A checkpoint for a model that ties other parameters: with further copies of tied parameters, and without some tied there."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ucp_deepspeed.plan import Fragment
 
 
 def copies_wanted(checkpoint: Checkpoint, wanted: Collection[str]) -> dict[str, str]:
-    """Further names of tied parameters that a model has as parameters of their own → the name that each has here.
+    """Map further names of tied parameters that are separate parameters in a model to the name that each has here.
 
-    Where a model doesn't have that name either, one of the others stands for it and is no copy.
+    If the model lacks that name, the first of its other names takes its value and is no copy.
 
     Args:
         wanted: names of the model's parameters, under the checkpoint's names.
@@ -32,13 +32,13 @@ def copies_wanted(checkpoint: Checkpoint, wanted: Collection[str]) -> dict[str, 
 
 
 def with_copies(checkpoint: Checkpoint, wanted: Collection[str]) -> Checkpoint:
-    """The checkpoint with the `copies_wanted`; itself if there are none."""
+    """Return the checkpoint with the `copies_wanted`; the checkpoint itself if there are none."""
     copies = copies_wanted(checkpoint, wanted)
     return RetiedCheckpoint(checkpoint, copies) if copies else checkpoint
 
 
 class RetiedCheckpoint(Checkpoint):
-    """Another checkpoint with some of its tied parameters once more under further names, and without others. See `Checkpoint`."""
+    """Another checkpoint with copies of some tied parameters under further names, and without others. See `Checkpoint`."""
 
     def __init__(self, inner: Checkpoint, copies: Mapping[str, str], without: Collection[str] = ()) -> None:
         """Args: copies: further name → name in the checkpoint. without: names of parameters to leave out."""

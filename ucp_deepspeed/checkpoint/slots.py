@@ -1,9 +1,9 @@
-"""Slots: what the families of DeepSpeed's optimizers have in common.
+"""Slots: the common part of the families of DeepSpeed's optimizers.
 
-Every family keeps its tensors in *slots*: a flat buffer for each partition, holding some parameters end to end, and with it one
-buffer of the same layout per optimizer state. ZeRO-1/2 has one slot per parameter group, ZeRO-3 one per sub-group, the stage-0
-fp16/bf16 wrapper one per group or one per parameter, a plain torch optimizer one per parameter. Only where a slot's buffer is
-found in the files differs; that is the `tensor` function each family gives.
+Every family keeps its tensors in *slots*. A slot is a flat buffer for each partition, holding some parameters end to end, and
+one buffer of the same layout per optimizer state. ZeRO-1/2 has one slot per parameter group, ZeRO-3 one per sub-group, the
+stage-0 fp16/bf16 wrapper one per group or one per parameter, a plain torch optimizer one per parameter. The families differ only
+in where the files hold a slot's buffer: each gives the function `tensor` for it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Located = tuple[torch.Tensor, Path]
 """A described tensor and the file it is in."""
 
 NAMING_KEYS = ("params", "param_names")
-"""Of a parameter group: what is in it."""
+"""Keys of a parameter group that list its parameters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """What one partition's optimizer keeps beside tensors.
+    """The optimizer's values on one partition, except tensors.
 
     Attributes:
         scalars: states of a slot that are one number.
@@ -45,12 +45,12 @@ NumbersReader = Callable[[], Numbers]
 
 
 def place_of(kind: Literal["partition", "expert-parallel rank"], number: int) -> str:
-    """A rank whose optimizer keeps numbers of its own, in words."""
+    """Return in words a rank whose optimizer keeps numbers of its own."""
     return f"{kind} {number}"
 
 
 def settings_in(group: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Hyper-parameters of a saved parameter group, without names; rates that are tensors as numbers."""
+    """Return the hyper-parameters of a saved parameter group, without names. Rates in tensors become numbers."""
     return {key: _as_number(value, path) for key, value in group.items() if key not in NAMING_KEYS}
 
 
@@ -66,18 +66,18 @@ class Slot:
 
     Attributes:
         names: the parameters, in buffer order.
-        shapes: their local shapes; of a part of the experts of an AutoEP layer that of all.
+        shapes: local shapes; for a part of the experts of an AutoEP layer, the shape of all experts.
         kind: see `ucp_deepspeed.checkpoint.checkpoint.Kind`.
-        flattening: where their elements lie in the buffers of the partitions.
+        flattening: positions of their elements in the buffers of the partitions.
         tensor: ``(partition, state)`` → the buffer; raises `DamagedCheckpointError` when its file lacks it.
         states: element-wise states → dtype.
         scalars: states that are one number.
         refused: states that are neither → why.
         group: index of the optimizer's parameter group; None for frozen parameters and buffers.
-        overlapping: states of which each partition has whole every parameter that it has a part of; see `OverlappingGroup`.
-        numbers: for each partition, or without ZeRO each expert-parallel rank, what reads the numbers that its file has, by
-            `place_of`; none for frozen parameters and buffers.
-        starts: where in the local tensor what the slot has of each parameter begins, in elements; none where it has all of them.
+        overlapping: states of which each partition has whole tensors, if it has a part of the parameter; see `OverlappingGroup`.
+        numbers: readers of the numbers in each partition's file, or without ZeRO in each expert-parallel rank's, by `place_of`;
+            none for frozen parameters and buffers.
+        starts: position in the local tensor where the slot's part of each parameter begins, in elements; empty if it has all.
     """
 
     names: tuple[str, ...]
@@ -94,18 +94,19 @@ class Slot:
     numbers: Mapping[str, NumbersReader] = field(default_factory=dict)
 
     def start(self, index: int) -> int:
-        """Where in its local tensor what the slot has of a parameter begins, in elements."""
+        """Return where the slot's part of a parameter begins in its local tensor, in elements."""
         return self.starts[index] if self.starts else 0
 
     def flattening_of(self, state: str) -> Flattening:
-        """Where the elements of a state lie: as those of the masters do, but for ``overlapping``."""
+        """Return the positions of a state's elements: as for the masters, except for ``overlapping``."""
         if state in self.overlapping and isinstance(self.flattening, FlatGroup):
             return OverlappingGroup(self.flattening)
         return self.flattening
 
     def extent(self, partition: int, state: str) -> FileExtent:
-        """The file range of one partition's buffer. Elastic files lack the padding; before DeepSpeed 0.7 they lack some of it,
-        which was counted for buffers cut into half as many parts.
+        """Return the file range of one partition's buffer.
+
+        Elastic files lack the padding. Before DeepSpeed 0.7 they lack only some of it, counted for half as many partitions.
 
         Raises:
             DamagedCheckpointError: the buffer is shorter or longer than the parameters in it need.
@@ -126,24 +127,24 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class HeldPart:
-    """What a slot has of a parameter: all of it, or of AutoEP's experts some."""
+    """The part of a parameter in a slot: all of it, or some of AutoEP's experts."""
 
     slot: Slot
     index: int
 
     @property
     def shape(self) -> Shape:
-        """Of the whole local tensor."""
+        """Shape of the whole local tensor."""
         return self.slot.shapes[self.index]
 
     @property
     def start(self) -> int:
-        """Position in the local tensor of the first element."""
+        """Position of the first element in the local tensor."""
         return self.slot.start(self.index)
 
     @property
     def stop(self) -> int:
-        """Position behind the last element."""
+        """Position behind the last element in the local tensor."""
         return self.start + self.slot.flattening.numels[self.index]
 
 
@@ -157,7 +158,7 @@ class SplitStates:
 
 
 def split_states(raw: Mapping[str, Any], buffer: torch.Tensor, path: Path) -> SplitStates:
-    """Sort one optimizer state entry into element-wise states (→ dtype), scalars, and what is neither.
+    """Sort one optimizer state entry into element-wise states (→ dtype), scalars, and others.
 
     Args:
         raw: the optimizer's ``state[i]``.
@@ -182,14 +183,14 @@ def split_states(raw: Mapping[str, Any], buffer: torch.Tensor, path: Path) -> Sp
 
 
 def is_number_in_tensor(key: str, state: torch.Tensor, buffer: torch.Tensor) -> bool:
-    """Whether a state is one number, and no element of the buffer: it has no axes where that has some, or it counts steps."""
+    """Return whether a state is a number, and no element of the buffer: it alone has no axes, or it counts steps."""
     if key == "step":
         return state.numel() == 1 and (state.ndim == 0 or state.shape != buffer.shape)
     return state.ndim == 0 and buffer.ndim > 0
 
 
 def _is_elementwise(state: torch.Tensor, buffer: torch.Tensor) -> bool:
-    """Whether each element of a state belongs to the buffer's at its place; flat ones hold the elements of any shape in order."""
+    """Return whether a state's elements match the buffer's. Flat tensors hold the elements of any shape in order."""
     flat = 1 in (state.ndim, buffer.ndim)
     return state.shape == buffer.shape or (flat and state.numel() == buffer.numel())
 
@@ -206,7 +207,7 @@ def whole_tensor_slot(
     group: int | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Slot:
-    """A slot that holds one tensor, uncut and unpadded; with the ``settings`` of its group, where it has one."""
+    """Return a slot that holds one tensor, uncut and unpadded, with the ``settings`` of its group, if it has one."""
     numel = torch.Size(shape).numel()
     flattening = FlatGroup((numel,), partitions=1, alignment=1)
     numbers = {} if group is None else {place_of("partition", 0): lambda: Numbers(scalars or {}, settings or {})}
@@ -216,10 +217,10 @@ def whole_tensor_slot(
 
 
 def shapes_of(named: Mapping[str, Sequence[int]]) -> tuple[Shape, ...]:
-    """Shapes as tuples of int, from ``torch.Size`` or tuple."""
+    """Return shapes as tuples of int, from ``torch.Size`` or tuple."""
     return tuple(tuple(int(extent) for extent in shape) for shape in named.values())
 
 
 def numels_of(shapes: Sequence[Shape]) -> tuple[int, ...]:
-    """Elements of each shape."""
+    """Return the number of elements of each shape."""
     return tuple(torch.Size(shape).numel() for shape in shapes)

@@ -1,8 +1,8 @@
 """Opening ``torch.save`` files without running their code and without reading their tensors.
 
-Tensors come back on the meta device; where their bytes lie in the file is kept on their storage (``torch.load`` records it when
-``map_location="meta"``), so that one reader serves these files and safetensors alike. `legacy_files` does the same for torch's
-older format.
+Tensors come back on the meta device. Their storage keeps the position of their bytes in the file (``torch.load`` records it if
+``map_location="meta"``), so that one reader serves these files and safetensors. `legacy_files` does the same for torch's older
+format.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ NAMED_DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in TORCH_DTY
 """The inverse of `TORCH_DTYPES`."""
 
 INTEGERS: dict[int, torch.dtype] = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By element size, the type as which elements are compared, so that NaN equals itself and -0.0 isn't 0.0."""
+"""Integer type by element size. Elements are compared as this type, so that NaN equals itself and -0.0 isn't 0.0."""
 
 PRECISIONS: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
@@ -61,7 +61,7 @@ PRECISIONS: dict[Precision, torch.dtype] = {
 
 
 _ZIP, _POINTER = b"PK\x03\x04", b"version https://git-lfs"
-"""How an archive begins, and what Git LFS leaves in the place of a large file."""
+"""The first bytes of an archive, and of the pointer that Git LFS leaves in the place of a large file."""
 
 UNREADABLE = (
     RuntimeError,
@@ -75,20 +75,20 @@ UNREADABLE = (
     OSError,
     AssertionError,
 )
-"""What ``torch.load`` raises for a file that is damaged or refused."""
+"""Errors that ``torch.load`` raises for a file that is damaged or refused."""
 
 
 def open_torch_file(
     path: Path, *, tensors: bool = False, owned: Collection[str] | None = None, foreign: bool = False
 ) -> dict[str, Any]:
-    """The object in a checkpoint file.
+    """Return the object in a checkpoint file.
 
     Args:
         path: a file that DeepSpeed wrote with ``torch.save``.
         tensors: memory-map the tensors (on the CPU) instead of describing them (on the meta device).
         foreign: read the tensors of an archive that torch didn't write itself, instead of refusing it.
-        owned: keys under which all must be readable, by default all; under others an object of a class that isn't allowed
-            comes as `unpickling.Opaque`.
+        owned: keys whose values must be all readable; by default all keys. Under other keys, an object of a class that isn't
+            allowed becomes `unpickling.Opaque`.
 
     Raises:
         DamagedCheckpointError: the file is missing, isn't whole, or names a class that isn't allowed.
@@ -111,7 +111,7 @@ def open_torch_file(
 
 
 def _is_archive(path: Path) -> bool:
-    """Whether a file is a whole zip archive from its first byte on, as torch asks for."""
+    """Return whether a file is a whole zip archive from its first byte on, as torch requires."""
     return _beginning(path, 4) == _ZIP and zipfile.is_zipfile(path)
 
 
@@ -133,7 +133,7 @@ def _unpickled(path: Path, tensors: bool, foreign: bool) -> Any:
 
 
 def _by_either(path: Path, **where: Any) -> Any:
-    """By torch's own unpickler, or where it refuses something, by that of `unpickling`."""
+    """Load with torch's own unpickler. If it refuses something, load with that of `unpickling`."""
     if not any(
         "numpy" in str(allowed) for allowed in torch.serialization.get_safe_globals()
     ):  # torch would trust dtypes
@@ -178,10 +178,10 @@ def _refusal(path: Path, name: str) -> str:
 
 
 def dtype_of(tensor: torch.Tensor, path: Path) -> str:
-    """Name of a tensor's dtype.
+    """Return the name of a tensor's dtype.
 
     Raises:
-        UnsupportedError: it is outside the table.
+        UnsupportedError: the dtype is outside the table.
     """
     if tensor.dtype not in TORCH_DTYPES:
         raise UnsupportedError(f"{path} holds a tensor of {tensor.dtype}, which has no universal form")
@@ -189,7 +189,7 @@ def dtype_of(tensor: torch.Tensor, path: Path) -> str:
 
 
 def extent_of(tensor: torch.Tensor, path: Path) -> FileExtent:
-    """Where the bytes of a tensor from `open_torch_file` lie.
+    """Return the file range of a tensor from `open_torch_file`.
 
     Raises:
         UnsupportedError: the tensor isn't contiguous, or of a dtype outside the table.
@@ -205,12 +205,12 @@ def extent_of(tensor: torch.Tensor, path: Path) -> FileExtent:
 
 
 def scalar_of(value: Any, path: Path) -> float:
-    """The number that a Python number or a one-element tensor of `open_torch_file` stands for."""
+    """Return the number that a Python number or a one-element tensor of `open_torch_file` stands for."""
     return cast(float, read_tensor(value, path).item() if isinstance(value, torch.Tensor) else value)
 
 
 def read_tensor(tensor: torch.Tensor, path: Path) -> torch.Tensor:
-    """The tensor, on the CPU, that one of `open_torch_file` describes; for the few small ones that aren't planned."""
+    """Read a tensor of `open_torch_file` to the CPU. For the few small tensors that aren't planned."""
     extent = extent_of(tensor, path)
     with path.open("rb") as file:
         file.seek(extent.file_offset)
@@ -221,7 +221,7 @@ def read_tensor(tensor: torch.Tensor, path: Path) -> torch.Tensor:
 
 
 def read_tensors(value: Any, path: Path) -> Any:
-    """A value of `open_torch_file` with all tensors in its dictionaries, lists and tuples read."""
+    """Return a value of `open_torch_file` with all tensors in its dictionaries, lists and tuples read."""
     if isinstance(value, torch.Tensor):
         return read_tensor(value, path)
     if isinstance(value, dict):

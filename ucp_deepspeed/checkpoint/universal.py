@@ -45,11 +45,11 @@ INDEX_NAME = "ucp_index.json"
 CLIENT_TENSORS_NAME = "client_state.safetensors"
 FORMAT_VERSION = 1
 PARTIAL_MARK = ".partial-"
-"""In the names of hidden folders that are being written."""
+"""Part of the names of hidden folders that are being written."""
 
 REPLACED_MARK = "-replaced"
-"""At the end of the name of a folder for which another is being put in its place, where that takes two renames. A run that is
-killed between them leaves it, whole, and no other of that tag."""
+"""End of the name of a folder that another is about to replace, if that takes two renames. A run that is killed between them
+leaves this folder, whole, and no other of that tag."""
 
 
 class IndexParameter(BaseModel):
@@ -125,24 +125,24 @@ class Index(BaseModel):
 
 
 def atom_key(name: str, state: str) -> str:
-    """Name of an atom in its safetensors file."""
+    """Return the name of an atom in its safetensors file."""
     return f"{name}/{state}"
 
 
 def are_scalars(values: Mapping[Any, Any]) -> bool:
-    """Whether these are names and numbers, as a parameter's ``scalars`` must be."""
+    """Return whether all are names with numbers, as a parameter's ``scalars`` must be."""
     return all(isinstance(key, str) and isinstance(value, int | float) for key, value in values.items())
 
 
 def home_of(folder: Path) -> Path:
-    """Where a folder belongs: where it is, or, for what `REPLACED_MARK` is on, where it was."""
+    """Return the folder's home: its own path, or for a folder with `REPLACED_MARK` the path that it had before."""
     name, found, _ = folder.name.removesuffix(REPLACED_MARK).rpartition(PARTIAL_MARK)
     moved = found and name.startswith(".") and folder.name.endswith(REPLACED_MARK)
     return folder.with_name(name.removeprefix(".")) if moved else folder
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether it is hidden and was being written, or removed; what alone is left of a tag is whole."""
+    """Return whether it is hidden and was being written, or removed. If it alone is left of a tag, it is whole."""
     return folder.name.startswith(".") and PARTIAL_MARK in folder.name and home_of(folder).exists()
 
 
@@ -178,7 +178,7 @@ class UniversalCheckpoint(Checkpoint):
             for group in index.groups
         )
         self.run = self._run_state(index.run)
-        self.patterns = {  # without tensor parallelism each parameter is on one rank, which says nothing of others
+        self.patterns = {  # without tensor parallelism *unique* says nothing of several ranks
             name: entry.pattern
             for name, entry in index.parameters.items()
             if index.source.tp > 1 or not isinstance(entry.pattern, Unique)
@@ -206,14 +206,14 @@ class UniversalCheckpoint(Checkpoint):
         return (self._decoded(self._index.extra_states, "extra_states", self._client_tensors),)
 
     def _decoded(self, encoded: Any, what: str, tensors: Mapping[str, Any] | None = None) -> dict[Any, Any]:
-        """An encoded mapping, whose keys may be of any kind."""
+        """Decode a mapping, whose keys may be of any kind."""
         value = decode(encoded, tensors or {})
         if not isinstance(value, dict):
             raise DamagedCheckpointError(f"{self.path / INDEX_NAME}: {what} is {str(encoded)[:80]}")
         return value
 
     def _decoded_scalars(self, encoded: Any, what: str) -> dict[str, Any]:
-        """An encoded mapping of names to numbers."""
+        """Decode a mapping of names to numbers."""
         value = self._decoded(encoded, what)
         if not are_scalars(value):
             raise DamagedCheckpointError(f"{self.path / INDEX_NAME}: {what} is {str(encoded)[:80]}")
@@ -278,11 +278,11 @@ class _Entry(BaseModel):
 
 
 _ENTRIES = TypeAdapter(dict[str, _Entry | dict[str, str]])
-"""Tensors by name, and the metadata of the file."""
+"""Type of the header: tensors by name, and the metadata of the file."""
 
 
 class _Header:
-    """The header of a safetensors file: where each tensor lies (format: the safetensors README)."""
+    """The header of a safetensors file, with the position of each tensor (format: the safetensors README)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -297,7 +297,7 @@ class _Header:
         self.data_numbytes = path.stat().st_size - self.data_offset
 
     def extent(self, key: str, shape: Shape) -> FileExtent:
-        """Where one tensor lies; it must have the shape that the index says and lie inside the file."""
+        """Return the range of one tensor. It must have the shape in the index and lie inside the file."""
         entry = self._entries.get(key)
         if not isinstance(entry, _Entry):
             raise DamagedCheckpointError(f"{self.path} lacks {key}")

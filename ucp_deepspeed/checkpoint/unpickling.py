@@ -1,8 +1,8 @@
-"""An unpickler that runs no code: in the place of what isn't on the list of allowed classes it puts an inert `Opaque`.
+"""An unpickler that runs no code. It replaces each object whose class isn't on the list of allowed classes by an `Opaque`.
 
 torch's own (``torch/_weights_only_unpickler.py``) refuses the whole file for one such object in a client state, and for some
-plain ones too, as a ``deque``. This one keeps its rules: a global is found in a list, never imported; only what is on the list is
-called; only types on the list are given a state. Arrays of numpy are made here after their dtype was looked at, since numpy
+plain ones too, such as a ``deque``. This one keeps its rules: a global is found in a list, never imported; only callables on the
+list are called; only types on the list are given a state. Numpy's arrays are made here after a check of their dtype, since numpy
 believes any dtype that a file describes.
 """
 
@@ -26,15 +26,15 @@ from ucp_deepspeed.checkpoint.allowed_classes import ALLOWED
 
 
 class Opaque:
-    """In the place of an object that can't be made without code of its class; of it, the name of the class is kept alone.
+    """Replaces an object that can't be made without code of its class. It keeps only the name of the class.
 
     Attributes:
-        described: that name.
+        described: the name of the class.
     """
 
     described = "unknown"
 
-    def __new__(cls, *_: Any, **__: Any) -> Opaque:  # noqa: D102 - whatever the object's class was called with
+    def __new__(cls, *_: Any, **__: Any) -> Opaque:  # noqa: D102 - the class may have been called with any arguments
         return object.__new__(cls)
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
@@ -42,24 +42,24 @@ class Opaque:
 
 @cache
 def opaque(name: str) -> type[Opaque]:
-    """The class that stands for one of that name."""
+    """Return the class that replaces a class of this name."""
     return type("Opaque", (Opaque,), {"described": name})
 
 
 def opaque_in(value: Any) -> str | None:
-    """Name of the class of the first `Opaque` in a value, or of one that stands there itself."""
+    """Return the name of the class of the first `Opaque` in a value. The value may also hold an `Opaque` class itself."""
     return next(opaques_in(value), None)
 
 
 def opaques_in(value: Any) -> Iterator[str]:
-    """Those of all."""
+    """Yield the classes of all `Opaque` objects in a value."""
     for found in everything_in(value):
         if isinstance(found, Opaque) or (isinstance(found, type) and issubclass(found, Opaque)):
             yield found.described
 
 
 def everything_in(value: Any) -> Iterator[Any]:
-    """A value, and all that is in it, each object once."""
+    """Yield a value and everything in it, each object once."""
     seen: set[int] = set()
     waiting = [value]
     while waiting:
@@ -100,13 +100,13 @@ CODE_MODULES = frozenset(
         "code",
     )
 )
-"""Data names what is in these modules at most; a file that would call it is refused, wherever it does."""
+"""Modules that data may name but never call. A file that would call a function of theirs is refused."""
 
 PLAIN_KINDS = "biufcSUmM"
-"""numpy's kinds of dtypes whose elements are numbers, dates or text, and nothing else."""
+"""numpy's kinds of dtypes whose elements are only numbers, dates or text."""
 
 DTYPE, OBJECTS = "numpy.dtype", "numpy.dtype of objects"
-"""What stands for a dtype of another kind, and for one with Python's objects among its elements."""
+"""Names of the replacements for a dtype of another kind, and for one with Python's objects among its elements."""
 
 MAPPINGS = dict, collections.OrderedDict, collections.Counter, collections.defaultdict
 
@@ -115,10 +115,10 @@ _OPCODES = """
     SHORT_BINUNICODE BINUNICODE8 SHORT_BINSTRING BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_LIST EMPTY_DICT EMPTY_TUPLE
     EMPTY_SET TUPLE TUPLE1 TUPLE2 TUPLE3 FROZENSET BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL BINPERSID
 """
-"""Steps of ``pickle`` that make plain values, or find a global; of the others some have rules here, and the rest is unknown."""
+"""Steps of ``pickle`` that make plain values, or find a global. Some other steps have rules here; the rest is refused."""
 
 _InPython: Any = pickle._Unpickler  # type: ignore[attr-defined]
-"""pickle's own, of which single steps can be replaced."""
+"""pickle's own unpickler in Python. Single steps of it can be replaced."""
 
 
 class CraftedError(pickle.UnpicklingError):
@@ -126,7 +126,7 @@ class CraftedError(pickle.UnpicklingError):
 
 
 class Unpickler(_InPython):  # type: ignore[misc]
-    """See the module; `torch.load` takes it from here by its name."""
+    """See the module. `torch.load` finds it here by its name."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -134,7 +134,7 @@ class Unpickler(_InPython):  # type: ignore[misc]
         self.names = {id(found): full.removeprefix("builtins.") for full, found in self.known.items()}
 
     def find_class(self, module: str, name: str) -> Any:
-        """The object on the list, or the `Opaque` class that stands for it."""
+        """Return the object on the list, or the `Opaque` class that replaces it."""
         module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
         module = _compat_pickle.IMPORT_MAPPING.get(module, module)
         full = f"{module}.{name}"
@@ -143,7 +143,7 @@ class Unpickler(_InPython):  # type: ignore[misc]
         return opaque(full.removeprefix("builtins."))
 
     def made(self, make: Callable[..., Any], args: Any, kwargs: Mapping[str, Any] | None = None) -> Any:
-        """What a callable of the list makes; `Opaque` if it isn't on it, or can't make anything of these arguments."""
+        """Call a callable of the list. Return an `Opaque` if it isn't on the list, or can't use these arguments."""
         if isinstance(make, Opaque) or (isinstance(make, type) and issubclass(make, Opaque)):
             if isinstance(make, type) and _is_code(make.described):
                 raise CraftedError(f"Unsupported class {make.described}, which is called")
@@ -154,7 +154,7 @@ class Unpickler(_InPython):  # type: ignore[misc]
             return make(*args, **kwargs or {})
         except CraftedError:
             raise
-        except Exception:  # such as a number made of an Opaque
+        except Exception:  # for example a number made of an Opaque
             return opaque(self.names[id(make)])()
 
     def _reduce(self) -> None:
@@ -191,7 +191,7 @@ class Unpickler(_InPython):  # type: ignore[misc]
             raise pickle.UnpicklingError(f"Unsupported class {type(held).__qualname__}, which is given a state")
 
     def _build_dtype(self, held: np.dtype[Any] | Opaque, state: Any) -> None:
-        """Admit byte orders, and units of dates; everything else that a plain dtype's state may say is known already."""
+        """Admit byte orders, and units of dates. The rest of a plain dtype's state must be as expected."""
         if isinstance(held, Opaque):
             if OBJECTS in opaques_in(state):
                 self._replace(held, opaque(OBJECTS)())
@@ -214,7 +214,7 @@ class Unpickler(_InPython):  # type: ignore[misc]
         held.__setstate__(state)
 
     def _replace(self, held: Any, other: Any) -> None:
-        """Put another object in the place of the one on top, also for those that refer to it later."""
+        """Replace the object on top by another, also in later references to it."""
         self.stack[-1] = other
         for key, value in self.memo.items():
             if value is held:
@@ -269,13 +269,13 @@ class Unpickler(_InPython):  # type: ignore[misc]
 
 
 def _is_code(name: str) -> bool:
-    """Whether it is a function of Python's own, or one of `CODE_MODULES`."""
+    """Return whether it is a built-in function of Python, or in one of `CODE_MODULES`."""
     module = name.partition(".")[0]
     return module in CODE_MODULES or isinstance(getattr(builtins, name, None), types.BuiltinFunctionType)
 
 
 def _set_state(held: Any, state: Any) -> None:
-    """As ``pickle`` does (``load_build``)."""
+    """Set a state as ``pickle`` does (``load_build``)."""
     if hasattr(held, "__setstate__"):
         held.__setstate__(state)
         return
@@ -288,7 +288,7 @@ def _set_state(held: Any, state: Any) -> None:
 
 
 def _check_objects(dtype: Any, data: Any) -> None:
-    """Refuse bytes in the place of objects: whatever unpickles them takes them for addresses."""
+    """Refuse bytes in the place of objects: code that unpickles them would use them as addresses."""
     if isinstance(data, bytes) and OBJECTS in opaques_in(dtype):
         raise CraftedError("Unsupported class numpy.ndarray whose bytes stand for objects")
 
@@ -302,7 +302,7 @@ def _is_plain(dtype: Any) -> bool:
 
 
 def _dtype(name: str, *_: Any) -> Any:
-    """In the place of ``numpy.dtype``: plain dtypes alone."""
+    """Replaces ``numpy.dtype``: makes plain dtypes only."""
     found = np.dtype(name, copy=True) if isinstance(name, str) and name.isalnum() else None
     if found is None or found.kind not in PLAIN_KINDS:
         return opaque(OBJECTS if found is None or found.hasobject else DTYPE)()
@@ -310,12 +310,12 @@ def _dtype(name: str, *_: Any) -> Any:
 
 
 def _empty_array(*_: Any) -> np.ndarray[Any, Any]:
-    """In the place of ``numpy.core.multiarray._reconstruct``, which makes what then is given a state."""
+    """Replaces ``numpy.core.multiarray._reconstruct``: makes the array that is given a state next."""
     return np.ndarray((0,), "i1")
 
 
 def _scalar(dtype: Any, data: Any = None) -> Any:
-    """In the place of ``numpy.core.multiarray.scalar``."""
+    """Replaces ``numpy.core.multiarray.scalar``."""
     if not _is_plain(dtype) or not isinstance(data, bytes) or len(data) != dtype.itemsize:
         _check_objects(dtype, data)
         return opaque("numpy.generic")()
@@ -330,4 +330,4 @@ NUMPYS: dict[str, Any] = {
         for name, make in (("_reconstruct", _empty_array), ("scalar", _scalar))
     },
 }
-"""All of numpy that may be found; every dtype is looked at before bytes are taken for its elements."""
+"""All names of numpy that may be found. Every dtype is checked before bytes become its elements."""

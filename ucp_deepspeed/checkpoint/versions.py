@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint are still those that were opened first."""
+"""Versions of a checkpoint's files: are they still the files that were opened first?"""
 
 from __future__ import annotations
 
@@ -10,62 +10,62 @@ from pathlib import Path
 from ucp_deepspeed.errors import DamagedCheckpointError
 
 _Version = tuple[int, int, int] | None
-"""Of a file: its inode, its size, and when it was written last; None of one that isn't there."""
+"""Version of a file: its inode, its size, and the time of its last write; None if there is no file."""
 
 
 class FileVersions:
-    """What each file of a checkpoint was when it was opened first.
+    """The version of each file of a checkpoint when it was opened first.
 
-    A run may save the same tag again while somebody reads it. What a catalog has learned of one save must not be joined with
-    another's tensors; so the catalog and all that read by it share one of these. Thread-safe.
+    A run may save the same tag again while somebody reads it. A catalog's facts about one save must not be joined with another
+    save's tensors; so the catalog and all code that reads by it share one of these. Thread-safe.
     """
 
     def __init__(self) -> None:
         self._first: dict[str, _Version] = {}
 
     def note(self, path: str | Path, status: os.stat_result | None = None) -> None:
-        """A file is about to be read.
+        """Note that a file is about to be read.
 
         Args:
-            status: of the opened file; without, it is opened for that, and if that fails nothing is noted.
+            status: status of the opened file. Without it the file is opened for that; if that fails, nothing is noted.
 
         Raises:
-            DamagedCheckpointError: it isn't the file that was noted first under this path, or no file at all.
+            DamagedCheckpointError: it isn't the file that was noted first under this path, or there is no file.
         """
         if status is None:
             check_regular(path)
         try:
             version = _opened_version(path) if status is None else _version(status)
-        except OSError:  # whoever reads it tells why
+        except OSError:  # the code that reads it tells why
             return
         if version != self._first.setdefault(str(path), version):
             raise _changed(path)
 
     def check(self, paths: Iterable[str] | None = None) -> None:
-        """Whether the files are still those that were noted.
+        """Check that the files are still those that were noted.
 
         Args:
-            paths: of the files; by default all that were noted.
+            paths: paths of the files; by default all that were noted.
 
         Raises:
-            DamagedCheckpointError: one was written, replaced or removed meanwhile, as by a run that saves the same tag again.
+            DamagedCheckpointError: one was written, replaced or removed meanwhile, for example by a run that saves the tag again.
         """
         for path in list(self._first) if paths is None else paths:
             try:
                 now = _version(os.stat(path))  # noqa: PTH116
             except FileNotFoundError:
                 now = None
-            except OSError:  # a network file system's stale handle, or a folder that has become a file
+            except OSError:  # a network file system's stale handle, or a folder became a file
                 raise _changed(path) from None
             if now != self._first[path]:
                 raise _changed(path)
 
 
 def check_regular(path: str | Path) -> None:
-    """Refuse what isn't a file, before somebody reads it: a pipe has reading wait, and a device may never end.
+    """Refuse a path that isn't a file, before it is read: reading a pipe waits, and a device may never end.
 
     Raises:
-        DamagedCheckpointError: it is something else; says what. What isn't there, or can't be looked at, is another matter.
+        DamagedCheckpointError: it is something else; tells what. A missing path, or one that can't be inspected, is accepted.
     """
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116
@@ -77,7 +77,7 @@ def check_regular(path: str | Path) -> None:
 
 
 def _opened_version(path: str | Path) -> _Version:
-    """A network file system tells of a file that is opened what it is now, of others what it was a while ago."""
+    """Return a file's version. For an opened file a network file system tells the present one, for others a past one."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

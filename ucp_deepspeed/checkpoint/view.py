@@ -1,4 +1,4 @@
-"""The universal view: a checkpoint whose parameters are whole, whatever files and ranks they lie in.
+"""The universal view: a checkpoint whose parameters are whole, whichever files and ranks hold them.
 
 This is the paper's universal checkpoint as a view instead of a copy: *Extract* is the catalog's fragments, *Union* the layouts'
 pieces, *StripPad* the logical shape.
@@ -32,12 +32,12 @@ class UniversalView:
         logical_of: the checkpoint's names → logical ones.
         parameters: its entries, by logical name.
         groups: the optimizer's parameter groups, with logical names.
-        patterns: of every parameter and buffer.
-        layouts: of every parameter and buffer, over the checkpoint's model-parallel ranks.
-        vocabulary_size: rows of the unpadded vocabulary; None when not known, then nothing is stripped.
+        patterns: pattern of every parameter and buffer.
+        layouts: layout of every parameter and buffer, over the checkpoint's model-parallel ranks.
+        vocabulary_size: rows of the unpadded vocabulary; if it is None, it isn't known and nothing is stripped.
 
     Raises:
-        MismatchError: local shapes, or what the checkpoint records, contradict the patterns; lists the parameters.
+        MismatchError: local shapes, or records in the checkpoint, contradict the patterns; lists the parameters.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class UniversalView:
 
         Args:
             names: parameter of the checkpoint, or further name of one, → logical name.
-            patterns: by logical name.
-            wanted: leave others out.
-            check_record: refuse patterns that contradict what was recorded when saving.
+            patterns: patterns by logical name.
+            wanted: logical names to include; by default all.
+            check_record: refuse patterns that contradict the record of the run that saved.
         """
         self.checkpoint = checkpoint
         self.vocabulary_size = vocabulary_size if vocabulary_size is not None else checkpoint.vocabulary_size
@@ -83,7 +83,7 @@ class UniversalView:
             self._check_record()
 
     def _check_copies(self) -> None:
-        """A copy lies in the files as the parameter that it is a copy of."""
+        """Check that a copy has the layout of the parameter that it is tied to in the files."""
         copies = {name: owner for name, owner in self.checkpoint.copies.items() if name in self.logical_of}
         problems = [
             f"{name}: {describe(self.patterns[name])}; in the checkpoint it is tied to {owner}, which is "
@@ -95,7 +95,7 @@ class UniversalView:
             raise MismatchError("tied parameters can't be cut in different ways", problems)
 
     def _check_record(self) -> None:
-        """What the run that saved recorded of its own files holds: patterns that say otherwise would join them wrongly."""
+        """Check the patterns against the record of the run that saved. Contradicting ones would join its files wrongly."""
         problems: list[str] = []
         for name, logical in self.logical_of.items():
             pattern, recorded = self.patterns[logical], self.checkpoint.patterns.get(name)
@@ -117,13 +117,13 @@ class UniversalView:
     def of(
         cls, checkpoint: Checkpoint, spec: Spec | None = None, vocabulary_size: int | None = None, degree: int = 1
     ) -> UniversalView:
-        """The view of a checkpoint by itself, without a live target.
+        """Make the view of a checkpoint by itself, without a live target.
 
         Args:
-            degree: tensor-parallel size of a target that the patterns shall serve too.
+            degree: tensor-parallel size of a target for which the patterns must also work.
 
         Raises:
-            SpecError: another tensor-parallel size, and nothing tells the layouts, or nothing but a guess that may be wrong.
+            SpecError: tensor-parallel sizes differ, and nothing tells the layouts, or only a guess that may be wrong.
         """
         specs = naming_specs(spec, parameter_names(checkpoint))
         names = names_of(checkpoint, specs)
@@ -141,7 +141,7 @@ class UniversalView:
         return cls(checkpoint, names, patterns, vocabulary_size)
 
     def under_names_of(self, other: UniversalView) -> UniversalView:
-        """This view with the other's names for what differs by wrappers of modules alone; itself where nothing does."""
+        """Return this view with the other's names, if names differ by wrappers of modules alone; itself if none does."""
         wrapped = seen_through(self.parameters, other.parameters)
         if not wrapped:
             return self
@@ -152,13 +152,13 @@ class UniversalView:
         )
 
     def over(self, checkpoint: Checkpoint) -> UniversalView:
-        """The same view of another catalog of the same parameters."""
+        """Return the same view of another catalog of the same parameters."""
         names = self.logical_of | self._further
         return UniversalView(checkpoint, names, self.patterns, self.vocabulary_size, check_record=self._checked)
 
     @property
     def tied(self) -> dict[str, str]:
-        """Further logical names of tied parameters → the one that each has here."""
+        """Further logical names of tied parameters → the logical name that each has here."""
         return {
             self._further[alias]: self.logical_of[owner]
             for alias, owner in self.checkpoint.tied.items()
@@ -167,9 +167,9 @@ class UniversalView:
 
     @classmethod
     def of_single_rank(cls, checkpoint: Checkpoint, names: Mapping[str, str], wanted: Collection[str]) -> UniversalView:
-        """The view of a checkpoint without tensor parallelism, padding included: all that its rank holds of each parameter.
+        """Make the view of a checkpoint without tensor parallelism, padding included: all that its rank holds of each parameter.
 
-        By any pattern one rank holds the whole. What its manifest records is how other ranks would share it, and contradicts
+        Under any pattern one rank holds the whole. The manifest's record tells how other ranks would share it, and contradicts
         nothing here.
         """
         return cls(checkpoint, names, dict.fromkeys(wanted, Replicate()), None, wanted, check_record=False)
@@ -179,10 +179,10 @@ class UniversalView:
         return self.layouts[name].logical_shape
 
     def layouts_on(self, degree: int) -> dict[str, Layout]:
-        """The layout of each parameter and buffer on a plain model of another tensor-parallel size.
+        """Return the layout of each parameter and buffer on a plain model of another tensor-parallel size.
 
         Raises:
-            MismatchError: a parameter can't be cut that way; lists them all.
+            MismatchError: some parameters can't be cut that way; lists all.
         """
         shapes: dict[str, HeldShapes] = {}
         problems: list[str] = []
@@ -196,7 +196,7 @@ class UniversalView:
         return layouts_of(self.patterns, shapes, degree, self.vocabulary_size, "the target")
 
     def source(self, name: str, state: str) -> Source[FileExtent]:
-        """What a plan reads from."""
+        """Return the source that a plan reads from."""
         return Source(
             self.layouts[name],
             lambda rank, start, stop: self.checkpoint.fragments(self._catalog_names[name], state, rank, start, stop),
@@ -204,10 +204,10 @@ class UniversalView:
 
 
 def names_of(checkpoint: Checkpoint, specs: Sequence[Spec]) -> dict[str, str]:
-    """Logical names of a checkpoint's parameters and buffers, and of the further names of tied ones, as far as these are others.
+    """Return the logical names of a checkpoint's parameters and buffers, and of further names of tied ones if these differ.
 
     Raises:
-        SpecError: a spec gives a parameter two names, or two parameters one.
+        SpecError: a spec gives a parameter two names, or two parameters one name.
     """
     names = logical_names(list(checkpoint.parameters), specs, checkpoint.logical_names)
     further = [alias for alias in checkpoint.tied if alias not in names]
@@ -215,22 +215,22 @@ def names_of(checkpoint: Checkpoint, specs: Sequence[Spec]) -> dict[str, str]:
         return names
     try:
         found = logical_names([*names, *further], specs, checkpoint.logical_names)
-    except SpecError:  # of a scheme that isn't meant for them
+    except SpecError:  # the scheme isn't meant for them
         found = {alias: alias for alias in further}
     taken = set(names.values())
     return names | {alias: found[alias] for alias in further if found[alias] not in taken}
 
 
 def parameter_names(checkpoint: Checkpoint) -> list[str]:
-    """What a spec speaks of: parameters, without buffers."""
+    """Return the names that a spec covers: parameters, without buffers."""
     return [name for name, parameter in checkpoint.parameters.items() if parameter.kind != "buffer"]
 
 
 def _check_guess(checkpoint: Checkpoint, names: Sequence[str], local_shapes: Mapping[str, tuple[Shape, ...]]) -> None:
-    """Refuse to guess by names how an AutoTP that records nothing has cut a model: its versions leave other parts of it whole.
+    """Refuse to guess by names if the AutoTP that cut the model records nothing: such versions leave other parts of it whole.
 
     Raises:
-        SpecError: names the family that it would be, and how to see whether it is.
+        SpecError: names the likely family, and tells how to check it.
     """
     if checkpoint.topology.tp == 1 or checkpoint.patterns or not before_records(checkpoint.run.ds_version):
         return
@@ -244,7 +244,7 @@ def _check_guess(checkpoint: Checkpoint, names: Sequence[str], local_shapes: Map
 
 
 def held_shapes(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, tuple[Shape, ...]]:
-    """Shapes on the tensor-parallel ranks of the pipeline stage whose copy of a parameter is read, by logical name."""
+    """Return shapes on the tensor-parallel ranks of the pipeline stage whose copy of a parameter is read, by logical name."""
     degree = checkpoint.topology.tp
     return {
         names[name]: tuple(shape for shape in _of_one_stage(entry, degree) if shape is not None)
@@ -260,10 +260,10 @@ def layouts_of(
     vocabulary_size: int | None,
     side: str,
 ) -> dict[str, Layout]:
-    """The layout of each parameter on one side.
+    """Return the layout of each parameter on one side.
 
     Args:
-        local_shapes: shape of the local tensor of each model-parallel rank; None where it holds none.
+        local_shapes: shape of the local tensor of each model-parallel rank; None if it holds none.
         degree: tensor-parallel size.
         side: ``the checkpoint`` or ``the target``, for the message.
 
@@ -284,7 +284,7 @@ def layouts_of(
 
 @lru_cache(maxsize=4096)
 def _layout(pattern: AnyPattern, shapes: HeldShapes, degree: int, vocabulary_size: int | None) -> Layout:
-    """Cached, since the layers of a model share a few layouts."""
+    """Make a layout. Cached, since the layers of a model share a few layouts."""
     stages: list[Layout | None] = []
     for stage in _stages(shapes, degree):
         held = tuple(shape for shape in stage if shape is not None)
@@ -299,7 +299,7 @@ def _stages(shapes: HeldShapes, degree: int) -> list[HeldShapes]:
 
 
 def _of_one_stage(parameter: Parameter, degree: int) -> HeldShapes:
-    """The shapes of the pipeline stage whose copy of a parameter is read, and None for the others."""
+    """Return the shapes of the pipeline stage whose copy of a parameter is read, and None for other stages."""
     stages = _stages(parameter.local_shapes, degree)
     if len(stages) == 1:
         return parameter.local_shapes
