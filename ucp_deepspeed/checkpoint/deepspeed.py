@@ -71,8 +71,8 @@ class DeepSpeedCheckpoint(Checkpoint):
     Raises:
         DamagedCheckpointError: a file is missing, truncated, or disagrees with another.
         UnsupportedError: an unknown optimizer class, or experts whose distribution can't be told.
-        MismatchError: there is no manifest and the parameter order of stage 0 is ambiguous, or it is a pipeline's, or several
-            layers of a pipeline could be a tied module's; raised by ``parameters``.
+        MismatchError: there is no manifest, and the parameter order of stage 0 is ambiguous or a pipeline's, or several layers of
+            a pipeline could be a tied module's; raised by ``parameters``.
     """
 
     def __init__(

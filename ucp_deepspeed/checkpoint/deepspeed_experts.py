@@ -104,7 +104,7 @@ def _autoep_shares(files: DeepSpeedFiles, topology: Topology, rank: int, index: 
 
 
 def _check_groups(files: DeepSpeedFiles, ranks: ExpertRanks, rank: int, index: int) -> None:
-    """Compare the ranks that share a sub-group with ZeRO-3's record of them. Here they are calculated.
+    """Calculate the ranks that share a sub-group, and compare them with ZeRO-3's record, if there is one.
 
     Tensor-parallel ranks are neighbours (``module_inject/auto_ep_folding.py``)."""
     state, path = files.optimizer_state(rank, 0)

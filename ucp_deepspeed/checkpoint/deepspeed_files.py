@@ -114,7 +114,7 @@ class DeepSpeedFiles:
 
     @cached_property
     def sliced(self) -> bool:
-        """True if each data-parallel rank wrote a model_states file of its own, as ZeRO-3 does.
+        """Return whether each data-parallel rank wrote a model_states file of its own, as ZeRO-3 does.
 
         Raises:
             DamagedCheckpointError: there are files of both kinds, and no manifest tells which are the last run's, or it is stale.
@@ -136,12 +136,12 @@ class DeepSpeedFiles:
 
     @cached_property
     def tells_buffers(self) -> bool:
-        """True if the files record which tensors are buffers."""
+        """Return whether the files record which tensors are buffers."""
         return self.manifest is not None or not is_older(self.open(self.model_states_path(0, 0)))
 
     @property
     def is_pipeline(self) -> bool:
-        """True if a pipeline engine saved it: weights and buffers lie in separate files, one for each layer."""
+        """Return whether a pipeline engine saved it: weights and buffers lie in separate files, one for each layer."""
         return self.model_states(0).get("module") is None
 
     @cached_property
@@ -168,14 +168,14 @@ class DeepSpeedFiles:
 
     @cached_property
     def partitioned(self) -> bool:
-        """True if the optimizer's state is in files of its own: with ZeRO, and in a bf16 pipeline without ZeRO."""
+        """Return whether the optimizer's state is in files of its own: with ZeRO, and in a bf16 pipeline without ZeRO."""
         if BF16_OPTIMIZER.masters in (self.model_states(0).get("optimizer") or {}):
             return True
         return self.param_shapes(0) is not None and self.has_optimizer_files
 
     @cached_property
     def has_optimizer_files(self) -> bool:
-        """True if there are files of a ZeRO optimizer that this run may have written."""
+        """Return whether there are files of a ZeRO optimizer that this run may have written."""
         return self._optimizer_prefix in self._optimizer_prefixes
 
     def param_shapes(self, rank: int) -> Sequence[Mapping[str, Sequence[int]]] | None:
@@ -216,13 +216,13 @@ class DeepSpeedFiles:
 
     @cached_property
     def maps_slices(self) -> bool:
-        """True if ``param_slice_mappings`` are surely right. With ``round_robin_gradients`` they are of another order."""
+        """Return whether ``param_slice_mappings`` are surely right. With ``round_robin_gradients`` they are of another order."""
         zero = self.config.get("zero_optimization")
         return bool(self.config) and not (isinstance(zero, Mapping) and zero.get("round_robin_gradients"))
 
     @cached_property
     def lost_optimizer(self) -> bool:
-        """True if ZeRO's files are gone that named the parameters. Up to 0.5.10 no other file did.
+        """Return whether ZeRO's files are gone that named the parameters. Up to 0.5.10 no other file did.
 
         Those releases couldn't save an engine under ZeRO that had no optimizer.
         """

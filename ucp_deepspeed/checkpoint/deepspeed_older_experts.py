@@ -24,28 +24,28 @@ RESAVE_HINT = (
 
 
 class Files(Protocol):
-    """What is asked here of a tag folder: see `ucp_deepspeed.checkpoint.deepspeed_files.DeepSpeedFiles`."""
+    """The members of a tag folder that this module uses; see `ucp_deepspeed.checkpoint.deepspeed_files.DeepSpeedFiles`."""
 
     path: Path
     manifest: Manifest | None
 
     @property
     def open(self) -> Callable[[Path], dict[str, Any]]:
-        """Describes the content of a file."""
+        """Describe the content of a file."""
 
     @property
     def names(self) -> frozenset[str]:
-        """Of all files in the folder."""
+        """Names of all files in the folder."""
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """What DeepSpeed ran with."""
+        """Config that DeepSpeed ran with."""
 
     def model_states(self, rank: int, partition: int = 0) -> dict[str, Any]:
-        """The content of a model_states file."""
+        """Return the content of a model_states file."""
 
     def optimizer_state(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
-        """The optimizer's state in the file of one partition, and the file's path."""
+        """Return the optimizer's state in the file of one partition, and the file's path."""
 
 
 def is_older(saved: Mapping[str, Any]) -> bool:
@@ -54,7 +54,7 @@ def is_older(saved: Mapping[str, Any]) -> bool:
 
 
 def completed(files: Files, saved: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    """The file of a model-parallel rank with names of buffers and, without ZeRO, the optimizer's state.
+    """Return a model-parallel rank's file with the names of buffers added, and without ZeRO the optimizer's state.
 
     Raises:
         UnsupportedError: no file has this rank's optimizer state.
@@ -74,12 +74,12 @@ def completed(files: Files, saved: Mapping[str, Any], rank: int) -> dict[str, An
 
 
 def first_expert_optimizer(files: Files, rank: int) -> Path:
-    """The file of the first expert-parallel rank, which has the state of all parameters that aren't experts too."""
+    """Return the file of the first expert-parallel rank. It has the state of all parameters that aren't experts too."""
     return files.path / f"expp_rank_0_mp_rank_{rank:02d}_optim_states.pt"
 
 
 def mapped_shapes(files: Files, rank: int) -> list[NamedShapes]:
-    """In place of ``param_shapes``: names as the partitions map them, and shapes of the weights in the model's files.
+    """Replace ``param_shapes``: names as the partitions map them, and shapes of the weights in the model's files.
 
     Raises:
         UnsupportedError: the mappings are missing, or don't tell the order.
@@ -106,7 +106,7 @@ def mapped_shapes(files: Files, rank: int) -> list[NamedShapes]:
 
 
 def _shapes(files: Files, saved: Mapping[str, Any], rank: int) -> dict[str, tuple[int, ...]]:
-    """Of all weights; the experts of the first expert-parallel rank have the numbers there that each rank gives its own."""
+    """Return the shapes of all weights. The files number the first rank's experts as each rank numbers its own."""
     held = dict(saved["module"])
     for name in sorted(files.names):
         place = weight_file(name)

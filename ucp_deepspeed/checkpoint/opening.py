@@ -72,7 +72,7 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
 
 
 def _is_folder(folder: Path) -> bool:
-    """True for a folder that is there; a name that the file system can't have is none."""
+    """Return whether a folder is there. A name that the file system can't have is none."""
     with suppress(OSError, ValueError):
         return folder.is_dir()
     return False
@@ -155,7 +155,7 @@ def tags_in(root: Path) -> list[str]:
 
 
 def _there(root: Path) -> str:
-    """The end of a message about a tag that isn't in a folder: what is."""
+    """Return the end of a message about a missing tag: the tags in the folder."""
     if tags := tags_in(root):
         return f"; tags there: {', '.join(tags)}"
     runs = sorted(entry.name for entry in root.iterdir() if _is_run(entry))
@@ -163,7 +163,7 @@ def _there(root: Path) -> str:
 
 
 def _is_run(folder: Path) -> bool:
-    """True for a folder with tags in it; one that can't be looked into has none."""
+    """Return whether a folder has tags in it; a folder that can't be read has none."""
     with suppress(OSError):
         return (folder / LATEST_NAME).is_file()
     return False

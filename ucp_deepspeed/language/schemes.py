@@ -1,4 +1,4 @@
-"""Which of a spec's naming schemes names a model's parameters, and their logical names under it."""
+"""The choice of a spec's naming scheme for a model's parameters, and their logical names under it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _FIRST_NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 def logical_names(
     names: Sequence[str], specs: Sequence[Spec], recorded: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """The logical name of each parameter: as the checkpoint records it, else by the specs, else its own.
+    """Return the logical name of each parameter: the one that the checkpoint records, else the specs' name, else its own.
 
     Args:
-        specs: those that may apply (`ucp_deepspeed.language.families.naming_specs`); of each the scheme under which most names
-            match a rule.
+        specs: those that may apply (`ucp_deepspeed.language.families.naming_specs`); each gives the scheme under which
+            most names match a rule.
 
     Raises:
         SpecError: the specs disagree on a name; see also `ucp_deepspeed.language.naming.translate`.
@@ -42,11 +42,12 @@ def logical_names(
 
 
 def best_scheme(names: Sequence[str], spec: Spec) -> tuple[str | None, dict[str, str]]:
-    """The scheme under which most names match a rule, and the logical names under it.
+    """Return the scheme under which most names match a rule, and the logical names under it.
 
     Returns:
-        None and the names themselves where no scheme does better. One under which names collide isn't meant for them; of two
-        that count layers from different numbers, that is which begins at 0. Wrappers are seen through where that does better.
+        None and the names themselves if no scheme does better. A scheme under which names collide isn't considered. Of two
+        schemes that count layers from different numbers, the one that begins at 0 is taken. The parts of names that wrappers add
+        are left out if more names match then.
     """
     named = _named(names, spec)
     seen = plain_names(names)
@@ -59,7 +60,7 @@ def best_scheme(names: Sequence[str], spec: Spec) -> tuple[str | None, dict[str,
 
 
 def _named(names: Sequence[str], spec: Spec) -> tuple[str | None, dict[str, str]]:
-    """The scheme for names as they are, and the names under it."""
+    """Return the scheme for names as they are, and the names under it."""
     found: list[tuple[str | None, dict[str, str]]] = [(None, {name: name for name in names})]
     forms = set(map(form_of, names)) if spec.names else ()
     for title, scheme in spec.names.items():
@@ -76,10 +77,10 @@ def _named(names: Sequence[str], spec: Spec) -> tuple[str | None, dict[str, str]
 
 
 def _first_number(names: Mapping[str, str]) -> int:
-    """Layers count from 0: of two schemes that differ in the number of the first, that is meant which begins there."""
+    """Return the first layer's number. Layers count from 0: the scheme whose names begin there is preferred."""
     return min((int(number) for name in names.values() for number in _FIRST_NUMBER.findall(name)), default=0)
 
 
 def _renamed(names: Mapping[str, str]) -> int:
-    """Where as many match, as with a rule for every name, the scheme that has something to say about them is meant."""
+    """Count the names that a scheme changes. If schemes match equally many names, the one that changes more is taken."""
     return sum(name != logical for name, logical in names.items())

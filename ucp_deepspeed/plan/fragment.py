@@ -1,4 +1,4 @@
-"""Runs of elements that are consecutive in a local tensor and in a buffer: what a source holds, and what a target wants."""
+"""Runs of elements that are consecutive in a local tensor and in a buffer. Sources hold such runs, and targets want them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Fragment(Generic[B]):
     Attributes:
         local_start: flat position of its first element in the local tensor.
         numel: length.
-        buffer: names the buffer: a range of a file, or a tensor of an engine.
+        buffer: name of the buffer: a range of a file, or a tensor of an engine.
         buffer_start: position of its first element in the buffer.
     """
 
@@ -30,7 +30,7 @@ class Fragment(Generic[B]):
     buffer_start: int
 
     def within(self, intervals: Sequence[Interval]) -> Iterator[Fragment[B]]:
-        """What of it lies in some intervals of the buffer, which are given in order and don't overlap."""
+        """Yield the parts of it that lie in some intervals of the buffer. The intervals are ordered and don't overlap."""
         end = self.buffer_start + self.numel
         for start, stop in intervals[bisect_right(intervals, self.buffer_start, key=itemgetter(1)) :]:
             if start >= end:
