@@ -223,7 +223,7 @@ def _print_check(spec: Spec, checkpoint: Checkpoint, check: SpecCheck) -> None:
     for finding in wrong:
         print_plain(console, f"  {finding}")
     if check.parameters:
-        print_by_name(console, [_check_row(checked) for checked in check.parameters])
+        print_by_name(console, [_check_row(checked) for checked in check.parameters], ("rule",))
     for finding in remarks:
         print_plain(console, f"note: {finding}")
     if check.unused:
