@@ -1,4 +1,4 @@
-"""Running plans: the only place where a tensor's bytes are read or written."""
+"""Run plans: the only place where a tensor's bytes are read or written."""
 
 from ucp_deepspeed.transfer.copying import CopyPool, FileReader, TransferCount, gather, run_copies
 

@@ -1,4 +1,4 @@
-"""Where each byte of a universal checkpoint goes, known before any is read: atoms, their files, and who writes what."""
+"""The place of each byte of a universal checkpoint, known before any is read: atoms, their files, and who writes what."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ FILE_NUMBYTES = 4 << 30
 """Bytes of atoms in one file, unless a single atom is larger."""
 
 BLOCK_NUMBYTES = 4096
-"""Data begins on a multiple of it, so that chunks can be written straight to the disk, whose blocks are no larger as a rule."""
+"""Data begins on a multiple of this size, so that chunks can be written straight to the disk, whose blocks are rarely larger."""
 
 PAGE_NUMBYTES = 64 << 10
-"""No two ranks write to the same page of a file: on a network file system each machine has its own copy of it. The largest of
-the page sizes in use."""
+"""Size of a page: the largest of the page sizes in use. No two ranks write to the same page of a file, since on a network file
+system each machine has its own copy of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Atom:
-    """One state of one whole parameter, and where it goes. ``data_offset`` counts bytes from the end of the header."""
+    """One state of one whole parameter, and its place. ``data_offset`` counts bytes from the end of the header."""
 
     name: str
     state: str
@@ -36,7 +36,7 @@ class Atom:
 
     @property
     def numbytes(self) -> int:
-        """Its size."""
+        """Size of the atom in bytes."""
         return self.numel * ITEMSIZE[self.dtype]
 
 
@@ -68,7 +68,7 @@ class AtomFile:
         return sum(atom.numbytes for atom in self.atoms)
 
     def page_start(self, data_offset: int) -> int:
-        """Where in the data the page that holds this byte begins; of a byte outside, the end of the data that is nearer."""
+        """Return where the page that holds this byte begins in the data; for a byte outside, the nearer end of the data."""
         header = len(self.header)
         start = (header + data_offset) // PAGE_NUMBYTES * PAGE_NUMBYTES - header
         return self.data_numbytes if data_offset >= self.data_numbytes else max(start, 0)
@@ -84,19 +84,19 @@ class DataRange:
 
     @property
     def numbytes(self) -> int:
-        """Its size."""
+        """Size of the range in bytes."""
         return self.data_stop - self.data_start
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk(DataRange):
-    """A range that one worker fills at once; ``atoms`` are those that meet it."""
+    """A range that one worker fills at once; ``atoms`` are those that overlap it."""
 
     atoms: tuple[Atom, ...]
 
 
 def lay_out(view: UniversalView, file_numbytes: int = FILE_NUMBYTES) -> tuple[AtomFile, ...]:
-    """Which atom goes where: by parameter, widest elements first within a file so that all are aligned."""
+    """Place all atoms in files: by parameter, widest elements first within a file so that all are aligned."""
     sizes = [
         (name, state, dtype, view.logical_shape(name), prod(view.logical_shape(name)))
         for name, parameter in view.parameters.items()
@@ -127,7 +127,8 @@ def _placed(entries: Sequence[tuple[str, str, str, tuple[int, ...], int]]) -> tu
 
 
 def share_of(files: Sequence[AtomFile], rank: int, ranks: int) -> tuple[DataRange, ...]:
-    """What one of so many ranks writes: a run of about as many bytes as each other's, whatever atoms and files they are in.
+    """Return the ranges that one of so many ranks writes. All shares have about as many bytes, whatever atoms and files they are
+    in.
 
     Ranges end with pages, so that shares differ by up to a page.
     """
@@ -143,7 +144,7 @@ def share_of(files: Sequence[AtomFile], rank: int, ranks: int) -> tuple[DataRang
 
 
 def unit_of(chunk_numbytes: int) -> int:
-    """Size of a chunk, on an element boundary of every dtype."""
+    """Return the size of a chunk, rounded down to an element boundary of every dtype."""
     return max(chunk_numbytes // 8, 1) * 8
 
 

@@ -25,18 +25,19 @@ from ucp_deepspeed.errors import ConfigError
 logger = logging.getLogger("ucp_deepspeed")
 
 LOCK_SECONDS, LOOK_SECONDS = 10.0, 0.01
-"""How long to wait for a folder's lock, which is held for less than a second, and how often to look."""
+"""Seconds to wait for a folder's lock, which is held for less than a second, and seconds between two looks."""
 
 
 @contextmanager
 def committed_folder(final: Path, then: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """A new folder to write in, which is renamed to ``final`` when the block ends and removed when it fails.
+    """Yield a new folder to write in. It is renamed to ``final`` when the block ends, and removed when it fails.
 
-    Everything in it is flushed to disk before the rename. A terminated process (SIGTERM, SIGHUP, Ctrl-C) removes it; one that was
-    killed outright leaves a folder that readers refuse and that the next call for the same ``final`` removes.
+    Everything in it is flushed to disk before the rename. A terminated process (SIGTERM, SIGHUP, Ctrl-C) removes it. A process
+    that
+    was killed outright leaves a folder that readers refuse, and that the next call for the same ``final`` removes.
 
     Args:
-        then: called when the folder has its name; no signal that can be caught comes between.
+        then: called when the folder has its name; no signal that can be caught comes between the two.
 
     Raises:
         ConfigError: ``final`` exists already, or another process of this machine is writing it.
@@ -64,20 +65,23 @@ def committed_folder(final: Path, then: Callable[[], None] = lambda: None) -> It
 
 
 def make_partial_folder(final: Path, alone: bool = False) -> Path:
-    """Make `partial_folder`, after removing what is abandoned, and hold it.
+    """Make `partial_folder`, after removing abandoned ones, and hold its lock.
 
-    As long as this process writes there, no other one takes it for abandoned. A host's name and a process id don't tell that
-    alone where containers share the name; processes on other machines, and file systems without locks (NFS), have nothing else.
+    As long as this process writes there, no other process takes the folder for abandoned. A host's name and a process id alone
+    don't show this where containers share the name. For processes on other machines, and on file systems without locks (NFS),
+    they are
+    all there is.
 
     Args:
-        alone: what is abandoned is of the same name, and nobody else may be writing it; otherwise it may be of any name.
+        alone: nobody else may be writing a folder for the same name, and abandoned ones of that name alone are removed; otherwise
+            those of any name are.
 
     Raises:
-        ConfigError: somebody else is writing it.
+        ConfigError: another process is writing it.
     """
     partial = partial_folder(final)
     put_back(final.parent)
-    with _locked(final.parent):  # between its making and its being held nobody looks
+    with _locked(final.parent):  # nobody looks between making the folder and holding it
         remove_abandoned(final, of_any_name=not alone)
         others = [
             entry for entry, name, pid in _partial_folders(final) if name == final.name and _is_written(entry, pid)
@@ -92,8 +96,8 @@ def make_partial_folder(final: Path, alone: bool = False) -> Path:
 
 
 def remove_partial_folder(partial: Path, final: Path | None = None) -> None:
-    """Remove it, wherever it is by now, as far as that is possible; and ``final``, beside it, if that is there and nothing is in
-    it."""
+    """Remove a partial folder, wherever it is by now, as far as that is possible; also ``final`` beside it, if that is an empty
+    folder."""
     here = _found(partial)
     shutil.rmtree(here, ignore_errors=True)
     _release(partial)
@@ -103,7 +107,7 @@ def remove_partial_folder(partial: Path, final: Path | None = None) -> None:
 
 
 def _found(partial: Path) -> Path:
-    """Where a partial folder is, also if the folder that it lies in was renamed: Linux tells of what this process holds."""
+    """Return where a partial folder is, also if its parent folder was renamed: Linux knows the path of an open descriptor."""
     if partial.exists() or partial not in _holding:
         return partial
     try:
@@ -118,13 +122,13 @@ _holding: dict[Path, int] = {}
 
 
 def _release(partial: Path) -> None:
-    """The folder is finished, or gone."""
+    """Let a folder go that is finished, or gone."""
     if (descriptor := _holding.pop(partial, None)) is not None:
         os.close(descriptor)
 
 
 def _hold_nothing() -> None:
-    """In a forked child: the folders are its parent's, and shall be abandoned when that is gone."""
+    """Let all folders go in a forked child: they are its parent's, and count as abandoned when that is gone."""
     for partial in list(_holding):
         _release(partial)
 
@@ -134,7 +138,7 @@ os.register_at_fork(after_in_child=_hold_nothing)
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process of all that do the same at a time, where the file system has locks; not for long, should one of them hang."""
+    """Let one process at a time run the block, where the file system has locks. Wait only `LOCK_SECONDS`, in case one hangs."""
     descriptor = os.open(folder, os.O_RDONLY)
     end = time.monotonic() + LOCK_SECONDS
     try:
@@ -160,7 +164,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _is_held(partial: Path) -> bool | None:
-    """Whether a process holds a partial folder; None where that can't be told."""
+    """Return whether a process holds a partial folder; None where that can't be told."""
     if partial in _holding:
         return True
     try:
@@ -176,38 +180,41 @@ def _is_held(partial: Path) -> bool | None:
 
 
 def _is_written(partial: Path, pid: int) -> bool:
-    """Whether somebody writes in a partial folder, by the lock, or else by the process that it is named for."""
+    """Return whether a process writes in a partial folder: by the lock, or else by the process id in its name."""
     held = _is_held(partial)
     return _alive(pid) if held is None else held
 
 
 def partial_folder(final: Path) -> Path:
-    """Where this process writes what is to become ``final``, a folder or a file: hidden, beside it, and refused by readers."""
+    """Return where this process writes what will become ``final``, a folder or a file: hidden, beside it, and refused by
+    readers."""
     return final.parent / f".{final.name}{PARTIAL_MARK}{socket.gethostname()}-{os.getpid()}"
 
 
 def replace_folder(partial: Path, final: Path, is_part: Callable[[str], bool]) -> None:
     """Put a finished folder in the place of another, or of none, in one step: a reader finds the old one or the new one, whole.
 
-    What else lies in the old folder (other than its parts and what the new one has too) is taken along. A file system that can't
-    exchange two folders (NFS can't) gets two renames; killed between them, it has the old one as ``.<name>.partial-…-replaced``.
+    Other entries of the old folder, neither its parts nor names that the new one has, are taken along. On a file system that
+    can't
+    exchange two folders (NFS can't) there are two renames; a process killed between them leaves the old folder as
+    ``.<name>.partial-…-replaced``.
 
     Args:
-        is_part: whether a file of this name was a part of the old content, and goes with it.
+        is_part: whether a file of this name was a part of the old content, and is removed with it.
 
     Raises:
         OSError: a rename failed.
     """
     try:
-        partial.rename(final)  # works if there is none, or an empty one
+        partial.rename(final)  # works if there is no old folder, or an empty one
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         _take_along(final, partial, is_part)
         replaced = _exchange(partial, final)
-        # The new one is in place, whatever happens to this.
+        # The new folder is in place, whatever happens from here on.
         try:
-            _take_along(replaced, final, is_part)  # what somebody put there just now
+            _take_along(replaced, final, is_part)  # entries that somebody put there just now
         except OSError as failed:
             logger.warning("what was put into %s while it was replaced is lost: %s", final, failed)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -225,7 +232,7 @@ def _take_along(source: Path, target: Path, is_part: Callable[[str], bool]) -> N
 
     def link(old: str, new: str) -> None:
         try:
-            os.link(old, new, follow_symlinks=False)  # so that whoever has it open goes on writing the same file
+            os.link(old, new, follow_symlinks=False)  # so that a process that has it open goes on writing the same file
         except OSError:
             shutil.copy2(old, new)
 
@@ -233,7 +240,7 @@ def _take_along(source: Path, target: Path, is_part: Callable[[str], bool]) -> N
 
 
 def _exchange(partial: Path, final: Path) -> Path:
-    """Let two folders change names; returns where the old one is now."""
+    """Let two folders change names; return where the old one is now."""
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
@@ -256,10 +263,11 @@ def _exchange(partial: Path, final: Path) -> Path:
 
 
 def remove_abandoned(final: Path, of_any_name: bool = False) -> None:
-    """Remove what processes of this machine that are no longer alive left unfinished for ``final``, as far as that is possible.
+    """Remove unfinished folders for ``final`` of processes of this machine that have ended, as far as that is possible.
 
     Args:
-        of_any_name: or for another folder beside it: a run that was killed saves its next tag, and not that one again.
+        of_any_name: remove those for other folders beside it too: a run that was killed saves its next tag, and not that one
+            again.
     """
     for entry, name, pid in _partial_folders(final):
         if (of_any_name or name == final.name) and not _alive(pid) and not _is_held(entry):
@@ -270,7 +278,7 @@ def remove_abandoned(final: Path, of_any_name: bool = False) -> None:
 
 
 def _partial_folders(final: Path) -> Iterator[tuple[Path, str, int]]:
-    """What processes of this machine write beside ``final``: each, the name that it is to have, and the process."""
+    """Yield what processes of this machine write beside ``final``: each folder, its final name, and the process."""
     mark = f"{PARTIAL_MARK}{socket.gethostname()}-"
     for entry in final.parent.iterdir():
         name, found, pid = entry.name.removesuffix(REPLACED_MARK).rpartition(mark)
@@ -280,9 +288,9 @@ def _partial_folders(final: Path) -> Iterator[tuple[Path, str, int]]:
 
 
 def put_back(root: Path) -> None:
-    """Give folders their names back that were to be replaced by processes that were killed between two renames (`_exchange`).
+    """Give folders their names back that processes were about to replace when they were killed between two renames (`_exchange`).
 
-    Whoever is about to write in ``root`` calls it; readers read such folders where they lie.
+    A writer calls it before it writes in ``root``; readers read such folders where they lie.
     """
     if interrupted(root):
         time.sleep(
@@ -294,9 +302,9 @@ def put_back(root: Path) -> None:
 
 
 def _remove(abandoned: Path, final: Path) -> None:
-    if home_of(abandoned) != final or final.exists():  # else it is all that there is: see `put_back`
+    if home_of(abandoned) != final or final.exists():  # else it is the only copy: see `put_back`
         shutil.rmtree(abandoned)
-        with suppress(OSError):  # what a save had put there for what others add to it
+        with suppress(OSError):  # a folder that a save had made, empty, for entries that others add
             final.rmdir()
 
 
@@ -309,7 +317,7 @@ def write_atomically(path: Path, text: str) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Replace a file's content in one step: a reader sees the old text or the new, whole, and a failure leaves the old.
 
-    The last that it does is to replace it: whoever sees the new text may remove the folder at once.
+    Replacing is its last action: a process that sees the new text may remove the folder at once.
     """
     partial = partial_folder(path)
     try:
@@ -331,7 +339,7 @@ def flush(path: Path) -> None:
 
 
 def _alive(pid: int) -> bool:
-    """Whether another process has this id."""
+    """Return whether another process has this id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -345,7 +353,7 @@ def _alive(pid: int) -> bool:
 def terminated_as_exception() -> Iterator[None]:
     """Turn SIGTERM, and SIGHUP of a terminal that is gone, into SystemExit inside the block, so that cleaning up runs.
 
-    Only possible in the main thread. What is ignored, as SIGHUP is under nohup, stays ignored.
+    It works only in the main thread. An ignored signal, as SIGHUP is under nohup, stays ignored.
     """
 
     def terminate(signum: int, frame: FrameType | None) -> None:
@@ -367,7 +375,8 @@ def terminated_as_exception() -> Iterator[None]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """What ends soon, and must be done whole: Ctrl-C or SIGTERM, as launchers send when one rank has failed, is overheard."""
+    """Ignore signals in a short block that must be done whole: Ctrl-C, or SIGTERM, which launchers send when one rank has
+    failed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

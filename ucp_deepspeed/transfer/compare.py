@@ -1,4 +1,4 @@
-"""Two checkpoints compared through their universal views: element by element, bit by bit, in bounded memory."""
+"""Compare two checkpoints through their universal views: element by element, bit by bit, in bounded memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ucp_deepspeed.transfer.copying import FileReader, gather
 from ucp_deepspeed.transfer.stage_copies import look, may_differ, settle, with_copies_of
 
 COMPARE_NUMBYTES = 16 << 20
-"""Bytes of each side held at a time: past a few MiB larger chunks are no faster."""
+"""Bytes of each side held at a time: larger chunks than a few MiB are no faster."""
 
 What = Literal[
     "presence",
@@ -44,12 +44,12 @@ class Difference:
     """One respect in which two checkpoints differ.
 
     Attributes:
-        name: the parameter, or for the run's own values their name (``global_steps``).
+        name: the parameter, or the name of a value of the run (``global_steps``).
         what: see `What`.
         detail: both sides, in words.
         state: for ``dtype`` and ``elements``, the state.
         count: for ``elements``, how many differ.
-        first_index: for ``elements``, logical index of the first in row-major order.
+        first_index: for ``elements``, logical index of the first differing element in row-major order.
         max_abs: for ``elements`` of a floating-point type, the largest absolute difference; NaN if one side has a NaN.
     """
 
@@ -73,13 +73,13 @@ def compare(
     chunk_numbytes: int = COMPARE_NUMBYTES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Difference]:
-    """Everything in which two checkpoints differ; empty when a run resumed from either would be in the same state.
+    """Return everything in which two checkpoints differ; empty when a run resumed from either would be in the same state.
 
-    Compared are the parameters that exist and their kinds, whole shapes, states and dtypes; every element; scalars such as
-    ``step``, on each partition where these differ; the hyper-parameters of each parameter, in the same way and without
-    `IMPLEMENTATION_SWITCHES`; the modules' extra states; the run's
-    counters, learning-rate scheduler and, where both sides scale the loss, what both record of it. Precision, topology and client
-    state are not.
+    It compares which parameters exist and their kinds, global shapes, states and dtypes; every element; scalars such as ``step``,
+    on each partition where these differ; the hyper-parameters of each parameter, in the same way and without
+    `IMPLEMENTATION_SWITCHES`; the modules' extra states; the run's counters, learning-rate scheduler and, where both sides scale
+    the
+    loss, the values that both record of it. It doesn't compare precision, topology and client state.
 
     Args:
         chunk_numbytes: bytes of each side to hold at a time.
@@ -119,7 +119,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Undecided:
-    """A parameter whose copies differ over pipeline stages, and of which nothing tells which was trained."""
+    """A parameter whose copies differ over pipeline stages, where nothing tells which was trained."""
 
     name: str
     stages: tuple[int, ...]
@@ -127,8 +127,8 @@ class _Undecided:
 
 
 def _of_trained(view: UniversalView) -> tuple[UniversalView, Mapping[str, _Undecided]]:
-    """The view with the copies that were trained of what several pipeline stages hold; and by logical name those of which nothing
-    tells that, of which it has the first."""
+    """Return the view with the trained copies of parameters that several pipeline stages hold; and, by logical name, the
+    parameters for which nothing tells which copy was trained: the view has the first."""
     copies = may_differ(view.checkpoint)
     if not copies:
         return view, {}
@@ -143,7 +143,8 @@ def _of_trained(view: UniversalView) -> tuple[UniversalView, Mapping[str, _Undec
 def _copies(
     a: UniversalView, b: UniversalView, in_a: Mapping[str, _Undecided], in_b: Mapping[str, _Undecided], numbytes: int
 ) -> Iterator[Difference]:
-    """Of what a side holds several values the later ones, copy by copy; a difference by itself where the other side doesn't."""
+    """Yield differences of the later copies, copy by copy, where both sides hold several values; one difference where only one
+    side does."""
     for name in dict.fromkeys((*in_a, *in_b)):
         one, other = in_a.get(name), in_b.get(name)
         if one is None or other is None or len(one.stages) != len(other.stages):
@@ -171,7 +172,7 @@ def _presence(a: UniversalView, b: UniversalView) -> Iterator[Difference]:
 
 
 class _Side:
-    """One checkpoint being compared: its view, its open files, and the one buffer that its elements pass through."""
+    """One side of a comparison: a checkpoint's view, its open files, and the one buffer that its elements pass through."""
 
     def __init__(self, view: UniversalView, chunk_numbytes: int) -> None:
         self.view = view
@@ -180,7 +181,7 @@ class _Side:
         self.numbytes_read = 0
 
     def elements(self, name: str, state: str, start: int, numel: int) -> torch.Tensor:
-        """Consecutive elements of a parameter's state; valid until the next call."""
+        """Return consecutive elements of a parameter's state; valid until the next call."""
         dtype = self.view.parameters[name].states[state]
         target = self.buffer[: numel * ITEMSIZE[dtype]].view(NAMED_DTYPES[dtype])
         gather(self.view, name, state, start, target, self.reader)
@@ -189,7 +190,7 @@ class _Side:
 
 
 def _common(a: UniversalView, b: UniversalView, name: str) -> dict[str, int]:
-    """States of a parameter whose elements can be compared → their size in bytes."""
+    """Return the states of a parameter whose elements can be compared → their size in bytes."""
     if a.logical_shape(name) != b.logical_shape(name):
         return {}
     numel, others = math.prod(a.logical_shape(name)), b.parameters[name].states
@@ -254,19 +255,19 @@ def _differing_elements(
 
 
 def _hyperparameters(view: UniversalView) -> dict[str, dict[str, Any]]:
-    """By parameter: groups may be cut and ordered in another way and mean the same."""
+    """Return the hyper-parameters by parameter: groups may be cut and ordered in another way and mean the same."""
     found: dict[str, dict[str, Any]] = {}
     for group in view.groups:
         values = {**group.hyperparameters, **group.differing}
         meant = {key: value for key, value in values.items() if key not in IMPLEMENTATION_SWITCHES}
-        if meant.get(GROUP_STEP) == 0:  # none has been taken, or none is counted here
+        if meant.get(GROUP_STEP) == 0:  # no step has been taken, or none is counted here
             del meant[GROUP_STEP]
         found |= dict.fromkeys(group.names, meant)
     return found
 
 
 def _extra_states(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One value for each module, or where the ranks' differ all of them."""
+    """Return one value for each module, or all ranks' values where they differ."""
     shared, _ = shared_extra_states(found)
     names = dict.fromkeys(name for held in found for name in held)
     return {name: shared.get(name, [held.get(name) for held in found]) for name in names}
@@ -289,7 +290,7 @@ def _run(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
 
 
 def _mapping(name: str, what: What, a: Any, b: Any) -> Iterator[Difference]:
-    """Differences of two mappings, with keys of any kind, or of what a run keeps instead of one."""
+    """Yield differences of two mappings, with keys of any kind, or of the values that a run keeps instead of one."""
     if not isinstance(a, Mapping) or not isinstance(b, Mapping):
         if not same_value(a, b):
             yield Difference(name, what, f"{a!r} in A, {b!r} in B")

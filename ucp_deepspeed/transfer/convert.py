@@ -1,7 +1,7 @@
-"""Any checkpoint → the universal format, in one pass, by one process or by several.
+"""Convert any checkpoint to the universal format, in one pass, by one process or by several.
 
-The layout of the output is known before data moves, so that each byte is written once, at its final place, by whichever rank and
-worker has that place in its share.
+The layout of the output is known before data moves. So each byte is written once, at its final place, by the rank and worker
+that have this place in their share.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from ucp_deepspeed.transfer.writing import CHUNK_NUMBYTES, create_files, write_s
 logger = logging.getLogger("ucp_deepspeed")
 
 FIRST_RANDOM_STATE_NAME = "ucp_random_state_rank_00000.json"
-"""From its seed, new streams of random numbers are derived on any topology (``docs/format.md``, *Random state*)."""
+"""Random state whose seed gives new streams of random numbers on any topology (``docs/format.md``, *Random state*)."""
 
 VISIBLE_SECONDS = 30.0
-"""How long a new folder may take to be seen on another machine."""
+"""Seconds that a new folder may take to be seen on another machine."""
 
 
 def convert(
@@ -56,7 +56,7 @@ def convert(
     ranks: Ranks | None = None,
     then: Callable[[], None] = lambda: None,
 ) -> TransferCount:
-    """Write the universal form of a checkpoint to a new folder. Collective over the ranks; returns what all have read.
+    """Write the universal form of a checkpoint to a new folder, and return what all ranks have read. Collective over the ranks.
 
     Args:
         destination: the folder to make; it appears when everything is in it.
@@ -65,16 +65,16 @@ def convert(
         drop_client_state: top-level keys of the client state to leave out.
         on_unreadable: see `OnUnreadable`.
         on_differing: which number to write where partitions have different ones, and which copy of a parameter where pipeline
-            stages do and nothing tells which was trained.
-        ranks: those that share the work; by default this process alone.
+            stages have different ones and nothing tells which was trained.
+        ranks: the ranks that share the work; by default this process alone.
         then: called on rank 0 when the folder has appeared, and not disturbed by signals.
 
     Raises:
         ConfigError: the folder exists already, or would lie in a file, or another process is writing it, or there is too little
             space for it, or the client state has no such key; nothing is written. Or the ranks don't see the same checkpoint and
             destination; nothing is left behind.
-        UnsupportedError: the client state, a scheduler or a hyper-parameter holds something that has no universal form;
-            nothing is written.
+        UnsupportedError: the client state, a scheduler or a hyper-parameter holds a value that has no universal form; nothing is
+            written.
         DamagedCheckpointError: a source file is missing or truncated, or was changed meanwhile; nothing is left behind.
         MismatchError: numbers differ over the partitions, or copies over pipeline stages, and nothing is written; or the files
             don't hold each element of each parameter exactly once, or no optimizer state, and nothing is left behind.
@@ -119,7 +119,7 @@ def convert(
 
 
 def _with_copies(view: UniversalView, on_differing: OnDiffering, ranks: Ranks) -> UniversalView:
-    """The view with the copies that are to be written of what several pipeline stages hold. Collective over the ranks."""
+    """Return the view with the copies to write of parameters that several pipeline stages hold. Collective over the ranks."""
     copies = may_differ(view.checkpoint)
     if not copies:
         return view
@@ -136,7 +136,7 @@ def _with_copies(view: UniversalView, on_differing: OnDiffering, ranks: Ranks) -
 
 
 def _check_free(destination: Path) -> None:
-    """Before anything is read; `committed_folder` is what makes sure."""
+    """Check early, before anything is read; `committed_folder` makes sure later."""
     if os.path.lexists(destination):  # a link that leads nowhere, too
         raise ConfigError(f"{destination} exists already; nothing was written")
     if blocking := next((parent for parent in destination.parents if parent.exists() and not parent.is_dir()), None):
@@ -144,7 +144,7 @@ def _check_free(destination: Path) -> None:
 
 
 def _check_space(destination: Path, numbytes: int) -> None:
-    """Better than an error after an hour; what others write meanwhile can still fill the disk."""
+    """Check the free space, which is better than an error after an hour; others' writes can still fill the disk meanwhile."""
     place = next(parent for parent in destination.absolute().parents if parent.exists())
     disk = shutil.disk_usage(place)
     if disk.total and numbytes > disk.free:  # some file systems in memory know of no size
@@ -154,7 +154,7 @@ def _check_space(destination: Path, numbytes: int) -> None:
 
 
 def _check_same_view(view: UniversalView, files: Sequence[AtomFile], ranks: Ranks) -> None:
-    """All ranks write into one layout, and must have read the same step."""
+    """Check that all ranks see the same step and layout: they write into one layout."""
     digest = hashlib.sha256(b"".join(file.header for file in files)).hexdigest()
     seen = [view.checkpoint.run.global_steps, digest]
     for rank, other in enumerate(ranks.gather("view", seen)):
@@ -166,10 +166,10 @@ def _check_same_view(view: UniversalView, files: Sequence[AtomFile], ranks: Rank
 
 
 def _seen(folder: Path) -> Path:
-    """A folder that rank 0 has made, when it is seen here too.
+    """Return a folder that rank 0 has made, when it is seen here too.
 
     Raises:
-        ConfigError: it isn't.
+        ConfigError: it isn't seen in time.
     """
     end = time.monotonic() + VISIBLE_SECONDS
     while not folder.is_dir():
@@ -191,7 +191,7 @@ def _sum_of(counts: Sequence[dict[str, Any]]) -> TransferCount:
 
 
 def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """A safetensors file; what the system says of it comes as an error of the system's."""
+    """Write a safetensors file; raise an error of the system as an OSError."""
     try:
         safetensors.torch.save_file(tensors, path)
     except safetensors.SafetensorError as error:
@@ -199,7 +199,7 @@ def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def _write_rest(view: UniversalView, folder: Path, index: Index, tensors: dict[str, torch.Tensor]) -> None:
-    """Everything but the atoms, the index last. What can't be opened again must not be committed."""
+    """Write everything but the atoms, the index last. Open the result again: what can't be opened must not be committed."""
     if tensors:
         _write_tensors(tensors, folder / CLIENT_TENSORS_NAME)
     random_state = view.checkpoint.path / FIRST_RANDOM_STATE_NAME

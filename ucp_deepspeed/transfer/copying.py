@@ -1,4 +1,4 @@
-"""Reading files straight into place, or through memory maps, and copying strided blocks."""
+"""Read files straight into place, or through memory maps, and copy strided blocks."""
 
 from __future__ import annotations
 
@@ -37,27 +37,29 @@ MEMORY_NUMBYTES = 256 << 20
 """Bytes that a transfer may use beyond the buffers that it fills."""
 
 LEAST_MEMORY_NUMBYTES = 1024
-"""Least that a config may give: with less, parts are of a few elements, and each costs a start of its own."""
+"""Least memory that a config may give: with less, parts have a few elements, and each costs a start of its own."""
 
 PART_NUMBYTES = 32 << 20
 """Most bytes of memory for one block at a time: enough that a block's start costs nothing, and few enough to stay in caches."""
 
 LEAST_RUN_NUMBYTES = 4096
-"""Of a strided block in a file that isn't mapped: what lies between shorter runs is read too."""
+"""Shortest run of a strided block that is read by itself, where the file isn't mapped; with shorter runs, the gaps are read
+too."""
 
 FEWEST_OPEN, MOST_OPEN = 8, 4096
-"""Files that a reader keeps open: as many as `_most_open` says, between these."""
+"""Fewest and most files that a reader keeps open; `_most_open` says how many, between these."""
 
 PENDING = 4
-"""Pieces of work that wait or are under way for each thread: enough that none is idle, and few enough to cost no memory."""
+"""Pieces of work for each thread that wait or are under way: enough that none is idle, and few enough to cost no memory."""
 
 _PLANNING = threading.Lock()
-"""Held while a plan asks the catalog: that may open files, and torch's allow-list of classes belongs to the whole process."""
+"""A lock, held while a plan asks the catalog: that may open files, and torch's allow-list of classes belongs to the whole
+process."""
 
 
 @dataclass
 class TransferCount:
-    """What a transfer read: bytes, block copies, and the files they came from."""
+    """The figures of a transfer: bytes, block copies, and the files that were read."""
 
     bytes_read: int = 0
     copies: int = 0
@@ -71,13 +73,14 @@ class TransferCount:
 
 
 class FileReader:
-    """Blocks of files: read straight to where they belong, or through memory maps where they are strided or converted.
+    """Reads blocks of files: straight to their place, or through memory maps where they are strided or converted.
 
-    Thread-safe. The files that were used last stay open until `close`.
+    It is thread-safe. The files that were used last stay open until `close`.
 
     Args:
-        versions: of the checkpoint that is read, for files that may have been replaced since it was opened.
-        mapped: False to do without maps, as where the file system has none: what a block spans is read into memory first.
+        versions: versions of the checkpoint's files; they show files that were replaced since it was opened.
+        mapped: False to do without maps, as where the file system has none: then all that a block spans is read into memory
+            first.
     """
 
     def __init__(self, versions: FileVersions | None = None, *, mapped: bool = True) -> None:
@@ -97,9 +100,10 @@ class FileReader:
         file.read_into(start, memoryview(target.detach().view(-1).view(torch.uint8).numpy()))
 
     def block(self, view: StridedView[FileExtent], shape: tuple[int, ...]) -> torch.Tensor:
-        """A block inside an extent: still on disk until it is used, where the file is mapped and its elements are aligned.
+        """Return a block inside an extent. It stays on disk until it is used, where the file is mapped and its elements are
+        aligned.
 
-        Otherwise memory is taken for it; where its runs are short, for all that it spans.
+        Otherwise it takes memory: for the block or, where its runs are short, for all that it spans.
 
         Raises:
             DamagedCheckpointError: the file is missing or ends before the extent does.
@@ -109,18 +113,19 @@ class FileReader:
         if not file.is_mapped and (runs := _runs(view, shape)) is not None:
             return _read_runs(file, start, runs, NAMED_DTYPES[view.buffer.dtype], shape)
         raw = file.range(start, start + span * itemsize)
-        # torch reads aligned memory only; safetensors files of others' may hold elements anywhere.
+        # torch reads aligned memory only; safetensors files from elsewhere may hold elements anywhere.
         aligned = raw if raw.data_ptr() % itemsize == 0 else raw.clone()
         return aligned.view(NAMED_DTYPES[view.buffer.dtype]).as_strided(shape, view.strides)
 
     def numbytes(self, view: StridedView[FileExtent], shape: tuple[int, ...]) -> int:
-        """What is read of a file for a block: more than the block where its runs are short and the file isn't mapped."""
+        """Return the bytes to read from a file for a block: more than the block where its runs are short and the file isn't
+        mapped."""
         file, _ = self._open(view, view.span(shape))
         numel = prod(shape) if file.is_mapped or _runs(view, shape) is not None else view.span(shape)
         return numel * ITEMSIZE[view.buffer.dtype]
 
     def _open(self, view: StridedView[FileExtent], span: int) -> tuple[_File, int]:
-        """The file of a view, and the place of the view's first byte in it."""
+        """Return the file of a view, and the place of the view's first byte in it."""
         extent, itemsize = view.buffer, ITEMSIZE[view.buffer.dtype]
         with self._lock:
             file = self._files.pop(extent.path, None) or self._opened(extent.path)
@@ -141,7 +146,7 @@ class FileReader:
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._files:
                 raise _unreadable(path, error) from error
-            self._files.clear()  # others of this process have opened many since; what a thread uses stays open
+            self._files.clear()  # this process has opened many others since; a file that a thread uses stays open
             file = _File(path, self._mapped)
         self._versions.note(path, file.status)
         return file
@@ -162,7 +167,7 @@ class _Runs:
 
 
 def _runs(view: StridedView[FileExtent], shape: tuple[int, ...]) -> _Runs | None:
-    """None where they are too short to be read one by one."""
+    """Return the runs of a block; None where they are too short to be read one by one."""
     numel, outer = 1, len(shape)
     while outer and (shape[outer - 1] == 1 or view.strides[outer - 1] == numel):
         outer -= 1
@@ -184,7 +189,8 @@ def _read_runs(file: _File, start: int, runs: _Runs, dtype: torch.dtype, shape: 
 
 
 def _most_open() -> int:
-    """Files that a reader may keep open: a third of what the process may open yet: there may be a second reader."""
+    """Return how many files a reader may keep open: a third of what the process may still open, since there may be a second
+    reader."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed == resource.RLIM_INFINITY:
         return MOST_OPEN
@@ -192,9 +198,9 @@ def _most_open() -> int:
 
 
 class _File:
-    """An open file, with one descriptor; mapped when blocks are asked for, if that is wanted and possible.
+    """An open file, with one descriptor. It is mapped when blocks are asked for, if that is wanted and possible.
 
-    Closed at the latest when nobody uses it any more.
+    It is closed at the latest when nobody uses it any more.
     """
 
     def __init__(self, path: str, mapped: bool) -> None:
@@ -206,19 +212,19 @@ class _File:
 
     @property
     def is_mapped(self) -> bool:
-        """Whether `range` costs no memory."""
+        """Return whether `range` costs no memory."""
         return self._map is not None
 
     @cached_property
     def _map(self) -> torch.Tensor | None:
-        if self._mapped and self.numbytes:  # nothing can't be mapped
+        if self._mapped and self.numbytes:  # an empty file can't be mapped
             with suppress(OSError, RuntimeError):
                 # Copy-on-write: torch wants writable memory, and the file must never change. It keeps no descriptor.
                 return torch.from_file(self.path, shared=False, size=self.numbytes, dtype=torch.uint8)
         return None
 
     def range(self, start: int, stop: int) -> torch.Tensor:
-        """Bytes of the file: a view of the map, or read into new memory."""
+        """Return bytes of the file: a view of the map, or new memory that they are read into."""
         if self._map is not None:
             return self._map[start:stop]
         raw = torch.empty(stop - start, dtype=torch.uint8)
@@ -254,7 +260,7 @@ def run_copies(
 
     Args:
         buffer: the target buffer of a key, contiguous and on any device; it is indexed as one-dimensional.
-        pool: the threads to use, and how much memory; by default the calling thread, and `MEMORY_NUMBYTES`.
+        pool: the threads and memory to use; by default the calling thread, and `MEMORY_NUMBYTES`.
     """
     count, pool = TransferCount(), pool or CopyPool()
     for copy in copies:
@@ -280,14 +286,14 @@ def _run(copy: BlockCopy[FileExtent, T], reader: FileReader, flat: torch.Tensor)
 
 
 def _numbytes(copy: BlockCopy[FileExtent, T], reader: FileReader, plain: bool) -> int:
-    """What is read of files for a copy."""
+    """Return how many bytes of files are read for a copy."""
     if plain:
         return prod(copy.shape) * ITEMSIZE[copy.sources[0].buffer.dtype]
     return sum(reader.numbytes(view, copy.shape) for view in copy.sources)
 
 
 def _is_plain(copy: BlockCopy[FileExtent, T], target: torch.Tensor) -> bool:
-    """Whether consecutive bytes of a file become consecutive bytes of the CPU's memory."""
+    """Return whether consecutive bytes of a file become consecutive bytes of the CPU's memory."""
     source = copy.sources[0]
     dense = row_major_strides(copy.shape)
     in_a_row = all(
@@ -298,7 +304,7 @@ def _is_plain(copy: BlockCopy[FileExtent, T], target: torch.Tensor) -> bool:
 
 
 class CopyPool:
-    """Threads that copy, and the memory that they may use for it in all. To be used from one thread.
+    """Threads that copy, and the memory that they may use in all. It may only be used from one thread.
 
     Args:
         threads: 1 for the calling thread alone.
@@ -311,12 +317,12 @@ class CopyPool:
         self._pending: deque[Future[None]] = deque()
 
     def span(self, copy: BlockCopy[FileExtent, T]) -> int:
-        """Most elements that a part of a copy may span: for each source they are held as read and in double precision."""
+        """Return how many elements a part of a copy may span: each source holds them as read and in double precision."""
         widths = [ITEMSIZE[view.buffer.dtype] + ITEMSIZE["F64"] for view in copy.sources]
         return max(min(self._memory_numbytes // self._threads, PART_NUMBYTES) // sum(widths), 1)
 
     def run(self, work: Callable[[], None]) -> None:
-        """Do it now, or soon on another thread; waits while there is enough to do."""
+        """Do the work now, or soon on another thread; wait while there is enough to do."""
         if self._pool is None:
             work()
             return
@@ -325,18 +331,18 @@ class CopyPool:
             self._pending.popleft().result()
 
     def wait(self) -> None:
-        """Until all is done; raises the first error."""
+        """Wait until all is done; raise the first error."""
         while self._pending:
             self._pending.popleft().result()
 
     def close(self) -> None:
-        """End the threads; what hasn't begun is left undone."""
+        """End the threads; work that hasn't begun is left undone."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
 
 def _combined(blocks: list[torch.Tensor], factor: Fraction) -> torch.Tensor:
-    """Mean of the blocks times the factor, in double precision: the mean of equal values is that value, exactly."""
+    """Return the mean of the blocks times the factor, in double precision: the mean of equal values is that value, exactly."""
     total = blocks[0].to(torch.float64)
     for block in blocks[1:]:
         total = total + block
@@ -357,7 +363,7 @@ def gather(
         target: one-dimensional; its length says how many elements.
 
     Raises:
-        MismatchError: the checkpoint doesn't hold each of them exactly once, or scales them in a way that isn't known.
+        MismatchError: the checkpoint doesn't hold each element exactly once, or scales them in an unknown way.
         DamagedCheckpointError: a source file is missing or truncated.
     """
     whole = Layout.whole(view.logical_shape(name))
@@ -370,7 +376,7 @@ def gather_box(
     """Fill ``target`` with a box of one whole parameter's state, in row-major order.
 
     Args:
-        box: of the logical tensor; not empty.
+        box: a box of the logical tensor; not empty.
         target: one-dimensional, with one element for each of the box.
 
     Raises: as `gather`.

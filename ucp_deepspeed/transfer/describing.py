@@ -1,4 +1,4 @@
-"""The index of a universal checkpoint that is about to be written: everything but the atoms, checked before they move."""
+"""The index of a universal checkpoint before it is written: everything but the atoms, checked before they move."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DATA_SCHEDULES = ("data_sampler", "random_ltd")
 """DeepSpeed's keys for its curriculum and its random layer-token dropping; None where a run has none."""
 
 KEPT_ENGINE_KEYS = ("ds_config", "ds_version")
-"""Of what DeepSpeed puts beside the user's client state, that which means something on another topology."""
+"""Keys that DeepSpeed puts beside the user's client state and that have a meaning on another topology."""
 
 
 def describe(
@@ -42,18 +42,18 @@ def describe(
     on_unreadable: OnUnreadable = "error",
     on_differing: OnDiffering = "error",
 ) -> tuple[Index, dict[str, torch.Tensor]]:
-    """The index, still without the sizes of files, and the tensors in the client state, which go to a file of their own.
+    """Return the index, still without the sizes of files, and the tensors in the client state, which go to a file of their own.
 
     Args:
         homes: (parameter, state) → name of the file that will hold the atom.
         drop_client_state: top-level keys of the client state, and keys of extra states, to leave out.
-        on_unreadable: what to do about what can't be read: see `OnUnreadable`.
-        on_differing: what to write of numbers that differ over the partitions.
+        on_unreadable: what to do about values that can't be read: see `OnUnreadable`.
+        on_differing: what to write for numbers that differ over the partitions.
 
     Raises:
         MismatchError: the checkpoint holds no optimizer state that could be converted.
         ConfigError: the client state has no such key.
-        MismatchError: numbers differ over the partitions, and none may be made of them.
+        MismatchError: numbers differ over the partitions, and may not become one.
         UnsupportedError: a value has no universal form; says where it is.
     """
     checkpoint = view.checkpoint
@@ -96,7 +96,8 @@ def describe(
 
 
 def _made_one(view: UniversalView, how: OnDiffering) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Each parameter's scalars, and each group's hyper-parameters: a universal checkpoint has no partitions."""
+    """Return one value of each parameter's scalars, and of each group's hyper-parameters: a universal checkpoint has no
+    partitions."""
     problems: dict[str, str] = {}
 
     def settled(place: str, values: Mapping[str, Any], differing: Differing) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def _made_one(view: UniversalView, how: OnDiffering) -> tuple[dict[str, dict[str
 
 
 def left_out(checkpoint: Checkpoint, drop_client_state: Collection[str] = ()) -> list[str]:
-    """What a conversion leaves out since no file holds it, or nobody can read it, each with the reason."""
+    """Return what a conversion leaves out because no file holds it, or nobody can read it, each with the reason."""
     classes = checkpoint.unreadable().items()
     return [f"{name}: {why}" for name, why in checkpoint.unrecorded.items()] + [
         f"client_state.{key}: it can't be read without running code of {kind}"
@@ -128,14 +129,15 @@ def left_out(checkpoint: Checkpoint, drop_client_state: Collection[str] = ()) ->
 
 
 def client_state_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The user's own keys, and those of DeepSpeed's in `KEPT_ENGINE_KEYS`."""
+    """Return the user's own keys, and DeepSpeed's keys in `KEPT_ENGINE_KEYS`."""
     _, state = checkpoint.client_state()
     kept = {key: value for key, value in state.items() if key not in ENGINE_KEYS or key in KEPT_ENGINE_KEYS}
     return kept | {key: _without_numpy(state[key]) for key in DATA_SCHEDULES if state.get(key) is not None}
 
 
 def _without_numpy(value: Any) -> Any:
-    """DeepSpeed's schedules hold numpy's numbers and arrays, in whose place they take plain ones."""
+    """Return a value with plain numbers and lists in place of numpy's: DeepSpeed's schedules hold numpy's, and take plain ones
+    too."""
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     if isinstance(value, Mapping):
@@ -163,7 +165,7 @@ def _source(checkpoint: Checkpoint) -> IndexSource:
 
 
 def _encoded(value: Any, place: str) -> Any:
-    """A value of the index itself, which is JSON alone: a tensor in it would have nowhere to go."""
+    """Encode a value of the index itself, which is only JSON: a tensor in it would have nowhere to go."""
     tensors: dict[str, torch.Tensor] = {}
     encoded = encode(value, place, tensors)
     if tensors:
@@ -173,7 +175,7 @@ def _encoded(value: Any, place: str) -> Any:
 
 
 def _encoded_mapping(value: Any, place: str) -> Any:
-    """A state dict: readers take nothing else in its place."""
+    """Encode a state dict: readers take nothing else in its place."""
     if not isinstance(value, Mapping):
         raise UnsupportedError(f"{place} is a {type(value).__qualname__}, which has no universal form; use a mapping")
     return _encoded(value, place)
@@ -186,7 +188,7 @@ def _encoded_scalars(value: Mapping[Any, Any], name: str) -> Any:
 
 
 class _Places(dict[str, torch.Tensor]):
-    """Tensors by place. Two at one place, as in ``{"a.b": x, "a": {"b": y}}``, would overwrite each other: refused."""
+    """Tensors by place. It refuses two at one place, as in ``{"a.b": x, "a": {"b": y}}``: they would overwrite each other."""
 
     def __setitem__(self, place: str, tensor: torch.Tensor) -> None:
         if place in self:
@@ -199,7 +201,7 @@ class _Places(dict[str, torch.Tensor]):
 
 
 def _encoded_values(checkpoint: Checkpoint, drop: Collection[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Client state and extra states, encoded, and the tensors in them."""
+    """Return client state and extra states, encoded, and the tensors in them."""
     shared, differing = shared_extra_states(checkpoint.extra_states())
     held: dict[str, dict[str, Any]] = {"client_state": client_state_of(checkpoint), "extra_states": shared}
     keys = [*held["client_state"], *shared, *differing]

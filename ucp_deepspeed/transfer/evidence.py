@@ -1,7 +1,7 @@
-"""What a checkpoint tells for and against a spec: names, shapes, values, what was recorded, and a whole copy beside it.
+"""Evidence in a checkpoint for and against a spec: names, shapes, values, recorded layouts, and a whole copy beside it.
 
-A wrong rule can keep every byte and ruin the model, so everything that the checkpoint knows is held against it. What it doesn't
-know is listed in ``docs/language.md``, *What can't be caught*.
+A wrong rule can keep every byte and ruin the model. So a spec is compared with everything that the checkpoint knows. What it
+doesn't know is listed in ``docs/language.md``, *What can't be caught*.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from ucp_deepspeed.transfer.copying import FileReader, gather
 from ucp_deepspeed.transfer.held_values import CHUNK_NUMBYTES, HeldValues, Progress, no_progress, passing
 
 UNRELATED = 0.5
-"""`HeldValues.distance` from which matrices of two ranks count as different ones, not as copies that were updated apart."""
+"""`HeldValues.distance` from which two ranks' matrices count as different ones, and not as copies that were updated apart."""
 
 What = Literal["unmatched", "ambiguous", "shapes", "record", "bias", "values", "whole", "remark"]
-"""Where a finding comes from: no rule, or several; shapes of the ranks; what was recorded when saving; the weight and the bias of
+"""The source of a finding: no rule, or several; shapes of the ranks; the layout recorded when saving; the weight and the bias of
 one module; values of the ranks; a checkpoint without tensor parallelism. A ``remark`` contradicts nothing."""
 
 
@@ -50,7 +50,7 @@ class Finding:
 
     @property
     def wrong(self) -> bool:
-        """Whether it contradicts the spec."""
+        """Return whether the finding contradicts the spec."""
         return self.what != "remark"
 
     def __str__(self) -> str:
@@ -59,11 +59,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Checked:
-    """One parameter.
+    """One parameter that a spec is checked against.
 
     Attributes:
         name: logical name.
-        own_name: in the checkpoint.
+        own_name: name in the checkpoint.
         matches: the rules that it matches.
         local_shapes: see `HeldShapes`.
         layout: None when it doesn't match one rule, or shapes contradict it.
@@ -77,20 +77,20 @@ class Checked:
 
     @property
     def pattern(self) -> Pattern | None:
-        """What its one rule says."""
+        """The pattern of its one rule; None unless exactly one rule matches."""
         return self.matches[0].pattern if len(self.matches) == 1 else None
 
 
 @dataclass(frozen=True)
 class SpecCheck:
-    """A spec held against a checkpoint.
+    """The result of comparing a spec with a checkpoint.
 
     Attributes:
         parameters: without buffers, in the checkpoint's order.
         findings: in the same order.
-        unused: globs that fit nothing; those of one family serve several variants of a model.
-        values_compared: parameters of which the values of several ranks were compared.
-        whole_compared: how the checkpoint without tensor parallelism served: not at all, by shapes, or by values too.
+        unused: globs that match nothing; the globs of one family serve several variants of a model.
+        values_compared: number of parameters whose values on several ranks were compared.
+        whole_compared: how the checkpoint without tensor parallelism was used: not at all, by shapes, or by values too.
     """
 
     parameters: tuple[Checked, ...]
@@ -101,7 +101,7 @@ class SpecCheck:
 
     @property
     def sound(self) -> bool:
-        """Whether nothing contradicts the spec."""
+        """Return whether nothing contradicts the spec."""
         return not any(finding.wrong for finding in self.findings)
 
 
@@ -114,11 +114,11 @@ def check_spec(
     whole: Checkpoint | None = None,
     progress: Progress = no_progress,
 ) -> SpecCheck:
-    """Hold a spec against a checkpoint.
+    """Compare a spec with a checkpoint.
 
     Args:
-        values: read tensors; without, only metadata.
-        whole: a checkpoint of the same model without tensor parallelism; if it is of the same state, values are compared too.
+        values: read tensors; without it, only metadata.
+        whole: a checkpoint of the same model without tensor parallelism; if it has the same state, values are compared too.
         progress: see `Progress`; it begins anew for the second checkpoint.
 
     Raises:
@@ -172,14 +172,14 @@ def _layout(
 
 
 def _of_first_stage(layout: Layout, degree: int) -> Layout:
-    """The layout without the copies on later pipeline stages, which may hold values that nothing trains there."""
+    """Return the layout without the copies on later pipeline stages, which may hold values that nothing trains there."""
     first = next((rank for rank, local in enumerate(layout.locals) if local != NOTHING), 0) // degree
     locals_ = (local if rank // degree == first else NOTHING for rank, local in enumerate(layout.locals))
     return replace(layout, locals=tuple(locals_))
 
 
 def _of_stated_shapes(spec: Spec, fitting: Mapping[str, Checked], size: int | None) -> Iterator[Finding]:
-    """Whole shapes that the rules state. Nothing is said of a vocabulary of unknown size, whose padding counts as rows."""
+    """Check the global shapes that the rules state. Skip a vocabulary of unknown size, whose padding counts as rows."""
     shapes = {
         name: checked.layout.logical_shape
         for name, checked in fitting.items()
@@ -191,7 +191,7 @@ def _of_stated_shapes(spec: Spec, fitting: Mapping[str, Checked], size: int | No
 
 
 def _of_shapes(checked: Checked, size: int | None) -> Iterator[Finding]:
-    """What the widths of a plain shard, and a vocabulary of unknown size, leave open."""
+    """Remark what the widths of a plain shard, and a vocabulary of unknown size, leave open."""
     pattern = checked.pattern
     if not isinstance(pattern, Shard) or pattern.parts != (1,) or pattern.heads is not None:
         return
@@ -208,7 +208,7 @@ def _of_shapes(checked: Checked, size: int | None) -> Iterator[Finding]:
 
 
 def _fused_extents(total: int, count: int, degree: int) -> list[int] | None:
-    """What ranks hold of equal fused parts; None where the parts wouldn't be equal."""
+    """Return the extents that ranks hold of equal fused parts; None where the parts wouldn't be equal."""
     if total % count:
         return None
     return [count * share for share in split_evenly(total // count, degree)]
@@ -223,7 +223,7 @@ def _of_record(checked: Checked, checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _of_bias(checked: Checked, fitting: Mapping[str, Checked]) -> Iterator[Finding]:
-    """A bias is as long as one dimension of its weight: the output's, which is dimension 0 of most modules."""
+    """Check that a bias is as long as one dimension of its weight: the output's, which is dimension 0 of most modules."""
     weight = fitting.get(f"{checked.name.removesuffix('.bias')}.weight") if checked.name.endswith(".bias") else None
     if weight is None or weight.layout is None or checked.layout is None:
         return
@@ -257,7 +257,7 @@ def _of_values(checkpoint: Checkpoint, fitting: Mapping[str, Checked], progress:
 
 
 def _values_of(checked: Checked, ranks: HeldValues) -> tuple[list[Finding], bool]:
-    """What the ranks' values say of one parameter, and whether there were values to compare."""
+    """Return the findings of the ranks' values for one parameter, and whether there were values to compare."""
     assert checked.layout is not None
     parameter = ranks.checkpoint.parameters[checked.own_name]
     shared = [(box, held) for box, held in checked.layout.holders().items() if len(held) > 1 and box.numel]
@@ -281,12 +281,14 @@ def _values_of(checked: Checked, ranks: HeldValues) -> tuple[list[Finding], bool
 
 
 def _of_partial(checked: Checked, parameter: Parameter, ranks: HeldValues) -> Iterator[Finding]:
-    """A matrix whose copies are as far from each other as from zero is no mean of copies, but shares of something.
+    """Find a matrix whose copies are as far from each other as from zero: it is no mean of copies, but shards of something.
 
-    Copies that started alike and were updated apart differ by the updates: much less than the values are. Shares of a matrix
-    have nothing in common, so that the square of their distance is about the sum of their squares. The bound is half of that:
-    a cosine of 1/2, or for equal norms a distance as long as they are. Nothing is said of vectors: biases begin at zero, and are
-    nothing but updates.
+    Copies that started alike and were updated apart differ by the updates, which are much smaller than the values. Shards of a
+    matrix
+    have nothing in common, so the square of their distance is about the sum of their squares. The bound is half of that sum: a
+    cosine
+    of 1/2, or for equal norms a distance as long as they are. Vectors are skipped: biases begin at zero, and are nothing but
+    updates.
     """
     assert checked.layout is not None
     if len(checked.layout.logical_shape) < 2:
@@ -306,7 +308,7 @@ def _of_partial(checked: Checked, parameter: Parameter, ranks: HeldValues) -> It
 
 
 def _alike(checked: Checked, parameter: Parameter, ranks: HeldValues) -> tuple[list[Finding], bool]:
-    """Shares of one tensor that are equal in every state, and more than one repeated number, are copies of it."""
+    """Find shards of one tensor that are equal in every state, and aren't one repeated number: they are copies of it."""
     assert checked.layout is not None
     locals_ = [local for local in checked.layout.locals if local.pieces]
     if len(locals_) < 2 or len({local.shape for local in locals_}) > 1:
@@ -330,10 +332,10 @@ def _of_whole(
     accused: set[str] | None,
     progress: Progress,
 ) -> tuple[Literal["shapes", "values"], list[Finding]]:
-    """What a checkpoint of the same model without tensor parallelism says.
+    """Compare with a checkpoint of the same model without tensor parallelism.
 
     Args:
-        accused: parameters of which the values needn't be compared; None when no values shall be.
+        accused: parameters whose values needn't be compared; None to compare no values at all.
     """
     check_single_rank(whole)
     own = logical_names(list(whole.parameters), [spec], whole.logical_names)
@@ -394,7 +396,7 @@ def check_single_rank(whole: Checkpoint) -> None:
 
 
 def copies_agree(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether all tensor-parallel ranks hold the same values of a parameter in every state."""
+    """Return whether all tensor-parallel ranks hold the same values of a parameter in every state."""
     parameter, degree = checkpoint.parameters[name], checkpoint.topology.tp
     layout = layouts_of({name: Replicate()}, {name: parameter.local_shapes}, degree, None, "the checkpoint")[name]
     ranks = HeldValues(checkpoint)
@@ -406,12 +408,13 @@ def copies_agree(checkpoint: Checkpoint, name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """A parameter, joined by a pattern, beside what it is without tensor parallelism.
+    """A parameter, joined by a pattern, compared with the one without tensor parallelism.
 
     Attributes:
-        equal: the first rows that have the same values, bit by bit; a row is all that lies at one place of dimension 0.
-        rows: that were compared: of a vocabulary those that both have, or that aren't padding; of anything else all.
-        told: whether that tells the state from others: a parameter that is one number again and again doesn't.
+        equal: number of rows at the beginning that have the same values, bit by bit; a row is all that lies at one place of
+            dimension 0.
+        rows: number of rows that were compared: of a vocabulary those that both have, or that aren't padding; otherwise all.
+        told: whether the values can tell one state from another: a parameter that repeats one number can't.
     """
 
     equal: int
@@ -420,12 +423,12 @@ class Joined:
 
     @property
     def same(self) -> bool:
-        """Whether it is the same parameter."""
+        """Return whether it is the same parameter."""
         return self.equal == self.rows
 
     @property
     def padded(self) -> bool:
-        """Whether what differs may be padding: rows of two vocabularies behind the last word."""
+        """Return whether the rows that differ may be padding: rows of two vocabularies behind the last word."""
         return self.rows > self.equal >= self.rows / 2
 
 
@@ -437,15 +440,15 @@ def joins_to(
     size: int | None = None,
     logical_of: tuple[Mapping[str, str], Mapping[str, str]] | None = None,
 ) -> Joined | None:
-    """Compare a trained parameter, joined by a pattern, with what it is without tensor parallelism.
+    """Compare a trained parameter, joined by a pattern, with the one without tensor parallelism.
 
     Args:
         name: logical name.
         size: rows of the vocabulary that aren't padding, if that is known.
-        logical_of: names of both checkpoints → logical ones; by default these are the checkpoints' own.
+        logical_of: names in both checkpoints → logical ones; by default the checkpoints' own names.
 
     Returns:
-        None where they can't be compared: by shapes, or since one of them isn't trained or holds another dtype.
+        None where they can't be compared: their shapes differ, or one of them isn't trained or holds another dtype.
     """
     own = {key: key for key in (*checkpoint.parameters, *whole.parameters)}
     names, whole_names = logical_of or (own, own)
@@ -470,12 +473,12 @@ def joins_to(
 
 
 def whole_shape(parameter: Parameter) -> Shape:
-    """Shape of a parameter without tensor parallelism, on the first pipeline stage that holds it."""
+    """Return the shape of a parameter without tensor parallelism, on the first pipeline stage that holds it."""
     return next(shape for shape in parameter.local_shapes if shape is not None)
 
 
 def _fits(found: Shape, expected: Shape, pattern: Pattern) -> bool:
-    """Whether a logical shape is that of the whole; a vocabulary may be padded otherwise on either side."""
+    """Return whether a logical shape is the expected one; a vocabulary may be padded differently on either side."""
     if isinstance(pattern, Shard) and pattern.vocabulary and len(found) == len(expected):
         return all(
             one == other for dim, (one, other) in enumerate(zip(found, expected, strict=True)) if dim != pattern.dim
@@ -484,9 +487,9 @@ def _fits(found: Shape, expected: Shape, pattern: Pattern) -> bool:
 
 
 def _differing_wholes(one: UniversalView, other: UniversalView, progress: Progress) -> tuple[list[str], bool]:
-    """Trained parameters whose values differ, and whether the two checkpoints are of the same state.
+    """Return trained parameters whose values differ, and whether the two checkpoints have the same state.
 
-    They are, if some parameter has the same values in both that no two initialisations share.
+    They have, if some parameter has the same values in both that no two initialisations share.
     """
     differing: list[str] = []
     same_state = False
@@ -504,7 +507,7 @@ def _differing_wholes(one: UniversalView, other: UniversalView, progress: Progre
 
 
 def _joined(one: UniversalView, other: UniversalView, name: str, reader: FileReader) -> Joined | None:
-    """See `Joined`; None for two dtypes."""
+    """Return the comparison as `Joined`; None for two dtypes."""
     dtype = one.parameters[name].states[MASTER]
     if other.parameters[name].states.get(MASTER) != dtype:
         return None

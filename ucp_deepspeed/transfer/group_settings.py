@@ -1,4 +1,4 @@
-"""Which hyper-parameters each parameter group of a target takes of a checkpoint's groups."""
+"""The hyper-parameters of a checkpoint's groups that each parameter group of a target takes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.transfer.numbers import PartitionNumbers, usable
 
 UNTELLING = frozenset(("params", "initial_lr", *IMPLEMENTATION_SWITCHES, GROUP_STEP))
-"""Keys of groups that don't tell an optimizer's class: others than it make them, or it makes them at its first step."""
+"""Keys of groups that don't tell an optimizer's class: something else makes them, or the optimizer makes them at its first
+step."""
 
 Settings = tuple[Mapping[str, Any], ...]
-"""For each parameter group of the target the hyper-parameters to take over."""
+"""The hyper-parameters to take over, for each parameter group of the target."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupSettings:
-    """What the target's parameter groups take over.
+    """The values that the target's parameter groups take over.
 
     Attributes:
         values: for each group.
-        kept: those of the checkpoint's that differ and aren't taken over, in words.
-        problems: groups and keys of which the parameters of a live group come from groups with different values.
+        kept: the checkpoint's hyper-parameters that differ and aren't taken over, in words.
+        problems: groups and keys for which the parameters of a live group come from groups with different values.
     """
 
     values: Settings = ()
@@ -41,16 +42,16 @@ def settings_of_groups(
     numbers: PartitionNumbers,
     keep: bool,
 ) -> GroupSettings:
-    """Give each group of the target the hyper-parameters of its parameters, whatever their groups' order was.
+    """Give each group of the target the hyper-parameters of its parameters, whatever the order of their groups was.
 
-    All of them, also those that the live group doesn't have yet: optimizers make some at their first step.
+    It gives all of them, also those that the live group doesn't have yet: optimizers make some at their first step.
 
     Args:
         source: the checkpoint's groups, by the logical names of the parameters in them.
         groups: logical names in each group of the target.
         live_group: the hyper-parameters that a group of the target has now.
-        numbers: what the groups take of numbers that differ over partitions.
-        keep: whether the groups keep what was configured; what they count is restored even so.
+        numbers: gives the groups' values of numbers that differ over partitions.
+        keep: whether the groups keep what was configured; their counts are restored even so.
     """
     values: list[Mapping[str, Any]] = []
     kept: list[str] = []
@@ -80,14 +81,14 @@ JOINED_HINT = (
 
 
 def _is_counted(key: str, live: Mapping[str, Any]) -> bool:
-    """Whether a hyper-parameter is one that the optimizer made while it ran, and no setting."""
+    """Return whether a hyper-parameter is one that the optimizer made while it ran, and no setting."""
     return key == GROUP_STEP or (key not in live and key != "initial_lr")
 
 
 def _differing(
     taken: Mapping[str, Any], held: Sequence[str], of_name: Mapping[str, Mapping[str, Any]], keep: bool
 ) -> Iterator[str]:
-    """In what the parameters of a live group differ."""
+    """Yield the differences between the parameters of a live group."""
     absent: Any = object()
     keys = taken if keep else dict.fromkeys(key for name in held for key in usable(of_name[name]))
     for key in keys:

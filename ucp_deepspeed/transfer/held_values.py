@@ -1,4 +1,4 @@
-"""What the ranks of a checkpoint hold, compared bit by bit or as numbers, without holding whole tensors."""
+"""Compare what the ranks of a checkpoint hold, bit by bit or as numbers, without holding whole tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ucp_deepspeed.plan import StridedView
 from ucp_deepspeed.transfer.copying import FileReader
 
 CHUNK_NUMBYTES = 8 << 20
-"""Bytes of each of two tensors that are held when values are compared."""
+"""Bytes held of each of two tensors when values are compared."""
 
 
 Progress = Callable[[int, int], None]
@@ -48,14 +48,15 @@ class HeldValues:
         self.checkpoint, self.reader = checkpoint, FileReader(checkpoint.versions)
 
     def differing(self, parameter: Parameter, state: str, one: tuple[int, Piece], other: tuple[int, Piece]) -> int:
-        """In how many elements, bit by bit, two ranks' copies of a logical box differ."""
+        """Return in how many elements, bit by bit, two ranks' copies of a logical box differ."""
         count = 0
         for left, right in zip(self._rows(parameter, state, *one), self._rows(parameter, state, *other), strict=True):
             count += int((left != right).sum())
         return count
 
     def distance(self, parameter: Parameter, state: str, one: tuple[int, Piece], other: tuple[int, Piece]) -> float:
-        """Square of the distance of two ranks' copies of a logical box by the sum of their squares: 0 equal, 1 unrelated."""
+        """Return the square of the distance of two ranks' copies of a logical box over the sum of their squares: 0 equal, 1
+        unrelated."""
         dtype = NAMED_DTYPES[parameter.states[state]]
         apart = total = 0.0
         for rows in zip(self._rows(parameter, state, *one), self._rows(parameter, state, *other), strict=True):
@@ -65,7 +66,7 @@ class HeldValues:
         return apart / total if total else 0.0
 
     def equal(self, parameter: Parameter, state: str, layout: Layout) -> bool:
-        """Whether the local tensors of all ranks that hold something are equal, bit by bit."""
+        """Return whether the local tensors of all ranks that hold something are equal, bit by bit."""
         first, *others = [(rank, local.pieces) for rank, local in enumerate(layout.locals) if local.pieces]
         for rank, pieces in others:
             for piece, mine in zip(pieces, first[1], strict=True):
@@ -79,7 +80,7 @@ class HeldValues:
         return True
 
     def constant(self, parameter: Parameter, state: str, layout: Layout) -> bool:
-        """Whether the first rank that holds something holds one number again and again."""
+        """Return whether the first rank that holds something holds one repeated number."""
         rank, local = next((rank, local) for rank, local in enumerate(layout.locals) if local.pieces)
         seen = {
             bits
@@ -90,7 +91,7 @@ class HeldValues:
         return len(seen) == 1
 
     def _rows(self, parameter: Parameter, state: str, rank: int, piece: Piece) -> Iterator[torch.Tensor]:
-        """The bits of a piece of a rank's local tensor, as integers."""
+        """Yield the bits of a piece of a rank's local tensor, as integers."""
         shape, box = parameter.local_shapes[rank], piece.local_box
         assert shape is not None
         if not shape:
@@ -105,7 +106,7 @@ class HeldValues:
             yield flat.view(stop - start, *shape[1:])[inner]
 
     def flat(self, parameter: Parameter, state: str, rank: int, start: int, stop: int) -> torch.Tensor:
-        """The bits of a flat interval of a rank's local tensor, as integers."""
+        """Return the bits of a flat interval of a rank's local tensor, as integers."""
         dtype = parameter.states[state]
         flat = torch.empty(stop - start, dtype=NAMED_DTYPES[dtype])
         for fragment in self.checkpoint.fragments(parameter.name, state, rank, start, stop):

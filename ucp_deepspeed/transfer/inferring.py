@@ -1,4 +1,4 @@
-"""A first spec for a checkpoint: from what it records, else by comparison with one of a single rank."""
+"""Make a first spec for a checkpoint: from its records, else by comparison with one of a single rank."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ PARTIAL_COMMENT = "all ranks hold the whole shape with different values: partial
 
 
 def infer_from_record(checkpoint: Checkpoint) -> dict[str, Guess]:
-    """What the manifest or the index says, by logical name.
+    """Return what the manifest or the index says, by logical name.
 
     Raises:
-        SpecError: it says nothing of some parameter.
+        SpecError: it says nothing about some parameter.
     """
     names = parameter_names(checkpoint)
     missing = [name for name in names if name not in checkpoint.patterns]
@@ -43,10 +43,10 @@ def infer_from_record(checkpoint: Checkpoint) -> dict[str, Guess]:
 def infer_by_comparison(
     checkpoint: Checkpoint, whole: Checkpoint, progress: Progress = no_progress
 ) -> dict[str, Guess]:
-    """What local and whole shapes tell; and the values, where both checkpoints are of the same state.
+    """Return what local and global shapes tell; and values, where both checkpoints have the same state.
 
     Raises:
-        MismatchError: the second checkpoint is of several tensor-parallel ranks, or lacks a parameter.
+        MismatchError: the second checkpoint has several tensor-parallel ranks, or lacks a parameter.
     """
     if checkpoint.topology.tp == 1:
         raise MismatchError(f"{checkpoint.path} is of one tensor-parallel rank: nothing is cut there")
@@ -67,11 +67,11 @@ def infer_by_comparison(
 
 
 ByPattern = Mapping[Pattern, Joined | None]
-"""Patterns that the shapes allow, and what comes of each; the one that shapes alone would tell first."""
+"""Patterns that the shapes allow, each with the comparison when joined by it; the guess from shapes is first."""
 
 
 def _of_parameter(checkpoint: Checkpoint, whole: Checkpoint, name: str) -> tuple[Guess, ByPattern]:
-    """The guess from shapes, and the candidates."""
+    """Return the guess from shapes, and the candidates."""
     local_shapes = held_shapes(checkpoint, {name: name})[name]
     logical_shape = whole_shape(whole.parameters[name])
     guess = guess_from_shapes(local_shapes, logical_shape)
@@ -82,7 +82,7 @@ def _of_parameter(checkpoint: Checkpoint, whole: Checkpoint, name: str) -> tuple
 
 
 def _candidates(guess: Pattern | None, local_shapes: Sequence[Shape], logical_shape: Shape) -> tuple[Pattern, ...]:
-    """What the shapes allow, the guess first."""
+    """Return the patterns that the shapes allow, the guess first."""
     if isinstance(guess, Replicate):
         return (Replicate(), Replicate(scale=Scale()))
     if guess is None or (isinstance(guess, Shard) and guess.vocabulary):
@@ -93,7 +93,7 @@ def _candidates(guess: Pattern | None, local_shapes: Sequence[Shape], logical_sh
 
 
 def _decided(checkpoint: Checkpoint, name: str, guess: Guess, by_pattern: ByPattern, same_state: bool) -> Guess:
-    """A guess from shapes, with what values tell."""
+    """Return the guess from shapes, corrected by values."""
     agreeing = [pattern for pattern, joined in by_pattern.items() if joined is not None and joined.same]
     if isinstance(guess.pattern, Replicate):
         if not copies_agree(checkpoint, name):
@@ -102,7 +102,7 @@ def _decided(checkpoint: Checkpoint, name: str, guess: Guess, by_pattern: ByPatt
             return Guess(agreeing[0], (SCALE_COMMENT,))
         return guess
     told = [joined for joined in by_pattern.values() if joined is not None and joined.told]
-    if same_state and told:  # what is one number again and again comes out the same by several patterns
+    if same_state and told:  # one repeated number comes out the same by several patterns
         if len(agreeing) == 1:
             return guess if guess.pattern == agreeing[0] else Guess(agreeing[0])
         if not agreeing:
@@ -114,7 +114,7 @@ def _decided(checkpoint: Checkpoint, name: str, guess: Guess, by_pattern: ByPatt
 
 
 def _disagreement(by_pattern: ByPattern) -> str:
-    """What to say where no pattern gives the values of the single rank."""
+    """Return the comment for a parameter where no pattern gives the values of the single rank."""
     for pattern, joined in by_pattern.items():
         if isinstance(pattern, Shard) and pattern.vocabulary and joined is not None and joined.padded:
             return (

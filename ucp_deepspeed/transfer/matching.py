@@ -1,4 +1,4 @@
-"""Which parameter of a checkpoint belongs to which of a model, and what happens to those that differ.
+"""Match a checkpoint's parameters with a model's, and decide what happens to those that differ.
 
 Everything that isn't a plain restore is an error, unless a policy allows it by name.
 """
@@ -17,7 +17,7 @@ from ucp_deepspeed.layout import Shape
 
 
 class Held(Protocol):
-    """What either side knows of a parameter or buffer."""
+    """The properties that either side knows of a parameter or buffer."""
 
     @property
     def kind(self) -> Kind:
@@ -29,16 +29,17 @@ class Held(Protocol):
 
     @property
     def idle(self) -> bool:
-        """Whether it is trained, and needs neither gradient nor states for now."""
+        """Return whether it is trained, and needs neither gradient nor states for now."""
 
 
 def _unfrozen(saved: Parameter, live: Held) -> bool:
-    """Whether it is trained in the model and not in the checkpoint. What needs no gradient for now needs no states either."""
+    """Return whether it is trained in the model and not in the checkpoint. A parameter that needs no gradient for now needs no
+    states either."""
     return (saved.kind, live.kind) == ("frozen", "trainable") and not live.idle
 
 
 def _frozen(saved: Parameter, live: Held) -> bool:
-    """Whether it is trained in the checkpoint and not in the model, and has states that would be lost."""
+    """Return whether it is trained in the checkpoint and not in the model, and has states that would be lost."""
     if not saved.kind == "trainable" != live.kind:
         return False
     return bool(saved.states.keys() - {MASTER} or saved.scalars or saved.refused)
@@ -46,7 +47,7 @@ def _frozen(saved: Parameter, live: Held) -> bool:
 
 @dataclass(frozen=True)
 class Policies:
-    """What a load may do beside restoring.
+    """The policies of a load: what it may do beside restoring.
 
     Attributes:
         initialise: a trained parameter, or a part of one, that the checkpoint lacks keeps the model's value, with zero state.
@@ -54,7 +55,7 @@ class Policies:
         optimizer_states: ``restore`` them; ``keep`` the live ones; ``reset`` them to zero, as before a first step.
         strict: frozen parameters and buffers must be the same on both sides too.
         reshape: parameters of another shape keep the model's value.
-        differing: numbers of the optimizer that differ over partitions which don't go on become one in this way.
+        differing: how numbers of the optimizer that differ over partitions become one, where the partitions change.
         rounded: masters begin as the source's low-precision weights (``zero_optimization.load_from_fp32_weights: false``).
     """
 
@@ -73,8 +74,8 @@ class Matching:
 
     Attributes:
         restored: parameters and buffers on both sides.
-        initialised: those that only the model has; they keep its values.
-        dropped: those that only the checkpoint has.
+        initialised: parameters and buffers that only the model has; they keep its values.
+        dropped: parameters and buffers that only the checkpoint has.
         unfrozen: trained in the model and not in the checkpoint: the weight is restored, the optimizer state starts at zero.
         frozen: trained in the checkpoint and not in the model: the master weight is restored, the optimizer state is dropped.
     """
@@ -101,7 +102,7 @@ def match(source: Mapping[str, Parameter], target: Mapping[str, Held]) -> Matchi
 def check_matching(
     source: Mapping[str, Parameter], target: Mapping[str, Held], policies: Policies, heading: str
 ) -> None:
-    """Refuse what no policy allows.
+    """Refuse every difference that no policy allows.
 
     Raises:
         MismatchError: lists every parameter that is missing, extra or of another kind.
@@ -118,7 +119,7 @@ RENAMED_HINT = "if they are the same under other names, a spec can say so ('name
 
 
 def _policies_hint(source: Mapping[str, Held], target: Mapping[str, Held], problems: Sequence[str]) -> str:
-    """Which settings take the model as it is; kinds have hints of their own."""
+    """Name the settings that take the model as it is; problems of kinds have hints of their own."""
     concerned = {problem.partition(": ")[0] for problem in problems}
     missing, extra = concerned - source.keys(), concerned - target.keys()
     ways = [RENAMED_HINT] if missing and extra else []
@@ -128,14 +129,14 @@ def _policies_hint(source: Mapping[str, Held], target: Mapping[str, Held], probl
 
 
 def renaming_hint(source: Mapping[str, Held], target: Mapping[str, Held]) -> str:
-    """What to write into a spec, where names that only one side has differ in their beginnings alone; else nothing."""
+    """Return what to write into a spec, where names that only one side has differ only in their beginnings; else nothing."""
     common = source.keys() & target.keys()
     sides = (
         {name: tensor.local_shapes for name, tensor in side.items() if name not in common} for side in (source, target)
     )
     extra, missing = ({name: some_shape(shapes) for name, shapes in side.items()} for side in sides)
     degrees = {len(tensor.local_shapes) for side in (source, target) for tensor in side.values()}
-    if len(degrees) > 1:  # shares of other sizes: how many dimensions there are is all that they have in common
+    if len(degrees) > 1:  # local sizes differ: the number of dimensions is all that both sides have in common
         extra, missing = (
             {name: shape and (0,) * len(shape) for name, shape in side.items()} for side in (extra, missing)
         )
@@ -151,7 +152,7 @@ def renaming_hint(source: Mapping[str, Held], target: Mapping[str, Held]) -> str
 def _problems(
     name: str, source: Mapping[str, Parameter], target: Mapping[str, Held], policies: Policies
 ) -> Iterator[str]:
-    """What is wrong with one name; nothing when it is on both sides, or a policy allows that it isn't."""
+    """Yield what is wrong with one name; nothing when it is on both sides, or a policy allows that it isn't."""
     if name not in source:
         live = target[name]
         if not (policies.initialise or (live.kind != "trainable" and not policies.strict)):
@@ -183,10 +184,10 @@ FROZEN_HINT = (
 
 
 def some_shape(shapes: HeldShapes) -> Shape | None:
-    """Local shape on the first rank that holds the parameter."""
+    """Return the local shape on the first rank that holds the parameter."""
     return next((shape for shape in shapes if shape is not None), None)
 
 
 def is_grown(found: Shape, expected: Shape) -> bool:
-    """Whether a model has further rows and is the same otherwise: a vocabulary, or a layer's outputs, that grew."""
+    """Return whether a model has further rows and is the same otherwise: a vocabulary, or a layer's outputs, that grew."""
     return len(found) == len(expected) > 0 and found[0] < expected[0] and found[1:] == expected[1:]

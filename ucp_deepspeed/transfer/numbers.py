@@ -1,4 +1,4 @@
-"""Numbers that differ over the partitions of a checkpoint: a rank that has one of these partitions gets its own back."""
+"""Numbers that differ over the partitions of a checkpoint: a rank that has one of these partitions again gets its own back."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ucp_deepspeed.transfer.target import TargetSlot
 
 
 class PartitionNumbers:
-    """What the slots and groups of one rank take of the numbers in a checkpoint.
+    """The numbers in a checkpoint that the slots and groups of one rank take.
 
     Attributes:
-        merged: in words, those of which one was made.
-        problems: those of which none may be made: of what, and why.
+        merged: numbers that were made of several, in words.
+        problems: numbers that may not be made of several: their place, and why.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class PartitionNumbers:
             self._find_own(checkpoint, *place, slots)
 
     def _find_own(self, checkpoint: DeepSpeedCheckpoint, rank: int, ep_rank: int, slots: Sequence[TargetSlot]) -> None:
-        """The slots that are the same in the checkpoint, and groups all of whose slots are."""
+        """Find the slots that are the same in the checkpoint, and the groups all of whose slots are."""
         others: set[int] = set()
         known = {
             (tuple(self._names.get(name) for name in slot.names), slot.flattening): slot
@@ -69,17 +69,17 @@ class PartitionNumbers:
             self._own_groups.pop(group, None)
 
     def has_own(self, slot: TargetSlot) -> bool:
-        """Whether a slot gets numbers that its own partition had."""
+        """Return whether a slot gets the numbers that its own partition had."""
         return slot.names in self._own
 
     def of_parameter(self, slot: TargetSlot, parameter: Parameter) -> Parameter:
-        """A parameter of a slot with the scalars that the slot is to have."""
+        """Return a parameter of a slot with the scalars that the slot is to have."""
         if slot.names in self._own:
             return replace(parameter, scalars=self._own[slot.names].scalars)
         return replace(parameter, scalars=self._settled(parameter.name, parameter.scalars, parameter.differing))
 
     def of_group(self, index: int, group: ParameterGroup) -> Mapping[str, Any]:
-        """Hyper-parameters that a live group takes from one of the checkpoint's."""
+        """Return the hyper-parameters that a live group takes from one of the checkpoint's."""
         if index in self._own_groups:
             return self._own_groups[index].settings
         place = f"the parameter group of {self._names[group.names[0]]}"
@@ -88,11 +88,12 @@ class PartitionNumbers:
     def of_joined(
         self, index: int, names: Mapping[int, str], held: Mapping[int, Mapping[str, Any]]
     ) -> Mapping[str, Any]:
-        """Numbers of which groups that become one live group have different ones, as pipeline stages may; if one may be made.
+        """Return numbers that differ over the groups that become one live group, as over pipeline stages; only if one may be made
+        of them.
 
         Args:
             names: for each group the name of a parameter in it.
-            held: its hyper-parameters.
+            held: for each group its hyper-parameters.
         """
         settings = list(held.values())
         differing = {
@@ -107,7 +108,8 @@ class PartitionNumbers:
         return {key: made[key] for key in differing}
 
     def together(self, parameters: Sequence[Parameter]) -> Sequence[Parameter]:
-        """Parameters of one slot with the same scalars, if one may be made of several; but for steps, which must be the same."""
+        """Return parameters of one slot with the same scalars, if one may be made of several; ``step`` must be the same
+        anyway."""
         found = {parameter.name: parameter.scalars for parameter in parameters}
         differing = {
             key: {name: scalars[key] for name, scalars in found.items()}
@@ -128,7 +130,7 @@ class PartitionNumbers:
         found, refused = made_one(values, differing, self._how)
         for key, held in differing.items():
             told = f"{key!r} is {in_words(held)}"
-            if told in self._told:  # of another parameter of the same slot
+            if told in self._told:  # already told for another parameter of the same slot
                 continue
             self._told.add(told)
             if key in refused:
@@ -139,5 +141,5 @@ class PartitionNumbers:
 
 
 def usable(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a group that mean the same on every machine."""
+    """Return the hyper-parameters of a group that mean the same on every machine."""
     return {key: value for key, value in hyperparameters.items() if key not in (*IMPLEMENTATION_SWITCHES, "params")}

@@ -1,5 +1,5 @@
-"""What one rank of a target reads of a checkpoint, and which states and numbers its slots get; pure, and the same for an engine
-that runs and for one that doesn't yet."""
+"""Plan what one rank of a target reads of a checkpoint, and which states and numbers its slots get. The planner is pure, and the
+same for an engine that runs and for one that doesn't yet."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class PlannedBuffer:
     """How one buffer is filled.
 
     Attributes:
-        copies: what the rank itself reads.
-        held: the parts that copies fill, or that keep the model's own values; the rest of what the rank reads becomes zero.
-        division: what other ranks read for this one.
+        copies: the copies that the rank itself reads.
+        held: the parts that copies fill, or that keep the model's own values; the rest of the rank's own intervals becomes zero.
+        division: the parts that other ranks read for this one.
     """
 
     copies: Copies
@@ -77,11 +77,11 @@ class PlannedRank:
 
     Attributes:
         slots, weights: one for each of `TargetRank`'s.
-        bytes_needed: bytes of the elements that the rank is to read, in the source's dtypes.
-        initialised: parameters of which optimizer states begin anew.
-        dropped: parameters of which optimizer states are left out.
+        bytes_needed: bytes of the elements that the rank has to read, in the source's dtypes.
+        initialised: parameters some of whose optimizer states begin anew.
+        dropped: parameters some of whose optimizer states are left out.
         exchanged: what tensor-parallel ranks read for one another: for each buffer its number and state, the parameters and the
-            shares; the same on all of them, or they would wait for one another.
+            shares. It must be the same on all of them, or they would wait for one another.
     """
 
     slots: tuple[PlannedSlot, ...]
@@ -94,7 +94,7 @@ class PlannedRank:
 
 @dataclass(frozen=True)
 class SlotStates:
-    """The states and scalars that a slot gets, and the parameters of which some begin anew or are left out."""
+    """The states and scalars that a slot gets, and the parameters some of whose states begin anew or are left out."""
 
     states: tuple[str, ...]
     scalars: Mapping[str, float] = field(default_factory=dict)
@@ -104,12 +104,12 @@ class SlotStates:
 
 @dataclass(frozen=True)
 class TargetOptimizer:
-    """What is known of the optimizer that goes on.
+    """The known facts about the optimizer that resumes.
 
     Attributes:
         kept_states: slot → the states that it will keep; None where that can't be told, and any fit.
-        goes_on: slot and the saved hyper-parameters of its group → whether it is the optimizer that saved, with the settings that
-            it had: it may have made states later than at its first step.
+        goes_on: slot and the saved hyper-parameters of its group → whether it is the optimizer that saved, with its settings
+            then: that one may have made states later than at its first step.
     """
 
     kept_states: Callable[[TargetSlot], KeptStates | None] = lambda slot: None
@@ -117,7 +117,7 @@ class TargetOptimizer:
 
 
 class RankPlanner:
-    """Plans one rank after another, under logical names, and collects what stands against it.
+    """Plans one rank after another, under logical names, and collects the problems.
 
     Attributes:
         problems: in the order in which they were found; each once.
@@ -140,10 +140,10 @@ class RankPlanner:
         """Args:
         source: the checkpoint.
         restored: parameters and buffers on both sides.
-        layouts: of these in the target.
+        layouts: layouts of these in the target.
         local_shapes: of everything in the target, over its model-parallel ranks.
-        kept_apart: what tensor-parallel ranks don't read for one another.
-        shared_read_numbytes: what ranks hold alike is read once, a part by each, if it has at least so many bytes.
+        kept_apart: names that tensor-parallel ranks don't read for one another.
+        shared_read_numbytes: ranks read together what they hold alike, a part by each, if it has at least so many bytes.
         """
         self.source, self.layouts, self.policies = source, layouts, policies
         self._topology, self._local_shapes, self._optimizer = topology, local_shapes, optimizer
@@ -158,7 +158,7 @@ class RankPlanner:
 
     @property
     def problems(self) -> list[Obstacle]:
-        """See the class."""
+        """The problems, in order; see the class."""
         return list(self._problems)
 
     def _refuse(self, name: str, reason: str) -> None:
@@ -171,12 +171,12 @@ class RankPlanner:
         return name not in self.grown and self.source.logical_shape(name) != self.layouts[name].logical_shape
 
     def check_shapes(self) -> None:
-        """Compare the shapes of all that is restored, also of what lies on other ranks."""
+        """Compare the shapes of all restored parameters and buffers, also of those on other ranks."""
         for name in self._restored:
             self._copies(name, self._weight_state(name), 0, ())
 
     def check(self, rank: TargetRank, numbers: PartitionNumbers) -> list[SlotStates]:
-        """What one rank's slots get; collects what stands against it, and against its frozen parameters and buffers."""
+        """Return what one rank's slots get; collect the problems, also of its frozen parameters and buffers."""
         wanted = [self.states_of(slot, numbers) for slot in rank.slots]
         for name, reason in numbers.problems:
             self._refuse(name, reason)
@@ -185,7 +185,7 @@ class RankPlanner:
         return wanted
 
     def states_of(self, slot: TargetSlot, numbers: PartitionNumbers) -> SlotStates:
-        """The states of a slot, and what stands against them."""
+        """Return the states of a slot; collect the problems."""
         if numbers.has_own(slot):
             return self._common_states(slot, numbers)
         key = slot.names, slot.group
@@ -197,7 +197,7 @@ class RankPlanner:
         """Plan all that one rank holds.
 
         Args:
-            numbers: what the rank's slots take of the checkpoint's numbers.
+            numbers: gives the numbers of the checkpoint that the rank's slots take.
         """
         wanted = self.check(rank, numbers)
         buffers = [(slot, state) for slot, states in zip(rank.slots, wanted, strict=True) for state in states.states]
@@ -242,7 +242,7 @@ class RankPlanner:
         return told
 
     def _divide(self, rank: TargetRank, buffers: Sequence[tuple[TargetSlot, str]]) -> list[Division]:
-        """Divide among ranks what they all hold, where it is enough to be worth the exchange."""
+        """Divide among ranks what all of them hold, where it is enough to be worth the exchange."""
         common = self._common(rank.model_parallel_rank // self._topology.tp)
         shareable = {
             place: Shareable(slot.numel(state), slot.itemsize, slot.replicas, _alike(slot, state, common))
@@ -257,7 +257,7 @@ class RankPlanner:
         return [divisions.get(place, UNDIVIDED) for place in range(len(buffers))]
 
     def _read_together(self, stage: int) -> frozenset[str]:
-        """The parameters that a stage's tensor-parallel ranks read for one another; see `read_together`."""
+        """Return the parameters that a stage's tensor-parallel ranks read for one another; see `read_together`."""
         tp = self._topology.tp
         if tp == 1:
             return frozenset()
@@ -270,7 +270,7 @@ class RankPlanner:
         return read_together(layouts, self.source.layouts, self._local_shapes, first, tp)
 
     def _buffer(self, slot: TargetSlot, state: str, division: Division, rank: int) -> PlannedBuffer:
-        """What a rank reads of a slot's master, of one of its states, or of a weight."""
+        """Plan what a rank reads of a slot's master, of one of its states, or of a weight."""
         copies: list[BlockCopy[FileExtent, None]] = []
         held: list[Fragment[None]] = []
         for name, fragments in self._read(slot, state, division).items():
@@ -280,15 +280,15 @@ class RankPlanner:
             if source is not None and (source == MASTER or state in (MASTER, WEIGHT)):
                 found = self._found(name, source if state in (MASTER, WEIGHT) else state, rank, tuple(fragments))
             copies += found
-            # Rows of padding, and those that a model has more, are in no copy.
+            # Rows of padding, and further rows of a model, are in no copy.
             if kept or _numel(found) == sum(part.numel for part in fragments):
                 held += fragments
-        if state == WEIGHT:  # what of it isn't in the checkpoint keeps the model's values
+        if state == WEIGHT:  # elements that aren't in the checkpoint keep the model's values
             held = [Fragment(0, slot.numel(), None, 0)]
         return PlannedBuffer(tuple(copies), tuple(held), division)
 
     def _read(self, slot: TargetSlot, state: str, division: Division) -> Mapping[str, Sequence[Fragment[None]]]:
-        """By logical name, what a rank itself reads of a state of a slot."""
+        """Return by logical name what a rank itself reads of a state of a slot."""
         read: dict[str, list[Fragment[None]]] = {}
         intervals: Sequence[Interval] = division.read(slot.numel(state))
         for name, fragment in slot.fragments(state):
@@ -298,14 +298,15 @@ class RankPlanner:
         return read
 
     def _weight_state(self, name: str) -> str:
-        """State of the checkpoint that holds a weight: the master of a trained parameter, of others the weight itself."""
+        """Return the state of the checkpoint that holds a weight: the master of a trained parameter, otherwise the weight
+        itself."""
         return MASTER if self.source.parameters[name].kind == "trainable" else WEIGHT
 
     def _found(self, name: str, state: str, rank: int, fragments: tuple[Fragment[None], ...]) -> Copies:
         if fragments and state not in (MASTER, *self.source.parameters[name].states):
-            return ()  # one that policies let start at zero
+            return ()  # a state that policies let start at zero
         if name in self._common(rank // self._topology.tp):
-            rank -= rank % self._topology.tp  # of several copies in the checkpoint one for all, should they differ
+            rank -= rank % self._topology.tp  # all ranks read one of the checkpoint's copies, should they differ
         return self._copies(name, state, rank, fragments)
 
     def _plan_tensor(self, name: str, state: str, rank: int, fragments: tuple[Fragment[None], ...]) -> Copies:
@@ -320,7 +321,7 @@ class RankPlanner:
             return ()
 
     def _hint(self, name: str) -> str:
-        """What to do about another shape, or a vocabulary that source and target pad differently."""
+        """Return a hint for another shape, or for a vocabulary that source and target pad differently."""
         found, expected = self.source.logical_shape(name), self.layouts[name].logical_shape
         if found == expected:
             return ""
@@ -330,7 +331,7 @@ class RankPlanner:
         return padding + grown or f"; {RESHAPED_HINT}"
 
     def _common_states(self, slot: TargetSlot, numbers: PartitionNumbers) -> SlotStates:
-        """The states and scalars of a slot: one optimizer entry serves all its parameters, so they must be the same."""
+        """Return the states and scalars of a slot: one optimizer entry serves all its parameters, so they must be the same."""
         trained: Sequence[Parameter] = [
             self.source.parameters[name]
             for name in slot.names
@@ -359,7 +360,8 @@ class RankPlanner:
         return replace(found, initialised=(*unstepped, *found.initialised))
 
     def _fitting_states(self, slot: TargetSlot, first: Parameter, names: Sequence[str]) -> SlotStates:
-        """The states and scalars to restore; where the optimizer keeps others, a problem unless the policies allow it."""
+        """Return the states and scalars to restore. If the optimizer keeps others, it is a problem unless the policies allow
+        it."""
         found, wanted = first.states.keys() - {MASTER}, self._optimizer.kept_states(slot)
         if wanted is None or not (found or first.scalars):
             return SlotStates(tuple(first.states), first.scalars)
@@ -387,14 +389,15 @@ class RankPlanner:
         return SlotStates(states, kept_scalars, begun, left)
 
     def _with_step(self, parameter: Parameter, wanted: KeptStates) -> Mapping[str, float]:
-        """Its scalars; where only its group counts steps, as up to DeepSpeed 0.6 in its FusedAdam, these for its own."""
+        """Return a parameter's scalars. Where only its group counts steps, as up to DeepSpeed 0.6 in its FusedAdam, the group's
+        steps are added."""
         if GROUP_STEP not in wanted.scalars or GROUP_STEP in parameter.scalars:
             return parameter.scalars
         steps = self._saved_settings(parameter).get(GROUP_STEP)
         return {**parameter.scalars, **({GROUP_STEP: steps} if isinstance(steps, (int, float)) and steps > 0 else {})}
 
     def _saved_settings(self, parameter: Parameter) -> Mapping[str, Any]:
-        """Hyper-parameters of the group in which it was trained."""
+        """Return the hyper-parameters of the group in which a parameter was trained."""
         groups = (group.hyperparameters for group in self.source.groups if parameter.name in group.names)
         return next(groups, {})
 
@@ -410,7 +413,7 @@ UNSTEPPED_HINT = '; if it never had a gradient, "on_missing": "init" gives it ze
 
 
 def _other_states_hint(missing: Set[str], extra: Set[str], from_zero: Set[str]) -> str:
-    """What to do about an optimizer that keeps other states: what both have needn't be lost, but for a number that one lacks."""
+    """Return a hint for an optimizer that keeps other states: common states needn't be lost, unless one side lacks a number."""
     if missing - from_zero:
         return f"; the optimizer that saved them takes them all, {RESET_HINT}"
     ways = [f'"on_missing": "init" starts {sorted(missing)} at zero'] if missing else []
@@ -419,7 +422,7 @@ def _other_states_hint(missing: Set[str], extra: Set[str], from_zero: Set[str]) 
 
 
 def _alike(slot: TargetSlot, state: str, common: Set[str]) -> tuple[Interval, ...]:
-    """Where in a buffer the parameters lie that tensor-parallel ranks read for one another."""
+    """Return the intervals of a buffer with the parameters that tensor-parallel ranks read for one another."""
     if not common or not slot.exchangeable:
         return ()
     held = (part for name, part in slot.fragments(state) if name in common)
@@ -431,12 +434,12 @@ def _numel(copies: Copies) -> int:
 
 
 def _numbytes(copies: Copies) -> int:
-    """Bytes of the elements that some copies make, in the source's dtype."""
+    """Return the bytes of the elements that some copies make, in the source's dtype."""
     return sum(prod(copy.shape) * ITEMSIZE[copy.sources[0].buffer.dtype] for copy in copies)
 
 
 def _stepped(parameter: Parameter) -> bool:
-    """Whether the optimizer had made a state for it: a torch optimizer does so at the first gradient."""
+    """Return whether the optimizer had made a state for a parameter: a torch optimizer does so at the first gradient."""
     return bool(parameter.states.keys() - {MASTER} or parameter.scalars or parameter.refused)
 
 

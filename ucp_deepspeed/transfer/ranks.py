@@ -1,7 +1,7 @@
 """Processes that convert together, on one machine or on several with a shared file system.
 
-No tensor goes from one to another: they divide the output by bytes and meet in its files. Through a store of a few small texts
-they tell one another what they see, when they have written their share, and that they failed.
+No tensor goes from one process to another: they divide the output by bytes and meet in its files. They use a store of a few
+small texts to tell one another what they see, when they have written their share, and that they failed.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ from ucp_deepspeed.errors import ConfigError, OtherRankError, UniversalCheckpoin
 from ucp_deepspeed.transfer.commit import terminated_as_exception
 
 JOIN_SECONDS = 300.0
-"""How long the ranks may take to start; nodes of a queue don't start at once."""
+"""Seconds that the ranks may take to start; nodes of a queue don't start at once."""
 
 LEAVE_SECONDS = 10.0
-"""How long a rank that has failed, or rank 0 at the end, waits for the others to stop: the longest that one of them takes for a
-chunk, or for seeing that it shall stop."""
+"""Seconds that a rank that has failed, or rank 0 at the end, waits for the others to stop: the longest time that one of them
+takes for a chunk, or to see that it has to stop."""
 
 LOOK_SECONDS = 0.02
-"""How often a waiting rank looks. It doesn't wait in the store itself, where no signal would be handled."""
+"""Seconds between two looks of a waiting rank. It doesn't wait in the store itself, where no signal would be handled."""
 
 BEAT_SECONDS = 5.0
-"""How often a rank says that it is there."""
+"""Seconds between two signs of life of a rank."""
 
 LOST_SECONDS = 60.0
-"""How long a rank may be silent. Launchers notice when a process ends, but not always when a machine does."""
+"""Seconds that a rank may be silent. Launchers notice when a process ends, but not always when a machine does."""
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Set by ``torchrun``, and by others that start ranks."""
+"""Variables that ``torchrun`` sets, and other launchers."""
 
 
 class Ranks:
     """The ranks of a conversion, as one of them sees them; this class is one process alone.
 
     Attributes:
-        rank: this one's; rank 0 makes the folder and commits it.
-        count: how many there are.
+        rank: this rank; rank 0 makes the folder and commits it.
+        count: number of ranks.
     """
 
     rank = 0
     count = 1
 
     def gather(self, step: str, value: Any) -> Sequence[Any]:
-        """Collective: the value, of plain data, of each rank. Returns when all have come to this step.
+        """Return each rank's value, of plain data, when all have come to this step. Collective.
 
         Raises:
             OtherRankError: a rank has failed.
@@ -61,15 +61,15 @@ class Ranks:
         return [value]
 
     def broadcast(self, step: str, value: Any = None) -> Any:
-        """Rank 0's value, of plain data, on all ranks. Rank 0 goes on at once.
+        """Return rank 0's value, of plain data, on all ranks. Rank 0 goes on at once.
 
         Raises:
-            OtherRankError: a rank has failed, on others than rank 0.
+            OtherRankError: a rank has failed; on the other ranks than rank 0.
         """
         return value
 
     def check(self) -> None:
-        """Called now and then while working.
+        """Look for failed ranks; called now and then while working.
 
         Raises:
             OtherRankError: a rank has failed.
@@ -77,12 +77,12 @@ class Ranks:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """A block of which an error ends all ranks'. On rank 0 the others have stopped, as a rule, when it is raised."""
+        """End all ranks if one has an error in the block. On rank 0 the others have usually stopped when the error is raised."""
         yield
 
 
 class StoreRanks(Ranks):
-    """Ranks that share a store. All keys are of one conversion: a store serves for one."""
+    """Ranks that share a store. One store serves for one conversion: all its keys belong to that one."""
 
     def __init__(self, store: dist.Store, rank: int, count: int) -> None:
         self.rank, self.count = rank, count
@@ -134,10 +134,11 @@ class StoreRanks(Ranks):
             raise
 
     def leave(self, failed: bool) -> None:
-        """The last that a rank does. Rank 0, in whose process the store may be, is the last to end, or else the first.
+        """Say that this rank ends; its last action. Rank 0, in whose process the store may be, ends last or, with ``failed``,
+        first.
 
         Args:
-            failed: a launcher terminates the other ranks when one has ended, and rank 0 shall have cleaned up by then.
+            failed: a launcher terminates the other ranks when one has ended, and rank 0 must have cleaned up by then.
         """
         with suppress(dist.DistError):
             self._store.set(f"left/{self.rank}", "")
@@ -160,10 +161,10 @@ class StoreRanks(Ranks):
             time.sleep(LOOK_SECONDS)
 
     def _listen(self) -> None:
-        """Rank 0 listens for all others, and these for rank 0.
+        """Check the signs of life: rank 0 checks all others, and these check rank 0.
 
         Raises:
-            OtherRankError: one has been silent for too long; all ranks learn of it.
+            OtherRankError: a rank has been silent for too long; all ranks learn of it.
         """
         now = time.monotonic()
         if now - self._looked < BEAT_SECONDS:
@@ -185,12 +186,12 @@ def _beat_key(rank: int) -> str:
 
 @contextmanager
 def _beating(store: dist.Store, rank: int) -> Iterator[None]:
-    """Say again and again that this rank is there, whatever it is busy with."""
+    """Give signs of life of this rank, again and again, whatever it is busy with."""
     stopped = threading.Event()
 
     def beat() -> None:
         number = 0
-        with suppress(dist.DistError):  # the store is gone: whoever waits sees it too
+        with suppress(dist.DistError):  # the store is gone: a waiting rank sees it too
             while True:
                 store.set(_beat_key(rank), str(number := number + 1))
                 if stopped.wait(BEAT_SECONDS):
@@ -207,17 +208,17 @@ def _beating(store: dist.Store, rank: int) -> Iterator[None]:
 
 @contextmanager
 def alone() -> Iterator[Ranks]:
-    """This process, whatever the environment says."""
+    """Yield this process alone, whatever the environment says."""
     yield Ranks()
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The ranks that a launcher such as ``torchrun`` started; this process alone where none did.
+    """Yield the ranks that a launcher such as ``torchrun`` started; this process alone where none did.
 
     Raises:
         ConfigError: some of the variables are missing.
-        OtherRankError: in the block, where another rank's failed.
+        OtherRankError: in the block, if another rank fails.
         UniversalCheckpointError: the ranks don't find one another.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -238,10 +239,10 @@ def joined() -> Iterator[Ranks]:
 
 @contextmanager
 def taking_part(store: dist.Store, rank: int, count: int) -> Iterator[Ranks]:
-    """One of the ranks that share a store; in the block an error of one is an error of all.
+    """Yield one of the ranks that share a store; in the block an error of one is an error of all.
 
     Raises:
-        OtherRankError: another rank's.
+        OtherRankError: another rank has failed.
     """
     ranks, failed = StoreRanks(store, rank, count), True
     try:
@@ -267,7 +268,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _until(there: Callable[[], bool], seconds: float) -> None:
-    """Until something is there, or the time is over."""
+    """Wait until something is there, or the time is over."""
     end = time.monotonic() + seconds
     while not there() and time.monotonic() < end:
         time.sleep(LOOK_SECONDS)

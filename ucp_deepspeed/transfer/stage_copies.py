@@ -1,8 +1,8 @@
-"""Parameters that several pipeline stages hold, as those of a tied module: each stage's optimizer has a copy of its own.
+"""Parameters that several pipeline stages hold, such as a tied module's: each stage's optimizer has a copy of its own.
 
-Copies that are all in use are trained alike and stay the same. They differ where a stage doesn't use its copy, as of a bias
-beside a tied weight, and where an optimizer's step depends on what else a partition holds. A target that has other stages takes
-one copy: that of the stage that trained it, if only one did; else one that the user names.
+Copies that are all in use are trained alike and stay the same. They differ where a stage doesn't use its copy, such as a bias
+beside a tied weight, and where an optimizer's step depends on what else a partition holds. A target with other stages takes one
+copy: that of the stage that trained it, if only one did; else the one that the user names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COPIES_HINT = (
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen of the copies of one parameter, perhaps in a part of its elements.
+    """The result of comparing the copies of one parameter, perhaps in a part of its elements.
 
     Attributes:
         differing: masters, states and other things in which the copies aren't the same.
@@ -45,12 +45,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Settled:
-    """Which copies are to be read.
+    """The copies to read.
 
     Attributes:
         stages: parameter whose copies differ → the stage whose copy is read.
         told: the same in words.
-        problems: parameters of which nothing tells that, and why.
+        problems: parameters for which nothing tells the stage, and why.
     """
 
     stages: Mapping[str, int]
@@ -58,10 +58,10 @@ class Settled:
     problems: tuple[str, ...]
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Refuse the problems.
+        """Refuse to go on with problems.
 
         Raises:
-            MismatchError: there are some.
+            MismatchError: there are problems.
         """
         if self.problems:
             raise MismatchError(
@@ -70,7 +70,7 @@ class Settled:
 
 
 def held_by_several(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Trained parameters that several pipeline stages hold → these stages."""
+    """Return the trained parameters that several pipeline stages hold → these stages."""
     degree = checkpoint.topology.tp
     if not isinstance(checkpoint, DeepSpeedCheckpoint) or checkpoint.topology.pp == 1:
         return {}
@@ -83,7 +83,7 @@ def held_by_several(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def may_differ(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """The same, but for those whose copies were the same when they were saved, as a manifest records."""
+    """Return `held_by_several` without the parameters whose copies were the same when saved, as a manifest records."""
     held = held_by_several(checkpoint)
     assert not held or isinstance(checkpoint, DeepSpeedCheckpoint)
     recorded = recorded_differing(checkpoint)
@@ -91,13 +91,13 @@ def may_differ(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def recorded_differing(checkpoint: Checkpoint) -> tuple[str, ...] | None:
-    """Parameters whose copies weren't the same, as a manifest records; None where none does."""
+    """Return the parameters whose copies weren't the same, as a manifest records; None where none does."""
     manifest = checkpoint.manifest if isinstance(checkpoint, DeepSpeedCheckpoint) else None
     return None if manifest is None else manifest.differing_copies
 
 
 def with_copies_of(checkpoint: Checkpoint, stages: Mapping[str, int]) -> Checkpoint:
-    """The catalog that reads other stages' copies than the first's."""
+    """Return the catalog that reads other stages' copies than the first's."""
     if not stages:
         return checkpoint
     assert isinstance(checkpoint, DeepSpeedCheckpoint)
@@ -107,11 +107,11 @@ def with_copies_of(checkpoint: Checkpoint, stages: Mapping[str, int]) -> Checkpo
 def look(
     checkpoint: Checkpoint, copies: Mapping[str, Sequence[int]], share: tuple[int, int] = (0, 1)
 ) -> dict[str, Seen]:
-    """Compare copies bit by bit; reads them.
+    """Read copies and compare them bit by bit.
 
     Args:
         copies: parameter → stages that hold it.
-        share: which part of the elements to look at, of how many: ranks divide them.
+        share: the part of the elements to look at, and the number of parts: ranks divide them.
     """
     held = HeldValues(checkpoint)
     try:
@@ -150,7 +150,7 @@ def _isnt_zero(values: torch.Tensor) -> bool:
 def _parts(
     held: HeldValues, copies: Mapping[int, Parameter], state: str, rank: int, share: tuple[int, int]
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """A state on one tensor-parallel rank of each stage, a few elements at a time."""
+    """Yield a state on one tensor-parallel rank of each stage, a few elements at a time."""
     degree = held.checkpoint.topology.tp
     shapes = {stage: copy.local_shapes[stage * degree + rank] for stage, copy in copies.items()}
     numel = min(prod(shape) for shape in shapes.values() if shape is not None)
@@ -165,7 +165,7 @@ def _parts(
 
 
 def merge(parts: Sequence[Mapping[str, Seen]]) -> dict[str, Seen]:
-    """What ranks have seen together that looked at a part each."""
+    """Join the results of ranks that looked at a part each."""
     found: dict[str, Seen] = {}
     for part in parts:
         for name, seen in part.items():
@@ -180,13 +180,13 @@ def settle(
     how: OnDiffering,
     states: bool = True,
 ) -> Settled:
-    """Which stage's copy is read of each parameter whose copies differ.
+    """Decide which stage's copy is read of each parameter whose copies differ.
 
     Args:
         copies: parameter → stages that hold it.
-        found: of all their elements.
-        how: what to do where nothing tells.
-        states: whether optimizer states are wanted, and not weights alone.
+        found: the results for all their elements.
+        how: what to do where nothing tells which copy was trained.
+        states: whether optimizer states are wanted, and not only weights.
     """
     chosen: dict[str, int] = {}
     told: list[str] = []
@@ -215,10 +215,11 @@ def settle(
 def told_of_lost(
     checkpoint: Checkpoint, copies: Mapping[str, Sequence[int]], found: Mapping[str, Seen]
 ) -> tuple[str, ...]:
-    """In words, parameters of which stages trained copies apart whose weights DeepSpeed wrote of the first stage alone.
+    """Return a text for each parameter whose copies were trained apart, and whose weights DeepSpeed wrote for the first stage
+    alone.
 
     Args:
-        copies: such with one master in the files, and the stages that hold them.
+        copies: parameters with one master in the files, and the stages that hold them.
     """
     recorded = recorded_differing(checkpoint) or ()
     return tuple(
@@ -239,7 +240,7 @@ def _listed(stages: Sequence[int]) -> str:
 
 
 def has_one_master(checkpoint: Checkpoint, name: str, stages: Sequence[int]) -> bool:
-    """Whether all stages' masters are one tensor in the files: weights, of which DeepSpeed writes those of one stage."""
+    """Return whether all stages' masters are one tensor in the files: a weight, which DeepSpeed writes for one stage."""
     places = set()
     for stage in stages:
         rank = stage * checkpoint.topology.tp

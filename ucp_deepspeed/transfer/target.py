@@ -1,4 +1,4 @@
-"""What one rank of a target keeps, whether an engine runs there already or not."""
+"""The parameters and states that one rank of a target keeps, whether an engine runs there already or not."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ucp_deepspeed.plan import Fragment
 
 @dataclass(frozen=True)
 class KeptStates:
-    """The states that an optimizer keeps for what it steps on, by name.
+    """The states that an optimizer keeps for each tensor that it steps on, by name.
 
     Attributes:
         elementwise: states with a value for each element.
         scalars: states that are one number.
-        from_zero: those of the element-wise ones that begin at zero.
-        names: of all states, also of those that are neither.
+        from_zero: element-wise states that begin at zero.
+        names: names of all states, also of those that are neither.
     """
 
     elementwise: frozenset[str]
@@ -36,9 +36,9 @@ class TargetSlot:
         flattening: where their elements lie in the buffers of all partitions.
         partition: the partition that the rank holds.
         group: index of the optimizer's parameter group; -1 for frozen parameters and buffers.
-        overlapping: states that are kept whole of every parameter that the rank holds a part of; see `OverlappingGroup`.
-        starts: where in each local tensor the part that the rank holds begins, in elements: at its first expert. Empty where the
-            rank holds all of each.
+        overlapping: states that are kept whole for every parameter of which the rank holds a part; see `OverlappingGroup`.
+        starts: place in each local tensor where the rank's part begins, in elements: at its first expert. Empty where the rank
+            holds all of each.
         replicas: names the ranks that hold the whole buffer as this rank does; None where there are none.
         itemsize: bytes of an element.
         divisible: whether ranks may read parts of the buffer for one another: its elements lie in row-major order.
@@ -57,19 +57,19 @@ class TargetSlot:
     exchangeable: bool = True
 
     def flattening_of(self, state: str) -> Flattening:
-        """Where the elements of a state lie: as those of the masters do, but for ``overlapping``."""
+        """Return where the elements of a state lie: as in the masters, except for the states in ``overlapping``."""
         if state in self.overlapping and isinstance(self.flattening, FlatGroup):
             return OverlappingGroup(self.flattening)
         return self.flattening
 
     def fragments(self, state: str = MASTER) -> Iterator[tuple[str, Fragment[None]]]:
-        """For each run of elements of a state that the rank holds: the parameter's name, and where it lies in the buffer."""
+        """Yield the parameter's name and the place in the buffer for each run of elements of a state that the rank holds."""
         for part in self.flattening_of(state).held_by(self.partition):
             start = self.starts[part.index] if self.starts else 0
             yield self.names[part.index], Fragment(start + part.local_start, part.numel, None, part.buffer_start)
 
     def numel(self, state: str = MASTER) -> int:
-        """Elements of a state's buffer, padding included."""
+        """Return the number of elements of a state's buffer, padding included."""
         return self.flattening_of(state).buffer_numel(self.partition)
 
 
@@ -82,7 +82,7 @@ class TargetRank:
         data_parallel_rank: which replica of the model, or which partition of it.
         slots: trained parameters.
         weights: frozen parameters and buffers, each by itself.
-        replicas: how many ranks a slot's ``replicas`` are, and this rank's number among them.
+        replicas: for each ``replicas`` of a slot the number of ranks, and this rank's number among them.
     """
 
     model_parallel_rank: int

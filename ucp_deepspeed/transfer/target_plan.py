@@ -1,4 +1,4 @@
-"""What a plan for a topology tells; see `ucp_deepspeed.transfer.targeting`."""
+"""The answer of a plan for a topology; see `ucp_deepspeed.transfer.targeting`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ucp_deepspeed.transfer.matching import Matching
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """What one rank would do.
+    """The work of one rank in a plan.
 
     Attributes:
         model_parallel_rank, data_parallel_rank: see `TargetRank`.
@@ -30,7 +30,7 @@ class RankPlan:
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """A reason why the topology is impossible; ``name`` is the parameter concerned, or None when it is the whole model."""
+    """A reason why the topology is impossible; ``name`` is the parameter concerned, or None for the whole model."""
 
     name: str | None
     reason: str
@@ -51,8 +51,8 @@ class TargetPlan:
         remarks: what the figures rest on, in words.
         ranks: ordered by model-parallel and then data-parallel rank; empty when the topology is impossible.
         grown: parameters with further rows than in the checkpoint.
-        begun: parameters of which optimizer states begin anew.
-        left: parameters of which optimizer states are left out.
+        begun: parameters some of whose optimizer states begin anew.
+        left: parameters some of whose optimizer states are left out.
     """
 
     topology: Topology
@@ -67,18 +67,18 @@ class TargetPlan:
 
     @property
     def possible(self) -> bool:
-        """Whether a load on this topology would succeed, as far as the checkpoint tells."""
+        """Return whether a load on this topology would succeed, as far as the checkpoint tells."""
         return not self.obstacles
 
     @property
     def restored(self) -> tuple[str, ...]:
-        """Logical names of the parameters and buffers that nothing stands against, in the model's order."""
+        """Logical names of the restored parameters and buffers that have no obstacle, in the model's order."""
         refused = {obstacle.name for obstacle in self.obstacles}
         return tuple(name for name in (self.matching.restored if self.matching else ()) if name not in refused)
 
     @property
     def initialised(self) -> tuple[str, ...]:
-        """Those that keep the model's values: in whole, or in further rows, or in their optimizer states alone."""
+        """Names that keep the model's values: in whole, or in further rows, or in their optimizer states alone."""
         found = self.matching
         if found is None:
             return ()
@@ -87,7 +87,7 @@ class TargetPlan:
 
     @property
     def dropped(self) -> tuple[str, ...]:
-        """Those of the checkpoint that the model has no place for, or whose optimizer states it has none for."""
+        """Names in the checkpoint for which the model has no place, or no place for their optimizer states."""
         found = self.matching
         if found is None:
             return ()

@@ -1,7 +1,7 @@
-"""The ranks of a topology on which no engine runs yet: what each of them would hold.
+"""The ranks of a topology on which no engine runs yet, and what each of them would hold.
 
-They are laid out as DeepSpeed does it with its default settings: no round robin, no alignment gaps, the model's order inside
-each parameter group.
+They are laid out as DeepSpeed does with its default settings: no round robin, no alignment gaps, the model's order inside each
+parameter group.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Replicas:
     """Ranks that hold the same, and one of them.
 
     Attributes:
-        count: how many they are.
+        count: number of these ranks.
         number: this one's number among them.
-        experts: whether it is experts that they hold: these have groups of ranks of their own.
+        experts: whether they hold experts: these have groups of ranks of their own.
     """
 
     count: int
@@ -47,7 +47,7 @@ def target_ranks(
     local_shapes: Mapping[str, HeldShapes],
     only: Collection[RankNumber] | None = None,
 ) -> Iterator[TargetRank]:
-    """What each rank of a topology keeps, ordered by model-parallel and then data-parallel rank.
+    """Yield what each rank of a topology keeps, ordered by model-parallel and then data-parallel rank.
 
     Args:
         local_shapes: by logical name, over the target's model-parallel ranks.
@@ -78,7 +78,8 @@ def target_ranks(
 
 
 def stacked_experts(view: UniversalView) -> dict[str, int]:
-    """Tensors of AutoEP's layers, of which each expert-parallel rank holds some consecutive experts: how many there are."""
+    """Return the tensors of AutoEP's layers and their numbers of experts; each expert-parallel rank holds some consecutive
+    experts."""
     shapes = {name: view.logical_shape(name) for name in view.parameters}
     return {name: shape[0] for name, shape in shapes.items() if is_stacked(name, shape)}
 
@@ -91,7 +92,8 @@ _Buffers = list[tuple[tuple[str, ...], Flattening]]
 
 
 def _buffers(view: UniversalView, topology: Topology, numels: Mapping[str, int]) -> tuple[_Buffers, _Buffers]:
-    """What ranks that hold these parameters cut among them: the optimizer's slots, and frozen parameters and buffers."""
+    """Return the buffers that ranks with these parameters partition among them: the optimizer's slots, and frozen parameters and
+    buffers."""
     trained = _cutting(topology, "trainable", view.checkpoint.run.precision)
     slots = [
         (names, trained.flattening(numels, names))
@@ -108,7 +110,7 @@ def _buffers(view: UniversalView, topology: Topology, numels: Mapping[str, int])
 
 @dataclass(frozen=True, slots=True)
 class _Cutting:
-    """How data-parallel ranks share a buffer: not at all, each tensor on its own, or all end to end."""
+    """The way in which data-parallel ranks share a buffer: not at all, each tensor on its own, or all end to end."""
 
     how: Literal["whole", "sliced", "flat"]
     partitions: int = 1
@@ -129,14 +131,15 @@ def _cutting(topology: Topology, kind: Kind, precision: Precision = "fp32") -> _
 
 
 def _takes_bf16_optimizer(topology: Topology, precision: Precision) -> bool:
-    """A bf16 pipeline without ZeRO cuts its states all the same (``engine.py::_do_optimizer_sanity_check``)."""
+    """Return whether it is a bf16 pipeline without ZeRO: it partitions its states all the same
+    (``engine.py::_do_optimizer_sanity_check``)."""
     return topology.zero_stage == 0 and topology.pp > 1 and precision == "bf16"
 
 
 def slot_names(view: UniversalView, topology: Topology) -> list[tuple[str, ...]]:
-    """Trained parameters, by the slot that would hold them: one per group, or without ZeRO one per parameter.
+    """Return trained parameters, by the slot that would hold them: one per group, or without ZeRO one per parameter.
 
-    Elastic files name no groups; then all count as one.
+    Elastic files name no groups; then all parameters count as one group.
     """
     trained = [name for name, parameter in view.parameters.items() if parameter.kind == "trainable"]
     if _cutting(topology, "trainable", view.checkpoint.run.precision).how == "whole":
@@ -154,7 +157,7 @@ def _held(
     replicas: Replicas,
     starts: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[tuple[TargetSlot, ...], tuple[TargetSlot, ...]]:
-    """What one of the ranks that have them, or cut them, has of them."""
+    """Return the slots and weights of one of the ranks that hold or partition these buffers."""
     group_of = {name: number for number, group in enumerate(view.groups) for name in group.names}
 
     def slot(names: tuple[str, ...], cut: Flattening) -> TargetSlot:
@@ -165,7 +168,7 @@ def _held(
         found = TargetSlot(names, cut, 0, group, starts=begins, itemsize=itemsize)
         if cut.partitions > 1:
             return replace(found, partition=replicas.number)
-        # DeepSpeed keeps no group of those that hold an expert's buffer.
+        # DeepSpeed keeps no group of the ranks that hold an expert's buffer.
         alone = replicas.count == 1 or (replicas.experts and parameter.kind == "buffer")
         return found if alone else replace(found, replicas=replicas)
 
@@ -174,18 +177,21 @@ def _held(
 
 
 _Layer = tuple[str, int]
-"""What stands before a layer's number in the names of its parameters, and that number."""
+"""The part of a parameter's name before its layer's number, and that number."""
 
 _BEFORE, _BEHIND = ("<", 0), (">", 0)
-"""In place of a layer, for what stands before the first and behind the last."""
+"""Stand-ins for a layer: for parameters before the first layer and behind the last."""
 
 
 def stages_of(names: Sequence[str], pp: int) -> dict[str, int]:
-    """The pipeline stage of each parameter: as many layers on each stage, the first stages one more where they don't divide.
+    """Return the pipeline stage of each parameter: equally many layers on each stage, one more on the first stages where they
+    don't divide.
 
-    A layer is known by the first number in its logical name (``decoder.layers.3.mlp.weight``). What stands before the layers is
-    on the first stage, what stands behind them on the last; where there are fewer layers than stages, both count as layers. What
-    stands between two layers belongs to the former.
+    A layer is known by the first number in its logical name (``decoder.layers.3.mlp.weight``). Parameters before the layers are
+    on
+    the first stage, parameters behind them on the last. Where there are fewer layers than stages, both count as layers.
+    Parameters
+    between two layers belong to the former.
 
     Args:
         names: logical names, in the model's order.
@@ -211,7 +217,7 @@ def _units(names: Sequence[str]) -> list[_Layer]:
 
 
 def layer_of(name: str) -> _Layer | None:
-    """None for a name without a number between dots."""
+    """Return the layer of a name; None for a name without a number between dots."""
     parts = name.split(".")
     place = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
     return None if place is None else (".".join(parts[:place]), int(parts[place]))

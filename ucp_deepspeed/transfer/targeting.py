@@ -1,4 +1,4 @@
-"""Plans for a topology on which no engine runs yet: what each of its ranks would read, and what stands against it.
+"""Plans for a topology on which no engine runs yet: what each of its ranks would read, and the obstacles.
 
 Local shapes follow from the patterns alone.
 """
@@ -35,7 +35,7 @@ from ucp_deepspeed.transfer.target_plan import Obstacle, RankPlan, TargetPlan
 from ucp_deepspeed.transfer.target_ranks import RankNumber, layer_of, stacked_experts, stages_of, target_ranks
 
 RESTORE_ALL = Policies()
-"""Nothing may be missing or left out."""
+"""Policies that allow nothing to be missing or left out."""
 
 
 def plan_target(
@@ -47,13 +47,13 @@ def plan_target(
     policies: Policies = RESTORE_ALL,
     only: Collection[RankNumber] | None = None,
 ) -> TargetPlan:
-    """Plan the ranks of a topology; reads no tensors.
+    """Plan the ranks of a topology; read no tensors.
 
     Args:
-        only: leave out all other ranks, and what stands against them alone; costs what these hold, however many there are.
-        model: a checkpoint whose parameters are those of the model to load into, where that has changed.
+        only: leave out all other ranks, and obstacles on these alone; the cost depends on these ranks, not on how many there are.
+        model: a checkpoint with the parameters of the model to load into, where the model has changed.
         policies: what the load may do beside restoring.
-        spec: the one that the user named; without it, unknown layouts are an obstacle.
+        spec: the spec that the user named; without it, unknown layouts are an obstacle.
         vocabulary_size: rows of the vocabulary without padding; by default what the checkpoint records.
 
     Raises:
@@ -84,11 +84,11 @@ def _refused_by_deepspeed(topology: Topology) -> list[Obstacle]:
 
 @dataclass
 class _Planner:
-    """Lays the target out, plans one rank after another, and collects what is wrong.
+    """Lays the target out, plans one rank after another, and collects the obstacles.
 
     Attributes:
         source: the checkpoint.
-        view: the model, which has the checkpoint's own parameters where nothing has changed.
+        view: the model; the same view as ``source`` where nothing has changed.
     """
 
     source: UniversalView
@@ -154,7 +154,7 @@ class _Planner:
         )
 
     def _check(self, planner: RankPlanner) -> None:
-        """What stands against each rank's slots, by one of the data-parallel ranks that hold the same parameters."""
+        """Check each rank's slots, on one of the data-parallel ranks that hold the same parameters."""
         ranks = (
             product(range(self.topology.model_parallel), range(self.topology.dp)) if self.only is None else self.only
         )
@@ -164,7 +164,7 @@ class _Planner:
                 first.setdefault((rank, part % self.topology.ep), (rank, part))
         for target in target_ranks(self.view, self.topology, self._shapes, frozenset(first.values())):
             numbers = self._numbers(target)
-            if self.policies.optimizer_states != "keep":  # which keeps the groups' hyper-parameters too
+            if self.policies.optimizer_states != "keep":  # "keep" keeps the groups' hyper-parameters too
                 self._check_groups(target, numbers)
             for states in planner.check(target, numbers):
                 self._begun += states.initialised
@@ -172,7 +172,7 @@ class _Planner:
         self.obstacles = list(dict.fromkeys([*self.obstacles, *planner.problems]))
 
     def _check_groups(self, target: TargetRank, numbers: PartitionNumbers) -> None:
-        """Whether the parameters of each group of a rank come from groups with the same hyper-parameters."""
+        """Check that the parameters of each group of a rank come from groups with the same hyper-parameters."""
         held = {name for slot in target.slots for name in slot.names}
         names = self.source.logical_of
         source = {names[name]: each for each in self.source.checkpoint.groups for name in each.names if name in names}
@@ -181,7 +181,7 @@ class _Planner:
         self.obstacles += [Obstacle(*problem.split(": ", 1)) for problem in settings.problems]
 
     def _kept_states(self, slot: TargetSlot) -> KeptStates | None:
-        """The states that the optimizer of the model to load into has made; None where it has made none yet."""
+        """Return the states that the optimizer of the model to load into has made; None where it has made none yet."""
         found = next((self.view.parameters[name] for name in slot.names), None)
         if found is None or not (found.states.keys() - {MASTER} or found.scalars):
             return None
@@ -189,7 +189,7 @@ class _Planner:
         return KeptStates(elementwise, scalars, elementwise, elementwise | scalars | found.refused.keys())
 
     def _goes_on(self, slot: TargetSlot, saved: Mapping[str, Any]) -> bool:
-        """Whether the group has the keys of the saved one."""
+        """Return whether the group has the keys of the saved one."""
         live = self.view.groups[slot.group].hyperparameters if slot.group < len(self.view.groups) else {}
         return bool(saved) and live.keys() - UNTELLING == saved.keys() - UNTELLING
 
@@ -199,7 +199,7 @@ class _Planner:
         return PartitionNumbers(self.source.checkpoint, names, self.topology, place, target.slots, self.policies)
 
     def _check_experts(self) -> None:
-        """What keeps layers with experts from being trained on this topology, or from being supported there."""
+        """Refuse layers with experts that can't be trained on this topology, or are unsupported there."""
         numbers, topology = numbers_of_experts(self.view.parameters), self.topology
         stacked = stacked_experts(self.view)
         reasons = {
@@ -225,7 +225,7 @@ class _Planner:
             self.remarks += [error.remedy] if error.remedy else []
 
     def _lay_out(self) -> None:
-        """Local shapes and layouts of the target."""
+        """Work out local shapes and layouts of the target."""
         held = self._stages()
         cut = lru_cache(maxsize=None)(lambda pattern, whole: pattern.local_shapes(whole, self.topology.tp))
         for name, pattern in self.view.patterns.items():
@@ -245,7 +245,8 @@ class _Planner:
                 self._check_rows(name, pattern)
 
     def _stages(self) -> dict[str, set[int]]:
-        """The stages that would hold each parameter: of what several of the checkpoint's stages share, the first and the last."""
+        """Return the stages that would hold each parameter; for one that several of the checkpoint's stages share, the first and
+        the last too."""
         pp, degree = self.topology.pp, self.view.checkpoint.topology.tp
         held = {name: {stage} for name, stage in stages_of(list(self.view.parameters), pp).items()}
         for name, parameter in self.view.parameters.items():
@@ -259,7 +260,8 @@ class _Planner:
         return held
 
     def _check_rows(self, name: str, pattern: AnyPattern) -> None:
-        """A vocabulary whose padding isn't known can't be padded in another way; other shapes must be equal, or have grown."""
+        """Check global shapes: they must be equal, or have grown. A vocabulary with unknown padding can't be padded in another
+        way."""
         if name not in self._restored:
             return
         found, expected = self.source.logical_shape(name), self._layouts[name].logical_shape
@@ -278,7 +280,7 @@ class _Planner:
         self.obstacles.append(Obstacle(name, reason))
 
     def _remark(self) -> None:
-        """Say what was assumed."""
+        """Add remarks on what was assumed."""
         if self.topology.pp > 1:
             self.remarks.append(
                 "layers are dealt out evenly over the stages; the engine's partition_method may cut elsewhere, and stages that "
@@ -308,7 +310,7 @@ class _Planner:
         self.remarks += self._about_rows()
 
     def _is_uneven(self, name: str) -> bool:
-        """Whether the ranks hold unequal shares without the pattern saying which."""
+        """Return whether the ranks hold unequal shares without the pattern saying which."""
         shares = {shape for shape in self._shapes[name] if shape is not None}
         return len(shares) > 1 and getattr(self.view.patterns[name], "widths", None) is None
 
@@ -342,13 +344,13 @@ class _Planner:
         )
 
     def _states_held(self, slot: TargetSlot) -> int:
-        """Master included; as many as the slot's parameters have in the checkpoint."""
+        """Return the number of states of a slot's parameters in the checkpoint, master included."""
         sources = [self.source.parameters[name] for name in slot.names if name in self._restored]
         return max((len(source.states) for source in sources), default=1)
 
 
 def counted(copies: Sequence[BlockCopy[FileExtent, None]]) -> TransferCount:
-    """What `ucp_deepspeed.transfer.run_copies` would count, without reading."""
+    """Return what `ucp_deepspeed.transfer.run_copies` would count, without reading."""
     views = [(view.buffer, prod(copy.shape)) for copy in copies for view in copy.sources]
     return TransferCount(
         sum(numel * ITEMSIZE[extent.dtype] for extent, numel in views),

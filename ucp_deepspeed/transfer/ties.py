@@ -1,4 +1,4 @@
-"""Parameters that a model ties and the checkpoint doesn't: one tensor can take over two only if these are equal."""
+"""Parameters that a model ties and the checkpoint doesn't: one tensor can replace two only if these are equal."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ UNTIE_HINT = (
 
 
 def differing_ties(checkpoint: Checkpoint, ties: Mapping[str, str], share: tuple[int, int] = (0, 1)) -> list[str]:
-    """In what parameters that are to become one differ, bit by bit; a line for each that does.
+    """Return a line for each parameter that differs, bit by bit, from the one that it is to become one with.
 
     Args:
-        ties: name of a parameter → name of the one that the model has in its place.
-        share: which part of the elements to look at, of how many: ranks divide them.
+        ties: name of a parameter → name of the parameter that the model has in its place.
+        share: the part of the elements to look at, and the number of parts: ranks divide them.
     """
     held = HeldValues(checkpoint)
     try:

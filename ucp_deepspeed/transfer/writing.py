@@ -1,4 +1,4 @@
-"""Filling the files of a universal checkpoint: workers gather chunks from the source and write each once, at its final place."""
+"""Fill the files of a universal checkpoint: workers gather chunks from the source and write each once, at its final place."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ CHUNK_NUMBYTES = 16 << 20
 """Bytes that one worker gathers before it writes them: large enough for sequential speed, small enough for any machine."""
 
 LOOK_UP_SECONDS = 0.2
-"""A signal that comes just before Python begins to wait for a lock is handled at the end of the wait only."""
+"""Seconds between two looks: a signal that comes just before Python begins to wait for a lock is handled only when the wait
+ends."""
 
 
 def create_files(folder: Path, files: Sequence[AtomFile]) -> None:
-    """Make the files, each of its final size and with its header."""
+    """Make the files, each with its final size and its header."""
     for file in files:
         descriptor = os.open(folder / file.file_name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
@@ -47,13 +48,13 @@ def write_share(
     progress: Callable[[int, int], None] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> TransferCount:
-    """Fill ranges of files that exist; when this returns they are on disk.
+    """Fill ranges of files that exist; return when they are on disk.
 
     Args:
         share: at most one range of a file.
         workers: threads; each needs one buffer of ``chunk_numbytes``.
         progress: called with (bytes written, bytes to write) after each chunk, from one thread at a time.
-        check: called now and then; what it raises ends the work.
+        check: called now and then; an error that it raises ends the work.
 
     Raises:
         DamagedCheckpointError: a source file is missing or truncated, or was changed meanwhile.
@@ -77,7 +78,7 @@ def write_share(
 
 
 class _Task:
-    """What the workers share."""
+    """The state that the workers share."""
 
     def __init__(
         self,
@@ -99,7 +100,7 @@ class _Task:
 
     def work(self) -> None:
         """Take one chunk after another, until there is none."""
-        # One buffer, used again and again: allocated anew for each chunk they would leave holes in the heap.
+        # One buffer, used again and again: new buffers for each chunk would leave holes in the heap.
         buffer = torch.frombuffer(mmap.mmap(-1, self._buffer_numbytes), dtype=torch.uint8)
         while not self.stop.is_set() and (taken := self._next()) is not None:
             chunk, output = taken
@@ -110,13 +111,14 @@ class _Task:
                 output.close()
 
     def close(self) -> None:
-        """When no worker works any more."""
+        """Close the files; called when no worker works any more."""
         self._reader.close()
         for output in self._outputs.values():
             output.close()
 
     def _next(self) -> tuple[Chunk, _Output] | None:
-        """A chunk, and the file that it goes to: open from its first chunk to its last, so that few are at a time."""
+        """Return a chunk, and the file that it goes to. A file is open from its first chunk to its last, so that few are at a
+        time."""
         with self._lock:
             chunk = next(self._chunks, None)
             if chunk is None:
@@ -127,7 +129,7 @@ class _Task:
             return chunk, self._outputs[name]
 
     def _written(self, chunk: Chunk, done: TransferCount) -> bool:
-        """Count a chunk; whether it was the last of its file."""
+        """Count a chunk; return whether it was the last of its file."""
         with self._lock:
             self.count.add(done)
             self._unwritten[chunk.file.file_name] -= chunk.numbytes
@@ -137,16 +139,16 @@ class _Task:
 
 
 class _Output:
-    """A file that exists, to be filled in any order: straight to the disk where its file system can do that.
+    """A file that exists, to fill in any order: straight to the disk where its file system can do that.
 
-    Else a chunk is copied into the kernel's pages first, and the disk stands still until the kernel writes them.
+    Otherwise a chunk is copied into the kernel's pages first, and the disk is idle until the kernel writes them.
     """
 
     def __init__(self, path: Path) -> None:
         self._open = ExitStack()
         self._descriptor = self._opened(path, os.O_RDWR)
         self._direct: int | None = None
-        with suppress(OSError, AttributeError):  # a file system, or an operating system, without it
+        with suppress(OSError, AttributeError):  # a file system, or an operating system, without direct writes
             self._direct = self._opened(path, os.O_RDWR | os.O_DIRECT)
 
     def _opened(self, path: Path, flags: int) -> int:
@@ -162,11 +164,11 @@ class _Output:
             return
         _write_all(self._descriptor, data, file_offset)
         if hasattr(os, "posix_fadvise"):
-            # Linux begins to write the pages to disk: meanwhile the next chunk is gathered, and little is left for the flush.
+            # Linux begins to write the pages to disk: the next chunk is gathered meanwhile, and little is left for the flush.
             os.posix_fadvise(self._descriptor, file_offset, len(data), os.POSIX_FADV_DONTNEED)
 
     def _write_direct(self, data: memoryview, file_offset: int) -> int:
-        """Write its whole blocks; returns how many bytes of it were written."""
+        """Write the data's whole blocks; return how many bytes were written."""
         done, stop = 0, len(data) // BLOCK_NUMBYTES * BLOCK_NUMBYTES
         descriptor = self._direct
         if descriptor is None or file_offset % BLOCK_NUMBYTES:
@@ -185,12 +187,12 @@ class _Output:
         os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Can be called again."""
+        """Close the file; it can be called again."""
         self._open.close()
 
 
 def _wait(futures: Collection[Future[None]], check: Callable[[], None]) -> None:
-    """Until all are done, or one has failed, whose error is raised. Looks up in between, so that signals are handled in time."""
+    """Wait until all are done, or raise the error of one that failed. Wake up in between, so that signals are handled in time."""
     pending: set[Future[None]] = set(futures)
     while pending:
         done, pending = wait(pending, timeout=LOOK_UP_SECONDS, return_when=FIRST_EXCEPTION)
