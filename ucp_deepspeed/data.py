@@ -41,7 +41,7 @@ class DataPositionError(UniversalCheckpointError):
 
 @dataclass(frozen=True, slots=True)
 class SampleStream:
-    """The endless sequence of indices that a run reads, computed where it is needed and never stored.
+    """The endless sequence of indices that a run reads, computed on demand and never stored.
 
     Position ``p`` lies in epoch ``p // samples``; the positions of one epoch hold each index exactly once.
 
@@ -133,7 +133,7 @@ class ResumableSampler(Sampler[int]):
     (``managed_gradient_accumulation: false``), it must step before it begins another iteration.
 
     A torch ``DataLoader`` draws a seed for its workers from the default generator whenever an iteration begins; with a
-    ``generator`` of its own it leaves that alone, and a resumed run draws the same random numbers as one never interrupted.
+    ``generator`` of its own it doesn't do so, and a resumed run draws the same random numbers as one never interrupted.
 
     Args:
         dataset: the dataset, or its number of samples.

@@ -59,7 +59,7 @@ class SaveError(UniversalCheckpointError):
 
 
 class OtherRankError(UniversalCheckpointError):
-    """Another process of those that convert together failed; says which, and why."""
+    """Another of the processes that convert together failed; tells which, and why."""
 
 
 class UnsupportedError(ListingError):

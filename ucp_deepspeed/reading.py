@@ -54,7 +54,7 @@ def tags(folder: str | Path) -> list[str]:
 def open_checkpoint(
     path: str | Path, tag: str | None = None, spec: str | Path | Spec = "auto", *, vocabulary_size: int | None = None
 ) -> OpenCheckpoint:
-    """Open a checkpoint, native or universal, to look into it. Reads metadata alone, and changes nothing on disk.
+    """Open a checkpoint, native or universal, to look into it. Reads only metadata, and changes nothing on disk.
 
     Args:
         path: a tag folder, or a folder with tag folders in it.
@@ -251,17 +251,17 @@ def _dtypes(parameter: Parameter) -> dict[str, torch.dtype]:
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
-    """The end of a message about a name that isn't there."""
+    """Return the end of a message about a name that isn't there."""
     near = get_close_matches(name, names, n=1)
     return f"; did you mean {near[0]}?" if near else "; the names are in 'parameters'"
 
 
 def _boxed(index: Index, shape: Shape, name: str) -> tuple[Box, tuple[int | slice, ...]]:
-    """The box of a tensor that an index needs, and the index into that box.
+    """Return the box of a tensor that an index needs, and the index into that box.
 
     Raises:
         NotInCheckpointError: it leaves the tensor.
-        TypeError: it is neither of integers nor of slices.
+        TypeError: it holds something else than integers, slices and an ellipsis.
     """
     parts = list(index) if isinstance(index, Sequence) and not isinstance(index, str) else [index]
     if (dots := [place for place, part in enumerate(parts) if part is Ellipsis]) and len(parts) <= len(shape) + 1:

@@ -10,7 +10,7 @@ from ucp_deepspeed.arming import arm
 
 
 def main() -> None:
-    """Run the script named by the first argument as ``__main__``, with the arguments that follow (and any the launcher adds)."""
+    """Run the script named by the first argument as ``__main__``, with the arguments after it (and those of the launcher)."""
     arguments = sys.argv[1:]
     launcher = [argument for argument in arguments if argument.startswith("--local_rank")]
     rest = [argument for argument in arguments if argument not in launcher]

@@ -13,8 +13,8 @@ BACKGROUND_MODULE = "ucp_deepspeed.engine.background"
 def wait_for_save() -> None:
     """Wait until the last asynchronous save of each engine is on disk and ``latest`` names it; does nothing if there is none.
 
-    An engine's next save and load do so anyway for its own, and the end of the process for all. Collective, if the process group
-    still exists.
+    An engine's next save and load wait for its own save anyway, and the end of the process waits for all. Collective, if the
+    process group still exists.
 
     Raises:
         SaveError: on all ranks, if a save failed on one of them.
@@ -28,9 +28,9 @@ def wait_for_save() -> None:
 def end_of_process() -> None:
     """Wait for the last save, and end with status 1 if it failed and nobody has been told.
 
-    An exception in here would change nothing about the status. Registered when the package is imported, so that what was
-    registered later has run by now. As a rule the thread that writes has ended before, but not where that wait was interrupted,
-    nor if a handler that ran just now has saved.
+    An exception in here wouldn't change the status. The function is registered when the package is imported, so that handlers
+    registered later have run by now. The writing thread has normally ended before, except if that wait was interrupted or a
+    handler that ran just now has saved.
     """
     background = sys.modules.get(BACKGROUND_MODULE)
     error = background.last_failure() if background is not None else None

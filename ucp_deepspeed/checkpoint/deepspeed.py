@@ -247,7 +247,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         return slots
 
     def _optimizer_slots(self, rank: int) -> list[Slot]:
-        """The slots with an optimizer state."""
+        """Return the slots with an optimizer state."""
         open_partition = partial(self.files.optimizer_state, rank)
         param_shapes = self.files.param_shapes(rank)
         if param_shapes is not None and self.files.partitioned:

@@ -91,7 +91,7 @@ class PipelineLayers:
 
     @cached_property
     def _needed(self) -> frozenset[int] | None:
-        """With ZeRO, layers with frozen parameters and buffers, if that is recorded; else None for all layers.
+        """The layers with frozen parameters and buffers, if ZeRO is used and they are recorded; else None for all layers.
 
         None also if the optimizer's files are missing, since they hold the rest.
         """

@@ -121,7 +121,7 @@ def _never_wrote_optimizer(files: DeepSpeedFiles, version: str) -> bool:
 
 
 def unrecorded_weights(module: Mapping[str, Located], known: Collection[str], version: str) -> dict[str, str]:
-    """Return the parameters of ZeRO-3 whose names alone are in the files, with the reason."""
+    """Return the parameters of ZeRO-3 of which the files hold only the names, with the reason."""
     why = (
         f"DeepSpeed {version} left its value out: before 0.9.1 that of each frozen parameter at ZeRO-3, and of what no optimizer "
         "has in any version"

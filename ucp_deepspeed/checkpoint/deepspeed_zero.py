@@ -159,7 +159,7 @@ def zero_slots(
         slots.append(slot)
         for share in others:
             open_group = _open_group(share.open_partition, place)
-            if share.parts:  # AutoEP's, which differ in where their parts begin
+            if share.parts:  # AutoEP's shares: their parts begin at different positions
                 slots.append(_zero_slot(form, index, share, open_group, shapes_of(named)))
             else:
                 slots.append(_like_first(form, slot, share, open_group))

@@ -102,7 +102,7 @@ def in_form_of(checkpoint: Checkpoint, wanted: Mapping[str, Shape]) -> Checkpoin
 
 
 def in_form_of_other(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
-    """Do the same as `in_form_of` for another checkpoint instead of a model; nothing if it is cut over model-parallel ranks.
+    """Do the same as `in_form_of` for the model of another checkpoint. Do nothing if that one is cut over model-parallel ranks.
 
     Raises:
         UnsupportedError, MismatchError: see `in_form_of`.

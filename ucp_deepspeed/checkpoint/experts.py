@@ -45,7 +45,7 @@ def numbers_of_experts(names: Iterable[str]) -> dict[str, int]:
 
 
 def holder_of(name: str, numbers: Mapping[str, int], ep: int) -> int | None:
-    """Return the expert-parallel rank that holds it; None if it isn't an expert's. ``numbers``: all experts by layer."""
+    """Return the expert-parallel rank that holds a parameter; None if it isn't an expert's. ``numbers``: all experts by layer."""
     found = expert_of(name)
     return None if found is None else found[1] // max(numbers[found[0]] // ep, 1)
 

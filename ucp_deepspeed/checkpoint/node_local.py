@@ -1,4 +1,4 @@
-"""The files of one machine, of a checkpoint on each machine's own disk (DeepSpeed's ``use_node_local_storage``)."""
+"""One machine's files of a checkpoint that was saved on each machine's own disk (DeepSpeed's ``use_node_local_storage``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ucp_deepspeed.layout import Topology
 class NodeLocalFiles(DeepSpeedFiles):
     """Like `DeepSpeedFiles`. If a file isn't here, one of the same kind replaces it, to tell names, shapes and settings.
 
-    A rank can so compare its state with its own files. To read from all files, all must be here.
+    This lets a rank compare its state with its own files. To read from all files, all must be here.
 
     Attributes:
         missing: names of the files that aren't here, once the topology is known.

@@ -33,7 +33,7 @@ UNFINISHED = "is what an interrupted conversion, or save in the background, left
 
 
 def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
-    """Return the tag folder that a path means. If a save was killed between two renames, its old content lies in another folder.
+    """Return the tag folder that a path means. After a save that was killed between two renames, return the old content's folder.
 
     Args:
         path: a tag folder, or a folder with tag folders in it.
@@ -155,7 +155,7 @@ def tags_in(root: Path) -> list[str]:
 
 
 def _there(root: Path) -> str:
-    """Return the end of a message about a missing tag: the tags in the folder."""
+    """Return the end of a message about a missing tag: the tags or runs in the folder."""
     if tags := tags_in(root):
         return f"; tags there: {', '.join(tags)}"
     runs = sorted(entry.name for entry in root.iterdir() if _is_run(entry))

@@ -45,7 +45,7 @@ NumbersReader = Callable[[], Numbers]
 
 
 def place_of(kind: Literal["partition", "expert-parallel rank"], number: int) -> str:
-    """Return in words a rank whose optimizer keeps numbers of its own."""
+    """Name a rank whose optimizer keeps numbers of its own, in words."""
     return f"{kind} {number}"
 
 

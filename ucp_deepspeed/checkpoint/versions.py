@@ -77,7 +77,7 @@ def check_regular(path: str | Path) -> None:
 
 
 def _opened_version(path: str | Path) -> _Version:
-    """Return a file's version. For an opened file a network file system tells the present one, for others a past one."""
+    """Open a file and return its version. A network file system may report an outdated version of an unopened file."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

@@ -37,7 +37,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
 
 
 class FromConfig(BaseModel):
-    """A dimension that is in the model's own configuration, a JSON file."""
+    """A dimension from the model's own configuration, a JSON file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -147,7 +147,7 @@ def fused_comment(candidates: Sequence[Shard]) -> str:
 
 
 def generalised(name: str) -> str:
-    """A parameter's name with ``*`` for its numbers: ``layers.*.weight`` for ``layers.3.weight``."""
+    """Return a parameter's name with ``*`` in the place of numbers: ``layers.*.weight`` for ``layers.3.weight``."""
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
@@ -194,7 +194,7 @@ def _rule(globs: Sequence[str], pattern: Pattern) -> list[str]:
 
 
 def _undecided(globs: Sequence[str]) -> list[str]:
-    """The lines of a rule that isn't one yet."""
+    """The lines of a commented rule that somebody must still decide."""
     return ["  # - match:", *(f"  #     - {_scalar(glob)}" for glob in globs), "  #   pattern: ?"]
 
 

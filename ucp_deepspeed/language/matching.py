@@ -21,7 +21,7 @@ _MOST_NAMES, _MOST_FORMS = 2**17, 2**14
 
 @lru_cache(maxsize=_MOST_NAMES)
 def form_of(name: str) -> str:
-    """The name with 0 for each of its parts that is a number."""
+    """Return the name with 0 in the place of each part that is a number."""
     return sys.intern(_NUMBER.sub("0", name))
 
 

@@ -105,7 +105,7 @@ OPTIMIZER_ONLY = "optimizer_only."
 
 
 def optimizer_only_name(group: int, index: int) -> str:
-    """Name the ``index``-th such parameter of a parameter group."""
+    """Name the ``index``-th parameter of a parameter group that the optimizer has and no module."""
     return f"{OPTIMIZER_ONLY}{group}.{index}"
 
 

@@ -92,7 +92,7 @@ def _extent(item: int | str | None, values: Mapping[str, int]) -> int | None:
 
 
 def _tells(item: int | str | None, extent: int | None, votes: Mapping[str, Counter[int]]) -> bool:
-    """Return whether an extent could have disagreed. If it alone gave a dimension its value, it couldn't."""
+    """Return whether an extent could have disagreed. It couldn't if no other extent gave its dimension a value."""
     if isinstance(item, str) and item in votes:
         return votes[item].total() > 1
     return extent is not None

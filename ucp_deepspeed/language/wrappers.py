@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable
 _WRAPPED = re.compile(
     r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)|(?<=\.)base_layer\."
 )
-"""Parts that can stand anywhere; ``base_layer`` not at the top, where it may be a module of the model's own."""
+"""Parts that can stand anywhere; ``base_layer`` only below the top, since the model may have a module of this name there."""
 
 _LEADING = re.compile(r"^(?:module\.|base_model\.model\.)+(?=.)")
 """Parts of wrappers around the whole model."""
@@ -34,7 +34,7 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def seen_through(source: Collection[str], target: Collection[str]) -> dict[str, str]:
-    """Map names of the source to names of the target that differ from them by wrappers alone, if only one side has each.
+    """Map names of the source to names of the target that differ only by wrappers. Names that both sides have are left out.
 
     A name is left out if two on a side have the same plain name, or if a name that both sides have has that plain name too.
     """

@@ -1,4 +1,4 @@
-"""Layouts: which box of the logical tensor lies in which box of which model-parallel rank's local tensor.
+"""Layouts: the positions of boxes of the logical tensor in the local tensors of model-parallel ranks.
 
 A `Layout` is the one description of a parameter's sharding; reading (local → logical) and filling (logical → local) both
 follow from it. The paper's *Union* is the reading direction, its *GenUcpMetadata* the filling one.
@@ -224,7 +224,7 @@ def across_stages(stages: Sequence[Layout | None]) -> Layout:
 
 
 def pieces_of(logical_box: Box, local_start: Shape) -> tuple[Piece, ...]:
-    """The piece that puts ``logical_box`` at ``local_start``; none when the box is empty."""
+    """The piece that puts ``logical_box`` at ``local_start``; none if the box is empty."""
     if logical_box.numel == 0:
         return ()
     return (Piece(logical_box, logical_box.moved(logical_box.start, local_start)),)
@@ -259,7 +259,7 @@ def merge_shape(shape: Shape, dims: frozenset[int]) -> Shape:
 
 
 def _merge_box(box: Box, shape: Shape, dims: frozenset[int]) -> Box:
-    """The box after merging, given that it is full in every merged-in dimension of a tensor of ``shape``."""
+    """Return the box after merging. It must be full in every merged-in dimension of a tensor of ``shape``."""
     start: list[int] = []
     stop: list[int] = []
     for dim, (low, high) in enumerate(zip(box.start, box.stop, strict=True)):

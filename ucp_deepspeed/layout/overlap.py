@@ -1,4 +1,4 @@
-"""Buffers in which each rank keeps whole tensors: all those that its partition holds a part of.
+"""Buffers in which each rank keeps whole tensors: every tensor of which its partition holds a part.
 
 DeepSpeed's Muon keeps its momentum in this way under ZeRO-1 and 2 without offload (``runtime/zero/stage_1_and_2.py``,
 ``_muon_momentum_buffer``), because its update needs whole matrices. A tensor that is cut between two partitions is in both

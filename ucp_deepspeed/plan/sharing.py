@@ -1,4 +1,4 @@
-"""Shared reads: which rank reads what, if several ranks need the same bytes (the paper's redundancy-bypassing load).
+"""Shared reads: division of the reading if several ranks need the same bytes (the paper's redundancy-bypassing load).
 
 Two kinds of ranks hold the same bytes. Data-parallel replicas share a whole buffer. Tensor-parallel ranks share parts of it: the
 parameters that aren't cut. If both apply, a part that a replica reads for the others is divided once more.
@@ -145,7 +145,7 @@ def read_together(
     rank: int,
     degree: int,
 ) -> frozenset[str]:
-    """Return parameters that each tensor-parallel rank of a stage holds whole, and of which the checkpoint has fewer copies.
+    """Return parameters that each tensor-parallel rank of a stage holds whole, if the checkpoint has fewer copies of them.
 
     Returns none if the ranks hold some other parameter in different shapes. Then they lay out their buffers in different ways,
     and their data-parallel partitions hold different parts.
@@ -210,7 +210,7 @@ def _share(runs: Sequence[_Run], ranks: int, rank: int, least_numbytes: int) -> 
 
 
 def _common(intervals: Sequence[Interval], others: Sequence[Interval]) -> list[Interval]:
-    """Return the overlap of some intervals, of which there are few, with others."""
+    """Return the overlap of some intervals with others. There should be few of the first."""
     return [
         (max(start, low), min(stop, high))
         for start, stop in intervals
