@@ -2,8 +2,7 @@
 
 `SnapshotEngine` stands in for DeepSpeed's checkpoint engine while ``engine.save_checkpoint`` runs. It copies what it is given
 into host buffers (`snapshot`). Then `begin` starts a thread, which writes this rank's files into a hidden folder beside the
-tag's.
-When the files of all ranks are on disk, rank 0's thread adds the manifest, puts the folder in the tag's place and moves
+tag's. When the files of all ranks are on disk, rank 0's thread adds the manifest, puts the folder in the tag's place and moves
 ``latest``.
 
 **How rank 0 learns that the others are done.** Each rank leaves a small file in the hidden folder when its own files are on

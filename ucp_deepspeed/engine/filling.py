@@ -37,7 +37,7 @@ MOST_THREADS = 8
 
 @dataclass(frozen=True)
 class BufferPlan(PlannedBuffer):
-    """How one buffer is filled.
+    """The plan to fill one buffer.
 
     Attributes:
         replicas: the process group of the ranks that hold the whole buffer, where they divide it.
@@ -50,7 +50,7 @@ class BufferPlan(PlannedBuffer):
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """How one slot is filled.
+    """The plan to fill one slot.
 
     Attributes:
         buffers: by state; the master's is always there.
@@ -64,7 +64,7 @@ class SlotPlan:
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """How a frozen parameter or a buffer is filled."""
+    """The plan to fill a frozen parameter or a buffer."""
 
     weight: torch.Tensor
     buffer: BufferPlan

@@ -54,7 +54,7 @@ class LoadOptions:
 
     @property
     def optimizer_states(self) -> bool:
-        """Whether optimizer states and hyper-parameters are restored."""
+        """Return whether optimizer states and hyper-parameters are restored."""
         return self.load_optimizer_states and not self.load_module_only
 
 

@@ -12,18 +12,18 @@ OUTPUT_LAYER = "output_layer"
 """Name of the module that maps hidden states to the padded vocabulary (``megatron/core/models/gpt/gpt_model.py``)."""
 
 SHARDED_MODULES = (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
-"""Modules whose weight is always cut. Built with ``perform_initialization=False`` they set no attributes on it."""
+"""Modules whose weight is always sharded. Built with ``perform_initialization=False`` they set no attributes on it."""
 
 MEGATRON_DEEPSPEED = ("dense_h_to_4h", "dense_4h_to_h")
-"""A feed-forward layer's modules in Megatron-DeepSpeed; with a gate the first has two rows for each column of the second."""
+"""A feed-forward layer's modules in Megatron-DeepSpeed. With a gate, the first has two rows for each column of the second."""
 
 
 def inferred_patterns(module: torch.nn.Module) -> dict[str, Pattern]:
-    """The pattern of each parameter, by its first name; empty for a model without a single tensor-parallel parameter.
+    """Return the pattern of each parameter, by its first name; empty for a model without a single tensor-parallel parameter.
 
-    ``partition_dim`` is the dimension that is cut and ``partition_stride`` the number of equal fused parts side by side on
+    ``partition_dim`` is the dimension that is sharded, and ``partition_stride`` the number of equal fused parts side by side on
     each rank (2 for a gated ``linear_fc1``). A parameter without the attributes is the same on every rank, unless it is the
-    weight of a module that is always cut: then nothing is known, and a spec has to tell.
+    weight of a module that is always sharded: then nothing is known, and a spec has to tell.
     """
     named = dict(module.named_parameters())
     if not any(getattr(param, "tensor_model_parallel", False) for param in named.values()):
@@ -38,7 +38,7 @@ def _pattern(param: torch.Tensor, name: str, modules: dict[str, torch.nn.Module]
     if not getattr(param, "tensor_model_parallel", False):
         unmarked = local_name == "weight" and isinstance(modules[owner], SHARDED_MODULES)
         return None if unmarked else Replicate()
-    if not hasattr(param, "partition_dim"):  # a layer of the user's, marked for DeepSpeed's norm of gradients
+    if not hasattr(param, "partition_dim"):  # a layer of the user's own, marked for DeepSpeed's norm of gradients
         return None
     parts = (1,) * (2 if _is_gated(owner, modules) else getattr(param, "partition_stride", 1))
     vocabulary = isinstance(modules[owner], VocabParallelEmbedding) or owner.split(".")[-1] == OUTPUT_LAYER
@@ -46,7 +46,7 @@ def _pattern(param: torch.Tensor, name: str, modules: dict[str, torch.nn.Module]
 
 
 def _is_gated(owner: str, modules: dict[str, torch.nn.Module]) -> bool:
-    """Whether gate and input lie in one tensor; Megatron-Core before 0.16 leaves its ``partition_stride`` at 1."""
+    """Return whether gate and input lie in one tensor; Megatron-Core before 0.16 leaves its ``partition_stride`` at 1."""
     parent, _, name = owner.rpartition(".")
     layer = modules[parent]
     if name == MEGATRON_DEEPSPEED[0]:
@@ -56,7 +56,8 @@ def _is_gated(owner: str, modules: dict[str, torch.nn.Module]) -> bool:
 
 
 def _shape_on_rank(module: torch.nn.Module | None) -> torch.Size:
-    """The shape of a module's weight on this tensor-parallel rank, before ZeRO-3 cuts it; empty where there is none."""
+    """Return the shape of a module's weight on this tensor-parallel rank, before ZeRO-3 partitions it; empty where there is
+    none."""
     weight = getattr(module, "weight", torch.zeros(()))
     found: torch.Size = getattr(weight, "ds_shape", weight.shape)
     return found

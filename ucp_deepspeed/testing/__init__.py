@@ -1,1 +1,1 @@
-"""What tests of distributed checkpoints need: real ranks on one CPU machine, tiny real models, Megatron-Core without CUDA."""
+"""The tools for tests of distributed checkpoints: real ranks on one CPU machine, tiny real models, Megatron-Core without CUDA."""

@@ -18,7 +18,7 @@ class Family:
     Attributes:
         config: class of its configuration.
         model: class of the model with the head that is trained.
-        settings: of the tiny model's configuration, besides the size of its vocabulary.
+        settings: settings of the tiny model's configuration, besides the size of its vocabulary.
         spec: name of its spec in ``configs/``; empty where there is none.
     """
 
@@ -131,7 +131,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
     "deepseek_v2": Family("DeepseekV2Config", "DeepseekV2ForCausalLM", _LLAMA | _LATENT, ""),
     "deepseek_v3": Family("DeepseekV3Config", "DeepseekV3ForCausalLM", _LLAMA | _LATENT, ""),
 }
-"""Those with experts, which DeepSpeed's AutoEP deals out over ranks."""
+"""Families with experts, which DeepSpeed's AutoEP deals out over ranks."""
 
 
 class _SingleExpert(torch.nn.Module):
@@ -148,13 +148,13 @@ class _SingleExpert(torch.nn.Module):
 
 
 class SingleExperts(torch.nn.ModuleList):
-    """Mixtral's experts as transformers 4 had them: each with modules of its own."""
+    """Mixtral's experts as transformers 4 had them: each has modules of its own."""
 
     def __init__(self, fused: Any) -> None:
         super().__init__(_SingleExpert(*pair) for pair in zip(fused.gate_up_proj, fused.down_proj, strict=True))
 
     def forward(self, states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """What the chosen experts make of each token, weighted; see ``MixtralExperts.forward``."""
+        """Return the weighted output of the chosen experts for each token; see ``MixtralExperts.forward``."""
         total = torch.zeros_like(states)
         for number, expert in enumerate(self):
             token, place = torch.where(chosen == number)
@@ -170,12 +170,12 @@ def build_huggingface(
     single: bool = False,
     **changes: Any,
 ) -> torch.nn.Module:
-    """A tiny model of a family, with the same weights on every rank.
+    """Build a tiny model of a family, with the same weights on every rank.
 
     Args:
         family: key of `FAMILIES` or `EXPERT_FAMILIES`.
         single: whether Mixtral's experts are `SingleExperts`.
-        changes: to the configuration.
+        changes: changes to the configuration.
     """
     kind = (FAMILIES | EXPERT_FAMILIES)[family]
     torch.manual_seed(seed)
@@ -191,14 +191,14 @@ def build_huggingface(
 
 
 def tensor_parallel_settings(family: str, **changes: Any) -> dict[str, Any]:
-    """What DeepSpeed's ``tensor_parallel`` block has to say besides the size.
+    """Return the settings of DeepSpeed's ``tensor_parallel`` block besides the size.
 
     DeepSpeed refuses the plan that comes with Phi-3 (``rowwise_split_input``), and its own preset takes q, k and v for equally
     large, which they aren't with grouped queries.
     """
     if family == "phi3":
         return {"preset_model": "phi3"}
-    if family == "qwen2_tied":  # transformers 5.18 and later ask for a tied head that is cut by vocabulary
+    if family == "qwen2_tied":  # transformers 5.18 and later ask for a tied head that is sharded by vocabulary
         return {"vocab_parallel_lm_head": False}
     if family != "phi3_medium":
         return {}
@@ -214,7 +214,7 @@ def tensor_parallel_settings(family: str, **changes: Any) -> dict[str, Any]:
 
 
 def count_heads_here(model: torch.nn.Module) -> None:
-    """On a rank: tell Phi-3's attention how many heads AutoTP has left here; it takes fused q, k and v apart by their number."""
+    """Tell Phi-3's attention how many heads AutoTP has left on this rank: it splits fused q, k and v by their number."""
     for layer in model.modules():
         if isinstance(layer, transformers.models.phi3.modeling_phi3.Phi3Attention):
             whole: Any = layer.config
@@ -225,7 +225,8 @@ def count_heads_here(model: torch.nn.Module) -> None:
 
 
 def causal_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """What the model says about tokens, whole: float32 of shape ``[batch, sequence, vocabulary]``; no gradient for a cut head."""
+    """Return the whole logits for tokens: float32 of shape ``[batch, sequence, vocabulary]``; without gradient for a sharded
+    head."""
     logits, head = _logits_here(model, tokens), _head_cut_by_vocabulary(model)
     if head is None:
         return logits
@@ -235,7 +236,7 @@ def causal_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def mean_loss(model: Any, share: torch.Tensor) -> torch.Tensor:
-    """Mean loss of the next token over sequences of one token more than the model is given."""
+    """Return the mean loss of the next token over sequences that have one token more than the model is given."""
     logits, labels = _logits_here(model, share[:, :-1]).flatten(0, 1), share[:, 1:].flatten()
     head = _head_cut_by_vocabulary(model)
     if head is None:
@@ -255,5 +256,5 @@ def _logits_here(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _head_cut_by_vocabulary(model: Any) -> Any:
-    """The layer of AutoTP that leaves each rank the logits of its own tokens; None where they are whole."""
+    """Return the layer of AutoTP that leaves each rank the logits of its own tokens; None where the logits are whole."""
     return next((layer for layer in model.modules() if getattr(layer, "is_vocab_parallel_lm_head", False)), None)

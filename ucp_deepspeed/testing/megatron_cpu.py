@@ -1,8 +1,8 @@
-"""Megatron-Core on CPU ranks: what it takes to run its GPT models over gloo, without a GPU.
+"""Run Megatron-Core's GPT models on CPU ranks, over gloo and without a GPU.
 
 Megatron-Core 0.15 and 0.16 have a CPU initialisation path (``use_cpu_initialization``) but no CPU execution path: a handful of
-places ask CUDA for the current device or for the state of its generator. Only those are replaced here. The
-tensor-parallel layers, the collectives, the loss and the autograd functions are Megatron-Core's own.
+places ask CUDA for the current device or for the state of its generator. This module replaces only those. The tensor-parallel
+layers, the collectives, the loss and the autograd functions are Megatron-Core's own.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _DEFAULT_STATE = "default-rng"
 
 
 def run_megatron_on_cpu() -> bool:
-    """Make Megatron-Core run on CPU ranks of this process; does nothing where CUDA is available.
+    """Make Megatron-Core run on CPU ranks of this process; do nothing where CUDA is available.
 
-    What is replaced, and why:
+    It replaces these, for these reasons:
 
     * ``torch.cuda.current_device`` answers the CPU device. Megatron-Core passes it as ``device=`` when it allocates:
       the global memory buffer (every attention layer multiplies into it), the outputs of its collectives, position
@@ -31,7 +31,7 @@ def run_megatron_on_cpu() -> bool:
       `fork` surrounds dropout in every attention layer, so the model can't run a forward pass without it. A state that
       was never added leaves the generator as it is, so that a model without dropout needs no seeding.
     * ``moe_utils.te_general_gemm`` is None where Transformer Engine is missing: the router asks for the name all the same.
-    * ``multi_latent_attention.HAVE_TE`` is False there, where it is True though the classes that it stands for are missing.
+    * ``multi_latent_attention.HAVE_TE`` is set to False there: it is True although the classes that it stands for are missing.
 
     Attention masks stay the caller's business: Megatron-Core builds a missing causal mask on the device ``"cuda"``, so
     pass one to the model (`ucp_deepspeed.testing.megatron_models.causal_mask`).
@@ -55,17 +55,17 @@ def run_megatron_on_cpu() -> bool:
 
 
 def _current_device() -> torch.device:
-    """The device to allocate on: the CPU."""
+    """Return the device to allocate on: the CPU."""
     return torch.device("cpu")
 
 
 def _add_cpu_state(tracker: megatron_random.CudaRNGStatesTracker, name: str, seed: int) -> None:
-    """Replaces ``CudaRNGStatesTracker.add``: keep, under a name, the CPU generator's state for a seed.
+    """Keep, under a name, the CPU generator's state for a seed; replaces ``CudaRNGStatesTracker.add``.
 
     Args:
         tracker: the tracker of this rank.
-        name: what `fork` will ask for.
-        seed: of this state; no two states of a tracker may share it.
+        name: the name that `fork` will ask for.
+        seed: seed of this state; no two states of a tracker may share it.
 
     Raises:
         ValueError: the seed or the name is taken.
@@ -79,7 +79,7 @@ def _add_cpu_state(tracker: megatron_random.CudaRNGStatesTracker, name: str, see
 
 @contextlib.contextmanager
 def _fork_cpu_state(tracker: megatron_random.CudaRNGStatesTracker, name: str = _MODEL_PARALLEL_STATE) -> Iterator[None]:
-    """Replaces ``CudaRNGStatesTracker.fork``: inside the block, draw from the named state.
+    """Draw from the named state inside the block; replaces ``CudaRNGStatesTracker.fork``.
 
     Args:
         tracker: the tracker of this rank.
@@ -88,7 +88,7 @@ def _fork_cpu_state(tracker: megatron_random.CudaRNGStatesTracker, name: str = _
     if name not in tracker.states_:
         yield
         return
-    # Megatron-Core before 0.16 doesn't keep the name, which only calls within one another need.
+    # Megatron-Core before 0.16 doesn't keep the name; only nested calls need it.
     outer_name, outer_state = getattr(tracker, "_current_state_name", _DEFAULT_STATE), torch.get_rng_state()
     if outer_name != _DEFAULT_STATE:
         tracker.states_[outer_name] = outer_state

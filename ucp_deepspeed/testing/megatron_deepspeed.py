@@ -1,4 +1,4 @@
-"""Tiny models with the names of Megatron-DeepSpeed, which can't be installed, made of Megatron-Core's tensor-parallel layers."""
+"""Tiny models with the names of Megatron-DeepSpeed (it can't be installed), made of Megatron-Core's tensor-parallel layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAYER = {
     "mlp.linear_fc1": "mlp.dense_h_to_4h",
     "mlp.linear_fc2": "mlp.dense_4h_to_h",
 }
-"""Modules of a layer in Megatron-Core → what Megatron-DeepSpeed calls them (``megatron/model/transformer.py``)."""
+"""Modules of a layer in Megatron-Core → their names in Megatron-DeepSpeed (``megatron/model/transformer.py``)."""
 
 
 class MegatronDeepSpeedModel(nn.Module):
@@ -45,7 +45,7 @@ class MegatronDeepSpeedModel(nn.Module):
             register(self, "language_model.output_layer", core.output_layer)
 
     def forward(self, *inputs: torch.Tensor, **named: Any) -> torch.Tensor:
-        """As the model of Megatron-Core."""
+        """Call the model of Megatron-Core."""
         output: torch.Tensor = self._core[0](*inputs, **named)
         return output
 
@@ -61,7 +61,8 @@ def register(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def universal_checkpoint_info(vocabulary: int, gated: bool, embedding_norm: bool) -> Mapping[str, Any]:
-    """What Megatron-DeepSpeed saves of such a model's layouts (``megatron/model/gpt_model.py::universal_checkpoint_info``)."""
+    """Return the layouts that Megatron-DeepSpeed saves for such a model
+    (``megatron/model/gpt_model.py::universal_checkpoint_info``)."""
     layer = r"language_model\.encoder\.layers\.\d+\."
     norms = [layer + r"(input|post_attention)_layernorm\.", r"language_model\.encoder\.final_layernorm\."]
     biases = [layer + r"self_attention\.dense\.bias", layer + r"mlp\.dense_4h_to_h\.bias"]

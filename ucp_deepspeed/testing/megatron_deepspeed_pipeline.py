@@ -1,7 +1,7 @@
 """Pipelines with the names of Megatron-DeepSpeed's ``GPTModelPipe``, made of Megatron-Core's tensor-parallel layers.
 
-Layer 0 is a cast and layer 1 the embedding. Until 2023, and in BigScience's fork which trained BLOOM, layer 2 is a change of the
-order of dimensions, and the transformer layers begin at 3; since then, at 2 (``megatron/model/gpt_model.py``).
+Layer 0 is a cast and layer 1 the embedding. Until 2023, and in BigScience's fork which trained BLOOM, layer 2 changes the order
+of dimensions, and the transformer layers begin at 3. Since then they begin at 2 (``megatron/model/gpt_model.py``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TIED_KEY = "embed"
 
 
 class EmbeddingPipe(nn.Module):
-    """Tokens of shape ``[batch, sequence]`` to hidden states ``[sequence, batch, hidden]``."""
+    """Maps tokens of shape ``[batch, sequence]`` to hidden states ``[sequence, batch, hidden]``."""
 
     def __init__(self, size: MegatronGptSize, config: TransformerConfig, seed: int, embedding_norm: bool) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class EmbeddingPipe(nn.Module):
 
     @property
     def word_embeddings_weight(self) -> torch.Tensor:
-        """The tied weight."""
+        """Return the tied weight."""
         weight: torch.Tensor = self.word_embeddings.weight
         return weight
 
@@ -68,7 +68,7 @@ class ParallelTransformerLayerPipe(nn.Module):
             register(self, ours, self._layer[0].get_submodule(theirs))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states in, hidden states out."""
+        """Map hidden states to hidden states."""
         output: torch.Tensor = self._layer[0](hidden)
         return output
 
@@ -82,18 +82,19 @@ class LMHeadPipe(nn.Module):
         self.lm_head = self._output[0].output_layer
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states to this rank's share of the logits."""
+        """Map hidden states to this rank's share of the logits."""
         logits: torch.Tensor = self._output[0](hidden)
         return logits
 
 
 def unchanged(hidden: torch.Tensor) -> torch.Tensor:
-    """Stands where Megatron-DeepSpeed casts, or changes the order of dimensions: such layers have no parameters."""
+    """Return the input. It takes the place where Megatron-DeepSpeed casts, or changes the order of dimensions: such layers have
+    no parameters."""
     return hidden
 
 
 def tied_logits(embedding: EmbeddingPipe, hidden: torch.Tensor) -> torch.Tensor:
-    """Output layer of a tied model: this rank's share of the logits, ``[sequence, batch, vocabulary / degree]``."""
+    """Return this rank's share of a tied model's logits, ``[sequence, batch, vocabulary / degree]``."""
     hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
     return torch.matmul(hidden, embedding.word_embeddings_weight.t())
 
@@ -108,7 +109,7 @@ def build_megatron_deepspeed_pipeline(
     reordering: bool = False,
     **settings: Any,
 ) -> PipelineModule:
-    """A pipeline; see `ucp_deepspeed.testing.megatron_pipeline.build_megatron_pipeline`.
+    """Build a pipeline; see `ucp_deepspeed.testing.megatron_pipeline.build_megatron_pipeline`.
 
     Args:
         embedding_norm: whether a norm stands behind the embedding, as in BLOOM.

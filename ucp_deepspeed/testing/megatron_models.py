@@ -41,10 +41,10 @@ class MegatronGptSize:
         bias: the linear layers have biases.
         qkv_bias: the attention input has a bias even when ``bias`` is off (Qwen2).
         qk_norm: queries and keys of each head are normalised (Qwen3).
-        experts: experts of each feed-forward layer, of which two serve a token (Mixtral); 0 for a plain one.
-        latent: latent attention, and behind a first layer that is dense, experts with one that all share and a bias of the router
-            (DeepSeek).
-        positions: without the Llama flavour, learned positions; False for models that have none in their parameters (ALiBi).
+        experts: experts of each feed-forward layer; two of them serve a token (Mixtral). 0 for a plain layer.
+        latent: latent attention; the first layer is dense, and later layers have experts, one shared expert and a bias of the
+            router (DeepSeek).
+        positions: learned positions, without the Llama flavour; False for models that have none in their parameters (ALiBi).
     """
 
     layers: int = 2
@@ -72,23 +72,23 @@ class MegatronGptSize:
             )
 
     def padded_vocabulary(self, tensor_parallel: int) -> int:
-        """Rows of the embedding over all ranks of a tensor parallel degree."""
+        """Return the rows of the embedding over all ranks of a tensor parallel degree."""
         multiple = self.vocabulary_multiple * tensor_parallel
         return -(-self.vocabulary // multiple) * multiple
 
 
 def gpt_flavour(**changes: Any) -> MegatronGptSize:
-    """GPT-2/3 in small: LayerNorm, biases, GELU, learned positions, tied embedding; ``changes`` are fields to set."""
+    """Return GPT-2/3 in small: LayerNorm, biases, GELU, learned positions, tied embedding; ``changes`` are fields to set."""
     return replace(MegatronGptSize(), **changes)
 
 
 def llama_flavour(**changes: Any) -> MegatronGptSize:
-    """Llama in small: RMSNorm, grouped-query attention, gated SiLU, rotary positions, untied output, no biases."""
+    """Return Llama in small: RMSNorm, grouped-query attention, gated SiLU, rotary positions, untied output, no biases."""
     return replace(MegatronGptSize(query_groups=4, tied=False, llama=True, bias=False), **changes)
 
 
 def build_megatron_gpt(size: MegatronGptSize, dtype: torch.dtype = torch.float32, seed: int = 0) -> GPTModel:
-    """A Megatron-Core GPT model on this rank's tensor parallel share, with Megatron-Core's own ("local") layers.
+    """Build a Megatron-Core GPT model on this rank's tensor parallel share, with Megatron-Core's own ("local") layers.
 
     Every rank must call it, after ``parallel_state.initialize_model_parallel`` and, without CUDA, after
     `ucp_deepspeed.testing.megatron_cpu.run_megatron_on_cpu`. It seeds Megatron-Core's generators with ``seed``. The
@@ -96,8 +96,8 @@ def build_megatron_gpt(size: MegatronGptSize, dtype: torch.dtype = torch.float32
 
     Args:
         size: shape and flavour.
-        dtype: of all parameters; initial values are drawn in fp32 and rounded.
-        seed: of the initial values. The same seed gives the same logical tensors at any tensor parallel degree.
+        dtype: dtype of all parameters; initial values are drawn in fp32 and rounded.
+        seed: seed of the initial values. The same seed gives the same logical tensors at any tensor parallel degree.
 
     Returns:
         The model, on the CPU, whole (one pipeline stage).
@@ -122,7 +122,7 @@ def build_megatron_gpt(size: MegatronGptSize, dtype: torch.dtype = torch.float32
 
 
 def layer_spec(size: MegatronGptSize, config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
-    """Megatron-Core's own layers ("local"): the same for all, or, where the first one has no experts, one by one."""
+    """Return Megatron-Core's own ("local") layers: one specification for all or, where the first has no experts, one for each."""
     norm = "RMSNorm" if size.llama else None
     if not size.latent:
         return get_gpt_layer_local_spec(
@@ -138,7 +138,8 @@ def layer_spec(size: MegatronGptSize, config: TransformerConfig) -> ModuleSpec |
 
 
 class LatentDotProductAttention(DotProductAttention):
-    """Megatron-Core's, which has no parameters, with values of another width than keys: its own takes them with CUDA only."""
+    """Megatron-Core's own attention, without parameters, whose values may be wider or narrower than keys: it takes these with
+    CUDA only."""
 
     def __init__(
         self, *positional: Any, k_channels: int | None = None, v_channels: int | None = None, **named: Any
@@ -149,9 +150,9 @@ class LatentDotProductAttention(DotProductAttention):
 
 
 def prepare_experts(model: torch.nn.Module) -> None:
-    """Let experts be trained under tensor parallelism alone, which Megatron-Core refuses while training, as it is slow.
+    """Let experts be trained under tensor parallelism alone. Megatron-Core refuses this while training, as it is slow.
 
-    Its sequence parallelism needs norms of Apex or Transformer Engine, which need CUDA.
+    Its sequence parallelism needs norms of Apex or Transformer Engine, and these need CUDA.
     """
     for module in model.modules():
         if isinstance(module, MoELayer):
@@ -163,10 +164,10 @@ def prepare_experts(model: torch.nn.Module) -> None:
 
 
 def sum_gradients_of_head_norms(model: torch.nn.Module) -> None:
-    """Add up the gradients of queries' and keys' norms over the tensor-parallel ranks, each of which sees its own heads' only.
+    """Add up the gradients of queries' and keys' norms over the tensor-parallel ranks: each of these sees only its own heads.
 
-    Megatron-Core's trainer does it (``distributed/finalize_model_grads.py``), DeepSpeed doesn't: without, the ranks' copies of
-    these norms drift apart, and aren't replicated but partial.
+    Megatron-Core's trainer does this (``distributed/finalize_model_grads.py``), DeepSpeed doesn't. Without it, the ranks' copies
+    of these norms drift apart, and aren't replicated but partial.
     """
     group = parallel_state.get_tensor_model_parallel_group()
 
@@ -181,12 +182,12 @@ def sum_gradients_of_head_norms(model: torch.nn.Module) -> None:
 
 
 def causal_mask(sequence: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Hides later tokens: bool of shape ``[1, 1, sequence, sequence]``, True where attention is forbidden."""
+    """Return a mask that hides later tokens: bool of shape ``[1, 1, sequence, sequence]``, True where attention is forbidden."""
     return torch.ones(1, 1, sequence, sequence, dtype=torch.bool, device=device).triu(diagonal=1)
 
 
 def mean_loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean next-token cross entropy of a batch.
+    """Return the mean next-token cross entropy of a batch.
 
     Args:
         model: a model of `build_megatron_gpt`, or an engine around one.
@@ -209,9 +210,9 @@ def initialise(model: torch.nn.Module, size: MegatronGptSize, seed: int, prefix:
 
     Args:
         model: on this rank's tensor parallel share; changed in place.
-        size: the size it was built with, for the rows of the vocabulary that are padding (set to zero).
-        seed: of the values.
-        prefix: what the whole model puts before the names of ``model``, when that is a part of it.
+        size: the size that it was built with, for the rows of the vocabulary that are padding (set to zero).
+        seed: seed of the values.
+        prefix: the beginning of the names in the whole model, when ``model`` is a part of it.
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     degree = parallel_state.get_tensor_model_parallel_world_size()
@@ -233,12 +234,12 @@ def initialise(model: torch.nn.Module, size: MegatronGptSize, seed: int, prefix:
 
 
 def logical_tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Initial values of a whole parameter, in fp32: normal, around 1 for norm weights and around 0 for all others.
+    """Return initial values of a whole parameter, in fp32: normal, around 1 for norm weights and around 0 for all others.
 
     Args:
         name: the parameter's name; chooses the values, together with the seed.
-        shape: logical (whole, unpadded).
-        seed: of the values.
+        shape: logical (whole, unpadded) shape.
+        seed: seed of the values.
     """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
@@ -247,7 +248,7 @@ def logical_tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor
 
 
 def local_share(logical: torch.Tensor, dim: int, stride: int, rank: int, degree: int) -> torch.Tensor:
-    """One tensor parallel rank's share of a whole parameter, laid out as Megatron-Core does.
+    """Return one tensor parallel rank's share of a whole parameter, laid out as Megatron-Core does.
 
     Args:
         logical: the whole parameter.
@@ -262,7 +263,7 @@ def local_share(logical: torch.Tensor, dim: int, stride: int, rank: int, degree:
 
 
 def transformer_config(size: MegatronGptSize, dtype: torch.dtype, degree: int) -> TransformerConfig:
-    """Megatron-Core's configuration of a size: no dropout, no fusion that needs CUDA, softmax in fp32."""
+    """Return Megatron-Core's configuration of a size: no dropout, no fusion that needs CUDA, softmax in fp32."""
     kind = MLATransformerConfig if size.latent else TransformerConfig
     return kind(
         **(experts_config(size) if size.experts else {}),
@@ -295,9 +296,9 @@ def transformer_config(size: MegatronGptSize, dtype: torch.dtype, degree: int) -
 
 
 def experts_config(size: MegatronGptSize) -> dict[str, Any]:
-    """What Megatron-Core wants to know of experts: each a module of its own, two for each token, and no loss of the router's.
+    """Return Megatron-Core's settings of experts: each is a module of its own, two serve each token, and the router has no loss.
 
-    Of its dispatchers the one that gathers all tokens works without CUDA.
+    The dispatcher that gathers all tokens is the one that works without CUDA.
     """
     return {
         "num_moe_experts": size.experts,
@@ -309,7 +310,7 @@ def experts_config(size: MegatronGptSize) -> dict[str, Any]:
 
 
 def latent_config(size: MegatronGptSize) -> dict[str, Any]:
-    """DeepSeek in small: ranks and head dimensions that all differ, so that one taken for another shows."""
+    """Return DeepSeek's settings in small: all ranks and head dimensions differ, so that a mix-up shows."""
     return {
         "multi_latent_attention": True,
         "q_lora_rank": 16,

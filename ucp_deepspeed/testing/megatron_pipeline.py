@@ -1,7 +1,7 @@
 """The models of `ucp_deepspeed.testing.megatron_models` as a DeepSpeed pipeline: one stage for each step of the forward pass.
 
-Its layers, whatever the flavour: 0 word embedding, 1 positions, 2 to ``layers + 1`` transformer layers, then the final
-norm and the output layer. The loss equals that of the plain model with the same weights, and so do the initial weights of a seed.
+Its layers, whatever the flavour: 0 word embedding, 1 positions, 2 to ``layers + 1`` transformer layers, then the final norm and
+the output layer. Its loss and its initial weights of a seed equal those of the plain model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ TIED_KEY = "embedding"
 
 
 class WordEmbeddings(nn.Module):
-    """Tokens of shape ``[batch, sequence]`` to hidden states ``[sequence, batch, hidden]``; tied, it is the output layer too."""
+    """Maps tokens of shape ``[batch, sequence]`` to hidden states ``[sequence, batch, hidden]``; if tied, it is the output layer
+    too."""
 
     def __init__(self, size: MegatronGptSize, config: TransformerConfig, seed: int) -> None:
         super().__init__()
@@ -52,13 +53,13 @@ class WordEmbeddings(nn.Module):
 
 
 def tied_logits(embeddings: WordEmbeddings, hidden: torch.Tensor) -> torch.Tensor:
-    """Output layer of a tied model: this rank's share of the logits, ``[sequence, batch, vocabulary / degree]``."""
+    """Return this rank's share of a tied model's logits, ``[sequence, batch, vocabulary / degree]``."""
     hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
     return torch.matmul(hidden, embeddings.word_embeddings.weight.t())
 
 
 class Positions(nn.Module):
-    """Adds learned positions; with rotary ones, or none, there is nothing to add."""
+    """Adds learned positions; adds nothing for rotary positions, or none."""
 
     def __init__(self, size: MegatronGptSize, config: TransformerConfig, seed: int) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class Positions(nn.Module):
         self.to(config.params_dtype)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states in, hidden states out: ``[sequence, batch, hidden]``."""
+        """Map hidden states to hidden states: ``[sequence, batch, hidden]``."""
         if not hasattr(self, "position_embeddings"):
             return hidden
         added: torch.Tensor = self.position_embeddings.weight[: hidden.shape[0]].unsqueeze(1)
@@ -88,7 +89,7 @@ class Layer(TransformerLayer):
         self.to(config.params_dtype)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states in, hidden states out: ``[sequence, batch, hidden]``."""
+        """Map hidden states to hidden states: ``[sequence, batch, hidden]``."""
         rotary = self._rotary(hidden.shape[0]) if self._rotary is not None else None
         mask = causal_mask(hidden.shape[0], hidden.device)
         output: torch.Tensor = super().forward(hidden, attention_mask=mask, rotary_pos_emb=rotary)[0]
@@ -109,13 +110,13 @@ class FinalNorm(nn.Module):
         self.to(config.params_dtype)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states in, hidden states out."""
+        """Map hidden states to hidden states."""
         output: torch.Tensor = self.final_layernorm(hidden)
         return output
 
 
 class Output(nn.Module):
-    """Output layer of an untied model: hidden states to this rank's share of the logits."""
+    """Output layer of an untied model: it maps hidden states to this rank's share of the logits."""
 
     def __init__(self, size: MegatronGptSize, config: TransformerConfig, seed: int) -> None:
         super().__init__()
@@ -133,7 +134,8 @@ class Output(nn.Module):
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy, an fp32 scalar; ``logits`` are this rank's share, ``labels`` int64 of shape ``[batch, sequence]``."""
+    """Return the mean cross entropy, an fp32 scalar; ``logits`` are this rank's share, ``labels`` int64 of shape ``[batch,
+    sequence]``."""
     target = labels.transpose(0, 1).contiguous()
     losses: torch.Tensor = tensor_parallel.vocab_parallel_cross_entropy(logits.float(), target)
     return losses.mean()
@@ -146,7 +148,7 @@ def build_megatron_pipeline(
     seed: int = 0,
     **settings: Any,
 ) -> PipelineModule:
-    """A Megatron-Core GPT model as a pipeline; see `ucp_deepspeed.testing.megatron_models.build_megatron_gpt`.
+    """Build a Megatron-Core GPT model as a pipeline; see `ucp_deepspeed.testing.megatron_models.build_megatron_gpt`.
 
     Args:
         stages: pipeline-parallel size; Megatron-Core's process groups must have been made for it.

@@ -58,7 +58,8 @@ class TinyMlp(nn.Module):
         self.register_buffer("scratch", torch.zeros(hidden), persistent=False)
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean cross entropy of predicting ``labels`` from ``tokens``, both int64 of the same shape; an fp32 scalar."""
+        """Return the mean cross entropy of predicting ``labels`` from ``tokens``, both int64 of the same shape; an fp32
+        scalar."""
         if self.training:
             self.calls.add_(1)
         embedded = self.embedding(tokens)
@@ -71,11 +72,11 @@ class TinyMlp(nn.Module):
 
 
 class RememberingMlp(TinyMlp):
-    """The same with a complex buffer, and with values that are no tensors.
+    """A `TinyMlp` with a complex buffer, and with values that are no tensors.
 
     Attributes:
-        angles: persistent complex64 buffer of shape ``[3]``, in no forward pass.
-        notes: what ``get_extra_state`` returns: a count of forward passes in training mode.
+        angles: persistent complex64 buffer of shape ``[3]``; no forward pass uses it.
+        notes: the value that ``get_extra_state`` returns: a count of forward passes in training mode.
     """
 
     angles: torch.Tensor
@@ -103,8 +104,8 @@ class _Expert(nn.Module):
     """Two linear layers, and a persistent 0-d int64 buffer ``seen``: the number of tokens that came by in training mode.
 
     Args:
-        cut: hold this tensor-parallel rank's share of both layers, as Megatron-Core's column- and row-parallel layers do (which
-            DeepSpeed can't copy: they hold their process group).
+        cut: hold this tensor-parallel rank's share of both layers, as Megatron-Core's column- and row-parallel layers do.
+            DeepSpeed can't copy those: they hold their process group.
     """
 
     seen: torch.Tensor
@@ -148,7 +149,7 @@ def _keep_share(parameter: nn.Parameter, dim: int) -> None:
 
 
 class TinyMoe(nn.Module):
-    """The same task with DeepSpeed's mixture-of-experts layers between embedding and head.
+    """The task of `TinyMlp` with DeepSpeed's mixture-of-experts layers between embedding and head.
 
     Each expert has room for all tokens and nothing is drawn at random, so that the loss doesn't depend on how many ranks hold the
     experts.
@@ -160,8 +161,8 @@ class TinyMoe(nn.Module):
         experts: number of experts of each layer.
         ep: expert-parallel size of each layer.
         residual: add a layer with a dense branch beside its experts (``use_residual``).
-        cut: cut each expert over the tensor-parallel ranks (``enable_expert_tensor_parallelism``); else these ranks hold
-            different experts.
+        cut: partition each expert over the tensor-parallel ranks (``enable_expert_tensor_parallelism``); otherwise these ranks
+            hold different experts.
     """
 
     def __init__(
@@ -208,7 +209,7 @@ def build_moe(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> TinyMoe:
-    """A `TinyMoe` with initial values that depend on the seed alone, also of ``ep``: DeepSpeed copies one expert."""
+    """Build a `TinyMoe`. Its initial values depend only on the seed, and not on ``ep``: DeepSpeed copies one expert."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = TinyMoe(vocabulary, hidden, ffn, experts, ep, residual, cut)
@@ -229,19 +230,19 @@ def build_mlp(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> TinyMlp:
-    """A `TinyMlp` with initial values that depend on the seed alone; the caller's random state is left as it was.
+    """Build a `TinyMlp`. Its initial values depend only on the seed; the caller's random state stays as it was.
 
     Args:
         vocabulary: number of tokens and of classes.
         hidden: width of the embedding.
         ffn: width of the middle layer; odd by default.
         odd: size of the odd-sized parameter, at most ``vocabulary``.
-        gain_shape: of the one-element parameter. With ``()`` it is 0-d, which a plain PyTorch run can train and save; a
-            DeepSpeed 0.19 engine refuses such parameters at construction (it broadcasts them viewed as bytes).
+        gain_shape: shape of the one-element parameter. With ``()`` it is 0-d: a plain PyTorch run can train and save it, and a
+            DeepSpeed 0.19 engine refuses it at construction (it broadcasts parameters viewed as bytes).
         adapter, idle: see `TinyMlp`.
         remembers: whether it is a `RememberingMlp`.
-        dtype: of the parameters. Buffers keep their own.
-        seed: of the initial values, which are drawn in fp32 and rounded.
+        dtype: dtype of the parameters. Buffers keep their own.
+        seed: seed of the initial values, which are drawn in fp32 and rounded.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
-"""An oracle: writes DeepSpeed's native checkpoint files by brute force, from whole tensors.
+"""An oracle: write DeepSpeed's native checkpoint files by brute force, from whole tensors.
 
-Everything is plain ``cat``, ``pad`` and ``chunk`` on real tensors; no geometry is shared with the package, so that the two can
-be checked against each other. Padding is NaN wherever DeepSpeed doesn't promise a value, so that any leak shows.
+Everything is plain ``cat``, ``pad`` and ``chunk`` on real tensors. It shares no geometry with the package, so that the two can be
+checked against each other. Padding is NaN wherever DeepSpeed doesn't promise a value, so that any leak shows.
 
 File names, keys, types and order: DeepSpeed 0.19.8, ``runtime/engine.py``, ``runtime/zero/stage_1_and_2.py``,
 ``runtime/zero/stage3.py``, ``runtime/bf16_optimizer.py``, ``runtime/fp16``, ``runtime/pipe/module.py``.
@@ -20,7 +20,8 @@ from typing import Any, Literal
 import torch
 
 Cut = Literal["replicated", "rows", "columns", "gate_up"]
-"""How tensor parallelism cuts a parameter: not at all, along dimension 0 or 1, or each half of dimension 0 on its own."""
+"""The way in which tensor parallelism shards a parameter: not at all, along dimension 0 or 1, or each half of dimension 0 on its
+own."""
 
 Optimizer = Literal["plain", "unfused", "fused", "zero", "bf16"]
 """Class of the engine's optimizer: a torch optimizer, ``FP16_UnfusedOptimizer``, ``FP16_Optimizer``, one of the ZeRO
@@ -51,22 +52,22 @@ class NativeParameter:
 
     @property
     def optimized(self) -> bool:
-        """Whether the optimizer keeps it: DeepSpeed treats parameters without elements as frozen."""
+        """Return whether the optimizer keeps it: DeepSpeed treats parameters without elements as frozen."""
         return not self.frozen and self.fp32.numel() > 0
 
 
 @dataclass(frozen=True)
 class NativeModel:
-    """What there is to save.
+    """The model to save.
 
     Attributes:
         parameters: in the model's order.
         buffers: persistent buffers, the same on every rank.
         aliases: names of tied parameters → the name under which they are kept.
         extra_state: keys of the module's state dict whose value is None.
-        layers: of a pipeline, how many there are, with those that hold nothing.
-        tied: key of a pipeline's tied module → the layers that use it. The first has a file; the others use a function of their
-            own, and have none.
+        layers: number of a pipeline's layers, with those that hold nothing.
+        tied: key of a pipeline's tied module → the layers that use it. The first has a file. The others use a function of their
+            own, and have no file.
     """
 
     parameters: tuple[NativeParameter, ...]
@@ -82,11 +83,11 @@ class NativeModel:
 
 @dataclass(frozen=True)
 class NativeRun:
-    """How it is saved. The defaults are DeepSpeed's.
+    """The settings of the run that saves. The defaults are DeepSpeed's.
 
     Attributes:
         pp: pipeline-parallel size; None for a plain engine, 1 for a pipeline engine with one stage.
-        parts: how many of a pipeline's layers each stage has; by default as even as possible, the first stages one more.
+        parts: number of layers of each pipeline stage; by default as even as possible, with one more on the first stages.
         groups: names of each parameter group, frozen ones included where the user passed them; by default all trainable
             parameters in one group.
         steps: optimizer steps taken; before the first one torch optimizers have no state.
@@ -125,12 +126,12 @@ class NativeRun:
 
     @property
     def partitioned(self) -> bool:
-        """Whether the data-parallel ranks share the optimizer's state, and write files of their own."""
+        """Return whether the data-parallel ranks partition the optimizer's state, and write files of their own."""
         return self.stage > 0 or self.kind == "bf16"
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights that the model computes with."""
+        """Dtype of the weights that the model computes with."""
         return DTYPES[self.precision]
 
     def __str__(self) -> str:
@@ -143,7 +144,7 @@ class Held:
     """One flat buffer of a rank and its optimizer states.
 
     Attributes:
-        names: of the parameters in it, in flat order.
+        names: names of the parameters in it, in flat order.
         group: the parameter group.
         states: ``fp32`` and the optimizer's states → the buffer; NaN where there is padding.
         start: position of the buffer's first element in the group's whole flat buffer; 0 unless stage 1 or 2.
@@ -160,13 +161,13 @@ class Held:
 
     @property
     def end_padding(self) -> int:
-        """Elements of the buffer that lie behind the group's last element."""
+        """Number of elements of the buffer that lie behind the group's last element."""
         length = self.states["fp32"].numel()
         return min(max(self.start + length - self.unpadded, 0), length)
 
 
 def shares(whole: torch.Tensor, cut: Cut, degree: int) -> list[torch.Tensor]:
-    """What each tensor-parallel rank holds of a whole tensor."""
+    """Return the part of a whole tensor that each tensor-parallel rank holds."""
     if cut == "replicated":
         return [whole] * degree
     if cut == "gate_up":
@@ -176,7 +177,7 @@ def shares(whole: torch.Tensor, cut: Cut, degree: int) -> list[torch.Tensor]:
 
 
 def stage_layers(model: NativeModel, run: NativeRun) -> list[range]:
-    """The layers of each pipeline stage."""
+    """Return the layers of each pipeline stage."""
     assert run.pp is not None
     even, more = divmod(model.layers, run.pp)
     parts = run.parts or tuple(even + (stage < more) for stage in range(run.pp))
@@ -185,7 +186,8 @@ def stage_layers(model: NativeModel, run: NativeRun) -> list[range]:
 
 
 def of_stage(model: NativeModel, run: NativeRun, stage: int) -> NativeModel:
-    """What one pipeline stage holds, in the order of its modules: tied modules come first. The whole model of a plain run."""
+    """Return the part of the model that one pipeline stage holds, in the order of its modules: tied modules come first. For a
+    plain run, return the whole model."""
     if run.pp is None:
         return model
     layers = stage_layers(model, run)[stage]
@@ -197,7 +199,7 @@ def of_stage(model: NativeModel, run: NativeRun, stage: int) -> NativeModel:
 
 
 def held_by(model: NativeModel, run: NativeRun, tp_rank: int, dp_rank: int) -> list[Held]:
-    """The optimizer's buffers on one rank, in the order in which its files list them; ``model`` is `of_stage`."""
+    """Return the optimizer's buffers on one rank, in the order in which its files list them; ``model`` is `of_stage`."""
     held: list[Held] = []
     for group, names in enumerate(optimized_groups(model, run)):
         local = {name: _local_states(model[name], run, tp_rank) for name in names}
@@ -217,19 +219,19 @@ def held_by(model: NativeModel, run: NativeRun, tp_rank: int, dp_rank: int) -> l
 
 
 def kept_parameters(model: NativeModel, run: NativeRun) -> list[NativeParameter]:
-    """Those in the module's state dict: one without elements isn't left out with the frozen ones."""
+    """Return the parameters in the module's state dict: one without elements isn't left out with the frozen ones."""
     return [parameter for parameter in model.parameters if not (run.exclude_frozen and parameter.frozen)]
 
 
 def optimized_groups(model: NativeModel, run: NativeRun) -> list[list[str]]:
-    """Names of the parameters that the optimizer keeps, by group, in the user's order."""
+    """Return names of the parameters that the optimizer keeps, by group, in the user's order."""
     return [[name for name in names if model[name].optimized] for names in _given_groups(model, run)]
 
 
 def write_native(
     root: Path, model: NativeModel, run: NativeRun, tag: str = "global_step5", client_state: Any = None
 ) -> Path:
-    """Write all files of all ranks and ``latest``; returns the tag folder."""
+    """Write all files of all ranks and ``latest``; return the tag folder."""
     folder = root / tag
     folder.mkdir(parents=True)
     for stage in range(run.pp or 1):
@@ -243,7 +245,7 @@ def write_native(
 def rank_files(
     model: NativeModel, run: NativeRun, stage: int, tp_rank: int, client_state: Any = None
 ) -> dict[str, dict[str, Any]]:
-    """Names and contents of the files of one model-parallel rank: of all its data-parallel ranks, and of its layers."""
+    """Return names and contents of the files of one model-parallel rank: of all its data-parallel ranks, and of its layers."""
     part, mp_rank = of_stage(model, run, stage), stage * run.tp + tp_rank
     files: dict[str, dict[str, Any]] = {}
     for dp_rank in range(run.dp):
@@ -267,7 +269,8 @@ def rank_files(
 
 
 def layer_states(model: NativeModel, run: NativeRun, layer: int, tp_rank: int) -> OrderedDict[str, Any]:
-    """Content of a pipeline layer's file (``PipelineModule.save_state_dict``): the module's state dict, its tensors cloned."""
+    """Return the content of a pipeline layer's file (``PipelineModule.save_state_dict``): the module's state dict, its tensors
+    cloned."""
     prefix = next((f"{TIED}.{key}." for key, used in model.tied.items() if layer in used), f"{layer}.")
     return OrderedDict(
         (name.removeprefix(prefix), value)
@@ -282,14 +285,14 @@ PATTERNS: dict[Cut, dict[str, Any]] = {
     "columns": {"pattern": "shard", "dim": 1},
     "gate_up": {"pattern": "shard", "dim": 0, "parts": [1, 1]},
 }
-"""In a manifest."""
+"""Patterns in a manifest."""
 
 
 def add_manifest(folder: Path, model: NativeModel, run: NativeRun, *, layouts: bool = False) -> None:
-    """Add what the save hook adds: names, by group and pipeline stage, and the files' sizes; see ``docs/format.md``.
+    """Add the manifest that the save hook adds: names, by group and pipeline stage, and the files' sizes; see ``docs/format.md``.
 
     Args:
-        layouts: tell of each parameter what it is and how it is cut too; older manifests don't tell all of it.
+        layouts: record each parameter's kind and layout too; older manifests don't record all of it.
     """
     parts = [of_stage(model, run, stage) for stage in range(run.pp or 1)]
     tied = {key: f"{TIED}.{key}." for key in model.tied}
@@ -316,7 +319,7 @@ def add_manifest(folder: Path, model: NativeModel, run: NativeRun, *, layouts: b
 
 
 def _group_numbers(parts: Sequence[NativeModel], run: NativeRun) -> list[list[int | None]]:
-    """Groups in the order in which the stages first train something in them."""
+    """Number the groups in the order in which the stages first train something in them."""
     numbers: dict[int, int] = {}
     found: list[list[int | None]] = []
     for part in parts:
@@ -349,7 +352,7 @@ def _layouts(model: NativeModel, run: NativeRun) -> dict[str, Any]:
 
 
 def ds_config(run: NativeRun) -> dict[str, Any]:
-    """The DeepSpeed config of the run."""
+    """Return the DeepSpeed config of the run."""
     config: dict[str, Any] = {"train_batch_size": 4 * run.dp, "zero_optimization": {"stage": run.stage}}
     if run.round_robin:
         config["zero_optimization"]["round_robin_gradients"] = True
@@ -361,7 +364,7 @@ def ds_config(run: NativeRun) -> dict[str, Any]:
 def model_states(
     model: NativeModel, run: NativeRun, held: Sequence[Held], tp_rank: int, dp_rank: int
 ) -> dict[str, Any]:
-    """Content of a model_states file (``engine.py::_common_checkpoint_state``); ``model`` is `of_stage`."""
+    """Return the content of a model_states file (``engine.py::_common_checkpoint_state``); ``model`` is `of_stage`."""
     zero = run.stage > 0
     aside = [parameter for parameter in model.parameters if not parameter.optimized]
     shapes = OrderedDict((p.name, _local(p, run, tp_rank).shape) for p in aside)
@@ -391,7 +394,7 @@ def model_states(
 
 
 def optimizer_states(model: NativeModel, run: NativeRun, held: Sequence[Held], dp_rank: int) -> dict[str, Any]:
-    """Content of an optim_states file."""
+    """Return the content of an optim_states file."""
     state = _zero3_state(run, held) if run.stage == 3 else _zero12_state(model, run, held, dp_rank)
     return {"optimizer_state_dict": state, "ds_config": ds_config(run), "ds_version": VERSION}
 
@@ -410,19 +413,20 @@ def _local(parameter: NativeParameter, run: NativeRun, tp_rank: int) -> torch.Te
 
 
 def _local_states(parameter: NativeParameter, run: NativeRun, tp_rank: int) -> dict[str, torch.Tensor]:
-    """Master weight and optimizer states of one parameter on one tensor-parallel rank."""
+    """Return master weight and optimizer states of one parameter on one tensor-parallel rank."""
     stepped = parameter.states if run.steps or run.kind in ("unfused", "fused") else {}
     whole = {"fp32": parameter.fp32, **stepped}
     return {key: shares(tensor, parameter.cut, run.tp)[tp_rank] for key, tensor in whole.items()}
 
 
 def _padded(flat: torch.Tensor, multiple: int) -> torch.Tensor:
-    """The tensor with NaN behind it up to a multiple of a length."""
+    """Return the tensor with NaN behind it up to a multiple of a length."""
     return torch.nn.functional.pad(flat, (0, -flat.numel() % multiple), value=float("nan"))
 
 
 def _partition(local: Mapping[str, Mapping[str, torch.Tensor]], group: int, run: NativeRun, dp_rank: int) -> Held:
-    """Stages 1 and 2: all parameters end to end, padded to a multiple of ``2 * dp``, cut in ``dp`` equal parts."""
+    """Return a partition of stages 1 and 2: all parameters end to end, padded to a multiple of ``2 * dp``, cut in ``dp`` equal
+    parts."""
     names = list(local)
     if run.round_robin:
         names = [name for first in range(run.dp) for name in names[first :: run.dp]]
@@ -438,7 +442,7 @@ def _partition(local: Mapping[str, Mapping[str, torch.Tensor]], group: int, run:
 
 
 def _gaps(numels: Sequence[int], run: NativeRun) -> list[int]:
-    """Zeros so that each parameter of the low-precision buffer begins on 16 bytes."""
+    """Return the gaps after each parameter, so that the next one in the low-precision buffer begins on 16 bytes."""
     unit = 16 // gcd(16, torch.empty((), dtype=run.dtype).element_size())
     gaps: list[int] = []
     end = 0
@@ -452,7 +456,8 @@ def _gaps(numels: Sequence[int], run: NativeRun) -> list[int]:
 def _sub_groups(
     local: Mapping[str, Mapping[str, torch.Tensor]], group: int, run: NativeRun, dp_rank: int
 ) -> list[Held]:
-    """Stage 3: each parameter is padded and cut on its own; a sub-group closes when it has ``sub_group_size`` elements."""
+    """Return the sub-groups of stage 3: each parameter is padded and cut on its own; a sub-group closes when it has
+    ``sub_group_size`` elements."""
     held: list[Held] = []
     names: list[str] = []
     parts: dict[str, list[torch.Tensor]] = {key: [] for key in next(iter(local.values()))}
@@ -468,7 +473,7 @@ def _sub_groups(
 
 
 def _module(model: NativeModel, run: NativeRun, tp_rank: int) -> OrderedDict[str, Any]:
-    """The module's state dict. Weights of flattening optimizers are views of one storage per group; in stage 3 they are
+    """Return the module's state dict. Weights of flattening optimizers are views of one storage per group; in stage 3 they are
     empty."""
     module: OrderedDict[str, Any] = OrderedDict()
     for parameter in kept_parameters(model, run):
@@ -494,25 +499,25 @@ def _frozen_fragment(local: torch.Tensor, run: NativeRun, dp_rank: int) -> torch
 
 
 def hyperparameters(group: int, run: NativeRun) -> dict[str, Any]:
-    """Hyper-parameters of one parameter group, as torch's AdamW lists them; each group has a weight decay of its own."""
+    """Return hyper-parameters of one parameter group, as torch's AdamW lists them; each group has a weight decay of its own."""
     listed: dict[str, Any] = torch.optim.AdamW([torch.zeros(1)], lr=1e-3).state_dict()["param_groups"][0]
     return listed | {"weight_decay": 0.1 / (group + 1)} | ({"step": 0} if run.integer_step else {})
 
 
 def _step(run: NativeRun) -> Any:
-    """The optimizer's ``step``: the stage-0 wrappers step once in their constructor."""
+    """Return the optimizer's ``step``: the stage-0 wrappers step once in their constructor."""
     steps = run.steps + (run.kind in ("unfused", "fused"))
     return steps if run.integer_step else torch.tensor(float(steps))
 
 
 def _entry(run: NativeRun, held: Held) -> dict[str, Any]:
-    """One entry of a torch optimizer's ``state``."""
+    """Return one entry of a torch optimizer's ``state``."""
     states = {key: tensor for key, tensor in held.states.items() if key != "fp32"}
     return {"step": _step(run), **states} if states else {}
 
 
 def _torch_state(run: NativeRun, held: Sequence[Held], params: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """``state_dict()`` of a torch optimizer that holds the entries of ``params``, one after the other."""
+    """Return ``state_dict()`` of a torch optimizer that holds the entries of ``params``, one after the other."""
     indices = [index for group in params for index in group]
     entries = {index: _entry(run, entry) for index, entry in zip(indices, held, strict=True) if len(entry.states) > 1}
     groups = [hyperparameters(group, run) | {"params": list(held_)} for group, held_ in enumerate(params)]
@@ -520,13 +525,13 @@ def _torch_state(run: NativeRun, held: Sequence[Held], params: Sequence[Sequence
 
 
 def _of_group(held: Sequence[Held]) -> list[list[int]]:
-    """Positions of the entries of each parameter group."""
+    """Return positions of the entries of each parameter group."""
     groups = range(max((entry.group for entry in held), default=-1) + 1)
     return [[index for index, entry in enumerate(held) if entry.group == group] for group in groups]
 
 
 def _scale(run: NativeRun) -> dict[str, Any]:
-    """Loss scaling, as the stage-0 wrappers write it."""
+    """Return the loss scaling as the stage-0 wrappers write it."""
     dynamic = run.precision == "fp16" and run.dynamic_scale
     values: dict[str, Any] = {
         "dynamic_loss_scale": dynamic,
@@ -537,7 +542,7 @@ def _scale(run: NativeRun) -> dict[str, Any]:
 
 
 def _scaler(run: NativeRun) -> Any:
-    """Loss scaling, as the ZeRO optimizers write it: an object of DeepSpeed's own class."""
+    """Return the loss scaling as the ZeRO optimizers write it: an object of DeepSpeed's own class."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
     if run.precision != "fp16" or not run.dynamic_scale:
@@ -562,7 +567,8 @@ def _stage0_optimizer(model: NativeModel, run: NativeRun, held: Sequence[Held]) 
 
 
 def _plain_optimizer(model: NativeModel, run: NativeRun, held: Sequence[Held]) -> dict[str, Any]:
-    """A torch optimizer numbers every parameter it was given, also those that have no state since they are frozen."""
+    """Return the state of a torch optimizer. It numbers every parameter that it was given, also frozen ones, which have no
+    state."""
     groups = _given_groups(model, run)
     numbered = [name for names in groups for name in names]
     entries = {numbered.index(entry.names[0]): _entry(run, entry) for entry in held if len(entry.states) > 1}
@@ -615,7 +621,8 @@ def _lean_entry(entry: Mapping[str, Any], length: int) -> dict[str, Any]:
 
 
 def _slice_mapping(model: NativeModel, run: NativeRun, held: Held, group: int) -> OrderedDict[str, Any]:
-    """``param_slice_mappings`` of one group: with round robin, and no gaps, DeepSpeed writes those of another order."""
+    """Return ``param_slice_mappings`` of one group: with round robin, and no gaps, DeepSpeed writes the mappings of another
+    order."""
     from deepspeed.utils.tensor_fragment import fragment_address
 
     user_order = optimized_groups(model, run)[group]

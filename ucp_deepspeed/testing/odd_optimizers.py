@@ -1,7 +1,7 @@
-"""Optimizers that keep what torch's don't: numbers of their own, numbers in their groups, states that aren't element-wise.
+"""Optimizers with state that torch's don't keep: numbers of their own, numbers in their groups, states that aren't element-wise.
 
-Each keeps the same things in the same places and forms as the real class that it is named after; the arithmetic is shorter. All
-are used as client optimizers (`ucp_deepspeed.testing.runs.Run`).
+Each keeps the same things in the same places and forms as the real class that it is named after; the arithmetic is shorter. Tests
+pass all of them as client optimizers (`ucp_deepspeed.testing.runs.Run`).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 
 
 class _Odd(torch.optim.Optimizer):
-    """Steps on one group after another; ``defaults`` are what a group has beside its rate."""
+    """Steps on one group after another; ``defaults`` are a group's settings beside its rate."""
 
     def __init__(self, params: Any, lr: float = 1e-3, **defaults: Any) -> None:
         super().__init__(params, {"lr": lr, **defaults})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step."""
+        """Take one step."""
         for group in self.param_groups:
             self._step_group(group)
 
@@ -27,14 +27,14 @@ class _Odd(torch.optim.Optimizer):
         raise AssertionError("each class has its own")
 
     def _stepped_on(self, group: dict[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
-        """Each parameter that has a gradient, with that and with its state."""
+        """Return each parameter that has a gradient, with its gradient and its state."""
         return ((param, param.grad, self.state[param]) for param in group["params"] if param.grad is not None)
 
 
 class NormPerTensor(_Odd):
-    """As Adafactor and LAMB variants do, keeps the running norm of what it steps on, in a 0-d tensor and in a float.
+    """Keeps the running norm of what it steps on, in a 0-d tensor and in a float, as Adafactor and LAMB variants do.
 
-    Under ZeRO what it steps on is a partition, so that both differ from rank to rank.
+    Under ZeRO it steps on a partition, so both differ from rank to rank.
     """
 
     def _step_group(self, group: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ class Prodigy(_Odd):
         super().__init__(params, lr, d=d0, d0=d0, d_max=d0, d_numerator=0.0, k=0)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step; all groups share one ``d``."""
+        """Take one step; all groups share one ``d``."""
         first, denominator = self.param_groups[0], 0.0
         numerator = first["d_numerator"] * 0.9
         for group in self.param_groups:
@@ -70,7 +70,7 @@ class Prodigy(_Odd):
                     state["exp_avg_sq"] = torch.zeros_like(param)
                 state["s"].mul_(0.9).add_(grad, alpha=0.1)
                 state["exp_avg_sq"].mul_(0.9).addcmul_(grad, grad, value=0.1)
-                moved = state["p0"] - param.data  # in ZeRO-3's padding whatever the memory held
+                moved = state["p0"] - param.data  # NaN may be in ZeRO-3's padding, which holds whatever the memory held
                 numerator += float((grad * moved).nansum() + grad.norm())
                 denominator += float(state["s"].abs().sum())
         d = max(first["d"], 1e-4 * numerator / (denominator + 1e-8))
@@ -82,7 +82,7 @@ class Prodigy(_Odd):
 
 
 class GroupStepFusedAdam(_Odd):
-    """``FusedAdam`` of Apex and of Transformer Engine: the step is in the group, which has it from the first step on."""
+    """``FusedAdam`` of Apex and of Transformer Engine: the group keeps the step, from the first step on."""
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99)) -> None:
         super().__init__(params, lr, bias_correction=True, betas=betas, eps=1e-8, weight_decay=0.0)
@@ -96,7 +96,7 @@ class GroupStepFusedAdam(_Odd):
 
 
 class StateStepFusedAdam(GroupStepFusedAdam):
-    """DeepSpeed's ``FusedAdam``: the group has a step that stays 0, and of what it steps on only the last tensor counts."""
+    """DeepSpeed's ``FusedAdam``: the group has a step that stays 0, and only the last tensor that it steps on counts."""
 
     def _step_group(self, group: dict[str, Any]) -> None:
         group.setdefault("step", 0)
@@ -122,7 +122,7 @@ def _adam(group: dict[str, Any], state: dict[str, Any], param: torch.Tensor, ste
 
 
 class OneElement(_Odd):
-    """As optimizers of bitsandbytes' kind do, keeps a state of shape ``(1,)`` for each tensor that it steps on."""
+    """Keeps a state of shape ``(1,)`` for each tensor that it steps on, as bitsandbytes' optimizers do."""
 
     def _step_group(self, group: dict[str, Any]) -> None:
         for param, grad, state in self._stepped_on(group):
@@ -136,7 +136,7 @@ class OneElement(_Odd):
 
 
 class Soap(_Odd):
-    """As SOAP does, keeps lists of matrices, the second of which it makes at its second step; and from then on an average too."""
+    """Keeps lists of matrices, as SOAP does; it makes the second list at its second step."""
 
     def _step_group(self, group: dict[str, Any]) -> None:
         for param, grad, state in self._stepped_on(group):
@@ -154,7 +154,7 @@ class Soap(_Odd):
 
 
 class LateAverage(_Odd):
-    """As averaging optimizers do, begins to keep an average of the weights at its second step."""
+    """Begins to keep an average of the weights at its second step, as averaging optimizers do."""
 
     def _step_group(self, group: dict[str, Any]) -> None:
         for param, grad, state in self._stepped_on(group):
@@ -189,7 +189,7 @@ class Bookkeeper(_Odd):
 
 
 class Counter(_Odd):
-    """Keeps a count of its own, under a key that is no parameter, and writes another into its ``state_dict``."""
+    """Keeps a count of its own, under a key that is no parameter, and writes another count into its ``state_dict``."""
 
     def __init__(self, params: Any, lr: float = 1e-3) -> None:
         super().__init__(params, lr)
@@ -204,11 +204,11 @@ class Counter(_Odd):
             param.data.add_(state["exp_avg"], alpha=-group["lr"] / self.calls)
 
     def state_dict(self) -> dict[str, Any]:
-        """With the calls."""
+        """Return the state with the calls."""
         return {**super().state_dict(), "calls": self.calls}
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """With the calls."""
+        """Load the state with the calls."""
         super().load_state_dict(state_dict)
         self.calls = state_dict["calls"]
 

@@ -1,6 +1,6 @@
-"""Older versions of DeepSpeed under a newer torch than they were made for.
+"""Run older versions of DeepSpeed under a newer torch than they were made for.
 
-What is replaced here only makes them run; nothing of it is needed where DeepSpeed and torch are of one time.
+The replacements here only make them run; nothing of it is needed where DeepSpeed and torch are of one time.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 FLATTENS_IN_PLACE = "0.18.7"
-"""First version that flattens ZeRO-1's and 2's weights where they are."""
+"""First version that flattens ZeRO-1's and 2's weights in place."""
 
 DETACHES = "0.19.0"
 """First version that detaches the result."""
 
 
 def run_under_newer_torch() -> None:
-    """On a rank, before an engine is built. Nothing is replaced where nothing needs it.
+    """Replace a function of DeepSpeed's, where it is needed. Called on a rank, before an engine is built.
 
-    From 0.18.7 on ``DeepSpeedZeroOptimizer`` flattens the weights of a group where they are, and up to 0.18.9 the flat tensor
-    requires gradients: ``all_gather_dp_groups`` (``runtime/utils.py``) then writes into views of it, which torch 2.13 refuses
-    ("Output 0 of Split is a view and is being modified inplace"). The flat tensor is detached, as DeepSpeed does it since 0.19.0.
+    From 0.18.7 on ``DeepSpeedZeroOptimizer`` flattens the weights of a group in place, and up to 0.18.9 the flat tensor requires
+    gradients. ``all_gather_dp_groups`` (``runtime/utils.py``) then writes into views of it, which torch 2.13 refuses ("Output 0
+    of Split is a view and is being modified inplace"). The replacement detaches the flat tensor, as DeepSpeed does since 0.19.0.
     """
     import deepspeed
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer

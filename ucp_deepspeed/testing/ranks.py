@@ -1,10 +1,10 @@
-"""Real ranks on one CPU machine, kept alive across tests and forked from one process: importing DeepSpeed takes seconds.
+"""Real ranks on one CPU machine. They stay alive across tests and are forked from one process: importing DeepSpeed takes seconds.
 
-A pool is a set of processes that have joined one gloo process group through ``deepspeed.init_distributed``.
-`RankPool.run` calls a module-level function on all of them. Ranks of which some failed and others didn't may have lost step in
-their collectives: such a pool is killed, and started again by the next call. One whose ranks all failed is kept.
+A pool is a set of processes that have joined one gloo process group through ``deepspeed.init_distributed``. `RankPool.run` calls
+a module-level function on all of them. If some ranks failed and others didn't, they may have lost step in their collectives: such
+a pool is killed, and the next call starts it again. A pool whose ranks all failed is kept.
 
-Between calls only garbage is collected; a function that sets up parallel state, or expects none, calls `reset_parallel_state`.
+Between calls only garbage is collected. A function that sets up parallel state, or expects none, calls `reset_parallel_state`.
 Ranks die with the process that started them.
 """
 
@@ -36,28 +36,30 @@ from random import SystemRandom
 from typing import Any
 
 MOST_RANKS = 8
-"""Ranks alive at a time over all shared pools: the least recently used pool makes room."""
+"""Number of ranks alive at a time over all shared pools: the least recently used pool makes room."""
 
 MOST_RUNS = 15
-"""Calls that the same processes answer: engines leave threads of process groups behind, and a fresh start gets rid of them."""
+"""Number of calls that the same processes answer: engines leave threads of process groups behind, and a fresh start removes
+them."""
 
 GRACE_SECONDS = 5.0
-"""How long the other ranks may take to finish once one has failed."""
+"""Seconds that the other ranks may take to finish once one has failed."""
 
 START_SECONDS = 120.0
-"""How long ranks may take to join: seconds, more on a busy machine."""
+"""Seconds that ranks may take to join; a busy machine needs more of them."""
 
 DUMP_SECONDS = 0.2
-"""How long a hanging rank gets to write down where it hangs."""
+"""Seconds that a hanging rank gets to write down where it hangs."""
 
 LOG_CHARACTERS = 4000
-"""How much of the end of the ranks' output an error shows."""
+"""Number of characters from the end of the ranks' output that an error shows."""
 
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
 IMPORTED_ONCE = ("ucp_deepspeed.testing.runs", "ucp_deepspeed.testing.megatron_pipeline")
-"""Modules with all that they import: torch, DeepSpeed and Megatron-Core, which takes seconds of each rank's start otherwise."""
+"""Modules to import once, with all that they import: torch, DeepSpeed and Megatron-Core, which otherwise take seconds of each
+rank's start."""
 
 
 _PICKLING_ERRORS = (
@@ -72,7 +74,7 @@ _PICKLING_ERRORS = (
 )
 
 Answer = tuple[bool, Any, bytes | None]
-"""Of one rank: whether it succeeded, the result or the traceback, and the pickled exception where that is possible."""
+"""The answer of one rank: whether it succeeded, the result or the traceback, and the pickled exception where that is possible."""
 
 
 class RankError(Exception):
@@ -90,7 +92,8 @@ class RankError(Exception):
 
 
 class RankPool:
-    """Ranks of one world size; started by the first `run`, and again after ``most_runs``: what a call left is gone then."""
+    """Ranks of one world size. The first `run` starts them; after ``most_runs`` calls they start again, and what calls left is
+    gone."""
 
     def __init__(self, world_size: int, most_runs: int = MOST_RUNS) -> None:
         self.world_size = world_size
@@ -102,10 +105,10 @@ class RankPool:
         self._runs = 0
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 180.0, **kwargs: Any) -> list[Any]:
-        """Call a module-level function on every rank; returns the results in rank order.
+        """Call a module-level function on every rank; return the results in rank order.
 
         Args:
-            function: sent by import path, with pickled arguments.
+            function: the function; it is sent by import path, with pickled arguments.
             timeout: seconds until the ranks are given up and killed; starting them doesn't count.
 
         Raises:
@@ -133,7 +136,7 @@ class RankPool:
             self._log = None
 
     def _dump_stacks(self, ranks: list[int]) -> None:
-        """Have these ranks write to the log where they hang."""
+        """Make these ranks write to the log where they hang."""
         for rank in ranks:
             with suppress(ProcessLookupError):
                 os.kill(self._processes[rank].pid, signal.SIGUSR1)
@@ -149,7 +152,7 @@ class RankPool:
         try:
             self._start_once()
         except RankError:
-            # Between choosing a port and listening on it another process may have taken it.
+            # Another process may have taken the port between its choice and its use.
             self._start_once()
 
     def _start_once(self) -> None:
@@ -172,7 +175,7 @@ class RankPool:
             raise
 
     def _collect(self, name: str, timeout: float) -> list[Any]:
-        """Wait for one answer of every rank; returns the results or raises `RankError`."""
+        """Wait for one answer of every rank; return the results or raise `RankError`."""
         results: dict[int, Any] = {}
         failures: list[tuple[int, str, BaseException | None]] = []
         pending = dict(enumerate(self._connections))
@@ -197,7 +200,7 @@ class RankPool:
         raise self._failure(name, timeout, results, failures)
 
     def _failure(self, name: str, timeout: float, results: Mapping[int, Any], failures: list[Any]) -> RankError:
-        """The error to raise; ends the ranks unless all of them are alive and failed."""
+        """Return the error to raise; end the ranks unless all of them are alive and failed."""
         log = ""
         answered = results.keys() | {rank for rank, *_ in failures}
         waiting = [rank for rank in range(self.world_size) if rank not in answered]
@@ -217,7 +220,7 @@ _pools: dict[int, RankPool] = {}
 
 
 def get_pool(world_size: int) -> RankPool:
-    """The shared pool of a world size; closes others when too many ranks would be alive."""
+    """Return the shared pool of a world size; close others when too many ranks would be alive."""
     pool = _pools.pop(world_size, None) or RankPool(world_size)
     _pools[world_size] = pool
     for size in list(_pools)[:-1]:
@@ -234,7 +237,7 @@ def close_pools() -> None:
 
 
 def _context() -> Any:
-    """Ranks are forked from a process that has imported what is slow to import, and has run nothing of it."""
+    """Return the context that forks ranks from a process that has imported the slow modules, and has run nothing of them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED_ONCE))
     meanwhile = ENVIRONMENT | {"PYTHONWARNINGS": "ignore"}  # DeepSpeed looks at the environment when it is imported
@@ -252,12 +255,12 @@ def _context() -> Any:
 
 
 PORTS = 20_000, 32_768
-"""From, and up to, where Linux begins to hand them out (``net.ipv4.ip_local_port_range``)."""
+"""Range of ports below those that Linux hands out (``net.ipv4.ip_local_port_range``)."""
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on now, and that the system doesn't hand out by itself: else another process may have it
-    before it is used."""
+    """Return a TCP port that nothing listens on now. The system doesn't hand out such ports by itself: otherwise another process
+    might get it before it is used."""
     while True:
         port = SystemRandom().randrange(*PORTS)
         with socket.socket() as probe, suppress(OSError):
@@ -266,7 +269,7 @@ def free_port() -> int:
 
 
 def reset_parallel_state() -> None:
-    """On a rank: end DeepSpeed's and Megatron-Core's process groups, so that another topology can be set up. Collective.
+    """End DeepSpeed's and Megatron-Core's process groups on a rank, so that another topology can be set up. Collective.
 
     Each gloo group has threads and sockets of its own: groups that are only forgotten slow the machine down more and more.
     """
@@ -285,7 +288,7 @@ def reset_parallel_state() -> None:
 
 
 def _forget_groups(groups: Any) -> None:
-    """Clear what ``deepspeed.utils.groups`` keeps of process groups; versions before 0.19.8 have no function for it."""
+    """Clear the process groups in ``deepspeed.utils.groups``; versions before 0.19.8 have no function for it."""
     if hasattr(groups, "_release_process_group_references"):
         groups._release_process_group_references()
         return
@@ -298,7 +301,7 @@ def _forget_groups(groups: Any) -> None:
 
 @contextmanager
 def fp16_on_cpu() -> Iterator[None]:
-    """On a rank: let DeepSpeed build fp16 engines on CPUs without native fp16; torch computes them all the same."""
+    """Let DeepSpeed on a rank build fp16 engines on CPUs without native fp16; torch computes them all the same."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
@@ -311,10 +314,10 @@ def fp16_on_cpu() -> Iterator[None]:
 
 
 def gather_tokens_over_gloo() -> None:
-    """On a rank: let DeepSpeed's mixture-of-experts layers run under tensor parallelism.
+    """Let DeepSpeed's mixture-of-experts layers on a rank run under tensor parallelism.
 
-    ``moe/mappings.py`` gathers a tensor of three dimensions into a flat one, which NCCL takes and gloo doesn't. Only that call is
-    replaced; calling this again changes nothing.
+    ``moe/mappings.py`` gathers a tensor of three dimensions into a flat one; NCCL takes this and gloo doesn't. Only that call is
+    replaced; calling this function again changes nothing.
     """
     import deepspeed.comm
 
@@ -327,7 +330,7 @@ def gather_tokens_over_gloo() -> None:
 
 
 def _serve(rank: int, world_size: int, port: int, connection: Connection, log: str) -> None:
-    """A rank's life: join the process group, then answer calls until the parent goes away."""
+    """Run a rank: join the process group, then answer calls until the parent goes away."""
     _die_with_parent(connection)
     with Path(log).open("a", encoding="utf-8") as output:
         os.dup2(output.fileno(), 1)
@@ -336,7 +339,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, log: s
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update(ENVIRONMENT | {key: str(value) for key, value in ranks.items()})
     connection.send(_call(_join, (), {}))
-    gc.freeze()  # what start-up left lives as long as the rank: collecting it after each call would take seconds
+    gc.freeze()  # the objects of the start live as long as the rank: collecting them after each call would take seconds
     while True:
         try:
             path, call = connection.recv()
@@ -362,7 +365,7 @@ def _join() -> None:
 
 
 def _called(call: bytes) -> bytes:
-    """Make a pickled call; returns the pickled result, so that what can't be sent fails here, on the rank."""
+    """Make a pickled call; return the pickled result, so that a result that can't be sent fails here, on the rank."""
     function, args, kwargs = pickle.loads(call)
     return bytes(ForkingPickler.dumps(function(*args, **kwargs)))
 
@@ -383,7 +386,7 @@ def _unpickle(content: bytes | None) -> Any:
 
 
 def _unpickle_error(pickled: bytes | None) -> BaseException | None:
-    """The exception of a rank, or None where it can't be made again here; its traceback is shown either way."""
+    """Return the exception of a rank, or None where it can't be made again here; its traceback is shown either way."""
     try:
         error = _unpickle(pickled)
     except _PICKLING_ERRORS:
@@ -394,7 +397,7 @@ def _unpickle_error(pickled: bytes | None) -> BaseException | None:
 def _use_gloo_only() -> None:
     """Keep DeepSpeed from loading its shared-memory op, which only speeds up small reductions.
 
-    torch guards the loading of such an op with a file that a killed process leaves behind, on which every later start waits for
+    torch guards the loading of such an op with a file. A killed process leaves it behind, and every later start waits for it for
     ever; and ranks of a pool are killed. Without the op DeepSpeed reduces through gloo.
     """
     backend: Any = importlib.import_module("deepspeed.comm.torch")
@@ -402,9 +405,9 @@ def _use_gloo_only() -> None:
 
 
 def _die_with_parent(connection: Connection) -> None:
-    """End as soon as nothing holds the other end of the connection, whatever this rank does meanwhile."""
+    """End this rank as soon as nothing holds the other end of the connection, whatever the rank does meanwhile."""
     watch = select.poll()
-    watch.register(connection.fileno(), 0)  # a hang-up is told unasked
+    watch.register(connection.fileno(), 0)  # poll reports a hang-up unasked
 
     def end() -> None:
         watch.poll()

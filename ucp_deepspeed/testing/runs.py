@@ -1,6 +1,6 @@
 """Short training runs in real engines, for tests: called on every rank of a `ucp_deepspeed.testing.ranks.RankPool`.
 
-A run is described by numbers (`Run`), so that it can be sent to the ranks; what comes back is plain data too.
+A run is described by numbers (`Run`), so that it can be sent to the ranks; the results are plain data too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VOCABULARY = 48
 GLOBAL_BATCH = 8
 SEQUENCE = 12
 CHAINED = 0.8
-"""Share of tokens of a chain that follow from the one before; the others are random."""
+"""Share of a chain's tokens that follow from the one before; the others are random."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,21 +43,21 @@ ModelName = Literal[
 
 @dataclass(frozen=True)
 class Run:
-    """What to train, and on which topology; the data-parallel size is the rest of the ranks.
+    """The model to train, and the topology; the data-parallel size is the number of ranks divided by the other sizes.
 
     Attributes:
         model: ``llama`` or ``gpt`` (Megatron-Core), flavours under the names of Megatron-DeepSpeed, ``mlp`` (plain torch; with
             tensor parallelism each rank has one of its own, and nothing tells how they belong together), ``moe`` (DeepSpeed's
             mixture of experts), ``tied`` (a pipeline with a tied module, see `ucp_deepspeed.testing.tied_pipeline`), or
-            ``huggingface``, which AutoTP cuts, and AutoEP if ``config`` says so.
-        size: changes to the model's shape; of ``huggingface`` with the ``family``; of a pipeline of Megatron-DeepSpeed with
+            ``huggingface``, which AutoTP partitions, and AutoEP if ``config`` says so.
+        size: changes to the model's shape; for ``huggingface`` with the ``family``; for a pipeline of Megatron-DeepSpeed with
             ``reordering``, see `ucp_deepspeed.testing.megatron_deepspeed_pipeline`.
         tp: tensor-parallel size.
         pp: pipeline-parallel size; None for a plain engine, 1 for a pipeline engine with one stage.
         sp: size of DeepSpeed's Ulysses sequence parallelism: Megatron-Core models on plain engines, without tensor parallelism.
         partition: ``partition_method`` of the pipeline.
         zero: settings of ``zero_optimization``, with ``stage``.
-        precision: of the weights.
+        precision: precision of the weights.
         config: further DeepSpeed settings, which win over the usual ones.
         universal: the ``universal_checkpoint`` block; None to leave it out.
         groups: ``one`` parameter group; ``decay``: matrices, and the rest without weight decay; ``shuffled``: the same in another
@@ -66,7 +66,7 @@ class Run:
         outside: names of parameters that have gradients and aren't given to the optimizer.
         fused: use DeepSpeed's FusedAdam instead of torch's AdamW.
         optimizer: a class, or the name of one in ``torch.optim``, and its arguments; passed to DeepSpeed as a client optimizer.
-        seed: of the initial weights.
+        seed: seed of the initial weights.
         tokens: ``random`` ones, or those of a ``chain`` that can be learned, so that the loss falls.
     """
 
@@ -95,13 +95,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank saw.
+    """The observations of one rank.
 
     Attributes:
         losses: mean loss over the global batch, by step (the first step is 1).
         load_path: first result of ``engine.load_checkpoint``; None when nothing was loaded.
         client_state: second result, without tensors.
-        report: of a universal load; None when DeepSpeed loaded by itself.
+        report: report of a universal load; None when DeepSpeed loaded by itself.
         counters: ``global_steps``, ``global_samples``, ``skipped_steps`` at the end.
         rates: learning rate of each parameter group at the end.
         optimizer: class of the engine's optimizer.
@@ -135,10 +135,10 @@ class PaperTopology(NamedTuple):
         return f"TP{self.tp}·PP{self.pp}·DP{self.dp}{shared} ZeRO-{self.zero}"
 
     def run(self, **changes: Any) -> Run:
-        """The paper's experiment in small: a GPT with tied embedding; ``changes`` are further fields of `Run`.
+        """Return the paper's experiment in small: a GPT with tied embedding; ``changes`` are further fields of `Run`.
 
-        Loads are universal ones also where DeepSpeed could load by itself. One pipeline stage is a plain engine, as ZeRO-2 and 3
-        need it.
+        Loads are universal, also where DeepSpeed could load by itself. With one pipeline stage it is a plain engine, as ZeRO-2
+        and 3 need it.
         """
         settings: dict[str, Any] = {"universal": {"enabled": True, "load": "always"}, "tokens": "chain"}
         pp = self.pp if self.pp > 1 else None
@@ -146,7 +146,7 @@ class PaperTopology(NamedTuple):
 
 
 PAPER_SOURCE = PaperTopology(2, 2, 2, 1)
-"""Where the runs of Fig. 7a begin."""
+"""Topology on which the runs of Fig. 7a begin."""
 
 PAPER_TOPOLOGIES = (
     PAPER_SOURCE,
@@ -161,10 +161,10 @@ PAPER_TOPOLOGIES = (
     PaperTopology(2, 1, 2, 2),
     PaperTopology(2, 2, 1, 1),
 )
-"""Where they go on; the one with most ranks first, since its pool of ranks leaves no room for others."""
+"""Topologies on which they resume. The one with most ranks is first, since its pool of ranks leaves no room for others."""
 
 PAPER_TARGET = PaperTopology(2, 2, 1, 1)
-"""Where the runs of Fig. 7b go on."""
+"""Topology on which the runs of Fig. 7b resume."""
 
 
 def train(
@@ -186,8 +186,8 @@ def train(
     Args:
         steps: number of the last step, counted over all runs.
         load: folder to load from, with ``tag`` and further ``options`` of ``engine.load_checkpoint``.
-        save: folder to save in at the end, with further ``save_options`` of ``engine.save_checkpoint``; instead after step
-            ``save_at``, or with ``save_first`` before any step.
+        save: folder to save in at the end, with further ``save_options`` of ``engine.save_checkpoint``. With ``save_at`` it saves
+            after that step instead, and with ``save_first`` before any step.
     """
     with fp16_on_cpu():
         engine = build_engine(run)
@@ -213,13 +213,13 @@ def train(
 
 
 def build_engine(run: Run) -> Any:
-    """The engine of a run; replaces whatever parallel state an earlier run of this process left."""
+    """Build the engine of a run, after removing the parallel state that an earlier run of this process left."""
     reset_parallel_state()
     return start_engine(run, *_build_model(run))
 
 
 def start_engine(run: Run, model: torch.nn.Module, mpu: Any = None) -> Any:
-    """The engine of a run whose model is there; whoever built that has called `reset_parallel_state`."""
+    """Build the engine of a run around an existing model; whoever built that has called `reset_parallel_state`."""
     for name, param in model.named_parameters():
         param.requires_grad_(name not in run.frozen)
     groups, config = _parameter_groups(model, run), _config(run)
@@ -238,7 +238,7 @@ def start_engine(run: Run, model: torch.nn.Module, mpu: Any = None) -> Any:
 
 
 def build_evaluator(run: Run) -> Any:
-    """An engine without an optimizer."""
+    """Build an engine without an optimizer."""
     reset_parallel_state()
     model, mpu = _build_model(run)
     config = {key: value for key, value in _config(run).items() if key not in ("optimizer", "scheduler")}
@@ -355,7 +355,7 @@ def _config(run: Run) -> dict[str, Any]:
 
 
 def train_step(engine: Any, run: Run, step: int) -> float:
-    """One optimizer step on this rank's share of a batch that depends on the step alone; returns the mean loss."""
+    """Take one optimizer step on this rank's share of a batch that depends only on the step; return the mean loss."""
     batch = batch_of(run, step)
     group = engine.seq_data_parallel_group
     copies = dist.get_world_size(group=group) // run.sp
@@ -372,7 +372,7 @@ def train_step(engine: Any, run: Run, step: int) -> float:
 
 
 def loss_of(engine: Any, run: Run) -> float:
-    """The loss of one batch that no step is taken with, the same on every rank."""
+    """Return the loss of one batch, the same on every rank; no step is taken with it."""
     batch = batch_of(run, 0)
     engine.eval()
     with torch.no_grad():
@@ -383,7 +383,7 @@ def loss_of(engine: Any, run: Run) -> float:
 
 
 def batch_of(run: Run, step: int) -> torch.Tensor:
-    """The tokens of all ranks, int64 of shape ``[GLOBAL_BATCH, SEQUENCE + 1]``."""
+    """Return the tokens of all ranks, int64 of shape ``[GLOBAL_BATCH, SEQUENCE + 1]``."""
     generator = torch.Generator().manual_seed(1000 + step)
     batch = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
     if run.tokens == "chain":
@@ -395,7 +395,7 @@ def batch_of(run: Run, step: int) -> torch.Tensor:
 
 
 def _loss(engine: Any, run: Run, share: torch.Tensor) -> torch.Tensor:
-    """What this rank differentiates: mean loss of its sequences or, where ranks share sequences, its part of that."""
+    """Return what this rank differentiates: the mean loss of its sequences or, where ranks share sequences, its part of that."""
     if run.model in ("mlp", "moe"):
         loss: torch.Tensor = engine(share[:, :-1], share[:, 1:])
         return loss

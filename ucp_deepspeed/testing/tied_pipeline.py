@@ -1,7 +1,6 @@
-"""A small pipeline whose first and last stage share a module, of which only one parameter is tied.
+"""A small pipeline whose first and last stage share a module; only one parameter of it is tied.
 
-As heads of published models have it, a bias beside the tied weight is used where the module makes logits, on the last stage
-alone.
+A bias beside the tied weight is used only where the module makes logits, on the last stage, as in heads of published models.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ class Words(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocabulary))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Embeddings of tokens."""
+        """Return embeddings of tokens."""
         return nn.functional.embedding(tokens, self.weight)
 
 
 def logits(words: Words, hidden: torch.Tensor) -> torch.Tensor:
-    """What the last stage makes of the module."""
+    """Return the logits, which the last stage makes with the module."""
     return nn.functional.linear(hidden, words.weight.to(hidden.dtype), words.bias.to(hidden.dtype))
 
 
 def mean_loss(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Cross entropy over all tokens."""
+    """Return the cross entropy over all tokens."""
     return nn.functional.cross_entropy(found.float().flatten(0, -2), wanted.flatten())
 
 
@@ -44,12 +43,12 @@ class Layer(nn.Module):
         self.linear, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The next hidden state."""
+        """Return the next hidden state."""
         return self.norm(torch.relu(self.linear(hidden)))
 
 
 def build_tied_pipeline(stages: int, vocabulary: int, seed: int) -> PipelineModule:
-    """The same weights for any number of stages."""
+    """Build the pipeline, with the same weights for any number of stages."""
     words = {"tied_weight_attr": "weight"}
     layers = [
         TiedLayerSpec("words", Words, vocabulary, **words),

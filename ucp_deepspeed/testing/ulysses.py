@@ -19,14 +19,14 @@ from torch import nn
 from ucp_deepspeed.testing.megatron_models import causal_mask
 
 BATCH_DIMENSION = 1
-"""Of Megatron-Core's queries, keys and values: ``[sequence, batch, heads, width]``."""
+"""Batch dimension of Megatron-Core's queries, keys and values: ``[sequence, batch, heads, width]``."""
 
 
 def start_sequence_parallel(degree: int) -> ModuleType:
-    """Make the process groups; returns the ``mpu`` for ``deepspeed.initialize``, which is a module of DeepSpeed's. Collective.
+    """Make the process groups; return the ``mpu`` for ``deepspeed.initialize``, which is a module of DeepSpeed's. Collective.
 
-    Consecutive ranks share sequences; all ranks together reduce gradients and partition under ZeRO. DeepSpeed's module knows of
-    no tensor or pipeline parallelism beside it.
+    Consecutive ranks share sequences; all ranks together reduce gradients and partition under ZeRO. DeepSpeed's module doesn't
+    support tensor or pipeline parallelism beside it.
 
     Args:
         degree: sequence-parallel size, at least 2; divides the number of ranks.
@@ -38,7 +38,7 @@ def start_sequence_parallel(degree: int) -> ModuleType:
 
 
 def share_sequences(model: GPTModel) -> None:
-    """Make a model expect this rank's positions instead of whole sequences; changed in place, after `start_sequence_parallel`.
+    """Make a model expect this rank's positions instead of whole sequences; change it in place, after `start_sequence_parallel`.
 
     Its parameters keep their names: core attention has none.
     """
@@ -49,14 +49,15 @@ def share_sequences(model: GPTModel) -> None:
 
 
 def share_of_mean_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """This rank's share of the mean next-token cross entropy of a batch: the shares of the sequence-parallel ranks add up to it.
+    """Return this rank's share of the mean next-token cross entropy of a batch: the shares of the sequence-parallel ranks add up
+    to it.
 
-    This is what to differentiate: DeepSpeed adds the gradients of the sequence-parallel ranks and averages over the data-parallel
-    ones. Only at ZeRO stage 3 it averages over both (0.19.8, ``runtime/zero/stage3.py::__avg_scatter_grads``): gradients are
-    smaller there by the sequence-parallel size, which shows once they are clipped.
+    Differentiate this share: DeepSpeed adds the gradients of the sequence-parallel ranks and averages over the data-parallel
+    ones. Only ZeRO stage 3 averages over both (0.19.8, ``runtime/zero/stage3.py::__avg_scatter_grads``). Gradients there are
+    smaller by the sequence-parallel size, which shows once they are clipped.
 
     Args:
-        model: after `share_sequences`, or an engine around one.
+        model: a model after `share_sequences`, or an engine around one.
         tokens: int64 of shape ``[batch, sequence + 1]``, the same on all ranks that share sequences; the sequence-parallel size
             divides ``sequence``.
 
@@ -74,7 +75,7 @@ def share_of_mean_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 class _UlyssesAttention(nn.Module):
-    """In place of Megatron-Core's core attention: the same over whole sequences, with a share of the heads on each rank."""
+    """Replaces Megatron-Core's core attention: the same over whole sequences, with a share of the heads on each rank."""
 
     def __init__(self, core: nn.Module) -> None:
         super().__init__()
@@ -84,7 +85,8 @@ class _UlyssesAttention(nn.Module):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, **_: Any
     ) -> torch.Tensor:
-        """``[positions, batch, heads, width]`` to ``[positions, batch, heads * width]``; ``mask`` is that of whole sequences."""
+        """Map ``[positions, batch, heads, width]`` to ``[positions, batch, heads * width]``; ``mask`` is that of whole
+        sequences."""
         context: torch.Tensor = self.distributed(query, key, value, BATCH_DIMENSION, None, mask)
         return context.flatten(2)
 
@@ -98,7 +100,7 @@ class _WholeSequences(nn.Module):
         core.hidden_size_per_partition //= degree
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Result of the shape of ``query``, as DeepSpeed expects it."""
+        """Return a result of the shape of ``query``, as DeepSpeed expects it."""
         context: torch.Tensor = self.core(query, key, value, mask)
         return context.view(query.shape)
 
@@ -106,5 +108,5 @@ class _WholeSequences(nn.Module):
 def _from_this_rank_on(
     _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Rotary positions begin with this rank's first position; the first argument is the number of positions of a rank."""
+    """Make rotary positions begin with this rank's first position; the first argument is the number of positions of a rank."""
     return args, kwargs | {"offset": args[0] * parallel_state_sp.get_sequence_parallel_rank()}

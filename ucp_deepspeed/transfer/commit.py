@@ -33,8 +33,7 @@ def committed_folder(final: Path, then: Callable[[], None] = lambda: None) -> It
     """Yield a new folder to write in. It is renamed to ``final`` when the block ends, and removed when it fails.
 
     Everything in it is flushed to disk before the rename. A terminated process (SIGTERM, SIGHUP, Ctrl-C) removes it. A process
-    that
-    was killed outright leaves a folder that readers refuse, and that the next call for the same ``final`` removes.
+    that was killed outright leaves a folder that readers refuse, and that the next call for the same ``final`` removes.
 
     Args:
         then: called when the folder has its name; no signal that can be caught comes between the two.
@@ -69,8 +68,7 @@ def make_partial_folder(final: Path, alone: bool = False) -> Path:
 
     As long as this process writes there, no other process takes the folder for abandoned. A host's name and a process id alone
     don't show this where containers share the name. For processes on other machines, and on file systems without locks (NFS),
-    they are
-    all there is.
+    they are all there is.
 
     Args:
         alone: nobody else may be writing a folder for the same name, and abandoned ones of that name alone are removed; otherwise
@@ -195,8 +193,7 @@ def replace_folder(partial: Path, final: Path, is_part: Callable[[str], bool]) -
     """Put a finished folder in the place of another, or of none, in one step: a reader finds the old one or the new one, whole.
 
     Other entries of the old folder, neither its parts nor names that the new one has, are taken along. On a file system that
-    can't
-    exchange two folders (NFS can't) there are two renames; a process killed between them leaves the old folder as
+    can't exchange two folders (NFS can't) there are two renames; a process killed between them leaves the old folder as
     ``.<name>.partial-…-replaced``.
 
     Args:

@@ -78,8 +78,7 @@ def compare(
     It compares which parameters exist and their kinds, global shapes, states and dtypes; every element; scalars such as ``step``,
     on each partition where these differ; the hyper-parameters of each parameter, in the same way and without
     `IMPLEMENTATION_SWITCHES`; the modules' extra states; the run's counters, learning-rate scheduler and, where both sides scale
-    the
-    loss, the values that both record of it. It doesn't compare precision, topology and client state.
+    the loss, the values that both record of it. It doesn't compare precision, topology and client state.
 
     Args:
         chunk_numbytes: bytes of each side to hold at a time.

@@ -284,11 +284,9 @@ def _of_partial(checked: Checked, parameter: Parameter, ranks: HeldValues) -> It
     """Find a matrix whose copies are as far from each other as from zero: it is no mean of copies, but shards of something.
 
     Copies that started alike and were updated apart differ by the updates, which are much smaller than the values. Shards of a
-    matrix
-    have nothing in common, so the square of their distance is about the sum of their squares. The bound is half of that sum: a
-    cosine
-    of 1/2, or for equal norms a distance as long as they are. Vectors are skipped: biases begin at zero, and are nothing but
-    updates.
+    matrix have nothing in common, so the square of their distance is about the sum of their squares. The bound is half of that
+    sum: a cosine of 1/2, or for equal norms a distance as long as they are. Vectors are skipped: biases begin at zero, and are
+    nothing but updates.
     """
     assert checked.layout is not None
     if len(checked.layout.logical_shape) < 2:

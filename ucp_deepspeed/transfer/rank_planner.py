@@ -45,7 +45,7 @@ Copies = tuple[BlockCopy[FileExtent, None], ...]
 
 @dataclass(frozen=True)
 class PlannedBuffer:
-    """How one buffer is filled.
+    """The plan to fill one buffer.
 
     Attributes:
         copies: the copies that the rank itself reads.
@@ -60,7 +60,7 @@ class PlannedBuffer:
 
 @dataclass(frozen=True)
 class PlannedSlot:
-    """How one slot is filled.
+    """The plan to fill one slot.
 
     Attributes:
         buffers: by state; the master's is always there.
@@ -73,7 +73,7 @@ class PlannedSlot:
 
 @dataclass(frozen=True)
 class PlannedRank:
-    """How one rank is filled.
+    """The plan to fill one rank.
 
     Attributes:
         slots, weights: one for each of `TargetRank`'s.

@@ -188,10 +188,8 @@ def stages_of(names: Sequence[str], pp: int) -> dict[str, int]:
     don't divide.
 
     A layer is known by the first number in its logical name (``decoder.layers.3.mlp.weight``). Parameters before the layers are
-    on
-    the first stage, parameters behind them on the last. Where there are fewer layers than stages, both count as layers.
-    Parameters
-    between two layers belong to the former.
+    on the first stage, parameters behind them on the last. Where there are fewer layers than stages, both count as layers.
+    Parameters between two layers belong to the former.
 
     Args:
         names: logical names, in the model's order.
