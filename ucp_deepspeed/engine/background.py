@@ -318,7 +318,7 @@ def _as_save_error(error: Exception, job: Job) -> SaveError:
 
 
 def gone_error(folder: Path, moved: Path) -> SaveError:
-    """The error for a save whose folder somebody else has renamed or removed."""
+    """Return the error for a save whose folder somebody else has renamed or removed."""
     return SaveError(
         f"{folder} could not be saved, and 'latest' was not moved: {moved} was renamed or removed, in whole or in part, while "
         f'the save wrote there; call ucp_deepspeed.wait_for_save() before you do so, or set "async": false in '

@@ -33,7 +33,7 @@ def to_be_saved(engine: Engine, client_state: Mapping[str, Any]) -> dict[str, An
     are saved instead.
 
     Raises:
-        SaveError: the client state has keys that the next resume would go by; names all of them.
+        SaveError: the client state has keys that the next resume would use; names all of them.
     """
     live = {key: getattr(engine, key) for key in ("global_steps", "skipped_steps", "mp_world_size")}
     live["dp_world_size"] = engine.seq_dp_world_size

@@ -85,7 +85,7 @@ class Filling:
         rounding: dtype to which masters are rounded; None to keep them exact.
         exchanged: process group of the tensor-parallel ranks, and a digest of what they exchange.
         versions: versions of the checkpoint's files.
-        layouts: what the load knows of the model's layouts.
+        layouts: the model's layouts, as far as the load knows them.
     """
 
     slots: tuple[SlotPlan, ...]

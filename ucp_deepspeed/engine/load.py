@@ -144,7 +144,7 @@ def load_checkpoint(
     _check_one_step(None if prepared is None else prepared[0])
     if not any(_gathered(universal)):  # a pipeline's stages may have changed on some ranks only
         if folder is not None and (tag is None or folder.name != Path(tag).name):
-            load_dir, tag = str(folder.parent), folder.name  # the folder was named itself, or lies aside
+            load_dir, tag = str(folder.parent), folder.name  # the user named the folder itself, or it lies aside
         checked = only_held_against_the_list(None if prepared is None else prepared[0], engine)
         with told_once(load_dir, tag), nullcontext() if folder is None else checked:
             loaded = native(load_dir, tag=tag, **options.arguments())

@@ -97,11 +97,11 @@ class EngineModel:
     ``ep_rank``.
 
     Attributes:
-        topology: of the engine.
-        precision: of the weights.
+        topology: the engine's topology.
+        precision: precision of the weights.
         rank: this rank's model-parallel rank.
         ep_rank: this rank's expert-parallel rank; 0 without experts.
-        tensors: of all pipeline stages, by name, in the model's order.
+        tensors: tensors of all pipeline stages, by name, in the model's order.
         inferred: patterns that come from parameter attributes (Megatron-Core, AutoTP), by name.
         exact: whether these attributes tell the whole cut, as AutoTP's do.
         refused: parameters that AutoTP has partitioned in a way that can't be told, and why.
@@ -131,7 +131,7 @@ class EngineModel:
         return {name: shape for name, shape in first.items() if shape is not None}
 
     def named(self, *kinds: Kind) -> list[str]:
-        """Names of the tensors of some kinds, in the model's order."""
+        """Return names of the tensors of some kinds, in the model's order."""
         return [name for name, tensor in self.tensors.items() if tensor.kind in kinds]
 
 

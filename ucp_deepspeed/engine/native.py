@@ -95,7 +95,7 @@ def _can_take_over(
     if not options.optimizer_states and not (options.load_module_only and checkpoint.topology.zero_stage == 0):
         return False  # DeepSpeed leaves the weights of ZeRO-3, or without ZeRO their masters, as they were
     if options.custom_load_fn is not None and not isinstance(engine, PipelineEngine):
-        return False  # under ZeRO, DeepSpeed overwrites with the saved masters what the function has changed
+        return False  # under ZeRO, DeepSpeed overwrites the function's changes with the saved masters
     return _same_topology(checkpoint, engine, optimizer)
 
 
@@ -151,12 +151,12 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Engine, optimizer: E
     if not optimizer.has_keys(groups):
         return False  # DeepSpeed puts the saved groups in place of the live ones
     if len({layer.ep for layer in names.layers.values()}) > 1:
-        return False  # DeepSpeed goes by the order of the groups of experts, which it takes from a set
+        return False  # DeepSpeed relies on the order of the groups of experts, which it takes from a set
     if not _finds_own_files(checkpoint, engine, names):
         return False
     try:
         return _same_contents(checkpoint, engine, optimizer, names, groups)
-    except UnsupportedError as error:  # DeepSpeed goes by the order in the files, which is that of the topology
+    except UnsupportedError as error:  # DeepSpeed relies on the order in the files, which is that of the topology
         logger.warning("the load is left to DeepSpeed, since this release can't read the checkpoint: %s", error)
         return True
 
@@ -199,7 +199,7 @@ def _same_contents(
             return False
         recorded = checkpoint.recorded_groups(rank, names.ep_rank)
         if recorded is None:
-            # The files name no parameters of the optimizer: only their order can tell, and DeepSpeed goes by it.
+            # The files name no parameters of the optimizer: only their order can tell, and DeepSpeed relies on it.
             return _same_sizes(checkpoint, optimizer, rank) and _same_weights(checkpoint, engine, names)
         if recorded != optimizer.group_names():
             return False
@@ -212,7 +212,7 @@ def _same_contents(
         for slot in checkpoint.trained_slots(rank)
         if all(starts.get(name) == slot.start(index) for index, name in enumerate(slot.names))
     ]
-    if stage == 0:  # their order is already told by the recorded groups; the catalog puts experts last
+    if stage == 0:  # the recorded groups have told their order; the catalog puts experts last
         places = {slot.names: place for place, slot in enumerate(live)}
         saved.sort(key=lambda slot: places.get(slot.names, len(places)))
     form = _numels_of if stage == 0 else _flattening_of
@@ -251,7 +251,7 @@ def _same_weights(checkpoint: DeepSpeedCheckpoint, engine: Engine, names: ModelN
 def _lacks_frozen(checkpoint: DeepSpeedCheckpoint, engine: Engine) -> bool:
     """Return whether a parameter needs no gradient now and needed one when the run saved.
 
-    From stage 2 on DeepSpeed looks for every parameter that needs none among the saved ones
+    From stage 2 on DeepSpeed looks for every parameter that needs none among those that needed none then
     (``runtime/engine.py::load_module_state_dict``).
     """
     recorded = checkpoint.files.model_states(model_parallel_rank(engine)).get("frozen_param_shapes")

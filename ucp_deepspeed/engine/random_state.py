@@ -64,8 +64,8 @@ class RandomState(BaseModel):
 
     Attributes:
         format_version: `RANDOM_STATE_VERSION`; a reader refuses a later one.
-        place: of the rank that wrote it.
-        global_steps: of the run when it saved.
+        place: role of the rank that wrote it.
+        global_steps: steps of the run when it saved.
         seed: ``torch.initial_seed()``; new streams are derived from rank 0's.
         streams: by name, encoded (`ucp_deepspeed.checkpoint.encoding`).
     """
@@ -124,7 +124,7 @@ def read_random_state(folder: Path, global_steps: int) -> RandomState | None:
     """Read this rank's file; None if there is none, or none that was committed. Nothing of the engine or the streams changes.
 
     Args:
-        global_steps: of the checkpoint beside it.
+        global_steps: steps of the checkpoint beside it.
 
     Raises:
         DamagedCheckpointError: the file can't be parsed, is of another step, or has another size than the manifest says.

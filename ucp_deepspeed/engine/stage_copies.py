@@ -119,7 +119,7 @@ def tell_of_differing(engine: Engine, differing: Sequence[str], form: str) -> No
 
     Args:
         differing: see `differing_copies`.
-        form: of the engine's optimizer; without ZeRO in fp32 DeepSpeed writes only weights, and only one stage's.
+        form: form of the engine's optimizer; without ZeRO in fp32 DeepSpeed writes only weights, and only one stage's.
     """
     told = engine.__dict__.setdefault("_universal_checkpoint_differing", set())
     new = [name for name in differing if name not in told]

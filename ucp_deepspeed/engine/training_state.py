@@ -130,7 +130,7 @@ def check_scheduler(
     try:
         trial.load_state_dict(dict(state))
     except AttributeError:
-        return  # perhaps an attribute of the optimizer's stand-in
+        return  # the attribute may be one that the optimizer's stand-in lacks
     except Exception as error:
         raise MismatchError(
             f"{type(scheduler).__name__} keeps {sorted(live)}, and can't take over the saved scheduler's {sorted(state)} "

@@ -65,7 +65,7 @@ class NativeModel:
         buffers: persistent buffers, the same on every rank.
         aliases: names of tied parameters → the name under which they are kept.
         extra_state: keys of the module's state dict whose value is None.
-        layers: number of a pipeline's layers, with those that hold nothing.
+        layers: number of a pipeline's layers, including layers that hold nothing.
         tied: key of a pipeline's tied module → the layers that use it. The first has a file. The others use a function of their
             own, and have no file.
     """

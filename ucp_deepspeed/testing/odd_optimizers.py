@@ -96,7 +96,7 @@ class GroupStepFusedAdam(_Odd):
 
 
 class StateStepFusedAdam(GroupStepFusedAdam):
-    """DeepSpeed's ``FusedAdam``: the group has a step that stays 0, and only the last tensor that it steps on counts."""
+    """DeepSpeed's ``FusedAdam``: the group has a step that stays 0, and only the last tensor that it steps on counts steps."""
 
     def _step_group(self, group: dict[str, Any]) -> None:
         group.setdefault("step", 0)

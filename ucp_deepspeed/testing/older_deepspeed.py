@@ -1,6 +1,6 @@
 """Run older versions of DeepSpeed under a newer torch than they were made for.
 
-The replacements here only make them run; nothing of it is needed where DeepSpeed and torch are of one time.
+The replacements here only make them run; none is needed where DeepSpeed and torch were released at about the same time.
 """
 
 from __future__ import annotations

@@ -255,12 +255,12 @@ def _context() -> Any:
 
 
 PORTS = 20_000, 32_768
-"""Range of ports below those that Linux hands out (``net.ipv4.ip_local_port_range``)."""
+"""Range to take ports from, below the ports that Linux hands out (``net.ipv4.ip_local_port_range``)."""
 
 
 def free_port() -> int:
-    """Return a TCP port that nothing listens on now. The system doesn't hand out such ports by itself: otherwise another process
-    might get it before it is used."""
+    """Return a TCP port that nothing listens on now. The system doesn't hand out ports of that range by itself: otherwise another
+    process might get it before it is used."""
     while True:
         port = SystemRandom().randrange(*PORTS)
         with socket.socket() as probe, suppress(OSError):

@@ -47,8 +47,8 @@ def describe(
     Args:
         homes: (parameter, state) → name of the file that will hold the atom.
         drop_client_state: top-level keys of the client state, and keys of extra states, to leave out.
-        on_unreadable: what to do about values that can't be read: see `OnUnreadable`.
-        on_differing: what to write for numbers that differ over the partitions.
+        on_unreadable: the treatment of values that can't be read: see `OnUnreadable`.
+        on_differing: the number to write where numbers differ over the partitions.
 
     Raises:
         MismatchError: the checkpoint holds no optimizer state that could be converted.

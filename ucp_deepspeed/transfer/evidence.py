@@ -411,7 +411,7 @@ class Joined:
     Attributes:
         equal: number of rows at the beginning that have the same values, bit by bit; a row is all that lies at one place of
             dimension 0.
-        rows: number of rows that were compared: of a vocabulary those that both have, or that aren't padding; otherwise all.
+        rows: number of rows that were compared: all or, in a vocabulary, the rows that both have, or that aren't padding.
         told: whether the values can tell one state from another: a parameter that repeats one number can't.
     """
 

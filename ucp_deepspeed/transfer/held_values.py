@@ -20,15 +20,15 @@ CHUNK_NUMBYTES = 8 << 20
 
 
 Progress = Callable[[int, int], None]
-"""Called with bytes that have been compared, or needn't be, and all bytes."""
+"""Called with the number of bytes that have been compared, or needn't be, and the number of all bytes."""
 
 
 def no_progress(done: int, total: int) -> None:
-    """Tell nobody."""
+    """Report nothing."""
 
 
 def passing(parameters: Mapping[str, Parameter], progress: Progress) -> Iterator[str]:
-    """Names of parameters, one after the other; tells how much of what ranks hold of them has been passed."""
+    """Yield names of parameters, one after the other, and report how much of the ranks' part of them has been passed."""
     sizes = {
         name: sum(prod(shape) for shape in parameter.local_shapes if shape is not None)
         * sum(ITEMSIZE[dtype] for dtype in parameter.states.values())

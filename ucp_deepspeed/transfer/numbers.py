@@ -35,9 +35,9 @@ class PartitionNumbers:
     ) -> None:
         """Args:
         names: the checkpoint's names of parameters → logical ones.
-        topology: of the target.
+        topology: topology of the target.
         place: the rank's model- and expert-parallel rank.
-        slots: of the rank, under logical names.
+        slots: slots of the rank, under logical names.
         """
         self._how, self._names = policies.differing, names
         self.merged: list[str] = []

@@ -141,7 +141,7 @@ class RankPlanner:
         source: the checkpoint.
         restored: parameters and buffers on both sides.
         layouts: layouts of these in the target.
-        local_shapes: of everything in the target, over its model-parallel ranks.
+        local_shapes: shapes of everything in the target, over its model-parallel ranks.
         kept_apart: names that tensor-parallel ranks don't read for one another.
         shared_read_numbytes: ranks read together what they hold alike, a part by each, if it has at least so many bytes.
         """

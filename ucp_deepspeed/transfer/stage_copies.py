@@ -185,7 +185,7 @@ def settle(
     Args:
         copies: parameter → stages that hold it.
         found: the results for all their elements.
-        how: what to do where nothing tells which copy was trained.
+        how: the choice where nothing tells which copy was trained.
         states: whether optimizer states are wanted, and not only weights.
     """
     chosen: dict[str, int] = {}

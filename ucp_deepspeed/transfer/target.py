@@ -79,7 +79,7 @@ class TargetRank:
 
     Attributes:
         model_parallel_rank: pipeline stage times tensor-parallel size plus tensor-parallel rank.
-        data_parallel_rank: which replica of the model, or which partition of it.
+        data_parallel_rank: number of the rank's replica of the model, or of its partition.
         slots: trained parameters.
         weights: frozen parameters and buffers, each by itself.
         replicas: for each ``replicas`` of a slot the number of ranks, and this rank's number among them.

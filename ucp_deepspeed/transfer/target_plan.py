@@ -45,10 +45,10 @@ class TargetPlan:
 
     Attributes:
         topology: the target's.
-        matching: which parameters and buffers are on both sides, by logical name; None when the layouts aren't known.
+        matching: the parameters and buffers on both sides or on one, by logical name; None when the layouts aren't known.
         reset: whether all optimizer states start afresh.
         obstacles: why it is impossible; empty when it isn't.
-        remarks: what the figures rest on, in words.
+        remarks: the assumptions behind the figures, in words.
         ranks: ordered by model-parallel and then data-parallel rank; empty when the topology is impossible.
         grown: parameters with further rows than in the checkpoint.
         begun: parameters some of whose optimizer states begin anew.

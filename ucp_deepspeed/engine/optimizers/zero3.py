@@ -72,7 +72,7 @@ class Zero3Optimizer(EngineOptimizer):
     def end(self) -> None:
         """Drop secondary copies (hpZ) and gather persistent parameters again.
 
-        ``checkpoint_event_epilogue`` drops only those of trained parameters, and gathers from secondary copies where there are
+        ``checkpoint_event_epilogue`` drops only trained parameters' copies, and gathers from secondary copies where there are
         any.
         """
         for param in self._names:
