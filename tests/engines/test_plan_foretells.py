@@ -76,6 +76,7 @@ CASES = [
         )
         for kind, ranks in ((odd_optimizers.NormPerTensor, (2, 1)), (odd_optimizers.Prodigy, (2, 2)))
     ),
+    Case("nothing in common", Run("gpt", zero={"stage": 1}), target={"model": "mlp"}),
     Case("states that aren't element-wise", saved={"optimizer": ("Adafactor", {"lr": 1e-3}), "zero": {"stage": 0}}),
     Case("tensor-parallel", LLAMA, {"tp": 2}, {"tp": 1, "zero": {"stage": 2}}),
     Case("cut more finely", LLAMA, {"tp": 1}, {"tp": 2, "zero": {"stage": 3}}, (1, 4)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deepspeed import comm as dist
@@ -16,7 +16,15 @@ from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import logical_names, naming_specs
 from ucp_deepspeed.language.wrappers import seen_through
-from ucp_deepspeed.transfer.matching import RENAMED_HINT, Held, Matching, Policies, check_matching, match, renaming_hint
+from ucp_deepspeed.transfer.matching import (
+    Matching,
+    Policies,
+    check_any,
+    check_matching,
+    check_recorded,
+    match,
+    renaming_hint,
+)
 from ucp_deepspeed.transfer.ties import differing_ties
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -123,58 +131,12 @@ def match_model(checkpoint: Checkpoint, model: EngineModel, names: Names, polici
     """
     source = {names.source[name]: parameter for name, parameter in checkpoint.parameters.items()}
     target = {names.target[name]: tensor for name, tensor in model.tensors.items()}
-    unrecorded = [f"{name}: {why}" for name, why in checkpoint.unrecorded.items() if name in model.tensors]
-    if unrecorded and policies.strict and not policies.initialise:
-        hint = "load_checkpoint(…, load_module_strict=False) keeps the model's own values of what isn't trained"
-        raise MismatchError(f"{checkpoint.path} doesn't hold all of the model", unrecorded, hint)
+    unrecorded = {name: why for name, why in checkpoint.unrecorded.items() if name in model.tensors}
+    check_recorded(unrecorded, policies, f"{checkpoint.path}")
     check_matching(source, target, policies, f"{checkpoint.path} and the model have different parameters")
     matching = match(source, target)
     if matching.initialised and matching.dropped and (hint := renaming_hint(source, target)) and dist.get_rank() == 0:
         logger.warning("of what is left out, and what keeps the model's values: %s", hint)
     if not policies.reshape:  # this policy is for a function of the user's own that fills what doesn't match
-        _check_any(checkpoint, source, target, matching, policies)
+        check_any(source, target, matching, policies, f"{checkpoint.path}")
     return matching
-
-
-SHOWN = 3
-"""Names of each side in the message of a load that would restore nothing."""
-
-WARM_START_HINT = (
-    "to begin anew with the weights that match, call load_checkpoint(…, load_module_strict=False, "
-    "load_optimizer_states=False)"
-)
-
-
-def _check_any(
-    checkpoint: Checkpoint,
-    source: Mapping[str, Held],
-    target: Mapping[str, Held],
-    matching: Matching,
-    policies: Policies,
-) -> None:
-    """Refuse a load that would only seem to be one: it restores nothing, or resumes with nothing that is trained.
-
-    Raises:
-        MismatchError: names what the two sides have.
-    """
-    held = [name for name, tensor in source.items() if tensor.kind != "buffer"]
-    wanted = [name for name, tensor in target.items() if tensor.kind != "buffer"]
-    trained = [name for name in wanted if target[name].kind == "trainable"]
-    found = frozenset(held).intersection(matching.restored)
-    if wanted and not found.intersection(wanted):
-        raise MismatchError(
-            f"{checkpoint.path} holds no parameter of the model: it has {_some(held)}, and the model {_some(wanted)}; "
-            + RENAMED_HINT,
-            remedy=renaming_hint(source, target),
-        )
-    if trained and policies.optimizer_states != "keep" and not found.intersection(trained):
-        raise MismatchError(
-            f"{checkpoint.path} holds none of the parameters that the model trains ({_some(trained)}), and so nothing to go on "
-            f"with; it has {_some(held)}; {RENAMED_HINT}; {WARM_START_HINT}"
-        )
-
-
-def _some(names: Sequence[str]) -> str:
-    return (
-        ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "") or "no parameters"
-    )

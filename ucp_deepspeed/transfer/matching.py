@@ -118,6 +118,67 @@ def check_matching(
 RENAMED_HINT = "if they are the same under other names, a spec can say so ('names' in docs/language.md)"
 
 
+UNRECORDED_HINT = "load_checkpoint(…, load_module_strict=False) keeps the model's own values of what isn't trained"
+
+
+def check_recorded(unrecorded: Mapping[str, str], policies: Policies, where: str) -> None:
+    """Refuse a load that leaves parameters of the model as they are, since their values are in no file.
+
+    Args:
+        unrecorded: these parameters, with the reason.
+        where: the checkpoint, for messages.
+
+    Raises:
+        MismatchError: lists them.
+    """
+    if unrecorded and policies.strict and not policies.initialise:
+        problems = [f"{name}: {why}" for name, why in unrecorded.items()]
+        raise MismatchError(f"{where} doesn't hold all of the model", problems, UNRECORDED_HINT)
+
+
+SHOWN = 3
+"""Names of each side in the message of a load that would restore nothing."""
+
+WARM_START_HINT = (
+    "to begin anew with the weights that match, call load_checkpoint(…, load_module_strict=False, "
+    "load_optimizer_states=False)"
+)
+
+
+def check_any(
+    source: Mapping[str, Parameter], target: Mapping[str, Held], matching: Matching, policies: Policies, where: str
+) -> None:
+    """Refuse a load that would only seem to be one: it restores nothing, or resumes with nothing that is trained.
+
+    Args:
+        where: the checkpoint, for messages.
+
+    Raises:
+        MismatchError: names what the two sides have.
+    """
+    held = [name for name, tensor in source.items() if tensor.kind != "buffer"]
+    wanted = [name for name, tensor in target.items() if tensor.kind != "buffer"]
+    trained = [name for name in wanted if target[name].kind == "trainable"]
+    found = frozenset(held).intersection(matching.restored)
+    if wanted and not found.intersection(wanted):
+        raise MismatchError(
+            f"{where} holds no parameter of the model: it has {_some(held)}, and the model {_some(wanted)}; "
+            + RENAMED_HINT,
+            remedy=renaming_hint(source, target),
+        )
+    if trained and policies.optimizer_states != "keep" and not found.intersection(trained):
+        raise MismatchError(
+            f"{where} holds none of the parameters that the model trains ({_some(trained)}), and so nothing to go on "
+            f"with; it has {_some(held)}; {RENAMED_HINT}; {WARM_START_HINT}"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return (
+        ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "") or "no parameters"
+    )
+
+
 def _policies_hint(source: Mapping[str, Held], target: Mapping[str, Held], problems: Sequence[str]) -> str:
     """Name the settings that take the model as it is; problems of kinds have hints of their own."""
     concerned = {problem.partition(": ")[0] for problem in problems}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from math import prod
 from typing import Any
@@ -26,7 +26,7 @@ from ucp_deepspeed.layout.pattern import AnyPattern
 from ucp_deepspeed.plan import SHARED_READ_NUMBYTES, BlockCopy
 from ucp_deepspeed.transfer.copying import TransferCount
 from ucp_deepspeed.transfer.group_settings import UNTELLING, settings_of_groups
-from ucp_deepspeed.transfer.matching import Policies, check_matching, is_grown, match
+from ucp_deepspeed.transfer.matching import Policies, check_any, check_matching, check_recorded, is_grown, match
 from ucp_deepspeed.transfer.numbers import PartitionNumbers
 from ucp_deepspeed.transfer.rank_planner import RankPlanner, TargetOptimizer
 from ucp_deepspeed.transfer.stage_copies import may_differ
@@ -217,12 +217,23 @@ class _Planner:
                 self._refuse(layer.rstrip("."), f"EP {topology.ep} doesn't divide its {number} experts")
 
     def _match(self) -> None:
-        try:
-            check_matching(self.source.parameters, self.view.parameters, self.policies, "")
-        except MismatchError as error:
-            for problem in error.problems:
-                self._refuse(*problem.split(": ", 1))
-            self.remarks += [error.remedy] if error.remedy else []
+        source, target, path = self.source.parameters, self.view.parameters, f"{self.source.checkpoint.path}"
+        unrecorded = self.source.checkpoint.unrecorded
+        if self.source is not self.view:
+            unrecorded = {name: why for name, why in unrecorded.items() if name in target}
+        for check in (
+            partial(check_recorded, unrecorded, self.policies, path),
+            partial(check_matching, source, target, self.policies, ""),
+            partial(check_any, source, target, self._matching, self.policies, path),
+        ):
+            try:
+                check()
+            except MismatchError as error:
+                for problem in error.problems:
+                    self._refuse(*problem.split(": ", 1))
+                if not error.problems and not self.obstacles:
+                    self.obstacles.append(Obstacle(None, error.heading))
+                self.remarks += [error.remedy] if error.remedy else []
 
     def _lay_out(self) -> None:
         """Work out local shapes and layouts of the target."""

@@ -82,6 +82,10 @@ def test_frozen_weights_that_were_never_written_are_named(tmp_path: Path) -> Non
     assert checkpoint.unrecorded.keys() == {"frozen.weight", "frozen.bias"}
     assert inspect_checkpoint(checkpoint, None, None)["unrecorded"].keys() == checkpoint.unrecorded.keys()
     source, destination = str(GOLDEN / UNRECORDED), str(tmp_path / "u")
+    plan = ["plan", source, "--dp", "1", "--zero", "1"]
+    planned = CliRunner().invoke(main, plan)
+    assert planned.exit_code == 1 and "frozen.weight: DeepSpeed 0.5.10 left its value out" in planned.output
+    assert CliRunner().invoke(main, [*plan, "--on-missing", "init"]).exit_code == 0
     found = CliRunner().invoke(main, ["convert", source, destination])
     assert isinstance(found.exception, UnsupportedError | SystemExit) and found.exit_code
     assert "frozen.weight: DeepSpeed 0.5.10 left its value out" in found.output
