@@ -13,7 +13,7 @@ from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.testing.ranks import RankPool
 from ucp_deepspeed.testing.runs import Run, train
-from ucp_deepspeed.transfer.matching import Policies
+from ucp_deepspeed.transfer.policies import Policies
 from ucp_deepspeed.transfer.targeting import plan_target
 
 Ranks = Callable[[int], RankPool]

@@ -34,7 +34,7 @@ from ucp_deepspeed.cli.options import (
 from ucp_deepspeed.cli.plots import draw_sizes, plot_option
 from ucp_deepspeed.cli.tables import collapsed, new_console, print_by_name, print_lines, print_plain
 from ucp_deepspeed.errors import ConfigError
-from ucp_deepspeed.language.matching import check_glob, compiled
+from ucp_deepspeed.language.globs import check_glob, compiled
 from ucp_deepspeed.reading import OpenCheckpoint, ParameterInfo
 from ucp_deepspeed.transfer.stage_copies import recorded_differing
 

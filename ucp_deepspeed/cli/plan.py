@@ -26,7 +26,7 @@ from ucp_deepspeed.cli.plots import draw_plan, plot_option
 from ucp_deepspeed.cli.tables import new_console, new_table, print_lines, print_plain
 from ucp_deepspeed.errors import MAX_LISTED, ConfigError
 from ucp_deepspeed.layout import Topology
-from ucp_deepspeed.transfer.matching import Policies
+from ucp_deepspeed.transfer.policies import Policies
 from ucp_deepspeed.transfer.targeting import RankPlan, TargetPlan, plan_target
 
 IMPOSSIBLE = 1

@@ -9,10 +9,10 @@ from torch.nn import Module
 
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states, under_other_keys
-from ucp_deepspeed.engine.matching import Names
 from ucp_deepspeed.engine.model import EngineModel
+from ucp_deepspeed.engine.pairing import Names
 from ucp_deepspeed.errors import MismatchError
-from ucp_deepspeed.transfer.matching import Policies
+from ucp_deepspeed.transfer.policies import Policies
 
 ExtraStates = tuple[tuple[Module, Any], ...]
 """Modules, each with the value for its ``set_extra_state``."""

@@ -25,7 +25,7 @@ from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UniversalCheckpointError
 from ucp_deepspeed.plan import Fragment, Interval, Sharing, without
 from ucp_deepspeed.transfer import CopyPool, FileReader, TransferCount, run_copies
-from ucp_deepspeed.transfer.matching import Policies
+from ucp_deepspeed.transfer.policies import Policies
 from ucp_deepspeed.transfer.rank_planner import Copies, PlannedBuffer
 
 ROUNDED_NUMEL = 1 << 16

@@ -27,7 +27,6 @@ from ucp_deepspeed.engine.custom_load import check_custom_load, local_state_dict
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.extra_states import plan_extra_states
 from ucp_deepspeed.engine.known_layouts import KnownLayouts, keep_layouts, known_by_manifest
-from ucp_deepspeed.engine.matching import in_ties_of, match_model, match_names, policies_of
 from ucp_deepspeed.engine.model import (
     EngineModel,
     agreement,
@@ -38,6 +37,7 @@ from ucp_deepspeed.engine.native import LoadOptions, takes_universal_path
 from ucp_deepspeed.engine.node_local import check_all_here, open_here
 from ucp_deepspeed.engine.optimizer_only import take_values
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer, only_evaluates
+from ucp_deepspeed.engine.pairing import in_ties_of, match_model, match_names, policies_of
 from ucp_deepspeed.engine.planning import plan_filling, target_slots
 from ucp_deepspeed.engine.random_state import read_random_state, restore_random_state
 from ucp_deepspeed.engine.stage_copies import with_copies_for

@@ -16,14 +16,14 @@ from ucp_deepspeed.checkpoint.view import UniversalView, held_shapes, layouts_of
 from ucp_deepspeed.engine.exchange import is_expert, reaches
 from ucp_deepspeed.engine.filling import BufferPlan, Filling, SlotPlan, WeightPlan
 from ucp_deepspeed.engine.known_layouts import known_by_plan
-from ucp_deepspeed.engine.matching import Names
 from ucp_deepspeed.engine.model import WEIGHT_DTYPES, EngineModel, EngineTensor
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
+from ucp_deepspeed.engine.pairing import Names
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import per_rank, resolve_patterns
 from ucp_deepspeed.layout.pattern import AnyPattern
-from ucp_deepspeed.transfer.matching import Matching, Policies
 from ucp_deepspeed.transfer.numbers import PartitionNumbers, usable
+from ucp_deepspeed.transfer.policies import Matching, Policies
 from ucp_deepspeed.transfer.rank_planner import PlannedBuffer, RankPlanner, TargetOptimizer
 from ucp_deepspeed.transfer.target import KeptStates, TargetRank, TargetSlot
 

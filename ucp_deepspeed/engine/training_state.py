@@ -15,8 +15,8 @@ from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.engine.deepspeed_types import Engine
-from ucp_deepspeed.engine.matching import Names
 from ucp_deepspeed.engine.optimizers import EngineOptimizer
+from ucp_deepspeed.engine.pairing import Names
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.transfer.group_settings import GroupSettings, Settings, settings_of_groups
 from ucp_deepspeed.transfer.numbers import PartitionNumbers

@@ -20,7 +20,7 @@ from functools import cached_property
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ucp_deepspeed.errors import SpecError
-from ucp_deepspeed.language.matching import form_of, is_blind
+from ucp_deepspeed.language.globs import form_of, is_blind
 
 _PLACEHOLDER = re.compile(r"(\{[^{}]*\}|\*\*)")
 _NUMBER = re.compile(r"\{\s*([a-z_]\w*)\s*\}")

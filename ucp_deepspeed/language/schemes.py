@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from ucp_deepspeed.errors import SpecError
-from ucp_deepspeed.language.matching import form_of
+from ucp_deepspeed.language.globs import form_of
 from ucp_deepspeed.language.naming import translate, without_collisions
 from ucp_deepspeed.language.spec import Spec
 from ucp_deepspeed.language.wrappers import plain_names

@@ -12,7 +12,7 @@ from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.differing import DIFFERING_HINT, all_same, in_words, made_one
 from ucp_deepspeed.checkpoint.slots import Numbers, place_of
 from ucp_deepspeed.layout import Topology
-from ucp_deepspeed.transfer.matching import Policies
+from ucp_deepspeed.transfer.policies import Policies
 from ucp_deepspeed.transfer.target import TargetSlot
 
 

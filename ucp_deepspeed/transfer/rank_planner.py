@@ -35,8 +35,8 @@ from ucp_deepspeed.plan import (
     plan_tensor,
     read_together,
 )
-from ucp_deepspeed.transfer.matching import Policies, is_grown
 from ucp_deepspeed.transfer.numbers import PartitionNumbers
+from ucp_deepspeed.transfer.policies import Policies, is_grown
 from ucp_deepspeed.transfer.target import KeptStates, TargetRank, TargetSlot
 from ucp_deepspeed.transfer.target_plan import Obstacle
 

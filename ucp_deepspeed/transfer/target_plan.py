@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ucp_deepspeed.layout import Topology
-from ucp_deepspeed.transfer.matching import Matching
+from ucp_deepspeed.transfer.policies import Matching
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,8 @@ from ucp_deepspeed.layout.pattern import AnyPattern
 from ucp_deepspeed.plan import SHARED_READ_NUMBYTES, BlockCopy
 from ucp_deepspeed.transfer.copying import TransferCount
 from ucp_deepspeed.transfer.group_settings import UNTELLING, settings_of_groups
-from ucp_deepspeed.transfer.matching import Policies, check_any, check_matching, check_recorded, is_grown, match
 from ucp_deepspeed.transfer.numbers import PartitionNumbers
+from ucp_deepspeed.transfer.policies import Policies, check_any, check_matching, check_recorded, is_grown, match
 from ucp_deepspeed.transfer.rank_planner import RankPlanner, TargetOptimizer
 from ucp_deepspeed.transfer.stage_copies import may_differ
 from ucp_deepspeed.transfer.target import KeptStates, TargetRank, TargetSlot

@@ -1,4 +1,4 @@
-"""Match the checkpoint's parameters with the live model's; see `ucp_deepspeed.transfer.matching`."""
+"""Match the checkpoint's parameters with the live model's; see `ucp_deepspeed.transfer.policies`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import logical_names, naming_specs
 from ucp_deepspeed.language.wrappers import seen_through
-from ucp_deepspeed.transfer.matching import (
+from ucp_deepspeed.transfer.policies import (
     Matching,
     Policies,
     check_any,

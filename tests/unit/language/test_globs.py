@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ucp_deepspeed.errors import SpecError
-from ucp_deepspeed.language import Spec, matching
-from ucp_deepspeed.language.matching import Matcher, form_of
+from ucp_deepspeed.language import Spec, globs
+from ucp_deepspeed.language.globs import Matcher, form_of
 from ucp_deepspeed.language.naming import Renaming, translate
 
 PARTS = ["a", "fc1", "fc12", "1b", "0", "1", "12", "007", "²", "٣", ""]
@@ -96,7 +96,7 @@ def test_each_form_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, glob: str) -> None:
             self.fullmatch = tried.append
 
-    monkeypatch.setattr(matching, "compiled", Counting)
+    monkeypatch.setattr(globs, "compiled", Counting)
     matcher = Matcher([["layers.*.up"], ["layers.*.down", "layers.*.gate"]])
     names = [f"layers.{layer}.{part}" for layer in range(1000) for part in ("up", "down", "gate")]
     for name in names:
