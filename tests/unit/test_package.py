@@ -208,3 +208,16 @@ def test_mismatch_survives_a_trip_to_another_rank() -> None:
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.problems) == (str(error), error.problems)
     assert "and 10 more" in str(error) and "(60)" in str(error)
+
+
+def test_docstrings_begin_with_the_thing_or_a_verb() -> None:
+    """Whoever reads them in a second language meets the subject first."""
+    inverted = re.compile(r"(Of|What|Those|Whether)\b")
+    kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+    found = [
+        f"{path.relative_to(PACKAGE)}: {text.splitlines()[0]}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)) and inverted.match(text)
+    ]
+    assert found == []
