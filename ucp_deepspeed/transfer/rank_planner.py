@@ -354,7 +354,7 @@ class RankPlanner:
                 self._refuse(
                     parameter.name,
                     f"has {_described(parameter)}, and {first.name}, which the target keeps in the same buffer, "
-                    f"has {_described(first)}{DIFFERING_HINT if _stepped(parameter) else UNSTEPPED_HINT}",
+                    f"has {_described(first)}{_differing_hint(parameter, first)}",
                 )
         found = self._fitting_states(slot, first, [parameter.name for parameter in trained])
         return replace(found, initialised=(*unstepped, *found.initialised))
@@ -405,11 +405,21 @@ class RankPlanner:
 RESHAPED_HINT = "load_checkpoint(…, custom_load_fn=…) lets a function of yours make its weight of the saved one"
 RESET_HINT = '"optimizer_states": "reset" starts all states afresh'
 REFUSED_HINT = f'"load": "auto" restores it on the topology that it was saved on, {RESET_HINT}'
-DIFFERING_HINT = (
-    '; give them parameter groups of their own, or "on_differing": "first", "mean" or "max" makes one number of all '
-    "but steps"
-)
+DIFFERING_HINT = "; give them parameter groups of their own"
+NUMBERS_HINT = ', or "on_differing": "first", "last", "mean" or "max" makes one number of several'
 UNSTEPPED_HINT = '; if it never had a gradient, "on_missing": "init" gives it zero state'
+
+
+def _differing_hint(parameter: Parameter, first: Parameter) -> str:
+    """What to do about two parameters of one slot with different states or numbers; no policy makes one step of two."""
+    if not _stepped(parameter):
+        return UNSTEPPED_HINT
+    numbers = [
+        key
+        for key, value in first.scalars.items()
+        if key != GROUP_STEP and key in parameter.scalars and not same_value(value, parameter.scalars[key])
+    ]
+    return DIFFERING_HINT + (NUMBERS_HINT if numbers else "")
 
 
 def _other_states_hint(missing: Set[str], extra: Set[str], from_zero: Set[str]) -> str:
