@@ -411,7 +411,7 @@ UNSTEPPED_HINT = '; if it never had a gradient, "on_missing": "init" gives it ze
 
 
 def _differing_hint(parameter: Parameter, first: Parameter) -> str:
-    """What to do about two parameters of one slot with different states or numbers; no policy makes one step of two."""
+    """Say what to do about two parameters of one slot with different states or numbers; no policy makes one step of two."""
     if not _stepped(parameter):
         return UNSTEPPED_HINT
     numbers = [
