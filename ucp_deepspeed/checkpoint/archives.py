@@ -20,7 +20,7 @@ import torch
 from ucp_deepspeed.checkpoint.unpickling import everything_in
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 
-REWRITE_HINT = "write it anew with torch.save(torch.load(path), path)"
+REWRITE_HINT = "if you trust it, write it anew with torch.save(torch.load(path, weights_only=False), path)"
 
 _DEFAULT_ALIGNMENT = 64
 """Torch pads the beginning of each record to a multiple of this many bytes, unless the archive names another number."""

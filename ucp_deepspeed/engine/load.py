@@ -156,7 +156,7 @@ def load_checkpoint(
             keep_layouts(engine, KnownLayouts() if prepared is None else known_by_manifest(prepared[0], engine))
             if prepared is not None and dist.get_rank() == 0:
                 logger.info(
-                    "loaded %s (step %d) by DeepSpeed itself: nothing has changed since it was saved on %s",
+                    "loaded %s (step %d) by DeepSpeed itself, which can: it was saved on %s",
                     prepared[0].path,
                     prepared[0].run.global_steps,
                     prepared[0].topology,
