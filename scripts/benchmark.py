@@ -101,12 +101,12 @@ class Runs:
         return Runs(pairs[0], pairs[1:])
 
     def seconds(self, kind: str) -> list[float]:
-        """Of each run; of the watched one if there is no other."""
+        """Seconds of each run; those of the watched run if there is no other."""
         return [getattr(pair, kind).seconds for pair in self.timed or [self.watched]]
 
     @property
     def extra_memory(self) -> int | None:
-        """What the first run kept for later ones included, as buffers for saving in the background."""
+        """Peak memory, with what the first run kept for later ones, such as buffers for saving in the background."""
         held = [pair.extra_memory for pair in (self.watched.cold, self.watched.warm)]
         return max((each for each in held if each is not None), default=None)
 
@@ -179,7 +179,7 @@ class Bench:
 
     @property
     def large(self) -> bool:
-        """Whether the engine leaves no room for as much memory again, which the peers' loads need."""
+        """Tell whether the engine leaves no room for as much memory again, which the peers' loads need."""
         return self.parameters >= on_rank.LARGE
 
     def resume(self, operation: str, source: Path, peers: bool, **changes: object) -> None:
@@ -237,7 +237,7 @@ class Bench:
         self.profiles[operation] = Profile(_median(warm), _median(cold))
 
     def _peers(self, source: Path) -> tuple[Pair, list[Way]]:
-        """What DeepSpeed's conversion took, and the loads."""
+        """The cost of DeepSpeed's conversion, and of the loads."""
         converted = self.folder / f"{source.name}-deepspeed"
         command = deepspeed_converter(source, converted / TAG, 2)
         _forget_pages(source)

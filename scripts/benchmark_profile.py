@@ -32,7 +32,7 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What happens in it belongs to this phase."""
+        """Count everything inside the block as this phase."""
         outer: list[float] = self._threads.__dict__.setdefault("outer", [])
         started = time.perf_counter()
         outer.append(0.0)

@@ -1,4 +1,4 @@
-"""What the ranks of ``benchmark.py`` do: each function is called on all of them at once, and returns this rank's figures."""
+"""The work of the ranks of ``benchmark.py``: each function is called on all of them at once, and returns this rank's figures."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PATTERNS = {
     ],
     "vocabulary_parameter_patterns": [r".*word_embeddings\.weight"],
 }
-"""What DeepSpeed's converter must be told of Megatron-Core's GPT."""
+"""The settings of Megatron-Core's GPT that DeepSpeed's converter needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def engine() -> Any:
 
 
 def watch(on: bool) -> None:
-    """Whether the following calls tell all that they take, or, undisturbed, the time alone."""
+    """Set whether the following calls tell all that they take, or, undisturbed, the time alone."""
     global _watching
     _watching = on
 

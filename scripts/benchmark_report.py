@@ -1,4 +1,4 @@
-"""What ``benchmark.py`` has found: tables, a chart, and the machine that it holds for."""
+"""The results of ``benchmark.py``: tables, a chart, and the machine that it holds for."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Profile:
 
 
 def profile_table(profiles: Mapping[str, Profile]) -> str:
-    """Of each operation the longest phase first, by its warm runs."""
+    """The phases of each operation, the longest first, by its warm runs."""
     rows = ["| ours | phase | warm s | % | cold s |", "| --- | --- | ---: | ---: | ---: |"]
     for operation, profile in profiles.items():
         total = sum(profile.warm.values())
@@ -73,7 +73,7 @@ def profile_table(profiles: Mapping[str, Profile]) -> str:
 
 
 def machine() -> dict[str, object]:
-    """What the figures depend on beside the settings."""
+    """The things on which the figures depend beside the settings."""
     described = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
     models = (value.strip() for key, value in described if key.strip() == "model name")
     return {

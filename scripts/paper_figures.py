@@ -146,7 +146,7 @@ class Experiments:
 
 
 def problems(figures: Sequence[Figure], precision: Precision) -> list[str]:
-    """What is wrong with the runs, one line each; nothing when every resume is sound."""
+    """List what is wrong with the runs, one line each; nothing when every resume is sound."""
     found = []
     for figure in figures:
         for curve in figure.curves:

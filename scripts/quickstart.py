@@ -72,7 +72,7 @@ class Training:
 
 @dataclass
 class Result:
-    """What a run wrote: losses by step, and what its resume cost."""
+    """The output of a run: losses by step, and the cost of its resume."""
 
     training: Training
     losses: dict[int, float] = field(default_factory=dict)
@@ -173,7 +173,7 @@ def gap(result: Result, reference: Result, step: int) -> float:
 
 
 def problems(results: list[Result], precision: str) -> list[str]:
-    """What is wrong with the runs, one line each; nothing when every resume is sound."""
+    """List what is wrong with the runs, one line each; nothing when every resume is sound."""
     reference, found = results[0], []
     for result in results:
         name = result.training.name
