@@ -68,7 +68,7 @@ def profile_load(folder: str) -> Phases:
     """On each rank: load once, as `benchmark_ranks.build` made the engine."""
     import benchmark_ranks
 
-    from ucp_deepspeed.engine import exchange, filling, load
+    from ucp_deepspeed.engine.loading import exchange, filling, load
     from ucp_deepspeed.engine.optimizers import engine_optimizer, zero12
 
     optimizer = type(engine_optimizer(benchmark_ranks.engine()))
@@ -97,7 +97,8 @@ def profile_load(folder: str) -> Phases:
 def profile_convert(started: float, source: str, target: str) -> Phases:
     """Convert with one worker, so that phases don't overlap; this process was started at ``started``."""
     from ucp_deepspeed.cli.convert import convert_command
-    from ucp_deepspeed.transfer import convert, copying, writing
+    from ucp_deepspeed.transfer import conversion as convert
+    from ucp_deepspeed.transfer import copying, writing
 
     imported = time.perf_counter()
     watch = Stopwatch()

@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from ucp_deepspeed import wait_for_save
 from ucp_deepspeed.config import SaveConfig, UniversalCheckpointConfig
-from ucp_deepspeed.engine.background import BUFFERS
 from ucp_deepspeed.engine.optimizers import engine_optimizer
+from ucp_deepspeed.engine.saving.background import BUFFERS
 from ucp_deepspeed.testing.runs import Run, build_engine, train_step
 from ucp_deepspeed.transfer import copying
 

@@ -25,11 +25,11 @@ from typing import Any, TypeVar
 import click
 import torch
 
-from ucp_deepspeed.checkpoint import deepspeed_files
-from ucp_deepspeed.checkpoint import manifest as manifests
-from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.deepspeed import files as deepspeed_files
+from ucp_deepspeed.checkpoint.deepspeed import manifest as manifests
+from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, Manifest, ManifestParameter, ManifestTopology
 from ucp_deepspeed.checkpoint.experts import EXPERTS, expert_of, holder_of, numbers_of_experts
-from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, Manifest, ManifestParameter, ManifestTopology
 from ucp_deepspeed.layout import FlatGroup, Shape, SlicedGroup, Topology
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Shard
 from ucp_deepspeed.transfer.target_ranks import stages_of

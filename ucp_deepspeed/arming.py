@@ -46,7 +46,8 @@ def _init(wrapped: Callable[..., None], engine: Any, args: tuple[Any, ...], kwar
 def _save(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not _enabled(engine):
         return wrapped(*args, **kwargs)
-    from ucp_deepspeed.engine import left_alone, save
+    from ucp_deepspeed.engine import left_alone
+    from ucp_deepspeed.engine.saving import save
 
     hook = left_alone.save_checkpoint if left_alone.is_left_alone(engine) else save.save_checkpoint
     return hook(wrapped, engine, *args, **kwargs)
@@ -55,7 +56,8 @@ def _save(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwarg
 def _load(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not _enabled(engine):
         return wrapped(*args, **kwargs)
-    from ucp_deepspeed.engine import left_alone, load
+    from ucp_deepspeed.engine import left_alone
+    from ucp_deepspeed.engine.loading import load
 
     hook = left_alone.load_checkpoint if left_alone.is_left_alone(engine) else load.load_checkpoint
     return hook(wrapped, engine, *args, **kwargs)

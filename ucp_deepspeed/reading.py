@@ -17,11 +17,11 @@ import torch
 
 from ucp_deepspeed import checkpoint as catalogs
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Differing, HeldShapes, Kind, Parameter
-from ucp_deepspeed.checkpoint.deepspeed_files import ENGINE_KEYS
+from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
 from ucp_deepspeed.checkpoint.deferred import Deferred
 from ucp_deepspeed.checkpoint.opening import tags_in
-from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
-from ucp_deepspeed.checkpoint.universal import UniversalCheckpoint
+from ucp_deepspeed.checkpoint.torch_files.reading import NAMED_DTYPES
+from ucp_deepspeed.checkpoint.universal.catalog import UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import (
     CheckpointNotFoundError,

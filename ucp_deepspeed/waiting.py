@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 
-BACKGROUND_MODULE = "ucp_deepspeed.engine.background"
+BACKGROUND_MODULE = "ucp_deepspeed.engine.saving.background"
 
 
 def wait_for_save() -> None:

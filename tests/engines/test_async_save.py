@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ucp_deepspeed
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.config import SaveConfig
-from ucp_deepspeed.engine import background, save, snapshot
+from ucp_deepspeed.engine.saving import background, save, snapshot
 from ucp_deepspeed.errors import ConfigError, SaveError, UniversalCheckpointError
 from ucp_deepspeed.testing.models import build_mlp
 from ucp_deepspeed.testing.ranks import RankError, RankPool

@@ -19,9 +19,9 @@ from left_alone import Wrapped
 from test_async_save import ASYNC, FILE_LIMIT, contents, save_and_wait, trained
 
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.checkpoint.universal import PARTIAL_MARK, REPLACED_MARK
-from ucp_deepspeed.engine import save
-from ucp_deepspeed.engine.snapshot import FileSnapshot
+from ucp_deepspeed.checkpoint.universal.catalog import PARTIAL_MARK, REPLACED_MARK
+from ucp_deepspeed.engine.saving import save
+from ucp_deepspeed.engine.saving.snapshot import FileSnapshot
 from ucp_deepspeed.testing.ranks import RankError, RankPool, free_port
 from ucp_deepspeed.testing.runs import Run, train
 from ucp_deepspeed.transfer import commit
@@ -181,7 +181,7 @@ SCRIPT = """
 import atexit, multiprocessing, os, resource, sys, time
 import ucp_deepspeed
 import deepspeed, torch
-from ucp_deepspeed.engine.snapshot import FileSnapshot
+from ucp_deepspeed.engine.saving.snapshot import FileSnapshot
 from ucp_deepspeed.testing.ranks import _use_gloo_only
 
 folder, limit, how = sys.argv[1:]

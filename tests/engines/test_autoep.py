@@ -25,7 +25,7 @@ from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.testing.huggingface_models import EXPERT_FAMILIES, build_huggingface, causal_logits
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import VOCABULARY, Run, batch_of, build_engine, train_step
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.targeting import plan_target
 
 Ranks = Callable[[int], RankPool]

@@ -18,7 +18,7 @@ from checkpoints import differences
 from safetensors.torch import load_file
 
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import MismatchError, SpecError, UnsupportedError
 from ucp_deepspeed.language import load_spec
@@ -28,7 +28,7 @@ from ucp_deepspeed.testing.huggingface_models import FAMILIES, build_huggingface
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import VOCABULARY, Run, batch_of, build_engine, train_step
 from ucp_deepspeed.transfer.compare import compare
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 
 Ranks = Callable[[int], RankPool]
 

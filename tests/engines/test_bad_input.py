@@ -20,7 +20,7 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from ucp_deepspeed.checkpoint import open_checkpoint, opening
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.engine.filling import Filling, _Filler
+from ucp_deepspeed.engine.loading.filling import Filling, _Filler
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.errors import (
     CheckpointNotFoundError,
@@ -36,7 +36,7 @@ from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.testing.ranks import RankError, RankPool, fp16_on_cpu, get_pool
 from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
 from ucp_deepspeed.transfer.commit import _exchange, write_atomically
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 
 Ranks = Callable[[int], RankPool]
 GetSource = Callable[[str, Run, int], Source]

@@ -16,7 +16,7 @@ import torch
 from checkpoints import differences, warnings_of
 from click.testing import CliRunner
 
-from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.cli import main
 from ucp_deepspeed.engine.stage_copies import sum_of_bits
 from ucp_deepspeed.errors import MismatchError

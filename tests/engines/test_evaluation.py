@@ -15,7 +15,7 @@ from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, build_engine, build_evaluator, loss_of, train_step
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 
 Ranks = Callable[[int], RankPool]
 

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from torch import nn
 
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.checkpoint.manifest import read_manifest
+from ucp_deepspeed.checkpoint.deepspeed.manifest import read_manifest
 from ucp_deepspeed.engine.known_layouts import KnownLayouts, keep_layouts
 from ucp_deepspeed.layout.pattern import Replicate, Shard
 from ucp_deepspeed.megatron import DeepSpeedMpu

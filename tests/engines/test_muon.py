@@ -20,7 +20,7 @@ from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Outcome, Run, build_engine, train, train_step
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 
 Ranks = Callable[[int], RankPool]
 Sources = Callable[[str, Run, int], Source]

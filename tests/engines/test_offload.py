@@ -29,7 +29,7 @@ from ucp_deepspeed.engine.optimizers.zero3 import Zero3Optimizer
 from ucp_deepspeed.errors import UnsupportedError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, batch_of, build_engine, train, train_step
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 
 Ranks = Callable[[int], RankPool]
 Sources = Callable[[str, Run, int], Source]

@@ -17,7 +17,7 @@ from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.ranks import RankError, RankPool, fp16_on_cpu, reset_parallel_state
 from ucp_deepspeed.testing.runs import DTYPES, Run, _build_model, _config, _loss, batch_of, train
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 
 Ranks = Callable[[int], RankPool]
 

@@ -17,13 +17,13 @@ import torch
 from checkpoints import LAST_STEP, STEP, Source, differences, warnings_of
 
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, build_engine, train
 from ucp_deepspeed.transfer import FileReader, gather
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 
 BOUND = {"fp32": 2e-5, "bf16": 3e-2}
 """Largest accepted difference of a loss near 3.9 where sums run in another order; see `test_every_stage_change`."""

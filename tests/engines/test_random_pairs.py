@@ -18,12 +18,12 @@ from typing import Any
 from checkpoints import LAST_STEP, STEP, differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.testing import odd_optimizers
 from ucp_deepspeed.testing.ranks import RankPool
 from ucp_deepspeed.testing.runs import Run, train
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 
 Ranks = Callable[[int], RankPool]
 

@@ -15,7 +15,7 @@ from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, train
 from ucp_deepspeed.transfer.commit import write_atomically
 from ucp_deepspeed.transfer.compare import compare
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 
 GetSource = Callable[[str, Run, int], Source]
 

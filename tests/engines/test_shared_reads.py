@@ -15,7 +15,7 @@ from checkpoints import STEP, differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.engine import exchange, planning
+from ucp_deepspeed.engine.loading import exchange, planning
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.plan import sharing

@@ -14,8 +14,8 @@ import pytest
 import torch
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 
-from ucp_deepspeed.engine import snapshot as module
-from ucp_deepspeed.engine.snapshot import FileSnapshot, HostBuffers, snapshot
+from ucp_deepspeed.engine.saving import snapshot as module
+from ucp_deepspeed.engine.saving.snapshot import FileSnapshot, HostBuffers, snapshot
 
 
 def everything() -> dict[str, Any]:

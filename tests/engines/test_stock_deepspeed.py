@@ -14,13 +14,13 @@ import pytest
 from checkpoints import LAST_STEP, STEP, differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, read_manifest
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 
 Ranks = Callable[[int], RankPool]
 

@@ -18,7 +18,7 @@ from ucp_deepspeed.cli import main
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.ranks import RankError, RankPool, reset_parallel_state
 from ucp_deepspeed.transfer import FileReader
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.copying import gather
 
 Ranks = Callable[[int], RankPool]

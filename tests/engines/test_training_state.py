@@ -25,7 +25,7 @@ from ucp_deepspeed.testing.ranks import RankError, RankPool, reset_parallel_stat
 from ucp_deepspeed.testing.runs import Run, batch_of, build_engine, train, train_step
 from ucp_deepspeed.transfer import FileReader
 from ucp_deepspeed.transfer.compare import compare
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.copying import gather
 
 Ranks = Callable[[int], RankPool]

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.opening import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.engine.ways_on import tells_a_way_on
+from ucp_deepspeed.engine.loading.ways_on import tells_a_way_on
 from ucp_deepspeed.errors import (
     CheckpointNotFoundError,
     DamagedCheckpointError,
@@ -27,7 +27,7 @@ from ucp_deepspeed.errors import (
 )
 from ucp_deepspeed.testing.ranks import RankError, RankPool, get_pool
 from ucp_deepspeed.testing.runs import Run, build_engine, train
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 
 Ranks = Callable[[int], RankPool]
 

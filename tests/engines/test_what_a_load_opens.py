@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from checkpoints import STEP
 
-from ucp_deepspeed.checkpoint.manifest import read_manifest
+from ucp_deepspeed.checkpoint.deepspeed.manifest import read_manifest
 from ucp_deepspeed.engine import model as engine_model
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.ranks import RankPool

@@ -29,7 +29,7 @@ from ucp_deepspeed.data import DataPositionError, ResumableSampler, SampleStream
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.testing.ranks import RankError, RankPool, fp16_on_cpu
 from ucp_deepspeed.testing.runs import SEQUENCE, VOCABULARY, Run, build_engine
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 
 Ranks = Callable[[int], RankPool]
 

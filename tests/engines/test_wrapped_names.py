@@ -15,7 +15,7 @@ from checkpoints import differences
 from torch import nn
 
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.cli import main
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.models import build_mlp

@@ -33,7 +33,7 @@ from ucp_deepspeed.testing.native_files import (
     write_native,
 )
 from ucp_deepspeed.transfer import FileReader
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.copying import gather_box
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -148,7 +148,7 @@ def test_table_of_settings() -> None:
 
 
 def test_tables_of_the_python_interface() -> None:
-    from ucp_deepspeed.engine.load import LoadReport
+    from ucp_deepspeed.engine.loading.load import LoadReport
 
     told = {name for row in table_under("docs/python.md", "### The report of a load") for name in _code(row[0])}
     assert told == {field.name for field in dataclasses.fields(LoadReport)}

@@ -22,7 +22,7 @@ import pydantic_core
 import torch
 from pydantic import BaseModel, ValidationError
 
-from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES, TORCH_DTYPES
+from ucp_deepspeed.checkpoint.torch_files.reading import NAMED_DTYPES, TORCH_DTYPES
 from ucp_deepspeed.errors import DamagedCheckpointError, FormatError, UnsupportedError
 
 _COLLECTIONS = {list: "", tuple: "$tuple", set: "$set", frozenset: "$frozenset"}

@@ -1,6 +1,6 @@
 """Forms of expert tensors in Hugging Face models, and conversion between them.
 
-* AutoEP: ``experts.w1``, ``experts.w3`` and ``experts.w2``, each of all experts (`ucp_deepspeed.checkpoint.autoep`).
+* AutoEP: ``experts.w1``, ``experts.w3`` and ``experts.w2``, each of all experts (`ucp_deepspeed.checkpoint.deepspeed.autoep`).
 * Fused, transformers 5: ``experts.gate_up_proj`` of shape (experts, 2 * inner, hidden), gate above up, and ``experts.down_proj``.
 * Single, transformers 4: modules ``experts.0``, … with ``w1``, ``w3``, ``w2`` (Mixtral) or ``gate_proj``, ``up_proj``,
   ``down_proj`` (Qwen, DeepSeek).

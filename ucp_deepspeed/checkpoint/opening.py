@@ -7,9 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
-from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
-from ucp_deepspeed.checkpoint.deepspeed_files import is_model_states
-from ucp_deepspeed.checkpoint.universal import (
+from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.deepspeed.files import is_model_states
+from ucp_deepspeed.checkpoint.universal.catalog import (
     INDEX_NAME,
     PARTIAL_MARK,
     REPLACED_MARK,

@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from ucp_deepspeed.checkpoint.autotp import AUTOTP_FAMILIES, before_records
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, HeldShapes, Parameter
-from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
+from ucp_deepspeed.checkpoint.deepspeed.autotp import AUTOTP_FAMILIES, before_records
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.errors import MismatchError, SpecError
 from ucp_deepspeed.language.families import find_family, naming_specs
 from ucp_deepspeed.language.resolve import CHECK_HINT, contradicts_record, describe, resolve_patterns

@@ -15,7 +15,7 @@ from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
-from ucp_deepspeed.checkpoint.universal import INDEX_NAME
+from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME
 from ucp_deepspeed.cli.options import (
     CHECKPOINT,
     command,
@@ -29,7 +29,7 @@ from ucp_deepspeed.cli.options import (
 from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError
 from ucp_deepspeed.transfer.commit import write_atomically
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.describing import left_out
 from ucp_deepspeed.transfer.ranks import Ranks, alone
 

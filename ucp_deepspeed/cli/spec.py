@@ -35,8 +35,8 @@ from ucp_deepspeed.language.schema import spec_schema
 from ucp_deepspeed.language.schemes import best_scheme
 from ucp_deepspeed.layout import Box, Layout
 from ucp_deepspeed.layout.layout import NOTHING
-from ucp_deepspeed.transfer.evidence import Checked, SpecCheck, check_spec
-from ucp_deepspeed.transfer.inferring import infer_by_comparison, infer_from_record
+from ucp_deepspeed.transfer.evidence.checks import Checked, SpecCheck, check_spec
+from ucp_deepspeed.transfer.evidence.inferring import infer_by_comparison, infer_from_record
 
 WRONG = 1
 """Exit status of a check that found something."""
@@ -171,7 +171,7 @@ def _check_report(spec: Spec, checkpoint: Checkpoint, check: SpecCheck) -> dict[
         sound: whether nothing contradicts the spec.
         parameters: by logical name: ``own_name`` in the checkpoint, ``rules`` (for each rule that it matches its number from 0,
             the glob that fits, its line and the pattern in words), ``local_shapes``, ``shape`` (or null).
-        findings: ``parameter``, ``what`` (see `ucp_deepspeed.transfer.evidence.What`), ``wrong``, ``detail``.
+        findings: ``parameter``, ``what`` (see `ucp_deepspeed.transfer.evidence.checks.What`), ``wrong``, ``detail``.
         unused: globs that fit nothing: ``rule``, ``glob``, ``line``.
         values_compared: number of parameters of which several ranks' values were compared.
         single_rank: ``no``, ``shapes`` or ``values``: what was compared with the checkpoint of a single rank.

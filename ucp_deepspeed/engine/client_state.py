@@ -12,7 +12,7 @@ from typing import Any
 
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 
-from ucp_deepspeed.checkpoint.deepspeed_files import ENGINE_KEYS
+from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.optimizer_only import values_to_save
 from ucp_deepspeed.errors import SaveError

@@ -9,9 +9,9 @@ from typing import Any
 from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
-from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
-from ucp_deepspeed.checkpoint.node_local import NodeLocalFiles
-from ucp_deepspeed.checkpoint.universal import INDEX_NAME
+from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.deepspeed.node_local import NodeLocalFiles
+from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.errors import MismatchError
 

@@ -14,7 +14,7 @@ import torch
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
-from ucp_deepspeed.checkpoint.deepspeed_files import VALUES_KEY
+from ucp_deepspeed.checkpoint.deepspeed.files import VALUES_KEY
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.language.naming import optimizer_only_name
 

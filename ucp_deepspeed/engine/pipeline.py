@@ -15,7 +15,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import TiedLayerSpec
 
-from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED
+from ucp_deepspeed.checkpoint.deepspeed.pipeline import TIED
 from ucp_deepspeed.engine.deepspeed_types import Engine, PipelineModule
 from ucp_deepspeed.engine.model import gather_model_parallel
 

@@ -28,9 +28,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ucp_deepspeed.checkpoint.deepspeed.manifest import read_manifest
 from ucp_deepspeed.checkpoint.encoding import decode, encode
-from ucp_deepspeed.checkpoint.manifest import read_manifest
-from ucp_deepspeed.checkpoint.universal import INDEX_NAME
+from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import agreement, engine_topology, model_parallel_rank
 from ucp_deepspeed.errors import DamagedCheckpointError, FormatError

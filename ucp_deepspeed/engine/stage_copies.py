@@ -14,7 +14,7 @@ from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
-from ucp_deepspeed.checkpoint.torch_files import INTEGERS
+from ucp_deepspeed.checkpoint.torch_files.reading import INTEGERS
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import EngineModel, agreement
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot

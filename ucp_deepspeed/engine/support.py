@@ -12,7 +12,6 @@ from deepspeed.moe.layer import MoE
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ucp_deepspeed.config import CONFIG_KEY
-from ucp_deepspeed.engine.background import check_background
 from ucp_deepspeed.engine.console import show
 from ucp_deepspeed.engine.deepspeed_surface import (
     OLDEST_AUTOEP,
@@ -28,7 +27,8 @@ from ucp_deepspeed.engine.left_alone import leave_alone
 from ucp_deepspeed.engine.model import agreement, check_same_on_all_ranks
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer, only_evaluates
-from ucp_deepspeed.engine.save import check_model
+from ucp_deepspeed.engine.saving.background import check_background
+from ucp_deepspeed.engine.saving.save import check_model
 from ucp_deepspeed.errors import UnsupportedError
 
 logger = logging.getLogger("ucp_deepspeed")

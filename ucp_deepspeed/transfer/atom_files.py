@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from ucp_deepspeed.checkpoint.universal import atom_key
+from ucp_deepspeed.checkpoint.universal.catalog import atom_key
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
 

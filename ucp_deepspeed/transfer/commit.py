@@ -19,7 +19,7 @@ from types import FrameType
 
 from ucp_deepspeed.checkpoint import opening
 from ucp_deepspeed.checkpoint.opening import interrupted
-from ucp_deepspeed.checkpoint.universal import PARTIAL_MARK, REPLACED_MARK, home_of
+from ucp_deepspeed.checkpoint.universal.catalog import PARTIAL_MARK, REPLACED_MARK, home_of
 from ucp_deepspeed.errors import ConfigError
 
 logger = logging.getLogger("ucp_deepspeed")

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, Differing, OnUnreadable
-from ucp_deepspeed.checkpoint.deepspeed_files import ENGINE_KEYS
+from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
 from ucp_deepspeed.checkpoint.differing import OnDiffering, made_one
 from ucp_deepspeed.checkpoint.encoding import check_encoded, encode
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states
-from ucp_deepspeed.checkpoint.torch_files import TORCH_DTYPES
-from ucp_deepspeed.checkpoint.universal import (
+from ucp_deepspeed.checkpoint.torch_files.reading import TORCH_DTYPES
+from ucp_deepspeed.checkpoint.universal.catalog import (
     FORMAT_VERSION,
     Index,
     IndexGroup,

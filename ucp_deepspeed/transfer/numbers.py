@@ -8,7 +8,7 @@ from typing import Any
 
 from ucp_deepspeed.checkpoint import Checkpoint, Parameter
 from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES, Differing, ParameterGroup
-from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.differing import DIFFERING_HINT, all_same, in_words, made_one
 from ucp_deepspeed.checkpoint.slots import Numbers, place_of
 from ucp_deepspeed.layout import Topology

@@ -14,12 +14,12 @@ from math import prod
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, Checkpoint, Parameter
-from ucp_deepspeed.checkpoint.deepspeed import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.differing import OnDiffering, all_same
-from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
+from ucp_deepspeed.checkpoint.torch_files.reading import NAMED_DTYPES
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import MismatchError
-from ucp_deepspeed.transfer.held_values import CHUNK_NUMBYTES, HeldValues
+from ucp_deepspeed.transfer.evidence.held_values import CHUNK_NUMBYTES, HeldValues
 
 COPIES_HINT = (
     'the pipeline stages that saved it go on with their own, and "on_differing": "first" or "last" takes one stage\'s '

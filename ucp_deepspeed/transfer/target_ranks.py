@@ -13,8 +13,8 @@ from math import prod
 from types import MappingProxyType
 from typing import Literal
 
-from ucp_deepspeed.checkpoint.autoep import is_stacked
 from ucp_deepspeed.checkpoint.checkpoint import WEIGHT, HeldShapes, Kind, Precision
+from ucp_deepspeed.checkpoint.deepspeed.autoep import is_stacked
 from ucp_deepspeed.checkpoint.experts import holder_of, numbers_of_experts
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE

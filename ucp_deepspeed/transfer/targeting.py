@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, Checkpoint, FileExtent, HeldShapes
-from ucp_deepspeed.checkpoint.deepspeed_pipeline import TIED
+from ucp_deepspeed.checkpoint.deepspeed.pipeline import TIED
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of_other
 from ucp_deepspeed.checkpoint.experts import expert_of, numbers_of_experts
 from ucp_deepspeed.checkpoint.retied import with_copies

@@ -9,7 +9,7 @@ import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.dtypes import ITEMSIZE
-from ucp_deepspeed.transfer.held_values import CHUNK_NUMBYTES, HeldValues
+from ucp_deepspeed.transfer.evidence.held_values import CHUNK_NUMBYTES, HeldValues
 
 UNTIE_HINT = (
     "one tensor can't hold both: let the model keep them apart, as \"tie_word_embeddings\": false in a Hugging Face model's "

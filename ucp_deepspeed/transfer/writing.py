@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ucp_deepspeed.checkpoint.torch_files import NAMED_DTYPES
+from ucp_deepspeed.checkpoint.torch_files.reading import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.transfer.atom_files import BLOCK_NUMBYTES, AtomFile, Chunk, DataRange, chunks_of, unit_of

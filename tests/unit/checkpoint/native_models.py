@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
-from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, Manifest, ManifestTopology
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, Manifest, ManifestTopology
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.testing.native_files import (
     NativeModel,

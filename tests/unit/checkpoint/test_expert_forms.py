@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from ucp_deepspeed.checkpoint.autoep import AutoEpLayers, read_autoep_layers
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, Parameter, ParameterGroup, RunState
+from ucp_deepspeed.checkpoint.deepspeed.autoep import AutoEpLayers, read_autoep_layers
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.errors import MismatchError, UnsupportedError

@@ -9,7 +9,7 @@ from native_models import SHAPES, check_reads_back, model_of
 
 from ucp_deepspeed.checkpoint import open_checkpoint, opening, resolve_tag
 from ucp_deepspeed.checkpoint.opening import tags_in
-from ucp_deepspeed.checkpoint.universal import PARTIAL_MARK, REPLACED_MARK
+from ucp_deepspeed.checkpoint.universal.catalog import PARTIAL_MARK, REPLACED_MARK
 from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.testing.native_files import NativeRun, write_native
 

@@ -12,7 +12,7 @@ import torch
 from native_models import whole
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
-from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import Spec

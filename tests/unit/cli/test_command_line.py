@@ -19,7 +19,7 @@ from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import COMMANDS, load_command
 from ucp_deepspeed.cli.options import Command
 from ucp_deepspeed.errors import ConfigError
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 
 Ucp = Callable[..., Result]
 

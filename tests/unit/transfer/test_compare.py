@@ -17,7 +17,7 @@ from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.transfer import compare as compare_module
 from ucp_deepspeed.transfer.compare import Difference, compare
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 
 Native = Callable[..., Path]
 View = Callable[[Path], UniversalView]

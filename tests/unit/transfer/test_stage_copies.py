@@ -16,14 +16,14 @@ import torch.distributed as dist
 from click.testing import CliRunner
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
-from ucp_deepspeed.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, read_manifest
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import main
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, add_manifest, write_native
 from ucp_deepspeed.transfer import FileReader, gather
-from ucp_deepspeed.transfer import convert as convert_module
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer import conversion as convert_module
+from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.ranks import taking_part
 from ucp_deepspeed.transfer.stage_copies import Seen, look, may_differ, merge, settle, with_copies_of
 from ucp_deepspeed.transfer.targeting import plan_target

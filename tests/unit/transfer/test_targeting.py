@@ -22,7 +22,7 @@ from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, Nat
 from ucp_deepspeed.testing.ranks import get_pool
 from ucp_deepspeed.testing.runs import Run, train
 from ucp_deepspeed.transfer import FileReader, run_copies
-from ucp_deepspeed.transfer.convert import convert
+from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.target_ranks import stages_of, target_ranks
 from ucp_deepspeed.transfer.targeting import RankPlan, counted, plan_target
 

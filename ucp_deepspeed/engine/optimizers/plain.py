@@ -9,7 +9,7 @@ import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
 from ucp_deepspeed.engine.deepspeed_types import Engine
-from ucp_deepspeed.engine.exchange import replica_group
+from ucp_deepspeed.engine.loading.exchange import replica_group
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.layout import FlatGroup

@@ -12,7 +12,7 @@ import torch
 from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
-from ucp_deepspeed.checkpoint.deepspeed_zero import MOMENTUM
+from ucp_deepspeed.checkpoint.deepspeed.zero import MOMENTUM
 from ucp_deepspeed.engine.deepspeed_types import Engine, Zero3
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot

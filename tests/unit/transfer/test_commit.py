@@ -1,0 +1,261 @@
+"""One folder in the place of another."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import multiprocessing
+import os
+import socket
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ucp_deepspeed.checkpoint import opening
+from ucp_deepspeed.checkpoint.universal.catalog import PARTIAL_MARK, REPLACED_MARK
+from ucp_deepspeed.errors import ConfigError
+from ucp_deepspeed.transfer import commit
+
+
+def is_part(name: str) -> bool:
+    return name.endswith(".pt")
+
+
+def make(folder: Path, **files: str) -> Path:
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name.replace("_", ".")).write_text(text)
+    return folder
+
+
+def read(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_in_the_place_of_none_or_an_empty_one(there: bool, tmp_path: Path) -> None:
+    if there:
+        (tmp_path / "a").mkdir()
+    commit.replace_folder(make(tmp_path / ".a", x_pt="1"), tmp_path / "a", is_part)
+    assert read(tmp_path / "a") == {"x.pt": "1"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_in_the_place_of_another(exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With folders that change names in one step, and on file systems that can't."""
+    if not exchanges:
+        monkeypatch.setattr(commit.ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=lambda *_: -1))
+        monkeypatch.setattr(commit.ctypes, "get_errno", lambda: errno.EINVAL)
+    old = make(tmp_path / "a", x_pt="old", y_pt="old", notes_txt="mine")
+    make(old / "logs", b_log="1")
+    with (old / "notes.txt").open("a") as still_open:
+        commit.replace_folder(make(tmp_path / ".a", x_pt="new", z_pt="new"), old, is_part)
+        still_open.write(" and more")
+    assert read(tmp_path / "a") == {"x.pt": "new", "z.pt": "new", "notes.txt": "mine and more"}
+    assert read(tmp_path / "a" / "logs") == {"b.log": "1"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_an_exchange_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=lambda *_: -1))
+    monkeypatch.setattr(ctypes, "get_errno", lambda: errno.EACCES)
+    old = make(tmp_path / "a", x_pt="old")
+    with pytest.raises(PermissionError):
+        commit.replace_folder(make(tmp_path / ".a", x_pt="new"), old, is_part)
+    assert read(old) == {"x.pt": "old"}
+
+
+def test_what_a_killed_run_left_of_another_tag(tmp_path: Path) -> None:
+    """Its next save is of another tag; what other processes are writing stays."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    mark = f"{PARTIAL_MARK}{socket.gethostname()}-"
+    names = [f".step1{mark}{pid}" for pid in (ended.pid, os.getppid())] + [f".step1{PARTIAL_MARK}elsewhere-{ended.pid}"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    commit.remove_abandoned(tmp_path / "step2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    commit.remove_abandoned(tmp_path / "step2", of_any_name=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+
+
+def test_links_stay_links(tmp_path: Path) -> None:
+    old = make(tmp_path / "a", x_pt="old")
+    links = {"up": "..", "gone": "nowhere", "file": "../../etc/hostname"}
+    for name, target in links.items():
+        (old / name).symlink_to(target)
+    commit.replace_folder(make(tmp_path / ".a", x_pt="new"), old, is_part)
+    assert {name: str((tmp_path / "a" / name).readlink()) for name in links} == links
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_cant_be_taken_along_at_the_end_undoes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take, calls = commit._take_along, iter((True, False))
+
+    def once(*arguments: Any) -> None:
+        if not next(calls):
+            raise OSError(errno.EIO, "failed")
+        take(*arguments)
+
+    monkeypatch.setattr(commit, "_take_along", once)
+    commit.replace_folder(make(tmp_path / ".a", x_pt="new"), make(tmp_path / "a", x_pt="old"), is_part)
+    assert read(tmp_path / "a") == {"x.pt": "new"}
+
+
+def abandoned(folder: Path, name: str, mark: str = "") -> Path:
+    """A folder of a process that has ended."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    return folder / f".{name}{PARTIAL_MARK}{socket.gethostname()}-{ended.pid}{mark}"
+
+
+def test_what_is_held_is_not_abandoned(tmp_path: Path) -> None:
+    """In a container with this host's name a process may write whose id is nobody's here, or even ours."""
+    for folder in (abandoned(tmp_path, "a"), commit.partial_folder(tmp_path / "a")):
+        make(folder, x_pt="half")
+        held = os.open(folder, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        commit.remove_abandoned(tmp_path / "a")
+        with pytest.raises(ConfigError, match="another process is writing"), commit.committed_folder(tmp_path / "a"):
+            pass
+        commit.make_partial_folder(tmp_path / "other")
+        commit.remove_partial_folder(commit.partial_folder(tmp_path / "other"))
+        assert read(folder) == {"x.pt": "half"}
+        os.close(held)
+        commit.remove_abandoned(tmp_path / "a")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_what_this_process_makes_is_held_until_it_is_done(tmp_path: Path) -> None:
+    with commit.committed_folder(tmp_path / "a") as folder:
+        assert commit._is_held(folder)
+    with pytest.raises(ZeroDivisionError), commit.committed_folder(tmp_path / "b") as folder:
+        raise ZeroDivisionError
+    commit.replace_folder(commit.make_partial_folder(tmp_path / "a"), tmp_path / "a", is_part)
+    assert commit._holding == {} and not commit._is_held(tmp_path / "a")
+
+
+def test_of_writers_that_start_together_one_goes_on(tmp_path: Path) -> None:
+    """Processes, and threads of one."""
+
+    def write(_: int) -> str:
+        try:
+            with commit.committed_folder(tmp_path / "a") as folder:
+                everybody.wait()
+                (folder / "x.pt").write_text("whole")
+        except ConfigError as error:
+            everybody.wait()
+            return str(error)
+        return "written"
+
+    everybody = threading.Barrier(2, timeout=30)
+    with ThreadPoolExecutor(2) as pool:
+        refused, written = sorted(pool.map(write, range(2)))
+    assert "another process is writing" in refused and written == "written"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and read(tmp_path / "a") == {"x.pt": "whole"}
+
+    context = multiprocessing.get_context("fork")
+    both, outcomes = context.Barrier(2, timeout=30), context.Queue()
+    started = [context.Process(target=_written_by_a_process, args=(tmp_path / "b", both, outcomes)) for _ in range(2)]
+    for process in started:
+        process.start()
+    assert sorted(outcomes.get(timeout=30) for _ in started) == ["refused", "written"]
+    for process in started:
+        process.join()
+    assert read(tmp_path / "b") == {"x.pt": "whole"}
+
+
+def _written_by_a_process(final: Path, both: Any, outcomes: Any) -> None:
+    try:
+        with commit.committed_folder(final) as folder:
+            both.wait()
+            (folder / "x.pt").write_text("whole")
+    except ConfigError:
+        both.wait()
+        outcomes.put("refused")
+    else:
+        outcomes.put("written")
+
+
+def test_without_locks_the_process_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "none here")
+
+    monkeypatch.setattr(commit.fcntl, "flock", flock)
+    make(abandoned(tmp_path, "a"))
+    with commit.committed_folder(tmp_path / "a") as folder:
+        assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+        commit.remove_abandoned(tmp_path / "a")
+        with pytest.raises(ConfigError, match="another process"), commit.committed_folder(tmp_path / "a"):
+            pass
+    make(tmp_path / f".b{PARTIAL_MARK}{socket.gethostname()}-{os.getppid()}")
+    with pytest.raises(ConfigError, match="another process"), commit.committed_folder(tmp_path / "b"):
+        pass
+
+
+def test_a_forked_child_holds_nothing(tmp_path: Path) -> None:
+    with commit.committed_folder(tmp_path / "a") as folder:
+        child = os.fork()
+        if child == 0:
+            os._exit(len(commit._holding) + 2 * (not commit._is_held(folder)))
+        assert os.waitpid(child, 0)[1] == 0
+        assert commit._is_held(folder)
+
+
+@pytest.mark.parametrize("host", [socket.gethostname(), "elsewhere"])
+def test_a_process_killed_between_two_renames_has_lost_nothing(
+    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next writer brings its old folder back, unless there is one of that name: then that counts, and of this machine's
+    processes the old one goes."""
+    monkeypatch.setattr(opening, "REPLACING_SECONDS", 0.0)
+    for name in "ab":
+        hidden = make(abandoned(tmp_path, name, REPLACED_MARK), x_pt="old")
+        hidden.rename(tmp_path / hidden.name.replace(socket.gethostname(), host))
+    make(tmp_path / "b", x_pt="new")
+    commit.remove_partial_folder(commit.make_partial_folder(tmp_path / "c"))
+    found = sorted(path.name for path in tmp_path.iterdir() if host != "elsewhere" or not path.name.startswith(".b"))
+    assert found == ["a", "b"]
+    assert read(tmp_path / "a") == {"x.pt": "old"} and read(tmp_path / "b") == {"x.pt": "new"}
+
+
+def test_a_second_rename_that_fails_undoes_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit.ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=lambda *_: -1))
+    monkeypatch.setattr(commit.ctypes, "get_errno", lambda: errno.EINVAL)
+    rename = Path.rename
+
+    def failing(path: Path, to: Path) -> Path:
+        if path.name == ".a" and not to.exists():
+            raise OSError(errno.ESTALE, "failed")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="failed"):
+        commit.replace_folder(make(tmp_path / ".a", x_pt="new"), make(tmp_path / "a", x_pt="old"), is_part)
+    assert read(tmp_path / "a") == {"x.pt": "old"}
+
+
+def test_what_cant_be_removed_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(abandoned(tmp_path, "a"))
+    monkeypatch.setattr(commit.shutil, "rmtree", lambda path: (_ for _ in ()).throw(PermissionError(path)))
+    commit.remove_abandoned(tmp_path / "a")
+
+
+def test_whoever_sees_a_text_may_rename_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, replace = make(tmp_path / "a"), Path.replace
+
+    def renamed_at_once(path: Path, to: Path) -> Path:
+        found = replace(path, to)
+        folder.rename(tmp_path / "b")
+        return found
+
+    monkeypatch.setattr(Path, "replace", renamed_at_once)
+    commit.replace_text(folder / "x", "text")
+    assert (tmp_path / "b" / "x").read_text() == "text"

@@ -1,0 +1,472 @@
+"""The files of a tag folder that DeepSpeed wrote: their names, and opening them.
+
+File names and keys: DeepSpeed 0.19.8, ``runtime/engine.py`` (``_get_ckpt_name``, ``_get_rank_zero_ckpt_name``,
+``_common_checkpoint_state``).
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ucp_deepspeed.checkpoint.checkpoint import Precision
+from ucp_deepspeed.checkpoint.deepspeed.autoep import AutoEpLayers, read_autoep_layers
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest
+from ucp_deepspeed.checkpoint.deepspeed.older_experts import (
+    completed,
+    first_expert_optimizer,
+    is_older,
+    mapped_shapes,
+)
+from ucp_deepspeed.checkpoint.deepspeed.zero import BF16_OPTIMIZER, in_flat_groups
+from ucp_deepspeed.checkpoint.experts import expert_of, optimizer_file, weight_file
+from ucp_deepspeed.checkpoint.torch_files.reading import PRECISIONS, open_torch_file
+from ucp_deepspeed.checkpoint.torch_files.unpickling import opaque_in
+from ucp_deepspeed.checkpoint.versions import FileVersions, check_regular
+from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.layout import Topology
+
+VALUES_KEY = "ucp_optimizer_only"
+"""Key under which saving adds to a model_states file the parameters that the optimizer has and no module, by name."""
+
+ENGINE_KEYS = frozenset(
+    {
+        VALUES_KEY,
+        "module",
+        "buffer_names",
+        "optimizer",
+        "param_shapes",
+        "frozen_param_shapes",
+        "shared_params",
+        "frozen_param_fragments",
+        "lr_scheduler",
+        "data_sampler",
+        "random_ltd",
+        "skipped_steps",
+        "global_steps",
+        "global_samples",
+        "sparse_tensor_module_names",
+        "csr_tensor_module_names",
+        "dp_world_size",
+        "mp_world_size",
+        "ds_config",
+        "ds_version",
+        "checkpoint_parallel_dimensions",
+        "num_experts",
+        "ds_autoep_layers",
+        "autoep_layers",
+        "universal_checkpoint_info",
+        "folding",
+    }
+)
+"""Top-level keys of a model_states file that DeepSpeed writes; all others are the user's client state."""
+
+REQUIRED_KEYS = ("module", "buffer_names", "dp_world_size", "mp_world_size", "global_steps", "skipped_steps")
+"""Keys that a model_states file must have."""
+
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu")
+"""Keys of a DeepSpeed config: each config that DeepSpeed ran with has one of these. A mapping without them is no config."""
+
+SLICED_HINT = "; with ZeRO-3 these hold the weights too, so that without them nothing can be loaded: fetch them as well"
+"""Hint if the optimizer's files are missing."""
+
+_MODEL_STATES = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
+"""Files that hold a client state besides DeepSpeed's own data."""
+
+_OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
+
+_RANKS_FILE = re.compile(r"(?:(?:bf16_)?zero_pp_rank_(\d+)_)?mp_rank_(\d+)_(?:model|optim)_states\.pt")
+"""Files that each model-parallel rank has. The groups are its partition, if any, and its number."""
+
+
+_LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
+
+
+def layer_file(file_name: str) -> tuple[int, int] | None:
+    """Return layer and tensor-parallel rank of a layer file; None for any other file."""
+    found = _LAYER_FILE.fullmatch(file_name)
+    return (int(found[1]), int(found[2] or 0)) if found else None
+
+
+class DeepSpeedFiles:
+    """A tag folder that DeepSpeed wrote. A file that was opened once stays in memory.
+
+    Attributes:
+        path: the folder.
+        manifest: the manifest of the save hook, or None.
+        versions: versions of the files that have been opened.
+
+    Raises:
+        DamagedCheckpointError: a file is missing, truncated, or of another size than the manifest says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.versions = path, FileVersions()
+        self.versions.note(path / MANIFEST_NAME)
+        self.manifest: Manifest | None = read_manifest(path)
+        self.open = lru_cache(maxsize=None)(self._open_checked)
+        self._completed = lru_cache(maxsize=None)(
+            lambda rank: completed(self, self.open(self.model_states_path(rank, 0)), rank)
+        )
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Names of all files in the folder."""
+        return frozenset(entry.name for entry in self.path.iterdir())
+
+    @cached_property
+    def sliced(self) -> bool:
+        """Return whether each data-parallel rank wrote a model_states file of its own, as ZeRO-3 does.
+
+        Raises:
+            DamagedCheckpointError: there are files of both kinds, and no manifest tells which are the last run's, or it is stale.
+        """
+        found = sorted(name for name in self.names if is_model_states(name))
+        sliced = [name for name in found if name.startswith("zero_pp_rank_")]
+        if self.manifest is not None:
+            recorded = self.manifest.topology.zero_stage == 3
+            other_kind = set(found) - set(sliced) if recorded else set(sliced)
+            others = sorted(other_kind - self.manifest.files.keys())
+            if others:
+                raise DamagedCheckpointError(f"{self.path / others[0]} isn't in {MANIFEST_NAME}{STALE_MANIFEST}")
+            return recorded
+        if sliced and len(sliced) < len(found):
+            raise DamagedCheckpointError(
+                f"{self.path} holds the files of two runs, one with ZeRO-3 and one without ({sliced[0]}, …); keep one"
+            )
+        return bool(sliced)
+
+    @cached_property
+    def tells_buffers(self) -> bool:
+        """Return whether the files record which tensors are buffers."""
+        return self.manifest is not None or not is_older(self.open(self.model_states_path(0, 0)))
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Return whether a pipeline engine saved it: weights and buffers lie in separate files, one for each layer."""
+        return self.model_states(0).get("module") is None
+
+    @cached_property
+    def pipeline_stages(self) -> int:
+        """Pipeline-parallel size. Before 0.19.5 DeepSpeed recorded only its product with the tensor-parallel size.
+
+        Raises:
+            DamagedCheckpointError: the number of tensor-parallel ranks with layer files doesn't divide that product.
+        """
+        saved = self.model_states(0)
+        if (recorded := saved.get("checkpoint_parallel_dimensions")) is not None:
+            return int(recorded.get("pp_degree", 1))
+        if self.manifest is not None or not self.is_pipeline:
+            return self.manifest.topology.pp if self.manifest is not None else 1
+        degree = 1 + max((place[1] for name in self.names if (place := layer_file(name))), default=0)
+        stages, rest = divmod(saved["mp_world_size"], degree)
+        if rest:
+            raise DamagedCheckpointError(
+                f"{self.path} holds layer files of {degree} tensor-parallel ranks, which don't divide the "
+                f"{saved['mp_world_size']} model-parallel ranks of {self.model_states_path(0, 0)}: "
+                f"files of two runs, or some are missing"
+            )
+        return int(stages)
+
+    @cached_property
+    def partitioned(self) -> bool:
+        """Return whether the optimizer's state is in files of its own: with ZeRO, and in a bf16 pipeline without ZeRO."""
+        if BF16_OPTIMIZER.masters in (self.model_states(0).get("optimizer") or {}):
+            return True
+        return self.param_shapes(0) is not None and self.has_optimizer_files
+
+    @cached_property
+    def has_optimizer_files(self) -> bool:
+        """Return whether there are files of a ZeRO optimizer that this run may have written."""
+        return self._optimizer_prefix in self._optimizer_prefixes
+
+    def param_shapes(self, rank: int) -> Sequence[Mapping[str, Sequence[int]]] | None:
+        """Return names and shapes of each flat group on a model-parallel rank; None without ZeRO.
+
+        Up to 0.5.10 DeepSpeed wrote them into the optimizer's files. With experts it wrote them nowhere before 0.19.3.
+
+        Raises:
+            UnsupportedError: nothing tells the parameters in the optimizer's files.
+        """
+        saved = self.model_states(rank)
+        if "param_shapes" in saved or saved.get("optimizer") or not self.has_optimizer_files:
+            return saved.get("param_shapes")
+        path = self.optimizer_path(rank, 0)
+        shapes: Any = self.open(path).get("param_shapes")
+        if isinstance(shapes, Mapping):  # all groups in one mapping
+            states = [self.optimizer_state(rank, partition)[0] for partition in range(saved["dp_world_size"])]
+            return in_flat_groups(shapes, states, path)
+        found: Sequence[Mapping[str, Sequence[int]]] = mapped_shapes(self, rank) if shapes is None else shapes
+        return found
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """Config of the run; empty if the files hold something else, such as the path of a file."""
+        saved = self.model_states(0)
+        config = saved.get("ds_config")
+        if "ds_config" not in saved and len(self._optimizer_prefixes) == 1:
+            first = min(name for name in self.names if _OPTIMIZER_FILE.fullmatch(name))
+            config = self.open(self.path / first).get("ds_config")
+        known = isinstance(config, dict) and any(key in config for key in BATCH_KEYS)
+        return config if isinstance(config, dict) and (known or _enabled(config)) else {}
+
+    @cached_property
+    def configured_stage(self) -> int | None:
+        """The ZeRO stage in the run's config; None if the files don't hold the config."""
+        zero = self.config.get("zero_optimization", 0)
+        return int(zero.get("stage", 0) if isinstance(zero, Mapping) else zero) if self.config else None
+
+    @cached_property
+    def maps_slices(self) -> bool:
+        """Return whether ``param_slice_mappings`` are surely right. With ``round_robin_gradients`` they are of another order."""
+        zero = self.config.get("zero_optimization")
+        return bool(self.config) and not (isinstance(zero, Mapping) and zero.get("round_robin_gradients"))
+
+    @cached_property
+    def lost_optimizer(self) -> bool:
+        """Return whether ZeRO's files are gone that named the parameters. Up to 0.5.10 no other file did.
+
+        Those releases couldn't save an engine under ZeRO that had no optimizer.
+        """
+        saved = self.model_states(0)
+        if {"param_shapes", "num_experts"} & saved.keys() or saved.get("optimizer") or self.has_optimizer_files:
+            return False
+        return saved["global_steps"] > 0 if self.configured_stage is None else self.configured_stage > 0
+
+    @cached_property
+    def precision(self) -> Precision:
+        """Precision of the weights that the run trained with: from the config, else from the weights."""
+        if self.config:
+            return _enabled(self.config) or "fp32"
+        if self._optimizer_prefixes == {"bf16_"}:
+            return "bf16"
+        return self._precision_of_weights()
+
+    def _precision_of_weights(self) -> Precision:
+        """Return the precision of trained weights, else of all. Under ZeRO-3 only empty tensors remain, with the same dtype."""
+        saved = self.model_states(0)
+        module, buffers = saved["module"], frozenset(saved["buffer_names"])
+        layers = [name for name in sorted(self.names) if layer_file(name)] if module is None else []
+        held: dict[str, Any] = dict(module or {})
+        for name in layers:
+            held |= {f"{name}/{key}": value for key, value in self.open(self.path / name).items()}
+        trained = {name for group in saved.get("param_shapes") or () for name in group} & held.keys()
+        dtypes = {getattr(held[name], "dtype", None) for name in trained or held.keys() - buffers}
+        return next((precision for precision, dtype in PRECISIONS.items() if dtype in dtypes), "fp32")
+
+    @cached_property
+    def _optimizer_prefixes(self) -> frozenset[str]:
+        """Prefixes of the names of ZeRO's files: they may differ between runs."""
+        found = map(_OPTIMIZER_FILE.fullmatch, self.names)
+        return frozenset(name[1] or "" for name in found if name is not None)
+
+    @cached_property
+    def _optimizer_prefix(self) -> str:
+        """Prefix for the run's precision: a folder saved to twice may hold both. Since 0.6.2 bf16 has a prefix of its own."""
+        prefix = "bf16_" if self.precision == "bf16" else ""
+        return prefix if prefix in self._optimizer_prefixes else ""
+
+    @cached_property
+    def expert_totals(self) -> tuple[int, ...]:
+        """Number of experts of each mixture-of-experts layer."""
+        totals = self.model_states(0).get("num_experts") or ()
+        return (totals,) if isinstance(totals, int) else tuple(totals)
+
+    @cached_property
+    def autoep(self) -> AutoEpLayers:
+        """The layers of AutoEP; they count in ``expert_totals`` too."""
+        return read_autoep_layers(self.model_states(0).get("ds_autoep_layers"), self.model_states_path(0, 0))
+
+    def model_states_path(self, rank: int, partition: int) -> Path:
+        """Return the path for a model-parallel rank; with ZeRO-3, for one of its partitions."""
+        prefix = f"zero_pp_rank_{partition}_" if self.sliced else ""
+        return self.path / f"{prefix}mp_rank_{rank:02d}_model_states.pt"
+
+    def optimizer_path(self, rank: int, partition: int) -> Path:
+        """Return the path for one partition of a model-parallel rank. DeepSpeed uses one of two names."""
+        return self.path / f"{self._optimizer_prefix}zero_pp_rank_{partition}_mp_rank_{rank:02d}_optim_states.pt"
+
+    def expert_optimizer_path(self, rank: int, ep_rank: int) -> Path:
+        """Return the path for an expert-parallel rank. If experts aren't cut, only one tensor-parallel rank has the file."""
+        found = {held[1]: name for name in self.names if (held := optimizer_file(name)) and held[0] == ep_rank}
+        if not found:
+            raise DamagedCheckpointError(f"{self.path} lacks the optimizer's file of expert-parallel rank {ep_rank}")
+        return self.path / found.get(rank, found[min(found)])
+
+    def expert_files(self, rank: int) -> list[Path]:
+        """Return the files of all experts' weights. Under ZeRO only frozen parameters and buffers are taken from them."""
+        recorded = self.manifest.parameters if self.manifest else {}
+        if not self.expert_totals or (
+            self.manifest is not None
+            and self.partitioned
+            and not any(
+                entry.kind != "trainable" and (expert_of(name) or name in self.autoep.layers)
+                for name, entry in recorded.items()
+            )
+        ):
+            return []
+        files: dict[tuple[int, int], str] = {}
+        for name in sorted(self.names):
+            place = weight_file(name)
+            if place is not None and (place[2] == rank or place[:2] not in files):
+                files[place[:2]] = name
+        return [self.path / name for _, name in sorted(files.items())]
+
+    def model_states(self, rank: int, partition: int = 0) -> dict[str, Any]:
+        """Return the content of a model_states file; tensors are described, not read (`open_torch_file`)."""
+        path = self.model_states_path(rank, partition)
+        saved = self.open(path)
+        if is_older(saved):
+            saved = self._completed(rank)
+        if lacking := [key for key in REQUIRED_KEYS if key not in saved]:
+            raise DamagedCheckpointError(f"{path} lacks {', '.join(map(repr, lacking))}")
+        if (rank, partition) != (0, 0):
+            self._check_step(saved, path)
+        return saved
+
+    def client_state(self, rank: int, partition: int) -> dict[str, Any]:
+        """Return the top level of a model_states file, except the module and the keys in `unreadable`. Tensors are mapped."""
+        path = self.model_states_path(rank, partition)
+        self.versions.note(path)
+        saved, left_out = open_torch_file(path, tensors=True, owned=ENGINE_KEYS), self.unreadable(rank, partition)
+        return {key: value for key, value in saved.items() if key != "module" and key not in left_out}
+
+    def unreadable(self, rank: int, partition: int) -> dict[str, str]:
+        """Keys of the user's in a model_states file that can't be read without running code of a class → that class."""
+        found = ((key, opaque_in(value)) for key, value in self.model_states(rank, partition).items())
+        return {key: kind for key, kind in found if kind is not None}
+
+    def _check_step(self, saved: dict[str, Any], path: Path) -> None:
+        """Check that a model_states file is of the same step as the first one. It isn't if a second save was interrupted."""
+        found, expected = saved["global_steps"], self.model_states(0)["global_steps"]
+        if found != expected:
+            raise DamagedCheckpointError(
+                f"{path} is of step {found}, and {self.model_states_path(0, 0)} of step {expected}: these are files of two saves"
+            )
+
+    def sliced_states(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
+        """Return the same as `model_states`, and the file's path."""
+        return self.model_states(rank, partition), self.model_states_path(rank, partition)
+
+    def whole_optimizer(self, rank: int) -> tuple[dict[str, Any] | None, Path]:
+        """Return the optimizer's state on a model-parallel rank without ZeRO, and the file that holds it."""
+        path = self.model_states_path(rank, 0)
+        home = first_expert_optimizer(self, rank) if is_older(self.open(path)) else path
+        return self.model_states(rank).get("optimizer"), home
+
+    def optimizer_state(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
+        """Return the optimizer's state in the file of one partition, and the file's path."""
+        path = self.optimizer_path(rank, partition)
+        saved = self.open(path)
+        if "optimizer_state_dict" not in saved:
+            raise DamagedCheckpointError(f"{path} lacks 'optimizer_state_dict'")
+        state: dict[str, Any] = saved["optimizer_state_dict"]
+        return state, path
+
+    def _open_checked(self, path: Path) -> dict[str, Any]:
+        self.versions.note(path)
+        if self.manifest is not None:
+            self.manifest.check_file(path)
+        return open_saved(path)
+
+    def check_complete(self, topology: Topology) -> None:
+        """Check that all files of the topology are there, and name those that aren't. Opening a file checks its size.
+
+        Without a manifest that lists the run's files, also refuse files of further model-parallel ranks.
+        """
+        places = {name: found for name in sorted(self.names) if (found := _RANKS_FILE.fullmatch(name))}
+        if self.manifest is None:
+            more = [name for name, place in places.items() if int(place[2]) >= topology.model_parallel]
+            if more:
+                raise DamagedCheckpointError(
+                    f"{self.path} holds {more[0]}, and {self.model_states_path(0, 0).name} tells of {topology.model_parallel} "
+                    f"model-parallel ranks: files of two runs, or a wrong mp_world_size; move those of the other run to another "
+                    f"folder"
+                )
+        # A damaged file may name any size: names are made one by one, no more than there are files plus a few.
+        missing = list(islice((name for name in self._expected(topology) if name not in self.names), 20))
+        if missing:
+            each = 1 if self.partitioned or self.sliced else 0
+            recorded = sum(1 for _ in self._recorded())
+            total = recorded + topology.model_parallel * ((topology.dp if self.sliced else 1) + each * topology.dp)
+            there = sum(name in self.names for name in self._recorded())
+            there += sum(self._calls_for(topology, name, place) for name, place in places.items())
+            gone = self.sliced and any(_OPTIMIZER_FILE.fullmatch(name) for name in missing)
+            raise DamagedCheckpointError(
+                f"{self.path} was saved as {topology} and lacks {total - there} of {total} files: "
+                + ", ".join(missing)
+                + (SLICED_HINT if gone else "")
+            )
+
+    def _calls_for(self, topology: Topology, name: str, place: re.Match[str]) -> bool:
+        """Return whether a run on this topology writes an existing file; ``place`` is the match of `_RANKS_FILE` on its name."""
+        partition, rank = int(place[1] or 0), int(place[2])
+        names = [self.model_states_path(rank, partition).name]
+        if self.partitioned or self.sliced:
+            names.append(self.optimizer_path(rank, partition).name)
+        return partition < topology.dp and rank < topology.model_parallel and name in names
+
+    def check_sizes(self, topology: Topology) -> None:
+        """Check that each file has the size in the manifest. Without a manifest, check that it has the end of an archive."""
+        for name in self.expected(topology):
+            path = self.path / name
+            check_regular(path)
+            if self.manifest is not None:
+                self.manifest.check_file(path)
+            elif not zipfile.is_zipfile(path):
+                open_torch_file(path)
+
+    def expected(self, topology: Topology) -> list[str]:
+        """Return the names of the files that a run on this topology writes."""
+        return list(self._expected(topology))
+
+    def _expected(self, topology: Topology) -> Iterator[str]:
+        yield from self._recorded()
+        for rank in range(topology.model_parallel):
+            partitions = range(topology.dp)
+            yield from (self.model_states_path(rank, part).name for part in (partitions if self.sliced else [0]))
+            if self.partitioned or self.sliced:
+                yield from (self.optimizer_path(rank, part).name for part in partitions)
+
+    def _recorded(self) -> Iterator[str]:
+        """Yield names in the manifest of files that the topology doesn't tell."""
+        recorded = self.manifest.files if self.manifest else {}
+        return (name for name in recorded if layer_file(name) or weight_file(name) or optimizer_file(name))
+
+    @contextmanager
+    def sound(self) -> Iterator[None]:
+        """Turn errors into a damaged checkpoint while whole files are read that may hold something else than DeepSpeed writes.
+
+        Raises:
+            DamagedCheckpointError: they do; the cause tells where it was found.
+        """
+        try:
+            yield
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+            raise DamagedCheckpointError(
+                f"a file in {self.path} holds something else than DeepSpeed writes ({type(error).__name__}: {error})"
+            ) from error
+
+
+def is_model_states(name: str) -> bool:
+    """Return whether this is DeepSpeed's name of a model_states file. File managers and people leave others beside it."""
+    return _MODEL_STATES.fullmatch(name) is not None
+
+
+def open_saved(path: Path, foreign: bool = False) -> dict[str, Any]:
+    """Return the content of a file of DeepSpeed's. All of it must be data, except the client state (`open_torch_file`)."""
+    return open_torch_file(path, owned=ENGINE_KEYS if is_model_states(path.name) else None, foreign=foreign)
+
+
+def _enabled(config: Mapping[str, Any]) -> Precision | None:
+    """Return the half precision that a config switches on."""
+    for name, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
+        if any(isinstance(config.get(key), dict) and config[key].get("enabled") for key in keys):
+            return name  # type: ignore[return-value]
+    return None

@@ -1,0 +1,311 @@
+"""Slots of stage 0: the optimizer's state lies in the model_states file and names no parameters.
+
+Three classes write it: the plain torch optimizer (fp32), ``FP16_UnfusedOptimizer`` (one tensor per parameter) and
+``FP16_Optimizer`` (one flat buffer per group). The wrappers step once in their constructor, so that their Adam ``step`` is one
+more than the number of steps taken. The run's bias correction uses this value, and it is carried over as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, MASTER, WEIGHT, WEIGHTS_HINT, Kind
+from ucp_deepspeed.checkpoint.slots import (
+    Located,
+    Numbers,
+    Slot,
+    numels_of,
+    place_of,
+    settings_in,
+    split_states,
+    whole_tensor_slot,
+)
+from ucp_deepspeed.checkpoint.torch_files.reading import dtype_of
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
+from ucp_deepspeed.layout import FlatGroup, Shape
+
+Groups = list[list[str | None]]
+"""Names of each parameter group in the optimizer's order; None for an index that belongs to no parameter of the model."""
+
+Expected = Sequence[Sequence[frozenset[Shape]]]
+"""Shapes that each parameter of each group may have; an empty set if the file doesn't tell."""
+
+
+def stage0_form(optimizer: Mapping[str, Any], path: Path) -> str:
+    """Return ``fp16-fused``, ``fp16-unfused`` or ``plain``.
+
+    Raises:
+        UnsupportedError: it is none of them.
+    """
+    for key, form in (("fp32_groups_flat", "fp16-fused"), ("fp32_groups", "fp16-unfused"), ("state", "plain")):
+        if key in optimizer:
+            return form
+    raise UnsupportedError(f"{path} holds an optimizer of a class that isn't known: keys {sorted(map(str, optimizer))}")
+
+
+def stage0_slots(
+    optimizer: Mapping[str, Any],
+    module: Mapping[str, Located],
+    groups: Groups | None,
+    path: Path,
+    kinds: Mapping[str, Kind | None],
+) -> list[Slot]:
+    """Return the slots of one model-parallel rank.
+
+    Args:
+        optimizer: value under ``optimizer`` in the model_states file.
+        module: the model's parameters (no buffers, no tied duplicates), in the model's order, each with its file.
+        groups: names as the manifest records them; None to map through the model's order.
+        path: the model_states file.
+        kinds: kinds as the manifest records them. Without a record, a parameter counts as frozen if a plain optimizer has state
+            for others but not for it. A parameter without elements always does; an optimizer's state of it is ignored, since no
+            other stage has any.
+
+    Raises:
+        MismatchError: there are no names, and the order leaves more than one way to assign them.
+        UnsupportedError: an optimizer class that isn't known.
+    """
+    form = stage0_form(optimizer, path)
+    base = optimizer if form == "plain" else optimizer["optimizer_state_dict"]
+    if groups is not None:
+        _check_groups(groups, base["param_groups"], module, form, path)
+    if form == "plain":
+        return _plain_slots(optimizer, module, groups or _plain_groups(optimizer, module, path), path, kinds)
+    if form == "fp16-unfused":
+        masters = optimizer["fp32_groups"]
+        groups = groups or assign_names(module, [[frozenset([tuple(m.shape)]) for m in held] for held in masters], path)
+        return _unfused_slots(masters, base, groups, path)
+    flat = optimizer["fp32_groups_flat"]
+    return _fused_slots(flat, base, module, groups or _fused_groups(flat, module, path), path)
+
+
+def _check_groups(
+    groups: Groups, entries: Sequence[Mapping[str, Any]], module: Mapping[str, Located], form: str, path: Path
+) -> None:
+    """Check that the manifest's names are the model's, and as many as the optimizer has."""
+    counts, named = [len(entry["params"]) for entry in entries], [len(group) for group in groups]
+    if form == "fp16-fused":  # one flat tensor for each group
+        counts, named = [len(entries)], [len(groups)]
+    if counts != named:
+        raise DamagedCheckpointError(f"{path} holds parameter groups of {counts}; the manifest names {named}")
+    strange = [
+        name for group in groups for name in group if name not in module and (name is not None or form != "plain")
+    ]
+    if strange:
+        raise DamagedCheckpointError(f"{path} holds the optimizer state of {strange[0]}, whose weight is in no file")
+
+
+def _plain_slots(
+    optimizer: Mapping[str, Any],
+    module: Mapping[str, Located],
+    groups: Groups,
+    path: Path,
+    kinds: Mapping[str, Kind | None],
+) -> list[Slot]:
+    slots: list[Slot] = []
+    for group, (entry, names) in enumerate(zip(optimizer["param_groups"], groups, strict=True)):
+        settings, counted = settings_in(entry, path), _counted_by_one(entry, optimizer["state"])
+        for index, name in zip(entry["params"], names, strict=True):
+            if name is None or name not in module:
+                continue  # only the optimizer had it, and DeepSpeed wasn't told to save it
+            master, home = module[name]
+            raw = optimizer["state"].get(index, {}) if master.numel() else {}
+            raw = {**raw, **counted} if raw else raw
+            found = split_states(raw, master, path)
+            trained = raw or (not optimizer["state"] and master.numel())
+            kind: Kind = kinds.get(name) or ("trainable" if trained else "frozen")
+            state = MASTER if kind == "trainable" else WEIGHT
+            slots.append(
+                whole_tensor_slot(
+                    name,
+                    kind,
+                    _lookup({state: (master, home)} | {key: (raw[key], path) for key in found.states}),
+                    shape=tuple(master.shape),
+                    states={state: dtype_of(master, home), **found.states},
+                    scalars=found.scalars,
+                    refused=found.refused,
+                    group=group if kind == "trainable" else None,
+                    settings=settings,
+                )
+            )
+    return slots
+
+
+def _counted_by_one(entry: Mapping[str, Any], states: Mapping[int, Mapping[str, Any]]) -> dict[str, int]:
+    """Return the step of a group of DeepSpeed's ``FusedAdam``; nothing for other groups. ``FusedAdam`` counts for all parameters
+    that it steps on, but only in the last of them (``ops/adam/fused_adam.py``)."""
+    if not ("bias_correction" in entry and entry.get(GROUP_STEP) == 0):
+        return {}
+    steps = [states[index]["step"] for index in entry["params"] if "step" in states.get(index, {})]
+    return {"step": max(steps)} if steps and all(type(step) is int for step in steps) else {}
+
+
+def _unfused_slots(
+    masters: Sequence[Sequence[torch.Tensor]], base: Mapping[str, Any], groups: Groups, path: Path
+) -> list[Slot]:
+    slots: list[Slot] = []
+    for group, (entry, held, names) in enumerate(zip(base["param_groups"], masters, groups, strict=True)):
+        settings = settings_in(entry, path)
+        for index, master, name in zip(entry["params"], held, names, strict=True):
+            assert name is not None
+            raw = base["state"].get(index, {})
+            found = split_states(raw, master, path)
+            tensors = {MASTER: master} | {key: raw[key] for key in found.states}
+            dtypes = {state: dtype_of(tensor, path) for state, tensor in tensors.items()}
+            slots.append(
+                whole_tensor_slot(
+                    name,
+                    "trainable",
+                    _lookup({state: (tensor, path) for state, tensor in tensors.items()}),
+                    shape=tuple(master.shape),
+                    states=dtypes,
+                    scalars=found.scalars,
+                    refused=found.refused,
+                    group=group,
+                    settings=settings,
+                )
+            )
+    return slots
+
+
+def _fused_slots(
+    masters: Sequence[torch.Tensor],
+    base: Mapping[str, Any],
+    module: Mapping[str, Located],
+    groups: Groups,
+    path: Path,
+) -> list[Slot]:
+    slots: list[Slot] = []
+    for group, (master, names) in enumerate(zip(masters, groups, strict=True)):
+        held = tuple(name for name in names if name is not None)
+        shapes = tuple(tuple(module[name][0].shape) for name in held)
+        raw = base["state"].get(group, {})
+        found = split_states(raw, master, path)
+        tensors = {MASTER: master} | {key: raw[key] for key in found.states}
+        dtypes = {state: dtype_of(tensor, path) for state, tensor in tensors.items()}
+        flattening = FlatGroup(numels_of(shapes), partitions=1, alignment=1)
+        lookup = _lookup({state: (tensor, path) for state, tensor in tensors.items()})
+        settings = settings_in(base["param_groups"][group], path)
+        numbers = {place_of("partition", 0): partial(Numbers, found.scalars, settings)}
+        slot = Slot(held, shapes, "trainable", flattening, lookup, dtypes, found.scalars, found.refused, group)
+        slots.append(replace(slot, numbers=numbers))
+    return slots
+
+
+def _lookup(tensors: Mapping[str, Located]) -> Callable[[int, str], Located]:
+    return lambda partition, state: tensors[state]
+
+
+def _plain_groups(optimizer: Mapping[str, Any], module: Mapping[str, Located], path: Path) -> Groups:
+    expected = [
+        [_state_shapes(optimizer["state"].get(index)) for index in entry["params"]]
+        for entry in optimizer["param_groups"]
+    ]
+    return assign_names(module, expected, path)
+
+
+def _state_shapes(entry: Mapping[str, Any] | None) -> frozenset[Shape]:
+    """Return the shapes of a parameter's states. If any state is element-wise, one is the parameter's. Scalars tell nothing."""
+    tensors = (value for key, value in (entry or {}).items() if key != "step" and isinstance(value, torch.Tensor))
+    return frozenset(tuple(tensor.shape) for tensor in tensors if tensor.ndim)
+
+
+def _fused_groups(masters: Sequence[torch.Tensor], module: Mapping[str, Located], path: Path) -> Groups:
+    if len(masters) == 1 and masters[0].numel() == sum(tensor.numel() for tensor, _ in module.values()):
+        return [list(module)]
+    raise _ambiguous(
+        path, list(module), f"{len(masters)} flat groups of {[master.numel() for master in masters]} elements"
+    )
+
+
+def assign_names(module: Mapping[str, Located], expected: Expected, path: Path) -> Groups:
+    """Assign names to each group's parameters, if the model's order leaves exactly one way.
+
+    Each group is assumed to list its parameters in the model's order. The search looks for two assignments; if both exist, the
+    parameters on which they differ are ambiguous.
+
+    Raises:
+        MismatchError: there is no assignment, or more than one; lists the parameters concerned.
+    """
+    names = list(module)
+    shapes = [tuple(tensor.shape) for tensor, _ in module.values()]
+    found = _assignments(shapes, expected)
+    first = next(found, None)
+    groups = f"{len(expected)} groups of {[len(group) for group in expected]} parameters"
+    if first is None:
+        raise _ambiguous(path, names, groups)
+    second = next(found, None)
+    if second is not None:
+        differing = [name for name, one, two in zip(names, first, second, strict=True) if one != two]
+        raise _ambiguous(path, differing, groups)
+    assigned: Groups = [[] for _ in expected]
+    for name, group in zip(names, first, strict=True):
+        if group is not None:
+            assigned[group].append(name)
+    return assigned
+
+
+def _assignments(shapes: Sequence[Shape], expected: Expected) -> Iterator[tuple[int | None, ...]]:
+    """Yield the ways to hand the model's parameters, in order, to the groups (None: to no group)."""
+    layers = _reachable(shapes, expected)
+    alive: list[set[_Taken]] = [{layer for layer in layers[-1] if layer == tuple(len(group) for group in expected)}]
+    for layer, shape in zip(reversed(layers[:-1]), reversed(shapes), strict=True):
+        alive.append(
+            {taken for taken in layer if any(after in alive[-1] for _, after in _moves(shape, expected, taken))}
+        )
+    alive.reverse()
+    # Depth first; every state that is alive leads to an assignment, so that the first two are found without backtracking.
+    stack: list[tuple[_Taken, tuple[int | None, ...]]] = [((0,) * len(expected), ())] if alive[0] else []
+    while stack:
+        taken, choice = stack.pop()
+        if len(choice) == len(shapes):
+            yield choice
+            continue
+        for group, after in _moves(shapes[len(choice)], expected, taken):
+            if after in alive[len(choice) + 1]:
+                stack.append((after, (*choice, group)))
+
+
+_Taken = tuple[int, ...]
+"""Number of parameters that each group has been handed so far."""
+
+_MOST_STATES = 200_000
+"""Bound on the search. Above it an order counts as ambiguous. Two groups of 400 parameters stay below."""
+
+
+def _reachable(shapes: Sequence[Shape], expected: Expected) -> list[set[_Taken]]:
+    """Return for each number of parameters handed out the states that some choice leads to."""
+    layers: list[set[_Taken]] = [{(0,) * len(expected)}]
+    for shape in shapes:
+        layers.append({after for taken in layers[-1] for _, after in _moves(shape, expected, taken)})
+        if sum(map(len, layers)) > _MOST_STATES:
+            return [set() for _ in range(len(shapes) + 1)]
+    return layers
+
+
+def _moves(shape: Shape, expected: Expected, taken: _Taken) -> Iterator[tuple[int | None, _Taken]]:
+    """Yield the groups whose next parameter may have this shape, and no group."""
+    yield None, taken
+    for group, position in enumerate(taken):
+        if position < len(expected[group]) and (not expected[group][position] or shape in expected[group][position]):
+            yield group, (*taken[:group], position + 1, *taken[group + 1 :])
+
+
+def _ambiguous(path: Path, names: Sequence[str], groups: str) -> MismatchError:
+    return unnamed(path, f" ({groups}) and the model's order doesn't tell which is which", names)
+
+
+def unnamed(path: Path, why: str, names: Sequence[str]) -> MismatchError:
+    """Return the error for an optimizer state whose parameters can't be named."""
+    return MismatchError(
+        f"{path} names no parameters in its optimizer state{why}. DeepSpeed alone can load it, on the topology that saved it: do "
+        f"so and save with ucp_deepspeed enabled, which records the names; then change. Of this one {WEIGHTS_HINT}. Parameters "
+        f"that could be mixed up",
+        names,
+    )

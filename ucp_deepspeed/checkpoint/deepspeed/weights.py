@@ -1,0 +1,129 @@
+"""Slots of weights in the model's own files: of frozen parameters and buffers, and of trained parameters without a usable
+optimizer state."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, WEIGHTS_HINT, Kind
+from ucp_deepspeed.checkpoint.deepspeed.autoep import AutoEpLayers
+from ucp_deepspeed.checkpoint.deepspeed.files import DeepSpeedFiles
+from ucp_deepspeed.checkpoint.extra_states import is_extra_state
+from ucp_deepspeed.checkpoint.slots import Located, Slot, shapes_of, whole_tensor_slot
+from ucp_deepspeed.checkpoint.torch_files.reading import TORCH_DTYPES, storage_start
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
+from ucp_deepspeed.layout import Shape
+
+FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
+"""Names of the dtype in a config (``runtime/config_utils.py::DtypeEnum``)."""
+
+
+def tensors_in(state_dict: Mapping[str, Any], path: Path) -> dict[str, Located]:
+    """Return weights and buffers of a module's ``state_dict``, each with its file."""
+    tensors = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    return {name: (value, path) for name, value in tensors.items() if not is_extra_state(name)}
+
+
+def module_slot(name: str, kind: Kind, tensor: torch.Tensor, path: Path) -> Slot:
+    """Return the slot of one tensor. For a trained parameter the weight replaces the master."""
+    lookup: Callable[[int, str], Located] = lambda partition, state: (tensor, path)  # noqa: E731
+    shape: Shape = shapes_of({name: tensor.shape})[0]
+    state = MASTER if kind == "trainable" else WEIGHT
+    if tensor.dtype in TORCH_DTYPES:
+        return whole_tensor_slot(name, kind, lookup, shape=shape, states={state: TORCH_DTYPES[tensor.dtype]})
+    refused = {state: f"{tensor.dtype} has no universal form ({path})"}
+    return whole_tensor_slot(name, kind, lookup, shape=shape, states={}, refused=refused)
+
+
+def frozen_slots(
+    autoep: AutoEpLayers, key: str, tensor: torch.Tensor, path: Path, known: Collection[str]
+) -> list[Slot]:
+    """Return the slots of a tensor in a file of weights; none for an AutoEP expert of a trained layer, which is ``known``."""
+    found = autoep.expert_of(key)
+    if found is None:
+        return [module_slot(key, "frozen", tensor, path)]
+    name, number = found
+    slot, layer = module_slot(name, "frozen", tensor, path), autoep.layers[name]
+    whole = (layer.experts, *slot.shapes[0])
+    starts = (number * tensor.numel(),)
+    return [] if name in known else [replace(slot, shapes=(whole,), starts=starts)]
+
+
+def weight_slots(module: Mapping[str, Located], trained: Collection[str], path: Path) -> list[Slot]:
+    """Return slots of trained parameters whose optimizer state is out of reach.
+
+    Raises:
+        DamagedCheckpointError: a weight is in no file.
+    """
+    if lacking := [name for name in trained if name not in module]:
+        raise DamagedCheckpointError(f"{path} describes {lacking[0]}, whose weight is in no file")
+    return [module_slot(name, "trainable", *module[name]) for name in trained]
+
+
+def tied_names(files: DeepSpeedFiles, module: Mapping[str, Located]) -> dict[str, str]:
+    """Map names of tied parameters under which no value is stored to the names that have it.
+
+    DeepSpeed lists them under ZeRO since 0.9.2; else shared storage tells.
+
+    Args:
+        module: weights and buffers of the first model-parallel rank; empty for a pipeline.
+    """
+    saved = files.model_states(0)
+    listed = dict(saved.get("shared_params") or {})
+    if files.is_pipeline:
+        return listed
+    if not files.sliced:  # DeepSpeed lists parameters without elements as one: they share an address
+        listed = {alias: name for alias, name in listed.items() if alias not in module or module[alias][0].numel()}
+    unlisted = files.sliced and "shared_params" not in saved  # the empty tensors in their place are shared too
+    first: dict[tuple[Any, ...], str] = {}
+    shared: dict[str, str] = {}
+    for name, (tensor, path) in module.items():
+        place = path, storage_start(tensor), tensor.storage_offset(), tensor.dtype, tensor.shape
+        repeated = (tensor.numel() or unlisted) and first.setdefault(place, name) != name
+        if repeated and name not in saved["buffer_names"]:
+            shared[name] = first[place]
+    return listed | shared | files.autoep.second_names(module)
+
+
+def without_optimizer(files: DeepSpeedFiles) -> MismatchError:
+    """Return the error that says why a checkpoint of a run with an optimizer has no state of it."""
+    path, version = files.model_states_path(0, 0), str(files.model_states(0).get("ds_version", "unknown")).strip()
+    if _never_wrote_optimizer(files, version):
+        fp32 = ", with gradients accumulated in fp32" if files.configured_stage else ""
+        return MismatchError(
+            f"{path} holds no optimizer state, and neither does another file: DeepSpeed {version}, which wrote it, left it out "
+            f"at bf16 and ZeRO stage {files.configured_stage}{fp32}. The files are whole otherwise: {WEIGHTS_HINT}"
+        )
+    return MismatchError(
+        f"{files.path} holds no optimizer state: the optimizer's files (*_optim_states.pt) aren't there. The weights are: "
+        f"{WEIGHTS_HINT}"
+    )
+
+
+def _never_wrote_optimizer(files: DeepSpeedFiles, version: str) -> bool:
+    """Return whether DeepSpeed itself left the optimizer's state out.
+
+    It did so from 0.17.6 to 0.18.4 if bf16 called for ``BF16_Optimizer``; it took another optimizer instead
+    (``runtime/engine.py::_configure_optimizer``).
+    """
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    if found is None or files.precision != "bf16" or not (0, 17, 6) <= tuple(map(int, found.groups())) < (0, 18, 5):
+        return False
+    types = files.config.get("data_types")
+    accumulated = types.get("grad_accum_dtype") if isinstance(types, Mapping) else None
+    return files.configured_stage == 0 or (files.configured_stage == 1 and accumulated in FP32_NAMES)
+
+
+def unrecorded_weights(module: Mapping[str, Located], known: Collection[str], version: str) -> dict[str, str]:
+    """Return the parameters of ZeRO-3 of which the files hold only the names, with the reason."""
+    why = (
+        f"DeepSpeed {version} left its value out: before 0.9.1 that of each frozen parameter at ZeRO-3, and of what no optimizer "
+        "has in any version"
+    )
+    return {name: why for name in module if name not in known}

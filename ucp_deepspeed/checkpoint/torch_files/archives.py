@@ -1,0 +1,123 @@
+"""Zip archives: checks that torch laid one out, so that the bytes of a tensor are where torch says.
+
+An archive that another program has written anew holds the same data, and ``torch.load`` reads it; but its records may be
+compressed. Besides, since 2.7 torch calculates where a storage begins from its own layout of archives
+(``torch/serialization.py::_load``), when it describes tensors and doesn't read them.
+"""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ucp_deepspeed.checkpoint.torch_files.unpickling import everything_in
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+
+REWRITE_HINT = "if you trust it, write it anew with torch.save(torch.load(path, weights_only=False), path)"
+
+_DEFAULT_ALIGNMENT = 64
+"""Torch pads the beginning of each record to a multiple of this many bytes, unless the archive names another number."""
+
+
+def storage_start(tensor: torch.Tensor) -> int:
+    """Return the position in its file where the storage of a described tensor begins, in bytes. Views share a storage."""
+    start: int = getattr(tensor.untyped_storage(), "_checkpoint_offset", 0)
+    return start
+
+
+_LARGE = 2**32 - 1
+"""The first number that is too large for a field of 32 bits."""
+
+
+@dataclass(frozen=True)
+class Archive:
+    """The directory of an archive.
+
+    Attributes:
+        path: its file.
+        records: records, in the order of the file.
+    """
+
+    path: Path
+    records: Sequence[zipfile.ZipInfo]
+
+    @classmethod
+    def of(cls, path: Path) -> Archive:
+        """Read a directory.
+
+        Raises:
+            zipfile.BadZipFile: there is none, or it is damaged.
+            UnsupportedError: torch reads the file but can't say where the bytes of a tensor are.
+        """
+        with path.open("rb", buffering=0) as raw, zipfile.ZipFile(raw) as file:
+            archive = cls(path, sorted(file.infolist(), key=lambda record: record.header_offset))
+            order = archive._read(file, "byteorder")
+            alignment = archive._read(file, ".storage_alignment")
+        if order not in (None, sys.byteorder):
+            raise UnsupportedError(f"{path} was written on a machine of the other byte order; {REWRITE_HINT}")
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.records):
+            raise UnsupportedError(f"{path} is compressed, which torch doesn't do; {REWRITE_HINT}")
+        if archive._named(".format_version") is not None:
+            archive._check_layout(_DEFAULT_ALIGNMENT if alignment is None else int(alignment))
+        return archive
+
+    def _named(self, name: str) -> zipfile.ZipInfo | None:
+        return next((record for record in self.records if record.filename.partition("/")[2] == name), None)
+
+    def _read(self, file: zipfile.ZipFile, name: str) -> str | None:
+        found = self._named(name)
+        return None if found is None or found.file_size > 64 else file.read(found).decode("ascii", "replace")
+
+    def _check_layout(self, alignment: int) -> None:
+        """Check that each storage's record ends where torch assumes the next one begins."""
+        for record, following in zip(self.records, self.records[1:], strict=False):
+            names = (each.filename.partition("/")[2] for each in (record, following))
+            if not all(name.startswith("data/") for name in names):
+                continue
+            name_length = len(record.filename.encode())
+            start = content_start(record.header_offset, name_length, record.file_size, alignment)
+            if start + record.file_size + _descriptor(record) != following.header_offset:
+                raise UnsupportedError(f"{self.path} was written anew by another program than torch; {REWRITE_HINT}")
+
+    def check_storages(self, loaded: Any) -> None:
+        """Check that each storage of described tensors lies in a record of its size.
+
+        Raises:
+            DamagedCheckpointError: a record is shorter or longer; the bytes behind it belong to another.
+        """
+        headers = [record.header_offset for record in self.records]
+        for value in everything_in(loaded):
+            if not isinstance(value, torch.Tensor) or value.device.type != "meta":
+                continue
+            storage = value.untyped_storage()
+            if not storage.nbytes():
+                continue
+            record = self.records[bisect_right(headers, storage_start(value)) - 1]
+            if record.file_size != storage.nbytes():
+                raise DamagedCheckpointError(
+                    f"{self.path} holds {record.file_size} bytes in {record.filename}, for a storage of {storage.nbytes()}"
+                )
+
+
+def content_start(header: int, name_length: int, numbytes: int, alignment: int) -> int:
+    """Return the position where torch writes the content of a record whose header begins at ``header``.
+
+    Source: ``caffe2/serialize/inline_container.cc``, ``getPadding``."""
+    start = header + 30 + name_length + 4
+    if max(header, numbytes) >= _LARGE:  # each of the two may need fields of 64 bits
+        start += 4 + 16 * (numbytes >= _LARGE) + 8 * (header >= _LARGE)
+    return -(-start // alignment) * alignment
+
+
+def _descriptor(record: zipfile.ZipInfo) -> int:
+    """Bytes that torch writes behind the content of a record."""
+    if not record.file_size:
+        return 0
+    return 24 if max(record.header_offset, record.file_size) >= _LARGE else 16

@@ -1,0 +1,231 @@
+"""Opening ``torch.save`` files without running their code and without reading their tensors.
+
+Tensors come back on the meta device. Their storage keeps the position of their bytes in the file (``torch.load`` records it if
+``map_location="meta"``), so that one reader serves these files and safetensors. `legacy_files` does the same for torch's older
+format.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Precision
+from ucp_deepspeed.checkpoint.torch_files import unpickling
+from ucp_deepspeed.checkpoint.torch_files.allowed_classes import ALLOWED_CLASSES
+from ucp_deepspeed.checkpoint.torch_files.archives import Archive, storage_start
+from ucp_deepspeed.checkpoint.torch_files.legacy import is_legacy, unpickle_legacy
+from ucp_deepspeed.checkpoint.versions import check_regular
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+
+TORCH_DTYPES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+"""torch's dtypes by the names of `ucp_deepspeed.dtypes`."""
+
+NAMED_DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in TORCH_DTYPES.items()}
+"""The inverse of `TORCH_DTYPES`."""
+
+INTEGERS: dict[int, torch.dtype] = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integer type by element size. Elements are compared as this type, so that NaN equals itself and -0.0 isn't 0.0."""
+
+PRECISIONS: dict[Precision, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+"""dtype of the weights of a run of each precision."""
+
+
+_ZIP, _POINTER = b"PK\x03\x04", b"version https://git-lfs"
+"""The first bytes of an archive, and of the pointer that Git LFS leaves in the place of a large file."""
+
+UNREADABLE = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    OSError,
+    AssertionError,
+)
+"""Errors that ``torch.load`` raises for a file that is damaged or refused."""
+
+
+def open_torch_file(
+    path: Path, *, tensors: bool = False, owned: Collection[str] | None = None, foreign: bool = False
+) -> dict[str, Any]:
+    """Return the object in a checkpoint file.
+
+    Args:
+        path: a file that DeepSpeed wrote with ``torch.save``.
+        tensors: memory-map the tensors (on the CPU) instead of describing them (on the meta device).
+        foreign: read the tensors of an archive that torch didn't write itself, instead of refusing it.
+        owned: keys whose values must be all readable; by default all keys. Under other keys, an object of a class that isn't
+            allowed becomes `unpickling.Opaque`.
+
+    Raises:
+        DamagedCheckpointError: the file is missing, isn't whole, or names a class that isn't allowed.
+        UnsupportedError: it is an archive that another program has written anew; see `archives`.
+    """
+    check_regular(path)
+    if not path.is_file():
+        raise DamagedCheckpointError(f"{path} is missing")
+    try:
+        unpickled = partial(_unpickled, foreign=foreign) if _is_archive(path) else _unpickled_legacy
+        loaded = unpickled(path, tensors)
+    except UNREADABLE as error:
+        raise DamagedCheckpointError(_explain(path, error)) from error
+    if not isinstance(loaded, dict):
+        raise DamagedCheckpointError(f"{path} holds a {type(loaded).__name__}, not a checkpoint dictionary")
+    for key, value in loaded.items():
+        if (owned is None or key in owned) and (name := unpickling.opaque_in(value)):
+            raise DamagedCheckpointError(_refusal(path, name))
+    return loaded
+
+
+def _is_archive(path: Path) -> bool:
+    """Return whether a file is a whole zip archive from its first byte on, as torch requires."""
+    return _beginning(path, 4) == _ZIP and zipfile.is_zipfile(path)
+
+
+def _beginning(path: Path, numbytes: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(numbytes)
+
+
+def _unpickled(path: Path, tensors: bool, foreign: bool) -> Any:
+    try:
+        archive = Archive.of(path)
+    except UnsupportedError:
+        if not foreign:
+            raise
+        return _by_either(path, map_location="cpu")
+    loaded = _by_either(path, map_location="cpu" if tensors else "meta", mmap=tensors)
+    archive.check_storages(loaded)
+    return loaded
+
+
+def _by_either(path: Path, **where: Any) -> Any:
+    """Load with torch's own unpickler. If it refuses something, load with that of `unpickling`."""
+    if not any(
+        "numpy" in str(allowed) for allowed in torch.serialization.get_safe_globals()
+    ):  # torch would trust dtypes
+        try:
+            with torch.serialization.safe_globals(ALLOWED_CLASSES):
+                return torch.load(path, weights_only=True, **where)
+        except pickle.UnpicklingError:
+            pass
+    with zipfile.ZipFile(path) as archive:
+        if any(name.endswith("constants.pkl") for name in archive.namelist()):
+            raise pickle.UnpicklingError("Unsupported class TorchScript")
+    return torch.load(path, weights_only=False, pickle_module=unpickling, **where)
+
+
+def _unpickled_legacy(path: Path, tensors: bool) -> Any:
+    if is_legacy(path):
+        return unpickle_legacy(path, tensors)
+    start = _beginning(path, len(_POINTER))
+    kind = "empty" if not start else "truncated" if start.startswith(_ZIP) else "not a torch file"
+    if start == _POINTER:
+        kind = 'a pointer to a file, which "git lfs pull" would fetch'
+    raise DamagedCheckpointError(f"{path} is {kind} ({path.stat().st_size} bytes)")
+
+
+def _explain(path: Path, error: Exception) -> str:
+    foreign = re.search(
+        r"GLOBAL (\S+) (?:was not an allowed global|whose module)|[Uu]nsupported (?:global|class) ([^\s,]+)", str(error)
+    )
+    if foreign:
+        return _refusal(path, foreign.group(1) or foreign.group(2))
+    refusal = re.search(r"WeightsUnpickler error: *(\S.*)", str(error))
+    reason = refusal.group(1) if refusal else (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{path} can't be read ({path.stat().st_size} bytes): {reason}"
+
+
+def _refusal(path: Path, name: str) -> str:
+    refused = f"{path} holds an object of class {name}, which could run code when loaded and is refused"
+    module, _, kind = name.rpartition(".")
+    if module in ("", "builtins", "numpy") or module.partition(".")[0] in unpickling.CODE_MODULES:
+        return refused
+    return f"{refused}; if you trust it, allow it with torch.serialization.add_safe_globals([{kind}]) before loading"
+
+
+def dtype_of(tensor: torch.Tensor, path: Path) -> str:
+    """Return the name of a tensor's dtype.
+
+    Raises:
+        UnsupportedError: the dtype is outside the table.
+    """
+    if tensor.dtype not in TORCH_DTYPES:
+        raise UnsupportedError(f"{path} holds a tensor of {tensor.dtype}, which has no universal form")
+    return TORCH_DTYPES[tensor.dtype]
+
+
+def extent_of(tensor: torch.Tensor, path: Path) -> FileExtent:
+    """Return the file range of a tensor from `open_torch_file`.
+
+    Raises:
+        UnsupportedError: the tensor isn't contiguous, or of a dtype outside the table.
+    """
+    dtype = dtype_of(tensor, path)
+    if not tensor.is_contiguous():
+        raise UnsupportedError(
+            f"{path} holds a tensor of shape {tuple(tensor.shape)} that isn't contiguous: its elements are in another order than "
+            f"row-major, as with channels_last, which DeepSpeed alone can load, on the same topology"
+        )
+    start = storage_start(tensor) + tensor.storage_offset() * tensor.element_size()
+    return FileExtent(str(path), start, dtype, tensor.numel())
+
+
+def scalar_of(value: Any, path: Path) -> float:
+    """Return the number that a Python number or a one-element tensor of `open_torch_file` stands for."""
+    return cast(float, read_tensor(value, path).item() if isinstance(value, torch.Tensor) else value)
+
+
+def read_tensor(tensor: torch.Tensor, path: Path) -> torch.Tensor:
+    """Read a tensor of `open_torch_file` to the CPU. For the few small tensors that aren't planned."""
+    extent = extent_of(tensor, path)
+    with path.open("rb") as file:
+        file.seek(extent.file_offset)
+        raw = bytearray(file.read(tensor.numel() * tensor.element_size()))
+    return (
+        torch.frombuffer(raw, dtype=tensor.dtype).view(tensor.shape) if raw else torch.empty_like(tensor, device="cpu")
+    )
+
+
+def read_tensors(value: Any, path: Path) -> Any:
+    """Return a value of `open_torch_file` with all tensors in its dictionaries, lists and tuples read."""
+    if isinstance(value, torch.Tensor):
+        return read_tensor(value, path)
+    if isinstance(value, dict):
+        return {key: read_tensors(item, path) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(read_tensors(item, path) for item in value)
+    return value

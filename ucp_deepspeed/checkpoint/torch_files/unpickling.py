@@ -1,0 +1,333 @@
+"""An unpickler that runs no code. It replaces each object whose class isn't on the list of allowed classes by an `Opaque`.
+
+torch's own (``torch/_weights_only_unpickler.py``) refuses the whole file for one such object in a client state, and for some
+plain ones too, such as a ``deque``. This one keeps its rules: a global is found in a list, never imported; only callables on the
+list are called; only types on the list are given a state. Numpy's arrays are made here after a check of their dtype, since numpy
+believes any dtype that a file describes.
+"""
+
+from __future__ import annotations
+
+import _compat_pickle
+import builtins
+import collections
+import pickle
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import _weights_only_unpickler as torchs
+
+from ucp_deepspeed.checkpoint.torch_files.allowed_classes import ALLOWED
+
+
+class Opaque:
+    """Replaces an object that can't be made without code of its class. It keeps only the name of the class.
+
+    Attributes:
+        described: the name of the class.
+    """
+
+    described = "unknown"
+
+    def __new__(cls, *_: Any, **__: Any) -> Opaque:  # noqa: D102 - the class may have been called with any arguments
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+
+@cache
+def opaque(name: str) -> type[Opaque]:
+    """Return the class that replaces a class of this name."""
+    return type("Opaque", (Opaque,), {"described": name})
+
+
+def opaque_in(value: Any) -> str | None:
+    """Return the name of the class of the first `Opaque` in a value. The value may also hold an `Opaque` class itself."""
+    return next(opaques_in(value), None)
+
+
+def opaques_in(value: Any) -> Iterator[str]:
+    """Yield the classes of all `Opaque` objects in a value."""
+    for found in everything_in(value):
+        if isinstance(found, Opaque) or (isinstance(found, type) and issubclass(found, Opaque)):
+            yield found.described
+
+
+def everything_in(value: Any) -> Iterator[Any]:
+    """Yield a value and everything in it, each object once."""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if id(found) not in seen:
+            seen.add(id(found))
+            yield found
+            waiting += _parts(found)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    parts: list[Any] = []
+    if isinstance(value, Mapping):
+        parts += [*value.keys(), *value.values(), getattr(value, "default_factory", None)]
+    elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+        parts += value
+    elif isinstance(value, slice):
+        parts += [value.start, value.stop, value.step]
+    if not isinstance(value, (type, torch.Tensor)):
+        parts += getattr(value, "__dict__", {}).values()
+    return parts
+
+
+CODE_MODULES = frozenset(
+    (
+        "os",
+        "posix",
+        "nt",
+        "sys",
+        "subprocess",
+        "shutil",
+        "importlib",
+        "runpy",
+        "pty",
+        "ctypes",
+        "socket",
+        "pickle",
+        "code",
+    )
+)
+"""Modules that data may name but never call. A file that would call a function of theirs is refused."""
+
+PLAIN_KINDS = "biufcSUmM"
+"""numpy's kinds of dtypes whose elements are only numbers, dates or text."""
+
+DTYPE, OBJECTS = "numpy.dtype", "numpy.dtype of objects"
+"""Names of the replacements for a dtype of another kind, and for one with Python's objects among its elements."""
+
+MAPPINGS = dict, collections.OrderedDict, collections.Counter, collections.defaultdict
+
+_OPCODES = """
+    PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE
+    SHORT_BINUNICODE BINUNICODE8 SHORT_BINSTRING BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_LIST EMPTY_DICT EMPTY_TUPLE
+    EMPTY_SET TUPLE TUPLE1 TUPLE2 TUPLE3 FROZENSET BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL BINPERSID
+"""
+"""Steps of ``pickle`` that make plain values, or find a global. Some other steps have rules here; the rest is refused."""
+
+_InPython: Any = pickle._Unpickler  # type: ignore[attr-defined]
+"""pickle's own unpickler in Python. Single steps of it can be replaced."""
+
+
+class CraftedError(pickle.UnpicklingError):
+    """The file isn't what any program saves."""
+
+
+class Unpickler(_InPython):  # type: ignore[misc]
+    """See the module. `torch.load` finds it here by its name."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.known = {**torchs._get_allowed_globals(), **torchs._get_user_allowed_globals(), **ALLOWED, **NUMPYS}
+        self.names = {id(found): full.removeprefix("builtins.") for full, found in self.known.items()}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the object on the list, or the `Opaque` class that replaces it."""
+        module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+        module = _compat_pickle.IMPORT_MAPPING.get(module, module)
+        full = f"{module}.{name}"
+        if full in self.known and (full in NUMPYS or module.partition(".")[0] != "numpy"):
+            return self.known[full]
+        return opaque(full.removeprefix("builtins."))
+
+    def made(self, make: Callable[..., Any], args: Any, kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Call a callable of the list. Return an `Opaque` if it isn't on the list, or can't use these arguments."""
+        if isinstance(make, Opaque) or (isinstance(make, type) and issubclass(make, Opaque)):
+            if isinstance(make, type) and _is_code(make.described):
+                raise CraftedError(f"Unsupported class {make.described}, which is called")
+            return opaque(make.described)()
+        if id(make) not in self.names:
+            raise pickle.UnpicklingError(f"Unsupported class {type(make).__name__}, which is called")
+        try:
+            return make(*args, **kwargs or {})
+        except CraftedError:
+            raise
+        except Exception:  # for example a number made of an Opaque
+            return opaque(self.names[id(make)])()
+
+    def _reduce(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = self.made(self.stack[-1], args)
+
+    def _new_by_position(self) -> None:
+        args = self.stack.pop()
+        self.stack.append(self._new(self.stack.pop(), args, {}))
+
+    def _new_by_keywords(self) -> None:
+        kwargs, args = self.stack.pop(), self.stack.pop()
+        self.stack.append(self._new(self.stack.pop(), args, kwargs))
+
+    def _new(self, kind: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        if not isinstance(kind, type) or issubclass(kind, Opaque) or id(kind) not in self.names:
+            return self.made(kind, ())
+        return kind.__new__(kind, *args, **kwargs)
+
+    def _build(self) -> None:
+        state = self.stack.pop()
+        held = self.stack[-1]
+        if isinstance(held, np.dtype) or (isinstance(held, Opaque) and held.described == DTYPE):
+            self._build_dtype(held, state)
+        elif isinstance(held, Opaque) or (isinstance(held, type) and issubclass(held, Opaque)):
+            return
+        elif type(held) is np.ndarray:
+            self._build_array(held, state)
+        elif type(held) is collections.OrderedDict:
+            held.__dict__.update(state)
+        elif id(type(held)) in self.names and not isinstance(held, torch.Tensor):
+            _set_state(held, state)
+        else:
+            raise pickle.UnpicklingError(f"Unsupported class {type(held).__qualname__}, which is given a state")
+
+    def _build_dtype(self, held: np.dtype[Any] | Opaque, state: Any) -> None:
+        """Admit byte orders, and units of dates. The rest of a plain dtype's state must be as expected."""
+        if isinstance(held, Opaque):
+            if OBJECTS in opaques_in(state):
+                self._replace(held, opaque(OBJECTS)())
+            return
+        expected: Any = held.__reduce__()[2]
+        dates = held.kind in "mM" and len(state) == 9 and state[8][0] is None
+        if not (len(state) == 8 or dates) or state[2:8] != expected[2:8] or state[1] not in ("<", ">", "|", "="):
+            self._replace(held, opaque(OBJECTS if OBJECTS in opaques_in(state) else DTYPE)())
+        else:
+            held.__setstate__(state)  # type: ignore[attr-defined]
+
+    def _build_array(self, held: np.ndarray[Any, Any], state: Any) -> None:
+        _, shape, dtype, _, data = state
+        if not _is_plain(dtype):
+            _check_objects(dtype, data)
+            self._replace(held, opaque("numpy.ndarray")())
+            return
+        if not isinstance(data, bytes) or len(data) != prod(shape) * dtype.itemsize or any(size < 0 for size in shape):
+            raise pickle.UnpicklingError("Unsupported class numpy.ndarray of another size than its data")
+        held.__setstate__(state)
+
+    def _replace(self, held: Any, other: Any) -> None:
+        """Replace the object on top by another, also in later references to it."""
+        self.stack[-1] = other
+        for key, value in self.memo.items():
+            if value is held:
+                self.memo[key] = other
+
+    def _append(self) -> None:
+        item = self.stack.pop()
+        self._extend([item])
+
+    def _append_all(self) -> None:
+        self._extend(self.pop_mark())
+
+    def _extend(self, items: list[Any]) -> None:
+        held = self.stack[-1]
+        if type(held) in (list, collections.deque):
+            held.extend(items)
+        elif not isinstance(held, Opaque):
+            raise pickle.UnpicklingError(f"Unsupported class {type(held).__qualname__}, which is appended to")
+
+    def _add_all(self) -> None:
+        items, held = self.pop_mark(), self.stack[-1]
+        if type(held) is not set:
+            raise pickle.UnpicklingError(f"Unsupported class {type(held).__qualname__}, which is added to")
+        held.update(items)
+
+    def _set_one(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items([key, value])
+
+    def _set_all(self) -> None:
+        self._set_items(self.pop_mark())
+
+    def _set_items(self, items: list[Any]) -> None:
+        held = self.stack[-1]
+        if type(held) in MAPPINGS:
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                held[key] = value
+        elif not isinstance(held, Opaque):
+            raise pickle.UnpicklingError(f"Unsupported class {type(held).__qualname__}, whose items are set")
+
+    dispatch = {code: _InPython.dispatch[code] for code in (getattr(pickle, name)[0] for name in _OPCODES.split())} | {
+        pickle.REDUCE[0]: _reduce,
+        pickle.NEWOBJ[0]: _new_by_position,
+        pickle.NEWOBJ_EX[0]: _new_by_keywords,
+        pickle.BUILD[0]: _build,
+        pickle.APPEND[0]: _append,
+        pickle.APPENDS[0]: _append_all,
+        pickle.ADDITEMS[0]: _add_all,
+        pickle.SETITEM[0]: _set_one,
+        pickle.SETITEMS[0]: _set_all,
+    }
+
+
+def _is_code(name: str) -> bool:
+    """Return whether it is a built-in function of Python, or in one of `CODE_MODULES`."""
+    module = name.partition(".")[0]
+    return module in CODE_MODULES or isinstance(getattr(builtins, name, None), types.BuiltinFunctionType)
+
+
+def _set_state(held: Any, state: Any) -> None:
+    """Set a state as ``pickle`` does (``load_build``)."""
+    if hasattr(held, "__setstate__"):
+        held.__setstate__(state)
+        return
+    slots = None
+    if isinstance(state, tuple) and len(state) == 2:
+        state, slots = state
+    held.__dict__.update(state or {})
+    for key, value in (slots or {}).items():
+        setattr(held, key, value)
+
+
+def _check_objects(dtype: Any, data: Any) -> None:
+    """Refuse bytes in the place of objects: code that unpickles them would use them as addresses."""
+    if isinstance(data, bytes) and OBJECTS in opaques_in(dtype):
+        raise CraftedError("Unsupported class numpy.ndarray whose bytes stand for objects")
+
+
+def _is_plain(dtype: Any) -> bool:
+    return (
+        isinstance(dtype, np.dtype)
+        and dtype.kind in PLAIN_KINDS
+        and not (dtype.hasobject or dtype.fields or dtype.subdtype)
+    )
+
+
+def _dtype(name: str, *_: Any) -> Any:
+    """Replaces ``numpy.dtype``: makes plain dtypes only."""
+    found = np.dtype(name, copy=True) if isinstance(name, str) and name.isalnum() else None
+    if found is None or found.kind not in PLAIN_KINDS:
+        return opaque(OBJECTS if found is None or found.hasobject else DTYPE)()
+    return found
+
+
+def _empty_array(*_: Any) -> np.ndarray[Any, Any]:
+    """Replaces ``numpy.core.multiarray._reconstruct``: makes the array that is given a state next."""
+    return np.ndarray((0,), "i1")
+
+
+def _scalar(dtype: Any, data: Any = None) -> Any:
+    """Replaces ``numpy.core.multiarray.scalar``."""
+    if not _is_plain(dtype) or not isinstance(data, bytes) or len(data) != dtype.itemsize:
+        _check_objects(dtype, data)
+        return opaque("numpy.generic")()
+    return np.frombuffer(data, dtype)[0] if dtype.itemsize else dtype.type()
+
+
+NUMPYS: dict[str, Any] = {
+    "numpy.dtype": _dtype,
+    **{
+        f"numpy.{core}.multiarray.{name}": make
+        for core in ("core", "_core")
+        for name, make in (("_reconstruct", _empty_array), ("scalar", _scalar))
+    },
+}
+"""All names of numpy that may be found. Every dtype is checked before bytes become its elements."""

@@ -1,0 +1,1 @@
+"""The universal format: an index, and a file or several with whole parameters and states."""

@@ -1,0 +1,277 @@
+"""Fill an engine as planned: read, give replicas what they need, and make the weights.
+
+The masters come first, so that the weights made of them travel while the optimizer's states are read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+
+from ucp_deepspeed.checkpoint.checkpoint import MASTER
+from ucp_deepspeed.checkpoint.versions import FileVersions
+from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.engine.known_layouts import KnownLayouts
+from ucp_deepspeed.engine.loading.exchange import ROUND_NUMBYTES, Exchange, begin_exchange
+from ucp_deepspeed.engine.model import agreement
+from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UniversalCheckpointError
+from ucp_deepspeed.plan import Fragment, Interval, Sharing, without
+from ucp_deepspeed.transfer import CopyPool, FileReader, TransferCount, run_copies
+from ucp_deepspeed.transfer.policies import Policies
+from ucp_deepspeed.transfer.rank_planner import Copies, PlannedBuffer
+
+ROUNDED_NUMEL = 1 << 16
+"""Elements that are rounded at a time: few enough to stay in caches."""
+
+MOST_THREADS = 8
+"""Most threads of one rank; more don't make copies of memory faster."""
+
+
+@dataclass(frozen=True)
+class BufferPlan(PlannedBuffer):
+    """The plan to fill one buffer.
+
+    Attributes:
+        replicas: the process group of the ranks that hold the whole buffer, where they divide it.
+        tensor_parallel: the process group of the ranks that hold parts of it, where they divide these.
+    """
+
+    replicas: Any = None
+    tensor_parallel: Any = None
+
+
+@dataclass(frozen=True)
+class SlotPlan:
+    """The plan to fill one slot.
+
+    Attributes:
+        buffers: by state; the master's is always there.
+        scalars: shared by the slot's parameters.
+    """
+
+    slot: EngineSlot
+    buffers: Mapping[str, BufferPlan]
+    scalars: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """The plan to fill a frozen parameter or a buffer."""
+
+    weight: torch.Tensor
+    buffer: BufferPlan
+
+
+@dataclass(frozen=True)
+class Filling:
+    """Everything that one rank fills.
+
+    Attributes:
+        slots: see `SlotPlan`.
+        weights: see `WeightPlan`.
+        policies: whether the base optimizer's state is replaced, kept or reset.
+        initialised: parameters with more rows than in the checkpoint (the further ones keep the model's values), parameters of
+            another shape, and parameters of this rank whose optimizer states begin anew, in whole or in part.
+        dropped: parameters of this rank some of whose optimizer states are left out.
+        bytes_needed: bytes of the elements that this rank has to read, in the source's dtypes.
+        rounding: dtype to which masters are rounded; None to keep them exact.
+        exchanged: process group of the tensor-parallel ranks, and a digest of what they exchange.
+        versions: versions of the checkpoint's files.
+        layouts: the model's layouts, as far as the load knows them.
+    """
+
+    slots: tuple[SlotPlan, ...]
+    weights: tuple[WeightPlan, ...]
+    policies: Policies
+    initialised: tuple[str, ...]
+    dropped: tuple[str, ...]
+    bytes_needed: int
+    rounding: torch.dtype | None
+    exchanged: tuple[Any, str]
+    versions: FileVersions
+    layouts: KnownLayouts
+
+    def check_exchange(self) -> None:
+        """Check that all tensor-parallel ranks are to exchange the same. Collective over these.
+
+        Raises:
+            MismatchError: they don't, and would wait for one another, or receive what is meant for another parameter.
+        """
+        group, digest = self.exchanged
+        if group is not None:
+            digests: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(digests, digest, group=group)
+            if len(set(digests)) > 1:
+                raise MismatchError(
+                    'tensor-parallel ranks don\'t hold what they should have in common; a "shared_read_bytes" above the '
+                    "checkpoint's size lets each of them read what it holds"
+                )
+
+    def check_files(self) -> None:
+        """Open each file that this rank is to read once, so that an unreadable file is told before anything has changed.
+
+        Raises:
+            DamagedCheckpointError: a file is missing, can't be opened, ends before the bytes that are needed, or has changed
+                since it was opened for planning.
+        """
+        buffers = [buffer for slot in self.slots for buffer in slot.buffers.values()]
+        stops: dict[str, int] = {}
+        for buffer in (*buffers, *(weight.buffer for weight in self.weights)):
+            for view in (view for copy in buffer.copies for view in copy.sources):
+                extent = view.buffer
+                stop = extent.file_offset + extent.numel * ITEMSIZE[extent.dtype]
+                stops[extent.path] = max(stop, stops.get(extent.path, 0))
+        for path, stop in stops.items():
+            _check_file(path, stop, self.versions)
+        self.versions.check()
+
+    def run(self, optimizer: EngineOptimizer, memory_numbytes: int) -> TransferCount:
+        """Fill the engine. Collective.
+
+        Args:
+            memory_numbytes: most bytes of memory for blocks on their way from a file into a buffer.
+
+        Raises:
+            UniversalCheckpointError: a rank couldn't read a file, or a file was changed meanwhile. It is raised on every rank, so
+                that none waits for the others.
+        """
+        with torch.no_grad(), closing(_Filler(memory_numbytes, self.versions)) as filler:
+            with agreement():  # there may be too little memory on one rank
+                optimizer.begin()
+                states = [self._state_buffers(optimizer, plan) for plan in self.slots]
+            filler.fill([(plan.slot.master.data, plan.buffers[MASTER]) for plan in self.slots], self.rounding)
+            optimizer.begin_refresh()
+            filler.fill(list(self._become_part(optimizer, states)))
+            filler.fill([(plan.weight, plan.buffer) for plan in self.weights])
+            filler.wait()
+            optimizer.refresh_weights()
+            optimizer.end()
+        with agreement():
+            filler.check()
+        return filler.count
+
+    def _state_buffers(self, optimizer: EngineOptimizer, plan: SlotPlan) -> Mapping[str, torch.Tensor]:
+        """Return the buffers for the optimizer's states of a slot; nothing of the optimizer changes yet."""
+        if self.policies.optimizer_states != "restore":
+            return {}
+        return {state: optimizer.state_buffer(plan.slot, state) for state in plan.buffers if state != MASTER}
+
+    def _become_part(
+        self, optimizer: EngineOptimizer, states: Sequence[Mapping[str, torch.Tensor]]
+    ) -> Iterator[tuple[torch.Tensor, BufferPlan]]:
+        """Yield the buffers of the optimizer's states, and make them part of it."""
+        for plan, buffers in zip(self.slots, states, strict=True):
+            if self.policies.optimizer_states == "reset":
+                optimizer.reset_state(plan.slot)
+            if self.policies.optimizer_states == "restore":
+                yield from ((buffer, plan.buffers[state]) for state, buffer in buffers.items())
+                optimizer.set_state(plan.slot, buffers, plan.scalars)
+
+
+class _Filler:
+    """Fills buffers one after another, while the parts that replicas share are on their way."""
+
+    def __init__(self, memory_numbytes: int, versions: FileVersions) -> None:
+        self.count = TransferCount()
+        self._versions, self._reader = versions, FileReader(versions)
+        self._round_numbytes = min(ROUND_NUMBYTES, memory_numbytes // 4)
+        self._pool = CopyPool(_threads(), memory_numbytes - self._round_numbytes)
+        self._exchanges: list[Exchange] = []
+        self._error: Exception | None = None
+
+    def fill(self, buffers: Sequence[tuple[torch.Tensor, BufferPlan]], rounding: torch.dtype | None = None) -> None:
+        """Fill this rank's part of each buffer, and begin to exchange the parts with replicas. Collective."""
+        for buffer, plan in buffers:
+            whole = buffer.contiguous()  # the tensor itself unless its elements lie in another order
+            flat = whole.view(-1)
+            read = plan.division.read(whole.numel())
+            for low, high in _gaps(plan.held, read):
+                flat[low:high].zero_()
+            self._read(plan.copies, flat)
+            if rounding is not None:
+                for low, high in read:
+                    for part in flat[low:high].split(ROUNDED_NUMEL):
+                        part.copy_(part.to(rounding))
+            if whole is not buffer:
+                buffer.copy_(whole)
+        for exchange in self._begin(
+            [(each, plan.tensor_parallel, plan.division.tensor_parallel) for each, plan in buffers]
+        ):
+            exchange.wait()  # replicas get it whole
+        self._exchanges += self._begin([(each, plan.replicas, plan.division.replicas) for each, plan in buffers])
+
+    def _read(self, copies: Copies, flat: torch.Tensor) -> None:
+        """Read into one buffer. After a first error read nothing more; other ranks still get what they wait for."""
+        if self._error is None:
+            try:
+                self.count.add(run_copies(copies, self._reader, lambda _: flat, self._pool))
+            except Exception as error:
+                self._error = error
+
+    def check(self) -> None:
+        """Raise the error of this rank, if there is one."""
+        try:
+            if self._error is not None:
+                raise self._error
+            self._versions.check()
+        except Exception as error:
+            kind = type(error) if isinstance(error, UniversalCheckpointError) else UniversalCheckpointError
+            reason = error if isinstance(error, UniversalCheckpointError) else f"{type(error).__name__}: {error}"
+            raise kind(f"{reason}; the engine is filled in part and can't be used without another load") from error
+
+    def _begin(self, buffers: Iterable[tuple[torch.Tensor, Any, Sharing | None]]) -> list[Exchange]:
+        """Begin to exchange the parts of buffers that process groups share. Collective."""
+        held: dict[Any, list[list[torch.Tensor]]] = {}
+        for buffer, group, sharing in buffers:
+            if sharing is not None:
+                flat = buffer.view(-1)
+                by_reader = held.setdefault(group, [[] for _ in range(dist.get_world_size(group))])
+                for part in sharing.shares:
+                    by_reader[part.reader].append(flat[part.start : part.stop])
+        begun: list[Exchange] = []
+        for group, by_reader in held.items():
+            for exchange in (*self._exchanges, *begun):
+                exchange.wait_for_packed()  # one exchange at a time takes memory for that
+            begun.append(begin_exchange(by_reader, group, self._round_numbytes))
+        return begun
+
+    def wait(self) -> None:
+        """Wait until replicas have what they need. Collective."""
+        for exchange in self._exchanges:
+            exchange.wait()
+
+    def close(self) -> None:
+        """End the threads, and close the files."""
+        self._pool.close()
+        self._reader.close()
+
+
+def _check_file(path: str, stop: int, versions: FileVersions) -> None:
+    try:
+        with Path(path).open("rb") as file:
+            status = os.fstat(file.fileno())
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path} can't be read: {error.strerror}") from error
+    if status.st_size < stop:
+        raise DamagedCheckpointError(f"{path} is truncated: expected {stop} bytes, found {status.st_size}")
+    versions.note(path, status)
+
+
+def _gaps(held: Sequence[Fragment[None]], read: Sequence[Interval]) -> list[Interval]:
+    """Return the parts of some intervals that aren't held: padding, or states that begin at zero. Clearing whole buffers first
+    would cost a pass."""
+    return without(read, sorted((part.buffer_start, part.buffer_start + part.numel) for part in held))
+
+
+def _threads() -> int:
+    """Return the number of cores for each rank of this machine; ``torchrun`` and ``deepspeed`` say how many ranks it has."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
+    return max(min(len(os.sched_getaffinity(0)) // ranks, MOST_THREADS), 1)

@@ -1,0 +1,315 @@
+"""The loads that are left to DeepSpeed: each rank can take over the checkpoint's files as they are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from deepspeed import comm as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from ucp_deepspeed.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint.checkpoint import MASTER
+from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.deepspeed.run import hyperparameters
+from ucp_deepspeed.checkpoint.deepspeed.zero import BF16_OPTIMIZER
+from ucp_deepspeed.checkpoint.slots import Slot
+from ucp_deepspeed.checkpoint.torch_files.unpickling import opaque_in
+from ucp_deepspeed.config import UniversalCheckpointConfig
+from ucp_deepspeed.engine.deepspeed_types import Engine
+from ucp_deepspeed.engine.loading.unpickled import files_to_unpickle, look_into, own_partition
+from ucp_deepspeed.engine.model import (
+    engine_precision,
+    engine_topology,
+    first_element,
+    has_elements,
+    local_shape,
+    model_parallel_rank,
+)
+from ucp_deepspeed.engine.names import ModelNames
+from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, only_evaluates
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.language.wrappers import seen_through
+from ucp_deepspeed.layout import Shape
+from ucp_deepspeed.transfer.numbers import usable
+
+logger = logging.getLogger("ucp_deepspeed")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """The arguments of ``engine.load_checkpoint`` under their own names."""
+
+    load_module_strict: bool = True
+    load_optimizer_states: bool = True
+    load_lr_scheduler_states: bool = True
+    load_module_only: bool = False
+    custom_load_fn: Callable[..., None] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments by name. ``dataclasses.asdict`` would copy them, also the object of a bound method."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    @property
+    def optimizer_states(self) -> bool:
+        """Return whether optimizer states and hyper-parameters are restored."""
+        return self.load_optimizer_states and not self.load_module_only
+
+
+def takes_universal_path(
+    config: UniversalCheckpointConfig,
+    engine: Engine,
+    checkpoint: Checkpoint,
+    optimizer: EngineOptimizer,
+    options: LoadOptions,
+) -> bool:
+    """Return whether this rank can't leave the load to DeepSpeed."""
+    if not isinstance(checkpoint, DeepSpeedCheckpoint) or config.load == "always" or config.has_policies:
+        return True
+    trusting = config.on_unreadable == "error"
+    if _can_take_over(engine, checkpoint, optimizer, options) and _holds_data_alone(checkpoint, engine, trusting):
+        _warn_of_unrecorded(checkpoint)
+        return False
+    return True
+
+
+def _warn_of_unrecorded(checkpoint: DeepSpeedCheckpoint) -> None:
+    """Warn of weights that are in no file: DeepSpeed by itself keeps the model's own, and says nothing."""
+    try:
+        unrecorded = checkpoint.unrecorded
+    except UnsupportedError:
+        return
+    if unrecorded and dist.get_rank() == 0:
+        listed = "; ".join(f"{name}: {why}" for name, why in unrecorded.items())
+        logger.warning("%s: the model keeps its own values of what is in no file: %s", checkpoint.path, listed)
+
+
+def _can_take_over(
+    engine: Engine, checkpoint: DeepSpeedCheckpoint, optimizer: EngineOptimizer, options: LoadOptions
+) -> bool:
+    """Return whether DeepSpeed would restore on this rank what the options ask for."""
+    if only_evaluates(engine):
+        return _has_weights_for(checkpoint, engine, options)
+    if not options.optimizer_states and not (options.load_module_only and checkpoint.topology.zero_stage == 0):
+        return False  # DeepSpeed leaves the weights of ZeRO-3, or without ZeRO their masters, as they were
+    if options.custom_load_fn is not None and not isinstance(engine, PipelineEngine):
+        return False  # under ZeRO, DeepSpeed overwrites the function's changes with the saved masters
+    return _same_topology(checkpoint, engine, optimizer)
+
+
+def _holds_data_alone(checkpoint: DeepSpeedCheckpoint, engine: Engine, trusting: bool) -> bool:
+    """Return whether nothing in the files that DeepSpeed would unpickle could run code; the universal path doesn't need all of
+    them.
+
+    Args:
+        trusting: whether a client state may hold objects of unknown classes, whose own code then runs.
+    """
+    try:
+        for path in files_to_unpickle(checkpoint.path, checkpoint.files.names, engine):
+            held = look_into(path, checkpoint)
+            if not trusting and opaque_in(held) is not None:
+                return False
+    except DamagedCheckpointError as error:
+        logger.warning("the load isn't left to DeepSpeed, which would unpickle a file that isn't data alone: %s", error)
+        return False
+    return True
+
+
+def _has_weights_for(checkpoint: DeepSpeedCheckpoint, engine: Engine, options: LoadOptions) -> bool:
+    """Return whether DeepSpeed finds the weights of an engine without an optimizer where it looks for them.
+
+    It doesn't under ZeRO-3 on either side. For an engine in bf16 it asks for optimizer states that aren't there.
+    """
+    saved, live = checkpoint.topology, engine_topology(engine)
+    looks_for_states = engine.optimizer is not None and options.optimizer_states
+    return (
+        (saved.tp, saved.pp) == (live.tp, live.pp)
+        and max(saved.zero_stage, live.zero_stage) < 3
+        and not looks_for_states
+    )
+
+
+def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Engine, optimizer: EngineOptimizer) -> bool:
+    """Return whether each rank can take over one rank's files as they are: same degrees, stage, precision and slots.
+
+    The slots show what the degrees don't: another optimizer, ``round_robin_gradients``, ``parameter_alignment`` or
+    ``sub_group_size``, and a parameter with another shape of the same size.
+    """
+    topology = engine_topology(engine)
+    if _serves_any_size(checkpoint, engine):
+        topology = replace(topology, dp=checkpoint.topology.dp)
+    if (checkpoint.topology, checkpoint.optimizer_form, checkpoint.run.precision) != (
+        topology,
+        optimizer.form,
+        engine_precision(engine),
+    ):
+        return False
+    names = ModelNames(engine)
+    groups = hyperparameters(checkpoint.files, model_parallel_rank(engine))
+    if not optimizer.has_keys(groups):
+        return False  # DeepSpeed puts the saved groups in place of the live ones
+    if len({layer.ep for layer in names.layers.values()}) > 1:
+        return False  # DeepSpeed relies on the order of the groups of experts, which it takes from a set
+    if not _finds_own_files(checkpoint, engine, names):
+        return False
+    try:
+        return _same_contents(checkpoint, engine, optimizer, names, groups)
+    except UnsupportedError as error:  # DeepSpeed relies on the order in the files, which is that of the topology
+        logger.warning("the load is left to DeepSpeed, since this release can't read the checkpoint: %s", error)
+        return True
+
+
+def _finds_own_files(checkpoint: DeepSpeedCheckpoint, engine: Engine, names: ModelNames) -> bool:
+    """Return whether DeepSpeed finds this rank's partition under the name it looks for, and under ZeRO-3 what it expects for
+    weights.
+
+    Before 0.6.2 the files of bf16 were named as others are, and the placeholder of a partitioned weight had an element.
+    """
+    if checkpoint.topology.zero_stage == 0:
+        return True
+    if not own_partition(checkpoint.path, engine).is_file():
+        return False
+    if checkpoint.topology.zero_stage < 3:
+        return True
+    rank, partition = model_parallel_rank(engine), dist.get_rank(group=engine.optimizer.dp_process_group)
+    held = checkpoint.files.model_states(rank, partition)["module"]
+    cut = (name for param, name in names.of_parameters.items() if hasattr(param, "ds_tensor") and name in held)
+    return all(held[name].numel() == 0 for name in cut)
+
+
+def _same_contents(
+    checkpoint: DeepSpeedCheckpoint,
+    engine: Engine,
+    optimizer: EngineOptimizer,
+    names: ModelNames,
+    groups: Sequence[Mapping[str, Any]],
+) -> bool:
+    """Return whether model and optimizer are as those that saved, in names, shapes, groups and states.
+
+    Raises:
+        UnsupportedError: the files don't tell.
+    """
+    rank, stage = model_parallel_rank(engine), checkpoint.topology.zero_stage
+    if stage == 0:
+        if checkpoint.optimizer_form == BF16_OPTIMIZER.name:
+            return False  # DeepSpeed can't read what it has written (KeyError in BF16_Optimizer.load_state_dict)
+        if checkpoint.files.autoep.layers.keys() - names.of_parameters.values():
+            return False
+        recorded = checkpoint.recorded_groups(rank, names.ep_rank)
+        if recorded is None:
+            # The files name no parameters of the optimizer: only their order can tell, and DeepSpeed relies on it.
+            return _same_sizes(checkpoint, optimizer, rank) and _same_weights(checkpoint, engine, names)
+        if recorded != optimizer.group_names():
+            return False
+    if _lacks_frozen(checkpoint, engine):
+        return False
+    starts = {name: first_element(param) for param, name in names.of_parameters.items()}
+    live = optimizer.slots()
+    saved = [
+        slot
+        for slot in checkpoint.trained_slots(rank)
+        if all(starts.get(name) == slot.start(index) for index, name in enumerate(slot.names))
+    ]
+    if stage == 0:  # the recorded groups have told their order; the catalog puts experts last
+        places = {slot.names: place for place, slot in enumerate(live)}
+        saved.sort(key=lambda slot: places.get(slot.names, len(places)))
+    form = _numels_of if stage == 0 else _flattening_of
+    order = [[(slot.names, form(slot), slot.overlapping) for slot in slots] for slots in (saved, live)]
+    same = (
+        order[0] == order[1]
+        and _same_weights(checkpoint, engine, names)
+        and _same_states(saved, live, groups, optimizer)
+    )
+    if same and stage > 0:
+        for found, mine in zip(saved, live, strict=True):
+            found.tensor(mine.partition, MASTER)  # raises if this rank's file is of another save than the first one's
+    return same
+
+
+def _same_sizes(checkpoint: DeepSpeedCheckpoint, optimizer: EngineOptimizer, rank: int) -> bool:
+    """Return whether each group of the base optimizer has as many tensors as in the files, where the groups are whole."""
+    saved, _ = checkpoint.files.whole_optimizer(rank)
+    base = (saved or {}).get("optimizer_state_dict", saved) or {}
+    counts = [len(group["params"]) for group in base.get("param_groups", ())]
+    return not counts or counts == [len(group["params"]) for group in optimizer.base.param_groups]
+
+
+def _same_weights(checkpoint: DeepSpeedCheckpoint, engine: Engine, names: ModelNames) -> bool:
+    """Return whether the model has the shapes and ties of the one that saved, under the same names."""
+    shapes = checkpoint.local_shapes(model_parallel_rank(engine))
+    return (
+        not _ties_others(checkpoint, engine, names, shapes)
+        and not seen_through(shapes, names.of_parameters.values())
+        and all(
+            shapes.get(name, local_shape(param)) == local_shape(param) for param, name in names.of_parameters.items()
+        )
+    )
+
+
+def _lacks_frozen(checkpoint: DeepSpeedCheckpoint, engine: Engine) -> bool:
+    """Return whether a parameter needs no gradient now and needed one when the run saved.
+
+    From stage 2 on DeepSpeed looks for every parameter that needs none among those that needed none then
+    (``runtime/engine.py::load_module_state_dict``).
+    """
+    recorded = checkpoint.files.model_states(model_parallel_rank(engine)).get("frozen_param_shapes")
+    if recorded is None:
+        return False
+    resting = {name for param, name in engine.param_names.items() if not (param.requires_grad and has_elements(param))}
+    return not resting <= recorded.keys()
+
+
+def _ties_others(
+    checkpoint: DeepSpeedCheckpoint, engine: Engine, names: ModelNames, shapes: Mapping[str, Shape]
+) -> bool:
+    """Return whether the model keeps apart what is tied in the checkpoint, or ties what is apart there. DeepSpeed would let the
+    last of two values win."""
+    mine = frozenset(names.of_parameters.values())
+    further = {names.in_model(name) for name, _ in engine.module.named_parameters(remove_duplicate=False)} - mine
+    return not (mine.isdisjoint(checkpoint.tied) and further.isdisjoint(shapes))
+
+
+def _serves_any_size(checkpoint: DeepSpeedCheckpoint, engine: Engine) -> bool:
+    """Return whether DeepSpeed alone can restore all of it, on any data-parallel size: each rank has everything, and only the
+    order tells which parameter a state belongs to, or some states aren't element-wise."""
+    saved = checkpoint.topology
+    if (saved.zero_stage, saved.ep) != (0, 1) or checkpoint.optimizer_form == BF16_OPTIMIZER.name:
+        return False
+    if checkpoint.manifest is None:
+        return True
+    rank = model_parallel_rank(engine)
+    if rank >= saved.model_parallel:
+        return False
+    return any(slot.refused for slot in checkpoint.trained_slots(rank))
+
+
+def _flattening_of(slot: Slot | EngineSlot) -> Any:
+    return slot.flattening
+
+
+def _numels_of(slot: Slot | EngineSlot) -> Any:
+    """Return the sizes of a slot's parameters: without ZeRO nothing is partitioned. The catalog may list AutoEP's experts one by
+    one, since their weights are in several files."""
+    return slot.flattening.numels
+
+
+def _same_states(
+    saved: Sequence[Slot], live: Sequence[EngineSlot], groups: Sequence[Mapping[str, Any]], optimizer: EngineOptimizer
+) -> bool:
+    """Return whether the optimizer keeps the states that the checkpoint holds; only the first slot of each group is compared.
+
+    Args:
+        groups: hyper-parameters of the checkpoint's groups, which DeepSpeed restores too; empty for elastic files.
+    """
+    first = {slot.group: index for index, slot in reversed(list(enumerate(live)))}
+    for group, index in first.items():
+        settings = groups[group] if group < len(groups) else {}
+        held, wanted = saved[index], optimizer.kept_states(live[index], usable(settings))
+        found = (held.states.keys() | held.scalars.keys() | held.refused.keys()) - {MASTER}
+        if wanted is None or not found:
+            continue
+        if wanted.names - found or (found - wanted.names and not optimizer.is_like(group, settings)):
+            return False
+    return True

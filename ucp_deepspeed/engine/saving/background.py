@@ -1,0 +1,436 @@
+"""Asynchronous saving: DeepSpeed saves into host memory, and a thread of each rank writes from there.
+
+`SnapshotEngine` stands in for DeepSpeed's checkpoint engine while ``engine.save_checkpoint`` runs. It copies what it is given
+into host buffers (`snapshot`). Then `begin` starts a thread, which writes this rank's files into a hidden folder beside the
+tag's. When the files of all ranks are on disk, rank 0's thread adds the manifest, puts the folder in the tag's place and moves
+``latest``.
+
+**How rank 0 learns that the others are done.** Each rank leaves a small file in the hidden folder when its own files are on
+disk, or couldn't be written; rank 0 looks for these small files. The ranks write to one file system anyway. A collective in the
+background could meet the training's own collectives on the same group in another order on each rank. Another group, or torch's
+store, may be gone before the files are written: scripts destroy their process group first and end then.
+
+**How the others learn of a failure.** They learn by a collective in the foreground: `wait_for_save`, which the engine's next
+save or load calls. At the end of the process there is no collective any more: each rank finishes its files, rank 0 waits for the
+others, and a rank whose own save failed ends with a status other than zero (`ucp_deepspeed.waiting`).
+
+**Why a thread.** The thread spends nearly all of its time outside the interpreter's lock: checksums and writes of whole
+tensors, fsync. Another process would need the buffers in shared memory, which can't be pinned in general.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing.util
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from errno import ENOENT, ENOTDIR
+from pathlib import Path
+from typing import Any
+
+from deepspeed import comm as dist
+from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo, TorchCheckpointEngine
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+
+from ucp_deepspeed.engine.deepspeed_types import Engine
+from ucp_deepspeed.engine.model import agreement
+from ucp_deepspeed.engine.saving.snapshot import FileSnapshot, HostBuffers, snapshot
+from ucp_deepspeed.errors import ConfigError, SaveError
+from ucp_deepspeed.transfer.commit import flush, remove_partial_folder, replace_text
+from ucp_deepspeed.waiting import end_of_process
+
+logger = logging.getLogger("ucp_deepspeed")
+
+ENDED_NAME, ENDED_NAMES = ".ended_rank_{rank:05d}.json", ".ended_rank_*.json"
+"""The file that a rank leaves in the hidden folder, and a glob for all of them. ``error`` in it is a text, or null if all of the
+rank's files are on disk."""
+
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.01, 1.0
+"""Seconds between two looks for the other ranks' files."""
+
+BUFFERS = "universal_checkpoint_buffers"
+"""Attribute of an engine: its `HostBuffers`."""
+
+
+def check_background(engine: Engine) -> None:
+    """Refuse settings that can't be used with asynchronous saving.
+
+    Raises:
+        ConfigError: another of DeepSpeed's checkpoint engines, its old file format, or files on each node's own disk.
+    """
+    native = engine.checkpoint_engine
+    if type(native) is not TorchCheckpointEngine:
+        raise ConfigError(
+            f"'checkpoint.writer' or 'datastates_ckpt' (DeepSpeed's {type(native).__name__}) and \"async\" in "
+            f"'universal_checkpoint.save' are two ways to write in the background; remove one of them"
+        )
+    if not native.zipfile_serialization:
+        raise ConfigError(
+            "asynchronous saving writes torch's zip format, and 'checkpoint.checkpoint_serialization' turns it off"
+        )
+    if engine.use_node_local_storage():
+        raise ConfigError(
+            "asynchronous saving needs a folder that all ranks see, and 'checkpoint.use_node_local_storage' gives each node its "
+            "own; set \"async\": false in 'universal_checkpoint.save'"
+        )
+
+
+class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
+    """Stands in for DeepSpeed's ``TorchCheckpointEngine`` during one ``save_checkpoint``; `save` only copies.
+
+    It keeps an error until DeepSpeed is through with its barriers (`check`), so that no rank waits there for one that failed.
+
+    Attributes:
+        files: the files to write.
+    """
+
+    def __init__(self, engine: Engine, folder: Path) -> None:
+        super().__init__()
+        self.name = "SnapshotEngine"
+        self.files: list[FileSnapshot] = []
+        self._native, self._folder = engine.checkpoint_engine, folder
+        self._experts, self._zero = engine.has_moe_layers, engine.zero_optimization()
+        self._error: SaveError | None = None
+        self._buffers = vars(engine).setdefault(BUFFERS, HostBuffers())
+        self._buffers.reuse()
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        """Do nothing; DeepSpeed calls this first."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Copy what ``torch.save`` would write."""
+        with self._keeping(path):
+            name = str(Path(path).absolute().relative_to(self._folder))
+            self.files.append(snapshot(state_dict, name, self._buffers, apart=self._is_cloned(name)))
+
+    @contextmanager
+    def in_place_of_files(self, engine: Engine) -> Iterator[None]:
+        """Be the engine's checkpoint engine in the block. DeepSpeed also writes recovery scripts past it, on rank 0 and between
+        two barriers; errors of that are kept until `check` too."""
+        copy_scripts = engine._copy_recovery_script
+
+        def copy_scripts_or_keep(folder: str) -> None:
+            with self._keeping(folder):
+                copy_scripts(folder)
+
+        own = dict(vars(engine))
+        replaced = {"checkpoint_engine": self, "_copy_recovery_script": copy_scripts_or_keep}
+        try:
+            vars(engine).update(replaced)
+            yield
+        finally:
+            for name in replaced:
+                del vars(engine)[name]
+            vars(engine).update({name: own[name] for name in replaced if name in own})
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Load by DeepSpeed's own engine; a save loads nothing."""
+        return self._native.load(path, map_location)
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        """Return True; DeepSpeed calls this last, and the files are committed in the background."""
+        return True
+
+    def is_data_parallel_writer(self, dp_rank: int) -> bool:
+        """Return whether a rank saves what all ranks have."""
+        return bool(self._native.is_data_parallel_writer(dp_rank))
+
+    def preserves_storage_sharing(self) -> bool:
+        """Return False: DeepSpeed needn't clone tensors before it saves them, since copying them does the same."""
+        return False
+
+    def check(self) -> None:
+        """Raise the first error.
+
+        Raises:
+            SaveError: something can't be pickled, or DeepSpeed couldn't write what it writes itself.
+        """
+        if self._error is not None:
+            raise self._error
+
+    @contextmanager
+    def _keeping(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self._error is None:
+                self._error = SaveError(
+                    f"{path} can't be saved, and 'latest' was not moved: {type(error).__name__}: {error}"
+                )
+                self._error.__cause__ = error
+
+    def _is_cloned(self, name: str) -> bool:
+        """Return whether DeepSpeed clones the tensors of this file otherwise: layers of pipelines (``runtime/pipe/module.py``,
+        ``save_state_dict``), and with experts all files but ZeRO's (``runtime/engine.py``, ``_save_moe_checkpoint``)."""
+        return name.startswith("layer_") or (self._experts and not (self._zero and name.endswith("optim_states.pt")))
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The part of a save that one rank writes.
+
+    Attributes:
+        partial: the hidden folder, which exists.
+        folder: the tag's folder.
+        files: this rank's files.
+        texts: further files of this rank, with their content.
+        commit: makes ``partial`` the checkpoint.
+        rank: this rank; rank 0 commits.
+        world_size: number of ranks that write.
+        timeout: seconds that rank 0 waits for the others.
+    """
+
+    partial: Path
+    folder: Path
+    files: Sequence[FileSnapshot]
+    texts: Mapping[str, str]
+    commit: Callable[[], None]
+    rank: int
+    world_size: int
+    timeout: float
+
+
+class Writing(threading.Thread):
+    """Does a job. Not a daemon: the interpreter waits for it before it ends.
+
+    Attributes:
+        written: set when this rank's own files are on disk or have failed.
+        own_error: the error in this rank's files; to be read after ``written``.
+        error: the first error; to be read when the thread has ended.
+        settled: whether all ranks have waited for this save.
+        outcome: why the save failed, on whatever rank; to be read when it is settled.
+    """
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(name=f"save of {job.folder.name}", daemon=False)
+        self.job = job
+        self.written = threading.Event()
+        self.own_error: SaveError | None = None
+        self.error: SaveError | None = None
+        self.settled = False
+        self.outcome: Exception | None = None
+        self._given_up = threading.Event()
+        self._begun = time.monotonic()
+
+    def run(self) -> None:
+        """Write, and commit on rank 0."""
+        try:
+            with self._failing():
+                self._write()
+            with self._failing():  # from then on rank 0 may give the folder another name
+                replace_text(
+                    self.job.partial / ENDED_NAME.format(rank=self.job.rank), json.dumps({"error": self._text})
+                )
+            self.own_error = self.error
+        finally:
+            self.written.set()
+        if self.job.rank == 0:
+            with self._failing():
+                self._await_ranks()
+                self.job.commit()
+                with suppress(Exception):  # a log that can't be written
+                    numbytes = sum(file.stat().st_size for file in self.job.folder.iterdir())
+                    taken = time.monotonic() - self._begun
+                    logger.info(
+                        "saved %s (%.1f MB) in the background, in %.1f s", self.job.folder, numbytes / 1e6, taken
+                    )
+            if self.error is not None and not self.job.partial.is_dir():
+                self.clear()  # the folder was moved, and no rank finds it any more
+
+    def give_up(self) -> None:
+        """Commit nothing, since a rank has failed. Return when the thread has ended."""
+        self._given_up.set()
+        self.join()
+
+    def clear(self) -> None:
+        """Remove what a failed save has written. Call it only when no rank writes any more."""
+        if self.job.rank == 0:
+            remove_partial_folder(self.job.partial, self.job.folder)
+
+    @property
+    def _text(self) -> str | None:
+        return None if self.error is None else str(self.error)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Keep the first error, and log it at once: nobody may be left to raise it to."""
+        try:
+            yield
+        except Exception as error:
+            if self.error is None:
+                self.error = error if isinstance(error, SaveError) else _as_save_error(error, self.job)
+                with suppress(Exception):  # a log that can't be written
+                    logger.error("%s", self.error)
+
+    def _write(self) -> None:
+        for name, text in self.job.texts.items():
+            path = self.job.partial / name
+            path.write_text(text, encoding="utf-8")
+            flush(path)
+        for file in self.job.files:
+            file.write(self.job.partial)
+
+    def _await_ranks(self) -> None:
+        """Wait until all ranks have ended.
+
+        Raises:
+            SaveError: some have failed, or didn't end in time.
+            FileNotFoundError: the folder was renamed or removed.
+        """
+        deadline, pause = time.monotonic() + self.job.timeout, SHORTEST_PAUSE
+        waiting = {rank: self.job.partial / ENDED_NAME.format(rank=rank) for rank in range(self.job.world_size)}
+        failed: dict[int, str] = {}
+        while waiting and not self._given_up.is_set():
+            for rank, path in [(rank, path) for rank, path in waiting.items() if path.is_file()]:
+                error = json.loads(path.read_text(encoding="utf-8"))["error"]
+                del waiting[rank]
+                if error is not None:
+                    failed[rank] = error
+            self.job.partial.stat()  # raises if it is where no rank finds it any more
+            if waiting and time.monotonic() > deadline:
+                raise SaveError(
+                    f"ranks {sorted(waiting)} didn't write their files of {self.job.folder} within {self.job.timeout:g} s of "
+                    f"rank 0's, and 'latest' was not moved"
+                )
+            if waiting:
+                self._given_up.wait(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+        if failed and not waiting:
+            self.clear()
+        if failed or waiting:
+            raise SaveError("; ".join(f"rank {rank}: {text}" for rank, text in failed.items()) or "a rank has failed")
+
+
+def _as_save_error(error: Exception, job: Job) -> SaveError:
+    gone = not job.partial.is_dir() and getattr(error, "errno", ENOENT) in (ENOENT, ENOTDIR)
+    found = gone_error(job.folder, job.partial.parent) if gone else None
+    if found is None:
+        found = SaveError(
+            f"{job.folder} could not be saved, and 'latest' was not moved: {type(error).__name__}: {error}"
+        )
+    found.__cause__ = error
+    return found
+
+
+def gone_error(folder: Path, moved: Path) -> SaveError:
+    """Return the error for a save whose folder somebody else has renamed or removed."""
+    return SaveError(
+        f"{folder} could not be saved, and 'latest' was not moved: {moved} was renamed or removed, in whole or in part, while "
+        f'the save wrote there; call ucp_deepspeed.wait_for_save() before you do so, or set "async": false in '
+        f"'universal_checkpoint.save', and save again"
+    )
+
+
+_pending: list[Writing] = []
+"""Saves that may not be finished, or that failed and nobody has been told. They are in the order in which they began, which is
+the same on every rank."""
+
+OWN = "_universal_checkpoint_writing"
+"""Attribute of an engine: its last `Writing`."""
+
+
+def begin(engine: Engine, job: Job) -> None:
+    """Start to write, on all ranks or on none. Collective.
+
+    Raises:
+        RuntimeError: a rank can't start a thread.
+    """
+    assert vars(engine).get(OWN) not in _pending, "a save waits for the engine's last one"
+    writing = Writing(job)
+    started = False
+    try:
+        with agreement():
+            writing.start()
+            started = True
+    except BaseException:
+        if started:
+            writing.give_up()
+        writing.clear()
+        raise
+    vars(engine)[OWN] = writing
+    _pending.append(writing)
+    _end_with_child()
+
+
+_finalized = 0
+"""The id of the process in which `_end_with_child` has registered."""
+
+
+def _end_with_child() -> None:
+    """Register what ``atexit`` does elsewhere: processes that ``multiprocessing`` has forked call no ``atexit`` handler."""
+    global _finalized
+    if _finalized != os.getpid():
+        _finalized = os.getpid()
+        multiprocessing.util.Finalize(None, end_of_process, exitpriority=0)
+
+
+def wait_for_save(engine: Engine | None = None) -> None:
+    """Wait until the last asynchronous save of an engine, or of each, is on disk and ``latest`` has moved. Collective, unless the
+    process group is gone.
+
+    Raises:
+        SaveError: on all ranks, if the save failed on one of them. It is told once.
+    """
+    errors: list[Exception] = []
+    for writing in [each for each in _pending if engine is None or each is vars(engine).get(OWN)]:
+        _settle(writing)
+        _pending.remove(writing)
+        errors += [writing.outcome] if writing.outcome is not None else []
+    if errors:
+        raise errors[0] if len(errors) == 1 else SaveError("; ".join(map(str, errors)))
+
+
+def settle_saves(folder: Path | None = None) -> None:
+    """Wait for the saves of all engines, or for those below a folder, whose ``latest`` they move. Collective.
+
+    `wait_for_save` tells how they ended to whoever calls it.
+    """
+    place = None if folder is None else folder.resolve()
+    for writing in list(_pending):
+        if place is None or writing.job.folder.resolve().is_relative_to(place):
+            _settle(writing)
+
+
+def _settle(writing: Writing) -> None:
+    """Wait for one save on all ranks, and remove what it has left if it failed on one of them. Collective."""
+    if writing.settled:
+        return
+    writing.written.wait()
+    try:
+        with _agreement():
+            if writing.own_error is not None:
+                raise writing.own_error
+        with _agreement():
+            writing.join()
+            if writing.error is not None:
+                raise writing.error
+    except Exception as error:  # Ctrl-C isn't caught: the save goes on, and the next call waits for it
+        writing.give_up()
+        writing.clear()
+        writing.outcome = error
+    writing.settled = True
+
+
+def last_failure() -> BaseException | None:
+    """Return why a save isn't on disk, if nobody has been told; wait for all. Called at the end of the process, when the
+    interpreter no longer waits for threads, or its wait was interrupted."""
+    try:
+        for writing in _pending:
+            writing.join()
+    except BaseException as interrupted:
+        return interrupted
+    return next((error for each in _pending if (error := each.outcome or each.error) is not None), None)
+
+
+@contextmanager
+def _agreement() -> Iterator[None]:
+    if not dist.is_initialized():
+        yield
+        return
+    with agreement():
+        yield

@@ -1,0 +1,432 @@
+"""The save hook: DeepSpeed's own files, and beside them a manifest with what they don't tell.
+
+Order of events: the old manifest is removed, DeepSpeed writes its files, all ranks meet, rank 0 writes the manifest, then
+``latest`` moves. So ``latest`` never names a checkpoint that some rank is still writing, and a manifest never describes other
+files.
+
+With ``"save": {"async": true}`` DeepSpeed's files go into host memory first, and from there, in the background, into a
+hidden folder (`background`). Then the manifest is added, the hidden folder takes the place of the tag's folder in one step, and
+``latest`` moves. So an earlier checkpoint stays whole until then, also one of the same tag.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+
+from ucp_deepspeed.checkpoint.checkpoint import HeldShapes
+from ucp_deepspeed.checkpoint.deepspeed.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ManifestParameter,
+    ManifestTopology,
+    describe_files,
+)
+from ucp_deepspeed.checkpoint.deepspeed.run import number_groups
+from ucp_deepspeed.checkpoint.opening import LATEST_NAME
+from ucp_deepspeed.checkpoint.slots import NAMING_KEYS
+from ucp_deepspeed.checkpoint.torch_files.reading import TORCH_DTYPES
+from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME
+from ucp_deepspeed.checkpoint.view import layouts_of
+from ucp_deepspeed.engine.client_state import to_be_saved
+from ucp_deepspeed.engine.deepspeed_types import Engine
+from ucp_deepspeed.engine.extra_states import has_extra_states
+from ucp_deepspeed.engine.known_layouts import KnownLayouts, kept_layouts
+from ucp_deepspeed.engine.model import EngineModel, agreement, describe_model, gather_model_parallel, has_elements
+from ucp_deepspeed.engine.names import ModelNames
+from ucp_deepspeed.engine.node_local import open_here, writes_for_node
+from ucp_deepspeed.engine.optimizers import engine_optimizer
+from ucp_deepspeed.engine.pipeline import layer_keys, tell_of_others
+from ucp_deepspeed.engine.random_state import random_state_file, save_random_state
+from ucp_deepspeed.engine.saving.background import (
+    ENDED_NAMES,
+    Job,
+    SnapshotEngine,
+    begin,
+    gone_error,
+    settle_saves,
+    wait_for_save,
+)
+from ucp_deepspeed.engine.saving.numbers import are_same
+from ucp_deepspeed.engine.stage_copies import differing_copies, tell_of_differing
+from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError, UnsupportedError
+from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
+from ucp_deepspeed.layout import Shape
+from ucp_deepspeed.layout.pattern import AnyPattern, Pattern, PerRank, Replicate, Unique
+from ucp_deepspeed.transfer.commit import (
+    flush,
+    make_partial_folder,
+    partial_folder,
+    put_back,
+    remove_partial_folder,
+    replace_folder,
+    write_atomically,
+)
+
+logger = logging.getLogger("ucp_deepspeed")
+
+SEEN_SECONDS = 10.0
+"""Seconds that a folder made by one node may take to be seen on another, on a shared file system that caches."""
+
+
+def save_checkpoint(
+    native: Callable[..., bool],
+    engine: Engine,
+    save_dir: str,
+    tag: str | None = None,
+    client_state: dict[str, Any] | None = None,
+    save_latest: bool = True,
+    exclude_frozen_parameters: bool = False,
+) -> bool:
+    """Save in place of ``engine.save_checkpoint``; same arguments, same result. Collective.
+
+    Raises:
+        SpecError, MismatchError: the layouts that the config names don't fit the model; nothing is written.
+        SaveError: the tag is a universal checkpoint, or the client state has keys of DeepSpeed's, and nothing is written; or the
+            engine's last asynchronous save failed; or DeepSpeed's files are written and the manifest couldn't be: then ``latest``
+            still names the checkpoint that it named before.
+    """
+    wait_for_save(engine)
+    settle_saves(Path(save_dir or "."))
+    with agreement():
+        state = to_be_saved(engine, client_state or {})
+    rest = {"client_state": state, "exclude_frozen_parameters": exclude_frozen_parameters}
+    if not save_dir or engine.checkpoint_engine.is_decoupled():
+        logger.warning("checkpoint engine commits later: no manifest is written")
+        return native(save_dir, tag=tag, save_latest=save_latest, **rest)
+    tag = str(tag) if tag is not None else f"global_step{engine.global_steps}"
+    folder = Path(save_dir) / tag
+    if engine.universal_checkpoint_config.save.asynchronous:
+        return _save_in_background(native, engine, save_dir, tag, save_latest, rest)
+    with agreement():  # on its own: what follows is collective within the block
+        _refuse_universal(folder)
+    with agreement():
+        manifest = _manifest(engine)
+        if writes_for_node(engine):
+            put_back(folder.parent)
+            (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    saved = native(save_dir, tag=tag, save_latest=False, **rest)
+    with agreement():
+        try:
+            save_random_state(engine, folder)
+        except OSError as error:
+            raise SaveError(
+                f"the random state could not be written to {folder}, and 'latest' was not moved: {error}"
+            ) from error
+    with agreement():
+        if writes_for_node(engine):
+            try:
+                _commit(manifest, folder)
+                if save_latest:
+                    write_atomically(Path(save_dir) / LATEST_NAME, tag)
+            except OSError as error:
+                raise SaveError(
+                    f"the manifest of {folder} could not be written, and 'latest' was not moved: {error}"
+                ) from error
+            _warn_if_unreadable(engine, folder)
+    return saved
+
+
+def _save_in_background(
+    native: Callable[..., bool], engine: Engine, save_dir: str, tag: str, save_latest: bool, rest: Mapping[str, Any]
+) -> bool:
+    """Copy into host memory what DeepSpeed would write, and begin to write it. Collective.
+
+    Raises:
+        SaveError: the tag is a universal checkpoint or a file, or differs from rank to rank; or the folder can't be written by
+            rank 0 or isn't seen by all ranks; or something can't be pickled.
+    """
+    folder, rank = Path(save_dir).absolute() / tag, dist.get_rank()
+    with agreement():
+        if not Path(tag).parts or ".." in Path(tag).parts:
+            raise SaveError(
+                f"the tag {tag!r} names no folder of its own in {save_dir}, which asynchronous saving needs"
+            )
+        _refuse_universal(folder)
+        place = folder.resolve() if folder.is_symlink() else folder
+    with agreement():
+        manifest = _manifest(engine)
+    try:
+        partial = _make_partial(place, tag)
+        taken = SnapshotEngine(engine, folder)
+        with taken.in_place_of_files(engine):
+            saved = native(save_dir, tag=tag, save_latest=False, **rest)
+        with agreement():
+            taken.check()
+            texts = dict([random_state_file(engine)])
+    except BaseException:
+        if rank == 0:
+            remove_partial_folder(partial_folder(place), place)
+        raise
+    latest = Path(save_dir).absolute() / LATEST_NAME
+    is_new = place.is_dir() and not any(place.iterdir())
+
+    def commit() -> None:
+        if is_new and not place.is_dir():
+            raise gone_error(folder, place)
+        _commit_partial(manifest, partial, place)
+        if save_latest:
+            write_atomically(latest, tag)
+        _warn_if_unreadable(engine, folder)
+
+    timeout = engine.universal_checkpoint_config.save.timeout
+    begin(engine, Job(partial, folder, tuple(taken.files), texts, commit, rank, dist.get_world_size(), timeout))
+    return saved
+
+
+def _refuse_universal(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise SaveError(f"{folder} is a file; save under another tag")
+    if (folder / INDEX_NAME).is_file():
+        raise SaveError(
+            f"{folder} holds a universal checkpoint, which DeepSpeed's files would hide; save under another tag"
+        )
+
+
+def _make_partial(folder: Path, tag: str) -> Path:
+    """Return the hidden folder, made by rank 0 and seen by all. Collective.
+
+    Raises:
+        SaveError: it can't be made, or isn't seen by all ranks; or they save different tags.
+    """
+    with agreement():
+        if dist.get_rank() == 0:
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                make_partial_folder(folder)
+            except OSError as error:
+                raise SaveError(f"{folder} can't be saved, and 'latest' was not moved: {error}") from error
+    named: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(named, (partial_folder(folder), tag))  # its name has rank 0's host and process
+    partial: Path = named[0][0]
+    if len(tags := {each for _, each in named}) > 1:
+        raise SaveError(f"ranks save different tags into {folder.parent}: {', '.join(sorted(tags))}")
+    with agreement():
+        _await_folder(partial)
+    return partial
+
+
+def _await_folder(partial: Path) -> None:
+    """Wait until this rank sees the folder that rank 0 has made.
+
+    Raises:
+        SaveError: it isn't seen in time.
+    """
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not partial.is_dir():
+        if time.monotonic() > deadline:
+            raise SaveError(
+                f"{partial.parent} isn't the same folder on all ranks: rank {dist.get_rank()} doesn't see what rank 0 made; "
+                f"save on a shared file system, or set \"async\": false in 'universal_checkpoint.save'"
+            )
+        time.sleep(0.05)
+
+
+def _commit_partial(manifest: Manifest, partial: Path, folder: Path) -> None:
+    """Turn a hidden folder, in which all ranks' files are on disk, into the checkpoint. Called on rank 0, in the background."""
+    for ended in partial.glob(ENDED_NAMES):
+        ended.unlink()
+    _commit(manifest, partial)
+    flush(partial)
+    replace_folder(partial, folder, _is_part)
+
+
+_PARTS = re.compile(
+    r"(?:zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt"
+    r"|(?:bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt"
+    r"|layer_\d+(?:-model_\d+)?-model_states\.pt"
+    r"|layer_\d+_expert_\d+_mp_rank_\d+_model_states\.pt"
+    r"|expp_rank_\d+_mp_rank_\d+_optim_states\.pt"
+    r"|ucp_manifest\.json|ucp_random_state_rank_\d+\.json"
+)
+"""Names of the files that DeepSpeed's engines (``runtime/engine.py``, ``runtime/pipe/module.py``) and this package write."""
+
+
+def _is_part(name: str) -> bool:
+    """Return whether a file of a tag's folder is DeepSpeed's or this package's. Others may lie there too, and are kept."""
+    return _PARTS.fullmatch(name) is not None
+
+
+def check_model(engine: Engine) -> None:
+    """Check what saving would check, without saving; called when the engine is built. Collective.
+
+    Raises:
+        SpecError, MismatchError: the layouts that the config names don't fit the model.
+    """
+    model = describe_model(engine)
+    _parameters(model, kept_layouts(engine, model))
+    _warn_of_forms(model)
+    if model.topology.zero_stage == 3:
+        _warn_of_left_out(engine, model)
+
+
+def _warn_of_forms(model: EngineModel) -> None:
+    """Warn at once of tensors that DeepSpeed saves and no universal load reads."""
+    strange = {
+        name: str(entry.tensor.dtype) if entry.tensor.dtype not in TORCH_DTYPES else f"strides {entry.tensor.stride()}"
+        for name, entry in model.tensors.items()
+        if entry.tensor is not None and (entry.tensor.dtype not in TORCH_DTYPES or not entry.tensor.is_contiguous())
+    }
+    if strange and dist.get_rank() == 0:
+        logger.warning(
+            "of these dtypes, or in another order of elements than row-major, DeepSpeed alone can load what it saves, on the "
+            "same topology: %s",
+            ", ".join(f"{name} ({form})" for name, form in strange.items()),
+        )
+
+
+def _warn_of_left_out(engine: Engine, model: EngineModel) -> None:
+    """Warn of parameters that ZeRO-3's files leave out: they hold trained parameters, and frozen ones that need no gradient
+    (``runtime/engine.py``)."""
+    needing = {
+        name for param, name in ModelNames(engine).of_parameters.items() if param.requires_grad and has_elements(param)
+    }
+    left_out = [name for name in model.named("frozen") if name in needing]
+    if left_out and dist.get_rank() == 0:
+        logger.warning(
+            "with ZeRO-3 DeepSpeed saves no parameters that have gradients and that the optimizer doesn't have; give them to it, "
+            "or set requires_grad to False: %s",
+            ", ".join(left_out),
+        )
+
+
+def _warn_if_unreadable(engine: Engine, folder: Path) -> None:
+    """Warn at once, and not at the resume, of client state that a load would refuse. The save itself is done."""
+    try:
+        unread = open_here(engine, folder).unreadable()
+        if unread:
+            logger.warning(
+                "of the client state that was just saved DeepSpeed alone can read some, on the same topology; other loads need "
+                '"on_unreadable": "drop", which leaves it out: %s',
+                ", ".join(f"{key} ({kind})" for key, kind in unread.items()),
+            )
+    except UniversalCheckpointError as error:
+        logger.warning("what was just saved can be loaded by DeepSpeed alone, on the same topology: %s", error)
+    except Exception as error:  # too little memory, or too few descriptors
+        logger.warning("whether %s can be loaded couldn't be told: %s: %s", folder, type(error).__name__, error)
+
+
+def _commit(manifest: Manifest, folder: Path) -> None:
+    complete = manifest.model_copy(update=describe_files(folder))
+    write_atomically(folder / MANIFEST_NAME, complete.model_dump_json(indent=1))
+
+
+def _manifest(engine: Engine) -> Manifest:
+    """Return the manifest without the files. Collective.
+
+    Raises:
+        SpecError, MismatchError: the layouts that the config names don't fit the model.
+    """
+    model, optimizer = describe_model(engine), engine_optimizer(engine)
+    topology, known = model.topology, kept_layouts(engine, model)
+    keys = layer_keys(engine)
+    groups = gather_model_parallel(engine, tuple(tuple(names) for names in optimizer.group_names()))
+    tell_of_others(engine, frozenset(model.named("trainable")))
+    differing = differing_copies(model, optimizer)
+    tell_of_differing(engine, differing, optimizer.form)
+    manifest = Manifest(
+        topology=ManifestTopology(**asdict(topology)),
+        optimizer=optimizer.form,
+        vocabulary_size=known.vocabulary_size,
+        parameter_groups=tuple(groups[:: topology.tp]),
+        layer_keys=keys,
+        parameters=_parameters(model, known),
+        same_numbers=are_same(model.rank // topology.tp, optimizer),
+        differing_copies=differing,
+        has_extra_states=any(gather_model_parallel(engine, has_extra_states(engine.module))),
+        files={},
+    )
+    if topology.pp == 1:
+        return manifest
+    settings = gather_model_parallel(engine, _settings(optimizer.base.param_groups))[:: topology.tp]
+    return manifest.model_copy(update={"group_numbers": _group_numbers(manifest, settings)})
+
+
+def _group_numbers(
+    manifest: Manifest, settings: Sequence[Sequence[Mapping[str, Any]]]
+) -> tuple[tuple[int | None, ...], ...] | None:
+    """See `Manifest.group_numbers`. ``settings`` holds the hyper-parameters of each pipeline stage's groups."""
+    if any(len(one) != len(other) for one, other in zip(manifest.trained_groups, settings, strict=True)):
+        return None
+    stages = zip(manifest.trained_groups, settings, strict=True)
+    numbers = number_groups([[each if held else None for held, each in zip(*stage, strict=True)] for stage in stages])
+    return tuple(map(tuple, numbers))
+
+
+def _settings(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the hyper-parameters of each group, in a form in which stages can be compared."""
+    return [
+        {
+            key: value.tolist() if isinstance(value, torch.Tensor) else value
+            for key, value in group.items()
+            if key not in NAMING_KEYS
+        }
+        for group in groups
+    ]
+
+
+def _parameters(model: EngineModel, kept: KnownLayouts) -> dict[str, ManifestParameter]:
+    """Return global shape, pattern and logical name of each parameter and buffer, as far as they are known."""
+    specs = naming_specs(model.spec, model.named("trainable", "frozen"))
+    logical = logical_names(list(model.tensors), specs, kept.logical_names)
+    known = {**_patterns(model, logical, kept.patterns), **{name: Replicate() for name in model.named("buffer")}}
+    shapes = {name: tensor.local_shapes for name, tensor in model.tensors.items() if name in known}
+    layouts = layouts_of(known, shapes, model.topology.tp, kept.vocabulary_size, "the model")
+    return {
+        name: ManifestParameter(
+            kind=tensor.kind,
+            logical_shape=layouts[name].logical_shape if name in layouts else None,
+            pattern=None if isinstance(known.get(name), Unique | PerRank) else known.get(name),
+            logical_name=None if logical[name] == name else logical[name],
+            local_shapes=_shares(tensor.local_shapes, model.topology.tp),
+            stages=_stages(tensor.local_shapes, model.topology.tp),
+        )
+        for name, tensor in model.tensors.items()
+    }
+
+
+def _stages(shapes: HeldShapes, degree: int) -> tuple[int, ...]:
+    """Return the pipeline stages that hold a tensor."""
+    return tuple(stage for stage, shape in enumerate(shapes[::degree]) if shape is not None)
+
+
+def _shares(shapes: HeldShapes, degree: int) -> tuple[Shape, ...] | None:
+    """Return the local shapes on the tensor-parallel ranks, once where all are the same; None where stages differ."""
+    stages = {shapes[start : start + degree] for start in range(0, len(shapes), degree)} - {(None,) * degree}
+    [held, *others] = stages
+    known = tuple(shape for shape in held if shape is not None)
+    if others or len(known) < degree:
+        return None
+    return known[:1] if len(set(known)) == 1 else known
+
+
+def _patterns(model: EngineModel, logical: Mapping[str, str], kept: Mapping[str, Pattern]) -> Mapping[str, AnyPattern]:
+    """Return the patterns that are known when saving. Under tensor parallelism, if the sources together don't tell all, they are
+    what the last load knew. A later load may add the rest."""
+    names = model.named("trainable", "frozen")
+    inferred = {logical[name]: pattern for name, pattern in model.inferred.items()}
+    try:
+        patterns = resolve_patterns(
+            [logical[name] for name in names],
+            degree=model.topology.tp,
+            spec=model.spec,
+            recorded={logical[name]: pattern for name, pattern in kept.items()},
+            inferred=inferred,
+            exact=model.exact,
+            refused={logical[name]: why for name, why in model.refused.items()},
+        )
+    except (SpecError, UnsupportedError):
+        if model.spec is not None:
+            raise
+        known = f"layouts are known of {len(kept)} parameters of {len(names)}" if kept else "no layouts are known"
+        logger.warning("%s for this model: a load on another tensor-parallel size will need a spec", known)
+        return kept
+    return {name: patterns[logical[name]] for name in names}

@@ -1,0 +1,118 @@
+"""Compare what the ranks of a checkpoint hold, bit by bit or as numbers, without holding whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
+
+import torch
+
+from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, Parameter
+from ucp_deepspeed.checkpoint.torch_files.reading import INTEGERS, NAMED_DTYPES
+from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.layout import Layout
+from ucp_deepspeed.layout.layout import Piece
+from ucp_deepspeed.plan import StridedView
+from ucp_deepspeed.transfer.copying import FileReader
+
+CHUNK_NUMBYTES = 8 << 20
+"""Bytes held of each of two tensors when values are compared."""
+
+
+Progress = Callable[[int, int], None]
+"""Called with the number of bytes that have been compared, or needn't be, and the number of all bytes."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Report nothing."""
+
+
+def passing(parameters: Mapping[str, Parameter], progress: Progress) -> Iterator[str]:
+    """Yield names of parameters, one after the other, and report how much of the ranks' part of them has been passed."""
+    sizes = {
+        name: sum(prod(shape) for shape in parameter.local_shapes if shape is not None)
+        * sum(ITEMSIZE[dtype] for dtype in parameter.states.values())
+        for name, parameter in parameters.items()
+    }
+    total, done = sum(sizes.values()), 0
+    for name, numbytes in sizes.items():
+        yield name
+        done += numbytes
+        progress(done, total)
+
+
+class HeldValues:
+    """The local tensors of a checkpoint's ranks, read a few rows at a time."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.reader = checkpoint, FileReader(checkpoint.versions)
+
+    def differing(self, parameter: Parameter, state: str, one: tuple[int, Piece], other: tuple[int, Piece]) -> int:
+        """Return in how many elements, bit by bit, two ranks' copies of a logical box differ."""
+        count = 0
+        for left, right in zip(self._rows(parameter, state, *one), self._rows(parameter, state, *other), strict=True):
+            count += int((left != right).sum())
+        return count
+
+    def distance(self, parameter: Parameter, state: str, one: tuple[int, Piece], other: tuple[int, Piece]) -> float:
+        """Return the square of the distance of two ranks' copies of a logical box over the sum of their squares: 0 equal, 1
+        unrelated."""
+        dtype = NAMED_DTYPES[parameter.states[state]]
+        apart = total = 0.0
+        for rows in zip(self._rows(parameter, state, *one), self._rows(parameter, state, *other), strict=True):
+            left, right = (side.contiguous().view(dtype).double() for side in rows)
+            apart += float((left - right).square().sum())
+            total += float(left.square().sum() + right.square().sum())
+        return apart / total if total else 0.0
+
+    def equal(self, parameter: Parameter, state: str, layout: Layout) -> bool:
+        """Return whether the local tensors of all ranks that hold something are equal, bit by bit."""
+        first, *others = [(rank, local.pieces) for rank, local in enumerate(layout.locals) if local.pieces]
+        for rank, pieces in others:
+            for piece, mine in zip(pieces, first[1], strict=True):
+                rows = zip(
+                    self._rows(parameter, state, rank, piece),
+                    self._rows(parameter, state, first[0], mine),
+                    strict=True,
+                )
+                if not all(torch.equal(left, right) for left, right in rows):
+                    return False
+        return True
+
+    def constant(self, parameter: Parameter, state: str, layout: Layout) -> bool:
+        """Return whether the first rank that holds something holds one repeated number."""
+        rank, local = next((rank, local) for rank, local in enumerate(layout.locals) if local.pieces)
+        seen = {
+            bits
+            for piece in local.pieces
+            for rows in self._rows(parameter, state, rank, piece)
+            for bits in (int(rows.min()), int(rows.max()))
+        }
+        return len(seen) == 1
+
+    def _rows(self, parameter: Parameter, state: str, rank: int, piece: Piece) -> Iterator[torch.Tensor]:
+        """Yield the bits of a piece of a rank's local tensor, as integers."""
+        shape, box = parameter.local_shapes[rank], piece.local_box
+        assert shape is not None
+        if not shape:
+            yield self.flat(parameter, state, rank, 0, 1)
+            return
+        row = prod(shape[1:])
+        step = max(CHUNK_NUMBYTES // max(row * ITEMSIZE[parameter.states[state]], 1), 1)
+        inner = (slice(None), *(slice(low, high) for low, high in zip(box.start[1:], box.stop[1:], strict=True)))
+        for start in range(box.start[0], box.stop[0], step):
+            stop = min(start + step, box.stop[0])
+            flat = self.flat(parameter, state, rank, start * row, stop * row)
+            yield flat.view(stop - start, *shape[1:])[inner]
+
+    def flat(self, parameter: Parameter, state: str, rank: int, start: int, stop: int) -> torch.Tensor:
+        """Return the bits of a flat interval of a rank's local tensor, as integers."""
+        dtype = parameter.states[state]
+        flat = torch.empty(stop - start, dtype=NAMED_DTYPES[dtype])
+        for fragment in self.checkpoint.fragments(parameter.name, state, rank, start, stop):
+            low, high = max(fragment.local_start, start), min(fragment.local_start + fragment.numel, stop)
+            if low < high:
+                at = fragment.buffer_start + low - fragment.local_start
+                view: StridedView[FileExtent] = StridedView(fragment.buffer, at, (1,))
+                self.reader.read_into(view, flat[low - start : high - start])
+        return flat.view(INTEGERS[ITEMSIZE[dtype]])
