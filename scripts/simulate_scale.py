@@ -32,8 +32,8 @@ from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, Manifest,
 from ucp_deepspeed.checkpoint.experts import EXPERTS, expert_of, holder_of, numbers_of_experts
 from ucp_deepspeed.layout import FlatGroup, Shape, SlicedGroup, Topology
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Shard
-from ucp_deepspeed.transfer.target_ranks import stages_of
-from ucp_deepspeed.transfer.targeting import plan_target
+from ucp_deepspeed.transfer.planning.target_ranks import stages_of
+from ucp_deepspeed.transfer.planning.targeting import plan_target
 
 T = TypeVar("T")
 

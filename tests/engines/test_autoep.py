@@ -26,7 +26,7 @@ from ucp_deepspeed.testing.huggingface_models import EXPERT_FAMILIES, build_hugg
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import VOCABULARY, Run, batch_of, build_engine, train_step
 from ucp_deepspeed.transfer.conversion import convert
-from ucp_deepspeed.transfer.targeting import plan_target
+from ucp_deepspeed.transfer.planning.targeting import plan_target
 
 Ranks = Callable[[int], RankPool]
 

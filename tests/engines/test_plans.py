@@ -13,8 +13,8 @@ from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.testing.ranks import RankPool
 from ucp_deepspeed.testing.runs import Run, train
-from ucp_deepspeed.transfer.policies import Policies
-from ucp_deepspeed.transfer.targeting import plan_target
+from ucp_deepspeed.transfer.planning.policies import Policies
+from ucp_deepspeed.transfer.planning.targeting import plan_target
 
 Ranks = Callable[[int], RankPool]
 

@@ -21,7 +21,7 @@ from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.plan import sharing
 from ucp_deepspeed.testing.ranks import RankPool
 from ucp_deepspeed.testing.runs import Run, build_engine, train
-from ucp_deepspeed.transfer import targeting
+from ucp_deepspeed.transfer.planning import targeting
 
 Ranks = Callable[[int], RankPool]
 

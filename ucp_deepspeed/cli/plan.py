@@ -26,8 +26,8 @@ from ucp_deepspeed.cli.plots import draw_plan, plot_option
 from ucp_deepspeed.cli.tables import new_console, new_table, print_lines, print_plain
 from ucp_deepspeed.errors import MAX_LISTED, ConfigError
 from ucp_deepspeed.layout import Topology
-from ucp_deepspeed.transfer.policies import Policies
-from ucp_deepspeed.transfer.targeting import RankPlan, TargetPlan, plan_target
+from ucp_deepspeed.transfer.planning.policies import Policies
+from ucp_deepspeed.transfer.planning.targeting import RankPlan, TargetPlan, plan_target
 
 IMPOSSIBLE = 1
 """Exit status for a topology on which the checkpoint can't be resumed."""

@@ -12,8 +12,8 @@ import click
 from ucp_deepspeed.cli.options import in_words, state_bytes
 from ucp_deepspeed.cli.tables import box_in_words
 from ucp_deepspeed.errors import ConfigError, UnsupportedError
-from ucp_deepspeed.transfer.target_plan import TargetPlan
-from ucp_deepspeed.transfer.target_ranks import layer_of
+from ucp_deepspeed.transfer.planning.target_plan import TargetPlan
+from ucp_deepspeed.transfer.planning.target_ranks import layer_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

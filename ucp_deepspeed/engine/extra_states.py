@@ -12,7 +12,7 @@ from ucp_deepspeed.checkpoint.extra_states import shared_extra_states, under_oth
 from ucp_deepspeed.engine.loading.pairing import Names
 from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.errors import MismatchError
-from ucp_deepspeed.transfer.policies import Policies
+from ucp_deepspeed.transfer.planning.policies import Policies
 
 ExtraStates = tuple[tuple[Module, Any], ...]
 """Modules, each with the value for its ``set_extra_state``."""

@@ -34,7 +34,7 @@ from ucp_deepspeed.errors import ConfigError, MismatchError, UniversalCheckpoint
 from ucp_deepspeed.language import Spec, load_spec
 from ucp_deepspeed.layout import FlatGroup, Flattening, Shape, SlicedGroup, Topology
 from ucp_deepspeed.layout.pattern import Pattern, Replicate
-from ucp_deepspeed.transfer.target import TargetSlot
+from ucp_deepspeed.transfer.planning.target import TargetSlot
 
 T = TypeVar("T")
 

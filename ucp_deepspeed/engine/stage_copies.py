@@ -19,7 +19,7 @@ from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import EngineModel, agreement
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.engine.optimizers.states import is_number
-from ucp_deepspeed.transfer.policies import Policies
+from ucp_deepspeed.transfer.planning.policies import Policies
 from ucp_deepspeed.transfer.stage_copies import (
     has_one_master,
     held_by_several,

@@ -24,9 +24,9 @@ from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, Nat
 from ucp_deepspeed.transfer import FileReader, gather
 from ucp_deepspeed.transfer import conversion as convert_module
 from ucp_deepspeed.transfer.conversion import convert
+from ucp_deepspeed.transfer.planning.targeting import plan_target
 from ucp_deepspeed.transfer.ranks import taking_part
 from ucp_deepspeed.transfer.stage_copies import Seen, look, may_differ, merge, settle, with_copies_of
-from ucp_deepspeed.transfer.targeting import plan_target
 
 WORD, GAIN, LAST = "tied_modules.words.weight", "tied_modules.words.gain", "2.tail"
 RUN = NativeRun(stage=1, dp=2, pp=2)

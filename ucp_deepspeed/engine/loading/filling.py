@@ -25,8 +25,8 @@ from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UniversalCheckpointError
 from ucp_deepspeed.plan import Fragment, Interval, Sharing, without
 from ucp_deepspeed.transfer import CopyPool, FileReader, TransferCount, run_copies
-from ucp_deepspeed.transfer.policies import Policies
-from ucp_deepspeed.transfer.rank_planner import Copies, PlannedBuffer
+from ucp_deepspeed.transfer.planning.policies import Policies
+from ucp_deepspeed.transfer.planning.rank_planner import Copies, PlannedBuffer
 
 ROUNDED_NUMEL = 1 << 16
 """Elements that are rounded at a time: few enough to stay in caches."""

@@ -60,7 +60,7 @@ from ucp_deepspeed.errors import (
     MismatchError,
     UnsupportedError,
 )
-from ucp_deepspeed.transfer.numbers import PartitionNumbers
+from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
 
 logger = logging.getLogger("ucp_deepspeed")
 

@@ -33,7 +33,7 @@ from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, only_ev
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.language.wrappers import seen_through
 from ucp_deepspeed.layout import Shape
-from ucp_deepspeed.transfer.numbers import usable
+from ucp_deepspeed.transfer.planning.numbers import usable
 
 logger = logging.getLogger("ucp_deepspeed")
 

@@ -1,4 +1,4 @@
-"""Match the checkpoint's parameters with the live model's; see `ucp_deepspeed.transfer.policies`."""
+"""Match the checkpoint's parameters with the live model's; see `ucp_deepspeed.transfer.planning.policies`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import logical_names, naming_specs
 from ucp_deepspeed.language.wrappers import seen_through
-from ucp_deepspeed.transfer.policies import (
+from ucp_deepspeed.transfer.planning.policies import (
     Matching,
     Policies,
     check_any,

@@ -22,10 +22,10 @@ from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import per_rank, resolve_patterns
 from ucp_deepspeed.layout.pattern import AnyPattern
-from ucp_deepspeed.transfer.numbers import PartitionNumbers, usable
-from ucp_deepspeed.transfer.policies import Matching, Policies
-from ucp_deepspeed.transfer.rank_planner import PlannedBuffer, RankPlanner, TargetOptimizer
-from ucp_deepspeed.transfer.target import KeptStates, TargetRank, TargetSlot
+from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers, usable
+from ucp_deepspeed.transfer.planning.policies import Matching, Policies
+from ucp_deepspeed.transfer.planning.rank_planner import PlannedBuffer, RankPlanner, TargetOptimizer
+from ucp_deepspeed.transfer.planning.target import KeptStates, TargetRank, TargetSlot
 
 logger = logging.getLogger("ucp_deepspeed")
 

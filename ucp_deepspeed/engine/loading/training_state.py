@@ -18,8 +18,8 @@ from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.loading.pairing import Names
 from ucp_deepspeed.engine.optimizers import EngineOptimizer
 from ucp_deepspeed.errors import MismatchError
-from ucp_deepspeed.transfer.group_settings import GroupSettings, Settings, settings_of_groups
-from ucp_deepspeed.transfer.numbers import PartitionNumbers
+from ucp_deepspeed.transfer.planning.group_settings import GroupSettings, Settings, settings_of_groups
+from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
 
 if TYPE_CHECKING:
     from ucp_deepspeed.engine.loading.native import LoadOptions

@@ -23,8 +23,8 @@ from ucp_deepspeed.engine.optimizers.states import (
     kept_states,
     keys_after_load,
 )
-from ucp_deepspeed.transfer.group_settings import UNTELLING
-from ucp_deepspeed.transfer.target import KeptStates, TargetSlot
+from ucp_deepspeed.transfer.planning.group_settings import UNTELLING
+from ucp_deepspeed.transfer.planning.target import KeptStates, TargetSlot
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 
 from ucp_deepspeed.checkpoint.deepspeed.zero import MOMENTUM
 from ucp_deepspeed.checkpoint.slots import is_number_in_tensor
-from ucp_deepspeed.transfer.target import KeptStates
+from ucp_deepspeed.transfer.planning.target import KeptStates
 
 COMPILED_STATES: Mapping[str, tuple[str, ...]] = {
     "FusedAdam": ("exp_avg", "exp_avg_sq"),

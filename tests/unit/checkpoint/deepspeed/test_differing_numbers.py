@@ -21,8 +21,8 @@ from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.testing.native_files import NativeRun, add_manifest, write_native
 from ucp_deepspeed.transfer.compare import compare
 from ucp_deepspeed.transfer.conversion import convert
-from ucp_deepspeed.transfer.policies import Policies
-from ucp_deepspeed.transfer.targeting import plan_target
+from ucp_deepspeed.transfer.planning.policies import Policies
+from ucp_deepspeed.transfer.planning.targeting import plan_target
 
 MODEL = model_of({"first": (5, 3), "second": (7,), "third": (2, 2)})
 GROUPS = (("first", "third"), ("second",))

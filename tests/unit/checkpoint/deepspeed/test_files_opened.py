@@ -17,7 +17,7 @@ from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.testing.native_files import Cut, NativeModel, NativeParameter, NativeRun, add_manifest, write_native
-from ucp_deepspeed.transfer.targeting import RankPlan, plan_target
+from ucp_deepspeed.transfer.planning.targeting import RankPlan, plan_target
 
 LAYERS = 4
 CUTS: Mapping[str, tuple[tuple[int, ...], Cut]] = {

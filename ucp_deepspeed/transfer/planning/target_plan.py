@@ -1,11 +1,11 @@
-"""The answer of a plan for a topology; see `ucp_deepspeed.transfer.targeting`."""
+"""The answer of a plan for a topology; see `ucp_deepspeed.transfer.planning.targeting`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from ucp_deepspeed.layout import Topology
-from ucp_deepspeed.transfer.policies import Matching
+from ucp_deepspeed.transfer.planning.policies import Matching
 
 
 @dataclass(frozen=True, slots=True)

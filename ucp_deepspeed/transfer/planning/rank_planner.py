@@ -35,10 +35,10 @@ from ucp_deepspeed.plan import (
     plan_tensor,
     read_together,
 )
-from ucp_deepspeed.transfer.numbers import PartitionNumbers
-from ucp_deepspeed.transfer.policies import Policies, is_grown
-from ucp_deepspeed.transfer.target import KeptStates, TargetRank, TargetSlot
-from ucp_deepspeed.transfer.target_plan import Obstacle
+from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
+from ucp_deepspeed.transfer.planning.policies import Policies, is_grown
+from ucp_deepspeed.transfer.planning.target import KeptStates, TargetRank, TargetSlot
+from ucp_deepspeed.transfer.planning.target_plan import Obstacle
 
 Copies = tuple[BlockCopy[FileExtent, None], ...]
 

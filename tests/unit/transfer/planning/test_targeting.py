@@ -23,8 +23,8 @@ from ucp_deepspeed.testing.ranks import get_pool
 from ucp_deepspeed.testing.runs import Run, train
 from ucp_deepspeed.transfer import FileReader, run_copies
 from ucp_deepspeed.transfer.conversion import convert
-from ucp_deepspeed.transfer.target_ranks import stages_of, target_ranks
-from ucp_deepspeed.transfer.targeting import RankPlan, counted, plan_target
+from ucp_deepspeed.transfer.planning.target_ranks import stages_of, target_ranks
+from ucp_deepspeed.transfer.planning.targeting import RankPlan, counted, plan_target
 
 RULES = [
     {"match": "embedding", "pattern": "shard", "dim": 0},

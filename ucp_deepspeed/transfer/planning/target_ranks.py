@@ -20,7 +20,7 @@ from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.layout import FlatGroup, Flattening, SlicedGroup, Topology
 from ucp_deepspeed.layout.pattern import split_evenly
-from ucp_deepspeed.transfer.target import TargetRank, TargetSlot
+from ucp_deepspeed.transfer.planning.target import TargetRank, TargetSlot
 
 RankNumber = tuple[int, int]
 """Model-parallel and data-parallel rank."""

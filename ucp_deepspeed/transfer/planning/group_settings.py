@@ -10,7 +10,7 @@ import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, IMPLEMENTATION_SWITCHES, ParameterGroup
 from ucp_deepspeed.checkpoint.encoding import same_value
-from ucp_deepspeed.transfer.numbers import PartitionNumbers, usable
+from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers, usable
 
 UNTELLING = frozenset(("params", "initial_lr", *IMPLEMENTATION_SWITCHES, GROUP_STEP))
 """Keys of groups that don't tell an optimizer's class: something else makes them, or the optimizer makes them at its first

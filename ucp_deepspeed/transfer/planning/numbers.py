@@ -12,8 +12,8 @@ from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.differing import DIFFERING_HINT, all_same, in_words, made_one
 from ucp_deepspeed.checkpoint.slots import Numbers, place_of
 from ucp_deepspeed.layout import Topology
-from ucp_deepspeed.transfer.policies import Policies
-from ucp_deepspeed.transfer.target import TargetSlot
+from ucp_deepspeed.transfer.planning.policies import Policies
+from ucp_deepspeed.transfer.planning.target import TargetSlot
 
 
 class PartitionNumbers:

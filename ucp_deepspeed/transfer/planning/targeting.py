@@ -25,14 +25,21 @@ from ucp_deepspeed.layout import Layout, Shard, Topology
 from ucp_deepspeed.layout.pattern import AnyPattern
 from ucp_deepspeed.plan import SHARED_READ_NUMBYTES, BlockCopy
 from ucp_deepspeed.transfer.copying import TransferCount
-from ucp_deepspeed.transfer.group_settings import UNTELLING, settings_of_groups
-from ucp_deepspeed.transfer.numbers import PartitionNumbers
-from ucp_deepspeed.transfer.policies import Policies, check_any, check_matching, check_recorded, is_grown, match
-from ucp_deepspeed.transfer.rank_planner import RankPlanner, TargetOptimizer
+from ucp_deepspeed.transfer.planning.group_settings import UNTELLING, settings_of_groups
+from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
+from ucp_deepspeed.transfer.planning.policies import (
+    Policies,
+    check_any,
+    check_matching,
+    check_recorded,
+    is_grown,
+    match,
+)
+from ucp_deepspeed.transfer.planning.rank_planner import RankPlanner, TargetOptimizer
+from ucp_deepspeed.transfer.planning.target import KeptStates, TargetRank, TargetSlot
+from ucp_deepspeed.transfer.planning.target_plan import Obstacle, RankPlan, TargetPlan
+from ucp_deepspeed.transfer.planning.target_ranks import RankNumber, layer_of, stacked_experts, stages_of, target_ranks
 from ucp_deepspeed.transfer.stage_copies import may_differ
-from ucp_deepspeed.transfer.target import KeptStates, TargetRank, TargetSlot
-from ucp_deepspeed.transfer.target_plan import Obstacle, RankPlan, TargetPlan
-from ucp_deepspeed.transfer.target_ranks import RankNumber, layer_of, stacked_experts, stages_of, target_ranks
 
 RESTORE_ALL = Policies()
 """Policies that allow nothing to be missing or left out."""
