@@ -16,11 +16,10 @@ from pydantic import (
     model_validator,
 )
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.errors import ConfigError
-from ucp_deepspeed.plan import SHARED_READ_NUMBYTES
-from ucp_deepspeed.transfer.copying import LEAST_MEMORY_NUMBYTES, MEMORY_NUMBYTES
 
 CONFIG_KEY = "universal_checkpoint"
 
@@ -84,8 +83,8 @@ class UniversalCheckpointConfig(BaseModel):
     hyperparameters: Literal["restore", "keep"] = "restore"
     random_state: Literal["restore", "keep"] = "restore"
     on_unreadable: OnUnreadable = "error"
-    shared_read_bytes: NonNegativeInt = SHARED_READ_NUMBYTES
-    read_memory_bytes: int = Field(default=MEMORY_NUMBYTES, ge=LEAST_MEMORY_NUMBYTES)
+    shared_read_bytes: NonNegativeInt = tunables.SHARED_READ_NUMBYTES
+    read_memory_bytes: int = Field(default=tunables.MEMORY_NUMBYTES, ge=tunables.LEAST_MEMORY_NUMBYTES)
     save: SaveConfig = SaveConfig()
 
     @property

@@ -27,12 +27,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.errors import MismatchError, UniversalCheckpointError
 
 Indices = NDArray[np.int64]
-
-BLOCK = 4096
-"""Indices that are computed at a time."""
 
 
 class DataPositionError(UniversalCheckpointError):
@@ -219,8 +217,8 @@ class ResumableSampler(Sampler[int]):
         """Indices for this rank; the position is looked up when the first one is asked for."""
         ahead, ranks = self._next_pass(), self.num_replicas
         seen = handed = ahead.start
-        for start in range(ahead.start, ahead.stop, BLOCK * ranks):
-            stop = min(start + BLOCK * ranks, ahead.stop)
+        for start in range(ahead.start, ahead.stop, tunables.INDICES * ranks):
+            stop = min(start + tunables.INDICES * ranks, ahead.stop)
             for index in self.stream.at(np.arange(start + self.rank, stop, ranks)).tolist():
                 if self._engine is not None:
                     seen = self._checked(seen, handed)

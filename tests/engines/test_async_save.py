@@ -23,6 +23,7 @@ from deepspeed.runtime.checkpoint_engine import FastCheckpointEngine, TorchCheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ucp_deepspeed
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.config import SaveConfig
@@ -478,7 +479,7 @@ def test_another_checkpoint_engine_is_refused() -> None:
 
 
 def test_a_folder_that_another_node_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(save, "SEEN_SECONDS", 0.0)
+    monkeypatch.setattr(tunables, "VISIBLE_SECONDS", 0.0)
     monkeypatch.setattr(save.dist, "get_rank", lambda: 1)
     with pytest.raises(SaveError, match="isn't the same folder on all ranks: rank 1 doesn't see what rank 0 made"):
         save._await_folder(tmp_path / "made-by-rank-0")

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from checkpoints import STEP, differences
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.engine.loading import exchange, planning
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.layout import Topology
-from ucp_deepspeed.plan import sharing
 from ucp_deepspeed.testing.ranks import RankPool
 from ucp_deepspeed.testing.runs import Run, build_engine, train
 from ucp_deepspeed.transfer.planning import targeting
@@ -165,8 +165,8 @@ def test_the_plan_foretells_it(
     ranks(2).run(train, replace(source, universal=ALL), STEP, save=str(tmp_path))
     target = replace(target, precision=source.precision, universal=ALL)
     outcomes = ranks(4).run(train, target, STEP, load=str(tmp_path))
-    assert outcomes[0].report.bytes_read < sharing.SHARED_READ_NUMBYTES
-    monkeypatch.setattr(targeting, "SHARED_READ_NUMBYTES", 0)
+    assert outcomes[0].report.bytes_read < tunables.SHARED_READ_NUMBYTES
+    monkeypatch.setattr(tunables, "SHARED_READ_NUMBYTES", 0)
     plan = targeting.plan_target(open_checkpoint(tmp_path), topology)
     by_place = {(rank.data_parallel_rank, rank.model_parallel_rank): rank.bytes_read for rank in plan.ranks}
     planned = [by_place[divmod(rank, topology.tp)] for rank in range(4)]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 
-from ucp_deepspeed.engine.saving import snapshot as module
+from ucp_deepspeed import tunables
 from ucp_deepspeed.engine.saving.snapshot import FileSnapshot, HostBuffers, snapshot
 
 
@@ -33,7 +33,7 @@ def everything() -> dict[str, Any]:
         "dtypes": (torch.tensor(True), torch.tensor(1 + 2j), torch.zeros(2, dtype=torch.bfloat16)),
         "empty": torch.empty(0),
         "number": torch.tensor(3.5),
-        "large": torch.arange(module.LEAST_SHARED // 4 + 5),
+        "large": torch.arange(tunables.LEAST_SHARED_NUMBYTES // 4 + 5),
         "ordered": ordered,
         "storage": torch.arange(4).untyped_storage(),
         "text": ["é", None, 1.5, {"x": (1, 2)}],

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from ucp_deepspeed.data import BLOCK, DataPositionError, ResumableSampler, SampleStream, permuted
+from ucp_deepspeed import tunables
+from ucp_deepspeed.data import DataPositionError, ResumableSampler, SampleStream, permuted
 from ucp_deepspeed.errors import MismatchError
 
 
@@ -127,8 +128,8 @@ def test_many_samples_take_no_memory() -> None:
     """A stored order of a billion samples would take 8 GB on every rank, and minutes to make."""
     sampler = ResumableSampler(10**9, 8, 3, global_batch_size=1024)
     sampler.set_position(5 * 10**9 + 512)
-    first = list(islice(sampler, BLOCK + 5))
-    expected = SampleStream(10**9).at(5 * 10**9 + 512 + 3 + 8 * np.arange(BLOCK + 5))
+    first = list(islice(sampler, tunables.INDICES + 5))
+    expected = SampleStream(10**9).at(5 * 10**9 + 512 + 3 + 8 * np.arange(tunables.INDICES + 5))
     assert first == expected.tolist() and sampler.epoch == 5
 
 

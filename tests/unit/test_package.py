@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "transfer": {"layout", "plan", "language", "checkpoint"},
     "megatron": {"layout", "parallel"},
 }
-"""Sub-package → those that it may import, besides itself, ``errors`` and ``dtypes``."""
+"""Sub-package → those that it may import, besides itself, ``errors``, ``dtypes`` and ``tunables``."""
 
 OUTSIDE = {
     "layout": {"torch", "numpy", "deepspeed", "megatron"},
@@ -50,6 +50,8 @@ def imports_of(folder: Path) -> set[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module == "ucp_deepspeed":
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 found.add(node.module)
     return found
@@ -58,7 +60,7 @@ def imports_of(folder: Path) -> set[str]:
 @pytest.mark.parametrize("name", MAY_IMPORT)
 def test_imports_point_one_way(name: str) -> None:
     inside = {module.split(".")[1] for module in imports_of(PACKAGE / name) if module.startswith("ucp_deepspeed.")}
-    assert inside <= MAY_IMPORT[name] | {name, "errors", "dtypes"}
+    assert inside <= MAY_IMPORT[name] | {name, "errors", "dtypes", "tunables"}
 
 
 @pytest.mark.parametrize("name", OUTSIDE)

@@ -6,6 +6,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.files import is_model_states
@@ -25,9 +26,6 @@ UNIVERSAL_LATEST_NAME = "latest_universal"
 
 LONGEST_SHOWN = 100
 """Most characters of a tag's name that a message repeats. The file ``latest`` may hold anything."""
-
-REPLACING_SECONDS = 1.0
-"""Far more time than the two renames of a save take."""
 
 UNFINISHED = "is what an interrupted conversion, or save in the background, left behind; convert again, or save again"
 
@@ -87,7 +85,7 @@ def interrupted(root: Path) -> dict[Path, Path]:
 def _lies_aside(folder: Path) -> Path | None:
     """Return where the content of a missing folder lies; None if it is nowhere."""
     if _is_folder(folder.parent) and folder in interrupted(folder.parent):
-        time.sleep(REPLACING_SECONDS)  # a save may be about to put the new one in its place
+        time.sleep(tunables.REPLACING_SECONDS)  # a save may be about to put the new one in its place
         return folder if folder.is_dir() else interrupted(folder.parent).get(folder)
     return None
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import click
 from rich.table import Table
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.cli.options import (
@@ -31,9 +32,6 @@ from ucp_deepspeed.transfer.planning.targeting import RankPlan, TargetPlan, plan
 
 IMPOSSIBLE = 1
 """Exit status for a topology on which the checkpoint can't be resumed."""
-
-MOST_RANKS = 1 << 20
-"""Ranks of a topology that are planned: each takes some memory."""
 
 MOST_ROWS = 16
 """Ranks that the table shows; of more ranks it shows half as many with the fewest bytes, and half as many with the most."""
@@ -98,8 +96,10 @@ def plan_command(
     DeepSpeed's default settings are assumed. Exit status: 0 when the topology is possible, 1 when it isn't, 2 when nobody
     can tell.
     """
-    if tp * pp * dp > MOST_RANKS:
-        raise ConfigError(f"TP{tp}·PP{pp}·DP{dp} has {tp * pp * dp:,} ranks; at most {MOST_RANKS:,} are planned")
+    if tp * pp * dp > tunables.MOST_RANKS:
+        raise ConfigError(
+            f"TP{tp}·PP{pp}·DP{dp} has {tp * pp * dp:,} ranks; at most {tunables.MOST_RANKS:,} are planned"
+        )
     opened = open_checkpoint(checkpoint, tag)
     policies = Policies(on_missing == "init", on_extra == "drop", optimizer_states, differing=on_differing)
     target = None if model is None else open_checkpoint(model)

@@ -10,10 +10,8 @@ from contextlib import contextmanager
 import click
 from rich.console import Console
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.cli.options import in_words
-
-FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0
-"""Seconds before the first line in a log, and at most between two: a pause is twice as long as the one before it."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are done, and all bytes."""
@@ -41,14 +39,14 @@ class _Lines:
     """Progress for a log."""
 
     def __init__(self, what: str) -> None:
-        self._what, self._start, self._pause = what, time.monotonic(), FIRST_PAUSE
-        self._next = self._start + FIRST_PAUSE
+        self._what, self._start, self._pause = what, time.monotonic(), tunables.TOLD_SECONDS
+        self._next = self._start + tunables.TOLD_SECONDS
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if now < self._next or not 0 < done < total:
             return
-        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        self._pause = min(2 * self._pause, tunables.MOST_TOLD_SECONDS)
         self._next = now + self._pause
         rate = done / (now - self._start)
         left = round((total - done) / rate)

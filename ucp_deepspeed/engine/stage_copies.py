@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.torch_files.reading import INTEGERS
@@ -32,9 +33,6 @@ from ucp_deepspeed.transfer.stage_copies import (
 )
 
 logger = logging.getLogger("ucp_deepspeed")
-
-CHUNK_NUMEL = 1 << 22
-"""Elements that are summed at a time."""
 
 
 def with_copies_for(
@@ -183,8 +181,8 @@ def sum_of_bits(values: torch.Tensor, start: int) -> int:
         start: place of the first element.
     """
     total = 0
-    for begin in range(0, values.numel(), CHUNK_NUMEL):
-        part = values[begin : begin + CHUNK_NUMEL]
+    for begin in range(0, values.numel(), tunables.SUMMED_NUMEL):
+        part = values[begin : begin + tunables.SUMMED_NUMEL]
         bits = part.contiguous().view(INTEGERS[part.element_size()]).to(torch.int64)
         place = torch.arange(start + begin, start + begin + bits.numel(), device=bits.device)
         total += int((bits * _spread(place)).sum())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.errors import SpecError
 from ucp_deepspeed.language.naming import Renaming, translate
 from ucp_deepspeed.layout.box import Shape
@@ -18,9 +19,6 @@ MOST_LINES = 12
 
 PLACEHOLDERS = "nmkl"
 """Names for the numbers in one beginning."""
-
-MOST_NAMES = 4096
-"""Most names of a side. With more, no rule is looked for."""
 
 
 def suggest_renamings(
@@ -32,7 +30,7 @@ def suggest_renamings(
         source, target: names that only this side has → their shapes.
         common: names that both sides have.
     """
-    if not source or not target or max(len(source), len(target)) > MOST_NAMES:
+    if not source or not target or max(len(source), len(target)) > tunables.MOST_RENAMED:
         return []
     found = [_rules(one, other, longer) for longer in range(3) for one, other in ((source, target), (target, source))]
     sound = [rules for rules in found if rules and _holds(rules, source, target, common)]

@@ -13,7 +13,6 @@ from ucp_deepspeed.plan.plan import (
     plan_tensor,
 )
 from ucp_deepspeed.plan.sharing import (
-    SHARED_READ_NUMBYTES,
     UNDIVIDED,
     Division,
     Interval,
@@ -25,7 +24,6 @@ from ucp_deepspeed.plan.sharing import (
 )
 
 __all__ = [
-    "SHARED_READ_NUMBYTES",
     "UNDIVIDED",
     "BlockCopy",
     "Division",

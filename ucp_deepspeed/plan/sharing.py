@@ -10,13 +10,8 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.layout import Box, Layout, LocalTensor, Shape
-
-SHARED_READ_NUMBYTES = 64 << 20
-"""If ranks share fewer bytes than this, each reads them all: that costs less than exchanging them."""
-
-ALIGNMENT_NUMBYTES = 64
-"""Shared parts are cut at multiples of this, which are element boundaries of every dtype."""
 
 Interval = tuple[int, int]
 """Part of a buffer: the first element, and the one behind the last."""
@@ -112,7 +107,7 @@ def divide(
     buffers: Sequence[Shareable],
     replicas: Mapping[Any, tuple[int, int]],
     tensor_parallel: tuple[int, int],
-    least_numbytes: int = SHARED_READ_NUMBYTES,
+    least_numbytes: int = tunables.SHARED_READ_NUMBYTES,
 ) -> list[Division]:
     """Divide shared bytes among ranks, if there are enough to be worth the exchange.
 
@@ -198,7 +193,7 @@ def _share(runs: Sequence[_Run], ranks: int, rank: int, least_numbytes: int) -> 
             cut = numbytes if reader == ranks - 1 else total * (reader + 1) // ranks - begin
             inside = cut < numbytes
             end = (
-                run.start + max(cut, 0) // ALIGNMENT_NUMBYTES * ALIGNMENT_NUMBYTES // run.itemsize
+                run.start + max(cut, 0) // tunables.ALIGNMENT_NUMBYTES * tunables.ALIGNMENT_NUMBYTES // run.itemsize
                 if inside
                 else run.stop
             )

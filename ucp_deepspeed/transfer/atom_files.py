@@ -8,19 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.universal.catalog import atom_key
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
-
-FILE_NUMBYTES = 4 << 30
-"""Bytes of atoms in one file, unless a single atom is larger."""
-
-BLOCK_NUMBYTES = 4096
-"""Data begins on a multiple of this size, so that chunks can be written straight to the disk, whose blocks are rarely larger."""
-
-PAGE_NUMBYTES = 64 << 10
-"""Size of a page: the largest of the page sizes in use. No two ranks write to the same page of a file, since on a network file
-system each machine has its own copy of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +50,7 @@ class AtomFile:
             for atom in self.atoms
         }
         text = json.dumps(entries, separators=(",", ":")).encode("utf-8")
-        text += b" " * (-(len(text) + 8) % BLOCK_NUMBYTES)
+        text += b" " * (-(len(text) + 8) % tunables.BLOCK_NUMBYTES)
         return len(text).to_bytes(8, "little") + text
 
     @cached_property
@@ -70,7 +61,7 @@ class AtomFile:
     def page_start(self, data_offset: int) -> int:
         """Return where the page that holds this byte begins in the data; for a byte outside, the nearer end of the data."""
         header = len(self.header)
-        start = (header + data_offset) // PAGE_NUMBYTES * PAGE_NUMBYTES - header
+        start = (header + data_offset) // tunables.PAGE_NUMBYTES * tunables.PAGE_NUMBYTES - header
         return self.data_numbytes if data_offset >= self.data_numbytes else max(start, 0)
 
 
@@ -95,7 +86,7 @@ class Chunk(DataRange):
     atoms: tuple[Atom, ...]
 
 
-def lay_out(view: UniversalView, file_numbytes: int = FILE_NUMBYTES) -> tuple[AtomFile, ...]:
+def lay_out(view: UniversalView, file_numbytes: int = tunables.FILE_NUMBYTES) -> tuple[AtomFile, ...]:
     """Place all atoms in files: by parameter, widest elements first within a file so that all are aligned."""
     sizes = [
         (name, state, dtype, view.logical_shape(name), prod(view.logical_shape(name)))

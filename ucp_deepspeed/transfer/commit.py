@@ -17,15 +17,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from ucp_deepspeed.checkpoint import opening
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.opening import interrupted
 from ucp_deepspeed.checkpoint.universal.catalog import PARTIAL_MARK, REPLACED_MARK, home_of
 from ucp_deepspeed.errors import ConfigError
 
 logger = logging.getLogger("ucp_deepspeed")
-
-LOCK_SECONDS, LOOK_SECONDS = 10.0, 0.01
-"""Seconds to wait for a folder's lock, which is held for less than a second, and seconds between two looks."""
 
 
 @contextmanager
@@ -136,13 +133,13 @@ os.register_at_fork(after_in_child=_hold_nothing)
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time run the block, where the file system has locks. Wait only `LOCK_SECONDS`, in case one hangs."""
+    """Let one process at a time run the block, where the file system has locks. Wait a limited time, in case one hangs."""
     descriptor = os.open(folder, os.O_RDONLY)
-    end = time.monotonic() + LOCK_SECONDS
+    end = time.monotonic() + tunables.LOCK_SECONDS
     try:
         with suppress(OSError):
             while not _lock(descriptor) and time.monotonic() < end:
-                time.sleep(LOOK_SECONDS)
+                time.sleep(tunables.LOOK_SECONDS)
         yield
     finally:
         os.close(descriptor)
@@ -291,7 +288,7 @@ def put_back(root: Path) -> None:
     """
     if interrupted(root):
         time.sleep(
-            opening.REPLACING_SECONDS
+            tunables.REPLACING_SECONDS
         )  # a process on another machine may be about to put the new one in its place
         for final, replaced in interrupted(root).items():
             with suppress(OSError):  # another rank was faster

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, IMPLEMENTATION_SWITCHES, Checkpoint
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states, under_other_keys
@@ -18,9 +19,6 @@ from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.layout import Shape
 from ucp_deepspeed.transfer.copying import FileReader, gather
 from ucp_deepspeed.transfer.stage_copies import look, may_differ, settle, with_copies_of
-
-COMPARE_NUMBYTES = 16 << 20
-"""Bytes of each side held at a time: larger chunks than a few MiB are no faster."""
 
 What = Literal[
     "presence",
@@ -70,7 +68,7 @@ def compare(
     view_a: UniversalView,
     view_b: UniversalView,
     *,
-    chunk_numbytes: int = COMPARE_NUMBYTES,
+    chunk_numbytes: int = tunables.COMPARED_NUMBYTES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Difference]:
     """Return everything in which two checkpoints differ; empty when a run resumed from either would be in the same state.

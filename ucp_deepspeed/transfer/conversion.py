@@ -20,26 +20,24 @@ import safetensors
 import safetensors.torch
 import torch
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.universal.catalog import CLIENT_TENSORS_NAME, INDEX_NAME, Index, UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError
-from ucp_deepspeed.transfer.atom_files import FILE_NUMBYTES, AtomFile, lay_out, share_of
+from ucp_deepspeed.transfer.atom_files import AtomFile, lay_out, share_of
 from ucp_deepspeed.transfer.commit import committed_folder
 from ucp_deepspeed.transfer.copying import TransferCount
 from ucp_deepspeed.transfer.describing import describe
 from ucp_deepspeed.transfer.ranks import Ranks
 from ucp_deepspeed.transfer.stage_copies import Seen, look, may_differ, merge, settle, with_copies_of
-from ucp_deepspeed.transfer.writing import CHUNK_NUMBYTES, create_files, write_share
+from ucp_deepspeed.transfer.writing import create_files, write_share
 
 logger = logging.getLogger("ucp_deepspeed")
 
 FIRST_RANDOM_STATE_NAME = "ucp_random_state_rank_00000.json"
 """Random state whose seed gives new streams of random numbers on any topology (``docs/format.md``, *Random state*)."""
-
-VISIBLE_SECONDS = 30.0
-"""Seconds that a new folder may take to be seen on another machine."""
 
 
 def convert(
@@ -48,8 +46,8 @@ def convert(
     *,
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
-    chunk_numbytes: int = CHUNK_NUMBYTES,
-    file_numbytes: int = FILE_NUMBYTES,
+    chunk_numbytes: int = tunables.WRITTEN_NUMBYTES,
+    file_numbytes: int = tunables.FILE_NUMBYTES,
     drop_client_state: Collection[str] = (),
     on_unreadable: OnUnreadable = "error",
     on_differing: OnDiffering = "error",
@@ -171,7 +169,7 @@ def _seen(folder: Path) -> Path:
     Raises:
         ConfigError: it isn't seen in time.
     """
-    end = time.monotonic() + VISIBLE_SECONDS
+    end = time.monotonic() + tunables.VISIBLE_SECONDS
     while not folder.is_dir():
         if time.monotonic() > end:
             raise ConfigError(

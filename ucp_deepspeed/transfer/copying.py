@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import torch
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent
 from ucp_deepspeed.checkpoint.torch_files.reading import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.versions import FileVersions
@@ -32,25 +33,6 @@ from ucp_deepspeed.layout.box import row_major_strides
 from ucp_deepspeed.plan import BlockCopy, Fragment, StridedView, Target, plan_tensor
 
 T = TypeVar("T")
-
-MEMORY_NUMBYTES = 256 << 20
-"""Bytes that a transfer may use beyond the buffers that it fills."""
-
-LEAST_MEMORY_NUMBYTES = 1024
-"""Least memory that a config may give: with less, parts have a few elements, and each costs a start of its own."""
-
-PART_NUMBYTES = 32 << 20
-"""Most bytes of memory for one block at a time: enough that a block's start costs nothing, and few enough to stay in caches."""
-
-LEAST_RUN_NUMBYTES = 4096
-"""Shortest run of a strided block that is read by itself, where the file isn't mapped; with shorter runs, the gaps are read
-too."""
-
-FEWEST_OPEN, MOST_OPEN = 8, 4096
-"""Fewest and most files that a reader keeps open; `_most_open` says how many, between these."""
-
-PENDING = 4
-"""Pieces of work for each thread that wait or are under way: enough that none is idle, and few enough to cost no memory."""
 
 _PLANNING = threading.Lock()
 """A lock, held while a plan asks the catalog: that may open files, and torch's allow-list of classes belongs to the whole
@@ -172,7 +154,7 @@ def _runs(view: StridedView[FileExtent], shape: tuple[int, ...]) -> _Runs | None
     while outer and (shape[outer - 1] == 1 or view.strides[outer - 1] == numel):
         outer -= 1
         numel *= shape[outer]
-    if numel * ITEMSIZE[view.buffer.dtype] < LEAST_RUN_NUMBYTES and outer:
+    if numel * ITEMSIZE[view.buffer.dtype] < tunables.LEAST_RUN_NUMBYTES and outer:
         return None
     places = product(
         *([step * stride for step in range(count)] for count, stride in zip(shape[:outer], view.strides, strict=False))
@@ -193,8 +175,8 @@ def _most_open() -> int:
     reader."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed == resource.RLIM_INFINITY:
-        return MOST_OPEN
-    return min(max((allowed - len(os.listdir("/dev/fd"))) // 3, FEWEST_OPEN), MOST_OPEN)  # noqa: PTH208
+        return tunables.MOST_OPEN
+    return min(max((allowed - len(os.listdir("/dev/fd"))) // 3, tunables.FEWEST_OPEN), tunables.MOST_OPEN)  # noqa: PTH208
 
 
 class _File:
@@ -260,13 +242,13 @@ def run_copies(
 
     Args:
         buffer: the target buffer of a key, contiguous and on any device; it is indexed as one-dimensional.
-        pool: the threads and memory to use; by default the calling thread, and `MEMORY_NUMBYTES`.
+        pool: the threads and memory to use; by default the calling thread, and `tunables.MEMORY_NUMBYTES`.
     """
     count, pool = TransferCount(), pool or CopyPool()
     for copy in copies:
         flat = buffer(copy.target.buffer)
         plain = _is_plain(copy, _block(flat, copy.target, copy.shape))  # then no memory is needed
-        widest = PART_NUMBYTES // ITEMSIZE[copy.sources[0].buffer.dtype] if plain else pool.span(copy)
+        widest = tunables.PART_NUMBYTES // ITEMSIZE[copy.sources[0].buffer.dtype] if plain else pool.span(copy)
         for part in copy.parts(widest):
             count.bytes_read += _numbytes(part, reader, plain)
             pool.run(partial(_run, part, reader, flat))
@@ -311,7 +293,7 @@ class CopyPool:
         memory_numbytes: bytes for blocks that are read, converted or combined before they are copied; see `span`.
     """
 
-    def __init__(self, threads: int = 1, memory_numbytes: int = MEMORY_NUMBYTES) -> None:
+    def __init__(self, threads: int = 1, memory_numbytes: int = tunables.MEMORY_NUMBYTES) -> None:
         self._threads, self._memory_numbytes = threads, memory_numbytes
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
         self._pending: deque[Future[None]] = deque()
@@ -319,7 +301,7 @@ class CopyPool:
     def span(self, copy: BlockCopy[FileExtent, T]) -> int:
         """Return how many elements a part of a copy may span: each source holds them as read and in double precision."""
         widths = [ITEMSIZE[view.buffer.dtype] + ITEMSIZE["F64"] for view in copy.sources]
-        return max(min(self._memory_numbytes // self._threads, PART_NUMBYTES) // sum(widths), 1)
+        return max(min(self._memory_numbytes // self._threads, tunables.PART_NUMBYTES) // sum(widths), 1)
 
     def run(self, work: Callable[[], None]) -> None:
         """Do the work now, or soon on another thread; wait while there is enough to do."""
@@ -327,7 +309,7 @@ class CopyPool:
             work()
             return
         self._pending.append(self._pool.submit(work))
-        while self._pending and (self._pending[0].done() or len(self._pending) > self._threads * PENDING):
+        while self._pending and (self._pending[0].done() or len(self._pending) > self._threads * tunables.PENDING):
             self._pending.popleft().result()
 
     def wait(self) -> None:

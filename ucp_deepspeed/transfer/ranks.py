@@ -18,24 +18,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.errors import ConfigError, OtherRankError, UniversalCheckpointError
 from ucp_deepspeed.transfer.commit import terminated_as_exception
-
-JOIN_SECONDS = 300.0
-"""Seconds that the ranks may take to start; nodes of a queue don't start at once."""
-
-LEAVE_SECONDS = 10.0
-"""Seconds that a rank that has failed, or rank 0 at the end, waits for the others to stop: the longest time that one of them
-takes for a chunk, or to see that it has to stop."""
-
-LOOK_SECONDS = 0.02
-"""Seconds between two looks of a waiting rank. It doesn't wait in the store itself, where no signal would be handled."""
-
-BEAT_SECONDS = 5.0
-"""Seconds between two signs of life of a rank."""
-
-LOST_SECONDS = 60.0
-"""Seconds that a rank may be silent. Launchers notice when a process ends, but not always when a machine does."""
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that ``torchrun`` sets, and other launchers."""
@@ -146,19 +131,19 @@ class StoreRanks(Ranks):
                 self._await_leaving()
                 self._store.set("gone", "")
             elif failed:
-                _until(lambda: self._store.check(["gone"]), LEAVE_SECONDS)
+                _until(lambda: self._store.check(["gone"]), tunables.LEAVE_SECONDS)
 
     def _await_leaving(self) -> None:
         if not self._waited:
             keys = [f"left/{rank}" for rank in range(1, self.count)]
-            _until(lambda: self._store.check(keys), LEAVE_SECONDS)
+            _until(lambda: self._store.check(keys), tunables.LEAVE_SECONDS)
         self._waited = True
 
     def _await(self, keys: list[str]) -> None:
         while not self._store.check(keys):
             self.check()
             self._listen()
-            time.sleep(LOOK_SECONDS)
+            time.sleep(tunables.LOOK_SECONDS)
 
     def _listen(self) -> None:
         """Check the signs of life: rank 0 checks all others, and these check rank 0.
@@ -167,15 +152,15 @@ class StoreRanks(Ranks):
             OtherRankError: a rank has been silent for too long; all ranks learn of it.
         """
         now = time.monotonic()
-        if now - self._looked < BEAT_SECONDS:
+        if now - self._looked < tunables.BEAT_SECONDS:
             return
         self._looked = now
         for rank in range(1, self.count) if self.rank == 0 else (0,):
             beat = self._store.get(_beat_key(rank)) if self._store.check([_beat_key(rank)]) else b""
             if self._heard.get(rank, (None, 0.0))[0] != beat:
                 self._heard[rank] = beat, now
-            elif now - self._heard[rank][1] > LOST_SECONDS:
-                text = f"rank {rank} hasn't been heard of for {LOST_SECONDS:g} s"
+            elif now - self._heard[rank][1] > tunables.LOST_SECONDS:
+                text = f"rank {rank} hasn't been heard of for {tunables.LOST_SECONDS:g} s"
                 self._store.compare_set("failed", "", text)
                 raise OtherRankError(text)
 
@@ -194,7 +179,7 @@ def _beating(store: dist.Store, rank: int) -> Iterator[None]:
         with suppress(dist.DistError):  # the store is gone: a waiting rank sees it too
             while True:
                 store.set(_beat_key(rank), str(number := number + 1))
-                if stopped.wait(BEAT_SECONDS):
+                if stopped.wait(tunables.BEAT_SECONDS):
                     return
 
     heart = threading.Thread(target=beat, daemon=True)
@@ -228,7 +213,7 @@ def joined() -> Iterator[Ranks]:
         raise ConfigError(f"WORLD_SIZE is set, and {', '.join(missing)} isn't; start the ranks with torchrun")
     with _reachable():
         try:
-            found = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS))))
+            found = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=tunables.JOIN_SECONDS))))
         except (ValueError, OverflowError, TypeError) as error:
             values = ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES)
             raise ConfigError(f"{values}: {error}") from error
@@ -271,4 +256,4 @@ def _until(there: Callable[[], bool], seconds: float) -> None:
     """Wait until something is there, or the time is over."""
     end = time.monotonic() + seconds
     while not there() and time.monotonic() < end:
-        time.sleep(LOOK_SECONDS)
+        time.sleep(tunables.LOOK_SECONDS)

@@ -13,13 +13,14 @@ from math import prod
 
 import torch
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, Checkpoint, Parameter
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.differing import OnDiffering, all_same
 from ucp_deepspeed.checkpoint.torch_files.reading import NAMED_DTYPES
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import MismatchError
-from ucp_deepspeed.transfer.evidence.held_values import CHUNK_NUMBYTES, HeldValues
+from ucp_deepspeed.transfer.evidence.held_values import HeldValues
 
 COPIES_HINT = (
     'the pipeline stages that saved it go on with their own, and "on_differing": "first" or "last" takes one stage\'s '
@@ -155,7 +156,7 @@ def _parts(
     shapes = {stage: copy.local_shapes[stage * degree + rank] for stage, copy in copies.items()}
     numel = min(prod(shape) for shape in shapes.values() if shape is not None)
     first, last = (numel * part // share[1] for part in (share[0], share[0] + 1))
-    step = CHUNK_NUMBYTES // max(ITEMSIZE[copy.states[state]] for copy in copies.values())
+    step = tunables.COMPARED_NUMBYTES // max(ITEMSIZE[copy.states[state]] for copy in copies.values())
     for start in range(first, last, step):
         stop = min(start + step, last)
         yield {

@@ -7,9 +7,10 @@ from math import prod
 
 import torch
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.dtypes import ITEMSIZE
-from ucp_deepspeed.transfer.evidence.held_values import CHUNK_NUMBYTES, HeldValues
+from ucp_deepspeed.transfer.evidence.held_values import HeldValues
 
 UNTIE_HINT = (
     "one tensor can't hold both: let the model keep them apart, as \"tie_word_embeddings\": false in a Hugging Face model's "
@@ -46,7 +47,7 @@ def _differences(held: HeldValues, name: str, owner: str, share: tuple[int, int]
             yield f"their {what.replace('_', ' ')} are {mine} and {theirs}"
             return
     for state, dtype in one.states.items():
-        step = CHUNK_NUMBYTES // ITEMSIZE[dtype]
+        step = tunables.COMPARED_NUMBYTES // ITEMSIZE[dtype]
         for rank, shape in enumerate(one.local_shapes):
             numel = 0 if shape is None else prod(shape)
             first, last = (numel * part // share[1] for part in (share[0], share[0] + 1))

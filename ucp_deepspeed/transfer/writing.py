@@ -13,18 +13,12 @@ from pathlib import Path
 
 import torch
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.torch_files.reading import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
-from ucp_deepspeed.transfer.atom_files import BLOCK_NUMBYTES, AtomFile, Chunk, DataRange, chunks_of, unit_of
+from ucp_deepspeed.transfer.atom_files import AtomFile, Chunk, DataRange, chunks_of, unit_of
 from ucp_deepspeed.transfer.copying import FileReader, TransferCount, gather
-
-CHUNK_NUMBYTES = 16 << 20
-"""Bytes that one worker gathers before it writes them: large enough for sequential speed, small enough for any machine."""
-
-LOOK_UP_SECONDS = 0.2
-"""Seconds between two looks: a signal that comes just before Python begins to wait for a lock is handled only when the wait
-ends."""
 
 
 def create_files(folder: Path, files: Sequence[AtomFile]) -> None:
@@ -44,7 +38,7 @@ def write_share(
     share: Sequence[DataRange],
     *,
     workers: int,
-    chunk_numbytes: int = CHUNK_NUMBYTES,
+    chunk_numbytes: int = tunables.WRITTEN_NUMBYTES,
     progress: Callable[[int, int], None] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> TransferCount:
@@ -169,9 +163,9 @@ class _Output:
 
     def _write_direct(self, data: memoryview, file_offset: int) -> int:
         """Write the data's whole blocks; return how many bytes were written."""
-        done, stop = 0, len(data) // BLOCK_NUMBYTES * BLOCK_NUMBYTES
+        done, stop = 0, len(data) // tunables.BLOCK_NUMBYTES * tunables.BLOCK_NUMBYTES
         descriptor = self._direct
-        if descriptor is None or file_offset % BLOCK_NUMBYTES:
+        if descriptor is None or file_offset % tunables.BLOCK_NUMBYTES:
             return 0
         try:
             while done < stop:
@@ -195,7 +189,7 @@ def _wait(futures: Collection[Future[None]], check: Callable[[], None]) -> None:
     """Wait until all are done, or raise the error of one that failed. Wake up in between, so that signals are handled in time."""
     pending: set[Future[None]] = set(futures)
     while pending:
-        done, pending = wait(pending, timeout=LOOK_UP_SECONDS, return_when=FIRST_EXCEPTION)
+        done, pending = wait(pending, timeout=tunables.LOOK_UP_SECONDS, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
         check()

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from native_models import SHAPES, check_reads_back, model_of
 
-from ucp_deepspeed.checkpoint import open_checkpoint, opening, resolve_tag
+from ucp_deepspeed import tunables
+from ucp_deepspeed.checkpoint import open_checkpoint, resolve_tag
 from ucp_deepspeed.checkpoint.opening import tags_in
 from ucp_deepspeed.checkpoint.universal.catalog import PARTIAL_MARK, REPLACED_MARK
 from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, UnsupportedError
@@ -142,7 +143,7 @@ def test_interrupted_conversion(tmp_path: Path) -> None:
 def test_a_tag_whose_save_was_killed_between_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On file systems that can't exchange folders: it is read where it lies, and nothing is changed. Others that are hidden count
     as no tags."""
-    monkeypatch.setattr(opening, "REPLACING_SECONDS", 0.0)
+    monkeypatch.setattr(tunables, "REPLACING_SECONDS", 0.0)
     half, whole = (tmp_path / f".a{PARTIAL_MARK}elsewhere-7{mark}" for mark in ("", REPLACED_MARK))
     write_native(tmp_path, model_of({"weight": (3, 2)}), NativeRun(stage=1), tag="a").rename(whole)
     half.mkdir()

@@ -329,7 +329,7 @@ def test_an_uneven_cut_is_remarked(tmp_path: Path, right: Path, ucp: Ucp) -> Non
 def test_progress_in_a_log(
     command: tuple[str, ...], two: Path, one: Path, right: Path, ucp: Ucp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ucp_deepspeed.cli.progress.FIRST_PAUSE", 0.0)
+    monkeypatch.setattr("ucp_deepspeed.tunables.TOLD_SECONDS", 0.0)
     result = ucp("spec", *[right if word == "RIGHT" else word for word in command], two, "--single-rank", one)
     assert result.exit_code == 0
     # two ranks' shares of the vocabulary of 10 rows of 4 numbers in three states come first

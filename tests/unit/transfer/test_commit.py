@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ucp_deepspeed.checkpoint import opening
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.universal.catalog import PARTIAL_MARK, REPLACED_MARK
 from ucp_deepspeed.errors import ConfigError
 from ucp_deepspeed.transfer import commit
@@ -215,7 +215,7 @@ def test_a_process_killed_between_two_renames_has_lost_nothing(
 ) -> None:
     """The next writer brings its old folder back, unless there is one of that name: then that counts, and of this machine's
     processes the old one goes."""
-    monkeypatch.setattr(opening, "REPLACING_SECONDS", 0.0)
+    monkeypatch.setattr(tunables, "REPLACING_SECONDS", 0.0)
     for name in "ab":
         hidden = make(abandoned(tmp_path, name, REPLACED_MARK), x_pt="old")
         hidden.rename(tmp_path / hidden.name.replace(socket.gethostname(), host))

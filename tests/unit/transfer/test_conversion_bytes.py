@@ -19,11 +19,12 @@ import safetensors
 import safetensors.torch
 import torch
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.universal.catalog import UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
-from ucp_deepspeed.transfer.atom_files import BLOCK_NUMBYTES, lay_out
+from ucp_deepspeed.transfer.atom_files import lay_out
 from ucp_deepspeed.transfer.conversion import convert
 
 
@@ -116,7 +117,7 @@ def test_files_are_filled_up_to_the_limit(engine_checkpoints: dict[str, Path]) -
         f"atoms-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)
     ]
     for file in files:
-        assert len(file.header) % BLOCK_NUMBYTES == 0
+        assert len(file.header) % tunables.BLOCK_NUMBYTES == 0
         assert all(atom.data_offset % {"F32": 4, "I64": 8}[atom.dtype] == 0 for atom in file.atoms)
 
 
@@ -168,7 +169,7 @@ def test_few_files_are_open_and_blocks_go_straight_to_the_disk(
         if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
             if direct == "none":
                 raise OSError(errno.EINVAL, "Invalid argument")
-            assert len(data) % BLOCK_NUMBYTES == offset % BLOCK_NUMBYTES == 0
+            assert len(data) % tunables.BLOCK_NUMBYTES == offset % tunables.BLOCK_NUMBYTES == 0
             straight[0] += len(data)
         return pwrite(descriptor, data, offset)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError, DamagedCheckpointError, OtherRankError
@@ -21,7 +22,7 @@ from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, Nat
 from ucp_deepspeed.transfer import conversion as convert_module
 from ucp_deepspeed.transfer import copying
 from ucp_deepspeed.transfer import ranks as ranks_module
-from ucp_deepspeed.transfer.atom_files import PAGE_NUMBYTES, Atom, AtomFile, chunks_of, share_of
+from ucp_deepspeed.transfer.atom_files import Atom, AtomFile, chunks_of, share_of
 from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.ranks import StoreRanks, joined, taking_part
 
@@ -119,7 +120,7 @@ def test_shares_are_equal_and_cover_each_byte_once(count: int) -> None:
         assert sum(each.numbytes for each in held) == file.data_numbytes
         assert all(before.data_stop == after.data_start for before, after in pairwise(held))
         # Inside a file ranks meet between pages, so that no machine writes back what another has written.
-        assert all((len(file.header) + each.data_start) % PAGE_NUMBYTES == 0 for each in held[1:])
+        assert all((len(file.header) + each.data_start) % tunables.PAGE_NUMBYTES == 0 for each in held[1:])
         chunks = [chunk for each in held for chunk in chunks_of(each, 1 << 24)]
         assert sum(chunk.numbytes for chunk in chunks) == file.data_numbytes
         assert max((chunk.numbytes for chunk in chunks), default=0) <= 1 << 24
@@ -162,7 +163,7 @@ def test_any_error_of_any_rank_fails_all(
 
 
 def test_a_destination_that_isnt_shared(uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert_module, "VISIBLE_SECONDS", 0.2)
+    monkeypatch.setattr(tunables, "VISIBLE_SECONDS", 0.2)
     view = UniversalView.of(open_checkpoint(uneven))
     errors = _together(2, lambda ranks: convert(view, tmp_path / f"disk{ranks.rank}" / "u", ranks=ranks))
     assert isinstance(errors[1], ConfigError) and "isn't seen here; it must lie on a file system" in str(errors[1])
@@ -180,8 +181,8 @@ def test_a_checkpoint_that_isnt_shared(uneven: Path, native: Callable[..., Path]
 
 def test_a_rank_that_is_heard_of_no_more_fails_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its machine is lost. One that takes its time is not."""
-    monkeypatch.setattr(ranks_module, "BEAT_SECONDS", 0.01)
-    monkeypatch.setattr(ranks_module, "LOST_SECONDS", 0.2)
+    monkeypatch.setattr(tunables, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(tunables, "LOST_SECONDS", 0.2)
     store = dist.HashStore()
     with taking_part(store, 0, 2) as first, taking_part(store, 1, 2):
         timer = threading.Timer(0.5, lambda: store.set("seen/1", '"late"'))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, MASTER, WEIGHT, WEIGHTS_HINT, Kind
 from ucp_deepspeed.checkpoint.slots import (
     Located,
@@ -275,16 +276,13 @@ def _assignments(shapes: Sequence[Shape], expected: Expected) -> Iterator[tuple[
 _Taken = tuple[int, ...]
 """Number of parameters that each group has been handed so far."""
 
-_MOST_STATES = 200_000
-"""Bound on the search. Above it an order counts as ambiguous. Two groups of 400 parameters stay below."""
-
 
 def _reachable(shapes: Sequence[Shape], expected: Expected) -> list[set[_Taken]]:
     """Return for each number of parameters handed out the states that some choice leads to."""
     layers: list[set[_Taken]] = [{(0,) * len(expected)}]
     for shape in shapes:
         layers.append({after for taken in layers[-1] for _, after in _moves(shape, expected, taken)})
-        if sum(map(len, layers)) > _MOST_STATES:
+        if sum(map(len, layers)) > tunables.MOST_STATES:
             return [set() for _ in range(len(shapes) + 1)]
     return layers
 

@@ -15,14 +15,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.engine.deepspeed_types import Engine
-
-PACKED_NUMBYTES = 1 << 17
-"""Tensors below this size, or below a rank's part of a round, travel together: a message of its own costs more than copying
-them."""
-
-ROUND_NUMBYTES = 8 << 20
-"""Memory of a rank for tensors that travel together. When it is full, the rank waits for them and packs the next ones."""
 
 
 @dataclass
@@ -90,7 +84,7 @@ def reaches(group: Any, tensor: torch.Tensor) -> bool:
 
 
 def begin_exchange(
-    held: Sequence[Sequence[torch.Tensor]], group: Any, round_numbytes: int = ROUND_NUMBYTES
+    held: Sequence[Sequence[torch.Tensor]], group: Any, round_numbytes: int = tunables.ROUND_NUMBYTES
 ) -> Exchange:
     """Begin to give every rank of a process group what each of them has. Collective over the group.
 
@@ -100,7 +94,7 @@ def begin_exchange(
         round_numbytes: memory for small tensors; the same on all ranks.
     """
     most = round_numbytes // len(held)
-    least = min(PACKED_NUMBYTES, most)
+    least = min(tunables.PACKED_NUMBYTES, most)
     me = dist.get_rank(group)
     exchange = Exchange()
     for rank, tensors in enumerate(held):

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.engine.known_layouts import KnownLayouts
-from ucp_deepspeed.engine.loading.exchange import ROUND_NUMBYTES, Exchange, begin_exchange
+from ucp_deepspeed.engine.loading.exchange import Exchange, begin_exchange
 from ucp_deepspeed.engine.model import agreement
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UniversalCheckpointError
@@ -27,12 +28,6 @@ from ucp_deepspeed.plan import Fragment, Interval, Sharing, without
 from ucp_deepspeed.transfer import CopyPool, FileReader, TransferCount, run_copies
 from ucp_deepspeed.transfer.planning.policies import Policies
 from ucp_deepspeed.transfer.planning.rank_planner import Copies, PlannedBuffer
-
-ROUNDED_NUMEL = 1 << 16
-"""Elements that are rounded at a time: few enough to stay in caches."""
-
-MOST_THREADS = 8
-"""Most threads of one rank; more don't make copies of memory faster."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +177,7 @@ class _Filler:
     def __init__(self, memory_numbytes: int, versions: FileVersions) -> None:
         self.count = TransferCount()
         self._versions, self._reader = versions, FileReader(versions)
-        self._round_numbytes = min(ROUND_NUMBYTES, memory_numbytes // 4)
+        self._round_numbytes = min(tunables.ROUND_NUMBYTES, memory_numbytes // 4)
         self._pool = CopyPool(_threads(), memory_numbytes - self._round_numbytes)
         self._exchanges: list[Exchange] = []
         self._error: Exception | None = None
@@ -198,7 +193,7 @@ class _Filler:
             self._read(plan.copies, flat)
             if rounding is not None:
                 for low, high in read:
-                    for part in flat[low:high].split(ROUNDED_NUMEL):
+                    for part in flat[low:high].split(tunables.ROUNDED_NUMEL):
                         part.copy_(part.to(rounding))
             if whole is not buffer:
                 buffer.copy_(whole)
@@ -274,4 +269,4 @@ def _gaps(held: Sequence[Fragment[None]], read: Sequence[Interval]) -> list[Inte
 def _threads() -> int:
     """Return the number of cores for each rank of this machine; ``torchrun`` and ``deepspeed`` say how many ranks it has."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
-    return max(min(len(os.sched_getaffinity(0)) // ranks, MOST_THREADS), 1)
+    return max(min(len(os.sched_getaffinity(0)) // ranks, tunables.MOST_THREADS), 1)

@@ -37,6 +37,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo, TorchCheckpointEngine
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import agreement
 from ucp_deepspeed.engine.saving.snapshot import FileSnapshot, HostBuffers, snapshot
@@ -49,9 +50,6 @@ logger = logging.getLogger("ucp_deepspeed")
 ENDED_NAME, ENDED_NAMES = ".ended_rank_{rank:05d}.json", ".ended_rank_*.json"
 """The file that a rank leaves in the hidden folder, and a glob for all of them. ``error`` in it is a text, or null if all of the
 rank's files are on disk."""
-
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.01, 1.0
-"""Seconds between two looks for the other ranks' files."""
 
 BUFFERS = "universal_checkpoint_buffers"
 """Attribute of an engine: its `HostBuffers`."""
@@ -282,7 +280,7 @@ class Writing(threading.Thread):
             SaveError: some have failed, or didn't end in time.
             FileNotFoundError: the folder was renamed or removed.
         """
-        deadline, pause = time.monotonic() + self.job.timeout, SHORTEST_PAUSE
+        deadline, pause = time.monotonic() + self.job.timeout, tunables.SHORTEST_PAUSE_SECONDS
         waiting = {rank: self.job.partial / ENDED_NAME.format(rank=rank) for rank in range(self.job.world_size)}
         failed: dict[int, str] = {}
         while waiting and not self._given_up.is_set():
@@ -299,7 +297,7 @@ class Writing(threading.Thread):
                 )
             if waiting:
                 self._given_up.wait(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
+                pause = min(2 * pause, tunables.LONGEST_PAUSE_SECONDS)
         if failed and not waiting:
             self.clear()
         if failed or waiting:

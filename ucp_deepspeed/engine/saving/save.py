@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes
 from ucp_deepspeed.checkpoint.deepspeed.manifest import (
     MANIFEST_NAME,
@@ -72,9 +73,6 @@ from ucp_deepspeed.transfer.commit import (
 )
 
 logger = logging.getLogger("ucp_deepspeed")
-
-SEEN_SECONDS = 10.0
-"""Seconds that a folder made by one node may take to be seen on another, on a shared file system that caches."""
 
 
 def save_checkpoint(
@@ -220,7 +218,7 @@ def _await_folder(partial: Path) -> None:
     Raises:
         SaveError: it isn't seen in time.
     """
-    deadline = time.monotonic() + SEEN_SECONDS
+    deadline = time.monotonic() + tunables.VISIBLE_SECONDS
     while not partial.is_dir():
         if time.monotonic() > deadline:
             raise SaveError(

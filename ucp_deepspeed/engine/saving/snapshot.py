@@ -21,14 +21,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch.serialization import DEFAULT_PROTOCOL
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.transfer.commit import flush
-
-LEAST_SHARED = 1 << 24
-"""Bytes from which a copy is divided among threads, as many as torch has for one operation."""
-
-
-PROBE_NUMBYTES = 1 << 20
-"""Bytes to write as a probe: more than is left on a disk where a write has just failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +69,7 @@ def _why_not_longer(path: Path) -> OSError | None:
     """Return the error that keeps a file from growing; torch doesn't tell it."""
     try:
         with path.open("ab") as file:
-            file.write(bytes(PROBE_NUMBYTES))
+            file.write(bytes(tunables.PROBE_NUMBYTES))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -150,7 +144,7 @@ def _copy_bytes(source: np.ndarray, target: np.ndarray) -> None:
     """Copy with the C library's ``memmove``, which goes around the caches and takes two thirds of the time of torch's own
     copy."""
     threads = torch.get_num_threads()
-    if threads == 1 or source.size < LEAST_SHARED:
+    if threads == 1 or source.size < tunables.LEAST_SHARED_NUMBYTES:
         np.copyto(target, source)
         return
     try:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Checkpoint, HeldShapes, Parameter
 from ucp_deepspeed.checkpoint.torch_files.reading import INTEGERS, NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of, parameter_names
@@ -24,7 +25,7 @@ from ucp_deepspeed.layout import Layout, Partial, Replicate, Shape, Shard, Shard
 from ucp_deepspeed.layout.layout import NOTHING
 from ucp_deepspeed.layout.pattern import Pattern, split_evenly
 from ucp_deepspeed.transfer.copying import FileReader, gather
-from ucp_deepspeed.transfer.evidence.held_values import CHUNK_NUMBYTES, HeldValues, Progress, no_progress, passing
+from ucp_deepspeed.transfer.evidence.held_values import HeldValues, Progress, no_progress, passing
 
 UNRELATED = 0.5
 """`HeldValues.distance` from which two ranks' matrices count as different ones, and not as copies that were updated apart."""
@@ -510,7 +511,7 @@ def _joined(one: UniversalView, other: UniversalView, name: str, reader: FileRea
     if other.parameters[name].states.get(MASTER) != dtype:
         return None
     integer, shape = INTEGERS[ITEMSIZE[dtype]], one.logical_shape(name)
-    numel, step = prod(shape), CHUNK_NUMBYTES // ITEMSIZE[dtype]
+    numel, step = prod(shape), tunables.COMPARED_NUMBYTES // ITEMSIZE[dtype]
     rows = shape[0] if shape else 1
     seen: set[int] = set()
     for start in range(0, numel, step):

@@ -7,6 +7,7 @@ from math import prod
 
 import torch
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, Parameter
 from ucp_deepspeed.checkpoint.torch_files.reading import INTEGERS, NAMED_DTYPES
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -14,10 +15,6 @@ from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.layout.layout import Piece
 from ucp_deepspeed.plan import StridedView
 from ucp_deepspeed.transfer.copying import FileReader
-
-CHUNK_NUMBYTES = 8 << 20
-"""Bytes held of each of two tensors when values are compared."""
-
 
 Progress = Callable[[int, int], None]
 """Called with the number of bytes that have been compared, or needn't be, and the number of all bytes."""
@@ -98,7 +95,7 @@ class HeldValues:
             yield self.flat(parameter, state, rank, 0, 1)
             return
         row = prod(shape[1:])
-        step = max(CHUNK_NUMBYTES // max(row * ITEMSIZE[parameter.states[state]], 1), 1)
+        step = max(tunables.COMPARED_NUMBYTES // max(row * ITEMSIZE[parameter.states[state]], 1), 1)
         inner = (slice(None), *(slice(low, high) for low, high in zip(box.start[1:], box.stop[1:], strict=True)))
         for start in range(box.start[0], box.stop[0], step):
             stop = min(start + step, box.stop[0])

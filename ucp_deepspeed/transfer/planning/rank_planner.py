@@ -9,6 +9,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import (
     GROUP_STEP,
     MASTER,
@@ -22,7 +23,6 @@ from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.layout import Layout, Topology
 from ucp_deepspeed.plan import (
-    SHARED_READ_NUMBYTES,
     UNDIVIDED,
     BlockCopy,
     Division,
@@ -135,7 +135,7 @@ class RankPlanner:
         policies: Policies,
         optimizer: TargetOptimizer,
         kept_apart: Set[str],
-        shared_read_numbytes: int = SHARED_READ_NUMBYTES,
+        shared_read_numbytes: int = tunables.SHARED_READ_NUMBYTES,
     ) -> None:
         """Args:
         source: the checkpoint.

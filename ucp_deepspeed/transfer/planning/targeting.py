@@ -12,6 +12,7 @@ from itertools import product
 from math import prod
 from typing import Any
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, Checkpoint, FileExtent, HeldShapes
 from ucp_deepspeed.checkpoint.deepspeed.pipeline import TIED
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of_other
@@ -23,7 +24,7 @@ from ucp_deepspeed.errors import MismatchError, SpecError
 from ucp_deepspeed.language import Spec, per_rank
 from ucp_deepspeed.layout import Layout, Shard, Topology
 from ucp_deepspeed.layout.pattern import AnyPattern
-from ucp_deepspeed.plan import SHARED_READ_NUMBYTES, BlockCopy
+from ucp_deepspeed.plan import BlockCopy
 from ucp_deepspeed.transfer.copying import TransferCount
 from ucp_deepspeed.transfer.planning.group_settings import UNTELLING, settings_of_groups
 from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
@@ -157,7 +158,7 @@ class _Planner:
             self.policies,
             TargetOptimizer() if self.source is self.view else TargetOptimizer(self._kept_states, self._goes_on),
             {*stacked_experts(self.view), *experts},
-            SHARED_READ_NUMBYTES,
+            tunables.SHARED_READ_NUMBYTES,
         )
 
     def _check(self, planner: RankPlanner) -> None:

@@ -1,0 +1,127 @@
+"""Choices of performance and of patience, each with its reason. No result depends on them.
+
+Modules read them as ``tunables.X``, so that a test changes one place.
+"""
+
+from __future__ import annotations
+
+# Memory
+
+MEMORY_NUMBYTES = 256 << 20
+"""Bytes that a transfer may use beyond the buffers that it fills."""
+
+LEAST_MEMORY_NUMBYTES = 1024
+"""Least memory that a config may give: with less, parts have a few elements, and each costs a start of its own."""
+
+PART_NUMBYTES = 32 << 20
+"""Most bytes of memory for one block at a time: enough that a block's start costs nothing, and few enough to stay in caches."""
+
+WRITTEN_NUMBYTES = 16 << 20
+"""Bytes that one worker gathers before it writes them: large enough for sequential speed, small enough for any machine."""
+
+COMPARED_NUMBYTES = 8 << 20
+"""Bytes held of each side when values are compared: larger chunks than a few MiB are no faster."""
+
+ROUND_NUMBYTES = 8 << 20
+"""Memory of a rank for tensors that travel together. When it is full, the rank waits for them and packs the next ones."""
+
+ROUNDED_NUMEL = 1 << 16
+"""Elements that are rounded at a time: few enough to stay in caches."""
+
+SUMMED_NUMEL = 1 << 22
+"""Elements whose bits are summed at a time."""
+
+INDICES = 4096
+"""Indices of samples that are computed at a time."""
+
+# Reading
+
+SHARED_READ_NUMBYTES = 64 << 20
+"""If ranks share fewer bytes than this, each reads them all: that costs less than exchanging them."""
+
+ALIGNMENT_NUMBYTES = 64
+"""Shared parts are cut at multiples of this, which are element boundaries of every dtype."""
+
+PACKED_NUMBYTES = 1 << 17
+"""Tensors below this size, or below a rank's part of a round, travel together: a message of its own costs more than copying
+them."""
+
+LEAST_RUN_NUMBYTES = 4096
+"""Shortest run of a strided block that is read by itself, where the file isn't mapped; with shorter runs, the gaps are read
+too."""
+
+FEWEST_OPEN, MOST_OPEN = 8, 4096
+"""Fewest and most files that a reader keeps open. Between these it depends on how many the process may open."""
+
+PENDING = 4
+"""Pieces of work for each thread that wait or are under way: enough that none is idle, and few enough to cost no memory."""
+
+MOST_THREADS = 8
+"""Most threads of one rank; more don't make copies of memory faster."""
+
+# Searching
+
+MOST_STATES = 200_000
+"""Bound on the search for an order of parameters at stage 0. Above it an order counts as ambiguous. Two groups of 400 parameters
+stay below."""
+
+MOST_RENAMED = 4096
+"""Most names of a side for which renamings are suggested."""
+
+MOST_RANKS = 1 << 20
+"""Most ranks of a topology that ``ucp plan`` plans: each takes some memory."""
+
+# Writing
+
+FILE_NUMBYTES = 4 << 30
+"""Bytes of atoms in one file, unless a single atom is larger."""
+
+BLOCK_NUMBYTES = 4096
+"""Data begins on a multiple of this size, so that chunks can be written straight to the disk, whose blocks are rarely larger."""
+
+PAGE_NUMBYTES = 64 << 10
+"""Size of a page: the largest of the page sizes in use. No two ranks write to the same page of a file, since on a network file
+system each machine has its own copy of it."""
+
+LEAST_SHARED_NUMBYTES = 1 << 24
+"""Bytes from which a copy is divided among threads, as many as torch has for one operation."""
+
+PROBE_NUMBYTES = 1 << 20
+"""Bytes to write as a probe: more than is left on a disk where a write has just failed."""
+
+# Waiting
+
+LOOK_SECONDS = 0.02
+"""Seconds between two looks of a waiting rank. In a store or for a lock it couldn't handle signals."""
+
+LOOK_UP_SECONDS = 0.2
+"""Seconds between two looks at threads: a signal that comes just before Python begins to wait for a lock is handled only when the
+wait ends."""
+
+SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.01, 1.0
+"""Seconds between two looks for the other ranks' files. Each pause is twice as long as the one before it."""
+
+TOLD_SECONDS, MOST_TOLD_SECONDS = 2.0, 60.0
+"""Seconds before the first line of progress in a log, and at most between two. Each pause is twice the one before it."""
+
+VISIBLE_SECONDS = 30.0
+"""Seconds that a new folder may take to be seen on another machine, on a shared file system that caches."""
+
+REPLACING_SECONDS = 1.0
+"""Far more time than the two renames of a save take."""
+
+LOCK_SECONDS = 10.0
+"""Seconds to wait for a folder's lock, which is held for less than a second."""
+
+JOIN_SECONDS = 300.0
+"""Seconds that the ranks may take to start; nodes of a queue don't start at once."""
+
+LEAVE_SECONDS = 10.0
+"""Seconds that a rank that has failed, or rank 0 at the end, waits for the others to stop: the longest time that one of them
+takes for a chunk, or to see that it has to stop."""
+
+BEAT_SECONDS = 5.0
+"""Seconds between two signs of life of a rank."""
+
+LOST_SECONDS = 60.0
+"""Seconds that a rank may be silent. Launchers notice when a process ends, but not always when a machine does."""
