@@ -7,10 +7,21 @@ Needs torch alone. The methods that DeepSpeed calls are taken from 0.19.8: ``run
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from ucp_deepspeed.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """This rank's process groups; see `ModelParallelUnit`."""
+
+    model: dist.ProcessGroup
+    tensor: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    data: dist.ProcessGroup
 
 
 class ModelParallelUnit(ABC):
@@ -28,20 +39,23 @@ class ModelParallelUnit(ABC):
     """
 
     @abstractmethod
+    def _groups(self) -> Groups: ...
+
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         """The ranks that hold one copy of the model together: tensor and pipeline parallel."""
+        return self._groups().model
 
-    @abstractmethod
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
         """The ranks that split each layer's tensors."""
+        return self._groups().tensor
 
-    @abstractmethod
     def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
         """The ranks that hold consecutive stages."""
+        return self._groups().pipeline
 
-    @abstractmethod
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         """The ranks that hold the same weights."""
+        return self._groups().data
 
     def get_model_parallel_world_size(self) -> int:
         """Number of ranks that hold one copy of the model together."""
@@ -117,28 +131,16 @@ class Mpu(ModelParallelUnit):
         stages = [list(range(start, start + world_size // pp)) for start in range(0, world_size, world_size // pp)]
         rows = [stage[start : start + tp] for stage in stages for start in range(0, len(stage), tp)]
         copies = range(len(stages[0]) // tp)
-        self._tensor = _own_group(rows)
-        self._data = _own_group([stage[place::tp] for stage in stages for place in range(tp)])
-        self._pipeline = _own_group([list(ranks) for ranks in zip(*stages, strict=True)])
-        self._model = _own_group(
-            [[rank for stage in stages for rank in stage[copy * tp : (copy + 1) * tp]] for copy in copies]
+        pieces = [[rank for stage in stages for rank in stage[copy * tp : (copy + 1) * tp]] for copy in copies]
+        self._made = Groups(
+            tensor=_own_group(rows),
+            data=_own_group([stage[place::tp] for stage in stages for place in range(tp)]),
+            pipeline=_own_group([list(ranks) for ranks in zip(*stages, strict=True)]),
+            model=_own_group(pieces),
         )
 
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        """See `ModelParallelUnit`."""
-        return self._model
-
-    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        """See `ModelParallelUnit`."""
-        return self._tensor
-
-    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
-        """See `ModelParallelUnit`."""
-        return self._pipeline
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """See `ModelParallelUnit`."""
-        return self._data
+    def _groups(self) -> Groups:
+        return self._made
 
 
 def _own_group(groups: list[list[int]]) -> dist.ProcessGroup:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from ucp_deepspeed.errors import UnsupportedError
-from ucp_deepspeed.parallel import ModelParallelUnit
+from ucp_deepspeed.parallel import Groups, ModelParallelUnit
 
 
 class DeepSpeedMpu(ModelParallelUnit):
@@ -45,18 +44,10 @@ class DeepSpeedMpu(ModelParallelUnit):
                 "group_name), and it would average others over ranks with other experts; use expert_model_parallel_size=1"
             )
 
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        """See `ModelParallelUnit`."""
-        return parallel_state.get_model_parallel_group()
-
-    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        """See `ModelParallelUnit`."""
-        return parallel_state.get_tensor_model_parallel_group()
-
-    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
-        """See `ModelParallelUnit`."""
-        return parallel_state.get_pipeline_model_parallel_group()
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """See `ModelParallelUnit`."""
-        return parallel_state.get_data_parallel_group()
+    def _groups(self) -> Groups:
+        return Groups(
+            parallel_state.get_model_parallel_group(),
+            parallel_state.get_tensor_model_parallel_group(),
+            parallel_state.get_pipeline_model_parallel_group(),
+            parallel_state.get_data_parallel_group(),
+        )

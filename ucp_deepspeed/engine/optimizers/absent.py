@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
-from ucp_deepspeed.checkpoint.checkpoint import LossScale
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 
@@ -48,9 +46,6 @@ class AbsentOptimizer(EngineOptimizer):
         if isinstance(self._engine.optimizer, DeepSpeedZeRoOffload):
             self._engine.optimizer.partition_all_parameters()
 
-    def refresh_weights(self) -> None:
-        """Do nothing: there are no masters."""
-
     def end(self) -> None:
         """Drop secondary copies under ZeRO-3, and gather persistent parameters again."""
         if isinstance(self._engine.optimizer, DeepSpeedZeRoOffload):
@@ -58,10 +53,3 @@ class AbsentOptimizer(EngineOptimizer):
                 param.ds_secondary_tensor = None
             if persistent := self._engine.optimizer.persistent_parameters:
                 persistent[0].all_gather(persistent)
-
-    def loss_scale(self) -> LossScale | None:
-        """Return None: there is no loss scale."""
-        return None
-
-    def set_loss_scale(self, values: Mapping[str, Any]) -> None:
-        """Do nothing: there is no loss scale."""

@@ -17,6 +17,7 @@ import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
 from ucp_deepspeed.engine.deepspeed_types import Engine
+from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers.states import (
     example_settings,
     example_states,
@@ -49,8 +50,10 @@ class EngineOptimizer(ABC):
     form: str
     base: torch.optim.Optimizer
 
-    @abstractmethod
-    def __init__(self, engine: Engine) -> None: ...
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.base = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        self._names: Mapping[torch.Tensor, str] = ModelNames(engine).of_parameters
 
     @abstractmethod
     def slots(self) -> list[EngineSlot]:
@@ -67,18 +70,16 @@ class EngineOptimizer(ABC):
         """Begin to send weights. Called when the masters that are partitioned over ranks are filled, and the optimizer's states
         aren't yet. Collective."""
 
-    @abstractmethod
     def refresh_weights(self) -> None:
-        """Make the model's (low-precision) weights from the masters. Collective."""
+        """Make the model's (low-precision) weights from the masters, unless they are one. Collective."""
 
     def end(self) -> None:
         """Finish; called after frozen parameters and buffers are filled too. Collective."""
 
-    @abstractmethod
     def loss_scale(self) -> LossScale | None:
         """Return the live loss scale; None without fp16."""
+        return None
 
-    @abstractmethod
     def set_loss_scale(self, values: Mapping[str, Any]) -> None:
         """Take over values of a loss scale of the same kind, under the names of `LossScale`."""
 

@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, LossScale
 from ucp_deepspeed.engine.deepspeed_surface import loss_scale_of
 from ucp_deepspeed.engine.deepspeed_types import Engine, Fp16, Fp16Fused, Fp16Unfused
 from ucp_deepspeed.engine.loading.exchange import replica_group
-from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.layout import FlatGroup
 
@@ -26,9 +23,8 @@ class Fp16Optimizer(EngineOptimizer):
     _wrapper: Fp16
 
     def __init__(self, engine: Engine) -> None:
-        self._engine, self._wrapper = engine, engine.optimizer
-        self.base = engine.optimizer.optimizer
-        self._names: Mapping[torch.Tensor, str] = ModelNames(engine).of_parameters
+        super().__init__(engine)
+        self._wrapper = engine.optimizer
         self._params = {name: param for param, name in self._names.items()}
 
     def group_names(self) -> list[list[str | None]]:

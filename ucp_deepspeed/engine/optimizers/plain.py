@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from ucp_deepspeed.checkpoint.checkpoint import LossScale
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.loading.exchange import replica_group
-from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.layout import FlatGroup
 
@@ -21,8 +16,8 @@ class PlainOptimizer(EngineOptimizer):
     form = "plain"
 
     def __init__(self, engine: Engine) -> None:
-        self._engine, self.base = engine, engine.optimizer
-        self._names: Mapping[torch.Tensor, str] = ModelNames(engine).of_parameters
+        super().__init__(engine)
+        self.base = engine.optimizer  # also where it wraps another
 
     def slots(self) -> list[EngineSlot]:
         """See `EngineOptimizer.slots`."""
@@ -40,13 +35,3 @@ class PlainOptimizer(EngineOptimizer):
     def replicas(self, slot: EngineSlot) -> Any:
         """See `EngineOptimizer.replicas`."""
         return replica_group(self._engine, slot.master)
-
-    def refresh_weights(self) -> None:
-        """Do nothing: the masters are the weights."""
-
-    def loss_scale(self) -> LossScale | None:
-        """Return None: fp32 isn't scaled."""
-        return None
-
-    def set_loss_scale(self, values: Mapping[str, Any]) -> None:
-        """Do nothing: fp32 isn't scaled."""

@@ -15,7 +15,6 @@ from ucp_deepspeed.checkpoint.checkpoint import LossScale
 from ucp_deepspeed.checkpoint.deepspeed.zero import MOMENTUM
 from ucp_deepspeed.engine.deepspeed_types import Bf16, Engine, Partitioned, Scaled, Zero12
 from ucp_deepspeed.engine.loading.exchange import Exchange, begin_exchange, goes_over_gloo
-from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.engine.optimizers.states import is_muon_group
 from ucp_deepspeed.layout import FlatGroup
@@ -27,9 +26,8 @@ class PartitionedOptimizer(EngineOptimizer):
     _zero: Partitioned
 
     def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
         self._zero = engine.optimizer
-        self.base = engine.optimizer.optimizer
-        self._names: Mapping[torch.Tensor, str] = ModelNames(engine).of_parameters
         self._exchanges: list[Exchange] = []
 
     def _groups(self) -> Sequence[tuple[Sequence[torch.Tensor], torch.Tensor, tuple[int, ...]]]:
@@ -141,13 +139,6 @@ class Bf16Optimizer(PartitionedOptimizer):
     def _weights(self) -> Sequence[Sequence[torch.Tensor]]:
         partitions: Sequence[Sequence[torch.Tensor]] = self._zero.bf16_partitioned_groups
         return partitions
-
-    def loss_scale(self) -> LossScale | None:
-        """Return None: bf16 isn't scaled."""
-        return None
-
-    def set_loss_scale(self, values: Mapping[str, Any]) -> None:
-        """Do nothing: bf16 isn't scaled."""
 
 
 def scaler_state(zero: Scaled) -> LossScale | None:

@@ -14,7 +14,6 @@ from deepspeed import comm as dist
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
 from ucp_deepspeed.checkpoint.deepspeed.zero import MOMENTUM
 from ucp_deepspeed.engine.deepspeed_types import Engine, Zero3
-from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.engine.optimizers.states import is_muon_group
 from ucp_deepspeed.engine.optimizers.zero12 import scaler_state, set_scaler_state
@@ -29,9 +28,8 @@ class Zero3Optimizer(EngineOptimizer):
 
     def __init__(self, engine: Engine) -> None:
         self._zero: Zero3 = engine.optimizer
-        self.base = engine.optimizer.optimizer
         _check_settings(self._zero)
-        self._names: Mapping[torch.Tensor, str] = ModelNames(engine).of_parameters
+        super().__init__(engine)
 
     def slots(self) -> list[EngineSlot]:
         """See `EngineOptimizer.slots`."""
