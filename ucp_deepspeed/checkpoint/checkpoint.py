@@ -5,15 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
+from operator import mul
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.errors import MismatchError
-from ucp_deepspeed.layout import Shape, Topology
+from ucp_deepspeed.layout import Layout, Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern
-from ucp_deepspeed.plan import Fragment
+from ucp_deepspeed.plan import Fragment, Source, Target, plan_tensor
 
 Kind = Literal["trainable", "frozen", "buffer"]
 """``trainable`` parameters have an fp32 master weight and optimizer states; the others one state, ``weight``."""
@@ -195,10 +197,45 @@ class Checkpoint(ABC):
     ) -> Iterator[Fragment[FileExtent]]:
         """Yield the file ranges of a flat interval of a model-parallel rank's local tensor, in local order.
 
+        Args:
+            rank: the model-parallel rank; of a parameter with a `layout`, the number of one of its boxes.
+
         Raises:
             KeyError: no such parameter or state.
             DamagedCheckpointError: a file that holds a part of it is missing, truncated or of another size than expected.
         """
+
+    def layout(self, name: str) -> Layout | None:
+        """Return which boxes of a whole tensor the files hold, for forms that know boxes and not patterns.
+
+        Each box is a local tensor of the layout, whichever rank wrote it; all states are cut alike. To the form's users the
+        parameter is whole: its topology is that of one rank, whose local shape is the whole shape.
+
+        Returns:
+            None for forms whose boxes follow from ranks, local shapes and patterns.
+
+        Raises:
+            ValueError: the boxes don't cover the tensor, or overlap without being equal.
+        """
+        return None
+
+    def local_fragments(
+        self, name: str, state: str, rank: int, local_start: int, local_stop: int
+    ) -> Iterator[Fragment[FileExtent]]:
+        """Yield `fragments` of a model-parallel rank's local tensor, also of a parameter with a `layout`: there, row by row."""
+        layout = self.layout(name)
+        if layout is None:
+            yield from self.fragments(name, state, rank, local_start, local_stop)
+            return
+        source = Source(layout, lambda box, start, stop: self.fragments(name, state, box, start, stop))
+        wanted = Fragment(local_start, local_stop - local_start, None, local_start)
+        rows: list[Fragment[FileExtent]] = []
+        for copy in plan_tensor(source, Target(Layout.whole(layout.logical_shape), 0, (wanted,)), state):
+            (view,), numel = copy.sources, copy.shape[-1] if copy.shape else 1
+            for row in product(*map(range, copy.shape[:-1])):
+                steps = [sum(map(mul, row, strides)) for strides in (copy.target.strides, view.strides)]
+                rows.append(Fragment(copy.target.start + steps[0], numel, view.buffer, view.start + steps[1]))
+        yield from sorted(rows, key=lambda row: row.local_start)
 
     @abstractmethod
     def client_state(self, rank: int = 0, partition: int = 0) -> tuple[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, Paramete
 from ucp_deepspeed.checkpoint.deferred import Deferred
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.errors import MismatchError
-from ucp_deepspeed.layout import Shape
+from ucp_deepspeed.layout import Layout, Shape
 from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.plan import Fragment
 
@@ -135,8 +135,12 @@ class RegroupedCheckpoint(Checkpoint):
             yield from self._inner.fragments(self._old.get(name, name), state, rank, local_start, local_stop)
             return
         for run, position in self._made[name].within(local_start, local_stop):
-            for part in self._inner.fragments(run.name, state, rank, run.start, run.start + run.numel):
+            for part in self._inner.local_fragments(run.name, state, rank, run.start, run.start + run.numel):
                 yield replace(part, local_start=position + part.local_start - run.start)
+
+    def layout(self, name: str) -> Layout | None:
+        """See `Checkpoint.layout`."""
+        return None if name in self._made else self._inner.layout(self._old.get(name, name))
 
     def client_state(self, rank: int = 0, partition: int = 0) -> tuple[str, dict[str, Any]]:
         """See `Checkpoint.client_state`."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, Parameter, ParameterGroup
-from ucp_deepspeed.layout import Shape
+from ucp_deepspeed.layout import Layout, Shape
 from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.plan import Fragment
 
@@ -72,6 +72,10 @@ class RetiedCheckpoint(Checkpoint):
     ) -> Iterator[Fragment[FileExtent]]:
         """See `Checkpoint.fragments`."""
         return self._inner.fragments(self.copies.get(name, name), state, rank, local_start, local_stop)
+
+    def layout(self, name: str) -> Layout | None:
+        """See `Checkpoint.layout`."""
+        return self._inner.layout(self.copies.get(name, name))
 
     def client_state(self, rank: int = 0, partition: int = 0) -> tuple[str, dict[str, Any]]:
         """See `Checkpoint.client_state`."""

@@ -13,7 +13,7 @@ from functools import lru_cache
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, HeldShapes, Parameter
 from ucp_deepspeed.checkpoint.deepspeed.autotp import AUTOTP_FAMILIES, before_records
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
-from ucp_deepspeed.errors import MismatchError, SpecError
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, SpecError
 from ucp_deepspeed.language.families import find_family, naming_specs
 from ucp_deepspeed.language.resolve import CHECK_HINT, contradicts_record, describe, resolve_patterns
 from ucp_deepspeed.language.schemes import logical_names
@@ -33,11 +33,13 @@ class UniversalView:
         parameters: its entries, by logical name.
         groups: the optimizer's parameter groups, with logical names.
         patterns: pattern of every parameter and buffer.
-        layouts: layout of every parameter and buffer, over the checkpoint's model-parallel ranks.
+        layouts: layout of every parameter and buffer, over the checkpoint's model-parallel ranks or, where it knows them
+            (`Checkpoint.layout`), over the boxes in its files.
         vocabulary_size: rows of the unpadded vocabulary; if it is None, it isn't known and nothing is stripped.
 
     Raises:
         MismatchError: local shapes, or records in the checkpoint, contradict the patterns; lists the parameters.
+        DamagedCheckpointError: the boxes in the files don't make a whole tensor.
     """
 
     def __init__(
@@ -77,10 +79,20 @@ class UniversalView:
         degree = checkpoint.topology.tp
         local_shapes = {name: _of_one_stage(entry, degree) for name, entry in self.parameters.items()}
         self.layouts = layouts_of(self.patterns, local_shapes, degree, self.vocabulary_size, "the checkpoint")
+        for name, layout in self.layouts.items():
+            if (boxes := self._boxes(name)) is not None:
+                self.layouts[name] = boxes.cropped(layout.logical_shape)
         self._check_copies()
         self._checked = check_record
         if check_record:
             self._check_record()
+
+    def _boxes(self, name: str) -> Layout | None:
+        """Return the boxes that the checkpoint's files hold, if it knows them."""
+        try:
+            return self.checkpoint.layout(self._catalog_names[name])
+        except ValueError as error:
+            raise DamagedCheckpointError(f"{self.checkpoint.path} doesn't hold all of {name}: {error}") from error
 
     def _check_copies(self) -> None:
         """Check that a copy has the layout of the parameter that it is tied to in the files."""

@@ -106,7 +106,7 @@ class HeldValues:
         """Return the bits of a flat interval of a rank's local tensor, as integers."""
         dtype = parameter.states[state]
         flat = torch.empty(stop - start, dtype=NAMED_DTYPES[dtype])
-        for fragment in self.checkpoint.fragments(parameter.name, state, rank, start, stop):
+        for fragment in self.checkpoint.local_fragments(parameter.name, state, rank, start, stop):
             low, high = max(fragment.local_start, start), min(fragment.local_start + fragment.numel, stop)
             if low < high:
                 at = fragment.buffer_start + low - fragment.local_start
