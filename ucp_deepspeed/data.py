@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -255,13 +255,7 @@ class ResumableSampler(Sampler[int]):
             )
 
     def _identity(self) -> dict[str, Any]:
-        stream = self.stream
-        return {
-            "samples": stream.samples,
-            "seed": stream.seed,
-            "shuffle": stream.shuffle,
-            "begins_at": self.begins_at,
-        }
+        return asdict(self.stream) | {"begins_at": self.begins_at}
 
     def _next_pass(self) -> Pass:
         batch = self.global_batch_size if self._accumulates() else self._micro_batches

@@ -6,7 +6,6 @@ local tensors end to end and cuts them into partitions), with `overlap` for stat
 
 from ucp_deepspeed.layout.box import Box, Shape, flat_interval_boxes, row_major_strides
 from ucp_deepspeed.layout.layout import Layout, LocalTensor, Piece, across_stages
-from ucp_deepspeed.layout.overlap import OverlappingGroup
 from ucp_deepspeed.layout.pattern import (
     AnyPattern,
     Partial,
@@ -19,7 +18,7 @@ from ucp_deepspeed.layout.pattern import (
     Unique,
 )
 from ucp_deepspeed.layout.topology import Topology
-from ucp_deepspeed.layout.zero import FlatGroup, Flattening, Slice, SlicedGroup
+from ucp_deepspeed.layout.zero import FlatGroup, Flattening, OverlappingGroup, Slice, SlicedGroup
 
 __all__ = [
     "AnyPattern",

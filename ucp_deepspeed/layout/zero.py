@@ -1,6 +1,6 @@
 """ZeRO's flat buffers: local tensors of a group laid end to end, and the buffer cut over data-parallel ranks.
 
-Two ways exist (formulas: DeepSpeed 0.19.8, files named below):
+Three ways exist (formulas: DeepSpeed 0.19.8, files named below):
 
 * `FlatGroup`, stages 1 and 2 and the unpartitioned flat buffers of stage 0: all parameters of a group, one after the other,
   with optional alignment gaps; the end is padded to a multiple of ``alignment * partitions``; each rank holds one
@@ -8,16 +8,18 @@ Two ways exist (formulas: DeepSpeed 0.19.8, files named below):
 * `SlicedGroup`, stage 3: each parameter is padded to a multiple of the number of partitions and cut on its own; a rank's
   buffer is its slices of the group's parameters, end to end (``runtime/zero/partition_parameters.py``, ``stage3.py``).
 
+* `OverlappingGroup`, some states of the first: each rank keeps whole tensors.
+
 Padding lanes belong to no slice, so that nothing built on slices can read, copy or compare them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from math import gcd
 from typing import Protocol
 
 
@@ -41,7 +43,7 @@ class Slice:
 
 
 class Flattening(Protocol):
-    """The positions of a group's local tensors in flat buffers. `FlatGroup` and `SlicedGroup` are the two implementations."""
+    """The positions of a group's local tensors in flat buffers. See the module for its three implementations."""
 
     @property
     def numels(self) -> tuple[int, ...]:
@@ -187,43 +189,55 @@ class SlicedGroup:
                 yield Slice(index, partition, start, offset, stop - start)
 
 
-def round_robin_order(count: int, partitions: int) -> tuple[int, ...]:
-    """Order in which ``round_robin_gradients`` flattens a group: indices 0, W, 2W, … then 1, W+1, … (W partitions).
+@dataclass(frozen=True)
+class OverlappingGroup:
+    """The tensors that overlap a partition of ``flat``, whole and end to end, without gaps or padding.
 
-    Source: ``stage_1_and_2.py::_round_robin_reorder``.
+    DeepSpeed's Muon keeps its momentum in this way under ZeRO-1 and 2 without offload (``_muon_momentum_buffer``), because its
+    update needs whole matrices. A tensor that is cut between two partitions is in both buffers.
     """
-    return tuple(index for first in range(partitions) for index in range(first, count, partitions))
 
+    flat: FlatGroup
 
-def alignment_gaps(numels: Sequence[int], itemsize: int) -> tuple[int, ...]:
-    """Zeros after each tensor so that the next one starts on 16 bytes; none after the last.
+    @property
+    def numels(self) -> tuple[int, ...]:
+        """See `Flattening.numels`."""
+        return self.flat.numels
 
-    Args:
-        numels: elements of each tensor, in flat order.
-        itemsize: bytes of one low-precision element.
-    """
-    unit = 16 // gcd(16, itemsize)
-    gaps: list[int] = []
-    offset = 0
-    for numel in numels[:-1]:
-        gaps.append(-(offset + numel) % unit)
-        offset += numel + gaps[-1]
-    return (*gaps, 0) if numels else ()
+    @property
+    def partitions(self) -> int:
+        """See `Flattening.partitions`."""
+        return self.flat.partitions
 
+    @cached_property
+    def _stops(self) -> list[int]:
+        """Position after each tensor's last element in the whole flat buffer."""
+        return [offset + numel for offset, numel in zip(self.flat.offsets, self.numels, strict=True)]
 
-def split_sub_groups(numels: Sequence[int], partitions: int, sub_group_size: int) -> tuple[range, ...]:
-    """Cut a parameter group into stage-3 sub-groups: one closes when its slices reach ``sub_group_size`` elements.
+    @cached_property
+    def _before(self) -> list[int]:
+        """Elements of all tensors before each one."""
+        return list(accumulate(self.numels, initial=0))
 
-    Source: ``stage3.py::_create_fp16_sub_groups``.
-    """
-    ranges: list[range] = []
-    start = held = 0
-    for index, numel in enumerate(numels):
-        held += -(-numel // partitions)
-        if held >= sub_group_size or index == len(numels) - 1:
-            ranges.append(range(start, index + 1))
-            start, held = index + 1, 0
-    return tuple(ranges)
+    def slices(self, index: int, local_start: int, local_stop: int) -> Iterator[Slice]:
+        """See `Flattening.slices`. If there are several copies, the one in the first partition is used."""
+        if local_start < local_stop:
+            partition = self.flat.offsets[index] // self.flat.partition_numel
+            first = bisect_right(self._stops, partition * self.flat.partition_numel)
+            start = self._before[index] - self._before[first] + local_start
+            yield Slice(index, partition, local_start, start, local_stop - local_start)
+
+    def held_by(self, partition: int) -> Iterator[Slice]:
+        """See `Flattening.held_by`."""
+        start = 0
+        for part in self.flat.held_by(partition):
+            numel = self.numels[part.index]
+            yield Slice(part.index, partition, 0, start, numel)
+            start += numel
+
+    def buffer_numel(self, partition: int) -> int:
+        """See `Flattening.buffer_numel`."""
+        return sum(part.numel for part in self.held_by(partition))
 
 
 def _check_group(numels: tuple[int, ...], partitions: int) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ucp_deepspeed.layout import FlatGroup
-from ucp_deepspeed.layout.overlap import OverlappingGroup
+from ucp_deepspeed.layout.zero import OverlappingGroup
 
 numels = st.lists(st.integers(0, 9), min_size=1, max_size=5).map(tuple)
 flat_groups = st.builds(FlatGroup, numels, st.integers(1, 6)) | numels.flatmap(
