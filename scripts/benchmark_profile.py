@@ -1,4 +1,4 @@
-"""Where the time of ours goes, for ``benchmark.py --profile``: seconds of a few phases that don't overlap.
+"""Phases of our loads and saves, for ``benchmark.py --profile``: seconds of a few phases that don't overlap.
 
 As a program it converts a checkpoint, and prints its phases: ``benchmark_profile.py STARTED SRC DST``, with the
 ``time.perf_counter()`` of the process that starts it.

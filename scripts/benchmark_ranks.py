@@ -316,7 +316,7 @@ class Gauge:
 
     @property
     def loaded(self) -> Measured:
-        """Of what writes no file: what it gives to the kernel goes to other ranks."""
+        """Return the measures of work that writes no file: the bytes that it gives to the kernel go to other ranks."""
         return replace(self.measured, bytes_written=None)
 
     def _watch(self) -> None:

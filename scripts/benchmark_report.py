@@ -55,7 +55,7 @@ def table_of(results: Sequence[Result]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Where the time of an operation goes: medians of seconds by phase, with the files in the page cache, and without."""
+    """Time of an operation by phase: medians of seconds, with the files in the page cache, and without."""
 
     warm: Phases
     cold: Phases

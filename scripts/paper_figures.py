@@ -111,7 +111,7 @@ class Experiments:
         return losses
 
     def folder(self, source: PaperTopology) -> Path:
-        """Where a source saves."""
+        """The folder in which a source saves."""
         return WORK / str(source)
 
     def resume(self, source: PaperTopology, target: PaperTopology) -> Curve:

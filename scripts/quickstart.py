@@ -61,7 +61,7 @@ class Training:
 
     @property
     def log(self) -> Path:
-        """Where the training script writes its numbers."""
+        """The file to which the training script writes its numbers."""
         return WORK / f"{re.sub(r'[^A-Za-z0-9-]+', '_', self.name)}.jsonl"
 
     @property

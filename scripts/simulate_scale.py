@@ -42,7 +42,7 @@ Tensors = dict[str, tuple[Shape, Pattern]]
 SHAPES_NAME, TAG = "shapes", "global_step1000"
 
 FILE_NUMBYTES, DIGEST = 1_234_567_890, "0123456789abcdef"
-"""What the manifest says of each file, and of what the first data-parallel rank's hold: as long as a real one's."""
+"""The manifest's entry for each file, and the digest of the first data-parallel rank's: as long as real ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class Saved:
             (shapes / str(rank)).write_bytes(pickle.dumps(held))
 
     def _groups_of(self, names: Sequence[str]) -> list[list[str]]:
-        """Of one stage: parameters of all ranks, and experts under the names of the first expert-parallel rank."""
+        """Groups of one stage: parameters of all ranks, and experts under the names of the first expert-parallel rank."""
         holders = {name: holder_of(name, self._experts, self._topology.ep) for name in names}
         groups = [[name for name in names if holders[name] == holder] for holder in (None, 0)]
         return [group for group in groups if group]
@@ -168,7 +168,7 @@ class Saved:
         )
 
     def _names(self) -> Iterator[str]:
-        """Of all files but the manifest, as the engine and the save hook would write them."""
+        """Names of all files but the manifest, as the engine and the save hook would write them."""
         topology = self._topology
         for rank in range(topology.model_parallel):
             for part in range(topology.dp):
@@ -189,10 +189,10 @@ class Saved:
 
 
 class Opened:
-    """What a checkpoint of `Saved` holds, as a load finds out: its `open` stands for `open_torch_file`.
+    """Content of a checkpoint of `Saved`, as a load finds it: its `open` stands for `open_torch_file`.
 
     Attributes:
-        names: of the files that were opened.
+        names: names of the files that were opened.
     """
 
     def __init__(self, model: Model, topology: Topology, folder: Path) -> None:
@@ -200,7 +200,7 @@ class Opened:
         self.names: set[str] = set()
 
     def open(self, path: Path, owned: Collection[str] | None = None, foreign: bool = False) -> dict[str, Any]:
-        """What DeepSpeed would have written, as far as a load looks at it; there is nothing in it that can't be read."""
+        """Return what DeepSpeed would have written, as far as a load looks at it. All of it can be read."""
         self.names.add(path.name)
         found = re.fullmatch(r"(?:bf16_)?(?:zero_pp_rank_\d+_)?mp_rank_(\d+)_(model|optim)_states.pt", path.name)
         assert found is not None, path
@@ -259,7 +259,7 @@ def _described(shape: Shape, place: int) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one rank pays, and what it would read.
+    """The cost of planning for one rank, and the amount that it would read.
 
     ``seconds`` of processor time, ``memory`` in bytes: the peak beyond what a process has that has imported everything and done
     nothing yet; ``opened``: files, those that are read from (``files``) included. ``balance``: the most that one of some ranks

@@ -16,7 +16,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How long the random search is, and where it begins."""
+    """Set how long the random search is, and where it begins."""
     parser.addoption("--pairs", type=int, default=12, help="pairs that the random search tries")
     parser.addoption("--first-pair", type=int, default=0, help="seed of the first pair; the others follow")
 

@@ -1,4 +1,4 @@
-"""What the engine tests share: comparing checkpoints, and a session-wide store of source checkpoints."""
+"""Shared by the engine tests: comparing checkpoints, and a session-wide store of source checkpoints."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def warnings_of_loading(run: Run, steps: int, folder: str) -> tuple[list[str], O
 
 
 def warnings_of(work: Callable[[], object]) -> list[str]:
-    """What the package warns of meanwhile."""
+    """Return the warnings of the package while some work runs."""
     found: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""What saves in `test_never_worse`, and what becomes of the files afterwards."""
+"""The ways of saving in `test_never_worse`, and the changes to the files afterwards."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def compress(path: Path) -> None:
 
 
 def litter(path: Path) -> None:
-    """What file managers and people leave beside it."""
+    """Write files that file managers and people leave beside a checkpoint's."""
     (path.parent / f"._{path.name}").write_bytes(b"\0\5\26\7")
     shutil.copy(path, path.parent / f"old_{path.name}")
     (path.parent / "pytorch_model_states.pt").write_bytes(b"weights")

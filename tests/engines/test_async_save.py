@@ -132,7 +132,7 @@ def test_deepspeed_alone_loads_it(stage: int, ranks: Ranks, tmp_path: Path) -> N
 
 
 def save_three_times(run: Run, folder: str) -> list[Any]:
-    """What is seen while a save is held back, and after the next one has begun."""
+    """Return what a reader sees while a save is held back, and after the next one has begun."""
     engine, root, seen = trained(run, 1), Path(folder), list[Any]()
     engine.save_checkpoint(folder, tag="a")
     ucp_deepspeed.wait_for_save()
@@ -422,7 +422,7 @@ class Copied(TorchDispatchMode):
 
 
 def count_copies(run: Run, folder: str) -> tuple[list[int], list[int], bool]:
-    """Of two saves: bytes copied by torch, and into buffers beside that; and whether the buffers were the same."""
+    """Return for two saves: bytes copied by torch, bytes copied into buffers, and whether the buffers were the same."""
     engine, copied, held = trained(run, 1), [], []
     for tag in "ab":
         with Copied() as counted:
@@ -507,7 +507,7 @@ def test_all_ranks_write_or_none(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_a_tag_that_is_a_link(ranks: Ranks, tmp_path: Path) -> None:
-    """What it leads to is replaced, and what lies there stays, links to anywhere included."""
+    """The folder that the link names is replaced. What lies in it stays, also links to anywhere."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "a").symlink_to("elsewhere")
     for name, target in (("up", ".."), ("gone", "nowhere")):

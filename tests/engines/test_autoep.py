@@ -75,7 +75,7 @@ def run_once(run: Run, steps: int, save: str, load: str | None = None) -> dict[s
 
 
 def logits_of_whole(run: Run, checkpoint: Path, folder: Path) -> torch.Tensor:
-    """What a plain model says that is given the checkpoint's whole weights."""
+    """Return the logits of a plain model that is given the checkpoint's whole weights."""
     convert(UniversalView.of(open_checkpoint(checkpoint)), folder)
     atoms = {key: atom for path in folder.glob("atoms-*") for key, atom in load_file(path).items()}
     held = {key.rpartition("/")[0]: atom for key, atom in atoms.items() if key.endswith(("/fp32", "/weight"))}
@@ -191,7 +191,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 WITH_MANIFEST = ("frozen-experts", "frozen-experts-zero-0")
-"""Where it is asked for more than names that are in the files too; all others are told by the files alone."""
+"""Cases that ask the manifest for more than names, which the files have too. In all other cases the files are enough."""
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_under_tensor_parallelism(ranks: Ranks, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("source", "targets"), [(1, ((4, 4, 3), (1, 2, 1))), (3, ((2, 4, 1), (1, 1, 0)))])
 def test_command_line(source: int, targets: tuple[Any, ...], ranks: Ranks, tmp_path: Path) -> None:
-    """What ``ucp plan`` says is what each rank reads, and ``ucp diff`` finds nothing, also in a universal checkpoint."""
+    """Each rank reads what ``ucp plan`` says. ``ucp diff`` finds nothing, also in a universal checkpoint."""
     ranks(2).run(run_once, autoep(2, source), STEPS, str(tmp_path / "a"))
     saved = tmp_path / "a" / "step"
     for ep, world, stage in targets:
@@ -277,7 +277,7 @@ def load_by_function(run: Run, load: str) -> None:
 
 
 def refusal(ranks: Ranks, world: int, run: Run, *arguments: Any) -> BaseException:
-    """What is raised on a rank."""
+    """Return the error that a rank raises."""
     with pytest.raises(RankError) as caught:
         ranks(world).run(run_once, run, 0, *arguments)
     assert caught.value.original is not None

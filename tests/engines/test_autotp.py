@@ -68,7 +68,7 @@ def whole_states(checkpoint: Path, folder: Path, spec: str | None = None) -> dic
 
 
 def logits_of_whole(run: Run, checkpoint: Path, folder: Path, spec: str | None) -> torch.Tensor:
-    """What a plain model says that is given the checkpoint's whole weights, joined by a spec or by what is recorded."""
+    """Return the logits of a plain model that is given the checkpoint's whole weights, joined by a spec or by the record."""
     atoms = whole_states(checkpoint, folder, spec)
     model = build_huggingface(**{"vocabulary": VOCABULARY, "seed": 1, **run.size})
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_layouts_without_a_manifest(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_files_of_versions_that_recorded_nothing(ranks: Ranks, tmp_path: Path) -> None:
-    """How AutoTP cut them may only be guessed, and versions differ in what they leave whole: a named spec has to say."""
+    """A named spec has to say how AutoTP cut them: it could only be guessed, and versions differ in what they leave whole."""
     ranks(2).run(save_after, hugging_face("llama", 2), 1, str(tmp_path), "step")
     (tmp_path / "step" / MANIFEST_NAME).unlink()
     expected = UniversalView.of(open_checkpoint(copytree(tmp_path / "step", tmp_path / "as it was")))

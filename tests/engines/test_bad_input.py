@@ -217,7 +217,7 @@ def test_ranks_that_want_different_things(
 
 
 MOMENTS = {"planned": (Filling, "check_files"), "agreed": (Filling, "run"), "read": (_Filler, "wait")}
-"""What is called next when a load has come so far."""
+"""The function that a load calls next at each of these moments."""
 
 
 def load_of_files_that_change(run: Run, load: str, moment: str, how: str) -> tuple[str, bool]:
@@ -451,7 +451,7 @@ def test_remains_of_a_conversion_are_not_taken_for_nothing(copy: Path, ranks: Ra
 
 
 def test_never_opens_nothing(copy: Path, ranks: Ranks) -> None:
-    """What no reader of ours could open loads, where DeepSpeed can."""
+    """A file that our reader can't open is loaded where DeepSpeed can open it."""
     path = copy / f"global_step{STEP}" / "mp_rank_00_model_states.pt"
     saved = torch.load(path, weights_only=False)
     torch.save(saved | {"client": Foreign()}, path)

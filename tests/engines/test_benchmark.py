@@ -1,4 +1,4 @@
-"""What the benchmark counts, and that it compares all that it should; no time is looked at."""
+"""The benchmark counts and compares all that it should; no time is looked at."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def run_a_command_for_ever(script: ModuleType, output: Path) -> None:
 
 
 def states_in(group: int) -> Iterator[str]:
-    """Of the processes in a process group."""
+    """Yield the state of each process in a process group."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended meanwhile
             state, _, of_group, *_ = path.read_text().rpartition(")")[2].split()

@@ -90,7 +90,7 @@ def test_unfreezing(stage: int, ranks: Ranks, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_freezing(stage: int, ranks: Ranks, tmp_path: Path) -> None:
-    """What is frozen keeps its trained value; DeepSpeed's universal load never restores frozen parameters."""
+    """A frozen parameter keeps its trained value; DeepSpeed's universal load never restores frozen parameters."""
     source = saved(ranks, tmp_path)
     assert "linear_in.bias: trainable in the checkpoint, frozen in the model" in refusal(ranks, source, frozen=FROZEN)
     outcome, again = resumed(ranks, stage, source, {"on_extra": "drop"}, LAST_STEP, frozen=FROZEN)
@@ -191,7 +191,7 @@ def double_the_embedding(src: Mapping[str, torch.Tensor], dst: torch.nn.Module) 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_load_function_of_the_users_own(stage: int, precision: Any, ranks: Ranks, tmp_path: Path) -> None:
-    """What it changes reaches the masters; what it doesn't keeps its fp32 value; states follow their parameters."""
+    """Weights that it changes reach the masters; the others keep their fp32 values; states follow their parameters."""
     source = saved(ranks, tmp_path, precision=precision)
     changed = {"size": {"adapter": True, "hidden": 20}, "seed": 4, "precision": precision}
     run = replace(Run("mlp", zero={"stage": stage}), **changed)

@@ -1,4 +1,4 @@
-"""What is written to stderr, and by which rank, when nobody has configured Python's logging."""
+"""Lines on stderr, by rank, when nobody has configured Python's logging."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OTHER = Run("mlp", zero={"stage": 3})
 
 @contextmanager
 def lines(*handlers: logging.Handler) -> Iterator[list[str]]:
-    """What is written to stderr meanwhile, line by line, under a level that no script has set; ranks of tests are quiet else."""
+    """Collect lines on stderr, under a level that no script has set. Otherwise ranks of tests are quiet."""
     logger, written, found = logging.getLogger("ucp_deepspeed"), io.StringIO(), list[str]()
     before = logger.level
     logger.setLevel(logging.NOTSET)

@@ -1,4 +1,4 @@
-"""What a version of DeepSpeed lacks is told by name when the engine is built. True of each version that is accepted:
+"""An engine's construction names what a version of DeepSpeed lacks. This holds for each accepted version:
 ``scripts/test_versions.sh`` runs this on older ones."""
 
 from __future__ import annotations

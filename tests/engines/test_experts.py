@@ -95,7 +95,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 
 TOLD_BY_NUMBERS = ("data-first", "mixed-sizes", "mixed-experts", "frozen")
-"""Where the manifest isn't asked."""
+"""Cases that don't need the manifest."""
 
 
 @pytest.mark.parametrize(

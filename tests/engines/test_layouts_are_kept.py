@@ -1,4 +1,4 @@
-"""What a load knew of layouts every later save records: what was saved under a spec once never needs one again."""
+"""Every later save records the layouts that a load knew. After one save under a spec no spec is needed again."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PATTERNS = {
 
 
 class Heron(nn.Module):
-    """Of no family, and no attribute tells how its parameters are cut. Its loss is the same on all ranks for each element."""
+    """A model of no family; no attribute tells how its parameters are cut. Each element's loss is the same on all ranks."""
 
     def __init__(self, degree: int, seed: int) -> None:
         super().__init__()

@@ -87,7 +87,7 @@ def test_tensor_parallel_sizes_and_stages_change(family: str, ranks: Ranks, tmp_
 
 
 INFOS = {"gpt": (False, False), "llama": (True, False), "bloom": (False, True)}
-"""Of Megatron-DeepSpeed's families: whether the feed-forward layer is gated, and whether a norm stands behind the embedding."""
+"""For each of Megatron-DeepSpeed's families: is the feed-forward layer gated, and does a norm follow the embedding?"""
 
 
 @pytest.mark.covers(
@@ -132,7 +132,7 @@ PIPELINES = {
 
 
 def pipeline_info(vocabulary: int, tied: bool, gated: bool) -> dict[str, Any]:
-    """What Megatron-DeepSpeed's pipelines save of their layouts (``megatron/model/gpt_model.py``)."""
+    """Return what Megatron-DeepSpeed's pipelines save about their layouts (``megatron/model/gpt_model.py``)."""
     embeddings = (
         ["tied_modules.embed.word_embeddings.weight"] if tied else [r"1.word_embeddings.weight", r"\d+.lm_head.weight"]
     )

@@ -27,7 +27,7 @@ Sources = Callable[[str, Run, int], Source]
 
 MUON = {"lr": 0.02, "adam_lr": 2e-3, "momentum": 0.9, "weight_decay": 0.01}
 MATRICES = {"linear_in.weight", "linear_out.weight"}
-"""What Muon steps on: ``linear_out.weight`` comes first and is cut between the ranks of the source."""
+"""The parameters that Muon steps on: ``linear_out.weight`` comes first and is cut between the ranks of the source."""
 
 
 def muon_run(stage: int, *, zero: Any = None, params: Any = None, **changes: Any) -> Run:

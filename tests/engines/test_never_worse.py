@@ -1,4 +1,4 @@
-"""What DeepSpeed alone saves and resumes it also does with the block on: each case with and without it, bit for bit.
+"""DeepSpeed saves and resumes with the block all that it does without: each case with and without it, bit for bit.
 
 To add a case, add a line to `CASES` or `LEFT_ALONE`. The run that saves is built by ``make``, trained and saved by ``save``; the
 one that goes on is built by ``build``, loads with ``arguments`` and is trained by ``go_on``. All of these are called on every
@@ -402,7 +402,7 @@ def _save(case: Case, block: Mapping[str, Any] | None, folder: str) -> None:
 
 @dataclass(frozen=True)
 class _Resumed:
-    """What an engine was after a load, and what it did then."""
+    """The state of an engine after a load, and the results of its next steps."""
 
     loaded: dict[str, Any]
     weights: dict[str, Any]
@@ -461,7 +461,7 @@ def _optimizer(engine: Any) -> dict[str, Any]:
 
 
 def _whole_states(engine: Any, base: Any) -> dict[str, Any]:
-    """Of ZeRO-3, whose partitions are padded with whatever was there."""
+    """Return the states of ZeRO-3 without padding, which holds whatever was in memory."""
     states = list(base.state.values())
     numbers = {key: value for key, value in states[0].items() if torch.as_tensor(value).numel() == 1} if states else {}
     found = {f"{key} {place}": state[key] for place, state in enumerate(states) for key in numbers}

@@ -56,7 +56,7 @@ def run_with(setting: str, **changes: Any) -> Run:
 
 
 class Reloaded(NamedTuple):
-    """What `reload` returns: the loss of a forward pass right after the load, and of the training after it, by step."""
+    """The result of `reload`: the loss of a forward pass right after the load, and the later losses by step."""
 
     first: float
     losses: dict[int, float]
@@ -76,7 +76,7 @@ def reload(run: Run, load: str, save: str) -> Reloaded:
 
 
 def loss_of_forward(engine: Any, run: Run, step: int) -> float:
-    """What `train_step` would return, without a step."""
+    """Return the loss that `train_step` would return, without a step."""
     tokens = batch_of(run, step).chunk(dist.get_world_size())[dist.get_rank()]
     engine.eval()
     with torch.no_grad():
@@ -176,7 +176,7 @@ def load_on_nvme(run: Run, folder: str) -> list[str]:
 
 
 def test_nvme_loads_no_universal_checkpoint_and_no_other_topology(ranks: Ranks, tmp_path: Path) -> None:
-    """Of the first DeepSpeed would say that nothing is there. What the message says gets the user on."""
+    """DeepSpeed would say that no universal checkpoint is there. The advice in the message works."""
     plain, run = Run("mlp", size={"ffn": 30001}, zero={"stage": 1}), nvme_run(tmp_path / "nvme")
     ranks(1).run(train, plain, 1, save=str(tmp_path / "a"))
     convert(UniversalView.of(open_checkpoint(tmp_path / "a")), tmp_path / "u")

@@ -327,7 +327,7 @@ def test_numbers_beside_the_states_must_be_there_too(ranks: Ranks, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["NAdam", "ASGD", "Adagrad", "Rprop", "SGD"])
 def test_another_optimizer_by_policy(name: str, ranks: Ranks, tmp_path: Path) -> None:
-    """What the new class lacks begins as before a first step, unless it begins at zero; all of it is listed."""
+    """States that the checkpoint lacks begin as before a first step, unless they begin at zero; all are listed."""
     ranks(2).run(train, Run("mlp", optimizer=("AdamW", {"lr": 0.01})), STEP, save=str(tmp_path / "a"))
     settings = {"SGD": {"momentum": 0.9}, "Adagrad": {"initial_accumulator_value": 0.5}}.get(name, {})
     run = Run("mlp", zero={"stage": 3}, optimizer=(name, {"lr": 0.01, **settings}), universal=BOTH)

@@ -250,6 +250,6 @@ def saved_with_other_copies(run: Run, folder: str) -> list[str]:
 
 
 def test_copies_of_a_buffer_that_differ(ranks: Ranks, tmp_path: Path) -> None:
-    """Of what isn't trained in a tied module each stage has its own, of which DeepSpeed saves the first: that is told."""
+    """Each stage has its own copy of a tied module's buffers. DeepSpeed saves the first stage's: a warning says so."""
     warnings = ranks(2).run(saved_with_other_copies, Run("gpt", pp=2, zero=ZERO_1), str(tmp_path / "b"))
     assert any("isn't trained in module 'embedding'" in line and line.endswith(": beside") for line in warnings[0])

@@ -1,4 +1,4 @@
-"""What ``ucp plan`` says without an engine is what an engine then reads. No peer tells before a load what it will restore."""
+"""An engine reads what ``ucp plan`` said without an engine. No peer tells before a load what it will restore."""
 
 from __future__ import annotations
 

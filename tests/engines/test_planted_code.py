@@ -55,7 +55,7 @@ MOE = Run("moe", groups="decay")
     ids=lambda value: f"{value.model} {value.zero['stage']}" if isinstance(value, Run) else str(value),
 )
 def test_planted_code_never_runs(run: Run, name: str, resumes: bool, ranks: Ranks, tmp_path: Path) -> None:
-    """Where the file isn't needed the run resumes from the others; else the refusal names the file and what is in it."""
+    """A run that doesn't need the file resumes from the others; else the refusal names the file and its content."""
     whole = ranks(2).run(train, run, STEP + 1, save=str(tmp_path / "a"), save_at=STEP)
     plant(tmp_path / "a", name, tmp_path / "mark")
     try:
@@ -68,7 +68,7 @@ def test_planted_code_never_runs(run: Run, name: str, resumes: bool, ranks: Rank
 
 
 class Noting:
-    """Of the script's own; leaves a file behind when it is made, and isn't on any list."""
+    """A class of the script's own that is on no list. It leaves a file behind when it is made."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -99,7 +99,7 @@ def draw(seed: int) -> Pair:
 
 
 def _drawn_model(random: Random, model: str) -> Run:
-    """What both sides have in common."""
+    """Draw the settings that both sides have in common."""
     precision = random.choice(("fp32", "fp32", "bf16", "bf16", "fp16"))
     groups = random.choice(("one", "decay", "decay", "shuffled")) if model in ("mlp", "llama", "gpt") else "one"
     optimizer = random.choice(OPTIMIZERS) if model in ("mlp", "llama") else None

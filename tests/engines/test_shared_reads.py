@@ -1,4 +1,4 @@
-"""Where replicas hold the same, each byte of the checkpoint is read once; DeepSpeed's ranks each read all of it."""
+"""Replicas that hold the same read each byte of the checkpoint once; DeepSpeed's ranks each read all of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written from a snapshot is what ``torch.save`` writes, whatever an object holds."""
+"""A snapshot writes the bytes that ``torch.save`` writes, whatever an object holds."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def build_apart(run: Run) -> Any:
 
 
 def test_steps_that_differ_need_buffers_of_their_own(ranks: Ranks, tmp_path: Path) -> None:
-    """Of torch's optimizers at stage 0 each parameter counts its own steps; the refusal says what to do, and loses nothing."""
+    """torch's optimizers count steps for each parameter at stage 0. The refusal says what to do; nothing is lost then."""
     ranks(2).run(saved, Run("mlp", zero={"stage": 0}), str(tmp_path / "a"))
     run = Run("mlp", zero={"stage": 1}, seed=1)
     with pytest.raises(RankError, match=r"give them parameter groups of their own$"):

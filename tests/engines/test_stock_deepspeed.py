@@ -85,7 +85,7 @@ def test_saved_without_the_plugin(stage: int, ranks: Ranks, tmp_path: Path) -> N
 
 
 def test_converted_without_a_manifest_and_without_tensor_parallelism(ranks: Ranks, tmp_path: Path) -> None:
-    """That each parameter was on one rank says nothing about more of them: the live model's attributes tell."""
+    """Each parameter was on one rank, which says nothing about more ranks: the live model's attributes tell."""
     source = Run("llama", zero={"stage": 1}, universal=STOCK)
     ranks(2).run(train, source, STEP, save=str(tmp_path / "a"))
     convert(UniversalView.of(open_checkpoint(tmp_path / "a")), tmp_path / "u")
@@ -173,7 +173,7 @@ def test_wrong_spec_is_refused_when_saving(ranks: Ranks, tmp_path: Path) -> None
 
 
 def test_a_random_state_of_another_step(ranks: Ranks, tmp_path: Path) -> None:
-    """What a save without the plugin leaves beside its files."""
+    """A save without the plugin leaves older files of random states beside its own."""
     run = Run("mlp", zero={"stage": 1})
     ranks(2).run(train, run, STEP, save=str(tmp_path))
     path = tmp_path / f"global_step{STEP}" / "ucp_random_state_rank_00001.json"

@@ -1,4 +1,4 @@
-"""What a run is beside Adam's tensors: hyper-parameters, scheduler, counters, client state, loss scale, frozen weights,
+"""The state of a run beside Adam's tensors: hyper-parameters, scheduler, counters, client state, loss scale, frozen weights,
 buffers, vocabulary padding."""
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def test_frozen_parameters_and_buffers(ranks: Ranks, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("source", "target"), [(1, 3), (3, 2), (0, 1)])
 def test_complex_buffers_and_extra_states(source: int, target: int, ranks: Ranks, tmp_path: Path) -> None:
-    """What modules keep beside parameters and buffers is restored too, also by way of a conversion.
+    """Extra states of modules and complex buffers are restored too, also by way of a conversion.
 
     DeepSpeed's universal load restores neither (peers: frozen parameters and buffers are silently not restored).
     """

@@ -71,7 +71,7 @@ def truncate(folder: Path) -> None:
 
 
 def forget_class(folder: Path) -> None:
-    """Of an optimizer that isn't known here."""
+    """Make the files those of an unknown optimizer."""
     (folder / "b" / MANIFEST_NAME).unlink()
     path = folder / "b" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     saved = torch.load(path, weights_only=False)

@@ -1,4 +1,4 @@
-"""What a rank of an engine opens when it loads: no peer's metadata. DeepSpeed and DCP let every rank read that of all."""
+"""A rank of an engine that loads opens no peer's metadata. With DeepSpeed and DCP every rank reads everyone's."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_names_and_shapes_go_through_stages_once(ranks: Ranks) -> None:
 
 
 def describe_with_one_too_many(run: Run) -> str:
-    """What a rank hears when one rank of the last stage has a buffer that the other doesn't have."""
+    """Return the error of a rank when one rank of the last stage has a buffer that the other doesn't have."""
     engine = build_engine(run)
     if engine_model.model_parallel_rank(engine) == 3:
         list(engine.module.children())[-1].register_buffer("odd", torch.zeros(1))

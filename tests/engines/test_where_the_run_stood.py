@@ -80,7 +80,7 @@ class Leg:
 
 @dataclass(frozen=True)
 class Read:
-    """What one rank trained on: indices of each micro-batch, and the engine's counters at the end."""
+    """The data that one rank trained on: indices of each micro-batch, and the engine's counters at the end."""
 
     micro_batches: list[list[int]]
     global_samples: int

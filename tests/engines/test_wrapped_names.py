@@ -149,7 +149,7 @@ def test_stage_0_without_a_manifest(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_adapters_are_added_and_taken_away(ranks: Ranks, tmp_path: Path) -> None:
-    """What PEFT adds begins as in the model, and is what is left out on the way back."""
+    """Parameters that PEFT adds keep the model's values. They are left out on the way back."""
     plain, adapted, back = (tmp_path / name for name in ("plain", "adapted", "back"))
     ranks(2).run(run, "plain", 1, str(plain), steps=2)
     report = ranks(2).run(run, "adapted", 1, str(adapted), str(plain), universal={"on_missing": "init"})[0]
@@ -169,7 +169,7 @@ def test_a_part_that_was_renamed_is_told_where_policies_let_it_pass(ranks: Ranks
 
 
 def lines_of(message: str) -> str:
-    """What a message says to write into a spec."""
+    """Return the lines that a message says to write into a spec."""
     return message[message.index("names:\n") :]
 
 

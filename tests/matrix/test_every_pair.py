@@ -249,7 +249,7 @@ def target_layouts(flavour: Flavour, tp: int, pp: int | None) -> dict[str, Layou
 
 
 def problems_of(view: UniversalView, wanted: Wanted, reader: FileReader) -> Iterator[str]:
-    """What is wrong when a source is read into a rank; nothing when all is well."""
+    """Yield the problems of reading a source into a rank."""
     if overlapping_fragments([part for found in wanted.fragments.values() for part in found]) is not None:
         yield "fragments overlap"
     count = TransferCount()

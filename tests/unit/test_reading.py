@@ -130,7 +130,7 @@ def test_each_state_of_each_parameter_is_read_whole_and_in_slices(run: NativeRun
 
 
 def check_slice(opened: OpenCheckpoint, name: str, state: str, index: Any, tensor: torch.Tensor) -> None:
-    """What torch makes of the index, or the error where it makes none of it."""
+    """Compare a slice with torch's, or expect an error where torch refuses the index."""
     try:
         expected = tensor[tuple(index) if isinstance(index, list) else index]
     except IndexError:

@@ -63,7 +63,7 @@ def prose(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """What its headings are called in links, by the rule of the common viewers of Markdown."""
+    """Return the names of a page's headings in links, by the rule of the common viewers of Markdown."""
     headings = re.findall(r"^#+ +(.+?) *$", prose(page), re.MULTILINE)
     kept = string.ascii_lowercase + string.digits + "-_"
     return {"".join(char for char in heading.lower().replace(" ", "-") if char in kept) for heading in headings}
@@ -185,7 +185,7 @@ def _dedented(code: str) -> str:
 
 
 def command_lines(page: Path) -> Iterator[list[str]]:
-    """What a page tells the reader to type, in words, without comments; a line that ends with a backslash goes on."""
+    """Yield the commands of a page, as words, without comments. A line that ends with a backslash goes on."""
     text = page.read_text(encoding="utf-8")
     code = [block for _, kind, block in FENCED.findall(text) if kind in ("console", "bash", "")]
     code += [block[0] for block in INDENTED.finditer(FENCED.sub("", text))]
@@ -224,7 +224,7 @@ def test_scripts_exist() -> None:
 
 
 def test_options_of_deepspeeds_tools_exist() -> None:
-    """Those that the page about migrating names, in the source of the installed ones."""
+    """The page about migrating names options that the installed tools have."""
     spec = importlib.util.find_spec("deepspeed")
     assert spec is not None and spec.origin is not None
     package = Path(spec.origin).parent

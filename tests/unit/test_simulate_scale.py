@@ -1,4 +1,4 @@
-"""What planning a rank of a model that doesn't fit here costs; no time is looked at."""
+"""The cost of planning a rank of a model that doesn't fit here; no time is looked at."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ print(json.dumps({{"1t": asdict(dense), "7b": asdict(sliced)}}))
 
 @pytest.fixture(scope="module")
 def costs() -> dict[str, dict[str, Any]]:
-    """Of a process that has done nothing else: memory that pytest has free would hide what a plan takes."""
+    """Measure in a process that has done nothing else: memory that pytest has free would hide what a plan takes."""
     run = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)

@@ -106,7 +106,7 @@ def _report(a: Checkpoint, b: Checkpoint, view: UniversalView, differences: Sequ
 
 
 def _extent(view: UniversalView) -> dict[str, int]:
-    """How much there is to compare."""
+    """Count what there is to compare."""
     states = [
         prod(view.logical_shape(name)) * ITEMSIZE[dtype]
         for name, parameter in view.parameters.items()

@@ -1,4 +1,4 @@
-"""Which rank holds which expert, against the groups that DeepSpeed makes, and what its files' numbers mean."""
+"""The experts of each rank, against the groups that DeepSpeed makes, and the meaning of its files' numbers."""
 
 from __future__ import annotations
 

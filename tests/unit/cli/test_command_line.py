@@ -1,4 +1,4 @@
-"""What all commands share: what is imported, how errors look, which options there are."""
+"""Shared by all commands: imports, errors and options."""
 
 from __future__ import annotations
 

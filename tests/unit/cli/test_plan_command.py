@@ -80,7 +80,7 @@ def changed(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_a_model_that_changed(changed: tuple[Path, Path], ucp: Ucp) -> None:
-    """What is restored, kept and dropped, as the engine would; and every reason why not, as the engine would refuse."""
+    """Lists what an engine would restore, keep and drop, and every reason for which it would refuse."""
     source, model = changed
     plan = ("plan", source, "--dp", 2, "--zero", 3, "--model", model, "--json")
     refused = ucp(*plan)

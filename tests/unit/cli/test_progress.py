@@ -11,7 +11,7 @@ from ucp_deepspeed.cli.progress import shown_progress
 def lines_of(
     seconds: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quiet: bool = False
 ) -> list[str]:
-    """What work of 100 MiB prints of which an even share is done at each of these times."""
+    """Return what work of 100 MiB prints. An even share of it is done at each of these times."""
     clock = iter([0.0, *seconds])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     with shown_progress("convert", quiet) as show:

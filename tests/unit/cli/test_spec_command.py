@@ -220,7 +220,7 @@ def megatron(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_a_single_rank_whose_manifest_records_cuts(megatron: tuple[Path, Path], tmp_path: Path, ucp: Ucp) -> None:
-    """What the manifest says of more ranks contradicts nothing that one rank holds; its values tell as others do."""
+    """The manifest's record of more ranks contradicts nothing that one rank holds; its values tell as others do."""
     two, one = megatron
     patterns = {
         name: entry["pattern"]
@@ -371,7 +371,7 @@ def inferred(result: Result, path: Path) -> Spec:
 
 
 def test_infer_by_comparison(two: Path, one: Path, tmp_path: Path, ucp: Ucp) -> None:
-    """Of the same state: values tell which shards are fused."""
+    """Both checkpoints have the same state: values tell which shards are fused."""
     result = ucp("spec", "infer", two, "--single-rank", one)
     assert (result.exit_code, result.stderr) == (0, "")
     spec = inferred(result, tmp_path / "new.yaml")

@@ -1,4 +1,4 @@
-"""Which source of patterns wins, and when they contradict each other."""
+"""The source of patterns that wins, and contradictions between sources."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_family_where_nothing_is_known() -> None:
 
 
 def test_unique_without_model_parallelism() -> None:
-    """What isn't known doesn't matter on one rank; what is known is kept, for those who read it later."""
+    """An unknown pattern doesn't matter on one rank. A known one is kept for later readers."""
     assert resolve_patterns(["a", "b"], degree=1, recorded={"a": Shard(1)}) == {"a": Shard(1), "b": Unique()}
 
 

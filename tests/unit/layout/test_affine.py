@@ -71,7 +71,7 @@ def test_the_layout_is_what_deepspeed_cuts(case: str) -> None:
 
 
 def test_a_bias_stored_divided_by_the_number_of_ranks() -> None:
-    """Of the moments nothing is said, so that they are refused by name between different numbers of ranks, as DeepSpeed does."""
+    """The map says nothing about moments. Between different numbers of ranks they are refused by name, as DeepSpeed does."""
     assert pattern_of_map(replicated_map((4,), 2, scale=0.5).to_dict()) == Replicate(scale=Scale())
 
 

@@ -204,7 +204,7 @@ def test_factor_is_the_scale_to_the_power_of_the_state() -> None:
 
 
 HELD_NOWHERE = [PADDING]
-"""What `element_map` says of a rank without the parameter: its tensor has no dimension, and no piece."""
+"""The answer of `element_map` for a rank without the parameter: its tensor has no dimension, and no piece."""
 
 
 @settings(deadline=None, max_examples=200)

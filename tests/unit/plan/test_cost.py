@@ -1,4 +1,4 @@
-"""What a plan costs: copies depend on the topology, never on the number of elements, and nothing needless is read."""
+"""The cost of a plan: copies depend on the topology, never on the number of elements, and nothing needless is read."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Side:
         return [(rank, partition) for rank, group in enumerate(self.groups) for partition in range(group.partitions)]
 
     def fragments(self, place: Place) -> list[Fragment[Place]]:
-        """What one partition holds of the tensor."""
+        """Return the fragments of the tensor that one partition holds."""
         rank, partition = place
         held = self.groups[rank].held_by(partition)
         return [Fragment(s.local_start, s.numel, place, s.buffer_start) for s in held if s.index == INDEX]

@@ -1,4 +1,4 @@
-"""Which replica reads what, and copies cut into parts: each against a count of single elements."""
+"""The share of each replica's reads, and copies cut into parts: each against a count of single elements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZES = st.lists(st.tuples(st.integers(0, 500), st.sampled_from([1, 2, 4, 8])), 
 def test_ranks_read_each_element_once_and_as_much_as_the_others(
     sizes: list[tuple[int, int]], dp: int, tp: int, data: st.DataObject
 ) -> None:
-    """What tensor-parallel ranks hold alike is read by one of all ranks, and the rest by one of each tensor-parallel rank's."""
+    """One of all ranks reads what tensor-parallel ranks hold alike; one of each tensor-parallel rank's reads the rest."""
     buffers = [Shareable(numel, itemsize, "replicas", data.draw(_runs(numel))) for numel, itemsize in sizes]
     readers = [np.zeros((tp, buffer.numel), int) for buffer in buffers]
     loads = np.zeros((tp, dp), int)

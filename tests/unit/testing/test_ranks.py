@@ -105,7 +105,7 @@ def pair(own_pair: RankPool) -> Iterator[RankPool]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and is only waiting to be reaped doesn't."""
+    """Tell whether a process runs. One that has ended and only waits to be reaped doesn't."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a conversion writes: every byte right, once, whatever the number of workers, files and chunks."""
+"""A conversion writes every byte right, and once, whatever the number of workers, files and chunks."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_each_byte_is_written_once(
 
 
 def _open_files() -> list[str]:
-    """What this process has open, while other threads open and close files."""
+    """Return the files that this process has open, while other threads open and close files."""
     found = []
     for entry in Path("/proc/self/fd").iterdir():
         with suppress(FileNotFoundError):
@@ -161,7 +161,7 @@ def _open_files() -> list[str]:
 def test_few_files_are_open_and_blocks_go_straight_to_the_disk(
     direct: str, engine_checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the file system refuses, all goes through the kernel's pages."""
+    """All goes through the kernel's pages if the file system refuses direct writes."""
     open_at_once, straight, pwrite = [0], [0], os.pwrite
 
     def spy(descriptor: int, data: memoryview, offset: int) -> int:

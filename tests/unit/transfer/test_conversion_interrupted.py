@@ -291,7 +291,7 @@ main(["convert", *sys.argv[2:]], prog_name="ucp")
 def test_stopped_before_latest_names_the_new_folder(
     number: signal.Signals, engine_checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    """What can be overheard is, for so short a time; what can't leaves a checkpoint that is whole, and the next call says so."""
+    """Signals are ignored for so short a time. SIGKILL leaves a checkpoint that is whole, and the next call says so."""
     arguments = [str(engine_checkpoints["zero1"]), str(tmp_path / "u")]
     ended = subprocess.run([sys.executable, "-c", BETWEEN, str(int(number)), *arguments], timeout=120, check=False)
     killed = number == signal.SIGKILL

@@ -1,4 +1,4 @@
-"""What a reader takes out of a file."""
+"""Blocks that a reader takes out of a file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ucp_deepspeed.transfer import CopyPool, FileReader, run_copies
 def test_a_block_at_any_place(
     shift: int, shape: tuple[int, ...], start: int, strides: tuple[int, ...], span: int, tmp_path: Path
 ) -> None:
-    """Where its elements aren't aligned it must be copied, and then no more than it spans."""
+    """A block whose elements aren't aligned is copied, and no more than it spans."""
     whole = torch.arange(100.0)
     (tmp_path / "f").write_bytes(b"x" * shift + whole.numpy().tobytes())
     view = StridedView(FileExtent(str(tmp_path / "f"), shift, "F32", 100), start, strides)
@@ -77,7 +77,7 @@ def test_more_files_than_a_process_may_open(mapped: bool, tmp_path: Path) -> Non
 
 
 def test_a_process_that_can_open_no_more_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that were used before are closed then."""
+    """The files that were used before are closed then."""
     plain, left = os.open, iter([True, True, False, True])
 
     def scarce(path: Any, *arguments: Any) -> int:
@@ -181,7 +181,7 @@ def test_without_maps_long_runs_alone_are_read(
 
 @pytest.mark.parametrize("sources", [1, 2])
 def test_memory_beyond_the_buffers_is_bounded(sources: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing is mapped, a block's span as read, and in double precision, is what a copy takes."""
+    """A copy without a mapping takes a block's span as read, and in double precision."""
     rows, columns = 64, 256
     (tmp_path / "f").write_bytes(bytes(4 * rows * columns))
     extent = FileExtent(str(tmp_path / "f"), 0, "F32", rows * columns)

@@ -1,4 +1,4 @@
-"""What AutoTP records in model_states files, without engines."""
+"""The record of AutoTP in model_states files, without engines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ucp_deepspeed.layout.pattern import Replicate, Shard
 
 
 def record(**changes: Any) -> dict[str, Any]:
-    """Of a model with a cut matrix, a norm, a cut embedding, and two matrices that can't be told."""
+    """Return AutoTP's record for a cut matrix, a norm, a cut embedding, and two matrices of unknown layout."""
     maps = {
         "h.0.fc-1.weight": contiguous_split_map((4, 3), [2, 2], 0),
         "h.0.qkv.weight": segmented_map((12, 3), [(8, False), (4, True)], 0, 2, [[4, 4]]),

@@ -25,7 +25,7 @@ WRONG: list[Any] = [None, True, -1, 0, 3, 1e30, "0", "", "x", [], [-1], [[1]], {
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where there is a value, at any depth."""
+    """Yield the path of each value, at any depth."""
     if path:
         yield path
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -44,7 +44,7 @@ def changed(document: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 
 def read_all(folder: Path) -> None:
-    """What a reader does with a checkpoint."""
+    """Read all of a checkpoint."""
     checkpoint = open_checkpoint(folder)
     view = UniversalView.of(checkpoint)
     checkpoint.client_state()
@@ -142,7 +142,7 @@ def test_a_manifest_of_the_run_before(tmp_path: Path) -> None:
 
 
 def items(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where there is a value in a file of DeepSpeed's, whose keys need not be strings."""
+    """Yield the path of each value in a file of DeepSpeed's, whose keys need not be strings."""
     if path:
         yield path
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()

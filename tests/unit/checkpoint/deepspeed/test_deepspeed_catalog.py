@@ -163,7 +163,7 @@ def test_no_loss_scale_without_fp16(tmp_path: Path, run: NativeRun) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_client_state(tmp_path: Path, stage: int) -> None:
-    """What the user saved comes back, with the tensors in it; the model doesn't."""
+    """The user's entries come back, with their tensors; the model doesn't."""
     mine = {"epoch": 3, "rng": torch.arange(4), "nested": {"a": [1, (2, None)]}}
     folder = write_native(tmp_path, awkward_model(), NativeRun(stage=stage), client_state=mine)
     path, found = open_checkpoint(folder).client_state()

@@ -87,7 +87,7 @@ def test_every_reader_tells(form: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["zero-1", "zero-3"])
 def test_diff_and_plan(form: str, tmp_path: Path) -> None:
-    """What one partition alone has otherwise is a difference, whichever it is."""
+    """A number that one partition alone has otherwise is a difference, on each partition."""
     run, last, optimizer = RUNS[form]
     folders = [write_native(tmp_path / name, MODEL, run) for name in "ab"]
     for folder in folders:

@@ -54,7 +54,7 @@ def opened_by(
 
 
 METADATA = ("mp_rank_{:02d}_model_states.pt", "zero_pp_rank_0_mp_rank_{:02d}_optim_states.pt")
-"""Of a model-parallel rank."""
+"""The files with a model-parallel rank's metadata."""
 
 
 def saved(path: Path, run: NativeRun, model: NativeModel | None = None) -> Path:

@@ -33,12 +33,12 @@ WHOLE = sorted(
     f"{folder.parent.name}/{folder.name}" for folder in GOLDEN.glob("*/*") if not folder.match(f"*/{UNTOLD}")
 )
 STATES = {"buffer": WEIGHT, "weight": WEIGHT, "fp32": "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-"""What `truth.pt` calls a state → what a catalog calls it."""
+"""Names of states in `truth.pt` → their names in a catalog."""
 
 
 @cache
 def truth(name: str) -> dict[str, Any]:
-    """What the engine held."""
+    """Return what the engine held."""
     with torch.serialization.safe_globals([TorchVersion]):
         found: dict[str, Any] = torch.load(GOLDEN / name / "truth.pt", weights_only=True)
     return found

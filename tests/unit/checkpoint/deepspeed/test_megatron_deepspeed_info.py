@@ -1,4 +1,4 @@
-"""What Megatron-DeepSpeed's info says of layouts, as DeepSpeed's own converter understands it."""
+"""Layouts in Megatron-DeepSpeed's info, as DeepSpeed's own converter understands it."""
 
 from __future__ import annotations
 

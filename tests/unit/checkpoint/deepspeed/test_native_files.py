@@ -144,7 +144,7 @@ def local_tensors(engine: Any, states: tuple[str, ...]) -> dict[str, dict[str, t
 
 
 def _stage0_tensors(optimizer: Any, param: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of one parameter of a one-group optimizer."""
+    """Return the states of one parameter of a one-group optimizer."""
     if hasattr(optimizer, "fp32_groups_flat"):
         position = next(i for i, other in enumerate(optimizer.fp16_groups[0]) if other is param)
         numels = [other.numel() for other in optimizer.fp16_groups[0]]
@@ -208,7 +208,7 @@ def layers_without_value(folder: Path) -> tuple[str, ...]:
 
 
 def cut_of(name: str, run: Run) -> Cut:
-    """Of the Megatron-Core models: one that isn't gated has a plain first layer of the feed-forward network."""
+    """Return the cut of a Megatron-Core model's parameter. A model without gates has a plain first feed-forward layer."""
     cut = next((cut for end, cut in CUTS.items() if name.endswith(end)), "replicated")
     if run.tp == 1:
         return "replicated"
@@ -234,7 +234,7 @@ def native_run(case: Case, model: NativeModel) -> NativeRun:
 
 
 def differences(real: Any, ours: Any, place: str) -> list[str]:
-    """Where two saved objects differ in type, keys, shape, dtype or bytes; NaN of ours stands for padding."""
+    """List where two saved objects differ in type, keys, shape, dtype or bytes; NaN of ours stands for padding."""
     if type(real) is not type(ours) and not {type(real), type(ours)} <= {torch.Tensor, torch.nn.Parameter}:
         return [f"{place}: {type(real).__name__} in DeepSpeed's file, {type(ours).__name__} in ours"]
     if isinstance(real, torch.Tensor):

@@ -1,4 +1,4 @@
-"""What older versions of DeepSpeed wrote otherwise than today's, and what a script may have put in its place."""
+"""Differences of older DeepSpeed's files from today's, and what a script may have put in their place."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_param_shapes_lay_in_the_optimizers_files(tmp_path: Path, run: NativeRun
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_param_shapes_were_one_list_of_all_groups(tmp_path: Path, stage: int) -> None:
-    """Which sizes alone cut into groups; of ZeRO-3 also into sub-groups."""
+    """Sizes alone tell how to cut the list into groups, and at ZeRO-3 into sub-groups."""
     names = [parameter.name for parameter in awkward_model().parameters if parameter.optimized]
     groups = tuple(names[1::2]), tuple(names[0::2])
     model, run = awkward_model(), NativeRun(dp=3, stage=stage, groups=groups, sub_group_size=20, elastic=stage == 2)
@@ -168,7 +168,7 @@ def test_an_address_has_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("placeholder", [0, 1])
 def test_ties_of_zero_3_were_not_listed(tmp_path: Path, placeholder: int) -> None:
-    """What stands in the place of a cut parameter is shared by its names, whether it has an element or none."""
+    """All names of a tied parameter share one placeholder, whether it has an element or none."""
     shapes = {"embedding.weight": (5, 3), "norm.bias": (4,)}
     model, run = replace(model_of(shapes), aliases={"head.weight": "embedding.weight"}), NativeRun(dp=2, stage=3)
     folder = write_native(tmp_path, model, run)

@@ -156,7 +156,7 @@ def test_groups_of_all_stages_are_joined(tmp_path: Path, run: NativeRun, layouts
 
 
 def test_groups_with_settings_that_are_tensors_are_joined(tmp_path: Path) -> None:
-    """Of several elements, as an optimizer of one's own may have its ``betas``; and NaN is itself."""
+    """The tensors have several elements, as a user's own optimizer may have its ``betas``. NaN equals itself."""
     run = RUNS["groups"]
     folder = write_native(tmp_path, pipeline_model(), run)
     for path in folder.glob("*_optim_states.pt"):

@@ -44,7 +44,7 @@ def test_decay_groups_by_number_of_dimensions(tmp_path: Path, run: NativeRun) ->
 
 @pytest.mark.parametrize("run", PER_TENSOR, ids=str)
 def test_ambiguous_groups_are_refused_with_every_name(tmp_path: Path, run: NativeRun) -> None:
-    """Which of the two equal matrices is in which group can't be known; a wrong guess would be silent."""
+    """Nothing tells which of the two equal matrices is in which group; a wrong guess would be silent."""
     groups = (("second.weight", "first.bias"), ("first.weight", "second.bias", "last"))
     folder = write_native(tmp_path, model_of(TWINS), replace(run, groups=groups))
     lacking = open_checkpoint(folder).lacking

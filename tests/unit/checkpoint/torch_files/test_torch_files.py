@@ -1,4 +1,4 @@
-"""What a ``torch.save`` file may name: stand-ins without behaviour, and nothing that could reach further."""
+"""Names that a ``torch.save`` file may use: stand-ins without behaviour, and nothing that could reach further."""
 
 from __future__ import annotations
 

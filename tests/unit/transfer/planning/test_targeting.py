@@ -47,7 +47,7 @@ SHAPES = {
 """In the model's order; ``scale`` is frozen."""
 
 STAGES = [list(SHAPES)[:7], [*list(SHAPES)[7:], "mask"]]
-"""What each of two pipeline stages holds; the buffer stands behind the layers."""
+"""The names that each of two pipeline stages holds; the buffer stands behind the layers."""
 
 BIASES = ("layers.0.norm", "layers.1.norm", "layers.2.norm", "final")
 GROUPS = (tuple(name for name in SHAPES if name not in (*BIASES, "scale")), BIASES)
