@@ -1,7 +1,7 @@
 """Times resuming, converting and saving beside DeepSpeed's own tools, PyTorch's distributed checkpoint and bare copies.
 
 All ways of one operation alternate in one run on one machine; seconds are medians. Writes ``benchmark.json``, ``.md``, ``.png``.
-What the columns count: `Measured`.
+`Measured` says what the columns count.
 """
 
 from __future__ import annotations

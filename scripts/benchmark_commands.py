@@ -24,9 +24,9 @@ WATCH_SECONDS = 0.05
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Turn SIGTERM, Ctrl-C and SIGHUP into SystemExit inside the block, once: what cleans up then isn't disturbed by another.
+    """Turn SIGTERM, Ctrl-C and SIGHUP into SystemExit inside the block, once: another one doesn't disturb the cleaning up.
 
-    What is ignored, as SIGHUP is under nohup, stays ignored.
+    Ignored signals, as SIGHUP is under nohup, stay ignored.
     """
     numbers = [
         number

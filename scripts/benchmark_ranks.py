@@ -52,12 +52,12 @@ class Measured:
 
     Attributes:
         seconds: until it returned.
-        bytes_read: what the processes got from the kernel's reads (``rchar``), plus what ours spans of its memory maps: files'
-            headers, and of a command what Python reads to start, included. What others map isn't seen: none of them does.
-        bytes_written: what they gave to the kernel's writes (``wchar``); what ranks say to one another while they save included.
-        files: that a rank opens under the folder of the checkpoint; of a save or a conversion, that it makes.
+        bytes_read: bytes that the processes got from the kernel's reads (``rchar``), plus those that ours takes from memory maps.
+            Files' headers count, and for a command what Python reads to start. The others map nothing.
+        bytes_written: bytes that they gave to the kernel's writes (``wchar``), also what ranks say to one another while they save.
+        files: files that a rank opens under the folder of the checkpoint; for a save or a conversion, files that it makes.
         extra_memory: bytes that no file backs, at their peak, beyond those before the call: the engine has all of its buffers
-            then. Of a command, all that its processes have.
+            then. For a command, all bytes that its processes have.
         temporary: bytes on disk at the worst moment that are gone at the end.
         bytes_counted: what the call's own report says that it copied out of files.
     """

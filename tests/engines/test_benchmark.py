@@ -122,7 +122,7 @@ def test_what_fails_leaves_nothing(script: ModuleType, monkeypatch: pytest.Monke
 def run_a_command_for_ever(script: ModuleType, output: Path) -> None:
     """In a process of its own: a part of the benchmark that runs a command whose own children write.
 
-    Of a background job, or under nohup, some signals would be ignored.
+    A background job, or one under nohup, would ignore some signals.
     """
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

@@ -49,7 +49,7 @@ def lines_of(run: Run, steps: int, *, handled: bool = False, **arguments: Any) -
 
 
 def lines_of_deepspeed(run: Run, folder: str) -> list[str]:
-    """On a rank: of what DeepSpeed's logger says while nothing is found to load."""
+    """Return, on a rank, the lines of DeepSpeed's logger while nothing is found to load."""
     from deepspeed.utils import logger
 
     found: list[str] = []

@@ -122,7 +122,7 @@ class Case:
 
     Attributes:
         name: of the test.
-        source: the run that saves. What its ``universal`` says doesn't count: it is saved without the block, and with it.
+        source: the run that saves. Its ``universal`` doesn't count: it is saved without the block, and with it.
         target: the run that loads, if another.
         ranks: number of ranks.
         arguments: of ``engine.load_checkpoint``.

@@ -1,8 +1,8 @@
 """The cases by which DeepSpeed tests its own checkpoints, with the block on: what it loads, ``auto`` and ``always`` load too,
 bit for bit.
 
-Its tests are in ``tests/unit/checkpoint`` of its repository. Where they load what was converted to its universal format, the
-native files are loaded here.
+Its tests are in ``tests/unit/checkpoint`` of its repository. Some of them load a checkpoint in its universal format; these
+load the native files here.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def test_on_one_rank_only_a_spec_may_not_contradict() -> None:
 
 
 def test_shapes_that_the_spec_denies() -> None:
-    """Joined along dimension 1 it would be (2, 8). What was recorded needs no such evidence."""
+    """Joined along dimension 1 it would be (2, 8). A recorded pattern needs no such evidence."""
     rules = [{"match": "**", "pattern": "shard", "dim": 1, "shape": [4, 4]}]
     spec = Spec.parse({"family": "mine", "rules": rules}, "mine.yaml")
     local_shapes = {"a": [(2, 4), (2, 4)], "b": [(4, 2), (4, 2)], "elsewhere": [(1,)]}

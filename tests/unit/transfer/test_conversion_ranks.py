@@ -27,7 +27,7 @@ from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.ranks import StoreRanks, joined, taking_part
 
 FILE_NUMBYTES = 700_000
-"""So that the small checkpoint has several files."""
+"""Small, so that the small checkpoint has several files."""
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

@@ -119,7 +119,7 @@ def test_an_optimizer_state_that_was_never_written_is_no_damage(tmp_path: Path) 
     ],
 )
 def test_who_left_out_the_optimizers_state_of_bf16(version: str, accumulated: str, told: str, tmp_path: Path) -> None:
-    """DeepSpeed itself, or whoever removed the files. What 0.17.6 writes at stage 1 differs in the config alone."""
+    """DeepSpeed itself, or whoever removed the files. 0.17.6 writes the same at stage 1 but for the config."""
     shutil.copytree(GOLDEN / UNTOLD, tmp_path / "c")
     path = tmp_path / "c" / "t" / "mp_rank_00_model_states.pt"
     saved = torch.load(path, weights_only=False)
