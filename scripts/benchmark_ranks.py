@@ -54,7 +54,7 @@ class Measured:
         seconds: until it returned.
         bytes_read: bytes that the processes got from the kernel's reads (``rchar``), plus those that ours takes from memory maps.
             Files' headers count, and for a command what Python reads to start. The others map nothing.
-        bytes_written: bytes that they gave to the kernel's writes (``wchar``), also what ranks say to one another while they save.
+        bytes_written: bytes that they gave to the kernel's writes (``wchar``), also the ranks' messages while they save.
         files: files that a rank opens under the folder of the checkpoint; for a save or a conversion, files that it makes.
         extra_memory: bytes that no file backs, at their peak, beyond those before the call: the engine has all of its buffers
             then. For a command, all bytes that its processes have.

@@ -10,14 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from ucp_deepspeed.testing.native_files import (
-    NativeModel,
-    NativeParameter,
-    NativeRun,
-    add_manifest,
-    write_native,
-)
+from native_files import NativeModel, NativeParameter, NativeRun, add_manifest, write_native
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 

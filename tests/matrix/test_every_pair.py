@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_files import Cut, NativeModel, NativeParameter, NativeRun, add_manifest, write_native
+from native_files.described import Held, held_by, of_stage
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes, Precision
@@ -21,17 +23,6 @@ from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.layout import FlatGroup, Flattening, Layout, SlicedGroup
 from ucp_deepspeed.plan import Fragment, Target, overlapping_fragments, plan_tensor
-from ucp_deepspeed.testing.native_files import (
-    Cut,
-    Held,
-    NativeModel,
-    NativeParameter,
-    NativeRun,
-    add_manifest,
-    held_by,
-    of_stage,
-    write_native,
-)
 from ucp_deepspeed.transfer import FileReader, TransferCount, run_copies
 
 HIDDEN, FFN, VOCABULARY, QUERY_GROUPS, HEAD, QUERY_HEADS, SEQUENCE = 12, 20, 44, 4, 3, 2, 5

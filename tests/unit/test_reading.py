@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_files import Cut, NativeModel, NativeParameter, NativeRun, add_manifest, write_native
 
 import ucp_deepspeed
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -24,14 +25,6 @@ from ucp_deepspeed.errors import (
 from ucp_deepspeed.language import Spec
 from ucp_deepspeed.layout import Box, Topology
 from ucp_deepspeed.reading import OpenCheckpoint
-from ucp_deepspeed.testing.native_files import (
-    Cut,
-    NativeModel,
-    NativeParameter,
-    NativeRun,
-    add_manifest,
-    write_native,
-)
 from ucp_deepspeed.transfer import FileReader
 from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.copying import gather_box

@@ -18,11 +18,11 @@ import click
 import pytest
 import torch
 import yaml
+from native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 from ucp_deepspeed import errors
 from ucp_deepspeed.cli import COMMANDS, load_command
 from ucp_deepspeed.config import SaveConfig, UniversalCheckpointConfig
-from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"

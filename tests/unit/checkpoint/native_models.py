@@ -8,17 +8,13 @@ from math import prod
 from pathlib import Path
 
 import torch
+from native_files import NativeModel, NativeParameter, NativeRun
+from native_files.described import kept_parameters
+from native_files.optimizers import hyperparameters
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, Manifest, ManifestTopology
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.testing.native_files import (
-    NativeModel,
-    NativeParameter,
-    NativeRun,
-    hyperparameters,
-    kept_parameters,
-)
 from ucp_deepspeed.transfer import FileReader, gather
 
 SHAPES: dict[str, tuple[int, ...]] = {

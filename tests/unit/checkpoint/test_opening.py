@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from native_files import NativeRun, write_native
 from native_models import SHAPES, check_reads_back, model_of
 
 from ucp_deepspeed import tunables
@@ -12,7 +13,6 @@ from ucp_deepspeed.checkpoint import open_checkpoint, resolve_tag
 from ucp_deepspeed.checkpoint.opening import tags_in
 from ucp_deepspeed.checkpoint.universal.catalog import PARTIAL_MARK, REPLACED_MARK
 from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, UnsupportedError
-from ucp_deepspeed.testing.native_files import NativeRun, write_native
 
 RUN = NativeRun(stage=1, dp=2)
 

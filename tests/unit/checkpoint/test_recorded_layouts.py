@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_files import Cut, NativeModel, NativeParameter, NativeRun, add_manifest, write_native
 from native_models import whole
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
@@ -16,7 +17,6 @@ from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import Spec
-from ucp_deepspeed.testing.native_files import Cut, NativeModel, NativeParameter, NativeRun, add_manifest, write_native
 
 RECORDED = {
     "fused": {"pattern": {"pattern": "shard", "dim": 0, "parts": [1, 1]}, "logical_shape": [8, 6]},

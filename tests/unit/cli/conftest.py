@@ -42,8 +42,7 @@ def ucp() -> Callable[..., Result]:
 def sharded(tmp_path: Path) -> Path:
     """A checkpoint of two tensor-parallel ranks whose parameters belong to no family; saved without a manifest."""
     import torch
-
-    from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
+    from native_files import NativeModel, NativeParameter, NativeRun, write_native
 
     rows = NativeParameter("block.rows", torch.arange(48.0).view(6, 8), {"exp_avg": torch.ones(6, 8)}, cut="rows")
     same = NativeParameter("block.same", torch.ones(5), {"exp_avg": torch.ones(5)})

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
-
-from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
+from native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 Ucp = Callable[..., Result]
 

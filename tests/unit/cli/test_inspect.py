@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-
-from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
+from native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 Ucp = Callable[..., Result]
 

@@ -10,9 +10,9 @@ import click
 import pytest
 import torch
 from click.testing import Result
+from native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 from ucp_deepspeed.cli import load_command
-from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 Ucp = Callable[..., Result]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
+from native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 from ucp_deepspeed.cli.plots import COLOURS
-from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 Ucp = Callable[..., Result]
 

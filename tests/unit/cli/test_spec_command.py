@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from native_files import Cut, NativeModel, NativeParameter, NativeRun, add_manifest, write_native
 
 from ucp_deepspeed.cli import main
 from ucp_deepspeed.language import PATTERN, Spec, load_spec, spec_names
 from ucp_deepspeed.layout import Partial, Pattern, Replicate, Scale, Shard
-from ucp_deepspeed.testing.native_files import Cut, NativeModel, NativeParameter, NativeRun, add_manifest, write_native
 from ucp_deepspeed.testing.ranks import get_pool
 from ucp_deepspeed.testing.runs import Run, train
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from native_files import Cut, NativeModel, NativeParameter, NativeRun, write_native
 
 from ucp_deepspeed.cli import main
 from ucp_deepspeed.errors import SpecError
@@ -21,7 +22,6 @@ from ucp_deepspeed.language import Spec, families, load_spec, spec_names
 from ucp_deepspeed.language.schema import spec_schema
 from ucp_deepspeed.layout import Layout, Shape, Shard, ShardGrid, Unique
 from ucp_deepspeed.layout.box import row_major_strides
-from ucp_deepspeed.testing.native_files import Cut, NativeModel, NativeParameter, NativeRun, write_native
 
 DOCS = Path(__file__).parents[3] / "docs"
 TEXT = (DOCS / "language.md").read_text(encoding="utf-8")

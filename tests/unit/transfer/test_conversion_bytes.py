@@ -18,12 +18,12 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.universal.catalog import UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
 from ucp_deepspeed.transfer.atom_files import lay_out
 from ucp_deepspeed.transfer.conversion import convert
 

@@ -20,13 +20,13 @@ import safetensors
 import safetensors.torch
 import torch
 from click.testing import CliRunner
+from native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.universal.catalog import PARTIAL_MARK
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import main
 from ucp_deepspeed.errors import ConfigError, DamagedCheckpointError
-from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
 from ucp_deepspeed.transfer.commit import _exchange, committed_folder, terminated_as_exception, write_atomically
 from ucp_deepspeed.transfer.conversion import FIRST_RANDOM_STATE_NAME, convert
 

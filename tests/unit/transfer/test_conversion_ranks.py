@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from native_files import NativeModel, NativeParameter, NativeRun, add_manifest, write_native
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError, DamagedCheckpointError, OtherRankError
-from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, add_manifest, write_native
 from ucp_deepspeed.transfer import conversion as convert_module
 from ucp_deepspeed.transfer import copying
 from ucp_deepspeed.transfer import ranks as ranks_module

@@ -15,12 +15,12 @@ from uuid import UUID
 
 import pytest
 import torch
+from native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError, DamagedCheckpointError, UnsupportedError
-from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
 from ucp_deepspeed.transfer.compare import compare
 from ucp_deepspeed.transfer.conversion import convert
 

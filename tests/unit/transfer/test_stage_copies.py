@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from click.testing import CliRunner
+from native_files import NativeModel, NativeParameter, NativeRun, add_manifest, write_native
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, read_manifest
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import main
 from ucp_deepspeed.layout import Topology
-from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, add_manifest, write_native
 from ucp_deepspeed.transfer import FileReader, gather
 from ucp_deepspeed.transfer import conversion as convert_module
 from ucp_deepspeed.transfer.conversion import convert

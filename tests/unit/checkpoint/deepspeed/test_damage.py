@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_files import NativeRun, write_native
 from native_models import SHAPES, model_of, write_manifest
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
@@ -20,7 +21,6 @@ from ucp_deepspeed.checkpoint.torch_files.archives import content_start
 from ucp_deepspeed.checkpoint.torch_files.reading import open_torch_file
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import DamagedCheckpointError, UniversalCheckpointError, UnsupportedError
-from ucp_deepspeed.testing.native_files import NativeRun, write_native
 
 ZERO_2 = NativeRun(stage=2, dp=2, precision="bf16")
 LAST = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from native_files import NativeRun, add_manifest, write_native
 from native_models import SHAPES, model_of
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, UniversalCheckpointError
-from ucp_deepspeed.testing.native_files import NativeRun, add_manifest, write_native
 from ucp_deepspeed.transfer import FileReader
 from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.copying import gather

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from native_files import NativeModel, NativeParameter, NativeRun, write_native
 from native_models import SHAPES, awkward_model, check_reads_back, group_decay, model_of, whole, write_manifest
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import UnsupportedError
-from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, write_native
 from ucp_deepspeed.transfer.conversion import convert
 
 GROUPS = (("up.weight", "embedding.weight", "down.weight"), ("tail", "gain"), ("norm.bias", "scale", "norm.weight"))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from native_files import NativeRun, add_manifest, write_native
 from native_models import model_of
 
 from ucp_deepspeed.checkpoint import open_checkpoint
@@ -18,7 +19,6 @@ from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import main
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.layout import Topology
-from ucp_deepspeed.testing.native_files import NativeRun, add_manifest, write_native
 from ucp_deepspeed.transfer.compare import compare
 from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.planning.policies import Policies

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_files import Cut, NativeModel, NativeParameter, NativeRun, add_manifest, write_native
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.deepspeed import files as deepspeed_files
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import Topology
-from ucp_deepspeed.testing.native_files import Cut, NativeModel, NativeParameter, NativeRun, add_manifest, write_native
 from ucp_deepspeed.transfer.planning.targeting import RankPlan, plan_target
 
 LAYERS = 4

@@ -12,17 +12,11 @@ import pytest
 import torch
 from deepspeed import comm as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from native_files import Cut, NativeModel, NativeParameter, NativeRun
+from native_files.described import held_by
+from native_files.files import model_states, rank_files
 
 from ucp_deepspeed.testing.models import build_mlp
-from ucp_deepspeed.testing.native_files import (
-    Cut,
-    NativeModel,
-    NativeParameter,
-    NativeRun,
-    held_by,
-    model_states,
-    rank_files,
-)
 from ucp_deepspeed.testing.ranks import fp16_on_cpu, get_pool, reset_parallel_state
 from ucp_deepspeed.testing.runs import VOCABULARY, Run, build_engine
 

@@ -12,13 +12,13 @@ import deepspeed.runtime.bf16_optimizer
 import deepspeed.utils.tensor_fragment
 import pytest
 import torch
+from native_files import NativeRun, write_native
 from native_models import awkward_model, check_reads_back, model_of
 from test_pipeline_files import check, pipeline_model
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import Topology
-from ucp_deepspeed.testing.native_files import NativeRun, write_native
 
 RUNS = [
     NativeRun(dp=2, stage=1, precision="bf16"),

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_files import NativeModel, NativeParameter, NativeRun, add_manifest, write_native
+from native_files.described import of_stage, stage_layers
 from native_models import check_reads_back, group_decay, model_of, whole
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
@@ -19,15 +21,6 @@ from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 from ucp_deepspeed.layout import Layout, across_stages
 from ucp_deepspeed.layout.layout import LocalTensor
-from ucp_deepspeed.testing.native_files import (
-    NativeModel,
-    NativeParameter,
-    NativeRun,
-    add_manifest,
-    of_stage,
-    stage_layers,
-    write_native,
-)
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "tied_modules.words.embedding.weight": (11, 3),

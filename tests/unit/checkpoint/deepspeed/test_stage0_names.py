@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from native_files import NativeRun, write_native
 from native_models import SHAPES, awkward_model, check_reads_back, model_of, write_manifest
 
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.testing.native_files import NativeRun, write_native
 
 DISTINCT = {"a": (2, 3), "b": (4,), "c": (5, 2), "d": (6,)}
 TWINS = {"first.weight": (3, 2), "first.bias": (3,), "second.weight": (3, 2), "second.bias": (3,), "last": (7,)}

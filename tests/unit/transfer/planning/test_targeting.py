@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_files import NativeModel, NativeParameter, NativeRun, write_native
+from native_files.described import held_by, shares
 
 from ucp_deepspeed.checkpoint import Checkpoint, FileExtent, Parameter, open_checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import ParameterGroup, Precision, RunState
@@ -18,7 +20,6 @@ from ucp_deepspeed.errors import MismatchError, SpecError
 from ucp_deepspeed.language import Spec
 from ucp_deepspeed.layout import Layout, Topology
 from ucp_deepspeed.plan import Fragment, Target, plan_tensor
-from ucp_deepspeed.testing.native_files import NativeModel, NativeParameter, NativeRun, held_by, shares, write_native
 from ucp_deepspeed.testing.ranks import get_pool
 from ucp_deepspeed.testing.runs import Run, train
 from ucp_deepspeed.transfer import FileReader, run_copies
