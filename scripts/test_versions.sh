@@ -50,7 +50,7 @@ pipelines_without_zero=("$pipelines::test_state_is_bit_exact_and_training_goes_o
 # that this version resumes at stage 0 isn't the uninterrupted one.
 bf16_wrappers=(
     "tests/engines/test_round_trip.py::test_native_universal_engine_native[tp1dp1-zero0]"
-    tests/engines/test_training_state.py::test_frozen_parameters_and_buffers
+    tests/engines/test_module_states.py::test_frozen_parameters_and_buffers
     "$stages::test_state_is_bit_exact_and_training_goes_on[unfused-bf16-zero2]"
     "$stages::test_state_is_bit_exact_and_training_goes_on[bf16-optimizer-zero3]"
     "$stages::test_state_is_bit_exact_and_training_goes_on[zero1-bf16-bf16-optimizer]"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.language import load_spec
-from ucp_deepspeed.testing.ranks import get_pool
+from ucp_deepspeed.testing.ranks import fp16_on_cpu, get_pool
 from ucp_deepspeed.testing.runs import Outcome, Run, build_engine, train
 from ucp_deepspeed.transfer.compare import compare
 
@@ -77,3 +80,14 @@ def warnings_of(work: Callable[[], object]) -> list[str]:
     finally:
         logger.removeHandler(handler)
     return found
+
+
+@contextmanager
+def resumed(engine: Any, load: str | None) -> Iterator[Any]:
+    """Load if asked to; at the end destroy the engine."""
+    with fp16_on_cpu():
+        if load is not None:
+            assert engine.load_checkpoint(load)[0] is not None
+        yield engine
+        engine.destroy()
+        gc.collect()

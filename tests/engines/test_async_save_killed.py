@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from async_saves import ASYNC, FILE_LIMIT, contents, save_and_wait, trained
 from checkpoints import differences
 from deepspeed import comm as dist
 from left_alone import Wrapped
-from test_async_save import ASYNC, FILE_LIMIT, contents, save_and_wait, trained
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.universal.catalog import PARTIAL_MARK, REPLACED_MARK

@@ -19,6 +19,7 @@ from zoneinfo import ZoneInfo
 
 import deepspeed
 import left_alone
+import odd_optimizers
 import pytest
 import torch
 from deepspeed import comm as dist
@@ -38,7 +39,6 @@ from sources import (
 )
 from transformers.optimization import Adafactor
 
-from ucp_deepspeed.testing import odd_optimizers
 from ucp_deepspeed.testing.ranks import RankPool, fp16_on_cpu
 from ucp_deepspeed.testing.runs import Run, build_engine, build_evaluator, loss_of, train_step
 

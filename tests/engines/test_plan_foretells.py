@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import odd_optimizers
 import pytest
 from checkpoints import STEP
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.errors import UniversalCheckpointError
 from ucp_deepspeed.layout import Topology
-from ucp_deepspeed.testing import odd_optimizers
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, train
 from ucp_deepspeed.transfer.planning.policies import Policies

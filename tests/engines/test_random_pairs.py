@@ -15,12 +15,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import odd_optimizers
 from checkpoints import LAST_STEP, STEP, differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.testing import odd_optimizers
 from ucp_deepspeed.testing.ranks import RankPool
 from ucp_deepspeed.testing.runs import Run, train
 from ucp_deepspeed.transfer.conversion import convert

@@ -1,17 +1,13 @@
-"""Position in the data, curriculum and random numbers, over changes of the topology.
+"""Position in the data and curriculum, over changes of the topology.
 
-DeepSpeed saves none of them but the curriculum, whose random stream it loses. Users of Accelerate and NeMo ask for them in vain
+DeepSpeed saves neither but the curriculum, whose random stream it loses. Users of Accelerate and NeMo ask for them in vain
 when the number of GPUs changes (accelerate #3938, Automodel #533).
 """
 
 from __future__ import annotations
 
-import gc
-import logging
-import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -20,20 +16,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import resumed
 from deepspeed.utils import RepeatingLoader
 from torch.utils.data import DataLoader, Dataset
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.data import DataPositionError, ResumableSampler, SampleStream
-from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
-from ucp_deepspeed.testing.ranks import RankError, RankPool, fp16_on_cpu
+from ucp_deepspeed.testing.ranks import RankPool, fp16_on_cpu
 from ucp_deepspeed.testing.runs import SEQUENCE, VOCABULARY, Run, build_engine
 from ucp_deepspeed.transfer.conversion import convert
 
 Ranks = Callable[[int], RankPool]
 
 SAMPLES = 50
+
 SEED = 5
 
 
@@ -86,17 +83,6 @@ class Read:
     global_samples: int
     skipped_steps: int
     losses: list[float] = field(default_factory=list)
-
-
-@contextmanager
-def resumed(engine: Any, load: str | None) -> Iterator[Any]:
-    """Load if asked to; at the end destroy the engine."""
-    with fp16_on_cpu():
-        if load is not None:
-            assert engine.load_checkpoint(load)[0] is not None
-        yield engine
-        engine.destroy()
-        gc.collect()
 
 
 def prefetched(loader: Iterable[Any], ahead: int) -> Iterator[Any]:
@@ -346,164 +332,6 @@ def test_curriculum(world_size: int, converted: bool, ranks: Ranks, tmp_path: Pa
     assert step_by_step(then, 1) == step_by_step(whole, 2)[3:]
     for key in ("dropping", "curriculum_step", "current_difficulties"):
         assert [rank[key] for rank in then] == [whole[0][key]] * world_size
-
-
-Drawn = dict[str, list[float]]
-
-
-def drawn() -> Drawn:
-    """Next numbers of each stream of this process."""
-    found = {
-        "python": [random.random(), random.gauss(0, 1)],
-        "numpy": [*np.random.random(2).tolist(), float(np.random.standard_normal())],
-        "torch": torch.rand(3).tolist(),
-    }
-    for name, state in trackers().items():
-        generator = torch.Generator()
-        generator.set_state(state)
-        found[name] = torch.rand(3, generator=generator).tolist()
-    return found
-
-
-def trackers() -> Mapping[str, torch.Tensor]:
-    """States of Megatron-Core's tracker."""
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
-    states: Mapping[str, torch.Tensor] = get_cuda_rng_tracker().get_states()
-    return states
-
-
-def seed_all(seed: int) -> None:
-    """As training scripts do; an odd number of normal draws leaves one in reserve, which belongs to the state."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    random.gauss(0, 1), np.random.standard_normal()
-
-
-def seeded_engine(run: Run, seed: int, by_rank: bool) -> Any:
-    """An engine in a script that seeds all ranks alike or not, and Megatron-Core's tracker where it is used."""
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
-
-    engine = build_engine(run)
-    get_cuda_rng_tracker().reset()
-    if run.model != "mlp":
-        model_parallel_cuda_manual_seed(seed)
-    seed_all(seed + 100 * torch.distributed.get_rank() * by_rank)
-    return engine
-
-
-def save_and_draw(run: Run, folder: str, by_rank: bool = True) -> Drawn:
-    """On a rank: draw, save, and return what is drawn next."""
-    with resumed(seeded_engine(run, 1, by_rank), None) as engine:
-        drawn()
-        engine.save_checkpoint(folder)
-        return drawn()
-
-
-def load_and_draw(
-    run: Run, folder: str, by_rank: bool = True, seed: int = 50, options: Mapping[str, Any] | None = None
-) -> tuple[Drawn, list[str]]:
-    """On a rank: load in another script, and return what is drawn next, and what is logged of it."""
-    lines: list[str] = []
-    handler = logging.Handler(logging.DEBUG)
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("ucp_deepspeed")
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    try:
-        with resumed(seeded_engine(run, seed, by_rank), None) as engine:
-            engine.load_checkpoint(folder, **(options or {}))
-            return drawn(), [line for line in lines if "random" in line]
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
-
-
-@pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("model", ["mlp", "llama"])
-def test_streams_go_on_exactly_on_the_same_ranks(model: Any, stage: int, ranks: Ranks, tmp_path: Path) -> None:
-    """DeepSpeed saves no random state. Stage 1 is left to DeepSpeed's own load, stage 3 is not."""
-    run = Run(model, tp=2 if model == "llama" else 1, zero={"stage": 1})
-    expected = ranks(2).run(save_and_draw, run, str(tmp_path))
-    found = ranks(2).run(load_and_draw, replace(run, zero={"stage": stage}), str(tmp_path))
-    assert [streams for streams, _ in found] == expected
-    assert expected[0]["torch"] != expected[1]["torch"]
-    assert found[1][1] == []
-    assert found[0][1] == ["random state: each rank's streams go on where they stood at step 0"]
-
-
-@pytest.mark.parametrize("by_rank", [True, False])
-def test_another_topology_derives_new_streams(by_rank: bool, ranks: Ranks, tmp_path: Path) -> None:
-    """From the saved seed alone, whatever the new script's own; ranks that it seeds alike, and that may have to decide alike,
-    stay alike. HF Trainer and Accelerate find no file for further ranks and go on without a word."""
-    run = Run("mlp", zero={"stage": 1})
-    before = ranks(2).run(save_and_draw, run, str(tmp_path), by_rank)
-    first, again = (ranks(4).run(load_and_draw, run, str(tmp_path), by_rank, seed) for seed in (50, 60))
-    assert first == again
-    assert len(first[0][1]) == 1 and "saved at step 0 by 2 ranks" in first[0][1][0] and "its seed 1" in first[0][1][0]
-    assert not any(lines for _, lines in first[1:])
-    for stream in ("python", "numpy", "torch"):
-        values = [tuple(streams[stream]) for streams, _ in first]
-        assert len(set(values)) == (4 if by_rank else 1)
-        assert not set(values) & {tuple(streams[stream]) for streams in before}
-    convert(UniversalView.of(open_checkpoint(tmp_path)), tmp_path / "b" / "step")
-    fewer = ranks(1).run(load_and_draw, run, str(tmp_path / "b" / "step"), by_rank)
-    assert fewer[0][0] == first[0][0]
-
-
-def test_megatrons_streams_on_another_topology(ranks: Ranks, tmp_path: Path) -> None:
-    """Tensor-parallel ranks share the default stream and differ in the tracker's; data-parallel ranks share those."""
-    run = Run("llama", tp=2, zero={"stage": 1})
-    ranks(2).run(save_and_draw, run, str(tmp_path), False)
-    found = [streams for streams, _ in ranks(4).run(load_and_draw, run, str(tmp_path), False)]
-    regions = [streams["model-parallel-rng"] for streams in found]
-    assert regions[0] == regions[2] != regions[1] == regions[3]
-    assert all(streams["torch"] == found[0]["torch"] for streams in found)
-    assert all(streams["data-parallel-rng"] == found[0]["data-parallel-rng"] for streams in found)
-    unloaded = ranks(4).run(load_and_draw, run, str(tmp_path / "none"), False)
-    assert unloaded[0][0]["model-parallel-rng"] != regions[0]
-
-
-@pytest.mark.parametrize("how", ["keep", "module-only", "never", "saved-by-deepspeed", "not-committed"])
-def test_streams_that_are_left_alone(how: str, ranks: Ranks, tmp_path: Path) -> None:
-    """When asked to, when only weights are loaded, and where nothing was saved."""
-    run = Run("mlp", zero={"stage": 2})
-    saving = replace(run, universal=None) if how == "saved-by-deepspeed" else run
-    ranks(2).run(save_and_draw, saving, str(tmp_path))
-    if how == "not-committed":
-        (tmp_path / "global_step0" / "ucp_manifest.json").unlink()
-    block = {"keep": {"random_state": "keep"}, "never": {"load": "never"}}.get(how, {})
-    loading = replace(run, universal={"enabled": True, **block})
-    options = {"load_module_only": True} if how == "module-only" else {}
-    found = ranks(2).run(load_and_draw, loading, str(tmp_path), options=options)
-    expected = ranks(2).run(load_and_draw, loading, str(tmp_path / "none"))
-    assert [streams for streams, _ in found] == [streams for streams, _ in expected]
-    nothing = "the checkpoint holds no random state: the streams stay as the script has seeded them"
-    assert found[0][1] == ([nothing] if how in ("saved-by-deepspeed", "not-committed") else [])
-
-
-def test_damaged_random_state(ranks: Ranks, tmp_path: Path) -> None:
-    """Found on every rank, and not in the way of who doesn't want it."""
-    run = Run("mlp", zero={"stage": 2})
-    ranks(2).run(save_and_draw, run, str(tmp_path))
-    path = tmp_path / "global_step0" / "ucp_random_state_rank_00001.json"
-    text = path.read_text(encoding="utf-8")
-    for damaged, error in {
-        text[:-100]: DamagedCheckpointError,
-        "x" * len(text): DamagedCheckpointError,
-        text.replace('"format_version": 1', '"format_version": 0'): DamagedCheckpointError,
-        text.replace('"format_version": 1', '"format_version": 2'): UnsupportedError,
-        text.replace('"MT19937"', '"MT19938"'): DamagedCheckpointError,
-    }.items():
-        path.write_text(damaged, encoding="utf-8")
-        with pytest.raises(RankError) as caught:
-            ranks(2).run(load_and_draw, run, str(tmp_path))
-        assert isinstance(caught.value.original, error), caught.value
-        assert error is UnsupportedError or '"random_state": "keep"' in str(caught.value.original)
-    kept = replace(run, universal={"enabled": True, "random_state": "keep"})
-    assert ranks(2).run(load_and_draw, kept, str(tmp_path))
 
 
 def train_with_dropout(leg: Leg, load: str | None, save: str | None, save_at: int = 0) -> list[float]:

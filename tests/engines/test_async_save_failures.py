@@ -1,0 +1,303 @@
+"""Saving in the background when something fails: who learns of it, and what is left."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import pytest
+from async_saves import ASYNC, FILE_LIMIT, LARGE, Ranks, held_back, trained
+from deepspeed import comm as dist
+from deepspeed.runtime.checkpoint_engine import FastCheckpointEngine, TorchCheckpointEngine
+
+import ucp_deepspeed
+from ucp_deepspeed import tunables
+from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.engine.saving import background, save
+from ucp_deepspeed.errors import ConfigError, SaveError, UniversalCheckpointError
+from ucp_deepspeed.testing.models import build_mlp
+from ucp_deepspeed.testing.ranks import RankError
+from ucp_deepspeed.testing.runs import GLOBAL_BATCH, Run, train_step
+
+
+def fail_once(run: Run, folder: str, failing: int, then: str) -> tuple[Any, str]:
+    """A save that fails on one rank for want of space; what the next call raises, and what ``latest`` says then."""
+    engine = trained(run, 1)
+    engine.save_checkpoint(folder, tag="a")
+    ucp_deepspeed.wait_for_save()
+    with held_back():
+        engine.save_checkpoint(folder, tag="b")
+        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if dist.get_rank() == failing:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, unlimited[1]))
+    found, calls = (
+        None,
+        {
+            "save": lambda: engine.save_checkpoint(folder, tag="c"),
+            "load": lambda: engine.load_checkpoint(folder),
+            "wait": ucp_deepspeed.wait_for_save,
+        },
+    )
+    try:
+        calls[then]()
+    except SaveError as error:
+        found = error
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    latest = (Path(folder) / "latest").read_text()
+    ucp_deepspeed.wait_for_save()  # told once
+    engine.save_checkpoint(folder, tag="d")
+    ucp_deepspeed.wait_for_save()
+    engine.destroy()
+    return found, latest
+
+
+@pytest.mark.parametrize(("failing", "then"), [(0, "save"), (1, "save"), (1, "load"), (0, "wait")])
+def test_a_failure_surfaces_on_all_ranks_at_the_next_call(
+    failing: int, then: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    """As on a full disk: torch's writer would end the process (``std::terminate``)."""
+    outcomes = ranks(2).run(fail_once, LARGE, str(tmp_path), failing, then)
+    for rank, (error, latest) in enumerate(outcomes):
+        assert "b could not be saved, and 'latest' was not moved: OSError: [Errno 27] File too large" in str(error)
+        assert ("rank" in str(error).split(":")[0]) == (rank != failing)
+        assert latest == "a"
+    assert (tmp_path / "latest").read_text() == "d"
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"a", "d"}
+
+
+def save_what_cant_be_pickled(run: Run, folder: str) -> str:
+    """On one rank only; DeepSpeed's barriers come after."""
+    engine = trained(run, 1)
+    with pytest.raises(Exception) as caught:
+        engine.save_checkpoint(
+            folder, client_state={"function": lambda: dist.get_rank()} if dist.get_rank() == 0 else {}
+        )
+    engine.save_checkpoint(folder)
+    ucp_deepspeed.wait_for_save()
+    engine.destroy()
+    return str(caught.value)
+
+
+def test_what_cant_be_pickled_is_refused_at_once_on_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    run = Run("mlp", zero={"stage": 1}, universal=ASYNC)
+    for message in ranks(2).run(save_what_cant_be_pickled, run, str(tmp_path)):
+        assert "lambda" in message
+    assert open_checkpoint(tmp_path).run.global_steps == 1
+    assert not [path for path in tmp_path.rglob(".*")]
+
+
+def save_where_nothing_can_be(run: Run, folder: str) -> str:
+    """Into a folder whose name a file has."""
+    engine = trained(run, 0)
+    with pytest.raises(SaveError) as caught:
+        engine.save_checkpoint(f"{folder}/file/run")
+    assert type(engine.checkpoint_engine) is TorchCheckpointEngine
+    engine.destroy()
+    return str(caught.value)
+
+
+def test_a_folder_that_cant_be_made(ranks: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for message in ranks(2).run(save_where_nothing_can_be, Run("mlp", universal=ASYNC), str(tmp_path)):
+        assert "can't be saved, and 'latest' was not moved" in message
+
+
+def save_in_vain(run: Run, folder: str, tags: list[str]) -> str:
+    """On a rank: a save that fails while DeepSpeed's own ``save_checkpoint`` runs, or before; then one that doesn't."""
+    engine = trained(run, 1)
+    with pytest.raises(SaveError) as caught:
+        engine.save_checkpoint(folder, tag=tags[dist.get_rank()])
+    assert "_copy_recovery_script" not in vars(engine)
+    if dist.get_rank() == 0:
+        (Path(folder) / "zero_to_fp32.py").rmdir()
+    engine.save_checkpoint(folder, tag="a")
+    ucp_deepspeed.wait_for_save()
+    engine.destroy()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        (["b", "b"], "can't be saved, and 'latest' was not moved: IsADirectoryError"),
+        (["b", "c"], "ranks save different tags into"),
+        (["file", "file"], "file is a file; save under another tag"),
+    ],
+    ids=["what DeepSpeed writes itself", "different tags", "tag that is a file"],
+)
+def test_what_fails_between_barriers_is_told_on_all_ranks(
+    tags: list[str], message: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Rank 0 copies DeepSpeed's recovery scripts, which a full disk doesn't let it; the others used to wait for it."""
+    (tmp_path / "zero_to_fp32.py").mkdir()
+    (tmp_path / "file").write_text("")
+    for found in ranks(2).run(save_in_vain, Run("mlp", universal=ASYNC), str(tmp_path), tags, timeout=60.0):
+        assert message in found
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"a"}
+
+
+def save_into_what_goes(run: Run, root: str, what: str, how: str, late: int) -> tuple[str, float]:
+    """Rename or remove the save's folder, or the tag's in it, while a rank still has its files to write; returns what was told,
+    and the seconds until then."""
+    engine, folder = trained(run, 0), Path(root) / "tmp-1"
+    begun = time.monotonic()
+    with held_back() as gate:
+        engine.save_checkpoint(str(folder), tag="a")
+        if dist.get_rank() != late:
+            gate.set()
+            vars(engine)[background.OWN].written.wait()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            gone = folder / "a" if what == "tag" else folder
+            shutil.rmtree(gone) if how == "removed" else gone.rename(gone.with_name("final"))
+        dist.barrier()
+        gate.set()
+        with pytest.raises(SaveError) as caught:
+            engine.save_checkpoint(f"{root}/next")
+    engine.save_checkpoint(f"{root}/next")
+    ucp_deepspeed.wait_for_save()
+    engine.destroy()
+    return str(caught.value), time.monotonic() - begun
+
+
+@pytest.mark.parametrize(
+    ("what", "how", "late"),
+    [("folder", "renamed", 0), ("folder", "renamed", 1), ("folder", "removed", 1), ("tag", "removed", 1)],
+)
+def test_a_folder_that_goes_while_it_is_written(what: str, how: str, late: int, ranks: Ranks, tmp_path: Path) -> None:
+    """As Hugging Face's Trainer renamed ``tmp-checkpoint``: told at once on all ranks, and nothing is left, wherever it is."""
+    told = ranks(2).run(save_into_what_goes, Run("mlp", universal=ASYNC), str(tmp_path), what, how, late)
+    gone = tmp_path / "tmp-1" / ("a" if what == "tag" else "")
+    for message, seconds in told:
+        assert (
+            f"{tmp_path}/tmp-1/a could not be saved, and 'latest' was not moved: {gone} was renamed or removed"
+            in message
+        )
+        assert "call ucp_deepspeed.wait_for_save() before" in message and seconds < 20
+    assert not [path for path in tmp_path.rglob("*") if path.name == "a" or path.name.startswith(".")]
+    assert open_checkpoint(tmp_path / "next").run.global_steps == 0
+
+
+def save_two_engines(run: Run, root: str, failing: int) -> dict[str, Any]:
+    """The first engine's save fails on one rank, while the second saves and loads; then both into one folder."""
+    first, found = trained(run, 0), dict[str, Any]()
+    config = {
+        "train_batch_size": GLOBAL_BATCH,
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+        "zero_optimization": {"stage": 1},
+        "universal_checkpoint": ASYNC,
+    }
+    second, *_ = deepspeed.initialize(model=build_mlp(), config=config)
+    train_step(second, run, 1)
+    with held_back():
+        first.save_checkpoint(f"{root}/first", tag="t")
+        second.save_checkpoint(f"{root}/second", tag="t")
+        found["waiting"] = [vars(each)[background.OWN].is_alive() for each in (first, second)]
+        if dist.get_rank() == failing:
+            shutil.rmtree(next(Path(f"{root}/first").glob(".t.partial*")))
+        dist.barrier()
+    second.save_checkpoint(f"{root}/second", tag="u")
+    second.load_checkpoint(f"{root}/second")
+    found["steps"] = second.global_steps
+    try:
+        first.save_checkpoint(f"{root}/first", tag="u")
+    except SaveError as error:
+        found["first"] = str(error)
+    for number, engine in enumerate((first, second)):
+        engine.save_checkpoint(f"{root}/both", tag=str(number))
+    ucp_deepspeed.wait_for_save()
+    found["both"] = (Path(root) / "both" / "latest").read_text()
+    for engine in (first, second):
+        engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_each_engine_has_a_save_of_its_own(failing: int, ranks: Ranks, tmp_path: Path) -> None:
+    """One engine's failure is told to it, with its folder, and neither keeps the other from saving."""
+    run = Run("mlp", universal=ASYNC)
+    for found in ranks(2).run(save_two_engines, run, str(tmp_path), failing):
+        assert found["waiting"] == [True, True] and found["steps"] == 1
+        assert f"{tmp_path}/first/t could not be saved" in found["first"]
+        assert found["both"] == "1"
+    assert open_checkpoint(tmp_path / "second").path.name == "u"
+    assert not (tmp_path / "first" / "latest").exists()
+    assert not [path for path in tmp_path.rglob(".*")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"use_node_local_storage": True},
+            "needs a folder that all ranks see, and 'checkpoint.use_node_local_storage'",
+        ),
+        ({"checkpoint_serialization": False}, "'checkpoint.checkpoint_serialization' turns it off"),
+    ],
+)
+def test_settings_that_exclude_each_other(settings: dict[str, Any], message: str, ranks: Ranks) -> None:
+    run = Run("mlp", universal=ASYNC, config={"checkpoint": settings})
+    with pytest.raises(RankError, match=message) as caught:
+        ranks(2).run(trained, run, 0)
+    assert isinstance(caught.value.original, ConfigError)
+
+
+def test_another_checkpoint_engine_is_refused() -> None:
+    """DeepSpeed builds it only under its launcher."""
+    native = FastCheckpointEngine.__new__(FastCheckpointEngine)
+    with pytest.raises(ConfigError, match=r"FastCheckpointEngine.* are two ways to write in the background"):
+        background.check_background(SimpleNamespace(checkpoint_engine=native))
+
+
+def test_a_folder_that_another_node_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tunables, "VISIBLE_SECONDS", 0.0)
+    monkeypatch.setattr(save.dist, "get_rank", lambda: 1)
+    with pytest.raises(SaveError, match="isn't the same folder on all ranks: rank 1 doesn't see what rank 0 made"):
+        save._await_folder(tmp_path / "made-by-rank-0")
+
+
+def save_when_a_thread_cant_start(run: Run, folder: str) -> str:
+    """On rank 1 the first save's can't; returns what that rank was told."""
+    engine = trained(run, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("no thread")))
+        with pytest.raises(UniversalCheckpointError if dist.get_rank() == 0 else RuntimeError) as caught:
+            engine.save_checkpoint(folder, tag="a")
+    engine.save_checkpoint(folder, tag="b")
+    ucp_deepspeed.wait_for_save()
+    engine.destroy()
+    return str(caught.value)
+
+
+def test_all_ranks_write_or_none(ranks: Ranks, tmp_path: Path) -> None:
+    told = ranks(2).run(save_when_a_thread_cant_start, Run("mlp", universal=ASYNC), str(tmp_path))
+    assert all("no thread" in text for text in told)
+    assert open_checkpoint(tmp_path).path.name == "b" and not (tmp_path / "a").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_log_that_cant_be_written_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background.logger, "error", lambda *_: 1 / 0)
+    job = background.Job(tmp_path / "gone", tmp_path / "a", (), {"x": ""}, lambda: None, 1, 2, timeout=1.0)
+    writing = background.Writing(job)
+    writing.start()
+    assert writing.written.wait(10) and "renamed or removed" in str(writing.own_error)
+    writing.join()
+
+
+def test_rank_0_gives_up_on_a_rank_that_never_ends(tmp_path: Path) -> None:
+    partial = tmp_path / "partial"
+    partial.mkdir()
+    writing = background.Writing(
+        background.Job(partial, tmp_path / "a", (), {}, lambda: pytest.fail("committed"), 0, 2, timeout=0.05)
+    )
+    writing.start()
+    writing.join()
+    assert "ranks [1] didn't write their files" in str(writing.error)

@@ -1,0 +1,249 @@
+"""Ranks that see or want different things, and files that change while ranks load: all ranks load the same, or all refuse."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from shutil import copyfile, copytree
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from refusals import Ranks, check_refused, fingerprint
+
+from ucp_deepspeed.checkpoint import opening
+from ucp_deepspeed.engine.loading.filling import Filling, _Filler
+from ucp_deepspeed.errors import (
+    ConfigError,
+    DamagedCheckpointError,
+    UniversalCheckpointError,
+)
+from ucp_deepspeed.testing.ranks import get_pool
+from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
+from ucp_deepspeed.transfer.commit import _exchange
+
+MLP = Run("mlp", zero={"stage": 1})
+
+
+def load_each(run: Run, folders: list[str], tags: list[str | None]) -> tuple[str, str | None, int]:
+    """On a rank: load this rank's tag of this rank's folder, while each sees another tag in ``latest``.
+
+    Returns the error, the tag that was loaded, and the step that the engine is at.
+    """
+    engine, rank = build_engine(run), dist.get_rank()
+    error, loaded = "", None
+    try:
+        with mock.patch.object(opening, "_read_latest", lambda _: f"global_step{rank + 1}"):
+            loaded, _ = engine.load_checkpoint(folders[rank], tag=tags[rank])
+    except UniversalCheckpointError as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    return error, loaded and Path(loaded).parent.name, engine.global_steps
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tags of two steps; ``latest`` is the second."""
+    folder = tmp_path_factory.mktemp("two")
+    for step in (1, 2):
+        get_pool(2).run(train, MLP, step, save=str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("load", ["auto", "always"])
+def test_all_ranks_load_what_the_first_one_finds(load: str, two_steps: Path, ranks: Ranks) -> None:
+    """A run that still goes on may move ``latest`` while ranks of the next read it."""
+    run = replace(MLP, universal={"enabled": True, "load": load})
+    found = ranks(2).run(load_each, run, [str(two_steps)] * 2, [None, None])
+    assert found == [("", "global_step1", 1)] * 2
+
+
+def test_ranks_that_name_different_tags(two_steps: Path, ranks: Ranks) -> None:
+    for error, _, step in ranks(2).run(load_each, MLP, [str(two_steps)] * 2, ["global_step1", "global_step2"]):
+        assert "ConfigError: ranks load different tags" in error and step == 0
+        assert "global_step1 on rank 0, global_step2 on rank 1" in error
+
+
+def test_ranks_whose_folders_hold_different_steps(two_steps: Path, ranks: Ranks, tmp_path: Path) -> None:
+    copytree(two_steps / "global_step2", tmp_path / "global_step1")
+    for error, _, step in ranks(2).run(load_each, MLP, [str(two_steps), str(tmp_path)], [None, None]):
+        assert "MismatchError: ranks opened different checkpoints: step 1 in " in error and step == 0
+        assert f"step 2 in {tmp_path / 'global_step1'} on rank 1" in error
+
+
+@pytest.mark.parametrize("load", ["auto", "always"])
+def test_files_of_two_saves(load: str, two_steps: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """On the same topology each rank of DeepSpeed's would go on from its own file's step."""
+    copytree(two_steps, tmp_path / "copy")
+    name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    copyfile(two_steps / "global_step1" / name, tmp_path / "copy" / "global_step2" / name)
+    run = replace(MLP, universal={"enabled": True, "load": load})
+    check_refused(ranks, run, tmp_path / "copy", DamagedCheckpointError, name, "is at step 1", "files of two saves")
+
+
+def differ(run: Run, folder: str, changes: list[dict[str, Any]], arguments: list[dict[str, Any]]) -> str:
+    """On a rank: build an engine and load, with settings and arguments of its own; what is raised."""
+    rank = dist.get_rank()
+    universal = {"enabled": True, "load": "always", **changes[rank]}
+    with pytest.raises(ConfigError) as caught:
+        build_engine(replace(run, universal=universal)).load_checkpoint(folder, **arguments[rank])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        (
+            [{}, {"shared_read_bytes": 0}],
+            [{}, {}],
+            "'universal_checkpoint' must be the same on all ranks: shared_read_bytes is 67108864 on rank 0 and 0 on rank 1",
+        ),
+        (
+            [{}, {"save": {"async": True}, "optimizer_states": "reset"}],
+            [{}, {}],
+            "optimizer_states is 'restore' on rank 0 and 'reset' on rank 1, and so on (2 differences)",
+        ),
+        ([{}, {"load": "never"}], [{}, {}], "load is 'always' on rank 0 and 'never' on rank 1"),
+        (
+            [{}, {}],
+            [{"load_optimizer_states": False}, {}],
+            "'load_checkpoint' must be the same on all ranks: load_optimizer_states is False on rank 0 and True on rank 1",
+        ),
+    ],
+    ids=["what is shared", "two settings", "load", "arguments"],
+)
+def test_ranks_that_want_different_things(
+    changes: list[dict[str, Any]],
+    arguments: list[dict[str, Any]],
+    message: str,
+    two_steps: Path,
+    ranks: Ranks,
+) -> None:
+    """They used to wait for one another, or replicas ended in different states."""
+    run = replace(MLP, zero={"stage": 0})
+    for found in ranks(2).run(differ, run, str(two_steps), changes, arguments, timeout=60.0):
+        assert message in found
+
+
+MOMENTS = {"planned": (Filling, "check_files"), "agreed": (Filling, "run"), "read": (_Filler, "wait")}
+"""The function that a load calls next at each of these moments."""
+
+
+def load_of_files_that_change(run: Run, load: str, moment: str, how: str) -> tuple[str, bool]:
+    """On a rank: load, while a file goes that the last rank reads, or the tag is saved again in one step.
+
+    Returns the error, and whether the engine is as it was.
+    """
+    engine = build_engine(run)
+    train_step(engine, run, 1)
+    before = fingerprint(engine)
+    owner, name = MOMENTS[moment]
+    real = getattr(owner, name)
+
+    def run_with_change(self: Any, *arguments: Any) -> Any:
+        dist.barrier()  # the others have come so far too
+        if dist.get_rank() == dist.get_world_size() - 1:
+            if how == "gone":
+                copies = [copy for slot in self.slots for plan in slot.buffers.values() for copy in plan.copies]
+                Path(copies[-1].sources[0].buffer.path).rename(Path(load) / "gone")
+            else:
+                _exchange(Path(load) / "global_step1", Path(load) / "global_step2")
+        dist.barrier()
+        return real(self, *arguments)
+
+    with mock.patch.object(owner, name, run_with_change):
+        try:
+            engine.load_checkpoint(load)
+        except DamagedCheckpointError as error:
+            return str(error), fingerprint(engine) == before
+    raise AssertionError("the load went through")
+
+
+@pytest.mark.parametrize("moment", ["planned", "agreed"])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_file_that_goes_while_ranks_load(
+    stage: int, moment: str, two_steps: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """On one rank; the others used to wait for what it would have read."""
+    late = moment == "agreed"
+    for error, untouched in changed_load(stage, moment, "gone", two_steps, ranks, tmp_path):
+        assert "optim_states.pt" in error and untouched != late
+        assert ("is missing; the engine is filled in part" if late else "can't be read: No such file") in error
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_tag_that_is_saved_again_while_ranks_load(
+    stage: int, moment: str, two_steps: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Counters, steps and rates used to come from one save and the tensors from the other."""
+    for error, untouched in changed_load(stage, moment, "saved again", two_steps, ranks, tmp_path):
+        assert "was changed while it was read" in error
+        assert untouched == ("the engine is filled in part" not in error) == (moment == "planned")
+
+
+def load_left_to_deepspeed(run: Run, load: str) -> str:
+    """On a rank: load, while the tag is saved again when DeepSpeed has opened its first file."""
+    engine, real, calls = build_engine(run), TorchCheckpointEngine.load, []
+
+    def load_with_change(self: Any, path: str, *arguments: Any, **settings: Any) -> Any:
+        calls.append(path)
+        if len(calls) == 2:
+            dist.barrier()
+            if dist.get_rank() == 0:
+                _exchange(Path(load) / "global_step1", Path(load) / "global_step2")
+            dist.barrier()
+        return real(self, path, *arguments, **settings)
+
+    with (
+        mock.patch.object(TorchCheckpointEngine, "load", load_with_change),
+        pytest.raises(DamagedCheckpointError) as caught,
+    ):
+        engine.load_checkpoint(load)
+    assert len(calls) >= 2
+    return str(caught.value)
+
+
+def test_a_tag_that_is_saved_again_while_deepspeed_loads_by_itself(
+    two_steps: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Its weights used to come from one save and its optimizer's state from the other."""
+    copytree(two_steps, tmp_path / "copy")
+    for error in ranks(2).run(load_left_to_deepspeed, MLP, str(tmp_path / "copy"), timeout=60.0):
+        assert "was changed while it was read" in error and "the engine may hold two saves' state" in error
+
+
+class Keeper:
+    """Holds what can't be copied, as trainers do."""
+
+    def __init__(self) -> None:
+        self.lock, self.names = threading.Lock(), list[str]()
+
+    def keep(self, src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
+        """As ``custom_load_fn``; loads nothing."""
+        self.names += src
+
+
+def load_with_a_method(run: Run, load: str) -> int:
+    """On a rank: how many names a method's object has been given, by a load of either kind."""
+    engine, keeper = build_engine(run), Keeper()
+    engine.load_checkpoint(load, custom_load_fn=keeper.keep)
+    return len(keeper.names)
+
+
+@pytest.mark.parametrize("load", ["always", "never"])
+def test_a_method_as_custom_load_function_is_called_on_its_own_object(load: str, two_steps: Path, ranks: Ranks) -> None:
+    run = replace(MLP, universal={"enabled": True, "load": load})
+    assert all(ranks(2).run(load_with_a_method, run, str(two_steps)))
+
+
+def changed_load(
+    stage: int, moment: str, how: str, two_steps: Path, ranks: Ranks, tmp_path: Path
+) -> list[tuple[str, bool]]:
+    copytree(two_steps, tmp_path / "copy")
+    universal = {"enabled": True, "load": "always", "shared_read_bytes": 0}
+    run = replace(MLP, zero={"stage": stage}, universal=universal)
+    return ranks(2).run(load_of_files_that_change, run, str(tmp_path / "copy"), moment, how, timeout=60.0)
