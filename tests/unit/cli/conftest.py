@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from ucp_deepspeed.cli import main
 from ucp_deepspeed.testing.ranks import get_pool
 from ucp_deepspeed.testing.runs import Run, train
 
@@ -23,19 +20,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
             train, run, step, save=str(root), save_tag=f"step{step}", client_state={"epoch": 7}, timeout=280
         )
     return root
-
-
-@pytest.fixture
-def ucp() -> Callable[..., Result]:
-    """``ucp("inspect", path)``"""
-
-    def invoke(*args: object) -> Result:
-        result = CliRunner().invoke(main, [str(arg) for arg in args])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    return invoke
 
 
 @pytest.fixture
