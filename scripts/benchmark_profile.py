@@ -68,15 +68,14 @@ def profile_load(folder: str) -> Phases:
     """On each rank: load once, as `benchmark_ranks.build` made the engine."""
     import benchmark_ranks
 
-    from ucp_deepspeed.engine.loading import exchange, filling, load
+    from ucp_deepspeed.engine.loading import exchange, filling, finding, load
     from ucp_deepspeed.engine.optimizers import engine_optimizer, zero12
 
     optimizer = type(engine_optimizer(benchmark_ranks.engine()))
     watch = Stopwatch()
     steps = ("begin", "begin_refresh", "refresh_weights", "end")
     with watch.timing(
-        (load, "open_checkpoint", "open and plan"),
-        (load, "_takes_universal_path", "open and plan"),
+        (finding, "_look", "open and plan"),
         (load, "_load_universal", "open and plan"),
         (load.dist, "all_gather_object", "agree with other ranks"),
         (load.dist, "barrier", "agree with other ranks"),

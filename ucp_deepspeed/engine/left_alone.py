@@ -17,10 +17,11 @@ from ucp_deepspeed.checkpoint import Checkpoint, resolve_tag
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME, home_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
+from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.console import told_once
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.loading.native import LoadOptions
-from ucp_deepspeed.engine.model import agreement, engine_topology
+from ucp_deepspeed.engine.model import engine_topology
 from ucp_deepspeed.engine.node_local import open_here, writes_for_node
 from ucp_deepspeed.errors import UniversalCheckpointError, UnsupportedError
 

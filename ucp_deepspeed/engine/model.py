@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from math import prod
 from typing import Any, Literal, TypeVar
 
@@ -30,7 +28,7 @@ from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizer_only import optimizer_only
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.optimizers.plain import PlainOptimizer
-from ucp_deepspeed.errors import ConfigError, MismatchError, UniversalCheckpointError
+from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import Spec, load_spec
 from ucp_deepspeed.layout import FlatGroup, Flattening, Shape, SlicedGroup, Topology
 from ucp_deepspeed.layout.pattern import Pattern, Replicate
@@ -348,59 +346,3 @@ def _live_layouts(engine: Engine) -> RecordedLayouts:
     from ucp_deepspeed.megatron.layouts import inferred_patterns
 
     return RecordedLayouts(inferred_patterns(engine.module))
-
-
-@contextmanager
-def agreement() -> Iterator[None]:
-    """Raise an error of one rank on every rank, so that none goes on alone. Collective over all ranks, at the end of the block.
-
-    Raises:
-        Exception: this rank's own error.
-        UniversalCheckpointError: another rank's error, with its rank in the message unless it lists parameters.
-    """
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, _portable(error))
-    if error is not None:
-        raise error
-    for rank, other in enumerate(gathered):
-        if other is not None:
-            raise other if getattr(other, "problems", ()) else type(other)(f"rank {rank}: {other}")
-
-
-def check_same_on_all_ranks(what: str, settings: Mapping[str, Any]) -> None:
-    """Check settings that all ranks must share: with different ones, ranks would wait for one another, or end in different
-    states. Collective.
-
-    Args:
-        what: the owner of the settings, for the message.
-
-    Raises:
-        ConfigError: on all ranks; lists the settings that differ.
-    """
-    digests: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, sha256(repr(sorted(settings.items())).encode()).digest())
-    if len(set(digests)) == 1:
-        return
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, dict(settings))
-    differing = [
-        f"{key} is {gathered[0][key]!r} on rank 0 and {other[key]!r} on rank {rank}"
-        for rank, other in enumerate(gathered)
-        for key in gathered[0]
-        if other[key] != gathered[0][key]
-    ]
-    if differing:
-        more = f", and so on ({len(differing)} differences)" if len(differing) > 1 else ""
-        raise ConfigError(f"{what!r} must be the same on all ranks: {differing[0]}{more}")
-
-
-def _portable(error: Exception | None) -> UniversalCheckpointError | None:
-    """Return an error that other ranks can unpickle."""
-    if error is None or isinstance(error, UniversalCheckpointError):
-        return error
-    return UniversalCheckpointError(f"{type(error).__name__}: {error}")

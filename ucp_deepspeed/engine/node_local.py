@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from deepspeed import comm as dist
 
@@ -33,20 +33,26 @@ def open_here(engine: Engine, folder: Path) -> Checkpoint:
     return DeepSpeedCheckpoint(folder, NodeLocalFiles(folder))
 
 
-def check_all_here(checkpoint: Checkpoint | None) -> None:
-    """Check that each rank sees all files, as it must to read from them on another topology. Collective.
+Missing = tuple[str, str, tuple[str, ...]]
+"""A machine, a folder on its disks, and the files that aren't there."""
+
+
+def files_missing(checkpoint: Checkpoint) -> Missing | None:
+    """Return the files of a checkpoint that this machine's own disks lack; None if it sees all of them."""
+    files = checkpoint.files if isinstance(checkpoint, DeepSpeedCheckpoint) else None
+    missing = files.missing if isinstance(files, NodeLocalFiles) else ()
+    return (socket.gethostname(), str(checkpoint.path), missing) if missing else None
+
+
+def check_all_here(of_ranks: Sequence[Missing | None]) -> None:
+    """Check that each rank sees all files, as it must to read from them on another topology.
 
     Raises:
         MismatchError: some are missing; says which and where.
     """
-    files = checkpoint.files if isinstance(checkpoint, DeepSpeedCheckpoint) else None
-    missing = files.missing if isinstance(files, NodeLocalFiles) else ()
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (socket.gethostname(), None if files is None else str(files.path), missing))
-    lacking = {(host, path): names for host, path, names in gathered if names}
-    if lacking:
+    if lacking := dict.fromkeys(missing for missing in of_ranks if missing is not None):
         raise MismatchError(
             "the checkpoint lies on machines' own disks (use_node_local_storage), from which only the topology that saved it "
             "goes on; for any other copy the files of all machines into each of these folders, or into one that every rank sees",
-            [f"{host}: {path} lacks {', '.join(names)}" for (host, path), names in lacking.items()],
+            [f"{host}: {path} lacks {', '.join(names)}" for host, path, names in lacking],
         )

@@ -31,8 +31,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ucp_deepspeed.checkpoint.deepspeed.manifest import read_manifest
 from ucp_deepspeed.checkpoint.encoding import decode, encode
 from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME
+from ucp_deepspeed.engine.agreement import agreement, gathered
 from ucp_deepspeed.engine.deepspeed_types import Engine
-from ucp_deepspeed.engine.model import agreement, engine_topology, model_parallel_rank
+from ucp_deepspeed.engine.model import engine_topology, model_parallel_rank
 from ucp_deepspeed.errors import DamagedCheckpointError, FormatError
 from ucp_deepspeed.transfer.commit import write_atomically
 
@@ -168,8 +169,7 @@ def restore_random_state(engine: Engine, saved: RandomState | None) -> None:
     """
     streams, place = _live_streams(engine), _place(engine)
     mine = _Live(place, {name: stream.identity for name, stream in streams.items()}, _origin(saved, place))
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, mine)
+    ranks = gathered(mine)
     origin = ranks[0].origin
     if origin is None:
         if place.rank == 0:

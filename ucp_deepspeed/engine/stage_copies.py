@@ -16,12 +16,14 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.torch_files.reading import INTEGERS
+from ucp_deepspeed.engine.agreement import gathered
 from ucp_deepspeed.engine.deepspeed_types import Engine
-from ucp_deepspeed.engine.model import EngineModel, agreement
+from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.engine.optimizers.states import is_number
 from ucp_deepspeed.transfer.planning.policies import Policies
 from ucp_deepspeed.transfer.stage_copies import (
+    Seen,
     has_one_master,
     held_by_several,
     look,
@@ -35,42 +37,48 @@ from ucp_deepspeed.transfer.stage_copies import (
 logger = logging.getLogger("ucp_deepspeed")
 
 
-def with_copies_for(
-    checkpoint: Checkpoint, model: EngineModel, policies: Policies
-) -> tuple[Checkpoint, tuple[str, ...]]:
-    """Return the checkpoint with the copies that this rank is to have, and a text for each copy that was chosen. Collective.
+def look_at_copies(checkpoint: Checkpoint, model: EngineModel) -> dict[str, Seen]:
+    """Compare the copies that may differ, and that pipeline stages don't just get back: this rank looks at its part of the
+    elements."""
+    copies, _ = _copies(checkpoint, model)
+    return look(checkpoint, copies, (dist.get_rank(), dist.get_world_size())) if copies else {}
 
-    A stage that holds what it held before gets its own copies back. On another topology all ranks together read and compare the
-    copies that may differ.
+
+def _copies(checkpoint: Checkpoint, model: EngineModel) -> tuple[dict[str, tuple[int, ...]], int | None]:
+    """Return parameters to compare → the stages that hold them, and this rank's stage, if it gets its own copies back."""
+    own, copies = _own_stage(checkpoint, model), may_differ(checkpoint)
+    if own is not None:
+        copies = {name: stages for name, stages in copies.items() if has_one_master(checkpoint, name, stages)}
+    return copies, own
+
+
+def with_copies_for(
+    checkpoint: Checkpoint, model: EngineModel, policies: Policies, seen: Sequence[Mapping[str, Seen]]
+) -> tuple[Checkpoint, tuple[str, ...]]:
+    """Return the checkpoint with the copies that this rank is to have, and a text for each copy that was chosen.
+
+    A stage that holds what it held before gets its own copies back.
+
+    Args:
+        seen: what `look_at_copies` returned on each rank; empty where the checkpoint has one stage.
 
     Raises:
         MismatchError: copies differ, and nothing tells which to take; lists the parameters.
     """
-    with agreement():
+    (copies, own), found = _copies(checkpoint, model), merge(seen)
+    if own is not None:
         held = held_by_several(checkpoint)
-        own = _own_stage(checkpoint, model, held)
-        copies = may_differ(checkpoint)
-        if own is not None:
-            copies = {name: stages for name, stages in copies.items() if has_one_master(checkpoint, name, stages)}
-        seen = look(checkpoint, copies, (dist.get_rank(), dist.get_world_size())) if copies else {}
-    parts: list[Any] = [seen]
-    if copies:
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, seen)
-    with agreement():
-        if own is not None:
-            mine = {name: own for name, stages in held.items() if own in stages and own != stages[0]}
-            return with_copies_of(checkpoint, mine), told_of_lost(checkpoint, copies, merge(parts))
-        restored = policies.optimizer_states == "restore"
-        settled = settle(checkpoint, copies, merge(parts), policies.differing, restored)
-        settled.check(checkpoint)
-        return with_copies_of(checkpoint, settled.stages), settled.told
+        mine = {name: own for name, stages in held.items() if own in stages and own != stages[0]}
+        return with_copies_of(checkpoint, mine), told_of_lost(checkpoint, copies, found)
+    settled = settle(checkpoint, copies, found, policies.differing, policies.optimizer_states == "restore")
+    settled.check(checkpoint)
+    return with_copies_of(checkpoint, settled.stages), settled.told
 
 
-def _own_stage(checkpoint: Checkpoint, model: EngineModel, held: Mapping[str, tuple[int, ...]]) -> int | None:
+def _own_stage(checkpoint: Checkpoint, model: EngineModel) -> int | None:
     """Return this rank's pipeline stage, if the same stages hold the same of these parameters on both sides."""
     degrees = [replace(topology, dp=1, zero_stage=0) for topology in (checkpoint.topology, model.topology)]
-    if degrees[0] != degrees[1] or held != _held_by_several(model):
+    if degrees[0] != degrees[1] or held_by_several(checkpoint) != _held_by_several(model):
         return None
     return model.rank // model.topology.tp
 
@@ -107,8 +115,7 @@ def differing_copies(model: EngineModel, optimizer: EngineOptimizer) -> tuple[st
             for name, part in _sums(slot, state, tensor, shared):
                 sums[name, state] = sums.get((name, state), 0) + part
     stage, tp_rank = divmod(model.rank, model.topology.tp)
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (stage, tp_rank, sums, {name: numbers[name] for name in shared if name in numbers}))
+    found = gathered((stage, tp_rank, sums, {name: numbers[name] for name in shared if name in numbers}))
     return tuple(name for name, stages in shared.items() if not _are_same(name, stages, found))
 
 

@@ -12,6 +12,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ucp_deepspeed.config import CONFIG_KEY
+from ucp_deepspeed.engine.agreement import agreement, check_same
 from ucp_deepspeed.engine.console import show
 from ucp_deepspeed.engine.deepspeed_surface import (
     OLDEST_AUTOEP,
@@ -24,7 +25,6 @@ from ucp_deepspeed.engine.deepspeed_surface import (
 )
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.left_alone import leave_alone
-from ucp_deepspeed.engine.model import agreement, check_same_on_all_ranks
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import engine_optimizer, only_evaluates
 from ucp_deepspeed.engine.saving.background import check_background
@@ -45,10 +45,11 @@ def check_engine(engine: Engine) -> None:
         SpecError, MismatchError: the layouts that the config names don't fit the model.
     """
     show()
-    check_same_on_all_ranks(CONFIG_KEY, engine.universal_checkpoint_config.model_dump(by_alias=True))
-    with agreement():
+    with agreement() as told:
+        told.mine = engine.universal_checkpoint_config.model_dump(by_alias=True)
         if engine.universal_checkpoint_config.save.asynchronous:
             check_background(engine)
+    check_same(CONFIG_KEY, told.values)
     reason = _first_reason(engine, _check_kinds) or _first_reason(engine, _check_model)
     if reason is not None:
         leave_alone(engine, reason)
@@ -59,15 +60,12 @@ def check_engine(engine: Engine) -> None:
 def _first_reason(engine: Engine, check: Callable[[Any], None]) -> UnsupportedError | None:
     """Return the reason why this release can't handle the engine, from the first rank that finds one. Other errors are raised.
     Collective."""
-    found: UnsupportedError | None = None
-    with agreement():
+    with agreement() as told:
         try:
             check(engine)
         except UnsupportedError as error:
-            found = error
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, found)
-    return next((reason for reason in gathered if reason is not None), None)
+            told.mine = error
+    return next((reason for reason in told.values if reason is not None), None)
 
 
 def _check_kinds(engine: Engine) -> None:

@@ -19,9 +19,9 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.known_layouts import KnownLayouts
 from ucp_deepspeed.engine.loading.exchange import Exchange, begin_exchange
-from ucp_deepspeed.engine.model import agreement
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UniversalCheckpointError
 from ucp_deepspeed.plan import Fragment, Interval, Sharing, without
@@ -94,21 +94,10 @@ class Filling:
     versions: FileVersions
     layouts: KnownLayouts
 
-    def check_exchange(self) -> None:
-        """Check that all tensor-parallel ranks are to exchange the same. Collective over these.
-
-        Raises:
-            MismatchError: they don't, and would wait for one another, or receive what is meant for another parameter.
-        """
+    def exchange_key(self) -> tuple[int, str] | None:
+        """Return the first of the tensor-parallel ranks, and the digest; None where this is the only one."""
         group, digest = self.exchanged
-        if group is not None:
-            digests: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(digests, digest, group=group)
-            if len(set(digests)) > 1:
-                raise MismatchError(
-                    'tensor-parallel ranks don\'t hold what they should have in common; a "shared_read_bytes" above the '
-                    "checkpoint's size lets each of them read what it holds"
-                )
+        return None if group is None else (dist.get_global_rank(group, 0), digest)
 
     def check_files(self) -> None:
         """Open each file that this rank is to read once, so that an unreadable file is told before anything has changed.
@@ -169,6 +158,20 @@ class Filling:
             if self.policies.optimizer_states == "restore":
                 yield from ((buffer, plan.buffers[state]) for state, buffer in buffers.items())
                 optimizer.set_state(plan.slot, buffers, plan.scalars)
+
+
+def check_exchange(keys: Sequence[tuple[int, str] | None]) -> None:
+    """Check that all tensor-parallel ranks are to exchange the same, by all ranks' `Filling.exchange_key`.
+
+    Raises:
+        MismatchError: they don't, and would wait for one another, or receive what is meant for another parameter.
+    """
+    told = {key for key in keys if key is not None}
+    if len(told) > len({first for first, _ in told}):
+        raise MismatchError(
+            'tensor-parallel ranks don\'t hold what they should have in common; a "shared_read_bytes" above the '
+            "checkpoint's size lets each of them read what it holds"
+        )
 
 
 class _Filler:

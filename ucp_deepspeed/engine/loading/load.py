@@ -7,26 +7,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed import comm as dist
 
-from ucp_deepspeed.checkpoint import Checkpoint, resolve_tag
+from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.files import VALUES_KEY
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of
-from ucp_deepspeed.checkpoint.opening import LATEST_NAME
-from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME, home_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
+from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.console import told_once
 from ucp_deepspeed.engine.deepspeed_types import Engine
-from ucp_deepspeed.engine.extra_states import plan_extra_states
+from ucp_deepspeed.engine.extra_states import ExtraStates, plan_extra_states
 from ucp_deepspeed.engine.known_layouts import KnownLayouts, keep_layouts, known_by_manifest
 from ucp_deepspeed.engine.loading.custom_load import check_custom_load, local_state_dict, run_custom_load
-from ucp_deepspeed.engine.loading.native import LoadOptions, takes_universal_path
+from ucp_deepspeed.engine.loading.filling import Filling, check_exchange
+from ucp_deepspeed.engine.loading.finding import Found, find
+from ucp_deepspeed.engine.loading.native import LoadOptions
 from ucp_deepspeed.engine.loading.pairing import in_ties_of, match_model, match_names, policies_of
 from ucp_deepspeed.engine.loading.planning import plan_filling, target_slots
 from ucp_deepspeed.engine.loading.training_state import (
@@ -38,29 +40,18 @@ from ucp_deepspeed.engine.loading.training_state import (
     restore_run,
     without_begun_anew,
 )
-from ucp_deepspeed.engine.loading.unpickled import files_to_unpickle, look_into, only_held_against_the_list
+from ucp_deepspeed.engine.loading.unpickled import only_held_against_the_list
 from ucp_deepspeed.engine.loading.ways_on import telling_ways_on
-from ucp_deepspeed.engine.model import (
-    EngineModel,
-    agreement,
-    check_same_on_all_ranks,
-    describe_model,
-)
-from ucp_deepspeed.engine.node_local import check_all_here, open_here
+from ucp_deepspeed.engine.model import EngineModel, describe_model
 from ucp_deepspeed.engine.optimizer_only import take_values
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer, only_evaluates
-from ucp_deepspeed.engine.random_state import read_random_state, restore_random_state
+from ucp_deepspeed.engine.random_state import restore_random_state
 from ucp_deepspeed.engine.saving.background import settle_saves, wait_for_save
-from ucp_deepspeed.engine.stage_copies import with_copies_for
-from ucp_deepspeed.errors import (
-    CheckpointNotFoundError,
-    ConfigError,
-    DamagedCheckpointError,
-    FormatError,
-    MismatchError,
-    UnsupportedError,
-)
+from ucp_deepspeed.engine.stage_copies import look_at_copies, with_copies_for
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.transfer import TransferCount
 from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
+from ucp_deepspeed.transfer.planning.policies import Matching, Policies
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -128,72 +119,43 @@ def load_checkpoint(
         load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn
     )
     started = time.monotonic()
-    folder, prepared, universal, random_state = None, None, False, None
-    check_same_on_all_ranks("load_checkpoint", options.arguments() | {"custom_load_fn": custom_load_fn is not None})
-    goes_on = config.random_state == "restore" and config.load != "never" and not load_module_only
-    goes_on = goes_on and not only_evaluates(engine)
-    tag = _one_tag(Path(load_dir), None if tag is None else str(tag), config.load)
-    with agreement():
-        folder = _find(Path(load_dir), tag, config.load)
-        if folder is not None:
-            checkpoint = _opened(engine, folder, config)
-            prepared = None if checkpoint is None else (checkpoint, engine_optimizer(engine))
-        if folder is not None and prepared is not None:
-            random_state = read_random_state(folder, prepared[0].run.global_steps) if goes_on else None
-            universal = takes_universal_path(config, engine, *prepared, options)
-    _check_one_step(None if prepared is None else prepared[0])
-    if not any(_gathered(universal)):  # a pipeline's stages may have changed on some ranks only
-        if folder is not None and (tag is None or folder.name != Path(tag).name):
-            load_dir, tag = str(folder.parent), folder.name  # the user named the folder itself, or it lies aside
-        checked = only_held_against_the_list(None if prepared is None else prepared[0], engine)
-        with told_once(load_dir, tag), nullcontext() if folder is None else checked:
-            loaded = native(load_dir, tag=tag, **options.arguments())
-        take_values(engine, loaded[1])
-        with agreement():
-            if prepared is not None:
-                _check_unchanged(prepared[0])
-        if loaded[0] is not None:
-            keep_layouts(engine, KnownLayouts() if prepared is None else known_by_manifest(prepared[0], engine))
-            if prepared is not None and dist.get_rank() == 0:
-                logger.info(
-                    "loaded %s (step %d) by DeepSpeed itself, which can: it was saved on %s",
-                    prepared[0].path,
-                    prepared[0].run.global_steps,
-                    prepared[0].topology,
-                )
+    streams = config.random_state == "restore" and config.load != "never"
+    streams = streams and not load_module_only and not only_evaluates(engine)
+    found, tag = find(engine, Path(load_dir), None if tag is None else str(tag), options, streams)
+    if found.universal:
+        assert found.checkpoint is not None
+        loaded = _load_universal(engine, found.checkpoint, options, started)
     else:
-        with agreement():
-            if prepared is None:
-                raise CheckpointNotFoundError(f"no checkpoint at {load_dir}, where other ranks see one")
-        assert prepared is not None
-        check_all_here(prepared[0])
-        loaded = _load_universal(engine, *prepared, options, started)
-    if goes_on and loaded[0] is not None:
-        restore_random_state(engine, random_state)
+        loaded = _load_natively(native, engine, load_dir, tag, options, found)
+    if streams and loaded[0] is not None:
+        restore_random_state(engine, found.random_state)
     return loaded
 
 
-def _opened(engine: Engine, folder: Path, config: UniversalCheckpointConfig) -> Checkpoint | None:
-    """Return the catalog; None where this release can't read the files, and DeepSpeed by itself may be able to.
-
-    Raises:
-        UniversalCheckpointError: see `open_checkpoint`; also if the files hold more than data.
-    """
-    try:
-        return open_here(engine, folder)
-    except UnsupportedError as error:
-        if isinstance(error, FormatError) or config.load == "always" or config.has_policies:
-            raise
-        if (folder / INDEX_NAME).is_file():
-            raise
-        for path in files_to_unpickle(folder, [entry.name for entry in folder.iterdir()], engine):
-            look_into(path, None)
-        if dist.get_rank() == 0:
-            logger.warning(
-                "the load, random streams included, is left to DeepSpeed, and works at most on the topology that saved: %s",
-                error,
+def _load_natively(
+    native: Callable[..., Loaded], engine: Engine, load_dir: str, tag: str | None, options: LoadOptions, found: Found
+) -> Loaded:
+    """Leave the load to DeepSpeed, which unpickles only what has been held against the allow-list. Collective."""
+    checkpoint, folder = found.checkpoint, found.folder
+    if folder is not None and (tag is None or folder.name != Path(tag).name):
+        load_dir, tag = str(folder.parent), folder.name  # the user named the folder itself, or it lies aside
+    checked = nullcontext() if folder is None else only_held_against_the_list(checkpoint, engine)
+    with told_once(load_dir, tag), checked:
+        loaded = native(load_dir, tag=tag, **options.arguments())
+    take_values(engine, loaded[1])
+    with agreement():
+        if checkpoint is not None:
+            _check_unchanged(checkpoint)
+    if loaded[0] is not None:
+        keep_layouts(engine, KnownLayouts() if checkpoint is None else known_by_manifest(checkpoint, engine))
+        if checkpoint is not None and dist.get_rank() == 0:
+            logger.info(
+                "loaded %s (step %d) by DeepSpeed itself, which can: it was saved on %s",
+                checkpoint.path,
+                checkpoint.run.global_steps,
+                checkpoint.topology,
             )
-        return None
+    return loaded
 
 
 def _check_unchanged(checkpoint: Checkpoint) -> None:
@@ -206,142 +168,146 @@ def _check_unchanged(checkpoint: Checkpoint) -> None:
         ) from error
 
 
-def _gathered(value: Any) -> list[Any]:
-    """Return the values of all ranks. Collective over these."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
-def _one_tag(load_dir: Path, tag: str | None, load: str) -> str | None:
-    """Return the tag that all ranks load. With none named it is the first rank's, since ``latest`` may move while ranks read it.
-    Collective.
-
-    Raises:
-        ConfigError: ranks name different tags.
-    """
-    named = _gathered(tag)
-    if len(set(named)) > 1:
-        raise ConfigError(
-            f"ranks load different tags from {load_dir}: {_by_rank(named)}; name the same on all, or none"
-        )
-    if tag is not None:
-        return tag
-    with agreement():
-        folder = _find(load_dir, None, load)
-    found = _gathered(None if folder is None else str(home_of(folder).relative_to(load_dir)))
-    return next((name for name in found if name is not None), None)
-
-
-def _check_one_step(checkpoint: Checkpoint | None) -> None:
-    """Check that ranks that opened a checkpoint see the same one, each where it looks: folders may be a machine's own.
-    Collective.
-
-    Raises:
-        MismatchError: they don't.
-    """
-    opened = _gathered(None if checkpoint is None else (checkpoint.run.global_steps, str(checkpoint.path)))
-    if len({found[0] for found in opened if found is not None}) > 1:
-        seen = [found and f"step {found[0]} in {found[1]}" for found in opened]
-        raise MismatchError(
-            f"ranks opened different checkpoints: {_by_rank(seen)}; name the same tag=… on all ranks, in a folder that all see"
-        )
-
-
-def _by_rank(values: Sequence[Any]) -> str:
-    """List the different values, each with the first rank that has it."""
-    first = {value: rank for rank, value in reversed(list(enumerate(values)))}
-    return ", ".join(f"{value} on rank {rank}" for value, rank in sorted(first.items(), key=lambda item: item[1]))
-
-
-def _find(load_dir: Path, tag: str | None, load: str) -> Path | None:
-    """Return the tag folder. None leaves the load to DeepSpeed, which has its own message for a folder in which no tag was
-    saved."""
-    try:
-        folder = resolve_tag(load_dir, tag)
-    except CheckpointNotFoundError:
-        if load == "never" or (tag is None and not (load_dir / LATEST_NAME).is_file()):
-            return None
-        raise
-    if load != "never":
-        return folder
-    if (folder / INDEX_NAME).is_file():
-        raise ConfigError(f'{folder} is a universal checkpoint, and "load" is "never"')
-    return None
-
-
-def _load_universal(
-    engine: Engine, checkpoint: Checkpoint, optimizer: EngineOptimizer, options: LoadOptions, started: float
-) -> Loaded:
-    model, custom = describe_model(engine), options.custom_load_fn
-    config: UniversalCheckpointConfig = engine.universal_checkpoint_config
-    restores = options.optimizer_states and not only_evaluates(engine)
-    policies = policies_of(config, restores, options.load_module_strict)
-    if model.topology.zero_stage > 0 and not engine.zero_load_from_fp32_weights():
-        policies = replace(policies, rounded=True)
-    if custom is not None:  # the function may fill what is missing, and use what is extra
-        policies = replace(policies, initialise=True, drop=True, strict=False, reshape=True)
-    with agreement():
-        if policies.optimizer_states == "restore" and checkpoint.lacking is not None:
-            raise checkpoint.lacking
-    checkpoint, copies = with_copies_for(checkpoint, model, policies)
-    with agreement():
-        source = {}
-        if custom is not None:
-            check_custom_load(engine)
-            source = local_state_dict(checkpoint, model)
-        checkpoint = in_form_of(checkpoint, model.local_shapes)
-        checkpoint = in_ties_of(checkpoint, model, (dist.get_rank(), dist.get_world_size()))
-        names = match_names(checkpoint, model)
-        matching = match_model(checkpoint, model, names, policies)
-        place, slots = (model.rank, model.ep_rank), target_slots(model, optimizer, names)
-        numbers = PartitionNumbers(checkpoint, names.source, model.topology, place, slots, policies)
-        settings = GroupSettings()
-        if restores:
-            settings = plan_hyperparameters(checkpoint, names, optimizer, numbers, config.hyperparameters == "keep")
-        schedule = None
-        if options.load_lr_scheduler_states and engine.lr_scheduler is not None:
-            keep = config.hyperparameters == "keep"
-            schedule = plan_scheduler(checkpoint, names, optimizer, engine.lr_scheduler.state_dict(), keep)
-            check_scheduler(engine.lr_scheduler, schedule, (engine, engine.module, engine.optimizer), optimizer)
-        filling = plan_filling(
-            checkpoint, model, optimizer, names, matching, policies, settings.values, config.shared_read_bytes, numbers
-        )
-        reset = policies.optimizer_states == "reset"
-        settings = without_begun_anew(settings, names, optimizer, filling.initialised, reset)
-        extra_states = plan_extra_states(checkpoint, engine.module, model, names, policies)
-        path, state, unread = _client_state(engine, checkpoint, model, config)
-        filling.check_files()
-    with agreement():
-        filling.check_exchange()
-    read = filling.run(optimizer, config.read_memory_bytes)
-    for module, value in extra_states:
-        module.set_extra_state(value)
-    if custom is not None:
-        run_custom_load(engine, model, optimizer, custom, source)
-    restore_run(engine, checkpoint, optimizer, options, settings.values, schedule, reset)
-    keep_layouts(engine, filling.layouts)
-    if not options.load_module_only:
-        restore_data_schedules(engine, state)
-    states = policies.optimizer_states == "restore"
-    unfrozen, frozen = (matching.unfrozen, matching.frozen) if states else ((), ())
-    engine.universal_checkpoint_report = report = LoadReport(
-        source=f"{checkpoint.form} {checkpoint.topology}",
-        target=f"{optimizer.form} {model.topology}",
-        bytes_read=read.bytes_read,
-        bytes_needed=filling.bytes_needed,
-        files=len(read.files),
-        seconds=time.monotonic() - started,
-        initialised=tuple(dict.fromkeys((*matching.initialised, *unfrozen, *filling.initialised))),
-        dropped=tuple(dict.fromkeys((*matching.dropped, *frozen, *filling.dropped))),
-        kept_settings=settings.kept,
-        merged=tuple(numbers.merged),
-        unread=unread,
-        copies=copies,
-    )
+def _load_universal(engine: Engine, checkpoint: Checkpoint, options: LoadOptions, started: float) -> Loaded:
+    """Plan on every rank, agree that all can, fill. Collective."""
+    # 1. Where pipeline stages hold copies of one parameter, all ranks together compare these.
+    optimizer, policies, model, seen = engine_optimizer(engine), _policies(engine, options), None, []
+    if checkpoint.topology.pp > 1:
+        with agreement() as told:
+            model = describe_model(engine)
+            told.mine = look_at_copies(checkpoint, model)
+        seen = told.values
+    # 2. Each rank plans all that it will hold.
+    with agreement() as told:
+        plan = _planned(engine, model or describe_model(engine), checkpoint, optimizer, options, policies, seen)
+        told.mine = plan.filling.exchange_key()
+    check_exchange(told.values)
+    # 3. Tensors come first: up to here nothing of the engine has changed.
+    read = plan.filling.run(optimizer, engine.universal_checkpoint_config.read_memory_bytes)
+    _restore_rest(engine, optimizer, options, plan)
+    # 4. Tell what was done.
+    engine.universal_checkpoint_report = report = plan.report(optimizer, read, time.monotonic() - started)
     dist.barrier()
-    _log(report, checkpoint, model, policies.rounded)
-    return path, _without_restored(state, options)
+    _log(report, plan.checkpoint, plan.model, policies.rounded)
+    return plan.path, _without_restored(plan.state, options)
+
+
+def _policies(engine: Engine, options: LoadOptions) -> Policies:
+    restores = options.optimizer_states and not only_evaluates(engine)
+    policies = policies_of(engine.universal_checkpoint_config, restores, options.load_module_strict)
+    if engine.zero_optimization_stage() > 0 and not engine.zero_load_from_fp32_weights():
+        policies = replace(policies, rounded=True)
+    if options.custom_load_fn is not None:  # the function may fill what is missing, and use what is extra
+        policies = replace(policies, initialise=True, drop=True, strict=False, reshape=True)
+    return policies
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that a rank takes from a checkpoint.
+
+    Attributes:
+        source: the state dict for the user's own function; empty where there is none.
+        path, state, unread: see `_client_state`.
+        copies: see `LoadReport`.
+    """
+
+    checkpoint: Checkpoint
+    model: EngineModel
+    matching: Matching
+    filling: Filling
+    settings: GroupSettings
+    schedule: Mapping[str, Any] | None
+    numbers: PartitionNumbers
+    extra_states: ExtraStates
+    source: dict[str, torch.Tensor]
+    path: str
+    state: dict[str, Any]
+    unread: tuple[str, ...]
+    copies: tuple[str, ...]
+
+    def report(self, optimizer: EngineOptimizer, read: TransferCount, seconds: float) -> LoadReport:
+        """Describe the load that is done."""
+        matching, filling = self.matching, self.filling
+        states = filling.policies.optimizer_states == "restore"
+        unfrozen, frozen = (matching.unfrozen, matching.frozen) if states else ((), ())
+        return LoadReport(
+            source=f"{self.checkpoint.form} {self.checkpoint.topology}",
+            target=f"{optimizer.form} {self.model.topology}",
+            bytes_read=read.bytes_read,
+            bytes_needed=filling.bytes_needed,
+            files=len(read.files),
+            seconds=seconds,
+            initialised=tuple(dict.fromkeys((*matching.initialised, *unfrozen, *filling.initialised))),
+            dropped=tuple(dict.fromkeys((*matching.dropped, *frozen, *filling.dropped))),
+            kept_settings=self.settings.kept,
+            merged=tuple(self.numbers.merged),
+            unread=self.unread,
+            copies=self.copies,
+        )
+
+
+def _planned(
+    engine: Engine,
+    model: EngineModel,
+    checkpoint: Checkpoint,
+    optimizer: EngineOptimizer,
+    options: LoadOptions,
+    policies: Policies,
+    seen: Sequence[Any],
+) -> _Plan:
+    """Plan what this rank takes, and check that its files hold that.
+
+    Args:
+        seen: see `with_copies_for`.
+
+    Raises:
+        UniversalCheckpointError: something doesn't fit, or can't be read.
+    """
+    config: UniversalCheckpointConfig = engine.universal_checkpoint_config
+    reset, keep = policies.optimizer_states == "reset", config.hyperparameters == "keep"
+    if policies.optimizer_states == "restore" and checkpoint.lacking is not None:
+        raise checkpoint.lacking
+    checkpoint, copies = with_copies_for(checkpoint, model, policies, seen)
+    source = {}
+    if options.custom_load_fn is not None:
+        check_custom_load(engine)
+        source = local_state_dict(checkpoint, model)
+    checkpoint = in_form_of(checkpoint, model.local_shapes)
+    checkpoint = in_ties_of(checkpoint, model, (dist.get_rank(), dist.get_world_size()))
+    names = match_names(checkpoint, model)
+    matching = match_model(checkpoint, model, names, policies)
+    place, slots = (model.rank, model.ep_rank), target_slots(model, optimizer, names)
+    numbers = PartitionNumbers(checkpoint, names.source, model.topology, place, slots, policies)
+    settings, schedule = GroupSettings(), None
+    if options.optimizer_states and not only_evaluates(engine):
+        settings = plan_hyperparameters(checkpoint, names, optimizer, numbers, keep)
+    if options.load_lr_scheduler_states and engine.lr_scheduler is not None:
+        schedule = plan_scheduler(checkpoint, names, optimizer, engine.lr_scheduler.state_dict(), keep)
+        check_scheduler(engine.lr_scheduler, schedule, (engine, engine.module, engine.optimizer), optimizer)
+    filling = plan_filling(
+        checkpoint, model, optimizer, names, matching, policies, settings.values, config.shared_read_bytes, numbers
+    )
+    settings = without_begun_anew(settings, names, optimizer, filling.initialised, reset)
+    extra_states = plan_extra_states(checkpoint, engine.module, model, names, policies)
+    client_state = _client_state(engine, checkpoint, model, config)
+    filling.check_files()
+    return _Plan(
+        checkpoint, model, matching, filling, settings, schedule, numbers, extra_states, source, *client_state, copies
+    )
+
+
+def _restore_rest(engine: Engine, optimizer: EngineOptimizer, options: LoadOptions, plan: _Plan) -> None:
+    """Take over all that isn't a tensor of model or optimizer."""
+    for module, value in plan.extra_states:
+        module.set_extra_state(value)
+    if options.custom_load_fn is not None:
+        run_custom_load(engine, plan.model, optimizer, options.custom_load_fn, plan.source)
+    reset = plan.filling.policies.optimizer_states == "reset"
+    restore_run(engine, plan.checkpoint, optimizer, options, plan.settings.values, plan.schedule, reset)
+    keep_layouts(engine, plan.filling.layouts)
+    if not options.load_module_only:
+        restore_data_schedules(engine, plan.state)
 
 
 def _client_state(

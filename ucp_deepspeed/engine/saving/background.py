@@ -38,8 +38,8 @@ from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo, TorchCheck
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 from ucp_deepspeed import tunables
+from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.deepspeed_types import Engine
-from ucp_deepspeed.engine.model import agreement
 from ucp_deepspeed.engine.saving.snapshot import FileSnapshot, HostBuffers, snapshot
 from ucp_deepspeed.errors import ConfigError, SaveError
 from ucp_deepspeed.transfer.commit import flush, remove_partial_folder, replace_text

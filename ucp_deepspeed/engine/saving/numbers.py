@@ -7,9 +7,9 @@ import hashlib
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES
+from ucp_deepspeed.engine.agreement import gathered
 from ucp_deepspeed.engine.optimizers import EngineOptimizer
 from ucp_deepspeed.engine.optimizers.states import is_number
 
@@ -17,8 +17,7 @@ from ucp_deepspeed.engine.optimizers.states import is_number
 def are_same(stage: int, optimizer: EngineOptimizer) -> bool:
     """Return whether the numbers that the optimizer keeps are the same on all ranks of each pipeline stage. Collective."""
     digest = hashlib.sha256(repr(_numbers_of(optimizer)).encode()).hexdigest()
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (stage, digest))
+    found = gathered((stage, digest))
     return len(set(found)) == len({stage for stage, _ in found})
 
 

@@ -37,11 +37,12 @@ from ucp_deepspeed.checkpoint.slots import NAMING_KEYS
 from ucp_deepspeed.checkpoint.torch_files.reading import TORCH_DTYPES
 from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME
 from ucp_deepspeed.checkpoint.view import layouts_of
+from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.client_state import to_be_saved
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.extra_states import has_extra_states
 from ucp_deepspeed.engine.known_layouts import KnownLayouts, kept_layouts
-from ucp_deepspeed.engine.model import EngineModel, agreement, describe_model, gather_model_parallel, has_elements
+from ucp_deepspeed.engine.model import EngineModel, describe_model, gather_model_parallel, has_elements
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.node_local import open_here, writes_for_node
 from ucp_deepspeed.engine.optimizers import engine_optimizer
@@ -94,24 +95,26 @@ def save_checkpoint(
     """
     wait_for_save(engine)
     settle_saves(Path(save_dir or "."))
-    with agreement():
+    later = not save_dir or engine.checkpoint_engine.is_decoupled()
+    asynchronous = engine.universal_checkpoint_config.save.asynchronous
+    name = str(tag) if tag is not None else f"global_step{engine.global_steps}"
+    folder = Path(save_dir or ".") / name
+    with agreement():  # on its own: the manifest is made by all ranks together
         state = to_be_saved(engine, client_state or {})
+        if not later:
+            _check_tag(save_dir, name, asynchronous)
     rest = {"client_state": state, "exclude_frozen_parameters": exclude_frozen_parameters}
-    if not save_dir or engine.checkpoint_engine.is_decoupled():
+    if later:
         logger.warning("checkpoint engine commits later: no manifest is written")
         return native(save_dir, tag=tag, save_latest=save_latest, **rest)
-    tag = str(tag) if tag is not None else f"global_step{engine.global_steps}"
-    folder = Path(save_dir) / tag
-    if engine.universal_checkpoint_config.save.asynchronous:
-        return _save_in_background(native, engine, save_dir, tag, save_latest, rest)
-    with agreement():  # on its own: what follows is collective within the block
-        _refuse_universal(folder)
+    if asynchronous:
+        return _save_in_background(native, engine, save_dir, name, save_latest, rest)
     with agreement():
         manifest = _manifest(engine)
         if writes_for_node(engine):
             put_back(folder.parent)
             (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    saved = native(save_dir, tag=tag, save_latest=False, **rest)
+    saved = native(save_dir, tag=name, save_latest=False, **rest)
     with agreement():
         try:
             save_random_state(engine, folder)
@@ -124,7 +127,7 @@ def save_checkpoint(
             try:
                 _commit(manifest, folder)
                 if save_latest:
-                    write_atomically(Path(save_dir) / LATEST_NAME, tag)
+                    write_atomically(Path(save_dir) / LATEST_NAME, name)
             except OSError as error:
                 raise SaveError(
                     f"the manifest of {folder} could not be written, and 'latest' was not moved: {error}"
@@ -143,13 +146,7 @@ def _save_in_background(
             rank 0 or isn't seen by all ranks; or something can't be pickled.
     """
     folder, rank = Path(save_dir).absolute() / tag, dist.get_rank()
-    with agreement():
-        if not Path(tag).parts or ".." in Path(tag).parts:
-            raise SaveError(
-                f"the tag {tag!r} names no folder of its own in {save_dir}, which asynchronous saving needs"
-            )
-        _refuse_universal(folder)
-        place = folder.resolve() if folder.is_symlink() else folder
+    place = folder.resolve() if folder.is_symlink() else folder
     with agreement():
         manifest = _manifest(engine)
     try:
@@ -180,7 +177,11 @@ def _save_in_background(
     return saved
 
 
-def _refuse_universal(folder: Path) -> None:
+def _check_tag(save_dir: str, tag: str, asynchronous: bool) -> None:
+    """Refuse a tag whose folder a save can't fill."""
+    folder = Path(save_dir) / tag
+    if asynchronous and (not Path(tag).parts or ".." in Path(tag).parts):
+        raise SaveError(f"the tag {tag!r} names no folder of its own in {save_dir}, which asynchronous saving needs")
     if folder.exists() and not folder.is_dir():
         raise SaveError(f"{folder} is a file; save under another tag")
     if (folder / INDEX_NAME).is_file():
@@ -195,17 +196,16 @@ def _make_partial(folder: Path, tag: str) -> Path:
     Raises:
         SaveError: it can't be made, or isn't seen by all ranks; or they save different tags.
     """
-    with agreement():
+    with agreement() as told:
         if dist.get_rank() == 0:
             try:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 make_partial_folder(folder)
             except OSError as error:
                 raise SaveError(f"{folder} can't be saved, and 'latest' was not moved: {error}") from error
-    named: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(named, (partial_folder(folder), tag))  # its name has rank 0's host and process
-    partial: Path = named[0][0]
-    if len(tags := {each for _, each in named}) > 1:
+        told.mine = partial_folder(folder), tag  # its name has rank 0's host and process
+    partial: Path = told.values[0][0]
+    if len(tags := {each for _, each in told.values}) > 1:
         raise SaveError(f"ranks save different tags into {folder.parent}: {', '.join(sorted(tags))}")
     with agreement():
         _await_folder(partial)

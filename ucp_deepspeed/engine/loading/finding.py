@@ -1,0 +1,207 @@
+"""Find the checkpoint that all ranks load, and who loads it: each rank looks for itself, and all decide by what each has seen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from deepspeed import comm as dist
+
+from ucp_deepspeed.checkpoint import Checkpoint, resolve_tag
+from ucp_deepspeed.checkpoint.opening import LATEST_NAME
+from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME, home_of
+from ucp_deepspeed.config import UniversalCheckpointConfig
+from ucp_deepspeed.engine.agreement import check_same, gathered, portable, raise_first
+from ucp_deepspeed.engine.deepspeed_types import Engine
+from ucp_deepspeed.engine.loading.native import LoadOptions, takes_universal_path
+from ucp_deepspeed.engine.loading.unpickled import files_to_unpickle, look_into
+from ucp_deepspeed.engine.node_local import Missing, check_all_here, files_missing, open_here
+from ucp_deepspeed.engine.optimizers import engine_optimizer
+from ucp_deepspeed.engine.random_state import RandomState, read_random_state
+from ucp_deepspeed.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    FormatError,
+    MismatchError,
+    UniversalCheckpointError,
+    UnsupportedError,
+)
+
+logger = logging.getLogger("ucp_deepspeed")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A rank's find, and at the end the load of all ranks.
+
+    Attributes:
+        folder: the tag's folder; None where DeepSpeed is to say that there is none.
+        checkpoint: None where DeepSpeed alone may be able to read the files.
+        random_state: of this rank.
+        universal: whether this rank can't leave the load to DeepSpeed; at the end, whether any rank can't.
+    """
+
+    folder: Path | None = None
+    checkpoint: Checkpoint | None = None
+    random_state: RandomState | None = None
+    universal: bool = False
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The report of one rank to all others.
+
+    Attributes:
+        arguments: of ``load_checkpoint``.
+        named: the tag that the script names.
+        tag: the tag that this rank has found where none is named, as a path below the folder; None if there is none.
+        opened: step and folder of the checkpoint that this rank has opened.
+        universal: whether this rank can't leave the load to DeepSpeed.
+        missing: see `files_missing`.
+        error: why it couldn't find or open the checkpoint.
+    """
+
+    arguments: Mapping[str, Any]
+    named: str | None
+    tag: str | None
+    opened: tuple[int, str] | None
+    universal: bool
+    missing: Missing | None
+    error: UniversalCheckpointError | None
+
+
+def find(
+    engine: Engine, load_dir: Path, named: str | None, options: LoadOptions, streams: bool
+) -> tuple[Found, str | None]:
+    """Agree on what all ranks load, and who loads it. Collective, in one round; a rank for which ``latest`` named another tag
+    than for the first one opens that one, and then there's another round.
+
+    Args:
+        named: the tag that the script names.
+        streams: whether random states are read too.
+
+    Returns:
+        What this rank loads, and its tag: with none named it is the first rank's, since ``latest`` may move while ranks read it.
+
+    Raises:
+        ConfigError: ranks give different arguments or name different tags.
+        MismatchError: they see different checkpoints; or this machine's disks lack files that a universal load needs.
+        UniversalCheckpointError: a rank couldn't find or open it; see `open_checkpoint`.
+    """
+
+    def look(tag: str | None) -> tuple[Found, Exception | None, list[_Seen]]:
+        found, error = _look(engine, load_dir, tag, options, streams)
+        seen = gathered(_told(found, error, load_dir, named, options))
+        return found, error, seen
+
+    found, error, seen = look(named)
+    check_same("load_checkpoint", [each.arguments for each in seen])
+    if len({each.named for each in seen}) > 1:
+        tags = _by_rank([each.named for each in seen])
+        raise ConfigError(f"ranks load different tags from {load_dir}: {tags}; name the same on all, or none")
+    tag = named
+    if tag is None and not any(each.error is not None and each.tag is None for each in seen):
+        tag = next((each.tag for each in seen if each.tag is not None), None)
+        if any(each.tag != tag for each in seen):
+            found, error, seen = look(tag)
+    raise_first(error, [each.error for each in seen])
+    _check_one_step([each.opened for each in seen])
+    universal = any(each.universal for each in seen)  # a pipeline's stages may have changed on some ranks only
+    if universal:
+        if any(each.opened is None for each in seen):
+            raise CheckpointNotFoundError(f"no checkpoint at {load_dir} on some ranks, where others see one")
+        check_all_here([each.missing for each in seen])
+    return replace(found, universal=universal), tag
+
+
+def _look(
+    engine: Engine, load_dir: Path, tag: str | None, options: LoadOptions, streams: bool
+) -> tuple[Found, Exception | None]:
+    """Find and open a checkpoint. An error is returned: this rank still has to tell the others of it."""
+    config: UniversalCheckpointConfig = engine.universal_checkpoint_config
+    found = Found()
+    try:
+        folder = _find(load_dir, tag, config.load)
+        found = Found(folder)
+        checkpoint = None if folder is None else _opened(engine, folder, config)
+        if folder is not None and checkpoint is not None:
+            random_state = read_random_state(folder, checkpoint.run.global_steps) if streams else None
+            universal = takes_universal_path(config, engine, checkpoint, engine_optimizer(engine), options)
+            found = Found(folder, checkpoint, random_state, universal)
+    except Exception as error:
+        return found, error
+    return found, None
+
+
+def _told(found: Found, error: Exception | None, load_dir: Path, named: str | None, options: LoadOptions) -> _Seen:
+    checkpoint = found.checkpoint
+    return _Seen(
+        options.arguments() | {"custom_load_fn": options.custom_load_fn is not None},
+        named,
+        str(home_of(found.folder).relative_to(load_dir)) if found.folder is not None and named is None else None,
+        None if checkpoint is None else (checkpoint.run.global_steps, str(checkpoint.path)),
+        found.universal,
+        None if checkpoint is None else files_missing(checkpoint),
+        portable(error),
+    )
+
+
+def _check_one_step(opened: Sequence[tuple[int, str] | None]) -> None:
+    """Check that ranks that opened a checkpoint see the same one, each where it looks: folders may be a machine's own.
+
+    Raises:
+        MismatchError: they don't.
+    """
+    if len({found[0] for found in opened if found is not None}) > 1:
+        seen = [found and f"step {found[0]} in {found[1]}" for found in opened]
+        raise MismatchError(
+            f"ranks opened different checkpoints: {_by_rank(seen)}; name the same tag=… on all ranks, in a folder that all see"
+        )
+
+
+def _by_rank(values: Sequence[Any]) -> str:
+    """List the different values, each with the first rank that has it."""
+    first = {value: rank for rank, value in reversed(list(enumerate(values)))}
+    return ", ".join(f"{value} on rank {rank}" for value, rank in sorted(first.items(), key=lambda item: item[1]))
+
+
+def _find(load_dir: Path, tag: str | None, load: str) -> Path | None:
+    """Return the tag folder. None leaves the load to DeepSpeed, which has its own message for a folder in which no tag was
+    saved."""
+    try:
+        folder = resolve_tag(load_dir, tag)
+    except CheckpointNotFoundError:
+        if load == "never" or (tag is None and not (load_dir / LATEST_NAME).is_file()):
+            return None
+        raise
+    if load != "never":
+        return folder
+    if (folder / INDEX_NAME).is_file():
+        raise ConfigError(f'{folder} is a universal checkpoint, and "load" is "never"')
+    return None
+
+
+def _opened(engine: Engine, folder: Path, config: UniversalCheckpointConfig) -> Checkpoint | None:
+    """Return the catalog; None where this release can't read the files, and DeepSpeed by itself may be able to.
+
+    Raises:
+        UniversalCheckpointError: see `open_checkpoint`; also if the files hold more than data.
+    """
+    try:
+        return open_here(engine, folder)
+    except UnsupportedError as error:
+        if isinstance(error, FormatError) or config.load == "always" or config.has_policies:
+            raise
+        if (folder / INDEX_NAME).is_file():
+            raise
+        for path in files_to_unpickle(folder, [entry.name for entry in folder.iterdir()], engine):
+            look_into(path, None)
+        if dist.get_rank() == 0:
+            logger.warning(
+                "the load, random streams included, is left to DeepSpeed, and works at most on the topology that saved: %s",
+                error,
+            )
+        return None
