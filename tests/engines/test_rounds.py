@@ -1,4 +1,4 @@
-"""How often ranks tell one another something before a load reads: each time all wait for the slowest."""
+"""Number of times that ranks tell one another something before a load reads: each time all wait for the slowest."""
 
 from __future__ import annotations
 
