@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -16,6 +15,8 @@ from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME
+from ucp_deepspeed.checkpoint.universal.describing import left_out
+from ucp_deepspeed.checkpoint.universal.output import UniversalOutput
 from ucp_deepspeed.cli.options import (
     CHECKPOINT,
     command,
@@ -30,7 +31,6 @@ from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError
 from ucp_deepspeed.transfer.commit import write_atomically
 from ucp_deepspeed.transfer.conversion import convert
-from ucp_deepspeed.transfer.describing import left_out
 from ucp_deepspeed.transfer.ranks import Ranks, alone
 
 
@@ -86,17 +86,13 @@ def convert_command(
         folder = destination / _tag(source, checkpoint.path)
         _check_free(destination, folder, checkpoint.path)
         view = view_of(checkpoint, spec, vocabulary_size)
-        options: dict[str, Any] = {
-            "workers": workers,
-            "drop_client_state": drop_client_state,
-            "on_unreadable": on_unreadable,
-            "on_differing": on_differing,
-        }
+        output = UniversalOutput(drop_client_state, on_unreadable, on_differing)
         with shown_progress("convert", quiet or ranks.rank != 0) as progress:
             count = convert(
                 view,
                 folder,
-                **options,
+                output,
+                workers=workers,
                 progress=progress,
                 ranks=ranks,
                 then=lambda: _point_to(destination, folder, checkpoint.run.global_steps),

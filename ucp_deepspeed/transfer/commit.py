@@ -46,7 +46,7 @@ def committed_folder(final: Path, then: Callable[[], None] = lambda: None) -> It
         partial = make_partial_folder(final, alone=True)
         try:
             yield partial
-            for entry in partial.iterdir():
+            for entry in partial.rglob("*"):
                 flush(entry)
             flush(partial)
             with _undisturbed():

@@ -336,51 +336,41 @@ def _block(flat: torch.Tensor, view: StridedView[T], shape: tuple[int, ...]) -> 
 
 
 def gather(
-    view: UniversalView, name: str, state: str, flat_start: int, target: torch.Tensor, reader: FileReader
+    view: UniversalView,
+    name: str,
+    state: str,
+    local_start: int,
+    target: torch.Tensor,
+    reader: FileReader,
+    layout: Layout | None = None,
+    rank: int = 0,
 ) -> TransferCount:
-    """Fill ``target`` with a run of consecutive (row-major) elements of one whole parameter's state.
+    """Fill ``target`` with a run of consecutive (row-major) elements of one parameter's state.
 
     Args:
-        flat_start: position of the first element in the logical tensor.
-        target: one-dimensional; its length says how many elements.
+        local_start: position of the first element in the local tensor.
+        target: one-dimensional; its length says how many elements. Padding of the local tensor is left as it is.
+        layout: where the elements lie in local tensors; by default one local tensor is the whole.
+        rank: number of the local tensor.
 
     Raises:
         MismatchError: the checkpoint doesn't hold each element exactly once, or scales them in an unknown way.
         DamagedCheckpointError: a source file is missing or truncated.
     """
-    whole = Layout.whole(view.logical_shape(name))
-    return _gather(view, name, state, whole, Fragment(flat_start, target.numel(), None, 0), target, reader)
-
-
-def gather_box(
-    view: UniversalView, name: str, state: str, box: Box, target: torch.Tensor, reader: FileReader
-) -> TransferCount:
-    """Fill ``target`` with a box of one whole parameter's state, in row-major order.
-
-    Args:
-        box: a box of the logical tensor; not empty.
-        target: one-dimensional, with one element for each of the box.
-
-    Raises: as `gather`.
-    """
-    layout = Layout.around(view.logical_shape(name), box)
-    return _gather(view, name, state, layout, Fragment(0, box.numel, None, 0), target, reader)
-
-
-def _gather(
-    view: UniversalView,
-    name: str,
-    state: str,
-    layout: Layout,
-    fragment: Fragment[None],
-    target: torch.Tensor,
-    reader: FileReader,
-) -> TransferCount:
+    wanted = Fragment(local_start, target.numel(), None, 0)
+    layout = layout or Layout.whole(view.logical_shape(name))
     try:
         with _PLANNING:
-            copies = plan_tensor(view.source(name, state), Target(layout, 0, (fragment,)), state)
+            copies = plan_tensor(view.source(name, state), Target(layout, rank, (wanted,)), state)
     except ValueError as error:
         raise MismatchError(
             f"{view.checkpoint.path} doesn't give whole parameters", [f"{name}/{state}: {error}"]
         ) from error
     return run_copies(copies, reader, lambda _: target)
+
+
+def gather_box(
+    view: UniversalView, name: str, state: str, box: Box, target: torch.Tensor, reader: FileReader
+) -> TransferCount:
+    """Fill ``target`` with a box of one whole parameter's state, not empty, in row-major order. See `gather`."""
+    return gather(view, name, state, 0, target, reader, Layout.around(view.logical_shape(name), box))

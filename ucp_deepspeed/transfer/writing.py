@@ -1,4 +1,4 @@
-"""Fill the files of a universal checkpoint: workers gather chunks from the source and write each once, at its final place."""
+"""Fill the files of an output: workers gather chunks from the source and write each once, at its final place."""
 
 from __future__ import annotations
 
@@ -6,37 +6,98 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ucp_deepspeed import tunables
+from ucp_deepspeed.checkpoint.output import Literal, OutputFile, Region
 from ucp_deepspeed.checkpoint.torch_files.reading import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
-from ucp_deepspeed.transfer.atom_files import AtomFile, Chunk, DataRange, chunks_of, unit_of
 from ucp_deepspeed.transfer.copying import FileReader, TransferCount, gather
 
 
-def create_files(folder: Path, files: Sequence[AtomFile]) -> None:
-    """Make the files, each with its final size and its header."""
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """A part of one file, in bytes."""
+
+    file: OutputFile
+    start: int
+    stop: int
+
+    @property
+    def numbytes(self) -> int:
+        """Size of the range in bytes."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk(FileRange):
+    """A range that one worker fills at once; ``parts`` are those of the file that overlap it."""
+
+    parts: tuple[Region | Literal, ...]
+
+
+def share_of(files: Sequence[OutputFile], rank: int, ranks: int) -> tuple[FileRange, ...]:
+    """Return the ranges that one of so many ranks writes. All shares have about as many bytes, whatever files and parts they are
+    in.
+
+    Ranges end with pages, so that shares differ by up to a page.
+    """
+    total = sum(file.numbytes for file in files)
+    start, stop = total * rank // ranks, total * (rank + 1) // ranks
+    found: list[FileRange] = []
     for file in files:
-        descriptor = os.open(folder / file.file_name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            os.truncate(descriptor, len(file.header) + file.data_numbytes)
-            _write_all(descriptor, memoryview(file.header), 0)
-        finally:
-            os.close(descriptor)
+        held = FileRange(file, _page_start(file, start), _page_start(file, stop))
+        if held.numbytes:
+            found.append(held)
+        start, stop = start - file.numbytes, stop - file.numbytes
+    return tuple(found)
+
+
+def _page_start(file: OutputFile, offset: int) -> int:
+    """Return where the page that holds this byte begins; for a byte outside, the nearer end of the file."""
+    page = tunables.PAGE_NUMBYTES
+    return file.numbytes if offset >= file.numbytes else max(offset, 0) // page * page
+
+
+def chunks_of(held: FileRange, chunk_numbytes: int) -> Iterator[Chunk]:
+    """Cut a range into chunks of about ``chunk_numbytes``, on element boundaries."""
+    parts, unit = held.file.parts, _unit_of(chunk_numbytes)
+    first = 0
+    for start in range(held.start, held.stop, unit):
+        stop = min(start + unit, held.stop)
+        while first < len(parts) and parts[first].file_offset + parts[first].numbytes <= start:
+            first += 1
+        met = first
+        while met < len(parts) and parts[met].file_offset < stop:
+            met += 1
+        yield Chunk(held.file, start, stop, parts[first:met])
+
+
+def _unit_of(chunk_numbytes: int) -> int:
+    """Return the size of a chunk, rounded down to an element boundary of every dtype."""
+    return max(chunk_numbytes // 8, 1) * 8
+
+
+def create_files(folder: Path, files: Sequence[OutputFile]) -> None:
+    """Make the files, each with its final size."""
+    for file in files:
+        path = folder / file.file_name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as made:
+            made.truncate(file.numbytes)
 
 
 def write_share(
     view: UniversalView,
     folder: Path,
-    share: Sequence[DataRange],
-    *,
+    share: Sequence[FileRange],
     workers: int,
     chunk_numbytes: int = tunables.WRITTEN_NUMBYTES,
     progress: Callable[[int, int], None] | None = None,
@@ -78,7 +139,7 @@ class _Task:
         self,
         view: UniversalView,
         folder: Path,
-        share: Sequence[DataRange],
+        share: Sequence[FileRange],
         chunk_numbytes: int,
         progress: Callable[[int, int], None] | None,
     ) -> None:
@@ -90,7 +151,7 @@ class _Task:
         self._chunks = (chunk for held in share for chunk in chunks_of(held, chunk_numbytes))
         self._unwritten = {held.file.file_name: held.numbytes for held in share}
         self._total = sum(self._unwritten.values())
-        self._buffer_numbytes = min(unit_of(chunk_numbytes), max(self._unwritten.values()))
+        self._buffer_numbytes = min(_unit_of(chunk_numbytes), max(self._unwritten.values()))
 
     def work(self) -> None:
         """Take one chunk after another, until there is none."""
@@ -99,7 +160,7 @@ class _Task:
         while not self.stop.is_set() and (taken := self._next()) is not None:
             chunk, output = taken
             done = _gather_chunk(self._view, chunk, buffer, self._reader)
-            output.write(memoryview(buffer[: chunk.numbytes].numpy()), len(chunk.file.header) + chunk.data_start)
+            output.write(memoryview(buffer[: chunk.numbytes].numpy()), chunk.start)
             if self._written(chunk, done):
                 output.flush()
                 output.close()
@@ -197,12 +258,17 @@ def _wait(futures: Collection[Future[None]], check: Callable[[], None]) -> None:
 
 def _gather_chunk(view: UniversalView, chunk: Chunk, buffer: torch.Tensor, reader: FileReader) -> TransferCount:
     count = TransferCount()
-    for atom in chunk.atoms:
-        itemsize = ITEMSIZE[atom.dtype]
-        start = max(chunk.data_start, atom.data_offset)
-        stop = min(chunk.data_stop, atom.data_offset + atom.numbytes)
-        target = buffer[start - chunk.data_start : stop - chunk.data_start].view(NAMED_DTYPES[atom.dtype])
-        count.add(gather(view, atom.name, atom.state, (start - atom.data_offset) // itemsize, target, reader))
+    if chunk.file.has_gaps:
+        buffer[: chunk.numbytes].zero_()
+    for part in chunk.parts:
+        start, stop = max(chunk.start, part.file_offset), min(chunk.stop, part.file_offset + part.numbytes)
+        target, first = buffer[start - chunk.start : stop - chunk.start], start - part.file_offset
+        if isinstance(part, Literal):
+            target.copy_(torch.frombuffer(bytearray(part.data[first : first + target.numel()]), dtype=torch.uint8))
+            continue
+        elements = target.view(NAMED_DTYPES[part.dtype])
+        local_start = part.local_start + first // ITEMSIZE[part.dtype]
+        count.add(gather(view, part.name, part.state, local_start, elements, reader, part.layout, part.rank))
     return count
 
 

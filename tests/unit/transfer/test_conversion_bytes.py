@@ -23,8 +23,8 @@ from native_files import NativeModel, NativeParameter, NativeRun, write_native
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.universal.catalog import UniversalCheckpoint
+from ucp_deepspeed.checkpoint.universal.output import UniversalOutput
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.transfer.atom_files import lay_out
 from ucp_deepspeed.transfer.conversion import convert
 
 
@@ -101,8 +101,8 @@ def test_workers_and_chunks_change_no_byte(
     options: dict[str, int], engine_checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     view = UniversalView.of(open_checkpoint(engine_checkpoints["zero1"]))
-    convert(view, tmp_path / "one", workers=1, file_numbytes=9000)
-    convert(view, tmp_path / "other", **{"workers": 1, **options}, file_numbytes=9000)
+    convert(view, tmp_path / "one", UniversalOutput(file_numbytes=9000), workers=1)
+    convert(view, tmp_path / "other", UniversalOutput(file_numbytes=9000), **{"workers": 1, **options})
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert len([name for name in names if name.startswith("atoms-")]) > 2
     assert names == sorted(path.name for path in (tmp_path / "other").iterdir())
@@ -111,14 +111,14 @@ def test_workers_and_chunks_change_no_byte(
 
 def test_files_are_filled_up_to_the_limit(engine_checkpoints: dict[str, Path]) -> None:
     view = UniversalView.of(open_checkpoint(engine_checkpoints["zero0"]))
-    files = lay_out(view, 9000)
-    assert all(file.data_numbytes <= 9000 or len(file.atoms) == 1 for file in files)
+    files = UniversalOutput(file_numbytes=9000).plan(view).files
+    assert all(sum(r.numbytes for r in file.regions) <= 9000 or len(file.regions) == 1 for file in files)
     assert [f.file_name for f in files] == [
         f"atoms-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)
     ]
     for file in files:
-        assert len(file.header) % tunables.BLOCK_NUMBYTES == 0
-        assert all(atom.data_offset % {"F32": 4, "I64": 8}[atom.dtype] == 0 for atom in file.atoms)
+        assert file.parts[0].numbytes % tunables.BLOCK_NUMBYTES == 0 and not file.has_gaps
+        assert all(region.file_offset % {"F32": 4, "I64": 8}[region.dtype] == 0 for region in file.regions)
 
 
 def test_each_byte_is_written_once(
@@ -137,8 +137,8 @@ def test_each_byte_is_written_once(
     convert(
         UniversalView.of(open_checkpoint(engine_checkpoints["zero3"])),
         tmp_path / "u",
+        UniversalOutput(file_numbytes=9000),
         chunk_numbytes=1024,
-        file_numbytes=9000,
     )
     files = list((tmp_path / "u").glob("atoms-*"))
     assert written.keys() == {path.name for path in files}
@@ -177,7 +177,7 @@ def test_few_files_are_open_and_blocks_go_straight_to_the_disk(
     convert(view, tmp_path / "plain", workers=1)
     with monkeypatch.context() as patched:
         patched.setattr(os, "pwrite", spy)
-        count = convert(view, tmp_path / "u", workers=2, chunk_numbytes=4096, file_numbytes=9000)
+        count = convert(view, tmp_path / "u", UniversalOutput(file_numbytes=9000), workers=2, chunk_numbytes=4096)
     assert len(list((tmp_path / "u").glob("atoms-*"))) > 5
     assert open_at_once[0] <= 2 * 2  # one for each worker, twice
     assert straight[0] == 0 if direct == "none" else straight[0] > count.bytes_read / 2
@@ -189,9 +189,9 @@ def test_count_and_progress(engine_checkpoints: dict[str, Path], tmp_path: Path)
     calls: list[tuple[int, int]] = []
     view = UniversalView.of(open_checkpoint(engine_checkpoints["zero1"]))
     count = convert(view, tmp_path / "u", progress=lambda *call: calls.append(call), chunk_numbytes=4096)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in _atoms(tmp_path / "u").values())
+    total = (tmp_path / "u" / "atoms-00001-of-00001.safetensors").stat().st_size
     assert calls[-1] == (total, total) and calls == sorted(calls) and len(calls) == -(-total // 4096)
-    assert count.bytes_read == total
+    assert count.bytes_read == sum(tensor.nbytes for tensor in _atoms(tmp_path / "u").values())
     assert {Path(path).name for path in count.files} == {path.name for path in engine_checkpoints["zero1"].glob("*.pt")}
 
 
@@ -237,6 +237,7 @@ import re, sys
 from pathlib import Path
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.universal.catalog import UniversalCheckpoint
+from ucp_deepspeed.checkpoint.universal.output import UniversalOutput
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.transfer.conversion import convert
 def anonymous():

@@ -24,18 +24,19 @@ from native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.universal.catalog import PARTIAL_MARK
+from ucp_deepspeed.checkpoint.universal.output import FIRST_RANDOM_STATE_NAME, UniversalOutput
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import main
 from ucp_deepspeed.errors import ConfigError, DamagedCheckpointError
 from ucp_deepspeed.transfer.commit import _exchange, committed_folder, terminated_as_exception, write_atomically
-from ucp_deepspeed.transfer.conversion import FIRST_RANDOM_STATE_NAME, convert
+from ucp_deepspeed.transfer.conversion import convert
 
 SLOWLY = """
 import signal, sys, time
 from pathlib import Path
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.transfer.conversion import FIRST_RANDOM_STATE_NAME, convert
+from ucp_deepspeed.transfer.conversion import convert
 def progress(written, total):
     print(written, flush=True)
     time.sleep(0.1)
@@ -147,7 +148,7 @@ def test_a_full_disk_leaves_nothing(
     monkeypatch.setattr(os, "pwrite", full)
     open_before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(OSError, match="No space left"):
-        convert(view, tmp_path / "u", chunk_numbytes=1024, file_numbytes=9000)
+        convert(view, tmp_path / "u", UniversalOutput(file_numbytes=9000), chunk_numbytes=1024)
     assert list(tmp_path.iterdir()) == []
     assert len(list(Path("/proc/self/fd").iterdir())) == open_before
 
@@ -269,7 +270,7 @@ def test_a_source_of_which_another_step_takes_the_place(
     if moment == "described":
         save_again()
     if moment == "random state":
-        monkeypatch.setattr("ucp_deepspeed.transfer.conversion.shutil.copyfile", save_again)
+        monkeypatch.setattr("ucp_deepspeed.checkpoint.universal.output.shutil.copyfile", save_again)
     with pytest.raises(DamagedCheckpointError, match="was changed while it was read"):
         convert(view, tmp_path / "u", progress=save_again if moment == "first chunk" else None, workers=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]

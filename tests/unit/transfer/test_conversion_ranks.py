@@ -17,14 +17,18 @@ from native_files import NativeModel, NativeParameter, NativeRun, add_manifest, 
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.output import OutputFile, Region
+from ucp_deepspeed.checkpoint.safetensors_files import safetensors_file
+from ucp_deepspeed.checkpoint.universal import output as output_module
+from ucp_deepspeed.checkpoint.universal.output import UniversalOutput
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError, DamagedCheckpointError, OtherRankError
-from ucp_deepspeed.transfer import conversion as convert_module
+from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.transfer import copying
 from ucp_deepspeed.transfer import ranks as ranks_module
-from ucp_deepspeed.transfer.atom_files import Atom, AtomFile, chunks_of, share_of
 from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.ranks import StoreRanks, joined, taking_part
+from ucp_deepspeed.transfer.writing import chunks_of, share_of
 
 FILE_NUMBYTES = 700_000
 """Small, so that the small checkpoint has several files."""
@@ -37,13 +41,13 @@ def _contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(autouse=True)
 def _one_opens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that are threads share torch's list of allowed classes."""
-    describe = convert_module.describe
+    describe = output_module.describe
 
     def locked(*args: Any) -> Any:
         with copying._PLANNING:
             return describe(*args)
 
-    monkeypatch.setattr(convert_module, "describe", locked)
+    monkeypatch.setattr(output_module, "describe", locked)
 
 
 def _together(count: int, work: Callable[..., Any]) -> list[Any]:
@@ -84,8 +88,9 @@ def test_ranks_change_no_byte(count: int, file_numbytes: int, uneven: Path, tmp_
     view = UniversalView.of(open_checkpoint(uneven))
 
     def run(to: str, **options: Any) -> Any:
-        options = {"chunk_numbytes": 50_000, "file_numbytes": file_numbytes, **options}
-        return convert(view, tmp_path / to, **options)
+        return convert(
+            view, tmp_path / to, UniversalOutput(file_numbytes=file_numbytes), chunk_numbytes=50_000, **options
+        )
 
     alone = run("one", workers=1)
     counts = _together(count, lambda ranks: run("many", workers=1 + ranks.rank % 2, ranks=ranks))
@@ -99,12 +104,10 @@ def test_ranks_change_no_byte(count: int, file_numbytes: int, uneven: Path, tmp_
     )
 
 
-def _file(number: int, numels: list[int]) -> AtomFile:
-    atoms, offset = [], 0
-    for position, numel in enumerate(numels):
-        atoms.append(Atom(f"{number}.p{position}", "fp32", "F32", (numel,), numel, offset))
-        offset += atoms[-1].numbytes
-    return AtomFile(f"{number}.safetensors", tuple(atoms))
+def _file(number: int, numels: list[int]) -> OutputFile:
+    names = [f"{number}.p{position}" for position in range(len(numels))]
+    regions = [Region(name, "fp32", "F32", Layout.whole((n,)), 0, 0, n) for name, n in zip(names, numels, strict=True)]
+    return safetensors_file(f"{number}.safetensors", dict(zip(names, regions, strict=True)))
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 64])
@@ -113,16 +116,16 @@ def test_shares_are_equal_and_cover_each_byte_once(count: int) -> None:
     files = (_file(0, [1000] * 2000), _file(1, [1 << 30]), _file(2, [0, *range(1, 1000)]), _file(3, []), _file(4, [1]))
     shares = [share_of(files, rank, count) for rank in range(count)]
     sizes = [sum(held.numbytes for held in share) for share in shares]
-    total = sum(file.data_numbytes for file in files)
+    total = sum(file.numbytes for file in files)
     assert sum(sizes) == total and max(sizes) <= 1.05 * total / count
     for file in files:
         held = [held for share in shares for held in share if held.file is file]
-        assert sum(each.numbytes for each in held) == file.data_numbytes
-        assert all(before.data_stop == after.data_start for before, after in pairwise(held))
+        assert sum(each.numbytes for each in held) == file.numbytes
+        assert all(before.stop == after.start for before, after in pairwise(held))
         # Inside a file ranks meet between pages, so that no machine writes back what another has written.
-        assert all((len(file.header) + each.data_start) % tunables.PAGE_NUMBYTES == 0 for each in held[1:])
+        assert all(each.start % tunables.PAGE_NUMBYTES == 0 for each in held[1:])
         chunks = [chunk for each in held for chunk in chunks_of(each, 1 << 24)]
-        assert sum(chunk.numbytes for chunk in chunks) == file.data_numbytes
+        assert sum(chunk.numbytes for chunk in chunks) == file.numbytes
         assert max((chunk.numbytes for chunk in chunks), default=0) <= 1 << 24
 
 
@@ -231,7 +234,7 @@ def test_each_file_is_on_disk_before_the_folder_appears(
     monkeypatch.setattr(os, "pwrite", spy("pwrite", pwrite))
     monkeypatch.setattr(Path, "rename", renamed)
     view = UniversalView.of(open_checkpoint(uneven))
-    options: dict[str, Any] = {"chunk_numbytes": 50_000, "file_numbytes": FILE_NUMBYTES}
+    options: dict[str, Any] = {"output": UniversalOutput(file_numbytes=FILE_NUMBYTES), "chunk_numbytes": 50_000}
     _together(2, lambda ranks: convert(view, tmp_path / "u", ranks=ranks, **options))
     files = {path.name for path in (tmp_path / "u").glob("atoms-*")}
     [end] = [number for number, (what, _) in enumerate(calls) if what == "rename"]
@@ -244,5 +247,5 @@ def test_each_file_is_on_disk_before_the_folder_appears(
 
 
 def _shares(view: UniversalView) -> list[Any]:
-    files = convert_module.lay_out(view, FILE_NUMBYTES)
+    files = UniversalOutput(file_numbytes=FILE_NUMBYTES).plan(view).files
     return [share_of(files, rank, 2) for rank in range(2)]

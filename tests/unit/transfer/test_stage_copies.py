@@ -18,6 +18,7 @@ from native_files import NativeModel, NativeParameter, NativeRun, add_manifest, 
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, read_manifest
+from ucp_deepspeed.checkpoint.universal import output as output_module
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import main
 from ucp_deepspeed.layout import Topology
@@ -140,8 +141,9 @@ def test_ranks_that_convert_agree(tmp_path: Path) -> None:
             convert(view, tmp_path / "u", ranks=ranks)
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        for name in ("look", "settle", "describe"):  # threads share torch's list of allowed classes
-            patch.setattr(convert_module, name, partial(locked, opens, getattr(convert_module, name)))
+        # Threads share torch's list of allowed classes.
+        for module, name in ((convert_module, "look"), (convert_module, "settle"), (output_module, "describe")):
+            patch.setattr(module, name, partial(locked, opens, getattr(module, name)))
         list(pool.map(one, range(2)))
     assert torch.equal(held(open_checkpoint(tmp_path / "u"), GAIN, "fp32"), last[GAIN].fp32)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +15,6 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
-    TypeAdapter,
-    ValidationError,
     model_validator,
 )
 
@@ -34,8 +31,8 @@ from ucp_deepspeed.checkpoint.checkpoint import (
     RunState,
 )
 from ucp_deepspeed.checkpoint.encoding import decode, read_document
+from ucp_deepspeed.checkpoint.safetensors_files import SafetensorsHeader
 from ucp_deepspeed.checkpoint.versions import FileVersions
-from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern, Unique
@@ -256,7 +253,9 @@ class UniversalCheckpoint(Checkpoint):
     def _read_extents(self) -> dict[tuple[str, str], FileExtent]:
         used = {file for entry in self._index.parameters.values() for file in entry.states.values()}
         headers = {
-            file: _Header(self.path / file) for file in self._index.files if file in used - {CLIENT_TENSORS_NAME}
+            file: SafetensorsHeader(self.path / file)
+            for file in self._index.files
+            if file in used - {CLIENT_TENSORS_NAME}
         }
         extents: dict[tuple[str, str], FileExtent] = {}
         for name, entry in self._index.parameters.items():
@@ -267,51 +266,3 @@ class UniversalCheckpoint(Checkpoint):
                     )
                 extents[name, state] = headers[file].extent(atom_key(name, state), entry.shape)
         return extents
-
-
-class _Entry(BaseModel):
-    """One tensor in the header of a safetensors file; offsets are in bytes from the end of the header."""
-
-    dtype: str
-    shape: Shape
-    data_offsets: tuple[int, int]
-
-
-_ENTRIES = TypeAdapter(dict[str, _Entry | dict[str, str]])
-"""Type of the header: tensors by name, and the metadata of the file."""
-
-
-class _Header:
-    """The header of a safetensors file, with the position of each tensor (format: the safetensors README)."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            raw = file.read(length) if length <= path.stat().st_size else b""
-        try:
-            self._entries = _ENTRIES.validate_json(raw)
-        except ValidationError as error:
-            raise DamagedCheckpointError(f"{path} has no safetensors header: {error.errors()[0]['msg']}") from error
-        self.data_offset = 8 + length
-        self.data_numbytes = path.stat().st_size - self.data_offset
-
-    def extent(self, key: str, shape: Shape) -> FileExtent:
-        """Return the range of one tensor. It must have the shape in the index and lie inside the file."""
-        entry = self._entries.get(key)
-        if not isinstance(entry, _Entry):
-            raise DamagedCheckpointError(f"{self.path} lacks {key}")
-        if entry.dtype not in ITEMSIZE:
-            raise DamagedCheckpointError(f"{self.path}: {key} has the unknown dtype {entry.dtype!r}")
-        begin, end = entry.data_offsets
-        numel = math.prod(shape)
-        if entry.shape != shape:
-            raise DamagedCheckpointError(
-                f"{self.path}: {key} has shape {list(entry.shape)}; the index says {list(shape)}"
-            )
-        if end - begin != numel * ITEMSIZE[entry.dtype] or not 0 <= begin <= end <= self.data_numbytes:
-            raise DamagedCheckpointError(
-                f"{self.path}: {key}, {entry.dtype} of shape {list(shape)}, can't lie in bytes {begin} to {end} of "
-                f"{self.data_numbytes}"
-            )
-        return FileExtent(str(self.path), self.data_offset + begin, entry.dtype, numel)

@@ -1,0 +1,149 @@
+"""The interface of all outputs of a conversion, as `Checkpoint` is that of all inputs: which bytes go where.
+
+An output says what to write: names, types, and their grouping into files. How the bytes are gathered, divided among ranks and
+committed is the same for all (`ucp_deepspeed.transfer.conversion`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+from ucp_deepspeed.checkpoint.differing import OnDiffering
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.layout import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Consecutive elements of one state of one parameter in a file: of the whole tensor, of a box of it, or of a rank's share.
+
+    Attributes:
+        name: logical name of the parameter.
+        state: one of its states.
+        dtype: type in the file; values of another are converted. A key of `ucp_deepspeed.dtypes.ITEMSIZE`.
+        layout: where the parameter's elements lie in local tensors: `Layout.whole` or `Layout.around`, or a layout of a topology.
+        rank: the local tensor whose elements, in row-major order, are written. Its padding becomes zero.
+        local_start: the first of them.
+        numel: how many.
+        file_offset: place of the first byte in the file; a multiple of the type's size.
+    """
+
+    name: str
+    state: str
+    dtype: str
+    layout: Layout
+    rank: int
+    local_start: int
+    numel: int
+    file_offset: int = 0
+
+    @classmethod
+    def whole(cls, view: UniversalView, name: str, state: str, dtype: str | None = None) -> Region:
+        """Make the region of a whole tensor, by default in the type that the checkpoint has."""
+        shape = view.logical_shape(name)
+        dtype = dtype or view.parameters[name].states[state]
+        return cls(name, state, dtype, Layout.whole(shape), 0, 0, prod(shape))
+
+    @property
+    def numbytes(self) -> int:
+        """Size in the file."""
+        return self.numel * ITEMSIZE[self.dtype]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What is written, without the pieces of the layout."""
+        shape = self.layout.logical_shape
+        return self.name, self.state, self.dtype, shape, self.rank, self.local_start, self.numel
+
+    @property
+    def is_padded(self) -> bool:
+        """Return whether its local tensor has elements that are the parameter's nowhere."""
+        local = self.layout.locals[self.rank]
+        return sum(piece.local_box.numel for piece in local.pieces) < prod(local.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """Bytes that are known before any are read, such as a header."""
+
+    data: bytes
+    file_offset: int = 0
+
+    @property
+    def numbytes(self) -> int:
+        """Size in the file."""
+        return len(self.data)
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One file. Bytes outside its parts are zero.
+
+    Attributes:
+        file_name: path in the folder.
+        numbytes: size.
+        parts: what it holds, in order of their place.
+    """
+
+    file_name: str
+    numbytes: int
+    parts: tuple[Region | Literal, ...]
+
+    def __post_init__(self) -> None:
+        starts = (*(part.file_offset for part in self.parts), self.numbytes)
+        assert all(part.file_offset + part.numbytes <= stop for part, stop in zip(self.parts, starts[1:], strict=True))
+        assert all(region.file_offset % ITEMSIZE[region.dtype] == 0 for region in self.regions)
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The parts that are read."""
+        return tuple(part for part in self.parts if isinstance(part, Region))
+
+    @cached_property
+    def has_gaps(self) -> bool:
+        """Return whether some bytes are no part's and no element's."""
+        return sum(part.numbytes for part in self.parts) < self.numbytes or any(
+            region.is_padded for region in self.regions
+        )
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """Everything to write.
+
+    Attributes:
+        files: the files that hold tensors.
+        finish: writes the rest into the folder, an index last, and makes sure that the result can be opened. It is called on rank
+            0 when the files are whole.
+        rest_numbytes: size of the rest, about.
+    """
+
+    files: tuple[OutputFile, ...]
+    finish: Callable[[Path], None] = lambda folder: None
+    rest_numbytes: int = 0
+
+
+class Output(ABC):
+    """A form to write, with its settings.
+
+    Attributes:
+        on_differing: which number to write where partitions have different ones, and which copy of a parameter where pipeline
+            stages have different ones and nothing tells which was trained.
+    """
+
+    on_differing: OnDiffering = "error"
+
+    @abstractmethod
+    def plan(self, view: UniversalView) -> OutputPlan:
+        """Return what to write, the same on all ranks. It is called on each, reads no tensor and writes nothing.
+
+        Raises:
+            MismatchError, UnsupportedError: the form can't hold what the checkpoint holds.
+            ConfigError: a setting doesn't fit.
+        """

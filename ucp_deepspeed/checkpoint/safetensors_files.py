@@ -1,0 +1,91 @@
+"""safetensors files: where the header says that tensors lie, and files to write (format: the safetensors README)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from ucp_deepspeed import tunables
+from ucp_deepspeed.checkpoint.checkpoint import FileExtent
+from ucp_deepspeed.checkpoint.output import Literal, OutputFile, Region
+from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.layout import Shape
+
+
+class _Entry(BaseModel):
+    """One tensor in the header; offsets are in bytes from the end of the header."""
+
+    dtype: str
+    shape: Shape
+    data_offsets: tuple[int, int]
+
+
+_ENTRIES = TypeAdapter(dict[str, _Entry | dict[str, str]])
+"""Type of the header: tensors by name, and the metadata of the file."""
+
+
+class SafetensorsHeader:
+    """The header of a file, with the position of each tensor.
+
+    Raises:
+        DamagedCheckpointError: the file has none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            raw = file.read(length) if length <= path.stat().st_size else b""
+        try:
+            self._entries = _ENTRIES.validate_json(raw)
+        except ValidationError as error:
+            raise DamagedCheckpointError(f"{path} has no safetensors header: {error.errors()[0]['msg']}") from error
+        self.data_offset = 8 + length
+        self.data_numbytes = path.stat().st_size - self.data_offset
+
+    def extent(self, key: str, shape: Shape) -> FileExtent:
+        """Return the range of one tensor. It must have the shape in the index and lie inside the file."""
+        entry = self._entries.get(key)
+        if not isinstance(entry, _Entry):
+            raise DamagedCheckpointError(f"{self.path} lacks {key}")
+        if entry.dtype not in ITEMSIZE:
+            raise DamagedCheckpointError(f"{self.path}: {key} has the unknown dtype {entry.dtype!r}")
+        begin, end = entry.data_offsets
+        numel = prod(shape)
+        if entry.shape != shape:
+            raise DamagedCheckpointError(
+                f"{self.path}: {key} has shape {list(entry.shape)}; the index says {list(shape)}"
+            )
+        if end - begin != numel * ITEMSIZE[entry.dtype] or not 0 <= begin <= end <= self.data_numbytes:
+            raise DamagedCheckpointError(
+                f"{self.path}: {key}, {entry.dtype} of shape {list(shape)}, can't lie in bytes {begin} to {end} of "
+                f"{self.data_numbytes}"
+            )
+        return FileExtent(str(self.path), self.data_offset + begin, entry.dtype, numel)
+
+
+def safetensors_file(file_name: str, regions: Mapping[str, Region]) -> OutputFile:
+    """Lay out a file: the header, so long that data starts on a block, and the tensors, those of the widest elements first.
+
+    Args:
+        regions: key → a whole local tensor, wherever in the file.
+    """
+    entries, placed, offset = {}, [], 0
+    for key, region in sorted(regions.items(), key=lambda entry: -ITEMSIZE[entry[1].dtype]):
+        stop = offset + region.numbytes
+        shape = region.layout.locals[region.rank].shape
+        entries[key] = {"dtype": region.dtype, "shape": list(shape), "data_offsets": [offset, stop]}
+        placed.append(region)
+        offset = stop
+    text = json.dumps(entries, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-(len(text) + 8) % tunables.BLOCK_NUMBYTES)
+    parts: list[Region | Literal] = [Literal(len(text).to_bytes(8, "little") + text)]
+    for region in placed:
+        parts.append(replace(region, file_offset=parts[-1].file_offset + parts[-1].numbytes))
+    return OutputFile(file_name, len(text) + 8 + offset, tuple(parts))
