@@ -57,7 +57,7 @@ class Region:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What is written, without the pieces of the layout."""
+        """Its fields but for the place, in brief: equal for equal content."""
         shape = self.layout.logical_shape
         return self.name, self.state, self.dtype, shape, self.rank, self.local_start, self.numel
 
