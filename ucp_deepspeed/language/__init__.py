@@ -2,7 +2,7 @@
 
 from ucp_deepspeed.language.families import Detection, find_family, load_spec, naming_specs, spec_names
 from ucp_deepspeed.language.resolve import Agreement, per_rank, resolve_patterns
-from ucp_deepspeed.language.schemes import logical_names
+from ucp_deepspeed.language.schemes import logical_names, names_in_scheme
 from ucp_deepspeed.language.spec import PATTERN, Match, Rule, Spec
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "find_family",
     "load_spec",
     "logical_names",
+    "names_in_scheme",
     "naming_specs",
     "per_rank",
     "resolve_patterns",

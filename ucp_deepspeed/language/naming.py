@@ -8,7 +8,8 @@ A pipeline engine has a parameter ``5.self_attention.linear_qkv.weight``; the pl
         - {from: "{n}.self_attention.**", to: "decoder.layers.{n - 2}.self_attention.**"}
 
 ``{n}`` stands for a number; the other side may add to it or subtract from it. ``**`` stands for any number of parts of the dotted
-name. Names are only translated towards the logical one; a load translates both sides, and then compares them.
+name. A load makes the names of both sides logical, and then compares them. `translate_back` reads the same renamings from logical
+names to those of the class.
 """
 
 from __future__ import annotations
@@ -59,14 +60,11 @@ class Renaming(BaseModel):
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        pieces = []
-        for piece in _PLACEHOLDER.split(self.from_):
-            number = _NUMBER.fullmatch(piece)
-            if number:
-                pieces.append(rf"(?P<{number[1]}>\d+)")
-            else:
-                pieces.append("(?P<REST>.+)" if piece == "**" else re.escape(piece))
-        return re.compile("".join(pieces))
+        return _pattern_of(self.from_)
+
+    @cached_property
+    def _backwards(self) -> re.Pattern[str]:
+        return _pattern_of(self.to)
 
     @cached_property
     def _blind(self) -> bool:
@@ -87,13 +85,53 @@ class Renaming(BaseModel):
         for piece in _PLACEHOLDER.split(self.to):
             total = _SUM.fullmatch(piece)
             if total:
-                number = int(found[total[1]]) + int(f"{total[2] or '+'}{total[3] or 0}")
+                number = int(found[total[1]]) + _added(total)
                 if number < 0:
                     return None
                 pieces.append(str(number))
             else:
                 pieces.append(found["REST"] if piece == "**" else piece)
         return "".join(pieces)
+
+    def name_behind(self, logical: str) -> str | None:
+        """Return the name that becomes a logical name, with placeholders for what the logical name doesn't tell.
+
+        Returns:
+            None if no name of this form becomes it.
+        """
+        found = self._backwards.fullmatch(logical)
+        if found is None:
+            return None
+        known = found.groupdict()
+        sums = [total for piece in _PLACEHOLDER.findall(self.to) if (total := _SUM.fullmatch(piece))]
+        numbers = {total[1]: int(known[total[1]]) - _added(total) for total in reversed(sums)}
+        pieces: list[str] = []
+        for piece in _PLACEHOLDER.split(self.from_):
+            number = _NUMBER.fullmatch(piece)
+            told = numbers.get(number[1], piece) if number else known.get("REST", piece) if piece == "**" else piece
+            pieces.append(str(told))
+        name = "".join(pieces)
+        return name if _PLACEHOLDER.search(name) or self.logical_name(name) == logical else None
+
+
+def _pattern_of(side: str) -> re.Pattern[str]:
+    """Compile one side of a renaming; what stands twice in it must be told the same only where it is ``**``."""
+    pieces, seen = [], set()
+    for piece in _PLACEHOLDER.split(side):
+        total = _SUM.fullmatch(piece)
+        group = "REST" if piece == "**" else total[1] if total else None
+        if group is None:
+            pieces.append(re.escape(piece))
+        elif group in seen:
+            pieces.append(r"\d+" if total else "(?P=REST)")
+        else:
+            pieces.append(rf"(?P<{group}>\d+)" if total else "(?P<REST>.+)")
+            seen.add(group)
+    return re.compile("".join(pieces))
+
+
+def _added(total: re.Match[str]) -> int:
+    return int(f"{total[2] or '+'}{total[3] or 0}")
 
 
 Scheme = tuple[Renaming, ...]
@@ -128,16 +166,47 @@ def translate(names: Sequence[str], scheme: Scheme) -> dict[str, str]:
     return without_collisions(found)
 
 
-def without_collisions(found: dict[str, str]) -> dict[str, str]:
-    """Names with their logical names, as given.
+def translate_back(names: Sequence[str], scheme: Scheme, among: Sequence[str] = ()) -> dict[str, str]:
+    """Return for each logical name the name that a class of model has for it: the inverse of `translate`.
+
+    Args:
+        among: names of a model of that class, all or some. They tell what the renamings leave open.
 
     Raises:
-        SpecError: two have the same logical name.
+        SpecError: several names become a logical name, or none does, or one becomes two; lists all such names.
+    """
+    found = {logical: name for name, logical in translate(among, scheme).items()}
+    problems: list[str] = []
+    for logical in names:
+        if logical not in found:
+            behind = dict.fromkeys(name for each in scheme if (name := each.name_behind(logical)) is not None)
+            found[logical] = next(iter(behind), logical)
+            if len(behind) > 1 or _PLACEHOLDER.search(found[logical]):
+                problems.append(f"{logical}: {' or '.join(behind)}")
+    if problems:
+        raise SpecError("the naming scheme leaves names open; the names of such a model tell them", problems)
+    found = without_collisions({logical: found[logical] for logical in names}, "name under the naming scheme")
+    again = translate(list(found.values()), scheme)
+    if lost := [
+        f"{logical}: {name} becomes {again[name]}" for logical, name in found.items() if again[name] != logical
+    ]:
+        raise SpecError("the naming scheme has no names for", lost)
+    return found
+
+
+def without_collisions(found: dict[str, str], what: str = "logical name") -> dict[str, str]:
+    """Names with their other names, as given.
+
+    Args:
+        what: the other names, for the message.
+
+    Raises:
+        SpecError: two have the same.
     """
     if len(set(found.values())) == len(found):
         return found
     owners: dict[str, str] = {}
-    for name, logical_name in found.items():
-        if owners.setdefault(logical_name, name) != name:
-            raise SpecError(f"{owners[logical_name]} and {name} have the same logical name, {logical_name}")
+    for name, other in found.items():
+        if owners.setdefault(other, name) != name:
+            raise SpecError(f"{owners[other]} and {name} have the same {what}, {other}")
     return found

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from ucp_deepspeed.errors import SpecError
 from ucp_deepspeed.language.globs import form_of
-from ucp_deepspeed.language.naming import translate, without_collisions
+from ucp_deepspeed.language.naming import translate, translate_back, without_collisions
 from ucp_deepspeed.language.spec import Spec
 from ucp_deepspeed.language.wrappers import plain_names
 
@@ -57,6 +57,18 @@ def best_scheme(names: Sequence[str], spec: Spec) -> tuple[str | None, dict[str,
     if spec.coverage(plain.values()) <= spec.coverage(named[1].values()):
         return named
     return title, {name: plain[each] for name, each in seen.items()}
+
+
+def names_in_scheme(names: Sequence[str], spec: Spec, title: str, among: Sequence[str] = ()) -> dict[str, str]:
+    """Return the name under one of the spec's naming schemes for each logical name; see `translate_back`.
+
+    Raises:
+        SpecError: the spec has no such scheme; see also `translate_back`.
+    """
+    if title not in spec.names:
+        there = ", ".join(spec.names) or "none"
+        raise SpecError(f"spec {spec.family!r} has no naming scheme {title!r}; its schemes: {there}")
+    return translate_back(names, spec.names[title], among)
 
 
 def _named(names: Sequence[str], spec: Spec) -> tuple[str | None, dict[str, str]]:
