@@ -155,13 +155,16 @@ class UniversalView:
     def under_names_of(self, other: UniversalView) -> UniversalView:
         """Return this view with the other's names, if names differ by wrappers of modules alone; itself if none does."""
         wrapped = seen_through(self.parameters, other.parameters)
-        if not wrapped:
+        return self.under({name: wrapped.get(logical, logical) for name, logical in self.logical_of.items()})
+
+    def under(self, names: Mapping[str, str]) -> UniversalView:
+        """Return this view with other logical names, by the checkpoint's names; itself if none differs."""
+        renamed = {self.logical_of[name]: logical for name, logical in names.items() if name in self.logical_of}
+        if all(name == logical for name, logical in renamed.items()):
             return self
-        names = {name: wrapped.get(logical, logical) for name, logical in self.logical_of.items()}
-        patterns = {wrapped.get(name, name): pattern for name, pattern in self.patterns.items()}
-        return UniversalView(
-            self.checkpoint, names | self._further, patterns, self.vocabulary_size, check_record=self._checked
-        )
+        patterns = {renamed.get(name, name): pattern for name, pattern in self.patterns.items()}
+        names = {**self._further, **self.logical_of, **names}
+        return UniversalView(self.checkpoint, names, patterns, self.vocabulary_size, check_record=self._checked)
 
     def over(self, checkpoint: Checkpoint) -> UniversalView:
         """Return the same view of another catalog of the same parameters."""

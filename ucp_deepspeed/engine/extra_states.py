@@ -9,9 +9,9 @@ from torch.nn import Module
 
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states, under_other_keys
-from ucp_deepspeed.engine.loading.pairing import Names
 from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.errors import MismatchError
+from ucp_deepspeed.transfer.planning.pairing import Names
 from ucp_deepspeed.transfer.planning.policies import Policies
 
 ExtraStates = tuple[tuple[Module, Any], ...]

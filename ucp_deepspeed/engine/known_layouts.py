@@ -12,7 +12,8 @@ from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language.resolve import Agreement, compare
-from ucp_deepspeed.layout.pattern import AnyPattern, Pattern, PerRank, Unique
+from ucp_deepspeed.layout.pattern import Pattern, PerRank, Unique
+from ucp_deepspeed.transfer.planning.pairing import Pair
 
 ATTRIBUTE = "_universal_checkpoint_layouts"
 """Attribute of an engine: the `KnownLayouts` of its last load."""
@@ -33,18 +34,12 @@ class KnownLayouts:
     vocabulary_size: int | None = None
 
 
-def known_by_plan(
-    patterns: Mapping[str, AnyPattern], names: Mapping[str, str], vocabulary_size: int | None
-) -> KnownLayouts:
-    """Return the layouts that a universal load used.
-
-    Args:
-        patterns: by logical name.
-        names: parameters and buffers of the model → logical names.
-    """
-    found = {name: patterns[logical] for name, logical in names.items() if logical in patterns}
-    told = {name: pattern for name, pattern in found.items() if not isinstance(pattern, Unique | PerRank)}
-    return KnownLayouts(told, names, vocabulary_size)
+def known_by_plan(found: Pair) -> KnownLayouts:
+    """Return the layouts that a universal load used."""
+    names, patterns = found.names.target, found.patterns
+    known = {name: patterns[logical] for name, logical in names.items() if logical in patterns}
+    told = {name: pattern for name, pattern in known.items() if not isinstance(pattern, Unique | PerRank)}
+    return KnownLayouts(told, names, found.vocabulary_size)
 
 
 def known_by_manifest(checkpoint: Checkpoint, engine: Engine) -> KnownLayouts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal, TypeVar
 
@@ -17,7 +17,7 @@ from deepspeed.utils.bwc import (
     bwc_tensor_model_parallel_group,
 )
 
-from ucp_deepspeed.checkpoint.checkpoint import HeldShapes, Kind, Precision
+from ucp_deepspeed.checkpoint.checkpoint import Kind, Precision
 from ucp_deepspeed.checkpoint.deepspeed.autotp import RecordedLayouts, read_autotp_layouts
 from ucp_deepspeed.checkpoint.experts import expert_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
@@ -29,15 +29,16 @@ from ucp_deepspeed.engine.optimizer_only import optimizer_only
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.optimizers.plain import PlainOptimizer
 from ucp_deepspeed.errors import MismatchError
-from ucp_deepspeed.language import Spec, load_spec
+from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.layout import FlatGroup, Flattening, Shape, SlicedGroup, Topology
 from ucp_deepspeed.layout.pattern import Pattern, Replicate
+from ucp_deepspeed.transfer.planning.model import ModelDescription, ModelTensor
 from ucp_deepspeed.transfer.planning.target import TargetSlot
 
 T = TypeVar("T")
 
 HeldKind = Literal[Kind, "idle"]
-"""The kind that a rank tells others of a tensor; see `EngineTensor.idle`."""
+"""The kind that a rank tells others of a tensor; see `ModelTensor`."""
 
 
 WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,28 +46,19 @@ WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 
 
 @dataclass(frozen=True)
-class EngineTensor:
+class EngineTensor(ModelTensor):
     """A parameter or persistent buffer of the live model.
 
     Attributes:
-        name: the first name under which the model has it.
-        kind: see `ucp_deepspeed.checkpoint.checkpoint.Kind`.
         tensor: the live one; None where another pipeline stage has it, or another expert-parallel rank.
-        local_shapes: over the model-parallel ranks, the shapes of the whole local tensor, also where ZeRO-3 or AutoEP has
-            partitioned it.
         replicas: process group of the ranks that hold it as this one does; None if there are no others, or it isn't here.
-        idle: trainable, and needs a gradient on no rank for now: an optimizer with a slot for each parameter skips it.
         start: place in the local tensor where this rank's experts begin, in elements; 0 for all tensors that AutoEP hasn't dealt
             out.
     """
 
-    name: str
-    kind: Kind
-    tensor: torch.Tensor | None
-    local_shapes: HeldShapes
+    tensor: torch.Tensor | None = None
     replicas: Any = None
     start: int = 0
-    idle: bool = False
 
     def held(self) -> tuple[torch.Tensor, TargetSlot]:
         """Return the memory of this rank's share of the weight, and which elements lie in it."""
@@ -89,48 +81,22 @@ class EngineTensor:
         return memory, slot
 
 
-@dataclass(frozen=True)
-class EngineModel:
-    """The target, or the run that saves. `describe_model` builds it; it is the same on every rank but for ``rank`` and
-    ``ep_rank``.
+@dataclass(frozen=True, kw_only=True)
+class EngineModel(ModelDescription):
+    """The live model: the target, or the run that saves. `describe_model` builds it.
 
     Attributes:
-        topology: the engine's topology.
         precision: precision of the weights.
         rank: this rank's model-parallel rank.
         ep_rank: this rank's expert-parallel rank; 0 without experts.
-        tensors: tensors of all pipeline stages, by name, in the model's order.
-        inferred: patterns that come from parameter attributes (Megatron-Core, AutoTP), by name.
-        exact: whether these attributes tell the whole cut, as AutoTP's do.
-        refused: parameters that AutoTP has partitioned in a way that can't be told, and why.
-        spec: the spec named in the config.
-        vocabulary_size: as in the config.
         tensor_parallel_group: the process group; None if this is the only tensor-parallel rank.
-        tied: further names of this rank's parameters → the first name.
     """
 
-    topology: Topology
+    tensors: Mapping[str, EngineTensor]
     precision: Precision
     rank: int
     ep_rank: int
-    tensors: Mapping[str, EngineTensor]
-    inferred: Mapping[str, Pattern]
-    exact: bool
-    refused: Mapping[str, str]
-    spec: Spec | None
-    vocabulary_size: int | None
     tensor_parallel_group: Any = None
-    tied: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def local_shapes(self) -> dict[str, Shape]:
-        """Local shapes of the tensors that the first model-parallel rank holds."""
-        first = {name: tensor.local_shapes[0] for name, tensor in self.tensors.items()}
-        return {name: shape for name, shape in first.items() if shape is not None}
-
-    def named(self, *kinds: Kind) -> list[str]:
-        """Return names of the tensors of some kinds, in the model's order."""
-        return [name for name, tensor in self.tensors.items() if tensor.kind in kinds]
 
 
 def describe_model(engine: Engine) -> EngineModel:
@@ -157,11 +123,11 @@ def describe_model(engine: Engine) -> EngineModel:
         name: EngineTensor(
             name,
             "trainable" if kind == "idle" else kind,
-            local.get(name),
             tuple(shape for stage in stages for shape in stage.local_shapes(name, topology.tp)),
+            kind == "idle",
+            local.get(name),
             None if name not in local or _is_expert_buffer(name, kind) else replica_group(engine, local[name]),
             first_element(local[name]) if name in local else 0,
-            kind == "idle",
         )
         for name, kind in _kinds(stages).items()
     }

@@ -86,7 +86,10 @@ def test_a_model_that_changed(changed: tuple[Path, Path], ucp: Ucp) -> None:
     refused = ucp(*plan)
     reasons = {entry["parameter"]: entry["reason"] for entry in json.loads(refused.stdout)["reasons"]}
     assert refused.exit_code == 1 and reasons.keys() == {"rows", "head", "late", "more"}
-    assert reasons["rows"] == "expected logical shape (7, 4), found (6, 4) in the checkpoint"
+    assert reasons["rows"] == (
+        'expected logical shape (7, 4), found (6, 4) in the checkpoint; "on_missing": "init" lets further rows keep the model\'s '
+        "values"
+    )
     assert reasons["more"].startswith("missing") and reasons["head"].startswith("extra")
     assert '"on_missing": "init"' in reasons["late"]
     allowed = json.loads(ucp(*plan, "--on-missing", "init", "--on-extra", "drop").stdout)

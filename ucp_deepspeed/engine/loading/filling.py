@@ -5,6 +5,7 @@ The masters come first, so that the weights made of them travel while the optimi
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -20,49 +21,17 @@ from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.engine.agreement import agreement
-from ucp_deepspeed.engine.known_layouts import KnownLayouts
 from ucp_deepspeed.engine.loading.exchange import Exchange, begin_exchange
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UniversalCheckpointError
 from ucp_deepspeed.plan import Fragment, Interval, Sharing, without
 from ucp_deepspeed.transfer import CopyPool, FileReader, TransferCount, run_copies
 from ucp_deepspeed.transfer.planning.policies import Policies
-from ucp_deepspeed.transfer.planning.rank_planner import Copies, PlannedBuffer
+from ucp_deepspeed.transfer.planning.rank_planner import Copies, PlannedBuffer, PlannedRank, PlannedSlot
+from ucp_deepspeed.transfer.planning.target import TargetRank
 
-
-@dataclass(frozen=True)
-class BufferPlan(PlannedBuffer):
-    """The plan to fill one buffer.
-
-    Attributes:
-        replicas: the process group of the ranks that hold the whole buffer, where they divide it.
-        tensor_parallel: the process group of the ranks that hold parts of it, where they divide these.
-    """
-
-    replicas: Any = None
-    tensor_parallel: Any = None
-
-
-@dataclass(frozen=True)
-class SlotPlan:
-    """The plan to fill one slot.
-
-    Attributes:
-        buffers: by state; the master's is always there.
-        scalars: shared by the slot's parameters.
-    """
-
-    slot: EngineSlot
-    buffers: Mapping[str, BufferPlan]
-    scalars: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class WeightPlan:
-    """The plan to fill a frozen parameter or a buffer."""
-
-    weight: torch.Tensor
-    buffer: BufferPlan
+Buffer = tuple[torch.Tensor, PlannedBuffer, Any]
+"""A buffer, its plan, and the process group of the ranks that hold the whole of it."""
 
 
 @dataclass(frozen=True)
@@ -70,34 +39,29 @@ class Filling:
     """Everything that one rank fills.
 
     Attributes:
-        slots: see `SlotPlan`.
-        weights: see `WeightPlan`.
+        rank: its slots (`EngineSlot`), frozen parameters and buffers.
+        weights: memory of the frozen parameters and buffers.
+        planned: the plan for each of them.
         policies: whether the base optimizer's state is replaced, kept or reset.
-        initialised: parameters with more rows than in the checkpoint (the further ones keep the model's values), parameters of
-            another shape, and parameters of this rank whose optimizer states begin anew, in whole or in part.
-        dropped: parameters of this rank some of whose optimizer states are left out.
-        bytes_needed: bytes of the elements that this rank has to read, in the source's dtypes.
         rounding: dtype to which masters are rounded; None to keep them exact.
-        exchanged: process group of the tensor-parallel ranks, and a digest of what they exchange.
+        tensor_parallel: process group of the tensor-parallel ranks; None if there are no others.
         versions: versions of the checkpoint's files.
-        layouts: the model's layouts, as far as the load knows them.
     """
 
-    slots: tuple[SlotPlan, ...]
-    weights: tuple[WeightPlan, ...]
+    rank: TargetRank
+    weights: tuple[torch.Tensor, ...]
+    planned: PlannedRank
     policies: Policies
-    initialised: tuple[str, ...]
-    dropped: tuple[str, ...]
-    bytes_needed: int
     rounding: torch.dtype | None
-    exchanged: tuple[Any, str]
+    tensor_parallel: Any
     versions: FileVersions
-    layouts: KnownLayouts
 
     def exchange_key(self) -> tuple[int, str] | None:
-        """Return the first of the tensor-parallel ranks, and the digest; None where this is the only one."""
-        group, digest = self.exchanged
-        return None if group is None else (dist.get_global_rank(group, 0), digest)
+        """Return the first of the tensor-parallel ranks, and a digest of what they exchange; None where this is the only one."""
+        group = self.tensor_parallel
+        if group is None:
+            return None
+        return dist.get_global_rank(group, 0), hashlib.sha256(repr(self.planned.exchanged).encode()).hexdigest()
 
     def check_files(self) -> None:
         """Open each file that this rank is to read once, so that an unreadable file is told before anything has changed.
@@ -106,11 +70,9 @@ class Filling:
             DamagedCheckpointError: a file is missing, can't be opened, ends before the bytes that are needed, or has changed
                 since it was opened for planning.
         """
-        buffers = [buffer for slot in self.slots for buffer in slot.buffers.values()]
         stops: dict[str, int] = {}
-        for buffer in (*buffers, *(weight.buffer for weight in self.weights)):
-            for view in (view for copy in buffer.copies for view in copy.sources):
-                extent = view.buffer
+        for copy in (copy for buffer in self.planned.buffers for copy in buffer.copies):
+            for extent in (view.buffer for view in copy.sources):
                 stop = extent.file_offset + extent.numel * ITEMSIZE[extent.dtype]
                 stops[extent.path] = max(stop, stops.get(extent.path, 0))
         for path, stop in stops.items():
@@ -127,14 +89,18 @@ class Filling:
             UniversalCheckpointError: a rank couldn't read a file, or a file was changed meanwhile. It is raised on every rank, so
                 that none waits for the others.
         """
-        with torch.no_grad(), closing(_Filler(memory_numbytes, self.versions)) as filler:
+        slots, weights = list(self._slots()), zip(self.weights, self.planned.weights, self.rank.weights, strict=True)
+        filler = _Filler(memory_numbytes, self.versions, self.tensor_parallel)
+        with torch.no_grad(), closing(filler):
             with agreement():  # there may be too little memory on one rank
                 optimizer.begin()
-                states = [self._state_buffers(optimizer, plan) for plan in self.slots]
-            filler.fill([(plan.slot.master.data, plan.buffers[MASTER]) for plan in self.slots], self.rounding)
+                states = [self._state_buffers(optimizer, slot, plan) for slot, plan in slots]
+            filler.fill(
+                [(slot.master.data, plan.buffers[MASTER], slot.replicas) for slot, plan in slots], self.rounding
+            )
             optimizer.begin_refresh()
             filler.fill(list(self._become_part(optimizer, states)))
-            filler.fill([(plan.weight, plan.buffer) for plan in self.weights])
+            filler.fill([(weight, plan, slot.replicas) for weight, plan, slot in weights])
             filler.wait()
             optimizer.refresh_weights()
             optimizer.end()
@@ -142,22 +108,29 @@ class Filling:
             filler.check()
         return filler.count
 
-    def _state_buffers(self, optimizer: EngineOptimizer, plan: SlotPlan) -> Mapping[str, torch.Tensor]:
+    def _slots(self) -> Iterator[tuple[EngineSlot, PlannedSlot]]:
+        for slot, plan in zip(self.rank.slots, self.planned.slots, strict=True):
+            assert isinstance(slot, EngineSlot), "a live one"
+            yield slot, plan
+
+    def _state_buffers(
+        self, optimizer: EngineOptimizer, slot: EngineSlot, plan: PlannedSlot
+    ) -> Mapping[str, torch.Tensor]:
         """Return the buffers for the optimizer's states of a slot; nothing of the optimizer changes yet."""
         if self.policies.optimizer_states != "restore":
             return {}
-        return {state: optimizer.state_buffer(plan.slot, state) for state in plan.buffers if state != MASTER}
+        return {state: optimizer.state_buffer(slot, state) for state in plan.buffers if state != MASTER}
 
     def _become_part(
         self, optimizer: EngineOptimizer, states: Sequence[Mapping[str, torch.Tensor]]
-    ) -> Iterator[tuple[torch.Tensor, BufferPlan]]:
+    ) -> Iterator[Buffer]:
         """Yield the buffers of the optimizer's states, and make them part of it."""
-        for plan, buffers in zip(self.slots, states, strict=True):
+        for (slot, plan), buffers in zip(self._slots(), states, strict=True):
             if self.policies.optimizer_states == "reset":
-                optimizer.reset_state(plan.slot)
+                optimizer.reset_state(slot)
             if self.policies.optimizer_states == "restore":
-                yield from ((buffer, plan.buffers[state]) for state, buffer in buffers.items())
-                optimizer.set_state(plan.slot, buffers, plan.scalars)
+                yield from ((buffer, plan.buffers[state], slot.replicas) for state, buffer in buffers.items())
+                optimizer.set_state(slot, buffers, plan.scalars)
 
 
 def check_exchange(keys: Sequence[tuple[int, str] | None]) -> None:
@@ -177,17 +150,17 @@ def check_exchange(keys: Sequence[tuple[int, str] | None]) -> None:
 class _Filler:
     """Fills buffers one after another, while the parts that replicas share are on their way."""
 
-    def __init__(self, memory_numbytes: int, versions: FileVersions) -> None:
-        self.count = TransferCount()
+    def __init__(self, memory_numbytes: int, versions: FileVersions, tensor_parallel: Any) -> None:
+        self.count, self._tensor_parallel = TransferCount(), tensor_parallel
         self._versions, self._reader = versions, FileReader(versions)
         self._round_numbytes = min(tunables.ROUND_NUMBYTES, memory_numbytes // 4)
         self._pool = CopyPool(_threads(), memory_numbytes - self._round_numbytes)
         self._exchanges: list[Exchange] = []
         self._error: Exception | None = None
 
-    def fill(self, buffers: Sequence[tuple[torch.Tensor, BufferPlan]], rounding: torch.dtype | None = None) -> None:
+    def fill(self, buffers: Sequence[Buffer], rounding: torch.dtype | None = None) -> None:
         """Fill this rank's part of each buffer, and begin to exchange the parts with replicas. Collective."""
-        for buffer, plan in buffers:
+        for buffer, plan, _ in buffers:
             whole = buffer.contiguous()  # the tensor itself unless its elements lie in another order
             flat = whole.view(-1)
             read = plan.division.read(whole.numel())
@@ -200,11 +173,10 @@ class _Filler:
                         part.copy_(part.to(rounding))
             if whole is not buffer:
                 buffer.copy_(whole)
-        for exchange in self._begin(
-            [(each, plan.tensor_parallel, plan.division.tensor_parallel) for each, plan in buffers]
-        ):
+        group = self._tensor_parallel
+        for exchange in self._begin([(each, group, plan.division.tensor_parallel) for each, plan, _ in buffers]):
             exchange.wait()  # replicas get it whole
-        self._exchanges += self._begin([(each, plan.replicas, plan.division.replicas) for each, plan in buffers])
+        self._exchanges += self._begin([(each, replicas, plan.division.replicas) for each, plan, replicas in buffers])
 
     def _read(self, copies: Copies, flat: torch.Tensor) -> None:
         """Read into one buffer. After a first error read nothing more; other ranks still get what they wait for."""

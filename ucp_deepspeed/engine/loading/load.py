@@ -18,24 +18,22 @@ from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.files import VALUES_KEY
-from ucp_deepspeed.checkpoint.expert_forms import in_form_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.console import told_once
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.extra_states import ExtraStates, plan_extra_states
-from ucp_deepspeed.engine.known_layouts import KnownLayouts, keep_layouts, known_by_manifest
+from ucp_deepspeed.engine.known_layouts import KnownLayouts, keep_layouts, known_by_manifest, known_by_plan
 from ucp_deepspeed.engine.loading.custom_load import check_custom_load, local_state_dict, run_custom_load
 from ucp_deepspeed.engine.loading.filling import Filling, check_exchange
 from ucp_deepspeed.engine.loading.finding import Found, find
 from ucp_deepspeed.engine.loading.native import LoadOptions
-from ucp_deepspeed.engine.loading.pairing import in_ties_of, match_model, match_names, policies_of
-from ucp_deepspeed.engine.loading.planning import plan_filling, target_slots
+from ucp_deepspeed.engine.loading.planning import pair_with, plan_filling, policies_of, target_slots
 from ucp_deepspeed.engine.loading.training_state import (
     GroupSettings,
     check_scheduler,
+    live_groups,
     plan_hyperparameters,
-    plan_scheduler,
     restore_data_schedules,
     restore_run,
     without_begun_anew,
@@ -51,7 +49,8 @@ from ucp_deepspeed.engine.stage_copies import look_at_copies, with_copies_for
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.transfer import TransferCount
 from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
-from ucp_deepspeed.transfer.planning.policies import Matching, Policies
+from ucp_deepspeed.transfer.planning.pairing import Pair
+from ucp_deepspeed.transfer.planning.policies import Policies
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -188,7 +187,7 @@ def _load_universal(engine: Engine, checkpoint: Checkpoint, options: LoadOptions
     # 4. Tell what was done.
     engine.universal_checkpoint_report = report = plan.report(optimizer, read, time.monotonic() - started)
     dist.barrier()
-    _log(report, plan.checkpoint, plan.model, policies.rounded)
+    _log(report, plan.pair.checkpoint, plan.model, policies.rounded)
     return plan.path, _without_restored(plan.state, options)
 
 
@@ -212,9 +211,8 @@ class _Plan:
         copies: see `LoadReport`.
     """
 
-    checkpoint: Checkpoint
+    pair: Pair
     model: EngineModel
-    matching: Matching
     filling: Filling
     settings: GroupSettings
     schedule: Mapping[str, Any] | None
@@ -228,18 +226,16 @@ class _Plan:
 
     def report(self, optimizer: EngineOptimizer, read: TransferCount, seconds: float) -> LoadReport:
         """Describe the load that is done."""
-        matching, filling = self.matching, self.filling
-        states = filling.policies.optimizer_states == "restore"
-        unfrozen, frozen = (matching.unfrozen, matching.frozen) if states else ((), ())
+        planned, checkpoint = self.filling.planned, self.pair.checkpoint
         return LoadReport(
-            source=f"{self.checkpoint.form} {self.checkpoint.topology}",
+            source=f"{checkpoint.form} {checkpoint.topology}",
             target=f"{optimizer.form} {self.model.topology}",
             bytes_read=read.bytes_read,
-            bytes_needed=filling.bytes_needed,
+            bytes_needed=planned.bytes_needed,
             files=len(read.files),
             seconds=seconds,
-            initialised=tuple(dict.fromkeys((*matching.initialised, *unfrozen, *filling.initialised))),
-            dropped=tuple(dict.fromkeys((*matching.dropped, *frozen, *filling.dropped))),
+            initialised=planned.initialised,
+            dropped=planned.dropped,
             kept_settings=self.settings.kept,
             merged=tuple(self.numbers.merged),
             unread=self.unread,
@@ -273,28 +269,23 @@ def _planned(
     if options.custom_load_fn is not None:
         check_custom_load(engine)
         source = local_state_dict(checkpoint, model)
-    checkpoint = in_form_of(checkpoint, model.local_shapes)
-    checkpoint = in_ties_of(checkpoint, model, (dist.get_rank(), dist.get_world_size()))
-    names = match_names(checkpoint, model)
-    matching = match_model(checkpoint, model, names, policies)
+    found = pair_with(checkpoint, model, policies)
+    checkpoint, names = found.checkpoint, found.names
     place, slots = (model.rank, model.ep_rank), target_slots(model, optimizer, names)
     numbers = PartitionNumbers(checkpoint, names.source, model.topology, place, slots, policies)
     settings, schedule = GroupSettings(), None
     if options.optimizer_states and not only_evaluates(engine):
-        settings = plan_hyperparameters(checkpoint, names, optimizer, numbers, keep)
+        settings = plan_hyperparameters(found, optimizer, numbers, keep)
     if options.load_lr_scheduler_states and engine.lr_scheduler is not None:
-        schedule = plan_scheduler(checkpoint, names, optimizer, engine.lr_scheduler.state_dict(), keep)
-        check_scheduler(engine.lr_scheduler, schedule, (engine, engine.module, engine.optimizer), optimizer)
-    filling = plan_filling(
-        checkpoint, model, optimizer, names, matching, policies, settings.values, config.shared_read_bytes, numbers
-    )
-    settings = without_begun_anew(settings, names, optimizer, filling.initialised, reset)
+        schedule = found.schedule(live_groups(names, optimizer), engine.lr_scheduler.state_dict(), keep)
+        parts = engine, engine.module, engine.optimizer
+        check_scheduler(engine.lr_scheduler, schedule, parts, optimizer, found.obstacles)
+    filling = plan_filling(found, model, optimizer, settings.values, config.shared_read_bytes, numbers)
+    settings = without_begun_anew(settings, names, optimizer, frozenset(filling.planned.initialised), reset)
     extra_states = plan_extra_states(checkpoint, engine.module, model, names, policies)
     client_state = _client_state(engine, checkpoint, model, config)
     filling.check_files()
-    return _Plan(
-        checkpoint, model, matching, filling, settings, schedule, numbers, extra_states, source, *client_state, copies
-    )
+    return _Plan(found, model, filling, settings, schedule, numbers, extra_states, source, *client_state, copies)
 
 
 def _restore_rest(engine: Engine, optimizer: EngineOptimizer, options: LoadOptions, plan: _Plan) -> None:
@@ -304,8 +295,8 @@ def _restore_rest(engine: Engine, optimizer: EngineOptimizer, options: LoadOptio
     if options.custom_load_fn is not None:
         run_custom_load(engine, plan.model, optimizer, options.custom_load_fn, plan.source)
     reset = plan.filling.policies.optimizer_states == "reset"
-    restore_run(engine, plan.checkpoint, optimizer, options, plan.settings.values, plan.schedule, reset)
-    keep_layouts(engine, plan.filling.layouts)
+    restore_run(engine, plan.pair.checkpoint, optimizer, options, plan.settings.values, plan.schedule, reset)
+    keep_layouts(engine, known_by_plan(plan.pair))
     if not options.load_module_only:
         restore_data_schedules(engine, plan.state)
 

@@ -1,42 +1,75 @@
-"""Make a proven plan of what this rank reads, from a checkpoint and a live engine."""
+"""Plan what this rank of a live engine reads: the engine's own slots and tensors, bound to the pure planner."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.experts import expert_of
-from ucp_deepspeed.checkpoint.view import UniversalView, held_shapes, layouts_of
-from ucp_deepspeed.engine.known_layouts import known_by_plan
+from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.loading.exchange import is_expert, reaches
-from ucp_deepspeed.engine.loading.filling import BufferPlan, Filling, SlotPlan, WeightPlan
-from ucp_deepspeed.engine.loading.pairing import Names
+from ucp_deepspeed.engine.loading.filling import Filling
 from ucp_deepspeed.engine.model import WEIGHT_DTYPES, EngineModel, EngineTensor
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
-from ucp_deepspeed.errors import MismatchError
-from ucp_deepspeed.language import per_rank, resolve_patterns
-from ucp_deepspeed.layout.pattern import AnyPattern
+from ucp_deepspeed.language import per_rank
 from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers, usable
-from ucp_deepspeed.transfer.planning.policies import Matching, Policies
-from ucp_deepspeed.transfer.planning.rank_planner import PlannedBuffer, RankPlanner, TargetOptimizer
+from ucp_deepspeed.transfer.planning.obstacles import Obstacles
+from ucp_deepspeed.transfer.planning.pairing import Names, Pair, pair
+from ucp_deepspeed.transfer.planning.policies import Policies, renaming_hint
+from ucp_deepspeed.transfer.planning.rank_planner import RankPlanner, TargetOptimizer
 from ucp_deepspeed.transfer.planning.target import KeptStates, TargetRank, TargetSlot
+from ucp_deepspeed.transfer.ties import differing_ties
 
 logger = logging.getLogger("ucp_deepspeed")
 
 
+def policies_of(config: UniversalCheckpointConfig, restore: bool, strict: bool) -> Policies:
+    """Return the policies that the config and a call of ``engine.load_checkpoint`` make together.
+
+    A call without states that isn't strict begins a run from another model's weights: it takes what matches.
+
+    Args:
+        restore: whether the call asks for optimizer states at all, and the engine keeps any.
+        strict: its ``load_module_strict``.
+    """
+    states = config.optimizer_states if restore else "keep"
+    warm = not restore and not strict
+    initialise, drop = warm or config.on_missing == "init", warm or config.on_extra == "drop"
+    return Policies(initialise, drop, states, strict, differing=config.on_differing)
+
+
+def pair_with(checkpoint: Checkpoint, model: EngineModel, policies: Policies) -> Pair:
+    """Pair a checkpoint with the live model. Ranks divide the comparison of parameters that the model ties.
+
+    Raises:
+        SpecError, MismatchError, UnsupportedError: see `pair`.
+    """
+    compare = partial(differing_ties, share=(dist.get_rank(), dist.get_world_size()))
+    found = pair(checkpoint, model, policies, Obstacles(), compare)
+    if dist.get_rank() == 0:
+        if not found.obstacles and found.matching.initialised and found.matching.dropped:
+            names = found.names.source
+            source = {names[name]: parameter for name, parameter in found.checkpoint.parameters.items()}
+            if hint := renaming_hint(source, found.tensors):
+                logger.warning("of what is left out, and what keeps the model's values: %s", hint)
+        if unknown := per_rank(found.patterns):
+            logger.info(
+                "no layout is known of %d parameters: each tensor-parallel rank takes its own share", len(unknown)
+            )
+    return found
+
+
 def plan_filling(
-    checkpoint: Checkpoint,
+    found: Pair,
     model: EngineModel,
     optimizer: EngineOptimizer,
-    names: Names,
-    matching: Matching,
-    policies: Policies,
     settings: Sequence[Mapping[str, Any]],
     shared_read_bytes: int,
     numbers: PartitionNumbers,
@@ -49,80 +82,26 @@ def plan_filling(
         numbers: gives the numbers of the checkpoint that the slots take.
 
     Raises:
-        MismatchError: lists every parameter whose shape, states or scalars don't fit, or that isn't covered.
-        SpecError: nothing tells the layouts that another tensor-parallel size needs, or the spec doesn't fit.
+        MismatchError: lists everything that doesn't fit: parameters whose names, kinds, shapes, states or scalars don't, or that
+            aren't covered, parameter groups, and the scheduler's values.
     """
-    restored = frozenset(matching.restored)
-    tensors = {names.target[name]: each for name, each in model.tensors.items() if names.target[name] in restored}
-    patterns = _patterns(checkpoint, model, names, tensors)
-    saved_size, live_size = checkpoint.vocabulary_size, model.vocabulary_size
-    view = UniversalView(checkpoint, names.source, patterns, saved_size or live_size, restored)
-    shapes = {name: tensor.local_shapes for name, tensor in tensors.items()}
-    layouts = layouts_of(view.patterns, shapes, model.topology.tp, live_size or saved_size, "the model")
-    planner = RankPlanner(
-        view,
-        list(tensors),
-        layouts,
-        model.topology,
-        [tensor.local_shapes for tensor in model.tensors.values()],
-        policies,
-        _optimizer_of(optimizer, settings),
-        {name for name, tensor in tensors.items() if tensor.tensor is None or _is_expert(tensor)},
-        shared_read_bytes,
-    )
-    planner.check_shapes()
-    for name in planner.reshaped:
-        del tensors[name]
-    weights = [each for each in tensors.values() if each.kind != "trainable" and each.tensor is not None]
-    rank, memories = _rank(model, names, target_slots(model, optimizer, names), weights)
+    live = {found.names.target[name]: tensor for name, tensor in model.tensors.items()}
+    kept_apart = {name for name, tensor in live.items() if tensor.tensor is None or _is_expert(tensor)}
+    planner = RankPlanner(found, _optimizer_of(optimizer, settings), kept_apart, shared_read_bytes)
+    restored = [live[name] for name in planner.restored]
+    weights = [each for each in restored if each.kind != "trainable" and each.tensor is not None]
+    rank, memories = _rank(model, found.names, target_slots(model, optimizer, found.names), weights)
     planned = planner.plan(rank, numbers)
-    if planner.problems:
-        raise MismatchError(f"{checkpoint.path} doesn't fit the model", [str(problem) for problem in planner.problems])
-
-    def bound(slot: TargetSlot, buffer: PlannedBuffer) -> BufferPlan:
-        """Add the process groups of the ranks that divide the buffer."""
-        held = buffer.copies, buffer.held, buffer.division
-        return BufferPlan(*held, slot.replicas, model.tensor_parallel_group)
-
+    checkpoint, policies = found.checkpoint, found.policies
     return Filling(
-        tuple(
-            SlotPlan(live, {state: bound(slot, each) for state, each in found.buffers.items()}, found.scalars)
-            for live, slot, found in zip(optimizer.slots(), rank.slots, planned.slots, strict=True)
-        ),
-        tuple(
-            WeightPlan(memory, bound(slot, found))
-            for memory, slot, found in zip(memories, rank.weights, planned.weights, strict=True)
-        ),
+        rank,
+        memories,
+        planned,
         policies,
-        (*planner.grown, *planner.reshaped, *planned.initialised),
-        planned.dropped,
-        planned.bytes_needed,
         WEIGHT_DTYPES[checkpoint.run.precision] if policies.rounded else None,
-        (model.tensor_parallel_group, hashlib.sha256(repr(planned.exchanged).encode()).hexdigest()),
+        model.tensor_parallel_group,
         checkpoint.versions,
-        known_by_plan(patterns, names.target, live_size or saved_size),
     )
-
-
-def _patterns(
-    checkpoint: Checkpoint, model: EngineModel, names: Names, tensors: Mapping[str, EngineTensor]
-) -> Mapping[str, AnyPattern]:
-    """Resolve how each parameter on both sides is sharded, by all that the checkpoint and the model tell."""
-    patterns = resolve_patterns(
-        [name for name, tensor in tensors.items() if tensor.kind != "buffer"],
-        degree=max(checkpoint.topology.tp, model.topology.tp),
-        spec=model.spec,
-        recorded={names.source[name]: pattern for name, pattern in checkpoint.patterns.items() if name in names.source},
-        inferred={names.target[name]: pattern for name, pattern in model.inferred.items()},
-        exact=model.exact,
-        refused={names.source[name]: why for name, why in checkpoint.refused.items() if name in names.source}
-        | {names.target[name]: why for name, why in model.refused.items()},
-        local_shapes=held_shapes(checkpoint, names.source),
-        same_degree=checkpoint.topology.tp == model.topology.tp,
-    )
-    if dist.get_rank() == 0 and (unknown := per_rank(patterns)):
-        logger.info("no layout is known of %d parameters: each tensor-parallel rank takes its own share", len(unknown))
-    return patterns
 
 
 def target_slots(model: EngineModel, optimizer: EngineOptimizer, names: Names) -> list[EngineSlot]:
@@ -143,7 +122,7 @@ def target_slots(model: EngineModel, optimizer: EngineOptimizer, names: Names) -
 
 def _rank(
     model: EngineModel, names: Names, slots: Sequence[EngineSlot], weights: Sequence[EngineTensor]
-) -> tuple[TargetRank, list[Any]]:
+) -> tuple[TargetRank, tuple[torch.Tensor, ...]]:
     """Return this rank, and the memory of its frozen parameters and buffers."""
     memories, held = zip(*(tensor.held() for tensor in weights), strict=True) if weights else ((), ())
     named = tuple(
@@ -152,7 +131,7 @@ def _rank(
     )
     groups = {slot.replicas for slot in (*slots, *named)} - {None}
     replicas = {group: (dist.get_world_size(group), dist.get_rank(group)) for group in groups}
-    return TargetRank(model.rank, 0, tuple(slots), named, replicas), list(memories)
+    return TargetRank(model.rank, 0, tuple(slots), named, replicas), tuple(memories)
 
 
 def _reaches(model: EngineModel, memory: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,13 +13,12 @@ import torch
 
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP
-from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.engine.deepspeed_types import Engine
-from ucp_deepspeed.engine.loading.pairing import Names
 from ucp_deepspeed.engine.optimizers import EngineOptimizer
-from ucp_deepspeed.errors import MismatchError
-from ucp_deepspeed.transfer.planning.group_settings import GroupSettings, Settings, settings_of_groups
+from ucp_deepspeed.transfer.planning.group_settings import ANEW_HINT, GroupSettings, Settings
 from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
+from ucp_deepspeed.transfer.planning.obstacles import Obstacles
+from ucp_deepspeed.transfer.planning.pairing import Names, Pair
 
 if TYPE_CHECKING:
     from ucp_deepspeed.engine.loading.native import LoadOptions
@@ -28,23 +27,16 @@ logger = logging.getLogger("ucp_deepspeed")
 
 
 def plan_hyperparameters(
-    checkpoint: Checkpoint, names: Names, optimizer: EngineOptimizer, numbers: PartitionNumbers, keep: bool
+    found: Pair, optimizer: EngineOptimizer, numbers: PartitionNumbers, keep: bool
 ) -> GroupSettings:
     """Give each live parameter group the hyper-parameters of its parameters; see `settings_of_groups`.
 
     Args:
         numbers: gives the groups' values of numbers that differ over partitions.
         keep: whether the groups keep what was configured; their counts are restored even so.
-
-    Raises:
-        MismatchError: the parameters of a live group come from groups with different values; lists groups and keys.
     """
-    source = {names.source[name]: group for group in checkpoint.groups for name in group.names}
-    groups = [[names.target[name] for name in group if name is not None] for group in optimizer.group_names()]
-    count = len(optimizer.base.param_groups)
-    settings = settings_of_groups(source, groups[:count], optimizer.live_group, numbers, keep)
-    if settings.problems:
-        raise MismatchError(f"{checkpoint.path} and the engine group parameters differently", settings.problems)
+    groups, count = live_groups(found.names, optimizer), len(optimizer.base.param_groups)
+    settings = found.settings(groups[:count], optimizer.live_group, numbers, keep)
     alone = (
         f"parameter group {index}: {type(optimizer.base).__name__} has one group for all under ZeRO"
         for index in range(count, len(groups))
@@ -52,8 +44,13 @@ def plan_hyperparameters(
     return replace(settings, kept=(*settings.kept, *alone))
 
 
+def live_groups(names: Names, optimizer: EngineOptimizer) -> list[list[str]]:
+    """Return the logical names in each live parameter group."""
+    return [[names.target[name] for name in group if name is not None] for group in optimizer.group_names()]
+
+
 def without_begun_anew(
-    settings: GroupSettings, names: Names, optimizer: EngineOptimizer, anew: Collection[str], reset: bool
+    settings: GroupSettings, names: Names, optimizer: EngineOptimizer, anew: frozenset[str], reset: bool
 ) -> GroupSettings:
     """Return the settings without the step counts of groups whose states begin anew.
 
@@ -62,62 +59,26 @@ def without_begun_anew(
         reset: whether the states of all parameters do.
     """
     values: list[Mapping[str, Any]] = []
-    for index, (group, taken) in enumerate(zip(optimizer.group_names(), settings.values, strict=False)):
+    for index, (group, taken) in enumerate(zip(live_groups(names, optimizer), settings.values, strict=False)):
         live = optimizer.live_group(index)
-        if reset or all(names.target[name] in anew for name in group if name is not None):
+        if reset or anew.issuperset(group):
             taken = {key: value for key, value in taken.items() if key in live and key != GROUP_STEP}
         values.append(taken)
     return replace(settings, values=tuple(values))
 
 
-PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
-"""Values that torch's schedulers keep for each parameter group, in the optimizer's order (``torch/optim/lr_scheduler.py``)."""
-
-
-OF_ALL_GROUPS = ("_milestones", "milestones", "_schedule_phases")
-"""Lists that belong to a scheduler's whole schedule, even if they are as long as there are groups."""
-
-
-def plan_scheduler(
-    checkpoint: Checkpoint, names: Names, optimizer: EngineOptimizer, live: Mapping[str, Any], keep: bool
-) -> Mapping[str, Any] | None:
-    """Return the scheduler's state, with its values for each group in the order of the live groups.
-
-    Args:
-        live: the live scheduler's state; its values stay for groups without parameters in the checkpoint.
-        keep: whether all groups keep their configured hyper-parameters: the schedule then goes on from these.
-
-    Raises:
-        MismatchError: groups are joined for which the scheduler keeps different values, or an unknown name holds as many values
-            as there are groups.
-    """
-    state = checkpoint.run.lr_scheduler
-    group_of = {names.source[name]: index for index, group in enumerate(checkpoint.groups) for name in group.names}
-    sources = [
-        sorted(
-            {group_of[logical] for name in group if name is not None and (logical := names.target[name]) in group_of}
-        )
-        for group in optimizer.group_names()
-    ]
-    if state is not None and sources != [[index] for index in range(len(checkpoint.groups))]:
-        problems: list[str] = []
-        state = _regrouped(state, live, sources, len(checkpoint.groups), "", problems)
-        if problems:
-            heading = f"{checkpoint.path} and the engine group parameters differently; the scheduler's state"
-            raise MismatchError(heading, problems, "load_lr_scheduler_states=False starts the schedule anew")
-    return _from_configured(state, live) if state is not None and keep else state
-
-
 def check_scheduler(
-    scheduler: Any, state: Mapping[str, Any] | None, parts: Sequence[Any], optimizer: EngineOptimizer
+    scheduler: Any,
+    state: Mapping[str, Any] | None,
+    parts: Sequence[Any],
+    optimizer: EngineOptimizer,
+    obstacles: Obstacles,
 ) -> None:
     """Try on a copy whether a scheduler can take over a state that has other keys than its own.
 
     Args:
         parts: objects of the engine that a scheduler may refer to, and that aren't copied with it.
-
-    Raises:
-        MismatchError: it can't: a scheduler of another class has saved the state.
+        obstacles: takes that it can't: a scheduler of another class has saved the state.
     """
     live = scheduler.state_dict()
     if state is None or state.keys() == live.keys():
@@ -132,56 +93,11 @@ def check_scheduler(
     except AttributeError:
         return  # the attribute may be one that the optimizer's stand-in lacks
     except Exception as error:
-        raise MismatchError(
+        obstacles.add(
+            None,
             f"{type(scheduler).__name__} keeps {sorted(live)}, and can't take over the saved scheduler's {sorted(state)} "
-            f"({type(error).__name__}: {error}); load_lr_scheduler_states=False starts the schedule anew"
-        ) from error
-
-
-def _from_configured(state: Mapping[str, Any], live: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the state that a schedule begun at the saved rates would have had it begun at the live ones (torch's, which know
-    ``base_lrs``)."""
-    began, now = state.get("base_lrs"), live.get("base_lrs")
-    if not (isinstance(began, list) and isinstance(now, list) and len(began) == len(now)):
-        return state
-    last = state.get("_last_lr", began)
-    scaled = [rate * new / old if old else rate for rate, old, new in zip(last, began, now, strict=True)]
-    return {**state, **{key: live[key] for key in PER_GROUP if key in live}, "_last_lr": scaled}
-
-
-def _regrouped(
-    state: Mapping[str, Any], live: Any, sources: list[list[int]], count: int, place: str, problems: list[str]
-) -> dict[str, Any]:
-    found = dict(state)
-    for key, value in state.items():
-        other = live.get(key) if isinstance(live, Mapping) else None
-        if isinstance(value, (list, tuple)) and key == "_schedulers":
-            parts = other if isinstance(other, (list, tuple)) and len(other) == len(value) else [None] * len(value)
-            found[key] = [
-                _regrouped(one, mine, sources, count, f"{place}{key}.", problems)
-                for one, mine in zip(value, parts, strict=True)
-            ]
-        elif isinstance(value, (list, tuple)) and len(value) == count and key in PER_GROUP:
-            found[key] = [_of_group(value, other, held, i, f"{place}{key}", problems) for i, held in enumerate(sources)]
-        elif (
-            isinstance(value, (list, tuple))
-            and len(value) == count > 1
-            and key not in OF_ALL_GROUPS
-            and not same_value(value, other)
-        ):
-            problems.append(
-                f"{place}{key}: {value} may be of the groups, in an order that isn't the engine's; "
-                f"load_lr_scheduler_states=False starts the schedule anew"
-            )
-    return found
-
-
-def _of_group(value: Any, live: Any, held: list[int], index: int, place: str, problems: list[str]) -> Any:
-    if not held:
-        return live[index] if isinstance(live, (list, tuple)) and index < len(live) else value[0]
-    if not all(same_value(value[other], value[held[0]]) for other in held):
-        problems.append(f"{place}: parameter group {index} joins groups with {[value[other] for other in held]}")
-    return value[held[0]]
+            f"({type(error).__name__}: {error}); {ANEW_HINT}",
+        )
 
 
 def restore_run(

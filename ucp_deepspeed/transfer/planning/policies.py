@@ -1,48 +1,20 @@
 """Match a checkpoint's parameters with a model's, and decide what happens to those that differ.
 
-Everything that isn't a plain restore is an error, unless a policy allows it by name.
+Everything that isn't a plain restore is an obstacle, unless a policy allows it by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
-from ucp_deepspeed.checkpoint.checkpoint import MASTER, HeldShapes, Kind, Parameter
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, HeldShapes, Parameter
 from ucp_deepspeed.checkpoint.differing import OnDiffering
-from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language.renames import as_lines, suggest_renamings
 from ucp_deepspeed.layout import Shape
-
-
-class Held(Protocol):
-    """The properties that either side knows of a parameter or buffer."""
-
-    @property
-    def kind(self) -> Kind:
-        """See `ucp_deepspeed.checkpoint.checkpoint.Kind`."""
-
-    @property
-    def local_shapes(self) -> HeldShapes:
-        """See `ucp_deepspeed.checkpoint.checkpoint.HeldShapes`."""
-
-    @property
-    def idle(self) -> bool:
-        """Return whether it is trained, and needs neither gradient nor states for now."""
-
-
-def _unfrozen(saved: Parameter, live: Held) -> bool:
-    """Return whether it is trained in the model and not in the checkpoint. A parameter that needs no gradient for now needs no
-    states either."""
-    return (saved.kind, live.kind) == ("frozen", "trainable") and not live.idle
-
-
-def _frozen(saved: Parameter, live: Held) -> bool:
-    """Return whether it is trained in the checkpoint and not in the model, and has states that would be lost."""
-    if not saved.kind == "trainable" != live.kind:
-        return False
-    return bool(saved.states.keys() - {MASTER} or saved.scalars or saved.refused)
+from ucp_deepspeed.transfer.planning.model import ModelTensor
+from ucp_deepspeed.transfer.planning.obstacles import Obstacles
 
 
 @dataclass(frozen=True)
@@ -54,7 +26,7 @@ class Policies:
         drop: a trained parameter or an optimizer state that the model has no place for is left out.
         optimizer_states: ``restore`` them; ``keep`` the live ones; ``reset`` them to zero, as before a first step.
         strict: frozen parameters and buffers must be the same on both sides too.
-        reshape: parameters of another shape keep the model's value.
+        reshape: parameters of another shape keep the model's value: a function of the user's own fills what doesn't match.
         differing: how numbers of the optimizer that differ over partitions become one, where the partitions change.
         rounded: masters begin as the source's low-precision weights (``zero_optimization.load_from_fp32_weights: false``).
     """
@@ -87,8 +59,15 @@ class Matching:
     frozen: tuple[str, ...]
 
 
-def match(source: Mapping[str, Parameter], target: Mapping[str, Held]) -> Matching:
-    """Pair both sides' parameters and buffers, by logical name."""
+Source = Mapping[str, Parameter]
+"""The checkpoint's parameters and buffers, by logical name."""
+
+Target = Mapping[str, ModelTensor]
+"""The model's, by logical name."""
+
+
+def match(source: Source, target: Target) -> Matching:
+    """Pair both sides' parameters and buffers."""
     both = [name for name in target if name in source]
     return Matching(
         tuple(both),
@@ -99,104 +78,133 @@ def match(source: Mapping[str, Parameter], target: Mapping[str, Held]) -> Matchi
     )
 
 
-def check_matching(
-    source: Mapping[str, Parameter], target: Mapping[str, Held], policies: Policies, heading: str
-) -> None:
-    """Refuse every difference that no policy allows.
-
-    Raises:
-        MismatchError: lists every parameter that is missing, extra or of another kind.
-    """
-    names = sorted(source.keys() | target.keys())
-    problems = [problem for name in names for problem in _problems(name, source, target, policies)]
-    if problems:
-        raise MismatchError(
-            heading, problems, renaming_hint(source, target) or _policies_hint(source, target, problems)
-        )
+def _unfrozen(saved: Parameter, live: ModelTensor) -> bool:
+    """Return whether it is trained in the model and not in the checkpoint. A parameter that needs no gradient for now needs no
+    states either."""
+    return (saved.kind, live.kind) == ("frozen", "trainable") and not live.idle
 
 
-RENAMED_HINT = "if they are the same under other names, a spec can say so ('names' in docs/language.md)"
+def _frozen(saved: Parameter, live: ModelTensor) -> bool:
+    """Return whether it is trained in the checkpoint and not in the model, and has states that would be lost."""
+    lost = saved.kind == "trainable" != live.kind
+    return lost and bool(saved.states.keys() - {MASTER} or saved.scalars or saved.refused)
 
 
 UNRECORDED_HINT = "load_checkpoint(…, load_module_strict=False) keeps the model's own values of what isn't trained"
-
-
-def check_recorded(unrecorded: Mapping[str, str], policies: Policies, where: str) -> None:
-    """Refuse a load that leaves parameters of the model as they are, since their values are in no file.
-
-    Args:
-        unrecorded: these parameters, with the reason.
-        where: the checkpoint, for messages.
-
-    Raises:
-        MismatchError: lists them.
-    """
-    if unrecorded and policies.strict and not policies.initialise:
-        problems = [f"{name}: {why}" for name, why in unrecorded.items()]
-        raise MismatchError(f"{where} doesn't hold all of the model", problems, UNRECORDED_HINT)
-
-
-SHOWN = 3
-"""Names of each side in the message of a load that would restore nothing."""
-
+RENAMED_HINT = "if they are the same under other names, a spec can say so ('names' in docs/language.md)"
 WARM_START_HINT = (
     "to begin anew with the weights that match, call load_checkpoint(…, load_module_strict=False, "
     "load_optimizer_states=False)"
 )
+UNFROZEN_HINT = '; the checkpoint has no optimizer state of it: "on_missing": "init" starts that at zero'
+FROZEN_HINT = (
+    "; to keep its optimizer state, have it in the optimizer before the load: build the engine with requires_grad on and switch "
+    "it off afterwards, or add its parameter group first; "
+    '"on_extra": "drop" leaves the state out'
+)
+
+
+def check_recorded(unrecorded: Mapping[str, str], policies: Policies, obstacles: Obstacles) -> Collection[str]:
+    """Refuse a load that leaves parameters of the model as they are, since their values are in no file; return these."""
+    if not unrecorded or policies.initialise or not policies.strict:
+        return ()
+    for name, why in unrecorded.items():
+        obstacles.add(name, why)
+    obstacles.add_remedy(UNRECORDED_HINT)
+    return unrecorded.keys()
+
+
+def check_matching(
+    source: Source, target: Target, policies: Policies, obstacles: Obstacles, known: Collection[str] = ()
+) -> None:
+    """Refuse every parameter that is missing, extra or of another kind, unless a policy allows it.
+
+    Args:
+        known: names that have an obstacle already.
+    """
+    missing, extra = [], []
+    for name in sorted((source.keys() | target.keys()).difference(known)):
+        reason = _reason(source.get(name), target.get(name), policies)
+        if reason is not None:
+            obstacles.add(name, reason)
+            missing += [name] if name not in source else []
+            extra += [name] if name not in target else []
+    ways = [RENAMED_HINT] if missing and extra else []
+    ways += ['"on_missing": "init" lets what is missing keep the model\'s values'] if missing else []
+    ways += ['"on_extra": "drop" leaves out what is extra'] if extra else []
+    if missing or extra:
+        obstacles.add_remedy(renaming_hint(source, target) or "; ".join(ways))
+
+
+def _reason(saved: Parameter | None, live: ModelTensor | None, policies: Policies) -> str | None:
+    """Return what is wrong with one name; None when it is on both sides, or a policy allows that it isn't."""
+    if saved is None or live is None:
+        held, allowed = (live, policies.initialise) if saved is None else (saved, policies.drop)
+        assert held is not None, "one side has it"
+        if allowed or (held.kind != "trainable" and not policies.strict):
+            return None
+        shape = some_shape(held.local_shapes)
+        if saved is None:
+            return f"missing in the checkpoint; the model expects {shape}"
+        return f"extra in the checkpoint ({held.kind}, local shape {shape})"
+    if saved.may_be_buffer and live.kind == "buffer":
+        return None
+    if "buffer" in (saved.kind, live.kind) and saved.kind != live.kind:
+        return f"{saved.kind} in the checkpoint, {live.kind} in the model"
+    if policies.optimizer_states != "restore":
+        return None  # parameters' kinds differ in optimizer states alone
+    if _unfrozen(saved, live) and not policies.initialise:
+        return f"frozen in the checkpoint, trainable in the model{UNFROZEN_HINT}"
+    if _frozen(saved, live) and not policies.drop:
+        return f"trainable in the checkpoint, frozen in the model{FROZEN_HINT}"
+    return None
 
 
 def check_any(
-    source: Mapping[str, Parameter], target: Mapping[str, Held], matching: Matching, policies: Policies, where: str
+    source: Source, target: Target, matching: Matching, policies: Policies, obstacles: Obstacles, where: object
 ) -> None:
     """Refuse a load that would only seem to be one: it restores nothing, or resumes with nothing that is trained.
 
     Args:
         where: the checkpoint, for messages.
-
-    Raises:
-        MismatchError: names what the two sides have.
     """
     held = [name for name, tensor in source.items() if tensor.kind != "buffer"]
     wanted = [name for name, tensor in target.items() if tensor.kind != "buffer"]
     trained = [name for name in wanted if target[name].kind == "trainable"]
     found = frozenset(held).intersection(matching.restored)
     if wanted and not found.intersection(wanted):
-        raise MismatchError(
-            f"{where} holds no parameter of the model: it has {_some(held)}, and the model {_some(wanted)}; "
-            + RENAMED_HINT,
-            remedy=renaming_hint(source, target),
+        obstacles.add(
+            None,
+            f"{where} holds no parameter of the model: it has {_some(held)}, and the model {_some(wanted)}; {RENAMED_HINT}",
         )
-    if trained and policies.optimizer_states != "keep" and not found.intersection(trained):
-        raise MismatchError(
+        obstacles.add_remedy(renaming_hint(source, target))
+    elif trained and policies.optimizer_states != "keep" and not found.intersection(trained):
+        obstacles.add(
+            None,
             f"{where} holds none of the parameters that the model trains ({_some(trained)}), and so nothing to go on "
-            f"with; it has {_some(held)}; {RENAMED_HINT}; {WARM_START_HINT}"
+            f"with; it has {_some(held)}; {RENAMED_HINT}; {WARM_START_HINT}",
         )
 
 
 def _some(names: Sequence[str]) -> str:
-    return (
-        ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "") or "no parameters"
-    )
+    return some_names(names) or "no parameters"
 
 
-def _policies_hint(source: Mapping[str, Held], target: Mapping[str, Held], problems: Sequence[str]) -> str:
-    """Name the settings that take the model as it is; problems of kinds have hints of their own."""
-    concerned = {problem.partition(": ")[0] for problem in problems}
-    missing, extra = concerned - source.keys(), concerned - target.keys()
-    ways = [RENAMED_HINT] if missing and extra else []
-    ways += ['"on_missing": "init" lets what is missing keep the model\'s values'] if missing else []
-    ways += ['"on_extra": "drop" leaves out what is extra'] if extra else []
-    return "; ".join(ways)
+def some_names(names: Sequence[str]) -> str:
+    """List the first names, and count the others."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def renaming_hint(source: Mapping[str, Held], target: Mapping[str, Held]) -> str:
+def renaming_hint(source: Source, target: Target) -> str:
     """Return what to write into a spec, where names that only one side has differ only in their beginnings; else nothing."""
+    sides: list[dict[str, HeldShapes]] = [
+        {name: tensor.local_shapes for name, tensor in side.items()} for side in (source, target)
+    ]
     common = source.keys() & target.keys()
-    sides = (
-        {name: tensor.local_shapes for name, tensor in side.items() if name not in common} for side in (source, target)
+    extra, missing = (
+        {name: some_shape(shapes) for name, shapes in side.items() if name not in common} for side in sides
     )
-    extra, missing = ({name: some_shape(shapes) for name, shapes in side.items()} for side in sides)
-    degrees = {len(tensor.local_shapes) for side in (source, target) for tensor in side.values()}
+    degrees = {len(shapes) for side in sides for shapes in side.values()}
     if len(degrees) > 1:  # local sizes differ: the number of dimensions is all that both sides have in common
         extra, missing = (
             {name: shape and (0,) * len(shape) for name, shape in side.items()} for side in (extra, missing)
@@ -210,45 +218,6 @@ def renaming_hint(source: Mapping[str, Held], target: Mapping[str, Held]) -> str
     )
 
 
-def _problems(
-    name: str, source: Mapping[str, Parameter], target: Mapping[str, Held], policies: Policies
-) -> Iterator[str]:
-    """Yield what is wrong with one name; nothing when it is on both sides, or a policy allows that it isn't."""
-    if name not in source:
-        live = target[name]
-        if not (policies.initialise or (live.kind != "trainable" and not policies.strict)):
-            yield f"{name}: missing in the checkpoint; the model expects {some_shape(live.local_shapes)}"
-    elif name not in target:
-        saved = source[name]
-        if not (policies.drop or (saved.kind != "trainable" and not policies.strict)):
-            yield f"{name}: extra in the checkpoint ({saved.kind}, local shape {some_shape(saved.local_shapes)})"
-    else:
-        saved, live = source[name], target[name]
-        if saved.may_be_buffer and live.kind == "buffer":
-            return
-        if "buffer" in (saved.kind, live.kind) and saved.kind != live.kind:
-            yield f"{name}: {saved.kind} in the checkpoint, {live.kind} in the model"
-        elif policies.optimizer_states != "restore":
-            return  # parameters' kinds differ in optimizer states alone
-        elif _unfrozen(saved, live) and not policies.initialise:
-            yield f"{name}: frozen in the checkpoint, trainable in the model{UNFROZEN_HINT}"
-        elif _frozen(saved, live) and not policies.drop:
-            yield f"{name}: trainable in the checkpoint, frozen in the model{FROZEN_HINT}"
-
-
-UNFROZEN_HINT = '; the checkpoint has no optimizer state of it: "on_missing": "init" starts that at zero'
-FROZEN_HINT = (
-    "; to keep its optimizer state, have it in the optimizer before the load: build the engine with requires_grad on and switch "
-    "it off afterwards, or add its parameter group first; "
-    '"on_extra": "drop" leaves the state out'
-)
-
-
 def some_shape(shapes: HeldShapes) -> Shape | None:
     """Return the local shape on the first rank that holds the parameter."""
     return next((shape for shape in shapes if shape is not None), None)
-
-
-def is_grown(found: Shape, expected: Shape) -> bool:
-    """Return whether a model has further rows and is the same otherwise: a vocabulary, or a layer's outputs, that grew."""
-    return len(found) == len(expected) > 0 and found[0] < expected[0] and found[1:] == expected[1:]

@@ -3,7 +3,7 @@ same for an engine that runs and for one that doesn't yet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
@@ -15,13 +15,11 @@ from ucp_deepspeed.checkpoint.checkpoint import (
     MASTER,
     WEIGHT,
     FileExtent,
-    HeldShapes,
     Parameter,
 )
 from ucp_deepspeed.checkpoint.encoding import same_value
-from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
-from ucp_deepspeed.layout import Layout, Topology
+from ucp_deepspeed.layout import Shape
 from ucp_deepspeed.plan import (
     UNDIVIDED,
     BlockCopy,
@@ -36,9 +34,8 @@ from ucp_deepspeed.plan import (
     read_together,
 )
 from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
-from ucp_deepspeed.transfer.planning.policies import Policies, is_grown
+from ucp_deepspeed.transfer.planning.pairing import Pair
 from ucp_deepspeed.transfer.planning.target import KeptStates, TargetRank, TargetSlot
-from ucp_deepspeed.transfer.planning.target_plan import Obstacle
 
 Copies = tuple[BlockCopy[FileExtent, None], ...]
 
@@ -77,19 +74,27 @@ class PlannedRank:
 
     Attributes:
         slots, weights: one for each of `TargetRank`'s.
-        bytes_needed: bytes of the elements that the rank has to read, in the source's dtypes.
-        initialised: parameters some of whose optimizer states begin anew.
-        dropped: parameters some of whose optimizer states are left out.
+        initialised, dropped: see `RankPlanner.outcome`; of optimizer states only the rank's.
         exchanged: what tensor-parallel ranks read for one another: for each buffer its number and state, the parameters and the
             shares. It must be the same on all of them, or they would wait for one another.
     """
 
     slots: tuple[PlannedSlot, ...]
     weights: tuple[PlannedBuffer, ...]
-    bytes_needed: int
     initialised: tuple[str, ...]
     dropped: tuple[str, ...]
     exchanged: tuple[Any, ...]
+
+    @property
+    def buffers(self) -> list[PlannedBuffer]:
+        """All buffers: of the slots, then the weights."""
+        return [*(buffer for slot in self.slots for buffer in slot.buffers.values()), *self.weights]
+
+    @property
+    def bytes_needed(self) -> int:
+        """Bytes of the elements that the rank has to read, in the source's dtypes."""
+        copies = (copy for buffer in self.buffers for copy in buffer.copies)
+        return sum(prod(copy.shape) * ITEMSIZE[copy.sources[0].buffer.dtype] for copy in copies)
 
 
 @dataclass(frozen=True)
@@ -117,69 +122,63 @@ class TargetOptimizer:
 
 
 class RankPlanner:
-    """Plans one rank after another, under logical names, and collects the problems.
+    """Plans one rank after another, under logical names, and adds to the obstacles of the pair.
 
     Attributes:
-        problems: in the order in which they were found; each once.
+        restored: parameters and buffers on both sides that the checkpoint fills.
         grown: parameters with further rows than in the checkpoint.
         reshaped: parameters of another shape that keep the model's values.
     """
 
     def __init__(
         self,
-        source: UniversalView,
-        restored: Sequence[str],
-        layouts: Mapping[str, Layout],
-        topology: Topology,
-        local_shapes: Sequence[HeldShapes],
-        policies: Policies,
+        pair: Pair,
         optimizer: TargetOptimizer,
         kept_apart: Set[str],
         shared_read_numbytes: int = tunables.SHARED_READ_NUMBYTES,
     ) -> None:
-        """Args:
-        source: the checkpoint.
-        restored: parameters and buffers on both sides.
-        layouts: layouts of these in the target.
-        local_shapes: shapes of everything in the target, over its model-parallel ranks.
-        kept_apart: names that tensor-parallel ranks don't read for one another.
-        shared_read_numbytes: ranks read together what they hold alike, a part by each, if it has at least so many bytes.
+        """Compare the shapes of all parameters and buffers, also of those on other ranks.
+
+        Args:
+            pair: the checkpoint and the model.
+            kept_apart: names that tensor-parallel ranks don't read for one another.
+            shared_read_numbytes: ranks read together what they hold alike, a part by each, if it has at least so many bytes.
         """
-        self.source, self.layouts, self.policies = source, layouts, policies
-        self._topology, self._local_shapes, self._optimizer = topology, local_shapes, optimizer
-        self._kept_apart, self._shared_read_numbytes = kept_apart, shared_read_numbytes
-        self._problems: dict[Obstacle, None] = {}
-        self.grown = tuple(name for name in restored if policies.initialise and self._is_grown(name))
-        self.reshaped = tuple(name for name in restored if policies.reshape and self._is_reshaped(name))
-        self._restored = dict.fromkeys(name for name in restored if name not in self.reshaped)
+        self._pair, self._optimizer, self._obstacles = pair, optimizer, pair.obstacles
+        self.source, self.layouts, self.policies = pair.view, pair.layouts, pair.policies
+        self._topology, self._kept_apart, self._shared_read_numbytes = (
+            pair.model.topology,
+            kept_apart,
+            shared_read_numbytes,
+        )
+        shapes = {name: (self.source.logical_shape(name), held.logical_shape) for name, held in self.layouts.items()}
+        differing = {name: _is_grown(*both) for name, both in shapes.items() if both[0] != both[1]}
+        self.grown = tuple(name for name, grown in differing.items() if grown and self.policies.initialise)
+        self.reshaped = tuple(name for name in differing if self.policies.reshape and name not in self.grown)
+        self.restored = dict.fromkeys(name for name in self.layouts if name not in self.reshaped)
         self._common = lru_cache(maxsize=None)(self._read_together)
         self._copies = lru_cache(maxsize=1 << 16)(self._plan_tensor)
         self._known_states: dict[tuple[tuple[str, ...], int], SlotStates] = {}
-
-    @property
-    def problems(self) -> list[Obstacle]:
-        """The problems, in order; see the class."""
-        return list(self._problems)
-
-    def _refuse(self, name: str, reason: str) -> None:
-        self._problems[Obstacle(name, reason)] = None
-
-    def _is_grown(self, name: str) -> bool:
-        return is_grown(self.source.logical_shape(name), self.layouts[name].logical_shape)
-
-    def _is_reshaped(self, name: str) -> bool:
-        return name not in self.grown and self.source.logical_shape(name) != self.layouts[name].logical_shape
-
-    def check_shapes(self) -> None:
-        """Compare the shapes of all restored parameters and buffers, also of those on other ranks."""
-        for name in self._restored:
+        for name in self.restored:
             self._copies(name, self._weight_state(name), 0, ())
 
+    def outcome(self, begun: Iterable[str], left: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the names that keep the model's values, in whole, in further rows, or in their optimizer states alone; and those
+        in the checkpoint for which the model has no place, or no place for their optimizer states.
+
+        Args:
+            begun, left: parameters some of whose optimizer states begin anew, or are left out.
+        """
+        found, restores = self._pair.matching, self.policies.optimizer_states == "restore"
+        unfrozen, frozen = (found.unfrozen, found.frozen) if restores else ((), ())
+        initialised = (*found.initialised, *unfrozen, *self.grown, *self.reshaped, *begun)
+        return tuple(dict.fromkeys(initialised)), tuple(dict.fromkeys((*found.dropped, *frozen, *left)))
+
     def check(self, rank: TargetRank, numbers: PartitionNumbers) -> list[SlotStates]:
-        """Return what one rank's slots get; collect the problems, also of its frozen parameters and buffers."""
+        """Return what one rank's slots get; collect the obstacles, also of its frozen parameters and buffers."""
         wanted = [self.states_of(slot, numbers) for slot in rank.slots]
         for name, reason in numbers.problems:
-            self._refuse(name, reason)
+            self._obstacles.add(name, reason)
         for slot in rank.weights:
             self._check_weight(slot.names[0])
         return wanted
@@ -198,8 +197,12 @@ class RankPlanner:
 
         Args:
             numbers: gives the numbers of the checkpoint that the rank's slots take.
+
+        Raises:
+            MismatchError: lists all obstacles.
         """
         wanted = self.check(rank, numbers)
+        self._obstacles.check(self.source.checkpoint.path)
         buffers = [(slot, state) for slot, states in zip(rank.slots, wanted, strict=True) for state in states.states]
         buffers += [(slot, WEIGHT) for slot in rank.weights]
         divisions = self._divide(rank, buffers)
@@ -213,22 +216,23 @@ class RankPlanner:
             PlannedSlot({state: next(planned) for state in states.states}, states.scalars) for states in wanted
         )
         weights = tuple(planned)
-        filled = [*(buffer for slot in slots for buffer in slot.buffers.values()), *weights]
+        self._obstacles.check(self.source.checkpoint.path)
         return PlannedRank(
             slots,
             weights,
-            sum(_numbytes(buffer.copies) for buffer in filled),
-            tuple(name for states in wanted for name in states.initialised),
-            tuple(name for states in wanted for name in states.dropped),
+            *self.outcome(
+                (name for states in wanted for name in states.initialised),
+                (name for states in wanted for name in states.dropped),
+            ),
             tuple(self._exchanged(rank, buffers, divisions)),
         )
 
     def _check_weight(self, name: str) -> None:
         """Refuse a frozen parameter or a buffer that can't be read."""
-        parameter = self.source.parameters.get(name) if name in self._restored else None
+        parameter = self.source.parameters.get(name) if name in self.restored else None
         if parameter is not None and WEIGHT not in parameter.states and parameter.kind != "trainable":
             for reason in parameter.refused.values():
-                self._refuse(name, reason)
+                self._obstacles.add(name, reason)
 
     def _exchanged(
         self, rank: TargetRank, buffers: Sequence[tuple[TargetSlot, str]], divisions: Sequence[Division]
@@ -264,18 +268,19 @@ class RankPlanner:
         first = stage * tp
         layouts = {
             name: self.layouts[name]
-            for name in self._restored
+            for name in self.restored
             if name not in self._kept_apart and name not in self.grown
         }
-        return read_together(layouts, self.source.layouts, self._local_shapes, first, tp)
+        local_shapes = [tensor.local_shapes for tensor in self._pair.tensors.values()]
+        return read_together(layouts, self.source.layouts, local_shapes, first, tp)
 
     def _buffer(self, slot: TargetSlot, state: str, division: Division, rank: int) -> PlannedBuffer:
         """Plan what a rank reads of a slot's master, of one of its states, or of a weight."""
         copies: list[BlockCopy[FileExtent, None]] = []
         held: list[Fragment[None]] = []
         for name, fragments in self._read(slot, state, division).items():
-            source = self._weight_state(name) if name in self._restored else None
-            kept = state in (MASTER, WEIGHT) and (name not in self._restored or name in self.grown)
+            source = self._weight_state(name) if name in self.restored else None
+            kept = state in (MASTER, WEIGHT) and (name not in self.restored or name in self.grown)
             found: Copies = ()
             if source is not None and (source == MASTER or state in (MASTER, WEIGHT)):
                 found = self._found(name, source if state in (MASTER, WEIGHT) else state, rank, tuple(fragments))
@@ -316,8 +321,8 @@ class RankPlanner:
         try:
             return plan_tensor(self.source.source(name, state), Target(layout, rank, fragments), state)
         except ValueError as error:
-            if all(problem.name != name for problem in self._problems):
-                self._refuse(name, f"{error}{self._hint(name)}")
+            if name not in self._obstacles.names:
+                self._obstacles.add(name, f"{error}{self._hint(name)}")
             return ()
 
     def _hint(self, name: str) -> str:
@@ -327,7 +332,9 @@ class RankPlanner:
             return ""
         padded = getattr(self.source.patterns[name], "vocabulary", False) and self.source.vocabulary_size is None
         padding = '; if the rows are padding, give "universal_checkpoint": {"vocabulary_size": …}' if padded else ""
-        grown = '; "on_missing": "init" lets further rows keep the model\'s values' if is_grown(found, expected) else ""
+        grown = (
+            '; "on_missing": "init" lets further rows keep the model\'s values' if _is_grown(found, expected) else ""
+        )
         return padding + grown or f"; {RESHAPED_HINT}"
 
     def _common_states(self, slot: TargetSlot, numbers: PartitionNumbers) -> SlotStates:
@@ -335,13 +342,13 @@ class RankPlanner:
         trained: Sequence[Parameter] = [
             self.source.parameters[name]
             for name in slot.names
-            if name in self._restored and self._weight_state(name) == MASTER
+            if name in self.restored and self._weight_state(name) == MASTER
         ]
         if not trained or self.policies.optimizer_states != "restore":
             return SlotStates((MASTER,))
         for parameter in trained:
             for reason in parameter.refused.values():
-                self._refuse(parameter.name, f"{reason}; {REFUSED_HINT}")
+                self._obstacles.add(parameter.name, f"{reason}; {REFUSED_HINT}")
         if any(parameter.refused for parameter in trained):
             return SlotStates((MASTER,))
         trained = numbers.together([numbers.of_parameter(slot, parameter) for parameter in trained])
@@ -351,7 +358,7 @@ class RankPlanner:
             if _stepped(parameter) != _stepped(first) and self.policies.initialise:
                 unstepped.append(parameter.name)
             elif parameter.states.keys() != first.states.keys() or not same_value(parameter.scalars, first.scalars):
-                self._refuse(
+                self._obstacles.add(
                     parameter.name,
                     f"has {_described(parameter)}, and {first.name}, which the target keeps in the same buffer, "
                     f"has {_described(first)}{_differing_hint(parameter, first)}",
@@ -371,12 +378,12 @@ class RankPlanner:
         held, kept = found | scalars.keys(), wanted.elementwise | wanted.scalars
         missing, extra = kept - held, held - kept
         if mixed := (found & wanted.scalars) | (scalars.keys() & wanted.elementwise):
-            self._refuse(
+            self._obstacles.add(
                 first.name,
                 f"{sorted(mixed)}: one number on one side, and one for each element on the other; {RESET_HINT}",
             )
         if (missing and not self.policies.initialise) or (extra and not self.policies.drop):
-            self._refuse(
+            self._obstacles.add(
                 first.name,
                 f"the optimizer keeps {sorted(kept)}, the checkpoint holds {sorted(held)}"
                 + _other_states_hint(missing, extra, wanted.from_zero),
@@ -400,6 +407,11 @@ class RankPlanner:
         """Return the hyper-parameters of the group in which a parameter was trained."""
         groups = (group.hyperparameters for group in self.source.groups if parameter.name in group.names)
         return next(groups, {})
+
+
+def _is_grown(found: Shape, expected: Shape) -> bool:
+    """Return whether a model has further rows and is the same otherwise: a vocabulary, or a layer's outputs, that grew."""
+    return len(found) == len(expected) > 0 and found[0] < expected[0] and found[1:] == expected[1:]
 
 
 RESHAPED_HINT = "load_checkpoint(…, custom_load_fn=…) lets a function of yours make its weight of the saved one"
@@ -441,11 +453,6 @@ def _alike(slot: TargetSlot, state: str, common: Set[str]) -> tuple[Interval, ..
 
 def _numel(copies: Copies) -> int:
     return sum(prod(copy.shape) for copy in copies)
-
-
-def _numbytes(copies: Copies) -> int:
-    """Return the bytes of the elements that some copies make, in the source's dtype."""
-    return sum(prod(copy.shape) * ITEMSIZE[copy.sources[0].buffer.dtype] for copy in copies)
 
 
 def _stepped(parameter: Parameter) -> bool:

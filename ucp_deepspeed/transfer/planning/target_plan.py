@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ucp_deepspeed.layout import Topology
+from ucp_deepspeed.transfer.planning.obstacles import Obstacle
 from ucp_deepspeed.transfer.planning.policies import Matching
 
 
@@ -28,17 +29,6 @@ class RankPlan:
     files: frozenset[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Obstacle:
-    """A reason why the topology is impossible; ``name`` is the parameter concerned, or None for the whole model."""
-
-    name: str | None
-    reason: str
-
-    def __str__(self) -> str:
-        return self.reason if self.name is None else f"{self.name}: {self.reason}"
-
-
 @dataclass(frozen=True)
 class TargetPlan:
     """The answer for one topology.
@@ -50,9 +40,8 @@ class TargetPlan:
         obstacles: why it is impossible; empty when it isn't.
         remarks: the assumptions behind the figures, in words.
         ranks: ordered by model-parallel and then data-parallel rank; empty when the topology is impossible.
-        grown: parameters with further rows than in the checkpoint.
-        begun: parameters some of whose optimizer states begin anew.
-        left: parameters some of whose optimizer states are left out.
+        initialised: names that keep the model's values: in whole, or in further rows, or in their optimizer states alone.
+        dropped: names in the checkpoint for which the model has no place, or no place for their optimizer states.
     """
 
     topology: Topology
@@ -61,9 +50,8 @@ class TargetPlan:
     obstacles: tuple[Obstacle, ...]
     remarks: tuple[str, ...] = ()
     ranks: tuple[RankPlan, ...] = ()
-    grown: tuple[str, ...] = ()
-    begun: tuple[str, ...] = ()
-    left: tuple[str, ...] = ()
+    initialised: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
     @property
     def possible(self) -> bool:
@@ -75,23 +63,6 @@ class TargetPlan:
         """Logical names of the restored parameters and buffers that have no obstacle, in the model's order."""
         refused = {obstacle.name for obstacle in self.obstacles}
         return tuple(name for name in (self.matching.restored if self.matching else ()) if name not in refused)
-
-    @property
-    def initialised(self) -> tuple[str, ...]:
-        """Names that keep the model's values: in whole, or in further rows, or in their optimizer states alone."""
-        found = self.matching
-        if found is None:
-            return ()
-        unfrozen = () if self.reset else found.unfrozen
-        return tuple(dict.fromkeys((*found.initialised, *unfrozen, *self.grown, *self.begun)))
-
-    @property
-    def dropped(self) -> tuple[str, ...]:
-        """Names in the checkpoint for which the model has no place, or no place for their optimizer states."""
-        found = self.matching
-        if found is None:
-            return ()
-        return tuple(dict.fromkeys((*found.dropped, *(() if self.reset else found.frozen), *self.left)))
 
     @property
     def files(self) -> frozenset[str]:

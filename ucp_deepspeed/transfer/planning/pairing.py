@@ -1,0 +1,235 @@
+"""Pair a checkpoint with the model to load into: the same for a live engine and for ``ucp plan``.
+
+Experts come into the model's form, ties become the model's, both sides' names become logical and are matched under the policies;
+then each pair gets a pattern, and each side a layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ucp_deepspeed.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint.expert_forms import in_form_of
+from ucp_deepspeed.checkpoint.retied import RetiedCheckpoint, copies_wanted
+from ucp_deepspeed.checkpoint.view import UniversalView, held_shapes, layouts_of, names_of, parameter_names
+from ucp_deepspeed.errors import ListingError
+from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
+from ucp_deepspeed.language.wrappers import seen_through
+from ucp_deepspeed.layout import Layout
+from ucp_deepspeed.layout.pattern import AnyPattern
+from ucp_deepspeed.transfer.planning.group_settings import GroupSettings, schedule_of_groups, settings_of_groups
+from ucp_deepspeed.transfer.planning.model import ModelDescription, ModelTensor
+from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
+from ucp_deepspeed.transfer.planning.obstacles import Obstacles
+from ucp_deepspeed.transfer.planning.policies import (
+    Matching,
+    Policies,
+    check_any,
+    check_matching,
+    check_recorded,
+    match,
+    some_shape,
+)
+
+CompareTies = Callable[[Checkpoint, Mapping[str, str]], Sequence[str]]
+"""Returns a line for each parameter that differs from the one that it is to become one with (`differing_ties`)."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """Logical names of the checkpoint's and the model's parameters and buffers, by the names that each side has for them."""
+
+    source: Mapping[str, str]
+    target: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A checkpoint and a model, paired. Tensors and layouts are by logical name.
+
+    Attributes:
+        checkpoint: the checkpoint with the model's experts and ties.
+        matching: which parameters and buffers are on both sides.
+        tensors: the model's.
+        patterns: of all parameters on both sides.
+        vocabulary_size: rows of the model's unpadded vocabulary, if known.
+        view: the checkpoint's, of what is on both sides.
+        layouts: layouts of these in the model.
+        obstacles: all that was found so far; planning adds more.
+    """
+
+    checkpoint: Checkpoint
+    model: ModelDescription
+    policies: Policies
+    names: Names
+    matching: Matching
+    tensors: Mapping[str, ModelTensor]
+    patterns: Mapping[str, AnyPattern]
+    vocabulary_size: int | None
+    view: UniversalView
+    layouts: Mapping[str, Layout]
+    obstacles: Obstacles = field(repr=False)
+
+    def settings(
+        self,
+        groups: Sequence[Sequence[str]],
+        live_group: Callable[[int], Mapping[str, Any]],
+        numbers: PartitionNumbers,
+        keep: bool = False,
+    ) -> GroupSettings:
+        """Give each parameter group of the model the hyper-parameters of its parameters; see `settings_of_groups`."""
+        source = {self.names.source[name]: group for group in self.checkpoint.groups for name in group.names}
+        return settings_of_groups(source, groups, live_group, numbers, keep, self.obstacles)
+
+    def schedule(
+        self, groups: Sequence[Sequence[str]], live: Mapping[str, Any], keep: bool = False
+    ) -> Mapping[str, Any] | None:
+        """Return the scheduler's state for the model's groups; see `schedule_of_groups`."""
+        saved = self.checkpoint.groups
+        group_of = {self.names.source[name]: index for index, group in enumerate(saved) for name in group.names}
+        sources = [sorted({group_of[name] for name in names if name in group_of}) for names in groups]
+        return schedule_of_groups(self.checkpoint.run.lr_scheduler, live, sources, len(saved), keep, self.obstacles)
+
+
+def pair(
+    checkpoint: Checkpoint,
+    model: ModelDescription,
+    policies: Policies,
+    obstacles: Obstacles,
+    compare: CompareTies = lambda *_: (),
+) -> Pair:
+    """Pair a checkpoint with a model.
+
+    Args:
+        obstacles: takes what stands against the load.
+        compare: compares the values of parameters that the model ties; by default they count as equal.
+
+    Raises:
+        SpecError: a spec gives a parameter two names, or two parameters one; or nothing tells the layouts that another
+            tensor-parallel size needs, or the spec doesn't fit.
+        MismatchError, UnsupportedError: the experts don't fit, or layouts contradict shapes, records or the model. If there are
+            other obstacles, it lists these.
+    """
+    checkpoint = in_ties_of(in_form_of(checkpoint, model.local_shapes), model, compare, obstacles)
+    names = match_names(checkpoint, model)
+    source = {names.source[name]: parameter for name, parameter in checkpoint.parameters.items()}
+    tensors = {names.target[name]: tensor for name, tensor in model.tensors.items()}
+    matching = _match(checkpoint, source, tensors, model, policies, obstacles)
+    restored = {name: tensors[name] for name in matching.restored}
+    size = model.vocabulary_size or checkpoint.vocabulary_size
+    try:
+        patterns = _patterns(checkpoint, model, names, restored)
+        view = UniversalView(
+            checkpoint, names.source, patterns, checkpoint.vocabulary_size or size, frozenset(restored)
+        )
+        shapes = {
+            name: tensor.local_shapes
+            for name, tensor in restored.items()
+            if some_shape(tensor.local_shapes) is not None
+        }
+        layouts = layouts_of(view.patterns, shapes, model.topology.tp, size, "the model")
+    except ListingError:
+        obstacles.check(checkpoint.path)
+        raise
+    return Pair(checkpoint, model, policies, names, matching, tensors, patterns, size, view, layouts, obstacles)
+
+
+def _match(
+    checkpoint: Checkpoint,
+    source: Mapping[str, Any],
+    target: Mapping[str, ModelTensor],
+    model: ModelDescription,
+    policies: Policies,
+    obstacles: Obstacles,
+) -> Matching:
+    matching = match(source, target)
+    unrecorded = {name: why for name, why in checkpoint.unrecorded.items() if name in model.tensors}
+    known = check_recorded(unrecorded, policies, obstacles)
+    check_matching(source, target, policies, obstacles, known)
+    if not (obstacles or policies.reshape):
+        check_any(source, target, matching, policies, obstacles, checkpoint.path)
+    return matching
+
+
+def match_names(checkpoint: Checkpoint, model: ModelDescription) -> Names:
+    """Translate the names of both sides by the same specs.
+
+    The checkpoint's recorded names are used for the model only where no spec names anything: a layer may have another number
+    there. Names that differ by wrappers alone are the same. A tied parameter that the model has under another of its names, since
+    its modules stand in another order, gets that name.
+
+    Raises:
+        SpecError: a spec gives a parameter two names, or two parameters one.
+    """
+    source, target = _translated(checkpoint, model)
+    wanted, held = frozenset(target.values()), {source[name]: name for name in checkpoint.parameters}
+    of_model = {
+        held[alias]: target[owner]
+        for alias, owner in model.tied.items()
+        if alias in held and alias not in wanted and target[owner] not in held
+    }
+    renamed = {
+        owner: source[alias]
+        for alias, owner in checkpoint.tied.items()
+        if source.get(alias) in wanted and owner in source and source[owner] not in wanted
+    }
+    return Names(source | of_model | renamed, target)
+
+
+def _translated(checkpoint: Checkpoint, model: ModelDescription) -> tuple[dict[str, str], dict[str, str]]:
+    """Return logical names of both sides; they include further names of tied parameters where these have other logical names."""
+    specs = naming_specs(model.spec, parameter_names(checkpoint), model.named("trainable", "frozen"))
+    held = list(model.tensors)
+    target = logical_names(held, specs, model.logical_names)
+    if all(name == logical for name, logical in target.items()):
+        target = logical_names(held, specs, checkpoint.logical_names)
+    source = names_of(checkpoint, specs)
+    wrapped = seen_through(source.values(), [*target.values(), *(name for name in model.tied if name not in target)])
+    return {name: wrapped.get(logical, logical) for name, logical in source.items()}, target
+
+
+def in_ties_of(
+    checkpoint: Checkpoint, model: ModelDescription, compare: CompareTies, obstacles: Obstacles
+) -> Checkpoint:
+    """Return the checkpoint with copies of tied parameters that the model keeps apart, and one of each that the model ties.
+
+    Raises:
+        SpecError: see `match_names`.
+    """
+    if not checkpoint.tied and not model.tied:
+        return checkpoint
+    source, target = _translated(checkpoint, model)
+    wanted = set(target.values())
+    copies = copies_wanted(checkpoint, {name for name, logical in source.items() if logical in wanted})
+    held = {source[name]: name for name in checkpoint.parameters}
+    joined = {
+        held[alias]: held[target[owner]]
+        for alias, owner in model.tied.items()
+        if alias in held and alias not in wanted and target[owner] in held
+    }
+    for problem in compare(checkpoint, joined):
+        obstacles.add(*problem.split(": ", 1))
+    return RetiedCheckpoint(checkpoint, copies, joined) if copies or joined else checkpoint
+
+
+def _patterns(
+    checkpoint: Checkpoint, model: ModelDescription, names: Names, tensors: Mapping[str, ModelTensor]
+) -> Mapping[str, AnyPattern]:
+    """Resolve how each parameter on both sides is sharded, by all that the checkpoint and the model tell."""
+
+    def logical(side: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
+        return {side[name]: value for name, value in values.items() if name in side}
+
+    return resolve_patterns(
+        [name for name, tensor in tensors.items() if tensor.kind != "buffer"],
+        degree=max(checkpoint.topology.tp, model.topology.tp),
+        spec=model.spec,
+        recorded=logical(names.source, checkpoint.patterns),
+        inferred=logical(names.target, model.inferred),
+        exact=model.exact,
+        refused=logical(names.source, checkpoint.refused) | logical(names.target, model.refused),
+        local_shapes=held_shapes(checkpoint, names.source),
+        same_degree=checkpoint.topology.tp == model.topology.tp,
+    )
