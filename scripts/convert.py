@@ -1,6 +1,6 @@
 """Convert a checkpoint to the universal format: ``python scripts/convert.py SRC DST``; ``--help`` lists the options."""
 
-from ucp_deepspeed.cli import load_command
+from ucp_deepspeed.cli import main
 
 if __name__ == "__main__":
-    load_command("convert").main(prog_name="convert.py")
+    main.commands["convert"].main(prog_name="convert.py")

@@ -5,15 +5,14 @@ Without ``torchrun`` it is one process.
 
 from __future__ import annotations
 
-from ucp_deepspeed.cli import load_command
+from ucp_deepspeed.cli import main as ucp
 
 
 def main() -> None:
     """Run the command with the ranks that the environment tells of."""
-    command = load_command("convert")
     from ucp_deepspeed.transfer.ranks import joined
 
-    command.main(prog_name="ucp_deepspeed.convert", obj=joined)
+    ucp.commands["convert"].main(prog_name="ucp_deepspeed.convert", obj=joined)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,10 +18,11 @@ import click
 import pytest
 import torch
 import yaml
+from click.testing import Result
 from native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 from ucp_deepspeed import errors
-from ucp_deepspeed.cli import COMMANDS, load_command
+from ucp_deepspeed.cli import main
 from ucp_deepspeed.config import SaveConfig, UniversalCheckpointConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -201,20 +202,37 @@ PROGRAMS = [(page, words) for page in PAGES for words in command_lines(page) if 
 
 
 def test_commands_are_found() -> None:
-    assert {words[1] for _, words in PROGRAMS} >= set(COMMANDS)
+    assert {words[1] for _, words in PROGRAMS} >= main.commands.keys()
 
 
 @pytest.mark.parametrize("words", [words for _, words in PROGRAMS], ids=" ".join)
 def test_commands_exist_with_their_options(words: list[str]) -> None:
     words = words[: words.index(">")] if ">" in words else words
     words = words[: words.index("&&")] if "&&" in words else words
-    command, rest = load_command(words[1]), words[2:]
+    command, rest = main.commands[words[1]], words[2:]
     if isinstance(command, click.Group):
         found = command.get_command(click.Context(command), rest[0])
         assert found is not None, words
         command, rest = found, rest[1:]
     known = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in rest if word.startswith("--")} <= known
+
+
+JSON = {
+    "inspect": "inspect TWO --spec SPEC",
+    "diff": "diff TWO ONE --spec SPEC",
+    "plan": "plan TWO --dp 1 --zero 1 --spec SPEC",
+    "spec list": "spec list --against TWO",
+    "spec check": "spec check SPEC --against TWO",
+    "spec explain": "spec explain norm.weight --spec SPEC --against TWO",
+}
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_tables_of_json(name: str, two: Path, one: Path, right: Path, ucp: Callable[..., Result]) -> None:
+    paths = {"TWO": two, "ONE": one, "SPEC": right}
+    printed = json.loads(ucp(*(paths.get(word, word) for word in JSON[name].split()), "--json").stdout)
+    assert printed.keys() == {key for row in table_under("docs/json.md", f"## {name}") for key in _code(row[0])}
 
 
 def test_scripts_exist() -> None:

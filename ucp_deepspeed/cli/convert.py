@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import click
@@ -17,53 +15,17 @@ from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME
 from ucp_deepspeed.checkpoint.universal.describing import left_out
 from ucp_deepspeed.checkpoint.universal.output import UniversalOutput
-from ucp_deepspeed.cli.options import (
-    CHECKPOINT,
-    command,
-    differing_option,
-    in_words,
-    spec_option,
-    tag_option,
-    view_of,
-    vocabulary_option,
-)
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.cli.output import in_words
 from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError
+from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.transfer.commit import write_atomically
 from ucp_deepspeed.transfer.conversion import convert
-from ucp_deepspeed.transfer.ranks import Ranks, alone
+from ucp_deepspeed.transfer.ranks import alone
 
 
-@command(
-    "convert",
-    examples=[
-        "ucp convert runs/a runs/a-universal",
-        "ucp convert runs/a runs/a-universal --tag global_step500 --workers 8",
-        "ucp convert runs/a runs/a-universal --on-unreadable drop",
-        "torchrun --nproc-per-node 4 -m ucp_deepspeed.convert runs/a runs/a-universal",
-    ],
-)
-@click.argument("source", metavar="SRC", type=CHECKPOINT)
-@click.argument("destination", metavar="DST", type=CHECKPOINT)
-@tag_option
-@spec_option
-@vocabulary_option
-@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads that copy.")
-@click.option(
-    "--drop-client-state", metavar="KEY", multiple=True, help="Leave this key of the client state out; repeatable."
-)
-@click.option(
-    "--on-unreadable",
-    type=click.Choice(["error", "drop"]),
-    default="error",
-    show_default=True,
-    help="Refuse a checkpoint with values that can't be read, or leave them out and list them.",
-)
-@differing_option
-@click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
-@click.pass_obj
-def convert_command(
-    join: Callable[[], AbstractContextManager[Ranks]] | None,
+def write(
     source: Path,
     destination: Path,
     tag: str | None,
@@ -75,23 +37,18 @@ def convert_command(
     on_differing: OnDiffering,
     quiet: bool,
 ) -> None:
-    """Write checkpoint SRC in universal form to DST/<tag> and DST/latest. DST can then be loaded from.
-
-    DST/<tag> must not exist yet. It appears when it is complete: an interrupted conversion leaves nothing to load.
-    DST/latest stays as it is if it names a tag of a later step.
-    """
+    """Do what ``ucp convert`` says, with the ranks that the context's object joins; else alone."""
     started = time.monotonic()
-    with (join or alone)() as ranks:
+    with (click.get_current_context().obj or alone)() as ranks:
         checkpoint = open_checkpoint(source, tag)
         folder = destination / _tag(source, checkpoint.path)
         _check_free(destination, folder, checkpoint.path)
-        view = view_of(checkpoint, spec, vocabulary_size)
-        output = UniversalOutput(drop_client_state, on_unreadable, on_differing)
+        view = UniversalView.of(checkpoint, None if spec is None else load_spec(spec), vocabulary_size)
         with shown_progress("convert", quiet or ranks.rank != 0) as progress:
             count = convert(
                 view,
                 folder,
-                output,
+                UniversalOutput(drop_client_state, on_unreadable, on_differing),
                 workers=workers,
                 progress=progress,
                 ranks=ranks,

@@ -1,43 +1,46 @@
-"""Shared by all commands: how they fail, options, and words for sizes."""
+"""Commands as click knows them: their options, and the way in which they run and fail. Imports no torch."""
 
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import os
 import resource
 import signal
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from functools import partial
-from math import prod
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from ucp_deepspeed.checkpoint import Checkpoint
-from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.cli import HELP
-from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import UniversalCheckpointError
-from ucp_deepspeed.language import Spec, load_spec
-from ucp_deepspeed.layout import Topology
+
+HELP = {"help_option_names": ["-h", "--help"]}
+"""Settings of every command."""
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
-FAILED = 2
-"""Exit status when a command couldn't do its work; 1 is an answer: `diff` found differences, `plan` an impossible topology."""
+NO, FAILED = 1, 2
+"""Exit statuses. 1 is an answer: `diff` found differences, `plan` an impossible topology. 2: a command couldn't do its work."""
 
 
 class Command(click.Command):
-    """Turns the library's errors, and the system's, into one message. Its help ends with examples."""
+    """A command that imports its work when it is called. It turns errors into one message. Its help ends with examples.
 
-    def __init__(self, *args: Any, examples: Sequence[str], **settings: Any) -> None:
-        super().__init__(*args, **settings)
+    Args:
+        work: ``module.function`` in this package. The function takes the parameters and may return an exit status.
+    """
+
+    def __init__(self, name: str, work: str, examples: Sequence[str], **settings: Any) -> None:
+        super().__init__(name, callback=partial(_do, work), context_settings=HELP, **settings)
         self.examples = examples
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -46,12 +49,12 @@ class Command(click.Command):
             for example in self.examples:
                 formatter.write(f"{'':{formatter.current_indent}}{example}\n")
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> None:
         """Run the command."""
         _allow_many_files()
         _print_what_can_be_printed()
         try:
-            return super().invoke(ctx)
+            ctx.exit(super().invoke(ctx) or 0)
         except UniversalCheckpointError as error:
             message = str(error)
         except OSError as error:
@@ -66,8 +69,8 @@ class Command(click.Command):
         except SystemExit as ended:
             if isinstance(ended.__context__, BrokenPipeError):  # rich's answer to it
                 _end_without_reader(ctx)
-            if (number := _signal_of(ended)) is not None:
-                click.echo(f"ended by {number.name}", err=True)
+            with suppress(ValueError, TypeError):  # a status that tells of a signal (`terminated_as_exception`)
+                click.echo(f"ended by {signal.Signals(ended.code - 128).name}", err=True)  # type: ignore[operator]
             raise
         except Exception:  # a fault of this package, which must not look like an answer
             message = f"this should not have happened:\n{traceback.format_exc().rstrip()}"
@@ -75,17 +78,26 @@ class Command(click.Command):
         ctx.exit(FAILED)
 
 
+def _do(work: str, **parameters: Any) -> int | None:
+    """Import a function and call it.
+
+    Imported objects stay until the end. To look through them for garbage would take a quarter of a short command's time.
+    """
+    module, _, function = work.partition(".")
+    collecting = gc.isenabled()
+    gc.disable()
+    imported = import_module(f"ucp_deepspeed.cli.{module}")
+    gc.freeze()
+    if collecting:
+        gc.enable()
+    status: int | None = getattr(imported, function)(**parameters)
+    return status
+
+
 def _end_without_reader(ctx: click.Context) -> NoReturn:
     """End quietly when the reader of the output has gone, as ``head`` does. The status is no command's answer."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it empties its buffer
     ctx.exit(128 + signal.SIGPIPE)
-
-
-def _signal_of(ended: SystemExit) -> signal.Signals | None:
-    """The signal that an exit status tells of, as shells have it (`terminated_as_exception`)."""
-    with suppress(ValueError, TypeError):
-        return signal.Signals(ended.code - 128)  # type: ignore[operator]
-    return None
 
 
 def _print_what_can_be_printed() -> None:
@@ -102,11 +114,26 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-command = partial(click.command, cls=Command, context_settings=HELP)
+class Commands(click.Group):
+    """A group of commands that answers a mistyped name with the nearest one."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names, in the order in which they were given."""
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the arguments name."""
+        if not ctx.resilient_parsing and args[0] not in self.commands:
+            near = get_close_matches(args[0], self.commands, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"The commands: {', '.join(self.commands)}."
+            ctx.fail(f"No such command {args[0]!r}. {hint}")
+        return super().resolve_command(ctx, args)
 
 
 class _Folder(click.Path):
-    """A path; the empty text, which an unset variable of a shell leaves, would be the folder that one stands in."""
+    """A path. The empty text, which an unset variable of a shell leaves, would be the folder that one stands in."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
@@ -114,64 +141,38 @@ class _Folder(click.Path):
         return super().convert(value, param, ctx)
 
 
+def option(*names: str, **settings: Any) -> click.Option:
+    """An option; settings as of `click.option`."""
+    return click.Option(names, **settings)
+
+
+def folder(name: str, **settings: Any) -> click.Argument:
+    """An argument that is the path of a checkpoint."""
+    return click.Argument([name], type=CHECKPOINT, **settings)
+
+
 CHECKPOINT = _Folder(path_type=Path)
+FAMILY = {"metavar": "NAME|PATH"}
+COUNT = click.IntRange(min=1)
 
-tag_option = click.option("--tag", help="Tag folder to take; by default the one that the file 'latest' names.")
-
-spec_option = click.option(
-    "--spec", metavar="NAME|PATH", help="Family or spec file that gives the layouts under tensor parallelism."
-)
-
-differing_option = click.option(
-    "--on-differing",
-    type=click.Choice(["error", "first", "last", "mean", "max"]),
-    default="error",
-    show_default=True,
-    help="Optimizer numbers that differ over SRC's partitions: refuse them, or make one number of them.",
-)
-
-vocabulary_option = click.option(
+TAG = option("--tag", help="Tag folder to take; by default the one that the file 'latest' names.")
+SPEC = option("--spec", help="Family or spec file that gives the layouts under tensor parallelism.", **FAMILY)
+VOCABULARY = option(
     "--vocabulary-size",
-    type=click.IntRange(min=1),
+    type=COUNT,
     metavar="N",
     help="Rows of the vocabulary without padding; by default as the checkpoint records.",
 )
+JSON = option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+PLOT = option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also draw a picture; the ending says how: .svg, .png or .pdf.",
+)
 
 
-def read_spec(name_or_path: str | None) -> Spec | None:
-    """The spec that an option names."""
-    return load_spec(name_or_path) if name_or_path is not None else None
-
-
-def view_of(checkpoint: Checkpoint, spec: str | None, vocabulary_size: int | None = None) -> UniversalView:
-    """The universal view of a checkpoint, with the layouts that the options name."""
-    return UniversalView.of(checkpoint, read_spec(spec), vocabulary_size)
-
-
-def degrees(topology: Topology) -> dict[str, int]:
-    """A topology, as JSON has it."""
-    return {key: getattr(topology, key) for key in ("tp", "pp", "dp", "zero_stage", "ep")}
-
-
-def numel_of(entry: Mapping[str, Any]) -> int:
-    """Elements of a parameter as `inspect` reports it: of the whole, or where no layout is known of the ranks' local tensors."""
-    shapes = [entry["shape"]] if entry["shape"] is not None else filter(None, entry["local_shapes"])
-    return sum(map(prod, shapes))
-
-
-def state_bytes(entries: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Size of each state over such parameters."""
-    sizes: dict[str, int] = {}
-    for entry in entries:
-        for state, dtype in entry["states"].items():
-            sizes[state] = sizes.get(state, 0) + numel_of(entry) * ITEMSIZE[dtype]
-    return sizes
-
-
-def in_words(numbytes: float) -> str:
-    """``1.5 GiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if numbytes < 1024:
-            return f"{numbytes:.0f} {unit}" if unit == "B" else f"{numbytes:.1f} {unit}"
-        numbytes /= 1024
-    return f"{numbytes:.1f} TiB"
+def choice(name: str, choices: str, **settings: Any) -> click.Option:
+    """An option with a few values, the first of which is the default."""
+    values = choices.split()
+    return option(name, type=click.Choice(values), default=values[0], **settings)

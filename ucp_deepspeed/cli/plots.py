@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ucp_deepspeed.cli.options import in_words, state_bytes
-from ucp_deepspeed.cli.tables import box_in_words
+from ucp_deepspeed.cli.output import box_in_words, in_words, state_bytes
 from ucp_deepspeed.errors import ConfigError, UnsupportedError
 from ucp_deepspeed.transfer.planning.target_plan import TargetPlan
 from ucp_deepspeed.transfer.planning.target_ranks import layer_of
@@ -30,13 +29,6 @@ MOST_NAMED = 48
 
 MOST_LOCAL = 8
 """Ranks whose local tensor is drawn by itself."""
-
-plot_option = click.option(
-    "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Also draw a picture; the ending says how: .svg, .png or .pdf.",
-)
 
 
 def _new_figure(width: float, height: float) -> Figure:

@@ -1,34 +1,23 @@
-"""``ucp spec``: writing spec files, and holding them against checkpoints."""
+"""``ucp spec``: write spec files, and hold them against checkpoints."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.view import held_shapes, layouts_of, parameter_names
-from ucp_deepspeed.cli import HELP, SuggestingGroup
-from ucp_deepspeed.cli.options import CHECKPOINT, command, tag_option, vocabulary_option
-from ucp_deepspeed.cli.plots import draw_parameter, plot_option
+from ucp_deepspeed.cli.options import NO
+from ucp_deepspeed.cli.output import Row, box_in_words, print_json, print_labelled, print_lines, print_rows
 from ucp_deepspeed.cli.progress import shown_progress
-from ucp_deepspeed.cli.tables import box_in_words, new_console, new_table, print_by_name, print_lines, print_plain
 from ucp_deepspeed.errors import ConfigError, MismatchError, SpecError, UnsupportedError
-from ucp_deepspeed.language import (
-    Detection,
-    Match,
-    Spec,
-    find_family,
-    load_spec,
-    logical_names,
-    naming_specs,
-    spec_names,
-)
+from ucp_deepspeed.language import Match, Spec, find_family, load_spec, logical_names, naming_specs, spec_names
 from ucp_deepspeed.language.inference import Guess, spec_text
 from ucp_deepspeed.language.resolve import describe
 from ucp_deepspeed.language.schema import spec_schema
@@ -38,99 +27,53 @@ from ucp_deepspeed.layout.layout import NOTHING
 from ucp_deepspeed.transfer.evidence.checks import Checked, SpecCheck, check_spec
 from ucp_deepspeed.transfer.evidence.inferring import infer_by_comparison, infer_from_record
 
-WRONG = 1
-"""Exit status of a check that found something."""
 
-
-@click.group("spec", cls=SuggestingGroup, context_settings=HELP)
-def spec_command() -> None:
-    """Write spec files, which say how parameters are sharded, and hold them against checkpoints."""
-
-
-@command("list", examples=["ucp spec list", "ucp spec list --against runs/a"])
-@click.option("--against", type=CHECKPOINT, metavar="CKPT", help="A checkpoint: say how well each family fits it.")
-@tag_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-def list_command(against: Path | None, tag: str | None, as_json: bool) -> None:
-    """List the families that come with the package. With --against, say how well each fits a checkpoint's names and shapes.
-
-    Exit status with --against: 0 when one family fits, else 1.
-    """
+def list_families(against: Path | None, tag: str | None, as_json: bool) -> int:
+    """Do what ``ucp spec list`` says."""
     if against is not None:
-        _detect(open_checkpoint(against, tag), as_json)
-        return
+        return _detect(open_checkpoint(against, tag), as_json)
     specs = [load_spec(name) for name in spec_names()]
     if as_json:
-        click.echo(json.dumps({spec.family: spec.description for spec in specs}, indent=1))
-        return
-    table = new_table("family", "rules", "description")
-    for spec in specs:
-        table.add_row(spec.family, str(len(spec.rules)), escape(spec.description))
-    new_console().print(table)
+        print_json({spec.family: spec.description for spec in specs})
+    else:
+        print_rows([{"family": s.family, "rules": str(len(s.rules)), "description": s.description} for s in specs])
+    return 0
 
 
-def _detect(checkpoint: Checkpoint, as_json: bool) -> None:
-    """Print how well families fit. ``--json`` prints ``path``; ``confidence``, ``disagreement`` and ``unconfirmed`` of
-    `ucp_deepspeed.language.families.Detection`; ``families``, best first, each with ``coverage``, ``fits``, ``why``."""
+VERDICTS = {
+    "shapes": "one family fits, and shapes confirm it",
+    "names": "one family fits by names; no shape confirms it",
+    "ambiguous": "several families fit and disagree: name one",
+    "none": "no family fits",
+}
+
+
+def _detect(checkpoint: Checkpoint, as_json: bool) -> int:
+    """Print how well families fit."""
     own = parameter_names(checkpoint)
     names = logical_names(list(checkpoint.parameters), naming_specs(None, own), checkpoint.logical_names)
     found = find_family([names[name] for name in own], held_shapes(checkpoint, {name: names[name] for name in own}))
     if as_json:
-        report = {
-            "path": str(checkpoint.path),
-            "confidence": found.confidence,
-            "disagreement": list(found.disagreement),
-            "unconfirmed": list(found.unconfirmed),
-            "families": {
-                one.spec.family: {"coverage": one.coverage, "fits": one.fits, "why": str(one)}
-                for one in found.candidates
-            },
+        families = {
+            one.spec.family: {"coverage": one.coverage, "fits": one.fits, "why": str(one)} for one in found.candidates
         }
-        click.echo(json.dumps(report, indent=1))
+        print_json(
+            {
+                "path": str(checkpoint.path),
+                "confidence": found.confidence,
+                "disagreement": list(found.disagreement),
+                "unconfirmed": list(found.unconfirmed),
+                "families": families,
+            }
+        )
     else:
-        _print_detection(found)
-    if found.confidence in ("ambiguous", "none"):
-        raise click.exceptions.Exit(WRONG)
+        print_lines(VERDICTS[found.confidence], *(f"  {candidate}" for candidate in found.candidates))
+        for label, kept in (("disagree on", found.disagreement), ("not confirmed by shapes", found.unconfirmed)):
+            print_lines(*([f"note: {label}: {', '.join(kept)}"] if kept else []))
+    return NO if found.confidence in ("ambiguous", "none") else 0
 
 
-def _print_detection(found: Detection) -> None:
-    console = new_console()
-    verdict = {
-        "shapes": "one family fits, and shapes confirm it",
-        "names": "one family fits by names; no shape confirms it",
-        "ambiguous": "several families fit and disagree: name one",
-        "none": "no family fits",
-    }
-    console.print(verdict[found.confidence], soft_wrap=True)
-    for candidate in found.candidates:
-        print_plain(console, f"  {candidate}")
-    for label, names in (("disagree on", found.disagreement), ("not confirmed by shapes", found.unconfirmed)):
-        if names:
-            print_plain(console, f"note: {label}: {', '.join(names)}")
-
-
-@command(
-    "check",
-    examples=[
-        "ucp spec check megatron_core_gpt --against runs/a",
-        "ucp spec check mine.yaml --against runs/tp2 --single-rank runs/tp1",
-    ],
-)
-@click.argument("spec", metavar="FILE|FAMILY")
-@click.option("--against", type=CHECKPOINT, metavar="CKPT", required=True, help="The checkpoint to hold it against.")
-@tag_option
-@vocabulary_option
-@click.option(
-    "--single-rank",
-    type=CHECKPOINT,
-    metavar="CKPT",
-    help="A checkpoint of the same model without tensor parallelism. Its shapes are compared; if it is of the same state, its "
-    "values too.",
-)
-@click.option("--no-values", is_flag=True, help="Read no tensors.")
-@click.option("--strict", is_flag=True, help="Remarks count as wrong.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-def check_command(
+def check(
     spec: str,
     against: Path,
     tag: str | None,
@@ -139,15 +82,12 @@ def check_command(
     no_values: bool,
     strict: bool,
     as_json: bool,
-) -> None:
-    """Hold a spec against a checkpoint. Compares names, shapes, values, and what was recorded when saving.
-
-    Exit status: 0 when nothing contradicts the spec, 1 when something does, 2 when nobody can tell.
-    """
+) -> int:
+    """Do what ``ucp spec check`` says."""
     loaded, checkpoint = load_spec(spec), open_checkpoint(against, tag)
     whole = open_checkpoint(single_rank) if single_rank is not None else None
     with shown_progress("spec check") as progress:
-        check = check_spec(
+        found = check_spec(
             loaded,
             checkpoint,
             vocabulary_size=vocabulary_size,
@@ -156,26 +96,14 @@ def check_command(
             progress=progress,
         )
     if as_json:
-        click.echo(json.dumps(_check_report(loaded, checkpoint, check), indent=1))
+        print_json(_check_report(loaded, checkpoint, found))
     else:
-        _print_check(loaded, checkpoint, check)
-    if not check.sound or (strict and check.findings):
-        raise click.exceptions.Exit(WRONG)
+        _print_check(loaded, checkpoint, found)
+    return NO if not found.sound or (strict and found.findings) else 0
 
 
 def _check_report(spec: Spec, checkpoint: Checkpoint, check: SpecCheck) -> dict[str, Any]:
-    """The object that ``--json`` prints.
-
-    Keys:
-        spec, path: the family, and the checkpoint's tag folder.
-        sound: whether nothing contradicts the spec.
-        parameters: by logical name: ``own_name`` in the checkpoint, ``rules`` (for each rule that it matches its number from 0,
-            the glob that fits, its line and the pattern in words), ``local_shapes``, ``shape`` (or null).
-        findings: ``parameter``, ``what`` (see `ucp_deepspeed.transfer.evidence.checks.What`), ``wrong``, ``detail``.
-        unused: globs that fit nothing: ``rule``, ``glob``, ``line``.
-        values_compared: number of parameters of which several ranks' values were compared.
-        single_rank: ``no``, ``shapes`` or ``values``: what was compared with the checkpoint of a single rank.
-    """
+    """Return the object that ``--json`` prints; ``docs/json.md`` lists its keys."""
     return {
         "spec": spec.family,
         "path": str(checkpoint.path),
@@ -204,33 +132,26 @@ def _match(match: Match) -> dict[str, Any]:
 
 
 def _print_check(spec: Spec, checkpoint: Checkpoint, check: SpecCheck) -> None:
-    console = new_console()
     wrong = [finding for finding in check.findings if finding.wrong]
-    remarks = [finding for finding in check.findings if not finding.wrong]
-    verdict = "nothing contradicts it" if check.sound else f"{len(wrong)} contradiction{'s' if len(wrong) > 1 else ''}"
     single = {"no": "", "shapes": ", shapes of a single rank", "values": ", shapes and values of a single rank"}
-    lines = [
-        ("spec", spec.family),
-        ("against", f"{checkpoint.path}: {checkpoint.form}, {checkpoint.topology}"),
-        ("verdict", verdict),
-        (
-            "compared",
-            f"names and shapes of {len(check.parameters)} parameters, values of {check.values_compared}"
-            f"{single[check.whole_compared]}",
-        ),
-    ]
-    print_lines(console, lines)
-    for finding in wrong:
-        print_plain(console, f"  {finding}")
-    if check.parameters:
-        print_by_name(console, [_check_row(checked) for checked in check.parameters], ("rule",))
-    for finding in remarks:
-        print_plain(console, f"note: {finding}")
+    compared = f"names and shapes of {len(check.parameters)} parameters, values of {check.values_compared}"
+    contradictions = f"{len(wrong)} contradiction{'s' if len(wrong) > 1 else ''}"
+    print_labelled(
+        [
+            ("spec", spec.family),
+            ("against", f"{checkpoint.path}: {checkpoint.form}, {checkpoint.topology}"),
+            ("verdict", "nothing contradicts it" if check.sound else contradictions),
+            ("compared", compared + single[check.whole_compared]),
+        ]
+    )
+    print_lines(*(f"  {finding}" for finding in wrong))
+    print_rows([_check_row(checked) for checked in check.parameters], ("rule",))
+    print_lines(*(f"note: {finding}" for finding in check.findings if not finding.wrong))
     if check.unused:
-        print_plain(console, f"note: globs that fit nothing: {', '.join(map(str, check.unused))}")
+        print_lines(f"note: globs that fit nothing: {', '.join(map(str, check.unused))}")
 
 
-def _check_row(checked: Checked) -> dict[str, str]:
+def _check_row(checked: Checked) -> Row:
     return {
         "parameter": checked.name,
         "rule": ", ".join(map(str, checked.matches)) or "none",
@@ -239,21 +160,7 @@ def _check_row(checked: Checked) -> dict[str, str]:
     }
 
 
-@command(
-    "explain",
-    examples=[
-        "ucp spec explain layers.0.mlp.weight --spec mine.yaml --against runs/a",
-        "ucp spec explain head.weight --spec mine.yaml --against runs/a --plot head.svg",
-    ],
-)
-@click.argument("name")
-@click.option("--spec", "spec", metavar="FILE|FAMILY", required=True, help="The spec.")
-@click.option("--against", type=CHECKPOINT, metavar="CKPT", help="A checkpoint that holds the parameter.")
-@tag_option
-@vocabulary_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-@plot_option
-def explain_command(
+def explain(
     name: str,
     spec: str,
     against: Path | None,
@@ -261,36 +168,26 @@ def explain_command(
     vocabulary_size: int | None,
     as_json: bool,
     plot: Path | None,
-) -> None:
-    """Show how a spec shards one parameter. Says which rule NAME matches, and which part of it each rank of a checkpoint holds.
-
-    NAME is the parameter's own name or its logical one. Exit status: 0 when it matches exactly one rule and the shapes agree,
-    else 1.
-    """
+) -> int:
+    """Do what ``ucp spec explain`` says."""
     loaded = load_spec(spec)
     checkpoint = open_checkpoint(against, tag) if against is not None else None
     report = _explanation(name, loaded, checkpoint, vocabulary_size)
     if as_json:
-        click.echo(json.dumps(report, indent=1))
+        print_json(report)
     else:
         _print_explanation(report)
     if report["problem"] is not None:
-        raise click.exceptions.Exit(WRONG)
+        return NO
     if plot is not None:
+        from ucp_deepspeed.cli.plots import draw_parameter
+
         draw_parameter(report, plot)
+    return 0
 
 
 def _explanation(name: str, spec: Spec, checkpoint: Checkpoint | None, vocabulary_size: int | None) -> dict[str, Any]:
-    """The object that ``--json`` prints.
-
-    Keys:
-        name, logical_name, scheme: the parameter, and by which naming scheme it gets its logical name (null: it is its own).
-        rules: that it matches: number from 0, glob, line, pattern in words.
-        problem: null, or what is wrong.
-        shape: whole, or null.
-        ranks: for each model-parallel rank ``shape`` of its local tensor and ``pieces``: pairs of a ``logical`` and a ``local``
-            box, each as ``[start, stop]`` by dimension. Null without a checkpoint, or where the shapes contradict the rule.
-    """
+    """Return the object that ``--json`` prints; ``docs/json.md`` lists its keys."""
     own = list(checkpoint.parameters) if checkpoint is not None else [name]
     recorded = checkpoint.logical_names if checkpoint is not None else {}
     logical = logical_names(own, [spec], recorded)
@@ -339,54 +236,29 @@ def _bounds(box: Box) -> list[list[int]]:
     return [[low, high] for low, high in zip(box.start, box.stop, strict=True)]
 
 
-def _print_explanation(report: dict[str, Any]) -> None:
-    console = new_console()
+def _print_explanation(report: Mapping[str, Any]) -> None:
     by = f" (by naming scheme {report['scheme']!r})" if report["scheme"] else ""
     lines = [("parameter", report["name"]), ("logical", report["logical_name"] + by)]
-    lines += [("rule", f"{rule['glob']}{_line(rule)}: {rule['pattern']}") for rule in report["rules"]]
-    lines += [("problem", report["problem"])] if report["problem"] else []
-    lines += [("shape", str(report["shape"]))] if report["shape"] is not None else []
-    print_lines(console, lines)
-    if report["ranks"] is None:
-        return
-    table = new_table("rank", "local shape", "logical box", "local box")
-    for number, rank in enumerate(report["ranks"]):
-        shape = "none" if rank["shape"] is None else str(rank["shape"])
-        for piece in rank["pieces"] or [{"logical": None, "local": None}]:
-            table.add_row(
-                str(number), escape(shape), *(escape(box_in_words(piece[side])) for side in ("logical", "local"))
-            )
-    console.print(table)
+    for rule in report["rules"]:
+        line = f" (line {rule['line']})" if rule["line"] is not None else ""
+        lines.append(("rule", f"{rule['glob']}{line}: {rule['pattern']}"))
+    lines += [(key, str(report[key])) for key in ("problem", "shape") if report[key] is not None]
+    print_labelled(lines)
+    print_rows(
+        [
+            {
+                "rank": str(number),
+                "local shape": "none" if rank["shape"] is None else str(rank["shape"]),
+                **{f"{side} box": box_in_words(piece.get(side)) for side in ("logical", "local")},
+            }
+            for number, rank in enumerate(report["ranks"] or ())
+            for piece in rank["pieces"] or [{}]
+        ]
+    )
 
 
-def _line(rule: dict[str, Any]) -> str:
-    return f" (line {rule['line']})" if rule["line"] is not None else ""
-
-
-@command(
-    "infer",
-    examples=[
-        "ucp spec infer runs/tp2 --single-rank runs/tp1 > mine.yaml",
-        "ucp spec infer --model train:build_model > mine.yaml",
-    ],
-)
-@click.argument("checkpoint", metavar="[CKPT]", type=CHECKPOINT, required=False)
-@tag_option
-@click.option(
-    "--model", metavar="MODULE:FUNCTION", help="A function without arguments that returns the Megatron-Core model."
-)
-@click.option(
-    "--single-rank", type=CHECKPOINT, metavar="CKPT", help="A checkpoint of the same model without tensor parallelism."
-)
-@click.option("--family", default="inferred", show_default=True, help="Name to give to the family.")
-def infer_command(
-    checkpoint: Path | None, tag: str | None, model: str | None, single_rank: Path | None, family: str
-) -> None:
-    """Write a first spec to standard output. Comments in it say what is left open.
-
-    From what CKPT records; or, with --single-rank, by comparing its shapes, and its values if both are of the same state; or,
-    with --model, from the attributes that Megatron-Core sets on the parameters of a model.
-    """
+def infer(checkpoint: Path | None, tag: str | None, model: str | None, single_rank: Path | None, family: str) -> None:
+    """Do what ``ucp spec infer`` says."""
     if (checkpoint is None) == (model is None):
         raise ConfigError("name a checkpoint, or a function with --model")
     if model is not None:
@@ -440,11 +312,6 @@ def _infer_from_model(place: str) -> dict[str, Guess]:
     return {name: Guess(patterns[name]) if name in patterns else unmarked for name, _ in model.named_parameters()}
 
 
-@command("schema", examples=["ucp spec schema > ucp_spec.schema.json"])
-def schema_command() -> None:
-    """Print the JSON Schema of spec files, for completion in editors."""
+def schema() -> None:
+    """Do what ``ucp spec schema`` says."""
     click.echo(json.dumps(spec_schema(), indent=2, ensure_ascii=False))
-
-
-for _command in (list_command, schema_command, check_command, explain_command, infer_command):
-    spec_command.add_command(_command)

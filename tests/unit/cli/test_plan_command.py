@@ -12,7 +12,7 @@ import torch
 from click.testing import Result
 from native_files import NativeModel, NativeParameter, NativeRun, write_native
 
-from ucp_deepspeed.cli import load_command
+from ucp_deepspeed.cli import main
 
 Ucp = Callable[..., Result]
 
@@ -23,12 +23,12 @@ RANK_KEYS = "model_parallel_rank data_parallel_rank bytes_read bytes_held copies
 def cells(result: Result, place: int) -> list[str]:
     """The table's row at a position: 0 is the heading."""
     lines = result.stdout.splitlines()
-    heading = next(number for number, line in enumerate(lines) if line.startswith("model-parallel rank"))
+    heading = next(number for number, line in enumerate(lines) if line.startswith("mp rank"))
     return lines[heading + place].split()
 
 
 def test_options() -> None:
-    options = {opt for param in load_command("plan").params if isinstance(param, click.Option) for opt in param.opts}
+    options = {opt for param in main.commands["plan"].params if isinstance(param, click.Option) for opt in param.opts}
     topology = {"--tp", "--pp", "--dp", "--zero", "--ep"}
     changes = {"--model", "--on-missing", "--on-extra", "--on-differing", "--optimizer-states"}
     assert options == {*topology, *changes, "--tag", "--spec", "--vocabulary-size", "--json", "--plot"}
@@ -133,6 +133,14 @@ def test_for_people(sharded: Path, spec_file: Path, ucp: Ucp) -> None:
     assert cells(result, 4) == ["1", "1", "112", "B", "1", "4", "120", "B"]
     assert cells(result, 5) == ["all", "464", "B", "2", "16", "480", "B"]
     assert len(lines) == 12
+
+
+def test_in_a_narrow_window(sharded: Path, spec_file: Path, ucp: Ucp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A heading or a size that breaks would make a row of two lines."""
+    monkeypatch.setattr("ucp_deepspeed.cli.output.PLAIN_WIDTH", 60)
+    lines = ucp("plan", sharded, "--dp", 20, "--zero", 1, "--spec", spec_file).stdout.splitlines()
+    assert lines[6].split() == ["mp", "rank", "dp", "rank", "reads", "files", "copies", "holds"]
+    assert len(lines) == 7 + 16 + 2 and all(len(line) <= 60 for line in lines[6:])
 
 
 def test_of_many_ranks_both_ends(sharded: Path, spec_file: Path, ucp: Ucp) -> None:

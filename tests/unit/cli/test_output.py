@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 from rich.console import Console
 
-from ucp_deepspeed.cli.tables import collapsed, print_by_name
+from ucp_deepspeed.cli.output import collapsed, print_rows
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ ROWS = [
 
 def printed(width: int, rows: list[dict[str, str]] = ROWS) -> list[str]:
     console = Console(file=io.StringIO(), width=width)
-    print_by_name(console, rows, ("states",), "a note")
+    print_rows(rows, ("states",), "a note", console=console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().splitlines()
 

@@ -1,15 +1,24 @@
-"""Output for people: a console, labelled lines, and tables whose names stay readable in narrow windows."""
+"""Output for people and programs: labelled lines, tables whose names stay readable in narrow windows, JSON, words for sizes."""
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from math import prod
+from typing import Any, Literal, TypeAlias
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.layout import Topology
+
+Row: TypeAlias = Mapping[str, str]
+"""Cells by heading."""
 
 PLAIN_WIDTH = 240
 """Columns of a table where the output is no terminal: wide enough that names are not shortened."""
@@ -18,42 +27,46 @@ SHORTEST_NAME = 16
 """Columns that a name keeps in a narrow window."""
 
 
-def new_console() -> Console:
-    """A console on standard output."""
+def _new_console() -> Console:
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
 
 
-def print_lines(console: Console, lines: Iterable[tuple[str, str]], width: int = 10) -> None:
-    """Print labelled lines. A terminal wraps them, and copies of them are whole."""
+def print_json(report: Mapping[str, Any]) -> None:
+    """Print one JSON object."""
+    click.echo(json.dumps(report, indent=1))
+
+
+def print_labelled(lines: Iterable[tuple[str, str]], width: int = 10) -> None:
+    """Print lines with a label each. A terminal wraps them, and copies of them are whole."""
     for label, value in lines:
-        console.print(f"[bold]{label:<{width}}[/bold]{escape(value)}", soft_wrap=True)
+        _new_console().print(f"[bold]{label:<{width}}[/bold]{escape(value)}", soft_wrap=True)
 
 
-def print_plain(console: Console, line: object) -> None:
-    """Print one line as it is."""
-    console.print(escape(str(line)), soft_wrap=True)
+def print_lines(*lines: object) -> None:
+    """Print lines as they are."""
+    for line in lines:
+        _new_console().print(escape(str(line)), soft_wrap=True)
 
 
-def new_table(*columns: str, **settings: Any) -> Table:
-    """A table without lines, with these headings."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, **({"overflow": "fold"} | settings))
-    return table
-
-
-def print_by_name(
-    console: Console, rows: Sequence[Mapping[str, str]], optional: Sequence[str] = (), note: str = ""
+def print_rows(
+    rows: Sequence[Row],
+    optional: Sequence[str] = (),
+    note: str = "",
+    justify: Literal["left", "right"] = "left",
+    console: Console | None = None,
 ) -> None:
-    """Print a table of parameters. In a narrow window names lose their beginnings, since they differ in their ends.
+    """Print a table without lines. In a narrow window names lose their beginnings, since they differ in their ends.
 
     Args:
-        rows: by heading; the first is the name.
+        rows: the first heading is the name's; none to print nothing.
         optional: headings to leave out, the first one first, where words would break.
         note: to stand below.
     """
+    if not rows:
+        return
+    console = console or _new_console()
     name, *kept = rows[0]
-    longest = max(len(row[name]) for row in rows)
+    longest = max(len(row[name]) for row in (*rows, {name: name}))
     cells = {heading: [heading, *(row[heading] for row in rows)] for heading in kept}
     least = {heading: max(len(word) for cell in held for word in cell.split()) for heading, held in cells.items()}
 
@@ -66,21 +79,51 @@ def print_by_name(
             kept.remove(heading)
     width = min(longest, max(SHORTEST_NAME, min(room(), console.width * 2 // 5)))
     spare = max(0, room() - width)
-    table = new_table(name, *kept)
-    for heading, column in zip(kept, table.columns[1:], strict=True):
+    widths = []
+    for heading in kept:
         wider = min(max(map(len, cells[heading])) - least[heading], spare)
-        column.width, spare = least[heading] + wider, spare - wider
-    width = table.columns[0].width = min(longest, width + spare)
+        widths.append(least[heading] + wider)
+        spare -= wider
+    width = min(longest, width + spare)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading, columns in zip((name, *kept), (width, *widths), strict=True):
+        table.add_column(heading, overflow="fold", justify=justify, width=columns)
     for row in rows:
-        title = row[name]
-        title = title if len(title) <= width else f"…{title[len(title) - width + 1 :]}"
+        title = row[name] if len(row[name]) <= width else f"…{row[name][len(row[name]) - width + 1 :]}"
         table.add_row(*map(escape, (title, *(row[heading] for heading in kept))))
     console.print(table)
     left_out = [heading for heading in optional if heading in cells and heading not in kept]
-    if left_out:
-        print_plain(console, f"left out in this narrow window: {', '.join(left_out)}")
-    if note:
-        print_plain(console, note)
+    for line in ([f"left out in this narrow window: {', '.join(left_out)}"] if left_out else []) + [note] * bool(note):
+        console.print(escape(line), soft_wrap=True)
+
+
+def degrees(topology: Topology) -> dict[str, int]:
+    """Write a topology as JSON has it."""
+    return {key: getattr(topology, key) for key in ("tp", "pp", "dp", "zero_stage", "ep")}
+
+
+def numel_of(entry: Mapping[str, Any]) -> int:
+    """Count elements of a parameter in a report of `inspect`: of the whole, or without a layout of the ranks' local tensors."""
+    shapes = [entry["shape"]] if entry["shape"] is not None else filter(None, entry["local_shapes"])
+    return sum(map(prod, shapes))
+
+
+def state_bytes(entries: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Sum the size of each state over such parameters."""
+    sizes: dict[str, int] = {}
+    for entry in entries:
+        for state, dtype in entry["states"].items():
+            sizes[state] = sizes.get(state, 0) + numel_of(entry) * ITEMSIZE[dtype]
+    return sizes
+
+
+def in_words(numbytes: float) -> str:
+    """``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if numbytes < 1024:
+            return f"{numbytes:.0f} {unit}" if unit == "B" else f"{numbytes:.1f} {unit}"
+        numbytes /= 1024
+    return f"{numbytes:.1f} TiB"
 
 
 def box_in_words(bounds: Sequence[Sequence[int]] | None) -> str:

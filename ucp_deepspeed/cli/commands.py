@@ -1,0 +1,295 @@
+"""The commands: their parameters, help and examples. Their work is in the modules that they name."""
+
+from __future__ import annotations
+
+import click
+
+from ucp_deepspeed.cli.options import (
+    CHECKPOINT,
+    COUNT,
+    FAMILY,
+    HELP,
+    JSON,
+    PLOT,
+    SPEC,
+    TAG,
+    VOCABULARY,
+    Command,
+    Commands,
+    choice,
+    folder,
+    option,
+)
+
+INSPECT = Command(
+    "inspect",
+    "inspect.show",
+    examples=[
+        "ucp inspect runs/a",
+        "ucp inspect runs/a --tag global_step500 --match 'layers.0.**'",
+        "ucp inspect runs/a --all",
+        "ucp inspect runs/a --json",
+        "ucp inspect runs/a --plot sizes.svg",
+    ],
+    short_help="Show what a checkpoint holds.",
+    help="""Show what checkpoint CKPT holds. Reads no tensors.
+
+    CKPT is a tag folder, or a folder with tag folders in it.
+    """,
+    params=[
+        folder("checkpoint", metavar="CKPT"),
+        TAG,
+        SPEC,
+        VOCABULARY,
+        option(
+            "--match",
+            metavar="GLOB",
+            help="List only parameters whose name fits: * stands for one part of it, or a piece of one, ** for any number of "
+            "parts.",
+        ),
+        option("--all", "every", is_flag=True, help="List the parameters of each layer, not of like layers together."),
+        option("--json", "as_json", is_flag=True, help="Print one JSON object instead, with each parameter."),
+        PLOT,
+    ],
+)
+
+CONVERT = Command(
+    "convert",
+    "convert.write",
+    examples=[
+        "ucp convert runs/a runs/a-universal",
+        "ucp convert runs/a runs/a-universal --tag global_step500 --workers 8",
+        "ucp convert runs/a runs/a-universal --on-unreadable drop",
+        "torchrun --nproc-per-node 4 -m ucp_deepspeed.convert runs/a runs/a-universal",
+    ],
+    short_help="Write a checkpoint in universal form.",
+    help="""Write checkpoint SRC in universal form to DST/<tag> and DST/latest. DST can then be loaded from.
+
+    DST/<tag> must not exist yet. It appears when it is complete: an interrupted conversion leaves nothing to load.
+    DST/latest stays as it is if it names a tag of a later step.
+    """,
+    params=[
+        folder("source", metavar="SRC"),
+        folder("destination", metavar="DST"),
+        TAG,
+        SPEC,
+        VOCABULARY,
+        option("--workers", type=COUNT, default=2, show_default=True, help="Threads that copy."),
+        option(
+            "--drop-client-state",
+            metavar="KEY",
+            multiple=True,
+            help="Leave this key of the client state out; repeatable.",
+        ),
+        choice(
+            "--on-unreadable",
+            "error drop",
+            show_default=True,
+            help="Refuse a checkpoint with values that can't be read, or leave them out and list them.",
+        ),
+        choice(
+            "--on-differing",
+            "error first last mean max",
+            show_default=True,
+            help="Optimizer numbers that differ over SRC's partitions: refuse them, or make one number of them.",
+        ),
+        option("--quiet", is_flag=True, help="No progress bar and no summary."),
+    ],
+)
+
+DIFF = Command(
+    "diff",
+    "diff.tell",
+    examples=[
+        "ucp diff runs/a runs/a-universal",
+        "ucp diff runs/a runs/a-universal --json",
+        "ucp diff runs/a runs/a --tag-a global_step100 --tag-b global_step200",
+    ],
+    short_help="Compare two checkpoints bit for bit.",
+    help="""Compare the whole parameters, optimizer states and counters of checkpoints A and B, bit for bit.
+
+    Experts that B keeps in other tensors are compared in the form of A. A weight that only one side ties is compared under each
+    of its names.
+
+    Exit status: 0 when they are equal, 1 when they differ, 2 when they can't be compared.
+    """,
+    params=[
+        folder("a"),
+        folder("b"),
+        option("--tag-a", help="Tag folder of A to take; by default the one that its file 'latest' names."),
+        option("--tag-b", help="The same for B."),
+        SPEC,
+        option("--spec-a", help="Family or spec file for A alone.", **FAMILY),
+        option("--spec-b", help="Family or spec file for B alone.", **FAMILY),
+        VOCABULARY,
+        option("--json", "as_json", is_flag=True, help="Print one JSON object instead, with all differences."),
+        option("--limit", type=click.IntRange(min=0), default=20, show_default=True, help="Differences to print."),
+        option("--chunk", type=COUNT, default=16, show_default=True, metavar="MIB", help="Memory for each side."),
+    ],
+)
+
+PLAN = Command(
+    "plan",
+    "plan.show",
+    examples=[
+        "ucp plan runs/a --tp 2 --pp 2 --dp 4 --zero 1",
+        "ucp plan runs/a --dp 64 --zero 3 --plot plan.svg",
+        "ucp plan runs/a --dp 8 --zero 3 --model runs/changed --on-missing init",
+    ],
+    short_help="Show what a load on another topology would read.",
+    help="""Show what each rank of another topology would read of checkpoint CKPT, and hold. Reads no tensors.
+
+    DeepSpeed's default settings are assumed. Exit status: 0 when the topology is possible, 1 when it isn't, 2 when nobody
+    can tell.
+    """,
+    params=[
+        folder("checkpoint", metavar="CKPT"),
+        option("--tp", type=COUNT, default=1, show_default=True, help="Tensor-parallel size."),
+        option("--pp", type=COUNT, default=1, show_default=True, help="Pipeline-parallel size."),
+        option("--dp", type=COUNT, required=True, help="Data-parallel size."),
+        option("--zero", type=click.IntRange(0, 3), required=True, help="ZeRO stage."),
+        option("--ep", type=COUNT, default=1, show_default=True, help="Expert-parallel size."),
+        TAG,
+        SPEC,
+        VOCABULARY,
+        option(
+            "--model",
+            type=CHECKPOINT,
+            metavar="CKPT",
+            help="A checkpoint of the model to load into, where its parameters aren't CKPT's: one saved before the first step, "
+            "say.",
+        ),
+        choice("--on-missing", "error init", help="As in the config block."),
+        choice("--on-extra", "error drop", help="As in the config block."),
+        choice("--on-differing", "error first last mean max", help="As in the config block."),
+        choice("--optimizer-states", "restore reset", help="As in the config block."),
+        option("--json", "as_json", is_flag=True, help="Print one JSON object instead, with all ranks."),
+        PLOT,
+    ],
+)
+
+CHECK = Command(
+    "check",
+    "spec.check",
+    examples=[
+        "ucp spec check megatron_core_gpt --against runs/a",
+        "ucp spec check mine.yaml --against runs/tp2 --single-rank runs/tp1",
+    ],
+    help="""Hold a spec against a checkpoint. Compares names, shapes, values, and what was recorded when saving.
+
+    Exit status: 0 when nothing contradicts the spec, 1 when something does, 2 when nobody can tell.
+    """,
+    params=[
+        click.Argument(["spec"], metavar="FILE|FAMILY"),
+        option("--against", type=CHECKPOINT, metavar="CKPT", required=True, help="The checkpoint to hold it against."),
+        TAG,
+        VOCABULARY,
+        option(
+            "--single-rank",
+            type=CHECKPOINT,
+            metavar="CKPT",
+            help="A checkpoint of the same model without tensor parallelism. Its shapes are compared; if it is of the same "
+            "state, its values too.",
+        ),
+        option("--no-values", is_flag=True, help="Read no tensors."),
+        option("--strict", is_flag=True, help="Remarks count as wrong."),
+        JSON,
+    ],
+)
+
+EXPLAIN = Command(
+    "explain",
+    "spec.explain",
+    examples=[
+        "ucp spec explain layers.0.mlp.weight --spec mine.yaml --against runs/a",
+        "ucp spec explain head.weight --spec mine.yaml --against runs/a --plot head.svg",
+    ],
+    help="""Show how a spec shards one parameter. Says which rule NAME matches, and which part of it each rank of a checkpoint
+    holds.
+
+    NAME is the parameter's own name or its logical one. Exit status: 0 when it matches exactly one rule and the shapes agree,
+    else 1.
+    """,
+    params=[
+        click.Argument(["name"]),
+        option("--spec", metavar="FILE|FAMILY", required=True, help="The spec."),
+        option("--against", type=CHECKPOINT, metavar="CKPT", help="A checkpoint that holds the parameter."),
+        TAG,
+        VOCABULARY,
+        JSON,
+        PLOT,
+    ],
+)
+
+INFER = Command(
+    "infer",
+    "spec.infer",
+    examples=[
+        "ucp spec infer runs/tp2 --single-rank runs/tp1 > mine.yaml",
+        "ucp spec infer --model train:build_model > mine.yaml",
+    ],
+    help="""Write a first spec to standard output. Comments in it say what is left open.
+
+    From what CKPT records; or, with --single-rank, by comparing its shapes, and its values if both are of the same state; or,
+    with --model, from the attributes that Megatron-Core sets on the parameters of a model.
+    """,
+    params=[
+        folder("checkpoint", metavar="[CKPT]", required=False),
+        TAG,
+        option(
+            "--model",
+            metavar="MODULE:FUNCTION",
+            help="A function without arguments that returns the Megatron-Core model.",
+        ),
+        option(
+            "--single-rank",
+            type=CHECKPOINT,
+            metavar="CKPT",
+            help="A checkpoint of the same model without tensor parallelism.",
+        ),
+        option("--family", default="inferred", show_default=True, help="Name to give to the family."),
+    ],
+)
+
+LIST = Command(
+    "list",
+    "spec.list_families",
+    examples=["ucp spec list", "ucp spec list --against runs/a"],
+    help="""List the families that come with the package. With --against, say how well each fits a checkpoint's names and shapes.
+
+    Exit status with --against: 0 when one family fits, else 1.
+    """,
+    params=[
+        option("--against", type=CHECKPOINT, metavar="CKPT", help="A checkpoint: say how well each family fits it."),
+        TAG,
+        JSON,
+    ],
+)
+
+SCHEMA = Command(
+    "schema",
+    "spec.schema",
+    examples=["ucp spec schema > ucp_spec.schema.json"],
+    help="Print the JSON Schema of spec files, for completion in editors.",
+)
+
+
+@click.group(
+    cls=Commands,
+    commands=[CHECK, EXPLAIN, INFER, LIST, SCHEMA],
+    context_settings=HELP,
+    short_help="Write and check spec files: how parameters are sharded.",
+)
+def spec() -> None:
+    """Write spec files, which say how parameters are sharded, and hold them against checkpoints."""
+
+
+@click.group(
+    cls=Commands,
+    commands=[INSPECT, CONVERT, DIFF, PLAN, spec],
+    context_settings=HELP,
+    epilog="ucp COMMAND --help shows a command's options and examples.",
+)
+@click.version_option(package_name="ucp_deepspeed", prog_name="ucp")
+def main() -> None:
+    """Universal checkpoints for DeepSpeed: a run saved on any topology resumes on any other."""
