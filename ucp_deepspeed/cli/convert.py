@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -22,7 +23,7 @@ from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.transfer.commit import write_atomically
 from ucp_deepspeed.transfer.conversion import convert
-from ucp_deepspeed.transfer.ranks import alone
+from ucp_deepspeed.transfer.ranks import Ranks
 
 
 def write(
@@ -39,7 +40,8 @@ def write(
 ) -> None:
     """Do what ``ucp convert`` says, with the ranks that the context's object joins; else alone."""
     started = time.monotonic()
-    with (click.get_current_context().obj or alone)() as ranks:
+    join = click.get_current_context().obj
+    with join() if join else nullcontext(Ranks()) as ranks:
         checkpoint = open_checkpoint(source, tag)
         folder = destination / _tag(source, checkpoint.path)
         _check_free(destination, folder, checkpoint.path)

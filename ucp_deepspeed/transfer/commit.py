@@ -12,10 +12,11 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.opening import interrupted
@@ -344,7 +345,20 @@ def _alive(pid: int) -> bool:
 
 
 @contextmanager
-def terminated_as_exception() -> Iterator[None]:
+def _handling(numbers: Iterable[int], handler: Any) -> Iterator[None]:
+    """Let a handler have signals in the block. It works only in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def terminated_as_exception() -> AbstractContextManager[None]:
     """Turn SIGTERM, and SIGHUP of a terminal that is gone, into SystemExit inside the block, so that cleaning up runs.
 
     It works only in the main thread. An ignored signal, as SIGHUP is under nohup, stays ignored.
@@ -353,31 +367,11 @@ def terminated_as_exception() -> Iterator[None]:
     def terminate(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-        numbers.append(signal.SIGHUP)
-    previous = {number: signal.signal(number, terminate) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    hangs_up = signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    return _handling([signal.SIGTERM, *([signal.SIGHUP] if hangs_up else [])], terminate)
 
 
-@contextmanager
-def _undisturbed() -> Iterator[None]:
+def _undisturbed() -> AbstractContextManager[None]:
     """Ignore signals in a short block that must be done whole: Ctrl-C, or SIGTERM, which launchers send when one rank has
     failed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    return _handling((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), signal.SIG_IGN)

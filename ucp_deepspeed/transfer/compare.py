@@ -20,21 +20,10 @@ from ucp_deepspeed.layout import Shape
 from ucp_deepspeed.transfer.copying import FileReader, gather
 from ucp_deepspeed.transfer.stage_copies import look, may_differ, settle, with_copies_of
 
-What = Literal[
-    "presence",
-    "copies",
-    "kind",
-    "shape",
-    "states",
-    "dtype",
-    "elements",
-    "scalar",
-    "hyperparameter",
-    "counter",
-    "lr_scheduler",
-    "loss_scale",
-    "extra_state",
-]
+What = (
+    Literal["presence", "copies", "kind", "shape", "states", "dtype", "elements", "scalar", "hyperparameter"]
+    | Literal["counter", "lr_scheduler", "loss_scale", "extra_state"]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,12 +149,10 @@ def _copies(
 
 
 def _presence(a: UniversalView, b: UniversalView) -> Iterator[Difference]:
-    for name in a.parameters:
-        if name not in b.parameters:
-            yield Difference(name, "presence", "only in A")
-    for name in b.parameters:
-        if name not in a.parameters:
-            yield Difference(name, "presence", "only in B")
+    for side, one, other in (("A", a, b), ("B", b, a)):
+        yield from (
+            Difference(name, "presence", f"only in {side}") for name in one.parameters if name not in other.parameters
+        )
 
 
 class _Side:
@@ -218,7 +205,7 @@ def _parameter(
 def _elements(a: _Side, b: _Side, name: str, state: str, done: Callable[[], None]) -> Iterator[Difference]:
     dtype = a.view.parameters[name].states[state]
     shape = a.view.logical_shape(name)
-    numel = torch.Size(shape).numel()
+    numel = math.prod(shape)
     step = a.buffer.numel() // ITEMSIZE[dtype]
     count, first, largest = 0, -1, 0.0
     for start in range(0, numel, step):
@@ -235,20 +222,11 @@ def _elements(a: _Side, b: _Side, name: str, state: str, done: Callable[[], None
             gap = float((left[differing].double() - right[differing].double()).abs().max())
             largest = gap if math.isnan(gap) or gap > largest else largest  # a NaN stays: nothing is greater than it
     if count:
-        yield _differing_elements(
-            name, state, shape, count, first, largest if NAMED_DTYPES[dtype].is_floating_point else None
-        )
-
-
-def _differing_elements(
-    name: str, state: str, shape: Shape, count: int, first: int, max_abs: float | None
-) -> Difference:
-    index = tuple(int(position) for position in torch.unravel_index(torch.tensor(first), shape)) if shape else ()
-    numel = torch.Size(shape).numel()
-    detail = f"{count} of {numel} elements differ, first at {list(index)}"
-    if max_abs is not None:
-        detail += f", at most by {max_abs:.6g}"
-    return Difference(name, "elements", detail, state, count, index, max_abs)
+        index = tuple(int(position) for position in torch.unravel_index(torch.tensor(first), shape)) if shape else ()
+        max_abs = largest if NAMED_DTYPES[dtype].is_floating_point else None
+        detail = f"{count} of {numel} elements differ, first at {list(index)}"
+        detail += "" if max_abs is None else f", at most by {max_abs:.6g}"
+        yield Difference(name, "elements", detail, state, count, index, max_abs)
 
 
 def _hyperparameters(view: UniversalView) -> dict[str, dict[str, Any]]:
@@ -294,8 +272,7 @@ def _mapping(name: str, what: What, a: Any, b: Any) -> Iterator[Difference]:
         return
     for key in sorted(a.keys() | b.keys(), key=lambda key: (type(key).__name__, str(key))):
         if key not in a or key not in b:
-            yield Difference(
-                name, what, f"{key} = {a[key] if key in a else b[key]!r} only in {'A' if key in a else 'B'}"
-            )
+            side, held = ("A", a) if key in a else ("B", b)
+            yield Difference(name, what, f"{key} = {held[key]!r} only in {side}")
         elif not same_value(a[key], b[key]):
             yield Difference(name, what, f"{key} is {a[key]!r} in A, {b[key]!r} in B")

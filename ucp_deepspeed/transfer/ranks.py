@@ -27,56 +27,30 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Ranks:
-    """The ranks of a conversion, as one of them sees them; this class is one process alone.
+    """The ranks of a conversion, as one of them sees them.
+
+    They share a store, which serves for one conversion: all its keys belong to that one.
 
     Attributes:
         rank: this rank; rank 0 makes the folder and commits it.
         count: number of ranks.
     """
 
-    rank = 0
-    count = 1
-
-    def gather(self, step: str, value: Any) -> Sequence[Any]:
-        """Return each rank's value, of plain data, when all have come to this step. Collective.
-
-        Raises:
-            OtherRankError: a rank has failed.
-        """
-        return [value]
-
-    def broadcast(self, step: str, value: Any = None) -> Any:
-        """Return rank 0's value, of plain data, on all ranks. Rank 0 goes on at once.
-
-        Raises:
-            OtherRankError: a rank has failed; on the other ranks than rank 0.
-        """
-        return value
-
-    def check(self) -> None:
-        """Look for failed ranks; called now and then while working.
-
-        Raises:
-            OtherRankError: a rank has failed.
-        """
-
-    @contextmanager
-    def failing_together(self) -> Iterator[None]:
-        """End all ranks if one has an error in the block. On rank 0 the others have usually stopped when the error is raised."""
-        yield
-
-
-class StoreRanks(Ranks):
-    """Ranks that share a store. One store serves for one conversion: all its keys belong to that one."""
-
-    def __init__(self, store: dist.Store, rank: int, count: int) -> None:
+    def __init__(self, store: dist.Store | None = None, rank: int = 0, count: int = 1) -> None:
+        """Without arguments: this process alone."""
         self.rank, self.count = rank, count
-        self._store, self._waited = store, False
+        self._store, self._waited = store or dist.HashStore(), False
         self._looked = 0.0
         self._heard: dict[int, tuple[bytes, float]] = {}
 
     def gather(self, step: str, value: Any) -> Sequence[Any]:
-        """See `Ranks.gather`. Rank 0 collects, so that the others look for one key."""
+        """Return each rank's value, of plain data, when all have come to this step. Collective.
+
+        Rank 0 collects, so that the others look for one key.
+
+        Raises:
+            OtherRankError: a rank has failed.
+        """
         values: list[Any] = []
         with _reachable():
             self._store.set(f"{step}/{self.rank}", json.dumps(value))
@@ -88,7 +62,11 @@ class StoreRanks(Ranks):
         return found
 
     def broadcast(self, step: str, value: Any = None) -> Any:
-        """See `Ranks.broadcast`."""
+        """Return rank 0's value, of plain data, on all ranks. Rank 0 goes on at once.
+
+        Raises:
+            OtherRankError: a rank has failed; on the other ranks than rank 0.
+        """
         key = f"{step}/all"
         with _reachable():
             if self.rank == 0:
@@ -98,14 +76,18 @@ class StoreRanks(Ranks):
             return json.loads(self._store.get(key))
 
     def check(self) -> None:
-        """See `Ranks.check`."""
+        """Look for failed ranks; called now and then while working.
+
+        Raises:
+            OtherRankError: a rank has failed.
+        """
         with _reachable():
             if self._store.check(["failed"]):
                 raise OtherRankError(self._store.get("failed").decode())
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """See `Ranks.failing_together`."""
+        """End all ranks if one has an error in the block. On rank 0 the others have usually stopped when the error is raised."""
         try:
             yield
         except BaseException as error:
@@ -134,7 +116,7 @@ class StoreRanks(Ranks):
                 _until(lambda: self._store.check(["gone"]), tunables.LEAVE_SECONDS)
 
     def _await_leaving(self) -> None:
-        if not self._waited:
+        if not self._waited and self.count > 1:
             keys = [f"left/{rank}" for rank in range(1, self.count)]
             _until(lambda: self._store.check(keys), tunables.LEAVE_SECONDS)
         self._waited = True
@@ -192,12 +174,6 @@ def _beating(store: dist.Store, rank: int) -> Iterator[None]:
 
 
 @contextmanager
-def alone() -> Iterator[Ranks]:
-    """Yield this process alone, whatever the environment says."""
-    yield Ranks()
-
-
-@contextmanager
 def joined() -> Iterator[Ranks]:
     """Yield the ranks that a launcher such as ``torchrun`` started; this process alone where none did.
 
@@ -229,7 +205,7 @@ def taking_part(store: dist.Store, rank: int, count: int) -> Iterator[Ranks]:
     Raises:
         OtherRankError: another rank has failed.
     """
-    ranks, failed = StoreRanks(store, rank, count), True
+    ranks, failed = Ranks(store, rank, count), True
     try:
         with terminated_as_exception(), ranks.failing_together(), _beating(store, rank):
             yield ranks

@@ -27,7 +27,7 @@ from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.transfer import copying
 from ucp_deepspeed.transfer import ranks as ranks_module
 from ucp_deepspeed.transfer.conversion import convert
-from ucp_deepspeed.transfer.ranks import StoreRanks, joined, taking_part
+from ucp_deepspeed.transfer.ranks import Ranks, joined, taking_part
 from ucp_deepspeed.transfer.writing import chunks_of, share_of
 
 FILE_NUMBYTES = 700_000
@@ -193,7 +193,7 @@ def test_a_rank_that_is_heard_of_no_more_fails_all(monkeypatch: pytest.MonkeyPat
         assert first.gather("seen", "early") == ["early", "late"]
     for rank in range(2):
         with pytest.raises(OtherRankError, match=r"rank 1 hasn't been heard of for 0.2 s"):
-            StoreRanks(store, rank, 2).gather("written", rank)
+            Ranks(store, rank, 2).gather("written", rank)
 
 
 def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -131,6 +132,10 @@ def are_scalars(values: Mapping[Any, Any]) -> bool:
     return all(isinstance(key, str) and isinstance(value, int | float) for key, value in values.items())
 
 
+def _is_loss_scale(value: Mapping[Any, Any]) -> bool:
+    return isinstance(value.get("values"), dict) and "cur_scale" in value["values"]
+
+
 def home_of(folder: Path) -> Path:
     """Return the folder's home: its own path, or for a folder with `REPLACED_MARK` the path that it had before."""
     name, found, _ = folder.name.removesuffix(REPLACED_MARK).rpartition(PARTIAL_MARK)
@@ -166,7 +171,7 @@ class UniversalCheckpoint(Checkpoint):
                 entry.kind,
                 (entry.shape,),
                 {state: self._extents[name, state].dtype for state in entry.states},
-                self._decoded_scalars(dict(entry.scalars), f"{name}.scalars"),
+                self._decoded(dict(entry.scalars), f"{name}.scalars", sound=are_scalars),
             )
             for name, entry in index.parameters.items()
         }
@@ -193,42 +198,34 @@ class UniversalCheckpoint(Checkpoint):
 
     def client_state(self, rank: int = 0, partition: int = 0) -> tuple[str, dict[str, Any]]:
         """See `Checkpoint.client_state`."""
-        state = decode(self._index.client_state, self._client_tensors)
-        if not isinstance(state, dict):
-            raise DamagedCheckpointError(f"{self.path / INDEX_NAME}: client_state is {str(state)[:80]}")
+        state = self._decoded(self._index.client_state, "client_state", self._client_tensors)
         return str(self.path / INDEX_NAME), state
 
     def extra_states(self) -> tuple[dict[str, Any], ...]:
         """See `Checkpoint.extra_states`."""
         return (self._decoded(self._index.extra_states, "extra_states", self._client_tensors),)
 
-    def _decoded(self, encoded: Any, what: str, tensors: Mapping[str, Any] | None = None) -> dict[Any, Any]:
+    def _decoded(
+        self,
+        encoded: Any,
+        what: str,
+        tensors: Mapping[str, Any] | None = None,
+        sound: Callable[[dict[Any, Any]], bool] = lambda value: True,
+    ) -> dict[Any, Any]:
         """Decode a mapping, whose keys may be of any kind."""
         value = decode(encoded, tensors or {})
-        if not isinstance(value, dict):
-            raise DamagedCheckpointError(f"{self.path / INDEX_NAME}: {what} is {str(encoded)[:80]}")
-        return value
-
-    def _decoded_scalars(self, encoded: Any, what: str) -> dict[str, Any]:
-        """Decode a mapping of names to numbers."""
-        value = self._decoded(encoded, what)
-        if not are_scalars(value):
+        if not isinstance(value, dict) or not sound(value):
             raise DamagedCheckpointError(f"{self.path / INDEX_NAME}: {what} is {str(encoded)[:80]}")
         return value
 
     def _run_state(self, run: IndexRun) -> RunState:
-        scale = None if run.loss_scale is None else self._decoded(run.loss_scale, "loss_scale")
-        if scale is not None and not (isinstance(scale.get("values"), dict) and "cur_scale" in scale["values"]):
-            raise DamagedCheckpointError(f"{self.path / INDEX_NAME}: loss_scale is {str(scale)[:80]}")
-        return RunState(
-            run.precision,
-            run.global_steps,
-            run.global_samples,
-            run.skipped_steps,
-            None if run.lr_scheduler is None else self._decoded(run.lr_scheduler, "lr_scheduler"),
-            None if scale is None else LossScale(bool(scale.get("dynamic")), scale["values"]),
-            run.ds_version,
-        )
+        values = {field.name: getattr(run, field.name) for field in fields(RunState)}
+        if run.lr_scheduler is not None:
+            values["lr_scheduler"] = self._decoded(run.lr_scheduler, "lr_scheduler")
+        if run.loss_scale is not None:
+            scale = self._decoded(run.loss_scale, "loss_scale", sound=_is_loss_scale)
+            values["loss_scale"] = LossScale(bool(scale.get("dynamic")), scale["values"])
+        return RunState(**values)
 
     @cached_property
     def _client_tensors(self) -> Mapping[str, Any]:

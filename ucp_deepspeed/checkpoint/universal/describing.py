@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -51,9 +51,8 @@ def describe(
         on_differing: the number to write where numbers differ over the partitions.
 
     Raises:
-        MismatchError: the checkpoint holds no optimizer state that could be converted.
+        MismatchError: the checkpoint holds no optimizer state; or numbers differ over the partitions, and may not become one.
         ConfigError: the client state has no such key.
-        MismatchError: numbers differ over the partitions, and may not become one.
         UnsupportedError: a value has no universal form; says where it is.
     """
     checkpoint = view.checkpoint
@@ -120,12 +119,9 @@ def _made_one(view: UniversalView, how: OnDiffering) -> tuple[dict[str, dict[str
 
 def left_out(checkpoint: Checkpoint, drop_client_state: Collection[str] = ()) -> list[str]:
     """Return what a conversion leaves out because no file holds it, or nobody can read it, each with the reason."""
-    classes = checkpoint.unreadable().items()
-    return [f"{name}: {why}" for name, why in checkpoint.unrecorded.items()] + [
-        f"client_state.{key}: it can't be read without running code of {kind}"
-        for key, kind in classes
-        if key not in drop_client_state
-    ]
+    classes = {key: kind for key, kind in checkpoint.unreadable().items() if key not in drop_client_state}
+    unread = [f"client_state.{key}: it can't be read without running code of {kind}" for key, kind in classes.items()]
+    return [f"{name}: {why}" for name, why in checkpoint.unrecorded.items()] + unread
 
 
 def client_state_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -146,16 +142,13 @@ def _without_numpy(value: Any) -> Any:
 
 
 def _run(checkpoint: Checkpoint) -> IndexRun:
-    run = checkpoint.run
-    return IndexRun(
-        precision=run.precision,
-        global_steps=run.global_steps,
-        global_samples=run.global_samples,
-        skipped_steps=run.skipped_steps,
-        lr_scheduler=None if run.lr_scheduler is None else _encoded_mapping(run.lr_scheduler, "lr_scheduler"),
-        loss_scale=None if run.loss_scale is None else _encoded_mapping(asdict(run.loss_scale), "loss_scale"),
-        ds_version=run.ds_version,
-    )
+    run = {field.name: getattr(checkpoint.run, field.name) for field in fields(checkpoint.run)}
+    scale = None if run["loss_scale"] is None else asdict(run["loss_scale"])
+    encoded = {
+        key: None if value is None else _encoded_mapping(value, key)
+        for key, value in (("lr_scheduler", run["lr_scheduler"]), ("loss_scale", scale))
+    }
+    return IndexRun(**(run | encoded))
 
 
 def _source(checkpoint: Checkpoint) -> IndexSource:
