@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import prod
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
-from ucp_deepspeed.checkpoint.regrouped import Regrouped, RegroupedCheckpoint, Run
+from ucp_deepspeed.checkpoint.derived import Regrouped, RegroupedCheckpoint, Run
 from ucp_deepspeed.errors import MismatchError, UnsupportedError
 from ucp_deepspeed.layout import Shape
 

@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
+from ucp_deepspeed.checkpoint.derived import with_copies
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of_other
-from ucp_deepspeed.checkpoint.retied import with_copies
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli.options import NO
 from ucp_deepspeed.cli.output import print_json

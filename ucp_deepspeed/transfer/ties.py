@@ -18,12 +18,14 @@ UNTIE_HINT = (
 )
 
 
-def differing_ties(checkpoint: Checkpoint, ties: Mapping[str, str], share: tuple[int, int] = (0, 1)) -> list[str]:
+def differing_ties(
+    checkpoint: Checkpoint, ties: Mapping[str, str], share: tuple[int, int] | None = (0, 1)
+) -> list[str]:
     """Return a line for each parameter that differs, bit by bit, from the one that it is to become one with.
 
     Args:
         ties: name of a parameter → name of the parameter that the model has in its place.
-        share: the part of the elements to look at, and the number of parts: ranks divide them.
+        share: the part of the elements to look at, and the number of parts: ranks divide them. None to read no tensors.
     """
     held = HeldValues(checkpoint)
     try:
@@ -39,13 +41,15 @@ def differing_ties(checkpoint: Checkpoint, ties: Mapping[str, str], share: tuple
         held.reader.close()
 
 
-def _differences(held: HeldValues, name: str, owner: str, share: tuple[int, int]) -> Iterator[str]:
+def _differences(held: HeldValues, name: str, owner: str, share: tuple[int, int] | None) -> Iterator[str]:
     one, other = held.checkpoint.parameters[name], held.checkpoint.parameters[owner]
     for what in ("kind", "local_shapes", "scalars", "states"):
         mine, theirs = getattr(one, what), getattr(other, what)
         if (mine, theirs) != (theirs, mine):
             yield f"their {what.replace('_', ' ')} are {mine} and {theirs}"
             return
+    if share is None:
+        return
     for state, dtype in one.states.items():
         step = tunables.COMPARED_NUMBYTES // ITEMSIZE[dtype]
         for rank, shape in enumerate(one.local_shapes):

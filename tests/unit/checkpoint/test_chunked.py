@@ -11,8 +11,7 @@ from chunked import ChunkedCheckpoint, Grid, write_chunks
 from click.testing import CliRunner
 
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.checkpoint.regrouped import Regrouped, RegroupedCheckpoint, Run
-from ucp_deepspeed.checkpoint.retied import RetiedCheckpoint
+from ucp_deepspeed.checkpoint.derived import Regrouped, RegroupedCheckpoint, RetiedCheckpoint, Run
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import inspect as inspect_module
 from ucp_deepspeed.cli import main

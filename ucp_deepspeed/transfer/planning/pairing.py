@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ucp_deepspeed.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint.derived import RetiedCheckpoint, copies_wanted
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of
-from ucp_deepspeed.checkpoint.retied import RetiedCheckpoint, copies_wanted
 from ucp_deepspeed.checkpoint.view import UniversalView, held_shapes, layouts_of, names_of, parameter_names
 from ucp_deepspeed.errors import ListingError
 from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
@@ -34,7 +34,7 @@ from ucp_deepspeed.transfer.planning.policies import (
 )
 
 CompareTies = Callable[[Checkpoint, Mapping[str, str]], Sequence[str]]
-"""Returns a line for each parameter that differs from the one that it is to become one with (`differing_ties`)."""
+"""Compares parameters that the model ties, under the checkpoint's names; see `differing_ties`."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Pair:
 
     Attributes:
         checkpoint: the checkpoint with the model's experts and ties.
+        joined: parameters of the checkpoint that the model ties → those that stay.
         matching: which parameters and buffers are on both sides.
         tensors: the model's.
         patterns: of all parameters on both sides.
@@ -64,6 +65,7 @@ class Pair:
     model: ModelDescription
     policies: Policies
     names: Names
+    joined: Mapping[str, str]
     matching: Matching
     tensors: Mapping[str, ModelTensor]
     patterns: Mapping[str, AnyPattern]
@@ -98,13 +100,13 @@ def pair(
     model: ModelDescription,
     policies: Policies,
     obstacles: Obstacles,
-    compare: CompareTies = lambda *_: (),
+    compare: CompareTies,
 ) -> Pair:
     """Pair a checkpoint with a model.
 
     Args:
         obstacles: takes what stands against the load.
-        compare: compares the values of parameters that the model ties; by default they count as equal.
+        compare: tells which of the parameters that the model ties differ.
 
     Raises:
         SpecError: a spec gives a parameter two names, or two parameters one; or nothing tells the layouts that another
@@ -112,7 +114,7 @@ def pair(
         MismatchError, UnsupportedError: the experts don't fit, or layouts contradict shapes, records or the model. If there are
             other obstacles, it lists these.
     """
-    checkpoint = in_ties_of(in_form_of(checkpoint, model.local_shapes), model, compare, obstacles)
+    checkpoint, joined = in_ties_of(in_form_of(checkpoint, model.local_shapes), model, compare, obstacles)
     names = match_names(checkpoint, model)
     source = {names.source[name]: parameter for name, parameter in checkpoint.parameters.items()}
     tensors = {names.target[name]: tensor for name, tensor in model.tensors.items()}
@@ -133,7 +135,7 @@ def pair(
     except ListingError:
         obstacles.check(checkpoint.path)
         raise
-    return Pair(checkpoint, model, policies, names, matching, tensors, patterns, size, view, layouts, obstacles)
+    return Pair(checkpoint, model, policies, names, joined, matching, tensors, patterns, size, view, layouts, obstacles)
 
 
 def _match(
@@ -192,14 +194,15 @@ def _translated(checkpoint: Checkpoint, model: ModelDescription) -> tuple[dict[s
 
 def in_ties_of(
     checkpoint: Checkpoint, model: ModelDescription, compare: CompareTies, obstacles: Obstacles
-) -> Checkpoint:
-    """Return the checkpoint with copies of tied parameters that the model keeps apart, and one of each that the model ties.
+) -> tuple[Checkpoint, dict[str, str]]:
+    """Return the checkpoint with copies of tied parameters that the model keeps apart, and one of each that the model ties; and
+    what that leaves out → what stays in its place.
 
     Raises:
         SpecError: see `match_names`.
     """
     if not checkpoint.tied and not model.tied:
-        return checkpoint
+        return checkpoint, {}
     source, target = _translated(checkpoint, model)
     wanted = set(target.values())
     copies = copies_wanted(checkpoint, {name for name, logical in source.items() if logical in wanted})
@@ -209,9 +212,9 @@ def in_ties_of(
         for alias, owner in model.tied.items()
         if alias in held and alias not in wanted and target[owner] in held
     }
-    for problem in compare(checkpoint, joined):
+    for problem in compare(checkpoint, joined) if joined else ():
         obstacles.add(*problem.split(": ", 1))
-    return RetiedCheckpoint(checkpoint, copies, joined) if copies or joined else checkpoint
+    return (RetiedCheckpoint(checkpoint, copies, joined) if copies or joined else checkpoint), joined
 
 
 def _patterns(

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from types import MappingProxyType
-from typing import Literal
+from typing import Any
 
-from ucp_deepspeed.checkpoint.checkpoint import WEIGHT, HeldShapes, Kind, Precision
+from ucp_deepspeed.checkpoint.checkpoint import WEIGHT, HeldShapes
 from ucp_deepspeed.checkpoint.deepspeed.autoep import is_stacked
 from ucp_deepspeed.checkpoint.experts import holder_of, numbers_of_experts
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -61,20 +61,23 @@ def target_ranks(
         by_holder.setdefault(holder_of(name, numbers, topology.ep), []).append(name)
     common = [name for name in by_holder.get(None, ()) if name not in stacked]
     for rank in sorted({rank for rank, _ in wanted}):
-        shared = _buffers(view, topology, _numels(local_shapes, common, rank))
+        shared = _held(view, topology, _numels(local_shapes, common, rank))
         parts = {name: numel // topology.ep for name, numel in _numels(local_shapes, list(stacked), rank).items()}
-        experts: dict[int, tuple[_Buffers, _Buffers]] = {}
+        experts: dict[int, list[TargetSlot]] = {}
         for part in sorted(part for held, part in wanted if held == rank):
             position, ep_rank = divmod(part, topology.ep)
             if ep_rank not in experts:
                 numels = _numels(local_shapes, by_holder.get(ep_rank, ()), rank) | parts
-                experts[ep_rank] = _buffers(view, spread, numels)
-            starts = {name: ep_rank * numel for name, numel in parts.items()}
+                starts = {name: ep_rank * numel for name, numel in parts.items()}
+                experts[ep_rank] = _held(view, spread, numels, starts)
             replicas = Replicas(topology.dp, part, experts=False), Replicas(spread.dp, position, experts=True)
-            common_held = _held(view, shared, replicas[0])
-            experts_held = _held(view, experts[ep_rank], replicas[1], starts)
-            slots, weights = (a + b for a, b in zip(common_held, experts_held, strict=True))
-            yield TargetRank(rank, part, slots, weights, {each: (each.count, each.number) for each in replicas})
+            slots = [
+                _on(slot, each, view)
+                for each, held in zip(replicas, (shared, experts[ep_rank]), strict=True)
+                for slot in held
+            ]
+            trained, weights = (tuple(slot for slot in slots if (slot.group < 0) == left) for left in (False, True))
+            yield TargetRank(rank, part, trained, weights, {each: (each.count, each.number) for each in replicas})
 
 
 def stacked_experts(view: UniversalView) -> dict[str, int]:
@@ -88,92 +91,43 @@ def _numels(local_shapes: Mapping[str, HeldShapes], names: Sequence[str], rank: 
     return {name: prod(shape) for name in names if (shape := local_shapes[name][rank]) is not None}
 
 
-_Buffers = list[tuple[tuple[str, ...], Flattening]]
-
-
-def _buffers(view: UniversalView, topology: Topology, numels: Mapping[str, int]) -> tuple[_Buffers, _Buffers]:
-    """Return the buffers that ranks with these parameters partition among them: the optimizer's slots, and frozen parameters and
-    buffers."""
-    trained = _cutting(topology, "trainable", view.checkpoint.run.precision)
-    slots = [
-        (names, trained.flattening(numels, names))
-        for group in slot_names(view, topology)
-        if (names := tuple(name for name in group if name in numels))
-    ]
-    weights: _Buffers = [
-        ((name,), _cutting(topology, parameter.kind).flattening(numels, (name,)))
-        for name, parameter in view.parameters.items()
-        if parameter.kind != "trainable" and name in numels
-    ]
-    return slots, weights
-
-
-@dataclass(frozen=True, slots=True)
-class _Cutting:
-    """The way in which data-parallel ranks share a buffer: not at all, each tensor on its own, or all end to end."""
-
-    how: Literal["whole", "sliced", "flat"]
-    partitions: int = 1
-
-    def flattening(self, numels: Mapping[str, int], names: Sequence[str]) -> Flattening:
-        sizes = tuple(numels[name] for name in names)
-        if self.how == "sliced":
-            return SlicedGroup(sizes, self.partitions)
-        return FlatGroup(sizes, self.partitions, alignment=2 if self.how == "flat" else 1)
-
-
-def _cutting(topology: Topology, kind: Kind, precision: Precision = "fp32") -> _Cutting:
-    if topology.zero_stage == 3 and kind != "buffer":
-        return _Cutting("sliced", topology.dp)
-    if kind == "trainable" and (topology.zero_stage > 0 or _takes_bf16_optimizer(topology, precision)):
-        return _Cutting("flat", topology.dp)
-    return _Cutting("whole")
-
-
-def _takes_bf16_optimizer(topology: Topology, precision: Precision) -> bool:
-    """Return whether it is a bf16 pipeline without ZeRO: it partitions its states all the same
-    (``engine.py::_do_optimizer_sanity_check``)."""
-    return topology.zero_stage == 0 and topology.pp > 1 and precision == "bf16"
-
-
-def slot_names(view: UniversalView, topology: Topology) -> list[tuple[str, ...]]:
-    """Return trained parameters, by the slot that would hold them: one per group, or without ZeRO one per parameter.
-
-    Elastic files name no groups; then all parameters count as one group.
-    """
-    trained = [name for name, parameter in view.parameters.items() if parameter.kind == "trainable"]
-    if _cutting(topology, "trainable", view.checkpoint.run.precision).how == "whole":
-        return [(name,) for name in trained]
-    group_of = {name: number for number, group in enumerate(view.groups) for name in group.names}
-    groups: dict[int | None, list[str]] = {}
-    for name in trained:
-        groups.setdefault(group_of.get(name), []).append(name)
-    return [tuple(names) for names in groups.values()]
-
-
 def _held(
-    view: UniversalView,
-    buffers: tuple[_Buffers, _Buffers],
-    replicas: Replicas,
-    starts: Mapping[str, int] = MappingProxyType({}),
-) -> tuple[tuple[TargetSlot, ...], tuple[TargetSlot, ...]]:
-    """Return the slots and weights of one of the ranks that hold or partition these buffers."""
+    view: UniversalView, topology: Topology, numels: Mapping[str, int], starts: Mapping[str, int] = MappingProxyType({})
+) -> list[TargetSlot]:
+    """Return what ranks with these parameters partition among them, or hold alike: a slot for each parameter group, or without
+    ZeRO for each parameter, and one for each frozen parameter and buffer. Elastic files name no groups; then all count as one."""
+    stage, dp = topology.zero_stage, topology.dp
+    # A bf16 pipeline without ZeRO partitions its states all the same (``engine.py::_do_optimizer_sanity_check``).
+    flat = stage > 0 or (topology.pp > 1 and view.checkpoint.run.precision == "bf16")
     group_of = {name: number for number, group in enumerate(view.groups) for name in group.names}
+    joined: dict[Any, list[str]] = {}
+    for name, parameter in view.parameters.items():
+        if name in numels:
+            joined.setdefault(group_of.get(name) if flat and parameter.kind == "trainable" else (name,), []).append(
+                name
+            )
 
-    def slot(names: tuple[str, ...], cut: Flattening) -> TargetSlot:
-        parameter = view.parameters[names[0]]
+    def slot(names: Sequence[str]) -> TargetSlot:
+        parameter, sizes = view.parameters[names[0]], tuple(numels[name] for name in names)
         trained, begins = parameter.kind == "trainable", tuple(starts.get(name, 0) for name in names)
-        group = group_of.get(names[0], 0) if trained else -1
-        itemsize = ITEMSIZE["F32" if trained else parameter.states.get(WEIGHT, "F32")]
-        found = TargetSlot(names, cut, 0, group, starts=begins, itemsize=itemsize)
-        if cut.partitions > 1:
-            return replace(found, partition=replicas.number)
-        # DeepSpeed keeps no group of the ranks that hold an expert's buffer.
-        alone = replicas.count == 1 or (replicas.experts and parameter.kind == "buffer")
-        return found if alone else replace(found, replicas=replicas)
+        cut: Flattening = FlatGroup(sizes, 1, alignment=1)
+        if stage == 3 and parameter.kind != "buffer":
+            cut = SlicedGroup(sizes, dp)
+        elif trained and flat:
+            cut = FlatGroup(sizes, dp, alignment=2)
+        group, dtype = (group_of.get(names[0], 0), "F32") if trained else (-1, parameter.states.get(WEIGHT, "F32"))
+        return TargetSlot(tuple(names), cut, 0, group, starts=begins, itemsize=ITEMSIZE[dtype])
 
-    slots, weights = (tuple(slot(*entry) for entry in kind) for kind in buffers)
-    return slots, weights
+    return [slot(names) for names in joined.values()]
+
+
+def _on(slot: TargetSlot, replicas: Replicas, view: UniversalView) -> TargetSlot:
+    """Return a slot as one of the ranks has it."""
+    if slot.flattening.partitions > 1:
+        return replace(slot, partition=replicas.number)
+    # DeepSpeed keeps no group of the ranks that hold an expert's buffer.
+    alone = replicas.count == 1 or (replicas.experts and view.parameters[slot.names[0]].kind == "buffer")
+    return slot if alone else replace(slot, replicas=replicas)
 
 
 _Layer = tuple[str, int]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from math import prod
 from typing import Any
@@ -35,6 +35,7 @@ from ucp_deepspeed.transfer.planning.target import KeptStates, TargetRank, Targe
 from ucp_deepspeed.transfer.planning.target_plan import RankPlan, TargetPlan
 from ucp_deepspeed.transfer.planning.target_ranks import RankNumber, layer_of, stacked_experts, stages_of, target_ranks
 from ucp_deepspeed.transfer.stage_copies import may_differ
+from ucp_deepspeed.transfer.ties import differing_ties
 
 RESTORE_ALL = Policies()
 """Policies that allow nothing to be missing or left out."""
@@ -77,7 +78,7 @@ def plan_target(
         return TargetPlan(topology, None, reset, tuple(obstacles))
     described = describe_model(view, topology, spec, vocabulary_size, obstacles)
     try:
-        found = pair(checkpoint, described, policies, obstacles)
+        found = pair(checkpoint, described, policies, obstacles, partial(differing_ties, share=None))
     except ListingError as error:
         if spec is not None and isinstance(error, SpecError):
             raise
@@ -279,6 +280,15 @@ class _Planner:
             self.remarks.append(
                 f"several stages hold copies of {some_names(list(copies))}, which a load compares: where these differ it takes "
                 f'that of the stage that trained it, and if several did, "on_differing": "first" or "last" has to say which'
+            )
+        if joined := self.pair.joined:
+            self.remarks.append(
+                f"a load compares the values of {some_names(list(joined))}, which the model ties to others"
+            )
+        live, saved = (each.run.lr_scheduler for each in (self.view.checkpoint, self.pair.checkpoint))
+        if live and saved and live.keys() != saved.keys():
+            self.remarks.append(
+                "the model's scheduler isn't that of the checkpoint: a load tries whether it takes over the state"
             )
         if unknown := per_rank(self.view.patterns):
             self.remarks.append(
