@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -12,7 +13,7 @@ from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, Paramete
 from ucp_deepspeed.checkpoint.torch_files.reading import INTEGERS, NAMED_DTYPES
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.layout import Layout
-from ucp_deepspeed.layout.layout import Piece
+from ucp_deepspeed.layout.layout import NOTHING, Piece
 from ucp_deepspeed.plan import StridedView
 from ucp_deepspeed.transfer.copying import FileReader
 
@@ -38,43 +39,50 @@ def passing(parameters: Mapping[str, Parameter], progress: Progress) -> Iterator
         progress(done, total)
 
 
+def of_first_stage(layout: Layout, degree: int) -> Layout:
+    """Return the layout on the first pipeline stage that holds something: nothing may train the copies on later ones."""
+    first = next((rank for rank, local in enumerate(layout.locals) if local != NOTHING), 0) // degree
+    locals_ = (local if rank // degree == first else NOTHING for rank, local in enumerate(layout.locals))
+    return replace(layout, locals=tuple(locals_))
+
+
 class HeldValues:
-    """The local tensors of a checkpoint's ranks, read a few rows at a time."""
+    """The local tensors of a checkpoint's ranks, read a few rows at a time. A context manager, which closes the files."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.reader = checkpoint, FileReader(checkpoint.versions)
 
+    def __enter__(self) -> HeldValues:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.reader.close()
+
     def differing(self, parameter: Parameter, state: str, one: tuple[int, Piece], other: tuple[int, Piece]) -> int:
         """Return in how many elements, bit by bit, two ranks' copies of a logical box differ."""
-        count = 0
-        for left, right in zip(self._rows(parameter, state, *one), self._rows(parameter, state, *other), strict=True):
-            count += int((left != right).sum())
-        return count
+        return sum(int((left != right).sum()) for left, right in self._pairs(parameter, state, one, other))
 
     def distance(self, parameter: Parameter, state: str, one: tuple[int, Piece], other: tuple[int, Piece]) -> float:
         """Return the square of the distance of two ranks' copies of a logical box over the sum of their squares: 0 equal, 1
         unrelated."""
         dtype = NAMED_DTYPES[parameter.states[state]]
         apart = total = 0.0
-        for rows in zip(self._rows(parameter, state, *one), self._rows(parameter, state, *other), strict=True):
+        for rows in self._pairs(parameter, state, one, other):
             left, right = (side.contiguous().view(dtype).double() for side in rows)
             apart += float((left - right).square().sum())
             total += float(left.square().sum() + right.square().sum())
         return apart / total if total else 0.0
 
-    def equal(self, parameter: Parameter, state: str, layout: Layout) -> bool:
-        """Return whether the local tensors of all ranks that hold something are equal, bit by bit."""
-        first, *others = [(rank, local.pieces) for rank, local in enumerate(layout.locals) if local.pieces]
-        for rank, pieces in others:
-            for piece, mine in zip(pieces, first[1], strict=True):
-                rows = zip(
-                    self._rows(parameter, state, rank, piece),
-                    self._rows(parameter, state, first[0], mine),
-                    strict=True,
-                )
-                if not all(torch.equal(left, right) for left, right in rows):
-                    return False
-        return True
+    def equal(self, parameter: Parameter, layout: Layout, states: Iterable[str] | None = None) -> bool:
+        """Return whether the local tensors of all ranks that hold one are equal, bit by bit, in some states or in all."""
+        (first, mine), *others = [(rank, local.pieces) for rank, local in enumerate(layout.locals) if local.pieces]
+        return all(
+            torch.equal(left, right)
+            for state in states or parameter.states
+            for rank, pieces in others
+            for own, piece in zip(mine, pieces, strict=True)
+            for left, right in self._pairs(parameter, state, (first, own), (rank, piece))
+        )
 
     def constant(self, parameter: Parameter, state: str, layout: Layout) -> bool:
         """Return whether the first rank that holds something holds one repeated number."""
@@ -86,6 +94,11 @@ class HeldValues:
             for bits in (int(rows.min()), int(rows.max()))
         }
         return len(seen) == 1
+
+    def _pairs(
+        self, parameter: Parameter, state: str, one: tuple[int, Piece], other: tuple[int, Piece]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return zip(self._rows(parameter, state, *one), self._rows(parameter, state, *other), strict=True)
 
     def _rows(self, parameter: Parameter, state: str, rank: int, piece: Piece) -> Iterator[torch.Tensor]:
         """Yield the bits of a piece of a rank's local tensor, as integers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
-from ucp_deepspeed.checkpoint.view import held_shapes, parameter_names
+from ucp_deepspeed.checkpoint.view import held_shapes, layouts_of, parameter_names
 from ucp_deepspeed.errors import MismatchError, SpecError
 from ucp_deepspeed.language.inference import (
     Guess,
@@ -16,8 +16,8 @@ from ucp_deepspeed.language.inference import (
 )
 from ucp_deepspeed.layout import Partial, Replicate, Scale, Shape, Shard
 from ucp_deepspeed.layout.pattern import Pattern
-from ucp_deepspeed.transfer.evidence.checks import Joined, check_single_rank, copies_agree, joins_to, whole_shape
-from ucp_deepspeed.transfer.evidence.held_values import Progress, no_progress, passing
+from ucp_deepspeed.transfer.evidence.held_values import HeldValues, Progress, no_progress, of_first_stage, passing
+from ucp_deepspeed.transfer.evidence.single_rank import Joined, SingleRank
 
 SCALE_COMMENT = "each rank holds the value divided by their number; give powers for the optimizer's states, too"
 PARTIAL_COMMENT = "all ranks hold the whole shape with different values: partial, if each rank updates its own"
@@ -50,13 +50,13 @@ def infer_by_comparison(
     """
     if checkpoint.topology.tp == 1:
         raise MismatchError(f"{checkpoint.path} is of one tensor-parallel rank: nothing is cut there")
-    check_single_rank(whole)
+    beside = SingleRank(checkpoint, whole)
     names = parameter_names(checkpoint)
     missing = [name for name in names if name not in whole.parameters]
     if missing:
         raise MismatchError(f"{whole.path} isn't of the same model: these parameters are missing there", missing)
     held = {name: checkpoint.parameters[name] for name in names}
-    found = {name: _of_parameter(checkpoint, whole, name) for name in passing(held, progress)}
+    found = {name: _of_parameter(beside, name) for name in passing(held, progress)}
     same_state = any(
         each is not None and each.same and each.told for _, by_pattern in found.values() for each in by_pattern.values()
     )
@@ -70,15 +70,15 @@ ByPattern = Mapping[Pattern, Joined | None]
 """Patterns that the shapes allow, each with the comparison when joined by it; the guess from shapes is first."""
 
 
-def _of_parameter(checkpoint: Checkpoint, whole: Checkpoint, name: str) -> tuple[Guess, ByPattern]:
+def _of_parameter(beside: SingleRank, name: str) -> tuple[Guess, ByPattern]:
     """Return the guess from shapes, and the candidates."""
-    local_shapes = held_shapes(checkpoint, {name: name})[name]
-    logical_shape = whole_shape(whole.parameters[name])
+    local_shapes, logical_shape = held_shapes(beside.checkpoint, {name: name})[name], beside.shape(name)
+    assert logical_shape is not None
     guess = guess_from_shapes(local_shapes, logical_shape)
-    sizes = checkpoint.vocabulary_size, whole.vocabulary_size
+    sizes = beside.checkpoint.vocabulary_size, beside.whole.vocabulary_size
     size = next((each for each in sizes if each is not None), None)
     candidates = _candidates(guess.pattern, local_shapes, logical_shape)
-    return guess, {pattern: joins_to(checkpoint, whole, name, pattern, size) for pattern in candidates}
+    return guess, {pattern: beside.joins_to(name, pattern, size) for pattern in candidates}
 
 
 def _candidates(guess: Pattern | None, local_shapes: Sequence[Shape], logical_shape: Shape) -> tuple[Pattern, ...]:
@@ -96,7 +96,7 @@ def _decided(checkpoint: Checkpoint, name: str, guess: Guess, by_pattern: ByPatt
     """Return the guess from shapes, corrected by values."""
     agreeing = [pattern for pattern, joined in by_pattern.items() if joined is not None and joined.same]
     if isinstance(guess.pattern, Replicate):
-        if not copies_agree(checkpoint, name):
+        if not _copies_agree(checkpoint, name):
             return Guess(Partial(), (PARTIAL_COMMENT,))
         if same_state and agreeing[:1] == [Replicate(scale=Scale())]:
             return Guess(agreeing[0], (SCALE_COMMENT,))
@@ -111,6 +111,14 @@ def _decided(checkpoint: Checkpoint, name: str, guess: Guess, by_pattern: ByPatt
         return guess
     shards = [pattern for pattern in by_pattern if isinstance(pattern, Shard) and pattern != guess.pattern]
     return Guess(guess.pattern, (fused_comment(shards),))
+
+
+def _copies_agree(checkpoint: Checkpoint, name: str) -> bool:
+    """Return whether all tensor-parallel ranks hold the same values of a parameter in every state."""
+    parameter, degree = checkpoint.parameters[name], checkpoint.topology.tp
+    layout = layouts_of({name: Replicate()}, {name: parameter.local_shapes}, degree, None, "the checkpoint")[name]
+    with HeldValues(checkpoint) as ranks:
+        return ranks.equal(parameter, of_first_stage(layout, degree))
 
 
 def _disagreement(by_pattern: ByPattern) -> str:
