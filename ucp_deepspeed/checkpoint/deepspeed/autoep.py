@@ -15,6 +15,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from pydantic import PositiveInt, TypeAdapter, ValidationError
+from typing_extensions import NotRequired, TypedDict
+
 from ucp_deepspeed.errors import UnsupportedError
 from ucp_deepspeed.layout import Shape
 
@@ -113,6 +116,24 @@ class AutoEpLayers:
         return found
 
 
+class _Rank(TypedDict):
+    experts: list[int] | tuple[int, ...]
+
+
+class _Placement(TypedDict):
+    ranks: NotRequired[list[_Rank]]
+
+
+class _Layer(TypedDict):
+    module_path: str
+    num_experts: PositiveInt
+    ep_size: PositiveInt
+    expert_placement: NotRequired[_Placement | None]
+
+
+_LAYERS: TypeAdapter[Any] = TypeAdapter(list[_Layer] | tuple[_Layer, ...])
+
+
 def read_autoep_layers(recorded: Any, place: Path) -> AutoEpLayers:
     """Read the layers from ``ds_autoep_layers`` of a model_states file.
 
@@ -120,10 +141,14 @@ def read_autoep_layers(recorded: Any, place: Path) -> AutoEpLayers:
         UnsupportedError: experts aren't dealt out consecutively and evenly, or the record has another form.
     """
     layers: dict[str, AutoEpLayer] = {}
-    for entry in recorded or ():
-        if not isinstance(entry, Mapping) or not {"module_path", "num_experts", "ep_size"} <= entry.keys():
-            raise UnsupportedError(f"{place} records its layers of DeepSpeed's AutoEP in a form that isn't known")
-        layer = AutoEpLayer(entry["module_path"], int(entry["num_experts"]), int(entry["ep_size"]))
+    try:
+        entries = _LAYERS.validate_python(recorded or (), strict=True)
+    except ValidationError as error:
+        raise UnsupportedError(
+            f"{place} records its layers of DeepSpeed's AutoEP in a form that isn't known"
+        ) from error
+    for entry in entries:
+        layer = AutoEpLayer(entry["module_path"], entry["num_experts"], entry["ep_size"])
         usual = [list(range(first, first + layer.local)) for first in range(0, layer.experts, max(layer.local, 1))]
         dealt = [list(rank["experts"]) for rank in (entry.get("expert_placement") or {}).get("ranks", ())]
         if layer.experts % layer.ep or (dealt and dealt != usual):

@@ -19,13 +19,13 @@ from ucp_deepspeed.checkpoint.checkpoint import (
     ParameterGroup,
 )
 from ucp_deepspeed.checkpoint.deepspeed.autotp import read_autotp_layouts
+from ucp_deepspeed.checkpoint.deepspeed.contents import item_of, value_of
 from ucp_deepspeed.checkpoint.deepspeed.experts import expert_parallel_size, shares_of_group, stage0_expert_slots
 from ucp_deepspeed.checkpoint.deepspeed.files import VALUES_KEY, DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, STALE_MANIFEST
 from ucp_deepspeed.checkpoint.deepspeed.megatron_deepspeed import MegatronDeepSpeedInfo
 from ucp_deepspeed.checkpoint.deepspeed.pipeline import PipelineLayers
 from ucp_deepspeed.checkpoint.deepspeed.run import (
-    check_numbers,
     hyperparameters,
     join_groups,
     number_groups,
@@ -46,7 +46,6 @@ from ucp_deepspeed.checkpoint.deepspeed.zero import (
     described_numels,
     frozen_slice_slots,
     mapped_numels,
-    recognise,
     zero_slots,
 )
 from ucp_deepspeed.checkpoint.deferred import Deferred
@@ -82,17 +81,16 @@ class DeepSpeedCheckpoint(Checkpoint):
         self.path, self._copies = path, copies
         self.files = files or DeepSpeedFiles(path)
         self.manifest, self.versions = self.files.manifest, self.files.versions
-        self._slots = lru_cache(maxsize=None)(self._read_sound_slots)
+        self._slots = lru_cache(maxsize=None)(self._read_slots)
         self._stage0_slots = lru_cache(maxsize=None)(self._read_stage0_slots)
         self._where = lru_cache(maxsize=None)(self._read_where)
         self._settings = lru_cache(maxsize=None)(partial(hyperparameters, self.files))
-        with self.files.sound():
-            self.topology = self._read_topology()
-            self.form = f"deepspeed {self.optimizer_form}"
-            self.run = read_run(self.files)
-            saved, place = self.files.model_states(0), self.files.model_states_path(0, 0)
-            self._cut = read_autotp_layouts(saved.get("universal_checkpoint_info"), self.topology.tp, place)
-            self._info = MegatronDeepSpeedInfo.read(saved, str(place))
+        self.topology = self._read_topology()
+        self.form = f"deepspeed {self.optimizer_form}"
+        self.run = read_run(self.files)
+        saved, place = self.files.model_states(0), self.files.model_states_path(0, 0)
+        self._cut = read_autotp_layouts(saved.get("universal_checkpoint_info"), self.topology.tp, place)
+        self._info = MegatronDeepSpeedInfo.read(saved, str(place))
         self.same_numbers = bool(self.manifest and self.manifest.same_numbers)
         self._numbers = DifferingNumbers(self.topology.tp, self.same_numbers)
         self.refused = self._cut.refused
@@ -110,8 +108,7 @@ class DeepSpeedCheckpoint(Checkpoint):
             first, last = max(local_start, held.start), min(local_stop, held.stop)
             flattening = held.slot.flattening_of(state)
             for part in flattening.slices(held.index, first - held.start, last - held.start) if first < last else ():
-                with self.files.sound():
-                    extent = held.slot.extent(part.partition, state)
+                extent = held.slot.extent(part.partition, state)
                 yield Fragment(held.start + part.local_start, part.numel, extent, part.buffer_start)
 
     def client_state(self, rank: int = 0, partition: int = 0) -> tuple[str, dict[str, Any]]:
@@ -139,9 +136,9 @@ class DeepSpeedCheckpoint(Checkpoint):
     def optimizer_form(self) -> str:
         """Class of optimizer that wrote the state: ``plain``, ``fp16-fused``, …, ``zero-3``, or ``none``."""
         if self.files.partitioned or self.files.sliced:
-            return recognise(*self.files.optimizer_state(0, 0)).name
-        optimizer = self.files.model_states(0)["optimizer"]
-        return stage0_form(optimizer, self.files.model_states_path(0, 0)) if optimizer else "none"
+            return self.files.optimizer_state(0, 0).form.name
+        optimizer, path = self.files.whole_optimizer(0)
+        return stage0_form(optimizer, path) if optimizer else "none"
 
     @cached_property
     def patterns(self) -> Mapping[str, Pattern]:  # type: ignore[override]
@@ -160,14 +157,12 @@ class DeepSpeedCheckpoint(Checkpoint):
     @cached_property
     def parameters(self) -> Mapping[str, Parameter]:  # type: ignore[override]
         """See `Checkpoint`."""
-        with self.files.sound():
-            return self._read_parameters()
+        return self._read_parameters()
 
     @cached_property
     def groups(self) -> tuple[ParameterGroup, ...]:  # type: ignore[override]
         """See `Checkpoint`."""
-        with self.files.sound():
-            return self._read_groups()
+        return self._read_groups()
 
     def trained_slots(self, rank: int) -> list[Slot]:
         """Return a model-parallel rank's slots with an optimizer state, in the order of the file."""
@@ -176,10 +171,6 @@ class DeepSpeedCheckpoint(Checkpoint):
     def local_shapes(self, rank: int) -> dict[str, Shape]:
         """Return the shape of each parameter and buffer on a model-parallel rank."""
         return {name: shape for slot in self._slots(rank) for name, shape in zip(slot.names, slot.shapes, strict=True)}
-
-    def _read_sound_slots(self, rank: int) -> list[Slot]:
-        with self.files.sound():
-            return self._read_slots(rank)
 
     def _read_where(self, rank: int) -> dict[str, list[HeldPart]]:
         """Find the parts of each parameter and buffer of a model-parallel rank: one slot each; AutoEP's experts have several.
@@ -215,12 +206,17 @@ class DeepSpeedCheckpoint(Checkpoint):
     def _read_topology(self) -> Topology:
         saved = self.files.model_states(0)
         model_parallel, dp, pp = saved["mp_world_size"], saved["dp_world_size"], self.files.pipeline_stages
-        check_numbers(saved, pp, self.files.model_states_path(0, 0))
+        told = None if self.manifest is None else self.manifest.topology
+        if told is not None and (told.tp, told.pp) != (model_parallel // pp, pp):
+            raise DamagedCheckpointError(
+                f"{self.path} was saved on TP{model_parallel // pp}·PP{pp}; {MANIFEST_NAME} says TP{told.tp}·PP{told.pp}"
+                f"{STALE_MANIFEST}"
+            )
         stage = 0
         if self.files.sliced:
             stage = 3
         elif self.files.param_shapes(0) is not None and self.files.partitioned:
-            stage = int(self.files.optimizer_state(0, 0)[0].get("zero_stage", 1))
+            stage = int(self.files.optimizer_state(0, 0).saved.get("zero_stage", 1))
         topology = Topology(model_parallel // pp, pp, dp, stage)
         self.files.check_complete(topology)
         return replace(topology, ep=expert_parallel_size(self.files, topology))
@@ -257,7 +253,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         if self.files.partitioned:
             module = self._module(rank)
             shapes = [
-                {name: tuple(module[name][0].shape) for name in group}
+                {name: tuple(value_of(module, name, "the weight of", self.path)[0].shape) for name in group}
                 for group in mapped_numels(self.topology.dp, open_partition)
             ]
             return with_all_states(zero_slots(shapes, self.topology.dp, open_partition), self.files, rank)
@@ -301,21 +297,19 @@ class DeepSpeedCheckpoint(Checkpoint):
     @cached_property
     def lacking(self) -> MismatchError | None:  # type: ignore[override]
         """See `Checkpoint`."""
-        with self.files.sound():
-            if self.files.partitioned:
-                return None
-            if self.files.param_shapes(0) is not None:
-                return without_optimizer(self.files)
-            found = (self._stage0_slots(rank)[1] for rank in range(self.topology.model_parallel))
-            return next((error for error in found if error is not None), None)
+        if self.files.partitioned:
+            return None
+        if self.files.param_shapes(0) is not None:
+            return without_optimizer(self.files)
+        found = (self._stage0_slots(rank)[1] for rank in range(self.topology.model_parallel))
+        return next((error for error in found if error is not None), None)
 
     @cached_property
     def unrecorded(self) -> Mapping[str, str]:  # type: ignore[override]
         """See `Checkpoint`."""
         if not self.files.sliced or self.files.autoep:
             return {}
-        with self.files.sound():
-            return unrecorded_weights(self._module(0), {*self._where(0), *self._aliases}, self.run.ds_version)
+        return unrecorded_weights(self._module(0), {*self._where(0), *self._aliases}, self.run.ds_version)
 
     def _module(self, rank: int) -> Mapping[str, Located]:
         """Return the weights and buffers in a model-parallel rank's files; in a pipeline those of all stages.
@@ -328,7 +322,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         weights = self._layers.on(rank % self.topology.tp) if pipeline else tensors_in(saved["module"], path)
         found = {**weights, **tensors_in(saved.get(VALUES_KEY) or {}, path)}
         for expert in () if pipeline else self.files.expert_files(rank):
-            found |= tensors_in(self.files.open(expert), expert)
+            found |= tensors_in(self.files.weights(expert), expert)
         return found
 
     def _extra_states(self, rank: int) -> dict[str, Any]:
@@ -371,8 +365,7 @@ class DeepSpeedCheckpoint(Checkpoint):
     @property
     def tied(self) -> Mapping[str, str]:  # type: ignore[override]
         """See `Checkpoint`."""
-        with self.files.sound():
-            return {str(alias): str(name) for alias, name in self._aliases.items()}
+        return {str(alias): str(name) for alias, name in self._aliases.items()}
 
     @cached_property
     def _aliases(self) -> Mapping[str, str]:
@@ -419,8 +412,7 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def parameter_on(self, name: str, stage: int) -> Parameter:
         """Return the copy of a parameter that a pipeline stage holds, according to that stage's files."""
-        with self.files.sound():
-            return self._parameter(name, stage * self.topology.tp, self.parameters[name].local_shapes)
+        return self._parameter(name, stage * self.topology.tp, self.parameters[name].local_shapes)
 
     def _parameter(self, name: str, owner: int, shapes: HeldShapes) -> Parameter:
         """Describe a parameter by the files of a model-parallel rank. For a recorded stage they are read on demand."""
@@ -443,13 +435,11 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def _differing(self, name: str, owner: int) -> Differing:
         """See `Parameter.differing`; ``owner`` is the first rank of its stage."""
-        with self.files.sound():
-            return self._numbers.scalars(owner, lambda rank: [held.slot for held in self._where(rank)[name]])
+        return self._numbers.scalars(owner, lambda rank: [held.slot for held in self._where(rank)[name]])
 
     def _differing_settings(self, first: int, group: int) -> Differing:
         """See `ParameterGroup.differing`. ``group`` is the number in the stage whose first rank is ``first``."""
-        with self.files.sound():
-            return self._numbers.settings(first, lambda rank: [s for s in self._slots(rank) if s.group == group])
+        return self._numbers.settings(first, lambda rank: [s for s in self._slots(rank) if s.group == group])
 
     def _refused(self, name: str, owner: int) -> Mapping[str, str]:
         """Return states that can't be read, with the reason. States in which a parameter's parts differ are among them."""
@@ -497,5 +487,4 @@ class DeepSpeedCheckpoint(Checkpoint):
         return named
 
     def _settings_of(self, rank: int, group: int) -> Mapping[str, Any]:
-        with self.files.sound():
-            return self._settings(rank)[group]
+        return item_of(self._settings(rank), group, "parameter groups", self.path)

@@ -15,7 +15,7 @@ from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Kind
 from ucp_deepspeed.checkpoint.deepspeed.autoep import AutoEpLayer
 from ucp_deepspeed.checkpoint.deepspeed.files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed.stage0 import Groups, stage0_slots
-from ucp_deepspeed.checkpoint.deepspeed.zero import NamedShapes, Share, partition_count
+from ucp_deepspeed.checkpoint.deepspeed.zero import NamedShapes, Share
 from ucp_deepspeed.checkpoint.experts import (
     ExpertRanks,
     expert_of,
@@ -61,9 +61,9 @@ def _data_first(files: DeepSpeedFiles) -> bool:
 def _expert_ranks(
     files: DeepSpeedFiles, topology: Topology, rank: int, index: int, names: tuple[str, ...]
 ) -> ExpertRanks:
-    state, path = files.optimizer_state(rank, 0)
-    cut = partition_count(state, index, topology.dp)
-    return recognise_experts(names, files.expert_totals, cut, topology.dp, topology.tp, _data_first(files), path)
+    file = files.optimizer_state(rank, 0)
+    cut = file.partition_count(index, topology.dp)
+    return recognise_experts(names, files.expert_totals, cut, topology.dp, topology.tp, _data_first(files), file.path)
 
 
 def shares_of_group(
@@ -107,13 +107,14 @@ def _check_groups(files: DeepSpeedFiles, ranks: ExpertRanks, rank: int, index: i
     """Calculate the ranks that share a sub-group, and compare them with ZeRO-3's record, if there is one.
 
     Tensor-parallel ranks are neighbours (``module_inject/auto_ep_folding.py``)."""
-    state, path = files.optimizer_state(rank, 0)
-    listed = state.get("ds_zero_partition_groups")
+    file = files.optimizer_state(rank, 0)
+    sharing = file.sharing(index) or {}
+    listed = sharing.get("partition_ranks")
     holders = [ranks.holder(rank % ranks.ep, partition, rank) for partition in range(ranks.partitions)]
     expected = [part * ranks.tp + held for held, part in holders]
-    if listed and list(listed[index]["partition_ranks"]) != expected:
+    if listed is not None and list(listed) != expected:
         raise UnsupportedError(
-            f"{path}: ranks {listed[index]['partition_ranks']} share the experts of sub-group {index}, where a release that "
+            f"{file.path}: ranks {listed} share the experts of sub-group {index}, where a release that "
             f"this one knows would have taken {expected}"
         )
 
@@ -146,8 +147,8 @@ def stage0_expert_slots(
     experts: list[Slot] = []
     numbers: defaultdict[tuple[str, ...], dict[str, NumbersReader]] = defaultdict(dict)
     for ep_rank in range(topology.ep):
-        path, place = files.expert_optimizer_path(rank, ep_rank), place_of("expert-parallel rank", ep_rank)
-        for slot in slots_in(files.open(path)["optimizer"], path, ep_rank):
+        (saved, path), place = files.expert_optimizer(rank, ep_rank), place_of("expert-parallel rank", ep_rank)
+        for slot in slots_in(saved, path, ep_rank):
             held = {place: slot.numbers[place_of("partition", 0)]} if slot.numbers else {}
             if _of_experts(files, slot):
                 own = replace(slot, numbers=held)
@@ -155,7 +156,7 @@ def stage0_expert_slots(
             elif optimizer_file(path.name) == (ep_rank, rank):
                 numbers[slot.names] |= held
     optimizer, home = files.whole_optimizer(rank)
-    others = [slot for slot in slots_in(optimizer or {}, home, 0) if not _of_experts(files, slot)]
+    others = [slot for slot in slots_in(optimizer, home, 0) if not _of_experts(files, slot)]
     return [replace(slot, numbers=numbers[slot.names] or slot.numbers) for slot in others] + experts
 
 
@@ -203,7 +204,7 @@ def _with_parts(files: DeepSpeedFiles, slot: Slot, ep_rank: int, single: Mapping
 
 def _lies_apart(slot: Slot, files: DeepSpeedFiles) -> bool:
     """Return whether a plain torch optimizer wrote it. Its masters are the weights: each expert's is in a file of its own."""
-    return slot.kind == "frozen" or "state" in (files.model_states(0)["optimizer"] or {})
+    return slot.kind == "frozen" or "state" in files.whole_optimizer(0)[0]
 
 
 def _apart(slot: Slot, layer: AutoEpLayer, ep_rank: int, single: Mapping[str, Located]) -> Slot:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
@@ -17,6 +16,15 @@ from typing import Any
 
 from ucp_deepspeed.checkpoint.checkpoint import Precision
 from ucp_deepspeed.checkpoint.deepspeed.autoep import AutoEpLayers, read_autoep_layers
+from ucp_deepspeed.checkpoint.deepspeed.contents import (
+    EARLY_OPTIMIZER,
+    MODEL_STATES,
+    WHOLE_OPTIMIZER,
+    check_degree,
+    check_numbers,
+    check_types,
+    value_of,
+)
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest
 from ucp_deepspeed.checkpoint.deepspeed.older_experts import (
     completed,
@@ -24,7 +32,8 @@ from ucp_deepspeed.checkpoint.deepspeed.older_experts import (
     is_older,
     mapped_shapes,
 )
-from ucp_deepspeed.checkpoint.deepspeed.zero import BF16_OPTIMIZER, in_flat_groups
+from ucp_deepspeed.checkpoint.deepspeed.zero import NamedShapes, in_flat_groups
+from ucp_deepspeed.checkpoint.deepspeed.zero_files import BF16_OPTIMIZER, ZeroFile
 from ucp_deepspeed.checkpoint.experts import expert_of, optimizer_file, weight_file
 from ucp_deepspeed.checkpoint.torch_files.reading import PRECISIONS, open_torch_file
 from ucp_deepspeed.checkpoint.torch_files.unpickling import opaque_in
@@ -111,6 +120,8 @@ class DeepSpeedFiles:
         self.versions.note(path / MANIFEST_NAME)
         self.manifest: Manifest | None = read_manifest(path)
         self.open = lru_cache(maxsize=None)(self._open_checked)
+        self._whole = lru_cache(maxsize=None)(self._model_states)
+        self._zero = lru_cache(maxsize=None)(self._read_zero)
         self._completed = lru_cache(maxsize=None)(
             lambda rank: completed(self, self.open(self.model_states_path(rank, 0)), rank)
         )
@@ -161,7 +172,7 @@ class DeepSpeedFiles:
         """
         saved = self.model_states(0)
         if (recorded := saved.get("checkpoint_parallel_dimensions")) is not None:
-            return int(recorded.get("pp_degree", 1))
+            return check_degree(recorded.get("pp_degree", 1), saved["mp_world_size"], self.model_states_path(0, 0))
         if self.manifest is not None or not self.is_pipeline:
             return self.manifest.topology.pp if self.manifest is not None else 1
         degree = 1 + max((place[1] for name in self.names if (place := layer_file(name))), default=0)
@@ -186,7 +197,7 @@ class DeepSpeedFiles:
         """Return whether there are files of a ZeRO optimizer that this run may have written."""
         return self._optimizer_prefix in self._optimizer_prefixes
 
-    def param_shapes(self, rank: int) -> Sequence[Mapping[str, Sequence[int]]] | None:
+    def param_shapes(self, rank: int) -> Sequence[NamedShapes] | None:
         """Return names and shapes of each flat group on a model-parallel rank; None without ZeRO.
 
         Up to 0.5.10 DeepSpeed wrote them into the optimizer's files. With experts it wrote them nowhere before 0.19.3.
@@ -198,11 +209,12 @@ class DeepSpeedFiles:
         if "param_shapes" in saved or saved.get("optimizer") or not self.has_optimizer_files:
             return saved.get("param_shapes")
         path = self.optimizer_path(rank, 0)
+        check_types(self.open(path), EARLY_OPTIMIZER, path, "an optimizer's file")
         shapes: Any = self.open(path).get("param_shapes")
         if isinstance(shapes, Mapping):  # all groups in one mapping
-            states = [self.optimizer_state(rank, partition)[0] for partition in range(saved["dp_world_size"])]
-            return in_flat_groups(shapes, states, path)
-        found: Sequence[Mapping[str, Sequence[int]]] = mapped_shapes(self, rank) if shapes is None else shapes
+            partitions = range(saved["dp_world_size"])
+            return in_flat_groups(shapes, [self.optimizer_state(rank, partition) for partition in partitions])
+        found: Sequence[NamedShapes] = mapped_shapes(self, rank) if shapes is None else shapes
         return found
 
     @cached_property
@@ -220,7 +232,10 @@ class DeepSpeedFiles:
     def configured_stage(self) -> int | None:
         """The ZeRO stage in the run's config; None if the files don't hold the config."""
         zero = self.config.get("zero_optimization", 0)
-        return int(zero.get("stage", 0) if isinstance(zero, Mapping) else zero) if self.config else None
+        stage = zero.get("stage", 0) if isinstance(zero, Mapping) else zero
+        if not isinstance(stage, int):
+            raise DamagedCheckpointError(f"{self.model_states_path(0, 0)} holds a config of ZeRO stage {stage!r}")
+        return int(stage) if self.config else None
 
     @cached_property
     def maps_slices(self) -> bool:
@@ -255,7 +270,7 @@ class DeepSpeedFiles:
         layers = [name for name in sorted(self.names) if layer_file(name)] if module is None else []
         held: dict[str, Any] = dict(module or {})
         for name in layers:
-            held |= {f"{name}/{key}": value for key, value in self.open(self.path / name).items()}
+            held |= {f"{name}/{key}": value for key, value in self.weights(self.path / name).items()}
         trained = {name for group in saved.get("param_shapes") or () for name in group} & held.keys()
         dtypes = {getattr(held[name], "dtype", None) for name in trained or held.keys() - buffers}
         return next((precision for precision, dtype in PRECISIONS.items() if dtype in dtypes), "fp32")
@@ -320,14 +335,26 @@ class DeepSpeedFiles:
 
     def model_states(self, rank: int, partition: int = 0) -> dict[str, Any]:
         """Return the content of a model_states file; tensors are described, not read (`open_torch_file`)."""
+        return self._whole(rank, partition)
+
+    def _model_states(self, rank: int, partition: int) -> dict[str, Any]:
         path = self.model_states_path(rank, partition)
         saved = self.open(path)
+        check_types(saved, MODEL_STATES, path, "a model_states file")
         if is_older(saved):
             saved = self._completed(rank)
         if lacking := [key for key in REQUIRED_KEYS if key not in saved]:
             raise DamagedCheckpointError(f"{path} lacks {', '.join(map(repr, lacking))}")
+        check_numbers(saved, path)
         if (rank, partition) != (0, 0):
             self._check_step(saved, path)
+        return saved
+
+    def weights(self, path: Path) -> dict[str, Any]:
+        """Return the content of a file of weights alone."""
+        saved = self.open(path)
+        if strange := [key for key in saved if not isinstance(key, str)]:
+            raise DamagedCheckpointError(f"{path} holds weights under {strange[0]!r}, which is no name")
         return saved
 
     def client_state(self, rank: int, partition: int) -> dict[str, Any]:
@@ -345,6 +372,10 @@ class DeepSpeedFiles:
     def _check_step(self, saved: dict[str, Any], path: Path) -> None:
         """Check that a model_states file is of the same step as the first one. It isn't if a second save was interrupted."""
         found, expected = saved["global_steps"], self.model_states(0)["global_steps"]
+        if (saved["module"] is None) != self.is_pipeline:
+            raise DamagedCheckpointError(
+                f"{path} is of a pipeline, and {self.model_states_path(0, 0)} isn't, or the other way round"
+            )
         if found != expected:
             raise DamagedCheckpointError(
                 f"{path} is of step {found}, and {self.model_states_path(0, 0)} of step {expected}: these are files of two saves"
@@ -354,20 +385,30 @@ class DeepSpeedFiles:
         """Return the same as `model_states`, and the file's path."""
         return self.model_states(rank, partition), self.model_states_path(rank, partition)
 
-    def whole_optimizer(self, rank: int) -> tuple[dict[str, Any] | None, Path]:
-        """Return the optimizer's state on a model-parallel rank without ZeRO, and the file that holds it."""
+    def whole_optimizer(self, rank: int) -> tuple[dict[str, Any], Path]:
+        """Return the optimizer's state on a model-parallel rank without ZeRO, and its file; empty if there is none."""
         path = self.model_states_path(rank, 0)
         home = first_expert_optimizer(self, rank) if is_older(self.open(path)) else path
-        return self.model_states(rank).get("optimizer"), home
+        return self._checked_optimizer(self.model_states(rank).get("optimizer") or {}, home), home
 
-    def optimizer_state(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
-        """Return the optimizer's state in the file of one partition, and the file's path."""
-        path = self.optimizer_path(rank, partition)
+    def expert_optimizer(self, rank: int, ep_rank: int) -> tuple[dict[str, Any], Path]:
+        """Return the optimizer's state of an expert-parallel rank without ZeRO, and the file that holds it."""
+        path = self.expert_optimizer_path(rank, ep_rank)
+        return self._checked_optimizer(value_of(self.open(path), "optimizer", "the key", path), path), path
+
+    def _checked_optimizer(self, optimizer: dict[str, Any], path: Path) -> dict[str, Any]:
+        check_types(optimizer, WHOLE_OPTIMIZER, path, "the optimizer's state")
+        return optimizer
+
+    def optimizer_state(self, rank: int, partition: int) -> ZeroFile:
+        """Return the optimizer's state in the file of one partition."""
+        return self._zero(self.optimizer_path(rank, partition))
+
+    def _read_zero(self, path: Path) -> ZeroFile:
         saved = self.open(path)
         if "optimizer_state_dict" not in saved:
             raise DamagedCheckpointError(f"{path} lacks 'optimizer_state_dict'")
-        state: dict[str, Any] = saved["optimizer_state_dict"]
-        return state, path
+        return ZeroFile(saved["optimizer_state_dict"], path)
 
     def _open_checked(self, path: Path) -> dict[str, Any]:
         self.versions.note(path)
@@ -438,20 +479,6 @@ class DeepSpeedFiles:
         """Yield names in the manifest of files that the topology doesn't tell."""
         recorded = self.manifest.files if self.manifest else {}
         return (name for name in recorded if layer_file(name) or weight_file(name) or optimizer_file(name))
-
-    @contextmanager
-    def sound(self) -> Iterator[None]:
-        """Turn errors into a damaged checkpoint while whole files are read that may hold something else than DeepSpeed writes.
-
-        Raises:
-            DamagedCheckpointError: they do; the cause tells where it was found.
-        """
-        try:
-            yield
-        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
-            raise DamagedCheckpointError(
-                f"a file in {self.path} holds something else than DeepSpeed writes ({type(error).__name__}: {error})"
-            ) from error
 
 
 def is_model_states(name: str) -> bool:

@@ -12,8 +12,10 @@ from typing import Any, Protocol
 
 import torch
 
+from ucp_deepspeed.checkpoint.deepspeed.contents import item_of, value_of
 from ucp_deepspeed.checkpoint.deepspeed.manifest import Manifest
-from ucp_deepspeed.checkpoint.deepspeed.zero import NamedShapes, recognise
+from ucp_deepspeed.checkpoint.deepspeed.zero import NamedShapes
+from ucp_deepspeed.checkpoint.deepspeed.zero_files import ZeroFile
 from ucp_deepspeed.checkpoint.experts import weight_file
 from ucp_deepspeed.errors import UnsupportedError
 
@@ -44,8 +46,11 @@ class Files(Protocol):
     def model_states(self, rank: int, partition: int = 0) -> dict[str, Any]:
         """Return the content of a model_states file."""
 
-    def optimizer_state(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
-        """Return the optimizer's state in the file of one partition, and the file's path."""
+    def weights(self, path: Path) -> dict[str, Any]:
+        """Return the content of a file of weights alone."""
+
+    def optimizer_state(self, rank: int, partition: int) -> ZeroFile:
+        """Return the optimizer's state in the file of one partition."""
 
 
 def is_older(saved: Mapping[str, Any]) -> bool:
@@ -62,14 +67,16 @@ def completed(files: Files, saved: Mapping[str, Any], rank: int) -> dict[str, An
     recorded = files.manifest.parameters if files.manifest else {}
     buffers = [name for name, entry in recorded.items() if entry.kind == "buffer"]
     if not recorded:  # tensors that can't have a gradient; others count as frozen
-        tensors = ((name, value) for name, value in saved["module"].items() if isinstance(value, torch.Tensor))
+        tensors = (
+            (name, value) for name, value in (saved.get("module") or {}).items() if isinstance(value, torch.Tensor)
+        )
         buffers = [name for name, tensor in tensors if not (tensor.is_floating_point() or tensor.is_complex())]
     path = first_expert_optimizer(files, rank)
     if path.name not in files.names and any(name.startswith("expp_rank_") for name in files.names):
         raise UnsupportedError(
             f"{files.path} lacks {path.name}: which file has that rank's state can't be told; {RESAVE_HINT}"
         )
-    optimizer = files.open(path)["optimizer"] if path.name in files.names else None
+    optimizer = value_of(files.open(path), "optimizer", "the key", path) if path.name in files.names else None
     return {**saved, "buffer_names": buffers, "optimizer": optimizer}
 
 
@@ -86,30 +93,31 @@ def mapped_shapes(files: Files, rank: int) -> list[NamedShapes]:
     """
     saved = files.model_states(rank)
     opened = [files.optimizer_state(rank, partition) for partition in range(saved["dp_world_size"])]
-    path = opened[0][1]
-    if any("param_slice_mappings" not in state for state, _ in opened):
+    path, mappings = opened[0].path, [file.mappings for file in opened]
+    if any(mapping is None for mapping in mappings):
         raise UnsupportedError(
             f"{path} doesn't say which parameters it holds: DeepSpeed recorded that for mixtures of experts under ZeRO in no "
             f"way before 0.7.3, and of ZeRO-3 before 0.19.3; {RESAVE_HINT}"
         )
     zero = files.config.get("zero_optimization")
-    named = [[group.get("name") for group in recognise(*each).hyperparameters(each[0])] for each in opened]
+    named = [[group.get("name") for group in file.groups] for file in opened]
     if (isinstance(zero, Mapping) and zero.get("round_robin_gradients")) or any(names != named[0] for names in named):
         raise UnsupportedError(f"{path}: the order of the parameters in it can't be told; {RESAVE_HINT}")
     shapes = _shapes(files, saved, rank)
-    groups: list[dict[str, tuple[int, ...]]] = [{} for _ in opened[0][0]["param_slice_mappings"]]
-    for state, _ in opened:
-        for group, mapping in zip(groups, state["param_slice_mappings"], strict=True):
+    groups: list[dict[str, tuple[int, ...]]] = [{} for _ in mappings[0] or ()]
+    for file in opened:
+        for index, group in enumerate(groups):
+            mapping = item_of(file.mappings or (), index, "mappings of flat groups", file.path)
             for name, _ in sorted(mapping.items(), key=lambda entry: entry[1].start):
-                group.setdefault(name, shapes[name])
+                group.setdefault(name, value_of(shapes, name, "the weight of", files.path))
     return list(groups)
 
 
 def _shapes(files: Files, saved: Mapping[str, Any], rank: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all weights. The files number the first rank's experts as each rank numbers its own."""
-    held = dict(saved["module"])
+    held = dict(saved["module"] or {})
     for name in sorted(files.names):
         place = weight_file(name)
         if place is not None and place[2] == rank:
-            held |= files.open(files.path / name)
+            held |= files.weights(files.path / name)
     return {name: tuple(tensor.shape) for name, tensor in held.items() if isinstance(tensor, torch.Tensor)}

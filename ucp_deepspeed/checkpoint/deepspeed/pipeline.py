@@ -189,12 +189,12 @@ class PipelineLayers:
             place = layer_file(name)
             if place is not None and place[1] == tp_rank:
                 path = self._files.path / name
-                held = extra_states_in(self._files.open(path), path)
+                held = extra_states_in(self._files.weights(path), path)
                 found |= {f"{place[0]}.{key}": value for key, value in held.items()}
         return found
 
     def _tensors(self, tp_rank: int, wanted: Collection[int] | None = None) -> dict[str, Located]:
-        return read_layers(self._files.path, self._files.names, self._topology.tp, tp_rank, self._files.open, wanted)
+        return read_layers(self._files.path, self._files.names, self._topology.tp, tp_rank, self._files.weights, wanted)
 
     @cached_property
     def _needed(self) -> frozenset[int] | None:

@@ -9,35 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, Differing, LossScale, ParameterGroup, RunState
+from ucp_deepspeed.checkpoint.deepspeed.contents import value_of
 from ucp_deepspeed.checkpoint.deepspeed.files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed.stage0 import stage0_form
-from ucp_deepspeed.checkpoint.deepspeed.zero import recognise
 from ucp_deepspeed.checkpoint.deferred import Deferred
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.slots import Slot, settings_in
 from ucp_deepspeed.checkpoint.torch_files.allowed_classes import DynamicLossScaler
 from ucp_deepspeed.checkpoint.torch_files.reading import read_tensors
 from ucp_deepspeed.errors import DamagedCheckpointError
-
-
-def check_numbers(saved: Mapping[str, Any], pp: Any, path: Path) -> None:
-    """Refuse sizes and counters that no run can have.
-
-    Args:
-        saved: the content of a model_states file.
-        pp: pipeline-parallel size, from whatever file tells it.
-    """
-    sizes = {key: saved[key] for key in ("mp_world_size", "dp_world_size")} | {"pp_degree": pp}
-    counters = {key: saved[key] for key in ("global_steps", "skipped_steps")}
-    counters["global_samples"] = 0 if saved.get("global_samples") is None else saved["global_samples"]
-    for least, numbers in ((1, sizes), (0, counters)):
-        for key, number in numbers.items():
-            if type(number) is not int or number < least:
-                raise DamagedCheckpointError(f"{path} has {key} {number!r}; expected a whole number from {least} on")
-    if saved["mp_world_size"] % pp:
-        raise DamagedCheckpointError(
-            f"{path} has pp_degree {pp}, which doesn't divide mp_world_size {saved['mp_world_size']}"
-        )
 
 
 def read_run(files: DeepSpeedFiles) -> RunState:
@@ -56,12 +36,12 @@ def read_run(files: DeepSpeedFiles) -> RunState:
 
 def _read_loss_scale(files: DeepSpeedFiles) -> LossScale | None:
     if files.partitioned:
-        state, path = files.optimizer_state(0, 0)
-        scaler = state.get("loss_scaler")
+        file = files.optimizer_state(0, 0)
+        scaler = file.saved.get("loss_scaler")
         if scaler is None:
-            raise DamagedCheckpointError(f"{path} lacks 'loss_scaler', which ZeRO in fp16 has in any version")
+            raise DamagedCheckpointError(f"{file.path} lacks 'loss_scaler', which ZeRO in fp16 has in any version")
         values = {key: value for key, value in vars(scaler).items() if key not in ("dynamic", "dtype")}
-        dynamic = state.get("dynamic_loss_scale", isinstance(scaler, DynamicLossScaler))
+        dynamic = file.saved.get("dynamic_loss_scale", isinstance(scaler, DynamicLossScaler))
         return LossScale(bool(dynamic), values)
     optimizer, path = files.whole_optimizer(0)
     if not optimizer or stage0_form(optimizer, path) == "plain":
@@ -69,7 +49,7 @@ def _read_loss_scale(files: DeepSpeedFiles) -> LossScale | None:
     if "cur_scale" not in optimizer:
         raise DamagedCheckpointError(f"{path} lacks 'cur_scale', the loss scale of its optimizer in fp16")
     values = {key: optimizer[key] for key in SCALE_KEYS if key in optimizer}
-    return LossScale(bool(optimizer["dynamic_loss_scale"]), values)
+    return LossScale(bool(value_of(optimizer, "dynamic_loss_scale", "the key", path)), values)
 
 
 def hyperparameters(files: DeepSpeedFiles, rank: int) -> list[Mapping[str, Any]]:
@@ -93,11 +73,10 @@ def with_all_states(slots: list[Slot], files: DeepSpeedFiles, rank: int) -> list
 def _base_optimizer(files: DeepSpeedFiles, rank: int) -> tuple[Mapping[str, Any], Path]:
     """Return states and groups in the first file of a model-parallel rank; nothing for elastic files, which differ."""
     if files.partitioned:
-        state, path = files.optimizer_state(rank, 0)
-        base = state[recognise(state, path).optimizer]
-        return ({} if isinstance(base, list) else base), path
+        file = files.optimizer_state(rank, 0)
+        return file.base, file.path
     saved, path = files.whole_optimizer(rank)
-    return (saved.get("optimizer_state_dict", saved) if saved else {}), path
+    return saved.get("optimizer_state_dict", saved), path
 
 
 def number_groups(stages: Sequence[Sequence[Mapping[str, Any] | None]]) -> list[list[int | None]]:

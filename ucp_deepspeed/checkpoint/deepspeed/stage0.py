@@ -17,6 +17,7 @@ import torch
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, MASTER, WEIGHT, WEIGHTS_HINT, Kind
+from ucp_deepspeed.checkpoint.deepspeed.contents import state_of, value_of
 from ucp_deepspeed.checkpoint.slots import (
     Located,
     Numbers,
@@ -73,17 +74,20 @@ def stage0_slots(
         UnsupportedError: an optimizer class that isn't known.
     """
     form = stage0_form(optimizer, path)
-    base = optimizer if form == "plain" else optimizer["optimizer_state_dict"]
+    base = optimizer if form == "plain" else value_of(optimizer, "optimizer_state_dict", "the key", path)
+    states, entries = (value_of(base, key, "the optimizer's", path) for key in ("state", "param_groups"))
+    masters = optimizer.get("fp32_groups_flat" if form == "fp16-fused" else "fp32_groups", ())
+    if form != "plain" and len(masters) != len(entries):
+        raise DamagedCheckpointError(f"{path} holds masters of {len(masters)} parameter groups, of {len(entries)}")
     if groups is not None:
-        _check_groups(groups, base["param_groups"], module, form, path)
+        _check_groups(groups, entries, module, form, path)
     if form == "plain":
-        return _plain_slots(optimizer, module, groups or _plain_groups(optimizer, module, path), path, kinds)
+        groups = groups or _plain_groups(states, entries, module, path)
+        return _plain_slots(states, entries, module, groups, path, kinds)
     if form == "fp16-unfused":
-        masters = optimizer["fp32_groups"]
         groups = groups or assign_names(module, [[frozenset([tuple(m.shape)]) for m in held] for held in masters], path)
-        return _unfused_slots(masters, base, groups, path)
-    flat = optimizer["fp32_groups_flat"]
-    return _fused_slots(flat, base, module, groups or _fused_groups(flat, module, path), path)
+        return _unfused_slots(masters, states, entries, groups, path)
+    return _fused_slots(masters, states, entries, module, groups or _fused_groups(masters, module, path), path)
 
 
 def _check_groups(
@@ -103,23 +107,24 @@ def _check_groups(
 
 
 def _plain_slots(
-    optimizer: Mapping[str, Any],
+    states: Mapping[Any, Any],
+    entries: Sequence[Mapping[str, Any]],
     module: Mapping[str, Located],
     groups: Groups,
     path: Path,
     kinds: Mapping[str, Kind | None],
 ) -> list[Slot]:
     slots: list[Slot] = []
-    for group, (entry, names) in enumerate(zip(optimizer["param_groups"], groups, strict=True)):
-        settings, counted = settings_in(entry, path), _counted_by_one(entry, optimizer["state"])
+    for group, (entry, names) in enumerate(zip(entries, groups, strict=True)):
+        settings, counted = settings_in(entry, path), _counted_by_one(entry, states, path)
         for index, name in zip(entry["params"], names, strict=True):
             if name is None or name not in module:
                 continue  # only the optimizer had it, and DeepSpeed wasn't told to save it
             master, home = module[name]
-            raw = optimizer["state"].get(index, {}) if master.numel() else {}
+            raw = state_of(states, index, path) if master.numel() else {}
             raw = {**raw, **counted} if raw else raw
             found = split_states(raw, master, path)
-            trained = raw or (not optimizer["state"] and master.numel())
+            trained = raw or (not states and master.numel())
             kind: Kind = kinds.get(name) or ("trainable" if trained else "frozen")
             state = MASTER if kind == "trainable" else WEIGHT
             slots.append(
@@ -138,24 +143,33 @@ def _plain_slots(
     return slots
 
 
-def _counted_by_one(entry: Mapping[str, Any], states: Mapping[int, Mapping[str, Any]]) -> dict[str, int]:
+def _counted_by_one(entry: Mapping[str, Any], states: Mapping[Any, Any], path: Path) -> dict[str, int]:
     """Return the step of a group of DeepSpeed's ``FusedAdam``; nothing for other groups. ``FusedAdam`` counts for all parameters
     that it steps on, but only in the last of them (``ops/adam/fused_adam.py``)."""
     if not ("bias_correction" in entry and entry.get(GROUP_STEP) == 0):
         return {}
-    steps = [states[index]["step"] for index in entry["params"] if "step" in states.get(index, {})]
+    found = (state_of(states, index, path).get("step") for index in entry["params"])
+    steps = [step for step in found if step is not None]
     return {"step": max(steps)} if steps and all(type(step) is int for step in steps) else {}
 
 
 def _unfused_slots(
-    masters: Sequence[Sequence[torch.Tensor]], base: Mapping[str, Any], groups: Groups, path: Path
+    masters: Sequence[Sequence[torch.Tensor]],
+    states: Mapping[Any, Any],
+    entries: Sequence[Mapping[str, Any]],
+    groups: Groups,
+    path: Path,
 ) -> list[Slot]:
     slots: list[Slot] = []
-    for group, (entry, held, names) in enumerate(zip(base["param_groups"], masters, groups, strict=True)):
+    for group, (entry, held, names) in enumerate(zip(entries, masters, groups, strict=True)):
         settings = settings_in(entry, path)
+        if not len(held) == len(entry["params"]) == len(names):
+            raise DamagedCheckpointError(
+                f"{path} holds {len(held)} masters of group {group}, of {len(names)} parameters"
+            )
         for index, master, name in zip(entry["params"], held, names, strict=True):
             assert name is not None
-            raw = base["state"].get(index, {})
+            raw = state_of(states, index, path)
             found = split_states(raw, master, path)
             tensors = {MASTER: master} | {key: raw[key] for key in found.states}
             dtypes = {state: dtype_of(tensor, path) for state, tensor in tensors.items()}
@@ -177,22 +191,23 @@ def _unfused_slots(
 
 def _fused_slots(
     masters: Sequence[torch.Tensor],
-    base: Mapping[str, Any],
+    states: Mapping[Any, Any],
+    entries: Sequence[Mapping[str, Any]],
     module: Mapping[str, Located],
     groups: Groups,
     path: Path,
 ) -> list[Slot]:
     slots: list[Slot] = []
-    for group, (master, names) in enumerate(zip(masters, groups, strict=True)):
+    for group, (master, entry, names) in enumerate(zip(masters, entries, groups, strict=True)):
         held = tuple(name for name in names if name is not None)
         shapes = tuple(tuple(module[name][0].shape) for name in held)
-        raw = base["state"].get(group, {})
+        raw = state_of(states, group, path)
         found = split_states(raw, master, path)
         tensors = {MASTER: master} | {key: raw[key] for key in found.states}
         dtypes = {state: dtype_of(tensor, path) for state, tensor in tensors.items()}
         flattening = FlatGroup(numels_of(shapes), partitions=1, alignment=1)
         lookup = _lookup({state: (tensor, path) for state, tensor in tensors.items()})
-        settings = settings_in(base["param_groups"][group], path)
+        settings = settings_in(entry, path)
         numbers = {place_of("partition", 0): partial(Numbers, found.scalars, settings)}
         slot = Slot(held, shapes, "trainable", flattening, lookup, dtypes, found.scalars, found.refused, group)
         slots.append(replace(slot, numbers=numbers))
@@ -203,17 +218,16 @@ def _lookup(tensors: Mapping[str, Located]) -> Callable[[int, str], Located]:
     return lambda partition, state: tensors[state]
 
 
-def _plain_groups(optimizer: Mapping[str, Any], module: Mapping[str, Located], path: Path) -> Groups:
-    expected = [
-        [_state_shapes(optimizer["state"].get(index)) for index in entry["params"]]
-        for entry in optimizer["param_groups"]
-    ]
+def _plain_groups(
+    states: Mapping[Any, Any], entries: Sequence[Mapping[str, Any]], module: Mapping[str, Located], path: Path
+) -> Groups:
+    expected = [[_state_shapes(state_of(states, index, path)) for index in entry["params"]] for entry in entries]
     return assign_names(module, expected, path)
 
 
-def _state_shapes(entry: Mapping[str, Any] | None) -> frozenset[Shape]:
+def _state_shapes(entry: Mapping[str, Any]) -> frozenset[Shape]:
     """Return the shapes of a parameter's states. If any state is element-wise, one is the parameter's. Scalars tell nothing."""
-    tensors = (value for key, value in (entry or {}).items() if key != "step" and isinstance(value, torch.Tensor))
+    tensors = (value for key, value in entry.items() if key != "step" and isinstance(value, torch.Tensor))
     return frozenset(tuple(tensor.shape) for tensor in tensors if tensor.ndim)
 
 

@@ -14,7 +14,7 @@ from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.run import hyperparameters
-from ucp_deepspeed.checkpoint.deepspeed.zero import BF16_OPTIMIZER
+from ucp_deepspeed.checkpoint.deepspeed.zero_files import BF16_OPTIMIZER
 from ucp_deepspeed.checkpoint.slots import Slot
 from ucp_deepspeed.checkpoint.torch_files.unpickling import opaque_in
 from ucp_deepspeed.config import UniversalCheckpointConfig
@@ -231,7 +231,7 @@ def _same_contents(
 def _same_sizes(checkpoint: DeepSpeedCheckpoint, optimizer: EngineOptimizer, rank: int) -> bool:
     """Return whether each group of the base optimizer has as many tensors as in the files, where the groups are whole."""
     saved, _ = checkpoint.files.whole_optimizer(rank)
-    base = (saved or {}).get("optimizer_state_dict", saved) or {}
+    base = saved.get("optimizer_state_dict", saved)
     counts = [len(group["params"]) for group in base.get("param_groups", ())]
     return not counts or counts == [len(group["params"]) for group in optimizer.base.param_groups]
 

@@ -6,7 +6,9 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from native_files import NativeRun, add_manifest, write_native
 from native_models import SHAPES, model_of
 
 from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.deepspeed import catalog, zero, zero_files
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, UniversalCheckpointError
 from ucp_deepspeed.transfer import FileReader
@@ -172,10 +175,27 @@ def test_any_value_of_deepspeeds_files(run: NativeRun, tmp_path: Path) -> None:
                 torch.save(saved, folder / file.name)
                 try:
                     read_all(folder)
-                except UniversalCheckpointError:
+                except UniversalCheckpointError as error:
                     refused += 1
+                    assert str(folder) in str(error), error
         shutil.copy(file, folder / file.name)
     assert refused > 50
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(catalog, "names_on_all"), (catalog, "DifferingNumbers"), (zero, "split_states"), (zero_files, "FlatGroup")],
+)
+@pytest.mark.parametrize(
+    "bug", [KeyError("ours"), TypeError("ours"), AttributeError("ours"), ValueError("ours")], ids=repr
+)
+def test_a_bug_of_the_package_is_not_called_damage(
+    module: ModuleType, name: str, bug: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_native(tmp_path, model_of({"a": (3,)}), NativeRun(stage=1))
+    monkeypatch.setattr(module, name, Mock(side_effect=bug))
+    with pytest.raises(type(bug), match="ours"):
+        read_all(folder)
 
 
 def test_parameters_without_elements_are_not_tied(tmp_path: Path) -> None:

@@ -1,0 +1,184 @@
+"""Types of the values in DeepSpeed's files. They are checked where a file is read, so that other code relies on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ConfigDict, InstanceOf, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from typing_extensions import NotRequired, TypedDict
+
+from ucp_deepspeed.checkpoint.torch_files.allowed_classes import FragmentAddress, LossScaler
+from ucp_deepspeed.errors import DamagedCheckpointError
+
+T = TypeVar("T")
+
+_Tensor = InstanceOf[torch.Tensor]
+_Integers = list[int] | tuple[int, ...]
+_Keyed = dict[Any, Any]
+
+
+class _Group(TypedDict):
+    """A parameter group; all other keys are hyper-parameters."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    params: _Integers
+
+
+class _Base(TypedDict):
+    """The ``state_dict`` of a torch optimizer; some keep more."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    state: NotRequired[_Keyed]
+    param_groups: NotRequired[list[_Group] | tuple[_Group, ...]]
+
+
+class _Sharing(TypedDict):
+    """The ranks that share a flat group under ZeRO-3."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    partition_count: PositiveInt
+    partition_ranks: NotRequired[_Integers]
+
+
+Types = Mapping[str, TypeAdapter[Any]]
+"""Key → the type of its value."""
+
+
+def _types(**kinds: Any) -> Types:
+    return {key: TypeAdapter(kind) for key, kind in kinds.items()}
+
+
+def _listed(kind: Any) -> Any:
+    return list[kind] | tuple[kind, ...]
+
+
+_Shapes: Any = dict[str, _listed(NonNegativeInt)]  # type: ignore[misc]
+
+
+MODEL_STATES = _types(
+    module=dict[str, Any] | None,
+    buffer_names=_listed(str),
+    param_shapes=_listed(_Shapes) | None,
+    frozen_param_shapes=_Shapes | None,
+    frozen_param_fragments=dict[str, _Tensor] | None,
+    shared_params=dict[str, str] | None,
+    num_experts=NonNegativeInt | _listed(NonNegativeInt) | None,
+    checkpoint_parallel_dimensions=_Keyed | None,
+    optimizer=_Keyed | None,
+    ucp_optimizer_only=dict[str, Any] | None,
+)
+"""Types in a model_states file. Sizes and counters are checked with the limits that they have (`check_numbers`)."""
+
+WHOLE_OPTIMIZER = _types(
+    state=_Keyed,
+    param_groups=_listed(_Group),
+    optimizer_state_dict=_Base,
+    fp32_groups_flat=_listed(_Tensor),
+    fp32_groups=_listed(_listed(_Tensor)),
+)
+"""Types in the state of an optimizer without ZeRO."""
+
+ZERO = _types(
+    single_partition_of_fp32_groups=_listed(_Tensor),
+    fp32_flat_groups=_listed(_Tensor),
+    base_optimizer_state=_listed(_Keyed) | _Base,
+    optimizer_state_dict=_Base,
+    param_slice_mappings=_listed(dict[str, InstanceOf[FragmentAddress]]) | None,
+    partition_count=PositiveInt | _listed(PositiveInt),
+    ds_zero_partition_groups=_listed(_Sharing) | None,
+    param_alignment_paddings=_listed(_listed(NonNegativeInt)) | None,
+    zero_stage=NonNegativeInt,
+    loss_scaler=InstanceOf[LossScaler] | None,
+)
+"""Types in the ``optimizer_state_dict`` of a ZeRO optimizer's file."""
+
+
+EARLY_OPTIMIZER = _types(param_shapes=_Shapes | _listed(_Shapes) | None)
+"""Types in a ZeRO optimizer's file up to 0.5.10."""
+
+
+def check_numbers(saved: Mapping[str, Any], path: Path) -> None:
+    """Refuse sizes and counters in a model_states file that no run can have."""
+    for least, keys in (
+        (1, ("mp_world_size", "dp_world_size")),
+        (0, ("global_steps", "skipped_steps", "global_samples")),
+    ):
+        for key in keys:
+            number = saved.get(key)
+            if not (key == "global_samples" and number is None) and (type(number) is not int or number < least):
+                raise DamagedCheckpointError(f"{path} has {key} {number!r}; expected a whole number from {least} on")
+
+
+def check_degree(pp: Any, model_parallel: int, path: Path) -> int:
+    """Return a pipeline-parallel size, or refuse one that no run can have."""
+    if type(pp) is not int or pp < 1:
+        raise DamagedCheckpointError(f"{path} has pp_degree {pp!r}; expected a whole number from 1 on")
+    if model_parallel % pp:
+        raise DamagedCheckpointError(f"{path} has pp_degree {pp}, which doesn't divide mp_world_size {model_parallel}")
+    return pp
+
+
+def check_types(held: Any, types: Types, path: Path, what: str) -> None:
+    """Check the values of a mapping in a file. Keys that ``types`` doesn't name may hold anything.
+
+    Args:
+        what: the mapping, for the message.
+
+    Raises:
+        DamagedCheckpointError: it is no mapping, or a value has another type.
+    """
+    if not isinstance(held, Mapping):
+        raise DamagedCheckpointError(
+            f"{path} holds a {type(held).__name__} as {what}, where DeepSpeed writes a dictionary"
+        )
+    for key in types.keys() & held.keys():
+        try:
+            types[key].validate_python(held[key], strict=True)
+        except ValidationError as error:
+            found = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            place = "".join(f"[{part!r}]" for part in found["loc"] if isinstance(part, int))
+            raise DamagedCheckpointError(
+                f"{path} holds something else than DeepSpeed writes as {key!r}{place} of {what}: {found['msg']}"
+            ) from error
+
+
+def item_of(held: Sequence[T], index: int, what: str, path: Path) -> T:
+    """Return an item of a list in a file.
+
+    Raises:
+        DamagedCheckpointError: the list is shorter.
+    """
+    if index < len(held):
+        return held[index]
+    raise DamagedCheckpointError(f"{path} holds {len(held)} {what}, and lacks number {index}")
+
+
+def value_of(held: Mapping[Any, T], key: Any, what: str, path: Path) -> T:
+    """Return a value of a mapping in a file.
+
+    Raises:
+        DamagedCheckpointError: it isn't there.
+    """
+    if key in held:
+        return held[key]
+    raise DamagedCheckpointError(f"{path} lacks {what} {key!r}")
+
+
+def state_of(states: Mapping[Any, Any], index: int, path: Path) -> Mapping[str, Any]:
+    """Return the state that a base optimizer keeps of one tensor; empty if it took no step.
+
+    Raises:
+        DamagedCheckpointError: it isn't a mapping.
+    """
+    found = states.get(index, {})
+    if not isinstance(found, Mapping):
+        raise DamagedCheckpointError(
+            f"{path} holds a {type(found).__name__} as the optimizer's state of tensor {index}"
+        )
+    return found
