@@ -235,6 +235,60 @@ def test_tables_of_json(name: str, two: Path, one: Path, right: Path, ucp: Calla
     assert printed.keys() == {key for row in table_under("docs/json.md", f"## {name}") for key in _code(row[0])}
 
 
+@functools.cache
+def definitions() -> dict[str, set[str]]:
+    """Names that modules define, by dotted module without the package's name; and members of each class, by its name."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "ucp_deepspeed").rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT / "ucp_deepspeed").with_suffix("").parts).removesuffix(".__init__")
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        named = (ast.FunctionDef, ast.ClassDef)
+        found[module] = {node.name for node in nodes if isinstance(node, named)}
+        found[module] |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        found[module] |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+        for kind in (node for node in nodes if isinstance(node, ast.ClassDef)):
+            within = list(ast.walk(kind))
+            members = {node.name for node in within if isinstance(node, named)}
+            members |= {
+                node.target.id for node in within if isinstance(node, ast.AnnAssign) and hasattr(node.target, "id")
+            }
+            members |= {
+                node.attr for node in within if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+            }
+            found.setdefault(kind.name, set()).update(members)
+    return found
+
+
+OF_OTHERS = re.compile(r"deepspeed\.|torch\.|engine\.(checkpoint_engine|universal_checkpoint_report)$|ucp_deepspeed\.")
+"""Names of DeepSpeed and torch, and attributes of engines."""
+
+
+def is_there(name: str) -> bool:
+    """Tell whether a name in the page about the architecture names a file, a module, or something that one defines."""
+    if name.endswith((".py", "/")) or name.startswith("tests/"):
+        return any((ROOT / base / name).exists() for base in ("", "ucp_deepspeed")) or (
+            "/" not in name and any((ROOT / "ucp_deepspeed").rglob(name))
+        )
+    *places, last = name.split(".")
+    place, known = ".".join(places), definitions()
+    owners = [key for key in known if not place or key == place or key.endswith(f".{place}")]
+    if place and any(last in known[key] or f"{key}.{last}" in known for key in owners):
+        return True
+    if place and places[-1] in known:
+        return last in known[places[-1]]
+    return not place and any(name in names or name == key for key, names in known.items())
+
+
+def test_architecture_names_what_there_is() -> None:
+    """Files, dotted names and classes. A name of one word may be DeepSpeed's, unless it is a class's."""
+    coded = set(re.findall(r"`([^`\n]+)`", FENCED.sub("", text_of("docs/architecture.md"))))
+    names = {name.partition("(")[0] for name in coded if not OF_OTHERS.match(name)}
+    names = {name for name in names if re.fullmatch(r"[A-Za-z_][\w./]*", name) and not name.endswith(".json")}
+    checked = {name for name in names if re.search(r"[./]", name) or re.match(r"[A-Z]+[a-z]", name)}
+    checked -= {"tied_modules.embedding.word_embeddings.weight", "configs/"}
+    assert len(checked) > 80 and sorted(name for name in checked if not is_there(name)) == []
+
+
 def test_scripts_exist() -> None:
     scripts = {word for page in PAGES for words in command_lines(page) for word in words if word.startswith("scripts/")}
     scripts |= {script for page in PAGES for script in re.findall(r"`(?:python |bash )?(scripts/[\w./]+)", prose(page))}
