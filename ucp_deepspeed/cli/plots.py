@@ -11,8 +11,8 @@ import click
 
 from ucp_deepspeed.cli.output import box_in_words, in_words, state_bytes
 from ucp_deepspeed.errors import ConfigError, UnsupportedError
-from ucp_deepspeed.transfer.planning.target_plan import TargetPlan
 from ucp_deepspeed.transfer.planning.target_ranks import layer_of
+from ucp_deepspeed.transfer.planning.targeting import TargetPlan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

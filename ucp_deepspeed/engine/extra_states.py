@@ -7,12 +7,9 @@ from typing import Any
 
 from torch.nn import Module
 
-from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states, under_other_keys
 from ucp_deepspeed.engine.model import EngineModel
-from ucp_deepspeed.errors import MismatchError
-from ucp_deepspeed.transfer.planning.pairing import Names
-from ucp_deepspeed.transfer.planning.policies import Policies
+from ucp_deepspeed.transfer.planning.pairing import Pair
 
 ExtraStates = tuple[tuple[Module, Any], ...]
 """Modules, each with the value for its ``set_extra_state``."""
@@ -21,45 +18,43 @@ ExtraStates = tuple[tuple[Module, Any], ...]
 STRICT_HINT = "load_module_strict=False takes what both have, and leaves the rest as it is"
 
 
-def plan_extra_states(
-    checkpoint: Checkpoint, module: Module, model: EngineModel, names: Names, policies: Policies
-) -> ExtraStates:
+def plan_extra_states(pair: Pair, module: Module, model: EngineModel) -> ExtraStates:
     """Pair the modules of this rank with their extra states in the checkpoint.
 
     If the tensor-parallel size is unchanged, each rank takes its own. Otherwise only an extra state that was the same on all
-    ranks has a meaning.
-
-    Raises:
-        MismatchError: lists every extra state that one side lacks, or that can't be shared, where no policy allows it.
+    ranks has a meaning. An extra state that one side lacks, or that can't be shared, is an obstacle unless a policy allows it.
     """
-    found, degree = _under_live_keys(checkpoint, module, names), model.topology.tp
+    policies, before = pair.policies, len(pair.obstacles)
+    found, degree = _under_live_keys(pair, module), model.topology.tp
     shared, differing = shared_extra_states(found)
     if len(found) == degree:
         shared, differing = found[model.rank % degree], ()
     live = _modules(module)
     lacking = not (policies.initialise or not policies.strict)
     surplus = not (policies.drop or not policies.strict)
-    problems = [f"{key}: missing in the checkpoint" for key in live if lacking and key not in (*shared, *differing)]
-    problems += [
-        f"{key}: differs over the {len(found)} tensor-parallel ranks that saved: on as many each gets its own back, "
-        f'"on_extra": "drop" leaves it out'
-        for key in differing
-        if surplus
-    ]
-    if model.topology.pp == 1:  # a stage has no modules for the others' extra states
-        problems += [f"{key}: extra in the checkpoint" for key in shared if surplus and not _is_live(key, module)]
-    if problems:
-        raise MismatchError(
-            f"{checkpoint.path} and the model have different extra states of modules", problems, STRICT_HINT
+    for key in live if lacking else ():
+        if key not in (*shared, *differing):
+            pair.obstacles.add(key, "missing in the checkpoint")
+    for key in differing if surplus else ():
+        pair.obstacles.add(
+            key,
+            f"differs over the {len(found)} tensor-parallel ranks that saved: on as many each gets its own back, "
+            f'"on_extra": "drop" leaves it out',
         )
+    for key in (
+        shared if surplus and model.topology.pp == 1 else ()
+    ):  # a stage has no modules for the others' extra states
+        if not _is_live(key, module):
+            pair.obstacles.add(key, "extra in the checkpoint")
+    pair.obstacles.add_remedy(STRICT_HINT if len(pair.obstacles) > before else "")
     return tuple((module.get_submodule(_owner(key)), shared[key]) for key in shared if _is_live(key, module))
 
 
-def _under_live_keys(checkpoint: Checkpoint, module: Module, names: Names) -> tuple[dict[str, Any], ...]:
-    live = {logical: name for name, logical in names.target.items()}
-    pairs = {name: live[logical] for name, logical in names.source.items() if logical in live}
+def _under_live_keys(pair: Pair, module: Module) -> tuple[dict[str, Any], ...]:
+    live = {logical: name for name, logical in pair.names.target.items()}
+    pairs = {name: live[logical] for name, logical in pair.names.source.items() if logical in live}
     keys = [f"{name}._extra_state".lstrip(".") for name, part in module.named_modules() if _restores(part)]
-    return under_other_keys(checkpoint.extra_states(), pairs, keys)
+    return under_other_keys(pair.checkpoint.extra_states(), pairs, keys)
 
 
 def has_extra_states(module: Module) -> bool:

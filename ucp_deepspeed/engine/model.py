@@ -115,7 +115,11 @@ def describe_model(engine: Engine) -> EngineModel:
     local = {names.in_model(name): tensor for name, _, tensor in tensors_here}
     live = _live_layouts(engine)
     mine = _Held(
-        {each: (kind, local_shape(tensor)) for name, kind, tensor in tensors_here for each in names.on_all_ranks(name)},
+        {
+            each: (kind, (local_shape(tensor),))
+            for name, kind, tensor in tensors_here
+            for each in names.on_all_ranks(name)
+        },
         {each: pattern for name, pattern in live.patterns.items() for each in names.on_all_ranks(name)},
     )
     stages = _gather_stages(engine, topology, mine)
@@ -215,40 +219,34 @@ def first_element(tensor: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class _Held:
-    """The kinds and local shapes by name, and the inferred patterns, that one model-parallel rank tells the others of its
-    stage."""
-
-    shapes: Mapping[str, tuple[HeldKind, Shape]]
-    inferred: Mapping[str, Pattern]
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """The kinds, local shapes and inferred patterns that a pipeline stage tells the others, for its tensor-parallel ranks. There
-    is one shape where all of them hold the same.
+    """What tensor-parallel ranks of a pipeline stage tell others.
 
     Attributes:
+        shapes: kind of each tensor, and its local shape on each of these ranks; one shape where all hold the same.
+        inferred: patterns that parameters' attributes tell.
         differing: names that not all of these ranks have.
     """
 
     shapes: Mapping[str, tuple[HeldKind, tuple[Shape, ...]]]
     inferred: Mapping[str, Pattern]
-    differing: tuple[str, ...]
+    differing: tuple[str, ...] = ()
 
     def local_shapes(self, name: str, degree: int) -> tuple[Shape | None, ...]:
         """Return the shape on each tensor-parallel rank; None if the stage doesn't hold the tensor."""
-        if name not in self.shapes:
-            return (None,) * degree
-        _, shapes = self.shapes[name]
+        _, shapes = self.shapes.get(name, ("frozen", (None,)))
         return shapes * degree if len(shapes) == 1 else shapes
 
 
-def _gather_stages(engine: Engine, topology: Topology, mine: _Held) -> list[_Stage]:
+def _gather_stages(engine: Engine, topology: Topology, mine: _Held) -> list[_Held]:
     """Return what each stage holds. A problem of one stage is raised after the last exchange, and so on all ranks."""
     held = _gather(engine, mine, bwc_tensor_model_parallel_group(engine.mpu)) if topology.tp > 1 else [mine]
     common = [name for name in mine.shapes if all(name in share.shapes for share in held)]
-    stage = _Stage(
-        {name: _over_ranks([share.shapes[name] for share in held]) for name in common},
+    shapes = {}
+    for name in common:  # DeepSpeed doesn't train a tensor on a rank whose share of it is empty
+        kinds, found = zip(*(share.shapes[name] for share in held), strict=True)
+        shapes[name] = _joint(kinds), found[0] if len(set(found)) == 1 else tuple(shape for (shape,) in found)
+    stage = _Held(
+        shapes,
         {name: pattern for share in held for name, pattern in share.inferred.items()},
         tuple(sorted({name for share in held for name in share.shapes} - set(common))),
     )
@@ -258,13 +256,7 @@ def _gather_stages(engine: Engine, topology: Topology, mine: _Held) -> list[_Sta
     return stages
 
 
-def _over_ranks(held: Sequence[tuple[HeldKind, Shape]]) -> tuple[HeldKind, tuple[Shape, ...]]:
-    """Return kind and shapes of one tensor. DeepSpeed doesn't train it where a rank's share is empty."""
-    kinds, shapes = zip(*held, strict=True)
-    return _joint(kinds), shapes[:1] if len(set(shapes)) == 1 else shapes
-
-
-def _kinds(stages: Sequence[_Stage]) -> dict[str, HeldKind]:
+def _kinds(stages: Sequence[_Held]) -> dict[str, HeldKind]:
     """Return the kind of each tensor; a tensor that any stage trains is trained."""
     kinds: dict[str, HeldKind] = {}
     for stage in stages:

@@ -280,9 +280,9 @@ def _planned(
         schedule = found.schedule(live_groups(names, optimizer), engine.lr_scheduler.state_dict(), keep)
         parts = engine, engine.module, engine.optimizer
         check_scheduler(engine.lr_scheduler, schedule, parts, optimizer, found.obstacles)
+    extra_states = plan_extra_states(found, engine.module, model)
     filling = plan_filling(found, model, optimizer, settings.values, config.shared_read_bytes, numbers)
     settings = without_begun_anew(settings, names, optimizer, frozenset(filling.planned.initialised), reset)
-    extra_states = plan_extra_states(checkpoint, engine.module, model, names, policies)
     client_state = _client_state(engine, checkpoint, model, config)
     filling.check_files()
     return _Plan(found, model, filling, settings, schedule, numbers, extra_states, source, *client_state, copies)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -95,34 +95,30 @@ class PartitionNumbers:
             names: for each group the name of a parameter in it.
             held: for each group its hyper-parameters.
         """
-        settings = list(held.values())
-        differing = {
-            key: {f"the group of {names[group]}": values[key] for group, values in held.items()}
-            for key, value in (settings[0] if settings else {}).items()
-            if all(type(values.get(key)) in (int, float) for values in settings)
-            and not all(values[key] == value for values in settings)
-        }
-        if not differing or self._how == "error":
-            return {}
-        made = self._settled(f"parameter group {index}", settings[0], differing)
-        return {key: made[key] for key in differing}
+        values = {f"the group of {names[group]}": settings for group, settings in held.items()}
+        numbers = (
+            key
+            for key in next(iter(values.values()), {})
+            if all(type(settings.get(key)) in (int, float) for settings in values.values())
+        )
+        return self._joined(f"parameter group {index}", values, numbers)
 
     def together(self, parameters: Sequence[Parameter]) -> Sequence[Parameter]:
         """Return parameters of one slot with the same scalars, if one may be made of several; ``step`` must be the same
         anyway."""
-        found = {parameter.name: parameter.scalars for parameter in parameters}
-        differing = {
-            key: {name: scalars[key] for name, scalars in found.items()}
-            for key in parameters[0].scalars
-            if key != "step" and all(key in scalars for scalars in found.values())
-        }
-        differing = {key: held for key, held in differing.items() if not all_same(list(held.values()))}
+        found, first = {parameter.name: parameter.scalars for parameter in parameters}, parameters[0]
+        numbers = (key for key in first.scalars if key != "step" and all(key in scalars for scalars in found.values()))
+        one = self._joined(first.name, found, numbers)
+        return [replace(each, scalars={**each.scalars, **one}) for each in parameters] if one else parameters
+
+    def _joined(self, place: str, held: Mapping[str, Mapping[str, Any]], keys: Iterable[str]) -> Mapping[str, Any]:
+        """Return one number for each key for which the holders' numbers differ; none if none may be made."""
+        all_held = {key: {holder: values[key] for holder, values in held.items()} for key in keys}
+        differing = {key: values for key, values in all_held.items() if not all_same(list(values.values()))}
         if not differing or self._how == "error":
-            return parameters
-        values = self._settled(parameters[0].name, parameters[0].scalars, differing)
-        return [
-            replace(each, scalars={**each.scalars, **{key: values[key] for key in differing}}) for each in parameters
-        ]
+            return {}
+        made = self._settled(place, next(iter(held.values())), differing)
+        return {key: made[key] for key in differing}
 
     def _settled(self, place: str, values: Mapping[str, Any], differing: Differing) -> Mapping[str, Any]:
         if not differing:

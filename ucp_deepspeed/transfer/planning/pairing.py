@@ -118,7 +118,13 @@ def pair(
     names = match_names(checkpoint, model)
     source = {names.source[name]: parameter for name, parameter in checkpoint.parameters.items()}
     tensors = {names.target[name]: tensor for name, tensor in model.tensors.items()}
-    matching = _match(checkpoint, source, tensors, model, policies, obstacles)
+    matching = match(source, tensors)
+    check_recorded(
+        {name: why for name, why in checkpoint.unrecorded.items() if name in model.tensors}, policies, obstacles
+    )
+    check_matching(source, tensors, policies, obstacles)
+    if not (obstacles or policies.reshape):
+        check_any(source, tensors, matching, policies, obstacles, checkpoint.path)
     restored = {name: tensors[name] for name in matching.restored}
     size = model.vocabulary_size or checkpoint.vocabulary_size
     try:
@@ -136,23 +142,6 @@ def pair(
         obstacles.check(checkpoint.path)
         raise
     return Pair(checkpoint, model, policies, names, joined, matching, tensors, patterns, size, view, layouts, obstacles)
-
-
-def _match(
-    checkpoint: Checkpoint,
-    source: Mapping[str, Any],
-    target: Mapping[str, ModelTensor],
-    model: ModelDescription,
-    policies: Policies,
-    obstacles: Obstacles,
-) -> Matching:
-    matching = match(source, target)
-    unrecorded = {name: why for name, why in checkpoint.unrecorded.items() if name in model.tensors}
-    known = check_recorded(unrecorded, policies, obstacles)
-    check_matching(source, target, policies, obstacles, known)
-    if not (obstacles or policies.reshape):
-        check_any(source, target, matching, policies, obstacles, checkpoint.path)
-    return matching
 
 
 def match_names(checkpoint: Checkpoint, model: ModelDescription) -> Names:

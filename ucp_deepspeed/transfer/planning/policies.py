@@ -5,7 +5,7 @@ Everything that isn't a plain restore is an obstacle, unless a policy allows it 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,26 +104,22 @@ FROZEN_HINT = (
 )
 
 
-def check_recorded(unrecorded: Mapping[str, str], policies: Policies, obstacles: Obstacles) -> Collection[str]:
-    """Refuse a load that leaves parameters of the model as they are, since their values are in no file; return these."""
-    if not unrecorded or policies.initialise or not policies.strict:
-        return ()
-    for name, why in unrecorded.items():
-        obstacles.add(name, why)
-    obstacles.add_remedy(UNRECORDED_HINT)
-    return unrecorded.keys()
-
-
-def check_matching(
-    source: Source, target: Target, policies: Policies, obstacles: Obstacles, known: Collection[str] = ()
-) -> None:
-    """Refuse every parameter that is missing, extra or of another kind, unless a policy allows it.
+def check_recorded(unrecorded: Mapping[str, str], policies: Policies, obstacles: Obstacles) -> None:
+    """Refuse a load that leaves parameters of the model as they are, since their values are in no file.
 
     Args:
-        known: names that have an obstacle already.
+        unrecorded: these parameters, with the reason.
     """
+    if unrecorded and policies.strict and not policies.initialise:
+        for name, why in unrecorded.items():
+            obstacles.add(name, why)
+        obstacles.add_remedy(UNRECORDED_HINT)
+
+
+def check_matching(source: Source, target: Target, policies: Policies, obstacles: Obstacles) -> None:
+    """Refuse every parameter that is missing, extra or of another kind, unless a policy allows it or it is refused already."""
     missing, extra = [], []
-    for name in sorted((source.keys() | target.keys()).difference(known)):
+    for name in sorted((source.keys() | target.keys()).difference(obstacles.names)):
         reason = _reason(source.get(name), target.get(name), policies)
         if reason is not None:
             obstacles.add(name, reason)
@@ -132,7 +128,7 @@ def check_matching(
     ways = [RENAMED_HINT] if missing and extra else []
     ways += ['"on_missing": "init" lets what is missing keep the model\'s values'] if missing else []
     ways += ['"on_extra": "drop" leaves out what is extra'] if extra else []
-    if missing or extra:
+    if ways:
         obstacles.add_remedy(renaming_hint(source, target) or "; ".join(ways))
 
 
@@ -175,40 +171,36 @@ def check_any(
     if wanted and not found.intersection(wanted):
         obstacles.add(
             None,
-            f"{where} holds no parameter of the model: it has {_some(held)}, and the model {_some(wanted)}; {RENAMED_HINT}",
+            f"{where} holds no parameter of the model: it has {some_names(held)}, and the model {some_names(wanted)}; "
+            + RENAMED_HINT,
         )
         obstacles.add_remedy(renaming_hint(source, target))
     elif trained and policies.optimizer_states != "keep" and not found.intersection(trained):
         obstacles.add(
             None,
-            f"{where} holds none of the parameters that the model trains ({_some(trained)}), and so nothing to go on "
-            f"with; it has {_some(held)}; {RENAMED_HINT}; {WARM_START_HINT}",
+            f"{where} holds none of the parameters that the model trains ({some_names(trained)}), and so nothing to go on "
+            f"with; it has {some_names(held)}; {RENAMED_HINT}; {WARM_START_HINT}",
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return some_names(names) or "no parameters"
 
 
 def some_names(names: Sequence[str]) -> str:
     """List the first names, and count the others."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "no parameters"
 
 
 def renaming_hint(source: Source, target: Target) -> str:
     """Return what to write into a spec, where names that only one side has differ only in their beginnings; else nothing."""
-    sides: list[dict[str, HeldShapes]] = [
-        {name: tensor.local_shapes for name, tensor in side.items()} for side in (source, target)
-    ]
+    held = [{name: tensor.local_shapes for name, tensor in side.items()} for side in (source, target)]
     common = source.keys() & target.keys()
+    # Where local sizes differ, the number of dimensions is all that both sides have in common.
+    same_degree = len({len(shapes) for side in held for shapes in side.values()}) == 1
     extra, missing = (
-        {name: some_shape(shapes) for name, shapes in side.items() if name not in common} for side in sides
+        {
+            name: shape if same_degree else shape and (0,) * len(shape)
+            for name, shape in ((name, some_shape(shapes)) for name, shapes in side.items() if name not in common)
+        }
+        for side in held
     )
-    degrees = {len(shapes) for side in sides for shapes in side.values()}
-    if len(degrees) > 1:  # local sizes differ: the number of dimensions is all that both sides have in common
-        extra, missing = (
-            {name: shape and (0,) * len(shape) for name, shape in side.items()} for side in (extra, missing)
-        )
     renamings = suggest_renamings(extra, missing, common)
     if not renamings:
         return ""

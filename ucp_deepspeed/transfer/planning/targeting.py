@@ -27,15 +27,76 @@ from ucp_deepspeed.transfer.copying import TransferCount
 from ucp_deepspeed.transfer.planning.group_settings import UNTELLING
 from ucp_deepspeed.transfer.planning.model import ModelDescription, ModelTensor
 from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
-from ucp_deepspeed.transfer.planning.obstacles import Obstacles
+from ucp_deepspeed.transfer.planning.obstacles import Obstacle, Obstacles
 from ucp_deepspeed.transfer.planning.pairing import Pair, pair
-from ucp_deepspeed.transfer.planning.policies import Policies, check_recorded, some_names
+from ucp_deepspeed.transfer.planning.policies import Matching, Policies, check_recorded, some_names
 from ucp_deepspeed.transfer.planning.rank_planner import RankPlanner, SlotStates, TargetOptimizer
 from ucp_deepspeed.transfer.planning.target import KeptStates, TargetRank, TargetSlot
-from ucp_deepspeed.transfer.planning.target_plan import RankPlan, TargetPlan
 from ucp_deepspeed.transfer.planning.target_ranks import RankNumber, layer_of, stacked_experts, stages_of, target_ranks
 from ucp_deepspeed.transfer.stage_copies import may_differ
 from ucp_deepspeed.transfer.ties import differing_ties
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlan:
+    """The work of one rank in a plan.
+
+    Attributes:
+        model_parallel_rank, data_parallel_rank: see `TargetRank`.
+        bytes_read: bytes to copy out of files.
+        bytes_held: bytes of the master weights and optimizer states in its partitions, in fp32, padding included.
+        copies: strided blocks to copy.
+        files: paths of the files that the blocks lie in.
+    """
+
+    model_parallel_rank: int
+    data_parallel_rank: int
+    bytes_read: int
+    bytes_held: int
+    copies: int
+    files: frozenset[str]
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    """The answer for one topology.
+
+    Attributes:
+        topology: the target's.
+        matching: the parameters and buffers on both sides or on one, by logical name; None when the layouts aren't known.
+        reset: whether all optimizer states start afresh.
+        obstacles: why it is impossible; empty when it isn't.
+        remarks: the assumptions behind the figures, in words.
+        ranks: ordered by model-parallel and then data-parallel rank; empty when the topology is impossible.
+        initialised: names that keep the model's values: in whole, or in further rows, or in their optimizer states alone.
+        dropped: names in the checkpoint for which the model has no place, or no place for their optimizer states.
+    """
+
+    topology: Topology
+    matching: Matching | None
+    reset: bool
+    obstacles: tuple[Obstacle, ...]
+    remarks: tuple[str, ...] = ()
+    ranks: tuple[RankPlan, ...] = ()
+    initialised: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def possible(self) -> bool:
+        """Return whether a load on this topology would succeed, as far as the checkpoint tells."""
+        return not self.obstacles
+
+    @property
+    def restored(self) -> tuple[str, ...]:
+        """Logical names of the restored parameters and buffers that have no obstacle, in the model's order."""
+        refused = {obstacle.name for obstacle in self.obstacles}
+        return tuple(name for name in (self.matching.restored if self.matching else ()) if name not in refused)
+
+    @property
+    def files(self) -> frozenset[str]:
+        """Paths of all files that some rank reads from."""
+        return frozenset().union(*(rank.files for rank in self.ranks))
+
 
 RESTORE_ALL = Policies()
 """Policies that allow nothing to be missing or left out."""
@@ -162,7 +223,6 @@ class _Planner:
 
     def __post_init__(self) -> None:
         self.topology, self.policies, self.obstacles = self.pair.model.topology, self.pair.policies, self.pair.obstacles
-        self.remarks: list[str] = []
         self._shapes = {name: tensor.local_shapes for name, tensor in self.pair.tensors.items()}
 
     def plan(self) -> TargetPlan:
@@ -170,7 +230,7 @@ class _Planner:
         if restores and lacking is not None:
             self.obstacles.add(None, lacking.heading)
         self._check_experts()
-        self._remark()
+        remarks = tuple(self._remarks())
         experts = {name for name in self.pair.tensors if expert_of(name) is not None}
         optimizer = TargetOptimizer() if self.unchanged else TargetOptimizer(self._kept_states, self._goes_on)
         planner = RankPlanner(
@@ -189,7 +249,7 @@ class _Planner:
             self.pair.matching,
             self.policies.optimizer_states == "reset",
             tuple(self.obstacles),
-            (*self.obstacles.remedies, *self.remarks),
+            (*self.obstacles.remedies, *remarks),
             ranks,
             *planner.outcome(
                 (name for each in states for name in each.initialised),
@@ -262,44 +322,38 @@ class _Planner:
             if number % topology.ep:
                 self.obstacles.add(layer.rstrip("."), f"EP {topology.ep} doesn't divide its {number} experts")
 
-    def _remark(self) -> None:
-        """Add remarks on what was assumed."""
+    def _remarks(self) -> Iterator[str]:
+        """Yield what was assumed."""
+        source, tp = self.pair.checkpoint, self.topology.tp
         if self.topology.pp > 1:
-            self.remarks.append(
+            yield (
                 "layers are dealt out evenly over the stages; the engine's partition_method may cut elsewhere, and stages that "
                 "share a tied weight each read it"
             )
         layers = [name for name in self.view.parameters if name.startswith(TIED) or name.split(".")[0].isdecimal()]
         if layers and self.topology.pp == 1:
-            self.remarks.append(
-                f"names such as {layers[0]} are those of a pipeline, of one stage too: for a plain model a spec has to "
-                f"give both the same"
+            yield (
+                f"names such as {layers[0]} are those of a pipeline, of one stage too: for a plain model a spec has to give both "
+                f"the same"
             )
-        copies, source = may_differ(self.pair.checkpoint), self.pair.checkpoint.topology
-        if copies and (source.tp, source.pp) != (self.topology.tp, self.topology.pp):
-            self.remarks.append(
+        copies = may_differ(source)
+        if copies and (source.topology.tp, source.topology.pp) != (tp, self.topology.pp):
+            yield (
                 f"several stages hold copies of {some_names(list(copies))}, which a load compares: where these differ it takes "
                 f'that of the stage that trained it, and if several did, "on_differing": "first" or "last" has to say which'
             )
-        if joined := self.pair.joined:
-            self.remarks.append(
-                f"a load compares the values of {some_names(list(joined))}, which the model ties to others"
-            )
-        live, saved = (each.run.lr_scheduler for each in (self.view.checkpoint, self.pair.checkpoint))
+        if self.pair.joined:
+            yield f"a load compares the values of {some_names(list(self.pair.joined))}, which the model ties to others"
+        live, saved = self.view.checkpoint.run.lr_scheduler, source.run.lr_scheduler
         if live and saved and live.keys() != saved.keys():
-            self.remarks.append(
-                "the model's scheduler isn't that of the checkpoint: a load tries whether it takes over the state"
-            )
+            yield "the model's scheduler isn't the saved one: a load tries whether it takes over the state"
         if unknown := per_rank(self.view.patterns):
-            self.remarks.append(
-                f"no layout is known of {some_names(unknown)}: each rank takes its own, which only TP {self.topology.tp} allows"
-            )
+            yield f"no layout is known of {some_names(unknown)}: each rank takes its own, which only TP {tp} allows"
         if uneven := [name for name in self.view.patterns if self._is_uneven(name)]:
-            self.remarks.append(
-                f"TP {self.topology.tp} cuts {some_names(uneven)} into unequal shares: the patterns allow it, Megatron-Core's "
-                f"layers don't"
+            yield (
+                f"TP {tp} cuts {some_names(uneven)} into unequal shares: the patterns allow it, Megatron-Core's layers don't"
             )
-        self.remarks += self._about_rows()
+        yield from self._about_rows()
 
     def _is_uneven(self, name: str) -> bool:
         """Return whether the ranks hold unequal shares without the pattern saying which."""
