@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
@@ -96,29 +95,13 @@ def in_form_of(checkpoint: Checkpoint, wanted: Mapping[str, Shape]) -> Checkpoin
     lacking = {name: found for name, found in lacking.items() if found[0][0] in layers}
     _check_matrices(checkpoint, held, lacking, wanted)
     made = {
-        name: Regrouped(wanted[name], tuple(held[matrix].run for matrix in found)) for name, found in lacking.items()
+        name: Regrouped(wanted[name], tuple(held[matrix][0] for matrix in found)) for name, found in lacking.items()
     }
     return RegroupedCheckpoint(checkpoint, made, _renamed(checkpoint, wanted, layers))
 
 
-def in_form_of_other(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
-    """Do the same as `in_form_of` for the model of another checkpoint. Do nothing if that one is cut over model-parallel ranks.
-
-    Raises:
-        UnsupportedError, MismatchError: see `in_form_of`.
-    """
-    if other.topology.model_parallel > 1:
-        return checkpoint
-    shapes = {name: parameter.local_shapes[0] for name, parameter in other.parameters.items()}
-    return in_form_of(checkpoint, {name: shape for name, shape in shapes.items() if shape is not None})
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """The place of an expert's matrix, and its shape."""
-
-    run: Run
-    shape: Shape
+_Place = tuple[Run, Shape]
+"""The place of an expert's matrix, and its shape."""
 
 
 def _places(checkpoint: Checkpoint) -> Iterator[tuple[Matrix, _Place]]:
@@ -127,7 +110,7 @@ def _places(checkpoint: Checkpoint) -> Iterator[tuple[Matrix, _Place]]:
         found = matrices_in(name, shape)
         for index, matrix in enumerate(found):
             numel = prod(shape) // len(found)
-            yield matrix, _Place(Run(name, index * numel, numel), matrix_shape(name, shape))
+            yield matrix, (Run(name, index * numel, numel), matrix_shape(name, shape))
 
 
 def _check_matrices(
@@ -141,7 +124,9 @@ def _check_matrices(
     for name, found in lacking.items():
         shape, (layer, kind, _) = matrix_shape(name, wanted[name]), found[0]
         numbers = {number for each, matrix, number in held if (each, matrix) == (layer, kind)}
-        shapes = {place.shape for (each, matrix, _), place in held.items() if (each, matrix) == (layer, kind)}
+        shapes = {
+            found_shape for (each, matrix, _), (_, found_shape) in held.items() if (each, matrix) == (layer, kind)
+        }
         expected = {number for each, matrix, number in (m for f in lacking.values() for m in f) if each == layer}
         if numbers != expected:
             problems.append(f"{name}: of {len(expected)} experts, in the checkpoint there are {len(numbers)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import TypeVar
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, HeldShapes, Parameter
 from ucp_deepspeed.checkpoint.deepspeed.autotp import AUTOTP_FAMILIES, before_records
@@ -20,8 +21,10 @@ from ucp_deepspeed.language.schemes import logical_names
 from ucp_deepspeed.language.spec import Spec
 from ucp_deepspeed.language.wrappers import seen_through
 from ucp_deepspeed.layout import Layout, Shape, across_stages
-from ucp_deepspeed.layout.pattern import AnyPattern, Replicate, Shard, Unique
+from ucp_deepspeed.layout.pattern import AnyPattern, Pattern, Replicate, Shard, Unique
 from ucp_deepspeed.plan import Source
+
+T = TypeVar("T")
 
 
 class UniversalView:
@@ -137,17 +140,8 @@ class UniversalView:
         Raises:
             SpecError: tensor-parallel sizes differ, and nothing tells the layouts, or only a guess that may be wrong.
         """
-        specs = naming_specs(spec, parameter_names(checkpoint))
-        names = names_of(checkpoint, specs)
-        patterns = resolve_patterns(
-            [names[name] for name in parameter_names(checkpoint)],
-            degree=max(checkpoint.topology.tp, degree),
-            spec=spec,
-            recorded={names[name]: pattern for name, pattern in checkpoint.patterns.items() if name in names},
-            refused={names[name]: why for name, why in checkpoint.refused.items() if name in names},
-            local_shapes=held_shapes(checkpoint, names),
-            same_degree=checkpoint.topology.tp == degree,
-        )
+        names = names_of(checkpoint, naming_specs(spec, parameter_names(checkpoint)))
+        patterns = patterns_of(checkpoint, names, [names[name] for name in parameter_names(checkpoint)], spec, degree)
         if spec is None:
             _check_guess(checkpoint, list(patterns), held_shapes(checkpoint, names))
         return cls(checkpoint, names, patterns, vocabulary_size)
@@ -256,6 +250,41 @@ def _check_guess(checkpoint: Checkpoint, names: Sequence[str], local_shapes: Map
             f'model, and cut it in other ways than later ones: compare with "ucp spec check {family.family} --against '
             f'{checkpoint.path}" (is lm_head whole on each rank?), and name the spec that fits: --spec {family.family}'
         )
+
+
+def patterns_of(
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    wanted: Sequence[str],
+    spec: Spec | None,
+    degree: int,
+    inferred: Mapping[str, Pattern] | None = None,
+    exact: bool = False,
+    refused: Mapping[str, str] | None = None,
+) -> dict[str, AnyPattern]:
+    """Resolve how parameters are sharded, by all that a checkpoint and perhaps a target tell; see `resolve_patterns`.
+
+    Args:
+        names: names of the checkpoint → logical names.
+        wanted: logical names of the parameters.
+        degree: tensor-parallel size of the target.
+        inferred, exact, refused: what the target tells, by logical name.
+    """
+
+    def logical(values: Mapping[str, T]) -> dict[str, T]:
+        return {names[name]: value for name, value in values.items() if name in names}
+
+    return resolve_patterns(
+        wanted,
+        degree=max(checkpoint.topology.tp, degree),
+        spec=spec,
+        recorded=logical(checkpoint.patterns),
+        inferred=inferred,
+        exact=exact,
+        refused={**logical(checkpoint.refused), **(refused or {})},
+        local_shapes=held_shapes(checkpoint, names),
+        same_degree=checkpoint.topology.tp == degree,
+    )
 
 
 def held_shapes(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, tuple[Shape, ...]]:

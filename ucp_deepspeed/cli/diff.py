@@ -13,7 +13,7 @@ import click
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.derived import with_copies
-from ucp_deepspeed.checkpoint.expert_forms import in_form_of_other
+from ucp_deepspeed.checkpoint.expert_forms import in_form_of
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli.options import NO
 from ucp_deepspeed.cli.output import print_json
@@ -38,7 +38,9 @@ def tell(
 ) -> int:
     """Do what ``ucp diff`` says."""
     first, second = open_checkpoint(a, tag_a), open_checkpoint(b, tag_b)
-    second = in_form_of_other(second, first)
+    if first.topology.model_parallel == 1:
+        held = {name: parameter.local_shapes[0] for name, parameter in first.parameters.items()}
+        second = in_form_of(second, {name: shape for name, shape in held.items() if shape is not None})
     own_a, own_b = (None if own is None else load_spec(own) for own in (spec_a or spec, spec_b or spec))
     view_a = UniversalView.of(with_copies(first, second.parameters), own_a, vocabulary_size)
     view_b = UniversalView.of(with_copies(second, first.parameters), own_b, vocabulary_size).under_names_of(view_a)

@@ -219,7 +219,7 @@ def first_element(tensor: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class _Held:
-    """What tensor-parallel ranks of a pipeline stage tell others.
+    """The tensors of which tensor-parallel ranks of a pipeline stage tell others.
 
     Attributes:
         shapes: kind of each tensor, and its local shape on each of these ranks; one shape where all hold the same.

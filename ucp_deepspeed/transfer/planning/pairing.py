@@ -13,9 +13,9 @@ from typing import Any
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.derived import RetiedCheckpoint, copies_wanted
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of
-from ucp_deepspeed.checkpoint.view import UniversalView, held_shapes, layouts_of, names_of, parameter_names
+from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of, names_of, parameter_names, patterns_of
 from ucp_deepspeed.errors import ListingError
-from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
+from ucp_deepspeed.language import logical_names, naming_specs
 from ucp_deepspeed.language.wrappers import seen_through
 from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.layout.pattern import AnyPattern
@@ -128,7 +128,16 @@ def pair(
     restored = {name: tensors[name] for name in matching.restored}
     size = model.vocabulary_size or checkpoint.vocabulary_size
     try:
-        patterns = _patterns(checkpoint, model, names, restored)
+        patterns = patterns_of(
+            checkpoint,
+            names.source,
+            [name for name, tensor in restored.items() if tensor.kind != "buffer"],
+            model.spec,
+            model.topology.tp,
+            {names.target[name]: pattern for name, pattern in model.inferred.items()},
+            model.exact,
+            {names.target[name]: why for name, why in model.refused.items()},
+        )
         view = UniversalView(
             checkpoint, names.source, patterns, checkpoint.vocabulary_size or size, frozenset(restored)
         )
@@ -204,24 +213,3 @@ def in_ties_of(
     for problem in compare(checkpoint, joined) if joined else ():
         obstacles.add(*problem.split(": ", 1))
     return (RetiedCheckpoint(checkpoint, copies, joined) if copies or joined else checkpoint), joined
-
-
-def _patterns(
-    checkpoint: Checkpoint, model: ModelDescription, names: Names, tensors: Mapping[str, ModelTensor]
-) -> Mapping[str, AnyPattern]:
-    """Resolve how each parameter on both sides is sharded, by all that the checkpoint and the model tell."""
-
-    def logical(side: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
-        return {side[name]: value for name, value in values.items() if name in side}
-
-    return resolve_patterns(
-        [name for name, tensor in tensors.items() if tensor.kind != "buffer"],
-        degree=max(checkpoint.topology.tp, model.topology.tp),
-        spec=model.spec,
-        recorded=logical(names.source, checkpoint.patterns),
-        inferred=logical(names.target, model.inferred),
-        exact=model.exact,
-        refused=logical(names.source, checkpoint.refused) | logical(names.target, model.refused),
-        local_shapes=held_shapes(checkpoint, names.source),
-        same_degree=checkpoint.topology.tp == model.topology.tp,
-    )
