@@ -17,9 +17,8 @@ from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, SpecError
 from ucp_deepspeed.language.families import find_family, naming_specs
 from ucp_deepspeed.language.resolve import CHECK_HINT, contradicts_record, describe, resolve_patterns
-from ucp_deepspeed.language.schemes import logical_names
+from ucp_deepspeed.language.schemes import logical_names, seen_through
 from ucp_deepspeed.language.spec import Spec
-from ucp_deepspeed.language.wrappers import seen_through
 from ucp_deepspeed.layout import Layout, Shape, across_stages
 from ucp_deepspeed.layout.pattern import AnyPattern, Pattern, Replicate, Shard, Unique
 from ucp_deepspeed.plan import Source

@@ -8,7 +8,13 @@
     rules:
       - {match: "**.qkv_proj.weight", pattern: shard, dim: 0, parts: [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]}
 
-An expression holds integers, names of dimensions, ``+ - * //`` and parentheses, and nothing else.
+An expression holds integers, names of dimensions, ``+ - * //`` and parentheses, and nothing else. Rules may state whole shapes:
+dimensions without a value get theirs from the parameters, and then all must agree.
+
+    dimensions: {hidden: null, ffn: null}
+    rules:
+      - {match: layers.*.up.weight, pattern: shard, dim: 0, shape: [ffn, hidden]}
+      - {match: layers.*.gate_up.weight, pattern: shard, dim: 0, parts: [1, 1], shape: [2 * ffn, hidden]}
 """
 
 from __future__ import annotations
@@ -16,11 +22,15 @@ from __future__ import annotations
 import ast
 import json
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from ucp_deepspeed.layout.box import Shape
 
 LONGEST_EXPRESSION = 200
 """Most characters of an expression. Longer text isn't arithmetic on a few dimensions."""
@@ -78,6 +88,10 @@ def is_expression(text: str) -> bool:
     return not text.strip().isdecimal()
 
 
+class _NoValueError(ValueError):
+    """Names the dimension that has no value, with the reason."""
+
+
 def dimension_values(dimensions: Mapping[str, Dimension], config: Mapping[str, Any] | None) -> dict[str, int]:
     """Return the number of each name, except names that get their value from parameters.
 
@@ -88,47 +102,31 @@ def dimension_values(dimensions: Mapping[str, Dimension], config: Mapping[str, A
         ValueError: names the dimension that has no value, with the reason.
     """
     found: dict[str, int] = {}
+
+    def resolve(name: str, users: tuple[str, ...] = ()) -> int:
+        if name in found:
+            return found[name]
+        if name in users:
+            raise _NoValueError(f"{name}: {' → '.join((*users[users.index(name) :], name))} goes round in a circle")
+        given = dimensions[name]
+        if given is None:
+            raise _NoValueError(f"{name}: it has no value of its own, so nothing can be computed from it but a shape")
+        if isinstance(given, FromConfig):
+            given = _configured(name, given, config)
+        if isinstance(given, str):
+            try:
+                given = _value(_parsed(given), given, lambda other: resolve(other, (*users, name)), dimensions)
+            except _NoValueError:
+                raise  # the error is about another dimension, and names it
+            except ValueError as error:
+                raise _NoValueError(f"{name}: {error}") from error
+        if not 0 < given <= LARGEST:
+            raise _NoValueError(f"{name}: a dimension is a positive number, not {given}")
+        return found.setdefault(name, given)
+
     for name in (name for name, given in dimensions.items() if given is not None):
-        _resolve(name, dimensions, config, found, ())
+        resolve(name)
     return found
-
-
-class _NoValueError(ValueError):
-    """Names the dimension that has no value, with the reason."""
-
-
-def _resolve(
-    name: str,
-    dimensions: Mapping[str, Dimension],
-    config: Mapping[str, Any] | None,
-    found: dict[str, int],
-    open_names: tuple[str, ...],
-) -> int:
-    if name in found:
-        return found[name]
-    if name in open_names:
-        raise _NoValueError(
-            f"{name}: {' → '.join((*open_names[open_names.index(name) :], name))} goes round in a circle"
-        )
-    given = dimensions[name]
-    if given is None:
-        raise _NoValueError(f"{name}: it has no value of its own, so nothing can be computed from it but a shape")
-    if isinstance(given, FromConfig):
-        given = _configured(name, given, config)
-    if isinstance(given, str):
-        names = (*open_names, name)
-        try:
-            given = _value(
-                _parsed(given), given, lambda other: _resolve(other, dimensions, config, found, names), dimensions
-            )
-        except _NoValueError:
-            raise  # the error is about another dimension, and names it
-        except ValueError as error:
-            raise _NoValueError(f"{name}: {error}") from error
-    if not 0 < given <= LARGEST:
-        raise _NoValueError(f"{name}: a dimension is a positive number, not {given}")
-    found[name] = given
-    return given
 
 
 def _configured(name: str, given: FromConfig, config: Mapping[str, Any] | None) -> int | str:
@@ -192,12 +190,12 @@ def _bounded(value: int, text: str) -> int:
     return value
 
 
-NUMBERS = ("parts", "heads", "widths", "shape", "pad_to_multiple")
+NUMBERS = frozenset(("parts", "heads", "widths", "shape", "pad_to_multiple"))
 """Fields of a rule in which an expression may stand for a number."""
 
 
 def with_numbers(
-    rule: Mapping[str, Any], values: Mapping[str, int], free_dims: Iterable[str] = ()
+    rule: Mapping[str, Any], values: Mapping[str, int], free_dims: Collection[str] = ()
 ) -> tuple[dict[str, Any], list[str]]:
     """Replace the expressions in a rule by numbers. Returns the rule, and what is wrong with its expressions, by place.
 
@@ -205,25 +203,111 @@ def with_numbers(
         free_dims: dimensions without a value; expressions with these stay in ``shape``.
     """
     problems: list[str] = []
-    samples = dict.fromkeys(free_dims, 1)
+    samples = {**values, **dict.fromkeys(free_dims, 1)}
 
     def number(value: Any, place: str) -> Any:
         if not isinstance(value, str) or not is_expression(value):
             return value
         try:
-            if place.startswith("shape") and names_in(value) & samples.keys():
-                _value(_parsed(value), value, lambda name: values.get(name, 1), {**values, **samples})
+            if place.startswith("shape") and names_in(value) & set(free_dims):
+                evaluate(value, samples)
                 return value
             return evaluate(value, values)
         except ValueError as error:
             problems.append(f"{place}: {error}")
             return 1
 
-    def replaced() -> Iterator[tuple[str, Any]]:
-        for key, value in rule.items():
-            if key in NUMBERS and isinstance(value, list):
-                yield key, [number(item, f"{key}[{place}]") for place, item in enumerate(value)]
-            else:
-                yield key, number(value, key) if key in NUMBERS else value
+    numbered = dict(rule)
+    for key in (key for key in rule if key in NUMBERS):
+        value = rule[key]
+        items = (
+            [number(item, f"{key}[{place}]") for place, item in enumerate(value)] if isinstance(value, list) else None
+        )
+        numbered[key] = number(value, key) if items is None else items
+    return numbered, problems
 
-    return dict(replaced()), problems
+
+StatedShape = tuple[int | str | None, ...]
+"""A shape that a rule states: numbers, expressions, and None for an extent that the rule leaves open."""
+
+
+@dataclass(frozen=True)
+class ShapeCheck:
+    """Result of comparing stated shapes with found ones.
+
+    Attributes:
+        values: values of dimensions that the parameters gave.
+        problems: parameter → how its shape differs.
+        confirmed: parameters with some stated extent that agrees with another parameter's, or with a given number.
+    """
+
+    values: Mapping[str, int]
+    problems: Mapping[str, str]
+    confirmed: frozenset[str]
+
+
+def check_shapes(
+    stated: Mapping[str, StatedShape],
+    found: Mapping[str, Shape],
+    given: Mapping[str, int],
+    free_dims: Mapping[str, Any],
+) -> ShapeCheck:
+    """Compare the shapes that rules state with whole shapes.
+
+    A free dimension gets the value that most parameters give it; the others are then the wrong ones.
+
+    Args:
+        stated: parameter → the shape in its rule.
+        found: parameter → its whole shape; parameters without one are left out.
+        given: dimensions that have a value.
+        free_dims: names of dimensions that have none.
+    """
+    problems: dict[str, str] = {}
+    votes: dict[str, Counter[int]] = {name: Counter() for name in free_dims}
+    fitting: dict[str, tuple[StatedShape, Shape]] = {}
+    for name, shape in stated.items():
+        if name not in found:
+            continue
+        if len(shape) != len(found[name]):
+            problems[name] = f"has {len(found[name])} dimensions, and the rule states {_words(shape)}"
+            continue
+        fitting[name] = shape, found[name]
+        for item, extent in zip(shape, found[name], strict=True):
+            if isinstance(item, str) and item in votes:
+                votes[item][extent] += 1
+    solved = {name: counts.most_common(1)[0][0] for name, counts in votes.items() if counts}
+    values = {**given, **solved}
+    confirmed: set[str] = set()
+    expected_of = {
+        shape: [_extent(item, values) for item in shape] for shape in {shape for shape, _ in fitting.values()}
+    }
+    for name, (shape, extents) in fitting.items():
+        expected = expected_of[shape]
+        wrong = [one for one, extent in zip(expected, extents, strict=True) if one is not None and one != extent]
+        if wrong:
+            means = f", which is {_words(expected)}" if any(isinstance(item, str) for item in shape) else ""
+            problems[name] = f"the rule states {_words(shape)}{means}"
+        elif any(_tells(item, extent, votes) for item, extent in zip(shape, expected, strict=True)):
+            confirmed.add(name)
+    return ShapeCheck(solved, problems, frozenset(confirmed))
+
+
+def _extent(item: int | str | None, values: Mapping[str, int]) -> int | None:
+    """Return a stated number; None if dimensions in it have no value."""
+    if not isinstance(item, str):
+        return item
+    try:
+        return evaluate(item, values)
+    except ValueError:
+        return None
+
+
+def _tells(item: int | str | None, extent: int | None, votes: Mapping[str, Counter[int]]) -> bool:
+    """Return whether an extent could have disagreed. It couldn't if no other extent gave its dimension a value."""
+    if isinstance(item, str) and item in votes:
+        return votes[item].total() > 1
+    return extent is not None
+
+
+def _words(shape: Sequence[int | str | None]) -> str:
+    return f"[{', '.join('?' if item is None else str(item) for item in shape)}]"

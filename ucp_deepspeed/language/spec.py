@@ -28,10 +28,18 @@ from pydantic import (
 )
 
 from ucp_deepspeed.errors import SpecError
-from ucp_deepspeed.language.dimensions import Dimension, dimension_values, is_expression, read_config, with_numbers
+from ucp_deepspeed.language.dimensions import (
+    Dimension,
+    ShapeCheck,
+    StatedShape,
+    check_shapes,
+    dimension_values,
+    is_expression,
+    read_config,
+    with_numbers,
+)
 from ucp_deepspeed.language.globs import Matcher, check_glob, compiled
 from ucp_deepspeed.language.naming import Renaming
-from ucp_deepspeed.language.shapes import ShapeCheck, StatedShape, check_shapes
 from ucp_deepspeed.layout.box import Shape
 from ucp_deepspeed.layout.pattern import Pattern, Shard
 

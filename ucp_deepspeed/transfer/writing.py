@@ -6,10 +6,12 @@ import errno
 import mmap
 import os
 import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -35,12 +37,11 @@ class FileRange:
         """Size of the range in bytes."""
         return self.stop - self.start
 
-
-@dataclass(frozen=True, slots=True)
-class Chunk(FileRange):
-    """A range that one worker fills at once; ``parts`` are those of the file that overlap it."""
-
-    parts: tuple[Region | Literal, ...]
+    @property
+    def parts(self) -> Sequence[Region | Literal]:
+        """The parts of the file that overlap the range."""
+        first = bisect_right(self.file.parts, self.start, key=lambda part: part.file_offset + part.numbytes)
+        return self.file.parts[first : bisect_left(self.file.parts, self.stop, key=attrgetter("file_offset"))]
 
 
 def share_of(files: Sequence[OutputFile], rank: int, ranks: int) -> tuple[FileRange, ...]:
@@ -66,18 +67,11 @@ def _page_start(file: OutputFile, offset: int) -> int:
     return file.numbytes if offset >= file.numbytes else max(offset, 0) // page * page
 
 
-def chunks_of(held: FileRange, chunk_numbytes: int) -> Iterator[Chunk]:
-    """Cut a range into chunks of about ``chunk_numbytes``, on element boundaries."""
-    parts, unit = held.file.parts, _unit_of(chunk_numbytes)
-    first = 0
+def chunks_of(held: FileRange, chunk_numbytes: int) -> Iterator[FileRange]:
+    """Cut a range into chunks of about ``chunk_numbytes``, on element boundaries. One worker fills a chunk at once."""
+    unit = _unit_of(chunk_numbytes)
     for start in range(held.start, held.stop, unit):
-        stop = min(start + unit, held.stop)
-        while first < len(parts) and parts[first].file_offset + parts[first].numbytes <= start:
-            first += 1
-        met = first
-        while met < len(parts) and parts[met].file_offset < stop:
-            met += 1
-        yield Chunk(held.file, start, stop, parts[first:met])
+        yield FileRange(held.file, start, min(start + unit, held.stop))
 
 
 def _unit_of(chunk_numbytes: int) -> int:
@@ -171,7 +165,7 @@ class _Task:
         for output in self._outputs.values():
             output.close()
 
-    def _next(self) -> tuple[Chunk, _Output] | None:
+    def _next(self) -> tuple[FileRange, _Output] | None:
         """Return a chunk, and the file that it goes to. A file is open from its first chunk to its last, so that few are at a
         time."""
         with self._lock:
@@ -183,7 +177,7 @@ class _Task:
                 self._outputs[name] = _Output(self._folder / name)
             return chunk, self._outputs[name]
 
-    def _written(self, chunk: Chunk, done: TransferCount) -> bool:
+    def _written(self, chunk: FileRange, done: TransferCount) -> bool:
         """Count a chunk; return whether it was the last of its file."""
         with self._lock:
             self.count.add(done)
@@ -256,7 +250,7 @@ def _wait(futures: Collection[Future[None]], check: Callable[[], None]) -> None:
         check()
 
 
-def _gather_chunk(view: UniversalView, chunk: Chunk, buffer: torch.Tensor, reader: FileReader) -> TransferCount:
+def _gather_chunk(view: UniversalView, chunk: FileRange, buffer: torch.Tensor, reader: FileReader) -> TransferCount:
     count = TransferCount()
     if chunk.file.has_gaps:
         buffer[: chunk.numbytes].zero_()

@@ -7,8 +7,7 @@ import pytest
 from ucp_deepspeed.language import Spec, load_spec
 from ucp_deepspeed.language.naming import Renaming, translate
 from ucp_deepspeed.language.renames import as_lines, suggest_renamings
-from ucp_deepspeed.language.schemes import best_scheme
-from ucp_deepspeed.language.wrappers import plain_name, plain_names, seen_through
+from ucp_deepspeed.language.schemes import best_scheme, plain_name, plain_names, seen_through
 
 
 @pytest.mark.parametrize(

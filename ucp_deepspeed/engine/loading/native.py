@@ -31,7 +31,7 @@ from ucp_deepspeed.engine.model import (
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, only_evaluates
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
-from ucp_deepspeed.language.wrappers import seen_through
+from ucp_deepspeed.language.schemes import seen_through
 from ucp_deepspeed.layout import Shape
 from ucp_deepspeed.transfer.planning.numbers import usable
 

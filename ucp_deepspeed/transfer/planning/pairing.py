@@ -16,7 +16,7 @@ from ucp_deepspeed.checkpoint.expert_forms import in_form_of
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of, names_of, parameter_names, patterns_of
 from ucp_deepspeed.errors import ListingError
 from ucp_deepspeed.language import logical_names, naming_specs
-from ucp_deepspeed.language.wrappers import seen_through
+from ucp_deepspeed.language.schemes import seen_through
 from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.layout.pattern import AnyPattern
 from ucp_deepspeed.transfer.planning.group_settings import GroupSettings, schedule_of_groups, settings_of_groups
