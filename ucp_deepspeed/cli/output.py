@@ -26,6 +26,9 @@ PLAIN_WIDTH = 240
 SHORTEST_NAME = 16
 """Columns that a name keeps in a narrow window."""
 
+_WORD = re.compile(r"\[[^\]]*\]|\S+")
+"""A part of a cell that must stay on one line: a word, or a shape."""
+
 
 def _new_console() -> Console:
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
@@ -68,7 +71,9 @@ def print_rows(
     name, *kept = rows[0]
     longest = max(len(row[name]) for row in (*rows, {name: name}))
     cells = {heading: [heading, *(row[heading] for row in rows)] for heading in kept}
-    least = {heading: max(len(word) for cell in held for word in cell.split()) for heading, held in cells.items()}
+    least = {
+        heading: max(len(word) for cell in held for word in _WORD.findall(cell)) for heading, held in cells.items()
+    }
 
     def room() -> int:
         """Columns for names, where no other column is wider than its longest word."""

@@ -56,5 +56,10 @@ def test_columns_are_left_out_before_words_break() -> None:
     assert lines[-2:] == ["left out in this narrow window: states", "a note"]
 
 
+def test_shapes_stay_on_one_line() -> None:
+    rows = [{"parameter": "layers.0.mlp.weight", "shape": "[64, 1032]", "states": "fp32 F32, exp_avg F32"}]
+    assert any("[64, 1032]" in line for line in printed(40, rows)[1:])
+
+
 def test_brackets_are_no_markup() -> None:
     assert "[bold]" in "".join(printed(100, [{"parameter": "a", "states": "[bold]"}]))
