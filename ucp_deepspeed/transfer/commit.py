@@ -133,25 +133,28 @@ os.register_at_fork(after_in_child=_hold_nothing)
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time run the block, where the file system has locks. Wait a limited time, in case one hangs."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    end = time.monotonic() + tunables.LOCK_SECONDS
+def _opened(path: Path) -> Iterator[int]:
+    """Yield a descriptor of a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError):
-            while not _lock(descriptor) and time.monotonic() < end:
-                time.sleep(tunables.LOOK_SECONDS)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
-    """Take a lock, unless somebody has it.
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time run the block, where the file system has locks. Wait a limited time, in case one hangs."""
+    end = time.monotonic() + tunables.LOCK_SECONDS
+    with _opened(folder) as descriptor:
+        with suppress(OSError):
+            while not _lock(descriptor) and time.monotonic() < end:
+                time.sleep(tunables.LOOK_SECONDS)
+        yield
 
-    Raises:
-        OSError: the file system has none.
-    """
+
+def _lock(descriptor: int) -> bool:
+    """Take a lock, unless somebody has it. Raises OSError if the file system has none."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -159,26 +162,13 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _is_held(partial: Path) -> bool | None:
-    """Return whether a process holds a partial folder; None where that can't be told."""
-    if partial in _holding:
-        return True
-    try:
-        descriptor = os.open(partial, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        return not _lock(descriptor)
-    except OSError:
-        return None
-    finally:
-        os.close(descriptor)
-
-
 def _is_written(partial: Path, pid: int) -> bool:
     """Return whether a process writes in a partial folder: by the lock, or else by the process id in its name."""
-    held = _is_held(partial)
-    return _alive(pid) if held is None else held
+    if partial in _holding:
+        return True
+    with suppress(OSError), _opened(partial) as descriptor:
+        return not _lock(descriptor)
+    return _alive(pid)
 
 
 def partial_folder(final: Path) -> Path:
@@ -265,7 +255,7 @@ def remove_abandoned(final: Path, of_any_name: bool = False) -> None:
             again.
     """
     for entry, name, pid in _partial_folders(final):
-        if (of_any_name or name == final.name) and not _alive(pid) and not _is_held(entry):
+        if (of_any_name or name == final.name) and not _alive(pid) and not _is_written(entry, pid):
             try:
                 _remove(entry, final.parent / name)
             except OSError as error:  # another user's, perhaps
@@ -326,11 +316,8 @@ def replace_text(path: Path, text: str) -> None:
 
 def flush(path: Path) -> None:
     """Wait until a file's content, or a folder's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with _opened(path) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _alive(pid: int) -> bool:

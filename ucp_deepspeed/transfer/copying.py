@@ -140,32 +140,28 @@ class FileReader:
         self._files.clear()
 
 
-@dataclass(frozen=True, slots=True)
-class _Runs:
-    """A block as runs of consecutive elements of a file: where each begins, and their length, in elements."""
+def _runs(view: StridedView[FileExtent], shape: tuple[int, ...]) -> tuple[Sequence[int], int] | None:
+    """Return a block as runs of consecutive elements of the file: where each begins, and their length.
 
-    starts: Sequence[int]
-    numel: int
-
-
-def _runs(view: StridedView[FileExtent], shape: tuple[int, ...]) -> _Runs | None:
-    """Return the runs of a block; None where they are too short to be read one by one."""
+    Returns:
+        None where they are too short to be read one by one.
+    """
     numel, outer = 1, len(shape)
     while outer and (shape[outer - 1] == 1 or view.strides[outer - 1] == numel):
         outer -= 1
         numel *= shape[outer]
     if numel * ITEMSIZE[view.buffer.dtype] < tunables.LEAST_RUN_NUMBYTES and outer:
         return None
-    places = product(
-        *([step * stride for step in range(count)] for count, stride in zip(shape[:outer], view.strides, strict=False))
-    )
-    return _Runs([sum(place) for place in places], numel)
+    steps = (range(0, extent * stride, stride) for extent, stride in zip(shape[:outer], view.strides, strict=False))
+    return [sum(place) for place in product(*steps)], numel
 
 
-def _read_runs(file: _File, start: int, runs: _Runs, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    block = torch.empty(shape, dtype=dtype)
-    target, numbytes = memoryview(block.view(-1).view(torch.uint8).numpy()), runs.numel * block.element_size()
-    for number, run in enumerate(runs.starts):
+def _read_runs(
+    file: _File, start: int, runs: tuple[Sequence[int], int], dtype: torch.dtype, shape: tuple[int, ...]
+) -> torch.Tensor:
+    block, (starts, numel) = torch.empty(shape, dtype=dtype), runs
+    target, numbytes = memoryview(block.view(-1).view(torch.uint8).numpy()), numel * block.element_size()
+    for number, run in enumerate(starts):
         file.read_into(start + run * block.element_size(), target[number * numbytes : (number + 1) * numbytes])
     return block
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch.distributed as dist
@@ -157,10 +158,9 @@ def _beating(store: dist.Store, rank: int) -> Iterator[None]:
     stopped = threading.Event()
 
     def beat() -> None:
-        number = 0
         with suppress(dist.DistError):  # the store is gone: a waiting rank sees it too
-            while True:
-                store.set(_beat_key(rank), str(number := number + 1))
+            for number in count(1):
+                store.set(_beat_key(rank), str(number))
                 if stopped.wait(tunables.BEAT_SECONDS):
                     return
 
@@ -193,8 +193,7 @@ def joined() -> Iterator[Ranks]:
         except (ValueError, OverflowError, TypeError) as error:
             values = ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES)
             raise ConfigError(f"{values}: {error}") from error
-    store, rank, count = found
-    with taking_part(store, rank, count) as ranks:
+    with taking_part(*found) as ranks:
         yield ranks
 
 

@@ -7,18 +7,16 @@ copy: that of the stage that trained it, if only one did; else the one that the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 
-from ucp_deepspeed import tunables
-from ucp_deepspeed.checkpoint.checkpoint import MASTER, Checkpoint, Parameter
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.differing import OnDiffering, all_same
 from ucp_deepspeed.checkpoint.torch_files.reading import NAMED_DTYPES
-from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.transfer.evidence.held_values import HeldValues
 
@@ -123,7 +121,7 @@ def look(
 
 def _look_at(held: HeldValues, name: str, stages: Sequence[int], share: tuple[int, int]) -> Seen:
     assert isinstance(held.checkpoint, DeepSpeedCheckpoint)
-    copies = {stage: held.checkpoint.parameter_on(name, stage) for stage in stages}
+    copies, degree = {stage: held.checkpoint.parameter_on(name, stage) for stage in stages}, held.checkpoint.topology.tp
     first, *others = copies.values()
     differing: set[str] = set()
     trained: set[int] = set()
@@ -131,38 +129,28 @@ def _look_at(held: HeldValues, name: str, stages: Sequence[int], share: tuple[in
         differing.add("states")
     if not all_same([dict(copy.scalars) for copy in copies.values()]):
         differing.add("numbers")
-    if len({copy.local_shapes[stage * held.checkpoint.topology.tp] for stage, copy in copies.items()}) > 1:
+    if len({copy.local_shapes[stage * degree] for stage, copy in copies.items()}) > 1:
         differing.add("shape")
     for state in dict.fromkeys(state for copy in copies.values() for state in copy.states):
         holding = {stage: copy for stage, copy in copies.items() if state in copy.states}
-        for rank in range(held.checkpoint.topology.tp):
-            for parts in _parts(held, holding, state, rank, share):
-                if not all_same(list(parts.values())):
+        for rank in range(degree):
+            shapes = [copy.local_shapes[stage * degree + rank] for stage, copy in holding.items()]
+            numel = min(prod(shape) for shape in shapes if shape is not None)
+            bits = [held.parts(copy, state, stage * degree + rank, share, numel) for stage, copy in holding.items()]
+            for parts in zip(*bits, strict=True):
+                values = [
+                    part.view(NAMED_DTYPES[copy.states[state]])
+                    for part, copy in zip(parts, holding.values(), strict=True)
+                ]
+                if not all_same(values):
                     differing.add(state)
                 if state != MASTER:
-                    trained |= {stage for stage, part in parts.items() if _isnt_zero(part)}
+                    trained |= {stage for stage, value in zip(holding, values, strict=True) if _isnt_zero(value)}
     return Seen(frozenset(differing), frozenset(trained))
 
 
 def _isnt_zero(values: torch.Tensor) -> bool:
     return bool(values.to(torch.complex128 if values.is_complex() else torch.float64).any())
-
-
-def _parts(
-    held: HeldValues, copies: Mapping[int, Parameter], state: str, rank: int, share: tuple[int, int]
-) -> Iterator[dict[int, torch.Tensor]]:
-    """Yield a state on one tensor-parallel rank of each stage, a few elements at a time."""
-    degree = held.checkpoint.topology.tp
-    shapes = {stage: copy.local_shapes[stage * degree + rank] for stage, copy in copies.items()}
-    numel = min(prod(shape) for shape in shapes.values() if shape is not None)
-    first, last = (numel * part // share[1] for part in (share[0], share[0] + 1))
-    step = tunables.COMPARED_NUMBYTES // max(ITEMSIZE[copy.states[state]] for copy in copies.values())
-    for start in range(first, last, step):
-        stop = min(start + step, last)
-        yield {
-            stage: held.flat(copy, state, stage * degree + rank, start, stop).view(NAMED_DTYPES[copy.states[state]])
-            for stage, copy in copies.items()
-        }
 
 
 def merge(parts: Sequence[Mapping[str, Seen]]) -> dict[str, Seen]:

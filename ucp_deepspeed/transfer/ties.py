@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from math import prod
+from collections.abc import Mapping
 
 import torch
 
-from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
-from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.transfer.evidence.held_values import HeldValues
 
 UNTIE_HINT = (
@@ -29,34 +26,27 @@ def differing_ties(
     """
     held = HeldValues(checkpoint)
     try:
-        problems: list[str] = []
-        for name, owner in ties.items():
-            found = next(_differences(held, name, owner, share), None)
-            if found is not None:
-                problems.append(
-                    f"{name}: tied to {owner} in the model, and not in the checkpoint: {found}; {UNTIE_HINT}"
-                )
-        return problems
+        found = {name: _difference(held, name, owner, share) for name, owner in ties.items()}
     finally:
         held.reader.close()
+    return [
+        f"{name}: tied to {ties[name]} in the model, and not in the checkpoint: {difference}; {UNTIE_HINT}"
+        for name, difference in found.items()
+        if difference is not None
+    ]
 
 
-def _differences(held: HeldValues, name: str, owner: str, share: tuple[int, int] | None) -> Iterator[str]:
+def _difference(held: HeldValues, name: str, owner: str, share: tuple[int, int] | None) -> str | None:
     one, other = held.checkpoint.parameters[name], held.checkpoint.parameters[owner]
     for what in ("kind", "local_shapes", "scalars", "states"):
         mine, theirs = getattr(one, what), getattr(other, what)
         if (mine, theirs) != (theirs, mine):
-            yield f"their {what.replace('_', ' ')} are {mine} and {theirs}"
-            return
+            return f"their {what.replace('_', ' ')} are {mine} and {theirs}"
     if share is None:
-        return
-    for state, dtype in one.states.items():
-        step = tunables.COMPARED_NUMBYTES // ITEMSIZE[dtype]
-        for rank, shape in enumerate(one.local_shapes):
-            numel = 0 if shape is None else prod(shape)
-            first, last = (numel * part // share[1] for part in (share[0], share[0] + 1))
-            for start in range(first, last, step):
-                bits = (held.flat(each, state, rank, start, min(start + step, last)) for each in (one, other))
-                if not torch.equal(*bits):
-                    yield f"their values of {state!r} differ"
-                    return
+        return None
+    for state in one.states:
+        for rank in (rank for rank, shape in enumerate(one.local_shapes) if shape is not None):
+            bits = (held.parts(each, state, rank, share) for each in (one, other))
+            if not all(torch.equal(*pair) for pair in zip(*bits, strict=True)):
+                return f"their values of {state!r} differ"
+    return None

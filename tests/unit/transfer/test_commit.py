@@ -135,11 +135,11 @@ def test_what_is_held_is_not_abandoned(tmp_path: Path) -> None:
 
 def test_what_this_process_makes_is_held_until_it_is_done(tmp_path: Path) -> None:
     with commit.committed_folder(tmp_path / "a") as folder:
-        assert commit._is_held(folder)
+        assert commit._is_written(folder, os.getpid())
     with pytest.raises(ZeroDivisionError), commit.committed_folder(tmp_path / "b") as folder:
         raise ZeroDivisionError
     commit.replace_folder(commit.make_partial_folder(tmp_path / "a"), tmp_path / "a", is_part)
-    assert commit._holding == {} and not commit._is_held(tmp_path / "a")
+    assert commit._holding == {} and not commit._is_written(tmp_path / "a", os.getpid())
 
 
 def test_of_writers_that_start_together_one_goes_on(tmp_path: Path) -> None:
@@ -204,9 +204,9 @@ def test_a_forked_child_holds_nothing(tmp_path: Path) -> None:
     with commit.committed_folder(tmp_path / "a") as folder:
         child = os.fork()
         if child == 0:
-            os._exit(len(commit._holding) + 2 * (not commit._is_held(folder)))
+            os._exit(len(commit._holding) + 2 * (not commit._is_written(folder, os.getpid())))
         assert os.waitpid(child, 0)[1] == 0
-        assert commit._is_held(folder)
+        assert commit._is_written(folder, os.getpid())
 
 
 @pytest.mark.parametrize("host", [socket.gethostname(), "elsewhere"])

@@ -126,3 +126,18 @@ class HeldValues:
                 view: StridedView[FileExtent] = StridedView(fragment.buffer, at, (1,))
                 self.reader.read_into(view, flat[low - start : high - start])
         return flat.view(INTEGERS[ITEMSIZE[dtype]])
+
+    def parts(
+        self, parameter: Parameter, state: str, rank: int, share: tuple[int, int] = (0, 1), numel: int | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Yield the bits of a rank's local tensor, as integers, a few elements at a time.
+
+        Args:
+            share: the part of the elements to read, and the number of parts: ranks divide them.
+            numel: how many elements to read, from the first on; by default all.
+        """
+        numel = prod(parameter.local_shapes[rank] or ()) if numel is None else numel
+        first, last = (numel * part // share[1] for part in (share[0], share[0] + 1))
+        step = tunables.COMPARED_NUMBYTES // max(ITEMSIZE.values())
+        for start in range(first, last, step):
+            yield self.flat(parameter, state, rank, start, min(start + step, last))
