@@ -10,6 +10,7 @@ from ucp_deepspeed.plan.plan import (
     Source,
     StridedView,
     Target,
+    factor_between,
     plan_tensor,
 )
 from ucp_deepspeed.plan.sharing import (
@@ -35,6 +36,7 @@ __all__ = [
     "StridedView",
     "Target",
     "divide",
+    "factor_between",
     "overlapping_fragments",
     "plan_tensor",
     "prove_cover",

@@ -132,11 +132,7 @@ def plan_tensor(source: Source[S], target: Target[T], state: str) -> tuple[Block
         ValueError: the logical shapes differ, the source doesn't hold each wanted element exactly once, or source and target
             scale the state differently and the layout doesn't say how. The caller adds the parameter's name.
     """
-    if source.layout.logical_shape != target.layout.logical_shape:
-        raise ValueError(
-            f"expected logical shape {target.layout.logical_shape}, found {source.layout.logical_shape} in the checkpoint"
-        )
-    factor = _factor(source.layout, target.layout, state)
+    factor = factor_between(source.layout, target.layout, state)
     merge = source.layout.mergeable_dims() & target.layout.mergeable_dims()
     source_layout, target_layout = source.layout.merged(merge), target.layout.merged(merge)
     holders = _holders_to_read(source_layout, target.rank)
@@ -150,7 +146,16 @@ def plan_tensor(source: Source[S], target: Target[T], state: str) -> tuple[Block
     return tuple(copies)
 
 
-def _factor(source: Layout, target: Layout, state: str) -> Fraction:
+def factor_between(source: Layout, target: Layout, state: str) -> Fraction:
+    """Return the factor by which elements of a state are multiplied on their way.
+
+    Raises:
+        ValueError: the logical shapes differ, or the layouts scale the state differently and don't say how.
+    """
+    if source.logical_shape != target.logical_shape:
+        raise ValueError(
+            f"expected logical shape {target.logical_shape}, found {source.logical_shape} in the checkpoint"
+        )
     source_factor, target_factor = source.factor(state), target.factor(state)
     if source_factor is not None and target_factor is not None:
         return target_factor / source_factor

@@ -3,13 +3,13 @@ same for an engine that runs and for one that doesn't yet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
 from typing import Any
 
-from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import (
     GROUP_STEP,
     MASTER,
@@ -19,7 +19,7 @@ from ucp_deepspeed.checkpoint.checkpoint import (
 )
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.dtypes import ITEMSIZE
-from ucp_deepspeed.layout import Shape
+from ucp_deepspeed.layout import Layout, Shape
 from ucp_deepspeed.plan import (
     UNDIVIDED,
     BlockCopy,
@@ -29,6 +29,7 @@ from ucp_deepspeed.plan import (
     Shareable,
     Target,
     divide,
+    factor_between,
     overlapping_fragments,
     plan_tensor,
     read_together,
@@ -135,7 +136,7 @@ class RankPlanner:
         pair: Pair,
         optimizer: TargetOptimizer,
         kept_apart: Set[str],
-        shared_read_numbytes: int = tunables.SHARED_READ_NUMBYTES,
+        shared_read_numbytes: int,
     ) -> None:
         """Compare the shapes of all parameters and buffers, also of those on other ranks.
 
@@ -146,11 +147,8 @@ class RankPlanner:
         """
         self._pair, self._optimizer, self._obstacles = pair, optimizer, pair.obstacles
         self.source, self.layouts, self.policies = pair.view, pair.layouts, pair.policies
-        self._topology, self._kept_apart, self._shared_read_numbytes = (
-            pair.model.topology,
-            kept_apart,
-            shared_read_numbytes,
-        )
+        self._topology, self._kept_apart = pair.model.topology, kept_apart
+        self._shared_read_numbytes = shared_read_numbytes
         shapes = {name: (self.source.logical_shape(name), held.logical_shape) for name, held in self.layouts.items()}
         differing = {name: _is_grown(*both) for name, both in shapes.items() if both[0] != both[1]}
         self.grown = tuple(name for name, grown in differing.items() if grown and self.policies.initialise)
@@ -160,7 +158,8 @@ class RankPlanner:
         self._copies = lru_cache(maxsize=1 << 16)(self._plan_tensor)
         self._known_states: dict[tuple[tuple[str, ...], int], SlotStates] = {}
         for name in self.restored:
-            self._copies(name, self._weight_state(name), 0, ())
+            with self._telling(name):
+                factor_between(self.source.layouts[name], self._layout(name), self._weight_state(name))
 
     def outcome(self, begun: Iterable[str], left: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the names that keep the model's values, in whole, in further rows, or in their optimizer states alone; and those
@@ -315,15 +314,23 @@ class RankPlanner:
         return self._copies(name, state, rank, fragments)
 
     def _plan_tensor(self, name: str, state: str, rank: int, fragments: tuple[Fragment[None], ...]) -> Copies:
+        with self._telling(name):
+            return plan_tensor(self.source.source(name, state), Target(self._layout(name), rank, fragments), state)
+        return ()
+
+    def _layout(self, name: str) -> Layout:
+        """Return the target's layout of what the checkpoint fills: without further rows."""
         layout = self.layouts[name]
-        if name in self.grown:
-            layout = layout.cropped(self.source.logical_shape(name))
+        return layout.cropped(self.source.logical_shape(name)) if name in self.grown else layout
+
+    @contextmanager
+    def _telling(self, name: str) -> Iterator[None]:
+        """Make an obstacle of what a plan refuses, unless the parameter has one."""
         try:
-            return plan_tensor(self.source.source(name, state), Target(layout, rank, fragments), state)
+            yield
         except ValueError as error:
             if name not in self._obstacles.names:
                 self._obstacles.add(name, f"{error}{self._hint(name)}")
-            return ()
 
     def _hint(self, name: str) -> str:
         """Return a hint for another shape, or for a vocabulary that source and target pad differently."""

@@ -96,7 +96,7 @@ def test_one_error_lists_all_that_does_not_fit() -> None:
     found.settings([list(slot.names)], lambda index: {}, numbers)
     found.schedule([list(slot.names)], {})
     with pytest.raises(MismatchError) as caught:
-        RankPlanner(found, KEPT, set()).plan(TargetRank(0, 0, (slot,), ()), numbers)
+        RankPlanner(found, KEPT, set(), 1).plan(TargetRank(0, 0, (slot,), ()), numbers)
     told = {line.partition(": ")[0]: line.partition(": ")[2] for line in caught.value.problems}
     assert told.keys() == {"c", "new", "old", "parameter group 0", "the scheduler's base_lrs", "b", "a"}
     assert told["new"].startswith("missing in the checkpoint") and told["old"].startswith("extra in the checkpoint")
@@ -111,7 +111,7 @@ def test_one_error_lists_all_that_does_not_fit() -> None:
 def test_what_policies_allow_is_no_obstacle() -> None:
     checkpoint = Sketch({"a": FOUR, "old": (2,)})
     found = paired(checkpoint, model({"a": GROWN, "new": (7,)}), Policies(initialise=True, drop=True))
-    planner = RankPlanner(found, TargetOptimizer(), set())
+    planner = RankPlanner(found, TargetOptimizer(), set(), 1)
     assert not found.obstacles and planner.grown == ("a",)
     assert planner.outcome(["x", "a"], ["y"]) == (("new", "a", "x"), ("old", "y"))
 
@@ -140,6 +140,8 @@ def test_names_differ_by_wrappers_and_by_what_a_spec_says() -> None:
     spec = Spec.parse({"family": "tests", "rules": rules, "names": names}, "tests")
     found = paired(Sketch({"a": FOUR, "l.0.b": (2,)}), model({"a": FOUR, "1.b": (2,)}, spec=spec))
     assert not found.obstacles and found.names.target == {"a": "a", "1.b": "l.0.b"}
+    recorded = Sketch({"a": FOUR, "5.b": (2,)}, logical_names={"5.b": "l.3.b"})
+    assert paired(recorded, model({"a": FOUR, "5.b": (2,)})).matching.restored == ("a", "l.3.b")
 
 
 def test_ties_become_the_models() -> None:
