@@ -99,11 +99,6 @@ class Parameter:
     may_be_buffer: bool = False
     stage: int | None = field(default=None, compare=False)
 
-    @property
-    def idle(self) -> bool:
-        """Always False: a checkpoint tells which parameters were trained, but not which need no gradient for now."""
-        return False
-
 
 @dataclass(frozen=True, slots=True)
 class ParameterGroup:

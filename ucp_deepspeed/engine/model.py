@@ -32,8 +32,7 @@ from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.layout import FlatGroup, Flattening, Shape, SlicedGroup, Topology
 from ucp_deepspeed.layout.pattern import Pattern, Replicate
-from ucp_deepspeed.transfer.planning.model import ModelDescription, ModelTensor
-from ucp_deepspeed.transfer.planning.target import TargetSlot
+from ucp_deepspeed.transfer.planning.target import ModelDescription, ModelTensor, TargetSlot
 
 T = TypeVar("T")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ucp_deepspeed.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint.checkpoint import ParameterGroup
 from ucp_deepspeed.checkpoint.derived import RetiedCheckpoint, copies_wanted
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of, names_of, parameter_names, patterns_of
@@ -20,7 +21,6 @@ from ucp_deepspeed.language.schemes import seen_through
 from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.layout.pattern import AnyPattern
 from ucp_deepspeed.transfer.planning.group_settings import GroupSettings, schedule_of_groups, settings_of_groups
-from ucp_deepspeed.transfer.planning.model import ModelDescription, ModelTensor
 from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
 from ucp_deepspeed.transfer.planning.obstacles import Obstacles
 from ucp_deepspeed.transfer.planning.policies import (
@@ -32,6 +32,7 @@ from ucp_deepspeed.transfer.planning.policies import (
     match,
     some_shape,
 )
+from ucp_deepspeed.transfer.planning.target import ModelDescription, ModelTensor
 
 CompareTies = Callable[[Checkpoint, Mapping[str, str]], Sequence[str]]
 """Compares parameters that the model ties, under the checkpoint's names; see `differing_ties`."""
@@ -82,17 +83,23 @@ class Pair:
         keep: bool = False,
     ) -> GroupSettings:
         """Give each parameter group of the model the hyper-parameters of its parameters; see `settings_of_groups`."""
-        source = {self.names.source[name]: group for group in self.checkpoint.groups for name in group.names}
+        source = {name: group for names, group in self._groups for name in names}
         return settings_of_groups(source, groups, live_group, numbers, keep, self.obstacles)
 
     def schedule(
         self, groups: Sequence[Sequence[str]], live: Mapping[str, Any], keep: bool = False
     ) -> Mapping[str, Any] | None:
         """Return the scheduler's state for the model's groups; see `schedule_of_groups`."""
-        saved = self.checkpoint.groups
-        group_of = {self.names.source[name]: index for index, group in enumerate(saved) for name in group.names}
+        group_of = {name: index for index, (names, _) in enumerate(self._groups) for name in names}
         sources = [sorted({group_of[name] for name in names if name in group_of}) for names in groups]
-        return schedule_of_groups(self.checkpoint.run.lr_scheduler, live, sources, len(saved), keep, self.obstacles)
+        state, count = self.checkpoint.run.lr_scheduler, len(self._groups)
+        return schedule_of_groups(state, live, sources, count, keep, self.obstacles)
+
+    @property
+    def _groups(self) -> list[tuple[list[str], ParameterGroup]]:
+        """The checkpoint's parameter groups, each with its logical names."""
+        names = self.names.source
+        return [([names[name] for name in group.names if name in names], group) for group in self.checkpoint.groups]
 
 
 def pair(

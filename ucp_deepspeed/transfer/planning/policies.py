@@ -13,8 +13,8 @@ from ucp_deepspeed.checkpoint.checkpoint import MASTER, HeldShapes, Parameter
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.language.renames import as_lines, suggest_renamings
 from ucp_deepspeed.layout import Shape
-from ucp_deepspeed.transfer.planning.model import ModelTensor
 from ucp_deepspeed.transfer.planning.obstacles import Obstacles
+from ucp_deepspeed.transfer.planning.target import ModelTensor
 
 
 @dataclass(frozen=True)

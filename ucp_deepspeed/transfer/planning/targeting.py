@@ -25,13 +25,12 @@ from ucp_deepspeed.layout.pattern import PerRank, Unique
 from ucp_deepspeed.plan import BlockCopy
 from ucp_deepspeed.transfer.copying import TransferCount
 from ucp_deepspeed.transfer.planning.group_settings import UNTELLING
-from ucp_deepspeed.transfer.planning.model import ModelDescription, ModelTensor
 from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
 from ucp_deepspeed.transfer.planning.obstacles import Obstacle, Obstacles
 from ucp_deepspeed.transfer.planning.pairing import Pair, pair
 from ucp_deepspeed.transfer.planning.policies import Matching, Policies, check_recorded, some_names
 from ucp_deepspeed.transfer.planning.rank_planner import RankPlanner, SlotStates, TargetOptimizer
-from ucp_deepspeed.transfer.planning.target import KeptStates, TargetRank, TargetSlot
+from ucp_deepspeed.transfer.planning.target import KeptStates, ModelDescription, ModelTensor, TargetRank, TargetSlot
 from ucp_deepspeed.transfer.planning.target_ranks import RankNumber, layer_of, stacked_experts, stages_of, target_ranks
 from ucp_deepspeed.transfer.stage_copies import may_differ
 from ucp_deepspeed.transfer.ties import differing_ties
@@ -137,7 +136,7 @@ def plan_target(
             raise
         obstacles.add_error(error)
         return TargetPlan(topology, None, reset, tuple(obstacles))
-    described = describe_model(view, topology, spec, vocabulary_size, obstacles)
+    described = describe_target(view, topology, spec, obstacles)
     try:
         found = pair(checkpoint, described, policies, obstacles, partial(differing_ties, share=None))
     except ListingError as error:
@@ -151,8 +150,8 @@ def plan_target(
     return _Planner(found, view.under(found.names.target), model is None, only).plan()
 
 
-def describe_model(
-    view: UniversalView, topology: Topology, spec: Spec | None, vocabulary_size: int | None, obstacles: Obstacles
+def describe_target(
+    view: UniversalView, topology: Topology, spec: Spec | None, obstacles: Obstacles
 ) -> ModelDescription:
     """Describe the model of a checkpoint on another topology: its tensors are cut by the patterns, and its layers dealt out.
 

@@ -16,13 +16,12 @@ from ucp_deepspeed.language import Spec
 from ucp_deepspeed.layout import FlatGroup, Shape, Topology
 from ucp_deepspeed.layout.pattern import Shard
 from ucp_deepspeed.plan import Fragment
-from ucp_deepspeed.transfer.planning.model import ModelDescription, ModelTensor
 from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
 from ucp_deepspeed.transfer.planning.obstacles import Obstacle, Obstacles
 from ucp_deepspeed.transfer.planning.pairing import Pair, pair
 from ucp_deepspeed.transfer.planning.policies import Policies
 from ucp_deepspeed.transfer.planning.rank_planner import RankPlanner, TargetOptimizer
-from ucp_deepspeed.transfer.planning.target import KeptStates, TargetRank, TargetSlot
+from ucp_deepspeed.transfer.planning.target import KeptStates, ModelDescription, ModelTensor, TargetRank, TargetSlot
 
 STATES = {"fp32": "F32", "exp_avg": "F32"}
 FOUR, GROWN = (4, 3), (6, 3)
