@@ -94,7 +94,10 @@ class Filling:
         with torch.no_grad(), closing(filler):
             with agreement():  # there may be too little memory on one rank
                 optimizer.begin()
-                states = [self._state_buffers(optimizer, slot, plan) for slot, plan in slots]
+                states = [
+                    {state: optimizer.state_buffer(slot, state) for state in plan.buffers if state != MASTER}
+                    for slot, plan in slots
+                ]
             filler.fill(
                 [(slot.master.data, plan.buffers[MASTER], slot.replicas) for slot, plan in slots], self.rounding
             )
@@ -112,14 +115,6 @@ class Filling:
         for slot, plan in zip(self.rank.slots, self.planned.slots, strict=True):
             assert isinstance(slot, EngineSlot), "a live one"
             yield slot, plan
-
-    def _state_buffers(
-        self, optimizer: EngineOptimizer, slot: EngineSlot, plan: PlannedSlot
-    ) -> Mapping[str, torch.Tensor]:
-        """Return the buffers for the optimizer's states of a slot; nothing of the optimizer changes yet."""
-        if self.policies.optimizer_states != "restore":
-            return {}
-        return {state: optimizer.state_buffer(slot, state) for state in plan.buffers if state != MASTER}
 
     def _become_part(
         self, optimizer: EngineOptimizer, states: Sequence[Mapping[str, torch.Tensor]]
