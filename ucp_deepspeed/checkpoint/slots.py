@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Kind
-from ucp_deepspeed.checkpoint.torch_files.reading import TORCH_DTYPES, extent_of, read_tensors, scalar_of
+from ucp_deepspeed.checkpoint.torch_files.reading import TORCH_DTYPES, dtype_of, extent_of, read_tensors, scalar_of
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup, Shape
 
@@ -195,25 +197,27 @@ def _is_elementwise(state: torch.Tensor, buffer: torch.Tensor) -> bool:
     return state.shape == buffer.shape or (flat and state.numel() == buffer.numel())
 
 
-def whole_tensor_slot(
-    name: str,
+def whole_slot(
+    named: Mapping[str, Shape],
     kind: Kind,
-    tensor: Callable[[int, str], Located],
-    *,
-    shape: Shape,
-    states: Mapping[str, str],
-    scalars: Mapping[str, float] | None = None,
-    refused: Mapping[str, str] | None = None,
+    tensors: Mapping[str, Located],
+    found: SplitStates,
     group: int | None = None,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Slot:
-    """Return a slot that holds one tensor, uncut and unpadded, with the ``settings`` of its group, if it has one."""
-    numel = torch.Size(shape).numel()
-    flattening = FlatGroup((numel,), partitions=1, alignment=1)
-    numbers = {} if group is None else {place_of("partition", 0): lambda: Numbers(scalars or {}, settings or {})}
-    return Slot(
-        (name,), (shape,), kind, flattening, tensor, states, scalars or {}, refused or {}, group, numbers=numbers
-    )
+    """Return a slot whose parameters lie end to end, uncut and unpadded.
+
+    Args:
+        tensors: the tensor of each state, and its file.
+        found: gives numbers and what is refused.
+        settings: of its group, if it has one.
+    """
+    shapes, states = tuple(named.values()), {state: dtype_of(*located) for state, located in tensors.items()}
+    flattening = FlatGroup(numels_of(shapes), partitions=1, alignment=1)
+    numbers = {} if group is None else {place_of("partition", 0): partial(Numbers, found.scalars, settings)}
+    locate: Callable[[int, str], Located] = lambda partition, state: tensors[state]  # noqa: E731
+    held = found.scalars, found.refused, group
+    return Slot(tuple(named), shapes, kind, flattening, locate, states, *held, numbers=numbers)
 
 
 def shapes_of(named: Mapping[str, Sequence[int]]) -> tuple[Shape, ...]:

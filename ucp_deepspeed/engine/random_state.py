@@ -16,7 +16,7 @@ import json
 import logging
 import random
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,15 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.activation_checkpointing import checkpointing
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from ucp_deepspeed.checkpoint.deepspeed.manifest import read_manifest
-from ucp_deepspeed.checkpoint.encoding import decode, encode
+from ucp_deepspeed.checkpoint.encoding import decode, encode, read_document
 from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME
 from ucp_deepspeed.engine.agreement import agreement, gathered
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import engine_topology, model_parallel_rank
-from ucp_deepspeed.errors import DamagedCheckpointError, FormatError
+from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.transfer.commit import write_atomically
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -93,8 +93,8 @@ class Stream:
     """
 
     read: Callable[[], Any]
-    write: Callable[[Any], None]
-    reseed: Callable[[int], None]
+    write: Callable[[Any], object]
+    reseed: Callable[[int], object]
     identity: Hashable
 
 
@@ -138,18 +138,9 @@ def read_random_state(folder: Path, global_steps: int) -> RandomState | None:
     try:
         if manifest is not None:
             manifest.check_file(path)
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if type(raw["format_version"]) is not int or raw["format_version"] < 1:
-            raise TypeError(f"format_version is {raw['format_version']!r}")
-        if raw["format_version"] > RANDOM_STATE_VERSION:
-            raise FormatError(
-                f"{path} has format version {raw['format_version']}; this release reads up to {RANDOM_STATE_VERSION}"
-            )
-        state = RandomState.model_validate(raw)
+        state = read_document(path, RandomState, "a random state", RANDOM_STATE_VERSION)
     except DamagedCheckpointError as error:
         raise DamagedCheckpointError(f"{error}; {KEEP_HINT}") from error
-    except (ValueError, ValidationError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{path} is not a random state: {error}; {KEEP_HINT}") from error
     if state.global_steps != global_steps:
         raise DamagedCheckpointError(
             f"{path} is of step {state.global_steps}, and the checkpoint of step {global_steps}: if it was saved again without "
@@ -168,53 +159,40 @@ def restore_random_state(engine: Engine, saved: RandomState | None) -> None:
         DamagedCheckpointError: a stream doesn't take its saved state.
     """
     streams, place = _live_streams(engine), _place(engine)
-    mine = _Live(place, {name: stream.identity for name, stream in streams.items()}, _origin(saved, place))
-    ranks = gathered(mine)
-    origin = ranks[0].origin
+    identities = {name: stream.identity for name, stream in streams.items()}
+    mine = None if saved is None else saved.model_copy(update={"streams": {}})
+    ranks = gathered(_Live(place, identities, mine))
+    origin = ranks[0].saved
     if origin is None:
         if place.rank == 0:
             logger.debug("the checkpoint holds no random state: the streams stay as the script has seeded them")
         return
-    exact = all(live.origin is not None and live.origin.same_place for live in ranks)
+    exact = all(live.saved is not None and live.saved.place == live.place for live in ranks)
     with agreement():
         for name, stream in streams.items():
             held = saved.streams.get(name) if saved is not None else None
             if held is not None and (exact or stream.identity is None):
                 _go_on(name, stream, held)
             elif stream.identity is not None:
-                stream.reseed(derived_seed(origin.seed, origin.global_steps, name, _first_alike(ranks, name, stream)))
+                alike = next(live.place for live in ranks if live.identities.get(name) == stream.identity)
+                stream.reseed(derived_seed(origin.seed, origin.global_steps, name, alike))
     if place.rank == 0:
-        _log(exact, origin)
-
-
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """The content of a rank's own file: seed and step of the run that saved, and whether the rank has the same place as there."""
-
-    seed: int
-    global_steps: int
-    world_size: int
-    same_place: bool
+        told = f"each rank's streams go on where they stood at step {origin.global_steps}"
+        if not exact:
+            told = (
+                f"saved at step {origin.global_steps} by {origin.place.world_size} ranks, or in other roles, or on another "
+                f"accelerator; new streams are derived from its seed {origin.seed}"
+            )
+        logger.debug("random state: %s", told)
 
 
 @dataclass(frozen=True, slots=True)
 class _Live:
-    """The values that one rank tells the others."""
+    """The values that one rank tells the others; ``saved`` is without the streams."""
 
     place: Place
     identities: Mapping[str, Hashable]
-    origin: _Origin | None
-
-
-def _origin(saved: RandomState | None, place: Place) -> _Origin | None:
-    if saved is None:
-        return None
-    return _Origin(saved.seed, saved.global_steps, saved.place.world_size, saved.place == place)
-
-
-def _first_alike(ranks: Sequence[_Live], name: str, stream: Stream) -> Place:
-    """Return the place of the first rank that was seeded like this one."""
-    return next(live.place for live in ranks if live.identities.get(name) == stream.identity)
+    saved: RandomState | None
 
 
 def _go_on(name: str, stream: Stream, held: Any) -> None:
@@ -237,19 +215,6 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
-def _log(exact: bool, origin: _Origin) -> None:
-    if exact:
-        logger.debug("random state: each rank's streams go on where they stood at step %d", origin.global_steps)
-        return
-    logger.debug(
-        "random state: saved at step %d by %d ranks, or in other roles, or on another accelerator; new streams are derived from "
-        "its seed %d",
-        origin.global_steps,
-        origin.world_size,
-        origin.seed,
-    )
-
-
 def _place(engine: Engine) -> Place:
     stage, tensor_parallel_rank = divmod(model_parallel_rank(engine), engine_topology(engine).tp)
     copy, share = divmod(dist.get_rank(group=engine.seq_data_parallel_group), engine.sequence_parallel_size)
@@ -266,11 +231,14 @@ def _place(engine: Engine) -> Place:
 
 def _live_streams(engine: Engine) -> dict[str, Stream]:
     """Return all streams of this rank, by the names that they have in the file."""
-    streams = {"python": _python_stream(), "torch": _generator_stream(torch.default_generator)}
+    python = Stream(random.getstate, random.setstate, random.seed, _digest(repr(random.getstate())))
+    streams = {"python": python, "torch": _generator_stream(torch.default_generator)}
     if np.random.get_state(legacy=False)["bit_generator"] == NUMPY_GENERATOR:
         streams["numpy"] = _numpy_stream()
     if get_accelerator().device_name() != "cpu":
-        streams["accelerator"] = _accelerator_stream()
+        device = get_accelerator()
+        read, write = device.get_rng_state, device.set_rng_state
+        streams["accelerator"] = _tensor_stream(read, write, device.manual_seed, device.initial_seed())
     for owner, tracker in _trackers():
         for name in tracker.get_states():
             streams[f"{owner}/{name}"] = _tracked_stream(tracker, name)
@@ -278,10 +246,6 @@ def _live_streams(engine: Engine) -> dict[str, Stream]:
     if curriculum is not None:
         streams["curriculum"] = _curriculum_stream(curriculum)
     return streams
-
-
-def _python_stream() -> Stream:
-    return Stream(random.getstate, random.setstate, random.seed, _digest(repr(random.getstate())))
 
 
 def _numpy_stream() -> Stream:
@@ -297,21 +261,21 @@ def _numpy_stream() -> Stream:
 
 
 def _generator_stream(generator: torch.Generator) -> Stream:
-    return Stream(
-        lambda: _to_bytes(generator.get_state()),
-        lambda state: _discard(generator.set_state(_to_tensor(state))),
-        lambda seed: _discard(generator.manual_seed(seed)),
-        generator.initial_seed(),
-    )
+    return _tensor_stream(generator.get_state, generator.set_state, generator.manual_seed, generator.initial_seed())
 
 
-def _accelerator_stream() -> Stream:
-    accelerator = get_accelerator()
+def _tensor_stream(
+    read: Callable[[], torch.Tensor],
+    write: Callable[[torch.Tensor], object],
+    reseed: Callable[[int], object],
+    identity: Hashable,
+) -> Stream:
+    """Return a stream whose state is a tensor of bytes."""
     return Stream(
-        lambda: _to_bytes(accelerator.get_rng_state()),
-        lambda state: _discard(accelerator.set_rng_state(_to_tensor(state))),
-        lambda seed: _discard(accelerator.manual_seed(seed)),
-        accelerator.initial_seed(),
+        lambda: read().cpu().numpy().tobytes(),
+        lambda state: write(torch.frombuffer(bytearray(state), dtype=torch.uint8)),
+        reseed,
+        identity,
     )
 
 
@@ -336,12 +300,8 @@ def _tracked_stream(tracker: Any, name: str) -> Stream:
     def put(state: torch.Tensor) -> None:
         tracker.set_states(tracker.get_states() | {name: state})
 
-    return Stream(
-        lambda: _to_bytes(held),
-        lambda state: put(_to_tensor(state)),
-        lambda seed: put(generator.manual_seed(seed).get_state()),
-        generator.initial_seed(),
-    )
+    reseed: Callable[[int], None] = lambda seed: put(generator.manual_seed(seed).get_state())  # noqa: E731
+    return _tensor_stream(lambda: held, put, reseed, generator.initial_seed())
 
 
 def _curriculum_stream(generator: np.random.Generator) -> Stream:
@@ -352,15 +312,3 @@ def _curriculum_stream(generator: np.random.Generator) -> Stream:
         generator.bit_generator.state = state
 
     return Stream(lambda: generator.bit_generator.state, write, lambda seed: None, None)
-
-
-def _to_bytes(state: torch.Tensor) -> bytes:
-    return state.cpu().numpy().tobytes()
-
-
-def _to_tensor(state: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
-
-
-def _discard(_: object) -> None:
-    """Drop the result of a call that nobody needs."""

@@ -149,33 +149,21 @@ def check_types(held: Any, types: Types, path: Path, what: str) -> None:
 
 
 def item_of(held: Sequence[T], index: int, what: str, path: Path) -> T:
-    """Return an item of a list in a file.
-
-    Raises:
-        DamagedCheckpointError: the list is shorter.
-    """
+    """Return an item of a list in a file, or raise DamagedCheckpointError where the list is shorter."""
     if index < len(held):
         return held[index]
     raise DamagedCheckpointError(f"{path} holds {len(held)} {what}, and lacks number {index}")
 
 
 def value_of(held: Mapping[Any, T], key: Any, what: str, path: Path) -> T:
-    """Return a value of a mapping in a file.
-
-    Raises:
-        DamagedCheckpointError: it isn't there.
-    """
+    """Return a value of a mapping in a file, or raise DamagedCheckpointError where there is none."""
     if key in held:
         return held[key]
     raise DamagedCheckpointError(f"{path} lacks {what} {key!r}")
 
 
 def state_of(states: Mapping[Any, Any], index: int, path: Path) -> Mapping[str, Any]:
-    """Return the state that a base optimizer keeps of one tensor; empty if it took no step.
-
-    Raises:
-        DamagedCheckpointError: it isn't a mapping.
-    """
+    """Return the state that a base optimizer keeps of one tensor, or raise DamagedCheckpointError; empty if it took no step."""
     found = states.get(index, {})
     if not isinstance(found, Mapping):
         raise DamagedCheckpointError(

@@ -45,34 +45,13 @@ VALUES_KEY = "ucp_optimizer_only"
 """Key under which saving adds to a model_states file the parameters that the optimizer has and no module, by name."""
 
 ENGINE_KEYS = frozenset(
-    {
-        VALUES_KEY,
-        "module",
-        "buffer_names",
-        "optimizer",
-        "param_shapes",
-        "frozen_param_shapes",
-        "shared_params",
-        "frozen_param_fragments",
-        "lr_scheduler",
-        "data_sampler",
-        "random_ltd",
-        "skipped_steps",
-        "global_steps",
-        "global_samples",
-        "sparse_tensor_module_names",
-        "csr_tensor_module_names",
-        "dp_world_size",
-        "mp_world_size",
-        "ds_config",
-        "ds_version",
-        "checkpoint_parallel_dimensions",
-        "num_experts",
-        "ds_autoep_layers",
-        "autoep_layers",
-        "universal_checkpoint_info",
-        "folding",
-    }
+    f"""
+    {VALUES_KEY}
+    module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments lr_scheduler
+    data_sampler random_ltd skipped_steps global_steps global_samples sparse_tensor_module_names csr_tensor_module_names
+    dp_world_size mp_world_size ds_config ds_version checkpoint_parallel_dimensions num_experts ds_autoep_layers
+    autoep_layers universal_checkpoint_info folding
+    """.split()
 )
 """Top-level keys of a model_states file that DeepSpeed writes; all others are the user's client state."""
 

@@ -7,9 +7,7 @@ more than the number of steps taken. The run's bias correction uses this value, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +16,9 @@ import torch
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, MASTER, WEIGHT, WEIGHTS_HINT, Kind
 from ucp_deepspeed.checkpoint.deepspeed.contents import state_of, value_of
-from ucp_deepspeed.checkpoint.slots import (
-    Located,
-    Numbers,
-    Slot,
-    numels_of,
-    place_of,
-    settings_in,
-    split_states,
-    whole_tensor_slot,
-)
-from ucp_deepspeed.checkpoint.torch_files.reading import dtype_of
+from ucp_deepspeed.checkpoint.slots import Located, Slot, SplitStates, settings_in, split_states, whole_slot
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
-from ucp_deepspeed.layout import FlatGroup, Shape
+from ucp_deepspeed.layout import Shape
 
 Groups = list[list[str | None]]
 """Names of each parameter group in the optimizer's order; None for an index that belongs to no parameter of the model."""
@@ -126,21 +114,14 @@ def _plain_slots(
             found = split_states(raw, master, path)
             trained = raw or (not states and master.numel())
             kind: Kind = kinds.get(name) or ("trainable" if trained else "frozen")
-            state = MASTER if kind == "trainable" else WEIGHT
-            slots.append(
-                whole_tensor_slot(
-                    name,
-                    kind,
-                    _lookup({state: (master, home)} | {key: (raw[key], path) for key in found.states}),
-                    shape=tuple(master.shape),
-                    states={state: dtype_of(master, home), **found.states},
-                    scalars=found.scalars,
-                    refused=found.refused,
-                    group=group if kind == "trainable" else None,
-                    settings=settings,
-                )
-            )
+            tensors = {MASTER if kind == "trainable" else WEIGHT: (master, home)} | _states(raw, found, path)
+            own = group if kind == "trainable" else None
+            slots.append(whole_slot({name: tuple(master.shape)}, kind, tensors, found, own, settings))
     return slots
+
+
+def _states(raw: Mapping[str, Any], found: SplitStates, path: Path) -> dict[str, Located]:
+    return {key: (raw[key], path) for key in found.states}
 
 
 def _counted_by_one(entry: Mapping[str, Any], states: Mapping[Any, Any], path: Path) -> dict[str, int]:
@@ -171,21 +152,8 @@ def _unfused_slots(
             assert name is not None
             raw = state_of(states, index, path)
             found = split_states(raw, master, path)
-            tensors = {MASTER: master} | {key: raw[key] for key in found.states}
-            dtypes = {state: dtype_of(tensor, path) for state, tensor in tensors.items()}
-            slots.append(
-                whole_tensor_slot(
-                    name,
-                    "trainable",
-                    _lookup({state: (tensor, path) for state, tensor in tensors.items()}),
-                    shape=tuple(master.shape),
-                    states=dtypes,
-                    scalars=found.scalars,
-                    refused=found.refused,
-                    group=group,
-                    settings=settings,
-                )
-            )
+            tensors = {MASTER: (master, path)} | _states(raw, found, path)
+            slots.append(whole_slot({name: tuple(master.shape)}, "trainable", tensors, found, group, settings))
     return slots
 
 
@@ -199,23 +167,12 @@ def _fused_slots(
 ) -> list[Slot]:
     slots: list[Slot] = []
     for group, (master, entry, names) in enumerate(zip(masters, entries, groups, strict=True)):
-        held = tuple(name for name in names if name is not None)
-        shapes = tuple(tuple(module[name][0].shape) for name in held)
+        named = {name: tuple(module[name][0].shape) for name in names if name is not None}
         raw = state_of(states, group, path)
         found = split_states(raw, master, path)
-        tensors = {MASTER: master} | {key: raw[key] for key in found.states}
-        dtypes = {state: dtype_of(tensor, path) for state, tensor in tensors.items()}
-        flattening = FlatGroup(numels_of(shapes), partitions=1, alignment=1)
-        lookup = _lookup({state: (tensor, path) for state, tensor in tensors.items()})
-        settings = settings_in(entry, path)
-        numbers = {place_of("partition", 0): partial(Numbers, found.scalars, settings)}
-        slot = Slot(held, shapes, "trainable", flattening, lookup, dtypes, found.scalars, found.refused, group)
-        slots.append(replace(slot, numbers=numbers))
+        tensors = {MASTER: (master, path)} | _states(raw, found, path)
+        slots.append(whole_slot(named, "trainable", tensors, found, group, settings_in(entry, path)))
     return slots
-
-
-def _lookup(tensors: Mapping[str, Located]) -> Callable[[int, str], Located]:
-    return lambda partition, state: tensors[state]
 
 
 def _plain_groups(
@@ -268,37 +225,31 @@ def assign_names(module: Mapping[str, Located], expected: Expected, path: Path) 
 
 def _assignments(shapes: Sequence[Shape], expected: Expected) -> Iterator[tuple[int | None, ...]]:
     """Yield the ways to hand the model's parameters, in order, to the groups (None: to no group)."""
-    layers = _reachable(shapes, expected)
-    alive: list[set[_Taken]] = [{layer for layer in layers[-1] if layer == tuple(len(group) for group in expected)}]
+    full = tuple(map(len, expected))
+    layers: list[set[_Taken]] = [{(0,) * len(expected)}]
+    for shape in shapes:
+        layers.append({after for taken in layers[-1] for _, after in _moves(shape, expected, taken)})
+        if sum(map(len, layers)) > tunables.MOST_STATES:
+            return
+    alive = [layers[-1] & {full}]  # states from which the rest can be handed out
     for layer, shape in zip(reversed(layers[:-1]), reversed(shapes), strict=True):
         alive.append(
             {taken for taken in layer if any(after in alive[-1] for _, after in _moves(shape, expected, taken))}
         )
     alive.reverse()
     # Depth first; every state that is alive leads to an assignment, so that the first two are found without backtracking.
-    stack: list[tuple[_Taken, tuple[int | None, ...]]] = [((0,) * len(expected), ())] if alive[0] else []
+    stack: list[tuple[_Taken, tuple[int | None, ...]]] = [(taken, ()) for taken in alive[0]]
     while stack:
         taken, choice = stack.pop()
         if len(choice) == len(shapes):
             yield choice
             continue
-        for group, after in _moves(shapes[len(choice)], expected, taken):
-            if after in alive[len(choice) + 1]:
-                stack.append((after, (*choice, group)))
+        moves = _moves(shapes[len(choice)], expected, taken)
+        stack += [(after, (*choice, group)) for group, after in moves if after in alive[len(choice) + 1]]
 
 
 _Taken = tuple[int, ...]
 """Number of parameters that each group has been handed so far."""
-
-
-def _reachable(shapes: Sequence[Shape], expected: Expected) -> list[set[_Taken]]:
-    """Return for each number of parameters handed out the states that some choice leads to."""
-    layers: list[set[_Taken]] = [{(0,) * len(expected)}]
-    for shape in shapes:
-        layers.append({after for taken in layers[-1] for _, after in _moves(shape, expected, taken)})
-        if sum(map(len, layers)) > tunables.MOST_STATES:
-            return [set() for _ in range(len(shapes) + 1)]
-    return layers
 
 
 def _moves(shape: Shape, expected: Expected, taken: _Taken) -> Iterator[tuple[int | None, _Taken]]:

@@ -4,7 +4,7 @@ optimizer state."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,9 @@ from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, WEIGHTS_HINT, Ki
 from ucp_deepspeed.checkpoint.deepspeed.autoep import AutoEpLayers
 from ucp_deepspeed.checkpoint.deepspeed.files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.extra_states import is_extra_state
-from ucp_deepspeed.checkpoint.slots import Located, Slot, shapes_of, whole_tensor_slot
+from ucp_deepspeed.checkpoint.slots import Located, Slot, SplitStates, whole_slot
 from ucp_deepspeed.checkpoint.torch_files.reading import TORCH_DTYPES, storage_start
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
-from ucp_deepspeed.layout import Shape
 
 FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
 """Names of the dtype in a config (``runtime/config_utils.py::DtypeEnum``)."""
@@ -32,13 +31,10 @@ def tensors_in(state_dict: Mapping[str, Any], path: Path) -> dict[str, Located]:
 
 def module_slot(name: str, kind: Kind, tensor: torch.Tensor, path: Path) -> Slot:
     """Return the slot of one tensor. For a trained parameter the weight replaces the master."""
-    lookup: Callable[[int, str], Located] = lambda partition, state: (tensor, path)  # noqa: E731
-    shape: Shape = shapes_of({name: tensor.shape})[0]
-    state = MASTER if kind == "trainable" else WEIGHT
+    state, named = MASTER if kind == "trainable" else WEIGHT, {name: tuple(tensor.shape)}
     if tensor.dtype in TORCH_DTYPES:
-        return whole_tensor_slot(name, kind, lookup, shape=shape, states={state: TORCH_DTYPES[tensor.dtype]})
-    refused = {state: f"{tensor.dtype} has no universal form ({path})"}
-    return whole_tensor_slot(name, kind, lookup, shape=shape, states={}, refused=refused)
+        return whole_slot(named, kind, {state: (tensor, path)}, SplitStates({}, {}, {}))
+    return whole_slot(named, kind, {}, SplitStates({}, {}, {state: f"{tensor.dtype} has no universal form ({path})"}))
 
 
 def frozen_slots(

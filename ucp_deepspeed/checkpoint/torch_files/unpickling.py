@@ -83,23 +83,7 @@ def _parts(value: Any) -> Iterable[Any]:
     return parts
 
 
-CODE_MODULES = frozenset(
-    (
-        "os",
-        "posix",
-        "nt",
-        "sys",
-        "subprocess",
-        "shutil",
-        "importlib",
-        "runpy",
-        "pty",
-        "ctypes",
-        "socket",
-        "pickle",
-        "code",
-    )
-)
+CODE_MODULES = frozenset("os posix nt sys subprocess shutil importlib runpy pty ctypes socket pickle code".split())  # noqa: SIM905
 """Modules that data may name but never call. A file that would call a function of theirs is refused."""
 
 PLAIN_KINDS = "biufcSUmM"
