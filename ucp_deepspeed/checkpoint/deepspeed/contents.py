@@ -4,47 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
-from pydantic import ConfigDict, InstanceOf, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
-from typing_extensions import NotRequired, TypedDict
+from pydantic import AfterValidator, InstanceOf, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from ucp_deepspeed.checkpoint.torch_files.allowed_classes import FragmentAddress, LossScaler
 from ucp_deepspeed.errors import DamagedCheckpointError
 
 T = TypeVar("T")
-
-_Tensor = InstanceOf[torch.Tensor]
-_Integers = list[int] | tuple[int, ...]
-_Keyed = dict[Any, Any]
-
-
-class _Group(TypedDict):
-    """A parameter group; all other keys are hyper-parameters."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-
-    params: _Integers
-
-
-class _Base(TypedDict):
-    """The ``state_dict`` of a torch optimizer; some keep more."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-
-    state: NotRequired[_Keyed]
-    param_groups: NotRequired[list[_Group] | tuple[_Group, ...]]
-
-
-class _Sharing(TypedDict):
-    """The ranks that share a flat group under ZeRO-3."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-
-    partition_count: PositiveInt
-    partition_ranks: NotRequired[_Integers]
-
 
 Types = Mapping[str, TypeAdapter[Any]]
 """Key → the type of its value."""
@@ -58,8 +26,26 @@ def _listed(kind: Any) -> Any:
     return list[kind] | tuple[kind, ...]
 
 
-_Shapes: Any = dict[str, _listed(NonNegativeInt)]  # type: ignore[misc]
+def _record(*required: str, **kinds: Any) -> Any:
+    """Return the type of a dictionary with some required keys. Other keys may be there too, and hold anything."""
+    types = _types(**kinds)
 
+    def checked(held: dict[Any, Any]) -> dict[Any, Any]:
+        if lacking := [key for key in required if key not in held]:
+            raise ValueError(f"lacks {lacking[0]!r}")
+        for key in types.keys() & held.keys():
+            types[key].validate_python(held[key], strict=True)
+        return held
+
+    return Annotated[dict[Any, Any], AfterValidator(checked)]
+
+
+_Tensor = InstanceOf[torch.Tensor]
+_Shapes: Any = dict[str, _listed(NonNegativeInt)]  # type: ignore[misc]
+_Keyed = dict[Any, Any]
+_Group = _record("params", params=_listed(int))
+_Base = _record(state=_Keyed, param_groups=_listed(_Group))
+_Sharing = _record("partition_count", partition_count=PositiveInt, partition_ranks=_listed(int))
 
 MODEL_STATES = _types(
     module=dict[str, Any] | None,
