@@ -1,4 +1,4 @@
-"""Checkpoints for the tests of conversion and comparison: of real engines, and written by hand where values matter."""
+"""For the tests of conversion and comparison: copies of checkpoints to change, and checkpoints written by hand."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from native_files import NativeModel, NativeParameter, NativeRun, write_native
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.language import Spec
-from ucp_deepspeed.testing.ranks import get_pool
-from ucp_deepspeed.testing.runs import Run, train
 
 SPEC = {
     "family": "tests",
@@ -25,21 +23,6 @@ SPEC = {
         {"match": "columns", "pattern": "shard", "dim": 1},
     ],
 }
-
-
-@pytest.fixture(scope="session")
-def engine_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tag folders that a real DeepSpeed engine on one rank wrote, by name of the run. Not to be changed."""
-    root = tmp_path_factory.mktemp("engine")
-    runs = {
-        "zero0": Run(zero={"stage": 0}),
-        "zero1": Run(zero={"stage": 1}, precision="bf16", groups="decay"),
-        "zero3": Run(zero={"stage": 3}, precision="bf16"),
-    }
-    state = {"epoch": 3, "seen": [1, 2, 3]}
-    for name, run in runs.items():
-        get_pool(1).run(train, run, 3, save=str(root / name), save_tag="step3", client_state=state, timeout=280)
-    return {name: root / name / "step3" for name in runs}
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -94,13 +95,10 @@ def test_wrong_values_are_named_by_their_place(universal: Path) -> None:
     assert "parameters.norm.bias.kind: Input should be 'trainable'" in message and message.endswith("; and 1 more")
 
 
-def test_client_state_that_cant_be_read(
-    tmp_path: Path, native: Callable[..., Path], view_of: Callable[..., Any]
-) -> None:
-    folder = native("n", stage=1)
-    saved = torch.load(folder / "mp_rank_00_model_states.pt")
-    torch.save(saved | {"order": torch.arange(3)}, folder / "mp_rank_00_model_states.pt")
-    convert(view_of(folder), tmp_path / "u")
+def test_client_state_that_cant_be_read(tmp_path: Path) -> None:
+    model = NativeModel((NativeParameter("weight", torch.ones(3), {"exp_avg": torch.ones(3)}),))
+    folder = write_native(tmp_path / "n", model, NativeRun(stage=1), client_state={"order": torch.arange(3)})
+    convert(UniversalView.of(open_checkpoint(folder)), tmp_path / "u")
     path = tmp_path / "u" / "client_state.safetensors"
     path.write_bytes(b"\xff" * path.stat().st_size)
     with pytest.raises(DamagedCheckpointError, match=r"client_state\.safetensors can't be read: "):
