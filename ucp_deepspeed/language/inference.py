@@ -49,10 +49,10 @@ def guess_from_shapes(local_shapes: Sequence[Shape], whole: Shape) -> Guess:
     first, degree = local_shapes[0], len(local_shapes)
     if all(shape == whole for shape in local_shapes):
         return Guess(Replicate())
-    if any(len(shape) != len(whole) for shape in local_shapes):
-        return Guess(None, (f"{list(whole)} on one rank, {_listed(local_shapes)} on {degree}: no pattern is known",))
-    cut = [dim for dim in range(len(whole)) if any(shape[dim] != whole[dim] for shape in local_shapes)]
     unknown = Guess(None, (f"{list(whole)} on one rank, {_listed(local_shapes)} on {degree}: no pattern is known",))
+    if any(len(shape) != len(whole) for shape in local_shapes):
+        return unknown
+    cut = [dim for dim in range(len(whole)) if any(shape[dim] != whole[dim] for shape in local_shapes)]
     if len(cut) > 1:
         return _guess_grid(local_shapes, whole, cut) or unknown
     dim = cut[0]

@@ -50,10 +50,14 @@ REPLACED_MARK = "-replaced"
 leaves this folder, whole, and no other of that tag."""
 
 
-class IndexParameter(BaseModel):
-    """One parameter. ``states`` maps each element-wise state to the file with its atom, whose key is `atom_key`."""
+class _Wire(BaseModel):
+    """A part of the index. Later versions may add keys."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class IndexParameter(_Wire):
+    """One parameter. ``states`` maps each element-wise state to the file with its atom, whose key is `atom_key`."""
 
     kind: Kind
     shape: tuple[NonNegativeInt, ...]
@@ -69,19 +73,15 @@ class IndexParameter(BaseModel):
         return self
 
 
-class IndexGroup(BaseModel):
+class IndexGroup(_Wire):
     """One parameter group; ``hyperparameters`` is encoded (`ucp_deepspeed.checkpoint.encoding`)."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     names: tuple[str, ...]
     hyperparameters: Any
 
 
-class IndexRun(BaseModel):
+class IndexRun(_Wire):
     """See `ucp_deepspeed.checkpoint.checkpoint.RunState`; ``lr_scheduler`` and ``loss_scale`` are encoded."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     precision: Precision
     global_steps: NonNegativeInt
@@ -92,10 +92,8 @@ class IndexRun(BaseModel):
     ds_version: str
 
 
-class IndexSource(BaseModel):
+class IndexSource(_Wire):
     """The run that the atoms came from."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     form: str
     tp: PositiveInt
@@ -105,10 +103,8 @@ class IndexSource(BaseModel):
     ep: PositiveInt = 1
 
 
-class Index(BaseModel):
+class Index(_Wire):
     """The index; see ``docs/format.md``."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     format_version: int = FORMAT_VERSION
     source: IndexSource
