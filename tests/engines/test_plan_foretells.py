@@ -16,10 +16,12 @@ from test_wrapped_names import wrapped
 from torch import nn
 
 from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import UniversalCheckpointError
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.testing.ranks import RankError, RankPool, reset_parallel_state
 from ucp_deepspeed.testing.runs import Run, start_engine, train, train_step
+from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.planning.policies import Policies
 from ucp_deepspeed.transfer.planning.targeting import plan_target
 
@@ -102,6 +104,7 @@ class Case:
         steps: of the target before it saves what its model is.
         trained: steps of the run that saved.
         models: what each of them builds.
+        converted: whether the checkpoint becomes a universal one first.
     """
 
     name: str
@@ -113,6 +116,7 @@ class Case:
     steps: int = 0
     trained: int = STEP
     models: tuple[Built, Built] = (Built(), Built())
+    converted: bool = False
 
     def topology(self, run: Run) -> Topology:
         """Return the target's."""
@@ -198,6 +202,17 @@ CASES = [
         (1, 2),
         ({},),
     ),
+    Case(
+        "AutoEP's experts become the model's own",
+        MIXTRAL,
+        {"config": {"expert_parallel": {"enabled": True, "autoep_size": 2}}},
+        {},
+        (2, 1),
+    ),
+    Case("other experts", MOE, target={"size": {"ep": (2, 2), "experts": (2, 2)}}),
+    Case("universal, cut more finely", LLAMA, {}, {"tp": 2}, (1, 2), converted=True),
+    Case("universal, with a part more", saved={"frozen": BIAS}, target=ADAPTER, policies=({}, INIT), converted=True),
+    Case("universal, from a pipeline", PIPELINE, {}, {"pp": 1}, (2, 1), converted=True),
     *(
         Case(f"{saved}, then {target}", models=(compiled(saved), compiled(target)))
         for saved, target in (("plain", "compiled"), ("data parallel", "plain"), ("plain", "adapted"))
@@ -220,6 +235,11 @@ def test_a_plan_foretells_the_load(case: Case, ranks: Ranks, tmp_path: Path) -> 
     source, model = (replace(case.run, **changes) for changes in (case.saved, case.target))
     model = replace(model, seed=3)
     ranks(case.ranks[0]).run(go_on, source, case.models[0], case.trained, save=str(tmp_path / "source"))
+    if case.converted:
+        convert(UniversalView.of(open_checkpoint(tmp_path / "source")), tmp_path / "u" / "step")
+        (tmp_path / "source").rename(tmp_path / "native")
+        (tmp_path / "u").rename(tmp_path / "source")
+        (tmp_path / "source" / "latest").write_text("step")
     ranks(case.ranks[1]).run(go_on, model, case.models[1], case.steps, save=str(tmp_path / "model"))
     for policies in case.policies:
         plan = plan_target(
