@@ -57,12 +57,13 @@ def settings_of_groups(
     values: list[Mapping[str, Any]] = []
     kept: list[str] = []
     for index, names in enumerate(groups):
-        held = [name for name in names if name in source]
-        joined = {id(source[name]): source[name] for name in held}
-        settled = {key: numbers.of_group(index, group) for key, group in joined.items()}
-        one = numbers.of_joined(index, {id(source[name]): name for name in reversed(held)}, settled)
-        of_name = {name: {**settled[id(source[name])], **one} for name in held}
-        first, live = of_name[held[0]] if held else {}, live_group(index)
+        joined: dict[int, str] = {}  # the checkpoint's groups → the first parameter of each
+        for name in (name for name in names if name in source):
+            joined.setdefault(id(source[name]), name)
+        settled = {name: numbers.of_group(index, source[name]) for name in joined.values()}
+        one = numbers.of_joined(index, settled)
+        held = {name: {**found, **one} for name, found in settled.items()}
+        first, live = next(iter(held.values()), {}), live_group(index)
         taken = {key: value for key, value in usable(first).items() if not keep or _is_counted(key, live)}
         values.append(taken)
         kept += [
@@ -70,7 +71,7 @@ def settings_of_groups(
             for key, value in first.items()
             if key not in taken and key in live and not same_value(_plain(value), _plain(live[key]))
         ]
-        for problem in _differing(taken, held, of_name, keep):
+        for problem in _differing(taken, held, keep):
             obstacles.add(f"parameter group {index}", problem)
     return GroupSettings(tuple(values), tuple(kept))
 
@@ -86,20 +87,17 @@ def _is_counted(key: str, live: Mapping[str, Any]) -> bool:
     return key == GROUP_STEP or (key not in live and key != "initial_lr")
 
 
-def _differing(
-    taken: Mapping[str, Any], held: Sequence[str], of_name: Mapping[str, Mapping[str, Any]], keep: bool
-) -> Iterator[str]:
-    """Yield the differences between the parameters of a live group."""
+def _differing(taken: Mapping[str, Any], held: Mapping[str, Mapping[str, Any]], keep: bool) -> Iterator[str]:
+    """Yield the differences between groups that become one, each under the name of a parameter."""
     absent: Any = object()
-    keys = taken if keep else dict.fromkeys(key for name in held for key in usable(of_name[name]))
-    for key in keys:
+    for key in taken if keep else dict.fromkeys(key for found in held.values() for key in usable(found)):
         nothing = 0 if key == GROUP_STEP else absent
         value = taken.get(key, nothing)
-        for name in held:
-            other = of_name[name].get(key, nothing)
+        for name, found in held.items():
+            other = found.get(key, nothing)
             if (other is absent) != (value is absent) or not same_value(value, other):
-                found = ["missing" if each is absent else each for each in (value, other)]
-                yield f"{key!r} is {found[0]} for {held[0]} and {found[1]} for {name}; {JOINED_HINT}"
+                one, two = ("missing" if each is absent else each for each in (value, other))
+                yield f"{key!r} is {one} for {next(iter(held))} and {two} for {name}; {JOINED_HINT}"
                 break
 
 

@@ -85,17 +85,14 @@ class PartitionNumbers:
         place = f"the parameter group of {self._names[group.names[0]]}"
         return self._settled(place, group.hyperparameters, group.differing)
 
-    def of_joined(
-        self, index: int, names: Mapping[int, str], held: Mapping[int, Mapping[str, Any]]
-    ) -> Mapping[str, Any]:
+    def of_joined(self, index: int, held: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
         """Return numbers that differ over the groups that become one live group, as over pipeline stages; only if one may be made
         of them.
 
         Args:
-            names: for each group the name of a parameter in it.
-            held: for each group its hyper-parameters.
+            held: for each group the name of a parameter in it → its hyper-parameters.
         """
-        values = {f"the group of {names[group]}": settings for group, settings in held.items()}
+        values = {f"the group of {name}": settings for name, settings in held.items()}
         numbers = (
             key
             for key in next(iter(values.values()), {})

@@ -107,6 +107,16 @@ def test_one_error_lists_all_that_does_not_fit() -> None:
     assert caught.value.heading == "sketch doesn't fit the model" and '"on_extra": "drop"' in caught.value.remedy
 
 
+def test_groups_that_become_one_are_told_by_their_first_parameters() -> None:
+    groups = (ParameterGroup(("b",), {"lr": 0.2}), ParameterGroup(("a", "c"), {"lr": 0.1}))
+    shapes = {"a": FOUR, "b": FOUR, "c": FOUR}
+    found = paired(Sketch(shapes, groups=groups), model(shapes))
+    numbers = PartitionNumbers(found.checkpoint, found.names.source, Topology(), (0, 0), [], found.policies)
+    settings = found.settings([["a", "b", "c"], []], lambda index: {}, numbers)
+    assert settings.values == ({"lr": 0.1}, {})
+    assert reasons(found)["parameter group 0"].startswith("'lr' is 0.1 for a and 0.2 for b; ")
+
+
 def test_what_policies_allow_is_no_obstacle() -> None:
     checkpoint = Sketch({"a": FOUR, "old": (2,)})
     found = paired(checkpoint, model({"a": GROWN, "new": (7,)}), Policies(initialise=True, drop=True))
