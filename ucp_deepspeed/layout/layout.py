@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from math import prod
 from typing import Literal
 
 from ucp_deepspeed.layout.box import Box, Shape
@@ -146,24 +145,16 @@ class Layout:
             return self
         if not dims <= self.mergeable_dims():
             raise ValueError(f"dimensions {sorted(dims - self.mergeable_dims())} of {self.logical_shape} are cut")
-        return Layout(
-            merge_shape(self.logical_shape, dims),
-            tuple(
-                LocalTensor(
-                    merge_shape(local.shape, dims),
-                    tuple(
-                        Piece(
-                            _merge_box(piece.logical_box, self.logical_shape, dims),
-                            _merge_box(piece.local_box, local.shape, dims),
-                        )
-                        for piece in local.pieces
-                    ),
-                )
-                for local in self.locals
-            ),
-            self.union,
-            self.scale,
-            self.scale_powers,
+        held = tuple(
+            LocalTensor(merge_shape(local.shape, dims), self._merged_pieces(local, dims)) for local in self.locals
+        )
+        return replace(self, logical_shape=merge_shape(self.logical_shape, dims), locals=held)
+
+    def _merged_pieces(self, local: LocalTensor, dims: frozenset[int]) -> tuple[Piece, ...]:
+        boxes = ((piece.logical_box, piece.local_box) for piece in local.pieces)
+        return tuple(
+            Piece(_merge_box(logical, self.logical_shape, dims), _merge_box(held, local.shape, dims))
+            for logical, held in boxes
         )
 
     def cropped(self, logical_shape: Shape) -> Layout:
@@ -249,28 +240,25 @@ def overlapping(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
 
 def merge_shape(shape: Shape, dims: frozenset[int]) -> Shape:
     """The shape after each dimension in ``dims`` is merged with its successor."""
-    merged: list[int] = []
-    for dim, extent in enumerate(shape):
-        if dim - 1 in dims:
-            merged[-1] *= extent
-        else:
-            merged.append(extent)
-    return tuple(merged)
+    return _merged(shape, shape, dims)
 
 
 def _merge_box(box: Box, shape: Shape, dims: frozenset[int]) -> Box:
     """Return the box after merging. It must be full in every merged-in dimension of a tensor of ``shape``."""
-    start: list[int] = []
-    stop: list[int] = []
-    for dim, (low, high) in enumerate(zip(box.start, box.stop, strict=True)):
+    found = Box(_merged(box.start, shape, dims), _merged(box.stop, shape, dims))
+    assert found.numel == box.numel
+    return found
+
+
+def _merged(bounds: Shape, shape: Shape, dims: frozenset[int]) -> Shape:
+    """Return bounds along each dimension after merging: a dimension is as many rows of its successor's extent."""
+    merged: list[int] = []
+    for dim, bound in enumerate(bounds):
         if dim - 1 in dims:
-            start[-1] *= shape[dim]
-            stop[-1] *= shape[dim]
+            merged[-1] *= shape[dim]
         else:
-            start.append(low)
-            stop.append(high)
-    assert prod(high - low for low, high in zip(start, stop, strict=True)) == box.numel
-    return Box(tuple(start), tuple(stop))
+            merged.append(bound)
+    return tuple(merged)
 
 
 NOTHING = LocalTensor((), ())
