@@ -17,7 +17,6 @@ from deepspeed import comm as dist
 from deepspeed.runtime.checkpoint_engine import FastCheckpointEngine, TorchCheckpointEngine
 
 import ucp_deepspeed
-from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.engine.saving import background, save
 from ucp_deepspeed.errors import ConfigError, SaveError, UniversalCheckpointError
@@ -255,11 +254,21 @@ def test_another_checkpoint_engine_is_refused() -> None:
         background.check_background(SimpleNamespace(checkpoint_engine=native))
 
 
-def test_a_folder_that_another_node_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tunables, "VISIBLE_SECONDS", 0.0)
-    monkeypatch.setattr(save.dist, "get_rank", lambda: 1)
-    with pytest.raises(SaveError, match="isn't the same folder on all ranks: rank 1 doesn't see what rank 0 made"):
-        save._await_folder(tmp_path / "made-by-rank-0")
+def save_where_rank_1_sees_nothing(run: Run, folder: str) -> str:
+    """Save to a folder that rank 1 doesn't see; returns what a rank is told."""
+    engine = trained(run, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(save, "is_seen", lambda partial: False)
+        with pytest.raises(SaveError) as caught:
+            engine.save_checkpoint(folder)
+    return str(caught.value)
+
+
+def test_a_folder_that_another_node_does_not_see(ranks: Ranks, tmp_path: Path) -> None:
+    told = ranks(2).run(save_where_rank_1_sees_nothing, Run("mlp", universal=ASYNC), str(tmp_path))
+    assert all("isn't the same folder on all ranks: rank 1 doesn't see what rank 0 made" in each for each in told)
+    assert list(tmp_path.iterdir()) == []
 
 
 def save_when_a_thread_cant_start(run: Run, folder: str) -> str:

@@ -177,6 +177,16 @@ def partial_folder(final: Path) -> Path:
     return final.parent / f".{final.name}{PARTIAL_MARK}{socket.gethostname()}-{os.getpid()}"
 
 
+def is_seen(folder: Path) -> bool:
+    """Wait until a folder that another process has made is seen here too; return whether it is, in time."""
+    end = time.monotonic() + tunables.VISIBLE_SECONDS
+    while not folder.is_dir() and time.monotonic() < end:
+        time.sleep(tunables.LOOK_SECONDS)
+        with suppress(OSError):
+            os.listdir(folder.parent)  # noqa: PTH208 - has a network file system look again
+    return folder.is_dir()
+
+
 def replace_folder(partial: Path, final: Path, is_part: Callable[[str], bool]) -> None:
     """Put a finished folder in the place of another, or of none, in one step: a reader finds the old one or the new one, whole.
 

@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from ucp_deepspeed.checkpoint.output import Literal, Output, OutputPlan
 from ucp_deepspeed.checkpoint.universal.output import UniversalOutput
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError
-from ucp_deepspeed.transfer.commit import committed_folder
+from ucp_deepspeed.transfer.commit import committed_folder, is_seen
 from ucp_deepspeed.transfer.copying import TransferCount
 from ucp_deepspeed.transfer.ranks import Ranks
 from ucp_deepspeed.transfer.stage_copies import Seen, look, may_differ, merge, settle, with_copies_of
@@ -142,26 +141,13 @@ def _new_folder(destination: Path, plan: OutputPlan, ranks: Ranks, then: Callabl
             ranks.broadcast("folder", folder.name)
             yield folder
     else:
-        yield _seen(destination.parent / ranks.broadcast("folder"))
-    ranks.broadcast("committed")
-
-
-def _seen(folder: Path) -> Path:
-    """Return a folder that rank 0 has made, when it is seen here too.
-
-    Raises:
-        ConfigError: it isn't seen in time.
-    """
-    end = time.monotonic() + tunables.VISIBLE_SECONDS
-    while not folder.is_dir():
-        if time.monotonic() > end:
+        folder = destination.parent / ranks.broadcast("folder")
+        if not is_seen(folder):
             raise ConfigError(
                 f"{folder}, which rank 0 has made, isn't seen here; it must lie on a file system that all ranks share"
             )
-        time.sleep(0.1)
-        if folder.parent.is_dir():
-            os.listdir(folder.parent)  # noqa: PTH208 - has a network file system look again
-    return folder
+        yield folder
+    ranks.broadcast("committed")
 
 
 def _sum_over(ranks: Ranks, count: TransferCount) -> TransferCount:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
-from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes
 from ucp_deepspeed.checkpoint.deepspeed.manifest import (
     MANIFEST_NAME,
@@ -65,6 +63,7 @@ from ucp_deepspeed.layout import Shape
 from ucp_deepspeed.layout.pattern import AnyPattern, Pattern, PerRank, Replicate, Unique
 from ucp_deepspeed.transfer.commit import (
     flush,
+    is_seen,
     make_partial_folder,
     partial_folder,
     put_back,
@@ -208,24 +207,12 @@ def _make_partial(folder: Path, tag: str) -> Path:
     if len(tags := {each for _, each in told.values}) > 1:
         raise SaveError(f"ranks save different tags into {folder.parent}: {', '.join(sorted(tags))}")
     with agreement():
-        _await_folder(partial)
-    return partial
-
-
-def _await_folder(partial: Path) -> None:
-    """Wait until this rank sees the folder that rank 0 has made.
-
-    Raises:
-        SaveError: it isn't seen in time.
-    """
-    deadline = time.monotonic() + tunables.VISIBLE_SECONDS
-    while not partial.is_dir():
-        if time.monotonic() > deadline:
+        if not is_seen(partial):
             raise SaveError(
                 f"{partial.parent} isn't the same folder on all ranks: rank {dist.get_rank()} doesn't see what rank 0 made; "
                 f"save on a shared file system, or set \"async\": false in 'universal_checkpoint.save'"
             )
-        time.sleep(0.05)
+    return partial
 
 
 def _commit_partial(manifest: Manifest, partial: Path, folder: Path) -> None:
