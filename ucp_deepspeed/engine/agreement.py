@@ -15,7 +15,9 @@ T = TypeVar("T")
 
 
 def gathered(value: T) -> list[T]:
-    """Return the values of all ranks. Collective over these."""
+    """Return the values of all ranks. Collective over these, unless the process group is gone: then it is this rank's alone."""
+    if not dist.is_initialized():
+        return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

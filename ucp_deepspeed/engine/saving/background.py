@@ -33,7 +33,6 @@ from errno import ENOENT, ENOTDIR
 from pathlib import Path
 from typing import Any
 
-from deepspeed import comm as dist
 from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo, TorchCheckpointEngine
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
@@ -400,10 +399,10 @@ def _settle(writing: Writing) -> None:
         return
     writing.written.wait()
     try:
-        with _agreement():
+        with agreement():
             if writing.own_error is not None:
                 raise writing.own_error
-        with _agreement():
+        with agreement():
             writing.join()
             if writing.error is not None:
                 raise writing.error
@@ -423,12 +422,3 @@ def last_failure() -> BaseException | None:
     except BaseException as interrupted:
         return interrupted
     return next((error for each in _pending if (error := each.outcome or each.error) is not None), None)
-
-
-@contextmanager
-def _agreement() -> Iterator[None]:
-    if not dist.is_initialized():
-        yield
-        return
-    with agreement():
-        yield
