@@ -5,17 +5,18 @@ from __future__ import annotations
 import click
 
 from ucp_deepspeed.cli.options import (
-    CHECKPOINT,
     COUNT,
     FAMILY,
     HELP,
     JSON,
     PLOT,
+    READING,
     SPEC,
     TAG,
     VOCABULARY,
     Command,
     Commands,
+    checkpoint,
     choice,
     folder,
     option,
@@ -38,9 +39,7 @@ INSPECT = Command(
     """,
     params=[
         folder("checkpoint", metavar="CKPT"),
-        TAG,
-        SPEC,
-        VOCABULARY,
+        *READING,
         option(
             "--match",
             metavar="GLOB",
@@ -71,9 +70,7 @@ CONVERT = Command(
     params=[
         folder("source", metavar="SRC"),
         folder("destination", metavar="DST"),
-        TAG,
-        SPEC,
-        VOCABULARY,
+        *READING,
         option("--workers", type=COUNT, default=2, show_default=True, help="Threads that copy."),
         option(
             "--drop-client-state",
@@ -128,6 +125,9 @@ DIFF = Command(
     ],
 )
 
+POLICIES = {"--on-missing": "error init", "--on-extra": "error drop"}
+POLICIES |= {"--on-differing": "error first last mean max", "--optimizer-states": "restore reset"}
+
 PLAN = Command(
     "plan",
     "plan.show",
@@ -149,20 +149,13 @@ PLAN = Command(
         option("--dp", type=COUNT, required=True, help="Data-parallel size."),
         option("--zero", type=click.IntRange(0, 3), required=True, help="ZeRO stage."),
         option("--ep", type=COUNT, default=1, show_default=True, help="Expert-parallel size."),
-        TAG,
-        SPEC,
-        VOCABULARY,
-        option(
+        *READING,
+        checkpoint(
             "--model",
-            type=CHECKPOINT,
-            metavar="CKPT",
             help="A checkpoint of the model to load into, where its parameters aren't CKPT's: one saved before the first step, "
             "say.",
         ),
-        choice("--on-missing", "error init", help="As in the config block."),
-        choice("--on-extra", "error drop", help="As in the config block."),
-        choice("--on-differing", "error first last mean max", help="As in the config block."),
-        choice("--optimizer-states", "restore reset", help="As in the config block."),
+        *(choice(name, values, help="As in the config block.") for name, values in POLICIES.items()),
         option("--json", "as_json", is_flag=True, help="Print one JSON object instead, with all ranks."),
         PLOT,
     ],
@@ -181,13 +174,11 @@ CHECK = Command(
     """,
     params=[
         click.Argument(["spec"], metavar="FILE|FAMILY"),
-        option("--against", type=CHECKPOINT, metavar="CKPT", required=True, help="The checkpoint to hold it against."),
+        checkpoint("--against", required=True, help="The checkpoint to hold it against."),
         TAG,
         VOCABULARY,
-        option(
+        checkpoint(
             "--single-rank",
-            type=CHECKPOINT,
-            metavar="CKPT",
             help="A checkpoint of the same model without tensor parallelism. Its shapes are compared; if it is of the same "
             "state, its values too.",
         ),
@@ -213,7 +204,7 @@ EXPLAIN = Command(
     params=[
         click.Argument(["name"]),
         option("--spec", metavar="FILE|FAMILY", required=True, help="The spec."),
-        option("--against", type=CHECKPOINT, metavar="CKPT", help="A checkpoint that holds the parameter."),
+        checkpoint("--against", help="A checkpoint that holds the parameter."),
         TAG,
         VOCABULARY,
         JSON,
@@ -241,12 +232,7 @@ INFER = Command(
             metavar="MODULE:FUNCTION",
             help="A function without arguments that returns the Megatron-Core model.",
         ),
-        option(
-            "--single-rank",
-            type=CHECKPOINT,
-            metavar="CKPT",
-            help="A checkpoint of the same model without tensor parallelism.",
-        ),
+        checkpoint("--single-rank", help="A checkpoint of the same model without tensor parallelism."),
         option("--family", default="inferred", show_default=True, help="Name to give to the family."),
     ],
 )
@@ -260,7 +246,7 @@ LIST = Command(
     Exit status with --against: 0 when one family fits, else 1.
     """,
     params=[
-        option("--against", type=CHECKPOINT, metavar="CKPT", help="A checkpoint: say how well each family fits it."),
+        checkpoint("--against", help="A checkpoint: say how well each family fits it."),
         TAG,
         JSON,
     ],

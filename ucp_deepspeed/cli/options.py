@@ -146,6 +146,11 @@ def option(*names: str, **settings: Any) -> click.Option:
     return click.Option(names, **settings)
 
 
+def checkpoint(name: str, **settings: Any) -> click.Option:
+    """An option that is the path of a checkpoint."""
+    return option(name, type=CHECKPOINT, metavar="CKPT", **settings)
+
+
 def folder(name: str, **settings: Any) -> click.Argument:
     """An argument that is the path of a checkpoint."""
     return click.Argument([name], type=CHECKPOINT, **settings)
@@ -163,6 +168,7 @@ VOCABULARY = option(
     metavar="N",
     help="Rows of the vocabulary without padding; by default as the checkpoint records.",
 )
+READING = (TAG, SPEC, VOCABULARY)
 JSON = option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 PLOT = option(
     "--plot",

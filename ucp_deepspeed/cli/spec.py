@@ -57,15 +57,8 @@ def _detect(checkpoint: Checkpoint, as_json: bool) -> int:
         families = {
             one.spec.family: {"coverage": one.coverage, "fits": one.fits, "why": str(one)} for one in found.candidates
         }
-        print_json(
-            {
-                "path": str(checkpoint.path),
-                "confidence": found.confidence,
-                "disagreement": list(found.disagreement),
-                "unconfirmed": list(found.unconfirmed),
-                "families": families,
-            }
-        )
+        listed = {key: list(getattr(found, key)) for key in ("disagreement", "unconfirmed")}
+        print_json({"path": str(checkpoint.path), "confidence": found.confidence, **listed, "families": families})
     else:
         print_lines(VERDICTS[found.confidence], *(f"  {candidate}" for candidate in found.candidates))
         for label, kept in (("disagree on", found.disagreement), ("not confirmed by shapes", found.unconfirmed)):
@@ -88,12 +81,7 @@ def check(
     whole = open_checkpoint(single_rank) if single_rank is not None else None
     with shown_progress("spec check") as progress:
         found = check_spec(
-            loaded,
-            checkpoint,
-            vocabulary_size=vocabulary_size,
-            values=not no_values,
-            whole=whole,
-            progress=progress,
+            loaded, checkpoint, vocabulary_size=vocabulary_size, values=not no_values, whole=whole, progress=progress
         )
     if as_json:
         print_json(_check_report(loaded, checkpoint, found))
