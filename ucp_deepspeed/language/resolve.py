@@ -67,7 +67,6 @@ def resolve_patterns(
     known: dict[str, AnyPattern] = {**(inferred or {}), **(recorded or {})}
     apart = [name for name in names if name.startswith(OPTIMIZER_ONLY)]  # no spec knows them, and nothing cuts them
     names = [name for name in names if name not in apart] if apart else names
-    whole: AnyPattern = Unique() if degree == 1 else Replicate()
     unknown = [name for name in names if name not in known]
     chosen: dict[str, AnyPattern]
     if spec is not None:
@@ -81,23 +80,24 @@ def resolve_patterns(
         family = _family(names, unknown, local_shapes, denied, may_stay)
         if family is not None:
             chosen, origin = {**family.patterns(names)}, f"family {family.family!r}"
-            chosen |= {
-                name: live for name, live in (inferred or {}).items() if exact and _contradicts(chosen, name, live)
-            }
+            chosen |= {name: live for name, live in _contradicted(chosen, inferred, exact).items() if exact}
         else:
             chosen, origin = {name: known.get(name, PerRank()) for name in names}, "the checkpoint"
     problems = [
-        f"{name}: {origin} says {describe(chosen[name])}, the live parameter is {describe(inferred[name])}"
-        for name in names
-        if inferred and name in inferred and compare(chosen[name], inferred[name], exact) is Agreement.CONTRADICTED
+        f"{name}: {origin} says {describe(chosen[name])}, the live parameter is {describe(live)}"
+        for name, live in _contradicted(chosen, inferred, exact).items()
     ]
     if problems and (degree > 1 or spec is not None):
         raise MismatchError("layouts contradict the live model's parameters", problems, CHECK_HINT)
-    return chosen | {name: known.get(name, whole) for name in apart}
+    return chosen | {name: known.get(name, Unique() if degree == 1 else Replicate()) for name in apart}
 
 
-def _contradicts(chosen: Mapping[str, AnyPattern], name: str, live: Pattern) -> bool:
-    return name in chosen and compare(chosen[name], live, exact=True) is Agreement.CONTRADICTED
+def _contradicted(
+    chosen: Mapping[str, AnyPattern], inferred: Mapping[str, Pattern] | None, exact: bool
+) -> dict[str, Pattern]:
+    """Return the live parameters that contradict the chosen patterns."""
+    live = {name: (inferred or {})[name] for name in chosen if name in (inferred or {})}
+    return {name: each for name, each in live.items() if compare(chosen[name], each, exact) is Agreement.CONTRADICTED}
 
 
 def per_rank(patterns: Mapping[str, AnyPattern]) -> list[str]:
