@@ -16,6 +16,7 @@ from ucp_deepspeed.checkpoint.deepspeed.autotp import AUTOTP_FAMILIES, before_re
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, SpecError
 from ucp_deepspeed.language.families import find_family, naming_specs
+from ucp_deepspeed.language.name_spaces import LogicalName
 from ucp_deepspeed.language.resolve import CHECK_HINT, contradicts_record, describe, resolve_patterns
 from ucp_deepspeed.language.schemes import logical_names, seen_through
 from ucp_deepspeed.language.spec import Spec
@@ -211,7 +212,7 @@ class UniversalView:
         )
 
 
-def names_of(checkpoint: Checkpoint, specs: Sequence[Spec]) -> dict[str, str]:
+def names_of(checkpoint: Checkpoint, specs: Sequence[Spec]) -> dict[str, LogicalName]:
     """Return the logical names of a checkpoint's parameters and buffers, and of further names of tied ones if these differ.
 
     Raises:
@@ -224,7 +225,7 @@ def names_of(checkpoint: Checkpoint, specs: Sequence[Spec]) -> dict[str, str]:
     try:
         found = logical_names([*names, *further], specs, checkpoint.logical_names)
     except SpecError:  # the scheme isn't meant for them
-        found = {alias: alias for alias in further}
+        found = {alias: LogicalName(alias) for alias in further}
     taken = set(names.values())
     return names | {alias: found[alias] for alias in further if found[alias] not in taken}
 
@@ -253,8 +254,8 @@ def _check_guess(checkpoint: Checkpoint, names: Sequence[str], local_shapes: Map
 
 def patterns_of(
     checkpoint: Checkpoint,
-    names: Mapping[str, str],
-    wanted: Sequence[str],
+    names: Mapping[str, LogicalName],
+    wanted: Sequence[LogicalName],
     spec: Spec | None,
     degree: int,
     inferred: Mapping[str, Pattern] | None = None,
@@ -286,7 +287,7 @@ def patterns_of(
     )
 
 
-def held_shapes(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, tuple[Shape, ...]]:
+def held_shapes(checkpoint: Checkpoint, names: Mapping[str, LogicalName]) -> dict[str, tuple[Shape, ...]]:
     """Return shapes on the tensor-parallel ranks of the pipeline stage whose copy of a parameter is read, by logical name."""
     degree = checkpoint.topology.tp
     return {

@@ -192,7 +192,7 @@ def _explanation(name: str, spec: Spec, checkpoint: Checkpoint | None, vocabular
         problem = f"matches {len(matches) or 'no'} rule{'s' if matches else ''}{near}"
     elif checkpoint is not None:
         size = vocabulary_size if vocabulary_size is not None else checkpoint.vocabulary_size
-        shapes, degree = {title: checkpoint.parameters[name].local_shapes}, checkpoint.topology.tp
+        shapes, degree = {str(title): checkpoint.parameters[name].local_shapes}, checkpoint.topology.tp
         try:
             layout = layouts_of({title: matches[0].pattern}, shapes, degree, size, "the checkpoint")[title]
         except MismatchError as error:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ucp_deepspeed.language.name_spaces import ModuleName
+
 
 class OwnAttributes(Protocol):
     """Attributes that this package itself puts on an engine.
@@ -33,7 +35,7 @@ class Engine(OwnAttributes, Protocol):
     mpu: Any
     training_dataloader: Any
     checkpoint_engine: Any
-    param_names: Mapping[torch.Tensor, str]
+    param_names: Mapping[torch.Tensor, ModuleName]
     global_steps: int
     global_samples: int
     skipped_steps: int
@@ -59,7 +61,7 @@ class Engine(OwnAttributes, Protocol):
     zero_optimization_stage: Callable[[], int]
     _copy_recovery_script: Callable[[Any], None]
     _get_all_ckpt_names: Callable[..., list[str]]
-    _get_buffer_names: Callable[[], Sequence[str]]
+    _get_buffer_names: Callable[[], Sequence[ModuleName]]
     _get_optimizer_ckpt_name: Callable[..., str]
     _get_rank_zero_ckpt_name: Callable[..., str]
 

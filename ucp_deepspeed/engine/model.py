@@ -30,6 +30,7 @@ from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.optimizers.plain import PlainOptimizer
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import load_spec
+from ucp_deepspeed.language.name_spaces import CatalogName, ModuleName
 from ucp_deepspeed.layout import FlatGroup, Flattening, Shape, SlicedGroup, Topology
 from ucp_deepspeed.layout.pattern import Pattern, Replicate
 from ucp_deepspeed.transfer.planning.target import ModelDescription, ModelTensor, TargetSlot
@@ -119,10 +120,10 @@ def describe_model(engine: Engine) -> EngineModel:
             for name, kind, tensor in tensors_here
             for each in names.on_all_ranks(name)
         },
-        {each: pattern for name, pattern in live.patterns.items() for each in names.on_all_ranks(name)},
+        {each: pattern for name, pattern in live.patterns.items() for each in names.on_all_ranks(ModuleName(name))},
     )
     stages = _gather_stages(engine, topology, mine)
-    tensors = {
+    tensors: dict[str, EngineTensor] = {
         name: EngineTensor(
             name,
             "trainable" if kind == "idle" else kind,
@@ -179,7 +180,7 @@ def engine_precision(engine: Engine) -> Precision:
     return "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
 
 
-def _local_tensors(engine: Engine) -> Iterator[tuple[str, HeldKind, torch.Tensor]]:
+def _local_tensors(engine: Engine) -> Iterator[tuple[ModuleName, HeldKind, torch.Tensor]]:
     """Yield parameters and persistent buffers, under the names of this rank's modules.
 
     A parameter in the optimizer is trained, also while ``requires_grad`` is off: its states are still there, and go on later.
@@ -226,11 +227,11 @@ class _Held:
         differing: names that not all of these ranks have.
     """
 
-    shapes: Mapping[str, tuple[HeldKind, tuple[Shape, ...]]]
-    inferred: Mapping[str, Pattern]
+    shapes: Mapping[CatalogName, tuple[HeldKind, tuple[Shape, ...]]]
+    inferred: Mapping[CatalogName, Pattern]
     differing: tuple[str, ...] = ()
 
-    def local_shapes(self, name: str, degree: int) -> tuple[Shape | None, ...]:
+    def local_shapes(self, name: CatalogName, degree: int) -> tuple[Shape | None, ...]:
         """Return the shape on each tensor-parallel rank; None if the stage doesn't hold the tensor."""
         _, shapes = self.shapes.get(name, ("frozen", (None,)))
         return shapes * degree if len(shapes) == 1 else shapes
@@ -255,9 +256,9 @@ def _gather_stages(engine: Engine, topology: Topology, mine: _Held) -> list[_Hel
     return stages
 
 
-def _kinds(stages: Sequence[_Held]) -> dict[str, HeldKind]:
+def _kinds(stages: Sequence[_Held]) -> dict[CatalogName, HeldKind]:
     """Return the kind of each tensor; a tensor that any stage trains is trained."""
-    kinds: dict[str, HeldKind] = {}
+    kinds: dict[CatalogName, HeldKind] = {}
     for stage in stages:
         for name, (kind, _) in stage.shapes.items():
             kinds[name] = _joint((kinds.get(name, kind), kind))

@@ -14,6 +14,7 @@ from ucp_deepspeed.checkpoint.experts import EXPERTS, expert_of, renumbered
 from ucp_deepspeed.engine.deepspeed_surface import autoep_layers
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.optimizer_only import optimizer_only
+from ucp_deepspeed.language.name_spaces import CatalogName, ModuleName
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,26 +52,26 @@ class ModelNames:
         }
 
     @cached_property
-    def of_parameters(self) -> Mapping[torch.Tensor, str]:
+    def of_parameters(self) -> Mapping[torch.Tensor, CatalogName]:
         """This rank's parameters → names in the whole model; also the parameters that only the optimizer has."""
-        named = {param: self.in_model(name) for param, name in self._engine.param_names.items()}
-        return named | optimizer_only(self._engine)
+        named = {**self._engine.param_names, **optimizer_only(self._engine)}
+        return {param: self.in_model(name) for param, name in named.items()}
 
-    def in_model(self, name: str) -> str:
+    def in_model(self, name: ModuleName) -> CatalogName:
         """Return the name in the whole model for a name on this rank."""
         found = expert_of(name)
         if found is None:
-            return name
+            return CatalogName(name)
         layer = self.layers[found[0]]
-        return renumbered(name, layer.ep_rank * layer.local)
+        return CatalogName(renumbered(name, layer.ep_rank * layer.local))
 
-    def on_all_ranks(self, name: str) -> list[str]:
+    def on_all_ranks(self, name: ModuleName) -> list[CatalogName]:
         """Return the names in the whole model of everything that the expert-parallel ranks call by this name."""
         found = expert_of(name)
         if found is None:
-            return [name]
+            return [CatalogName(name)]
         layer = self.layers[found[0]]
-        return [renumbered(name, ep_rank * layer.local) for ep_rank in range(layer.ep)]
+        return [CatalogName(renumbered(name, ep_rank * layer.local)) for ep_rank in range(layer.ep)]
 
     @property
     def ep(self) -> int:

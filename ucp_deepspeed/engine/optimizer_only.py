@@ -16,17 +16,18 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
 from ucp_deepspeed.checkpoint.deepspeed.files import VALUES_KEY
 from ucp_deepspeed.engine.deepspeed_types import Engine
+from ucp_deepspeed.language.name_spaces import ModuleName
 from ucp_deepspeed.language.naming import optimizer_only_name
 
 
-def optimizer_only(engine: Engine) -> dict[torch.Tensor, str]:
+def optimizer_only(engine: Engine) -> dict[torch.Tensor, ModuleName]:
     """Return this rank's such parameters and their names; a pipeline's later stages count their own."""
-    found: dict[torch.Tensor, str] = {}
+    found: dict[torch.Tensor, ModuleName] = {}
     number = getattr(engine, "stage_id", 0)  # only a pipeline's engine has a stage
     stage = f".stage{number}" if number else ""
     for group, params in enumerate(_groups(engine.optimizer)):
         own = [param for param in params if param not in engine.param_names]
-        found |= {param: optimizer_only_name(group, index) + stage for index, param in enumerate(own)}
+        found |= {param: ModuleName(optimizer_only_name(group, index) + stage) for index, param in enumerate(own)}
     return found
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ucp_deepspeed.errors import MismatchError, SpecError, UnsupportedError
 from ucp_deepspeed.language.families import find_family
+from ucp_deepspeed.language.name_spaces import LogicalName
 from ucp_deepspeed.language.naming import OPTIMIZER_ONLY
 from ucp_deepspeed.layout.box import Shape
 from ucp_deepspeed.layout.pattern import AnyPattern, Partial, Pattern, PerRank, Replicate, Shard, ShardGrid, Unique
@@ -32,7 +33,7 @@ class Agreement(Enum):
 
 
 def resolve_patterns(
-    names: Sequence[str],
+    names: Sequence[LogicalName],
     *,
     degree: int,
     spec: Spec | None = None,

@@ -14,6 +14,7 @@ from contextlib import suppress
 
 from ucp_deepspeed.errors import SpecError
 from ucp_deepspeed.language.globs import form_of
+from ucp_deepspeed.language.name_spaces import LogicalName
 from ucp_deepspeed.language.naming import translate, translate_back, without_collisions
 from ucp_deepspeed.language.spec import Spec
 
@@ -22,7 +23,7 @@ _FIRST_NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 
 def logical_names(
     names: Sequence[str], specs: Sequence[Spec], recorded: Mapping[str, str] | None = None
-) -> dict[str, str]:
+) -> dict[str, LogicalName]:
     """Return the logical name of each parameter: the one that the checkpoint records, else the specs' name, else its own.
 
     Args:
@@ -41,9 +42,8 @@ def logical_names(
                 f"config or with --spec. Parameters that they name otherwise",
                 differing,
             )
-    return without_collisions(
-        found[0] | {name: logical for name, logical in (recorded or {}).items() if name in found[0]}
-    )
+    logical = without_collisions(found[0] | {name: each for name, each in (recorded or {}).items() if name in found[0]})
+    return {name: LogicalName(each) for name, each in logical.items()}
 
 
 def best_scheme(names: Sequence[str], spec: Spec) -> tuple[str | None, dict[str, str]]:

@@ -205,7 +205,7 @@ def _same_contents(
             return False
     if _lacks_frozen(checkpoint, engine):
         return False
-    starts = {name: first_element(param) for param, name in names.of_parameters.items()}
+    starts: dict[str, int] = {name: first_element(param) for param, name in names.of_parameters.items()}
     live = optimizer.slots()
     saved = [
         slot

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
-from ucp_deepspeed.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint import Checkpoint, Parameter
 from ucp_deepspeed.checkpoint.experts import expert_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.loading.exchange import is_expert, reaches
@@ -56,7 +56,9 @@ def pair_with(checkpoint: Checkpoint, model: EngineModel, policies: Policies) ->
     if dist.get_rank() == 0:
         if not found.obstacles and found.matching.initialised and found.matching.dropped:
             names = found.names.source
-            source = {names[name]: parameter for name, parameter in found.checkpoint.parameters.items()}
+            source: dict[str, Parameter] = {
+                names[name]: parameter for name, parameter in found.checkpoint.parameters.items()
+            }
             if hint := renaming_hint(source, found.tensors):
                 logger.warning("of what is left out, and what keeps the model's values: %s", hint)
         if unknown := per_rank(found.patterns):
@@ -85,7 +87,7 @@ def plan_filling(
         MismatchError: lists everything that doesn't fit: parameters whose names, kinds, shapes, states or scalars don't, or that
             aren't covered, parameter groups, and the scheduler's values.
     """
-    live = {found.names.target[name]: tensor for name, tensor in model.tensors.items()}
+    live: dict[str, EngineTensor] = {found.names.target[name]: tensor for name, tensor in model.tensors.items()}
     kept_apart = {name for name, tensor in live.items() if tensor.tensor is None or _is_expert(tensor)}
     planner = RankPlanner(found, _optimizer_of(optimizer, settings), kept_apart, shared_read_bytes)
     restored = [live[name] for name in planner.restored]

@@ -59,6 +59,7 @@ from ucp_deepspeed.engine.saving.numbers import are_same
 from ucp_deepspeed.engine.stage_copies import differing_copies, tell_of_differing
 from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError, UnsupportedError
 from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
+from ucp_deepspeed.language.name_spaces import LogicalName
 from ucp_deepspeed.layout import Shape
 from ucp_deepspeed.layout.pattern import AnyPattern, Pattern, PerRank, Replicate, Unique
 from ucp_deepspeed.transfer.commit import (
@@ -393,11 +394,13 @@ def _shares(shapes: HeldShapes, degree: int) -> tuple[Shape, ...] | None:
     return known[:1] if len(set(known)) == 1 else known
 
 
-def _patterns(model: EngineModel, logical: Mapping[str, str], kept: Mapping[str, Pattern]) -> Mapping[str, AnyPattern]:
+def _patterns(
+    model: EngineModel, logical: Mapping[str, LogicalName], kept: Mapping[str, Pattern]
+) -> Mapping[str, AnyPattern]:
     """Return the patterns that are known when saving. Under tensor parallelism, if the sources together don't tell all, they are
     what the last load knew. A later load may add the rest."""
     names = model.named("trainable", "frozen")
-    inferred = {logical[name]: pattern for name, pattern in model.inferred.items()}
+    inferred: dict[str, Pattern] = {logical[name]: pattern for name, pattern in model.inferred.items()}
     try:
         patterns = resolve_patterns(
             [logical[name] for name in names],

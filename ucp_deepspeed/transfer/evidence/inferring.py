@@ -14,6 +14,7 @@ from ucp_deepspeed.language.inference import (
     guess_from_shapes,
     padded_candidates,
 )
+from ucp_deepspeed.language.name_spaces import LogicalName
 from ucp_deepspeed.layout import Partial, Replicate, Scale, Shape, Shard
 from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.transfer.evidence.held_values import HeldValues, Progress, no_progress, of_first_stage, passing
@@ -72,7 +73,7 @@ ByPattern = Mapping[Pattern, Joined | None]
 
 def _of_parameter(beside: SingleRank, name: str) -> tuple[Guess, ByPattern]:
     """Return the guess from shapes, and the candidates."""
-    local_shapes, logical_shape = held_shapes(beside.checkpoint, {name: name})[name], beside.shape(name)
+    local_shapes, logical_shape = held_shapes(beside.checkpoint, {name: LogicalName(name)})[name], beside.shape(name)
     assert logical_shape is not None
     guess = guess_from_shapes(local_shapes, logical_shape)
     sizes = beside.checkpoint.vocabulary_size, beside.whole.vocabulary_size

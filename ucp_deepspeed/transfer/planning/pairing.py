@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ucp_deepspeed.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint import Checkpoint, Parameter
 from ucp_deepspeed.checkpoint.checkpoint import ParameterGroup
 from ucp_deepspeed.checkpoint.derived import RetiedCheckpoint, copies_wanted
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of, names_of, parameter_names, patterns_of
 from ucp_deepspeed.errors import ListingError
 from ucp_deepspeed.language import logical_names, naming_specs
+from ucp_deepspeed.language.name_spaces import LogicalName
 from ucp_deepspeed.language.schemes import seen_through
 from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.layout.pattern import AnyPattern
@@ -42,8 +43,8 @@ CompareTies = Callable[[Checkpoint, Mapping[str, str]], Sequence[str]]
 class Names:
     """Logical names of the checkpoint's and the model's parameters and buffers, by the names that each side has for them."""
 
-    source: Mapping[str, str]
-    target: Mapping[str, str]
+    source: Mapping[str, LogicalName]
+    target: Mapping[str, LogicalName]
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ def pair(
     """
     checkpoint, joined = in_ties_of(in_form_of(checkpoint, model.local_shapes), model, compare, obstacles)
     names = match_names(checkpoint, model)
-    source = {names.source[name]: parameter for name, parameter in checkpoint.parameters.items()}
-    tensors = {names.target[name]: tensor for name, tensor in model.tensors.items()}
+    source: dict[str, Parameter] = {names.source[name]: parameter for name, parameter in checkpoint.parameters.items()}
+    tensors: dict[str, ModelTensor] = {names.target[name]: tensor for name, tensor in model.tensors.items()}
     matching = match(source, tensors)
     check_recorded(
         {name: why for name, why in checkpoint.unrecorded.items() if name in model.tensors}, policies, obstacles
@@ -138,7 +139,7 @@ def pair(
         patterns = patterns_of(
             checkpoint,
             names.source,
-            [name for name, tensor in restored.items() if tensor.kind != "buffer"],
+            [LogicalName(name) for name, tensor in restored.items() if tensor.kind != "buffer"],
             model.spec,
             model.topology.tp,
             {names.target[name]: pattern for name, pattern in model.inferred.items()},
@@ -171,7 +172,8 @@ def match_names(checkpoint: Checkpoint, model: ModelDescription) -> Names:
         SpecError: a spec gives a parameter two names, or two parameters one.
     """
     source, target = _translated(checkpoint, model)
-    wanted, held = frozenset(target.values()), {source[name]: name for name in checkpoint.parameters}
+    wanted = frozenset(target.values())
+    held: dict[str, str] = {source[name]: name for name in checkpoint.parameters}
     of_model = {
         held[alias]: target[owner]
         for alias, owner in model.tied.items()
@@ -185,7 +187,9 @@ def match_names(checkpoint: Checkpoint, model: ModelDescription) -> Names:
     return Names(source | of_model | renamed, target)
 
 
-def _translated(checkpoint: Checkpoint, model: ModelDescription) -> tuple[dict[str, str], dict[str, str]]:
+def _translated(
+    checkpoint: Checkpoint, model: ModelDescription
+) -> tuple[dict[str, LogicalName], dict[str, LogicalName]]:
     """Return logical names of both sides; they include further names of tied parameters where these have other logical names."""
     specs = naming_specs(model.spec, parameter_names(checkpoint), model.named("trainable", "frozen"))
     held = list(model.tensors)
@@ -194,7 +198,7 @@ def _translated(checkpoint: Checkpoint, model: ModelDescription) -> tuple[dict[s
         target = logical_names(held, specs, checkpoint.logical_names)
     source = names_of(checkpoint, specs)
     wrapped = seen_through(source.values(), [*target.values(), *(name for name in model.tied if name not in target)])
-    return {name: wrapped.get(logical, logical) for name, logical in source.items()}, target
+    return {name: LogicalName(wrapped.get(logical, logical)) for name, logical in source.items()}, target
 
 
 def in_ties_of(
@@ -211,7 +215,7 @@ def in_ties_of(
     source, target = _translated(checkpoint, model)
     wanted = set(target.values())
     copies = copies_wanted(checkpoint, {name for name, logical in source.items() if logical in wanted})
-    held = {source[name]: name for name in checkpoint.parameters}
+    held: dict[str, str] = {source[name]: name for name in checkpoint.parameters}
     joined = {
         held[alias]: held[target[owner]]
         for alias, owner in model.tied.items()
