@@ -274,7 +274,7 @@ class Gauge:
 
     def __enter__(self) -> Gauge:
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what is free already must not hide what the call takes
+        ctypes.CDLL(None).malloc_trim(0)  # memory that is free already must not hide what the call takes
         if self._watching:
             _count_opened(self._folder, self._opened)
             _mapped.clear()

@@ -80,7 +80,7 @@ test_transformers() { # the version
         rm -rf "$folder"
         pip install -q --no-deps --target "$folder" "transformers==$version"
     fi
-    # What it is made of and the environment has in another version only.
+    # Its parts that the environment has only in another version.
     PYTHONPATH="$folder" python -c 'from importlib.metadata import requires, version
 from packaging.requirements import Requirement
 parts = ("tokenizers", "safetensors", "huggingface-hub")

@@ -95,7 +95,7 @@ def test_state_is_bit_exact_and_training_goes_on(
 
     assert differences(saved.folder / f"global_step{STEP}", tmp_path / "again") == []
     report = outcome[0].report
-    assert report is not None or origin == "untied-uneven-fp32"  # of which one target is the same
+    assert report is not None or origin == "untied-uneven-fp32"  # one of its targets is the same
     assert report is None or form is None or report.source.startswith(f"deepspeed {form} ")
     gaps = [abs(outcome[0].losses[step] - saved.losses[step]) for step in range(STEP + 1, LAST_STEP + 1)]
     assert max(gaps) <= BOUND[run.precision], (gaps, outcome[0].losses, saved.losses)
@@ -227,7 +227,7 @@ def test_the_manifest_records_stages_and_names(source: GetSource) -> None:
     assert tied in first[0] and tied in last[0]
     assert manifest["parameters"][tied]["logical_name"] == "embedding.word_embeddings.weight"
     assert manifest["layer_keys"] == {"0.word_embeddings.weight": tied}
-    assert manifest["differing_copies"] == []  # of two partitions each, which are cut at other elements
+    assert manifest["differing_copies"] == []  # two partitions each, cut at other elements
 
 
 @pytest.mark.parametrize("partition", ["type:Layer", "uniform"])

@@ -112,4 +112,4 @@ def test_a_load_takes_two_rounds(
     """One to agree on what to load, and for a universal load one to agree that all can."""
     for counts in ranks(2).run(rounds_of_a_load, run, str(folder), tag, moves):
         assert counts.pop("objects") == rounds
-        assert +Counter(counts) == {"allgather": 2 * rounds}  # of sizes, and of what was pickled
+        assert +Counter(counts) == {"allgather": 2 * rounds}  # one for sizes, one for the pickled values

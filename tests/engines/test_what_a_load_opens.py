@@ -132,7 +132,7 @@ def taken_by_a_load(run: Run, folder: str) -> Taken:
     with mock.patch.object(torch, "from_file", side_effect=RuntimeError("no maps")):
         engine.load_checkpoint(folder)
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what the first load has freed doesn't serve the second
+        ctypes.CDLL(None).malloc_trim(0)  # memory freed by the first load must not serve the second
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before, read = _status("VmRSS"), _characters_read()
         engine.load_checkpoint(folder)

@@ -82,7 +82,7 @@ def _flat(world: int, ep: int, data_first: bool) -> list[list[int]]:
 def test_holders_with_experts_spread_over_tensor_parallel_ranks_too(tp: int, dp: int, ep: int) -> None:
     ranks = ExpertRanks(ep, dp, tp, tensor_parallel=False)
     expected = _flat(tp * dp, ep, False)
-    for rank in range(tp):  # of the stage, any
+    for rank in range(tp):  # any rank of the stage
         holders = [[ranks.holder(e, partition, rank) for partition in range(ranks.partitions)] for e in range(ep)]
         assert [[data * tp + model for model, data in group] for group in holders] == expected
     later = ExpertRanks(ep, dp, tp, tensor_parallel=False).holder(0, 0, rank=tp + 1)

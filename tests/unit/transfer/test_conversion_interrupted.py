@@ -64,7 +64,7 @@ def test_a_stopped_conversion_leaves_nothing(
     number: signal.Signals, engine_checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     status, written = _stop_midway(engine_checkpoints["zero1"], tmp_path / "u" / "step3", number)
-    assert status != 0 and written < 100  # of more than 600
+    assert status != 0 and written < 100  # more than 600 in all
     assert list((tmp_path / "u").iterdir()) == []
 
 

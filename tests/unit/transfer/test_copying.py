@@ -150,7 +150,7 @@ def test_copies_by_either_way_and_on_threads_are_the_same(mapped: bool, threads:
     assert (count.copies, count.files) == (2, {str(tmp_path / "f")})
     if mapped:
         assert count.bytes_read == 3 * 240
-    else:  # what lies between such short runs too, but for that between parts: one row in each
+    else:  # also the bytes between such short runs, but not between parts: one row in each
         assert 3 * 240 <= count.bytes_read <= 3 * 4 * (9 * 20 + 6)
 
 
