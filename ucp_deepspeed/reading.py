@@ -32,8 +32,8 @@ from ucp_deepspeed.errors import (
 )
 from ucp_deepspeed.language import Spec, load_spec
 from ucp_deepspeed.language.resolve import describe
-from ucp_deepspeed.layout import Box, Shape, Topology
-from ucp_deepspeed.transfer.copying import FileReader, gather_box
+from ucp_deepspeed.layout import Box, Layout, Shape, Topology
+from ucp_deepspeed.transfer.copying import FileReader, gather
 
 Index: TypeAlias = "SupportsIndex | slice | EllipsisType | Sequence[Any]"
 """An index as in ``tensor[…]``: an integer, a slice, or several of these for the first dimensions, also with an ellipsis."""
@@ -192,7 +192,8 @@ class OpenCheckpoint:
         box, rest = _boxed(index, shape, found.name)
         flat = torch.empty(box.numel, dtype=found.states[state])
         if box.numel:
-            count = gather_box(self._view, found.name, state, box, flat, self._reader)
+            layout = Layout.around(shape, box)
+            count = gather(self._view, found.name, state, 0, flat, self._reader, layout)
             self._checkpoint.versions.check(count.files)
         tensor: torch.Tensor = flat.view(box.shape)[rest]
         return tensor.contiguous()

@@ -23,11 +23,11 @@ from ucp_deepspeed.errors import (
     UnsupportedError,
 )
 from ucp_deepspeed.language import Spec
-from ucp_deepspeed.layout import Box, Topology
+from ucp_deepspeed.layout import Box, Layout, Topology
 from ucp_deepspeed.reading import OpenCheckpoint
 from ucp_deepspeed.transfer import FileReader
 from ucp_deepspeed.transfer.conversion import convert
-from ucp_deepspeed.transfer.copying import gather_box
+from ucp_deepspeed.transfer.copying import gather
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -139,7 +139,8 @@ def test_a_slice_reads_its_own_bytes_alone(tmp_path: Path) -> None:
     write_native(tmp_path, small_model(), NativeRun(tp=2, dp=2, stage=1))
     view = UniversalView.of(ucp_deepspeed.open_checkpoint(tmp_path, spec=SPEC)._checkpoint, SPEC)
     target = torch.empty(6)
-    count = gather_box(view, "0.embed.weight", "fp32", Box((7, 2), (9, 5)), target, FileReader())
+    box = Layout.around(view.logical_shape("0.embed.weight"), Box((7, 2), (9, 5)))
+    count = gather(view, "0.embed.weight", "fp32", 0, target, FileReader(), box)
     assert torch.equal(target.view(2, 3), small_model()["0.embed.weight"].fp32[7:9, 2:5])
     assert count.bytes_read == 6 * 4
     assert [Path(path).name for path in count.files] == ["zero_pp_rank_0_mp_rank_01_optim_states.pt"]

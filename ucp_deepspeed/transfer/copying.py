@@ -28,7 +28,7 @@ from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
-from ucp_deepspeed.layout import Box, Layout
+from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.layout.box import row_major_strides
 from ucp_deepspeed.plan import BlockCopy, Fragment, StridedView, Target, plan_tensor
 
@@ -363,10 +363,3 @@ def gather(
             f"{view.checkpoint.path} doesn't give whole parameters", [f"{name}/{state}: {error}"]
         ) from error
     return run_copies(copies, reader, lambda _: target)
-
-
-def gather_box(
-    view: UniversalView, name: str, state: str, box: Box, target: torch.Tensor, reader: FileReader
-) -> TransferCount:
-    """Fill ``target`` with a box of one whole parameter's state, not empty, in row-major order. See `gather`."""
-    return gather(view, name, state, 0, target, reader, Layout.around(view.logical_shape(name), box))
