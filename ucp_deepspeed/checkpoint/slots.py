@@ -20,7 +20,7 @@ import torch
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Kind
 from ucp_deepspeed.checkpoint.torch_files.reading import TORCH_DTYPES, dtype_of, extent_of, read_tensors, scalar_of
 from ucp_deepspeed.errors import DamagedCheckpointError
-from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup, Shape
+from ucp_deepspeed.layout import FlatGroup, Shape, SlotLayout
 
 Located = tuple[torch.Tensor, Path]
 """A described tensor and the file it is in."""
@@ -63,47 +63,29 @@ def _as_number(value: Any, path: Path) -> Any:
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Some parameters of one model-parallel rank, laid end to end.
+class Slot(SlotLayout):
+    """Some parameters of one model-parallel rank, and the files that hold them.
 
     Attributes:
-        names: the parameters, in buffer order.
         shapes: local shapes; for a part of the experts of an AutoEP layer, the shape of all experts.
         kind: see `ucp_deepspeed.checkpoint.checkpoint.Kind`.
-        flattening: positions of their elements in the buffers of the partitions.
         tensor: ``(partition, state)`` → the buffer; raises `DamagedCheckpointError` when its file lacks it.
         states: element-wise states → dtype.
         scalars: states that are one number.
         refused: states that are neither → why.
         group: index of the optimizer's parameter group; None for frozen parameters and buffers.
-        overlapping: states of which each partition has whole tensors, if it has a part of the parameter; see `OverlappingGroup`.
         numbers: readers of the numbers in each partition's file, or without ZeRO in each expert-parallel rank's, by `place_of`;
             none for frozen parameters and buffers.
-        starts: position in the local tensor where the slot's part of each parameter begins, in elements; empty if it has all.
     """
 
-    names: tuple[str, ...]
     shapes: tuple[Shape, ...]
     kind: Kind
-    flattening: Flattening
     tensor: Callable[[int, str], Located]
     states: Mapping[str, str]
     scalars: Mapping[str, float]
     refused: Mapping[str, str]
     group: int | None
-    overlapping: frozenset[str] = frozenset()
-    starts: tuple[int, ...] = ()
     numbers: Mapping[str, NumbersReader] = field(default_factory=dict)
-
-    def start(self, index: int) -> int:
-        """Return where the slot's part of a parameter begins in its local tensor, in elements."""
-        return self.starts[index] if self.starts else 0
-
-    def flattening_of(self, state: str) -> Flattening:
-        """Return the positions of a state's elements: as for the masters, except for ``overlapping``."""
-        if state in self.overlapping and isinstance(self.flattening, FlatGroup):
-            return OverlappingGroup(self.flattening)
-        return self.flattening
 
     def extent(self, partition: int, state: str) -> FileExtent:
         """Return the file range of one partition's buffer.
@@ -217,7 +199,7 @@ def whole_slot(
     numbers = {} if group is None else {place_of("partition", 0): partial(Numbers, found.scalars, settings)}
     locate: Callable[[int, str], Located] = lambda partition, state: tensors[state]  # noqa: E731
     held = found.scalars, found.refused, group
-    return Slot(tuple(named), shapes, kind, flattening, locate, states, *held, numbers=numbers)
+    return Slot(tuple(named), flattening, shapes, kind, locate, states, *held, numbers)
 
 
 def shapes_of(named: Mapping[str, Sequence[int]]) -> tuple[Shape, ...]:

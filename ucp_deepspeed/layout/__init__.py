@@ -18,7 +18,7 @@ from ucp_deepspeed.layout.pattern import (
     Unique,
 )
 from ucp_deepspeed.layout.topology import Topology
-from ucp_deepspeed.layout.zero import FlatGroup, Flattening, OverlappingGroup, Slice, SlicedGroup
+from ucp_deepspeed.layout.zero import FlatGroup, Flattening, OverlappingGroup, Slice, SlicedGroup, SlotLayout
 
 __all__ = [
     "AnyPattern",
@@ -39,6 +39,7 @@ __all__ = [
     "ShardGrid",
     "Slice",
     "SlicedGroup",
+    "SlotLayout",
     "Topology",
     "Unique",
     "across_stages",

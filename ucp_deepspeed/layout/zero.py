@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Protocol
@@ -245,3 +245,31 @@ def _check_group(numels: tuple[int, ...], partitions: int) -> None:
         raise ValueError(f"a group needs at least one partition, not {partitions}")
     if any(numel < 0 for numel in numels):
         raise ValueError(f"negative tensor size in {numels}")
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """Some parameters of one rank that lie in one buffer for each partition, and in one more for each optimizer state.
+
+    Attributes:
+        names: the parameters, in buffer order.
+        flattening: where their elements lie in the buffers of the partitions.
+        overlapping: states that are kept whole for every parameter of which a partition has a part; see `OverlappingGroup`.
+        starts: place in each local tensor where the slot's part begins, in elements: at its first expert. Empty where it has all
+            of each.
+    """
+
+    names: tuple[str, ...]
+    flattening: Flattening
+    overlapping: frozenset[str] = field(default=frozenset(), kw_only=True)
+    starts: tuple[int, ...] = field(default=(), kw_only=True)
+
+    def start(self, index: int) -> int:
+        """Return where the slot's part of a parameter begins in its local tensor, in elements."""
+        return self.starts[index] if self.starts else 0
+
+    def flattening_of(self, state: str) -> Flattening:
+        """Return where the elements of a state lie: as in the masters, except for the states in ``overlapping``."""
+        if state in self.overlapping and isinstance(self.flattening, FlatGroup):
+            return OverlappingGroup(self.flattening)
+        return self.flattening

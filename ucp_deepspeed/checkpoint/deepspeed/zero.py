@@ -180,17 +180,17 @@ def _zero_slot(
         open_sound = _held_as_mapped(open_sound, share.names, flattening)
     return Slot(
         share.names,
+        flattening,
         tuple(part.shape for part in share.parts) or shapes,
         "trainable",
-        flattening,
         lambda partition, state: open_sound(partition).tensor(state),
         found.states,
         found.scalars,
         found.refused,
         held.file.group_of(group),
-        overlapping,
-        tuple(part.start for part in share.parts),
         _numbers(share.partitions, open_sound),
+        overlapping=overlapping,
+        starts=tuple(part.start for part in share.parts),
     )
 
 
@@ -337,5 +337,5 @@ def frozen_slice_slots(
         located = partial(tensor, name)
         states = {WEIGHT: dtype_of(*located(0, WEIGHT))}
         flattening = SlicedGroup(numels_of([shape]), partitions)
-        slots.append(Slot((name,), (shape,), "frozen", flattening, located, states, {}, {}, None))
+        slots.append(Slot((name,), flattening, (shape,), "frozen", located, states, {}, {}, None))
     return slots

@@ -44,7 +44,7 @@ class PartitionedOptimizer(EngineOptimizer):
             assert flattening.partition_numel == master.numel(), (index, flattening.partition_numel, master.numel())
             names = tuple(self._names[param] for param in params)
             rank, overlapping = dist.get_rank(group=process_group), self._overlapping(index)
-            slots.append(EngineSlot(names, flattening, rank, index, overlapping, master=master))
+            slots.append(EngineSlot(names, flattening, rank, index, overlapping=overlapping, master=master))
         return slots
 
     def _overlapping(self, group: int) -> frozenset[str]:

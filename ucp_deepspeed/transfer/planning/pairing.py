@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ucp_deepspeed.checkpoint import Checkpoint, Parameter
@@ -96,7 +97,7 @@ class Pair:
         state, count = self.checkpoint.run.lr_scheduler, len(self._groups)
         return schedule_of_groups(state, live, sources, count, keep, self.obstacles)
 
-    @property
+    @cached_property
     def _groups(self) -> list[tuple[list[str], ParameterGroup]]:
         """The checkpoint's parameter groups, each with its logical names."""
         names = self.names.source

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, HeldShapes, Kind
 from ucp_deepspeed.language import Spec
-from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup, Shape, Topology
+from ucp_deepspeed.layout import Shape, SlotLayout, Topology
 from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.plan import Fragment
 
@@ -86,44 +86,29 @@ class KeptStates:
 
 
 @dataclass(frozen=True)
-class TargetSlot:
+class TargetSlot(SlotLayout):
     """Parameters that one rank keeps in one buffer: a partition of master weights, or one frozen weight or buffer.
 
     Attributes:
-        names: the parameters, in buffer order.
-        flattening: where their elements lie in the buffers of all partitions.
         partition: the partition that the rank holds.
         group: index of the optimizer's parameter group; -1 for frozen parameters and buffers.
-        overlapping: states that are kept whole for every parameter of which the rank holds a part; see `OverlappingGroup`.
-        starts: place in each local tensor where the rank's part begins, in elements: at its first expert. Empty where the rank
-            holds all of each.
         replicas: names the ranks that hold the whole buffer as this rank does; None where there are none.
         itemsize: bytes of an element.
         divisible: whether ranks may read parts of the buffer for one another: its elements lie in row-major order.
         exchangeable: whether tensor-parallel ranks can send one another parts of it.
     """
 
-    names: tuple[str, ...]
-    flattening: Flattening
     partition: int
     group: int = -1
-    overlapping: frozenset[str] = frozenset()
-    starts: tuple[int, ...] = ()
     replicas: Hashable | None = None
     itemsize: int = 4
     divisible: bool = True
     exchangeable: bool = True
 
-    def flattening_of(self, state: str) -> Flattening:
-        """Return where the elements of a state lie: as in the masters, except for the states in ``overlapping``."""
-        if state in self.overlapping and isinstance(self.flattening, FlatGroup):
-            return OverlappingGroup(self.flattening)
-        return self.flattening
-
     def fragments(self, state: str = MASTER) -> Iterator[tuple[str, Fragment[None]]]:
         """Yield the parameter's name and the place in the buffer for each run of elements of a state that the rank holds."""
         for part in self.flattening_of(state).held_by(self.partition):
-            start = self.starts[part.index] if self.starts else 0
+            start = self.start(part.index)
             yield self.names[part.index], Fragment(start + part.local_start, part.numel, None, part.buffer_start)
 
     def numel(self, state: str = MASTER) -> int:
