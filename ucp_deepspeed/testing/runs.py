@@ -247,8 +247,7 @@ def build_evaluator(run: Run) -> Any:
 
 
 def _build_model(run: Run) -> tuple[torch.nn.Module, Any]:
-    dtype = DTYPES[run.precision]
-    plain: dict[str, Any] = {"vocabulary": VOCABULARY, "dtype": dtype, "seed": run.seed, **run.size}
+    plain: dict[str, Any] = {"vocabulary": VOCABULARY, "dtype": DTYPES[run.precision], "seed": run.seed, **run.size}
     if run.model == "mlp" and run.tp == 1:
         return build_mlp(**plain), None
     if run.model == "huggingface":
@@ -263,7 +262,6 @@ def _build_model(run: Run) -> tuple[torch.nn.Module, Any]:
 
     from ucp_deepspeed.megatron import DeepSpeedMpu
     from ucp_deepspeed.testing.megatron_cpu import run_megatron_on_cpu
-    from ucp_deepspeed.testing.megatron_models import build_megatron_gpt, gpt_flavour, llama_flavour
 
     run_megatron_on_cpu()
     parallel_state.initialize_model_parallel(run.tp, pipeline_model_parallel_size=run.pp or 1)
@@ -273,6 +271,15 @@ def _build_model(run: Run) -> tuple[torch.nn.Module, Any]:
     if run.model == "moe":
         gather_tokens_over_gloo()
         return build_moe(**plain), DeepSpeedMpu()
+    return _build_megatron(run)
+
+
+def _build_megatron(run: Run) -> tuple[torch.nn.Module, Any]:
+    """Build a model of Megatron-Core's, or one with Megatron-DeepSpeed's names around it, once Megatron runs."""
+    from ucp_deepspeed.megatron import DeepSpeedMpu
+    from ucp_deepspeed.testing.megatron_models import build_megatron_gpt, gpt_flavour, llama_flavour
+
+    dtype = DTYPES[run.precision]
     small: dict[str, Any] = {
         "layers": 2,
         "hidden": 48,

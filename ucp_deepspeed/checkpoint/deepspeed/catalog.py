@@ -230,7 +230,11 @@ class DeepSpeedCheckpoint(Checkpoint):
             frozen = {
                 name: shape for name, shape in (saved.get("frozen_param_shapes") or {}).items() if name not in known
             }
-            slots += frozen_slice_slots(frozen, self.topology.dp, lambda part: self.files.sliced_states(rank, part))
+            slots += frozen_slice_slots(
+                frozen,
+                self.topology.dp,
+                lambda part: (self.files.model_states(rank, part), self.files.model_states_path(rank, part)),
+            )
         elif self.files.is_pipeline:
             stage = rank // self.topology.tp
             frozen_names = [name for name in self._unclaimed if name in module] if stage == 0 else []

@@ -360,10 +360,6 @@ class DeepSpeedFiles:
                 f"{path} is of step {found}, and {self.model_states_path(0, 0)} of step {expected}: these are files of two saves"
             )
 
-    def sliced_states(self, rank: int, partition: int) -> tuple[dict[str, Any], Path]:
-        """Return the same as `model_states`, and the file's path."""
-        return self.model_states(rank, partition), self.model_states_path(rank, partition)
-
     def whole_optimizer(self, rank: int) -> tuple[dict[str, Any], Path]:
         """Return the optimizer's state on a model-parallel rank without ZeRO, and its file; empty if there is none."""
         path = self.model_states_path(rank, 0)

@@ -215,8 +215,11 @@ def _same_contents(
     if stage == 0:  # the recorded groups have told their order; the catalog puts experts last
         places = {slot.names: place for place, slot in enumerate(live)}
         saved.sort(key=lambda slot: places.get(slot.names, len(places)))
-    form = _numels_of if stage == 0 else _flattening_of
-    order = [[(slot.names, form(slot), slot.overlapping) for slot in slots] for slots in (saved, live)]
+    # Without ZeRO only sizes count: nothing is cut, though the catalog may list AutoEP's experts one by one.
+    order = [
+        [(slot.names, slot.flattening if stage else slot.flattening.numels, slot.overlapping) for slot in slots]
+        for slots in (saved, live)
+    ]
     same = (
         order[0] == order[1]
         and _same_weights(checkpoint, engine, names)
@@ -283,16 +286,6 @@ def _serves_any_size(checkpoint: DeepSpeedCheckpoint, engine: Engine) -> bool:
     if rank >= saved.model_parallel:
         return False
     return any(slot.refused for slot in checkpoint.trained_slots(rank))
-
-
-def _flattening_of(slot: Slot | EngineSlot) -> Any:
-    return slot.flattening
-
-
-def _numels_of(slot: Slot | EngineSlot) -> Any:
-    """Return the sizes of a slot's parameters: without ZeRO nothing is partitioned. The catalog may list AutoEP's experts one by
-    one, since their weights are in several files."""
-    return slot.flattening.numels
 
 
 def _same_states(
