@@ -45,14 +45,21 @@ class Obstacles:
         """Add an obstacle."""
         self._found[Obstacle(name, reason)] = None
 
+    def add_line(self, line: str, reason: str = "") -> None:
+        """Add an obstacle as an error lists it: a name, and the reason if it isn't the same for all of them."""
+        name, _, own = line.partition(": ")
+        self.add(name, own or reason)
+
     def add_error(self, error: ListingError) -> None:
         """Add what an error lists; a spec's error stays one."""
-        if isinstance(error, SpecError) or not error.problems:
-            self.add(None, str(error) if isinstance(error, SpecError) else error.heading)
-        else:
-            for problem in error.problems:
-                self.add(*problem.split(": ", 1))
-        self.add_remedy("" if isinstance(error, SpecError) else error.remedy)
+        if isinstance(error, SpecError):
+            self.add(None, str(error))
+            return
+        if not error.problems:
+            self.add(None, error.heading)
+        for problem in error.problems:
+            self.add_line(problem, error.heading)
+        self.add_remedy(error.remedy)
 
     def add_remedy(self, remedy: str) -> None:
         """Add a hint, if there is one."""

@@ -16,7 +16,7 @@ from ucp_deepspeed.checkpoint.checkpoint import ParameterGroup
 from ucp_deepspeed.checkpoint.derived import RetiedCheckpoint, copies_wanted
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of
 from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of, names_of, parameter_names, patterns_of
-from ucp_deepspeed.errors import ListingError
+from ucp_deepspeed.errors import ListingError, MismatchError
 from ucp_deepspeed.language import logical_names, naming_specs
 from ucp_deepspeed.language.name_spaces import LogicalName
 from ucp_deepspeed.language.schemes import seen_through
@@ -156,7 +156,9 @@ def pair(
             if some_shape(tensor.local_shapes) is not None
         }
         layouts = layouts_of(view.patterns, shapes, model.topology.tp, size, "the model")
-    except ListingError:
+    except ListingError as error:
+        if obstacles and isinstance(error, MismatchError):
+            obstacles.add_error(error)
         obstacles.check(checkpoint.path)
         raise
     return Pair(checkpoint, model, policies, names, joined, matching, tensors, patterns, size, view, layouts, obstacles)
@@ -223,5 +225,5 @@ def in_ties_of(
         if alias in held and alias not in wanted and target[owner] in held
     }
     for problem in compare(checkpoint, joined) if joined else ():
-        obstacles.add(*problem.split(": ", 1))
+        obstacles.add_line(problem)
     return (RetiedCheckpoint(checkpoint, copies, joined) if copies or joined else checkpoint), joined

@@ -134,6 +134,25 @@ def test_an_obstacle_of_the_whole_model_stands_alone() -> None:
     assert caught.value.problems == ()
 
 
+def test_what_an_error_lists_becomes_obstacles() -> None:
+    obstacles = Obstacles()
+    obstacles.add_error(MismatchError("groups differ", ["a", "b: by 2"], "a way"))
+    obstacles.add_error(SpecError("no rule", ["c"]))
+    assert list(obstacles) == [
+        Obstacle("a", "groups differ"),
+        Obstacle("b", "by 2"),
+        Obstacle(None, "no rule (1):\n  c"),
+    ]
+    assert obstacles.remedies == ["a way"]
+
+
+def test_shapes_that_no_pattern_explains_are_listed_with_the_rest() -> None:
+    spec = Spec.parse({"family": "tests", "rules": [{"match": "*", "pattern": "shard", "dim": 3}]}, "tests")
+    with pytest.raises(MismatchError) as caught:
+        paired(Sketch({"a": FOUR, "b": (2,)}), model({"a": FOUR}, spec=spec))
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["b", "a"]
+
+
 def test_what_no_file_holds_is_told_once() -> None:
     checkpoint = Sketch({"a": FOUR}, unrecorded={"b": "DeepSpeed left its value out", "elsewhere": "the same"})
     described = model({"a": FOUR, "b": (2,)}, {"b": "frozen"})
