@@ -15,9 +15,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from pydantic import PositiveInt, TypeAdapter, ValidationError
-from typing_extensions import NotRequired, TypedDict
+from pydantic import ValidationError
 
+from ucp_deepspeed.checkpoint.deepspeed.contents import AUTOEP_LAYERS
 from ucp_deepspeed.errors import UnsupportedError
 from ucp_deepspeed.layout import Shape
 
@@ -116,24 +116,6 @@ class AutoEpLayers:
         return found
 
 
-class _Rank(TypedDict):
-    experts: list[int] | tuple[int, ...]
-
-
-class _Placement(TypedDict):
-    ranks: NotRequired[list[_Rank]]
-
-
-class _Layer(TypedDict):
-    module_path: str
-    num_experts: PositiveInt
-    ep_size: PositiveInt
-    expert_placement: NotRequired[_Placement | None]
-
-
-_LAYERS: TypeAdapter[Any] = TypeAdapter(list[_Layer] | tuple[_Layer, ...])
-
-
 def read_autoep_layers(recorded: Any, place: Path) -> AutoEpLayers:
     """Read the layers from ``ds_autoep_layers`` of a model_states file.
 
@@ -142,7 +124,7 @@ def read_autoep_layers(recorded: Any, place: Path) -> AutoEpLayers:
     """
     layers: dict[str, AutoEpLayer] = {}
     try:
-        entries = _LAYERS.validate_python(recorded or (), strict=True)
+        entries = AUTOEP_LAYERS.validate_python(recorded or (), strict=True)
     except ValidationError as error:
         raise UnsupportedError(
             f"{place} records its layers of DeepSpeed's AutoEP in a form that isn't known"

@@ -85,6 +85,12 @@ ZERO = _types(
 """Types in the ``optimizer_state_dict`` of a ZeRO optimizer's file."""
 
 
+_Dealt = _record(ranks=_listed(_record("experts", experts=_listed(int))))
+_Layer = {"module_path": str, "num_experts": PositiveInt, "ep_size": PositiveInt}
+
+AUTOEP_LAYERS = TypeAdapter(_listed(_record(*_Layer, **_Layer, expert_placement=_Dealt | None)))
+"""Type of the record of AutoEP's layers in a model_states file."""
+
 EARLY_OPTIMIZER = _types(param_shapes=_Shapes | _listed(_Shapes) | None)
 """Types in a ZeRO optimizer's file up to 0.5.10."""
 
