@@ -30,7 +30,13 @@ def pattern_of_map(entry: Mapping[str, Any]) -> Pattern:
         ranks = [entry["ranks"][rank] for rank in sorted(entry["ranks"], key=int)]
         shapes: list[Shape] = [tuple(rank["shard_shape"]) for rank in ranks]
         held = [
-            [_piece(found, logical_shape, shape) for found in rank["pieces"]]
+            [
+                Piece(
+                    _box(found["source"], tuple(found["shape"]), logical_shape),
+                    _box(found["dest"], tuple(found["shape"]), shape),
+                )
+                for found in rank["pieces"]
+            ]
             for rank, shape in zip(ranks, shapes, strict=True)
         ]
         scales = {float(found.get("scale", 1.0)) for rank in ranks for found in rank["pieces"]}
@@ -85,14 +91,6 @@ def _heads(widths: Sequence[Sequence[int]]) -> tuple[int, ...] | None:
     if len(counts) != 1:
         return None
     return (counts.pop(),) * len(widths)
-
-
-def _piece(found: Mapping[str, Any], logical_shape: Shape, local_shape: Shape) -> Piece:
-    extents: Shape = tuple(found["shape"])
-    return Piece(
-        _box(found["source"], extents, logical_shape),
-        _box(found["dest"], extents, local_shape),
-    )
 
 
 def _box(place: Sequence[Any], extents: Shape, shape: Shape) -> Box:

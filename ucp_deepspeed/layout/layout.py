@@ -145,17 +145,14 @@ class Layout:
             return self
         if not dims <= self.mergeable_dims():
             raise ValueError(f"dimensions {sorted(dims - self.mergeable_dims())} of {self.logical_shape} are cut")
-        held = tuple(
-            LocalTensor(merge_shape(local.shape, dims), self._merged_pieces(local, dims)) for local in self.locals
-        )
-        return replace(self, logical_shape=merge_shape(self.logical_shape, dims), locals=held)
-
-    def _merged_pieces(self, local: LocalTensor, dims: frozenset[int]) -> tuple[Piece, ...]:
-        boxes = ((piece.logical_box, piece.local_box) for piece in local.pieces)
-        return tuple(
-            Piece(_merge_box(logical, self.logical_shape, dims), _merge_box(held, local.shape, dims))
-            for logical, held in boxes
-        )
+        whole, held = self.logical_shape, []
+        for local in self.locals:
+            pieces = (
+                Piece(_merge_box(piece.logical_box, whole, dims), _merge_box(piece.local_box, local.shape, dims))
+                for piece in local.pieces
+            )
+            held.append(LocalTensor(_merged(local.shape, local.shape, dims), tuple(pieces)))
+        return replace(self, logical_shape=_merged(whole, whole, dims), locals=tuple(held))
 
     def cropped(self, logical_shape: Shape) -> Layout:
         """Return the same ranks and local tensors, with pieces cut to the first ``logical_shape`` elements along each dimension.
@@ -166,7 +163,14 @@ class Layout:
         whole = Box.whole(logical_shape)
         if len(logical_shape) != len(self.logical_shape) or not Box.whole(self.logical_shape).contains(whole):
             raise ValueError(f"{logical_shape} reaches beyond {self.logical_shape}")
-        return replace(self, logical_shape=logical_shape, locals=tuple(_crop(local, whole) for local in self.locals))
+        held = []
+        for local in self.locals:
+            boxes = [(piece, piece.logical_box.intersect(whole)) for piece in local.pieces]
+            kept = (
+                Piece(box, box.moved(p.logical_box.start, p.local_box.start)) for p, box in boxes if box is not None
+            )
+            held.append(LocalTensor(local.shape, tuple(kept)))
+        return replace(self, logical_shape=logical_shape, locals=tuple(held))
 
     def factor(self, state: str) -> Fraction | None:
         """``local / logical`` for one state; None if this layout doesn't say how that state scales."""
@@ -174,18 +178,6 @@ class Layout:
             return Fraction(1)
         power = self.scale_powers.get(state)
         return None if power is None else self.scale**power
-
-
-def _crop(local: LocalTensor, whole: Box) -> LocalTensor:
-    pieces = [(piece, piece.logical_box.intersect(whole)) for piece in local.pieces]
-    return LocalTensor(
-        local.shape,
-        tuple(
-            Piece(box, box.moved(piece.logical_box.start, piece.local_box.start))
-            for piece, box in pieces
-            if box is not None
-        ),
-    )
 
 
 def across_stages(stages: Sequence[Layout | None]) -> Layout:
@@ -236,11 +228,6 @@ def overlapping(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
                     return other, box
         active.append(box)
     return None
-
-
-def merge_shape(shape: Shape, dims: frozenset[int]) -> Shape:
-    """The shape after each dimension in ``dims`` is merged with its successor."""
-    return _merged(shape, shape, dims)
 
 
 def _merge_box(box: Box, shape: Shape, dims: frozenset[int]) -> Box:

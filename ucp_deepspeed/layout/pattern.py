@@ -11,12 +11,12 @@ All raise `ValueError` if the shapes contradict the pattern. The caller knows th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import accumulate, pairwise, product
 from math import prod
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 from ucp_deepspeed.layout.box import Box, Shape
 from ucp_deepspeed.layout.layout import Layout, LocalTensor, Piece, Union, pieces_of
@@ -34,13 +34,35 @@ class Scale:
     factor: Literal["one_over_degree"] = "one_over_degree"
     powers: Mapping[str, int] = field(default_factory=lambda: {"fp32": 1, "weight": 1}, hash=False)
 
-    def of(self, degree: int) -> Fraction:
-        """``local / logical`` at power 1."""
-        return Fraction(1, degree)
+
+class _Whole:
+    """A parameter that each of its ranks holds in full."""
+
+    __slots__ = ()
+    kind: ClassVar[str]
+    union: ClassVar[Union] = "take"
+    scale: Scale | None = None
+
+    def logical_shape(self, local_shapes: Sequence[Shape], vocabulary_size: int | None = None) -> Shape:
+        """The shape that all ranks share."""
+        return _common_shape(local_shapes, self.kind)
+
+    def local_shapes(self, logical_shape: Shape, degree: int) -> tuple[Shape, ...]:
+        """The logical shape, on every rank."""
+        return (logical_shape,) * degree
+
+    def layout(self, logical_shape: Shape, local_shapes: Sequence[Shape]) -> Layout:
+        """The whole parameter on every rank."""
+        if any(shape != logical_shape for shape in local_shapes):
+            raise ValueError(f"local shapes {list(local_shapes)} differ from the logical shape {logical_shape}")
+        locals_ = Layout.whole(self.logical_shape(local_shapes)).locals * len(local_shapes)
+        if self.scale is None:
+            return Layout(logical_shape, locals_, self.union)
+        return Layout(logical_shape, locals_, self.union, Fraction(1, len(local_shapes)), self.scale.powers)
 
 
 @dataclass(frozen=True, slots=True)
-class Unique:
+class Unique(_Whole):
     """Held by exactly one model-parallel rank, in full."""
 
     pattern: Literal["unique"] = "unique"
@@ -57,50 +79,23 @@ class Unique:
             raise ValueError(f"unique parameter can't be spread over {degree} ranks")
         return (logical_shape,)
 
-    def layout(self, logical_shape: Shape, local_shapes: Sequence[Shape]) -> Layout:
-        """The whole parameter on the only rank."""
-        if len(local_shapes) != 1:
-            raise ValueError(f"unique parameter is held by {len(local_shapes)} ranks")
-        return _same_on_each_rank(logical_shape, local_shapes, "take", None)
-
 
 @dataclass(frozen=True, slots=True)
-class Replicate:
+class Replicate(_Whole):
     """The same values on every rank: any rank's copy serves (norms, row-parallel biases)."""
 
+    kind = "replicated"
     pattern: Literal["replicate"] = "replicate"
     scale: Scale | None = None
 
-    def logical_shape(self, local_shapes: Sequence[Shape], vocabulary_size: int | None = None) -> Shape:
-        """The shape that all ranks share."""
-        return _common_shape(local_shapes, "replicated")
-
-    def local_shapes(self, logical_shape: Shape, degree: int) -> tuple[Shape, ...]:
-        """The logical shape, on every rank."""
-        return (logical_shape,) * degree
-
-    def layout(self, logical_shape: Shape, local_shapes: Sequence[Shape]) -> Layout:
-        """The whole parameter on every rank."""
-        return _same_on_each_rank(logical_shape, local_shapes, "take", self.scale)
-
 
 @dataclass(frozen=True, slots=True)
-class Partial:
+class Partial(_Whole):
     """Updated on its own by every rank: the logical value is the mean (ALiBi models' embedding norms)."""
 
+    kind = "partial"
+    union = "mean"
     pattern: Literal["partial"] = "partial"
-
-    def logical_shape(self, local_shapes: Sequence[Shape], vocabulary_size: int | None = None) -> Shape:
-        """The shape that all ranks share."""
-        return _common_shape(local_shapes, "partial")
-
-    def local_shapes(self, logical_shape: Shape, degree: int) -> tuple[Shape, ...]:
-        """The logical shape, on every rank."""
-        return (logical_shape,) * degree
-
-    def layout(self, logical_shape: Shape, local_shapes: Sequence[Shape]) -> Layout:
-        """The whole parameter on every rank, averaged when read."""
-        return _same_on_each_rank(logical_shape, local_shapes, "mean", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,14 +150,14 @@ class Shard:
         first = local_shapes[0]
         self._check_dim(first)
         for shape in local_shapes:
-            if len(shape) != len(first) or _without(shape, self.dim) != _without(first, self.dim):
+            if _with(shape, {self.dim: 0}) != _with(first, {self.dim: 0}):
                 raise ValueError(f"local shapes {list(local_shapes)} differ outside dimension {self.dim}")
         total = self._without_copies(sum(shape[self.dim] for shape in local_shapes), len(local_shapes))
         if self.vocabulary and vocabulary_size is not None:
             if vocabulary_size > total:
                 raise ValueError(f"vocabulary size {vocabulary_size} is above the {total} rows that the ranks hold")
             total = vocabulary_size
-        return _with(first, self.dim, total)
+        return _with(first, {self.dim: total})
 
     def local_shapes(self, logical_shape: Shape, degree: int) -> tuple[Shape, ...]:
         """The share of each of ``degree`` ranks."""
@@ -171,22 +166,22 @@ class Shard:
         if self.widths is not None:
             if len(self.widths) != degree or sum(self.widths) != extent:
                 raise ValueError(f"widths {self.widths} don't split {extent} over {degree} ranks")
-            return tuple(_with(logical_shape, self.dim, width) for width in self.widths)
+            return tuple(_with(logical_shape, {self.dim: width}) for width in self.widths)
         if self.vocabulary:
             unit = self.pad_to_multiple * degree
-            return (_with(logical_shape, self.dim, -(-extent // unit) * unit // degree),) * degree
+            return (_with(logical_shape, {self.dim: -(-extent // unit) * unit // degree}),) * degree
         shares = self._part_shares(extent, degree)
-        return tuple(_with(logical_shape, self.dim, sum(width for _, width in share)) for share in shares)
+        return tuple(_with(logical_shape, {self.dim: sum(width for _, width in share)}) for share in shares)
 
     def layout(self, logical_shape: Shape, local_shapes: Sequence[Shape]) -> Layout:
         """One piece per part and rank."""
         joined = self.logical_shape(local_shapes)
-        if len(joined) != len(logical_shape) or _without(joined, self.dim) != _without(logical_shape, self.dim):
+        if _with(joined, {self.dim: 0}) != _with(logical_shape, {self.dim: 0}):
             raise ValueError(f"local shapes {list(local_shapes)} don't fit the logical shape {logical_shape}")
-        if self.widths is not None and tuple(shape[self.dim] for shape in local_shapes) != self.widths:
-            raise ValueError(f"local shapes {list(local_shapes)} don't have the widths {self.widths}")
         extent = logical_shape[self.dim]
         extents = [shape[self.dim] for shape in local_shapes]
+        if self.widths is not None and extents != list(self.widths):
+            raise ValueError(f"local shapes {list(local_shapes)} don't have the widths {self.widths}")
         if len(self.parts) == 1 and self.heads is None:
             starts = list(accumulate(extents, initial=0))
             if starts[-1] < extent or (starts[-1] > extent and not self.vocabulary):
@@ -213,20 +208,17 @@ class Shard:
         whole = Box.whole(logical_shape)
         for start, extent in share:
             if extent > 0:
-                box = Box(_with(whole.start, self.dim, start), _with(whole.stop, self.dim, start + extent))
-                pieces += pieces_of(box, _with(whole.start, self.dim, local_start))
+                box = Box(_with(whole.start, {self.dim: start}), _with(whole.stop, {self.dim: start + extent}))
+                pieces += pieces_of(box, _with(whole.start, {self.dim: local_start}))
             local_start += max(extent, 0)
         return tuple(pieces)
 
-    def _part_sizes(self, extent: int) -> list[int]:
-        whole = sum(self.parts)
-        if extent % whole:
-            raise ValueError(f"parts {self.parts} don't divide an extent of {extent}")
-        return [extent // whole * part for part in self.parts]
-
     def _part_shares(self, extent: int, degree: int) -> list[list[tuple[int, int]]]:
         """Return for each rank its (logical start, extent) run in each part."""
-        sizes = self._part_sizes(extent)
+        unit, rest = divmod(extent, sum(self.parts))
+        if rest:
+            raise ValueError(f"parts {self.parts} don't divide an extent of {extent}")
+        sizes = [unit * part for part in self.parts]
         heads = self.heads or (None,) * len(sizes)
         starts = accumulate(sizes, initial=0)
         by_part = [
@@ -276,38 +268,26 @@ class ShardGrid:
 
     def logical_shape(self, local_shapes: Sequence[Shape], vocabulary_size: int | None = None) -> Shape:
         """The local shapes joined along each axis."""
-        extents = self._extents(local_shapes)
-        shape = local_shapes[0]
-        for dim, along in zip(self.dims, extents, strict=True):
-            shape = _with(shape, dim, sum(along))
-        return shape
+        joined = map(sum, self._extents(local_shapes))
+        return _with(local_shapes[0], dict(zip(self.dims, joined, strict=True)))
 
     def local_shapes(self, logical_shape: Shape, degree: int) -> tuple[Shape, ...]:
         """The share of each of ``degree`` ranks: an even cut along each axis."""
         self._check_dims(logical_shape)
-        grid = self._grid(degree)
-        shares = [split_evenly(logical_shape[dim], count) for dim, count in zip(self.dims, grid, strict=True)]
-        found = []
-        for place in product(*(range(count) for count in grid)):
-            shape = logical_shape
-            for dim, share, position in zip(self.dims, shares, place, strict=True):
-                shape = _with(shape, dim, share[position])
-            found.append(shape)
-        return tuple(found)
+        shares = [
+            split_evenly(logical_shape[dim], count) for dim, count in zip(self.dims, self._grid(degree), strict=True)
+        ]
+        return tuple(self._at(place, logical_shape, shares) for place in self._places(degree))
 
     def layout(self, logical_shape: Shape, local_shapes: Sequence[Shape]) -> Layout:
         """One piece per rank."""
         if self.logical_shape(local_shapes) != logical_shape:
             raise ValueError(f"local shapes {list(local_shapes)} don't join to the logical shape {logical_shape}")
         starts = [list(accumulate(along, initial=0)) for along in self._extents(local_shapes)]
-        places = product(*(range(count) for count in self._grid(len(local_shapes))))
+        origin = (0,) * len(logical_shape)
         locals_ = []
-        for shape, place in zip(local_shapes, places, strict=True):
-            origin = (0,) * len(shape)
-            logical_start = origin
-            for dim, along, position in zip(self.dims, starts, place, strict=True):
-                logical_start = _with(logical_start, dim, along[position])
-            box = Box.whole(shape).moved(origin, logical_start)
+        for place, shape in zip(self._places(len(local_shapes)), local_shapes, strict=True):
+            box = Box.whole(shape).moved(origin, self._at(place, origin, starts))
             locals_.append(LocalTensor(shape, pieces_of(box, origin)))
         return Layout(logical_shape, tuple(locals_))
 
@@ -315,21 +295,21 @@ class ShardGrid:
         """Return for each axis the extents along it. They must be the same at each position on the other axes."""
         for shape in local_shapes:
             self._check_dims(shape)
-        places = list(product(*(range(count) for count in self._grid(len(local_shapes)))))
-        found = []
-        for axis, dim in enumerate(self.dims):
-            along: dict[int, int] = {}
-            for place, shape in zip(places, local_shapes, strict=True):
-                along.setdefault(place[axis], shape[dim])
-            found.append([along[position] for position in sorted(along)])
-        first = local_shapes[0]
-        for place, shape in zip(places, local_shapes, strict=True):
-            expected = first
-            for axis, dim in enumerate(self.dims):
-                expected = _with(expected, dim, found[axis][place[axis]])
-            if shape != expected:
-                raise ValueError(f"local shapes {list(local_shapes)} form no grid of {self._grid(len(local_shapes))}")
+        held = list(zip(self._places(len(local_shapes)), local_shapes, strict=True))
+        found = [
+            list({place[axis]: shape[dim] for place, shape in held}.values()) for axis, dim in enumerate(self.dims)
+        ]
+        if any(shape != self._at(place, local_shapes[0], found) for place, shape in held):
+            raise ValueError(f"local shapes {list(local_shapes)} form no grid of {self._grid(len(local_shapes))}")
         return found
+
+    def _places(self, degree: int) -> Iterator[tuple[int, ...]]:
+        """Yield each rank's place in the grid."""
+        return product(*map(range, self._grid(degree)))
+
+    def _at(self, place: Sequence[int], shape: Shape, along: Sequence[Sequence[int]]) -> Shape:
+        """Return a shape with the numbers along each axis that belong to a place in the grid."""
+        return _with(shape, {dim: axis[position] for dim, axis, position in zip(self.dims, along, place, strict=True)})
 
     def _grid(self, degree: int) -> tuple[int, ...]:
         if degree == 1:
@@ -400,27 +380,12 @@ def _runs(size: int, heads: int | None, degree: int) -> list[tuple[int, int]]:
     return [(rank * heads // degree * unit, unit) for rank in range(degree)]
 
 
-def _same_on_each_rank(
-    logical_shape: Shape, local_shapes: Sequence[Shape], union: Union, scale: Scale | None
-) -> Layout:
-    if any(shape != logical_shape for shape in local_shapes):
-        raise ValueError(f"local shapes {list(local_shapes)} differ from the logical shape {logical_shape}")
-    local = LocalTensor(logical_shape, pieces_of(Box.whole(logical_shape), (0,) * len(logical_shape)))
-    locals_ = (local,) * len(local_shapes)
-    if scale is None:
-        return Layout(logical_shape, locals_, union)
-    return Layout(logical_shape, locals_, union, scale.of(len(local_shapes)), scale.powers)
-
-
 def _common_shape(local_shapes: Sequence[Shape], kind: str) -> Shape:
     if len(set(local_shapes)) != 1:
         raise ValueError(f"{kind} parameter has different shapes on its ranks: {list(local_shapes)}")
     return local_shapes[0]
 
 
-def _without(shape: Shape, dim: int) -> Shape:
-    return shape[:dim] + shape[dim + 1 :]
-
-
-def _with(shape: Shape, dim: int, extent: int) -> Shape:
-    return (*shape[:dim], extent, *shape[dim + 1 :])
+def _with(shape: Shape, extents: Mapping[int, int]) -> Shape:
+    """Return a shape with other extents along some dimensions."""
+    return tuple(extents.get(dim, extent) for dim, extent in enumerate(shape))

@@ -1,15 +1,5 @@
 """ZeRO's flat buffers: local tensors of a group laid end to end, and the buffer cut over data-parallel ranks.
 
-Three ways exist (formulas: DeepSpeed 0.19.8, files named below):
-
-* `FlatGroup`, stages 1 and 2 and the unpartitioned flat buffers of stage 0: all parameters of a group, one after the other,
-  with optional alignment gaps; the end is padded to a multiple of ``alignment * partitions``; each rank holds one
-  consecutive part (``runtime/zero/stage_1_and_2.py``, ``runtime/bf16_optimizer.py``, ``runtime/fp16/fused_optimizer.py``).
-* `SlicedGroup`, stage 3: each parameter is padded to a multiple of the number of partitions and cut on its own; a rank's
-  buffer is its slices of the group's parameters, end to end (``runtime/zero/partition_parameters.py``, ``stage3.py``).
-
-* `OverlappingGroup`, some states of the first: each rank keeps whole tensors.
-
 Padding lanes belong to no slice, so that nothing built on slices can read, copy or compare them.
 """
 
@@ -43,7 +33,7 @@ class Slice:
 
 
 class Flattening(Protocol):
-    """The positions of a group's local tensors in flat buffers. See the module for its three implementations."""
+    """The positions of a group's local tensors in flat buffers: `FlatGroup`, `SlicedGroup` or `OverlappingGroup`."""
 
     @property
     def numels(self) -> tuple[int, ...]:
@@ -70,7 +60,9 @@ class Flattening(Protocol):
 
 @dataclass(frozen=True)
 class FlatGroup:
-    """Stages 0 to 2: one flat buffer, cut into equal consecutive partitions.
+    """Stages 0 to 2: the tensors lie one after the other in one flat buffer, which is cut into equal consecutive partitions.
+
+    Formulas: DeepSpeed 0.19.8, ``runtime/``: ``zero/stage_1_and_2.py``, ``bf16_optimizer.py``, ``fp16/fused_optimizer.py``.
 
     Attributes:
         numels: elements of each local tensor, in flat order.
@@ -143,6 +135,8 @@ class FlatGroup:
 @dataclass(frozen=True)
 class SlicedGroup:
     """Stage 3: every tensor is padded and cut on its own; a sub-group's buffer is one slice of each.
+
+    Formulas: DeepSpeed 0.19.8, ``runtime/zero/partition_parameters.py`` and ``stage3.py``.
 
     Attributes:
         numels: elements of each tensor of the sub-group, in buffer order.

@@ -3,15 +3,16 @@
 Pure: integers in, frozen data out. Only `ucp_deepspeed.transfer` touches bytes.
 """
 
-from ucp_deepspeed.plan.coverage import overlapping_fragments, prove_cover
-from ucp_deepspeed.plan.fragment import Fragment
 from ucp_deepspeed.plan.plan import (
     BlockCopy,
+    Fragment,
     Source,
     StridedView,
     Target,
     factor_between,
+    overlapping_fragments,
     plan_tensor,
+    prove_cover,
 )
 from ucp_deepspeed.plan.sharing import (
     UNDIVIDED,

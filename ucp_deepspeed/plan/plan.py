@@ -1,23 +1,51 @@
-"""Strided block copies from two layouts and the fragments on either side.
+"""Strided block copies from two layouts and the fragments on either side, and the proof that each wanted element is written once.
 
 The cost grows with the number of fragments and pieces that meet, never with elements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise, product
+from operator import itemgetter
 from typing import Generic, TypeVar
 
 from ucp_deepspeed.layout.box import Box, Shape, flat_interval_boxes, row_major_strides
-from ucp_deepspeed.layout.layout import Layout, Piece
-from ucp_deepspeed.plan.coverage import prove_cover
-from ucp_deepspeed.plan.fragment import Fragment
+from ucp_deepspeed.layout.layout import Layout, Piece, overlapping
+from ucp_deepspeed.plan.sharing import Interval
 
 B = TypeVar("B", bound=Hashable)
 S = TypeVar("S", bound=Hashable)
 T = TypeVar("T", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment(Generic[B]):
+    """A run of consecutive (row-major) elements of one rank's local tensor, consecutive in a buffer too. In elements.
+
+    Attributes:
+        local_start: flat position of its first element in the local tensor.
+        numel: length.
+        buffer: name of the buffer: a range of a file, or a tensor of an engine.
+        buffer_start: position of its first element in the buffer.
+    """
+
+    local_start: int
+    numel: int
+    buffer: B
+    buffer_start: int
+
+    def within(self, intervals: Sequence[Interval]) -> Iterator[Fragment[B]]:
+        """Yield the parts of it that lie in some intervals of the buffer. The intervals are ordered and don't overlap."""
+        end = self.buffer_start + self.numel
+        for start, stop in intervals[bisect_right(intervals, self.buffer_start, key=itemgetter(1)) :]:
+            if start >= end:
+                break
+            low, high = max(self.buffer_start, start), min(end, stop)
+            yield Fragment(self.local_start + low - self.buffer_start, high - low, self.buffer, low)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,18 +138,6 @@ class _Region(Generic[B]):
         return StridedView(self.view.buffer, start, self.view.strides)
 
 
-@dataclass(frozen=True, slots=True)
-class _Match(Generic[S]):
-    """A box of wanted elements and, for each rank read so far, the region that holds it."""
-
-    box: Box
-    regions: tuple[_Region[S], ...] = ()
-
-    def views(self) -> tuple[StridedView[S], ...]:
-        """Return the view of the box on each rank. Cut last, since each further rank may have narrowed the box."""
-        return tuple(region.cut(self.box) for region in self.regions)
-
-
 def plan_tensor(source: Source[S], target: Target[T], state: str) -> tuple[BlockCopy[S, T], ...]:
     """Plan the copies that fill everything the target rank wants of one state of one parameter.
 
@@ -135,14 +151,19 @@ def plan_tensor(source: Source[S], target: Target[T], state: str) -> tuple[Block
     factor = factor_between(source.layout, target.layout, state)
     merge = source.layout.mergeable_dims() & target.layout.mergeable_dims()
     source_layout, target_layout = source.layout.merged(merge), target.layout.merged(merge)
-    holders = _holders_to_read(source_layout, target.rank)
+    holders = source_layout.holders()
+    if source_layout.union != "mean":  # one rank serves, chosen so that readers spread
+        holders = {box: [held[target.rank % len(held)]] for box, held in holders.items()}
+    local = target_layout.locals[target.rank]
     copies: list[BlockCopy[S, T]] = []
-    for wanted in _target_regions(target_layout, target):
-        found: list[Box] = []
-        for match in _match(source_layout, source, holders, wanted.logical_box):
-            found.append(match.box)
-            copies.append(BlockCopy(match.box.shape, wanted.cut(match.box), match.views(), factor))
-        prove_cover(wanted.logical_box, found)
+    for fragment, piece in product(target.fragments, local.pieces):
+        for wanted in _regions(fragment, local.shape, piece, piece.local_box):
+            found: list[Box] = []
+            for box, regions in _matches(source_layout, source, holders, wanted.logical_box):
+                found.append(box)
+                views = tuple(region.cut(box) for region in regions)
+                copies.append(BlockCopy(box.shape, wanted.cut(box), views, factor))
+            prove_cover(wanted.logical_box, found)
     return tuple(copies)
 
 
@@ -167,39 +188,22 @@ def factor_between(source: Layout, target: Layout, state: str) -> Fraction:
     )
 
 
-def _holders_to_read(layout: Layout, target_rank: int) -> list[tuple[Box, list[tuple[int, Piece]]]]:
-    """Return for each distinct logical box the ranks to read: all for a mean, else one, chosen so that readers spread."""
-    if layout.union == "mean":
-        return list(layout.holders().items())
-    return [(box, [held[target_rank % len(held)]]) for box, held in layout.holders().items()]
-
-
-def _target_regions(layout: Layout, target: Target[T]) -> Iterator[_Region[T]]:
-    local = layout.locals[target.rank]
-    for fragment in target.fragments:
-        for piece in local.pieces:
-            yield from _regions(fragment, local.shape, piece, piece.local_box)
-
-
-def _match(
-    layout: Layout,
-    source: Source[S],
-    holders: Sequence[tuple[Box, list[tuple[int, Piece]]]],
-    wanted: Box,
-) -> Iterator[_Match[S]]:
-    """Yield boxes that tile ``wanted`` as far as the source reaches, each with one region per rank to read."""
-    for logical_box, held in holders:
+def _matches(
+    layout: Layout, source: Source[S], holders: Mapping[Box, list[tuple[int, Piece]]], wanted: Box
+) -> Iterator[tuple[Box, tuple[_Region[S], ...]]]:
+    """Yield boxes that tile ``wanted`` as far as the source reaches, each with the region that holds it on each rank to read."""
+    for logical_box, held in holders.items():
         box = wanted.intersect(logical_box)
         if box is None:
             continue
-        matches: list[_Match[S]] = [_Match(box)]
+        matches: list[tuple[Box, tuple[_Region[S], ...]]] = [(box, ())]
         for rank, piece in held:
             regions = list(_source_regions(layout, source, rank, piece, box))
             matches = [
-                _Match(common, (*match.regions, region))
-                for match in matches
+                (common, (*found, region))
+                for narrowed, found in matches
                 for region in regions
-                if (common := match.box.intersect(region.logical_box)) is not None
+                if (common := narrowed.intersect(region.logical_box)) is not None
             ]
         yield from matches
 
@@ -235,3 +239,38 @@ def _regions(fragment: Fragment[B], local_shape: Shape, piece: Piece, local_box:
         start = fragment.buffer_start + local_flat - fragment.local_start
         logical_box = common.moved(piece.local_box.start, piece.logical_box.start)
         yield _Region(logical_box, StridedView(fragment.buffer, start, strides))
+
+
+def prove_cover(wanted: Box, found: Sequence[Box]) -> None:
+    """Check that ``found`` tiles ``wanted``: all boxes inside, no two with a common element, and as many elements in all.
+
+    Raises:
+        ValueError: names the number of missing elements, or the first two boxes that overlap.
+    """
+    if len(found) == 1 and found[0] == wanted:
+        return
+    if any(not wanted.contains(box) for box in found):
+        raise ValueError(f"a source box leaves the wanted box {wanted}")
+    if overlap := overlapping(found):
+        raise ValueError(f"the checkpoint holds elements twice: {overlap[0]} and {overlap[1]}")
+    missing = wanted.numel - sum(box.numel for box in found)
+    if missing:
+        raise ValueError(
+            f"{missing} of {wanted.numel} elements of {wanted.start}..{wanted.stop} are not in the checkpoint"
+        )
+
+
+def overlapping_fragments(fragments: Iterable[Fragment[B]]) -> tuple[Fragment[B], Fragment[B]] | None:
+    """Return two fragments that claim the same element of the same buffer, or None.
+
+    A target whose fragments pass this check can't be written twice by copies that `prove_cover` accepted one by one.
+    """
+    by_buffer: dict[B, list[Fragment[B]]] = {}
+    for fragment in fragments:
+        by_buffer.setdefault(fragment.buffer, []).append(fragment)
+    for held in by_buffer.values():
+        held.sort(key=lambda fragment: fragment.buffer_start)
+        for before, after in pairwise(held):
+            if before.buffer_start + before.numel > after.buffer_start:
+                return before, after
+    return None
