@@ -68,7 +68,8 @@ def profile_load(folder: str) -> Phases:
     """On each rank: load once, as `benchmark_ranks.build` made the engine."""
     import benchmark_ranks
 
-    from ucp_deepspeed.engine.loading import exchange, filling, finding, load
+    from ucp_deepspeed.engine import exchange
+    from ucp_deepspeed.engine.loading import filling, finding, load
     from ucp_deepspeed.engine.optimizers import engine_optimizer, zero12
 
     optimizer = type(engine_optimizer(benchmark_ranks.engine()))

@@ -16,7 +16,8 @@ from checkpoints import STEP, differences
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.engine.loading import exchange, planning
+from ucp_deepspeed.engine import exchange
+from ucp_deepspeed.engine.loading import planning
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.testing.ranks import RankPool

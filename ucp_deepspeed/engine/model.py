@@ -23,7 +23,7 @@ from ucp_deepspeed.checkpoint.experts import expert_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.deepspeed_surface import dealt_experts, uncut_by_autotp
 from ucp_deepspeed.engine.deepspeed_types import Engine
-from ucp_deepspeed.engine.loading.exchange import replica_group
+from ucp_deepspeed.engine.exchange import replica_group
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizer_only import optimizer_only
 from ucp_deepspeed.engine.optimizers import engine_optimizer

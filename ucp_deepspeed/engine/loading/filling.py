@@ -21,7 +21,7 @@ from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.engine.agreement import agreement
-from ucp_deepspeed.engine.loading.exchange import Exchange, begin_exchange
+from ucp_deepspeed.engine.exchange import Exchange, begin_exchange
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UniversalCheckpointError
 from ucp_deepspeed.plan import Fragment, Interval, Sharing, without

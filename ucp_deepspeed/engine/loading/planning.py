@@ -14,7 +14,7 @@ from deepspeed import comm as dist
 from ucp_deepspeed.checkpoint import Checkpoint, Parameter
 from ucp_deepspeed.checkpoint.experts import expert_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
-from ucp_deepspeed.engine.loading.exchange import is_expert, reaches
+from ucp_deepspeed.engine.exchange import is_expert, reaches
 from ucp_deepspeed.engine.loading.filling import Filling
 from ucp_deepspeed.engine.model import WEIGHT_DTYPES, EngineModel, EngineTensor
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot

@@ -12,7 +12,7 @@ from typing import Any
 from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, LossScale
 from ucp_deepspeed.engine.deepspeed_surface import loss_scale_of
 from ucp_deepspeed.engine.deepspeed_types import Engine, Fp16, Fp16Fused, Fp16Unfused
-from ucp_deepspeed.engine.loading.exchange import replica_group
+from ucp_deepspeed.engine.exchange import replica_group
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.layout import FlatGroup
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ucp_deepspeed.engine.deepspeed_types import Engine
-from ucp_deepspeed.engine.loading.exchange import replica_group
+from ucp_deepspeed.engine.exchange import replica_group
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.layout import FlatGroup
 

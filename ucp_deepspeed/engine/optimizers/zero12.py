@@ -14,7 +14,7 @@ from deepspeed import comm as dist
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
 from ucp_deepspeed.checkpoint.deepspeed.zero import MOMENTUM
 from ucp_deepspeed.engine.deepspeed_types import Bf16, Engine, Partitioned, Scaled, Zero12
-from ucp_deepspeed.engine.loading.exchange import Exchange, begin_exchange, goes_over_gloo
+from ucp_deepspeed.engine.exchange import Exchange, begin_exchange, goes_over_gloo
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.engine.optimizers.states import is_muon_group
 from ucp_deepspeed.layout import FlatGroup
