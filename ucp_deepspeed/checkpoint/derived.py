@@ -115,13 +115,7 @@ def with_copies(checkpoint: Checkpoint, wanted: Collection[str]) -> Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Consecutive elements of a parameter in the files.
-
-    Attributes:
-        name: the parameter.
-        start: position of the first element.
-        numel: length, in elements.
-    """
+    """Consecutive elements of a parameter in the files; ``start`` and ``numel`` count elements."""
 
     name: str
     start: int
@@ -140,13 +134,10 @@ class Regrouped:
         """Names of the parameters in the files that are the sources of its runs."""
         return tuple(dict.fromkeys(run.name for run in self.runs))
 
-    @cached_property
-    def _starts(self) -> tuple[int, ...]:
-        return tuple(accumulate((run.numel for run in self.runs), initial=0))[:-1]
-
     def within(self, start: int, stop: int) -> Iterator[tuple[Run, int]]:
         """Yield the parts of its runs in an interval, each with its position in the parameter."""
-        for run, first in zip(self.runs, self._starts, strict=True):
+        starts = accumulate((run.numel for run in self.runs), initial=0)
+        for run, first in zip(self.runs, starts, strict=False):
             low, high = max(start, first), min(stop, first + run.numel)
             if low < high:
                 yield Run(run.name, run.start + low - first, high - low), low
@@ -172,15 +163,12 @@ class RegroupedCheckpoint(_DerivedCheckpoint):
     def _parameter(self, name: str, regrouped: Regrouped) -> Parameter:
         first, *others = [self._inner.parameters[source] for source in regrouped.sources]
         if any(other.kind != first.kind for other in others):
-            raise MismatchError(
-                f"{self.path} holds experts that were trained and some that weren't, which the model has in one tensor",
-                [name],
-            )
+            told = "holds experts that were trained and some that weren't, which the model has in one tensor"
+            raise MismatchError(f"{self.path} {told}", [name])
         refused = {key: why for parameter in (first, *others) for key, why in parameter.refused.items()}
         if any(not same_value((other.states, other.scalars), (first.states, first.scalars)) for other in others):
-            refused["step"] = (
-                f"experts have different states, or took different numbers of steps ({', '.join(regrouped.sources)})"
-            )
+            apart = "experts have different states, or took different numbers of steps"
+            refused["step"] = f"{apart} ({', '.join(regrouped.sources)})"
         differing = Deferred(lambda: {key: held for each in (first, *others) for key, held in each.differing.items()})
         return Parameter(name, first.kind, (regrouped.shape,), first.states, first.scalars, refused, differing)
 
@@ -194,10 +182,8 @@ class RegroupedCheckpoint(_DerivedCheckpoint):
                 if not same_value(settings.setdefault(name, group.hyperparameters), group.hyperparameters)
             ]
             if differing:
-                raise MismatchError(
-                    f"{self.path} holds experts in groups with different hyper-parameters, and the model has them in one tensor",
-                    differing,
-                )
+                told = "holds experts in groups with different hyper-parameters, and the model has them in one tensor"
+                raise MismatchError(f"{self.path} {told}", differing)
 
     def fragments(
         self, name: str, state: str, rank: int, local_start: int, local_stop: int

@@ -37,7 +37,7 @@ class DifferingNumbers:
         """Return states that are one number and differ, in the slots of the stage whose first rank is ``first``."""
         if self._recorded_same:
             return {}
-        slots = [(self._place(rank), slot) for rank in self._ranks(first) for slot in slots_of(rank)]
+        slots = self._slots(first, slots_of)
         key = tuple(id(slot) for _, slot in slots)
         if key not in self._known:
             self._known[key] = _differing(_by_place((place, read().scalars) for place, read in _numbers(slots)))
@@ -47,14 +47,12 @@ class DifferingNumbers:
         """Return differing hyper-parameters of the slots' group, without switches of the implementation."""
         if self._recorded_same:
             return {}
-        slots = [(self._place(rank), slot) for rank in self._ranks(first) for slot in slots_of(rank)]
+        slots = self._slots(first, slots_of)
         return _differing(_by_place((place, _meant(read().settings)) for place, read in _numbers(slots)))
 
-    def _ranks(self, first: int) -> range:
-        return range(first, first + self._tp)
-
-    def _place(self, rank: int) -> str:
-        return f"tensor-parallel rank {rank % self._tp}, " if self._tp > 1 else ""
+    def _slots(self, first: int, slots_of: Callable[[int], Sequence[Slot]]) -> list[tuple[str, Slot]]:
+        place = "tensor-parallel rank {}, " if self._tp > 1 else ""
+        return [(place.format(rank), slot) for rank in range(self._tp) for slot in slots_of(first + rank)]
 
 
 def _numbers(slots: Iterable[tuple[str, Slot]]) -> Iterator[tuple[str, Callable[[], Numbers]]]:

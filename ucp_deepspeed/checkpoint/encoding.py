@@ -25,8 +25,8 @@ from pydantic import BaseModel, ValidationError
 from ucp_deepspeed.checkpoint.torch_files.reading import NAMED_DTYPES, TORCH_DTYPES
 from ucp_deepspeed.errors import DamagedCheckpointError, FormatError, UnsupportedError
 
-_COLLECTIONS = {list: "", tuple: "$tuple", set: "$set", frozenset: "$frozenset"}
-"""Tags of collections. Lists need none in JSON."""
+_COLLECTIONS: Mapping[str, type[Any]] = {"": list, "$tuple": tuple, "$set": set, "$frozenset": frozenset}
+"""Collections by their tags. Lists need none in JSON."""
 
 _PLAIN: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
     "decimal": (Decimal, str, Decimal),
@@ -93,12 +93,15 @@ def encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
         return int(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
-    for kind, tag in _COLLECTIONS.items():
+    for tag, kind in _COLLECTIONS.items():
         if isinstance(value, kind):
             items = [encode(item, f"{place}[{index}]", tensors) for index, item in enumerate(value)]
             return {tag: items} if tag else items
     if isinstance(value, Mapping):
-        return _encode_mapping(value, place, tensors)
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {key: encode(item, f"{place}.{key}", tensors) for key, item in value.items()}
+        pairs = enumerate(value.items())
+        return {"$dict": [[encode(k, place, tensors), encode(v, f"{place}[{i}]", tensors)] for i, (k, v) in pairs]}
     if isinstance(value, torch.Tensor):
         tensors[place] = value.detach()
         return {"$tensor": place}
@@ -128,13 +131,6 @@ def check_encoded(encoded: Any, place: str) -> None:
         raise UnsupportedError(f"{place} has no universal form: {error}") from error
 
 
-def _encode_mapping(value: Mapping[Any, Any], place: str, tensors: dict[str, torch.Tensor]) -> Any:
-    if all(isinstance(key, str) and not key.startswith("$") for key in value):
-        return {key: encode(item, f"{place}.{key}", tensors) for key, item in value.items()}
-    pairs = enumerate(value.items())
-    return {"$dict": [[encode(k, place, tensors), encode(v, f"{place}[{i}]", tensors)] for i, (k, v) in pairs]}
-
-
 def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     """Return the value that `encode` was given.
 
@@ -156,14 +152,10 @@ def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 def _decode_tagged(tag: str, content: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     match tag:
+        case "$tuple" | "$set" | "$frozenset":
+            return _COLLECTIONS[tag](decode(item, tensors) for item in content)
         case "$float":
             return float(content)
-        case "$tuple":
-            return tuple(decode(item, tensors) for item in content)
-        case "$set":
-            return {decode(item, tensors) for item in content}
-        case "$frozenset":
-            return frozenset(decode(item, tensors) for item in content)
         case "$dict":
             return {decode(key, tensors): decode(item, tensors) for key, item in content}
         case "$tensor":
@@ -186,11 +178,15 @@ def same_value(a: Any, b: Any) -> bool:
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-        return _same_number(a, b)
+        if a != b:
+            return a != a and b != b
+        return a != 0 or math.copysign(1, a) == math.copysign(1, b)
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(same_value(a[key], b[key]) for key in a)
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return _same_tensor(a, b)
+        if a.shape != b.shape or a.dtype != b.dtype or a.is_meta or b.is_meta:
+            return False
+        return torch.equal(*(side.detach().cpu().contiguous().flatten().view(torch.uint8) for side in (a, b)))
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         return False
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
@@ -203,16 +199,3 @@ def same_value(a: Any, b: Any) -> bool:
         return bool(a == b)
     except (TypeError, ValueError, RuntimeError):  # a value whose comparison isn't one answer
         return a is b
-
-
-def _same_number(a: float, b: float) -> bool:
-    if a != b:
-        return a != a and b != b
-    return a != 0 or math.copysign(1, a) == math.copysign(1, b)
-
-
-def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype or a.is_meta or b.is_meta:
-        return False
-    left, right = (side.detach().cpu().contiguous().flatten().view(torch.uint8) for side in (a, b))
-    return bool(torch.equal(left, right))

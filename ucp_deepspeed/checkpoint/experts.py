@@ -54,18 +54,15 @@ def names_on(names: Iterable[str], ep_rank: int) -> tuple[str, ...]:
     """Turn a rank's own names of its parameters into the names in the whole model."""
     held = tuple(names)
     counts = numbers_of_experts(held)
-    return tuple(_shifted(name, counts, ep_rank) for name in held)
+    return tuple(
+        renumbered(name, ep_rank * counts[expert[0]]) if (expert := expert_of(name)) else name for name in held
+    )
 
 
 def names_on_all(names: Iterable[str], ep: int) -> list[str]:
     """Do the same as `names_on` for all expert-parallel ranks. Names that all of them hold aren't repeated."""
     held = tuple(names)
     return list(dict.fromkeys(name for ep_rank in range(ep) for name in names_on(held, ep_rank)))
-
-
-def _shifted(name: str, counts: Mapping[str, int], ep_rank: int) -> str:
-    found = expert_of(name)
-    return renumbered(name, ep_rank * counts[found[0]]) if found else name
 
 
 def weight_file(file_name: str) -> tuple[int, int, int] | None:
@@ -102,11 +99,7 @@ class ExpertRanks:
     @property
     def partitions(self) -> int:
         """Number of ranks that hold the same experts. ZeRO cuts their group over so many."""
-        return self._spread // self.ep
-
-    @property
-    def _spread(self) -> int:
-        return self.dp if self.tensor_parallel else self.dp * self.tp
+        return (self.dp if self.tensor_parallel else self.dp * self.tp) // self.ep
 
     def holder(self, ep_rank: int, partition: int, rank: int) -> tuple[int, int]:
         """Return model-parallel and data-parallel rank of one of the ranks that hold an expert-parallel rank's experts.

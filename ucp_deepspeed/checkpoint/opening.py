@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from ucp_deepspeed import tunables
@@ -62,18 +62,11 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
         tag = _read_latest(latest)
         strays, named = Path(tag).is_absolute() or ".." in Path(tag).parts, f", which {latest} names"
     folder = root / tag
-    found = folder if _is_folder(folder) else _lies_aside(folder)
+    found = folder if os.path.isdir(folder) else _lies_aside(folder)  # noqa: PTH112 - a name that can't be is no folder
     if strays or found is None:
         shown = tag if len(tag) <= LONGEST_SHOWN else f"{tag[:LONGEST_SHOWN]}…"
         raise CheckpointNotFoundError(f"no tag {shown!r} in {root}{named}{_there(root)}")
     return found
-
-
-def _is_folder(folder: Path) -> bool:
-    """Return whether a folder is there. A name that the file system can't have is none."""
-    with suppress(OSError, ValueError):
-        return folder.is_dir()
-    return False
 
 
 def interrupted(root: Path) -> dict[Path, Path]:
@@ -84,7 +77,7 @@ def interrupted(root: Path) -> dict[Path, Path]:
 
 def _lies_aside(folder: Path) -> Path | None:
     """Return where the content of a missing folder lies; None if it is nowhere."""
-    if _is_folder(folder.parent) and folder in interrupted(folder.parent):
+    if os.path.isdir(folder.parent) and folder in interrupted(folder.parent):  # noqa: PTH112
         time.sleep(tunables.REPLACING_SECONDS)  # a save may be about to put the new one in its place
         return folder if folder.is_dir() else interrupted(folder.parent).get(folder)
     return None
@@ -114,7 +107,7 @@ def open_checkpoint(path: str | Path, tag: str | None = None) -> Checkpoint:
     folder = resolve_tag(path, tag)
     if is_unfinished(folder):
         raise DamagedCheckpointError(f"{folder} {UNFINISHED}")
-    native = _native_file(folder)
+    native = next((path for path in folder.glob("*_model_states.pt") if is_model_states(path.name)), None)
     if (folder / INDEX_NAME).is_file():
         if native is not None:
             raise DamagedCheckpointError(
@@ -141,11 +134,6 @@ def _holds_checkpoint(folder: Path) -> bool:
     return (folder / INDEX_NAME).is_file() or any(folder.glob("*_model_states.pt"))
 
 
-def _native_file(folder: Path) -> Path | None:
-    """Return one of DeepSpeed's model_states files."""
-    return next((path for path in folder.glob("*_model_states.pt") if is_model_states(path.name)), None)
-
-
 def tags_in(root: Path) -> list[str]:
     """Return the names of the tags in a folder."""
     folders = [entry for entry in root.iterdir() if entry.is_dir() and not is_unfinished(entry)]
@@ -156,12 +144,6 @@ def _there(root: Path) -> str:
     """Return the end of a message about a missing tag: the tags or runs in the folder."""
     if tags := tags_in(root):
         return f"; tags there: {', '.join(tags)}"
-    runs = sorted(entry.name for entry in root.iterdir() if _is_run(entry))
+    # A folder that can't be read is no run.
+    runs = sorted(entry.name for entry in root.iterdir() if os.path.isfile(entry / LATEST_NAME))  # noqa: PTH113
     return f"; runs there: {', '.join(runs)}; name the folder of one" if runs else "; no tag folders there"
-
-
-def _is_run(folder: Path) -> bool:
-    """Return whether a folder has tags in it; a folder that can't be read has none."""
-    with suppress(OSError):
-        return (folder / LATEST_NAME).is_file()
-    return False

@@ -78,14 +78,12 @@ def safetensors_file(file_name: str, regions: Mapping[str, Region]) -> OutputFil
     """
     entries, placed, offset = {}, [], 0
     for key, region in sorted(regions.items(), key=lambda entry: -ITEMSIZE[entry[1].dtype]):
-        stop = offset + region.numbytes
-        shape = region.layout.locals[region.rank].shape
-        entries[key] = {"dtype": region.dtype, "shape": list(shape), "data_offsets": [offset, stop]}
-        placed.append(region)
-        offset = stop
+        place, shape = [offset, offset + region.numbytes], region.layout.locals[region.rank].shape
+        entries[key] = {"dtype": region.dtype, "shape": list(shape), "data_offsets": place}
+        placed.append((region, offset))
+        offset += region.numbytes
     text = json.dumps(entries, separators=(",", ":")).encode("utf-8")
     text += b" " * (-(len(text) + 8) % tunables.BLOCK_NUMBYTES)
-    parts: list[Region | Literal] = [Literal(len(text).to_bytes(8, "little") + text)]
-    for region in placed:
-        parts.append(replace(region, file_offset=parts[-1].file_offset + parts[-1].numbytes))
-    return OutputFile(file_name, len(text) + 8 + offset, tuple(parts))
+    header = Literal(len(text).to_bytes(8, "little") + text)
+    data = [replace(region, file_offset=header.numbytes + start) for region, start in placed]
+    return OutputFile(file_name, header.numbytes + offset, (header, *data))

@@ -53,13 +53,9 @@ def place_of(kind: Literal["partition", "expert-parallel rank"], number: int) ->
 
 def settings_in(group: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return the hyper-parameters of a saved parameter group, without names. Rates in tensors become numbers."""
-    return {key: _as_number(value, path) for key, value in group.items() if key not in NAMING_KEYS}
-
-
-def _as_number(value: Any, path: Path) -> Any:
-    return (
-        scalar_of(value, path) if isinstance(value, torch.Tensor) and value.numel() == 1 else read_tensors(value, path)
-    )
+    found = {key: value for key, value in group.items() if key not in NAMING_KEYS}
+    numbers = {key for key, value in found.items() if isinstance(value, torch.Tensor) and value.numel() == 1}
+    return {key: (scalar_of if key in numbers else read_tensors)(value, path) for key, value in found.items()}
 
 
 @dataclass(frozen=True)

@@ -79,13 +79,10 @@ def check_regular(path: str | Path) -> None:
 def _opened_version(path: str | Path) -> _Version:
     """Open a file and return its version. A network file system may report an outdated version of an unopened file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            return _version(os.fstat(file.fileno()))
     except FileNotFoundError:
         return None
-    try:
-        return _version(os.fstat(descriptor))
-    finally:
-        os.close(descriptor)
 
 
 def _version(status: os.stat_result) -> _Version:

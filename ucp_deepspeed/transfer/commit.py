@@ -64,13 +64,11 @@ def committed_folder(final: Path, then: Callable[[], None] = lambda: None) -> It
 def make_partial_folder(final: Path, alone: bool = False) -> Path:
     """Make `partial_folder`, after removing abandoned ones, and hold its lock.
 
-    As long as this process writes there, no other process takes the folder for abandoned. A host's name and a process id alone
-    don't show this where containers share the name. For processes on other machines, and on file systems without locks (NFS),
-    they are all there is.
+    The lock shows others that it isn't abandoned. A host's name and a process id alone don't where containers share the name.
+    For processes on other machines, and on file systems without locks (NFS), they are all there is.
 
     Args:
-        alone: nobody else may be writing a folder for the same name, and abandoned ones of that name alone are removed; otherwise
-            those of any name are.
+        alone: nobody else may be writing a folder for the same name, and only abandoned ones of that name are removed.
 
     Raises:
         ConfigError: another process is writing it.
@@ -92,8 +90,7 @@ def make_partial_folder(final: Path, alone: bool = False) -> Path:
 
 
 def remove_partial_folder(partial: Path, final: Path | None = None) -> None:
-    """Remove a partial folder, wherever it is by now, as far as that is possible; also ``final`` beside it, if that is an empty
-    folder."""
+    """Remove a partial folder, wherever it is by now, as far as possible; also an empty folder ``final`` beside it."""
     here = _found(partial)
     shutil.rmtree(here, ignore_errors=True)
     _release(partial)
@@ -117,19 +114,15 @@ _holding: dict[Path, int] = {}
 """Descriptors of this process's partial folders."""
 
 
-def _release(partial: Path) -> None:
-    """Let a folder go that is finished, or gone."""
-    if (descriptor := _holding.pop(partial, None)) is not None:
-        os.close(descriptor)
+def _release(*partials: Path) -> None:
+    """Let folders go that are finished, or gone."""
+    for partial in partials:
+        if (descriptor := _holding.pop(partial, None)) is not None:
+            os.close(descriptor)
 
 
-def _hold_nothing() -> None:
-    """Let all folders go in a forked child: they are its parent's, and count as abandoned when that is gone."""
-    for partial in list(_holding):
-        _release(partial)
-
-
-os.register_at_fork(after_in_child=_hold_nothing)
+# A forked child holds nothing: the folders are its parent's, and count as abandoned when that is gone.
+os.register_at_fork(after_in_child=lambda: _release(*_holding))
 
 
 @contextmanager
@@ -145,12 +138,17 @@ def _opened(path: Path) -> Iterator[int]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Let one process at a time run the block, where the file system has locks. Wait a limited time, in case one hangs."""
-    end = time.monotonic() + tunables.LOCK_SECONDS
     with _opened(folder) as descriptor:
         with suppress(OSError):
-            while not _lock(descriptor) and time.monotonic() < end:
-                time.sleep(tunables.LOOK_SECONDS)
+            wait_until(lambda: _lock(descriptor), tunables.LOCK_SECONDS)
         yield
+
+
+def wait_until(there: Callable[[], bool], seconds: float) -> None:
+    """Wait until something is there, or the time is over."""
+    end = time.monotonic() + seconds
+    while not there() and time.monotonic() < end:
+        time.sleep(tunables.LOOK_SECONDS)
 
 
 def _lock(descriptor: int) -> bool:
@@ -172,18 +170,19 @@ def _is_written(partial: Path, pid: int) -> bool:
 
 
 def partial_folder(final: Path) -> Path:
-    """Return where this process writes what will become ``final``, a folder or a file: hidden, beside it, and refused by
-    readers."""
+    """Return where this process writes the folder or file ``final``: hidden, beside it, and refused by readers."""
     return final.parent / f".{final.name}{PARTIAL_MARK}{socket.gethostname()}-{os.getpid()}"
 
 
 def is_seen(folder: Path) -> bool:
     """Wait until a folder that another process has made is seen here too; return whether it is, in time."""
-    end = time.monotonic() + tunables.VISIBLE_SECONDS
-    while not folder.is_dir() and time.monotonic() < end:
-        time.sleep(tunables.LOOK_SECONDS)
+
+    def found() -> bool:
         with suppress(OSError):
             os.listdir(folder.parent)  # noqa: PTH208 - has a network file system look again
+        return folder.is_dir()
+
+    wait_until(found, tunables.VISIBLE_SECONDS)
     return folder.is_dir()
 
 
@@ -261,13 +260,16 @@ def remove_abandoned(final: Path, of_any_name: bool = False) -> None:
     """Remove unfinished folders for ``final`` of processes of this machine that have ended, as far as that is possible.
 
     Args:
-        of_any_name: remove those for other folders beside it too: a run that was killed saves its next tag, and not that one
-            again.
+        of_any_name: remove those for other folders beside it too: a killed run saves its next tag, and not that one again.
     """
     for entry, name, pid in _partial_folders(final):
-        if (of_any_name or name == final.name) and not _alive(pid) and not _is_written(entry, pid):
+        meant = final.parent / name
+        only_copy = home_of(entry) == meant and not meant.exists()  # see `put_back`
+        if (of_any_name or name == final.name) and not (only_copy or _alive(pid) or _is_written(entry, pid)):
             try:
-                _remove(entry, final.parent / name)
+                shutil.rmtree(entry)
+                with suppress(OSError):  # a folder that a save had made, empty, for entries that others add
+                    meant.rmdir()
             except OSError as error:  # another user's, perhaps
                 logger.warning("%s, which a process that has ended left behind, can't be removed: %s", entry, error)
 
@@ -288,19 +290,11 @@ def put_back(root: Path) -> None:
     A writer calls it before it writes in ``root``; readers read such folders where they lie.
     """
     if interrupted(root):
-        time.sleep(
-            tunables.REPLACING_SECONDS
-        )  # a process on another machine may be about to put the new one in its place
+        # A process on another machine may be about to put the new one in its place.
+        time.sleep(tunables.REPLACING_SECONDS)
         for final, replaced in interrupted(root).items():
             with suppress(OSError):  # another rank was faster
                 replaced.rename(final)
-
-
-def _remove(abandoned: Path, final: Path) -> None:
-    if home_of(abandoned) != final or final.exists():  # else it is the only copy: see `put_back`
-        shutil.rmtree(abandoned)
-        with suppress(OSError):  # a folder that a save had made, empty, for entries that others add
-            final.rmdir()
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -369,6 +363,5 @@ def terminated_as_exception() -> AbstractContextManager[None]:
 
 
 def _undisturbed() -> AbstractContextManager[None]:
-    """Ignore signals in a short block that must be done whole: Ctrl-C, or SIGTERM, which launchers send when one rank has
-    failed."""
+    """Ignore signals in a short block that must be done whole, also the SIGTERM of a launcher when one rank has failed."""
     return _handling((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), signal.SIG_IGN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -80,18 +81,17 @@ def compare(
             raise view.checkpoint.lacking
     view_a, undecided_a = _of_trained(view_a)
     view_b, undecided_b = _of_trained(view_b)
-    found = [*_presence(view_a, view_b), *_copies(view_a, view_b, undecided_a, undecided_b, chunk_numbytes)]
+    found = [Difference(name, "presence", "only in A") for name in view_a.parameters if name not in view_b.parameters]
+    found += [Difference(name, "presence", "only in B") for name in view_b.parameters if name not in view_a.parameters]
+    found += _copies(view_a, view_b, undecided_a, undecided_b, chunk_numbytes)
     hyper_a, hyper_b = _hyperparameters(view_a), _hyperparameters(view_b)
     sides = _Side(view_a, chunk_numbytes), _Side(view_b, chunk_numbytes)
-    total = sum(sum(_common(view_a, view_b, name).values()) for name in view_a.parameters if name in view_b.parameters)
-    try:
-        for name in view_a.parameters:
-            if name in view_b.parameters:
-                found += _parameter(*sides, name, lambda: progress(sides[0].numbytes_read, total))
-                found += _mapping(name, "hyperparameter", hyper_a.get(name, {}), hyper_b.get(name, {}))
-    finally:
-        for side in sides:
-            side.reader.close()
+    common = [name for name in view_a.parameters if name in view_b.parameters]
+    total = sum(sum(_common(view_a, view_b, name).values()) for name in common)
+    with closing(sides[0].reader), closing(sides[1].reader):
+        for name in common:
+            found += _parameter(*sides, name, lambda: progress(sides[0].numbytes_read, total))
+            found += _mapping(name, "hyperparameter", hyper_a.get(name, {}), hyper_b.get(name, {}))
     one, other = view_a.checkpoint.extra_states(), view_b.checkpoint.extra_states()
     names_in_a = {logical: name for name, logical in view_a.logical_of.items()}
     pairs = {name: names_in_a[logical] for name, logical in view_b.logical_of.items() if logical in names_in_a}
@@ -113,8 +113,7 @@ class _Undecided:
 
 
 def _of_trained(view: UniversalView) -> tuple[UniversalView, Mapping[str, _Undecided]]:
-    """Return the view with the trained copies of parameters that several pipeline stages hold; and, by logical name, the
-    parameters for which nothing tells which copy was trained: the view has the first."""
+    """Return the view with the trained copy of each parameter; and, by logical name, those of which it has the first copy."""
     copies = may_differ(view.checkpoint)
     if not copies:
         return view, {}
@@ -129,8 +128,7 @@ def _of_trained(view: UniversalView) -> tuple[UniversalView, Mapping[str, _Undec
 def _copies(
     a: UniversalView, b: UniversalView, in_a: Mapping[str, _Undecided], in_b: Mapping[str, _Undecided], numbytes: int
 ) -> Iterator[Difference]:
-    """Yield differences of the later copies, copy by copy, where both sides hold several values; one difference where only one
-    side does."""
+    """Yield differences of the later copies where both sides hold several values; one difference where only one does."""
     for name in dict.fromkeys((*in_a, *in_b)):
         one, other = in_a.get(name), in_b.get(name)
         if one is None or other is None or len(one.stages) != len(other.stages):
@@ -140,19 +138,9 @@ def _copies(
         for stages in zip(one.stages[1:], other.stages[1:], strict=True):
             pairs = zip((a, b), (one, other), stages, strict=True)
             views = [v.over(with_copies_of(v.checkpoint, {held.name: stage})) for v, held, stage in pairs]
-            sides = [_Side(view, numbytes) for view in views]
-            try:
-                yield from _parameter(sides[0], sides[1], name)
-            finally:
-                for side in sides:
-                    side.reader.close()
-
-
-def _presence(a: UniversalView, b: UniversalView) -> Iterator[Difference]:
-    for side, one, other in (("A", a, b), ("B", b, a)):
-        yield from (
-            Difference(name, "presence", f"only in {side}") for name in one.parameters if name not in other.parameters
-        )
+            side_a, side_b = (_Side(view, numbytes) for view in views)
+            with closing(side_a.reader), closing(side_b.reader):
+                yield from _parameter(side_a, side_b, name)
 
 
 class _Side:

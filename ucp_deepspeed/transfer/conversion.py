@@ -1,8 +1,4 @@
-"""Convert any checkpoint to an output, such as the universal format, in one pass, by one process or by several.
-
-The layout of the output is known before data moves. So each byte is written once, at its final place, by the rank and worker
-that have this place in their share.
-"""
+"""Convert any checkpoint to an output, such as the universal format, in one pass, by one process or by several."""
 
 from __future__ import annotations
 

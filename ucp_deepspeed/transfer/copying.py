@@ -61,8 +61,7 @@ class FileReader:
 
     Args:
         versions: versions of the checkpoint's files; they show files that were replaced since it was opened.
-        mapped: False to do without maps, as where the file system has none: then all that a block spans is read into memory
-            first.
+        mapped: False to do without maps, as where the file system has none.
     """
 
     def __init__(self, versions: FileVersions | None = None, *, mapped: bool = True) -> None:
@@ -82,8 +81,7 @@ class FileReader:
         file.read_into(start, memoryview(target.detach().view(-1).view(torch.uint8).numpy()))
 
     def block(self, view: StridedView[FileExtent], shape: tuple[int, ...]) -> torch.Tensor:
-        """Return a block inside an extent. It stays on disk until it is used, where the file is mapped and its elements are
-        aligned.
+        """Return a block inside an extent. If the file is mapped and its elements are aligned, it stays on disk until it is used.
 
         Otherwise it takes memory: for the block or, where its runs are short, for all that it spans.
 
@@ -100,8 +98,7 @@ class FileReader:
         return aligned.view(NAMED_DTYPES[view.buffer.dtype]).as_strided(shape, view.strides)
 
     def numbytes(self, view: StridedView[FileExtent], shape: tuple[int, ...]) -> int:
-        """Return the bytes to read from a file for a block: more than the block where its runs are short and the file isn't
-        mapped."""
+        """Return the bytes to read for a block: more than it has if its runs are short and the file isn't mapped."""
         file, _ = self._open(view, view.span(shape))
         numel = prod(shape) if file.is_mapped or _runs(view, shape) is not None else view.span(shape)
         return numel * ITEMSIZE[view.buffer.dtype]
@@ -167,8 +164,7 @@ def _read_runs(
 
 
 def _most_open() -> int:
-    """Return how many files a reader may keep open: a third of what the process may still open, since there may be a second
-    reader."""
+    """Return how many files a reader may keep open: a third of what is left, since there may be a second reader."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed == resource.RLIM_INFINITY:
         return tunables.MOST_OPEN
@@ -321,9 +317,7 @@ class CopyPool:
 
 def _combined(blocks: list[torch.Tensor], factor: Fraction) -> torch.Tensor:
     """Return the mean of the blocks times the factor, in double precision: the mean of equal values is that value, exactly."""
-    total = blocks[0].to(torch.float64)
-    for block in blocks[1:]:
-        total = total + block
+    total = sum(blocks[1:], blocks[0].to(torch.float64))
     return total * factor.numerator / (len(blocks) * factor.denominator)
 
 

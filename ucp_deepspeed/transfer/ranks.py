@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
@@ -21,16 +21,14 @@ import torch.distributed as dist
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.errors import ConfigError, OtherRankError, UniversalCheckpointError
-from ucp_deepspeed.transfer.commit import terminated_as_exception
+from ucp_deepspeed.transfer.commit import terminated_as_exception, wait_until
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that ``torchrun`` sets, and other launchers."""
 
 
 class Ranks:
-    """The ranks of a conversion, as one of them sees them.
-
-    They share a store, which serves for one conversion: all its keys belong to that one.
+    """The ranks of a conversion, as one of them sees them. They share a store, all of whose keys belong to that conversion.
 
     Attributes:
         rank: this rank; rank 0 makes the folder and commits it.
@@ -45,9 +43,7 @@ class Ranks:
         self._heard: dict[int, tuple[bytes, float]] = {}
 
     def gather(self, step: str, value: Any) -> Sequence[Any]:
-        """Return each rank's value, of plain data, when all have come to this step. Collective.
-
-        Rank 0 collects, so that the others look for one key.
+        """Return each rank's value, of plain data, when all have come to this step. Collective: rank 0 collects.
 
         Raises:
             OtherRankError: a rank has failed.
@@ -102,8 +98,7 @@ class Ranks:
             raise
 
     def leave(self, failed: bool) -> None:
-        """Say that this rank ends; its last action. Rank 0, in whose process the store may be, ends last or, with ``failed``,
-        first.
+        """Say that this rank ends; its last action. Rank 0 may have the store: it ends last or, with ``failed``, first.
 
         Args:
             failed: a launcher terminates the other ranks when one has ended, and rank 0 must have cleaned up by then.
@@ -114,12 +109,12 @@ class Ranks:
                 self._await_leaving()
                 self._store.set("gone", "")
             elif failed:
-                _until(lambda: self._store.check(["gone"]), tunables.LEAVE_SECONDS)
+                wait_until(lambda: self._store.check(["gone"]), tunables.LEAVE_SECONDS)
 
     def _await_leaving(self) -> None:
         if not self._waited and self.count > 1:
             keys = [f"left/{rank}" for rank in range(1, self.count)]
-            _until(lambda: self._store.check(keys), tunables.LEAVE_SECONDS)
+            wait_until(lambda: self._store.check(keys), tunables.LEAVE_SECONDS)
         self._waited = True
 
     def _await(self, keys: list[str]) -> None:
@@ -225,10 +220,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, (UniversalCheckpointError, OSError)):
         return str(error)
     return "terminated" if isinstance(error, (SystemExit, KeyboardInterrupt)) else f"{type(error).__name__}: {error}"
-
-
-def _until(there: Callable[[], bool], seconds: float) -> None:
-    """Wait until something is there, or the time is over."""
-    end = time.monotonic() + seconds
-    while not there() and time.monotonic() < end:
-        time.sleep(tunables.LOOK_SECONDS)

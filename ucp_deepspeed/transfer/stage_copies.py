@@ -57,15 +57,10 @@ class Settled:
     problems: tuple[str, ...]
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Refuse to go on with problems.
-
-        Raises:
-            MismatchError: there are problems.
-        """
+        """Raise a MismatchError if there are problems."""
         if self.problems:
-            raise MismatchError(
-                f"{checkpoint.path} holds different values of one parameter", self.problems, COPIES_HINT
-            )
+            told = f"{checkpoint.path} holds different values of one parameter"
+            raise MismatchError(told, self.problems, COPIES_HINT)
 
 
 def held_by_several(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -84,7 +79,6 @@ def held_by_several(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 def may_differ(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Return `held_by_several` without the parameters whose copies were the same when saved, as a manifest records."""
     held = held_by_several(checkpoint)
-    assert not held or isinstance(checkpoint, DeepSpeedCheckpoint)
     recorded = recorded_differing(checkpoint)
     return held if recorded is None else {name: stages for name, stages in held.items() if name in recorded}
 
@@ -112,11 +106,8 @@ def look(
         copies: parameter → stages that hold it.
         share: the part of the elements to look at, and the number of parts: ranks divide them.
     """
-    held = HeldValues(checkpoint)
-    try:
+    with HeldValues(checkpoint) as held:
         return {name: _look_at(held, name, stages, share) for name, stages in copies.items()}
-    finally:
-        held.reader.close()
 
 
 def _look_at(held: HeldValues, name: str, stages: Sequence[int], share: tuple[int, int]) -> Seen:
@@ -204,12 +195,7 @@ def settle(
 def told_of_lost(
     checkpoint: Checkpoint, copies: Mapping[str, Sequence[int]], found: Mapping[str, Seen]
 ) -> tuple[str, ...]:
-    """Return a text for each parameter whose copies were trained apart, and whose weights DeepSpeed wrote for the first stage
-    alone.
-
-    Args:
-        copies: parameters with one master in the files, and the stages that hold them.
-    """
+    """Return a text for each parameter whose copies were trained apart, if ``copies`` have one master in the files each."""
     recorded = recorded_differing(checkpoint) or ()
     return tuple(
         f"{_place(name, stages, found[name].differing)}; the weights are in the files for stage {stages[0]} alone, and read "

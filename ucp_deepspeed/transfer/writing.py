@@ -45,11 +45,7 @@ class FileRange:
 
 
 def share_of(files: Sequence[OutputFile], rank: int, ranks: int) -> tuple[FileRange, ...]:
-    """Return the ranges that one of so many ranks writes. All shares have about as many bytes, whatever files and parts they are
-    in.
-
-    Ranges end with pages, so that shares differ by up to a page.
-    """
+    """Return the ranges that one of so many ranks writes. They end with pages, so that shares differ by up to a page."""
     total = sum(file.numbytes for file in files)
     start, stop = total * rank // ranks, total * (rank + 1) // ranks
     found: list[FileRange] = []
@@ -166,8 +162,7 @@ class _Task:
             output.close()
 
     def _next(self) -> tuple[FileRange, _Output] | None:
-        """Return a chunk, and the file that it goes to. A file is open from its first chunk to its last, so that few are at a
-        time."""
+        """Return a chunk, and the file that it goes to. A file is open from its first chunk to its last."""
         with self._lock:
             chunk = next(self._chunks, None)
             if chunk is None:
@@ -209,12 +204,12 @@ class _Output:
         """Write all of it."""
         straight = self._write_direct(data, file_offset)
         data, file_offset = data[straight:], file_offset + straight
-        if not data:
-            return
-        _write_all(self._descriptor, data, file_offset)
-        if hasattr(os, "posix_fadvise"):
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._descriptor, data[done:], file_offset + done)
+        if done and hasattr(os, "posix_fadvise"):
             # Linux begins to write the pages to disk: the next chunk is gathered meanwhile, and little is left for the flush.
-            os.posix_fadvise(self._descriptor, file_offset, len(data), os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._descriptor, file_offset, done, os.POSIX_FADV_DONTNEED)
 
     def _write_direct(self, data: memoryview, file_offset: int) -> int:
         """Write the data's whole blocks; return how many bytes were written."""
@@ -264,9 +259,3 @@ def _gather_chunk(view: UniversalView, chunk: FileRange, buffer: torch.Tensor, r
         local_start = part.local_start + first // ITEMSIZE[part.dtype]
         count.add(gather(view, part.name, part.state, local_start, elements, reader, part.layout, part.rank))
     return count
-
-
-def _write_all(descriptor: int, data: memoryview, file_offset: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, file_offset)
-        data, file_offset = data[written:], file_offset + written

@@ -24,8 +24,8 @@ from ucp_deepspeed.reading import OpenCheckpoint
 from ucp_deepspeed.transfer import FileReader, gather, run_copies
 from ucp_deepspeed.transfer.compare import compare
 from ucp_deepspeed.transfer.conversion import convert
+from ucp_deepspeed.transfer.evidence.held_values import differing_ties
 from ucp_deepspeed.transfer.planning.targeting import plan_target
-from ucp_deepspeed.transfer.ties import differing_ties
 
 CUTS = {"embedding": ((3, 4), ()), "up": ((1, 6), (2,)), "down": ((), (1, 2)), "norm": ((),), "scale": ()}
 """Uneven: by rows, in a grid, by columns; then whole, and without a dimension."""

@@ -9,15 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import safetensors.torch
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from ucp_deepspeed.checkpoint.checkpoint import (
     MASTER,
@@ -128,10 +120,6 @@ def are_scalars(values: Mapping[Any, Any]) -> bool:
     return all(isinstance(key, str) and isinstance(value, int | float) for key, value in values.items())
 
 
-def _is_loss_scale(value: Mapping[Any, Any]) -> bool:
-    return isinstance(value.get("values"), dict) and "cur_scale" in value["values"]
-
-
 def home_of(folder: Path) -> Path:
     """Return the folder's home: its own path, or for a folder with `REPLACED_MARK` the path that it had before."""
     name, found, _ = folder.name.removesuffix(REPLACED_MARK).rpartition(PARTIAL_MARK)
@@ -219,7 +207,8 @@ class UniversalCheckpoint(Checkpoint):
         if run.lr_scheduler is not None:
             values["lr_scheduler"] = self._decoded(run.lr_scheduler, "lr_scheduler")
         if run.loss_scale is not None:
-            scale = self._decoded(run.loss_scale, "loss_scale", sound=_is_loss_scale)
+            sound = lambda held: isinstance(held.get("values"), dict) and "cur_scale" in held["values"]  # noqa: E731
+            scale = self._decoded(run.loss_scale, "loss_scale", sound=sound)
             values["loss_scale"] = LossScale(bool(scale.get("dynamic")), scale["values"])
         return RunState(**values)
 
@@ -245,17 +234,13 @@ class UniversalCheckpoint(Checkpoint):
 
     def _read_extents(self) -> dict[tuple[str, str], FileExtent]:
         used = {file for entry in self._index.parameters.values() for file in entry.states.values()}
-        headers = {
-            file: SafetensorsHeader(self.path / file)
-            for file in self._index.files
-            if file in used - {CLIENT_TENSORS_NAME}
-        }
+        files = [file for file in self._index.files if file in used - {CLIENT_TENSORS_NAME}]
+        headers = {file: SafetensorsHeader(self.path / file) for file in files}
         extents: dict[tuple[str, str], FileExtent] = {}
         for name, entry in self._index.parameters.items():
             for state, file in entry.states.items():
                 if file not in headers:
-                    raise DamagedCheckpointError(
-                        f"{self.path / INDEX_NAME} puts {name}/{state} in {file}, which it doesn't list"
-                    )
+                    place = f"{name}/{state} in {file}"
+                    raise DamagedCheckpointError(f"{self.path / INDEX_NAME} puts {place}, which it doesn't list")
                 extents[name, state] = headers[file].extent(atom_key(name, state), entry.shape)
         return extents

@@ -67,9 +67,12 @@ def describe(
         raise UnsupportedError("\n  ".join([f"{checkpoint.path} can't be converted:", *refused[:MAX_LISTED]]))
     scalars, settings = _made_one(view, on_differing)
     values, tensors = _encoded_values(checkpoint, drop_client_state)
+    source = IndexSource(form=checkpoint.form, **asdict(checkpoint.topology))
+    if isinstance(checkpoint, UniversalCheckpoint):
+        source = checkpoint.source
     index = Index(
         format_version=FORMAT_VERSION,
-        source=_source(checkpoint),
+        source=source,
         run=_run(checkpoint),
         vocabulary_size=view.vocabulary_size,
         parameters={
@@ -95,8 +98,7 @@ def describe(
 
 
 def _made_one(view: UniversalView, how: OnDiffering) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Return one value of each parameter's scalars, and of each group's hyper-parameters: a universal checkpoint has no
-    partitions."""
+    """Return one value of each parameter's scalars, and of each group's hyper-parameters."""
     problems: dict[str, str] = {}
 
     def settled(place: str, values: Mapping[str, Any], differing: Differing) -> dict[str, Any]:
@@ -132,8 +134,7 @@ def client_state_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _without_numpy(value: Any) -> Any:
-    """Return a value with plain numbers and lists in place of numpy's: DeepSpeed's schedules hold numpy's, and take plain ones
-    too."""
+    """Return a value with plain numbers and lists in place of numpy's, which DeepSpeed's schedules take too."""
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     if isinstance(value, Mapping):
@@ -149,12 +150,6 @@ def _run(checkpoint: Checkpoint) -> IndexRun:
         for key, value in (("lr_scheduler", run["lr_scheduler"]), ("loss_scale", scale))
     }
     return IndexRun(**(run | encoded))
-
-
-def _source(checkpoint: Checkpoint) -> IndexSource:
-    if isinstance(checkpoint, UniversalCheckpoint):
-        return checkpoint.source
-    return IndexSource(form=checkpoint.form, **asdict(checkpoint.topology))
 
 
 def _encoded(value: Any, place: str) -> Any:

@@ -82,7 +82,10 @@ def lay_out(view: UniversalView, file_numbytes: int) -> tuple[OutputFile, ...]:
 def _write_rest(view: UniversalView, index: Index, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """Write everything but the atoms. Open the result again: what can't be opened must not be committed."""
     if tensors:
-        _write_tensors(tensors, folder / CLIENT_TENSORS_NAME)
+        try:
+            safetensors.torch.save_file(tensors, folder / CLIENT_TENSORS_NAME)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{folder / CLIENT_TENSORS_NAME} can't be written: {error}") from error
     random_state = view.checkpoint.path / FIRST_RANDOM_STATE_NAME
     if random_state.is_file():
         view.checkpoint.versions.note(random_state)
@@ -91,11 +94,3 @@ def _write_rest(view: UniversalView, index: Index, tensors: dict[str, torch.Tens
     index = index.model_copy(update={"files": sizes})
     (folder / INDEX_NAME).write_text(index.model_dump_json(indent=1), encoding="utf-8")
     UniversalCheckpoint(folder)
-
-
-def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file; raise an error of the system as an OSError."""
-    try:
-        safetensors.torch.save_file(tensors, path)
-    except safetensors.SafetensorError as error:
-        raise OSError(f"{path} can't be written: {error}") from error

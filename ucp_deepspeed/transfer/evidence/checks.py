@@ -160,7 +160,9 @@ def check_spec(
     findings += _of_stated_shapes(spec, fitting, size)
     for checked in fitting.values():
         findings += _of_shapes(checked, size)
-        findings += _of_record(checked, checkpoint)
+        recorded = checkpoint.patterns.get(checked.own_name)
+        if recorded is not None and contradicts_record(checked.pattern, recorded):
+            findings.append(checked.found("record", f"{checked.words}; recorded was {describe(recorded)}"))
         findings += _of_bias(checked, fitting)
     compared = 0
     if values and checkpoint.topology.tp > 1:
@@ -221,12 +223,6 @@ def _of_shapes(checked: Checked, size: int | None) -> Iterator[Finding]:
         yield checked.found("remark", f"the ranks hold {extents}, which is no even cut{hint}")
 
 
-def _of_record(checked: Checked, checkpoint: Checkpoint) -> Iterator[Finding]:
-    recorded = checkpoint.patterns.get(checked.own_name)
-    if recorded is not None and contradicts_record(checked.pattern, recorded):
-        yield checked.found("record", f"{checked.words}; recorded was {describe(recorded)}")
-
-
 def _of_bias(checked: Checked, fitting: Mapping[str, Checked]) -> Iterator[Finding]:
     """Check that a bias is as long as one dimension of its weight: the output's, which is dimension 0 of most modules."""
     weight = fitting.get(f"{checked.name.removesuffix('.bias')}.weight") if checked.name.endswith(".bias") else None
@@ -268,20 +264,17 @@ def _differing(
         for first, *others in shared:
             for other in others:
                 if (count := ranks.differing(parameter, state, first, other)) > 0:
-                    where = (
-                        f"{state} differs between model-parallel ranks {first[0]} and {other[0]} in {count} elements"
-                    )
-                    yield checked.found("values", f"{checked.words}, but {where}")
+                    where = f"between model-parallel ranks {first[0]} and {other[0]} in {count} elements"
+                    yield checked.found("values", f"{checked.words}, but {state} differs {where}")
                     return
 
 
 def _unrelated(checked: Checked, parameter: Parameter, ranks: HeldValues) -> Iterator[Finding]:
     """Find a matrix whose copies are as far from each other as from zero: it is no mean of copies, but shards of something.
 
-    Copies that started alike and were updated apart differ by the updates, which are much smaller than the values. Shards of a
-    matrix have nothing in common, so the square of their distance is about the sum of their squares. The bound is half of that
-    sum: a cosine of 1/2, or for equal norms a distance as long as they are. Vectors are skipped: biases begin at zero, and are
-    nothing but updates.
+    Copies that were updated apart differ by the updates, which are much smaller than the values. Shards have nothing in common,
+    so the square of their distance is about the sum of their squares. The bound is half of that sum: a cosine of 1/2. Vectors
+    are skipped: biases begin at zero, and are nothing but updates.
     """
     if ranks.equal(parameter, checked.fit):
         yield checked.found("remark", "partial, and all ranks hold the same values")
@@ -290,10 +283,8 @@ def _unrelated(checked: Checked, parameter: Parameter, ranks: HeldValues) -> Ite
         first, *others = [(rank, local.pieces[0]) for rank, local in enumerate(checked.fit.locals) if local.pieces]
         far = [rank for rank, piece in others if ranks.distance(parameter, state, first, (rank, piece)) >= UNRELATED]
         if far:
-            where = (
-                f"{state} of model-parallel ranks {first[0]} and {far[0]} is as far apart as from zero: it looks cut"
-            )
-            yield checked.found("values", f"{checked.words}, but {where}")
+            where = f"{state} of model-parallel ranks {first[0]} and {far[0]}"
+            yield checked.found("values", f"{checked.words}, but {where} is as far apart as from zero: it looks cut")
 
 
 def _alike(checked: Checked, parameter: Parameter, ranks: HeldValues) -> Iterator[Finding]:
@@ -327,10 +318,8 @@ def _of_whole(
         if expected is None:
             findings.append(checked.found("remark", f"isn't in {beside.whole.path}"))
         elif not _fits(found, expected, checked.vocabulary):
-            detail = (
-                f"logical shape {list(found)} as {checked.words}; without tensor parallelism it is {list(expected)}"
-            )
-            findings.append(checked.found("whole", detail))
+            detail = f"logical shape {list(found)} as {checked.words}"
+            findings.append(checked.found("whole", f"{detail}; without tensor parallelism it is {list(expected)}"))
         elif found != expected:
             padded[name] = checked.pattern
         elif not isinstance(checked.pattern, Partial):

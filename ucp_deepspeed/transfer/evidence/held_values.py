@@ -1,4 +1,4 @@
-"""Compare what the ranks of a checkpoint hold, bit by bit or as numbers, without holding whole tensors."""
+"""Compare what the ranks of a checkpoint hold, bit by bit or as numbers, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.layout.layout import NOTHING, Piece
 from ucp_deepspeed.plan import StridedView
 from ucp_deepspeed.transfer.copying import FileReader
+
+UNTIE_HINT = (
+    "one tensor can't hold both: let the model keep them apart, as \"tie_word_embeddings\": false in a Hugging Face model's "
+    "configuration does"
+)
 
 Progress = Callable[[int, int], None]
 """Called with the number of bytes that have been compared, or needn't be, and the number of all bytes."""
@@ -63,8 +68,7 @@ class HeldValues:
         return sum(int((left != right).sum()) for left, right in self._pairs(parameter, state, one, other))
 
     def distance(self, parameter: Parameter, state: str, one: tuple[int, Piece], other: tuple[int, Piece]) -> float:
-        """Return the square of the distance of two ranks' copies of a logical box over the sum of their squares: 0 equal, 1
-        unrelated."""
+        """Return the squared distance of two copies of a logical box over the sum of their squares: 0 equal, 1 unrelated."""
         dtype = NAMED_DTYPES[parameter.states[state]]
         apart = total = 0.0
         for rows in self._pairs(parameter, state, one, other):
@@ -141,3 +145,37 @@ class HeldValues:
         step = tunables.COMPARED_NUMBYTES // max(ITEMSIZE.values())
         for start in range(first, last, step):
             yield self.flat(parameter, state, rank, start, min(start + step, last))
+
+
+def differing_ties(
+    checkpoint: Checkpoint, ties: Mapping[str, str], share: tuple[int, int] | None = (0, 1)
+) -> list[str]:
+    """Return a line for each parameter that differs, bit by bit, from the one that the model ties it to.
+
+    Args:
+        ties: name of a parameter → name of the parameter that the model has in its place.
+        share: the part of the elements to look at, and the number of parts: ranks divide them. None to read no tensors.
+    """
+    with HeldValues(checkpoint) as held:
+        found = {name: _difference(held, name, owner, share) for name, owner in ties.items()}
+    return [
+        f"{name}: tied to {ties[name]} in the model, and not in the checkpoint: {difference}; {UNTIE_HINT}"
+        for name, difference in found.items()
+        if difference is not None
+    ]
+
+
+def _difference(held: HeldValues, name: str, owner: str, share: tuple[int, int] | None) -> str | None:
+    one, other = held.checkpoint.parameters[name], held.checkpoint.parameters[owner]
+    for what in ("kind", "local_shapes", "scalars", "states"):
+        mine, theirs = getattr(one, what), getattr(other, what)
+        if (mine, theirs) != (theirs, mine):
+            return f"their {what.replace('_', ' ')} are {mine} and {theirs}"
+    if share is None:
+        return None
+    for state in one.states:
+        for rank in (rank for rank, shape in enumerate(one.local_shapes) if shape is not None):
+            bits = (held.parts(each, state, rank, share) for each in (one, other))
+            if not all(torch.equal(*pair) for pair in zip(*bits, strict=True)):
+                return f"their values of {state!r} differ"
+    return None

@@ -97,8 +97,11 @@ def _decided(checkpoint: Checkpoint, name: str, guess: Guess, by_pattern: ByPatt
     """Return the guess from shapes, corrected by values."""
     agreeing = [pattern for pattern, joined in by_pattern.items() if joined is not None and joined.same]
     if isinstance(guess.pattern, Replicate):
-        if not _copies_agree(checkpoint, name):
-            return Guess(Partial(), (PARTIAL_COMMENT,))
+        parameter, degree = checkpoint.parameters[name], checkpoint.topology.tp
+        layout = layouts_of({name: Replicate()}, {name: parameter.local_shapes}, degree, None, "the checkpoint")[name]
+        with HeldValues(checkpoint) as ranks:
+            if not ranks.equal(parameter, of_first_stage(layout, degree)):
+                return Guess(Partial(), (PARTIAL_COMMENT,))
         if same_state and agreeing[:1] == [Replicate(scale=Scale())]:
             return Guess(agreeing[0], (SCALE_COMMENT,))
         return guess
@@ -114,20 +117,10 @@ def _decided(checkpoint: Checkpoint, name: str, guess: Guess, by_pattern: ByPatt
     return Guess(guess.pattern, (fused_comment(shards),))
 
 
-def _copies_agree(checkpoint: Checkpoint, name: str) -> bool:
-    """Return whether all tensor-parallel ranks hold the same values of a parameter in every state."""
-    parameter, degree = checkpoint.parameters[name], checkpoint.topology.tp
-    layout = layouts_of({name: Replicate()}, {name: parameter.local_shapes}, degree, None, "the checkpoint")[name]
-    with HeldValues(checkpoint) as ranks:
-        return ranks.equal(parameter, of_first_stage(layout, degree))
-
-
 def _disagreement(by_pattern: ByPattern) -> str:
     """Return the comment for a parameter where no pattern gives the values of the single rank."""
     for pattern, joined in by_pattern.items():
         if isinstance(pattern, Shard) and pattern.vocabulary and joined is not None and joined.padded:
-            return (
-                f"as a vocabulary, only the first {joined.equal} of {joined.rows} rows are those of the single rank: "
-                f"it is one if the rest is padding"
-            )
+            rows = f"only the first {joined.equal} of {joined.rows} rows are those of the single rank"
+            return f"as a vocabulary, {rows}: it is one if the rest is padding"
     return "no known way to join the ranks' values gives those of the single rank"

@@ -26,8 +26,7 @@ class Joined:
     """A parameter, joined by a pattern, compared with the one without tensor parallelism.
 
     Attributes:
-        equal: number of rows at the beginning that have the same values, bit by bit; a row is all that lies at one place of
-            dimension 0.
+        equal: number of rows (places of dimension 0) at the beginning that have the same values, bit by bit.
         rows: number of rows that were compared: all or, in a vocabulary, the rows that both have, or that aren't padding.
         told: whether the values can tell one state from another: a parameter that repeats one number can't.
     """
@@ -65,9 +64,8 @@ class SingleRank:
         whole_names: Mapping[str, str] | None = None,
     ) -> None:
         if whole.topology.tp > 1:
-            raise MismatchError(
-                f"{whole.path} is of {whole.topology.tp} tensor-parallel ranks; one of a single rank is needed"
-            )
+            degree = whole.topology.tp
+            raise MismatchError(f"{whole.path} is of {degree} tensor-parallel ranks; one of a single rank is needed")
         self.checkpoint, self.whole = checkpoint, whole
         self._names = names or {name: name for name in checkpoint.parameters}
         self._whole_names = whole_names or {name: name for name in whole.parameters}

@@ -24,6 +24,7 @@ from ucp_deepspeed.layout import Shard, Topology
 from ucp_deepspeed.layout.pattern import PerRank, Unique
 from ucp_deepspeed.plan import BlockCopy
 from ucp_deepspeed.transfer.copying import TransferCount
+from ucp_deepspeed.transfer.evidence.held_values import differing_ties
 from ucp_deepspeed.transfer.planning.group_settings import UNTELLING
 from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
 from ucp_deepspeed.transfer.planning.obstacles import Obstacle, Obstacles
@@ -33,7 +34,6 @@ from ucp_deepspeed.transfer.planning.rank_planner import RankPlanner, SlotStates
 from ucp_deepspeed.transfer.planning.target import KeptStates, ModelDescription, ModelTensor, TargetRank, TargetSlot
 from ucp_deepspeed.transfer.planning.target_ranks import RankNumber, layer_of, stacked_experts, stages_of, target_ranks
 from ucp_deepspeed.transfer.stage_copies import may_differ
-from ucp_deepspeed.transfer.ties import differing_ties
 
 
 @dataclass(frozen=True, slots=True)
