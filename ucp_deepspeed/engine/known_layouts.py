@@ -11,7 +11,7 @@ from ucp_deepspeed.checkpoint.view import layouts_of
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.errors import MismatchError
-from ucp_deepspeed.language.resolve import Agreement, compare
+from ucp_deepspeed.language.resolve import contradicts
 from ucp_deepspeed.layout.pattern import Pattern, PerRank, Unique
 from ucp_deepspeed.transfer.planning.pairing import Pair
 
@@ -71,7 +71,7 @@ def _fits(name: str, pattern: Pattern, model: EngineModel, vocabulary_size: int 
     if name not in model.tensors:
         return False
     live = model.inferred.get(name)
-    if live is not None and compare(pattern, live, model.exact) is Agreement.CONTRADICTED:
+    if live is not None and contradicts(pattern, live, model.exact):
         return False
     try:
         layouts_of({name: pattern}, {name: model.tensors[name].local_shapes}, model.topology.tp, vocabulary_size, "")

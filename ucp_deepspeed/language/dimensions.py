@@ -1,20 +1,6 @@
-"""Dimensions of a model: numbers with names, and arithmetic on them, so that one spec serves models of every size.
+"""Dimensions of a model: numbers with names, and arithmetic on them (``docs/language.md``).
 
-    config: config.json
-    dimensions:
-      head_dim: 128
-      heads: {config: num_attention_heads}
-      kv_heads: {config: num_key_value_heads, default: heads}
-    rules:
-      - {match: "**.qkv_proj.weight", pattern: shard, dim: 0, parts: [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]}
-
-An expression holds integers, names of dimensions, ``+ - * //`` and parentheses, and nothing else. Rules may state whole shapes:
-dimensions without a value get theirs from the parameters, and then all must agree.
-
-    dimensions: {hidden: null, ffn: null}
-    rules:
-      - {match: layers.*.up.weight, pattern: shard, dim: 0, shape: [ffn, hidden]}
-      - {match: layers.*.gate_up.weight, pattern: shard, dim: 0, parts: [1, 1], shape: [2 * ffn, hidden]}
+An expression holds integers, names of dimensions, ``+ - * //`` and parentheses, and nothing else.
 """
 
 from __future__ import annotations
@@ -219,11 +205,10 @@ def with_numbers(
 
     numbered = dict(rule)
     for key in (key for key in rule if key in NUMBERS):
-        value = rule[key]
-        items = (
-            [number(item, f"{key}[{place}]") for place, item in enumerate(value)] if isinstance(value, list) else None
-        )
-        numbered[key] = number(value, key) if items is None else items
+        if isinstance(rule[key], list):
+            numbered[key] = [number(item, f"{key}[{place}]") for place, item in enumerate(rule[key])]
+        else:
+            numbered[key] = number(rule[key], key)
     return numbered, problems
 
 
@@ -278,9 +263,7 @@ def check_shapes(
     solved = {name: counts.most_common(1)[0][0] for name, counts in votes.items() if counts}
     values = {**given, **solved}
     confirmed: set[str] = set()
-    expected_of = {
-        shape: [_extent(item, values) for item in shape] for shape in {shape for shape, _ in fitting.values()}
-    }
+    expected_of = {shape: [_extent(item, values) for item in shape] for shape in {each[0] for each in fitting.values()}}
     for name, (shape, extents) in fitting.items():
         expected = expected_of[shape]
         wrong = [one for one, extent in zip(expected, extents, strict=True) if one is not None and one != extent]

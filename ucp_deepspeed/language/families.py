@@ -27,11 +27,7 @@ def spec_folder() -> Path:
 @lru_cache(maxsize=1)
 def _families() -> dict[str, Spec]:
     """Every spec that comes with the package, by its family's name."""
-    found: dict[str, Spec] = {}
-    for path in sorted(spec_folder().glob("*.yaml")):
-        spec = _read(path)
-        found[spec.family] = spec
-    return found
+    return {spec.family: spec for spec in map(_read, sorted(spec_folder().glob("*.yaml")))}
 
 
 def spec_names() -> list[str]:

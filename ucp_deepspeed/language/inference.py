@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 
 from ucp_deepspeed.language.spec import PATTERN
@@ -112,31 +112,27 @@ def padded_candidates(local_shapes: Sequence[Shape], whole: Shape) -> tuple[Shar
 
 def _guess_grid(local_shapes: Sequence[Shape], whole: Shape, cut: Sequence[int]) -> Guess | None:
     """Guess a cut along several dimensions, if the ranks form a grid."""
-    first = local_shapes[0]
-    grid = tuple(-(-whole[dim] // max(first[dim], 1)) for dim in cut)
+    grid = tuple(-(-whole[dim] // max(local_shapes[0][dim], 1)) for dim in cut)
     if prod(grid) != len(local_shapes):
         return None
     pattern = ShardGrid(tuple(cut), (grid,))
-    try:
-        pattern.layout(whole, local_shapes)
-    except ValueError:
-        return None
-    return Guess(pattern, ("taken for a grid of which the last axis runs fastest over the ranks",))
+    comment = "taken for a grid of which the last axis runs fastest over the ranks"
+    return Guess(pattern, (comment,)) if _explains(pattern, local_shapes, whole) else None
 
 
 def fused_candidates(pattern: Shard, local_shapes: Sequence[Shape], logical_shape: Shape) -> tuple[Shard, ...]:
     """Return shards with parts that have the same local shapes as a plain shard. Shapes can't tell them apart."""
     if pattern.parts != (1,) or pattern.heads is not None or pattern.vocabulary or len(local_shapes) < 2:
         return ()
-    found = []
-    for parts in FUSED_PARTS:
-        candidate = Shard(pattern.dim, parts=parts)
-        try:
-            candidate.layout(logical_shape, local_shapes)
-        except ValueError:
-            continue
-        found.append(candidate)
-    return tuple(found)
+    candidates = (Shard(pattern.dim, parts=parts) for parts in FUSED_PARTS)
+    return tuple(candidate for candidate in candidates if _explains(candidate, local_shapes, logical_shape))
+
+
+def _explains(pattern: Pattern, local_shapes: Sequence[Shape], whole: Shape) -> bool:
+    with suppress(ValueError):
+        pattern.layout(whole, local_shapes)
+        return True
+    return False
 
 
 def fused_comment(candidates: Sequence[Shard]) -> str:
@@ -165,7 +161,10 @@ def spec_text(family: str, description: str, guesses: Mapping[str, Guess], headi
     lines += [f"family: {_scalar(family)}", f"description: {_scalar(description)}", "rules:"]
     for guess, globs in sorted(known.items(), key=lambda entry: entry[0].pattern is None):
         lines += [f"  # {comment}" for comment in guess.comments]
-        lines += _rule(globs, guess.pattern) if guess.pattern is not None else _undecided(globs)
+        if guess.pattern is not None:
+            lines += _rule(globs, guess.pattern)
+        else:  # somebody must still decide
+            lines += ["  # - match:", *(f"  #     - {_scalar(glob)}" for glob in globs), "  #   pattern: ?"]
     return "\n".join(lines) + "\n"
 
 
@@ -185,17 +184,12 @@ def _globs(guesses: Mapping[str, Guess]) -> dict[str, Guess]:
 
 def _rule(globs: Sequence[str], pattern: Pattern) -> list[str]:
     fields = PATTERN.dump_python(pattern, mode="json", exclude_defaults=True)
-    lines = [f"  - match: {_scalar(globs[0])}"] if len(globs) == 1 else ["  - match:"]
-    lines += [f"      - {_scalar(glob)}" for glob in globs] if len(globs) > 1 else []
+    listed = ["  - match:", *(f"      - {_scalar(glob)}" for glob in globs)]
+    lines = listed if len(globs) > 1 else [f"  - match: {_scalar(globs[0])}"]
     lines.append(f"    pattern: {pattern.pattern}")
     if isinstance(pattern, Shard):
         fields = {"dim": pattern.dim} | fields
     return lines + [f"    {key}: {json.dumps(value)}" for key, value in fields.items() if key != "pattern"]
-
-
-def _undecided(globs: Sequence[str]) -> list[str]:
-    """The lines of a commented rule that somebody must still decide."""
-    return ["  # - match:", *(f"  #     - {_scalar(glob)}" for glob in globs), "  #   pattern: ?"]
 
 
 def _scalar(text: str) -> str:
@@ -203,5 +197,8 @@ def _scalar(text: str) -> str:
 
 
 def _listed(shapes: Sequence[Shape]) -> str:
-    same = all(one == other for one, other in pairwise(shapes))
-    return f"{len(shapes)} × {list(shapes[0])}" if same else ", ".join(str(list(shape)) for shape in shapes)
+    return (
+        f"{len(shapes)} × {list(shapes[0])}"
+        if len(set(shapes)) == 1
+        else ", ".join(str(list(shape)) for shape in shapes)
+    )

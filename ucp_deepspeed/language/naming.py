@@ -1,22 +1,10 @@
-"""Naming schemes: one logical name for a parameter that other classes of model call by another name.
-
-A pipeline engine has a parameter ``5.self_attention.linear_qkv.weight``; the plain model calls the same parameter
-``decoder.layers.3.self_attention.linear_qkv.weight``. A spec says so with renamings, grouped into schemes by the class of model:
-
-    names:
-      pipeline:
-        - {from: "{n}.self_attention.**", to: "decoder.layers.{n - 2}.self_attention.**"}
-
-``{n}`` stands for a number; the other side may add to it or subtract from it. ``**`` stands for any number of parts of the dotted
-name. A load makes the names of both sides logical, and then compares them. `translate_back` reads the same renamings from logical
-names to those of the class.
-"""
+"""Naming schemes: renamings to logical names, for classes of model that use other names (``docs/language.md``)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -59,14 +47,6 @@ class Renaming(BaseModel):
         return self
 
     @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        return _pattern_of(self.from_)
-
-    @cached_property
-    def _backwards(self) -> re.Pattern[str]:
-        return _pattern_of(self.to)
-
-    @cached_property
     def _blind(self) -> bool:
         """Return whether matching a form is enough. It isn't with placeholders side by side: each needs a part of a number."""
         texts = _PLACEHOLDER.split(self.from_)[::2]
@@ -74,11 +54,11 @@ class Renaming(BaseModel):
 
     def may_apply(self, form: str) -> bool:
         """Return whether it applies to any names of this form (`form_of`)."""
-        return not self._blind or self._pattern.fullmatch(form) is not None
+        return not self._blind or _pattern_of(self.from_).fullmatch(form) is not None
 
     def logical_name(self, name: str) -> str | None:
         """Return the logical name of a parameter; None if it isn't of this form, or its number would be negative."""
-        found = self._pattern.fullmatch(name)
+        found = _pattern_of(self.from_).fullmatch(name)
         if found is None:
             return None
         pieces: list[str] = []
@@ -94,12 +74,8 @@ class Renaming(BaseModel):
         return "".join(pieces)
 
     def name_behind(self, logical: str) -> str | None:
-        """Return the name that becomes a logical name, with placeholders for what the logical name doesn't tell.
-
-        Returns:
-            None if no name of this form becomes it.
-        """
-        found = self._backwards.fullmatch(logical)
+        """Return the name that becomes a logical name, with placeholders for what that doesn't tell; None if there is none."""
+        found = _pattern_of(self.to).fullmatch(logical)
         if found is None:
             return None
         known = found.groupdict()
@@ -114,6 +90,7 @@ class Renaming(BaseModel):
         return name if _PLACEHOLDER.search(name) or self.logical_name(name) == logical else None
 
 
+@lru_cache(maxsize=4096)
 def _pattern_of(side: str) -> re.Pattern[str]:
     """Compile one side of a renaming; what stands twice in it must be told the same only where it is ``**``."""
     pieces, seen = [], set()
@@ -187,24 +164,18 @@ def translate_back(names: Sequence[str], scheme: Scheme, among: Sequence[str] = 
         raise SpecError("the naming scheme leaves names open; the names of such a model tell them", problems)
     found = without_collisions({logical: found[logical] for logical in names}, "name under the naming scheme")
     again = translate(list(found.values()), scheme)
-    if lost := [
-        f"{logical}: {name} becomes {again[name]}" for logical, name in found.items() if again[name] != logical
-    ]:
+    lost = [f"{logical}: {name} becomes {again[name]}" for logical, name in found.items() if again[name] != logical]
+    if lost:
         raise SpecError("the naming scheme has no names for", lost)
     return found
 
 
 def without_collisions(found: dict[str, str], what: str = "logical name") -> dict[str, str]:
-    """Names with their other names, as given.
-
-    Args:
-        what: the other names, for the message.
+    """Return names with their other names, as given; ``what`` is the word for these in the message.
 
     Raises:
         SpecError: two have the same.
     """
-    if len(set(found.values())) == len(found):
-        return found
     owners: dict[str, str] = {}
     for name, other in found.items():
         if owners.setdefault(other, name) != name:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from math import gcd
 from typing import TYPE_CHECKING
 
@@ -22,14 +21,6 @@ CHECK_HINT = (
     'correct the spec, which "ucp spec check PATH --against CKPT" holds against all that a checkpoint tells; with "spec": "auto" '
     "the checkpoint and the model tell what they know"
 )
-
-
-class Agreement(Enum):
-    """The result of comparing a pattern with a live parameter's attributes."""
-
-    SAME = "same"
-    REFINED = "refined"
-    CONTRADICTED = "contradicted"
 
 
 def resolve_patterns(
@@ -65,25 +56,22 @@ def resolve_patterns(
             exactly one rule of the spec.
         MismatchError: the winner contradicts the live parameters, or shapes contradict those that the spec states; lists them.
     """
-    known: dict[str, AnyPattern] = {**(inferred or {}), **(recorded or {})}
+    recorded, inferred, shapes = recorded or {}, inferred or {}, local_shapes or {}
+    known: dict[str, AnyPattern] = {**inferred, **recorded}
     apart = [name for name in names if name.startswith(OPTIMIZER_ONLY)]  # no spec knows them, and nothing cuts them
     names = [name for name in names if name not in apart] if apart else names
     unknown = [name for name in names if name not in known]
     chosen: dict[str, AnyPattern]
+    origin = "the checkpoint"
     if spec is not None:
-        chosen, origin = {**_of_spec(names, spec, recorded or {}, local_shapes or {})}, f"spec {spec.family!r}"
+        chosen, origin = {**_of_spec(names, spec, recorded, shapes)}, f"spec {spec.family!r}"
     elif degree == 1 or not unknown:
-        chosen, origin = {name: known.get(name, Unique()) for name in names}, "the checkpoint"
+        chosen = {name: known.get(name, Unique()) for name in names}
+    elif (family := _family(names, unknown, shapes, refused or {}, same_degree)) is None:
+        chosen = {name: known.get(name, PerRank()) for name in names}
     else:
-        denied = [f"{name}: {refused[name]}" for name in unknown if refused and name in refused]
-        shapes = local_shapes or {}
-        may_stay = same_degree and all(len(set(shapes.get(name, ()))) <= 1 for name in unknown)
-        family = _family(names, unknown, local_shapes, denied, may_stay)
-        if family is not None:
-            chosen, origin = {**family.patterns(names)}, f"family {family.family!r}"
-            chosen |= {name: live for name, live in _contradicted(chosen, inferred, exact).items() if exact}
-        else:
-            chosen, origin = {name: known.get(name, PerRank()) for name in names}, "the checkpoint"
+        chosen, origin = {**family.patterns(names)}, f"family {family.family!r}"
+        chosen |= {name: live for name, live in _contradicted(chosen, inferred, exact).items() if exact}
     problems = [
         f"{name}: {origin} says {describe(chosen[name])}, the live parameter is {describe(live)}"
         for name, live in _contradicted(chosen, inferred, exact).items()
@@ -93,12 +81,10 @@ def resolve_patterns(
     return chosen | {name: known.get(name, Unique() if degree == 1 else Replicate()) for name in apart}
 
 
-def _contradicted(
-    chosen: Mapping[str, AnyPattern], inferred: Mapping[str, Pattern] | None, exact: bool
-) -> dict[str, Pattern]:
+def _contradicted(chosen: Mapping[str, AnyPattern], inferred: Mapping[str, Pattern], exact: bool) -> dict[str, Pattern]:
     """Return the live parameters that contradict the chosen patterns."""
-    live = {name: (inferred or {})[name] for name in chosen if name in (inferred or {})}
-    return {name: each for name, each in live.items() if compare(chosen[name], each, exact) is Agreement.CONTRADICTED}
+    live = {name: inferred[name] for name in chosen if name in inferred}
+    return {name: each for name, each in live.items() if contradicts(chosen[name], each, exact)}
 
 
 def per_rank(patterns: Mapping[str, AnyPattern]) -> list[str]:
@@ -123,19 +109,21 @@ def _of_spec(
 def _family(
     names: Sequence[str],
     unknown: Sequence[str],
-    local_shapes: Mapping[str, Sequence[Shape]] | None,
-    refused: Sequence[str],
-    may_stay: bool,
+    local_shapes: Mapping[str, Sequence[Shape]],
+    refused: Mapping[str, str],
+    same_degree: bool,
 ) -> Spec | None:
     """Find the family, which is a guess. None if it isn't good enough and shares may stay on their ranks."""
-    if refused and not may_stay:
+    denied = [f"{name}: {refused[name]}" for name in unknown if name in refused]
+    may_stay = same_degree and all(len(set(local_shapes.get(name, ()))) <= 1 for name in unknown)
+    if denied and not may_stay:
         raise UnsupportedError(
             "tensor parallelism has cut parameters in a way that this release can't tell; name a spec that says how they are "
             'laid out: "universal_checkpoint": {"spec": "path.yaml"}, or --spec on the command line',
-            refused,
+            denied,
         )
     detection = find_family(names, local_shapes)
-    if may_stay and (refused or detection.confidence in ("ambiguous", "none")):
+    if may_stay and (denied or detection.confidence in ("ambiguous", "none")):
         return None
     if detection.spec is None:
         nearest = f" (nearest is {detection.candidates[0]})" if detection.candidates[0].coverage > 0 else ""
@@ -147,19 +135,15 @@ def _family(
     return detection.spec
 
 
-def compare(pattern: AnyPattern, live: Pattern, exact: bool = False) -> Agreement:
-    """Compare a pattern with a live parameter's. A pattern may add to it: widths and, if it isn't ``exact``, parts."""
+def contradicts(pattern: AnyPattern, live: Pattern, exact: bool = False) -> bool:
+    """Return whether a pattern contradicts a live parameter's. It may add widths to it and, if that isn't ``exact``, parts."""
     if pattern == live:
-        return Agreement.SAME
+        return False
     if isinstance(pattern, Shard) and isinstance(live, Shard):
         unknown_parts = live.parts == (1,) and not exact
-        agrees = pattern.dim == live.dim and (unknown_parts or _reduced(live.parts) == _reduced(pattern.parts))
-    elif isinstance(pattern, ShardGrid) or isinstance(live, ShardGrid):
-        agrees = False
-    else:
-        whole = (Replicate, Partial, Unique)
-        agrees = isinstance(pattern, whole) and isinstance(live, whole)
-    return Agreement.REFINED if agrees else Agreement.CONTRADICTED
+        return pattern.dim != live.dim or not (unknown_parts or _reduced(live.parts) == _reduced(pattern.parts))
+    whole = (Replicate, Partial, Unique)
+    return not (isinstance(pattern, whole) and isinstance(live, whole))
 
 
 def _reduced(parts: Sequence[int]) -> tuple[int, ...]:
@@ -173,11 +157,8 @@ def contradicts_record(pattern: AnyPattern, recorded: Pattern) -> bool:
     """
     if not (isinstance(pattern, Shard) and isinstance(recorded, Shard)):
         return pattern != recorded
-    if (pattern.dim, _reduced(pattern.parts), pattern.widths) != (
-        recorded.dim,
-        _reduced(recorded.parts),
-        recorded.widths,
-    ):
+    cuts = {(each.dim, _reduced(each.parts), each.widths) for each in (pattern, recorded)}
+    if len(cuts) > 1:
         return True
     adds_heads = recorded.heads is None and recorded.parts == (1,)
     return (recorded.vocabulary and not pattern.vocabulary) or (pattern.heads != recorded.heads and not adds_heads)

@@ -1,7 +1,4 @@
-"""JSON Schema of spec files, for completion in editors. It is made from the models, so that it can't differ from them.
-
-`spec_schema` returns the content of ``docs/spec.schema.json``; ``ucp spec schema`` prints it.
-"""
+"""JSON Schema of spec files, for completion in editors. It is made from the models, so that it can't differ from them."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from ucp_deepspeed.language.dimensions import (
     read_config,
     with_numbers,
 )
-from ucp_deepspeed.language.globs import Matcher, check_glob, compiled
+from ucp_deepspeed.language.globs import Matcher, check_glob
 from ucp_deepspeed.language.naming import Renaming
 from ucp_deepspeed.layout.box import Shape
 from ucp_deepspeed.layout.pattern import Pattern, Shard
@@ -125,10 +125,6 @@ class Rule(BaseModel):
         for glob in globs:
             check_glob(glob)
         return globs
-
-    def matches(self, name: str) -> bool:
-        """Return whether some glob fits the whole name."""
-        return any(compiled(glob).fullmatch(name) for glob in self.match)
 
 
 class Spec(BaseModel):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ucp_deepspeed.errors import MAX_LISTED, SpecError
-from ucp_deepspeed.language import PATTERN, Rule, Spec, load_spec, spec_names
+from ucp_deepspeed.language import PATTERN, Spec, load_spec, spec_names
 from ucp_deepspeed.layout import Partial, Pattern, Replicate, Scale, Shard, ShardGrid, Unique
 
 
@@ -90,9 +90,9 @@ def test_every_problem_is_listed() -> None:
     ],
 )
 def test_globs(glob: str, fits: list[str], misses: list[str]) -> None:
-    rule = Rule.model_validate({"match": glob, "pattern": "unique"})
-    assert [name for name in fits if not rule.matches(name)] == []
-    assert [name for name in misses if rule.matches(name)] == []
+    spec = spec_of({"match": glob, "pattern": "unique"})
+    assert [name for name in fits if not spec.matches(name)] == []
+    assert [name for name in misses if spec.matches(name)] == []
 
 
 def test_a_question_mark_is_no_wildcard() -> None:
