@@ -46,7 +46,8 @@ def plan_extra_states(pair: Pair, module: Module, model: EngineModel) -> ExtraSt
     ):  # a stage has no modules for the others' extra states
         if not _is_live(key, module):
             pair.obstacles.add(key, "extra in the checkpoint")
-    pair.obstacles.add_remedy(STRICT_HINT if len(pair.obstacles) > before else "")
+    if len(pair.obstacles) > before and not pair.obstacles.remedies:  # other names of modules make other keys here
+        pair.obstacles.add_remedy(STRICT_HINT)
     return tuple((module.get_submodule(_owner(key)), shared[key]) for key in shared if _is_live(key, module))
 
 
