@@ -1,13 +1,8 @@
 """Universal checkpointing for DeepSpeed and Megatron-Core: a run saved on any topology resumes on any other.
 
-Importing this package before ``deepspeed.initialize`` is all that a training script does. An engine whose DeepSpeed config has
-no ``universal_checkpoint`` block behaves as if it weren't there; with the block, ``engine.save_checkpoint`` adds a manifest
-beside DeepSpeed's files, and ``engine.load_checkpoint`` reads checkpoints of any topology, native or universal.
-
-With ``"save": {"async": true}`` in the block, files are written in the background; `wait_for_save` waits for them.
-
-`open_checkpoint` opens a checkpoint to look into it: its metadata, and whole tensors or slices of them. `tags` lists the tags in
-a folder.
+Importing this package before ``deepspeed.initialize`` is all that a training script does; without a ``universal_checkpoint``
+block in its DeepSpeed config nothing changes. `wait_for_save` waits for saves in the background. `open_checkpoint` and `tags`
+look into checkpoints.
 
 This package doesn't import DeepSpeed: the hooks are set when the training script imports it. Torch is imported only when a
 checkpoint is opened.

@@ -7,12 +7,20 @@ whose config asks for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import wrapt
 
 ENGINE_MODULE = "deepspeed.runtime.engine"
+
+HOOKS = {
+    "save_checkpoint": "ucp_deepspeed.engine.saving.save",
+    "load_checkpoint": "ucp_deepspeed.engine.loading.load",
+}
+"""Methods of the engine, and the modules with the functions of the same names that take their place."""
 
 
 def arm() -> None:
@@ -24,8 +32,8 @@ def _wrap_engine(module: ModuleType) -> None:
     if isinstance(vars(module.DeepSpeedEngine)["load_checkpoint"], wrapt.FunctionWrapper):
         return
     wrapt.wrap_function_wrapper(module, "DeepSpeedEngine.__init__", _init)
-    wrapt.wrap_function_wrapper(module, "DeepSpeedEngine.save_checkpoint", _save)
-    wrapt.wrap_function_wrapper(module, "DeepSpeedEngine.load_checkpoint", _load)
+    for name in HOOKS:
+        wrapt.wrap_function_wrapper(module, f"DeepSpeedEngine.{name}", partial(_hooked, name))
 
 
 def _init(wrapped: Callable[..., None], engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -43,26 +51,11 @@ def _init(wrapped: Callable[..., None], engine: Any, args: tuple[Any, ...], kwar
         check_engine(engine)
 
 
-def _save(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not _enabled(engine):
-        return wrapped(*args, **kwargs)
-    from ucp_deepspeed.engine import left_alone
-    from ucp_deepspeed.engine.saving import save
-
-    hook = left_alone.save_checkpoint if left_alone.is_left_alone(engine) else save.save_checkpoint
-    return hook(wrapped, engine, *args, **kwargs)
-
-
-def _load(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not _enabled(engine):
-        return wrapped(*args, **kwargs)
-    from ucp_deepspeed.engine import left_alone
-    from ucp_deepspeed.engine.loading import load
-
-    hook = left_alone.load_checkpoint if left_alone.is_left_alone(engine) else load.load_checkpoint
-    return hook(wrapped, engine, *args, **kwargs)
-
-
-def _enabled(engine: Any) -> bool:
+def _hooked(name: str, wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     config = getattr(engine, "universal_checkpoint_config", None)
-    return config is not None and config.enabled
+    if config is None or not config.enabled:
+        return wrapped(*args, **kwargs)
+    from ucp_deepspeed.engine import left_alone
+
+    module = left_alone if left_alone.is_left_alone(engine) else import_module(HOOKS[name])
+    return getattr(module, name)(wrapped, engine, *args, **kwargs)

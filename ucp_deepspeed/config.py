@@ -25,13 +25,9 @@ CONFIG_KEY = "universal_checkpoint"
 
 
 class SaveConfig(BaseModel):
-    """The block ``save``.
+    """The block ``save``; ``docs/configuration.md`` says what the keys do.
 
-    Attributes:
-        asynchronous: ``async`` in the config: ``save_checkpoint`` copies the state into host memory and returns; the files are
-            written in the background.
-        timeout: seconds that rank 0 waits in the background for the files of the slowest rank, once its own are written. Only a
-            rank that died without its launcher noticing takes so long; half an hour is more than any file system needs.
+    A rank is later than ``timeout`` seconds only if it died without its launcher noticing.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -41,34 +37,7 @@ class SaveConfig(BaseModel):
 
 
 class UniversalCheckpointConfig(BaseModel):
-    """All keys of the block. Unknown keys and wrong types are errors that name the key.
-
-    Attributes:
-        enabled: without it everything else is ignored and DeepSpeed behaves as if the package weren't there.
-        spec: ``auto``, a family's name, or the path of a spec file.
-        load: ``auto`` takes DeepSpeed's own path if the topology is the same and no policy is set; ``always`` and ``never`` fix
-            the choice.
-        vocabulary_size: rows of the unpadded vocabulary; needed if source and target pad it differently.
-        on_missing: policy for trained parameters, rows of them, or their optimizer states that the checkpoint lacks: ``error``,
-            or ``init``: keep the model's value, with zero state, and list them.
-        on_extra: policy for trained parameters or their optimizer states that have no place in the model: ``error``, or ``drop``
-            and list them.
-        on_differing: policy for optimizer numbers that differ between partitions, if the target has other partitions: ``error``,
-            or make one number of them: the ``first``, ``last``, ``mean`` or ``max``. It applies also to copies of a parameter
-            that pipeline stages hold and trained apart, if the target has other stages: ``error``; ``last`` takes the last copy,
-            and all others take the first.
-        optimizer_states: ``restore``, or ``reset``: start all of them as before a first step.
-        hyperparameters: ``restore`` those of the parameter groups (rates, weight decay, …), or ``keep`` the configured ones.
-        shared_read_bytes: least size of shared bytes that are read once. Bytes that all data-parallel ranks hold (everything at
-            stage 0, frozen weights, buffers) are then read in parts, one by each rank, and exchanged; below this size each rank
-            reads them all. The same is true of parameters that all tensor-parallel ranks hold whole, if the checkpoint has fewer
-            copies of them.
-        read_memory_bytes: most memory of a rank for data on its way from a file to its place, at least 1 KiB.
-        on_unreadable: policy for entries of the client state that can't be read without running code of their classes:
-            ``error``, or ``drop`` and list them. DeepSpeed itself does a load on the same topology, and reads them.
-        random_state: ``restore`` each rank's random streams, or derive new ones on another topology; ``keep``: don't change them.
-        save: settings of saving; see `SaveConfig`.
-    """
+    """All keys of the block; ``docs/configuration.md`` says what they do. Errors of keys and types name the key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -119,16 +88,13 @@ def parse_config(ds_config: Mapping[str, Any]) -> UniversalCheckpointConfig:
         lines = [f"  {'.'.join(map(str, (CONFIG_KEY, *item['loc'])))}: {_say(item)}" for item in error.errors()]
         raise ConfigError("\n".join(["the DeepSpeed config is not valid:", *lines])) from error
     checkpoint = ds_config.get("checkpoint")
-    if config.enabled and config.load != "never" and _asks_for_universal(checkpoint):
+    asks_too = isinstance(checkpoint, Mapping) and checkpoint.get("load_universal")
+    if config.enabled and config.load != "never" and asks_too:
         raise ConfigError(
             f"'checkpoint.load_universal' and {CONFIG_KEY!r} are two ways to load: the first reads what DeepSpeed's own tool "
             f'converted, the second any checkpoint; remove one of them, or set "load": "never" in the second'
         )
     return config
-
-
-def _asks_for_universal(checkpoint: Any) -> bool:
-    return isinstance(checkpoint, Mapping) and bool(checkpoint.get("load_universal"))
 
 
 def _say(item: Any) -> str:

@@ -1,19 +1,4 @@
-"""The position of a run in its data: a sampler that continues at the same sample when the data-parallel size changes.
-
-All ranks together read one endless *stream* of indices, epoch after epoch. The order in an epoch depends only on the seed and the
-epoch's number. A *position* in the stream is a number of samples. Each global batch is the next run of the stream, so that the
-position is ``engine.global_samples``. DeepSpeed counts, saves and restores that number itself; nothing else is stored::
-
-    sampler = ResumableSampler(dataset, seed=1234).follow(engine)
-    loader = DataLoader(dataset, batch_size=engine.train_micro_batch_size_per_gpu(), sampler=sampler)
-    engine.load_checkpoint("runs/a")
-    while sampler.epoch < 3:
-        for batch in loader:
-            ...
-
-``engine.deepspeed_io(dataset, data_sampler=sampler)`` makes DeepSpeed's own loader of it. It replaces ``training_data=``, whose
-sampler knows no position. ``engine.set_dataloader(RepeatingLoader(that))``, after loading, feeds a pipeline.
-"""
+"""A sampler that continues at the same sample when the data-parallel size changes (``docs/data.md``)."""
 
 from __future__ import annotations
 
@@ -97,38 +82,13 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """The samples that one iteration over a sampler hands out, to all ranks together: the stream from ``start`` to ``stop``."""
-
-    start: int
-    stop: int
-
-    @classmethod
-    def of(cls, start: int, boundary: int, samples: int, batch: int) -> Pass:
-        """Make the pass from ``start`` to the end of its epoch, and on into the next epoch until the global batch is full.
-
-        Args:
-            boundary: position at which the global batch of ``start`` began.
-            samples: number of samples in an epoch.
-            batch: size of a global batch.
-        """
-        epoch_end = (start // samples + 1) * samples
-        return cls(start, boundary + -(-(epoch_end - boundary) // batch) * batch)
-
-
 class ResumableSampler(Sampler[int]):
     """A data-parallel rank's share of a `SampleStream`, from any position on. It replaces torch's ``DistributedSampler``.
 
-    One iteration is the rest of an epoch. Nothing is dropped or repeated if an epoch doesn't end with a global batch: that
-    batch continues with the next epoch's first samples, and the next iteration starts after them. Ranks take positions in turn,
-    so that the samples of a global batch depend neither on the data-parallel size nor on micro-batches and accumulation.
-
-    Samples that a loader has prefetched aren't consumed: with `follow`, each iteration begins after the samples that the engine
-    has trained on. Load before iterating, and begin an iteration only when the engine has taken all of the one before. Steps that
-    were skipped because of an overflow have consumed their samples. A save within an accumulation goes back to its first
-    micro-batch, because no checkpoint holds its gradients. If the script itself decides when to step
-    (``managed_gradient_accumulation: false``), it must step before it begins another iteration.
+    One iteration is the rest of an epoch. Samples that a loader has prefetched aren't consumed: with `follow`, each iteration
+    begins after the samples that the engine has trained on. Load before iterating, and begin an iteration only when the engine
+    has taken all of the one before. If the script itself decides when to step (``managed_gradient_accumulation: false``), it must
+    step before it begins another iteration.
 
     A torch ``DataLoader`` draws a seed for its workers from the default generator whenever an iteration begins; with a
     ``generator`` of its own it doesn't do so, and a resumed run draws the same random numbers as one never interrupted.
@@ -181,7 +141,10 @@ class ResumableSampler(Sampler[int]):
     @property
     def position(self) -> int:
         """Samples of the stream that have been consumed, over all ranks."""
-        return self._boundary + self._accumulating
+        if self._engine is None or not self._accumulates():
+            return self._boundary
+        steps = int(self._engine.micro_steps % self._engine.gradient_accumulation_steps())
+        return self._boundary + steps * self._micro_batches
 
     @property
     def epoch(self) -> int:
@@ -210,22 +173,22 @@ class ResumableSampler(Sampler[int]):
 
     def __len__(self) -> int:
         """Samples of this rank in the next iteration."""
-        ahead = self._next_pass()
-        return (ahead.stop - ahead.start) // self.num_replicas
+        start, stop = self._ahead()
+        return (stop - start) // self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
         """Indices for this rank; the position is looked up when the first one is asked for."""
-        ahead, ranks = self._next_pass(), self.num_replicas
-        seen = handed = ahead.start
-        for start in range(ahead.start, ahead.stop, tunables.INDICES * ranks):
-            stop = min(start + tunables.INDICES * ranks, ahead.stop)
+        (first, last), ranks = self._ahead(), self.num_replicas
+        seen = handed = first
+        for start in range(first, last, tunables.INDICES * ranks):
+            stop = min(start + tunables.INDICES * ranks, last)
             for index in self.stream.at(np.arange(start + self.rank, stop, ranks)).tolist():
                 if self._engine is not None:
                     seen = self._checked(seen, handed)
                 yield index
                 handed += ranks
         if self._engine is None:
-            self._position = ahead.stop
+            self._position = last
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain data for the client state. With `follow` it isn't needed; loading it checks for a changed stream."""
@@ -238,13 +201,9 @@ class ResumableSampler(Sampler[int]):
             MismatchError: the state is from another stream; lists dataset size, seed and whatever else differs.
             DataPositionError: the engine is at another position: its checkpoint isn't the one of this state, or isn't loaded yet.
         """
-        mine = self._identity()
-        problems = [
-            f"{key}: {state.get(key)!r} when saved, {value!r} now"
-            for key, value in mine.items()
-            if state.get(key) != value
-        ]
-        if problems:
+        changed = {key: now for key, now in self._identity().items() if state.get(key) != now}
+        if changed:
+            problems = [f"{key}: {state.get(key)!r} when saved, {now!r} now" for key, now in changed.items()]
             raise MismatchError("the sampler reads another stream than the one that was saved", problems)
         if self._engine is None:
             self.set_position(int(state["position"]))
@@ -257,9 +216,15 @@ class ResumableSampler(Sampler[int]):
     def _identity(self) -> dict[str, Any]:
         return asdict(self.stream) | {"begins_at": self.begins_at}
 
-    def _next_pass(self) -> Pass:
+    def _ahead(self) -> tuple[int, int]:
+        """Return the positions from which and up to which the next iteration goes, over all ranks.
+
+        It goes to the end of the epoch, and on into the next one until the global batch is full.
+        """
         batch = self.global_batch_size if self._accumulates() else self._micro_batches
-        return Pass.of(self.position, self._boundary, self.stream.samples, batch)
+        start, boundary, samples = self.position, self._boundary, self.stream.samples
+        epoch_end = (start // samples + 1) * samples
+        return start, boundary + -(-(epoch_end - boundary) // batch) * batch
 
     def _accumulates(self) -> bool:
         """Return whether the engine decides after how many micro-batches it steps. (Releases without this setting always do.)"""
@@ -281,13 +246,6 @@ class ResumableSampler(Sampler[int]):
                 f"the engine stands at sample {self._engine.global_samples}; this dataset begins at sample {self.begins_at}"
             )
         return boundary
-
-    @property
-    def _accumulating(self) -> int:
-        """Samples of the present global batch whose gradients the engine has accumulated."""
-        if self._engine is None or not self._accumulates():
-            return 0
-        return int(self._engine.micro_steps % self._engine.gradient_accumulation_steps()) * self._micro_batches
 
     def _checked(self, seen: int, handed: int) -> int:
         """Return the engine's position. It can't go back, nor pass the samples that were handed out.

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from types import EllipsisType, TracebackType
+from types import EllipsisType
 from typing import Any, SupportsIndex, TypeAlias
 
 import torch
@@ -150,7 +150,7 @@ class OpenCheckpoint:
             None if view is None else view.logical_shape(name),
             parameter.local_shapes,
             None if view is None else describe(view.patterns[name]),
-            Deferred(partial(_dtypes, parameter)),
+            Deferred(lambda: {state: NAMED_DTYPES[dtype] for state, dtype in parameter.states.items()}),
             parameter.scalars,
             parameter.differing,
             parameter.refused,
@@ -204,9 +204,9 @@ class OpenCheckpoint:
             return found
         if name in self.unrecorded:
             raise NotInCheckpointError(f"{self.path} has no value of {name}: {self.unrecorded[name]}")
-        raise NotInCheckpointError(
-            f"{self.path} has no parameter or buffer {name!r}{_nearest(name, (*self.parameters, *self.tied))}"
-        )
+        near = get_close_matches(name, (*self.parameters, *self.tied), n=1)
+        hint = f"did you mean {near[0]}?" if near else "the names are in 'parameters'"
+        raise NotInCheckpointError(f"{self.path} has no parameter or buffer {name!r}; {hint}")
 
     def _state(self, parameter: ParameterInfo, state: str | None) -> str:
         if state is None:
@@ -229,9 +229,7 @@ class OpenCheckpoint:
     def __enter__(self) -> OpenCheckpoint:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -245,16 +243,6 @@ def _spec(spec: str | Path | Spec) -> Spec | None:
     if isinstance(spec, Spec):
         return spec
     return None if spec == "auto" else load_spec(str(spec))
-
-
-def _dtypes(parameter: Parameter) -> dict[str, torch.dtype]:
-    return {state: NAMED_DTYPES[dtype] for state, dtype in parameter.states.items()}
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    """Return the end of a message about a name that isn't there."""
-    near = get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]}?" if near else "; the names are in 'parameters'"
 
 
 def _boxed(index: Index, shape: Shape, name: str) -> tuple[Box, tuple[int | slice, ...]]:

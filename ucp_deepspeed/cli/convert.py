@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import click
@@ -56,10 +56,11 @@ def write(
                 ranks=ranks,
                 then=lambda: _point_to(destination, folder, checkpoint.run.global_steps),
             )
-    if ranks.rank == 0:
-        for entry in left_out(checkpoint, drop_client_state):
-            click.echo(f"left out {entry}", err=True)
-    if not quiet and ranks.rank == 0:
+    if ranks.rank != 0:
+        return
+    for entry in left_out(checkpoint, drop_client_state):
+        click.echo(f"left out {entry}", err=True)
+    if not quiet:
         sizes = [entry.stat().st_size for entry in folder.iterdir()]
         click.echo(
             f"{folder}: read {in_words(count.bytes_read)} from {len(count.files)} files, wrote {in_words(sum(sizes))} "
@@ -85,20 +86,13 @@ def _check_free(destination: Path, folder: Path, source: Path) -> None:
 def _point_to(destination: Path, folder: Path, step: int) -> None:
     """Have ``latest`` name a new tag folder, unless it names one of a later step."""
     latest = destination / LATEST_NAME
-    later = _later_tag(destination, step)
-    if later is None:
-        write_atomically(latest, folder.relative_to(destination).as_posix())
-    else:
-        click.echo(f"{latest} still names {later}, which is of a later step", err=True)
-
-
-def _later_tag(destination: Path, step: int) -> str | None:
-    """The tag that ``latest`` names already, if it is of a later step."""
-    try:
+    with suppress(UniversalCheckpointError):
         current = open_checkpoint(destination)
-    except UniversalCheckpointError:
-        return None
-    return _tag(destination, current.path).as_posix() if current.run.global_steps > step else None
+        if current.run.global_steps > step:
+            tag = _tag(destination, current.path).as_posix()
+            click.echo(f"{latest} still names {tag}, which is of a later step", err=True)
+            return
+    write_atomically(latest, folder.relative_to(destination).as_posix())
 
 
 def _tag(source: Path, folder: Path) -> Path:

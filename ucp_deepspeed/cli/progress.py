@@ -24,7 +24,7 @@ def shown_progress(what: str, quiet: bool = False) -> Iterator[Progress]:
     if quiet:
         yield lambda done, total: None
     elif not console.is_terminal:  # in a log a bar would be one line of no use
-        yield _Lines(what)
+        yield _lines(what)
     else:
         from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
@@ -35,23 +35,21 @@ def shown_progress(what: str, quiet: bool = False) -> Iterator[Progress]:
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-class _Lines:
-    """Progress for a log."""
+def _lines(what: str) -> Progress:
+    """Return progress for a log."""
+    start, pause = time.monotonic(), tunables.TOLD_SECONDS
+    following = start + pause
 
-    def __init__(self, what: str) -> None:
-        self._what, self._start, self._pause = what, time.monotonic(), tunables.TOLD_SECONDS
-        self._next = self._start + tunables.TOLD_SECONDS
-
-    def __call__(self, done: int, total: int) -> None:
+    def tell(done: int, total: int) -> None:
+        nonlocal pause, following
         now = time.monotonic()
-        if now < self._next or not 0 < done < total:
+        if now < following or not 0 < done < total:
             return
-        self._pause = min(2 * self._pause, tunables.MOST_TOLD_SECONDS)
-        self._next = now + self._pause
-        rate = done / (now - self._start)
+        pause = min(2 * pause, tunables.MOST_TOLD_SECONDS)
+        following = now + pause
+        rate = done / (now - start)
         left = round((total - done) / rate)
-        click.echo(
-            f"{self._what}: {in_words(done)} of {in_words(total)} ({done / total:.0%}), {in_words(rate)}/s, "
-            f"{left // 60}:{left % 60:02} left",
-            err=True,
-        )
+        shown = f"{in_words(done)} of {in_words(total)} ({done / total:.0%}), {in_words(rate)}/s"
+        click.echo(f"{what}: {shown}, {left // 60}:{left % 60:02} left", err=True)
+
+    return tell

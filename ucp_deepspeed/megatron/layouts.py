@@ -50,14 +50,8 @@ def _is_gated(owner: str, modules: dict[str, torch.nn.Module]) -> bool:
     parent, _, name = owner.rpartition(".")
     layer = modules[parent]
     if name == MEGATRON_DEEPSPEED[0]:
-        first, second = (_shape_on_rank(getattr(layer, each, None)) for each in MEGATRON_DEEPSPEED)
+        weights = [getattr(getattr(layer, each, None), "weight", torch.zeros(())) for each in MEGATRON_DEEPSPEED]
+        # Shapes on this tensor-parallel rank, before ZeRO-3 partitions them.
+        first, second = (getattr(weight, "ds_shape", weight.shape) for weight in weights)
         return len(first) == len(second) == 2 and first[0] == 2 * second[1]
     return name == "linear_fc1" and isinstance(layer, MLP) and bool(layer.config.gated_linear_unit)
-
-
-def _shape_on_rank(module: torch.nn.Module | None) -> torch.Size:
-    """Return the shape of a module's weight on this tensor-parallel rank, before ZeRO-3 partitions it; empty where there is
-    none."""
-    weight = getattr(module, "weight", torch.zeros(()))
-    found: torch.Size = getattr(weight, "ds_shape", weight.shape)
-    return found
