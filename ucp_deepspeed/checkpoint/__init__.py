@@ -1,17 +1,6 @@
-"""On-disk forms of a checkpoint, each as a *catalog*: it tells which range of which file holds which elements of a parameter.
+"""On-disk forms of a checkpoint, each as a *catalog*: it tells which range of which file holds which elements of a parameter."""
 
-Every form is a `Checkpoint`; `open_checkpoint` recognises the form at a path. Opening parses metadata only: a tensor's bytes
-stay on disk until a plan asks for them.
-"""
-
-from ucp_deepspeed.checkpoint.checkpoint import (
-    Checkpoint,
-    FileExtent,
-    LossScale,
-    Parameter,
-    ParameterGroup,
-    RunState,
-)
+from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, LossScale, Parameter, ParameterGroup, RunState
 from ucp_deepspeed.checkpoint.opening import open_checkpoint, resolve_tag
 
 __all__ = [

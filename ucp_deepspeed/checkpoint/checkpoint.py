@@ -31,7 +31,6 @@ MASTER = "fp32"
 WEIGHT = "weight"
 """Name of the one state of a frozen parameter or a buffer."""
 
-
 WEIGHTS_HINT = (
     'load_module_only=True or load_optimizer_states=False loads the weights, "optimizer_states": "reset" those and the rest, '
     "with the optimizer's state as before a first step"
@@ -40,8 +39,7 @@ WEIGHTS_HINT = (
 
 IMPLEMENTATION_SWITCHES = frozenset(("foreach", "fused", "capturable", "differentiable", "name", "moe", "param_names"))
 """Hyper-parameters that choose how a machine computes, not the result: each side keeps its own, and all others are restored.
-``name`` and ``moe`` are DeepSpeed's marks on groups of experts; they say over which ranks the experts are cut. ``param_names``
-is torch's list of the group's parameters."""
+``name`` and ``moe`` are DeepSpeed's marks on groups of experts, ``param_names`` is torch's list of the group's parameters."""
 
 GROUP_STEP = "step"
 """Key of a parameter group in which Apex's and Transformer Engine's ``FusedAdam`` count steps, from the first step on. In
@@ -242,10 +240,7 @@ class Checkpoint(ABC):
         """
 
     def unreadable(self, rank: int = 0, partition: int = 0) -> Mapping[str, str]:
-        """Keys of the client state that are left out because reading them would run code of a class → that class.
-
-        Args: see `client_state`.
-        """
+        """Keys of `client_state` that are left out because reading them would run code of a class → that class."""
         return {}
 
     @abstractmethod
@@ -253,8 +248,4 @@ class Checkpoint(ABC):
         """Return for each tensor-parallel rank the results of ``get_extra_state``, except None, by key of the ``state_dict``."""
 
     def check_sizes(self) -> None:
-        """Compare the sizes of all files with the record; a load checks the files that it opens.
-
-        Raises:
-            DamagedCheckpointError: a file is truncated, or isn't the recorded one.
-        """
+        """Raise a DamagedCheckpointError if some file hasn't the recorded size; a load checks the files that it opens."""

@@ -1,7 +1,4 @@
-"""Numbers of an optimizer that differ between partitions of a checkpoint, and their fate if the target has other partitions.
-
-Each partition's optimizer steps on its own, so that a norm, or a rate that it finds, may differ between ranks.
-"""
+"""Numbers of an optimizer that differ between partitions of a checkpoint, and their fate if the target has other partitions."""
 
 from __future__ import annotations
 

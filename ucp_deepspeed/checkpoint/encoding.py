@@ -112,17 +112,12 @@ def encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
             return {"$plain": [name, encode(say(value), place, tensors)]}
     if isinstance(value, bytes):
         return {"$bytes": base64.b64encode(value).decode("ascii")}
-    raise UnsupportedError(
-        f"{place} is a {type(value).__module__}.{type(value).__qualname__}, which has no universal form"
-    )
+    found = f"{type(value).__module__}.{type(value).__qualname__}"
+    raise UnsupportedError(f"{place} is a {found}, which has no universal form")
 
 
 def check_encoded(encoded: Any, place: str) -> None:
-    """Check that the result of `encode` can be written, and read again as a part of an index.
-
-    Raises:
-        UnsupportedError: there is a string without a UTF-8 form, as a file's name may be, or values are nested too deeply.
-    """
+    """Raise an UnsupportedError if the result of `encode` holds a string without a UTF-8 form, or is nested too deeply."""
     try:
         pydantic_core.from_json(json.dumps([[[[encoded]]]], ensure_ascii=False).encode("utf-8"))
     except UnicodeEncodeError as error:
@@ -132,11 +127,7 @@ def check_encoded(encoded: Any, place: str) -> None:
 
 
 def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Return the value that `encode` was given.
-
-    Raises:
-        DamagedCheckpointError: a tag is unknown, or a tensor is missing.
-    """
+    """Return the value that `encode` was given; raise a DamagedCheckpointError for an unknown tag or a missing tensor."""
     if isinstance(value, list):
         return [decode(item, tensors) for item in value]
     if not isinstance(value, dict):

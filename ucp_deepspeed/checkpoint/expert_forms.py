@@ -123,11 +123,9 @@ def _check_matrices(
     problems: list[str] = []
     for name, found in lacking.items():
         shape, (layer, kind, _) = matrix_shape(name, wanted[name]), found[0]
-        numbers = {number for each, matrix, number in held if (each, matrix) == (layer, kind)}
-        shapes = {
-            found_shape for (each, matrix, _), (_, found_shape) in held.items() if (each, matrix) == (layer, kind)
-        }
-        expected = {number for each, matrix, number in (m for f in lacking.values() for m in f) if each == layer}
+        numbers = {matrix[2] for matrix in held if matrix[:2] == (layer, kind)}
+        shapes = {its_shape for matrix, (_, its_shape) in held.items() if matrix[:2] == (layer, kind)}
+        expected = {number for matrices in lacking.values() for each, _, number in matrices if each == layer}
         if numbers != expected:
             problems.append(f"{name}: of {len(expected)} experts, in the checkpoint there are {len(numbers)}")
         elif shapes != {shape}:

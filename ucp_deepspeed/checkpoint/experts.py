@@ -1,7 +1,6 @@
 """DeepSpeed's mixture-of-experts layers. Their experts are spread over expert-parallel ranks.
 
-Every rank calls its own experts 0, 1, …, in the model and in the optimizer's files. Files of experts' weights have the numbers
-in the whole layer. Names here always have the numbers in the whole layer, so that no two ranks' experts are confused.
+Every rank calls its own experts 0, 1, …, in the model and in optimizer files. Names here have the numbers in the whole layer.
 
 Source: ``moe/experts.py``, ``utils/groups.py::_create_expert_and_data_parallel``, ``runtime/engine.py::_save_moe_checkpoint``.
 """

@@ -1,8 +1,4 @@
-"""The interface of all outputs of a conversion, as `Checkpoint` is that of all inputs: which bytes go where.
-
-An output says what to write: names, types, and their grouping into files. How the bytes are gathered, divided among ranks and
-committed is the same for all (`ucp_deepspeed.transfer.conversion`).
-"""
+"""The interface of all outputs of a conversion, as `Checkpoint` is that of all inputs: which bytes go where."""
 
 from __future__ import annotations
 

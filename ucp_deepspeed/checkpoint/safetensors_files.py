@@ -31,11 +31,7 @@ _ENTRIES = TypeAdapter(dict[str, _Entry | dict[str, str]])
 
 
 class SafetensorsHeader:
-    """The header of a file, with the position of each tensor.
-
-    Raises:
-        DamagedCheckpointError: the file has none.
-    """
+    """The header of a file, with the position of each tensor. A file without one is a DamagedCheckpointError."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -59,9 +55,8 @@ class SafetensorsHeader:
         begin, end = entry.data_offsets
         numel = prod(shape)
         if entry.shape != shape:
-            raise DamagedCheckpointError(
-                f"{self.path}: {key} has shape {list(entry.shape)}; the index says {list(shape)}"
-            )
+            found = list(entry.shape)
+            raise DamagedCheckpointError(f"{self.path}: {key} has shape {found}; the index says {list(shape)}")
         if end - begin != numel * ITEMSIZE[entry.dtype] or not 0 <= begin <= end <= self.data_numbytes:
             raise DamagedCheckpointError(
                 f"{self.path}: {key}, {entry.dtype} of shape {list(shape)}, can't lie in bytes {begin} to {end} of "

@@ -1,9 +1,7 @@
 """Slots: the common part of the families of DeepSpeed's optimizers.
 
-Every family keeps its tensors in *slots*. A slot is a flat buffer for each partition, holding some parameters end to end, and
-one buffer of the same layout per optimizer state. ZeRO-1/2 has one slot per parameter group, ZeRO-3 one per sub-group, the
-stage-0 fp16/bf16 wrapper one per group or one per parameter, a plain torch optimizer one per parameter. The families differ only
-in where the files hold a slot's buffer: each gives the function `tensor` for it.
+A slot is a flat buffer for each partition, holding some parameters end to end, and one buffer of the same layout per optimizer
+state. The families differ only in where the files hold a slot's buffer: each gives the function `tensor` for it.
 """
 
 from __future__ import annotations
@@ -31,12 +29,7 @@ NAMING_KEYS = ("params", "param_names")
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """The optimizer's values on one partition, except tensors.
-
-    Attributes:
-        scalars: states of a slot that are one number.
-        settings: hyper-parameters of its group; none in elastic files.
-    """
+    """States of a slot that are one number, on one partition, and its group's hyper-parameters (none in elastic files)."""
 
     scalars: Mapping[str, float]
     settings: Mapping[str, Any]

@@ -62,11 +62,8 @@ class FileVersions:
 
 
 def check_regular(path: str | Path) -> None:
-    """Refuse a path that isn't a file, before it is read: reading a pipe waits, and a device may never end.
-
-    Raises:
-        DamagedCheckpointError: it is something else; tells what. A missing path, or one that can't be inspected, is accepted.
-    """
+    """Raise a DamagedCheckpointError for a pipe, whose reading waits, a device, which may never end, or anything but a file.
+    A missing path, or one that can't be inspected, is accepted."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116
     except OSError:

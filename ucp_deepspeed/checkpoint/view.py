@@ -1,14 +1,10 @@
-"""The universal view: a checkpoint whose parameters are whole, whichever files and ranks hold them.
-
-This is the paper's universal checkpoint as a view instead of a copy: *Extract* is the catalog's fragments, *Union* the layouts'
-pieces, *StripPad* the logical shape.
-"""
+"""The universal view: a checkpoint whose parameters are whole, whichever files and ranks hold them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TypeVar
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, HeldShapes, Parameter
@@ -176,11 +172,8 @@ class UniversalView:
 
     @classmethod
     def of_single_rank(cls, checkpoint: Checkpoint, names: Mapping[str, str], wanted: Collection[str]) -> UniversalView:
-        """Make the view of a checkpoint without tensor parallelism, padding included: all that its rank holds of each parameter.
-
-        Under any pattern one rank holds the whole. The manifest's record tells how other ranks would share it, and contradicts
-        nothing here.
-        """
+        """Make the view of a checkpoint without tensor parallelism, padding included: all that its rank holds."""
+        # The record tells how other ranks would share it, and contradicts nothing here.
         return cls(checkpoint, names, dict.fromkeys(wanted, Replicate()), None, wanted, check_record=False)
 
     def logical_shape(self, name: str) -> Shape:
@@ -188,11 +181,7 @@ class UniversalView:
         return self.layouts[name].logical_shape
 
     def layouts_on(self, degree: int) -> dict[str, Layout]:
-        """Return the layout of each parameter and buffer on a plain model of another tensor-parallel size.
-
-        Raises:
-            MismatchError: some parameters can't be cut that way; lists all.
-        """
+        """Return all layouts on a plain model of another tensor-parallel size; a MismatchError lists what can't be cut so."""
         shapes: dict[str, HeldShapes] = {}
         problems: list[str] = []
         for name, pattern in self.patterns.items():
@@ -206,10 +195,7 @@ class UniversalView:
 
     def source(self, name: str, state: str) -> Source[FileExtent]:
         """Return the source that a plan reads from."""
-        return Source(
-            self.layouts[name],
-            lambda rank, start, stop: self.checkpoint.fragments(self._catalog_names[name], state, rank, start, stop),
-        )
+        return Source(self.layouts[name], partial(self.checkpoint.fragments, self._catalog_names[name], state))
 
 
 def names_of(checkpoint: Checkpoint, specs: Sequence[Spec]) -> dict[str, LogicalName]:
@@ -236,11 +222,7 @@ def parameter_names(checkpoint: Checkpoint) -> list[str]:
 
 
 def _check_guess(checkpoint: Checkpoint, names: Sequence[str], local_shapes: Mapping[str, tuple[Shape, ...]]) -> None:
-    """Refuse to guess by names if the AutoTP that cut the model records nothing: such versions leave other parts of it whole.
-
-    Raises:
-        SpecError: names the likely family, and tells how to check it.
-    """
+    """Refuse to guess by names if the AutoTP that cut the model records nothing: such versions leave other parts of it whole."""
     if checkpoint.topology.tp == 1 or checkpoint.patterns or not before_records(checkpoint.run.ds_version):
         return
     family = find_family(names, local_shapes).spec

@@ -35,8 +35,7 @@ from ucp_deepspeed.plan import BlockCopy, Fragment, StridedView, Target, plan_te
 T = TypeVar("T")
 
 _PLANNING = threading.Lock()
-"""A lock, held while a plan asks the catalog: that may open files, and torch's allow-list of classes belongs to the whole
-process."""
+"""Held while a plan asks the catalog: that may open files, and torch's allow-list of classes belongs to the whole process."""
 
 
 @dataclass
@@ -72,11 +71,7 @@ class FileReader:
         self._lock = threading.Lock()
 
     def read_into(self, view: StridedView[FileExtent], target: torch.Tensor) -> None:
-        """Read a run of elements into contiguous memory of the CPU, of the same dtype: one copy, and no faults of a map's pages.
-
-        Raises:
-            DamagedCheckpointError: the file is missing or ends before the extent does.
-        """
+        """Read a run of elements into contiguous memory of the CPU, of the same dtype, with the errors of `block`."""
         file, start = self._open(view, target.numel())
         file.read_into(start, memoryview(target.detach().view(-1).view(torch.uint8).numpy()))
 
@@ -138,11 +133,7 @@ class FileReader:
 
 
 def _runs(view: StridedView[FileExtent], shape: tuple[int, ...]) -> tuple[Sequence[int], int] | None:
-    """Return a block as runs of consecutive elements of the file: where each begins, and their length.
-
-    Returns:
-        None where they are too short to be read one by one.
-    """
+    """Return where each run of consecutive elements in a block begins, and their length; None if runs are too short to read."""
     numel, outer = 1, len(shape)
     while outer and (shape[outer - 1] == 1 or view.strides[outer - 1] == numel):
         outer -= 1
@@ -172,10 +163,7 @@ def _most_open() -> int:
 
 
 class _File:
-    """An open file, with one descriptor. It is mapped when blocks are asked for, if that is wanted and possible.
-
-    It is closed at the latest when nobody uses it any more.
-    """
+    """An open file, at the latest closed when nobody uses it any more. It is mapped when blocks are asked for, if possible."""
 
     def __init__(self, path: str, mapped: bool) -> None:
         self.path, self._mapped = path, mapped
@@ -214,9 +202,8 @@ class _File:
             except OSError as error:
                 raise _unreadable(self.path, error) from error
             if count == 0:
-                raise DamagedCheckpointError(
-                    f"{self.path} became shorter while it was read: {stop} bytes were expected"
-                )
+                told = f"became shorter while it was read: {stop} bytes were expected"
+                raise DamagedCheckpointError(f"{self.path} {told}")
             target = target[count:]
 
 
@@ -270,9 +257,8 @@ def _is_plain(copy: BlockCopy[FileExtent, T], target: torch.Tensor) -> bool:
     """Return whether consecutive bytes of a file become consecutive bytes of the CPU's memory."""
     source = copy.sources[0]
     dense = row_major_strides(copy.shape)
-    in_a_row = all(
-        count == 1 or stride == step for count, stride, step in zip(copy.shape, source.strides, dense, strict=True)
-    )
+    places = zip(copy.shape, source.strides, dense, strict=True)
+    in_a_row = all(count == 1 or stride == step for count, stride, step in places)
     kept = len(copy.sources) == 1 and copy.factor == 1 and target.dtype == NAMED_DTYPES[source.buffer.dtype]
     return kept and in_a_row and target.is_contiguous() and target.device.type == "cpu"
 
@@ -353,7 +339,6 @@ def gather(
         with _PLANNING:
             copies = plan_tensor(view.source(name, state), Target(layout, rank, (wanted,)), state)
     except ValueError as error:
-        raise MismatchError(
-            f"{view.checkpoint.path} doesn't give whole parameters", [f"{name}/{state}: {error}"]
-        ) from error
+        told = f"{view.checkpoint.path} doesn't give whole parameters"
+        raise MismatchError(told, [f"{name}/{state}: {error}"]) from error
     return run_copies(copies, reader, lambda _: target)

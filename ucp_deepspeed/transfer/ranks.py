@@ -1,8 +1,4 @@
-"""Processes that convert together, on one machine or on several with a shared file system.
-
-No tensor goes from one process to another: they divide the output by bytes and meet in its files. They use a store of a few
-small texts to tell one another what they see, when they have written their share, and that they failed.
-"""
+"""Processes that convert together: they divide the output by bytes, meet in its files, and agree through a store of texts."""
 
 from __future__ import annotations
 
@@ -43,11 +39,7 @@ class Ranks:
         self._heard: dict[int, tuple[bytes, float]] = {}
 
     def gather(self, step: str, value: Any) -> Sequence[Any]:
-        """Return each rank's value, of plain data, when all have come to this step. Collective: rank 0 collects.
-
-        Raises:
-            OtherRankError: a rank has failed.
-        """
+        """Return each rank's value, of plain data, when all have come to this step. Collective, with `check`: rank 0 collects."""
         values: list[Any] = []
         with _reachable():
             self._store.set(f"{step}/{self.rank}", json.dumps(value))
@@ -59,11 +51,7 @@ class Ranks:
         return found
 
     def broadcast(self, step: str, value: Any = None) -> Any:
-        """Return rank 0's value, of plain data, on all ranks. Rank 0 goes on at once.
-
-        Raises:
-            OtherRankError: a rank has failed; on the other ranks than rank 0.
-        """
+        """Return rank 0's value, of plain data, on all ranks. Rank 0 goes on at once; the others wait, with `check`."""
         key = f"{step}/all"
         with _reachable():
             if self.rank == 0:
@@ -73,11 +61,7 @@ class Ranks:
             return json.loads(self._store.get(key))
 
     def check(self) -> None:
-        """Look for failed ranks; called now and then while working.
-
-        Raises:
-            OtherRankError: a rank has failed.
-        """
+        """Raise an OtherRankError if a rank has failed; called now and then while working."""
         with _reachable():
             if self._store.check(["failed"]):
                 raise OtherRankError(self._store.get("failed").decode())
@@ -124,27 +108,20 @@ class Ranks:
             time.sleep(tunables.LOOK_SECONDS)
 
     def _listen(self) -> None:
-        """Check the signs of life: rank 0 checks all others, and these check rank 0.
-
-        Raises:
-            OtherRankError: a rank has been silent for too long; all ranks learn of it.
-        """
+        """Check that no rank has been silent for too long: rank 0 checks all others, and these check rank 0."""
         now = time.monotonic()
         if now - self._looked < tunables.BEAT_SECONDS:
             return
         self._looked = now
         for rank in range(1, self.count) if self.rank == 0 else (0,):
-            beat = self._store.get(_beat_key(rank)) if self._store.check([_beat_key(rank)]) else b""
+            key = f"alive/{rank}"
+            beat = self._store.get(key) if self._store.check([key]) else b""
             if self._heard.get(rank, (None, 0.0))[0] != beat:
                 self._heard[rank] = beat, now
             elif now - self._heard[rank][1] > tunables.LOST_SECONDS:
                 text = f"rank {rank} hasn't been heard of for {tunables.LOST_SECONDS:g} s"
                 self._store.compare_set("failed", "", text)
                 raise OtherRankError(text)
-
-
-def _beat_key(rank: int) -> str:
-    return f"alive/{rank}"
 
 
 @contextmanager
@@ -155,7 +132,7 @@ def _beating(store: dist.Store, rank: int) -> Iterator[None]:
     def beat() -> None:
         with suppress(dist.DistError):  # the store is gone: a waiting rank sees it too
             for number in count(1):
-                store.set(_beat_key(rank), str(number))
+                store.set(f"alive/{rank}", str(number))
                 if stopped.wait(tunables.BEAT_SECONDS):
                     return
 
@@ -194,11 +171,7 @@ def joined() -> Iterator[Ranks]:
 
 @contextmanager
 def taking_part(store: dist.Store, rank: int, count: int) -> Iterator[Ranks]:
-    """Yield one of the ranks that share a store; in the block an error of one is an error of all.
-
-    Raises:
-        OtherRankError: another rank has failed.
-    """
+    """Yield one of the ranks that share a store; in the block an error of one is an OtherRankError of all others."""
     ranks, failed = Ranks(store, rank, count), True
     try:
         with terminated_as_exception(), ranks.failing_together(), _beating(store, rank):

@@ -1,9 +1,4 @@
-"""Parameters that several pipeline stages hold, such as a tied module's: each stage's optimizer has a copy of its own.
-
-Copies that are all in use are trained alike and stay the same. They differ where a stage doesn't use its copy, such as a bias
-beside a tied weight, and where an optimizer's step depends on what else a partition holds. A target with other stages takes one
-copy: that of the stage that trained it, if only one did; else the one that the user names.
-"""
+"""Copies of a parameter that several pipeline stages hold, and the one that is read (docs/architecture.md, *Pipelines*)."""
 
 from __future__ import annotations
 
@@ -28,12 +23,7 @@ COPIES_HINT = (
 
 @dataclass(frozen=True)
 class Seen:
-    """The result of comparing the copies of one parameter, perhaps in a part of its elements.
-
-    Attributes:
-        differing: masters, states and other things in which the copies aren't the same.
-        trained: stages whose copy has a state that isn't zero all over.
-    """
+    """The states in which the copies of one parameter differ, and the stages whose copy has a state that isn't zero."""
 
     differing: frozenset[str] = frozenset()
     trained: frozenset[int] = frozenset()

@@ -9,7 +9,7 @@ import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -108,17 +108,13 @@ def write_share(
     """
     if not share:
         return TransferCount()
-    task = _Task(view, folder, share, chunk_numbytes, progress)
-    try:
-        with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
-            try:
-                _wait([pool.submit(task.work) for _ in range(max(workers, 1))], check)
-                view.checkpoint.versions.check()
-            except BaseException:
-                task.stop.set()
-                raise
-    finally:
-        task.close()
+    task, workers = _Task(view, folder, share, chunk_numbytes, progress), max(workers, 1)
+    with closing(task), ThreadPoolExecutor(workers) as pool:
+        try:
+            _wait([pool.submit(task.work) for _ in range(workers)], check)
+            view.checkpoint.versions.check()
+        finally:
+            task.stop.set()
     return task.count
 
 

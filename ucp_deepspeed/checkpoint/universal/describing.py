@@ -59,9 +59,8 @@ def describe(
     if checkpoint.lacking is not None:
         raise checkpoint.lacking
     if on_unreadable == "error" and (unread := left_out(checkpoint, drop_client_state)):
-        raise UnsupportedError(
-            f"{checkpoint.path} can't be read as a whole; --on-unreadable drop converts the rest", unread
-        )
+        told = f"{checkpoint.path} can't be read as a whole; --on-unreadable drop converts the rest"
+        raise UnsupportedError(told, unread)
     refused = [f"{name}: {why}" for name, parameter in view.parameters.items() for why in parameter.refused.values()]
     if refused:
         raise UnsupportedError("\n  ".join([f"{checkpoint.path} can't be converted:", *refused[:MAX_LISTED]]))
@@ -145,11 +144,12 @@ def _without_numpy(value: Any) -> Any:
 def _run(checkpoint: Checkpoint) -> IndexRun:
     run = {field.name: getattr(checkpoint.run, field.name) for field in fields(checkpoint.run)}
     scale = None if run["loss_scale"] is None else asdict(run["loss_scale"])
-    encoded = {
-        key: None if value is None else _encoded_mapping(value, key)
-        for key, value in (("lr_scheduler", run["lr_scheduler"]), ("loss_scale", scale))
-    }
-    return IndexRun(**(run | encoded))
+    for key, value in (("lr_scheduler", run["lr_scheduler"]), ("loss_scale", scale)):
+        if not isinstance(value, Mapping | None):  # readers take nothing else
+            kind = type(value).__qualname__
+            raise UnsupportedError(f"{key} is a {kind}, which has no universal form; use a mapping")
+        run[key] = _encoded(value, key)
+    return IndexRun(**run)
 
 
 def _encoded(value: Any, place: str) -> Any:
@@ -160,13 +160,6 @@ def _encoded(value: Any, place: str) -> Any:
         raise UnsupportedError(f"{', '.join(tensors)}: a tensor here has no universal form; use a number")
     check_encoded(encoded, place)
     return encoded
-
-
-def _encoded_mapping(value: Any, place: str) -> Any:
-    """Encode a state dict: readers take nothing else in its place."""
-    if not isinstance(value, Mapping):
-        raise UnsupportedError(f"{place} is a {type(value).__qualname__}, which has no universal form; use a mapping")
-    return _encoded(value, place)
 
 
 def _encoded_scalars(value: Mapping[Any, Any], name: str) -> Any:
@@ -182,9 +175,8 @@ class _Places(dict[str, torch.Tensor]):
         if place in self:
             raise UnsupportedError(f"{place} stands for two tensors; rename one of the keys with dots")
         if tensor.dtype not in TORCH_DTYPES or tensor.layout is not torch.strided:
-            raise UnsupportedError(
-                f"{place} is a tensor of {tensor.dtype}, {tensor.layout}, which has no universal form"
-            )
+            kind = f"{tensor.dtype}, {tensor.layout}"
+            raise UnsupportedError(f"{place} is a tensor of {kind}, which has no universal form")
         super().__setitem__(place, tensor)
 
 

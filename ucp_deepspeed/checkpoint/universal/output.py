@@ -73,10 +73,8 @@ def lay_out(view: UniversalView, file_numbytes: int) -> tuple[OutputFile, ...]:
                 held = 0
             bins[-1][atom_key(name, state)] = region
             held += region.numbytes
-    return tuple(
-        safetensors_file(f"atoms-{number:05d}-of-{len(bins):05d}.safetensors", regions)
-        for number, regions in enumerate(bins, 1)
-    )
+    names = [f"atoms-{number:05d}-of-{len(bins):05d}.safetensors" for number in range(1, len(bins) + 1)]
+    return tuple(map(safetensors_file, names, bins))
 
 
 def _write_rest(view: UniversalView, index: Index, tensors: dict[str, torch.Tensor], folder: Path) -> None:

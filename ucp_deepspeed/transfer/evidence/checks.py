@@ -1,8 +1,4 @@
-"""Evidence in a checkpoint for and against a spec: names, shapes, values, recorded layouts, and a whole copy beside it.
-
-A wrong rule can keep every byte and ruin the model. So a spec is compared with everything that the checkpoint knows. What it
-doesn't know is listed in ``docs/language.md``, *What can't be caught*.
-"""
+"""Evidence in a checkpoint for and against a spec; what it can't know is in ``docs/language.md``, *What can't be caught*."""
 
 from __future__ import annotations
 
@@ -18,8 +14,14 @@ from ucp_deepspeed.language.resolve import contradicts_record, describe
 from ucp_deepspeed.layout import Layout, Partial, Shape, Shard, ShardGrid
 from ucp_deepspeed.layout.layout import Piece
 from ucp_deepspeed.layout.pattern import Pattern, split_evenly
-from ucp_deepspeed.transfer.evidence.held_values import HeldValues, Progress, no_progress, of_first_stage, passing
-from ucp_deepspeed.transfer.evidence.single_rank import SingleRank
+from ucp_deepspeed.transfer.evidence.held_values import (
+    HeldValues,
+    Progress,
+    SingleRank,
+    no_progress,
+    of_first_stage,
+    passing,
+)
 
 UNRELATED = 0.5
 """`HeldValues.distance` from which two ranks' matrices count as different ones, and not as copies that were updated apart."""
@@ -34,13 +36,7 @@ Extent = Literal["no", "shapes", "values"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that a checkpoint says about a spec.
-
-    Attributes:
-        name: logical name of the parameter.
-        what: see `What`.
-        detail: in words.
-    """
+    """One thing that a checkpoint says about a spec, under the logical name of a parameter."""
 
     name: str
     what: What

@@ -17,19 +17,22 @@ from ucp_deepspeed.language.inference import (
 from ucp_deepspeed.language.name_spaces import LogicalName
 from ucp_deepspeed.layout import Partial, Replicate, Scale, Shape, Shard
 from ucp_deepspeed.layout.pattern import Pattern
-from ucp_deepspeed.transfer.evidence.held_values import HeldValues, Progress, no_progress, of_first_stage, passing
-from ucp_deepspeed.transfer.evidence.single_rank import Joined, SingleRank
+from ucp_deepspeed.transfer.evidence.held_values import (
+    HeldValues,
+    Joined,
+    Progress,
+    SingleRank,
+    no_progress,
+    of_first_stage,
+    passing,
+)
 
 SCALE_COMMENT = "each rank holds the value divided by their number; give powers for the optimizer's states, too"
 PARTIAL_COMMENT = "all ranks hold the whole shape with different values: partial, if each rank updates its own"
 
 
 def infer_from_record(checkpoint: Checkpoint) -> dict[str, Guess]:
-    """Return what the manifest or the index says, by logical name.
-
-    Raises:
-        SpecError: it says nothing about some parameter.
-    """
+    """Return what the manifest or the index says, by logical name; raise a SpecError if it lacks some parameter."""
     names = parameter_names(checkpoint)
     missing = [name for name in names if name not in checkpoint.patterns]
     if missing:
