@@ -248,11 +248,7 @@ class ResumableSampler(Sampler[int]):
         return boundary
 
     def _checked(self, seen: int, handed: int) -> int:
-        """Return the engine's position. It can't go back, nor pass the samples that were handed out.
-
-        Raises:
-            DataPositionError: it went back, or passed them.
-        """
+        """Return the engine's position. It can't go back, nor pass the samples that were handed out."""
         position = self.position
         if not seen <= position <= handed:
             raise DataPositionError(

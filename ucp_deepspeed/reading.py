@@ -125,7 +125,8 @@ class OpenCheckpoint:
         self._view: UniversalView | None = None
         self.layouts_unknown: SpecError | MismatchError | None = None
         try:
-            self._view = UniversalView.of(checkpoint, _spec(spec), vocabulary_size)
+            named = None if spec == "auto" else spec if isinstance(spec, Spec) else load_spec(str(spec))
+            self._view = UniversalView.of(checkpoint, named, vocabulary_size)
         except (SpecError, MismatchError) as error:
             if spec != "auto":
                 raise
@@ -239,19 +240,8 @@ class OpenCheckpoint:
         )
 
 
-def _spec(spec: str | Path | Spec) -> Spec | None:
-    if isinstance(spec, Spec):
-        return spec
-    return None if spec == "auto" else load_spec(str(spec))
-
-
 def _boxed(index: Index, shape: Shape, name: str) -> tuple[Box, tuple[int | slice, ...]]:
-    """Return the box of a tensor that an index needs, and the index into that box.
-
-    Raises:
-        NotInCheckpointError: it leaves the tensor.
-        TypeError: it holds something else than integers, slices and an ellipsis.
-    """
+    """Return the box of a tensor that an index needs, and the index into that box."""
     parts = list(index) if isinstance(index, Sequence) and not isinstance(index, str) else [index]
     if (dots := [place for place, part in enumerate(parts) if part is Ellipsis]) and len(parts) <= len(shape) + 1:
         parts[dots[0] : dots[0] + 1] = [slice(None)] * (len(shape) - len(parts) + 1)

@@ -134,11 +134,7 @@ def _other_tags(folder: Path) -> list[str]:
 
 
 def _matching(report: Mapping[str, Any], match: str) -> dict[str, Any]:
-    """Return the parameters whose name a glob fits.
-
-    Raises:
-        ConfigError: it fits none, or isn't a glob.
-    """
+    """Return the parameters whose name a glob fits; there must be some."""
     try:
         check_glob(match)
     except ValueError as error:

@@ -51,8 +51,12 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> None:
         """Run the command."""
-        _allow_many_files()
-        _print_what_can_be_printed()
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with suppress(ValueError, OSError):  # a system that has a lower limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # shells allow few for checkpoints of many ranks
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="replace")  # characters that its encoding lacks become question marks
         try:
             ctx.exit(super().invoke(ctx) or 0)
         except UniversalCheckpointError as error:
@@ -98,20 +102,6 @@ def _end_without_reader(ctx: click.Context) -> NoReturn:
     """End quietly when the reader of the output has gone, as ``head`` does. The status is no command's answer."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it empties its buffer
     ctx.exit(128 + signal.SIGPIPE)
-
-
-def _print_what_can_be_printed() -> None:
-    """Characters that the output's encoding lacks, as in names or tables, become question marks."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="replace")
-
-
-def _allow_many_files() -> None:
-    """As many as the system lets this process open: what shells allow is few for checkpoints of many ranks."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # a system that has a lower limit of its own
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class Commands(click.Group):

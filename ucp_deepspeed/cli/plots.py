@@ -57,11 +57,7 @@ def _count_bytes(axis: Any, most: int) -> None:
 
 
 def draw_sizes(report: Mapping[str, Any], path: Path) -> None:
-    """Draw how large each layer's states are.
-
-    Args:
-        report: what ``ucp inspect --json`` prints.
-    """
+    """Draw how large each layer's states are, in a report of ``ucp inspect --json``."""
     layers: dict[str, list[Mapping[str, Any]]] = {}
     for name, entry in report["parameters"].items():
         layer = layer_of(name)
@@ -113,10 +109,7 @@ def draw_plan(plan: TargetPlan, folder: Path, path: Path) -> None:
 
 
 def draw_parameter(report: Mapping[str, Any], path: Path) -> None:
-    """Draw a whole tensor with the box of each rank, and the ranks' local tensors with the same boxes.
-
-    Args:
-        report: what ``ucp spec explain --json`` prints.
+    """Draw a whole tensor and the ranks' local tensors with the boxes in a report of ``ucp spec explain --json``.
 
     Raises:
         ConfigError: nothing tells the boxes.
@@ -131,12 +124,7 @@ def draw_parameter(report: Mapping[str, Any], path: Path) -> None:
     shown = held[:MOST_LOCAL]
     figure = _new_figure(9, max(4.0, 0.9 * len(shown) + 1))
     grid = figure.add_gridspec(max(len(shown), 1), 2, width_ratios=(3, 2))
-    cut = {
-        dim for dim, extent in enumerate(report["shape"]) for box, _ in boxes.values() if list(box[dim]) != [0, extent]
-    }
-    dims = sorted(
-        sorted(range(len(report["shape"])), key=lambda dim: dim not in cut)[:2]
-    )  # those that are cut come first
+    dims = _drawn_dims(report["shape"], [box for box, _ in boxes.values()])
     whole = figure.add_subplot(grid[:, 0])
     for box, numbers in boxes.values():
         _draw_box(whole, box, dims, numbers[0], _ranks_in_words(numbers, len(held)))
@@ -149,6 +137,12 @@ def draw_parameter(report: Mapping[str, Any], path: Path) -> None:
     if len(shown) < len(held):
         figure.supxlabel(f"the local tensors of {len(held) - len(shown)} more ranks are not drawn", fontsize=8)
     _write(figure, path)
+
+
+def _drawn_dims(shape: Sequence[int], boxes: Sequence[Sequence[Sequence[int]]]) -> list[int]:
+    """Return two dimensions to draw, or one: those that are cut come first."""
+    uncut = {dim for dim, extent in enumerate(shape) if all(list(box[dim]) == [0, extent] for box in boxes)}
+    return sorted(sorted(range(len(shape)), key=uncut.__contains__)[:2])
 
 
 def _draw_box(axes: Axes, box: Sequence[Sequence[int]], dims: Sequence[int], number: int, label: str) -> None:

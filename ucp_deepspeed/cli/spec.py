@@ -270,12 +270,7 @@ def infer(checkpoint: Path | None, tag: str | None, model: str | None, single_ra
 
 
 def _infer_from_model(place: str) -> dict[str, Guess]:
-    """Calls the user's function.
-
-    Raises:
-        ConfigError: there is no such function, or it returns no module.
-        SpecError: no parameter carries Megatron-Core's attributes.
-    """
+    """Return what is known from the model that the user's function makes."""
     module_name, _, function_name = place.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:

@@ -61,11 +61,7 @@ def evaluate(expression: str, values: Mapping[str, int]) -> int:
 
 
 def names_in(expression: str) -> frozenset[str]:
-    """Return the dimensions that an expression uses.
-
-    Raises:
-        ValueError: it isn't an expression.
-    """
+    """Return the dimensions that an expression uses. A text that isn't one is a ValueError."""
     return frozenset(node.id for node in ast.walk(_parsed(expression)) if isinstance(node, ast.Name))
 
 

@@ -42,11 +42,7 @@ def compiled(glob: str) -> re.Pattern[str]:
 
 
 def check_glob(glob: str) -> None:
-    """Refuse a question mark. Elsewhere it stands for a character.
-
-    Raises:
-        ValueError: there is one; tells what to write.
-    """
+    """Refuse a question mark, which elsewhere stands for a character, by a ValueError that tells what to write."""
     if "?" in glob:
         raise ValueError(f"? in {glob!r} is no wildcard: write * for a part of a name between dots, or a piece of one")
 

@@ -1,8 +1,4 @@
-"""Spec files: grammar, validation and matching.
-
-A spec is a list of rules; each names parameters by globs and gives their pattern. ``*`` stands for one part of a dotted name,
-or a piece of one; ``**`` for any number of parts. Every parameter must match exactly one rule.
-"""
+"""Spec files: grammar, validation and matching (``docs/language.md``)."""
 
 from __future__ import annotations
 

@@ -94,18 +94,14 @@ def _heads(widths: Sequence[Sequence[int]]) -> tuple[int, ...] | None:
 
 
 def _box(place: Sequence[Any], extents: Shape, shape: Shape) -> Box:
-    """Return the block at ``[offset, strides]`` of a row-major tensor.
-
-    Raises:
-        ValueError: the strides aren't row-major.
-    """
+    """Return the block at ``[offset, strides]`` of a tensor, whose strides must be row-major."""
     offset, strides = place
     if 0 in extents:  # the offset may lie behind the end
         return Box((0,) * len(extents), (0,) * len(extents))
     if tuple(strides) != row_major_strides(shape) or len(extents) != len(shape):
         raise ValueError(f"its affine map has blocks with strides {list(strides)} in a tensor of shape {list(shape)}")
     start = []
-    for stride in row_major_strides(shape):
+    for stride in strides:
         index, offset = divmod(offset, stride)
         start.append(index)
-    return Box(tuple(start), tuple(low + extent for low, extent in zip(start, extents, strict=True)))
+    return Box.whole(extents).moved((0,) * len(extents), tuple(start))

@@ -126,24 +126,23 @@ class Shard:
     heads: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.dim < 0:
-            raise ValueError(f"dim must not be negative: {self.dim}")
-        if not self.parts or any(part < 1 for part in self.parts):
-            raise ValueError(f"parts must be positive: {self.parts}")
-        if self.pad_to_multiple < 1:
-            raise ValueError(f"pad_to_multiple must be positive: {self.pad_to_multiple}")
-        if self.widths is not None and any(width < 0 for width in self.widths):
-            raise ValueError(f"widths must not be negative: {self.widths}")
-        if self.widths is not None and self.vocabulary:
-            raise ValueError("widths don't apply to a vocabulary, whose ranks hold equal shares")
-        if len(self.parts) > 1 and (self.widths is not None or self.vocabulary):
-            raise ValueError("widths and vocabulary don't apply to a shard with parts")
-        if self.heads is None:
-            return
-        if len(self.heads) != len(self.parts) or any(count < 1 for count in self.heads):
-            raise ValueError(f"heads must be a positive number for each of {len(self.parts)} parts: {self.heads}")
-        if self.widths is not None or self.vocabulary:
-            raise ValueError("widths and vocabulary don't apply to a shard with heads")
+        heads, parts = self.heads, len(self.parts)
+        misfit = heads is not None and (len(heads) != parts or min(heads, default=0) < 1)
+        one_part_only = self.widths is not None or self.vocabulary
+        faults = {
+            f"dim must not be negative: {self.dim}": self.dim < 0,
+            f"parts must be positive: {self.parts}": min(self.parts, default=0) < 1,
+            f"pad_to_multiple must be positive: {self.pad_to_multiple}": self.pad_to_multiple < 1,
+            f"widths must not be negative: {self.widths}": min(self.widths or (), default=0) < 0,
+            "widths don't apply to a vocabulary, whose ranks hold equal shares": self.vocabulary
+            and self.widths is not None,
+            "widths and vocabulary don't apply to a shard with parts": parts > 1 and one_part_only,
+            f"heads must be a positive number for each of {parts} parts: {heads}": misfit,
+            "widths and vocabulary don't apply to a shard with heads": heads is not None and one_part_only,
+        }
+        for fault, present in faults.items():
+            if present:
+                raise ValueError(fault)
 
     def logical_shape(self, local_shapes: Sequence[Shape], vocabulary_size: int | None = None) -> Shape:
         """The local shapes joined along ``dim``, without vocabulary padding."""

@@ -14,10 +14,8 @@ class DeepSpeedMpu(ModelParallelUnit):
     Megatron-Core's own ``parallel_state`` can't be passed: since the core was split off, it has no
     ``get_model_parallel_rank`` and ``get_model_parallel_world_size``, which DeepSpeed calls when it builds an engine.
 
-    Its groups are Megatron-Core's own; see `ModelParallelUnit` for what DeepSpeed does with them.
-
-    DeepSpeed calls the object in every rank, from the construction of the engine on; it must be made after
-    ``parallel_state.initialize_model_parallel``. It keeps no state: it answers for whatever groups exist at the time.
+    Its groups are Megatron-Core's own at the time of a call; see `ModelParallelUnit` for what DeepSpeed does with them. Make it
+    on every rank, after ``parallel_state.initialize_model_parallel``.
 
     Raises:
         UnsupportedError: Megatron-Core's groups don't exist yet, or they split sequences or experts, for which

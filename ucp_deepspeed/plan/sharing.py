@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ucp_deepspeed import tunables
-from ucp_deepspeed.layout import Box, Layout, LocalTensor, Shape
+from ucp_deepspeed.layout import Box, Layout, Shape
 
 Interval = tuple[int, int]
 """Part of a buffer: the first element, and the one behind the last."""
@@ -156,18 +156,14 @@ def read_together(
     stage = slice(first, first + degree)
     if any(len(set(shapes[stage])) > 1 for shapes in local_shapes):
         return frozenset()
-    return frozenset(
-        name
-        for name, layout in layouts.items()
-        if _are_whole(layout.locals[stage]) and len(next(iter(sources[name].holders().values()), ())) < degree
-    )
-
-
-def _are_whole(locals_: Sequence[LocalTensor]) -> bool:
-    """Return whether some ranks hold the same, without padding."""
-    first = locals_[0]
-    unpadded = len(first.pieces) == 1 and first.pieces[0].local_box == Box.whole(first.shape)
-    return unpadded and all(other == first for other in locals_)
+    found = set()
+    for name, layout in layouts.items():
+        local = layout.locals[first]
+        whole = len(local.pieces) == 1 and local.pieces[0].local_box == Box.whole(local.shape)
+        copies = next(iter(sources[name].holders().values()), ())
+        if whole and set(layout.locals[stage]) == {local} and len(copies) < degree:
+            found.add(name)
+    return frozenset(found)
 
 
 @dataclass(frozen=True, slots=True)
