@@ -116,8 +116,8 @@ def check_degree(pp: Any, model_parallel: int, path: Path) -> int:
     return pp
 
 
-def check_types(held: Any, types: Types, path: Path, what: str) -> None:
-    """Check the values of a mapping in a file. Keys that ``types`` doesn't name may hold anything.
+def check_types(held: Any, types: Types, path: Path, what: str) -> dict[str, Any]:
+    """Return a mapping in a file after a check of its values. Keys that ``types`` doesn't name may hold anything.
 
     Args:
         what: the mapping, for the message.
@@ -125,7 +125,7 @@ def check_types(held: Any, types: Types, path: Path, what: str) -> None:
     Raises:
         DamagedCheckpointError: it is no mapping, or a value has another type.
     """
-    if not isinstance(held, Mapping):
+    if not isinstance(held, dict):
         raise DamagedCheckpointError(
             f"{path} holds a {type(held).__name__} as {what}, where DeepSpeed writes a dictionary"
         )
@@ -138,6 +138,7 @@ def check_types(held: Any, types: Types, path: Path, what: str) -> None:
             raise DamagedCheckpointError(
                 f"{path} holds something else than DeepSpeed writes as {key!r}{place} of {what}: {found['msg']}"
             ) from error
+    return held
 
 
 def item_of(held: Sequence[T], index: int, what: str, path: Path) -> T:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ucp_deepspeed.checkpoint.checkpoint import Precision
 from ucp_deepspeed.checkpoint.deepspeed.autoep import AutoEpLayers, read_autoep_layers
@@ -26,19 +26,19 @@ from ucp_deepspeed.checkpoint.deepspeed.contents import (
     value_of,
 )
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest
-from ucp_deepspeed.checkpoint.deepspeed.older_experts import (
-    completed,
-    first_expert_optimizer,
+from ucp_deepspeed.checkpoint.deepspeed.older_files import (
+    RESAVE_HINT,
+    buffer_names,
+    in_flat_groups,
     is_older,
     mapped_shapes,
 )
-from ucp_deepspeed.checkpoint.deepspeed.zero import NamedShapes, in_flat_groups
-from ucp_deepspeed.checkpoint.deepspeed.zero_files import BF16_OPTIMIZER, ZeroFile
+from ucp_deepspeed.checkpoint.deepspeed.zero import BF16_OPTIMIZER, NamedShapes, ZeroFile
 from ucp_deepspeed.checkpoint.experts import expert_of, optimizer_file, weight_file
 from ucp_deepspeed.checkpoint.torch_files.reading import PRECISIONS, open_torch_file
 from ucp_deepspeed.checkpoint.torch_files.unpickling import opaque_in
 from ucp_deepspeed.checkpoint.versions import FileVersions, check_regular
-from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.layout import Topology
 
 VALUES_KEY = "ucp_optimizer_only"
@@ -101,9 +101,7 @@ class DeepSpeedFiles:
         self.open = lru_cache(maxsize=None)(self._open_checked)
         self._whole = lru_cache(maxsize=None)(self._model_states)
         self._zero = lru_cache(maxsize=None)(self._read_zero)
-        self._completed = lru_cache(maxsize=None)(
-            lambda rank: completed(self, self.open(self.model_states_path(rank, 0)), rank)
-        )
+        self._completed = lru_cache(maxsize=None)(self._read_older)
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -188,13 +186,17 @@ class DeepSpeedFiles:
         if "param_shapes" in saved or saved.get("optimizer") or not self.has_optimizer_files:
             return saved.get("param_shapes")
         path = self.optimizer_path(rank, 0)
-        check_types(self.open(path), EARLY_OPTIMIZER, path, "an optimizer's file")
-        shapes: Any = self.open(path).get("param_shapes")
-        if isinstance(shapes, Mapping):  # all groups in one mapping
-            partitions = range(saved["dp_world_size"])
-            return in_flat_groups(shapes, [self.optimizer_state(rank, partition) for partition in partitions])
-        found: Sequence[NamedShapes] = mapped_shapes(self, rank) if shapes is None else shapes
-        return found
+        shapes = check_types(self.open(path), EARLY_OPTIMIZER, path, "an optimizer's file").get("param_shapes")
+        if shapes is not None and not isinstance(shapes, Mapping):
+            return cast(Sequence[NamedShapes], shapes)
+        opened = [self.optimizer_state(rank, partition) for partition in range(saved["dp_world_size"])]
+        if shapes is not None:  # all groups in one mapping
+            return in_flat_groups(shapes, opened)
+        weights = dict(saved["module"] or {})
+        for name in sorted(self.names):
+            if (place := weight_file(name)) is not None and place[2] == rank:
+                weights |= self.weights(self.path / name)
+        return mapped_shapes(opened, weights, self._reordered)
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -219,8 +221,12 @@ class DeepSpeedFiles:
     @cached_property
     def maps_slices(self) -> bool:
         """Return whether ``param_slice_mappings`` are surely right. With ``round_robin_gradients`` they are of another order."""
+        return bool(self.config) and not self._reordered
+
+    @property
+    def _reordered(self) -> bool:
         zero = self.config.get("zero_optimization")
-        return bool(self.config) and not (isinstance(zero, Mapping) and zero.get("round_robin_gradients"))
+        return isinstance(zero, Mapping) and bool(zero.get("round_robin_gradients"))
 
     @cached_property
     def lost_optimizer(self) -> bool:
@@ -318,8 +324,7 @@ class DeepSpeedFiles:
 
     def _model_states(self, rank: int, partition: int) -> dict[str, Any]:
         path = self.model_states_path(rank, partition)
-        saved = self.open(path)
-        check_types(saved, MODEL_STATES, path, "a model_states file")
+        saved = check_types(self.open(path), MODEL_STATES, path, "a model_states file")
         if is_older(saved):
             saved = self._completed(rank)
         if lacking := [key for key in REQUIRED_KEYS if key not in saved]:
@@ -328,6 +333,21 @@ class DeepSpeedFiles:
         if (rank, partition) != (0, 0):
             self._check_step(saved, path)
         return saved
+
+    def _first_expert_optimizer(self, rank: int) -> Path:
+        """Return the file of the first expert-parallel rank. If `is_older`, it has the state of all parameters."""
+        return self.path / f"expp_rank_0_mp_rank_{rank:02d}_optim_states.pt"
+
+    def _read_older(self, rank: int) -> dict[str, Any]:
+        """Return a file that `is_older`, with the names of buffers added, and without ZeRO the optimizer's state."""
+        saved, path = self.open(self.model_states_path(rank, 0)), self._first_expert_optimizer(rank)
+        optimizer = value_of(self.open(path), "optimizer", "the key", path) if path.name in self.names else None
+        if optimizer is None and any(name.startswith("expp_rank_") for name in self.names):
+            raise UnsupportedError(
+                f"{self.path} lacks {path.name}: which file has that rank's state can't be told; {RESAVE_HINT}"
+            )
+        buffers = buffer_names(saved, self.manifest.parameters if self.manifest else {})
+        return {**saved, "buffer_names": buffers, "optimizer": optimizer}
 
     def weights(self, path: Path) -> dict[str, Any]:
         """Return the content of a file of weights alone."""
@@ -363,17 +383,15 @@ class DeepSpeedFiles:
     def whole_optimizer(self, rank: int) -> tuple[dict[str, Any], Path]:
         """Return the optimizer's state on a model-parallel rank without ZeRO, and its file; empty if there is none."""
         path = self.model_states_path(rank, 0)
-        home = first_expert_optimizer(self, rank) if is_older(self.open(path)) else path
-        return self._checked_optimizer(self.model_states(rank).get("optimizer") or {}, home), home
+        home = self._first_expert_optimizer(rank) if is_older(self.open(path)) else path
+        optimizer = self.model_states(rank).get("optimizer") or {}
+        return check_types(optimizer, WHOLE_OPTIMIZER, home, "the optimizer's state"), home
 
     def expert_optimizer(self, rank: int, ep_rank: int) -> tuple[dict[str, Any], Path]:
         """Return the optimizer's state of an expert-parallel rank without ZeRO, and the file that holds it."""
         path = self.expert_optimizer_path(rank, ep_rank)
-        return self._checked_optimizer(value_of(self.open(path), "optimizer", "the key", path), path), path
-
-    def _checked_optimizer(self, optimizer: dict[str, Any], path: Path) -> dict[str, Any]:
-        check_types(optimizer, WHOLE_OPTIMIZER, path, "the optimizer's state")
-        return optimizer
+        optimizer = value_of(self.open(path), "optimizer", "the key", path)
+        return check_types(optimizer, WHOLE_OPTIMIZER, path, "the optimizer's state"), path
 
     def optimizer_state(self, rank: int, partition: int) -> ZeroFile:
         """Return the optimizer's state in the file of one partition."""
@@ -406,7 +424,7 @@ class DeepSpeedFiles:
                     f"folder"
                 )
         # A damaged file may name any size: names are made one by one, no more than there are files plus a few.
-        missing = list(islice((name for name in self._expected(topology) if name not in self.names), 20))
+        missing = list(islice((name for name in self.expected(topology) if name not in self.names), 20))
         if missing:
             each = 1 if self.partitioned or self.sliced else 0
             recorded = sum(1 for _ in self._recorded())
@@ -438,11 +456,8 @@ class DeepSpeedFiles:
             elif not zipfile.is_zipfile(path):
                 open_torch_file(path)
 
-    def expected(self, topology: Topology) -> list[str]:
-        """Return the names of the files that a run on this topology writes."""
-        return list(self._expected(topology))
-
-    def _expected(self, topology: Topology) -> Iterator[str]:
+    def expected(self, topology: Topology) -> Iterator[str]:
+        """Yield the names of the files that a run on this topology writes."""
         yield from self._recorded()
         for rank in range(topology.model_parallel):
             partitions = range(topology.dp)

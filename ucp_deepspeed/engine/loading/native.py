@@ -14,7 +14,7 @@ from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.run import hyperparameters
-from ucp_deepspeed.checkpoint.deepspeed.zero_files import BF16_OPTIMIZER
+from ucp_deepspeed.checkpoint.deepspeed.zero import BF16_OPTIMIZER
 from ucp_deepspeed.checkpoint.slots import Slot
 from ucp_deepspeed.checkpoint.torch_files.unpickling import opaque_in
 from ucp_deepspeed.config import UniversalCheckpointConfig
