@@ -27,12 +27,10 @@ class Groups:
 class ModelParallelUnit(ABC):
     """The methods that DeepSpeed calls on an ``mpu``: groups, and in each group its size and this rank's place. See `Mpu`.
 
-    * *data parallel*: ranks that hold the same weights; ZeRO partitions and averages gradients over them.
-    * *tensor model parallel* and *pipeline model parallel*: DeepSpeed records their sizes in the ``model_states`` files as
-      ``checkpoint_parallel_dimensions`` (``tp_degree``, ``pp_degree``).
-    * *model parallel*: the full group, tensor and pipeline. DeepSpeed names files ``mp_rank_XX`` by it and sums gradient norms
-      over it. The tensor group would be enough with one pipeline stage; with several, the stages would overwrite each other's
-      files. The rank in this group is ``pp_rank * tp + tp_rank``.
+    * *data parallel*: ZeRO partitions and averages gradients over these ranks.
+    * *tensor model parallel* and *pipeline model parallel*: DeepSpeed records their sizes in the ``model_states`` files.
+    * *model parallel*: tensor and pipeline together, since DeepSpeed names files ``mp_rank_XX`` by it and sums gradient norms
+      over it. The rank in this group is ``pp_rank * tp + tp_rank``.
 
     The class deliberately has no ``get_sequence_…`` and no ``initialize_sequence_parallel``. If the first exists, DeepSpeed
     assumes that the ranks share sequences in its own (Ulysses) way; if the second exists, it also assumes no model parallelism.

@@ -43,12 +43,10 @@ ALIGNMENT_NUMBYTES = 64
 """Shared parts are cut at multiples of this, which are element boundaries of every dtype."""
 
 PACKED_NUMBYTES = 1 << 17
-"""Tensors below this size, or below a rank's part of a round, travel together: a message of its own costs more than copying
-them."""
+"""Tensors below this size, or below a rank's part of a round, travel together: that costs less than a message for each."""
 
 LEAST_RUN_NUMBYTES = 4096
-"""Shortest run of a strided block that is read by itself, where the file isn't mapped; with shorter runs, the gaps are read
-too."""
+"""Shortest run of a strided block that is read by itself where the file isn't mapped. With shorter ones the gaps are read too."""
 
 FEWEST_OPEN, MOST_OPEN = 8, 4096
 """Fewest and most files that a reader keeps open. Between these it depends on how many the process may open."""
@@ -62,8 +60,7 @@ MOST_THREADS = 8
 # Searching
 
 MOST_STATES = 200_000
-"""Bound on the search for an order of parameters at stage 0. Above it an order counts as ambiguous. Two groups of 400 parameters
-stay below."""
+"""Steps after which an order of parameters at stage 0 counts as ambiguous. Two groups of 400 parameters stay below."""
 
 MOST_RENAMED = 4096
 """Most names of a side for which renamings are suggested."""
@@ -80,8 +77,7 @@ BLOCK_NUMBYTES = 4096
 """Data begins on a multiple of this size, so that chunks can be written straight to the disk, whose blocks are rarely larger."""
 
 PAGE_NUMBYTES = 64 << 10
-"""Size of a page: the largest of the page sizes in use. No two ranks write to the same page of a file, since on a network file
-system each machine has its own copy of it."""
+"""The largest of the page sizes in use. No two ranks write to one page: on a network file system each has a copy of its own."""
 
 LEAST_SHARED_NUMBYTES = 1 << 24
 """Bytes from which a copy is divided among threads, as many as torch has for one operation."""
@@ -95,8 +91,7 @@ LOOK_SECONDS = 0.02
 """Seconds between two looks of a waiting rank. In a store or for a lock it couldn't handle signals."""
 
 LOOK_UP_SECONDS = 0.2
-"""Seconds between two looks at threads: a signal that comes just before Python begins to wait for a lock is handled only when the
-wait ends."""
+"""Seconds between two looks at threads: a signal just before Python waits for a lock is handled only when the wait ends."""
 
 SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.01, 1.0
 """Seconds between two looks for the other ranks' files. Each pause is twice as long as the one before it."""
@@ -117,8 +112,7 @@ JOIN_SECONDS = 300.0
 """Seconds that the ranks may take to start; nodes of a queue don't start at once."""
 
 LEAVE_SECONDS = 10.0
-"""Seconds that a rank that has failed, or rank 0 at the end, waits for the others to stop: the longest time that one of them
-takes for a chunk, or to see that it has to stop."""
+"""Seconds that a failed rank, or rank 0 at the end, waits for the others to stop: the longest that one takes for a chunk."""
 
 BEAT_SECONDS = 5.0
 """Seconds between two signs of life of a rank."""

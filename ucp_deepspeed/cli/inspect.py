@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from ucp_deepspeed.checkpoint.universal.catalog import UniversalCheckpoint
 from ucp_deepspeed.cli.output import (
     Row,
     collapsed,
-    degrees,
     in_words,
     numel_of,
     print_json,
@@ -71,8 +71,8 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
     return {
         "path": str(checkpoint.path),
         "form": checkpoint.form,
-        "topology": degrees(checkpoint.topology),
-        "source_topology": degrees(held.saved_by) if isinstance(checkpoint, UniversalCheckpoint) else None,
+        "topology": asdict(checkpoint.topology),
+        "source_topology": asdict(held.saved_by) if isinstance(checkpoint, UniversalCheckpoint) else None,
         **{key: getattr(run, key) for key in ("global_steps", "global_samples", "skipped_steps")},
         "precision": run.precision,
         "ds_version": run.ds_version,

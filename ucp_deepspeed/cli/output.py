@@ -15,7 +15,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from ucp_deepspeed.dtypes import ITEMSIZE
-from ucp_deepspeed.layout import Topology
 
 Row: TypeAlias = Mapping[str, str]
 """Cells by heading."""
@@ -100,11 +99,6 @@ def print_rows(
     left_out = [heading for heading in optional if heading in cells and heading not in kept]
     for line in ([f"left out in this narrow window: {', '.join(left_out)}"] if left_out else []) + [note] * bool(note):
         console.print(escape(line), soft_wrap=True)
-
-
-def degrees(topology: Topology) -> dict[str, int]:
-    """Write a topology as JSON has it."""
-    return {key: getattr(topology, key) for key in ("tp", "pp", "dp", "zero_stage", "ep")}
 
 
 def numel_of(entry: Mapping[str, Any]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.cli.options import NO
-from ucp_deepspeed.cli.output import Row, degrees, in_words, print_json, print_labelled, print_lines, print_rows
+from ucp_deepspeed.cli.output import Row, in_words, print_json, print_labelled, print_lines, print_rows
 from ucp_deepspeed.errors import MAX_LISTED, ConfigError
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.layout import Topology
@@ -52,7 +53,7 @@ def show(
     own_spec = None if spec is None else load_spec(spec)
     plan = plan_target(opened, Topology(tp, pp, dp, zero, ep), own_spec, vocabulary_size, target, policies)
     if as_json:
-        source = {"path": str(opened.path), "form": opened.form, "source": degrees(opened.topology)}
+        source = {"path": str(opened.path), "form": opened.form, "source": asdict(opened.topology)}
         print_json(source | _report(plan, opened.path))
     else:
         _print(plan, f"{opened.path}", f"{opened.form}, {opened.topology}")
@@ -66,7 +67,7 @@ def show(
 def _report(plan: TargetPlan, folder: Path) -> dict[str, Any]:
     """Return the part of the object that ``--json`` prints beside the source's; ``docs/json.md`` lists its keys."""
     return {
-        "target": degrees(plan.topology),
+        "target": asdict(plan.topology),
         "possible": plan.possible,
         "reasons": [{"parameter": obstacle.name, "reason": obstacle.reason} for obstacle in plan.obstacles],
         **{key: list(getattr(plan, key)) for key in ("remarks", "restored", "initialised", "dropped")},

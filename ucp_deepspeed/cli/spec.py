@@ -14,7 +14,7 @@ import click
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.view import held_shapes, layouts_of, parameter_names
 from ucp_deepspeed.cli.options import NO
-from ucp_deepspeed.cli.output import Row, box_in_words, print_json, print_labelled, print_lines, print_rows
+from ucp_deepspeed.cli.output import box_in_words, print_json, print_labelled, print_lines, print_rows
 from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.errors import ConfigError, MismatchError, SpecError, UnsupportedError
 from ucp_deepspeed.language import Match, Spec, find_family, load_spec, logical_names, naming_specs, spec_names
@@ -24,7 +24,7 @@ from ucp_deepspeed.language.schema import spec_schema
 from ucp_deepspeed.language.schemes import best_scheme
 from ucp_deepspeed.layout import Box, Layout
 from ucp_deepspeed.layout.layout import NOTHING
-from ucp_deepspeed.transfer.evidence.checks import Checked, SpecCheck, check_spec
+from ucp_deepspeed.transfer.evidence.checks import SpecCheck, check_spec
 from ucp_deepspeed.transfer.evidence.inferring import infer_by_comparison, infer_from_record
 
 
@@ -133,19 +133,19 @@ def _print_check(spec: Spec, checkpoint: Checkpoint, check: SpecCheck) -> None:
         ]
     )
     print_lines(*(f"  {finding}" for finding in wrong))
-    print_rows([_check_row(checked) for checked in check.parameters], ("rule",))
+    rows = [
+        {
+            "parameter": checked.name,
+            "rule": ", ".join(map(str, checked.matches)) or "none",
+            "pattern": ", ".join(describe(match.pattern) for match in checked.matches),
+            "shape": str(list(checked.layout.logical_shape)) if checked.layout else "unknown",
+        }
+        for checked in check.parameters
+    ]
+    print_rows(rows, ("rule",))
     print_lines(*(f"note: {finding}" for finding in check.findings if not finding.wrong))
     if check.unused:
         print_lines(f"note: globs that fit nothing: {', '.join(map(str, check.unused))}")
-
-
-def _check_row(checked: Checked) -> Row:
-    return {
-        "parameter": checked.name,
-        "rule": ", ".join(map(str, checked.matches)) or "none",
-        "pattern": ", ".join(describe(match.pattern) for match in checked.matches),
-        "shape": str(list(checked.layout.logical_shape)) if checked.layout else "unknown",
-    }
 
 
 def explain(

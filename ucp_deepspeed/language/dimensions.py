@@ -47,8 +47,7 @@ class FromConfig(BaseModel):
 
 
 Dimension = Annotated[int, Field(strict=True, gt=0)] | str | FromConfig | None
-"""A number, an expression over other dimensions, a key of the model's configuration, or nothing. A dimension without a value gets
-it from the parameters whose shapes the rules state, and can be used in such shapes only."""
+"""A number, an expression, a key of the model's configuration, or nothing: then the parameters tell, by shapes in the rules."""
 
 
 def evaluate(expression: str, values: Mapping[str, int]) -> int:
@@ -58,11 +57,6 @@ def evaluate(expression: str, values: Mapping[str, int]) -> int:
         ValueError: it isn't arithmetic on known names, or a result is too large for a dimension.
     """
     return _value(_parsed(expression), expression, values.__getitem__, values)
-
-
-def names_in(expression: str) -> frozenset[str]:
-    """Return the dimensions that an expression uses. A text that isn't one is a ValueError."""
-    return frozenset(node.id for node in ast.walk(_parsed(expression)) if isinstance(node, ast.Name))
 
 
 def is_expression(text: str) -> bool:
@@ -191,7 +185,8 @@ def with_numbers(
         if not isinstance(value, str) or not is_expression(value):
             return value
         try:
-            if place.startswith("shape") and names_in(value) & set(free_dims):
+            names = {node.id for node in ast.walk(_parsed(value)) if isinstance(node, ast.Name)}
+            if place.startswith("shape") and not names.isdisjoint(free_dims):
                 evaluate(value, samples)
                 return value
             return evaluate(value, values)
@@ -228,20 +223,11 @@ class ShapeCheck:
 
 
 def check_shapes(
-    stated: Mapping[str, StatedShape],
-    found: Mapping[str, Shape],
-    given: Mapping[str, int],
-    free_dims: Mapping[str, Any],
+    stated: Mapping[str, StatedShape], found: Mapping[str, Shape], given: Mapping[str, int], free_dims: Collection[str]
 ) -> ShapeCheck:
-    """Compare the shapes that rules state with whole shapes.
+    """Compare the shapes that rules state with whole shapes, by parameter. Parameters without a whole shape are left out.
 
-    A free dimension gets the value that most parameters give it; the others are then the wrong ones.
-
-    Args:
-        stated: parameter → the shape in its rule.
-        found: parameter → its whole shape; parameters without one are left out.
-        given: dimensions that have a value.
-        free_dims: names of dimensions that have none.
+    A dimension without a given value gets the one that most parameters give it; the others are then the wrong ones.
     """
     problems: dict[str, str] = {}
     votes: dict[str, Counter[int]] = {name: Counter() for name in free_dims}

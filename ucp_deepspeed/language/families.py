@@ -186,13 +186,10 @@ def find_family(names: Sequence[str], local_shapes: Mapping[str, Sequence[Shape]
     if not fitting:
         return Detection("none", tuple(ordered))
     patterns = [candidate.spec.patterns(names) for candidate in fitting]
-    differing = tuple(name for name in names if any(other[name] != patterns[0][name] for other in patterns[1:]))
-    if differing:
-        # Make sure that the first two candidates disagree.
-        other = next(place for place, found in enumerate(patterns) if found != patterns[0])
-        ordered.insert(1, ordered.pop(other))
-        first = patterns[other]
-        differing = tuple(name for name in names if first[name] != patterns[0][name])
+    others = [place for place, found in enumerate(patterns) if found != patterns[0]]
+    if others:
+        ordered.insert(1, ordered.pop(others[0]))  # the first two candidates disagree
+        differing = tuple(name for name in names if patterns[others[0]][name] != patterns[0][name])
         return Detection("ambiguous", tuple(ordered), differing)
     stated = {name for name in names if fitting[0].spec.matches(name)[0].shape is not None}
     cut = (name for name, pattern in patterns[0].items() if isinstance(pattern, Shard) and not pattern.vocabulary)
@@ -213,11 +210,7 @@ def _candidate(spec: Spec, names: Sequence[str], local_shapes: Mapping[str, Sequ
 
 
 def naming_specs(spec: Spec | None, *sides: Sequence[str]) -> list[Spec]:
-    """Return the specs that make names logical: the spec that the user named, else all that fit the parameters of one side.
-
-    Args:
-        sides: names of the source's and of the target's parameters; the first side that some family fits decides.
-    """
+    """Return the specs that make names logical: the user's, else all families that fit the first side that some family fits."""
     if spec is not None:
         return [spec]
     return next((list(fitting) for names in sides if (fitting := _fitting(tuple(names)))), [])

@@ -41,11 +41,7 @@ class Guess:
 
 
 def guess_from_shapes(local_shapes: Sequence[Shape], whole: Shape) -> Guess:
-    """Find the pattern that leads from a whole tensor's shape to those of the tensor-parallel ranks, as far as shapes tell.
-
-    Args:
-        whole: shape on a single rank.
-    """
+    """Find the pattern that leads from a whole tensor's shape to those of the tensor-parallel ranks, as far as shapes tell."""
     first, degree = local_shapes[0], len(local_shapes)
     if all(shape == whole for shape in local_shapes):
         return Guess(Replicate())
@@ -87,8 +83,7 @@ def _guess_more_rows(candidates: Sequence[Shard], local_shapes: Sequence[Shape],
 
 
 def padded_candidates(local_shapes: Sequence[Shape], whole: Shape) -> tuple[Shard, ...]:
-    """Return patterns by which ranks hold more rows than a single rank would: a padded vocabulary; fused q, k and v with fewer
-    kv heads than ranks, which hold copies of these."""
+    """Return patterns with more rows than one rank has: a padded vocabulary; fused q, k, v with fewer kv heads than ranks."""
     first, degree = local_shapes[0], len(local_shapes)
     if not whole or any(shape != first for shape in local_shapes) or first[1:] != whole[1:]:
         return ()
@@ -148,12 +143,7 @@ def generalised(name: str) -> str:
 
 
 def spec_text(family: str, description: str, guesses: Mapping[str, Guess], heading: Sequence[str] = ()) -> str:
-    """Write a spec file in which each parameter with a known pattern matches exactly one rule.
-
-    Args:
-        guesses: by logical name.
-        heading: lines of the comment at the top.
-    """
+    """Write a spec file in which each parameter with a known pattern matches one rule; ``heading`` is a comment on top."""
     known: dict[Guess, list[str]] = {}
     for glob, guess in _globs(guesses).items():
         known.setdefault(guess, []).append(glob)

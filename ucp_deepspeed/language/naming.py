@@ -131,12 +131,10 @@ def translate(names: Sequence[str], scheme: Scheme) -> dict[str, str]:
         SpecError: two renamings apply to a name, or two names become the same.
     """
     found: dict[str, str] = {}
-    applying: dict[str, list[Renaming]] = {}
+    applying = {form: [each for each in scheme if each.may_apply(form)] for form in set(map(form_of, names))}
     for name in names:
-        form = form_of(name)
-        if form not in applying:
-            applying[form] = [renaming for renaming in scheme if renaming.may_apply(form)]
-        logical = {renamed for renaming in applying[form] if (renamed := renaming.logical_name(name)) is not None}
+        renamed = (each.logical_name(name) for each in applying[form_of(name)])
+        logical = {other for other in renamed if other is not None}
         if len(logical) > 1:
             raise SpecError(f"{name} has {len(logical)} logical names: {', '.join(sorted(logical))}")
         found[name] = logical.pop() if logical else name

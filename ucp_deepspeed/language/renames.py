@@ -21,9 +21,11 @@ PLACEHOLDERS = "nmkl"
 """Names for the numbers in one beginning."""
 
 
-def suggest_renamings(
-    source: Mapping[str, Shape | None], target: Mapping[str, Shape | None], common: Collection[str]
-) -> list[Renaming]:
+Shapes = Mapping[str, Shape | None]
+"""Shapes by name."""
+
+
+def suggest_renamings(source: Shapes, target: Shapes, common: Collection[str]) -> list[Renaming]:
     """Return renamings under which names that only one side has become the same; none if no rule does it.
 
     Args:
@@ -48,7 +50,7 @@ Rule = tuple[str, str]
 """Both sides of a renaming: from, and to."""
 
 
-def _rules(source: Mapping[str, Shape | None], target: Mapping[str, Shape | None], longer: int) -> list[Renaming]:
+def _rules(source: Shapes, target: Shapes, longer: int) -> list[Renaming]:
     """Find beginnings to exchange, the one that maps most names first, until no more names become one of the target's.
 
     Args:
@@ -97,12 +99,7 @@ def _numbered(start: list[str], end: list[str]) -> tuple[list[str], list[str]] |
     return with_placeholders(start), with_placeholders(end)
 
 
-def _holds(
-    found: Sequence[Renaming],
-    source: Mapping[str, Shape | None],
-    target: Mapping[str, Shape | None],
-    common: Collection[str],
-) -> bool:
+def _holds(found: Sequence[Renaming], source: Shapes, target: Shapes, common: Collection[str]) -> bool:
     """Return whether the renamings make names of both sides the same, of the same shapes, and keep names that already agree."""
     scheme = tuple(found)
     try:

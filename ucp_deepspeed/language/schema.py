@@ -17,8 +17,6 @@ def spec_schema() -> dict[str, Any]:
     schema = Spec.model_json_schema(by_alias=True)
     definitions = schema["$defs"]
     patterns = PATTERN.json_schema()["$defs"]
-    for name, kind in _DEFINITIONS.items():
-        definitions[name] = _described(patterns[name], kind)
     match = definitions["Rule"]["properties"]["match"]
     common = {
         "match": {
@@ -27,10 +25,12 @@ def spec_schema() -> dict[str, Any]:
         },
         "shape": _with_expressions(definitions["Rule"]["properties"]["shape"], "shape"),
     }
+    rules = []
     for name, kind in _DEFINITIONS.items():
+        definitions[name] = _described(patterns[name], kind)
         if kind is not Scale:
             _make_rule(definitions[name], common)
-    rules = [{"$ref": f"#/$defs/{name}"} for name, kind in _DEFINITIONS.items() if kind is not Scale]
+            rules.append({"$ref": f"#/$defs/{name}"})
     definitions["Rule"] = {"title": "Rule", "description": _first_line(Rule), "oneOf": rules}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 

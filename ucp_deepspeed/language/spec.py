@@ -223,7 +223,7 @@ class Spec(BaseModel):
         """Compare the whole shapes that the rules state with those of parameters that match one rule each."""
         stated = {name: matches[0].shape for name in logical_shapes if len(matches := self.matches(name)) == 1}
         known = {name: shape for name, shape in stated.items() if shape is not None}
-        free_dims = {name: None for name, value in self.dimensions.items() if value is None}
+        free_dims = [name for name, value in self.dimensions.items() if value is None]
         return check_shapes(known, logical_shapes, self._values, free_dims)
 
     def check_local_shapes(self, local_shapes: Mapping[str, Sequence[Shape]]) -> tuple[list[str], ShapeCheck]:

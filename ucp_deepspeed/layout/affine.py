@@ -63,10 +63,12 @@ def _candidates(
     if scales != {1.0}:
         return
     yield Replicate()
+    ordered = [sorted(found, key=lambda piece: piece.local_box.start) for found in pieces]
+    same_parts = len(set(map(len, ordered))) == 1
     for dim in range(len(logical_shape)):
         yield Shard(dim)
-        widths = _widths(pieces, dim)
-        if len(widths) < 2 or not all(all(found) for found in widths):
+        widths = [[piece.local_box.shape[dim] for piece in part] for part in zip(*ordered, strict=same_parts)]
+        if not same_parts or len(widths) < 2 or not all(map(all, widths)):
             continue
         sizes = [sum(found) for found in widths]
         parts = tuple(size // gcd(*sizes) for size in sizes)
@@ -74,14 +76,6 @@ def _candidates(
         heads = _heads(widths)
         if heads is not None:
             yield Shard(dim, parts=parts, heads=heads)
-
-
-def _widths(pieces: Sequence[set[Piece]], dim: int) -> list[list[int]]:
-    """Return for each fused part the extent on each rank; nothing if ranks have different numbers of parts."""
-    ordered = [sorted(found, key=lambda piece: piece.local_box.start) for found in pieces]
-    if len({len(found) for found in ordered}) > 1:
-        return []
-    return [[piece.local_box.shape[dim] for piece in part] for part in zip(*ordered, strict=True)]
 
 
 def _heads(widths: Sequence[Sequence[int]]) -> tuple[int, ...] | None:

@@ -204,11 +204,6 @@ class OverlappingGroup:
         return self.flat.partitions
 
     @cached_property
-    def _stops(self) -> list[int]:
-        """Position after each tensor's last element in the whole flat buffer."""
-        return [offset + numel for offset, numel in zip(self.flat.offsets, self.numels, strict=True)]
-
-    @cached_property
     def _before(self) -> list[int]:
         """Elements of all tensors before each one."""
         return list(accumulate(self.numels, initial=0))
@@ -216,8 +211,10 @@ class OverlappingGroup:
     def slices(self, index: int, local_start: int, local_stop: int) -> Iterator[Slice]:
         """See `Flattening.slices`. If there are several copies, the one in the first partition is used."""
         if local_start < local_stop:
-            partition = self.flat.offsets[index] // self.flat.partition_numel
-            first = bisect_right(self._stops, partition * self.flat.partition_numel)
+            flat, tensors = self.flat, range(len(self.numels))
+            partition = flat.offsets[index] // flat.partition_numel
+            low = partition * flat.partition_numel
+            first = bisect_right(tensors, low, key=lambda tensor: flat.offsets[tensor] + self.numels[tensor])
             start = self._before[index] - self._before[first] + local_start
             yield Slice(index, partition, local_start, start, local_stop - local_start)
 

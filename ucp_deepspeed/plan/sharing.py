@@ -124,9 +124,11 @@ def divide(
         for place, sharing in _share(runs, *ranks, least_numbytes).items():
             divisions[place] = Division(replicas=sharing)
     runs = [
-        _Run(place, low, high, buffer.itemsize)
+        _Run(place, max(start, low), min(stop, high), buffer.itemsize)
         for place, buffer in enumerate(buffers)
-        for low, high in _common(divisions[place].own(buffer.numel), buffer.alike)
+        for start, stop in divisions[place].own(buffer.numel)
+        for low, high in buffer.alike
+        if max(start, low) < min(stop, high)
     ]
     for place, sharing in _share(runs, *tensor_parallel, least_numbytes).items():
         divisions[place] = replace(divisions[place], tensor_parallel=sharing)
@@ -146,10 +148,8 @@ def read_together(
     and their data-parallel partitions hold different parts.
 
     Args:
-        layouts: layouts of the parameters that may be read together.
-        sources: layouts in the checkpoint.
-        local_shapes: shapes of everything in the model, over its model-parallel ranks.
-        rank: model-parallel rank.
+        layouts: layouts of the parameters that may be read together; ``sources``: those in the checkpoint.
+        local_shapes: shapes of everything in the model, over its model-parallel ranks, of which ``rank`` is one.
         degree: tensor-parallel size.
     """
     first = rank - rank % degree
@@ -198,13 +198,3 @@ def _share(runs: Sequence[_Run], ranks: int, rank: int, least_numbytes: int) -> 
             place, reader = end, reader + inside
         begin += numbytes
     return {place: Sharing(tuple(found), rank) for place, found in shares.items()}
-
-
-def _common(intervals: Sequence[Interval], others: Sequence[Interval]) -> list[Interval]:
-    """Return the overlap of some intervals with others. There should be few of the first."""
-    return [
-        (max(start, low), min(stop, high))
-        for start, stop in intervals
-        for low, high in others
-        if max(start, low) < min(stop, high)
-    ]
