@@ -16,9 +16,8 @@ from typing import Any, SupportsIndex, TypeAlias
 import torch
 
 from ucp_deepspeed import checkpoint as catalogs
-from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Differing, HeldShapes, Kind, Parameter
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Deferred, Differing, HeldShapes, Kind, Parameter
 from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
-from ucp_deepspeed.checkpoint.deferred import Deferred
 from ucp_deepspeed.checkpoint.opening import tags_in
 from ucp_deepspeed.checkpoint.torch_files.reading import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.universal.catalog import UniversalCheckpoint

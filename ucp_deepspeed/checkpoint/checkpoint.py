@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from operator import mul
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.layout import Layout, Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.plan import Fragment, Source, Target, plan_tensor
+
+T = TypeVar("T")
 
 Kind = Literal["trainable", "frozen", "buffer"]
 """``trainable`` parameters have an fp32 master weight and optimizer states; the others one state, ``weight``."""
@@ -142,6 +145,29 @@ class RunState:
 
 SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
 """Values of a `LossScale` that every class keeps."""
+
+
+class Deferred(Mapping[str, T]):
+    """The mapping that a function returns. The first look into the mapping calls it, and raises its errors: it may open files."""
+
+    def __init__(self, read: Callable[[], Mapping[str, T]]) -> None:
+        self._read = read
+
+    @cached_property
+    def _held(self) -> Mapping[str, T]:
+        return self._read()
+
+    def __getitem__(self, key: str) -> T:
+        return self._held[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __repr__(self) -> str:
+        return repr(self._held)
 
 
 class Checkpoint(ABC):

@@ -8,8 +8,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, Parameter
-from ucp_deepspeed.checkpoint.deferred import Deferred
+from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, Deferred, FileExtent, Parameter
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.layout import Layout, Shape

@@ -178,13 +178,11 @@ def same_value(a: Any, b: Any) -> bool:
         if a.shape != b.shape or a.dtype != b.dtype or a.is_meta or b.is_meta:
             return False
         return torch.equal(*(side.detach().cpu().contiguous().flatten().view(torch.uint8) for side in (a, b)))
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return False
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(same_value(one, other) for one, other in zip(a, b, strict=True))
     if isinstance(a, (np.ndarray, np.generic)) and isinstance(b, (np.ndarray, np.generic)):
         return a.dtype == b.dtype and a.shape == b.shape and same_value(a.tolist(), b.tolist())
-    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+    if isinstance(a, torch.Tensor | np.ndarray) or isinstance(b, torch.Tensor | np.ndarray):
         return False
     try:
         return bool(a == b)

@@ -53,9 +53,8 @@ def names_on(names: Iterable[str], ep_rank: int) -> tuple[str, ...]:
     """Turn a rank's own names of its parameters into the names in the whole model."""
     held = tuple(names)
     counts = numbers_of_experts(held)
-    return tuple(
-        renumbered(name, ep_rank * counts[expert[0]]) if (expert := expert_of(name)) else name for name in held
-    )
+    shifts = {name: ep_rank * counts[expert[0]] for name in held if (expert := expert_of(name))}
+    return tuple(renumbered(name, shifts.get(name, 0)) for name in held)
 
 
 def names_on_all(names: Iterable[str], ep: int) -> list[str]:

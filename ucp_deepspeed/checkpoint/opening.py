@@ -56,9 +56,8 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
         if not latest.is_file() and (root / UNIVERSAL_LATEST_NAME).is_file():
             latest = root / UNIVERSAL_LATEST_NAME
         if not latest.is_file():
-            raise CheckpointNotFoundError(
-                f"{root} is not a checkpoint: it holds neither checkpoint files nor a 'latest' file{_there(root)}"
-            )
+            lacking = "it holds neither checkpoint files nor a 'latest' file"
+            raise CheckpointNotFoundError(f"{root} is not a checkpoint: {lacking}{_there(root)}")
         tag = _read_latest(latest)
         strays, named = Path(tag).is_absolute() or ".." in Path(tag).parts, f", which {latest} names"
     folder = root / tag
@@ -87,9 +86,8 @@ def _read_latest(latest: Path) -> str:
     try:
         tag = latest.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        raise DamagedCheckpointError(
-            f"{latest} holds no tag's name in UTF-8 ({error}); write it so, or name the tag{_there(latest.parent)}"
-        ) from error
+        problem = f"{latest} holds no tag's name in UTF-8 ({error}); write it so, or name the tag"
+        raise DamagedCheckpointError(f"{problem}{_there(latest.parent)}") from error
     if not tag:
         raise DamagedCheckpointError(f"{latest} is empty; name the tag{_there(latest.parent)}")
     return tag
@@ -124,9 +122,8 @@ def open_checkpoint(path: str | Path, tag: str | None = None) -> Checkpoint:
     if native is not None:
         return DeepSpeedCheckpoint(folder)
     if any(folder.glob("layer_*-model_states.pt")):
-        raise FormatError(
-            f"{folder} is a pipeline checkpoint without model_states files, which this release can't read"
-        )
+        what = "a pipeline checkpoint without model_states files"
+        raise FormatError(f"{folder} is {what}, which this release can't read")
     raise DamagedCheckpointError(f"{folder} holds no model_states file and no universal index")
 
 

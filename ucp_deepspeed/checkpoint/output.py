@@ -104,9 +104,8 @@ class OutputFile:
     @cached_property
     def has_gaps(self) -> bool:
         """Return whether some bytes are no part's and no element's."""
-        return sum(part.numbytes for part in self.parts) < self.numbytes or any(
-            region.is_padded for region in self.regions
-        )
+        gaps = sum(part.numbytes for part in self.parts) < self.numbytes
+        return gaps or any(region.is_padded for region in self.regions)
 
 
 @dataclass(frozen=True)

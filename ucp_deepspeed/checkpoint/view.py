@@ -50,13 +50,11 @@ class UniversalView:
         wanted: Collection[str] | None = None,
         check_record: bool = True,
     ) -> None:
-        """See the class.
-
-        Args:
-            names: parameter of the checkpoint, or further name of one, → logical name.
-            patterns: patterns by logical name.
-            wanted: logical names to include; by default all.
-            check_record: refuse patterns that contradict the record of the run that saved.
+        """Args:
+        names: parameter of the checkpoint, or further name of one, → logical name.
+        patterns: patterns by logical name.
+        wanted: logical names to include; by default all.
+        check_record: refuse patterns that contradict the record of the run that saved.
         """
         self.checkpoint = checkpoint
         self.vocabulary_size = vocabulary_size if vocabulary_size is not None else checkpoint.vocabulary_size
@@ -79,19 +77,16 @@ class UniversalView:
         local_shapes = {name: _of_one_stage(entry, degree) for name, entry in self.parameters.items()}
         self.layouts = layouts_of(self.patterns, local_shapes, degree, self.vocabulary_size, "the checkpoint")
         for name, layout in self.layouts.items():
-            if (boxes := self._boxes(name)) is not None:
+            try:
+                boxes = checkpoint.layout(self._catalog_names[name])
+            except ValueError as error:
+                raise DamagedCheckpointError(f"{checkpoint.path} doesn't hold all of {name}: {error}") from error
+            if boxes is not None:
                 self.layouts[name] = boxes.cropped(layout.logical_shape)
         self._check_copies()
         self._checked = check_record
         if check_record:
             self._check_record()
-
-    def _boxes(self, name: str) -> Layout | None:
-        """Return the boxes that the checkpoint's files hold, if it knows them."""
-        try:
-            return self.checkpoint.layout(self._catalog_names[name])
-        except ValueError as error:
-            raise DamagedCheckpointError(f"{self.checkpoint.path} doesn't hold all of {name}: {error}") from error
 
     def _check_copies(self) -> None:
         """Check that a copy has the layout of the parameter that it is tied to in the files."""
@@ -312,24 +307,17 @@ def layouts_of(
 def _layout(pattern: AnyPattern, shapes: HeldShapes, degree: int, vocabulary_size: int | None) -> Layout:
     """Make a layout. Cached, since the layers of a model share a few layouts."""
     stages: list[Layout | None] = []
-    for stage in _stages(shapes, degree):
-        held = tuple(shape for shape in stage if shape is not None)
+    for first in range(0, len(shapes), degree):
+        held = tuple(shape for shape in shapes[first : first + degree] if shape is not None)
         if held and len(held) < degree:
             raise ValueError(f"{len(held)} of {degree} tensor-parallel ranks hold it")
         stages.append(pattern.layout(pattern.logical_shape(held, vocabulary_size), held) if held else None)
     return across_stages(stages)
 
 
-def _stages(shapes: HeldShapes, degree: int) -> list[HeldShapes]:
-    return [shapes[start : start + degree] for start in range(0, len(shapes), degree)]
-
-
 def _of_one_stage(parameter: Parameter, degree: int) -> HeldShapes:
     """Return the shapes of the pipeline stage whose copy of a parameter is read, and None for other stages."""
-    stages = _stages(parameter.local_shapes, degree)
-    if len(stages) == 1:
-        return parameter.local_shapes
-    first = next((index for index, stage in enumerate(stages) if any(shape is not None for shape in stage)), 0)
-    read = first if parameter.stage is None else parameter.stage
-    nothing = (None,) * degree
-    return tuple(shape for index, stage in enumerate(stages) for shape in (stage if index == read else nothing))
+    shapes, stage = parameter.local_shapes, parameter.stage
+    if stage is None:
+        stage = next((rank for rank, shape in enumerate(shapes) if shape is not None), 0) // degree
+    return tuple(shape if rank // degree == stage else None for rank, shape in enumerate(shapes))

@@ -14,8 +14,7 @@ from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME
-from ucp_deepspeed.checkpoint.universal.describing import left_out
-from ucp_deepspeed.checkpoint.universal.output import UniversalOutput
+from ucp_deepspeed.checkpoint.universal.output import UniversalOutput, left_out
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli.output import in_words
 from ucp_deepspeed.cli.progress import shown_progress

@@ -82,9 +82,8 @@ def _with_copies(view: UniversalView, on_differing: OnDiffering, ranks: Ranks) -
     if not copies:
         return view
     seen = look(view.checkpoint, copies, (ranks.rank, ranks.count))
-    parts = ranks.gather(
-        "copies", {name: [sorted(each.differing), sorted(each.trained)] for name, each in seen.items()}
-    )
+    told = {name: [sorted(each.differing), sorted(each.trained)] for name, each in seen.items()}
+    parts = ranks.gather("copies", told)
     found = merge([{name: Seen(frozenset(d), frozenset(t)) for name, (d, t) in part.items()} for part in parts])
     settled = settle(view.checkpoint, copies, found, on_differing)
     settled.check(view.checkpoint)
@@ -106,9 +105,8 @@ def _check_space(destination: Path, plan: OutputPlan) -> None:
     place = next(parent for parent in destination.absolute().parents if parent.exists())
     disk, numbytes = shutil.disk_usage(place), plan.rest_numbytes + sum(file.numbytes for file in plan.files)
     if disk.total and numbytes > disk.free:  # some file systems in memory know of no size
-        raise ConfigError(
-            f"{destination} needs {numbytes / 1e9:.2f} GB, and {disk.free / 1e9:.2f} GB are free there; nothing was written"
-        )
+        needed, free = f"{numbytes / 1e9:.2f} GB", f"{disk.free / 1e9:.2f} GB"
+        raise ConfigError(f"{destination} needs {needed}, and {free} are free there; nothing was written")
 
 
 def _check_same_plan(view: UniversalView, plan: OutputPlan, ranks: Ranks) -> None:
@@ -139,9 +137,8 @@ def _new_folder(destination: Path, plan: OutputPlan, ranks: Ranks, then: Callabl
     else:
         folder = destination.parent / ranks.broadcast("folder")
         if not is_seen(folder):
-            raise ConfigError(
-                f"{folder}, which rank 0 has made, isn't seen here; it must lie on a file system that all ranks share"
-            )
+            problem = f"{folder}, which rank 0 has made, isn't seen here"
+            raise ConfigError(f"{problem}; it must lie on a file system that all ranks share")
         yield folder
     ranks.broadcast("committed")
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import cached_property, partial
 from itertools import product
 from math import prod
@@ -243,7 +242,10 @@ def _run(copy: BlockCopy[FileExtent, T], reader: FileReader, flat: torch.Tensor)
         reader.read_into(copy.sources[0], target)
         return
     blocks = [reader.block(view, copy.shape) for view in copy.sources]
-    target.copy_(blocks[0] if len(blocks) == 1 and copy.factor == 1 else _combined(blocks, copy.factor))
+    if len(blocks) > 1 or copy.factor != 1:  # in double precision the mean of equal values is that value, exactly
+        total = sum(blocks[1:], blocks[0].to(torch.float64))
+        blocks = [total * copy.factor.numerator / (len(blocks) * copy.factor.denominator)]
+    target.copy_(blocks[0])
 
 
 def _numbytes(copy: BlockCopy[FileExtent, T], reader: FileReader, plain: bool) -> int:
@@ -299,12 +301,6 @@ class CopyPool:
         """End the threads; work that hasn't begun is left undone."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-
-
-def _combined(blocks: list[torch.Tensor], factor: Fraction) -> torch.Tensor:
-    """Return the mean of the blocks times the factor, in double precision: the mean of equal values is that value, exactly."""
-    total = sum(blocks[1:], blocks[0].to(torch.float64))
-    return total * factor.numerator / (len(blocks) * factor.denominator)
 
 
 def _block(flat: torch.Tensor, view: StridedView[T], shape: tuple[int, ...]) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from math import prod
 
 import torch
@@ -126,12 +127,8 @@ def _look_at(held: HeldValues, name: str, stages: Sequence[int], share: tuple[in
                 if not all_same(values):
                     differing.add(state)
                 if state != MASTER:
-                    trained |= {stage for stage, value in zip(holding, values, strict=True) if _isnt_zero(value)}
+                    trained.update(compress(holding, (value.to(torch.complex128).any() for value in values)))
     return Seen(frozenset(differing), frozenset(trained))
-
-
-def _isnt_zero(values: torch.Tensor) -> bool:
-    return bool(values.to(torch.complex128 if values.is_complex() else torch.float64).any())
 
 
 def merge(parts: Sequence[Mapping[str, Seen]]) -> dict[str, Seen]:

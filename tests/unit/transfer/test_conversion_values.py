@@ -125,7 +125,7 @@ def test_a_scheduler_that_is_no_mapping_is_refused_before_anything_is_written(sc
 def test_what_cant_be_opened_again_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     view = UniversalView.of(open_checkpoint(_saved(tmp_path / "n", {})))
     monkeypatch.setattr(
-        "ucp_deepspeed.checkpoint.universal.describing._encoded_scalars", lambda value, name: {"step": "text"}
+        "ucp_deepspeed.checkpoint.universal.output._encoded_scalars", lambda value, name: {"step": "text"}
     )
     with pytest.raises(DamagedCheckpointError, match=r"weight\.scalars is"):
         convert(view, tmp_path / "u")

@@ -11,6 +11,7 @@ from typing import Any
 
 from ucp_deepspeed.checkpoint.checkpoint import (
     Checkpoint,
+    Deferred,
     Differing,
     FileExtent,
     HeldShapes,
@@ -48,7 +49,6 @@ from ucp_deepspeed.checkpoint.deepspeed.zero import (
     mapped_numels,
     zero_slots,
 )
-from ucp_deepspeed.checkpoint.deferred import Deferred
 from ucp_deepspeed.checkpoint.differing import DifferingNumbers
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.experts import names_on, names_on_all

@@ -8,11 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, Differing, LossScale, ParameterGroup, RunState
+from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, Deferred, Differing, LossScale, ParameterGroup, RunState
 from ucp_deepspeed.checkpoint.deepspeed.contents import value_of
 from ucp_deepspeed.checkpoint.deepspeed.files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed.stage0 import stage0_form
-from ucp_deepspeed.checkpoint.deferred import Deferred
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.slots import Slot, settings_in
 from ucp_deepspeed.checkpoint.torch_files.allowed_classes import DynamicLossScaler

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Deferred
 from ucp_deepspeed.checkpoint.deepspeed.autoep import Part
 from ucp_deepspeed.checkpoint.deepspeed.contents import ZERO, check_types, item_of, state_of, value_of
-from ucp_deepspeed.checkpoint.deferred import Deferred
 from ucp_deepspeed.checkpoint.slots import (
     Located,
     Numbers,

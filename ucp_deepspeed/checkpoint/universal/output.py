@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 
 from ucp_deepspeed import tunables
-from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
-from ucp_deepspeed.checkpoint.differing import OnDiffering
+from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, Differing, OnUnreadable
+from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
+from ucp_deepspeed.checkpoint.differing import OnDiffering, made_one
+from ucp_deepspeed.checkpoint.encoding import check_encoded, encode
+from ucp_deepspeed.checkpoint.extra_states import shared_extra_states
 from ucp_deepspeed.checkpoint.output import Output, OutputFile, OutputPlan, Region
 from ucp_deepspeed.checkpoint.safetensors_files import safetensors_file
+from ucp_deepspeed.checkpoint.torch_files.reading import TORCH_DTYPES
 from ucp_deepspeed.checkpoint.universal.catalog import (
     CLIENT_TENSORS_NAME,
+    FORMAT_VERSION,
     INDEX_NAME,
     Index,
+    IndexGroup,
+    IndexParameter,
+    IndexRun,
+    IndexSource,
     UniversalCheckpoint,
+    are_scalars,
     atom_key,
 )
-from ucp_deepspeed.checkpoint.universal.describing import describe
 from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.errors import MAX_LISTED, ConfigError, MismatchError, UnsupportedError
+
+DATA_SCHEDULES = ("data_sampler", "random_ltd")
+"""DeepSpeed's keys for its curriculum and its random layer-token dropping; None where a run has none."""
+
+KEPT_ENGINE_KEYS = ("ds_config", "ds_version")
+"""Keys that DeepSpeed puts beside the user's client state and that have a meaning on another topology."""
 
 FIRST_RANDOM_STATE_NAME = "ucp_random_state_rank_00000.json"
 """Random state whose seed gives new streams of random numbers on any topology (``docs/format.md``, *Random state*)."""
@@ -92,3 +110,176 @@ def _write_rest(view: UniversalView, index: Index, tensors: dict[str, torch.Tens
     index = index.model_copy(update={"files": sizes})
     (folder / INDEX_NAME).write_text(index.model_dump_json(indent=1), encoding="utf-8")
     UniversalCheckpoint(folder)
+
+
+def describe(
+    view: UniversalView,
+    homes: Mapping[tuple[str, str], str],
+    drop_client_state: Collection[str] = (),
+    on_unreadable: OnUnreadable = "error",
+    on_differing: OnDiffering = "error",
+) -> tuple[Index, dict[str, torch.Tensor]]:
+    """Return the index, still without the sizes of files, and the tensors in the client state, which go to a file of their own.
+
+    Args:
+        homes: (parameter, state) → name of the file that will hold the atom.
+        drop_client_state: top-level keys of the client state, and keys of extra states, to leave out.
+        on_unreadable: the treatment of values that can't be read: see `OnUnreadable`.
+        on_differing: the number to write where numbers differ over the partitions.
+
+    Raises:
+        MismatchError: the checkpoint holds no optimizer state; or numbers differ over the partitions, and may not become one.
+        ConfigError: the client state has no such key.
+        UnsupportedError: a value has no universal form; says where it is.
+    """
+    checkpoint = view.checkpoint
+    if checkpoint.lacking is not None:
+        raise checkpoint.lacking
+    if on_unreadable == "error" and (unread := left_out(checkpoint, drop_client_state)):
+        told = f"{checkpoint.path} can't be read as a whole; --on-unreadable drop converts the rest"
+        raise UnsupportedError(told, unread)
+    refused = [f"{name}: {why}" for name, parameter in view.parameters.items() for why in parameter.refused.values()]
+    if refused:
+        raise UnsupportedError("\n  ".join([f"{checkpoint.path} can't be converted:", *refused[:MAX_LISTED]]))
+    scalars, settings = _made_one(view, on_differing)
+    values, tensors = _encoded_values(checkpoint, drop_client_state)
+    source = IndexSource(form=checkpoint.form, **asdict(checkpoint.topology))
+    if isinstance(checkpoint, UniversalCheckpoint):
+        source = checkpoint.source
+    index = Index(
+        format_version=FORMAT_VERSION,
+        source=source,
+        run=_run(checkpoint),
+        vocabulary_size=view.vocabulary_size,
+        parameters={
+            name: IndexParameter(
+                kind=parameter.kind,
+                shape=view.logical_shape(name),
+                pattern=view.patterns[name],
+                states={state: homes[name, state] for state in parameter.states},
+                scalars=_encoded_scalars(scalars[name], name),
+            )
+            for name, parameter in view.parameters.items()
+        },
+        groups=tuple(
+            IndexGroup(names=group.names, hyperparameters=_encoded(held, f"group {number}"))
+            for number, (group, held) in enumerate(zip(view.groups, settings, strict=True))
+        ),
+        client_state=values["client_state"],
+        extra_states=values["extra_states"],
+        tied=view.tied,
+        files={},
+    )
+    return index, {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+
+
+def _made_one(view: UniversalView, how: OnDiffering) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """Return one value of each parameter's scalars, and of each group's hyper-parameters."""
+    problems: dict[str, str] = {}
+
+    def settled(place: str, values: Mapping[str, Any], differing: Differing) -> dict[str, Any]:
+        found, refused = made_one(values, differing, how)
+        for key, told in refused.items():
+            problems.setdefault(f"{key!r} is {told}", place)
+        return found
+
+    scalars = {name: settled(name, each.scalars, each.differing) for name, each in view.parameters.items()}
+    settings = [
+        settled(f"parameter group {number}", group.hyperparameters, group.differing)
+        for number, group in enumerate(view.groups)
+    ]
+    if problems:
+        listed = [f"{place}: {told}" for told, place in problems.items()]
+        remedy = "--on-differing first, last, mean or max makes one number of them"
+        raise MismatchError(f"{view.checkpoint.path} has numbers that differ over its partitions", listed, remedy)
+    return scalars, settings
+
+
+def left_out(checkpoint: Checkpoint, drop_client_state: Collection[str] = ()) -> list[str]:
+    """Return what a conversion leaves out because no file holds it, or nobody can read it, each with the reason."""
+    classes = {key: kind for key, kind in checkpoint.unreadable().items() if key not in drop_client_state}
+    unread = [f"client_state.{key}: it can't be read without running code of {kind}" for key, kind in classes.items()]
+    return [f"{name}: {why}" for name, why in checkpoint.unrecorded.items()] + unread
+
+
+def client_state_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the user's own keys, and DeepSpeed's keys in `KEPT_ENGINE_KEYS`."""
+    _, state = checkpoint.client_state()
+    kept = {key: value for key, value in state.items() if key not in ENGINE_KEYS or key in KEPT_ENGINE_KEYS}
+    return kept | {key: _without_numpy(state[key]) for key in DATA_SCHEDULES if state.get(key) is not None}
+
+
+def _without_numpy(value: Any) -> Any:
+    """Return a value with plain numbers and lists in place of numpy's, which DeepSpeed's schedules take too."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _without_numpy(item) for key, item in value.items()}
+    return type(value)(map(_without_numpy, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _run(checkpoint: Checkpoint) -> IndexRun:
+    run = {field.name: getattr(checkpoint.run, field.name) for field in fields(checkpoint.run)}
+    scale = None if run["loss_scale"] is None else asdict(run["loss_scale"])
+    for key, value in (("lr_scheduler", run["lr_scheduler"]), ("loss_scale", scale)):
+        if not isinstance(value, Mapping | None):  # readers take nothing else
+            kind = type(value).__qualname__
+            raise UnsupportedError(f"{key} is a {kind}, which has no universal form; use a mapping")
+        run[key] = _encoded(value, key)
+    return IndexRun(**run)
+
+
+def _encoded(value: Any, place: str) -> Any:
+    """Encode a value of the index itself, which is only JSON: a tensor in it would have nowhere to go."""
+    tensors: dict[str, torch.Tensor] = {}
+    encoded = encode(value, place, tensors)
+    if tensors:
+        raise UnsupportedError(f"{', '.join(tensors)}: a tensor here has no universal form; use a number")
+    check_encoded(encoded, place)
+    return encoded
+
+
+def _encoded_scalars(value: Mapping[Any, Any], name: str) -> Any:
+    if not are_scalars(value):
+        raise UnsupportedError(f"{name} has scalars that are no numbers by name, which have no universal form: {value}")
+    return _encoded(dict(value), name)
+
+
+class _Places(dict[str, torch.Tensor]):
+    """Tensors by place. It refuses two at one place, as in ``{"a.b": x, "a": {"b": y}}``: they would overwrite each other."""
+
+    def __setitem__(self, place: str, tensor: torch.Tensor) -> None:
+        if place in self:
+            raise UnsupportedError(f"{place} stands for two tensors; rename one of the keys with dots")
+        if tensor.dtype not in TORCH_DTYPES or tensor.layout is not torch.strided:
+            kind = f"{tensor.dtype}, {tensor.layout}"
+            raise UnsupportedError(f"{place} is a tensor of {kind}, which has no universal form")
+        super().__setitem__(place, tensor)
+
+
+def _encoded_values(checkpoint: Checkpoint, drop: Collection[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return client state and extra states, encoded, and the tensors in them."""
+    shared, differing = shared_extra_states(checkpoint.extra_states())
+    held: dict[str, dict[str, Any]] = {"client_state": client_state_of(checkpoint), "extra_states": shared}
+    keys = [*held["client_state"], *shared, *differing]
+    unknown = sorted(set(drop) - {str(key) for key in keys} - checkpoint.unreadable().keys())
+    if unknown:
+        raise ConfigError(f"client state has no key {', '.join(unknown)}; its keys: {', '.join(map(str, keys))}")
+    kept = {
+        what: {key: value for key, value in values.items() if str(key) not in drop} for what, values in held.items()
+    }
+    places = _Places()
+    problems = {key: f"{key} differs over the tensor-parallel ranks" for key in differing if key not in drop}
+    for what, values in kept.items():
+        for key, value in values.items():
+            try:
+                check_encoded([str(key), encode(value, f"{what}.{key}", places)], f"{what}.{key}")
+            except RecursionError:
+                problems[str(key)] = f"{what}.{key} has too many values inside others"
+            except UnsupportedError as error:
+                problems[str(key)] = str(error)
+    if problems:
+        fix = " ".join(f"--drop-client-state {key}" for key in problems)
+        raise UnsupportedError("\n".join([*problems.values(), f"leave them out with: ucp convert … {fix}"]))
+    tensors: dict[str, torch.Tensor] = {}
+    return {what: encode(values, what, tensors) for what, values in kept.items()}, tensors

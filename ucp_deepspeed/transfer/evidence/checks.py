@@ -14,14 +14,7 @@ from ucp_deepspeed.language.resolve import contradicts_record, describe
 from ucp_deepspeed.layout import Layout, Partial, Shape, Shard, ShardGrid
 from ucp_deepspeed.layout.layout import Piece
 from ucp_deepspeed.layout.pattern import Pattern, split_evenly
-from ucp_deepspeed.transfer.evidence.held_values import (
-    HeldValues,
-    Progress,
-    SingleRank,
-    no_progress,
-    of_first_stage,
-    passing,
-)
+from ucp_deepspeed.transfer.evidence.held_values import HeldValues, Progress, SingleRank, of_first_stage, passing
 
 UNRELATED = 0.5
 """`HeldValues.distance` from which two ranks' matrices count as different ones, and not as copies that were updated apart."""
@@ -126,7 +119,7 @@ def check_spec(
     vocabulary_size: int | None = None,
     values: bool = True,
     whole: Checkpoint | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = lambda done, total: None,
 ) -> SpecCheck:
     """Compare a spec with a checkpoint.
 

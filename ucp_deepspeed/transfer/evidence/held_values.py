@@ -30,10 +30,6 @@ Progress = Callable[[int, int], None]
 """Called with the number of bytes that have been compared, or needn't be, and the number of all bytes."""
 
 
-def no_progress(done: int, total: int) -> None:
-    """Report nothing."""
-
-
 def passing(parameters: Mapping[str, Parameter], progress: Progress) -> Iterator[str]:
     """Yield names of parameters, one after the other, and report how much of the ranks' part of them has been passed."""
     sizes = {

@@ -22,7 +22,6 @@ from ucp_deepspeed.transfer.evidence.held_values import (
     Joined,
     Progress,
     SingleRank,
-    no_progress,
     of_first_stage,
     passing,
 )
@@ -45,7 +44,7 @@ def infer_from_record(checkpoint: Checkpoint) -> dict[str, Guess]:
 
 
 def infer_by_comparison(
-    checkpoint: Checkpoint, whole: Checkpoint, progress: Progress = no_progress
+    checkpoint: Checkpoint, whole: Checkpoint, progress: Progress = lambda done, total: None
 ) -> dict[str, Guess]:
     """Return what local and global shapes tell; and values, where both checkpoints have the same state.
 
