@@ -51,14 +51,7 @@ DeepSpeed's ``FusedAdam`` it stays 0, and each parameter has its own count."""
 
 @dataclass(frozen=True, slots=True)
 class FileExtent:
-    """A one-dimensional run of elements in a file.
-
-    Attributes:
-        path: the file.
-        file_offset: position of the first element, in bytes.
-        dtype: a key of `ucp_deepspeed.dtypes.ITEMSIZE`.
-        numel: length, in elements.
-    """
+    """A run of ``numel`` elements in a file, from a byte on; ``dtype`` is a key of `ucp_deepspeed.dtypes.ITEMSIZE`."""
 
     path: str
     file_offset: int
@@ -105,10 +98,7 @@ class Parameter:
 class ParameterGroup:
     """One parameter group of the optimizer: hyper-parameters belong to the names in it, not to its position.
 
-    Attributes:
-        names: names of its parameters.
-        hyperparameters: values on the first partition.
-        differing: hyper-parameters for which other partitions have other values.
+    They are the first partition's; ``differing`` has those for which other partitions have other values.
     """
 
     names: tuple[str, ...]
@@ -177,9 +167,7 @@ class Checkpoint(ABC):
         path: the tag folder.
         form: name of the writer and form, for people: ``deepspeed zero-3``, ``universal 1``, …
         topology: topology of the run that saved it.
-        run: counters, scheduler and loss scale.
         parameters: parameters and buffers by name, in the model's order.
-        groups: the optimizer's parameter groups.
         patterns: pattern of each parameter in the run that saved, if the checkpoint records it.
         refused: parameters whose layout can't be told, according to the checkpoint, with the reason.
         lacking: why no file holds the optimizer's state, or why its owner can't be told; code that needs the state raises it. The

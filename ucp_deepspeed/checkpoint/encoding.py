@@ -1,7 +1,4 @@
-"""Python values as exact JSON: values that JSON lacks get a tag. `docs/format.md`, *Values*, is the specification.
-
-Also here: comparing two values, and reading the index and the manifest, which are JSON of one form each.
-"""
+"""Python values as exact JSON (`docs/format.md`, *Values*), their comparison, and the reading of index and manifest."""
 
 from __future__ import annotations
 

@@ -121,7 +121,6 @@ def recognise_experts(
         names: names of one rank's parameters in the group.
         totals: number of experts of each layer of the model, in any order.
         partitions: number of ranks that the group is cut over.
-        where: the file, for the message.
 
     Raises:
         UnsupportedError: no way, or more than one, fits these numbers.

@@ -21,12 +21,10 @@ class Region:
 
     Attributes:
         name: logical name of the parameter.
-        state: one of its states.
         dtype: type in the file; values of another are converted. A key of `ucp_deepspeed.dtypes.ITEMSIZE`.
         layout: where the parameter's elements lie in local tensors: `Layout.whole` or `Layout.around`, or a layout of a topology.
         rank: the local tensor whose elements, in row-major order, are written. Its padding becomes zero.
         local_start: the first of them.
-        numel: how many.
         file_offset: place of the first byte in the file; a multiple of the type's size.
     """
 
@@ -79,13 +77,7 @@ class Literal:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """One file. Bytes outside its parts are zero.
-
-    Attributes:
-        file_name: path in the folder.
-        numbytes: size.
-        parts: what it holds, in order of their place.
-    """
+    """One file, by its path in the folder. Its parts are in order of their place; bytes outside them are zero."""
 
     file_name: str
     numbytes: int

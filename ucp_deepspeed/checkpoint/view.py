@@ -27,10 +27,8 @@ class UniversalView:
     """Layouts over a catalog.
 
     Attributes:
-        checkpoint: the catalog.
         logical_of: the checkpoint's names → logical ones.
         parameters: its entries, by logical name.
-        groups: the optimizer's parameter groups, with logical names.
         patterns: pattern of every parameter and buffer.
         layouts: layout of every parameter and buffer, over the checkpoint's model-parallel ranks or, where it knows them
             (`Checkpoint.layout`), over the boxes in its files.

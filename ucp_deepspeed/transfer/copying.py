@@ -82,14 +82,18 @@ class FileReader:
         Raises:
             DamagedCheckpointError: the file is missing or ends before the extent does.
         """
-        itemsize, span = ITEMSIZE[view.buffer.dtype], view.span(shape)
+        itemsize, span, dtype = ITEMSIZE[view.buffer.dtype], view.span(shape), NAMED_DTYPES[view.buffer.dtype]
         file, start = self._open(view, span)
         if not file.is_mapped and (runs := _runs(view, shape)) is not None:
-            return _read_runs(file, start, runs, NAMED_DTYPES[view.buffer.dtype], shape)
+            block, (starts, numel) = torch.empty(shape, dtype=dtype), runs
+            target, numbytes = memoryview(block.view(-1).view(torch.uint8).numpy()), numel * itemsize
+            for number, run in enumerate(starts):
+                file.read_into(start + run * itemsize, target[number * numbytes : (number + 1) * numbytes])
+            return block
         raw = file.range(start, start + span * itemsize)
         # torch reads aligned memory only; safetensors files from elsewhere may hold elements anywhere.
         aligned = raw if raw.data_ptr() % itemsize == 0 else raw.clone()
-        return aligned.view(NAMED_DTYPES[view.buffer.dtype]).as_strided(shape, view.strides)
+        return aligned.view(dtype).as_strided(shape, view.strides)
 
     def numbytes(self, view: StridedView[FileExtent], shape: tuple[int, ...]) -> int:
         """Return the bytes to read for a block: more than it has if its runs are short and the file isn't mapped."""
@@ -141,16 +145,6 @@ def _runs(view: StridedView[FileExtent], shape: tuple[int, ...]) -> tuple[Sequen
         return None
     steps = (range(0, extent * stride, stride) for extent, stride in zip(shape[:outer], view.strides, strict=False))
     return [sum(place) for place in product(*steps)], numel
-
-
-def _read_runs(
-    file: _File, start: int, runs: tuple[Sequence[int], int], dtype: torch.dtype, shape: tuple[int, ...]
-) -> torch.Tensor:
-    block, (starts, numel) = torch.empty(shape, dtype=dtype), runs
-    target, numbytes = memoryview(block.view(-1).view(torch.uint8).numpy()), numel * block.element_size()
-    for number, run in enumerate(starts):
-        file.read_into(start + run * block.element_size(), target[number * numbytes : (number + 1) * numbytes])
-    return block
 
 
 def _most_open() -> int:

@@ -24,11 +24,9 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Ranks:
-    """The ranks of a conversion, as one of them sees them. They share a store, all of whose keys belong to that conversion.
+    """The ranks of a conversion, as one of them sees them; rank 0 makes the folder and commits it.
 
-    Attributes:
-        rank: this rank; rank 0 makes the folder and commits it.
-        count: number of ranks.
+    They share a store, all of whose keys belong to that conversion.
     """
 
     def __init__(self, store: dist.Store | None = None, rank: int = 0, count: int = 1) -> None:

@@ -35,13 +35,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Settled:
-    """The copies to read.
-
-    Attributes:
-        stages: parameter whose copies differ → the stage whose copy is read.
-        told: the same in words.
-        problems: parameters for which nothing tells the stage, and why.
-    """
+    """Parameters whose copies differ → the stage whose copy is read; the same in words; those for which nothing tells it."""
 
     stages: Mapping[str, int]
     told: tuple[str, ...]
@@ -115,15 +109,13 @@ def _look_at(held: HeldValues, name: str, stages: Sequence[int], share: tuple[in
         differing.add("shape")
     for state in dict.fromkeys(state for copy in copies.values() for state in copy.states):
         holding = {stage: copy for stage, copy in copies.items() if state in copy.states}
+        dtypes = [NAMED_DTYPES[copy.states[state]] for copy in holding.values()]
         for rank in range(degree):
             shapes = [copy.local_shapes[stage * degree + rank] for stage, copy in holding.items()]
             numel = min(prod(shape) for shape in shapes if shape is not None)
             bits = [held.parts(copy, state, stage * degree + rank, share, numel) for stage, copy in holding.items()]
             for parts in zip(*bits, strict=True):
-                values = [
-                    part.view(NAMED_DTYPES[copy.states[state]])
-                    for part, copy in zip(parts, holding.values(), strict=True)
-                ]
+                values = [part.view(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
                 if not all_same(values):
                     differing.add(state)
                 if state != MASTER:
@@ -150,8 +142,7 @@ def settle(
     """Decide which stage's copy is read of each parameter whose copies differ.
 
     Args:
-        copies: parameter → stages that hold it.
-        found: the results for all their elements.
+        found: the results of `look` for all their elements.
         how: the choice where nothing tells which copy was trained.
         states: whether optimizer states are wanted, and not only weights.
     """

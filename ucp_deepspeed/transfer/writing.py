@@ -9,7 +9,7 @@ import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -97,8 +97,7 @@ def write_share(
 
     Args:
         share: at most one range of a file.
-        workers: threads; each needs one buffer of ``chunk_numbytes``.
-        progress: called with (bytes written, bytes to write) after each chunk, from one thread at a time.
+        workers, chunk_numbytes, progress: see `ucp_deepspeed.transfer.conversion.convert`.
         check: called now and then; an error that it raises ends the work.
 
     Raises:
@@ -185,16 +184,12 @@ class _Output:
     """
 
     def __init__(self, path: Path) -> None:
-        self._open = ExitStack()
-        self._descriptor = self._opened(path, os.O_RDWR)
+        self._descriptor = os.open(path, os.O_RDWR)
+        self._open = [self._descriptor]
         self._direct: int | None = None
         with suppress(OSError, AttributeError):  # a file system, or an operating system, without direct writes
-            self._direct = self._opened(path, os.O_RDWR | os.O_DIRECT)
-
-    def _opened(self, path: Path, flags: int) -> int:
-        descriptor = os.open(path, flags)
-        self._open.callback(os.close, descriptor)
-        return descriptor
+            self._direct = os.open(path, os.O_RDWR | os.O_DIRECT)
+            self._open.append(self._direct)
 
     def write(self, data: memoryview, file_offset: int) -> None:
         """Write all of it."""
@@ -228,7 +223,8 @@ class _Output:
 
     def close(self) -> None:
         """Close the file; it can be called again."""
-        self._open.close()
+        while self._open:
+            os.close(self._open.pop())
 
 
 def _wait(futures: Collection[Future[None]], check: Callable[[], None]) -> None:

@@ -51,13 +51,7 @@ FIRST_RANDOM_STATE_NAME = "ucp_random_state_rank_00000.json"
 
 @dataclass(frozen=True)
 class UniversalOutput(Output):
-    """A universal checkpoint. See `Output`.
-
-    Attributes:
-        drop_client_state: top-level keys of the client state to leave out.
-        on_unreadable: see `OnUnreadable`.
-        file_numbytes: bytes of atoms in one file, unless a single atom is larger.
-    """
+    """A universal checkpoint; see `Output` and `describe`. ``file_numbytes``: bytes of atoms in one file, if none is larger."""
 
     drop_client_state: Collection[str] = ()
     on_unreadable: OnUnreadable = "error"
@@ -65,13 +59,7 @@ class UniversalOutput(Output):
     file_numbytes: int = tunables.FILE_NUMBYTES
 
     def plan(self, view: UniversalView) -> OutputPlan:
-        """See `Output.plan`.
-
-        Raises:
-            ConfigError: the client state has no such key.
-            UnsupportedError: the client state, a scheduler or a hyper-parameter holds a value that has no universal form.
-            MismatchError: numbers differ over the partitions, or there is no optimizer state.
-        """
+        """See `Output.plan`, and `describe` for the errors."""
         files = lay_out(view, self.file_numbytes)
         homes = {(region.name, region.state): file.file_name for file in files for region in file.regions}
         index, tensors = describe(view, homes, self.drop_client_state, self.on_unreadable, self.on_differing)
@@ -130,7 +118,7 @@ def describe(
     Raises:
         MismatchError: the checkpoint holds no optimizer state; or numbers differ over the partitions, and may not become one.
         ConfigError: the client state has no such key.
-        UnsupportedError: a value has no universal form; says where it is.
+        UnsupportedError: a value in the client state, a scheduler or a group has no universal form; says where it is.
     """
     checkpoint = view.checkpoint
     if checkpoint.lacking is not None:

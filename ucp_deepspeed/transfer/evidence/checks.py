@@ -46,14 +46,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Checked:
-    """One parameter that a spec is checked against.
+    """One parameter, by its logical name and the checkpoint's, and the rules that it matches.
 
-    Attributes:
-        name: logical name.
-        own_name: name in the checkpoint.
-        matches: the rules that it matches.
-        local_shapes: see `HeldShapes`.
-        layout: None when it doesn't match one rule, or shapes contradict it.
+    ``layout`` is None if it doesn't match one rule, or shapes contradict it.
     """
 
     name: str
@@ -292,13 +287,8 @@ def _of_whole(
     accused: Collection[str] | None,
     progress: Progress,
 ) -> tuple[Extent, list[Finding]]:
-    """Compare with a checkpoint of the same model without tensor parallelism; by values only if it has the same state.
-
-    The states are the same if some parameter has the same values in both that no two initialisations share.
-
-    Args:
-        accused: parameters whose values needn't be compared; None to compare no values at all.
-    """
+    """Compare with a checkpoint of the same model without tensor parallelism; by values only if it has the same state: some
+    parameter has values in both that no two initialisations share. Values of the ``accused`` aren't compared; none if None."""
     findings: list[Finding] = []
     same: dict[str, Pattern] = {}
     padded: dict[str, Pattern] = {}

@@ -207,13 +207,10 @@ class Joined:
 
 
 class SingleRank:
-    """A checkpoint, and one of the same model without tensor parallelism.
+    """A checkpoint, and one of the same model without tensor parallelism: with it, that is a MismatchError.
 
     Args:
         names, whole_names: names in both checkpoints → logical ones; by default the checkpoints' own names.
-
-    Raises:
-        MismatchError: the second checkpoint has several tensor-parallel ranks.
     """
 
     def __init__(
@@ -249,11 +246,8 @@ class SingleRank:
     def joins_to(self, name: str, pattern: Pattern, size: int | None = None) -> Joined | None:
         """Compare a trained parameter, joined by a pattern, with the one without tensor parallelism.
 
-        Args:
-            size: rows of the vocabulary that aren't padding, if that is known.
-
-        Returns:
-            None where they can't be compared: their shapes differ, or one of them isn't trained or holds another dtype.
+        None if they can't be compared: their shapes differ, or one of them isn't trained or holds another dtype. ``size``: rows
+        of the vocabulary that aren't padding, if that is known.
         """
         patterns = {name: pattern}
         try:
