@@ -157,10 +157,7 @@ class ResumableSampler(Sampler[int]):
         return self._global_batch_size if self._engine is None else int(self._engine.train_batch_size())
 
     def set_position(self, samples: int) -> None:
-        """Begin the next iteration at a position. Only for a sampler that follows no engine.
-
-        Args:
-            samples: number of samples of the stream that have been consumed, over all ranks.
+        """Begin the next iteration after so many samples, over all ranks. Only for a sampler that follows no engine.
 
         Raises:
             DataPositionError: it is negative, or the sampler follows an engine.

@@ -19,10 +19,7 @@ class ListingError(UniversalCheckpointError):
 
     def __init__(self, heading: str, problems: Sequence[str] = (), remedy: str = "") -> None:
         self.heading, self.problems, self.remedy = heading, tuple(problems), remedy
-        shown = [f"  {problem}" for problem in self.problems[:MAX_LISTED]]
-        if len(self.problems) > MAX_LISTED:
-            shown.append(f"  … and {len(self.problems) - MAX_LISTED} more")
-        told = [f"{heading} ({len(self.problems)}):", *shown] if problems else [heading]
+        told = [f"{heading} ({len(self.problems)}):", *listed(self.problems)] if problems else [heading]
         super().__init__("\n".join([*told, *([remedy] if remedy else [])]))
 
     def __reduce__(self) -> tuple[type[ListingError], tuple[str, tuple[str, ...], str]]:
@@ -32,6 +29,12 @@ class ListingError(UniversalCheckpointError):
 
 MAX_LISTED = 50
 """Problems printed in one message; the rest are counted (all are in ``ListingError.problems``)."""
+
+
+def listed(entries: Sequence[object], most: int = MAX_LISTED) -> list[str]:
+    """Return a line for each of the first entries, and one that says how many more there are."""
+    more = [f"  … and {len(entries) - most} more"] if len(entries) > most else []
+    return [*(f"  {entry}" for entry in entries[:most]), *more]
 
 
 class ConfigError(UniversalCheckpointError):

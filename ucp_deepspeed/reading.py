@@ -135,10 +135,9 @@ class OpenCheckpoint:
         source = checkpoint.source if isinstance(checkpoint, UniversalCheckpoint) else self.topology
         self.saved_by = Topology(source.tp, source.pp, source.dp, source.zero_stage, source.ep)
         self.run = checkpoint.run
-        held = checkpoint.parameters if self._view is None else self._view.parameters
-        self.parameters: Mapping[str, ParameterInfo] = {name: self._info(name, entry) for name, entry in held.items()}
-        self.groups = checkpoint.groups if self._view is None else self._view.groups
-        self.tied: Mapping[str, str] = checkpoint.tied if self._view is None else self._view.tied
+        held = checkpoint if self._view is None else self._view
+        self.parameters = {name: self._info(name, entry) for name, entry in held.parameters.items()}
+        self.groups, self.tied = held.groups, held.tied
         self.unrecorded = checkpoint.unrecorded
         self.lacking = None if checkpoint.lacking is None else checkpoint.lacking.heading
 

@@ -28,9 +28,7 @@ def wait_for_save() -> None:
 def end_of_process() -> None:
     """Wait for the last save, and end with status 1 if it failed and nobody has been told.
 
-    An exception in here wouldn't change the status. The function is registered when the package is imported, so that handlers
-    registered later have run by now. The writing thread has normally ended before, except if that wait was interrupted or a
-    handler that ran just now has saved.
+    An exception in here wouldn't change the status. Handlers that were registered after the package was imported have run by now.
     """
     background = sys.modules.get(BACKGROUND_MODULE)
     error = background.last_failure() if background is not None else None

@@ -19,6 +19,7 @@ from ucp_deepspeed.cli.options import NO
 from ucp_deepspeed.cli.output import print_json
 from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.errors import listed
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.transfer.compare import Difference, compare
 
@@ -84,7 +85,5 @@ def _print(differences: Sequence[Difference], limit: int) -> None:
     counts = Counter(difference.what for difference in differences)
     kinds = ", ".join(f"{count} {what}" for what, count in counts.items())
     click.echo(f"different: {len(differences)} differences ({kinds})")
-    for difference in differences[:limit]:
-        click.echo(f"  {difference}")
-    if len(differences) > limit:
-        click.echo(f"  … and {len(differences) - limit} more")
+    for line in listed(differences, limit):
+        click.echo(line)

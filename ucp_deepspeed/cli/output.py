@@ -131,11 +131,7 @@ def box_in_words(bounds: Sequence[Sequence[int]] | None) -> str:
 
 
 def collapsed(kinds: Mapping[str, Hashable]) -> dict[str, str]:
-    """Names of one kind that differ in their numbers alone, as one: ``layers.{0..31}.mlp.weight`` → the first of them.
-
-    Args:
-        kinds: by name, what must be the same of names that become one.
-    """
+    """Names of one kind that differ in their numbers alone, as one: ``layers.{0..31}.mlp.weight`` → the first of them."""
     alike: dict[tuple[tuple[str, ...], Hashable], dict[tuple[int, ...], str]] = {}
     for name, kind in kinds.items():
         parts = _NUMBER.split(name)

@@ -12,7 +12,7 @@ from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.cli.options import NO
 from ucp_deepspeed.cli.output import Row, in_words, print_json, print_labelled, print_lines, print_rows
-from ucp_deepspeed.errors import MAX_LISTED, ConfigError
+from ucp_deepspeed.errors import ConfigError, listed
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.transfer.planning.policies import Policies
@@ -99,9 +99,7 @@ def _print(plan: TargetPlan, path: str, source: str) -> None:
             ("held", f"{in_words(total['bytes_held'])} of master weights and optimizer states"),
         ]
     print_labelled(lines)
-    print_lines(*(f"  {obstacle}" for obstacle in plan.obstacles[:MAX_LISTED]))
-    if len(plan.obstacles) > MAX_LISTED:
-        print_lines(f"  … and {len(plan.obstacles) - MAX_LISTED} more")
+    print_lines(*listed(plan.obstacles))
     if plan.possible:
         shown = _shown(plan.ranks)
         rows = [_row(rank.model_parallel_rank, rank.data_parallel_rank, _total([rank])) for rank in shown]

@@ -173,10 +173,9 @@ NUMBERS = frozenset(("parts", "heads", "widths", "shape", "pad_to_multiple"))
 def with_numbers(
     rule: Mapping[str, Any], values: Mapping[str, int], free_dims: Collection[str] = ()
 ) -> tuple[dict[str, Any], list[str]]:
-    """Replace the expressions in a rule by numbers. Returns the rule, and what is wrong with its expressions, by place.
+    """Replace the expressions in a rule by numbers, except those in ``shape`` over dimensions without a value.
 
-    Args:
-        free_dims: dimensions without a value; expressions with these stay in ``shape``.
+    Returns the rule, and what is wrong with its expressions, by place.
     """
     problems: list[str] = []
     samples = {**values, **dict.fromkeys(free_dims, 1)}

@@ -53,8 +53,7 @@ Rule = tuple[str, str]
 def _rules(source: Shapes, target: Shapes, longer: int) -> list[Renaming]:
     """Find beginnings to exchange, the one that maps most names first, until no more names become one of the target's.
 
-    Args:
-        longer: number of parts by which the beginnings are longer than the difference, to tell more names apart.
+    Beginnings are ``longer`` by so many parts than the difference, to tell more names apart.
     """
     by_end: dict[str, list[str]] = {}
     for name in target:

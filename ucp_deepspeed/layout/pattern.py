@@ -1,10 +1,7 @@
 """Parameter patterns: the names of layouts in the language.
 
-Each pattern answers three questions, in terms of the local shapes of the ``degree`` model-parallel ranks:
-
-* `logical_shape`: the whole parameter's shape (the paper's *Union* and *StripPad*)
-* `local_shapes`: the shape that each rank of a target would hold (the paper's *GenUcpMetadata*)
-* `layout`: the position of each box
+Each pattern gives the whole parameter's shape (``logical_shape``, the paper's *Union* and *StripPad*), the shape that each rank
+of a target would hold (``local_shapes``, the paper's *GenUcpMetadata*), and the position of each box (``layout``).
 
 All raise `ValueError` if the shapes contradict the pattern. The caller knows the parameter's name and adds it.
 """

@@ -141,9 +141,6 @@ class _Region(Generic[B]):
 def plan_tensor(source: Source[S], target: Target[T], state: str) -> tuple[BlockCopy[S, T], ...]:
     """Plan the copies that fill everything the target rank wants of one state of one parameter.
 
-    Args:
-        state: name of the state; only scaled layouts look at it.
-
     Raises:
         ValueError: the logical shapes differ, the source doesn't hold each wanted element exactly once, or source and target
             scale the state differently and the layout doesn't say how. The caller adds the parameter's name.
@@ -198,7 +195,10 @@ def _matches(
             continue
         matches: list[tuple[Box, tuple[_Region[S], ...]]] = [(box, ())]
         for rank, piece in held:
-            regions = list(_source_regions(layout, source, rank, piece, box))
+            shape = layout.locals[rank].shape
+            local_box = box.moved(piece.logical_box.start, piece.local_box.start)
+            fragments = source.fragments(rank, *_whole_rows(local_box, shape).flat_range(shape))
+            regions = [region for part in fragments for region in _regions(part, shape, piece, local_box)]
             matches = [
                 (common, (*found, region))
                 for narrowed, found in matches
@@ -206,16 +206,6 @@ def _matches(
                 if (common := narrowed.intersect(region.logical_box)) is not None
             ]
         yield from matches
-
-
-def _source_regions(
-    layout: Layout, source: Source[S], rank: int, piece: Piece, logical_box: Box
-) -> Iterator[_Region[S]]:
-    """Yield the regions in which the source rank holds ``logical_box``, a part of ``piece``."""
-    local_shape = layout.locals[rank].shape
-    local_box = logical_box.moved(piece.logical_box.start, piece.local_box.start)
-    for fragment in source.fragments(rank, *_whole_rows(local_box, local_shape).flat_range(local_shape)):
-        yield from _regions(fragment, local_shape, piece, local_box)
 
 
 def _whole_rows(box: Box, shape: Shape) -> Box:
