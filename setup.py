@@ -15,7 +15,7 @@ def stated(name: str, file: str) -> str:
 
 
 VERSION = stated("__version__", "__init__.py")
-OLDEST, NEWEST = (stated(name, "engine/deepspeed_versions.py") for name in ("OLDEST_DEEPSPEED", "NEWEST_DEEPSPEED"))
+OLDEST, NEWEST = (stated(name, "engine/__init__.py") for name in ("OLDEST_DEEPSPEED", "NEWEST_DEEPSPEED"))
 MAJOR, MINOR = NEWEST.split(".")
 DEEPSPEED_RANGE = f"deepspeed>={OLDEST},<{MAJOR}.{int(MINOR) + 1}"
 

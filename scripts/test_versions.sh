@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup_environment.sh
 
-oldest=$(sed -n 's/^OLDEST_DEEPSPEED = "\(.*\)"/\1/p' ucp_deepspeed/engine/deepspeed_versions.py)
+oldest=$(sed -n 's/^OLDEST_DEEPSPEED = "\(.*\)"/\1/p' ucp_deepspeed/engine/__init__.py)
 [ $# -gt 0 ] || set -- "$oldest" 0.19.4
 
 stages=tests/engines/test_every_stage_change.py

@@ -55,7 +55,7 @@ def _hooked(name: str, wrapped: Callable[..., Any], engine: Any, args: tuple[Any
     config = getattr(engine, "universal_checkpoint_config", None)
     if config is None or not config.enabled:
         return wrapped(*args, **kwargs)
-    from ucp_deepspeed.engine import left_alone
+    from ucp_deepspeed.engine import support
 
-    module = left_alone if left_alone.is_left_alone(engine) else import_module(HOOKS[name])
+    module = support if support.is_left_alone(engine) else import_module(HOOKS[name])
     return getattr(module, name)(wrapped, engine, *args, **kwargs)

@@ -13,7 +13,7 @@ from checkpoints import STEP
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
-from ucp_deepspeed.engine.loading.unpickled import files_to_unpickle
+from ucp_deepspeed.engine.loading.native import files_to_unpickle
 from ucp_deepspeed.testing.ranks import RankError, RankPool, fp16_on_cpu
 from ucp_deepspeed.testing.runs import Run, build_engine, train
 

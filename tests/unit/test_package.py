@@ -17,7 +17,7 @@ from packaging.version import Version
 
 import ucp_deepspeed
 from ucp_deepspeed.config import UniversalCheckpointConfig, parse_config
-from ucp_deepspeed.engine.deepspeed_versions import NEWEST_DEEPSPEED, OLDEST_DEEPSPEED, check_version
+from ucp_deepspeed.engine import NEWEST_DEEPSPEED, OLDEST_DEEPSPEED, check_version
 from ucp_deepspeed.engine.loading import load
 from ucp_deepspeed.engine.saving import save
 from ucp_deepspeed.errors import ConfigError, MismatchError, UnsupportedError

@@ -1,7 +1,8 @@
 """The client state: values of the user's own that are saved beside DeepSpeed's state.
 
 DeepSpeed writes both into one dictionary, where the user's entries replace its own
-(``runtime/engine.py::_save_checkpoint``), and resumes from it.
+(``runtime/engine.py::_save_checkpoint``), and resumes from it. Of parameters that only the optimizer has, DeepSpeed's files hold
+the states, and at best a master without a name. So saving adds their values, by name, under `VALUES_KEY`.
 """
 
 from __future__ import annotations
@@ -10,20 +11,21 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 
-from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
+from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS, VALUES_KEY
 from ucp_deepspeed.engine.deepspeed_types import Engine
-from ucp_deepspeed.engine.optimizer_only import values_to_save
+from ucp_deepspeed.engine.names import optimizer_only
 from ucp_deepspeed.errors import SaveError
 
 logger = logging.getLogger("ucp_deepspeed")
 
-COUNTERS = ("global_steps", "skipped_steps", "dp_world_size", "mp_world_size")
-"""Numbers that a load takes over and doesn't return."""
+COUNTERS = ("global_steps", "skipped_steps", "dp_world_size", "mp_world_size", "data_sampler", "random_ltd")
+"""Keys of the run's progress, which a load takes over and doesn't return."""
 
-RESUMED = frozenset((*COUNTERS, "module", "optimizer", "lr_scheduler", "data_sampler", "random_ltd"))
-"""Keys that a load takes over and doesn't return."""
+RESUMED = frozenset((*COUNTERS, "module", "optimizer", "lr_scheduler"))
+"""All keys that a load takes over."""
 
 
 def to_be_saved(engine: Engine, client_state: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,15 +51,23 @@ def to_be_saved(engine: Engine, client_state: Mapping[str, Any]) -> dict[str, An
         logger.debug(
             "of the client state the engine's own entries are saved as they are now: %s", ", ".join(sorted(old))
         )
-    return {key: value for key, value in client_state.items() if key not in old} | values_to_save(engine)
+    values = {name: param.detach() for param, name in optimizer_only(engine).items()}
+    kept = {key: value for key, value in client_state.items() if key not in old}
+    return kept | {VALUES_KEY: values} if values else kept
 
 
 def _is_users(engine: Engine, key: str, value: Any) -> bool:
-    """Return whether an entry under one of DeepSpeed's keys may be the user's own.
-
-    Megatron-DeepSpeed keeps its layouts under one of these keys where AutoTP doesn't; and a script may keep the path of its
-    config.
-    """
+    """Return whether an entry under one of DeepSpeed's keys may be the user's own: Megatron-DeepSpeed keeps its layouts under one
+    where AutoTP doesn't, and a script may keep the path of its config."""
     if key == UNIVERSAL_CHECKPOINT_INFO:
         return not hasattr(engine.module, UNIVERSAL_CHECKPOINT_INFO)
     return key == "ds_config" and not isinstance(value, Mapping)
+
+
+def take_values(engine: Engine, state: dict[str, Any] | None) -> None:
+    """Take the values that `to_be_saved` adds out of a client state that DeepSpeed has loaded, and put them into the engine."""
+    values: Mapping[str, torch.Tensor] = (state or {}).pop(VALUES_KEY, {})
+    with torch.no_grad():
+        for param, name in optimizer_only(engine).items():
+            if name in values:
+                param.copy_(values[name])

@@ -24,10 +24,9 @@ from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.deepspeed_surface import dealt_experts, uncut_by_autotp
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.exchange import replica_group
-from ucp_deepspeed.engine.names import ModelNames
-from ucp_deepspeed.engine.optimizer_only import optimizer_only
+from ucp_deepspeed.engine.names import ModelNames, optimizer_only
 from ucp_deepspeed.engine.optimizers import engine_optimizer
-from ucp_deepspeed.engine.optimizers.plain import PlainOptimizer
+from ucp_deepspeed.engine.optimizers.stage0 import PlainOptimizer
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.language.name_spaces import CatalogName, ModuleName

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from deepspeed.moe.layer import MoE
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import groups
 
 from ucp_deepspeed.checkpoint.experts import EXPERTS, expert_of, renumbered
 from ucp_deepspeed.engine.deepspeed_surface import autoep_layers
 from ucp_deepspeed.engine.deepspeed_types import Engine
-from ucp_deepspeed.engine.optimizer_only import optimizer_only
 from ucp_deepspeed.language.name_spaces import CatalogName, ModuleName
+from ucp_deepspeed.language.naming import optimizer_only_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +85,25 @@ class ModelNames:
     def ep_rank(self) -> int:
         """This rank's expert-parallel rank, in the largest expert-parallel group; 0 without experts."""
         return next((layer.ep_rank for layer in self.layers.values() if layer.ep == self.ep), 0)
+
+
+def optimizer_only(engine: Engine) -> dict[torch.Tensor, ModuleName]:
+    """Return this rank's parameters that only the optimizer has, and no module, such as a learned weight of a loss, and their
+    names (`OPTIMIZER_ONLY`); a pipeline's later stages count their own. DeepSpeed takes them only without ZeRO."""
+    found: dict[torch.Tensor, ModuleName] = {}
+    number = getattr(engine, "stage_id", 0)  # only a pipeline's engine has a stage
+    stage = f".stage{number}" if number else ""
+    for group, params in enumerate(_groups(engine.optimizer)):
+        own = [param for param in params if param not in engine.param_names]
+        found |= {param: ModuleName(optimizer_only_name(group, index) + stage) for index, param in enumerate(own)}
+    return found
+
+
+def _groups(optimizer: Any) -> Sequence[Sequence[torch.Tensor]]:
+    """Return the tensors that an optimizer steps on, as the model has them."""
+    if isinstance(optimizer, FP16_Optimizer | FP16_UnfusedOptimizer):
+        groups: Sequence[Sequence[torch.Tensor]] = optimizer.fp16_groups
+        return groups
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return [group["params"] for group in optimizer.param_groups]
+    return []  # ZeRO's classes fail on them

@@ -1,23 +1,26 @@
-"""Parameters that several pipeline stages hold: whether a run's copies are the same, and which of a checkpoint's copies a rank
-takes."""
+"""Values that several ranks hold: parameters of several pipeline stages, whether a run's copies are the same, and which of a
+checkpoint's copies a rank takes; and the optimizer's numbers."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import Checkpoint
-from ucp_deepspeed.checkpoint.checkpoint import MASTER
+from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES, MASTER
+from ucp_deepspeed.checkpoint.deepspeed.pipeline import TIED
 from ucp_deepspeed.checkpoint.torch_files.reading import INTEGERS
 from ucp_deepspeed.engine.agreement import gathered
-from ucp_deepspeed.engine.deepspeed_types import Engine
+from ucp_deepspeed.engine.deepspeed_types import Engine, PipelineModule
 from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.engine.optimizers.states import is_number
@@ -45,11 +48,14 @@ def look_at_copies(checkpoint: Checkpoint, model: EngineModel) -> dict[str, Seen
 
 
 def _copies(checkpoint: Checkpoint, model: EngineModel) -> tuple[dict[str, tuple[int, ...]], int | None]:
-    """Return parameters to compare → the stages that hold them, and this rank's stage, if it gets its own copies back."""
-    own, copies = _own_stage(checkpoint, model), may_differ(checkpoint)
-    if own is not None:
-        copies = {name: stages for name, stages in copies.items() if has_one_master(checkpoint, name, stages)}
-    return copies, own
+    """Return parameters to compare → the stages that hold them, and this rank's stage if it gets its own copies back, since the
+    same stages hold the same of these parameters on both sides."""
+    copies = may_differ(checkpoint)
+    degrees = [replace(topology, dp=1, zero_stage=0) for topology in (checkpoint.topology, model.topology)]
+    if degrees[0] != degrees[1] or held_by_several(checkpoint) != _held_by_several(model):
+        return copies, None
+    copies = {name: stages for name, stages in copies.items() if has_one_master(checkpoint, name, stages)}
+    return copies, model.rank // model.topology.tp
 
 
 def with_copies_for(
@@ -75,14 +81,6 @@ def with_copies_for(
     return with_copies_of(checkpoint, settled.stages), settled.told
 
 
-def _own_stage(checkpoint: Checkpoint, model: EngineModel) -> int | None:
-    """Return this rank's pipeline stage, if the same stages hold the same of these parameters on both sides."""
-    degrees = [replace(topology, dp=1, zero_stage=0) for topology in (checkpoint.topology, model.topology)]
-    if degrees[0] != degrees[1] or held_by_several(checkpoint) != _held_by_several(model):
-        return None
-    return model.rank // model.topology.tp
-
-
 def _held_by_several(model: EngineModel) -> dict[str, tuple[int, ...]]:
     """Return the trained parameters that several pipeline stages hold → these stages."""
     found = {
@@ -102,21 +100,34 @@ def differing_copies(model: EngineModel, optimizer: EngineOptimizer) -> tuple[st
     shared = _held_by_several(model)
     if not shared:
         return ()
-    sums: dict[tuple[str, str], int] = {}
-    numbers: dict[str, set[str]] = {}
+    sums: Counter[tuple[str, str]] = Counter()
+    numbers: dict[str, set[str]] = defaultdict(set)
     for slot in optimizer.slots():
         if shared.keys().isdisjoint(slot.names):
             continue
         kept = {key: value for key, value in optimizer.state_of(slot).items() if not is_number(key, value, slot.master)}
         told = repr(sorted((str(k), _plain(v)) for k, v in optimizer.state_of(slot).items() if k not in kept))
-        for name in slot.names:
-            numbers.setdefault(name, set()).add(told)
+        for name in shared.keys() & set(slot.names):
+            numbers[name].add(told)
         for state, tensor in {MASTER: slot.master, **kept}.items():
             for name, part in _sums(slot, state, tensor, shared):
-                sums[name, state] = sums.get((name, state), 0) + part
-    stage, tp_rank = divmod(model.rank, model.topology.tp)
-    found = gathered((stage, tp_rank, sums, {name: numbers[name] for name in shared if name in numbers}))
-    return tuple(name for name, stages in shared.items() if not _are_same(name, stages, found))
+                sums[name, state] += part
+    held: dict[tuple[str, int], tuple[Counter[Any], set[str]]] = defaultdict(lambda: (Counter(), set()))
+    for (stage, tp_rank), of_rank, told_by_rank in gathered((divmod(model.rank, model.topology.tp), sums, numbers)):
+        for (name, state), part in of_rank.items():
+            held[name, stage][0][tp_rank, state] += part
+        for name, found in told_by_rank.items():
+            held[name, stage][1].update(found)
+
+    def of_stage(name: str, stage: int) -> tuple[dict[Any, int], set[str]]:
+        totals, told = held[name, stage]
+        return {key: total % (1 << 64) for key, total in totals.items()}, told
+
+    return tuple(
+        name
+        for name, (first, *others) in shared.items()
+        if any(of_stage(name, stage) != of_stage(name, first) for stage in others)
+    )
 
 
 def tell_of_differing(engine: Engine, differing: Sequence[str], form: str) -> None:
@@ -144,25 +155,51 @@ def tell_of_differing(engine: Engine, differing: Sequence[str], form: str) -> No
     )
 
 
-def _are_same(name: str, stages: Sequence[int], found: Sequence[Any]) -> bool:
-    of_stages: dict[int, tuple[dict[Any, int], set[str]]] = {stage: ({}, set()) for stage in stages}
-    for stage, tp_rank, sums, numbers in found:
-        if stage not in of_stages:
+def tell_of_others(engine: Engine, trained: Collection[str]) -> None:
+    """Warn of untrained values in a tied module that differ over its stages: each stage has its own copy, and a load takes the
+    first.
+
+    It warns once for each engine: often the later stages don't use theirs. Collective over the stages that share a module.
+
+    Args:
+        trained: names of trained parameters.
+    """
+    told = engine.__dict__.setdefault("_universal_checkpoint_told", set())
+    if not isinstance(engine, PipelineEngine):
+        return
+    module: PipelineModule = engine.module
+    for key, shared in module.tied_comms.items():
+        if key in told:
             continue
-        total, told = of_stages[stage]
-        told |= numbers.get(name, set())
-        for (other, state), part in sums.items():
-            if other == name:
-                total[tp_rank, state] = (total.get((tp_rank, state), 0) + part) % (1 << 64)
-    first, *others = of_stages.values()
-    return all(other == first for other in others)
+        told.add(key)
+        mine = {
+            name: _digest(value)
+            for name, value in shared["module"].state_dict().items()
+            if isinstance(value, torch.Tensor) and f"{TIED}{key}.{name}" not in trained
+        }
+        copies: list[Any] = [None] * len(shared["ranks"])
+        dist.all_gather_object(copies, mine, group=shared["group"])
+        differing = [name for name in mine if len({copy.get(name) for copy in copies}) > 1]
+        if differing and dist.get_rank() == min(shared["ranks"]):
+            logger.warning(
+                "pipeline stages hold different values of what isn't trained in module %r; no checkpoint holds those of later "
+                "ones: a load gives them those of the first, or, where it is left to DeepSpeed, none: %s",
+                key,
+                ", ".join(differing),
+            )
+
+
+def _digest(weight: torch.Tensor) -> bytes:
+    flat = weight.detach().cpu().contiguous().flatten()
+    return hashlib.blake2b(memoryview(flat.view(torch.uint8).numpy()), digest_size=16).digest()
 
 
 def _sums(slot: EngineSlot, state: str, tensor: Any, wanted: Collection[str]) -> Iterator[tuple[str, int]]:
     """Yield the wanted parameters' names, with a sum for each run of a state's elements; for a state that isn't element-wise, one
     sum for all of it."""
     if not _is_in_place(slot, state, tensor):
-        yield from ((name, _digest_of(tensor)) for name in slot.names if name in wanted)
+        digest = int(hashlib.sha256(repr(tensor).encode()).hexdigest(), 16)
+        yield from ((name, digest) for name in slot.names if name in wanted)
         return
     flat = tensor.detach().reshape(-1)
     for name, part in slot.fragments(state):
@@ -204,8 +241,29 @@ def _spread(place: torch.Tensor) -> torch.Tensor:
     return (mixed ^ ((mixed >> 31) & 0x1FFFFFFFF)) | 1
 
 
-def _digest_of(value: Any) -> int:
-    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "little")
+def numbers_are_same(stage: int, optimizer: EngineOptimizer) -> bool:
+    """Return whether the numbers that the optimizer keeps are the same on all ranks of each pipeline stage. Collective."""
+    digest = hashlib.sha256(repr(_numbers_of(optimizer)).encode()).hexdigest()
+    found = gathered((stage, digest))
+    return len(set(found)) == len({stage for stage, _ in found})
+
+
+def _numbers_of(optimizer: EngineOptimizer) -> list[Any]:
+    """Return each group's settings and its slots' numbers, sorted by name: ranks may order groups of experts differently."""
+    groups, left_out = optimizer.base.param_groups, {"params", *IMPLEMENTATION_SWITCHES}
+    found: list[tuple[str, Any, list[Any]]] = [
+        (
+            str(group.get("name")),
+            sorted((str(key), _plain(value)) for key, value in group.items() if key not in left_out),
+            [],
+        )
+        for group in groups
+    ]
+    for slot in optimizer.slots():
+        state = optimizer.state_of(slot).items()
+        kept = [(str(key), _plain(value)) for key, value in state if is_number(key, value, slot.master)]
+        found[min(slot.group, len(groups) - 1)][2].append(sorted(kept))
+    return sorted(found, key=lambda each: each[0])
 
 
 def _plain(value: Any) -> str:

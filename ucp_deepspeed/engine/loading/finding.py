@@ -16,8 +16,7 @@ from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME, home_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.agreement import check_same, gathered, portable, raise_first
 from ucp_deepspeed.engine.deepspeed_types import Engine
-from ucp_deepspeed.engine.loading.native import LoadOptions, takes_universal_path
-from ucp_deepspeed.engine.loading.unpickled import files_to_unpickle, look_into
+from ucp_deepspeed.engine.loading.native import LoadOptions, files_to_unpickle, look_into, takes_universal_path
 from ucp_deepspeed.engine.node_local import Missing, check_all_here, files_missing, open_here
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.random_state import RandomState, read_random_state

@@ -20,6 +20,7 @@ from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.files import VALUES_KEY
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.agreement import agreement
+from ucp_deepspeed.engine.client_state import COUNTERS, take_values
 from ucp_deepspeed.engine.console import told_once
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.extra_states import ExtraStates, plan_extra_states
@@ -27,7 +28,7 @@ from ucp_deepspeed.engine.known_layouts import KnownLayouts, keep_layouts, known
 from ucp_deepspeed.engine.loading.custom_load import check_custom_load, local_state_dict, run_custom_load
 from ucp_deepspeed.engine.loading.filling import Filling, check_exchange
 from ucp_deepspeed.engine.loading.finding import Found, find
-from ucp_deepspeed.engine.loading.native import LoadOptions
+from ucp_deepspeed.engine.loading.native import LoadOptions, only_held_against_the_list
 from ucp_deepspeed.engine.loading.planning import pair_with, plan_filling, policies_of, target_slots
 from ucp_deepspeed.engine.loading.training_state import (
     GroupSettings,
@@ -38,10 +39,8 @@ from ucp_deepspeed.engine.loading.training_state import (
     restore_run,
     without_begun_anew,
 )
-from ucp_deepspeed.engine.loading.unpickled import only_held_against_the_list
 from ucp_deepspeed.engine.loading.ways_on import telling_ways_on
 from ucp_deepspeed.engine.model import EngineModel, describe_model
-from ucp_deepspeed.engine.optimizer_only import take_values
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer, only_evaluates
 from ucp_deepspeed.engine.random_state import restore_random_state
 from ucp_deepspeed.engine.saving.background import settle_saves, wait_for_save
@@ -326,9 +325,6 @@ def _own_file(engine: Engine, checkpoint: Checkpoint, model: EngineModel) -> tup
     saved, live = checkpoint.topology, model.topology
     rank = model.rank if (saved.tp, saved.pp, saved.ep) == (live.tp, live.pp, live.ep) else 0
     return rank, dist.get_rank(engine.seq_data_parallel_group) if saved == live and saved.zero_stage == 3 else 0
-
-
-COUNTERS = ("skipped_steps", "global_steps", "dp_world_size", "mp_world_size", "data_sampler", "random_ltd")
 
 
 def _without_restored(state: dict[str, Any], options: LoadOptions) -> dict[str, Any]:

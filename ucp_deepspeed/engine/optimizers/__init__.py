@@ -12,8 +12,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.optimizers.absent import AbsentOptimizer, only_evaluates
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
-from ucp_deepspeed.engine.optimizers.fp16 import FusedOptimizer, UnfusedOptimizer
-from ucp_deepspeed.engine.optimizers.plain import PlainOptimizer
+from ucp_deepspeed.engine.optimizers.stage0 import FusedOptimizer, PlainOptimizer, UnfusedOptimizer
 from ucp_deepspeed.engine.optimizers.zero3 import Zero3Optimizer
 from ucp_deepspeed.engine.optimizers.zero12 import Bf16Optimizer, Zero12Optimizer
 from ucp_deepspeed.errors import UnsupportedError

@@ -20,6 +20,26 @@ from ucp_deepspeed.engine.optimizers.states import is_muon_group
 from ucp_deepspeed.layout import FlatGroup
 
 
+class ScaledOptimizer(EngineOptimizer):
+    """The loss scaler that ZeRO's classes have in fp16."""
+
+    _zero: Scaled
+
+    def loss_scale(self) -> LossScale | None:
+        """See `EngineOptimizer.loss_scale`."""
+        zero = self._zero
+        if zero.dtype != torch.float16:
+            return None
+        values = {key: value for key, value in vars(zero.loss_scaler).items() if key not in ("dynamic", "dtype")}
+        return LossScale(bool(zero.dynamic_loss_scale), values)
+
+    def set_loss_scale(self, values: Mapping[str, Any]) -> None:
+        """See `EngineOptimizer.set_loss_scale`. Only values that the live loss scaler has too are set."""
+        for key in values.keys() - {"dynamic", "dtype"}:
+            if hasattr(self._zero.loss_scaler, key):
+                setattr(self._zero.loss_scaler, key, values[key])
+
+
 class PartitionedOptimizer(EngineOptimizer):
     """The part that both classes share."""
 
@@ -82,7 +102,7 @@ class PartitionedOptimizer(EngineOptimizer):
             self._zero._lazy_init_hp_params_optimizer_state()
 
 
-class Zero12Optimizer(PartitionedOptimizer):
+class Zero12Optimizer(PartitionedOptimizer, ScaledOptimizer):
     """``DeepSpeedZeroOptimizer``. The flat order is that of the round-robin lists; without that setting it is the usual order."""
 
     form = "zero-1/2"
@@ -114,14 +134,6 @@ class Zero12Optimizer(PartitionedOptimizer):
         numel = slot.flattening_of(state).buffer_numel(slot.partition)
         return torch.empty(numel, dtype=dtype, device=slot.master.device)
 
-    def loss_scale(self) -> LossScale | None:
-        """See `EngineOptimizer.loss_scale`."""
-        return scaler_state(self._zero)
-
-    def set_loss_scale(self, values: Mapping[str, Any]) -> None:
-        """See `EngineOptimizer.set_loss_scale`."""
-        set_scaler_state(self._zero, values)
-
 
 class Bf16Optimizer(PartitionedOptimizer):
     """``BF16_Optimizer``: bf16 with fp32 gradient accumulation."""
@@ -139,18 +151,3 @@ class Bf16Optimizer(PartitionedOptimizer):
     def _weights(self) -> Sequence[Sequence[torch.Tensor]]:
         partitions: Sequence[Sequence[torch.Tensor]] = self._zero.bf16_partitioned_groups
         return partitions
-
-
-def scaler_state(zero: Scaled) -> LossScale | None:
-    """Return the state of a ZeRO optimizer's loss scaler; None unless it trains in fp16."""
-    if zero.dtype != torch.float16:
-        return None
-    values = {key: value for key, value in vars(zero.loss_scaler).items() if key not in ("dynamic", "dtype")}
-    return LossScale(bool(zero.dynamic_loss_scale), values)
-
-
-def set_scaler_state(zero: Scaled, values: Mapping[str, Any]) -> None:
-    """Set those values that the live loss scaler has too."""
-    for key, value in values.items():
-        if hasattr(zero.loss_scaler, key) and key not in ("dynamic", "dtype"):
-            setattr(zero.loss_scaler, key, value)

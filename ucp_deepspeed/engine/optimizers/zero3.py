@@ -5,29 +5,26 @@ Source: ``runtime/zero/stage3.py``, ``runtime/zero/partition_parameters.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from deepspeed import comm as dist
 
-from ucp_deepspeed.checkpoint.checkpoint import LossScale
 from ucp_deepspeed.checkpoint.deepspeed.zero import MOMENTUM
 from ucp_deepspeed.engine.deepspeed_types import Engine, Zero3
-from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
+from ucp_deepspeed.engine.optimizers.base import EngineSlot
 from ucp_deepspeed.engine.optimizers.states import is_muon_group
-from ucp_deepspeed.engine.optimizers.zero12 import scaler_state, set_scaler_state
+from ucp_deepspeed.engine.optimizers.zero12 import ScaledOptimizer
 from ucp_deepspeed.errors import UnsupportedError
 from ucp_deepspeed.layout import SlicedGroup
 
 
-class Zero3Optimizer(EngineOptimizer):
+class Zero3Optimizer(ScaledOptimizer):
     """The weights are slices too; a whole parameter exists only while a module uses it, or when it is persistent."""
 
     form = "zero-3"
+    _zero: Zero3
 
     def __init__(self, engine: Engine) -> None:
-        self._zero: Zero3 = engine.optimizer
+        self._zero = engine.optimizer
         _check_settings(self._zero)
         super().__init__(engine)
 
@@ -95,14 +92,6 @@ class Zero3Optimizer(EngineOptimizer):
 
     def _live_momentum(self, slot: EngineSlot) -> torch.Tensor | None:
         return self.state_of(slot).get(MOMENTUM) if is_muon_group(self.base, slot.group) else None
-
-    def loss_scale(self) -> LossScale | None:
-        """See `EngineOptimizer.loss_scale`."""
-        return scaler_state(self._zero)
-
-    def set_loss_scale(self, values: Mapping[str, Any]) -> None:
-        """See `EngineOptimizer.set_loss_scale`."""
-        set_scaler_state(self._zero, values)
 
 
 def _check_settings(zero: Zero3) -> None:

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.module import TiedLayerSpec
 
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes
 from ucp_deepspeed.checkpoint.deepspeed.manifest import (
@@ -29,6 +31,7 @@ from ucp_deepspeed.checkpoint.deepspeed.manifest import (
     ManifestTopology,
     describe_files,
 )
+from ucp_deepspeed.checkpoint.deepspeed.pipeline import TIED
 from ucp_deepspeed.checkpoint.deepspeed.run import number_groups
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.slots import NAMING_KEYS
@@ -37,14 +40,13 @@ from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME
 from ucp_deepspeed.checkpoint.view import layouts_of
 from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.client_state import to_be_saved
-from ucp_deepspeed.engine.deepspeed_types import Engine
+from ucp_deepspeed.engine.deepspeed_types import Engine, PipelineModule
 from ucp_deepspeed.engine.extra_states import has_extra_states
 from ucp_deepspeed.engine.known_layouts import KnownLayouts, kept_layouts
 from ucp_deepspeed.engine.model import EngineModel, describe_model, gather_model_parallel, has_elements
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.node_local import open_here, writes_for_node
 from ucp_deepspeed.engine.optimizers import engine_optimizer
-from ucp_deepspeed.engine.pipeline import layer_keys, tell_of_others
 from ucp_deepspeed.engine.random_state import random_state_file, save_random_state
 from ucp_deepspeed.engine.saving.background import (
     ENDED_NAMES,
@@ -55,8 +57,7 @@ from ucp_deepspeed.engine.saving.background import (
     settle_saves,
     wait_for_save,
 )
-from ucp_deepspeed.engine.saving.numbers import are_same
-from ucp_deepspeed.engine.stage_copies import differing_copies, tell_of_differing
+from ucp_deepspeed.engine.stage_copies import differing_copies, numbers_are_same, tell_of_differing, tell_of_others
 from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError, UnsupportedError
 from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
 from ucp_deepspeed.language.name_spaces import LogicalName
@@ -313,7 +314,7 @@ def _manifest(engine: Engine) -> Manifest:
     """
     model, optimizer = describe_model(engine), engine_optimizer(engine)
     topology, known = model.topology, kept_layouts(engine, model)
-    keys = layer_keys(engine)
+    keys = _layer_keys(engine)
     groups = gather_model_parallel(engine, tuple(tuple(names) for names in optimizer.group_names()))
     tell_of_others(engine, frozenset(model.named("trainable")))
     differing = differing_copies(model, optimizer)
@@ -325,7 +326,7 @@ def _manifest(engine: Engine) -> Manifest:
         parameter_groups=tuple(groups[:: topology.tp]),
         layer_keys=keys,
         parameters=_parameters(model, known),
-        same_numbers=are_same(model.rank // topology.tp, optimizer),
+        same_numbers=numbers_are_same(model.rank // topology.tp, optimizer),
         differing_copies=differing,
         has_extra_states=any(gather_model_parallel(engine, has_extra_states(engine.module))),
         files={},
@@ -334,6 +335,22 @@ def _manifest(engine: Engine) -> Manifest:
         return manifest
     settings = gather_model_parallel(engine, _settings(optimizer.base.param_groups))[:: topology.tp]
     return manifest.model_copy(update={"group_numbers": _group_numbers(manifest, settings)})
+
+
+def _layer_keys(engine: Engine) -> dict[str, str]:
+    """Return keys of a pipeline's layer files (``{layer}.{local name}``) → names, for tied modules (``runtime/pipe/module.py``).
+    Collective over the model-parallel group."""
+    if not isinstance(engine, PipelineEngine):
+        return {}
+    return {key: name for held in gather_model_parallel(engine, dict(_tied_keys(engine))) for key, name in held.items()}
+
+
+def _tied_keys(engine: Engine) -> Iterator[tuple[str, str]]:
+    module: PipelineModule = engine.module
+    for layer, spec in enumerate(module._layer_specs):
+        if isinstance(spec, TiedLayerSpec) and spec.forward_fn is None and spec.key in engine.module.tied_modules:
+            for local_name in engine.module.tied_modules[spec.key].state_dict():
+                yield f"{layer}.{local_name}", f"{TIED}{spec.key}.{local_name}"
 
 
 def _group_numbers(

@@ -1,7 +1,7 @@
-"""Stage 0 in bf16 or fp16: ``FP16_UnfusedOptimizer`` (one slot per parameter) and ``FP16_Optimizer`` (one per group).
+"""Stage 0: in fp32 the torch optimizer itself, in bf16 or fp16 ``FP16_UnfusedOptimizer`` or ``FP16_Optimizer``.
 
-Source: ``runtime/fp16/unfused_optimizer.py``, ``runtime/fp16/fused_optimizer.py``. Both step once, with zero gradients, in
-their constructor; filling replaces the state that this leaves.
+Source: ``runtime/fp16/unfused_optimizer.py``, ``runtime/fp16/fused_optimizer.py``. Both step once, with zero gradients, in their
+constructor; filling replaces the state that this leaves.
 """
 
 from __future__ import annotations
@@ -17,23 +17,53 @@ from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.layout import FlatGroup
 
 
-class Fp16Optimizer(EngineOptimizer):
-    """The part that both classes share."""
+class Stage0Optimizer(EngineOptimizer):
+    """The part that all classes share."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self._params = {name: param for param, name in self._names.items()}
+
+    def replicas(self, slot: EngineSlot) -> Any:
+        """See `EngineOptimizer.replicas`; all parameters of a slot have the same."""
+        return replica_group(self._engine, self._params[slot.names[0]])
+
+
+class PlainOptimizer(Stage0Optimizer):
+    """fp32: the torch optimizer itself; the masters are the model's weights (``runtime/engine.py::_configure_optimizer``)."""
+
+    form = "plain"
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.base = engine.optimizer  # also where it wraps another
+
+    def slots(self) -> list[EngineSlot]:
+        """See `EngineOptimizer.slots`."""
+        return [
+            EngineSlot((self._names[param],), FlatGroup((param.numel(),), 1, alignment=1), 0, index, master=param)
+            for index, group in enumerate(self.base.param_groups)
+            for param in group["params"]
+            if param in self._names and param.numel()
+        ]
+
+    def group_names(self) -> list[list[str | None]]:
+        """See `EngineOptimizer.group_names`."""
+        return [[self._names.get(param) for param in group["params"]] for group in self.base.param_groups]
+
+
+class Fp16Optimizer(Stage0Optimizer):
+    """The part that the two 16-bit classes share."""
 
     _wrapper: Fp16
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self._wrapper = engine.optimizer
-        self._params = {name: param for param, name in self._names.items()}
 
     def group_names(self) -> list[list[str | None]]:
         """See `EngineOptimizer.group_names`."""
         return [[self._names[param] for param in group] for group in self._wrapper.fp16_groups]
-
-    def replicas(self, slot: EngineSlot) -> Any:
-        """See `EngineOptimizer.replicas`; all parameters of a slot have the same."""
-        return replica_group(self._engine, self._params[slot.names[0]])
 
     def loss_scale(self) -> LossScale | None:
         """See `EngineOptimizer.loss_scale`."""
