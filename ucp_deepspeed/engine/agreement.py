@@ -50,7 +50,7 @@ def agreement() -> Iterator[Round]:
         yield told
     except Exception as caught:
         error = caught
-    answers = gathered((portable(error), told.mine))
+    answers = gathered((None if error is None else portable(error), told.mine))
     raise_first(error, [failed for failed, _ in answers])
     told.values = [value for _, value in answers]
 
@@ -64,9 +64,9 @@ def raise_first(own: Exception | None, of_ranks: Sequence[UniversalCheckpointErr
             raise error if getattr(error, "problems", ()) else type(error)(f"rank {rank}: {error}")
 
 
-def portable(error: Exception | None) -> UniversalCheckpointError | None:
+def portable(error: Exception) -> UniversalCheckpointError:
     """Return an error that other ranks can unpickle."""
-    if error is None or isinstance(error, UniversalCheckpointError):
+    if isinstance(error, UniversalCheckpointError):
         return error
     return UniversalCheckpointError(f"{type(error).__name__}: {error}")
 

@@ -39,7 +39,9 @@ class Exchange:
             for work in pack.works:
                 work.wait()
             if pack.received:
-                _unpack(pack.buffer, pack.tensors)
+                parts = pack.buffer.split([_numbytes(tensor) for tensor in pack.tensors])
+                for tensor, part in zip(pack.tensors, parts, strict=True):
+                    _bytes(tensor).copy_(part)
         self._packed = []
 
 
@@ -105,7 +107,7 @@ def begin_exchange(
         exchange.wait_for_packed()
         for rank, small in enumerate(together):
             if small:
-                buffer = _pack(small) if rank == me else _empty(small)
+                buffer = torch.cat([_bytes(tensor) for tensor in small]) if rank == me else _empty(small)
                 exchange._packed.append(_Pack(small, buffer, _give(buffer, rank, me, group), rank != me))
     return exchange
 
@@ -140,17 +142,9 @@ def _numbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)
 
 
 def _empty(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.empty(sum(map(_numbytes, tensors)), dtype=torch.uint8, device=tensors[0].device)
-
-
-def _unpack(buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
-    start = 0
-    for tensor in tensors:
-        stop = start + _numbytes(tensor)
-        tensor.view(-1).view(torch.uint8).copy_(buffer[start:stop])
-        start = stop

@@ -16,8 +16,9 @@ import json
 import logging
 import random
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,20 +162,26 @@ def restore_random_state(engine: Engine, saved: RandomState | None) -> None:
     streams, place = _live_streams(engine), _place(engine)
     identities = {name: stream.identity for name, stream in streams.items()}
     mine = None if saved is None else saved.model_copy(update={"streams": {}})
-    ranks = gathered(_Live(place, identities, mine))
-    origin = ranks[0].saved
+    ranks = gathered((place, identities, mine))  # without the streams
+    _, _, origin = ranks[0]
     if origin is None:
         if place.rank == 0:
             logger.debug("the checkpoint holds no random state: the streams stay as the script has seeded them")
         return
-    exact = all(live.saved is not None and live.saved.place == live.place for live in ranks)
+    exact = all(held is not None and held.place == live for live, _, held in ranks)
     with agreement():
         for name, stream in streams.items():
             held = saved.streams.get(name) if saved is not None else None
             if held is not None and (exact or stream.identity is None):
-                _go_on(name, stream, held)
+                try:
+                    stream.write(decode(held, {}))
+                except (ValueError, TypeError, KeyError, RuntimeError) as error:
+                    raise DamagedCheckpointError(
+                        f"the saved state of the random stream {name!r} can't be taken over ({error}); "
+                        f'"random_state": "keep" leaves it out'
+                    ) from error
             elif stream.identity is not None:
-                alike = next(live.place for live in ranks if live.identities.get(name) == stream.identity)
+                alike = next(live for live, others, _ in ranks if others.get(name) == stream.identity)
                 stream.reseed(derived_seed(origin.seed, origin.global_steps, name, alike))
     if place.rank == 0:
         told = f"each rank's streams go on where they stood at step {origin.global_steps}"
@@ -184,24 +191,6 @@ def restore_random_state(engine: Engine, saved: RandomState | None) -> None:
                 f"accelerator; new streams are derived from its seed {origin.seed}"
             )
         logger.debug("random state: %s", told)
-
-
-@dataclass(frozen=True, slots=True)
-class _Live:
-    """The values that one rank tells the others; ``saved`` is without the streams."""
-
-    place: Place
-    identities: Mapping[str, Hashable]
-    saved: RandomState | None
-
-
-def _go_on(name: str, stream: Stream, held: Any) -> None:
-    try:
-        stream.write(decode(held, {}))
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise DamagedCheckpointError(
-            f'the saved state of the random stream {name!r} can\'t be taken over ({error}); "random_state": "keep" leaves it out'
-        ) from error
 
 
 def derived_seed(seed: int, global_steps: int, stream: str, place: Place) -> int:
@@ -237,14 +226,22 @@ def _live_streams(engine: Engine) -> dict[str, Stream]:
         streams["numpy"] = _numpy_stream()
     if get_accelerator().device_name() != "cpu":
         device = get_accelerator()
-        read, write = device.get_rng_state, device.set_rng_state
-        streams["accelerator"] = _tensor_stream(read, write, device.manual_seed, device.initial_seed())
-    for owner, tracker in _trackers():
-        for name in tracker.get_states():
-            streams[f"{owner}/{name}"] = _tracked_stream(tracker, name)
+        streams["accelerator"] = _tensor_stream(
+            device.get_rng_state, device.set_rng_state, device.manual_seed, device.initial_seed()
+        )
+    # DeepSpeed's activation checkpointing and Megatron-Core keep named streams beside the default one.
+    trackers: dict[str, Any] = {"deepspeed": checkpointing.get_cuda_rng_tracker()}
+    megatron: Any = sys.modules.get("megatron.core.tensor_parallel.random")
+    if megatron is not None and megatron._CUDA_RNG_STATE_TRACKER_INITIALIZED:
+        trackers["megatron"] = megatron.get_cuda_rng_tracker()
+    for owner, tracker in trackers.items():
+        streams |= {f"{owner}/{name}": _tracked_stream(tracker, name) for name in tracker.get_states()}
+    # DeepSpeed's curriculum sampler: rank 0 draws for all, and the sampler's state dict holds numpy's global stream instead.
     curriculum = getattr(getattr(engine.training_dataloader, "data_sampler", None), "np_rng", None)
     if curriculum is not None:
-        streams["curriculum"] = _curriculum_stream(curriculum)
+        generator = curriculum.bit_generator
+        write = partial(setattr, generator, "state")
+        streams["curriculum"] = Stream(lambda: generator.state, write, lambda seed: None, None)
     return streams
 
 
@@ -279,15 +276,6 @@ def _tensor_stream(
     )
 
 
-def _trackers() -> Iterator[tuple[str, Any]]:
-    """Yield the trackers of named streams that DeepSpeed's activation checkpointing and Megatron-Core keep beside the default
-    one."""
-    yield "deepspeed", checkpointing.get_cuda_rng_tracker()
-    megatron: Any = sys.modules.get("megatron.core.tensor_parallel.random")
-    if megatron is not None and megatron._CUDA_RNG_STATE_TRACKER_INITIALIZED:
-        yield "megatron", megatron.get_cuda_rng_tracker()
-
-
 def _tracked_stream(tracker: Any, name: str) -> Stream:
     """Return a tracker's stream. It is a generator where CUDA graphs use it, and must stay the same object; otherwise it is a
     state."""
@@ -302,13 +290,3 @@ def _tracked_stream(tracker: Any, name: str) -> Stream:
 
     reseed: Callable[[int], None] = lambda seed: put(generator.manual_seed(seed).get_state())  # noqa: E731
     return _tensor_stream(lambda: held, put, reseed, generator.initial_seed())
-
-
-def _curriculum_stream(generator: np.random.Generator) -> Stream:
-    """Return the stream of DeepSpeed's curriculum sampler: rank 0 draws for all. The sampler's state dict holds numpy's global
-    stream instead."""
-
-    def write(state: Any) -> None:
-        generator.bit_generator.state = state
-
-    return Stream(lambda: generator.bit_generator.state, write, lambda seed: None, None)

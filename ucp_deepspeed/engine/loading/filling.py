@@ -20,11 +20,11 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.dtypes import ITEMSIZE
-from ucp_deepspeed.engine.agreement import agreement
+from ucp_deepspeed.engine.agreement import agreement, portable
 from ucp_deepspeed.engine.exchange import Exchange, begin_exchange
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
-from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UniversalCheckpointError
-from ucp_deepspeed.plan import Fragment, Interval, Sharing, without
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
+from ucp_deepspeed.plan import Sharing, without
 from ucp_deepspeed.transfer import CopyPool, FileReader, TransferCount, run_copies
 from ucp_deepspeed.transfer.planning.policies import Policies
 from ucp_deepspeed.transfer.planning.rank_planner import Copies, PlannedBuffer, PlannedRank, PlannedSlot
@@ -76,7 +76,14 @@ class Filling:
                 stop = extent.file_offset + extent.numel * ITEMSIZE[extent.dtype]
                 stops[extent.path] = max(stop, stops.get(extent.path, 0))
         for path, stop in stops.items():
-            _check_file(path, stop, self.versions)
+            try:
+                with Path(path).open("rb") as file:
+                    status = os.fstat(file.fileno())
+            except OSError as error:
+                raise DamagedCheckpointError(f"{path} can't be read: {error.strerror}") from error
+            if status.st_size < stop:
+                raise DamagedCheckpointError(f"{path} is truncated: expected {stop} bytes, found {status.st_size}")
+            self.versions.note(path, status)
         self.versions.check()
 
     def run(self, optimizer: EngineOptimizer, memory_numbytes: int) -> TransferCount:
@@ -149,7 +156,10 @@ class _Filler:
         self.count, self._tensor_parallel = TransferCount(), tensor_parallel
         self._versions, self._reader = versions, FileReader(versions)
         self._round_numbytes = min(tunables.ROUND_NUMBYTES, memory_numbytes // 4)
-        self._pool = CopyPool(_threads(), memory_numbytes - self._round_numbytes)
+        # ``torchrun`` and ``deepspeed`` say how many ranks this machine has.
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
+        threads = max(min(len(os.sched_getaffinity(0)) // ranks, tunables.MOST_THREADS), 1)
+        self._pool = CopyPool(threads, memory_numbytes - self._round_numbytes)
         self._exchanges: list[Exchange] = []
         self._error: Exception | None = None
 
@@ -159,8 +169,9 @@ class _Filler:
             whole = buffer.contiguous()  # the tensor itself unless its elements lie in another order
             flat = whole.view(-1)
             read = plan.division.read(whole.numel())
-            for low, high in _gaps(plan.held, read):
-                flat[low:high].zero_()
+            held = sorted((part.buffer_start, part.buffer_start + part.numel) for part in plan.held)
+            for low, high in without(read, held):  # padding, or states that begin at zero
+                flat[low:high].zero_()  # to clear whole buffers first would cost a pass
             self._read(plan.copies, flat)
             if rounding is not None:
                 for low, high in read:
@@ -188,9 +199,10 @@ class _Filler:
                 raise self._error
             self._versions.check()
         except Exception as error:
-            kind = type(error) if isinstance(error, UniversalCheckpointError) else UniversalCheckpointError
-            reason = error if isinstance(error, UniversalCheckpointError) else f"{type(error).__name__}: {error}"
-            raise kind(f"{reason}; the engine is filled in part and can't be used without another load") from error
+            reason = portable(error)
+            raise type(reason)(
+                f"{reason}; the engine is filled in part and can't be used without another load"
+            ) from error
 
     def _begin(self, buffers: Iterable[tuple[torch.Tensor, Any, Sharing | None]]) -> list[Exchange]:
         """Begin to exchange the parts of buffers that process groups share. Collective."""
@@ -217,26 +229,3 @@ class _Filler:
         """End the threads, and close the files."""
         self._pool.close()
         self._reader.close()
-
-
-def _check_file(path: str, stop: int, versions: FileVersions) -> None:
-    try:
-        with Path(path).open("rb") as file:
-            status = os.fstat(file.fileno())
-    except OSError as error:
-        raise DamagedCheckpointError(f"{path} can't be read: {error.strerror}") from error
-    if status.st_size < stop:
-        raise DamagedCheckpointError(f"{path} is truncated: expected {stop} bytes, found {status.st_size}")
-    versions.note(path, status)
-
-
-def _gaps(held: Sequence[Fragment[None]], read: Sequence[Interval]) -> list[Interval]:
-    """Return the parts of some intervals that aren't held: padding, or states that begin at zero. Clearing whole buffers first
-    would cost a pass."""
-    return without(read, sorted((part.buffer_start, part.buffer_start + part.numel) for part in held))
-
-
-def _threads() -> int:
-    """Return the number of cores for each rank of this machine; ``torchrun`` and ``deepspeed`` say how many ranks it has."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
-    return max(min(len(os.sched_getaffinity(0)) // ranks, tunables.MOST_THREADS), 1)

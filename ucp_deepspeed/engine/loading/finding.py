@@ -39,7 +39,6 @@ class Found:
     Attributes:
         folder: the tag's folder; None where DeepSpeed is to say that there is none.
         checkpoint: None where DeepSpeed alone may be able to read the files.
-        random_state: of this rank.
         universal: whether this rank can't leave the load to DeepSpeed; at the end, whether any rank can't.
     """
 
@@ -51,16 +50,11 @@ class Found:
 
 @dataclass(frozen=True)
 class _Seen:
-    """The report of one rank to all others.
+    """The report of one rank to all others: the arguments of ``load_checkpoint``, and what became of them.
 
     Attributes:
-        arguments: of ``load_checkpoint``.
-        named: the tag that the script names.
         tag: the tag that this rank has found where none is named, as a path below the folder; None if there is none.
         opened: step and folder of the checkpoint that this rank has opened.
-        universal: whether this rank can't leave the load to DeepSpeed.
-        missing: see `files_missing`.
-        error: why it couldn't find or open the checkpoint.
     """
 
     arguments: Mapping[str, Any]
@@ -107,10 +101,15 @@ def find(
         if any(each.tag != tag for each in seen):
             found, error, seen = look(tag)
     raise_first(error, [each.error for each in seen])
-    _check_one_step([each.opened for each in seen])
+    opened = [each.opened for each in seen]
+    if len({each[0] for each in opened if each is not None}) > 1:  # folders may differ: they may be a machine's own
+        ranks = _by_rank([each and f"step {each[0]} in {each[1]}" for each in opened])
+        raise MismatchError(
+            f"ranks opened different checkpoints: {ranks}; name the same tag=… on all ranks, in a folder that all see"
+        )
     universal = any(each.universal for each in seen)  # a pipeline's stages may have changed on some ranks only
     if universal:
-        if any(each.opened is None for each in seen):
+        if None in opened:
             raise CheckpointNotFoundError(f"no checkpoint at {load_dir} on some ranks, where others see one")
         check_all_here([each.missing for each in seen])
     return replace(found, universal=universal), tag
@@ -144,21 +143,8 @@ def _told(found: Found, error: Exception | None, load_dir: Path, named: str | No
         None if checkpoint is None else (checkpoint.run.global_steps, str(checkpoint.path)),
         found.universal,
         None if checkpoint is None else files_missing(checkpoint),
-        portable(error),
+        None if error is None else portable(error),
     )
-
-
-def _check_one_step(opened: Sequence[tuple[int, str] | None]) -> None:
-    """Check that ranks that opened a checkpoint see the same one, each where it looks: folders may be a machine's own.
-
-    Raises:
-        MismatchError: they don't.
-    """
-    if len({found[0] for found in opened if found is not None}) > 1:
-        seen = [found and f"step {found[0]} in {found[1]}" for found in opened]
-        raise MismatchError(
-            f"ranks opened different checkpoints: {_by_rank(seen)}; name the same tag=… on all ranks, in a folder that all see"
-        )
 
 
 def _by_rank(values: Sequence[Any]) -> str:
@@ -184,17 +170,13 @@ def _find(load_dir: Path, tag: str | None, load: str) -> Path | None:
 
 
 def _opened(engine: Engine, folder: Path, config: UniversalCheckpointConfig) -> Checkpoint | None:
-    """Return the catalog; None where this release can't read the files, and DeepSpeed by itself may be able to.
-
-    Raises:
-        UniversalCheckpointError: see `open_checkpoint`; also if the files hold more than data.
-    """
+    """Return the catalog; None where this release can't read the files, which hold nothing but data, and DeepSpeed may be able
+    to."""
     try:
         return open_here(engine, folder)
     except UnsupportedError as error:
-        if isinstance(error, FormatError) or config.load == "always" or config.has_policies:
-            raise
-        if (folder / INDEX_NAME).is_file():
+        asked = config.load == "always" or config.has_policies
+        if asked or isinstance(error, FormatError) or (folder / INDEX_NAME).is_file():
             raise
         for path in files_to_unpickle(folder, [entry.name for entry in folder.iterdir()], engine):
             look_into(path, None)

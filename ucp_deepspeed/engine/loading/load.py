@@ -142,8 +142,13 @@ def _load_natively(
         loaded = native(load_dir, tag=tag, **options.arguments())
     take_values(engine, loaded[1])
     with agreement():
-        if checkpoint is not None:
-            _check_unchanged(checkpoint)
+        try:
+            if checkpoint is not None:
+                checkpoint.versions.check()
+        except DamagedCheckpointError as error:
+            raise DamagedCheckpointError(
+                f"{error}; the engine may hold two saves' state and can't be used without another load"
+            ) from error
     if loaded[0] is not None:
         keep_layouts(engine, KnownLayouts() if checkpoint is None else known_by_manifest(checkpoint, engine))
         if checkpoint is not None and dist.get_rank() == 0:
@@ -154,16 +159,6 @@ def _load_natively(
                 checkpoint.topology,
             )
     return loaded
-
-
-def _check_unchanged(checkpoint: Checkpoint) -> None:
-    """Check, after DeepSpeed has loaded by itself, that it read the files that were checked before."""
-    try:
-        checkpoint.versions.check()
-    except DamagedCheckpointError as error:
-        raise DamagedCheckpointError(
-            f"{error}; the engine may hold two saves' state and can't be used without another load"
-        ) from error
 
 
 def _load_universal(engine: Engine, checkpoint: Checkpoint, options: LoadOptions, started: float) -> Loaded:
@@ -202,13 +197,7 @@ def _policies(engine: Engine, options: LoadOptions) -> Policies:
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that a rank takes from a checkpoint.
-
-    Attributes:
-        source: the state dict for the user's own function; empty where there is none.
-        path, state, unread: see `_client_state`.
-        copies: see `LoadReport`.
-    """
+    """All that a rank takes from a checkpoint. ``source`` is the state dict for the user's own function; empty without one."""
 
     pair: Pair
     model: EngineModel
@@ -251,14 +240,7 @@ def _planned(
     policies: Policies,
     seen: Sequence[Any],
 ) -> _Plan:
-    """Plan what this rank takes, and check that its files hold that.
-
-    Args:
-        seen: see `with_copies_for`.
-
-    Raises:
-        UniversalCheckpointError: something doesn't fit, or can't be read.
-    """
+    """Plan what this rank takes, and check that its files hold that; for ``seen`` see `with_copies_for`."""
     config: UniversalCheckpointConfig = engine.universal_checkpoint_config
     reset, keep = policies.optimizer_states == "reset", config.hyperparameters == "keep"
     if policies.optimizer_states == "restore" and checkpoint.lacking is not None:
@@ -308,60 +290,56 @@ def _client_state(
     Raises:
         UnsupportedError: some keys can't be read, and the config doesn't say to leave them out.
     """
-    place = _own_file(engine, checkpoint, model)
-    unread = checkpoint.unreadable(*place)
+    saved, live = checkpoint.topology, model.topology  # each rank's own file where it has one, else the first
+    rank = model.rank if (saved.tp, saved.pp, saved.ep) == (live.tp, live.pp, live.ep) else 0
+    partition = dist.get_rank(engine.seq_data_parallel_group) if saved == live and saved.zero_stage == 3 else 0
+    unread = checkpoint.unreadable(rank, partition)
     if unread and config.on_unreadable == "error":
         raise UnsupportedError(
             f"{checkpoint.path} holds a client state that can't be read without running code of its classes; "
             f'"on_unreadable": "drop" leaves these entries out, and on the topology that saved them DeepSpeed reads them',
             [f"{key}: {kind}" for key, kind in unread.items()],
         )
-    return (*checkpoint.client_state(*place), tuple(unread))
-
-
-def _own_file(engine: Engine, checkpoint: Checkpoint, model: EngineModel) -> tuple[int, int]:
-    """Return model- and data-parallel rank of the file whose client state this rank gets: its own where it has one, else the
-    first."""
-    saved, live = checkpoint.topology, model.topology
-    rank = model.rank if (saved.tp, saved.pp, saved.ep) == (live.tp, live.pp, live.ep) else 0
-    return rank, dist.get_rank(engine.seq_data_parallel_group) if saved == live and saved.zero_stage == 3 else 0
+    return (*checkpoint.client_state(rank, partition), tuple(unread))
 
 
 def _without_restored(state: dict[str, Any], options: LoadOptions) -> dict[str, Any]:
     """Drop the keys that DeepSpeed doesn't return either (``runtime/engine.py::_load_checkpoint``)."""
-    restored = {VALUES_KEY} if options.load_module_only else {VALUES_KEY, *COUNTERS}
-    if options.load_lr_scheduler_states:
-        restored.add("lr_scheduler")
-    if options.load_optimizer_states:
-        restored.add("optimizer")
+    restored = {
+        VALUES_KEY,
+        *(() if options.load_module_only else COUNTERS),
+        *(("lr_scheduler",) if options.load_lr_scheduler_states else ()),
+        *(("optimizer",) if options.load_optimizer_states else ()),
+    }
     return {key: value for key, value in state.items() if key not in restored}
 
 
 def _log(report: LoadReport, checkpoint: Checkpoint, model: EngineModel, rounded: bool) -> None:
-    if dist.get_rank() == 0:
-        logger.info(
-            "loaded %s (step %d, saved as %s) on %s: rank 0 read %.1f MB from %d files in %.2f s",
-            checkpoint.path,
-            checkpoint.run.global_steps,
-            report.source,
-            model.topology,
-            report.bytes_read / 1e6,
-            report.files,
-            report.seconds,
+    if dist.get_rank() != 0:
+        return
+    logger.info(
+        "loaded %s (step %d, saved as %s) on %s: rank 0 read %.1f MB from %d files in %.2f s",
+        checkpoint.path,
+        checkpoint.run.global_steps,
+        report.source,
+        model.topology,
+        report.bytes_read / 1e6,
+        report.files,
+        report.seconds,
+    )
+    for what, names in (("kept the model's own values", report.initialised), ("were dropped", report.dropped)):
+        if names:
+            logger.warning("%d parameters %s, in whole or in part: %s", len(names), what, ", ".join(names))
+    if rounded and checkpoint.run.precision != "fp32":
+        logger.warning(
+            'the masters begin as the checkpoint\'s %s weights, as "load_from_fp32_weights": false says',
+            checkpoint.run.precision,
         )
-        for what, names in (("kept the model's own values", report.initialised), ("were dropped", report.dropped)):
-            if names:
-                logger.warning("%d parameters %s, in whole or in part: %s", len(names), what, ", ".join(names))
-        if rounded and checkpoint.run.precision != "fp32":
-            logger.warning(
-                'the masters begin as the checkpoint\'s %s weights, as "load_from_fp32_weights": false says',
-                checkpoint.run.precision,
-            )
-        if report.copies:
-            logger.warning("of different values one was read: %s", "; ".join(report.copies))
-        if report.merged:
-            logger.warning("numbers that differed became one: %s", "; ".join(report.merged))
-        if report.unread:
-            logger.warning("of the client state was left out, unread: %s", ", ".join(report.unread))
-        if report.kept_settings:
-            logger.info("the engine's own settings were kept: %s", "; ".join(report.kept_settings))
+    for level, what, told in (
+        (logging.WARNING, "of different values one was read", "; ".join(report.copies)),
+        (logging.WARNING, "numbers that differed became one", "; ".join(report.merged)),
+        (logging.WARNING, "of the client state was left out, unread", ", ".join(report.unread)),
+        (logging.INFO, "the engine's own settings were kept", "; ".join(report.kept_settings)),
+    ):
+        if told:
+            logger.log(level, "%s: %s", what, told)

@@ -31,9 +31,8 @@ logger = logging.getLogger("ucp_deepspeed")
 
 
 def policies_of(config: UniversalCheckpointConfig, restore: bool, strict: bool) -> Policies:
-    """Return the policies that the config and a call of ``engine.load_checkpoint`` make together.
-
-    A call without states that isn't strict begins a run from another model's weights: it takes what matches.
+    """Return the policies that the config and a call of ``engine.load_checkpoint`` make together. A call without states that
+    isn't strict begins a run from another model's weights: it takes what matches.
 
     Args:
         restore: whether the call asks for optimizer states at all, and the engine keeps any.
@@ -53,18 +52,15 @@ def pair_with(checkpoint: Checkpoint, model: EngineModel, policies: Policies) ->
     """
     compare = partial(differing_ties, share=(dist.get_rank(), dist.get_world_size()))
     found = pair(checkpoint, model, policies, Obstacles(), compare)
-    if dist.get_rank() == 0:
-        if not found.obstacles and found.matching.initialised and found.matching.dropped:
-            names = found.names.source
-            source: dict[str, Parameter] = {
-                names[name]: parameter for name, parameter in found.checkpoint.parameters.items()
-            }
-            if hint := renaming_hint(source, found.tensors):
-                logger.warning("of what is left out, and what keeps the model's values: %s", hint)
-        if unknown := per_rank(found.patterns):
-            logger.info(
-                "no layout is known of %d parameters: each tensor-parallel rank takes its own share", len(unknown)
-            )
+    if dist.get_rank() != 0:
+        return found
+    if not found.obstacles and found.matching.initialised and found.matching.dropped:
+        names, parameters = found.names.source, found.checkpoint.parameters
+        source: dict[str, Parameter] = {names[name]: parameter for name, parameter in parameters.items()}
+        if hint := renaming_hint(source, found.tensors):
+            logger.warning("of what is left out, and what keeps the model's values: %s", hint)
+    if unknown := per_rank(found.patterns):
+        logger.info("no layout is known of %d parameters: each tensor-parallel rank takes its own share", len(unknown))
     return found
 
 
@@ -88,22 +84,18 @@ def plan_filling(
             aren't covered, parameter groups, and the scheduler's values.
     """
     live: dict[str, EngineTensor] = {found.names.target[name]: tensor for name, tensor in model.tensors.items()}
-    kept_apart = {name for name, tensor in live.items() if tensor.tensor is None or _is_expert(tensor)}
+    kept_apart = {  # DeepSpeed marks no experts' buffers; tensor-parallel ranks may hold different experts
+        name
+        for name, each in live.items()
+        if each.tensor is None or expert_of(each.name) is not None or is_expert(each.tensor)
+    }
     planner = RankPlanner(found, _optimizer_of(optimizer, settings), kept_apart, shared_read_bytes)
     restored = [live[name] for name in planner.restored]
     weights = [each for each in restored if each.kind != "trainable" and each.tensor is not None]
     rank, memories = _rank(model, found.names, target_slots(model, optimizer, found.names), weights)
-    planned = planner.plan(rank, numbers)
-    checkpoint, policies = found.checkpoint, found.policies
-    return Filling(
-        rank,
-        memories,
-        planned,
-        policies,
-        WEIGHT_DTYPES[checkpoint.run.precision] if policies.rounded else None,
-        model.tensor_parallel_group,
-        checkpoint.versions,
-    )
+    rounding = WEIGHT_DTYPES[found.checkpoint.run.precision] if found.policies.rounded else None
+    group, versions = model.tensor_parallel_group, found.checkpoint.versions
+    return Filling(rank, memories, planner.plan(rank, numbers), found.policies, rounding, group, versions)
 
 
 def target_slots(model: EngineModel, optimizer: EngineOptimizer, names: Names) -> list[EngineSlot]:
@@ -159,9 +151,3 @@ def _optimizer_of(optimizer: EngineOptimizer, settings: Sequence[Mapping[str, An
         return optimizer.is_like(slot.group, saved) and usable(saved).keys() <= taken(slot).keys()
 
     return TargetOptimizer(kept_states, goes_on)
-
-
-def _is_expert(tensor: EngineTensor) -> bool:
-    """Return whether a tensor is an expert's, also by its name: DeepSpeed marks no buffers. Tensor-parallel ranks may hold
-    different experts."""
-    return expert_of(tensor.name) is not None or (tensor.tensor is not None and is_expert(tensor.tensor))

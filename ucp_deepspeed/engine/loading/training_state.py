@@ -120,15 +120,22 @@ def restore_run(
         return
     engine.loaded_checkpoint_mp_world_size = checkpoint.topology.model_parallel
     engine.global_steps = run.global_steps
-    engine.global_samples = run.global_samples if run.global_samples is not None else _samples(engine)
+    counted = run.global_samples
+    engine.global_samples = counted if counted is not None else int(engine.global_steps * engine.train_batch_size())
     engine.skipped_steps = run.skipped_steps
     if options.load_lr_scheduler_states and engine.lr_scheduler is not None:
-        _restore_scheduler(engine.lr_scheduler, schedule)
+        if schedule is not None:
+            engine.lr_scheduler.load_state_dict(dict(schedule))
+        else:
+            logger.warning(
+                "the checkpoint holds no state of a learning rate scheduler: the live one starts from its first step"
+            )
         if options.load_optimizer_states:  # else the groups' rates stay too, as with DeepSpeed
             _set_scheduled(engine.lr_scheduler, optimizer)
     for live in optimizer.base.param_groups if reset else ():
         live.pop(GROUP_STEP, None)
-    _set_hyperparameters(optimizer, settings)
+    for index, values in enumerate(settings[: len(optimizer.base.param_groups)]):  # no settings: none are taken over
+        optimizer.set_settings(index, values)
     if options.load_optimizer_states:
         _restore_loss_scale(checkpoint, optimizer)
 
@@ -152,15 +159,6 @@ def restore_data_schedules(engine: Engine, state: Mapping[str, Any]) -> None:
             logger.warning("%s has no %r, the other side has: the schedule of the data starts anew", side, key)
 
 
-def _restore_scheduler(scheduler: Any, state: Mapping[str, Any] | None) -> None:
-    if state is None:
-        logger.warning(
-            "the checkpoint holds no state of a learning rate scheduler: the live one starts from its first step"
-        )
-    else:
-        scheduler.load_state_dict(dict(state))
-
-
 def _set_scheduled(scheduler: Any, optimizer: EngineOptimizer) -> None:
     """Set the scheduler's rates for its present step, for groups that keep their own hyper-parameters. Loading its state doesn't
     set them, and the next step would use the first rate of all."""
@@ -172,15 +170,6 @@ def _set_scheduled(scheduler: Any, optimizer: EngineOptimizer) -> None:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-
-
-def _samples(engine: Engine) -> int:
-    return int(engine.global_steps * engine.train_batch_size())
-
-
-def _set_hyperparameters(optimizer: EngineOptimizer, settings: Settings) -> None:
-    for index, values in enumerate(settings[: len(optimizer.base.param_groups)]):  # no settings: none are taken over
-        optimizer.set_settings(index, values)
 
 
 def _restore_loss_scale(checkpoint: Checkpoint, optimizer: EngineOptimizer) -> None:

@@ -1,8 +1,5 @@
-"""Hints for a user whose load was refused: each message ends with one.
-
-Most messages have the hint themselves, where the reason is found. This module holds the hints for whole kinds of errors:
-files that are damaged or gone, and checkpoints that only DeepSpeed itself can read.
-"""
+"""Hints for a user whose load was refused, for whole kinds of errors; most messages have one already, where the reason is
+found."""
 
 from __future__ import annotations
 
@@ -35,13 +32,14 @@ _WAYS = re.compile(
 )
 """The look of settings and commands in messages."""
 
-_NATIVE = (
-    '"load": "never" leaves the load to DeepSpeed itself, which may read it on the topology, and with the model and optimizer, '
-    "that saved it"
-)
-_NEWER = "install the release that wrote it, or a later one"
-_SPEC = 'correct the spec, which "ucp spec check PATH --against CKPT" holds against all that a checkpoint tells'
-_COMPARE = '"ucp inspect CKPT" tells what it holds, and "ucp plan CKPT --model OTHER" what of that another model takes'
+_WAYS_ON: dict[type[UniversalCheckpointError], str] = {
+    FormatError: "install the release that wrote it, or a later one",
+    UnsupportedError: '"load": "never" leaves the load to DeepSpeed itself, which may read it on the topology, and with the '
+    "model and optimizer, that saved it",
+    SpecError: 'correct the spec, which "ucp spec check PATH --against CKPT" holds against all that a checkpoint tells',
+    MismatchError: '"ucp inspect CKPT" tells what it holds, and "ucp plan CKPT --model OTHER" what of that another model takes',
+}
+"""Kind of errors → hint; the first that fits."""
 
 
 def tells_a_way_on(error: UniversalCheckpointError) -> bool:
@@ -63,7 +61,10 @@ def telling_ways_on(load: Callable[..., T]) -> Callable[..., T]:
             way = None if tells_a_way_on(error) else _way_on(error, Path(load_dir), tag)
             if way is None:
                 raise
-            raise _with_way(error, way) from error
+            if isinstance(error, ListingError):
+                remedy = "\n".join(part for part in (error.remedy, way) if part)
+                raise type(error)(error.heading, error.problems, remedy) from error
+            raise type(error)(f"{error}; {way}") from error
 
     return told
 
@@ -71,11 +72,7 @@ def telling_ways_on(load: Callable[..., T]) -> Callable[..., T]:
 def _way_on(error: UniversalCheckpointError, load_dir: Path, tag: str | None) -> str | None:
     if isinstance(error, DamagedCheckpointError | CheckpointNotFoundError):
         return _other_tags(load_dir, tag, str(error))
-    if isinstance(error, UnsupportedError):
-        return _NEWER if isinstance(error, FormatError) else _NATIVE
-    if isinstance(error, SpecError):
-        return _SPEC
-    return _COMPARE if isinstance(error, MismatchError) else None
+    return next((way for kind, way in _WAYS_ON.items() if isinstance(error, kind)), None)
 
 
 def _other_tags(load_dir: Path, tag: str | None, message: str) -> str:
@@ -86,13 +83,5 @@ def _other_tags(load_dir: Path, tag: str | None, message: str) -> str:
     found = [name for name in tags_in(root) if name != tag and str(root / name) not in message] if root.is_dir() else []
     if not found:
         return 'restore the files from a copy, or name the folder of another save; "ucp inspect PATH" tells whether it is one'
-    ordered = sorted(found, key=lambda name: (root / name).stat().st_mtime, reverse=True)
-    return f"restore the files from a copy, or load another tag of {root}: tag={ordered[0]!r}" + "".join(
-        f", {name!r}" for name in ordered[1:5]
-    )
-
-
-def _with_way(error: UniversalCheckpointError, way: str) -> UniversalCheckpointError:
-    if isinstance(error, ListingError):
-        return type(error)(error.heading, error.problems, "\n".join(part for part in (error.remedy, way) if part))
-    return type(error)(f"{error}; {way}")
+    found.sort(key=lambda name: (root / name).stat().st_mtime, reverse=True)
+    return f"restore the files from a copy, or load another tag of {root}: tag={', '.join(map(repr, found[:5]))}"
