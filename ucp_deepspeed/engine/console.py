@@ -52,12 +52,12 @@ def told_once(load_dir: str | Path, tag: str | None) -> Iterator[None]:
     if dist.get_rank() == 0 or tag is not None or (Path(load_dir) / LATEST_NAME).is_file():
         yield
         return
-    deepspeeds.addFilter(_is_error)
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    deepspeeds.addFilter(is_error)
     try:
         yield
     finally:
-        deepspeeds.removeFilter(_is_error)
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
+        deepspeeds.removeFilter(is_error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import prod
 from typing import Any, Literal, TypeVar
 
@@ -39,7 +40,6 @@ T = TypeVar("T")
 HeldKind = Literal[Kind, "idle"]
 """The kind that a rank tells others of a tensor; see `ModelTensor`."""
 
-
 WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtypes of trained weights, by precision."""
 
@@ -58,6 +58,10 @@ class EngineTensor(ModelTensor):
     tensor: torch.Tensor | None = None
     replicas: Any = None
     start: int = 0
+
+    def stages(self, degree: int) -> tuple[int, ...]:
+        """Return the pipeline stages that hold it, each of so many tensor-parallel ranks."""
+        return tuple(stage for stage, shape in enumerate(self.local_shapes[::degree]) if shape is not None)
 
     def held(self) -> tuple[torch.Tensor, TargetSlot]:
         """Return the memory of this rank's share of the weight, and which elements lie in it."""
@@ -100,9 +104,7 @@ class EngineModel(ModelDescription):
 
 def describe_model(engine: Engine) -> EngineModel:
     """Describe an engine's model. Collective over the model-parallel ranks: the ranks of a stage tell one another what they hold,
-    then the stages do.
-
-    A rank learns the names and shapes of the model once, and not once for each tensor-parallel rank.
+    then the stages do, so that no rank learns names and shapes once for each tensor-parallel rank.
 
     Raises:
         SpecError: the spec named in the config doesn't exist or isn't valid.
@@ -122,6 +124,9 @@ def describe_model(engine: Engine) -> EngineModel:
         {each: pattern for name, pattern in live.patterns.items() for each in names.on_all_ranks(ModuleName(name))},
     )
     stages = _gather_stages(engine, topology, mine)
+    kinds: dict[CatalogName, HeldKind] = {}
+    for name, (kind, _) in chain.from_iterable(stage.shapes.items() for stage in stages):
+        kinds[name] = _joint((kinds.get(name, kind), kind))
     tensors: dict[str, EngineTensor] = {
         name: EngineTensor(
             name,
@@ -129,10 +134,13 @@ def describe_model(engine: Engine) -> EngineModel:
             tuple(shape for stage in stages for shape in stage.local_shapes(name, topology.tp)),
             kind == "idle",
             local.get(name),
-            None if name not in local or _is_expert_buffer(name, kind) else replica_group(engine, local[name]),
+            # DeepSpeed marks an expert's parameters with the group that holds them, and its buffers with nothing.
+            None
+            if name not in local or (kind == "buffer" and expert_of(name) is not None)
+            else replica_group(engine, local[name]),
             first_element(local[name]) if name in local else 0,
         )
-        for name, kind in _kinds(stages).items()
+        for name, kind in kinds.items()
     }
     return EngineModel(
         topology=topology,
@@ -255,16 +263,8 @@ def _gather_stages(engine: Engine, topology: Topology, mine: _Held) -> list[_Hel
     return stages
 
 
-def _kinds(stages: Sequence[_Held]) -> dict[CatalogName, HeldKind]:
-    """Return the kind of each tensor; a tensor that any stage trains is trained."""
-    kinds: dict[CatalogName, HeldKind] = {}
-    for stage in stages:
-        for name, (kind, _) in stage.shapes.items():
-            kinds[name] = _joint((kinds.get(name, kind), kind))
-    return kinds
-
-
 def _joint(kinds: Sequence[HeldKind]) -> HeldKind:
+    """Return one kind for ranks that hold a tensor alike; a tensor that any of them trains is trained."""
     return next((kind for kind in ("trainable", "idle") if kind in kinds), kinds[-1])
 
 
@@ -292,11 +292,8 @@ def _live_layouts(engine: Engine) -> RecordedLayouts:
     if engine.autotp_size() > 1:
         info = getattr(engine.module, UNIVERSAL_CHECKPOINT_INFO, None)
         recorded = read_autotp_layouts(info, engine.autotp_size(), "the engine's model")
-        whole: dict[str, Pattern] = {
-            engine.param_names[param]: Replicate()
-            for param in uncut_by_autotp(engine.module)
-            if param in engine.param_names
-        }
+        uncut = (engine.param_names[param] for param in uncut_by_autotp(engine.module) if param in engine.param_names)
+        whole: dict[str, Pattern] = dict.fromkeys(uncut, Replicate())
         return replace(recorded, patterns=whole | dict(recorded.patterns))
     if "megatron.core" not in sys.modules:
         return RecordedLayouts()

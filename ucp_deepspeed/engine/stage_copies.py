@@ -84,9 +84,7 @@ def with_copies_for(
 def _held_by_several(model: EngineModel) -> dict[str, tuple[int, ...]]:
     """Return the trained parameters that several pipeline stages hold → these stages."""
     found = {
-        name: tuple(stage for stage, shape in enumerate(tensor.local_shapes[:: model.topology.tp]) if shape is not None)
-        for name, tensor in model.tensors.items()
-        if tensor.kind == "trainable"
+        name: tensor.stages(model.topology.tp) for name, tensor in model.tensors.items() if tensor.kind == "trainable"
     }
     return {name: stages for name, stages in found.items() if len(stages) > 1}
 

@@ -39,7 +39,6 @@ from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, only_evaluates
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.language.schemes import seen_through
-from ucp_deepspeed.layout import Shape
 from ucp_deepspeed.transfer.planning.numbers import usable
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -76,10 +75,10 @@ def takes_universal_path(
     if not isinstance(checkpoint, DeepSpeedCheckpoint) or config.load == "always" or config.has_policies:
         return True
     trusting = config.on_unreadable == "error"
-    if _can_take_over(engine, checkpoint, optimizer, options) and _holds_data_alone(checkpoint, engine, trusting):
-        _warn_of_unrecorded(checkpoint)
-        return False
-    return True
+    if not (_can_take_over(engine, checkpoint, optimizer, options) and _holds_data_alone(checkpoint, engine, trusting)):
+        return True
+    _warn_of_unrecorded(checkpoint)
+    return False
 
 
 def _warn_of_unrecorded(checkpoint: DeepSpeedCheckpoint) -> None:
@@ -207,7 +206,11 @@ def _same_contents(
         recorded = checkpoint.recorded_groups(rank, names.ep_rank)
         if recorded is None:
             # The files name no parameters of the optimizer: only their order can tell, and DeepSpeed relies on it.
-            return _same_sizes(checkpoint, optimizer, rank) and _same_weights(checkpoint, engine, names)
+            held, _ = checkpoint.files.whole_optimizer(rank)
+            base = held.get("optimizer_state_dict", held)
+            counts = [len(group["params"]) for group in base.get("param_groups", ())]
+            same = not counts or counts == [len(group["params"]) for group in optimizer.base.param_groups]
+            return same and _same_weights(checkpoint, engine, names)
         if recorded != optimizer.group_names():
             return False
     if _lacks_frozen(checkpoint, engine):
@@ -238,24 +241,15 @@ def _same_contents(
     return same
 
 
-def _same_sizes(checkpoint: DeepSpeedCheckpoint, optimizer: EngineOptimizer, rank: int) -> bool:
-    """Return whether each group of the base optimizer has as many tensors as in the files, where the groups are whole."""
-    saved, _ = checkpoint.files.whole_optimizer(rank)
-    base = saved.get("optimizer_state_dict", saved)
-    counts = [len(group["params"]) for group in base.get("param_groups", ())]
-    return not counts or counts == [len(group["params"]) for group in optimizer.base.param_groups]
-
-
 def _same_weights(checkpoint: DeepSpeedCheckpoint, engine: Engine, names: ModelNames) -> bool:
     """Return whether the model has the shapes and ties of the one that saved, under the same names."""
-    shapes = checkpoint.local_shapes(model_parallel_rank(engine))
-    return (
-        not _ties_others(checkpoint, engine, names, shapes)
-        and not seen_through(shapes, names.of_parameters.values())
-        and all(
-            shapes.get(name, local_shape(param)) == local_shape(param) for param, name in names.of_parameters.items()
-        )
-    )
+    shapes, live = checkpoint.local_shapes(model_parallel_rank(engine)), names.of_parameters
+    further = {names.in_model(name) for name, _ in engine.module.named_parameters(remove_duplicate=False)}
+    further.difference_update(live.values())
+    if not (checkpoint.tied.keys().isdisjoint(live.values()) and further.isdisjoint(shapes)):
+        return False  # what is tied on one side is apart on the other: DeepSpeed would let the last of two values win
+    changed = any(shapes.get(name, local_shape(param)) != local_shape(param) for param, name in live.items())
+    return not changed and not seen_through(shapes, live.values())
 
 
 def _lacks_frozen(checkpoint: DeepSpeedCheckpoint, engine: Engine) -> bool:
@@ -269,16 +263,6 @@ def _lacks_frozen(checkpoint: DeepSpeedCheckpoint, engine: Engine) -> bool:
         return False
     resting = {name for param, name in engine.param_names.items() if not (param.requires_grad and has_elements(param))}
     return not resting <= recorded.keys()
-
-
-def _ties_others(
-    checkpoint: DeepSpeedCheckpoint, engine: Engine, names: ModelNames, shapes: Mapping[str, Shape]
-) -> bool:
-    """Return whether the model keeps apart what is tied in the checkpoint, or ties what is apart there. DeepSpeed would let the
-    last of two values win."""
-    mine = frozenset(names.of_parameters.values())
-    further = {names.in_model(name) for name, _ in engine.module.named_parameters(remove_duplicate=False)} - mine
-    return not (mine.isdisjoint(checkpoint.tied) and further.isdisjoint(shapes))
 
 
 def _serves_any_size(checkpoint: DeepSpeedCheckpoint, engine: Engine) -> bool:
@@ -365,12 +349,9 @@ def _partitions(engine: Engine, place: tuple[str, str]) -> list[str]:
 def own_partition(folder: Path, engine: Engine) -> Path:
     """Return the optimizer's file that DeepSpeed reads on this rank under ZeRO
     (``runtime/engine.py::_get_all_zero_checkpoints``)."""
-    place, partition = (
-        (str(folder.parent), folder.name),
-        dist.get_rank(engine.optimizer.dp_process_group),
-    )
-    own = engine._get_rank_zero_ckpt_name(*place, model_parallel_rank(engine), partition, engine.bfloat16_enabled())
-    return Path(own)
+    place = str(folder.parent), folder.name, model_parallel_rank(engine)
+    partition = dist.get_rank(engine.optimizer.dp_process_group)
+    return Path(engine._get_rank_zero_ckpt_name(*place, partition, engine.bfloat16_enabled()))
 
 
 def _experts(folder: Path, held: Collection[str], engine: Engine, names: ModelNames) -> list[Path]:

@@ -1,9 +1,5 @@
-"""Asynchronous saving: DeepSpeed saves into host memory, and a thread of each rank writes from there.
-
-`SnapshotEngine` stands in for DeepSpeed's checkpoint engine while ``engine.save_checkpoint`` runs. It copies what it is given
-into host buffers (`snapshot`). Then `begin` starts a thread, which writes this rank's files into a hidden folder beside the
-tag's. When the files of all ranks are on disk, rank 0's thread adds the manifest, puts the folder in the tag's place and moves
-``latest``.
+"""Asynchronous saving: DeepSpeed saves into host memory, and a thread of each rank writes from there (``docs/architecture.md``,
+*One save in the background*).
 
 **How rank 0 learns that the others are done.** Each rank leaves a small file in the hidden folder when its own files are on
 disk, or couldn't be written; rank 0 looks for these small files. The ranks write to one file system anyway. A collective in the
@@ -30,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import ENOENT, ENOTDIR
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +100,11 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
         """Copy what ``torch.save`` would write."""
         with self._keeping(path):
             name = str(Path(path).absolute().relative_to(self._folder))
-            self.files.append(snapshot(state_dict, name, self._buffers, apart=self._is_cloned(name)))
+            # Otherwise DeepSpeed clones layers of pipelines (``runtime/pipe/module.py``, ``save_state_dict``), and with experts
+            # all files but ZeRO's (``runtime/engine.py``, ``_save_moe_checkpoint``).
+            partition = self._zero and name.endswith("optim_states.pt")
+            cloned = name.startswith("layer_") or (self._experts and not partition)
+            self.files.append(snapshot(state_dict, name, self._buffers, apart=cloned))
 
     @contextmanager
     def in_place_of_files(self, engine: Engine) -> Iterator[None]:
@@ -161,11 +162,6 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
                 )
                 self._error.__cause__ = error
 
-    def _is_cloned(self, name: str) -> bool:
-        """Return whether DeepSpeed clones the tensors of this file otherwise: layers of pipelines (``runtime/pipe/module.py``,
-        ``save_state_dict``), and with experts all files but ZeRO's (``runtime/engine.py``, ``_save_moe_checkpoint``)."""
-        return name.startswith("layer_") or (self._experts and not (self._zero and name.endswith("optim_states.pt")))
-
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -220,9 +216,8 @@ class Writing(threading.Thread):
             with self._failing():
                 self._write()
             with self._failing():  # from then on rank 0 may give the folder another name
-                replace_text(
-                    self.job.partial / ENDED_NAME.format(rank=self.job.rank), json.dumps({"error": self._text})
-                )
+                told = {"error": None if self.error is None else str(self.error)}
+                replace_text(self.job.partial / ENDED_NAME.format(rank=self.job.rank), json.dumps(told))
             self.own_error = self.error
         finally:
             self.written.set()
@@ -249,10 +244,6 @@ class Writing(threading.Thread):
         if self.job.rank == 0:
             remove_partial_folder(self.job.partial, self.job.folder)
 
-    @property
-    def _text(self) -> str | None:
-        return None if self.error is None else str(self.error)
-
     @contextmanager
     def _failing(self) -> Iterator[None]:
         """Keep the first error, and log it at once: nobody may be left to raise it to."""
@@ -260,7 +251,7 @@ class Writing(threading.Thread):
             yield
         except Exception as error:
             if self.error is None:
-                self.error = error if isinstance(error, SaveError) else _as_save_error(error, self.job)
+                self.error = error if isinstance(error, SaveError) else self._as_save_error(error)
                 with suppress(Exception):  # a log that can't be written
                     logger.error("%s", self.error)
 
@@ -273,19 +264,13 @@ class Writing(threading.Thread):
             file.write(self.job.partial)
 
     def _await_ranks(self) -> None:
-        """Wait until all ranks have ended.
-
-        Raises:
-            SaveError: some have failed, or didn't end in time.
-            FileNotFoundError: the folder was renamed or removed.
-        """
+        """Wait until all ranks have ended. Raise if some have failed, don't end in time, or don't find the folder any more."""
         deadline, pause = time.monotonic() + self.job.timeout, tunables.SHORTEST_PAUSE_SECONDS
         waiting = {rank: self.job.partial / ENDED_NAME.format(rank=rank) for rank in range(self.job.world_size)}
         failed: dict[int, str] = {}
         while waiting and not self._given_up.is_set():
-            for rank, path in [(rank, path) for rank, path in waiting.items() if path.is_file()]:
-                error = json.loads(path.read_text(encoding="utf-8"))["error"]
-                del waiting[rank]
+            for rank in [rank for rank, path in waiting.items() if path.is_file()]:
+                error = json.loads(waiting.pop(rank).read_text(encoding="utf-8"))["error"]
                 if error is not None:
                     failed[rank] = error
             self.job.partial.stat()  # raises if it is where no rank finds it any more
@@ -302,16 +287,15 @@ class Writing(threading.Thread):
         if failed or waiting:
             raise SaveError("; ".join(f"rank {rank}: {text}" for rank, text in failed.items()) or "a rank has failed")
 
-
-def _as_save_error(error: Exception, job: Job) -> SaveError:
-    gone = not job.partial.is_dir() and getattr(error, "errno", ENOENT) in (ENOENT, ENOTDIR)
-    found = gone_error(job.folder, job.partial.parent) if gone else None
-    if found is None:
-        found = SaveError(
-            f"{job.folder} could not be saved, and 'latest' was not moved: {type(error).__name__}: {error}"
-        )
-    found.__cause__ = error
-    return found
+    def _as_save_error(self, error: Exception) -> SaveError:
+        partial, folder = self.job.partial, self.job.folder
+        if not partial.is_dir() and getattr(error, "errno", ENOENT) in (ENOENT, ENOTDIR):
+            found = gone_error(folder, partial.parent)
+        else:
+            reason = f"{type(error).__name__}: {error}"
+            found = SaveError(f"{folder} could not be saved, and 'latest' was not moved: {reason}")
+        found.__cause__ = error
+        return found
 
 
 def gone_error(folder: Path, moved: Path) -> SaveError:
@@ -339,31 +323,24 @@ def begin(engine: Engine, job: Job) -> None:
     """
     assert vars(engine).get(OWN) not in _pending, "a save waits for the engine's last one"
     writing = Writing(job)
-    started = False
     try:
         with agreement():
             writing.start()
-            started = True
     except BaseException:
-        if started:
+        if writing.ident is not None:  # it has started
             writing.give_up()
         writing.clear()
         raise
     vars(engine)[OWN] = writing
     _pending.append(writing)
-    _end_with_child()
+    _end_with_child(os.getpid())
 
 
-_finalized = 0
-"""The id of the process in which `_end_with_child` has registered."""
-
-
-def _end_with_child() -> None:
-    """Register what ``atexit`` does elsewhere: processes that ``multiprocessing`` has forked call no ``atexit`` handler."""
-    global _finalized
-    if _finalized != os.getpid():
-        _finalized = os.getpid()
-        multiprocessing.util.Finalize(None, end_of_process, exitpriority=0)
+@cache
+def _end_with_child(process: int) -> None:
+    """Register, once in a process, what ``atexit`` does elsewhere: processes that ``multiprocessing`` has forked call no
+    ``atexit`` handler."""
+    multiprocessing.util.Finalize(None, end_of_process, exitpriority=0)
 
 
 def wait_for_save(engine: Engine | None = None) -> None:

@@ -2,11 +2,7 @@
 
 Order of events: the old manifest is removed, DeepSpeed writes its files, all ranks meet, rank 0 writes the manifest, then
 ``latest`` moves. So ``latest`` never names a checkpoint that some rank is still writing, and a manifest never describes other
-files.
-
-With ``"save": {"async": true}`` DeepSpeed's files go into host memory first, and from there, in the background, into a
-hidden folder (`background`). Then the manifest is added, the hidden folder takes the place of the tag's folder in one step, and
-``latest`` moves. So an earlier checkpoint stays whole until then, also one of the same tag.
+files. A save in the background (`background`) keeps an earlier checkpoint whole until the new one takes its place in one step.
 """
 
 from __future__ import annotations
@@ -223,7 +219,7 @@ def _commit_partial(manifest: Manifest, partial: Path, folder: Path) -> None:
         ended.unlink()
     _commit(manifest, partial)
     flush(partial)
-    replace_folder(partial, folder, _is_part)
+    replace_folder(partial, folder, lambda name: _PARTS.fullmatch(name) is not None)
 
 
 _PARTS = re.compile(
@@ -234,12 +230,8 @@ _PARTS = re.compile(
     r"|expp_rank_\d+_mp_rank_\d+_optim_states\.pt"
     r"|ucp_manifest\.json|ucp_random_state_rank_\d+\.json"
 )
-"""Names of the files that DeepSpeed's engines (``runtime/engine.py``, ``runtime/pipe/module.py``) and this package write."""
-
-
-def _is_part(name: str) -> bool:
-    """Return whether a file of a tag's folder is DeepSpeed's or this package's. Others may lie there too, and are kept."""
-    return _PARTS.fullmatch(name) is not None
+"""Names of the files that DeepSpeed's engines (``runtime/engine.py``, ``runtime/pipe/module.py``) and this package write. Others
+may lie in a tag's folder too, and are kept."""
 
 
 def check_model(engine: Engine) -> None:
@@ -357,9 +349,9 @@ def _group_numbers(
     manifest: Manifest, settings: Sequence[Sequence[Mapping[str, Any]]]
 ) -> tuple[tuple[int | None, ...], ...] | None:
     """See `Manifest.group_numbers`. ``settings`` holds the hyper-parameters of each pipeline stage's groups."""
-    if any(len(one) != len(other) for one, other in zip(manifest.trained_groups, settings, strict=True)):
+    stages = list(zip(manifest.trained_groups, settings, strict=True))
+    if any(len(names) != len(groups) for names, groups in stages):
         return None
-    stages = zip(manifest.trained_groups, settings, strict=True)
     numbers = number_groups([[each if held else None for held, each in zip(*stage, strict=True)] for stage in stages])
     return tuple(map(tuple, numbers))
 
@@ -390,15 +382,10 @@ def _parameters(model: EngineModel, kept: KnownLayouts) -> dict[str, ManifestPar
             pattern=None if isinstance(known.get(name), Unique | PerRank) else known.get(name),
             logical_name=None if logical[name] == name else logical[name],
             local_shapes=_shares(tensor.local_shapes, model.topology.tp),
-            stages=_stages(tensor.local_shapes, model.topology.tp),
+            stages=tensor.stages(model.topology.tp),
         )
         for name, tensor in model.tensors.items()
     }
-
-
-def _stages(shapes: HeldShapes, degree: int) -> tuple[int, ...]:
-    """Return the pipeline stages that hold a tensor."""
-    return tuple(stage for stage, shape in enumerate(shapes[::degree]) if shape is not None)
 
 
 def _shares(shapes: HeldShapes, degree: int) -> tuple[Shape, ...] | None:

@@ -1,8 +1,5 @@
-"""Snapshots: the content of a ``torch.save`` file, copied at once into host memory, and written later.
-
-`snapshot` lets ``torch.save`` go over an object (``torch/serialization.py::_save``): everything but tensors is pickled at
-once, and each storage is copied once, into a buffer that the next save uses again. The file that is written later is, byte for
-byte, the one that ``torch.save`` would have written. So tensors that share a storage still do.
+"""Snapshots: the content of a ``torch.save`` file, copied at once into host memory, and written later, byte for byte as
+``torch.save`` would have written it. So tensors that share a storage still do.
 """
 
 from __future__ import annotations
@@ -56,7 +53,9 @@ class FileSnapshot:
                     writer.write_record(name, data.untyped_storage(), data.numel())
             opened.__exit__()
         except Exception as error:
-            _never_destroy(writer)
+            # Keep the writer for ever. Its destructor would try to complete the file, fail again, and end the process
+            # (``std::terminate``, torch 2.13).
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(writer))
             reason = _why_not_longer(path)
             os.truncate(path, 0)  # it stays open: give back its space
             if reason is None:
@@ -75,12 +74,6 @@ def _why_not_longer(path: Path) -> OSError | None:
     except OSError as error:
         return error
     return None
-
-
-def _never_destroy(writer: Any) -> None:
-    """Keep a failed writer for ever. Its destructor would try to complete the file, fail again, and end the process
-    (``std::terminate``, torch 2.13)."""
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(writer))
 
 
 class HostBuffers:
