@@ -147,7 +147,7 @@ def load_of_files_that_change(run: Run, load: str, moment: str, how: str) -> tup
         dist.barrier()  # the others have come so far too
         if dist.get_rank() == dist.get_world_size() - 1:
             if how == "gone":
-                copies = [copy for slot in self.slots for plan in slot.buffers.values() for copy in plan.copies]
+                copies = [copy for slot in self.planned.slots for plan in slot.buffers.values() for copy in plan.copies]
                 Path(copies[-1].sources[0].buffer.path).rename(Path(load) / "gone")
             else:
                 _exchange(Path(load) / "global_step1", Path(load) / "global_step2")
