@@ -138,7 +138,7 @@ SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "sc
 
 
 class Deferred(Mapping[str, T]):
-    """The mapping that a function returns. The first look into the mapping calls it, and raises its errors: it may open files."""
+    """The mapping that a function returns, such as one that opens files. The first look into it calls the function."""
 
     def __init__(self, read: Callable[[], Mapping[str, T]]) -> None:
         self._read = read

@@ -88,12 +88,9 @@ class RetiedCheckpoint(_DerivedCheckpoint):
 
 
 def copies_wanted(checkpoint: Checkpoint, wanted: Collection[str]) -> dict[str, str]:
-    """Map further names of tied parameters that are separate parameters in a model to the name that each has here.
+    """Map further names of tied parameters that are separate ones among the ``wanted`` to the name that each has here.
 
-    If the model lacks that name, the first of its other names takes its value and is no copy.
-
-    Args:
-        wanted: names of the model's parameters, under the checkpoint's names.
+    If that isn't wanted, the first of its other names takes its value and is no copy.
     """
     copies: dict[str, str] = {}
     taken = {name for name in checkpoint.parameters if name in wanted}

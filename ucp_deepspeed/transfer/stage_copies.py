@@ -1,4 +1,4 @@
-"""Copies of a parameter that several pipeline stages hold, and the one that is read (docs/architecture.md, *Pipelines*)."""
+"""Copies of a parameter on several pipeline stages, and the one that is read (docs/architecture.md, *Names and pipelines*)."""
 
 from __future__ import annotations
 

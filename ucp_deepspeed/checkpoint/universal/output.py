@@ -51,7 +51,7 @@ FIRST_RANDOM_STATE_NAME = "ucp_random_state_rank_00000.json"
 
 @dataclass(frozen=True)
 class UniversalOutput(Output):
-    """A universal checkpoint; see `Output` and `describe`. ``file_numbytes``: bytes of atoms in one file, if none is larger."""
+    """A universal checkpoint; see `Output` and `describe`. ``file_numbytes``: most bytes in a file of several atoms."""
 
     drop_client_state: Collection[str] = ()
     on_unreadable: OnUnreadable = "error"
