@@ -97,18 +97,10 @@ class ModelParallelUnit(ABC):
 
 
 class Mpu(ModelParallelUnit):
-    """An ``mpu`` from sizes, for models with tensor-parallel layers of their own::
-
-        deepspeed.init_distributed()
-        mpu = Mpu(tp=2)
-        model = MyModel(mpu.get_tensor_model_parallel_group())  # its layers hold this rank's share
-        engine, *_ = deepspeed.initialize(model=model, mpu=mpu, config=config, model_parameters=model.parameters())
+    """An ``mpu`` from sizes, for models with tensor-parallel layers of their own: ``docs/python.md`` shows how to use it.
 
     Consecutive ranks share tensors, and ranks that are ``world_size / pp`` apart are neighbouring stages, as in Megatron-Core's
-    usual order. A spec tells how the layers are cut (``docs/language.md``). A parameter that is cut needs the attribute
-    ``tensor_model_parallel = True``: DeepSpeed counts the gradient norm of all others on the first tensor-parallel rank alone.
-
-    Make it on all ranks, in the same order as other groups.
+    usual order. Make it on all ranks, in the same order as other groups.
 
     Args:
         tp: tensor-parallel size.

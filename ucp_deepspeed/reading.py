@@ -101,19 +101,7 @@ class ParameterInfo:
 class OpenCheckpoint:
     """A checkpoint to look into; made by `open_checkpoint`. A context manager, which closes the files.
 
-    Attributes:
-        path: the tag folder.
-        form: the program that wrote it: ``deepspeed zero-3``, ``universal 1``, …
-        topology: sizes of the run whose files these are (``tp``, ``pp``, ``dp``, ``zero_stage``, ``ep``).
-        saved_by: sizes of the run that trained; for a universal checkpoint, of the run that it was converted from.
-        run: state of the run: ``global_steps``, ``global_samples``, ``skipped_steps``, ``lr_scheduler``, ``loss_scale``; and its
-            ``precision`` and ``ds_version``.
-        parameters: `ParameterInfo` of each parameter and buffer by name, in the model's order.
-        groups: the optimizer's parameter groups: ``names``, ``hyperparameters``, ``differing``.
-        tied: further names of tied parameters → the name in ``parameters``. `read` takes both.
-        unrecorded: parameters whose value is in no file, with the reason.
-        lacking: why no file holds the optimizer's state; None if one does.
-        layouts_unknown: why whole tensors can't be read; None if they can.
+    ``docs/python.md`` lists its attributes. ``layouts_unknown`` is the error that keeps whole tensors from being read, or None.
     """
 
     def __init__(

@@ -144,7 +144,7 @@ class Shard:
     def logical_shape(self, local_shapes: Sequence[Shape], vocabulary_size: int | None = None) -> Shape:
         """The local shapes joined along ``dim``, without vocabulary padding."""
         first = local_shapes[0]
-        self._check_dim(first)
+        _check_dim(self.dim, first)
         for shape in local_shapes:
             if _with(shape, {self.dim: 0}) != _with(first, {self.dim: 0}):
                 raise ValueError(f"local shapes {list(local_shapes)} differ outside dimension {self.dim}")
@@ -157,7 +157,7 @@ class Shard:
 
     def local_shapes(self, logical_shape: Shape, degree: int) -> tuple[Shape, ...]:
         """The share of each of ``degree`` ranks."""
-        self._check_dim(logical_shape)
+        _check_dim(self.dim, logical_shape)
         extent = logical_shape[self.dim]
         if self.widths is not None:
             if len(self.widths) != degree or sum(self.widths) != extent:
@@ -236,10 +236,6 @@ class Shard:
             raise ValueError(f"{total} along dimension {self.dim} over {degree} ranks fit no {wanted}")
         return int(extent)
 
-    def _check_dim(self, shape: Shape) -> None:
-        if self.dim >= len(shape):
-            raise ValueError(f"dimension {self.dim} doesn't exist in shape {shape}")
-
 
 @dataclass(frozen=True, slots=True)
 class ShardGrid:
@@ -269,7 +265,7 @@ class ShardGrid:
 
     def local_shapes(self, logical_shape: Shape, degree: int) -> tuple[Shape, ...]:
         """The share of each of ``degree`` ranks: an even cut along each axis."""
-        self._check_dims(logical_shape)
+        _check_dim(max(self.dims), logical_shape)
         shares = [
             split_evenly(logical_shape[dim], count) for dim, count in zip(self.dims, self._grid(degree), strict=True)
         ]
@@ -290,7 +286,7 @@ class ShardGrid:
     def _extents(self, local_shapes: Sequence[Shape]) -> list[list[int]]:
         """Return for each axis the extents along it. They must be the same at each position on the other axes."""
         for shape in local_shapes:
-            self._check_dims(shape)
+            _check_dim(max(self.dims), shape)
         held = list(zip(self._places(len(local_shapes)), local_shapes, strict=True))
         found = [
             list({place[axis]: shape[dim] for place, shape in held}.values()) for axis, dim in enumerate(self.dims)
@@ -314,10 +310,6 @@ class ShardGrid:
         if found is None:
             raise ValueError(f"no grid for {degree} ranks; there are {[list(grid) for grid in self.grids]}")
         return found
-
-    def _check_dims(self, shape: Shape) -> None:
-        if max(self.dims) >= len(shape):
-            raise ValueError(f"dimension {max(self.dims)} doesn't exist in shape {shape}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,6 +372,11 @@ def _common_shape(local_shapes: Sequence[Shape], kind: str) -> Shape:
     if len(set(local_shapes)) != 1:
         raise ValueError(f"{kind} parameter has different shapes on its ranks: {list(local_shapes)}")
     return local_shapes[0]
+
+
+def _check_dim(dim: int, shape: Shape) -> None:
+    if dim >= len(shape):
+        raise ValueError(f"dimension {dim} doesn't exist in shape {shape}")
 
 
 def _with(shape: Shape, extents: Mapping[int, int]) -> Shape:
