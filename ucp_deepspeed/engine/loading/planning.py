@@ -21,9 +21,8 @@ from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.language import per_rank
 from ucp_deepspeed.transfer.evidence.held_values import differing_ties
 from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers, usable
-from ucp_deepspeed.transfer.planning.obstacles import Obstacles
 from ucp_deepspeed.transfer.planning.pairing import Names, Pair, pair
-from ucp_deepspeed.transfer.planning.policies import Policies, renaming_hint
+from ucp_deepspeed.transfer.planning.policies import Obstacles, Policies, renaming_hint
 from ucp_deepspeed.transfer.planning.rank_planner import RankPlanner, TargetOptimizer
 from ucp_deepspeed.transfer.planning.target import KeptStates, TargetRank, TargetSlot
 

@@ -15,10 +15,9 @@ from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.optimizers import EngineOptimizer
-from ucp_deepspeed.transfer.planning.group_settings import ANEW_HINT, GroupSettings, Settings
-from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
-from ucp_deepspeed.transfer.planning.obstacles import Obstacles
+from ucp_deepspeed.transfer.planning.numbers import ANEW_HINT, GroupSettings, PartitionNumbers, Settings
 from ucp_deepspeed.transfer.planning.pairing import Names, Pair
+from ucp_deepspeed.transfer.planning.policies import Obstacles
 
 if TYPE_CHECKING:
     from ucp_deepspeed.engine.loading.native import LoadOptions

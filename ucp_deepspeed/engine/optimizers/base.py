@@ -24,7 +24,7 @@ from ucp_deepspeed.engine.optimizers.states import (
     kept_states,
     keys_after_load,
 )
-from ucp_deepspeed.transfer.planning.group_settings import UNTELLING
+from ucp_deepspeed.transfer.planning.numbers import UNTELLING
 from ucp_deepspeed.transfer.planning.target import KeptStates, TargetSlot
 
 

@@ -22,11 +22,15 @@ from ucp_deepspeed.language.name_spaces import LogicalName
 from ucp_deepspeed.language.schemes import seen_through
 from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.layout.pattern import AnyPattern
-from ucp_deepspeed.transfer.planning.group_settings import GroupSettings, schedule_of_groups, settings_of_groups
-from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
-from ucp_deepspeed.transfer.planning.obstacles import Obstacles
+from ucp_deepspeed.transfer.planning.numbers import (
+    GroupSettings,
+    PartitionNumbers,
+    schedule_of_groups,
+    settings_of_groups,
+)
 from ucp_deepspeed.transfer.planning.policies import (
     Matching,
+    Obstacles,
     Policies,
     check_any,
     check_matching,
@@ -128,9 +132,8 @@ def pair(
     source: dict[str, Parameter] = {names.source[name]: parameter for name, parameter in checkpoint.parameters.items()}
     tensors: dict[str, ModelTensor] = {names.target[name]: tensor for name, tensor in model.tensors.items()}
     matching = match(source, tensors)
-    check_recorded(
-        {name: why for name, why in checkpoint.unrecorded.items() if name in model.tensors}, policies, obstacles
-    )
+    unrecorded = {name: why for name, why in checkpoint.unrecorded.items() if name in model.tensors}
+    check_recorded(unrecorded, policies, obstacles)
     check_matching(source, tensors, policies, obstacles)
     if not (obstacles or policies.reshape):
         check_any(source, tensors, matching, policies, obstacles, checkpoint.path)
@@ -150,11 +153,8 @@ def pair(
         view = UniversalView(
             checkpoint, names.source, patterns, checkpoint.vocabulary_size or size, frozenset(restored)
         )
-        shapes = {
-            name: tensor.local_shapes
-            for name, tensor in restored.items()
-            if some_shape(tensor.local_shapes) is not None
-        }
+        held = {name: tensor.local_shapes for name, tensor in restored.items()}
+        shapes = {name: each for name, each in held.items() if some_shape(each) is not None}
         layouts = layouts_of(view.patterns, shapes, model.topology.tp, size, "the model")
     except ListingError as error:
         if obstacles and isinstance(error, MismatchError):

@@ -1,20 +1,94 @@
 """Match a checkpoint's parameters with a model's, and decide what happens to those that differ.
 
-Everything that isn't a plain restore is an obstacle, unless a policy allows it by name.
+Everything that isn't a plain restore is an obstacle, unless a policy allows it by name. One error lists all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, HeldShapes, Parameter
 from ucp_deepspeed.checkpoint.differing import OnDiffering
+from ucp_deepspeed.errors import ListingError, MismatchError, SpecError
 from ucp_deepspeed.language.renames import as_lines, suggest_renamings
 from ucp_deepspeed.layout import Shape
-from ucp_deepspeed.transfer.planning.obstacles import Obstacles
 from ucp_deepspeed.transfer.planning.target import ModelTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """A reason why a load is impossible; ``name`` is the parameter or group concerned, or None for the whole model."""
+
+    name: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason if self.name is None else f"{self.name}: {self.reason}"
+
+
+class Obstacles:
+    """The obstacles to one load, each once, in the order in which they were found.
+
+    Attributes:
+        remedies: hints beyond those in the obstacles themselves.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[Obstacle, None] = {}
+        self.remedies: list[str] = []
+
+    def __iter__(self) -> Iterator[Obstacle]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @property
+    def names(self) -> set[str | None]:
+        """Parameters and groups with an obstacle; None for the whole model."""
+        return {obstacle.name for obstacle in self}
+
+    def add(self, name: str | None, reason: str) -> None:
+        """Add an obstacle."""
+        self._found[Obstacle(name, reason)] = None
+
+    def add_line(self, line: str, reason: str = "") -> None:
+        """Add an obstacle as an error lists it: a name, and the reason if it isn't the same for all of them."""
+        name, _, own = line.partition(": ")
+        self.add(name, own or reason)
+
+    def add_error(self, error: ListingError) -> None:
+        """Add what an error lists; a spec's error stays one."""
+        if isinstance(error, SpecError):
+            self.add(None, str(error))
+            return
+        if not error.problems:
+            self.add(None, error.heading)
+        for problem in error.problems:
+            self.add_line(problem, error.heading)
+        self.add_remedy(error.remedy)
+
+    def add_remedy(self, remedy: str) -> None:
+        """Add a hint, if there is one."""
+        if remedy and remedy not in self.remedies:
+            self.remedies.append(remedy)
+
+    def check(self, source: object) -> None:
+        """Refuse to go on with obstacles.
+
+        Args:
+            source: the checkpoint, for the message.
+
+        Raises:
+            MismatchError: lists them all.
+        """
+        lines, remedy = [str(obstacle) for obstacle in self], "\n".join(self.remedies)
+        if self.names == {None} and len(self) == 1:
+            raise MismatchError(lines[0], remedy=remedy)
+        if lines:
+            raise MismatchError(f"{source} doesn't fit the model", lines, remedy)
 
 
 @dataclass(frozen=True)
@@ -79,13 +153,12 @@ def match(source: Source, target: Target) -> Matching:
 
 
 def _unfrozen(saved: Parameter, live: ModelTensor) -> bool:
-    """Return whether it is trained in the model and not in the checkpoint. A parameter that needs no gradient for now needs no
-    states either."""
+    """Return whether only the model trains it. A parameter that needs no gradient for now needs no states either."""
     return (saved.kind, live.kind) == ("frozen", "trainable") and not live.idle
 
 
 def _frozen(saved: Parameter, live: ModelTensor) -> bool:
-    """Return whether it is trained in the checkpoint and not in the model, and has states that would be lost."""
+    """Return whether only the checkpoint trained it, and has states that would be lost."""
     lost = saved.kind == "trainable" != live.kind
     return lost and bool(saved.states.keys() - {MASTER} or saved.scalars or saved.refused)
 
@@ -172,7 +245,7 @@ def check_any(
         obstacles.add(
             None,
             f"{where} holds no parameter of the model: it has {some_names(held)}, and the model {some_names(wanted)}; "
-            + RENAMED_HINT,
+            f"{RENAMED_HINT}",
         )
         obstacles.add_remedy(renaming_hint(source, target))
     elif trained and policies.optimizer_states != "keep" and not found.intersection(trained):
@@ -194,13 +267,10 @@ def renaming_hint(source: Source, target: Target) -> str:
     common = source.keys() & target.keys()
     # Where local sizes differ, the number of dimensions is all that both sides have in common.
     same_degree = len({len(shapes) for side in held for shapes in side.values()}) == 1
-    extra, missing = (
-        {
-            name: shape if same_degree else shape and (0,) * len(shape)
-            for name, shape in ((name, some_shape(shapes)) for name, shapes in side.items() if name not in common)
-        }
-        for side in held
-    )
+    shapes = [{name: some_shape(side[name]) for name in side if name not in common} for side in held]
+    if not same_degree:
+        shapes = [{name: shape and (0,) * len(shape) for name, shape in side.items()} for side in shapes]
+    extra, missing = shapes
     renamings = suggest_renamings(extra, missing, common)
     if not renamings:
         return ""

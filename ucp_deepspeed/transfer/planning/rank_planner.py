@@ -10,13 +10,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
-from ucp_deepspeed.checkpoint.checkpoint import (
-    GROUP_STEP,
-    MASTER,
-    WEIGHT,
-    FileExtent,
-    Parameter,
-)
+from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, MASTER, WEIGHT, FileExtent, Parameter
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.layout import Layout, Shape
@@ -131,13 +125,7 @@ class RankPlanner:
         reshaped: parameters of another shape that keep the model's values.
     """
 
-    def __init__(
-        self,
-        pair: Pair,
-        optimizer: TargetOptimizer,
-        kept_apart: Set[str],
-        shared_read_numbytes: int,
-    ) -> None:
+    def __init__(self, pair: Pair, optimizer: TargetOptimizer, kept_apart: Set[str], shared_read_numbytes: int) -> None:
         """Compare the shapes of all parameters and buffers, also of those on other ranks.
 
         Args:
@@ -161,25 +149,27 @@ class RankPlanner:
             with self._telling(name):
                 factor_between(self.source.layouts[name], self._layout(name), self._weight_state(name))
 
-    def outcome(self, begun: Iterable[str], left: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def outcome(self, slots: Iterable[SlotStates]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the names that keep the model's values, in whole, in further rows, or in their optimizer states alone; and those
-        in the checkpoint for which the model has no place, or no place for their optimizer states.
-
-        Args:
-            begun, left: parameters some of whose optimizer states begin anew, or are left out.
-        """
+        in the checkpoint for which the model has no place, or no place for their optimizer states."""
         found, restores = self._pair.matching, self.policies.optimizer_states == "restore"
-        unfrozen, frozen = (found.unfrozen, found.frozen) if restores else ((), ())
-        initialised = (*found.initialised, *unfrozen, *self.grown, *self.reshaped, *begun)
-        return tuple(dict.fromkeys(initialised)), tuple(dict.fromkeys((*found.dropped, *frozen, *left)))
+        begun, left = list(found.unfrozen if restores else ()), list(found.frozen if restores else ())
+        begun += [*self.grown, *self.reshaped]
+        for states in slots:
+            begun += states.initialised
+            left += states.dropped
+        return tuple(dict.fromkeys((*found.initialised, *begun))), tuple(dict.fromkeys((*found.dropped, *left)))
 
     def check(self, rank: TargetRank, numbers: PartitionNumbers) -> list[SlotStates]:
         """Return what one rank's slots get; collect the obstacles, also of its frozen parameters and buffers."""
         wanted = [self.states_of(slot, numbers) for slot in rank.slots]
         for name, reason in numbers.problems:
             self._obstacles.add(name, reason)
-        for slot in rank.weights:
-            self._check_weight(slot.names[0])
+        for name in (slot.names[0] for slot in rank.weights if slot.names[0] in self.restored):
+            parameter = self.source.parameters[name]
+            if WEIGHT not in parameter.states and parameter.kind != "trainable":
+                for reason in parameter.refused.values():
+                    self._obstacles.add(name, reason)
         return wanted
 
     def states_of(self, slot: TargetSlot, numbers: PartitionNumbers) -> SlotStates:
@@ -216,22 +206,7 @@ class RankPlanner:
         )
         weights = tuple(planned)
         self._obstacles.check(self.source.checkpoint.path)
-        return PlannedRank(
-            slots,
-            weights,
-            *self.outcome(
-                (name for states in wanted for name in states.initialised),
-                (name for states in wanted for name in states.dropped),
-            ),
-            tuple(self._exchanged(rank, buffers, divisions)),
-        )
-
-    def _check_weight(self, name: str) -> None:
-        """Refuse a frozen parameter or a buffer that can't be read."""
-        parameter = self.source.parameters.get(name) if name in self.restored else None
-        if parameter is not None and WEIGHT not in parameter.states and parameter.kind != "trainable":
-            for reason in parameter.refused.values():
-                self._obstacles.add(name, reason)
+        return PlannedRank(slots, weights, *self.outcome(wanted), tuple(self._exchanged(rank, buffers, divisions)))
 
     def _exchanged(
         self, rank: TargetRank, buffers: Sequence[tuple[TargetSlot, str]], divisions: Sequence[Division]
@@ -264,14 +239,10 @@ class RankPlanner:
         tp = self._topology.tp
         if tp == 1:
             return frozenset()
-        first = stage * tp
-        layouts = {
-            name: self.layouts[name]
-            for name in self.restored
-            if name not in self._kept_apart and name not in self.grown
-        }
+        apart = {*self._kept_apart, *self.grown}
+        layouts = {name: self.layouts[name] for name in self.restored if name not in apart}
         local_shapes = [tensor.local_shapes for tensor in self._pair.tensors.values()]
-        return read_together(layouts, self.source.layouts, local_shapes, first, tp)
+        return read_together(layouts, self.source.layouts, local_shapes, stage * tp, tp)
 
     def _buffer(self, slot: TargetSlot, state: str, division: Division, rank: int) -> PlannedBuffer:
         """Plan what a rank reads of a slot's master, of one of its states, or of a weight."""
@@ -302,8 +273,7 @@ class RankPlanner:
         return read
 
     def _weight_state(self, name: str) -> str:
-        """Return the state of the checkpoint that holds a weight: the master of a trained parameter, otherwise the weight
-        itself."""
+        """Return the checkpoint's state with a weight: of a trained parameter the master, otherwise the weight itself."""
         return MASTER if self.source.parameters[name].kind == "trainable" else WEIGHT
 
     def _found(self, name: str, state: str, rank: int, fragments: tuple[Fragment[None], ...]) -> Copies:
@@ -338,11 +308,7 @@ class RankPlanner:
         if found == expected:
             return ""
         padded = getattr(self.source.patterns[name], "vocabulary", False) and self.source.vocabulary_size is None
-        padding = '; if the rows are padding, give "universal_checkpoint": {"vocabulary_size": …}' if padded else ""
-        grown = (
-            '; "on_missing": "init" lets further rows keep the model\'s values' if _is_grown(found, expected) else ""
-        )
-        return padding + grown or f"; {RESHAPED_HINT}"
+        return (PADDED_HINT * padded + GROWN_HINT * _is_grown(found, expected)) or f"; {RESHAPED_HINT}"
 
     def _common_states(self, slot: TargetSlot, numbers: PartitionNumbers) -> SlotStates:
         """Return the states and scalars of a slot: one optimizer entry serves all its parameters, so they must be the same."""
@@ -374,13 +340,16 @@ class RankPlanner:
         return replace(found, initialised=(*unstepped, *found.initialised))
 
     def _fitting_states(self, slot: TargetSlot, first: Parameter, names: Sequence[str]) -> SlotStates:
-        """Return the states and scalars to restore. If the optimizer keeps others, it is a problem unless the policies allow
-        it."""
+        """Return the states and scalars to restore. Others that the optimizer keeps are an obstacle, unless policies allow it."""
         found, wanted = first.states.keys() - {MASTER}, self._optimizer.kept_states(slot)
         if wanted is None or not (found or first.scalars):
             return SlotStates(tuple(first.states), first.scalars)
-        scalars = self._with_step(first, wanted)
-        if self._optimizer.goes_on(slot, self._saved_settings(first)):
+        groups = (group.hyperparameters for group in self.source.groups if first.name in group.names)
+        settings, scalars = next(groups, {}), first.scalars
+        steps = settings.get(GROUP_STEP)
+        if GROUP_STEP in wanted.scalars - scalars.keys() and isinstance(steps, (int, float)) and steps > 0:
+            scalars = {**scalars, GROUP_STEP: steps}  # only the group counts, as in FusedAdam up to DeepSpeed 0.6
+        if self._optimizer.goes_on(slot, settings):
             wanted = replace(wanted, elementwise=wanted.elementwise | found)
         held, kept = found | scalars.keys(), wanted.elementwise | wanted.scalars
         missing, extra = kept - held, held - kept
@@ -402,25 +371,14 @@ class RankPlanner:
         kept_scalars = {key: value for key, value in scalars.items() if key in wanted.scalars}
         return SlotStates(states, kept_scalars, begun, left)
 
-    def _with_step(self, parameter: Parameter, wanted: KeptStates) -> Mapping[str, float]:
-        """Return a parameter's scalars. Where only its group counts steps, as up to DeepSpeed 0.6 in its FusedAdam, the group's
-        steps are added."""
-        if GROUP_STEP not in wanted.scalars or GROUP_STEP in parameter.scalars:
-            return parameter.scalars
-        steps = self._saved_settings(parameter).get(GROUP_STEP)
-        return {**parameter.scalars, **({GROUP_STEP: steps} if isinstance(steps, (int, float)) and steps > 0 else {})}
-
-    def _saved_settings(self, parameter: Parameter) -> Mapping[str, Any]:
-        """Return the hyper-parameters of the group in which a parameter was trained."""
-        groups = (group.hyperparameters for group in self.source.groups if parameter.name in group.names)
-        return next(groups, {})
-
 
 def _is_grown(found: Shape, expected: Shape) -> bool:
     """Return whether a model has further rows and is the same otherwise: a vocabulary, or a layer's outputs, that grew."""
     return len(found) == len(expected) > 0 and found[0] < expected[0] and found[1:] == expected[1:]
 
 
+PADDED_HINT = '; if the rows are padding, give "universal_checkpoint": {"vocabulary_size": …}'
+GROWN_HINT = '; "on_missing": "init" lets further rows keep the model\'s values'
 RESHAPED_HINT = "load_checkpoint(…, custom_load_fn=…) lets a function of yours make its weight of the saved one"
 RESET_HINT = '"optimizer_states": "reset" starts all states afresh'
 REFUSED_HINT = f'"load": "auto" restores it on the topology that it was saved on, {RESET_HINT}'

@@ -148,24 +148,18 @@ def stages_of(names: Sequence[str], pp: int) -> dict[str, int]:
     Args:
         names: logical names, in the model's order.
     """
-    units = _units(names)
+    told = [layer_of(name) for name in names]
+    last = max((place for place, layer in enumerate(told) if layer), default=len(names))
+    units = [_BEFORE]
+    for place, layer in enumerate(told):
+        units.append(layer or (_BEHIND if place > last else units[-1]))
+    del units[0]
     found = list(dict.fromkeys(units))
     layers = [unit for unit in found if unit not in (_BEFORE, _BEHIND)]
     dealt = layers if len(layers) >= pp else found
     stages = [stage for stage, share in enumerate(split_evenly(len(dealt), pp)) for _ in range(share)]
     stage_of = {_BEFORE: 0, _BEHIND: pp - 1} | dict(zip(dealt, stages, strict=True))
     return {name: stage_of[unit] for name, unit in zip(names, units, strict=True)}
-
-
-def _units(names: Sequence[str]) -> list[_Layer]:
-    layers = [layer_of(name) for name in names]
-    last = max((place for place, layer in enumerate(layers) if layer), default=len(names))
-    units: list[_Layer] = []
-    unit = _BEFORE
-    for place, layer in enumerate(layers):
-        unit = layer or (_BEHIND if place > last else unit)
-        units.append(unit)
-    return units
 
 
 def layer_of(name: str) -> _Layer | None:

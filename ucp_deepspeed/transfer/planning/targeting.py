@@ -25,11 +25,9 @@ from ucp_deepspeed.layout.pattern import PerRank, Unique
 from ucp_deepspeed.plan import BlockCopy
 from ucp_deepspeed.transfer.copying import TransferCount
 from ucp_deepspeed.transfer.evidence.held_values import differing_ties
-from ucp_deepspeed.transfer.planning.group_settings import UNTELLING
-from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
-from ucp_deepspeed.transfer.planning.obstacles import Obstacle, Obstacles
+from ucp_deepspeed.transfer.planning.numbers import UNTELLING, PartitionNumbers
 from ucp_deepspeed.transfer.planning.pairing import Pair, pair
-from ucp_deepspeed.transfer.planning.policies import Matching, Policies, check_recorded, some_names
+from ucp_deepspeed.transfer.planning.policies import Matching, Obstacle, Obstacles, Policies, check_recorded, some_names
 from ucp_deepspeed.transfer.planning.rank_planner import RankPlanner, SlotStates, TargetOptimizer
 from ucp_deepspeed.transfer.planning.target import KeptStates, ModelDescription, ModelTensor, TargetRank, TargetSlot
 from ucp_deepspeed.transfer.planning.target_ranks import RankNumber, layer_of, stacked_experts, stages_of, target_ranks
@@ -250,10 +248,7 @@ class _Planner:
             tuple(self.obstacles),
             (*self.obstacles.remedies, *remarks),
             ranks,
-            *planner.outcome(
-                (name for each in states for name in each.initialised),
-                (name for each in states for name in each.dropped),
-            ),
+            *planner.outcome(states),
         )
 
     def _targets(self, only: Collection[RankNumber] | None) -> Iterator[TargetRank]:
@@ -279,16 +274,15 @@ class _Planner:
         held = {name for slot in target.slots for name in slot.names}
         groups = [[name for name in group.names if name in held] for group in self.view.groups]
         self.pair.settings(groups, lambda index: {}, numbers)
-        live = self.view.checkpoint.run.lr_scheduler
-        if live is not None:
+        if (live := self.view.checkpoint.run.lr_scheduler) is not None:
             self.pair.schedule(groups, live)
 
     def _kept_states(self, slot: TargetSlot) -> KeptStates | None:
         """Return the states that the optimizer of the model to load into has made; None where it has made none yet."""
-        found = next((self.view.parameters[name] for name in slot.names), None)
-        if found is None or not (found.states.keys() - {MASTER} or found.scalars):
-            return None
+        found = self.view.parameters[slot.names[0]]
         elementwise, scalars = frozenset(found.states.keys() - {MASTER}), frozenset(found.scalars)
+        if not (elementwise or scalars):
+            return None
         return KeptStates(elementwise, scalars, elementwise, elementwise | scalars | found.refused.keys())
 
     def _goes_on(self, slot: TargetSlot, saved: Mapping[str, Any]) -> bool:
@@ -305,19 +299,20 @@ class _Planner:
         """Refuse layers with experts that can't be trained on this topology, or are unsupported there."""
         numbers, topology = numbers_of_experts(self.view.parameters), self.topology
         stacked = stacked_experts(self.view)
+        experts = numbers | stacked
         reasons = {
-            f"EP {topology.ep} doesn't divide DP {topology.dp}": topology.dp % topology.ep > 0,
-            "DeepSpeed's own mixture-of-experts layers can't be trained with ZeRO-3": bool(numbers)
+            f"EP {topology.ep} doesn't divide DP {topology.dp}": topology.dp % topology.ep,
+            "DeepSpeed's own mixture-of-experts layers can't be trained with ZeRO-3": numbers
             and topology.zero_stage == 3,
-            "experts in a pipeline are not supported": bool(numbers or stacked) and topology.pp > 1,
-            "AutoEP's experts under tensor parallelism load, but this release can't plan it": bool(stacked)
+            "experts in a pipeline are not supported": experts and topology.pp > 1,
+            "AutoEP's experts under tensor parallelism load, but this release can't plan it": stacked
             and topology.tp > 1,
-            f"EP {topology.ep}, and the model has no experts": not (numbers or stacked) and topology.ep > 1,
+            f"EP {topology.ep}, and the model has no experts": not experts and topology.ep > 1,
         }
         for reason, holds in reasons.items():
             if holds:
                 self.obstacles.add(None, reason)
-        for layer, number in (numbers | stacked).items():
+        for layer, number in experts.items():
             if number % topology.ep:
                 self.obstacles.add(layer.rstrip("."), f"EP {topology.ep} doesn't divide its {number} experts")
 
@@ -348,16 +343,10 @@ class _Planner:
             yield "the model's scheduler isn't the saved one: a load tries whether it takes over the state"
         if unknown := per_rank(self.view.patterns):
             yield f"no layout is known of {some_names(unknown)}: each rank takes its own, which only TP {tp} allows"
-        if uneven := [name for name in self.view.patterns if self._is_uneven(name)]:
-            yield (
-                f"TP {tp} cuts {some_names(uneven)} into unequal shares: the patterns allow it, Megatron-Core's layers don't"
-            )
+        untold = [name for name, pattern in self.view.patterns.items() if getattr(pattern, "widths", None) is None]
+        if uneven := [name for name in untold if len({*self._shapes[name]} - {None}) > 1]:
+            yield f"TP {tp} cuts {some_names(uneven)} into unequal shares: the patterns allow it, Megatron-Core's layers don't"
         yield from self._about_rows()
-
-    def _is_uneven(self, name: str) -> bool:
-        """Return whether the ranks hold unequal shares without the pattern saying which."""
-        shares = {shape for shape in self._shapes[name] if shape is not None}
-        return len(shares) > 1 and getattr(self.view.patterns[name], "widths", None) is None
 
     def _about_rows(self) -> Iterator[str]:
         rows: dict[tuple[int, int], list[str]] = {}
@@ -376,20 +365,12 @@ class _Planner:
         count = TransferCount()
         for buffer in planner.plan(target, self._numbers(target)).buffers:
             count.add(counted(buffer.copies))
-        held_numels = sum(slot.numel() * self._states_held(slot) for slot in target.slots)
-        return RankPlan(
-            target.model_parallel_rank,
-            target.data_parallel_rank,
-            count.bytes_read,
-            held_numels * ITEMSIZE["F32"],
-            count.copies,
-            frozenset(count.files),
-        )
-
-    def _states_held(self, slot: TargetSlot) -> int:
-        """Return the number of states of a slot's parameters in the checkpoint, master included."""
-        sources = [self.pair.view.parameters[name] for name in slot.names if name in self.pair.view.parameters]
-        return max((len(source.states) for source in sources), default=1)
+        saved, held = self.pair.view.parameters, 0
+        for slot in target.slots:
+            states = max((len(saved[name].states) for name in slot.names if name in saved), default=1)
+            held += slot.numel() * states * ITEMSIZE["F32"]
+        place = target.model_parallel_rank, target.data_parallel_rank
+        return RankPlan(*place, count.bytes_read, held, count.copies, frozenset(count.files))
 
 
 def counted(copies: Sequence[BlockCopy[FileExtent, None]]) -> TransferCount:

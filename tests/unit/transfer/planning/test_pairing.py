@@ -17,10 +17,9 @@ from ucp_deepspeed.layout import FlatGroup, Shape, Topology
 from ucp_deepspeed.layout.pattern import Shard
 from ucp_deepspeed.plan import Fragment
 from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
-from ucp_deepspeed.transfer.planning.obstacles import Obstacle, Obstacles
 from ucp_deepspeed.transfer.planning.pairing import Pair, pair
-from ucp_deepspeed.transfer.planning.policies import Policies
-from ucp_deepspeed.transfer.planning.rank_planner import RankPlanner, TargetOptimizer
+from ucp_deepspeed.transfer.planning.policies import Obstacle, Obstacles, Policies
+from ucp_deepspeed.transfer.planning.rank_planner import RankPlanner, SlotStates, TargetOptimizer
 from ucp_deepspeed.transfer.planning.target import KeptStates, ModelDescription, ModelTensor, TargetRank, TargetSlot
 
 STATES = {"fp32": "F32", "exp_avg": "F32"}
@@ -122,7 +121,7 @@ def test_what_policies_allow_is_no_obstacle() -> None:
     found = paired(checkpoint, model({"a": GROWN, "new": (7,)}), Policies(initialise=True, drop=True))
     planner = RankPlanner(found, TargetOptimizer(), set(), 1)
     assert not found.obstacles and planner.grown == ("a",)
-    assert planner.outcome(["x", "a"], ["y"]) == (("new", "a", "x"), ("old", "y"))
+    assert planner.outcome([SlotStates((), {}, ("x", "a"), ("y",))]) == (("new", "a", "x"), ("old", "y"))
 
 
 def test_an_obstacle_of_the_whole_model_stands_alone() -> None:
