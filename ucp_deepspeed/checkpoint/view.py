@@ -8,8 +8,8 @@ from functools import lru_cache, partial
 from typing import TypeVar
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, HeldShapes, Parameter
-from ucp_deepspeed.checkpoint.deepspeed.autotp import AUTOTP_FAMILIES, before_records
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
+from ucp_deepspeed.checkpoint.deepspeed.recorded_layouts import AUTOTP_FAMILIES, before_records
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, SpecError
 from ucp_deepspeed.language.families import find_family, naming_specs
 from ucp_deepspeed.language.name_spaces import LogicalName

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -12,20 +12,18 @@ from typing import Any
 from ucp_deepspeed.checkpoint.checkpoint import (
     Checkpoint,
     Deferred,
-    Differing,
     FileExtent,
     HeldShapes,
     Kind,
     Parameter,
     ParameterGroup,
 )
-from ucp_deepspeed.checkpoint.deepspeed.autotp import read_autotp_layouts
 from ucp_deepspeed.checkpoint.deepspeed.contents import item_of, value_of
 from ucp_deepspeed.checkpoint.deepspeed.experts import expert_parallel_size, shares_of_group, stage0_expert_slots
 from ucp_deepspeed.checkpoint.deepspeed.files import VALUES_KEY, DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, STALE_MANIFEST
-from ucp_deepspeed.checkpoint.deepspeed.megatron_deepspeed import MegatronDeepSpeedInfo
 from ucp_deepspeed.checkpoint.deepspeed.pipeline import PipelineLayers
+from ucp_deepspeed.checkpoint.deepspeed.recorded_layouts import MegatronDeepSpeedInfo, read_autotp_layouts
 from ucp_deepspeed.checkpoint.deepspeed.run import (
     hyperparameters,
     join_groups,
@@ -146,23 +144,12 @@ class DeepSpeedCheckpoint(Checkpoint):
         recorded = {**self._cut.patterns, **(self.manifest.patterns if self.manifest else {})}
         if self._info is None:
             return recorded
-        shapes = {name: held.local_shapes for name, held in self.parameters.items() if held.kind != "buffer"}
         unknown = {
-            name: next(shape for shape in local_shapes if shape is not None)
-            for name, local_shapes in shapes.items()
-            if name not in recorded
+            name: next(shape for shape in held.local_shapes if shape is not None)
+            for name, held in self.parameters.items()
+            if held.kind != "buffer" and name not in recorded
         }
         return {**self._info.patterns(unknown, str(self.files.model_states_path(0, 0))), **recorded}
-
-    @cached_property
-    def parameters(self) -> Mapping[str, Parameter]:  # type: ignore[override]
-        """See `Checkpoint`."""
-        return self._read_parameters()
-
-    @cached_property
-    def groups(self) -> tuple[ParameterGroup, ...]:  # type: ignore[override]
-        """See `Checkpoint`."""
-        return self._read_groups()
 
     def trained_slots(self, rank: int) -> list[Slot]:
         """Return a model-parallel rank's slots with an optimizer state, in the order of the file."""
@@ -174,10 +161,7 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def _read_where(self, rank: int) -> dict[str, list[HeldPart]]:
         """Find the parts of each parameter and buffer of a model-parallel rank: one slot each; AutoEP's experts have several.
-
-        Raises:
-            DamagedCheckpointError: the names differ from the stage's first rank, or shapes differ from the record.
-        """
+        Compare names with the stage's first rank or the record, and shapes with the record."""
         where: dict[str, list[HeldPart]] = {}
         for slot in self._slots(rank):
             for index, name in enumerate(slot.names):
@@ -212,10 +196,8 @@ class DeepSpeedCheckpoint(Checkpoint):
                 f"{self.path} was saved on TP{model_parallel // pp}·PP{pp}; {MANIFEST_NAME} says TP{told.tp}·PP{told.pp}"
                 f"{STALE_MANIFEST}"
             )
-        stage = 0
-        if self.files.sliced:
-            stage = 3
-        elif self.files.param_shapes(0) is not None and self.files.partitioned:
+        stage = 3 if self.files.sliced else 0
+        if not stage and self.files.param_shapes(0) is not None and self.files.partitioned:
             stage = int(self.files.optimizer_state(0, 0).saved.get("zero_stage", 1))
         topology = Topology(model_parallel // pp, pp, dp, stage)
         self.files.check_complete(topology)
@@ -227,22 +209,19 @@ class DeepSpeedCheckpoint(Checkpoint):
         saved, module = self.files.model_states(rank), self._module(rank)
         buffers = [name for name in names_on_all(saved["buffer_names"], self.topology.ep) if name in module]
         if self.files.sliced:
-            frozen = {
-                name: shape for name, shape in (saved.get("frozen_param_shapes") or {}).items() if name not in known
-            }
+            held = (saved.get("frozen_param_shapes") or {}).items()
             slots += frozen_slice_slots(
-                frozen,
+                {name: shape for name, shape in held if name not in known},
                 self.topology.dp,
                 lambda part: (self.files.model_states(rank, part), self.files.model_states_path(rank, part)),
             )
         elif self.files.is_pipeline:
-            stage = rank // self.topology.tp
-            frozen_names = [name for name in self._unclaimed if name in module] if stage == 0 else []
-            slots += [module_slot(name, "frozen", *module[name]) for name in frozen_names]
+            frozen = self._unclaimed if rank < self.topology.tp else ()
+            slots += [module_slot(name, "frozen", *module[name]) for name in frozen if name in module]
         else:
-            owned = [name for name in module if name not in known and name not in self._aliases]
-            frozen_here = ((name, *module[name]) for name in owned if name not in buffers)
-            slots += [slot for each in frozen_here for slot in frozen_slots(self.files.autoep, *each, known)]
+            others = {*known, *self._aliases, *buffers}
+            for name in (name for name in module if name not in others):
+                slots += frozen_slots(self.files.autoep, name, *module[name], known)
         slots += [module_slot(name, "buffer", *module[name]) for name in buffers]
         return slots
 
@@ -316,11 +295,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         return unrecorded_weights(self._module(0), {*self._where(0), *self._aliases}, self.run.ds_version)
 
     def _module(self, rank: int) -> Mapping[str, Located]:
-        """Return the weights and buffers in a model-parallel rank's files; in a pipeline those of all stages.
-
-        Raises:
-            DamagedCheckpointError: a layer has no files, or files of only some tensor-parallel ranks.
-        """
+        """Return the weights and buffers in a model-parallel rank's files; in a pipeline those of all stages."""
         saved, path = self.files.model_states(rank), self.files.model_states_path(rank, 0)
         pipeline = self.files.is_pipeline
         weights = self._layers.on(rank % self.topology.tp) if pipeline else tensors_in(saved["module"], path)
@@ -391,7 +366,9 @@ class DeepSpeedCheckpoint(Checkpoint):
         frozen = {name: kind for held in stages for name, kind in held.items() if kind == "frozen" and name in saved}
         return [kinds[0] | frozen, *kinds[1:]]
 
-    def _read_parameters(self) -> dict[str, Parameter]:
+    @cached_property
+    def parameters(self) -> Mapping[str, Parameter]:  # type: ignore[override]
+        """See `Checkpoint`."""
         degree = self.topology.tp
         firsts = range(0, self.topology.model_parallel, degree)
         stages = [
@@ -406,10 +383,13 @@ class DeepSpeedCheckpoint(Checkpoint):
         if owners.keys() <= recorded.keys():
             shares = [{name: recorded[name] for name in held} for held in stages]
         else:
-            shares = [self._shapes_on_all_ranks(first) for first in firsts]
+            ranks = ([self._where(first + place) for place in range(degree)] for first in firsts)
+            shares = [{name: tuple(where[name][0].shape for where in held) for name in held[0]} for held in ranks]
         nothing: HeldShapes = (None,) * degree
         parameters: dict[str, Parameter] = {}
-        for name in self._in_model_order(owners):
+        listed = self._layers.order() if self.files.is_pipeline else self.files.model_states(0)["module"]
+        order = {name: index for index, name in enumerate(listed)}
+        for name in sorted(owners, key=lambda name: order.get(name, len(order))):
             shapes: HeldShapes = tuple(shape for held in shares for shape in held.get(name, nothing))
             parameters[name] = self._parameter(name, owners[name], shapes)
         return parameters
@@ -420,30 +400,24 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def _parameter(self, name: str, owner: int, shapes: HeldShapes) -> Parameter:
         """Describe a parameter by the files of a model-parallel rank. For a recorded stage they are read on demand."""
+        stage = owner // self.topology.tp
+        differing = Deferred(
+            lambda: self._numbers.scalars(owner, lambda rank: [held.slot for held in self._where(rank)[name]])
+        )
         if self._recorded_stages is None:
-            slot = self._where(owner)[name][0].slot
-            refused, differing = self._refused(name, owner), Deferred(partial(self._differing, name, owner))
+            slot, refused = self._where(owner)[name][0].slot, self._refused(name, owner)
             unsure = slot.kind == "frozen" and not self.files.tells_buffers
-            stage = owner // self.topology.tp
             return Parameter(name, slot.kind, shapes, slot.states, slot.scalars, refused, differing, unsure, stage)
         return Parameter(
             name,
-            self._recorded_stages[owner // self.topology.tp][name],
+            self._recorded_stages[stage][name],
             shapes,
             Deferred(lambda: self._where(owner)[name][0].slot.states),
             Deferred(lambda: self._where(owner)[name][0].slot.scalars),
             Deferred(lambda: self._refused(name, owner)),
-            Deferred(partial(self._differing, name, owner)),
-            stage=owner // self.topology.tp,
+            differing,
+            stage=stage,
         )
-
-    def _differing(self, name: str, owner: int) -> Differing:
-        """See `Parameter.differing`; ``owner`` is the first rank of its stage."""
-        return self._numbers.scalars(owner, lambda rank: [held.slot for held in self._where(rank)[name]])
-
-    def _differing_settings(self, first: int, group: int) -> Differing:
-        """See `ParameterGroup.differing`. ``group`` is the number in the stage whose first rank is ``first``."""
-        return self._numbers.settings(first, lambda rank: [s for s in self._slots(rank) if s.group == group])
 
     def _refused(self, name: str, owner: int) -> Mapping[str, str]:
         """Return states that can't be read, with the reason. States in which a parameter's parts differ are among them."""
@@ -453,20 +427,9 @@ class DeepSpeedCheckpoint(Checkpoint):
         differing = "expert-parallel ranks have different states of it, or took different numbers of steps"
         return {**first.refused, "step": differing}
 
-    def _shapes_on_all_ranks(self, first: int) -> dict[str, tuple[Shape, ...]]:
-        """Read the local shapes on the tensor-parallel ranks of a stage from the files of each."""
-        ranks = [self._where(rank) for rank in range(first, first + self.topology.tp)]
-        return {name: tuple(where[name][0].shape for where in ranks) for name in ranks[0]}
-
-    def _in_model_order(self, names: Iterable[str]) -> list[str]:
-        order = {name: index for index, name in enumerate(self._model_order())}
-        return sorted(names, key=lambda name: order.get(name, len(order)))
-
-    def _model_order(self) -> Iterable[str]:
-        return self._layers.order() if self.files.is_pipeline else self.files.model_states(0)["module"]
-
-    def _read_groups(self) -> tuple[ParameterGroup, ...]:
-        """Return the groups of all pipeline stages. Each stage numbers its own, so that their content tells them apart."""
+    @cached_property
+    def groups(self) -> tuple[ParameterGroup, ...]:  # type: ignore[override]
+        """Parameter groups of all pipeline stages. Each stage numbers its own, so that their content tells them apart."""
         firsts = range(0, self.topology.model_parallel, self.topology.tp)
         recorded = self.manifest.group_numbers if self.manifest and self._recorded_stages is not None else None
         if self.manifest is not None and recorded is not None and self._settings(0):
@@ -480,7 +443,16 @@ class DeepSpeedCheckpoint(Checkpoint):
                 ]
             )
         read = {name: parameter.stage for name, parameter in self.parameters.items()}
-        return join_groups(firsts, named, numbers, read, self._settings_of, self._differing_settings)
+        return join_groups(
+            firsts,
+            named,
+            numbers,
+            read,
+            lambda rank, group: item_of(self._settings(rank), group, "parameter groups", self.path),
+            lambda first, group: self._numbers.settings(
+                first, lambda rank: [slot for slot in self._slots(rank) if slot.group == group]
+            ),
+        )
 
     def _trained_groups(self, rank: int) -> list[list[str]]:
         """Return the names in each parameter group of a model-parallel rank; none for elastic files, without hyper-parameters."""
@@ -489,6 +461,3 @@ class DeepSpeedCheckpoint(Checkpoint):
             if slot.group is not None and slot.group < len(named):
                 named[slot.group] += slot.names
         return named
-
-    def _settings_of(self, rank: int, group: int) -> Mapping[str, Any]:
-        return item_of(self._settings(rank), group, "parameter groups", self.path)

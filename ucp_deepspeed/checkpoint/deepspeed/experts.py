@@ -70,46 +70,33 @@ def shares_of_group(
     files: DeepSpeedFiles, topology: Topology, rank: int, index: int, named: NamedShapes
 ) -> list[Share]:
     """Return the parts of a flat group under ZeRO that the ranks hold: all the same, or each some of the experts."""
-    names = tuple(named)
-    if not files.autoep.layers.keys().isdisjoint(names):
-        return _autoep_shares(files, topology, rank, index, named)
-    if not numbers_of_experts(names):
+    names, shapes = tuple(named), shapes_of(named)
+    autoep = not files.autoep.layers.keys().isdisjoint(names)
+    if not (autoep or numbers_of_experts(names)):
         return [Share(names, topology.dp, partial(files.optimizer_state, rank))]
-    ranks = _expert_ranks(files, topology, rank, index, names)
+    if autoep:
+        ranks = ExpertRanks(files.autoep.ep, topology.dp, topology.tp, topology.tp == 1, _data_first(files))
+        _check_groups(files, ranks, rank, index)
+    else:
+        ranks = _expert_ranks(files, topology, rank, index, names)
 
     def share(ep_rank: int) -> Share:
+        parts = [files.autoep.part(name, ep_rank, shape) for name, shape in zip(names, shapes, strict=True)]
         return Share(
-            names_on(names, ep_rank),
+            names if autoep else names_on(names, ep_rank),
             ranks.partitions,
             lambda partition: files.optimizer_state(*ranks.holder(ep_rank, partition, rank)),
-        )
-
-    return [share(ep_rank) for ep_rank in range(ranks.ep)]
-
-
-def _autoep_shares(files: DeepSpeedFiles, topology: Topology, rank: int, index: int, named: NamedShapes) -> list[Share]:
-    ranks = ExpertRanks(files.autoep.ep, topology.dp, topology.tp, topology.tp == 1, _data_first(files))
-    shapes = dict(zip(named, shapes_of(named), strict=True))
-    _check_groups(files, ranks, rank, index)
-
-    def share(ep_rank: int) -> Share:
-        return Share(
-            tuple(named),
-            ranks.partitions,
-            lambda partition: files.optimizer_state(*ranks.holder(ep_rank, partition, rank)),
-            tuple(files.autoep.part(name, ep_rank, shape) for name, shape in shapes.items()),
+            tuple(parts) if autoep else (),
         )
 
     return [share(ep_rank) for ep_rank in range(ranks.ep)]
 
 
 def _check_groups(files: DeepSpeedFiles, ranks: ExpertRanks, rank: int, index: int) -> None:
-    """Calculate the ranks that share a sub-group, and compare them with ZeRO-3's record, if there is one.
-
-    Tensor-parallel ranks are neighbours (``module_inject/auto_ep_folding.py``)."""
+    """Compare the ranks that share a sub-group with ZeRO-3's record, if there is one. Tensor-parallel ranks are neighbours
+    (``module_inject/auto_ep_folding.py``)."""
     file = files.optimizer_state(rank, 0)
-    sharing = file.sharing(index) or {}
-    listed = sharing.get("partition_ranks")
+    listed = (file.sharing(index) or {}).get("partition_ranks")
     holders = [ranks.holder(rank % ranks.ep, partition, rank) for partition in range(ranks.partitions)]
     expected = [part * ranks.tp + held for held, part in holders]
     if listed is not None and list(listed) != expected:
@@ -181,15 +168,11 @@ def _held_by(
         if name not in single and holder_of(name, numbers, topology.ep) in (None, ep_rank)
     }
     for name, layer in files.autoep.layers.items():
-        shape = _shape_of_expert(single, name, path)
-        held[name] = torch.empty((layer.local, *shape), dtype=single[f"{name}.0"][0].dtype, device="meta"), path
+        if f"{name}.0" not in single:
+            raise DamagedCheckpointError(f"{path.parent} lacks a file with {name} of expert 0")
+        first = single[f"{name}.0"][0]
+        held[name] = torch.empty((layer.local, *first.shape), dtype=first.dtype, device="meta"), path
     return held
-
-
-def _shape_of_expert(single: Mapping[str, Located], name: str, path: Path) -> tuple[int, ...]:
-    if f"{name}.0" not in single:
-        raise DamagedCheckpointError(f"{path.parent} lacks a file with {name} of expert 0")
-    return tuple(single[f"{name}.0"][0].shape)
 
 
 def _with_parts(files: DeepSpeedFiles, slot: Slot, ep_rank: int, single: Mapping[str, Located]) -> Slot:
@@ -197,14 +180,9 @@ def _with_parts(files: DeepSpeedFiles, slot: Slot, ep_rank: int, single: Mapping
     parts = [files.autoep.part(name, ep_rank, shape) for name, shape in zip(slot.names, slot.shapes, strict=True)]
     found = replace(slot, shapes=tuple(part.shape for part in parts), starts=tuple(part.start for part in parts))
     layer = files.autoep.layers.get(slot.names[0])
-    if layer is None or not _lies_apart(slot, files):
-        return found
-    return _apart(found, layer, ep_rank, single)
-
-
-def _lies_apart(slot: Slot, files: DeepSpeedFiles) -> bool:
-    """Return whether a plain torch optimizer wrote it. Its masters are the weights: each expert's is in a file of its own."""
-    return slot.kind == "frozen" or "state" in files.whole_optimizer(0)[0]
+    # A plain torch optimizer's masters are the weights: each expert's is in a file of its own.
+    plain = slot.kind == "frozen" or "state" in files.whole_optimizer(0)[0]
+    return found if layer is None or not plain else _apart(found, layer, ep_rank, single)
 
 
 def _apart(slot: Slot, layer: AutoEpLayer, ep_rank: int, single: Mapping[str, Located]) -> Slot:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property, lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ucp_deepspeed.checkpoint.deepspeed.files import DeepSpeedFiles, layer_file
-from ucp_deepspeed.checkpoint.extra_states import extra_states_in, is_extra_state
+from ucp_deepspeed.checkpoint.deepspeed.weights import tensors_in
+from ucp_deepspeed.checkpoint.extra_states import extra_states_in
 from ucp_deepspeed.checkpoint.slots import Located
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 from ucp_deepspeed.layout import Topology
@@ -45,40 +45,6 @@ def in_order_of_layers(names: Iterable[str], keys: Mapping[str, str]) -> list[st
     return sorted(layers, key=lambda name: last if (layer := layers[name]) is None else layer)
 
 
-def read_layers(
-    folder: Path,
-    file_names: Collection[str],
-    degree: int,
-    rank: int,
-    open_file: Callable[[Path], Mapping[str, Any]],
-    wanted: Collection[int] | None = None,
-) -> dict[str, Located]:
-    """Return the tensors of a tensor-parallel rank's layers, in the model's order, as ``{layer}.{local name}``.
-
-    Args:
-        degree: tensor-parallel size.
-        wanted: layers whose files are opened; all if None.
-
-    Raises:
-        DamagedCheckpointError: a layer has files of only some tensor-parallel ranks.
-    """
-    found = {place: name for name in file_names if (place := layer_file(name)) is not None}
-    layers = sorted({layer for layer, _ in found})
-    lacking = [(layer, held) for layer in layers for held in range(degree) if (layer, held) not in found]
-    if lacking:
-        raise DamagedCheckpointError(
-            f"{folder} lacks the files of {len(lacking)} layers and tensor-parallel ranks, first of layer {lacking[0][0]} on "
-            f"rank {lacking[0][1]}"
-        )
-    tensors: dict[str, Located] = {}
-    for layer in layers if wanted is None else [layer for layer in layers if layer in wanted]:
-        path = folder / found[layer, rank]
-        for key, value in open_file(path).items():
-            if isinstance(value, torch.Tensor) and not is_extra_state(key):
-                tensors[f"{layer}.{key}"] = value, path
-    return tensors
-
-
 def tied_keys(tied: Mapping[str, int], free: Mapping[str, int], folder: Path) -> dict[str, str]:
     """Find the key in a layer file of each parameter and buffer of a tied module.
 
@@ -101,9 +67,13 @@ def tied_keys(tied: Mapping[str, int], free: Mapping[str, int], folder: Path) ->
     for name in free:
         if (layer := layer_of(name)) is not None:
             layers.setdefault(layer, []).append(name)
+    modules: dict[str, dict[str, int]] = {}
+    for name, numel in tied.items():
+        module, _, local_name = name.removeprefix(TIED).partition(".")
+        modules.setdefault(module, {})[local_name] = numel
     fitting = [
         (layer, module)
-        for module, members in _modules(tied).items()
+        for module, members in modules.items()
         for layer in layers
         if all(free.get(f"{layer}.{local_name}") == numel for local_name, numel in members.items())
     ]
@@ -118,38 +88,22 @@ def tied_keys(tied: Mapping[str, int], free: Mapping[str, int], folder: Path) ->
     return {name: f"{TIED}{module}.{name.partition('.')[2]}" for layer, module in fitting for name in layers[layer]}
 
 
-def _modules(tied: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """Return for each tied module its local names → elements."""
-    modules: dict[str, dict[str, int]] = {}
-    for name, numel in tied.items():
-        module, _, local_name = name.removeprefix(TIED).partition(".")
-        modules.setdefault(module, {})[local_name] = numel
-    return modules
-
-
-Numels = Mapping[str, int]
-"""Elements of each parameter, by name."""
-
-
 class PipelineLayers:
     """The ``layer_*`` files of all stages.
 
     Args:
         files: the tag folder.
         topology: topology of the run that saved.
-        trained: called only if no manifest tells which layers there are, and which of them use a tied module.
+        trained: names and elements of trained parameters; called only if no manifest tells which layers there are, and which of
+            them use a tied module.
     """
 
-    def __init__(self, files: DeepSpeedFiles, topology: Topology, trained: Callable[[], Numels]) -> None:
+    def __init__(self, files: DeepSpeedFiles, topology: Topology, trained: Callable[[], Mapping[str, int]]) -> None:
         self._files, self._topology, self._trained = files, topology, trained
         self.on = lru_cache(maxsize=None)(self._read)
 
     def _read(self, tp_rank: int) -> dict[str, Located]:
-        """Return the needed tensors of a tensor-parallel rank, tied ones under their own names.
-
-        Raises:
-            DamagedCheckpointError: a layer has no files, or files of only some tensor-parallel ranks.
-        """
+        """Return the needed tensors of a tensor-parallel rank, tied ones under their own names."""
         self._check_all_there()
         named: dict[str, Located] = {}
         for key, located in self._tensors(tp_rank, self._needed).items():
@@ -194,7 +148,21 @@ class PipelineLayers:
         return found
 
     def _tensors(self, tp_rank: int, wanted: Collection[int] | None = None) -> dict[str, Located]:
-        return read_layers(self._files.path, self._files.names, self._topology.tp, tp_rank, self._files.weights, wanted)
+        """Return the tensors of all layers, or of the wanted ones, in the model's order, as ``{layer}.{local name}``."""
+        found = {place: name for name in self._files.names if (place := layer_file(name)) is not None}
+        layers = sorted({layer for layer, _ in found})
+        lacking = [place for place in product(layers, range(self._topology.tp)) if place not in found]
+        if lacking:
+            raise DamagedCheckpointError(
+                f"{self._files.path} lacks the files of {len(lacking)} layers and tensor-parallel ranks, first of layer "
+                f"{lacking[0][0]} on rank {lacking[0][1]}"
+            )
+        tensors: dict[str, Located] = {}
+        for layer in (layer for layer in layers if wanted is None or layer in wanted):
+            path = self._files.path / found[layer, tp_rank]
+            held = tensors_in(self._files.weights(path), path)
+            tensors |= {f"{layer}.{key}": located for key, located in held.items()}
+        return tensors
 
     @cached_property
     def _needed(self) -> frozenset[int] | None:

@@ -16,7 +16,7 @@ import torch
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, MASTER, WEIGHT, WEIGHTS_HINT, Kind
 from ucp_deepspeed.checkpoint.deepspeed.contents import state_of, value_of
-from ucp_deepspeed.checkpoint.slots import Located, Slot, SplitStates, settings_in, split_states, whole_slot
+from ucp_deepspeed.checkpoint.slots import Located, Slot, settings_in, split_states, whole_slot
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
 from ucp_deepspeed.layout import Shape
 
@@ -70,12 +70,17 @@ def stage0_slots(
     if groups is not None:
         _check_groups(groups, entries, module, form, path)
     if form == "plain":
-        groups = groups or _plain_groups(states, entries, module, path)
+        groups = groups or assign_names(
+            module,
+            [[_state_shapes(state_of(states, index, path)) for index in entry["params"]] for entry in entries],
+            path,
+        )
         return _plain_slots(states, entries, module, groups, path, kinds)
     if form == "fp16-unfused":
         groups = groups or assign_names(module, [[frozenset([tuple(m.shape)]) for m in held] for held in masters], path)
-        return _unfused_slots(masters, states, entries, groups, path)
-    return _fused_slots(masters, states, entries, module, groups or _fused_groups(masters, module, path), path)
+    else:
+        groups = groups or _fused_groups(masters, module, path)
+    return _wrapper_slots(masters, states, entries, module, groups, path, form == "fp16-fused")
 
 
 def _check_groups(
@@ -114,14 +119,11 @@ def _plain_slots(
             found = split_states(raw, master, path)
             trained = raw or (not states and master.numel())
             kind: Kind = kinds.get(name) or ("trainable" if trained else "frozen")
-            tensors = {MASTER if kind == "trainable" else WEIGHT: (master, home)} | _states(raw, found, path)
+            tensors = {MASTER if kind == "trainable" else WEIGHT: (master, home)}
+            tensors |= {key: (raw[key], path) for key in found.states}
             own = group if kind == "trainable" else None
             slots.append(whole_slot({name: tuple(master.shape)}, kind, tensors, found, own, settings))
     return slots
-
-
-def _states(raw: Mapping[str, Any], found: SplitStates, path: Path) -> dict[str, Located]:
-    return {key: (raw[key], path) for key in found.states}
 
 
 def _counted_by_one(entry: Mapping[str, Any], states: Mapping[Any, Any], path: Path) -> dict[str, int]:
@@ -134,52 +136,35 @@ def _counted_by_one(entry: Mapping[str, Any], states: Mapping[Any, Any], path: P
     return {"step": max(steps)} if steps and all(type(step) is int for step in steps) else {}
 
 
-def _unfused_slots(
-    masters: Sequence[Sequence[torch.Tensor]],
-    states: Mapping[Any, Any],
-    entries: Sequence[Mapping[str, Any]],
-    groups: Groups,
-    path: Path,
-) -> list[Slot]:
-    slots: list[Slot] = []
-    for group, (entry, held, names) in enumerate(zip(entries, masters, groups, strict=True)):
-        settings = settings_in(entry, path)
-        if not len(held) == len(entry["params"]) == len(names):
-            raise DamagedCheckpointError(
-                f"{path} holds {len(held)} masters of group {group}, of {len(names)} parameters"
-            )
-        for index, master, name in zip(entry["params"], held, names, strict=True):
-            assert name is not None
-            raw = state_of(states, index, path)
-            found = split_states(raw, master, path)
-            tensors = {MASTER: (master, path)} | _states(raw, found, path)
-            slots.append(whole_slot({name: tuple(master.shape)}, "trainable", tensors, found, group, settings))
-    return slots
-
-
-def _fused_slots(
-    masters: Sequence[torch.Tensor],
+def _wrapper_slots(
+    masters: Sequence[Any],
     states: Mapping[Any, Any],
     entries: Sequence[Mapping[str, Any]],
     module: Mapping[str, Located],
     groups: Groups,
     path: Path,
+    fused: bool,
 ) -> list[Slot]:
+    """Return the slots of a 16-bit wrapper: one for each group if it is fused, else one for each parameter."""
     slots: list[Slot] = []
-    for group, (master, entry, names) in enumerate(zip(masters, entries, groups, strict=True)):
-        named = {name: tuple(module[name][0].shape) for name in names if name is not None}
-        raw = state_of(states, group, path)
-        found = split_states(raw, master, path)
-        tensors = {MASTER: (master, path)} | _states(raw, found, path)
-        slots.append(whole_slot(named, "trainable", tensors, found, group, settings_in(entry, path)))
+    for group, (entry, held, names) in enumerate(zip(entries, masters, groups, strict=True)):
+        settings = settings_in(entry, path)
+        if fused:
+            named = {name: tuple(module[name][0].shape) for name in names if name is not None}
+            buffers = [(group, held, named)]
+        elif len(held) == len(entry["params"]) == len(names):
+            each = zip(entry["params"], held, names, strict=True)
+            buffers = [(index, master, {str(name): tuple(master.shape)}) for index, master, name in each]
+        else:
+            raise DamagedCheckpointError(
+                f"{path} holds {len(held)} masters of group {group}, of {len(names)} parameters"
+            )
+        for index, master, named in buffers:
+            raw = state_of(states, index, path)
+            found = split_states(raw, master, path)
+            tensors = {MASTER: (master, path)} | {key: (raw[key], path) for key in found.states}
+            slots.append(whole_slot(named, "trainable", tensors, found, group, settings))
     return slots
-
-
-def _plain_groups(
-    states: Mapping[Any, Any], entries: Sequence[Mapping[str, Any]], module: Mapping[str, Located], path: Path
-) -> Groups:
-    expected = [[_state_shapes(state_of(states, index, path)) for index in entry["params"]] for entry in entries]
-    return assign_names(module, expected, path)
 
 
 def _state_shapes(entry: Mapping[str, Any]) -> frozenset[Shape]:
@@ -191,9 +176,8 @@ def _state_shapes(entry: Mapping[str, Any]) -> frozenset[Shape]:
 def _fused_groups(masters: Sequence[torch.Tensor], module: Mapping[str, Located], path: Path) -> Groups:
     if len(masters) == 1 and masters[0].numel() == sum(tensor.numel() for tensor, _ in module.values()):
         return [list(module)]
-    raise _ambiguous(
-        path, list(module), f"{len(masters)} flat groups of {[master.numel() for master in masters]} elements"
-    )
+    sizes = [master.numel() for master in masters]
+    raise _ambiguous(path, list(module), f"{len(masters)} flat groups of {sizes} elements")
 
 
 def assign_names(module: Mapping[str, Located], expected: Expected, path: Path) -> Groups:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from deepspeed.checkpoint.affine import contiguous_split_map, segmented_map
 
-from ucp_deepspeed.checkpoint.deepspeed.autotp import RecordedLayouts, read_autotp_layouts
+from ucp_deepspeed.checkpoint.deepspeed.recorded_layouts import RecordedLayouts, read_autotp_layouts
 from ucp_deepspeed.errors import MismatchError, UnsupportedError
 from ucp_deepspeed.language import resolve_patterns
 from ucp_deepspeed.language.spec import Spec

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ucp_deepspeed.checkpoint.deepspeed.megatron_deepspeed import MegatronDeepSpeedInfo
+from ucp_deepspeed.checkpoint.deepspeed.recorded_layouts import MegatronDeepSpeedInfo
 from ucp_deepspeed.errors import MismatchError, UnsupportedError
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.language.schemes import best_scheme
