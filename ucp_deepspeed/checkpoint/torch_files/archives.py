@@ -38,12 +38,7 @@ _LARGE = 2**32 - 1
 
 @dataclass(frozen=True)
 class Archive:
-    """The directory of an archive.
-
-    Attributes:
-        path: its file.
-        records: records, in the order of the file.
-    """
+    """The directory of an archive: its records, in the order of the file."""
 
     path: Path
     records: Sequence[zipfile.ZipInfo]

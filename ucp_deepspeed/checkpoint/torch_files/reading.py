@@ -1,8 +1,11 @@
 """Opening ``torch.save`` files without running their code and without reading their tensors.
 
 Tensors come back on the meta device. Their storage keeps the position of their bytes in the file (``torch.load`` records it if
-``map_location="meta"``), so that one reader serves these files and safetensors. `legacy_files` does the same for torch's older
-format.
+``map_location="meta"``), so that one reader serves these files and safetensors.
+
+torch's format before its zip archives is read too: DeepSpeed writes it with ``"checkpoint_serialization": false``. A pickle of
+the object comes first, then the keys of its storages, then the storages one after the other, each behind its number of elements
+(``torch/serialization.py::_legacy_save``).
 """
 
 from __future__ import annotations
@@ -12,17 +15,18 @@ import re
 import struct
 import zipfile
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import torch
+from torch._utils import _element_size
+from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
+from torch.storage import TypedStorage
 
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Precision
 from ucp_deepspeed.checkpoint.torch_files import unpickling
 from ucp_deepspeed.checkpoint.torch_files.allowed_classes import ALLOWED_CLASSES
 from ucp_deepspeed.checkpoint.torch_files.archives import Archive, storage_start
-from ucp_deepspeed.checkpoint.torch_files.legacy import is_legacy, unpickle_legacy
 from ucp_deepspeed.checkpoint.versions import check_regular
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 
@@ -52,11 +56,7 @@ NAMED_DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in TORCH_DTY
 INTEGERS: dict[int, torch.dtype] = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer type by element size. Elements are compared as this type, so that NaN equals itself and -0.0 isn't 0.0."""
 
-PRECISIONS: dict[Precision, torch.dtype] = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}
+PRECISIONS: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """dtype of the weights of a run of each precision."""
 
 
@@ -98,8 +98,9 @@ def open_torch_file(
     if not path.is_file():
         raise DamagedCheckpointError(f"{path} is missing")
     try:
-        unpickled = partial(_unpickled, foreign=foreign) if _is_archive(path) else _unpickled_legacy
-        loaded = unpickled(path, tensors)
+        # torch requires a whole archive from the first byte on
+        archive = _beginning(path, 4) == _ZIP and zipfile.is_zipfile(path)
+        loaded = _unpickled(path, tensors, foreign) if archive else _unpickled_legacy(path, tensors)
     except UNREADABLE as error:
         raise DamagedCheckpointError(_explain(path, error)) from error
     if not isinstance(loaded, dict):
@@ -108,11 +109,6 @@ def open_torch_file(
         if (owned is None or key in owned) and (name := unpickling.opaque_in(value)):
             raise DamagedCheckpointError(_refusal(path, name))
     return loaded
-
-
-def _is_archive(path: Path) -> bool:
-    """Return whether a file is a whole zip archive from its first byte on, as torch requires."""
-    return _beginning(path, 4) == _ZIP and zipfile.is_zipfile(path)
 
 
 def _beginning(path: Path, numbytes: int) -> bytes:
@@ -134,9 +130,8 @@ def _unpickled(path: Path, tensors: bool, foreign: bool) -> Any:
 
 def _by_either(path: Path, **where: Any) -> Any:
     """Load with torch's own unpickler. If it refuses something, load with that of `unpickling`."""
-    if not any(
-        "numpy" in str(allowed) for allowed in torch.serialization.get_safe_globals()
-    ):  # torch would trust dtypes
+    trusted = torch.serialization.get_safe_globals()
+    if not any("numpy" in str(allowed) for allowed in trusted):  # torch would trust dtypes
         try:
             with torch.serialization.safe_globals(ALLOWED_CLASSES):
                 return torch.load(path, weights_only=True, **where)
@@ -149,13 +144,73 @@ def _by_either(path: Path, **where: Any) -> Any:
 
 
 def _unpickled_legacy(path: Path, tensors: bool) -> Any:
-    if is_legacy(path):
-        return unpickle_legacy(path, tensors)
     start = _beginning(path, len(_POINTER))
+    if start.startswith(pickle.PROTO):
+        return _read_legacy(path, tensors)
     kind = "empty" if not start else "truncated" if start.startswith(_ZIP) else "not a torch file"
     if start == _POINTER:
         kind = 'a pointer to a file, which "git lfs pull" would fetch'
     raise DamagedCheckpointError(f"{path} is {kind} ({path.stat().st_size} bytes)")
+
+
+_NUMEL = struct.Struct("<q")
+"""The number of elements before each storage."""
+
+
+def _read_legacy(path: Path, tensors: bool) -> Any:
+    """Return the object in a file of the older format. Described storages have a ``_checkpoint_offset``, in bytes."""
+    with path.open("rb") as file:
+        storages = _Storages("cpu" if tensors else "meta")
+        found, expected = [unpickling.Unpickler(file).load() for _ in range(2)], [MAGIC_NUMBER, PROTOCOL_VERSION]
+        if found != expected:
+            raise pickle.UnpicklingError(f"begins with {found}, where torch's older format has {expected}")
+        if not unpickling.Unpickler(file).load()["little_endian"]:
+            raise pickle.UnpicklingError("was written by a machine that is big-endian")
+        unpickler = unpickling.Unpickler(file)
+        unpickler.persistent_load = storages.make
+        loaded = unpickler.load()
+        storages.place(unpickling.Unpickler(file).load(), file, path.stat().st_size, tensors)
+    return loaded
+
+
+class _Storages:
+    """The storages of a file, by key."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._made: dict[str, TypedStorage] = {}
+
+    def make(self, reference: Any) -> TypedStorage:
+        """Return the storage that a pickle refers to."""
+        kind, storage_type, key, _, numel, view = reference
+        if kind != "storage" or view is not None or type(numel) is not int or numel < 0:
+            raise pickle.UnpicklingError(f"refers to {reference!r:.100}, which isn't a storage")
+        if key not in self._made:
+            dtype = torch.uint8 if storage_type is torch.UntypedStorage else storage_type.dtype
+            untyped = torch.UntypedStorage(numel * _element_size(dtype), device=self._device)
+            self._made[key] = TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
+        return self._made[key]
+
+    def place(self, keys: Any, file: BinaryIO, file_numbytes: int, tensors: bool) -> None:
+        """Tell each storage where its bytes are, or read them. They follow in the order of the keys."""
+        if sorted(keys) != sorted(self._made):
+            raise pickle.UnpicklingError("lists other storages than it refers to")
+        start = file.tell()
+        for key in keys:
+            typed = self._made[key]
+            storage = typed._untyped_storage
+            file.seek(start)
+            numel = _NUMEL.unpack(file.read(_NUMEL.size))[0]
+            start += _NUMEL.size
+            if numel * _element_size(typed.dtype) != storage.nbytes() or start + storage.nbytes() > file_numbytes:
+                raise pickle.UnpicklingError(
+                    f"is truncated: storage {key} of {storage.nbytes()} bytes, file of {file_numbytes}"
+                )
+            if tensors:
+                file.readinto(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())  # type: ignore[attr-defined, call-overload]
+            else:
+                storage._checkpoint_offset = start  # type: ignore[attr-defined]
+            start += storage.nbytes()
 
 
 def _explain(path: Path, error: Exception) -> str:

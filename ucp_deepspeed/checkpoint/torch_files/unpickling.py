@@ -145,18 +145,9 @@ class Unpickler(_InPython):  # type: ignore[misc]
         args = self.stack.pop()
         self.stack[-1] = self.made(self.stack[-1], args)
 
-    def _new_by_position(self) -> None:
-        args = self.stack.pop()
-        self.stack.append(self._new(self.stack.pop(), args, {}))
-
-    def _new_by_keywords(self) -> None:
-        kwargs, args = self.stack.pop(), self.stack.pop()
-        self.stack.append(self._new(self.stack.pop(), args, kwargs))
-
-    def _new(self, kind: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        if not isinstance(kind, type) or issubclass(kind, Opaque) or id(kind) not in self.names:
-            return self.made(kind, ())
-        return kind.__new__(kind, *args, **kwargs)
+    def _new(self, kind: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        known = isinstance(kind, type) and not issubclass(kind, Opaque) and id(kind) in self.names
+        self.stack.append(kind.__new__(kind, *args, **kwargs) if known else self.made(kind, ()))
 
     def _build(self) -> None:
         state = self.stack.pop()
@@ -204,13 +195,6 @@ class Unpickler(_InPython):  # type: ignore[misc]
             if value is held:
                 self.memo[key] = other
 
-    def _append(self) -> None:
-        item = self.stack.pop()
-        self._extend([item])
-
-    def _append_all(self) -> None:
-        self._extend(self.pop_mark())
-
     def _extend(self, items: list[Any]) -> None:
         held = self.stack[-1]
         if type(held) in (list, collections.deque):
@@ -224,13 +208,6 @@ class Unpickler(_InPython):  # type: ignore[misc]
             raise pickle.UnpicklingError(f"Unsupported class {type(held).__qualname__}, which is added to")
         held.update(items)
 
-    def _set_one(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._set_items([key, value])
-
-    def _set_all(self) -> None:
-        self._set_items(self.pop_mark())
-
     def _set_items(self, items: list[Any]) -> None:
         held = self.stack[-1]
         if type(held) in MAPPINGS:
@@ -241,14 +218,14 @@ class Unpickler(_InPython):  # type: ignore[misc]
 
     dispatch = {code: _InPython.dispatch[code] for code in (getattr(pickle, name)[0] for name in _OPCODES.split())} | {
         pickle.REDUCE[0]: _reduce,
-        pickle.NEWOBJ[0]: _new_by_position,
-        pickle.NEWOBJ_EX[0]: _new_by_keywords,
+        pickle.NEWOBJ[0]: lambda self: self._new(self.stack.pop(-2), self.stack.pop(), {}),
+        pickle.NEWOBJ_EX[0]: lambda self: self._new(self.stack.pop(-3), self.stack.pop(-2), self.stack.pop()),
         pickle.BUILD[0]: _build,
-        pickle.APPEND[0]: _append,
-        pickle.APPENDS[0]: _append_all,
+        pickle.APPEND[0]: lambda self: self._extend([self.stack.pop()]),
+        pickle.APPENDS[0]: lambda self: self._extend(self.pop_mark()),
         pickle.ADDITEMS[0]: _add_all,
-        pickle.SETITEM[0]: _set_one,
-        pickle.SETITEMS[0]: _set_all,
+        pickle.SETITEM[0]: lambda self: self._set_items([self.stack.pop(-2), self.stack.pop()]),
+        pickle.SETITEMS[0]: lambda self: self._set_items(self.pop_mark()),
     }
 
 
@@ -263,9 +240,7 @@ def _set_state(held: Any, state: Any) -> None:
     if hasattr(held, "__setstate__"):
         held.__setstate__(state)
         return
-    slots = None
-    if isinstance(state, tuple) and len(state) == 2:
-        state, slots = state
+    state, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
     held.__dict__.update(state or {})
     for key, value in (slots or {}).items():
         setattr(held, key, value)
@@ -293,11 +268,6 @@ def _dtype(name: str, *_: Any) -> Any:
     return found
 
 
-def _empty_array(*_: Any) -> np.ndarray[Any, Any]:
-    """Replaces ``numpy.core.multiarray._reconstruct``: makes the array that is given a state next."""
-    return np.ndarray((0,), "i1")
-
-
 def _scalar(dtype: Any, data: Any = None) -> Any:
     """Replaces ``numpy.core.multiarray.scalar``."""
     if not _is_plain(dtype) or not isinstance(data, bytes) or len(data) != dtype.itemsize:
@@ -308,10 +278,8 @@ def _scalar(dtype: Any, data: Any = None) -> Any:
 
 NUMPYS: dict[str, Any] = {
     "numpy.dtype": _dtype,
-    **{
-        f"numpy.{core}.multiarray.{name}": make
-        for core in ("core", "_core")
-        for name, make in (("_reconstruct", _empty_array), ("scalar", _scalar))
-    },
+    **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
+    # makes the array that is given a state next
+    **{f"numpy.{core}.multiarray._reconstruct": lambda *_: np.ndarray((0,), "i1") for core in ("core", "_core")},
 }
 """All names of numpy that may be found. Every dtype is checked before bytes become its elements."""
