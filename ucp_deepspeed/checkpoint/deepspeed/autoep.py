@@ -60,17 +60,8 @@ class AutoEpLayer:
         return self.experts // self.ep
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Some consecutive experts of a tensor.
-
-    Attributes:
-        shape: shape of the whole tensor.
-        start: position of the first element in the whole tensor.
-    """
-
-    shape: Shape
-    start: int
+Part = tuple[Shape, int]
+"""Some consecutive experts of a tensor: shape of the whole tensor, and position of their first element in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +86,8 @@ class AutoEpLayers:
         """Return the part of a parameter that a rank holds, from the shape in its files; all of it if it isn't of experts."""
         layer = self.layers.get(name)
         if layer is None:
-            return Part(shape, 0)
-        return Part((layer.experts, *shape[1:]), ep_rank * layer.local * prod(shape[1:]))
+            return shape, 0
+        return (layer.experts, *shape[1:]), ep_rank * layer.local * prod(shape[1:])
 
     def expert_of(self, key: str) -> tuple[str, int] | None:
         """Return the tensor and the expert's number for a key of a file of weights; None for any other key."""

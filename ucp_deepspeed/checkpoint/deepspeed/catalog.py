@@ -37,7 +37,6 @@ from ucp_deepspeed.checkpoint.deepspeed.weights import (
     module_slot,
     tensors_in,
     tied_names,
-    unrecorded_weights,
     weight_slots,
     without_optimizer,
 )
@@ -122,8 +121,11 @@ class DeepSpeedCheckpoint(Checkpoint):
         found: tuple[dict[str, Any], ...] = tuple({} for _ in range(self.topology.tp))
         if self.manifest is not None and self.manifest.has_extra_states is False:
             return found
+        if self.files.is_pipeline:
+            return tuple(self._layers.extra_states(rank) for rank in range(self.topology.tp))
         for rank in range(self.topology.model_parallel):
-            found[rank % self.topology.tp].update(self._extra_states(rank))
+            module, path = self.files.model_states(rank)["module"], self.files.model_states_path(rank, 0)
+            found[rank % self.topology.tp].update(extra_states_in(module, path))
         return found
 
     def check_sizes(self) -> None:
@@ -289,10 +291,15 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     @cached_property
     def unrecorded(self) -> Mapping[str, str]:  # type: ignore[override]
-        """See `Checkpoint`."""
+        """Parameters of ZeRO-3 of which the files hold only the names, with the reason."""
         if not self.files.sliced or self.files.autoep:
             return {}
-        return unrecorded_weights(self._module(0), {*self._where(0), *self._aliases}, self.run.ds_version)
+        why = (
+            f"DeepSpeed {self.run.ds_version} left its value out: before 0.9.1 that of each frozen parameter at ZeRO-3, and of "
+            "what no optimizer has in any version"
+        )
+        known = {*self._where(0), *self._aliases}
+        return {name: why for name in self._module(0) if name not in known}
 
     def _module(self, rank: int) -> Mapping[str, Located]:
         """Return the weights and buffers in a model-parallel rank's files; in a pipeline those of all stages."""
@@ -303,11 +310,6 @@ class DeepSpeedCheckpoint(Checkpoint):
         for expert in () if pipeline else self.files.expert_files(rank):
             found |= tensors_in(self.files.weights(expert), expert)
         return found
-
-    def _extra_states(self, rank: int) -> dict[str, Any]:
-        if not self.files.is_pipeline:
-            return extra_states_in(self.files.model_states(rank)["module"], self.files.model_states_path(rank, 0))
-        return self._layers.extra_states(rank) if rank < self.topology.tp else {}  # of all stages
 
     @cached_property
     def _layers(self) -> PipelineLayers:

@@ -97,14 +97,10 @@ EARLY_OPTIMIZER = _types(param_shapes=_Shapes | _listed(_Shapes) | None)
 
 def check_numbers(saved: Mapping[str, Any], path: Path) -> None:
     """Refuse sizes and counters in a model_states file that no run can have."""
-    for least, keys in (
-        (1, ("mp_world_size", "dp_world_size")),
-        (0, ("global_steps", "skipped_steps", "global_samples")),
-    ):
-        for key in keys:
-            number = saved.get(key)
-            if not (key == "global_samples" and number is None) and (type(number) is not int or number < least):
-                raise DamagedCheckpointError(f"{path} has {key} {number!r}; expected a whole number from {least} on")
+    for key in ("mp_world_size", "dp_world_size", "global_steps", "skipped_steps", "global_samples"):
+        number, least = saved.get(key), 1 if key.endswith("size") else 0
+        if not (key == "global_samples" and number is None) and (type(number) is not int or number < least):
+            raise DamagedCheckpointError(f"{path} has {key} {number!r}; expected a whole number from {least} on")
 
 
 def check_degree(pp: Any, model_parallel: int, path: Path) -> int:

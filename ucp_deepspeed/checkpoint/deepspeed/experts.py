@@ -178,7 +178,7 @@ def _held_by(
 def _with_parts(files: DeepSpeedFiles, slot: Slot, ep_rank: int, single: Mapping[str, Located]) -> Slot:
     """Turn a slot of local tensors into a slot of parts of whole tensors."""
     parts = [files.autoep.part(name, ep_rank, shape) for name, shape in zip(slot.names, slot.shapes, strict=True)]
-    found = replace(slot, shapes=tuple(part.shape for part in parts), starts=tuple(part.start for part in parts))
+    found = replace(slot, shapes=tuple(shape for shape, _ in parts), starts=tuple(start for _, start in parts))
     layer = files.autoep.layers.get(slot.names[0])
     # A plain torch optimizer's masters are the weights: each expert's is in a file of its own.
     plain = slot.kind == "frozen" or "state" in files.whole_optimizer(0)[0]

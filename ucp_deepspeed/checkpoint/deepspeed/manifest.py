@@ -11,15 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from ucp_deepspeed.checkpoint.checkpoint import Kind
 from ucp_deepspeed.checkpoint.encoding import read_document
@@ -111,17 +103,12 @@ class Manifest(BaseModel):
     contents: Mapping[str, str] = {}
 
     @model_validator(mode="after")
-    def _names_every_stage(self) -> Manifest:
+    def _describes_every_rank(self) -> Manifest:
         if len(self.parameter_groups) != self.topology.pp:
             raise ValueError(f"parameter_groups of {len(self.parameter_groups)} stages, of {self.topology.pp}")
-        if self.group_numbers is not None and list(map(len, self.group_numbers)) != list(
-            map(len, self.parameter_groups)
-        ):
+        counts = [len(groups) for groups in self.parameter_groups]
+        if self.group_numbers is not None and [len(numbers) for numbers in self.group_numbers] != counts:
             raise ValueError("group_numbers of other groups than parameter_groups")
-        return self
-
-    @model_validator(mode="after")
-    def _has_shapes_of_every_rank(self) -> Manifest:
         for name, entry in self.parameters.items():
             if entry.local_shapes is not None and len(entry.local_shapes) not in (1, self.topology.tp):
                 raise ValueError(f"local_shapes of {name} on {len(entry.local_shapes)} ranks, of {self.topology.tp}")

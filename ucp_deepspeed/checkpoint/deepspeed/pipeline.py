@@ -30,21 +30,6 @@ def layer_of(name: str) -> int | None:
     return int(first) if first.isdecimal() and rest else None
 
 
-def in_order_of_layers(names: Iterable[str], keys: Mapping[str, str]) -> list[str]:
-    """Sort names as the layer files would list them. Within a layer they keep their order.
-
-    Args:
-        keys: keys of tied modules' layer files → names; the first layer counts.
-    """
-    places: dict[str, int] = {}
-    for key, name in keys.items():
-        if (layer := layer_of(key)) is not None:
-            places[name] = min(layer, places.get(name, layer))
-    layers = {name: places.get(name, layer_of(name)) for name in names}
-    last = max((layer for layer in layers.values() if layer is not None), default=0) + 1
-    return sorted(layers, key=lambda name: last if (layer := layers[name]) is None else layer)
-
-
 def tied_keys(tied: Mapping[str, int], free: Mapping[str, int], folder: Path) -> dict[str, str]:
     """Find the key in a layer file of each parameter and buffer of a tied module.
 
@@ -131,10 +116,15 @@ class PipelineLayers:
             )
 
     def order(self) -> Iterable[str]:
-        """Return the names, layer by layer. There may be more than are saved."""
+        """Return the names, layer by layer; of a tied module the first layer counts. There may be more than are saved."""
         if self._files.manifest is None or self._needed is None:
             return self.on(0)
-        return in_order_of_layers(self._files.manifest.parameters, self._keys)
+        places: dict[str, int] = {}
+        for key, name in self._keys.items():
+            if (layer := layer_of(key)) is not None:
+                places[name] = min(layer, places.get(name, layer))
+        layers = {name: places.get(name, layer_of(name)) for name in self._files.manifest.parameters}
+        return sorted(layers, key=lambda name: (layers[name] is None, layers[name]))
 
     def extra_states(self, tp_rank: int) -> dict[str, Any]:
         """Return the extra states of all layers, with their tensors read."""

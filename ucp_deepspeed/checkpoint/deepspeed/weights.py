@@ -114,12 +114,3 @@ def _never_wrote_optimizer(files: DeepSpeedFiles, version: str) -> bool:
     types = files.config.get("data_types")
     accumulated = types.get("grad_accum_dtype") if isinstance(types, Mapping) else None
     return files.configured_stage == 0 or (files.configured_stage == 1 and accumulated in FP32_NAMES)
-
-
-def unrecorded_weights(module: Mapping[str, Located], known: Collection[str], version: str) -> dict[str, str]:
-    """Return the parameters of ZeRO-3 of which the files hold only the names, with the reason."""
-    why = (
-        f"DeepSpeed {version} left its value out: before 0.9.1 that of each frozen parameter at ZeRO-3, and of what no optimizer "
-        "has in any version"
-    )
-    return {name: why for name in module if name not in known}

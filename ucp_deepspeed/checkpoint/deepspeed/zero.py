@@ -327,7 +327,7 @@ def _zero_slot(
     return Slot(
         share.names,
         flattening,
-        tuple(part.shape for part in share.parts) or shapes,
+        tuple(shape for shape, _ in share.parts) or shapes,
         "trainable",
         lambda partition, state: open_sound(partition).tensor(state),
         found.states,
@@ -336,7 +336,7 @@ def _zero_slot(
         held.file.group_of(group),
         _numbers(share.partitions, open_sound),
         overlapping=overlapping,
-        starts=tuple(part.start for part in share.parts),
+        starts=tuple(start for _, start in share.parts),
     )
 
 

@@ -12,6 +12,7 @@ import zipfile
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,14 @@ class Archive:
 
     def _check_layout(self, alignment: int) -> None:
         """Check that each storage's record ends where torch assumes the next one begins."""
-        for record, following in zip(self.records, self.records[1:], strict=False):
-            names = (each.filename.partition("/")[2] for each in (record, following))
-            if not all(name.startswith("data/") for name in names):
+        for record, following in pairwise(self.records):
+            if not all(each.filename.partition("/")[2].startswith("data/") for each in (record, following)):
                 continue
-            name_length = len(record.filename.encode())
-            start = content_start(record.header_offset, name_length, record.file_size, alignment)
-            if start + record.file_size + _descriptor(record) != following.header_offset:
+            header, numbytes = record.header_offset, record.file_size
+            end = content_start(header, len(record.filename.encode()), numbytes, alignment) + numbytes
+            if numbytes:  # behind its content torch writes a descriptor
+                end += 24 if max(header, numbytes) >= _LARGE else 16
+            if end != following.header_offset:
                 raise UnsupportedError(f"{self.path} was written anew by another program than torch; {REWRITE_HINT}")
 
     def check_storages(self, loaded: Any) -> None:
@@ -109,10 +111,3 @@ def content_start(header: int, name_length: int, numbytes: int, alignment: int) 
     if max(header, numbytes) >= _LARGE:  # each of the two may need fields of 64 bits
         start += 4 + 16 * (numbytes >= _LARGE) + 8 * (header >= _LARGE)
     return -(-start // alignment) * alignment
-
-
-def _descriptor(record: zipfile.ZipInfo) -> int:
-    """Bytes that torch writes behind the content of a record."""
-    if not record.file_size:
-        return 0
-    return 24 if max(record.header_offset, record.file_size) >= _LARGE else 16

@@ -195,11 +195,9 @@ class RankPlanner:
         buffers = [(slot, state) for slot, states in zip(rank.slots, wanted, strict=True) for state in states.states]
         buffers += [(slot, WEIGHT) for slot in rank.weights]
         divisions = self._divide(rank, buffers)
-        planned = iter(
-            [
-                self._buffer(slot, state, division, rank.model_parallel_rank)
-                for (slot, state), division in zip(buffers, divisions, strict=True)
-            ]
+        planned = (
+            self._buffer(slot, state, division, rank.model_parallel_rank)
+            for (slot, state), division in zip(buffers, divisions, strict=True)
         )
         slots = tuple(
             PlannedSlot({state: next(planned) for state in states.states}, states.scalars) for states in wanted
@@ -391,12 +389,9 @@ def _differing_hint(parameter: Parameter, first: Parameter) -> str:
     """Say what to do about two parameters of one slot with different states or numbers; no policy makes one step of two."""
     if not _stepped(parameter):
         return UNSTEPPED_HINT
-    numbers = [
-        key
-        for key, value in first.scalars.items()
-        if key != GROUP_STEP and key in parameter.scalars and not same_value(value, parameter.scalars[key])
-    ]
-    return DIFFERING_HINT + (NUMBERS_HINT if numbers else "")
+    numbers = (first.scalars.keys() & parameter.scalars.keys()) - {GROUP_STEP}
+    alike = all(same_value(first.scalars[key], parameter.scalars[key]) for key in numbers)
+    return DIFFERING_HINT + ("" if alike else NUMBERS_HINT)
 
 
 def _other_states_hint(missing: Set[str], extra: Set[str], from_zero: Set[str]) -> str:
