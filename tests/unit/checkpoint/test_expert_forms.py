@@ -191,7 +191,7 @@ def entry(**changes: Any) -> dict[str, Any]:
 def test_recorded_layers() -> None:
     layers = read_autoep_layers([entry()], Path("x"))
     part = layers.part(f"{LAYER}.experts.w1", 1, (2, INNER, HIDDEN))
-    assert (part.shape, part.start) == ((4, INNER, HIDDEN), 2 * INNER * HIDDEN)
+    assert part == ((4, INNER, HIDDEN), 2 * INNER * HIDDEN)
     assert layers.expert_of(f"{LAYER}.experts.w2.3") == (f"{LAYER}.experts.w2", 3)
     assert layers.expert_of(f"{LAYER}.gate.weight") is None
     assert not read_autoep_layers(None, Path("x")) and AutoEpLayers().ep == 1

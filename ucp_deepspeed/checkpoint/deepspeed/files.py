@@ -169,7 +169,7 @@ class DeepSpeedFiles:
             return True
         return self.param_shapes(0) is not None and self.has_optimizer_files
 
-    @cached_property
+    @property
     def has_optimizer_files(self) -> bool:
         """Return whether there are files of a ZeRO optimizer that this run may have written."""
         return self._optimizer_prefix in self._optimizer_prefixes
@@ -202,12 +202,12 @@ class DeepSpeedFiles:
     def config(self) -> Mapping[str, Any]:
         """Config of the run; empty if the files hold something else, such as the path of a file."""
         saved = self.model_states(0)
-        config = saved.get("ds_config")
         if "ds_config" not in saved and len(self._optimizer_prefixes) == 1:
-            first = min(name for name in self.names if _OPTIMIZER_FILE.fullmatch(name))
-            config = self.open(self.path / first).get("ds_config")
-        known = isinstance(config, dict) and any(key in config for key in BATCH_KEYS)
-        return config if isinstance(config, dict) and (known or _enabled(config)) else {}
+            saved = self.open(self.path / min(filter(_OPTIMIZER_FILE.fullmatch, self.names)))
+        config = saved.get("ds_config")
+        if not isinstance(config, dict) or not (any(key in config for key in BATCH_KEYS) or _enabled(config)):
+            return {}
+        return config
 
     @cached_property
     def configured_stage(self) -> int | None:
@@ -251,13 +251,11 @@ class DeepSpeedFiles:
     def _precision_of_weights(self) -> Precision:
         """Return the precision of trained weights, else of all. Under ZeRO-3 only empty tensors remain, with the same dtype."""
         saved = self.model_states(0)
-        module, buffers = saved["module"], frozenset(saved["buffer_names"])
-        layers = [name for name in sorted(self.names) if layer_file(name)] if module is None else []
-        held: dict[str, Any] = dict(module or {})
-        for name in layers:
+        held: dict[str, Any] = dict(saved["module"] or {})
+        for name in sorted(filter(layer_file, self.names)) if saved["module"] is None else ():
             held |= {f"{name}/{key}": value for key, value in self.weights(self.path / name).items()}
         trained = {name for group in saved.get("param_shapes") or () for name in group} & held.keys()
-        dtypes = {getattr(held[name], "dtype", None) for name in trained or held.keys() - buffers}
+        dtypes = {getattr(held[name], "dtype", None) for name in trained or held.keys() - set(saved["buffer_names"])}
         return next((precision for precision, dtype in PRECISIONS.items() if dtype in dtypes), "fp32")
 
     @cached_property
@@ -301,16 +299,12 @@ class DeepSpeedFiles:
 
     def expert_files(self, rank: int) -> list[Path]:
         """Return the files of all experts' weights. Under ZeRO only frozen parameters and buffers are taken from them."""
-        recorded = self.manifest.parameters if self.manifest else {}
-        if not self.expert_totals or (
-            self.manifest is not None
-            and self.partitioned
-            and not any(
-                entry.kind != "trainable" and (expert_of(name) or name in self.autoep.layers)
-                for name, entry in recorded.items()
-            )
-        ):
+        if not self.expert_totals:
             return []
+        if self.manifest is not None and self.partitioned:
+            untrained = [name for name, entry in self.manifest.parameters.items() if entry.kind != "trainable"]
+            if not any(expert_of(name) or name in self.autoep.layers for name in untrained):
+                return []
         files: dict[tuple[int, int], str] = {}
         for name in sorted(self.names):
             place = weight_file(name)
@@ -370,14 +364,16 @@ class DeepSpeedFiles:
 
     def _check_step(self, saved: dict[str, Any], path: Path) -> None:
         """Check that a model_states file is of the same step as the first one. It isn't if a second save was interrupted."""
-        found, expected = saved["global_steps"], self.model_states(0)["global_steps"]
+        found, expected, first = (
+            saved["global_steps"],
+            self.model_states(0)["global_steps"],
+            self.model_states_path(0, 0),
+        )
         if (saved["module"] is None) != self.is_pipeline:
-            raise DamagedCheckpointError(
-                f"{path} is of a pipeline, and {self.model_states_path(0, 0)} isn't, or the other way round"
-            )
+            raise DamagedCheckpointError(f"{path} is of a pipeline, and {first} isn't, or the other way round")
         if found != expected:
             raise DamagedCheckpointError(
-                f"{path} is of step {found}, and {self.model_states_path(0, 0)} of step {expected}: these are files of two saves"
+                f"{path} is of step {found}, and {first} of step {expected}: these are files of two saves"
             )
 
     def whole_optimizer(self, rank: int) -> tuple[dict[str, Any], Path]:

@@ -41,14 +41,12 @@ def frozen_slots(
     autoep: AutoEpLayers, key: str, tensor: torch.Tensor, path: Path, known: Collection[str]
 ) -> list[Slot]:
     """Return the slots of a tensor in a file of weights; none for an AutoEP expert of a trained layer, which is ``known``."""
-    found = autoep.expert_of(key)
-    if found is None:
-        return [module_slot(key, "frozen", tensor, path)]
-    name, number = found
-    slot, layer = module_slot(name, "frozen", tensor, path), autoep.layers[name]
-    whole = (layer.experts, *slot.shapes[0])
-    starts = (number * tensor.numel(),)
-    return [] if name in known else [replace(slot, shapes=(whole,), starts=starts)]
+    name, number = autoep.expert_of(key) or (key, None)
+    slot = module_slot(name, "frozen", tensor, path)
+    if number is None:
+        return [slot]
+    whole = autoep.layers[name].experts, *slot.shapes[0]
+    return [] if name in known else [replace(slot, shapes=(whole,), starts=(number * tensor.numel(),))]
 
 
 def weight_slots(module: Mapping[str, Located], trained: Collection[str], path: Path) -> list[Slot]:

@@ -123,9 +123,8 @@ def plan_target(
         DamagedCheckpointError: a file is missing, truncated or of another size than expected.
     """
     obstacles = Obstacles()
-    if topology.pp > 1 and topology.zero_stage > 1:
-        refused = f"DeepSpeed refuses ZeRO-{topology.zero_stage} with pipeline parallelism; use stage 0 or 1"
-        obstacles.add(None, refused)
+    if topology.pp > 1 and (stage := topology.zero_stage) > 1:
+        obstacles.add(None, f"DeepSpeed refuses ZeRO-{stage} with pipeline parallelism; use stage 0 or 1")
     reset = policies.optimizer_states == "reset"
     try:
         view = UniversalView.of(model or checkpoint, spec, vocabulary_size, topology.tp)
@@ -202,29 +201,17 @@ def _stages(view: UniversalView, topology: Topology, obstacles: Obstacles) -> di
     return held
 
 
-@dataclass
 class _Planner:
-    """Plans one rank after another.
+    """Plans one rank after another; see `plan_target`. The view is the model's; ``unchanged`` if it is the checkpoint's."""
 
-    Attributes:
-        pair: the checkpoint and the model.
-        view: the model, under logical names.
-        unchanged: whether the model is the checkpoint's own.
-        only: see `plan_target`.
-    """
-
-    pair: Pair
-    view: UniversalView
-    unchanged: bool
-    only: Collection[RankNumber] | None
-
-    def __post_init__(self) -> None:
-        self.topology, self.policies, self.obstacles = self.pair.model.topology, self.pair.policies, self.pair.obstacles
-        self._shapes = {name: tensor.local_shapes for name, tensor in self.pair.tensors.items()}
+    def __init__(self, found: Pair, view: UniversalView, unchanged: bool, only: Collection[RankNumber] | None) -> None:
+        self.pair, self.view, self.unchanged, self.only = found, view, unchanged, only
+        self.topology, self.policies, self.obstacles = found.model.topology, found.policies, found.obstacles
+        self._shapes = {name: tensor.local_shapes for name, tensor in found.tensors.items()}
 
     def plan(self) -> TargetPlan:
-        lacking, restores = self.pair.checkpoint.lacking, self.policies.optimizer_states == "restore"
-        if restores and lacking is not None:
+        lacking = self.pair.checkpoint.lacking
+        if lacking is not None and self.policies.optimizer_states == "restore":
             self.obstacles.add(None, lacking.heading)
         self._check_experts()
         remarks = tuple(self._remarks())
