@@ -364,14 +364,10 @@ class DeepSpeedFiles:
 
     def _check_step(self, saved: dict[str, Any], path: Path) -> None:
         """Check that a model_states file is of the same step as the first one. It isn't if a second save was interrupted."""
-        found, expected, first = (
-            saved["global_steps"],
-            self.model_states(0)["global_steps"],
-            self.model_states_path(0, 0),
-        )
+        first, expected = self.model_states_path(0, 0), self.model_states(0)["global_steps"]
         if (saved["module"] is None) != self.is_pipeline:
             raise DamagedCheckpointError(f"{path} is of a pipeline, and {first} isn't, or the other way round")
-        if found != expected:
+        if (found := saved["global_steps"]) != expected:
             raise DamagedCheckpointError(
                 f"{path} is of step {found}, and {first} of step {expected}: these are files of two saves"
             )

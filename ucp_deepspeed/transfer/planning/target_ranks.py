@@ -71,18 +71,14 @@ def target_ranks(
                 starts = {name: ep_rank * numel for name, numel in parts.items()}
                 experts[ep_rank] = _held(view, spread, numels, starts)
             replicas = Replicas(topology.dp, part, experts=False), Replicas(spread.dp, position, experts=True)
-            slots = [
-                _on(slot, each, view)
-                for each, held in zip(replicas, (shared, experts[ep_rank]), strict=True)
-                for slot in held
-            ]
+            slots = [_on(slot, replicas[0], view) for slot in shared]
+            slots += [_on(slot, replicas[1], view) for slot in experts[ep_rank]]
             trained, weights = (tuple(slot for slot in slots if (slot.group < 0) == left) for left in (False, True))
             yield TargetRank(rank, part, trained, weights, {each: (each.count, each.number) for each in replicas})
 
 
 def stacked_experts(view: UniversalView) -> dict[str, int]:
-    """Return the tensors of AutoEP's layers and their numbers of experts; each expert-parallel rank holds some consecutive
-    experts."""
+    """Return the tensors of AutoEP's layers and their numbers of experts; each rank holds some consecutive ones."""
     shapes = {name: view.logical_shape(name) for name in view.parameters}
     return {name: shape[0] for name, shape in shapes.items() if is_stacked(name, shape)}
 
@@ -103,9 +99,8 @@ def _held(
     joined: dict[Any, list[str]] = {}
     for name, parameter in view.parameters.items():
         if name in numels:
-            joined.setdefault(group_of.get(name) if flat and parameter.kind == "trainable" else (name,), []).append(
-                name
-            )
+            key = group_of.get(name) if flat and parameter.kind == "trainable" else (name,)
+            joined.setdefault(key, []).append(name)
 
     def slot(names: Sequence[str]) -> TargetSlot:
         parameter, sizes = view.parameters[names[0]], tuple(numels[name] for name in names)

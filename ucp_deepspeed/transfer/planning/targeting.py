@@ -188,8 +188,7 @@ def describe_target(
 
 
 def _stages(view: UniversalView, topology: Topology, obstacles: Obstacles) -> dict[str, set[int]]:
-    """Return the stages that would hold each parameter; for one that several of the checkpoint's stages share, the first and the
-    last too."""
+    """Return the stages that would hold each parameter; one that several stages of the checkpoint share is on both ends too."""
     pp, degree = topology.pp, view.checkpoint.topology.tp
     held = {name: {stage} for name, stage in stages_of(list(view.parameters), pp).items()}
     for name, parameter in view.parameters.items():
