@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 from pydantic import AfterValidator, InstanceOf, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
-from ucp_deepspeed.checkpoint.torch_files.allowed_classes import FragmentAddress, LossScaler
+from ucp_deepspeed.checkpoint.torch_files.unpickling import FragmentAddress, LossScaler
 from ucp_deepspeed.errors import DamagedCheckpointError
 
 T = TypeVar("T")

@@ -14,8 +14,8 @@ from ucp_deepspeed.checkpoint.deepspeed.files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed.stage0 import stage0_form
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.slots import Slot, settings_in
-from ucp_deepspeed.checkpoint.torch_files.allowed_classes import DynamicLossScaler
 from ucp_deepspeed.checkpoint.torch_files.reading import read_tensors
+from ucp_deepspeed.checkpoint.torch_files.unpickling import DynamicLossScaler
 from ucp_deepspeed.errors import DamagedCheckpointError
 
 

@@ -25,7 +25,6 @@ from torch.storage import TypedStorage
 
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Precision
 from ucp_deepspeed.checkpoint.torch_files import unpickling
-from ucp_deepspeed.checkpoint.torch_files.allowed_classes import ALLOWED_CLASSES
 from ucp_deepspeed.checkpoint.torch_files.archives import Archive, storage_start
 from ucp_deepspeed.checkpoint.versions import check_regular
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
@@ -133,7 +132,7 @@ def _by_either(path: Path, **where: Any) -> Any:
     trusted = torch.serialization.get_safe_globals()
     if not any("numpy" in str(allowed) for allowed in trusted):  # torch would trust dtypes
         try:
-            with torch.serialization.safe_globals(ALLOWED_CLASSES):
+            with torch.serialization.safe_globals(unpickling.ALLOWED_CLASSES):
                 return torch.load(path, weights_only=True, **where)
         except pickle.UnpicklingError:
             pass
