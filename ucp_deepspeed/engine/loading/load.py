@@ -153,7 +153,7 @@ def _load_natively(
         keep_layouts(engine, KnownLayouts() if checkpoint is None else known_by_manifest(checkpoint, engine))
         if checkpoint is not None and dist.get_rank() == 0:
             logger.info(
-                "loaded %s (step %d) by DeepSpeed itself, since nothing has changed: it was saved on %s",
+                "loaded %s (step %d) by DeepSpeed itself, since each rank takes files as they are: it was saved on %s",
                 checkpoint.path,
                 checkpoint.run.global_steps,
                 checkpoint.topology,
