@@ -37,8 +37,8 @@ class KnownLayouts:
 def known_by_plan(found: Pair) -> KnownLayouts:
     """Return the layouts that a universal load used."""
     names, patterns = found.names.target, found.patterns
-    known = {name: patterns[logical] for name, logical in names.items() if logical in patterns}
-    told = {name: pattern for name, pattern in known.items() if not isinstance(pattern, Unique | PerRank)}
+    known = ((name, patterns[logical]) for name, logical in names.items() if logical in patterns)
+    told = {name: pattern for name, pattern in known if not isinstance(pattern, Unique | PerRank)}
     return KnownLayouts(told, names, found.vocabulary_size)
 
 

@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from ucp_deepspeed.checkpoint import Checkpoint, Parameter
+from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
 from ucp_deepspeed.checkpoint.torch_files.reading import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -59,16 +59,13 @@ def local_state_dict(checkpoint: Checkpoint, model: EngineModel) -> dict[str, to
             continue
         rank = model.rank % degree
         shape = view.patterns[logical].local_shapes(view.logical_shape(logical), degree)[rank]
-        flat = torch.empty(prod(shape), dtype=_dtype(parameter, model))
+        trained = parameter.kind == "trainable"
+        dtype = WEIGHT_DTYPES[model.precision] if trained else NAMED_DTYPES[parameter.states[WEIGHT]]
+        flat, state = torch.empty(prod(shape), dtype=dtype), MASTER if trained else WEIGHT
         target = Target(layout, rank, (Fragment(0, flat.numel(), None, 0),))
-        state = MASTER if parameter.kind == "trainable" else WEIGHT
         run_copies(plan_tensor(view.source(logical, state), target, state), reader, lambda _, flat=flat: flat)  # type: ignore[misc]
         found[name] = flat.view(shape)
     return found
-
-
-def _dtype(parameter: Parameter, model: EngineModel) -> torch.dtype:
-    return WEIGHT_DTYPES[model.precision] if parameter.kind == "trainable" else NAMED_DTYPES[parameter.states[WEIGHT]]
 
 
 def run_custom_load(

@@ -57,12 +57,11 @@ def without_begun_anew(
         anew: logical names of parameters whose states begin anew.
         reset: whether the states of all parameters do.
     """
-    values: list[Mapping[str, Any]] = []
+    values = list(settings.values)
     for index, (group, taken) in enumerate(zip(live_groups(names, optimizer), settings.values, strict=False)):
-        live = optimizer.live_group(index)
         if reset or anew.issuperset(group):
-            taken = {key: value for key, value in taken.items() if key in live and key != GROUP_STEP}
-        values.append(taken)
+            kept = optimizer.live_group(index).keys() - {GROUP_STEP}
+            values[index] = {key: value for key, value in taken.items() if key in kept}
     return replace(settings, values=tuple(values))
 
 

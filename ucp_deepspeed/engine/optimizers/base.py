@@ -18,12 +18,7 @@ import torch
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.names import ModelNames
-from ucp_deepspeed.engine.optimizers.states import (
-    example_settings,
-    example_states,
-    kept_states,
-    keys_after_load,
-)
+from ucp_deepspeed.engine.optimizers.states import example_settings, example_states, kept_states, keys_after_load
 from ucp_deepspeed.transfer.planning.numbers import UNTELLING
 from ucp_deepspeed.transfer.planning.target import KeptStates, TargetSlot
 
@@ -85,8 +80,7 @@ class EngineOptimizer(ABC):
 
     def state_of(self, slot: EngineSlot) -> Mapping[str, Any]:
         """Return the base optimizer's state for a slot as it is now; empty before the first step."""
-        state: Mapping[str, Any] = self.base.state.get(slot.master, {})
-        return state
+        return self.base.state.get(slot.master, {})
 
     def live_group(self, index: int) -> dict[str, Any]:
         """Return a parameter group of the base optimizer. ZeRO makes torch's Adagrad anew, with one group for all parameters
@@ -144,20 +138,17 @@ class EngineOptimizer(ABC):
         if not (states or scalars):
             self.reset_state(slot)
             return
-        like = self._examples(slot) or {}
-        self.base.state[slot.master] = dict(states) | {
-            key: _in_form_of(like.get(key), value) for key, value in scalars.items()
-        }
+        group = self.live_group(slot.group)
+        like = self.state_of(slot) or example_states(self.base, group, slot.master, {}) or {}
+        numbers = {key: _in_form_of(like.get(key), value) for key, value in scalars.items()}
+        self.base.state[slot.master] = {**states, **numbers}
 
     def reset_state(self, slot: EngineSlot) -> None:
         """Make the base optimizer's state for a slot what it is before a first step."""
         self.base.state.pop(slot.master, None)
         if isinstance(self.base, torch.optim.Adagrad):  # its constructor makes the state
-            initial = self.live_group(slot.group)["initial_accumulator_value"]
-            self.base.state[slot.master] = {
-                "step": torch.tensor(0.0),
-                "sum": torch.full_like(slot.master.data, initial),
-            }
+            total = torch.full_like(slot.master.data, self.live_group(slot.group)["initial_accumulator_value"])
+            self.base.state[slot.master] = {"step": torch.tensor(0.0), "sum": total}
 
     def kept_states(self, slot: EngineSlot, settings: Mapping[str, Any]) -> KeptStates | None:
         """Return the states that the base optimizer keeps for a slot once it has stepped; None when that can't be told.
@@ -170,10 +161,6 @@ class EngineOptimizer(ABC):
         probed = example_states(self.base, group, slot.master, changes)
         found = probed if changes else (self.state_of(slot) or probed)
         return None if found is None else kept_states(found, probed or {}, slot.master)
-
-    def _examples(self, slot: EngineSlot) -> Mapping[str, Any] | None:
-        """Return the live state where there is one, else `example_states`."""
-        return self.state_of(slot) or example_states(self.base, self.live_group(slot.group), slot.master, {})
 
 
 def _empty_like(master: torch.Tensor) -> torch.Tensor:

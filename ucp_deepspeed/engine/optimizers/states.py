@@ -71,11 +71,12 @@ def example_states(
     if type(optimizer).__name__ == MUON:
         if group["use_muon"]:
             return {MOMENTUM: _nothing(master)}
-        auxiliary = getattr(optimizer, "aux_optimizer", None)
-        if auxiliary is None:
-            return _counting("exp_avg", "exp_avg_sq", master=master)
-        return _listed_or_probed(auxiliary, {**group, **settings}, master)
-    return _listed_or_probed(optimizer, {**group, **settings}, master)
+        optimizer = getattr(optimizer, "aux_optimizer", None)
+    names = ("exp_avg", "exp_avg_sq") if optimizer is None else COMPILED_STATES.get(type(optimizer).__name__)
+    if names:
+        return {"step": 0} | dict.fromkeys(names, _nothing(master))
+    probe = _stepped(optimizer, {**group, **settings}, master)
+    return None if probe is None else probe.state[probe.param_groups[0]["params"][0]]
 
 
 def keys_after_load(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> Collection[str]:
@@ -91,15 +92,6 @@ def keys_after_load(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) 
     return loaded.keys()
 
 
-def _listed_or_probed(
-    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], master: torch.Tensor
-) -> Mapping[str, Any] | None:
-    if names := COMPILED_STATES.get(type(optimizer).__name__):
-        return _counting(*names, master=master)
-    probe = _stepped(optimizer, group, master)
-    return None if probe is None else probe.state[probe.param_groups[0]["params"][0]]
-
-
 def example_settings(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], master: torch.Tensor
 ) -> Mapping[str, Any]:
@@ -109,10 +101,6 @@ def example_settings(
         return {}
     probe = _stepped(optimizer, group, master)
     return {} if probe is None else probe.param_groups[0]
-
-
-def _counting(*names: str, master: torch.Tensor) -> Mapping[str, Any]:
-    return {"step": 0} | dict.fromkeys(names, _nothing(master))
 
 
 def _nothing(master: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ Source: ``runtime/zero/stage_1_and_2.py``, ``runtime/bf16_optimizer.py``.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,9 +51,9 @@ class PartitionedOptimizer(EngineOptimizer):
         self._zero = engine.optimizer
         self._exchanges: list[Exchange] = []
 
+    @abstractmethod
     def _groups(self) -> Sequence[tuple[Sequence[torch.Tensor], torch.Tensor, tuple[int, ...]]]:
         """Return for each group the parameters in flat order, this rank's master partition, and the alignment gaps."""
-        raise AssertionError("each class says where it keeps them")
 
     def slots(self) -> list[EngineSlot]:
         """See `EngineOptimizer.slots`."""
@@ -75,9 +76,9 @@ class PartitionedOptimizer(EngineOptimizer):
         """See `EngineOptimizer.group_names`."""
         return [[self._names[param] for param in params] for params, _, _ in self._groups()]
 
+    @abstractmethod
     def _weights(self) -> Sequence[Sequence[torch.Tensor]]:
         """Return for each group all ranks' partitions of the weights, which belong to the partitions of the masters."""
-        raise AssertionError("each class says where it keeps them")
 
     def begin_refresh(self) -> None:
         """See `EngineOptimizer.begin_refresh`. Over gloo the weights go to the other ranks while the states are read."""
@@ -85,10 +86,9 @@ class PartitionedOptimizer(EngineOptimizer):
         groups = [self._zero.real_dp_process_group[slot.group] for slot in slots]
         if not all(goes_over_gloo(group, parts[0]) for group, parts in zip(groups, weights, strict=True)):
             return
-        for slot, parts in zip(slots, weights, strict=True):
+        for slot, parts, group in zip(slots, weights, groups, strict=True):
             parts[slot.partition].data.copy_(slot.master.data)
-        held = zip(groups, weights, strict=True)
-        self._exchanges = [begin_exchange([[part.data] for part in parts], group) for group, parts in held]
+            self._exchanges.append(begin_exchange([[part.data] for part in parts], group))
 
     def refresh_weights(self) -> None:
         """See `EngineOptimizer.refresh_weights`. Also let DeepSpeed make its per-parameter views of the state anew."""
@@ -115,8 +115,7 @@ class Zero12Optimizer(PartitionedOptimizer, ScaledOptimizer):
         return list(zip(zero.round_robin_bit16_groups, zero.single_partition_of_fp32_groups, gaps, strict=True))
 
     def _weights(self) -> Sequence[Sequence[torch.Tensor]]:
-        partitions: Sequence[Sequence[torch.Tensor]] = self._zero.parallel_partitioned_bit16_groups
-        return partitions
+        return self._zero.parallel_partitioned_bit16_groups
 
     def _overlapping(self, group: int) -> frozenset[str]:
         """Return Muon's momentum where it is kept whole: its update needs whole matrices. With an offloaded state these are
@@ -142,12 +141,8 @@ class Bf16Optimizer(PartitionedOptimizer):
     _zero: Bf16
 
     def _groups(self) -> Sequence[tuple[Sequence[torch.Tensor], torch.Tensor, tuple[int, ...]]]:
-        zero = self._zero
-        return [
-            (params, master, ())
-            for params, master in zip(zero.bf16_groups, zero.fp32_groups_flat_partition, strict=True)
-        ]
+        pairs = zip(self._zero.bf16_groups, self._zero.fp32_groups_flat_partition, strict=True)
+        return [(params, master, ()) for params, master in pairs]
 
     def _weights(self) -> Sequence[Sequence[torch.Tensor]]:
-        partitions: Sequence[Sequence[torch.Tensor]] = self._zero.bf16_partitioned_groups
-        return partitions
+        return self._zero.bf16_partitioned_groups

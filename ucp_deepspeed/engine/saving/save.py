@@ -164,7 +164,11 @@ def _save_in_background(
     def commit() -> None:
         if is_new and not place.is_dir():
             raise gone_error(folder, place)
-        _commit_partial(manifest, partial, place)
+        for ended in partial.glob(ENDED_NAMES):
+            ended.unlink()
+        _commit(manifest, partial)
+        flush(partial)
+        replace_folder(partial, place, lambda name: _PARTS.fullmatch(name) is not None)
         if save_latest:
             write_atomically(latest, tag)
         _warn_if_unreadable(engine, folder)
@@ -211,15 +215,6 @@ def _make_partial(folder: Path, tag: str) -> Path:
                 f"save on a shared file system, or set \"async\": false in 'universal_checkpoint.save'"
             )
     return partial
-
-
-def _commit_partial(manifest: Manifest, partial: Path, folder: Path) -> None:
-    """Turn a hidden folder, in which all ranks' files are on disk, into the checkpoint. Called on rank 0, in the background."""
-    for ended in partial.glob(ENDED_NAMES):
-        ended.unlink()
-    _commit(manifest, partial)
-    flush(partial)
-    replace_folder(partial, folder, lambda name: _PARTS.fullmatch(name) is not None)
 
 
 _PARTS = re.compile(
