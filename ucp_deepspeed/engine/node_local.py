@@ -23,11 +23,7 @@ def writes_for_node(engine: Engine) -> bool:
 
 
 def open_here(engine: Engine, folder: Path) -> Checkpoint:
-    """Open the catalog of a checkpoint. On machines' own disks it holds as much as this machine has.
-
-    Raises:
-        UniversalCheckpointError: see `open_checkpoint`.
-    """
+    """Open the catalog of a checkpoint; see `open_checkpoint`. On machines' own disks it holds as much as this machine has."""
     if not engine.use_node_local_storage() or (folder / INDEX_NAME).is_file():
         return open_checkpoint(folder)
     return DeepSpeedCheckpoint(folder, NodeLocalFiles(folder))

@@ -1,12 +1,9 @@
-"""Random streams: each rank's state is saved with the run, and restored or derived anew when it resumes.
+"""Random streams: each rank's state is saved with the run, in a small file of its own (``docs/format.md``, *Random state*), and
+restored or derived anew when it resumes.
 
-On the same ranks every stream resumes exactly where it stood. On other ranks, new streams are derived from the saved seed, so
-that resuming twice draws the same numbers. The live run, as its script has seeded it, then tells which ranks share a stream:
-ranks that are alike stay alike, and others differ. This is Megatron's rule where its seeding is used (tensor-parallel ranks share
-the default stream and differ in the tracker's). It also keeps together ranks that must decide alike, such as which layers to skip
-under ZeRO-3.
-
-Each rank writes a small file of its own beside DeepSpeed's (``docs/format.md``, *Random state*).
+On other ranks the live run, as its script has seeded it, tells which ranks share a new stream: ranks that are alike stay alike,
+and others differ. This is Megatron's rule where its seeding is used (tensor-parallel ranks share the default stream and differ in
+the tracker's). It also keeps together ranks that must decide alike, such as which layers to skip under ZeRO-3.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from ucp_deepspeed.engine.agreement import gathered
 from ucp_deepspeed.engine.deepspeed_types import Engine, PipelineModule
 from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
+from ucp_deepspeed.engine.optimizers.stage0 import PlainOptimizer
 from ucp_deepspeed.engine.optimizers.states import is_number
 from ucp_deepspeed.transfer.planning.policies import Policies
 from ucp_deepspeed.transfer.stage_copies import (
@@ -140,11 +141,8 @@ def tell_of_differing(engine: Engine, differing: Sequence[str], form: str) -> No
     told.update(new)
     if not new or dist.get_rank() != 0:
         return
-    kept = (
-        "these stages go on with their own"
-        if form != "plain"
-        else "the files hold the weights of the first of these alone"
-    )
+    alone = form == PlainOptimizer.form
+    kept = "the files hold the weights of the first of these alone" if alone else "these stages go on with their own"
     logger.warning(
         "pipeline stages hold different values of one parameter; %s, and a load on other stages takes the values of the one that "
         'trained it, or if that isn\'t one alone, what "on_differing": "first" or "last" says: %s',
@@ -158,9 +156,6 @@ def tell_of_others(engine: Engine, trained: Collection[str]) -> None:
     first.
 
     It warns once for each engine: often the later stages don't use theirs. Collective over the stages that share a module.
-
-    Args:
-        trained: names of trained parameters.
     """
     told = engine.__dict__.setdefault("_universal_checkpoint_told", set())
     if not isinstance(engine, PipelineEngine):

@@ -75,8 +75,7 @@ def check_engine(engine: Engine) -> None:
 
 
 def _first_reason(engine: Engine, check: Callable[[Any], None]) -> UnsupportedError | None:
-    """Return the reason why this release can't handle the engine, from the first rank that finds one. Other errors are raised.
-    Collective."""
+    """Return the first rank's reason why this release can't handle the engine; raise other errors. Collective."""
     with agreement() as told:
         try:
             check(engine)
@@ -92,12 +91,7 @@ def _check_kinds(engine: Engine) -> None:
 
 
 def _check_experts(engine: Engine) -> None:
-    """Refuse experts whose ranks or files this release doesn't know.
-
-    Raises:
-        UnsupportedError: layers of AutoEP beside DeepSpeed's own, experts in a pipeline, layers of several expert-parallel sizes
-            at stage 0, or experts for which DeepSpeed's own checkpoints are incomplete.
-    """
+    """Refuse experts whose ranks or files this release doesn't know."""
     sizes, modules = {layer.ep for layer in ModelNames(engine).layers.values()}, list(engine.module.modules())
     automatic = any(autoep_layers(engine.module))
     spread = any(isinstance(module, MoE) and not module.enable_expert_tensor_parallelism for module in modules)
@@ -181,10 +175,7 @@ def load_checkpoint(
 
 def _check_loadable(engine: Engine, load_dir: Path, tag: str | None, options: LoadOptions) -> Path | None:
     """Refuse checkpoints that DeepSpeed can't load, as far as that can be told; DeepSpeed has its own messages for the rest.
-
-    Returns:
-        The folder of a tag that lies aside (`resolve_tag`), which DeepSpeed doesn't find by its name; None for any other.
-    """
+    Return the folder of a tag that lies aside (`resolve_tag`), which DeepSpeed doesn't find by its name; else None."""
     reason: UnsupportedError = getattr(engine, REASON)
     try:
         folder = resolve_tag(load_dir, tag)

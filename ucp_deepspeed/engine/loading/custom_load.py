@@ -28,12 +28,7 @@ from ucp_deepspeed.transfer import FileReader, run_copies
 
 
 def check_custom_load(engine: Engine) -> None:
-    """Refuse what DeepSpeed refuses too, and engines for which no state dict of one rank can be made.
-
-    Raises:
-        UnsupportedError: a pipeline engine; also experts of AutoEP: a rank's modules have some of them, and the state dict has
-            all.
-    """
+    """Refuse pipelines, as DeepSpeed does, and experts of AutoEP: a rank's modules have some, the state dict all of them."""
     if any(autoep_layers(engine.module)):
         raise UnsupportedError("custom_load_fn can't be used with layers of DeepSpeed's AutoEP in this release")
     if isinstance(engine, PipelineEngine):

@@ -285,11 +285,7 @@ def _restore_rest(engine: Engine, optimizer: EngineOptimizer, options: LoadOptio
 def _client_state(
     engine: Engine, checkpoint: Checkpoint, model: EngineModel, config: UniversalCheckpointConfig
 ) -> tuple[str, dict[str, Any], tuple[str, ...]]:
-    """Return the path and the client state that this rank gets, and the keys that are left out of it.
-
-    Raises:
-        UnsupportedError: some keys can't be read, and the config doesn't say to leave them out.
-    """
+    """Return the path and the client state that this rank gets, and the keys that can't be read and are left out of it."""
     saved, live = checkpoint.topology, model.topology  # each rank's own file where it has one, else the first
     rank = model.rank if (saved.tp, saved.pp, saved.ep) == (live.tp, live.pp, live.ep) else 0
     partition = dist.get_rank(engine.seq_data_parallel_group) if saved == live and saved.zero_stage == 3 else 0

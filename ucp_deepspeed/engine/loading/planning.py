@@ -44,11 +44,7 @@ def policies_of(config: UniversalCheckpointConfig, restore: bool, strict: bool) 
 
 
 def pair_with(checkpoint: Checkpoint, model: EngineModel, policies: Policies) -> Pair:
-    """Pair a checkpoint with the live model. Ranks divide the comparison of parameters that the model ties.
-
-    Raises:
-        SpecError, MismatchError, UnsupportedError: see `pair`.
-    """
+    """Pair a checkpoint with the live model; see `pair`. Ranks divide the comparison of parameters that the model ties."""
     compare = partial(differing_ties, share=(dist.get_rank(), dist.get_world_size()))
     found = pair(checkpoint, model, policies, Obstacles(), compare)
     if dist.get_rank() != 0:
@@ -76,7 +72,6 @@ def plan_filling(
     Args:
         settings: for each live parameter group the hyper-parameters that it will have in place of its own; empty to keep them.
         shared_read_bytes: ranks read together what they hold alike, a part by each, if it has at least so many bytes.
-        numbers: gives the numbers of the checkpoint that the slots take.
 
     Raises:
         MismatchError: lists everything that doesn't fit: parameters whose names, kinds, shapes, states or scalars don't, or that

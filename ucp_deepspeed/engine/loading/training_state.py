@@ -28,12 +28,7 @@ logger = logging.getLogger("ucp_deepspeed")
 def plan_hyperparameters(
     found: Pair, optimizer: EngineOptimizer, numbers: PartitionNumbers, keep: bool
 ) -> GroupSettings:
-    """Give each live parameter group the hyper-parameters of its parameters; see `settings_of_groups`.
-
-    Args:
-        numbers: gives the groups' values of numbers that differ over partitions.
-        keep: whether the groups keep what was configured; their counts are restored even so.
-    """
+    """Give each live parameter group the hyper-parameters of its parameters; see `settings_of_groups`."""
     groups, count = live_groups(found.names, optimizer), len(optimizer.base.param_groups)
     settings = found.settings(groups[:count], optimizer.live_group, numbers, keep)
     alone = (
@@ -51,12 +46,8 @@ def live_groups(names: Names, optimizer: EngineOptimizer) -> list[list[str]]:
 def without_begun_anew(
     settings: GroupSettings, names: Names, optimizer: EngineOptimizer, anew: frozenset[str], reset: bool
 ) -> GroupSettings:
-    """Return the settings without the step counts of groups whose states begin anew.
-
-    Args:
-        anew: logical names of parameters whose states begin anew.
-        reset: whether the states of all parameters do.
-    """
+    """Return the settings without the step counts of groups whose states begin anew: those of the parameters ``anew``, or with
+    ``reset`` all."""
     values = list(settings.values)
     for index, (group, taken) in enumerate(zip(live_groups(names, optimizer), settings.values, strict=False)):
         if reset or anew.issuperset(group):
@@ -72,12 +63,8 @@ def check_scheduler(
     optimizer: EngineOptimizer,
     obstacles: Obstacles,
 ) -> None:
-    """Try on a copy whether a scheduler can take over a state that has other keys than its own.
-
-    Args:
-        parts: objects of the engine that a scheduler may refer to, and that aren't copied with it.
-        obstacles: takes that it can't: a scheduler of another class has saved the state.
-    """
+    """Try on a copy whether a scheduler can take over a state that has other keys than its own: one of another class may have
+    saved it. ``parts`` are objects of the engine that a scheduler may refer to, and that aren't copied with it."""
     live = scheduler.state_dict()
     if state is None or state.keys() == live.keys():
         return
@@ -107,11 +94,8 @@ def restore_run(
     schedule: Mapping[str, Any] | None,
     reset: bool,
 ) -> None:
-    """Take over counters, scheduler, hyper-parameters and loss scale, as far as the options ask for them.
-
-    Args:
-        reset: whether all states of the optimizer begin anew, and with them the counts of its groups.
-    """
+    """Take over counters, scheduler, hyper-parameters and loss scale, as far as the options ask for them. With ``reset`` the
+    counts of the optimizer's groups begin anew."""
     run = checkpoint.run
     engine.loaded_checkpoint_dp_world_size = checkpoint.topology.dp
     if options.load_module_only:

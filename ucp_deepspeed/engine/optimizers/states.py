@@ -108,11 +108,8 @@ def _nothing(master: torch.Tensor) -> torch.Tensor:
 
 
 def _apart(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return a copy without parameters, states and hooks, that shares nothing with the original that a step could change.
-
-    Raises:
-        TypeError: the optimizer steps by another optimizer, or keeps what can't be copied.
-    """
+    """Return a copy without parameters, states and hooks, that shares nothing with the original that a step could change; raise
+    if the optimizer steps by another optimizer, or keeps what can't be copied."""
     own = {key: value for key, value in vars(optimizer).items() if key not in ("state", "param_groups")}
     if any(isinstance(value, torch.optim.Optimizer) for value in own.values()):
         raise TypeError(f"{type(optimizer).__name__} steps by another optimizer")

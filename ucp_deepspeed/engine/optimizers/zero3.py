@@ -34,9 +34,8 @@ class Zero3Optimizer(ScaledOptimizer):
         slots: list[EngineSlot] = []
         for index, (params, master) in enumerate(zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)):
             process_group = params[0].ds_process_group
-            flattening = SlicedGroup(
-                tuple(param.ds_numel for param in params), dist.get_world_size(group=process_group)
-            )
+            numels = tuple(param.ds_numel for param in params)
+            flattening = SlicedGroup(numels, dist.get_world_size(group=process_group))
             assert flattening.buffer_numel(0) == master.numel(), (index, flattening.buffer_numel(0), master.numel())
             names = tuple(self._names[param] for param in params)
             group = zero.sub_group_to_group_id[index]
@@ -65,21 +64,15 @@ class Zero3Optimizer(ScaledOptimizer):
             zero._unflatten_partitioned_parameters(index)
 
     def end(self) -> None:
-        """Drop secondary copies (hpZ) and gather persistent parameters again.
-
-        ``checkpoint_event_epilogue`` drops only trained parameters' copies, and gathers from secondary copies where there are
-        any.
-        """
+        """Drop secondary copies (hpZ) and gather persistent parameters again. ``checkpoint_event_epilogue`` drops only trained
+        parameters' copies, and gathers from secondary copies where there are any."""
         for param in self._names:
             param.ds_secondary_tensor = None  # type: ignore[attr-defined]
         self._zero.checkpoint_event_epilogue()
 
     def state_buffer(self, slot: EngineSlot, state: str) -> torch.Tensor:
-        """See `EngineOptimizer.state_buffer`; for Muon's momentum it is the live tensor.
-
-        The live tensor has the dtype of the gradients' communication, and ``save_muon_momentum_buffer_in_memory`` refers to it a
-        second time.
-        """
+        """See `EngineOptimizer.state_buffer`. For Muon's momentum it is the live tensor: that has the dtype of the gradients'
+        communication, and ``save_muon_momentum_buffer_in_memory`` refers to it a second time."""
         live = self._live_momentum(slot)
         return super().state_buffer(slot, state) if live is None else live
 
@@ -95,11 +88,7 @@ class Zero3Optimizer(ScaledOptimizer):
 
 
 def _check_settings(zero: Zero3) -> None:
-    """Refuse settings that keep masters, states or weights elsewhere than where this module fills them.
-
-    Raises:
-        UnsupportedError: names the setting.
-    """
+    """Refuse settings that keep masters, states or weights elsewhere than where this module fills them."""
     refused = {
         "offload_optimizer.device: nvme": zero.swap_optimizer,
         "offload_param.device: nvme": zero.params_in_nvme_and_cpu,

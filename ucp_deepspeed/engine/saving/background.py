@@ -78,9 +78,7 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
     """Stands in for DeepSpeed's ``TorchCheckpointEngine`` during one ``save_checkpoint``; `save` only copies.
 
     It keeps an error until DeepSpeed is through with its barriers (`check`), so that no rank waits there for one that failed.
-
-    Attributes:
-        files: the files to write.
+    ``files`` are then to be written.
     """
 
     def __init__(self, engine: Engine, folder: Path) -> None:
@@ -143,11 +141,7 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
         return False
 
     def check(self) -> None:
-        """Raise the first error.
-
-        Raises:
-            SaveError: something can't be pickled, or DeepSpeed couldn't write what it writes itself.
-        """
+        """Raise the first error: something can't be pickled, or DeepSpeed couldn't write what it writes itself."""
         if self._error is not None:
             raise self._error
 
@@ -169,12 +163,8 @@ class Job:
 
     Attributes:
         partial: the hidden folder, which exists.
-        folder: the tag's folder.
-        files: this rank's files.
         texts: further files of this rank, with their content.
-        commit: makes ``partial`` the checkpoint.
-        rank: this rank; rank 0 commits.
-        world_size: number of ranks that write.
+        commit: makes ``partial`` the checkpoint; rank 0 calls it.
         timeout: seconds that rank 0 waits for the others.
     """
 
@@ -360,10 +350,8 @@ def wait_for_save(engine: Engine | None = None) -> None:
 
 
 def settle_saves(folder: Path | None = None) -> None:
-    """Wait for the saves of all engines, or for those below a folder, whose ``latest`` they move. Collective.
-
-    `wait_for_save` tells how they ended to whoever calls it.
-    """
+    """Wait for the saves of all engines, or for those below a folder, whose ``latest`` they move; `wait_for_save` tells later how
+    they ended. Collective."""
     place = None if folder is None else folder.resolve()
     for writing in list(_pending):
         if place is None or writing.job.folder.resolve().is_relative_to(place):

@@ -116,9 +116,8 @@ def save_checkpoint(
         try:
             save_random_state(engine, folder)
         except OSError as error:
-            raise SaveError(
-                f"the random state could not be written to {folder}, and 'latest' was not moved: {error}"
-            ) from error
+            reason = f"the random state could not be written to {folder}, and 'latest' was not moved: {error}"
+            raise SaveError(reason) from error
     with agreement():
         if writes_for_node(engine):
             try:
@@ -126,9 +125,8 @@ def save_checkpoint(
                 if save_latest:
                     write_atomically(Path(save_dir) / LATEST_NAME, name)
             except OSError as error:
-                raise SaveError(
-                    f"the manifest of {folder} could not be written, and 'latest' was not moved: {error}"
-                ) from error
+                reason = f"the manifest of {folder} could not be written, and 'latest' was not moved: {error}"
+                raise SaveError(reason) from error
             _warn_if_unreadable(engine, folder)
     return saved
 
@@ -136,12 +134,7 @@ def save_checkpoint(
 def _save_in_background(
     native: Callable[..., bool], engine: Engine, save_dir: str, tag: str, save_latest: bool, rest: Mapping[str, Any]
 ) -> bool:
-    """Copy into host memory what DeepSpeed would write, and begin to write it. Collective.
-
-    Raises:
-        SaveError: the tag is a universal checkpoint or a file, or differs from rank to rank; or the folder can't be written by
-            rank 0 or isn't seen by all ranks; or something can't be pickled.
-    """
+    """Copy into host memory what DeepSpeed would write, and begin to write it. Collective."""
     folder, rank = Path(save_dir).absolute() / tag, dist.get_rank()
     place = folder.resolve() if folder.is_symlink() else folder
     with agreement():
@@ -192,11 +185,7 @@ def _check_tag(save_dir: str, tag: str, asynchronous: bool) -> None:
 
 
 def _make_partial(folder: Path, tag: str) -> Path:
-    """Return the hidden folder, made by rank 0 and seen by all. Collective.
-
-    Raises:
-        SaveError: it can't be made, or isn't seen by all ranks; or they save different tags.
-    """
+    """Return the hidden folder, made by rank 0 and seen by all, which must save the same tag. Collective."""
     with agreement() as told:
         if dist.get_rank() == 0:
             try:
@@ -294,11 +283,7 @@ def _commit(manifest: Manifest, folder: Path) -> None:
 
 
 def _manifest(engine: Engine) -> Manifest:
-    """Return the manifest without the files. Collective.
-
-    Raises:
-        SpecError, MismatchError: the layouts that the config names don't fit the model.
-    """
+    """Return the manifest without the files. Collective."""
     model, optimizer = describe_model(engine), engine_optimizer(engine)
     topology, known = model.topology, kept_layouts(engine, model)
     keys = _layer_keys(engine)
