@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from deepspeed.moe.layer import MoE
@@ -93,17 +92,12 @@ def optimizer_only(engine: Engine) -> dict[torch.Tensor, ModuleName]:
     found: dict[torch.Tensor, ModuleName] = {}
     number = getattr(engine, "stage_id", 0)  # only a pipeline's engine has a stage
     stage = f".stage{number}" if number else ""
-    for group, params in enumerate(_groups(engine.optimizer)):
+    optimizer, groups = engine.optimizer, []  # ZeRO's classes fail on such parameters
+    if isinstance(optimizer, FP16_Optimizer | FP16_UnfusedOptimizer):
+        groups = optimizer.fp16_groups
+    elif isinstance(optimizer, torch.optim.Optimizer):
+        groups = [group["params"] for group in optimizer.param_groups]
+    for group, params in enumerate(groups):
         own = [param for param in params if param not in engine.param_names]
         found |= {param: ModuleName(optimizer_only_name(group, index) + stage) for index, param in enumerate(own)}
     return found
-
-
-def _groups(optimizer: Any) -> Sequence[Sequence[torch.Tensor]]:
-    """Return the tensors that an optimizer steps on, as the model has them."""
-    if isinstance(optimizer, FP16_Optimizer | FP16_UnfusedOptimizer):
-        groups: Sequence[Sequence[torch.Tensor]] = optimizer.fp16_groups
-        return groups
-    if isinstance(optimizer, torch.optim.Optimizer):
-        return [group["params"] for group in optimizer.param_groups]
-    return []  # ZeRO's classes fail on them

@@ -97,7 +97,11 @@ def _can_take_over(
 ) -> bool:
     """Return whether DeepSpeed would restore on this rank what the options ask for."""
     if only_evaluates(engine):
-        return _has_weights_for(checkpoint, engine, options)
+        saved, live = checkpoint.topology, engine_topology(engine)
+        # DeepSpeed doesn't find weights where ZeRO-3 is on either side. In bf16 it asks for optimizer states that aren't there.
+        looks_for_states = engine.optimizer is not None and options.optimizer_states
+        same = (saved.tp, saved.pp) == (live.tp, live.pp)
+        return same and max(saved.zero_stage, live.zero_stage) < 3 and not looks_for_states
     if not options.optimizer_states and not (options.load_module_only and checkpoint.topology.zero_stage == 0):
         return False  # DeepSpeed leaves the weights of ZeRO-3, or without ZeRO their masters, as they were
     if options.custom_load_fn is not None and not isinstance(engine, PipelineEngine):
@@ -121,20 +125,6 @@ def _holds_data_alone(checkpoint: DeepSpeedCheckpoint, engine: Engine, trusting:
         logger.warning("the load isn't left to DeepSpeed, which would unpickle a file that isn't data alone: %s", error)
         return False
     return True
-
-
-def _has_weights_for(checkpoint: DeepSpeedCheckpoint, engine: Engine, options: LoadOptions) -> bool:
-    """Return whether DeepSpeed finds the weights of an engine without an optimizer where it looks for them.
-
-    It doesn't under ZeRO-3 on either side. For an engine in bf16 it asks for optimizer states that aren't there.
-    """
-    saved, live = checkpoint.topology, engine_topology(engine)
-    looks_for_states = engine.optimizer is not None and options.optimizer_states
-    return (
-        (saved.tp, saved.pp) == (live.tp, live.pp)
-        and max(saved.zero_stage, live.zero_stage) < 3
-        and not looks_for_states
-    )
 
 
 def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Engine, optimizer: EngineOptimizer) -> bool:
@@ -168,18 +158,19 @@ def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Engine, optimizer: E
 
 
 def _finds_own_files(checkpoint: DeepSpeedCheckpoint, engine: Engine, names: ModelNames) -> bool:
-    """Return whether DeepSpeed finds this rank's partition under the name it looks for, and under ZeRO-3 what it expects for
-    weights.
+    """Return whether DeepSpeed finds this rank's partition under the name it looks for
+    (``runtime/engine.py::_get_all_zero_checkpoints``), and under ZeRO-3 what it expects for weights.
 
     Before 0.6.2 the files of bf16 were named as others are, and the placeholder of a partitioned weight had an element.
     """
     if checkpoint.topology.zero_stage == 0:
         return True
-    if not own_partition(checkpoint.path, engine).is_file():
+    rank, partition = model_parallel_rank(engine), dist.get_rank(group=engine.optimizer.dp_process_group)
+    place = str(checkpoint.path.parent), checkpoint.path.name
+    if not Path(engine._get_rank_zero_ckpt_name(*place, rank, partition, engine.bfloat16_enabled())).is_file():
         return False
     if checkpoint.topology.zero_stage < 3:
         return True
-    rank, partition = model_parallel_rank(engine), dist.get_rank(group=engine.optimizer.dp_process_group)
     held = checkpoint.files.model_states(rank, partition)["module"]
     cut = (name for param, name in names.of_parameters.items() if hasattr(param, "ds_tensor") and name in held)
     return all(held[name].numel() == 0 for name in cut)
@@ -300,15 +291,10 @@ def _same_states(
 
 
 def files_to_unpickle(folder: Path, held: Collection[str], engine: Engine) -> list[Path]:
-    """Return the files that DeepSpeed reads on this rank, by its own names for them (``runtime/engine.py::_load_checkpoint``).
-
-    Args:
-        folder: the tag's folder.
-        held: names of the files in it.
-        engine: the engine that loads.
-    """
+    """Return the files that DeepSpeed reads on this rank, by its own names for them (``runtime/engine.py::_load_checkpoint``), of
+    those ``held`` in the tag's folder."""
     place = str(folder.parent), folder.name
-    listed = [*_first_and_own(engine._get_all_ckpt_names(*place), model_parallel_rank(engine), engine.mp_world_size)]
+    listed = _first_and_own(engine._get_all_ckpt_names(*place), model_parallel_rank(engine), engine.mp_world_size)
     if isinstance(engine, PipelineEngine):
         rank, degree = engine.grid.get_slice_parallel_rank(), engine.grid.get_slice_parallel_world_size()
         module: PipelineModule = engine.module
@@ -324,12 +310,11 @@ def files_to_unpickle(folder: Path, held: Collection[str], engine: Engine) -> li
     return [path for path in map(Path, listed) if path.is_file()] + _experts(folder, held, engine, names)
 
 
-def _first_and_own(files: list[str], rank: int, degree: int) -> Iterator[str]:
-    """Yield the first file of a sorted list, which DeepSpeed looks into, and the rank's own, which it reads
+def _first_and_own(files: list[str], rank: int, degree: int) -> list[str]:
+    """Return the first file of a sorted list, which DeepSpeed looks into, and the rank's own, which it reads
     (``runtime/state_dict_factory.py``)."""
-    if files:
-        yield files[0]
-        yield from (files[index] for index in {rank * len(files) // degree} if index < len(files))
+    own = rank * len(files) // degree
+    return [*files[:1], *files[own : own + 1]]
 
 
 def _partitions(engine: Engine, place: tuple[str, str]) -> list[str]:
@@ -344,14 +329,6 @@ def _partitions(engine: Engine, place: tuple[str, str]) -> list[str]:
         for partition in every
         for bf16 in (True, False)
     ]
-
-
-def own_partition(folder: Path, engine: Engine) -> Path:
-    """Return the optimizer's file that DeepSpeed reads on this rank under ZeRO
-    (``runtime/engine.py::_get_all_zero_checkpoints``)."""
-    place = str(folder.parent), folder.name, model_parallel_rank(engine)
-    partition = dist.get_rank(engine.optimizer.dp_process_group)
-    return Path(engine._get_rank_zero_ckpt_name(*place, partition, engine.bfloat16_enabled()))
 
 
 def _experts(folder: Path, held: Collection[str], engine: Engine, names: ModelNames) -> list[Path]:

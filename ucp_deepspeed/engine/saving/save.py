@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -314,15 +314,15 @@ def _layer_keys(engine: Engine) -> dict[str, str]:
     Collective over the model-parallel group."""
     if not isinstance(engine, PipelineEngine):
         return {}
-    return {key: name for held in gather_model_parallel(engine, dict(_tied_keys(engine))) for key, name in held.items()}
-
-
-def _tied_keys(engine: Engine) -> Iterator[tuple[str, str]]:
     module: PipelineModule = engine.module
-    for layer, spec in enumerate(module._layer_specs):
-        if isinstance(spec, TiedLayerSpec) and spec.forward_fn is None and spec.key in engine.module.tied_modules:
-            for local_name in engine.module.tied_modules[spec.key].state_dict():
-                yield f"{layer}.{local_name}", f"{TIED}{spec.key}.{local_name}"
+    tied = engine.module.tied_modules
+    mine = {
+        f"{layer}.{local_name}": f"{TIED}{spec.key}.{local_name}"
+        for layer, spec in enumerate(module._layer_specs)
+        if isinstance(spec, TiedLayerSpec) and spec.forward_fn is None and spec.key in tied
+        for local_name in tied[spec.key].state_dict()
+    }
+    return {key: name for held in gather_model_parallel(engine, mine) for key, name in held.items()}
 
 
 def _group_numbers(
