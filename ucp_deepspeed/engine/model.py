@@ -127,6 +127,8 @@ def describe_model(engine: Engine) -> EngineModel:
     kinds: dict[CatalogName, HeldKind] = {}
     for name, (kind, _) in chain.from_iterable(stage.shapes.items() for stage in stages):
         kinds[name] = _joint((kinds.get(name, kind), kind))
+    # DeepSpeed marks an expert's parameters with the group that holds them, and its buffers with nothing.
+    marked = {name for name in local if kinds[name] != "buffer" or expert_of(name) is None}
     tensors: dict[str, EngineTensor] = {
         name: EngineTensor(
             name,
@@ -134,10 +136,7 @@ def describe_model(engine: Engine) -> EngineModel:
             tuple(shape for stage in stages for shape in stage.local_shapes(name, topology.tp)),
             kind == "idle",
             local.get(name),
-            # DeepSpeed marks an expert's parameters with the group that holds them, and its buffers with nothing.
-            None
-            if name not in local or (kind == "buffer" and expert_of(name) is not None)
-            else replica_group(engine, local[name]),
+            replica_group(engine, local[name]) if name in marked else None,
             first_element(local[name]) if name in local else 0,
         )
         for name, kind in kinds.items()
@@ -164,14 +163,8 @@ def _tied(engine: Engine, names: ModelNames) -> dict[str, str]:
     return {
         names.in_model(name): first[param]
         for name, param in engine.module.named_parameters(remove_duplicate=False)
-        if param in first and torch.Size(local_shape(param)).numel() and names.in_model(name) != first[param]
+        if param in first and has_elements(param) and names.in_model(name) != first[param]
     }
-
-
-def _is_expert_buffer(name: str, kind: HeldKind) -> bool:
-    """Return whether a tensor is an expert's buffer: DeepSpeed marks an expert's parameters with the group that holds them, and
-    its buffers with nothing."""
-    return kind == "buffer" and expert_of(name) is not None
 
 
 def engine_topology(engine: Engine) -> Topology:

@@ -158,8 +158,8 @@ def restore_random_state(engine: Engine, saved: RandomState | None) -> None:
     """
     streams, place = _live_streams(engine), _place(engine)
     identities = {name: stream.identity for name, stream in streams.items()}
-    mine = None if saved is None else saved.model_copy(update={"streams": {}})
-    ranks = gathered((place, identities, mine))  # without the streams
+    mine = None if saved is None else saved.model_copy(update={"streams": {}})  # others need none of them
+    ranks = gathered((place, identities, mine))
     _, _, origin = ranks[0]
     if origin is None:
         if place.rank == 0:

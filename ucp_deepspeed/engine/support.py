@@ -45,8 +45,7 @@ logger = logging.getLogger("ucp_deepspeed")
 
 
 def check_engine(engine: Engine) -> None:
-    """Refuse an engine that this release can't handle, or leave it to DeepSpeed; called when it is built.
-    Collective.
+    """Refuse an engine that this release can't handle, or leave it to DeepSpeed; called when it is built. Collective.
 
     Raises:
         UnsupportedError: the kind of mixture-of-experts layers, the optimizer's class, or the place where its settings keep its
