@@ -68,6 +68,7 @@ class LoadReport:
             replicas read together, it counts this rank's part.
         files: files that bytes came from.
         seconds: from the call to the return.
+        restored: parameters and buffers that took the checkpoint's values, under logical names.
         initialised: parameters that kept the model's values, in whole, in further rows, or in their optimizer states alone.
         dropped: parameters of the checkpoint for which the model has no place, or no place for their optimizer states.
         unread: keys of the client state that couldn't be read and were left out.
@@ -83,6 +84,7 @@ class LoadReport:
     bytes_needed: int
     files: int
     seconds: float
+    restored: tuple[str, ...]
     initialised: tuple[str, ...]
     dropped: tuple[str, ...]
     kept_settings: tuple[str, ...] = ()
@@ -222,6 +224,7 @@ class _Plan:
             bytes_needed=planned.bytes_needed,
             files=len(read.files),
             seconds=seconds,
+            restored=tuple(self.pair.matching.restored),
             initialised=planned.initialised,
             dropped=planned.dropped,
             kept_settings=self.settings.kept,
