@@ -264,7 +264,10 @@ def test_a_plan_foretells_the_load(case: Case, ranks: Ranks, tmp_path: Path) -> 
             continue
         assert plan.possible, (policies, [str(obstacle) for obstacle in plan.obstacles])
         for lists in ("restored", "initialised", "dropped"):
-            assert set(getattr(plan, lists)) == {name for report in reports for name in getattr(report, lists)}, (policies, lists)
+            assert set(getattr(plan, lists)) == {name for report in reports for name in getattr(report, lists)}, (
+                policies,
+                lists,
+            )
         places = [divmod(rank.model_parallel_rank, model.tp) for rank in plan.ranks]
         read = sorted(
             (stage, rank.data_parallel_rank, tensor_parallel, rank.bytes_read)
