@@ -5,7 +5,7 @@ Needs torch, and neither DeepSpeed nor Megatron-Core. Use it as ``ucp_deepspeed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -34,7 +34,7 @@ from ucp_deepspeed.language.resolve import describe
 from ucp_deepspeed.layout import Box, Layout, Shape, Topology
 from ucp_deepspeed.transfer.copying import FileReader, gather
 
-Index: TypeAlias = "SupportsIndex | slice | EllipsisType | Sequence[Any]"
+Index: TypeAlias = "SupportsIndex | slice | EllipsisType | tuple[SupportsIndex | slice | EllipsisType, ...]"
 """An index as in ``tensor[…]``: an integer, a slice, or several of these for the first dimensions, also with an ellipsis."""
 
 
@@ -228,7 +228,9 @@ class OpenCheckpoint:
 
 def _boxed(index: Index, shape: Shape, name: str) -> tuple[Box, tuple[int | slice, ...]]:
     """Return the box of a tensor that an index needs, and the index into that box."""
-    parts = list(index) if isinstance(index, Sequence) and not isinstance(index, str) else [index]
+    parts: list[Any] = list(index) if isinstance(index, tuple) else [index]
+    if parts.count(Ellipsis) > 1:
+        raise TypeError(f"index {index!r} has several ellipses")
     if (dots := [place for place, part in enumerate(parts) if part is Ellipsis]) and len(parts) <= len(shape) + 1:
         parts[dots[0] : dots[0] + 1] = [slice(None)] * (len(shape) - len(parts) + 1)
     if len(parts) > len(shape):
@@ -251,5 +253,5 @@ def _boxed(index: Index, shape: Shape, name: str) -> tuple[Box, tuple[int | slic
             bounds.append((part % extent, part % extent + 1))
             rest.append(0)
         else:
-            raise TypeError(f"index {part!r} is neither an integer, a slice nor an ellipsis")
+            raise TypeError(f"index {part!r} is neither an integer, a slice, an ellipsis nor a tuple of these")
     return Box(tuple(low for low, _ in bounds), tuple(high for _, high in bounds)), tuple(rest)

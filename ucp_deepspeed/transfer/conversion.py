@@ -88,7 +88,7 @@ def _with_copies(view: UniversalView, on_differing: OnDiffering, ranks: Ranks) -
     settled = settle(view.checkpoint, copies, found, on_differing)
     settled.check(view.checkpoint)
     if settled.told and ranks.rank == 0:
-        logger.warning("of different values one is written: %s", "; ".join(settled.told))
+        logger.warning("pipeline stages hold different values; one is written: %s", "; ".join(settled.told))
     return view.over(with_copies_of(view.checkpoint, settled.stages))
 
 

@@ -58,7 +58,7 @@ from ucp_deepspeed.plan import Fragment
 
 
 class DeepSpeedCheckpoint(Checkpoint):
-    """A tag folder that DeepSpeed wrote. See `Checkpoint`.
+    """A tag folder that DeepSpeed wrote. See `Checkpoint`. A long class, since its answers rest on one another and are kept.
 
     Opening reads the files that tell the topology. Asking for the parameters reads the metadata of each model-parallel rank's
     model_states file and of one optimizer file per model-parallel rank. Other optimizer files are opened when a fragment in them

@@ -83,7 +83,8 @@ def layer_file(file_name: str) -> tuple[int, int] | None:
 
 
 class DeepSpeedFiles:
-    """A tag folder that DeepSpeed wrote. A file that was opened once stays in memory.
+    """A tag folder that DeepSpeed wrote. A file that was opened once stays in memory. A long class, of short answers about one
+    folder.
 
     Attributes:
         path: the folder.

@@ -335,9 +335,9 @@ def _log(report: LoadReport, checkpoint: Checkpoint, model: EngineModel, rounded
             checkpoint.run.precision,
         )
     for level, what, told in (
-        (logging.WARNING, "of different values one was read", "; ".join(report.copies)),
+        (logging.WARNING, "pipeline stages hold different values; one was read", "; ".join(report.copies)),
         (logging.WARNING, "numbers that differed became one", "; ".join(report.merged)),
-        (logging.WARNING, "of the client state was left out, unread", ", ".join(report.unread)),
+        (logging.WARNING, "entries of the client state were left out, unread", ", ".join(report.unread)),
         (logging.INFO, "the engine's own settings were kept", "; ".join(report.kept_settings)),
     ):
         if told:

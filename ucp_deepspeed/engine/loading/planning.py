@@ -53,7 +53,7 @@ def pair_with(checkpoint: Checkpoint, model: EngineModel, policies: Policies) ->
         names, parameters = found.names.source, found.checkpoint.parameters
         source: dict[str, Parameter] = {names[name]: parameter for name, parameter in parameters.items()}
         if hint := renaming_hint(source, found.tensors):
-            logger.warning("of what is left out, and what keeps the model's values: %s", hint)
+            logger.warning("perhaps parameters were renamed: %s", hint)
     if unknown := per_rank(found.patterns):
         logger.info("no layout is known of %d parameters: each tensor-parallel rank takes its own share", len(unknown))
     return found

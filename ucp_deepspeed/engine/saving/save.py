@@ -240,8 +240,8 @@ def _warn_of_forms(model: EngineModel) -> None:
     }
     if strange and dist.get_rank() == 0:
         logger.warning(
-            "of these dtypes, or in another order of elements than row-major, DeepSpeed alone can load what it saves, on the "
-            "same topology: %s",
+            "these tensors have dtypes that no universal load reads, or their elements aren't in row-major order; DeepSpeed "
+            "loads them on the same topology: %s",
             ", ".join(f"{name} ({form})" for name, form in strange.items()),
         )
 
@@ -267,14 +267,16 @@ def _warn_if_unreadable(engine: Engine, folder: Path) -> None:
         unread = open_here(engine, folder).unreadable()
         if unread:
             logger.warning(
-                "of the client state that was just saved DeepSpeed alone can read some, on the same topology; other loads need "
-                '"on_unreadable": "drop", which leaves it out: %s',
+                "some entries of the client state that was just saved are read by DeepSpeed alone, on the same topology; other "
+                'loads need "on_unreadable": "drop", which leaves them out: %s',
                 ", ".join(f"{key} ({kind})" for key, kind in unread.items()),
             )
     except UniversalCheckpointError as error:
         logger.warning("what was just saved can be loaded by DeepSpeed alone, on the same topology: %s", error)
     except Exception as error:  # too little memory, or too few descriptors
-        logger.warning("whether %s can be loaded couldn't be told: %s: %s", folder, type(error).__name__, error)
+        logger.warning(
+            "%s was saved; an error came when it was looked into: %s: %s", folder, type(error).__name__, error
+        )
 
 
 def _commit(manifest: Manifest, folder: Path) -> None:

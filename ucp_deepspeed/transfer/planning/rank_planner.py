@@ -397,10 +397,10 @@ def _differing_hint(parameter: Parameter, first: Parameter) -> str:
 def _other_states_hint(missing: Set[str], extra: Set[str], from_zero: Set[str]) -> str:
     """Return a hint for an optimizer that keeps other states: common states needn't be lost, unless one side lacks a number."""
     if missing - from_zero:
-        return f"; the optimizer that saved them takes them all, {RESET_HINT}"
+        return f"; go on with the optimizer that saved them, or {RESET_HINT}"
     ways = [f'"on_missing": "init" starts {sorted(missing)} at zero'] if missing else []
     ways += [f'"on_extra": "drop" leaves {sorted(extra)} out'] if extra else []
-    return f"; the optimizer that saved them takes them all, for this one {' and '.join(ways)}"
+    return f"; go on with the optimizer that saved them, or: {' and '.join(ways)}"
 
 
 def _alike(slot: TargetSlot, state: str, common: Set[str]) -> tuple[Interval, ...]:
