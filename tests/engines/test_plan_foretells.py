@@ -157,6 +157,12 @@ CASES = [
     Case("groups divided", target={"groups": "decay"}),
     Case("half precision", target={"precision": "bf16"}),
     Case("another optimizer", target={"optimizer": ("SGD", {"lr": 1e-3, "momentum": 0.9})}, steps=1),
+    Case(
+        "an optimizer that keeps nothing",
+        target={"optimizer": ("SGD", {"lr": 1e-3})},
+        policies=({}, DROP, RESET),
+        steps=1,
+    ),
     Case("an optimizer that keeps less", target={"optimizer": ("RMSprop", {"lr": 1e-3})}, steps=1),
     *(
         Case(

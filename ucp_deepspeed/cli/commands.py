@@ -152,8 +152,8 @@ PLAN = Command(
         *READING,
         checkpoint(
             "--model",
-            help="A checkpoint of the model to load into, where its parameters aren't CKPT's: one saved before the first step, "
-            "say.",
+            help="A checkpoint of the model to load into, where its parameters aren't CKPT's: one saved after a first step, "
+            "which tells what the optimizer keeps.",
         ),
         *(choice(name, values, help="As in the config block.") for name, values in POLICIES.items()),
         option("--json", "as_json", is_flag=True, help="Print one JSON object instead, with all ranks."),

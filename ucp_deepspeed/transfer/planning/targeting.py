@@ -207,6 +207,8 @@ class _Planner:
         self.pair, self.view, self.unchanged, self.only = found, view, unchanged, only
         self.topology, self.policies, self.obstacles = found.model.topology, found.policies, found.obstacles
         self._shapes = {name: tensor.local_shapes for name, tensor in found.tensors.items()}
+        self._stepped = view.checkpoint.run.global_steps > 0 and view.checkpoint.lacking is None
+        self._keeps_any = any(each.scalars or len(each.states) > 1 for each in view.parameters.values())
 
     def plan(self) -> TargetPlan:
         lacking = self.pair.checkpoint.lacking
@@ -264,10 +266,10 @@ class _Planner:
             self.pair.schedule(groups, live)
 
     def _kept_states(self, slot: TargetSlot) -> KeptStates | None:
-        """Return the states that the optimizer of the model to load into has made; None where it has made none yet."""
+        """Return the states that the optimizer of the model to load into has made; None where it may make some later."""
         found = self.view.parameters[slot.names[0]]
         elementwise, scalars = frozenset(found.states.keys() - {MASTER}), frozenset(found.scalars)
-        if not (elementwise or scalars):
+        if not (elementwise or scalars) and (self._keeps_any or not self._stepped):
             return None
         return KeptStates(elementwise, scalars, elementwise, elementwise | scalars | found.refused.keys())
 
@@ -310,6 +312,8 @@ class _Planner:
                 "layers are dealt out evenly over the stages; the engine's partition_method may cut elsewhere, and stages that "
                 "share a tied weight each read it"
             )
+        if not (self.unchanged or self._keeps_any or self._stepped):
+            yield "the model was saved before its first step: nothing tells which states its optimizer keeps, and any seem to fit"
         layers = [name for name in self.view.parameters if name.startswith(TIED) or name.split(".")[0].isdecimal()]
         if layers and self.topology.pp == 1:
             yield (
