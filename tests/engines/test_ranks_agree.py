@@ -240,6 +240,29 @@ def test_a_method_as_custom_load_function_is_called_on_its_own_object(load: str,
     assert all(ranks(2).run(load_with_a_method, run, str(two_steps)))
 
 
+def load_where_rank_1_fails(run: Run, load: str, where: str) -> str:
+    """On a rank: what it is told when the user's function, or the scheduler, raises on rank 1 after the engine was filled."""
+    engine = build_engine(run)
+
+    def fail(*_: Any, **__: Any) -> None:
+        if dist.get_rank() == 1:
+            raise KeyError("planted")
+
+    if where == "scheduler":
+        engine.lr_scheduler.load_state_dict = fail
+    with pytest.raises((KeyError, UniversalCheckpointError)) as caught:
+        engine.load_checkpoint(load, custom_load_fn=fail if where == "function" else None)
+    return repr(caught.value)
+
+
+@pytest.mark.parametrize("where", ["function", "scheduler"])
+def test_a_users_error_on_one_rank_is_raised_on_all(where: str, two_steps: Path, ranks: Ranks) -> None:
+    """The others used to wait for ever."""
+    run = replace(MLP, universal={"enabled": True, "load": "always"})
+    other, own = ranks(2).run(load_where_rank_1_fails, run, str(two_steps), where, timeout=60.0)
+    assert own == "KeyError('planted')" and "rank 1: KeyError: 'planted'" in other
+
+
 def changed_load(
     stage: int, moment: str, how: str, two_steps: Path, ranks: Ranks, tmp_path: Path
 ) -> list[tuple[str, bool]]:

@@ -52,8 +52,8 @@ class Region:
     @property
     def key(self) -> tuple[object, ...]:
         """Its fields but for the place, in brief: equal for equal content."""
-        shape = self.layout.logical_shape
-        return self.name, self.state, self.dtype, shape, self.rank, self.local_start, self.numel
+        shape, held = self.layout.logical_shape, self.layout.locals[self.rank]
+        return self.name, self.state, self.dtype, shape, held, self.local_start, self.numel
 
     @property
     def is_padded(self) -> bool:

@@ -176,3 +176,10 @@ def test_parts_lie_side_by_side_and_elements_on_their_boundaries() -> None:
     for parts in ((Literal(b"ab"), Literal(b"c", 1)), (Literal(b"abc", 2),), (region,)):
         with pytest.raises(AssertionError):
             OutputFile("file", 4, parts)
+
+
+def test_regions_with_other_boxes_have_other_keys() -> None:
+    """Ranks compare them: boxes of one size used to count as the same."""
+    boxes = [Box((low, 0), (low + 8, 4)) for low in (0, 8)]
+    keys = {Region("a", "fp32", "F32", Layout.around((32, 4), box), 0, 0, 32).key for box in boxes}
+    assert len(keys) == 2

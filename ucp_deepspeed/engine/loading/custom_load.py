@@ -18,6 +18,7 @@ from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
 from ucp_deepspeed.checkpoint.torch_files.reading import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.deepspeed_surface import autoep_layers
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import WEIGHT_DTYPES, EngineModel
@@ -70,8 +71,12 @@ def run_custom_load(
     function: Callable[..., None],
     source: dict[str, torch.Tensor],
 ) -> None:
-    """Call the user's function with whole weights, and take over its changes into the masters. Collective."""
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=0):
+    """Call the user's function with whole weights, and take over its changes into the masters. Collective.
+
+    Raises:
+        Exception: the function's own; on the other ranks, that it failed.
+    """
+    with agreement(), deepspeed.zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=0):
         function(src=source, dst=engine.module)
     optimizer.begin()
     with torch.no_grad():

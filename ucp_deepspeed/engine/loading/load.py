@@ -182,7 +182,6 @@ def _load_universal(engine: Engine, checkpoint: Checkpoint, options: LoadOptions
     _restore_rest(engine, optimizer, options, plan)
     # 4. Tell what was done.
     engine.universal_checkpoint_report = report = plan.report(optimizer, read, time.monotonic() - started)
-    dist.barrier()
     _log(report, plan.pair.checkpoint, plan.model, policies.rounded)
     return plan.path, _without_restored(plan.state, options)
 
@@ -273,16 +272,18 @@ def _planned(
 
 
 def _restore_rest(engine: Engine, optimizer: EngineOptimizer, options: LoadOptions, plan: _Plan) -> None:
-    """Take over all that isn't a tensor of model or optimizer."""
-    for module, value in plan.extra_states:
-        module.set_extra_state(value)
+    """Take over all that isn't a tensor of model or optimizer; what the user's classes raise on one rank is raised on all."""
+    with agreement():
+        for module, value in plan.extra_states:
+            module.set_extra_state(value)
     if options.custom_load_fn is not None:
         run_custom_load(engine, plan.model, optimizer, options.custom_load_fn, plan.source)
     reset = plan.filling.policies.optimizer_states == "reset"
-    restore_run(engine, plan.pair.checkpoint, optimizer, options, plan.settings.values, plan.schedule, reset)
-    keep_layouts(engine, known_by_plan(plan.pair))
-    if not options.load_module_only:
-        restore_data_schedules(engine, plan.state)
+    with agreement():
+        restore_run(engine, plan.pair.checkpoint, optimizer, options, plan.settings.values, plan.schedule, reset)
+        keep_layouts(engine, known_by_plan(plan.pair))
+        if not options.load_module_only:
+            restore_data_schedules(engine, plan.state)
 
 
 def _client_state(
