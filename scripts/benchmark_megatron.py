@@ -29,7 +29,7 @@ def load(shapes: Mapping[str, tuple[int, ...]], folder: str) -> Measured:
 
 
 def save(shapes: Mapping[str, tuple[int, ...]], dims: Mapping[str, int | None], folder: str) -> None:
-    """The same state, cut as ``dims`` says; None where every rank has a tensor whole."""
+    """Save the benchmark's state. ``dims`` tells along which dimension ranks cut a tensor; None where each has it whole."""
     state = _state(shapes, dims)
     from megatron.core import dist_checkpointing
 

@@ -32,7 +32,7 @@ def differences(first: Path, second: Path, spec: str | None = None) -> list[str]
 
 
 def shared_differences(first: Path, second: Path, spec: str | None = None) -> list[str]:
-    """The same, without hyper-parameters that only one side's optimizer class has (torch's AdamW has ``amsgrad``)."""
+    """Return `differences` without hyper-parameters that only one side's optimizer class has (torch's AdamW has ``amsgrad``)."""
     return [line for line in differences(first, second, spec) if not line.endswith((" only in A", " only in B"))]
 
 

@@ -71,7 +71,7 @@ def nvme_run(folder: Path | None = None, **changes: Any) -> Run:
 
 
 def nvme_parameters_run() -> Run:
-    """The same with the parameters there, and the states on the CPU; for `build_on_nvme`."""
+    """Return a run with parameters on NVMe and states on the CPU; for `build_on_nvme`."""
     nvme = {"device": "nvme", "buffer_size": 1_500_000, "pin_memory": False}
     offload = {"offload_param": nvme, "offload_optimizer": {"device": "cpu", "pin_memory": False}}
     return Run("mlp", size={"ffn": 30001}, zero={"stage": 3, **offload})

@@ -66,7 +66,7 @@ def test_each_expert_is_one_parameter(ranks: Ranks, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_losses_go_on(stage: int, ranks: Ranks, tmp_path: Path) -> None:
-    """The same loss as without interruption, on other expert-parallel sizes; sums of floats in another order differ a little."""
+    """Losses go on as without interruption, on other expert-parallel sizes. Sums of floats in another order differ a little."""
     whole_run = ranks(4).run(train, moe(2, stage), LAST_STEP, save=str(tmp_path), save_at=STEP)[0].losses
     same = ranks(4).run(train, moe(2, stage), LAST_STEP, load=str(tmp_path))[0]
     assert same.report is None and same.losses == {step: whole_run[step] for step in same.losses}

@@ -281,7 +281,7 @@ DROPPING = {
 
 
 def with_curriculum(leg: Leg, clusters: Path) -> Leg:
-    """The same with DeepSpeed's curriculum sampler and random layer-token dropping, which draw on rank 0 and count for all."""
+    """Add DeepSpeed's curriculum sampler and random layer-token dropping to a leg. Both draw on rank 0 and count for all."""
     learning = {"enabled": True, "data_cluster_path": str(clusters), **CURRICULUM}
     efficiency = {
         "enabled": True,

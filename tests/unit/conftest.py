@@ -35,7 +35,7 @@ def two(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def one(tmp_path: Path) -> Path:
-    """The same state on one tensor-parallel rank."""
+    """A checkpoint of the common model, saved on one tensor-parallel rank."""
     return write_native(tmp_path / "one", model_of(), NativeRun(dp=2, stage=2))
 
 

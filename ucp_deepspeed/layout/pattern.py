@@ -79,7 +79,7 @@ class Unique(_Whole):
 
 @dataclass(frozen=True, slots=True)
 class Replicate(_Whole):
-    """The same values on every rank: any rank's copy serves (norms, row-parallel biases)."""
+    """Each rank has the whole parameter with the same values, so any copy serves (norms, row-parallel biases)."""
 
     kind = "replicated"
     pattern: Literal["replicate"] = "replicate"
@@ -327,7 +327,7 @@ class PerRank:
         return (len(local_shapes), *_common_shape(local_shapes, "per-rank"))
 
     def local_shapes(self, logical_shape: Shape, degree: int) -> tuple[Shape, ...]:
-        """The same shape for each rank, as many as in the logical shape."""
+        """Each rank's shape: the logical one without its first dimension, which is the number of ranks."""
         if logical_shape[0] != degree:
             raise ValueError(f"no layout is known, and {logical_shape[0]} shares can't become {degree}")
         return (logical_shape[1:],) * degree

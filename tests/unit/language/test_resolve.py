@@ -130,7 +130,7 @@ def test_shapes_that_the_spec_denies() -> None:
 
 
 def test_shapes_choose_between_families() -> None:
-    """The same names: an ungated model, by the rows of its first layer."""
+    """Two families have these names. The rows of the first layer tell that the model has no gate."""
     layer = "decoder.layers.0.mlp.linear_"
     names = [f"{layer}fc1.weight", f"{layer}fc2.weight"]
     with pytest.raises(SpecError, match="both fit and disagree"):

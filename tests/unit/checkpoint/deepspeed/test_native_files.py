@@ -47,7 +47,7 @@ class Case:
 
     @property
     def donor(self) -> Run:
-        """The same run, laid out so that DeepSpeed's own accessors read whole optimizer states correctly."""
+        """The run in a layout of which DeepSpeed's own accessors read whole optimizer states correctly."""
         zero = {key: value for key, value in self.run.zero.items() if key != "round_robin_gradients"}
         return replace(self.run, zero=zero, groups="one")
 
