@@ -74,4 +74,4 @@ class FormatError(UnsupportedError):
 
 
 class MismatchError(ListingError):
-    """Source and target don't fit together: lists every parameter concerned."""
+    """Source and target don't fit together: lists every problem, by the parameter concerned or the first of several."""
