@@ -12,6 +12,7 @@ from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.cli.options import NO
 from ucp_deepspeed.cli.output import Row, in_words, print_json, print_labelled, print_lines, print_rows
+from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.errors import ConfigError, listed
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.layout import Topology
@@ -51,7 +52,9 @@ def show(
     policies = Policies(on_missing == "init", on_extra == "drop", optimizer_states, differing=on_differing)
     target = None if model is None else open_checkpoint(model)
     own_spec = None if spec is None else load_spec(spec)
-    plan = plan_target(opened, Topology(tp, pp, dp, zero, ep), own_spec, vocabulary_size, target, policies)
+    topology = Topology(tp, pp, dp, zero, ep)
+    with shown_progress("ranks planned", in_bytes=False) as progress:
+        plan = plan_target(opened, topology, own_spec, vocabulary_size, target, policies, progress=progress)
     if as_json:
         source = {"path": str(opened.path), "form": opened.form, "source": asdict(opened.topology)}
         print_json(source | _report(plan, opened.path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,6 +151,16 @@ def test_of_many_ranks_both_ends(sharded: Path, spec_file: Path, ucp: Ucp) -> No
     assert cells(result, 17) == ["…", "4", "more"]
     assert cells(result, 18)[:3] == ["all", "424", "B"]
     assert len(json.loads(ucp(*args, "--json").stdout)["ranks"]) == 20
+
+
+def test_of_many_ranks_it_shows_how_far_it_is(
+    sharded: Path, spec_file: Path, ucp: Ucp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ucp_deepspeed.tunables.TOLD_SECONDS", 0.0)
+    args = ("plan", sharded, "--dp", 20, "--zero", 1, "--spec", spec_file)
+    assert re.match(r"ranks planned: 1 of 20 \(5%\), [\d,]+/s, \d:\d\d left\n", ucp(*args).stderr)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "20/20 ranks planned" in re.sub(r"\x1b\[[\d;?]*\w", "", ucp(*args).stderr)
 
 
 def test_impossible_by_parameter(sharded: Path, spec_file: Path, ucp: Ucp) -> None:

@@ -5,7 +5,7 @@ Local shapes follow from the patterns alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
@@ -107,6 +107,7 @@ def plan_target(
     model: Checkpoint | None = None,
     policies: Policies = RESTORE_ALL,
     only: Collection[RankNumber] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TargetPlan:
     """Plan the ranks of a topology; read no tensors.
 
@@ -114,6 +115,7 @@ def plan_target(
         only: leave out all other ranks, and obstacles on these alone; the cost depends on these ranks, not on how many there are.
         model: a checkpoint with the parameters of the model to load into, where the model has changed.
         policies: what the load may do beside restoring.
+        progress: called with (ranks planned, ranks to plan) after each.
         spec: the spec that the user named; without it, unknown layouts are an obstacle.
         vocabulary_size: rows of the vocabulary without padding; by default what the checkpoint records.
 
@@ -144,7 +146,7 @@ def plan_target(
         return TargetPlan(topology, None, reset, tuple(obstacles), tuple(obstacles.remedies))
     if model is None:
         check_recorded(checkpoint.unrecorded, policies, obstacles)
-    return _Planner(found, view.under(found.names.target), model is None, only).plan()
+    return _Planner(found, view.under(found.names.target), model is None, only).plan(progress)
 
 
 def describe_target(
@@ -210,7 +212,7 @@ class _Planner:
         self._stepped = view.checkpoint.run.global_steps > 0 and view.checkpoint.lacking is None
         self._keeps_any = any(each.scalars or len(each.states) > 1 for each in view.parameters.values())
 
-    def plan(self) -> TargetPlan:
+    def plan(self, progress: Callable[[int, int], None]) -> TargetPlan:
         lacking = self.pair.checkpoint.lacking
         if lacking is not None and self.policies.optimizer_states == "restore":
             self.obstacles.add(None, lacking.heading)
@@ -225,7 +227,7 @@ class _Planner:
         ranks: tuple[RankPlan, ...] = ()
         if not self.obstacles:
             try:
-                ranks = tuple(self._rank(planner, target) for target in self._targets(self.only))
+                ranks = tuple(self._plan_ranks(planner, progress))
             except MismatchError:
                 if not self.obstacles:
                     raise
@@ -241,6 +243,12 @@ class _Planner:
 
     def _targets(self, only: Collection[RankNumber] | None) -> Iterator[TargetRank]:
         return target_ranks(self.view, self.topology, self._shapes, only)
+
+    def _plan_ranks(self, planner: RankPlanner, progress: Callable[[int, int], None]) -> Iterator[RankPlan]:
+        total = self.topology.model_parallel * self.topology.dp if self.only is None else len(self.only)
+        for number, target in enumerate(self._targets(self.only), 1):
+            yield self._rank(planner, target)
+            progress(number, total)
 
     def _check(self, planner: RankPlanner) -> Iterator[SlotStates]:
         """Check each rank's slots and groups, on one of the data-parallel ranks that hold the same parameters."""
