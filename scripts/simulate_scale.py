@@ -29,7 +29,7 @@ from ucp_deepspeed.checkpoint.deepspeed import files as deepspeed_files
 from ucp_deepspeed.checkpoint.deepspeed import manifest as manifests
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, Manifest, ManifestParameter, ManifestTopology
-from ucp_deepspeed.checkpoint.experts import EXPERTS, expert_of, holder_of, numbers_of_experts
+from ucp_deepspeed.checkpoint.expert_names import EXPERTS, expert_of, holder_of, numbers_of_experts
 from ucp_deepspeed.layout import FlatGroup, Shape, SlicedGroup, Topology
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Shard
 from ucp_deepspeed.transfer.planning.target_ranks import stages_of

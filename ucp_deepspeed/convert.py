@@ -10,7 +10,7 @@ from ucp_deepspeed.cli import main as ucp
 
 def main() -> None:
     """Run the command with the ranks that the environment tells of."""
-    from ucp_deepspeed.transfer.ranks import joined
+    from ucp_deepspeed.transfer.processes import joined
 
     ucp.commands["convert"].main(prog_name="ucp_deepspeed.convert", obj=joined)
 

@@ -19,8 +19,8 @@ from ucp_deepspeed import checkpoint as catalogs
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Deferred, Differing, HeldShapes, Kind, Parameter
 from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
 from ucp_deepspeed.checkpoint.opening import tags_in
-from ucp_deepspeed.checkpoint.torch_files.reading import NAMED_DTYPES
-from ucp_deepspeed.checkpoint.universal.catalog import UniversalCheckpoint
+from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
+from ucp_deepspeed.checkpoint.universal.index import UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import (
     CheckpointNotFoundError,

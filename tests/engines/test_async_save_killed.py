@@ -19,7 +19,7 @@ from deepspeed import comm as dist
 from left_alone import Wrapped
 
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.checkpoint.universal.catalog import PARTIAL_MARK, REPLACED_MARK
+from ucp_deepspeed.checkpoint.universal.index import PARTIAL_MARK, REPLACED_MARK
 from ucp_deepspeed.engine.saving import save
 from ucp_deepspeed.engine.saving.snapshot import FileSnapshot
 from ucp_deepspeed.testing.ranks import RankError, RankPool, free_port

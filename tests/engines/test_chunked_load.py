@@ -14,8 +14,8 @@ from checkpoints import STEP, differences
 from chunked import ChunkedCheckpoint, Grid, write_chunks
 
 from ucp_deepspeed.checkpoint import open_checkpoint, opening
-from ucp_deepspeed.checkpoint.torch_files.reading import NAMED_DTYPES
-from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME
+from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
+from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.testing.ranks import RankPool
 from ucp_deepspeed.testing.runs import Outcome, Run, train

@@ -19,7 +19,7 @@ from odd_optimizers import NormPerTensor
 
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.cli import main
-from ucp_deepspeed.engine.stage_copies import sum_of_bits
+from ucp_deepspeed.engine.differing_copies import sum_of_bits
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step

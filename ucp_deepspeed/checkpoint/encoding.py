@@ -19,7 +19,7 @@ import pydantic_core
 import torch
 from pydantic import BaseModel, ValidationError
 
-from ucp_deepspeed.checkpoint.torch_files.reading import NAMED_DTYPES, TORCH_DTYPES
+from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES, TORCH_DTYPES
 from ucp_deepspeed.errors import DamagedCheckpointError, FormatError, UnsupportedError
 
 _COLLECTIONS: Mapping[str, type[Any]] = {"": list, "$tuple": tuple, "$set": set, "$frozenset": frozenset}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ucp_deepspeed.checkpoint.encoding import same_value
-from ucp_deepspeed.checkpoint.torch_files.reading import read_tensors
+from ucp_deepspeed.checkpoint.torch_files.safe_load import read_tensors
 
 _KEY = "_extra_state"
 

@@ -10,7 +10,7 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.files import is_model_states
-from ucp_deepspeed.checkpoint.universal.catalog import (
+from ucp_deepspeed.checkpoint.universal.index import (
     INDEX_NAME,
     PARTIAL_MARK,
     REPLACED_MARK,

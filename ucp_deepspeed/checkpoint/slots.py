@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Kind
-from ucp_deepspeed.checkpoint.torch_files.reading import TORCH_DTYPES, dtype_of, extent_of, read_tensors, scalar_of
+from ucp_deepspeed.checkpoint.torch_files.safe_load import TORCH_DTYPES, dtype_of, extent_of, read_tensors, scalar_of
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import FlatGroup, Shape, SlotLayout
 

@@ -13,16 +13,16 @@ from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
-from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME
-from ucp_deepspeed.checkpoint.universal.output import UniversalOutput, left_out
+from ucp_deepspeed.checkpoint.universal.atoms_output import UniversalOutput, left_out
+from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.cli.output import in_words
+from ucp_deepspeed.cli.printing import in_words
 from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.transfer.commit import write_atomically
 from ucp_deepspeed.transfer.conversion import convert
-from ucp_deepspeed.transfer.ranks import Ranks
+from ucp_deepspeed.transfer.processes import Ranks
 
 
 def write(

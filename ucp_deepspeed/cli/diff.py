@@ -16,7 +16,7 @@ from ucp_deepspeed.checkpoint.derived import with_copies
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli.options import NO
-from ucp_deepspeed.cli.output import print_json
+from ucp_deepspeed.cli.printing import print_json
 from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import listed

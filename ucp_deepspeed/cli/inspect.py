@@ -15,9 +15,9 @@ from ucp_deepspeed.checkpoint.checkpoint import Differing
 from ucp_deepspeed.checkpoint.differing import in_words as in_words_by_place
 from ucp_deepspeed.checkpoint.encoding import encode
 from ucp_deepspeed.checkpoint.opening import tags_in
-from ucp_deepspeed.checkpoint.torch_files.reading import TORCH_DTYPES
-from ucp_deepspeed.checkpoint.universal.catalog import UniversalCheckpoint
-from ucp_deepspeed.cli.output import (
+from ucp_deepspeed.checkpoint.torch_files.safe_load import TORCH_DTYPES
+from ucp_deepspeed.checkpoint.universal.index import UniversalCheckpoint
+from ucp_deepspeed.cli.printing import (
     Row,
     collapsed,
     in_words,

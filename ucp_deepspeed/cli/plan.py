@@ -11,7 +11,7 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.cli.options import NO
-from ucp_deepspeed.cli.output import Row, in_words, print_json, print_labelled, print_lines, print_rows
+from ucp_deepspeed.cli.printing import Row, in_words, print_json, print_labelled, print_lines, print_rows
 from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.errors import ConfigError, listed
 from ucp_deepspeed.language import load_spec

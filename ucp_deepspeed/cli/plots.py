@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ucp_deepspeed.cli.output import box_in_words, in_words, state_bytes
+from ucp_deepspeed.cli.printing import box_in_words, in_words, state_bytes
 from ucp_deepspeed.errors import ConfigError, UnsupportedError
 from ucp_deepspeed.transfer.planning.target_ranks import layer_of
 from ucp_deepspeed.transfer.planning.targeting import TargetPlan

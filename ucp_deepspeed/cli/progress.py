@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from ucp_deepspeed import tunables
-from ucp_deepspeed.cli.output import in_words
+from ucp_deepspeed.cli.printing import in_words
 
 Progress = Callable[[int, int], None]
 """Called with the number of bytes, or of other things, that are done, and with that of all."""

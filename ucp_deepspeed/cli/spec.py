@@ -14,7 +14,7 @@ import click
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.view import held_shapes, layouts_of, parameter_names
 from ucp_deepspeed.cli.options import NO
-from ucp_deepspeed.cli.output import box_in_words, print_json, print_labelled, print_lines, print_rows
+from ucp_deepspeed.cli.printing import box_in_words, print_json, print_labelled, print_lines, print_rows
 from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.errors import ConfigError, MismatchError, SpecError, UnsupportedError
 from ucp_deepspeed.language import Match, Spec, find_family, load_spec, logical_names, naming_specs, spec_names

@@ -20,7 +20,7 @@ from deepspeed.utils.bwc import (
 
 from ucp_deepspeed.checkpoint.checkpoint import Kind, Precision
 from ucp_deepspeed.checkpoint.deepspeed.recorded_layouts import RecordedLayouts, read_autotp_layouts
-from ucp_deepspeed.checkpoint.experts import expert_of
+from ucp_deepspeed.checkpoint.expert_names import expert_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.deepspeed_surface import dealt_experts, uncut_by_autotp
 from ucp_deepspeed.engine.deepspeed_types import Engine

@@ -12,7 +12,7 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import groups
 
-from ucp_deepspeed.checkpoint.experts import EXPERTS, expert_of, renumbered
+from ucp_deepspeed.checkpoint.expert_names import EXPERTS, expert_of, renumbered
 from ucp_deepspeed.engine.deepspeed_surface import autoep_layers
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.language.name_spaces import CatalogName, ModuleName

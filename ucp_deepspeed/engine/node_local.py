@@ -10,8 +10,8 @@ from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
-from ucp_deepspeed.checkpoint.deepspeed.node_local import NodeLocalFiles
-from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME
+from ucp_deepspeed.checkpoint.deepspeed.one_machine import NodeLocalFiles
+from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.errors import MismatchError
 

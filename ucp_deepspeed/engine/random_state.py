@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ucp_deepspeed.checkpoint.deepspeed.manifest import read_manifest
 from ucp_deepspeed.checkpoint.encoding import decode, encode, read_document
-from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME
+from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME
 from ucp_deepspeed.engine.agreement import agreement, gathered
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import engine_topology, model_parallel_rank

@@ -18,7 +18,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ucp_deepspeed.checkpoint import Checkpoint, resolve_tag
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
-from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME, home_of
+from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, home_of
 from ucp_deepspeed.config import CONFIG_KEY, UniversalCheckpointConfig
 from ucp_deepspeed.engine.agreement import agreement, check_same
 from ucp_deepspeed.engine.console import show, told_once

@@ -20,7 +20,7 @@ from typing import Any
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.opening import interrupted
-from ucp_deepspeed.checkpoint.universal.catalog import PARTIAL_MARK, REPLACED_MARK, home_of
+from ucp_deepspeed.checkpoint.universal.index import PARTIAL_MARK, REPLACED_MARK, home_of
 from ucp_deepspeed.errors import ConfigError
 
 logger = logging.getLogger("ucp_deepspeed")

@@ -14,12 +14,12 @@ from pathlib import Path
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.output import Literal, Output, OutputPlan
-from ucp_deepspeed.checkpoint.universal.output import UniversalOutput
+from ucp_deepspeed.checkpoint.universal.atoms_output import UniversalOutput
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError
 from ucp_deepspeed.transfer.commit import committed_folder, is_seen
 from ucp_deepspeed.transfer.copying import TransferCount
-from ucp_deepspeed.transfer.ranks import Ranks
+from ucp_deepspeed.transfer.processes import Ranks
 from ucp_deepspeed.transfer.stage_copies import Seen, look, may_differ, merge, settle, with_copies_of
 from ucp_deepspeed.transfer.writing import create_files, share_of, write_share
 

@@ -22,7 +22,7 @@ import torch
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent
-from ucp_deepspeed.checkpoint.torch_files.reading import NAMED_DTYPES
+from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE

@@ -12,7 +12,7 @@ import torch
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.differing import OnDiffering, all_same
-from ucp_deepspeed.checkpoint.torch_files.reading import NAMED_DTYPES
+from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.transfer.evidence.held_values import HeldValues
 

@@ -18,7 +18,7 @@ import torch
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.output import Literal, OutputFile, Region
-from ucp_deepspeed.checkpoint.torch_files.reading import NAMED_DTYPES
+from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.transfer.copying import FileReader, TransferCount, gather

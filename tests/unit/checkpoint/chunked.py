@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, Parameter, ParameterGroup, RunState
-from ucp_deepspeed.checkpoint.torch_files.reading import TORCH_DTYPES
+from ucp_deepspeed.checkpoint.torch_files.safe_load import TORCH_DTYPES
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.layout import Box, Layout, LocalTensor, Topology
 from ucp_deepspeed.layout.layout import pieces_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from deepspeed.utils.groups import _get_expert_parallel_ranks
 
-from ucp_deepspeed.checkpoint.experts import (
+from ucp_deepspeed.checkpoint.expert_names import (
     ExpertRanks,
     expert_of,
     names_on,

@@ -138,7 +138,7 @@ def test_for_people(sharded: Path, spec_file: Path, ucp: Ucp) -> None:
 
 def test_in_a_narrow_window(sharded: Path, spec_file: Path, ucp: Ucp, monkeypatch: pytest.MonkeyPatch) -> None:
     """A heading or a size that breaks would make a row of two lines."""
-    monkeypatch.setattr("ucp_deepspeed.cli.output.PLAIN_WIDTH", 60)
+    monkeypatch.setattr("ucp_deepspeed.cli.printing.PLAIN_WIDTH", 60)
     lines = ucp("plan", sharded, "--dp", 20, "--zero", 1, "--spec", spec_file).stdout.splitlines()
     assert lines[6].split() == ["mp", "rank", "dp", "rank", "reads", "files", "copies", "holds"]
     assert len(lines) == 7 + 16 + 2 and all(len(line) <= 60 for line in lines[6:])

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from ucp_deepspeed import tunables
-from ucp_deepspeed.checkpoint.universal.catalog import PARTIAL_MARK, REPLACED_MARK
+from ucp_deepspeed.checkpoint.universal.index import PARTIAL_MARK, REPLACED_MARK
 from ucp_deepspeed.errors import ConfigError
 from ucp_deepspeed.transfer import commit
 

@@ -22,8 +22,8 @@ from native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.checkpoint.universal.catalog import UniversalCheckpoint
-from ucp_deepspeed.checkpoint.universal.output import UniversalOutput
+from ucp_deepspeed.checkpoint.universal.atoms_output import UniversalOutput
+from ucp_deepspeed.checkpoint.universal.index import UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.transfer.conversion import convert
 
@@ -236,8 +236,8 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.checkpoint.universal.catalog import UniversalCheckpoint
-from ucp_deepspeed.checkpoint.universal.output import UniversalOutput
+from ucp_deepspeed.checkpoint.universal.index import UniversalCheckpoint
+from ucp_deepspeed.checkpoint.universal.atoms_output import UniversalOutput
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.transfer.conversion import convert
 def anonymous():

@@ -23,8 +23,8 @@ from click.testing import CliRunner
 from native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.checkpoint.universal.catalog import PARTIAL_MARK
-from ucp_deepspeed.checkpoint.universal.output import FIRST_RANDOM_STATE_NAME, UniversalOutput
+from ucp_deepspeed.checkpoint.universal.atoms_output import FIRST_RANDOM_STATE_NAME, UniversalOutput
+from ucp_deepspeed.checkpoint.universal.index import PARTIAL_MARK
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import main
 from ucp_deepspeed.errors import ConfigError, DamagedCheckpointError
@@ -270,7 +270,7 @@ def test_a_source_of_which_another_step_takes_the_place(
     if moment == "described":
         save_again()
     if moment == "random state":
-        monkeypatch.setattr("ucp_deepspeed.checkpoint.universal.output.shutil.copyfile", save_again)
+        monkeypatch.setattr("ucp_deepspeed.checkpoint.universal.atoms_output.shutil.copyfile", save_again)
     with pytest.raises(DamagedCheckpointError, match="was changed while it was read"):
         convert(view, tmp_path / "u", progress=save_again if moment == "first chunk" else None, workers=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]

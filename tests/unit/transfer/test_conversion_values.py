@@ -19,7 +19,7 @@ from native_files import NativeModel, NativeParameter, NativeRun, write_native
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.encoding import same_value
-from ucp_deepspeed.checkpoint.universal.output import UniversalOutput
+from ucp_deepspeed.checkpoint.universal.atoms_output import UniversalOutput
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError, DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.transfer.compare import compare
@@ -125,7 +125,7 @@ def test_a_scheduler_that_is_no_mapping_is_refused_before_anything_is_written(sc
 def test_what_cant_be_opened_again_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     view = UniversalView.of(open_checkpoint(_saved(tmp_path / "n", {})))
     monkeypatch.setattr(
-        "ucp_deepspeed.checkpoint.universal.output._encoded_scalars", lambda value, name: {"step": "text"}
+        "ucp_deepspeed.checkpoint.universal.atoms_output._encoded_scalars", lambda value, name: {"step": "text"}
     )
     with pytest.raises(DamagedCheckpointError, match=r"weight\.scalars is"):
         convert(view, tmp_path / "u")

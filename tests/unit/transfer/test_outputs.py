@@ -24,7 +24,7 @@ from ucp_deepspeed.errors import ConfigError, UnsupportedError
 from ucp_deepspeed.language import Spec
 from ucp_deepspeed.layout import Box, Layout
 from ucp_deepspeed.transfer.conversion import convert
-from ucp_deepspeed.transfer.ranks import Ranks, taking_part
+from ucp_deepspeed.transfer.processes import Ranks, taking_part
 
 View = Callable[[Path], UniversalView]
 Values = dict[tuple[str, str], torch.Tensor]

@@ -18,7 +18,7 @@ from native_files import NativeModel, NativeParameter, NativeRun, add_manifest, 
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, read_manifest
-from ucp_deepspeed.checkpoint.universal import output as output_module
+from ucp_deepspeed.checkpoint.universal import atoms_output
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import main
 from ucp_deepspeed.layout import Topology
@@ -26,7 +26,7 @@ from ucp_deepspeed.transfer import FileReader, gather
 from ucp_deepspeed.transfer import conversion as convert_module
 from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.planning.targeting import plan_target
-from ucp_deepspeed.transfer.ranks import taking_part
+from ucp_deepspeed.transfer.processes import taking_part
 from ucp_deepspeed.transfer.stage_copies import Seen, look, may_differ, merge, settle, with_copies_of
 
 WORD, GAIN, LAST = "tied_modules.words.weight", "tied_modules.words.gain", "2.tail"
@@ -142,7 +142,7 @@ def test_ranks_that_convert_agree(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
         # Threads share torch's list of allowed classes.
-        for module, name in ((convert_module, "look"), (convert_module, "settle"), (output_module, "describe")):
+        for module, name in ((convert_module, "look"), (convert_module, "settle"), (atoms_output, "describe")):
             patch.setattr(module, name, partial(locked, opens, getattr(module, name)))
         list(pool.map(one, range(2)))
     assert torch.equal(held(open_checkpoint(tmp_path / "u"), GAIN, "fp32"), last[GAIN].fp32)

@@ -24,14 +24,14 @@ from ucp_deepspeed.checkpoint.deepspeed.files import VALUES_KEY, DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, STALE_MANIFEST
 from ucp_deepspeed.checkpoint.deepspeed.pipeline import PipelineLayers
 from ucp_deepspeed.checkpoint.deepspeed.recorded_layouts import MegatronDeepSpeedInfo, read_autotp_layouts
-from ucp_deepspeed.checkpoint.deepspeed.run import (
+from ucp_deepspeed.checkpoint.deepspeed.run_state import (
     hyperparameters,
     join_groups,
     number_groups,
     read_run,
     with_all_states,
 )
-from ucp_deepspeed.checkpoint.deepspeed.stage0 import Groups, stage0_form, stage0_slots, unnamed
+from ucp_deepspeed.checkpoint.deepspeed.stage0_slots import Groups, stage0_form, stage0_slots, unnamed
 from ucp_deepspeed.checkpoint.deepspeed.weights import (
     frozen_slots,
     module_slot,
@@ -40,7 +40,7 @@ from ucp_deepspeed.checkpoint.deepspeed.weights import (
     weight_slots,
     without_optimizer,
 )
-from ucp_deepspeed.checkpoint.deepspeed.zero import (
+from ucp_deepspeed.checkpoint.deepspeed.zero_slots import (
     described_numels,
     frozen_slice_slots,
     mapped_numels,
@@ -48,7 +48,7 @@ from ucp_deepspeed.checkpoint.deepspeed.zero import (
 )
 from ucp_deepspeed.checkpoint.differing import DifferingNumbers
 from ucp_deepspeed.checkpoint.encoding import same_value
-from ucp_deepspeed.checkpoint.experts import names_on, names_on_all
+from ucp_deepspeed.checkpoint.expert_names import names_on, names_on_all
 from ucp_deepspeed.checkpoint.extra_states import extra_states_in
 from ucp_deepspeed.checkpoint.slots import HeldPart, Located, Slot
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError

@@ -14,9 +14,9 @@ import torch
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Kind
 from ucp_deepspeed.checkpoint.deepspeed.autoep import AutoEpLayer
 from ucp_deepspeed.checkpoint.deepspeed.files import DeepSpeedFiles
-from ucp_deepspeed.checkpoint.deepspeed.stage0 import Groups, stage0_slots
-from ucp_deepspeed.checkpoint.deepspeed.zero import NamedShapes, Share
-from ucp_deepspeed.checkpoint.experts import (
+from ucp_deepspeed.checkpoint.deepspeed.stage0_slots import Groups, stage0_slots
+from ucp_deepspeed.checkpoint.deepspeed.zero_slots import NamedShapes, Share
+from ucp_deepspeed.checkpoint.expert_names import (
     ExpertRanks,
     expert_of,
     holder_of,

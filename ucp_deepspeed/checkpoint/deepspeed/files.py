@@ -33,9 +33,9 @@ from ucp_deepspeed.checkpoint.deepspeed.older_files import (
     is_older,
     mapped_shapes,
 )
-from ucp_deepspeed.checkpoint.deepspeed.zero import BF16_OPTIMIZER, NamedShapes, ZeroFile
-from ucp_deepspeed.checkpoint.experts import expert_of, optimizer_file, weight_file
-from ucp_deepspeed.checkpoint.torch_files.reading import PRECISIONS, open_torch_file
+from ucp_deepspeed.checkpoint.deepspeed.zero_slots import BF16_OPTIMIZER, NamedShapes, ZeroFile
+from ucp_deepspeed.checkpoint.expert_names import expert_of, optimizer_file, weight_file
+from ucp_deepspeed.checkpoint.torch_files.safe_load import PRECISIONS, open_torch_file
 from ucp_deepspeed.checkpoint.torch_files.unpickling import opaque_in
 from ucp_deepspeed.checkpoint.versions import FileVersions, check_regular
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError

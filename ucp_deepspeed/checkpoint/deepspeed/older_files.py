@@ -13,7 +13,7 @@ import torch
 
 from ucp_deepspeed.checkpoint.deepspeed.contents import item_of, value_of
 from ucp_deepspeed.checkpoint.deepspeed.manifest import ManifestParameter
-from ucp_deepspeed.checkpoint.deepspeed.zero import ZERO_3, NamedShapes, ZeroFile, described_numels
+from ucp_deepspeed.checkpoint.deepspeed.zero_slots import ZERO_3, NamedShapes, ZeroFile, described_numels
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 
 RESAVE_HINT = (

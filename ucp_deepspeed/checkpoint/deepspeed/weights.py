@@ -16,7 +16,7 @@ from ucp_deepspeed.checkpoint.deepspeed.autoep import AutoEpLayers
 from ucp_deepspeed.checkpoint.deepspeed.files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.extra_states import is_extra_state
 from ucp_deepspeed.checkpoint.slots import Located, Slot, SplitStates, whole_slot
-from ucp_deepspeed.checkpoint.torch_files.reading import TORCH_DTYPES, storage_start
+from ucp_deepspeed.checkpoint.torch_files.safe_load import TORCH_DTYPES, storage_start
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 
 FP32_NAMES = ("fp32", "float32", "float", "torch.float32")

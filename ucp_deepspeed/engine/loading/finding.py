@@ -12,7 +12,7 @@ from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint, resolve_tag
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
-from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME, home_of
+from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, home_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.agreement import check_same, gathered, portable, raise_first
 from ucp_deepspeed.engine.deepspeed_types import Engine

@@ -23,7 +23,7 @@ from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.client_state import COUNTERS, take_values
 from ucp_deepspeed.engine.console import told_once
 from ucp_deepspeed.engine.deepspeed_types import Engine
-from ucp_deepspeed.engine.extra_states import ExtraStates, plan_extra_states
+from ucp_deepspeed.engine.differing_copies import look_at_copies, with_copies_for
 from ucp_deepspeed.engine.known_layouts import KnownLayouts, keep_layouts, known_by_manifest, known_by_plan
 from ucp_deepspeed.engine.loading.custom_load import check_custom_load, local_state_dict, run_custom_load
 from ucp_deepspeed.engine.loading.filling import Filling, check_exchange
@@ -41,10 +41,10 @@ from ucp_deepspeed.engine.loading.training_state import (
 )
 from ucp_deepspeed.engine.loading.ways_on import telling_ways_on
 from ucp_deepspeed.engine.model import EngineModel, describe_model
+from ucp_deepspeed.engine.module_states import ExtraStates, plan_extra_states
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer, only_evaluates
 from ucp_deepspeed.engine.random_state import restore_random_state
 from ucp_deepspeed.engine.saving.background import settle_saves, wait_for_save
-from ucp_deepspeed.engine.stage_copies import look_at_copies, with_copies_for
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.transfer import TransferCount
 from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers

@@ -1,7 +1,8 @@
 """The loads that are left to DeepSpeed: each rank can take over the checkpoint's files as they are.
 
 DeepSpeed unpickles them (``torch.load(weights_only=False)``): code in a file would run. So each rank first checks the files that
-it will read against the allow-list (`ucp_deepspeed.checkpoint.torch_files.reading`). The catalog has opened most of them by then.
+it will read against the allow-list (`ucp_deepspeed.checkpoint.torch_files.safe_load`). The catalog has opened most of
+them by then.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.files import open_saved
-from ucp_deepspeed.checkpoint.deepspeed.run import hyperparameters
-from ucp_deepspeed.checkpoint.deepspeed.zero import BF16_OPTIMIZER
-from ucp_deepspeed.checkpoint.experts import weight_file
+from ucp_deepspeed.checkpoint.deepspeed.run_state import hyperparameters
+from ucp_deepspeed.checkpoint.deepspeed.zero_slots import BF16_OPTIMIZER
+from ucp_deepspeed.checkpoint.expert_names import weight_file
 from ucp_deepspeed.checkpoint.slots import Slot
 from ucp_deepspeed.checkpoint.torch_files.unpickling import opaque_in
 from ucp_deepspeed.config import UniversalCheckpointConfig

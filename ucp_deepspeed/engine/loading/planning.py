@@ -12,7 +12,7 @@ import torch
 from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint, Parameter
-from ucp_deepspeed.checkpoint.experts import expert_of
+from ucp_deepspeed.checkpoint.expert_names import expert_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.exchange import is_expert, reaches
 from ucp_deepspeed.engine.loading.filling import Filling

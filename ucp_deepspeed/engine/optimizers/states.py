@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ucp_deepspeed.checkpoint.deepspeed.zero import MOMENTUM
+from ucp_deepspeed.checkpoint.deepspeed.zero_slots import MOMENTUM
 from ucp_deepspeed.checkpoint.slots import is_number_in_tensor
 from ucp_deepspeed.transfer.planning.target import KeptStates
 

@@ -13,7 +13,7 @@ import torch
 from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
-from ucp_deepspeed.checkpoint.deepspeed.zero import MOMENTUM
+from ucp_deepspeed.checkpoint.deepspeed.zero_slots import MOMENTUM
 from ucp_deepspeed.engine.deepspeed_types import Bf16, Engine, Partitioned, Scaled, Zero12
 from ucp_deepspeed.engine.exchange import Exchange, begin_exchange, goes_over_gloo
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot

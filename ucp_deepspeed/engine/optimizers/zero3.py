@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from deepspeed import comm as dist
 
-from ucp_deepspeed.checkpoint.deepspeed.zero import MOMENTUM
+from ucp_deepspeed.checkpoint.deepspeed.zero_slots import MOMENTUM
 from ucp_deepspeed.engine.deepspeed_types import Engine, Zero3
 from ucp_deepspeed.engine.optimizers.base import EngineSlot
 from ucp_deepspeed.engine.optimizers.states import is_muon_group

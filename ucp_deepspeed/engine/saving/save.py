@@ -28,18 +28,19 @@ from ucp_deepspeed.checkpoint.deepspeed.manifest import (
     describe_files,
 )
 from ucp_deepspeed.checkpoint.deepspeed.pipeline import TIED
-from ucp_deepspeed.checkpoint.deepspeed.run import number_groups
+from ucp_deepspeed.checkpoint.deepspeed.run_state import number_groups
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.slots import NAMING_KEYS
-from ucp_deepspeed.checkpoint.torch_files.reading import TORCH_DTYPES
-from ucp_deepspeed.checkpoint.universal.catalog import INDEX_NAME
+from ucp_deepspeed.checkpoint.torch_files.safe_load import TORCH_DTYPES
+from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME
 from ucp_deepspeed.checkpoint.view import layouts_of
 from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.client_state import to_be_saved
 from ucp_deepspeed.engine.deepspeed_types import Engine, PipelineModule
-from ucp_deepspeed.engine.extra_states import has_extra_states
+from ucp_deepspeed.engine.differing_copies import differing_copies, numbers_are_same, tell_of_differing, tell_of_others
 from ucp_deepspeed.engine.known_layouts import KnownLayouts, kept_layouts
 from ucp_deepspeed.engine.model import EngineModel, describe_model, gather_model_parallel, has_elements
+from ucp_deepspeed.engine.module_states import has_extra_states
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.node_local import open_here, writes_for_node
 from ucp_deepspeed.engine.optimizers import engine_optimizer
@@ -53,7 +54,6 @@ from ucp_deepspeed.engine.saving.background import (
     settle_saves,
     wait_for_save,
 )
-from ucp_deepspeed.engine.stage_copies import differing_copies, numbers_are_same, tell_of_differing, tell_of_others
 from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError, UnsupportedError
 from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
 from ucp_deepspeed.language.name_spaces import LogicalName

@@ -11,7 +11,7 @@ import torch
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, Checkpoint, FileExtent, Parameter
-from ucp_deepspeed.checkpoint.torch_files.reading import INTEGERS, NAMED_DTYPES
+from ucp_deepspeed.checkpoint.torch_files.safe_load import INTEGERS, NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import MismatchError

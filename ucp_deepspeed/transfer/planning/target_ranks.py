@@ -15,7 +15,7 @@ from typing import Any
 
 from ucp_deepspeed.checkpoint.checkpoint import WEIGHT, HeldShapes
 from ucp_deepspeed.checkpoint.deepspeed.autoep import is_stacked
-from ucp_deepspeed.checkpoint.experts import holder_of, numbers_of_experts
+from ucp_deepspeed.checkpoint.expert_names import holder_of, numbers_of_experts
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.layout import FlatGroup, Flattening, SlicedGroup, Topology

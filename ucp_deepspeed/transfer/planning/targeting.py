@@ -15,7 +15,7 @@ from typing import Any
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, Checkpoint, FileExtent, HeldShapes
 from ucp_deepspeed.checkpoint.deepspeed.pipeline import TIED
-from ucp_deepspeed.checkpoint.experts import expert_of, numbers_of_experts
+from ucp_deepspeed.checkpoint.expert_names import expert_of, numbers_of_experts
 from ucp_deepspeed.checkpoint.view import UniversalView, parameter_names
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import ListingError, MismatchError, SpecError

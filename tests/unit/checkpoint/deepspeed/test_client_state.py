@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from ucp_deepspeed.checkpoint.torch_files.reading import open_torch_file, read_tensors
+from ucp_deepspeed.checkpoint.torch_files.safe_load import open_torch_file, read_tensors
 from ucp_deepspeed.checkpoint.torch_files.unpickling import opaque_in
 from ucp_deepspeed.errors import DamagedCheckpointError
 
@@ -147,7 +147,7 @@ import sys
 import numpy as np
 import torch
 from pathlib import Path
-from ucp_deepspeed.checkpoint.torch_files.reading import open_torch_file
+from ucp_deepspeed.checkpoint.torch_files.safe_load import open_torch_file
 
 reconstruct = np.empty(0).__reduce__()[0]
 scalar = np.float64(0).__reduce__()[0]

@@ -15,7 +15,7 @@ from native_models import SHAPES, model_of, write_manifest
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, read_manifest
-from ucp_deepspeed.checkpoint.torch_files.reading import open_torch_file
+from ucp_deepspeed.checkpoint.torch_files.safe_load import open_torch_file
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 
 

@@ -16,7 +16,7 @@ from native_files import NativeRun, add_manifest, write_native
 from native_models import SHAPES, model_of
 
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.checkpoint.deepspeed import catalog, zero
+from ucp_deepspeed.checkpoint.deepspeed import catalog, zero_slots
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, UniversalCheckpointError
 from ucp_deepspeed.transfer import FileReader
@@ -184,7 +184,7 @@ def test_any_value_of_deepspeeds_files(run: NativeRun, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(catalog, "names_on_all"), (catalog, "DifferingNumbers"), (zero, "split_states"), (zero, "FlatGroup")],
+    [(catalog, "names_on_all"), (catalog, "DifferingNumbers"), (zero_slots, "split_states"), (zero_slots, "FlatGroup")],
 )
 @pytest.mark.parametrize(
     "bug", [KeyError("ours"), TypeError("ours"), AttributeError("ours"), ValueError("ours")], ids=repr

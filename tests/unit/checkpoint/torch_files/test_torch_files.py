@@ -10,7 +10,7 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from ucp_deepspeed.checkpoint.torch_files.reading import open_torch_file
+from ucp_deepspeed.checkpoint.torch_files.safe_load import open_torch_file
 from ucp_deepspeed.checkpoint.torch_files.unpickling import ZeroStage
 from ucp_deepspeed.errors import DamagedCheckpointError
 

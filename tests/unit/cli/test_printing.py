@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 from rich.console import Console
 
-from ucp_deepspeed.cli.output import collapsed, print_rows
+from ucp_deepspeed.cli.printing import collapsed, print_rows
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from ucp_deepspeed.checkpoint.encoding import check_encoded, encode
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states
 from ucp_deepspeed.checkpoint.output import Output, OutputFile, OutputPlan, Region
 from ucp_deepspeed.checkpoint.safetensors_files import safetensors_file
-from ucp_deepspeed.checkpoint.torch_files.reading import TORCH_DTYPES
-from ucp_deepspeed.checkpoint.universal.catalog import (
+from ucp_deepspeed.checkpoint.torch_files.safe_load import TORCH_DTYPES
+from ucp_deepspeed.checkpoint.universal.index import (
     CLIENT_TENSORS_NAME,
     FORMAT_VERSION,
     INDEX_NAME,

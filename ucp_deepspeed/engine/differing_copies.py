@@ -18,7 +18,7 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES, MASTER
 from ucp_deepspeed.checkpoint.deepspeed.pipeline import TIED
-from ucp_deepspeed.checkpoint.torch_files.reading import INTEGERS
+from ucp_deepspeed.checkpoint.torch_files.safe_load import INTEGERS
 from ucp_deepspeed.engine.agreement import gathered
 from ucp_deepspeed.engine.deepspeed_types import Engine, PipelineModule
 from ucp_deepspeed.engine.model import EngineModel

@@ -19,15 +19,14 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.output import OutputFile, Region
 from ucp_deepspeed.checkpoint.safetensors_files import safetensors_file
-from ucp_deepspeed.checkpoint.universal import output as output_module
-from ucp_deepspeed.checkpoint.universal.output import UniversalOutput
+from ucp_deepspeed.checkpoint.universal import atoms_output
+from ucp_deepspeed.checkpoint.universal.atoms_output import UniversalOutput
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError, DamagedCheckpointError, OtherRankError
 from ucp_deepspeed.layout import Layout
-from ucp_deepspeed.transfer import copying
-from ucp_deepspeed.transfer import ranks as ranks_module
+from ucp_deepspeed.transfer import copying, processes
 from ucp_deepspeed.transfer.conversion import convert
-from ucp_deepspeed.transfer.ranks import Ranks, joined, taking_part
+from ucp_deepspeed.transfer.processes import Ranks, joined, taking_part
 from ucp_deepspeed.transfer.writing import chunks_of, share_of
 
 FILE_NUMBYTES = 700_000
@@ -41,13 +40,13 @@ def _contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(autouse=True)
 def _one_opens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that are threads share torch's list of allowed classes."""
-    describe = output_module.describe
+    describe = atoms_output.describe
 
     def locked(*args: Any) -> Any:
         with copying._PLANNING:
             return describe(*args)
 
-    monkeypatch.setattr(output_module, "describe", locked)
+    monkeypatch.setattr(atoms_output, "describe", locked)
 
 
 def _together(count: int, work: Callable[..., Any]) -> list[Any]:
@@ -149,7 +148,7 @@ def test_any_error_of_any_rank_fails_all(
 ) -> None:
     view = UniversalView.of(open_checkpoint(uneven))
 
-    def work(ranks: ranks_module.Ranks) -> None:
+    def work(ranks: processes.Ranks) -> None:
         def fail(*_: int) -> None:
             if ranks.rank == failing:
                 raise RuntimeError("a bug")
@@ -197,7 +196,7 @@ def test_a_rank_that_is_heard_of_no_more_fails_all(monkeypatch: pytest.MonkeyPat
 
 
 def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ranks_module.VARIABLES:
+    for name in processes.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")

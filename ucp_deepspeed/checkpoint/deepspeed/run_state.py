@@ -11,10 +11,10 @@ from typing import Any
 from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, Deferred, Differing, LossScale, ParameterGroup, RunState
 from ucp_deepspeed.checkpoint.deepspeed.contents import value_of
 from ucp_deepspeed.checkpoint.deepspeed.files import DeepSpeedFiles
-from ucp_deepspeed.checkpoint.deepspeed.stage0 import stage0_form
+from ucp_deepspeed.checkpoint.deepspeed.stage0_slots import stage0_form
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.slots import Slot, settings_in
-from ucp_deepspeed.checkpoint.torch_files.reading import read_tensors
+from ucp_deepspeed.checkpoint.torch_files.safe_load import read_tensors
 from ucp_deepspeed.checkpoint.torch_files.unpickling import DynamicLossScaler
 from ucp_deepspeed.errors import DamagedCheckpointError
 

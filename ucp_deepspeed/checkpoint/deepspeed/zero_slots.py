@@ -29,7 +29,7 @@ from ucp_deepspeed.checkpoint.slots import (
     shapes_of,
     split_states,
 )
-from ucp_deepspeed.checkpoint.torch_files.reading import dtype_of, scalar_of
+from ucp_deepspeed.checkpoint.torch_files.safe_load import dtype_of, scalar_of
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.layout import FlatGroup, Flattening, OverlappingGroup, Shape, SlicedGroup
 
