@@ -139,6 +139,7 @@ MIXTRAL = Run("huggingface", {"family": "mixtral"})
 GROWN = {"vocabulary": 50, "vocabulary_multiple": 4}
 
 INIT, DROP, RESET = {"on_missing": "init"}, {"on_extra": "drop"}, {"optimizer_states": "reset"}
+KEEP = {"hyperparameters": "keep"}
 DIFFERING = ({}, *({"on_differing": how} for how in ("first", "mean", "max")), RESET)
 
 CASES = [
@@ -154,6 +155,7 @@ CASES = [
     Case("fewer rows", target={"size": {"vocabulary": 40}}),
     Case("another width", target={"size": {"hidden": 24}}),
     Case("groups joined", saved={"groups": "decay"}, policies=({}, {"on_differing": "first"}, RESET)),
+    Case("groups joined that keep their settings", saved={"groups": "decay"}, policies=({}, KEEP, {**KEEP, **RESET})),
     Case("groups divided", target={"groups": "decay"}),
     Case("half precision", target={"precision": "bf16"}),
     Case("another optimizer", target={"optimizer": ("SGD", {"lr": 1e-3, "momentum": 0.9})}, steps=1),
@@ -164,6 +166,23 @@ CASES = [
         steps=1,
     ),
     Case("an optimizer that keeps less", target={"optimizer": ("RMSprop", {"lr": 1e-3})}, steps=1),
+    *(
+        Case(
+            f"states that a setting decides, {name} {saved} and {target}",
+            saved={"optimizer": (name, {"lr": 1e-3, **saved})},
+            target={"optimizer": (name, {"lr": 1e-3, **target})},
+            policies=({}, INIT, DROP, KEEP, {**KEEP, **INIT}),
+            steps=1,
+        )
+        for name, saved, target in (
+            ("AdamW", {}, {"amsgrad": True}),
+            ("AdamW", {"amsgrad": True}, {}),
+            ("RMSprop", {}, {"centered": True, "momentum": 0.9}),
+            ("SGD", {"momentum": 0.9}, {}),
+            ("SGD", {}, {"momentum": 0.9}),
+        )
+    ),
+    Case("a state that doesn't begin at zero", target={"optimizer": ("Adamax", {"lr": 1e-3})}, steps=1),
     *(
         Case(
             f"numbers that differ, {kind.__name__}",
@@ -258,6 +277,7 @@ def test_a_plan_foretells_the_load(case: Case, ranks: Ranks, tmp_path: Path) -> 
                 policies.get("on_extra") == "drop",
                 policies.get("optimizer_states", "restore"),
                 differing=policies.get("on_differing", "error"),
+                keep_settings=policies.get("hyperparameters") == "keep",
             ),
         )
         target = replace(model, universal={"enabled": True, "load": "always", **policies})

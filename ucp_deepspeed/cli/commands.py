@@ -126,7 +126,11 @@ DIFF = Command(
 )
 
 POLICIES = {"--on-missing": "error init", "--on-extra": "error drop"}
-POLICIES |= {"--on-differing": "error first last mean max", "--optimizer-states": "restore reset"}
+POLICIES |= {
+    "--on-differing": "error first last mean max",
+    "--optimizer-states": "restore reset",
+    "--hyperparameters": "restore keep",
+}
 
 PLAN = Command(
     "plan",

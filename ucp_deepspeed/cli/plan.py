@@ -40,6 +40,7 @@ def show(
     on_extra: str,
     on_differing: OnDiffering,
     optimizer_states: Literal["restore", "reset"],
+    hyperparameters: Literal["restore", "keep"],
     as_json: bool,
     plot: Path | None,
 ) -> int:
@@ -49,7 +50,10 @@ def show(
             f"TP{tp}·PP{pp}·DP{dp} has {tp * pp * dp:,} ranks; at most {tunables.MOST_RANKS:,} are planned"
         )
     opened = open_checkpoint(checkpoint, tag)
-    policies = Policies(on_missing == "init", on_extra == "drop", optimizer_states, differing=on_differing)
+    keep = hyperparameters == "keep"
+    policies = Policies(
+        on_missing == "init", on_extra == "drop", optimizer_states, differing=on_differing, keep_settings=keep
+    )
     target = None if model is None else open_checkpoint(model)
     own_spec = None if spec is None else load_spec(spec)
     topology = Topology(tp, pp, dp, zero, ep)
@@ -72,7 +76,11 @@ def _report(plan: TargetPlan, folder: Path) -> dict[str, Any]:
     return {
         "target": asdict(plan.topology),
         "possible": plan.possible,
-        "reasons": [{"parameter": obstacle.name, "reason": obstacle.reason} for obstacle in plan.obstacles],
+        "reasons": [
+            {"parameter": name, "reason": obstacle.reason}
+            for obstacle in plan.obstacles
+            for name in (obstacle.name, *obstacle.others)
+        ],
         **{key: list(getattr(plan, key)) for key in ("remarks", "restored", "initialised", "dropped")},
         "reset": plan.reset,
         "total": _total(plan.ranks),

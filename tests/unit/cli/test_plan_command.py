@@ -31,7 +31,7 @@ def cells(result: Result, place: int) -> list[str]:
 def test_options() -> None:
     options = {opt for param in main.commands["plan"].params if isinstance(param, click.Option) for opt in param.opts}
     topology = {"--tp", "--pp", "--dp", "--zero", "--ep"}
-    changes = {"--model", "--on-missing", "--on-extra", "--on-differing", "--optimizer-states"}
+    changes = {"--model", "--on-missing", "--on-extra", "--on-differing", "--optimizer-states", "--hyperparameters"}
     assert options == {*topology, *changes, "--tag", "--spec", "--vocabulary-size", "--json", "--plot"}
 
 
@@ -103,6 +103,21 @@ def test_a_model_that_changed(changed: tuple[Path, Path], ucp: Ucp) -> None:
     shown = ucp(*plan[:-1], *policies).stdout
     for line in ("2 parameters and buffers, with all optimizer states reset", "more, rows", "dropped   head"):
         assert line in shown
+
+
+def test_states_that_concern_all_of_a_buffer(tmp_path: Path, ucp: Ucp) -> None:
+    """The reason stands once, and counts for each parameter that the buffer holds."""
+    paths = []
+    for name, state in (("old", "exp_avg"), ("new", "momentum_buffer")):
+        parameters = tuple(NativeParameter(key, torch.ones(3, 4), {state: torch.ones(3, 4)}) for key in "abc")
+        paths.append(write_native(tmp_path / name, NativeModel(parameters), NativeRun(stage=1)))
+    plan = ("plan", paths[0], "--dp", 2, "--zero", 1, "--model", paths[1])
+    report = json.loads(ucp(*plan, "--json").stdout)
+    assert [reason["parameter"] for reason in report["reasons"]] == ["a", "b", "c"] and not report["restored"]
+    shown = " ".join(ucp(*plan).stdout.split())
+    assert "impossible, 1 reason (0 parameters and buffers could be restored)" in shown
+    assert "a: the optimizer keeps ['exp_avg', 'momentum_buffer', 'step'], the checkpoint holds" in shown
+    assert "and so for 2 more in its buffer; go on with" in shown
 
 
 @pytest.mark.parametrize("kind", ["frozen", "buffer"])

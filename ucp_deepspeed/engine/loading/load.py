@@ -244,7 +244,7 @@ def _planned(
 ) -> _Plan:
     """Plan what this rank takes, and check that its files hold that; for ``seen`` see `with_copies_for`."""
     config: UniversalCheckpointConfig = engine.universal_checkpoint_config
-    reset, keep = policies.optimizer_states == "reset", config.hyperparameters == "keep"
+    reset = policies.optimizer_states == "reset"
     if policies.optimizer_states == "restore" and checkpoint.lacking is not None:
         raise checkpoint.lacking
     checkpoint, copies = with_copies_for(checkpoint, model, policies, seen)
@@ -258,9 +258,9 @@ def _planned(
     numbers = PartitionNumbers(checkpoint, names.source, model.topology, place, slots, policies)
     settings, schedule = GroupSettings(), None
     if options.optimizer_states and not only_evaluates(engine):
-        settings = plan_hyperparameters(found, optimizer, numbers, keep)
+        settings = plan_hyperparameters(found, optimizer, numbers)
     if options.load_lr_scheduler_states and engine.lr_scheduler is not None:
-        schedule = found.schedule(live_groups(names, optimizer), engine.lr_scheduler.state_dict(), keep)
+        schedule = found.schedule(live_groups(names, optimizer), engine.lr_scheduler.state_dict())
         parts = engine, engine.module, engine.optimizer
         check_scheduler(engine.lr_scheduler, schedule, parts, optimizer, found.obstacles)
     extra_states = plan_extra_states(found, engine.module, model)

@@ -40,7 +40,8 @@ def policies_of(config: UniversalCheckpointConfig, restore: bool, strict: bool) 
     states = config.optimizer_states if restore else "keep"
     warm = not restore and not strict
     initialise, drop = warm or config.on_missing == "init", warm or config.on_extra == "drop"
-    return Policies(initialise, drop, states, strict, differing=config.on_differing)
+    keep = config.hyperparameters == "keep"
+    return Policies(initialise, drop, states, strict, differing=config.on_differing, keep_settings=keep)
 
 
 def pair_with(checkpoint: Checkpoint, model: EngineModel, policies: Policies) -> Pair:

@@ -86,20 +86,17 @@ class Pair:
         groups: Sequence[Sequence[str]],
         live_group: Callable[[int], Mapping[str, Any]],
         numbers: PartitionNumbers,
-        keep: bool = False,
     ) -> GroupSettings:
         """Give each parameter group of the model the hyper-parameters of its parameters; see `settings_of_groups`."""
         source = {name: group for names, group in self._groups for name in names}
-        return settings_of_groups(source, groups, live_group, numbers, keep, self.obstacles)
+        return settings_of_groups(source, groups, live_group, numbers, self.policies.keep_settings, self.obstacles)
 
-    def schedule(
-        self, groups: Sequence[Sequence[str]], live: Mapping[str, Any], keep: bool = False
-    ) -> Mapping[str, Any] | None:
+    def schedule(self, groups: Sequence[Sequence[str]], live: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Return the scheduler's state for the model's groups; see `schedule_of_groups`."""
         group_of = {name: index for index, (names, _) in enumerate(self._groups) for name in names}
         sources = [sorted({group_of[name] for name in names if name in group_of}) for names in groups]
         state, count = self.checkpoint.run.lr_scheduler, len(self._groups)
-        return schedule_of_groups(state, live, sources, count, keep, self.obstacles)
+        return schedule_of_groups(state, live, sources, count, self.policies.keep_settings, self.obstacles)
 
     @cached_property
     def _groups(self) -> list[tuple[list[str], ParameterGroup]]:

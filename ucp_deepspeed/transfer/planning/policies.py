@@ -19,10 +19,12 @@ from ucp_deepspeed.transfer.planning.target import ModelTensor
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """A reason why a load is impossible; ``name`` is the parameter or group concerned, or None for the whole model."""
+    """A reason why a load is impossible; ``name`` is the parameter or group concerned, or None for the whole model. It concerns
+    the ``others`` too."""
 
     name: str | None
     reason: str
+    others: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.reason if self.name is None else f"{self.name}: {self.reason}"
@@ -48,11 +50,11 @@ class Obstacles:
     @property
     def names(self) -> set[str | None]:
         """Parameters and groups with an obstacle; None for the whole model."""
-        return {obstacle.name for obstacle in self}
+        return {name for obstacle in self for name in (obstacle.name, *obstacle.others)}
 
-    def add(self, name: str | None, reason: str) -> None:
+    def add(self, name: str | None, reason: str, others: tuple[str, ...] = ()) -> None:
         """Add an obstacle."""
-        self._found[Obstacle(name, reason)] = None
+        self._found[Obstacle(name, reason, others)] = None
 
     def add_line(self, line: str, reason: str = "") -> None:
         """Add an obstacle as an error lists it: a name, and the reason if it isn't the same for all of them."""
@@ -103,6 +105,7 @@ class Policies:
         reshape: parameters of another shape keep the model's value: a function of the user's own fills what doesn't match.
         differing: how numbers of the optimizer that differ over partitions become one, where the partitions change.
         rounded: masters begin as the source's low-precision weights (``zero_optimization.load_from_fp32_weights: false``).
+        keep_settings: parameter groups keep the model's hyper-parameters; counts of steps are restored even so.
     """
 
     initialise: bool = False
@@ -112,6 +115,7 @@ class Policies:
     reshape: bool = False
     rounded: bool = False
     differing: OnDiffering = "error"
+    keep_settings: bool = False
 
 
 @dataclass(frozen=True)

@@ -351,16 +351,20 @@ class RankPlanner:
             wanted = replace(wanted, elementwise=wanted.elementwise | found)
         held, kept = found | scalars.keys(), wanted.elementwise | wanted.scalars
         missing, extra = kept - held, held - kept
+        others = tuple(name for name in names if name != first.name)
+        also = f", and so for {len(others)} more in its buffer" if others else ""
         if mixed := (found & wanted.scalars) | (scalars.keys() & wanted.elementwise):
             self._obstacles.add(
                 first.name,
-                f"{sorted(mixed)}: one number on one side, and one for each element on the other; {RESET_HINT}",
+                f"{sorted(mixed)}: one number on one side, and one for each element on the other{also}; {RESET_HINT}",
+                others,
             )
         if (missing and not self.policies.initialise) or (extra and not self.policies.drop):
             self._obstacles.add(
                 first.name,
-                f"the optimizer keeps {sorted(kept)}, the checkpoint holds {sorted(held)}"
+                f"the optimizer keeps {sorted(kept)}, the checkpoint holds {sorted(held)}{also}"
                 + _other_states_hint(missing, extra, wanted.from_zero),
+                others,
             )
         begun, left = tuple(names) if missing else (), tuple(names) if extra else ()
         if missing - wanted.from_zero:  # a number, or a state whose first value isn't known: all begin anew

@@ -86,7 +86,7 @@ class TargetPlan:
     @property
     def restored(self) -> tuple[str, ...]:
         """Logical names of the restored parameters and buffers that have no obstacle, in the model's order."""
-        refused = {obstacle.name for obstacle in self.obstacles}
+        refused = {name for obstacle in self.obstacles for name in (obstacle.name, *obstacle.others)}
         return tuple(name for name in (self.matching.restored if self.matching else ()) if name not in refused)
 
     @property
@@ -97,6 +97,12 @@ class TargetPlan:
 
 RESTORE_ALL = Policies()
 """Policies that allow nothing to be missing or left out."""
+
+MADE_FOR = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg", "momentum": "momentum_buffer"}
+"""Hyper-parameters of torch's optimizers → the state that each keeps only if it isn't zero (``torch/optim/``)."""
+
+NOT_FROM_ZERO = frozenset(("exp_inf", "step_size"))
+"""Element-wise states of torch's optimizers that don't begin at zero (``torch/optim/adamax.py`` and ``rprop.py``)."""
 
 
 def plan_target(
@@ -269,22 +275,40 @@ class _Planner:
         """Check what the parameter groups of a rank, and the scheduler, take from the checkpoint's groups."""
         held = {name for slot in target.slots for name in slot.names}
         groups = [[name for name in group.names if name in held] for group in self.view.groups]
-        self.pair.settings(groups, lambda index: {}, numbers)
+        self.pair.settings(groups, self._live_group, numbers)
         if (live := self.view.checkpoint.run.lr_scheduler) is not None:
             self.pair.schedule(groups, live)
 
     def _kept_states(self, slot: TargetSlot) -> KeptStates | None:
-        """Return the states that the optimizer of the model to load into has made; None where it may make some later."""
+        """Return the states that the optimizer of the model to load into has made, or would make with the checkpoint's
+        hyper-parameters; None where it may make some later."""
         found = self.view.parameters[slot.names[0]]
-        elementwise, scalars = frozenset(found.states.keys() - {MASTER}), frozenset(found.scalars)
+        elementwise, scalars = found.states.keys() - {MASTER}, frozenset(found.scalars)
         if not (elementwise or scalars) and (self._keeps_any or not self._stepped):
             return None
-        return KeptStates(elementwise, scalars, elementwise, elementwise | scalars | found.refused.keys())
+        live, saved = self._live_group(slot.group), self._saved_group(slot)
+        takes_over = (
+            not self.policies.keep_settings and "bias_correction" not in live
+        )  # DeepSpeed's own classes have that
+        for key, state in MADE_FOR.items() if takes_over else ():
+            if key in live and key in saved and bool(live[key]) == (state in elementwise):
+                elementwise = elementwise | {state} if saved[key] else elementwise - {state}
+        kept = frozenset(elementwise)
+        return KeptStates(kept, scalars, kept - NOT_FROM_ZERO, kept | scalars | found.refused.keys())
+
+    def _saved_group(self, slot: TargetSlot) -> Mapping[str, Any]:
+        """Return the checkpoint's hyper-parameters of the first of the slot's parameters that it trains."""
+        groups = (group for name in slot.names for group in self.pair.view.groups if name in group.names)
+        group = next(groups, None)
+        return {} if group is None else group.hyperparameters
+
+    def _live_group(self, index: int) -> Mapping[str, Any]:
+        return self.view.groups[index].hyperparameters if index < len(self.view.groups) else {}
 
     def _goes_on(self, slot: TargetSlot, saved: Mapping[str, Any]) -> bool:
-        """Return whether the group has the keys of the saved one."""
-        live = self.view.groups[slot.group].hyperparameters if slot.group < len(self.view.groups) else {}
-        return bool(saved) and live.keys() - UNTELLING == saved.keys() - UNTELLING
+        """Return whether the group has the keys of the saved one, and takes over its values."""
+        taken = bool(saved) and not self.policies.keep_settings
+        return taken and self._live_group(slot.group).keys() - UNTELLING == saved.keys() - UNTELLING
 
     def _numbers(self, target: TargetRank) -> PartitionNumbers:
         place = target.model_parallel_rank, target.data_parallel_rank % self.topology.ep

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,8 @@ def test_a_scheduler_follows_the_groups() -> None:
     assert found.schedule([["a"], ["b"]], {}) == state and not found.obstacles
     moved = found.schedule([["b"], [], ["a"]], {"base_lrs": [9.0, 8.0, 7.0], "mine": [1, 2]})
     assert moved == {**state, "base_lrs": [0.2, 8.0, 0.1], "_last_lr": [0.02, 0.01, 0.01]} and not found.obstacles
-    kept = found.schedule([["a"], ["b"]], {"base_lrs": [1.0, 1.0]}, keep=True)
+    keeping = replace(found, policies=Policies(keep_settings=True))
+    kept = keeping.schedule([["a"], ["b"]], {"base_lrs": [1.0, 1.0]})
     assert kept is not None and kept["base_lrs"] == [1.0, 1.0] and kept["_last_lr"] == pytest.approx([0.1, 0.1])
     found.schedule([["b"], ["a"]], {})
     assert "may be of the groups" in reasons(found)["the scheduler's mine"]
