@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from shutil import copyfile, copytree
@@ -261,6 +262,40 @@ def test_a_users_error_on_one_rank_is_raised_on_all(where: str, two_steps: Path,
     run = replace(MLP, universal={"enabled": True, "load": "always"})
     other, own = ranks(2).run(load_where_rank_1_fails, run, str(two_steps), where, timeout=60.0)
     assert own == "KeyError('planted')" and "rank 1: KeyError: 'planted'" in other
+
+
+def load_with_a_fault(run: Run, folders: list[str | None], function: str) -> str:
+    """On a rank: what it is told when rank 1 alone meets a bug in a function, or ranks name folders of their own."""
+    engine, rank = build_engine(run), dist.get_rank()
+    full = f"ucp_deepspeed.engine.{function}"
+    planted = mock.patch(full, side_effect=KeyError("planted")) if function and rank == 1 else nullcontext()
+    with planted, pytest.raises((KeyError, UniversalCheckpointError)) as caught:
+        engine.load_checkpoint(folders[rank])
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+@pytest.mark.parametrize(
+    ("run", "function"),
+    [
+        (MLP, "loading.finding.files_missing"),
+        (MLP, "loading.load.engine_optimizer"),
+        (Run("llama", tp=2), "model._live_layouts"),
+        (Run("llama", pp=2), "model._live_layouts"),
+    ],
+    ids=["first round", "second round", "tensor-parallel ranks", "stages"],
+)
+def test_a_bug_on_one_rank_is_raised_on_all(run: Run, function: str, two_steps: Path, ranks: Ranks) -> None:
+    """The others used to wait for ever."""
+    run = replace(run, universal={"enabled": True, "load": "always"})
+    other, own = ranks(2).run(load_with_a_fault, run, [str(two_steps)] * 2, function, timeout=60.0)
+    assert own == "KeyError: 'planted'" and other == "UniversalCheckpointError: rank 1: KeyError: 'planted'"
+
+
+@pytest.mark.parametrize(("own", "kind"), [(None, "ConfigError"), ("nowhere", "CheckpointNotFoundError")])
+def test_ranks_that_name_different_folders(own: str | None, kind: str, two_steps: Path, ranks: Ranks) -> None:
+    for told in ranks(2).run(load_with_a_fault, MLP, [str(two_steps), own], "", timeout=60.0):
+        assert told.startswith(f"{kind}: load_dir is {two_steps} on rank 0, and {own} on rank 1: ")
+        assert told.endswith("name the same folder on all ranks, or one on each that holds the checkpoint")
 
 
 def changed_load(

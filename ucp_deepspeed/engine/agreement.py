@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -51,15 +51,15 @@ def agreement() -> Iterator[Round]:
     except Exception as caught:
         error = caught
     answers = gathered((None if error is None else portable(error), told.mine))
-    raise_first(error, [failed for failed, _ in answers])
+    raise_first(error, enumerate(failed for failed, _ in answers))
     told.values = [value for _, value in answers]
 
 
-def raise_first(own: Exception | None, of_ranks: Sequence[UniversalCheckpointError | None]) -> None:
-    """Raise this rank's own error, or else the first rank's that has one; see `agreement`."""
+def raise_first(own: Exception | None, of_ranks: Iterable[tuple[int, UniversalCheckpointError | None]]) -> None:
+    """Raise this rank's own error, or else the first of these ranks' that has one; see `agreement`."""
     if own is not None:
         raise own
-    for rank, error in enumerate(of_ranks):
+    for rank, error in of_ranks:
         if error is not None:
             raise error if getattr(error, "problems", ()) else type(error)(f"rank {rank}: {error}")
 

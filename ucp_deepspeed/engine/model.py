@@ -22,13 +22,14 @@ from ucp_deepspeed.checkpoint.checkpoint import Kind, Precision
 from ucp_deepspeed.checkpoint.deepspeed.recorded_layouts import RecordedLayouts, read_autotp_layouts
 from ucp_deepspeed.checkpoint.expert_names import expert_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
+from ucp_deepspeed.engine.agreement import portable, raise_first
 from ucp_deepspeed.engine.deepspeed_surface import dealt_experts, uncut_by_autotp
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.exchange import replica_group
 from ucp_deepspeed.engine.names import ModelNames, optimizer_only
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.optimizers.stage0 import PlainOptimizer
-from ucp_deepspeed.errors import MismatchError
+from ucp_deepspeed.errors import MismatchError, UniversalCheckpointError
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.language.name_spaces import CatalogName, ModuleName
 from ucp_deepspeed.layout import FlatGroup, Flattening, Shape, SlicedGroup, Topology
@@ -112,18 +113,25 @@ def describe_model(engine: Engine) -> EngineModel:
     """
     config: UniversalCheckpointConfig = engine.universal_checkpoint_config
     topology = engine_topology(engine)
-    names, tensors_here = ModelNames(engine), list(_local_tensors(engine))
-    local = {names.in_model(name): tensor for name, _, tensor in tensors_here}
-    live = _live_layouts(engine)
-    mine = _Held(
-        {
-            each: (kind, (local_shape(tensor),))
-            for name, kind, tensor in tensors_here
-            for each in names.on_all_ranks(name)
-        },
-        {each: pattern for name, pattern in live.patterns.items() for each in names.on_all_ranks(ModuleName(name))},
-    )
+    error, mine = None, _Held({}, {})
+    try:
+        names, tensors_here = ModelNames(engine), list(_local_tensors(engine))
+        local = {names.in_model(name): tensor for name, _, tensor in tensors_here}
+        live = _live_layouts(engine)
+        mine = _Held(
+            {
+                each: (kind, (local_shape(tensor),))
+                for name, kind, tensor in tensors_here
+                for each in names.on_all_ranks(name)
+            },
+            {each: pattern for name, pattern in live.patterns.items() for each in names.on_all_ranks(ModuleName(name))},
+        )
+    except Exception as caught:
+        error, mine = caught, _Held({}, {}, failed=((dist.get_rank(), portable(caught)),))
     stages = _gather_stages(engine, topology, mine)
+    raise_first(error, chain.from_iterable(stage.failed for stage in stages))
+    if differing := sorted({name for stage in stages for name in stage.differing}):
+        raise MismatchError("tensor-parallel ranks have different parameters", differing)
     kinds: dict[CatalogName, HeldKind] = {}
     for name, (kind, _) in chain.from_iterable(stage.shapes.items() for stage in stages):
         kinds[name] = _joint((kinds.get(name, kind), kind))
@@ -225,11 +233,13 @@ class _Held:
         shapes: kind of each tensor, and its local shape on each of these ranks; one shape where all hold the same.
         inferred: patterns that parameters' attributes tell.
         differing: names that not all of these ranks have.
+        failed: ranks that couldn't tell, and why.
     """
 
     shapes: Mapping[CatalogName, tuple[HeldKind, tuple[Shape, ...]]]
     inferred: Mapping[CatalogName, Pattern]
     differing: tuple[str, ...] = ()
+    failed: tuple[tuple[int, UniversalCheckpointError], ...] = ()
 
     def local_shapes(self, name: CatalogName, degree: int) -> tuple[Shape | None, ...]:
         """Return the shape on each tensor-parallel rank; None if the stage doesn't hold the tensor."""
@@ -238,7 +248,7 @@ class _Held:
 
 
 def _gather_stages(engine: Engine, topology: Topology, mine: _Held) -> list[_Held]:
-    """Return what each stage holds. A problem of one stage is raised after the last exchange, and so on all ranks."""
+    """Return what each stage holds, and tells of problems: they are raised after the last exchange, and so on all ranks."""
     held = _gather(engine, mine, bwc_tensor_model_parallel_group(engine.mpu)) if topology.tp > 1 else [mine]
     common = [name for name in mine.shapes if all(name in share.shapes for share in held)]
     shapes = {}
@@ -249,11 +259,9 @@ def _gather_stages(engine: Engine, topology: Topology, mine: _Held) -> list[_Hel
         shapes,
         {name: pattern for share in held for name, pattern in share.inferred.items()},
         tuple(sorted({name for share in held for name in share.shapes} - set(common))),
+        tuple(chain.from_iterable(share.failed for share in held)),
     )
-    stages = _gather(engine, stage, bwc_pipeline_parallel_group(engine.mpu)) if topology.pp > 1 else [stage]
-    if differing := sorted({name for stage in stages for name in stage.differing}):
-        raise MismatchError("tensor-parallel ranks have different parameters", differing)
-    return stages
+    return _gather(engine, stage, bwc_pipeline_parallel_group(engine.mpu)) if topology.pp > 1 else [stage]
 
 
 def _joint(kinds: Sequence[HeldKind]) -> HeldKind:

@@ -163,8 +163,8 @@ def load_checkpoint(
         UnsupportedError: the checkpoint is a universal one, or is known to be of another topology; on every rank, before
             anything of the engine has changed.
     """
-    options = LoadOptions(*positional, **named)
     with agreement():
+        options = LoadOptions(*positional, **named)
         aside = _check_loadable(engine, Path(load_dir), None if tag is None else str(tag), options)
         if aside is not None:
             load_dir, tag = str(aside.parent), aside.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -48,27 +49,27 @@ class Found:
     universal: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Seen:
-    """The report of one rank to all others: the arguments of ``load_checkpoint``, and what became of them.
+    """The report of one rank to all others: the arguments of ``load_checkpoint``, and what became of them up to an error.
 
     Attributes:
+        folder: ``load_dir``; None if it is no path.
         tag: the tag that this rank has found where none is named, as a path below the folder; None if there is none.
         opened: step and folder of the checkpoint that this rank has opened.
     """
 
-    arguments: Mapping[str, Any]
+    folder: str | None
     named: str | None
-    tag: str | None
-    opened: tuple[int, str] | None
-    universal: bool
-    missing: Missing | None
-    error: UniversalCheckpointError | None
+    arguments: Mapping[str, Any]
+    tag: str | None = None
+    opened: tuple[int, str] | None = None
+    universal: bool = False
+    missing: Missing | None = None
+    error: UniversalCheckpointError | None = None
 
 
-def find(
-    engine: Engine, load_dir: Path, named: str | None, options: LoadOptions, streams: bool
-) -> tuple[Found, str | None]:
+def find(engine: Engine, load_dir: str, named: object, options: LoadOptions, streams: bool) -> tuple[Found, str | None]:
     """Agree on what all ranks load, and who loads it. Collective, in one round; a rank for which ``latest`` named another tag
     than for the first one opens that one, and then there's another round.
 
@@ -80,27 +81,32 @@ def find(
         What this rank loads, and its tag: with none named it is the first rank's, since ``latest`` may move while ranks read it.
 
     Raises:
-        ConfigError: ranks give different arguments or name different tags.
+        ConfigError: ranks give different arguments or name different tags; or different folders, and one of them has nothing.
         MismatchError: they see different checkpoints; or this machine's disks lack files that a universal load needs.
         UniversalCheckpointError: a rank couldn't find or open it; see `open_checkpoint`.
     """
 
     def look(tag: str | None) -> tuple[Found, Exception | None, list[_Seen]]:
-        found, error = _look(engine, load_dir, tag, options, streams)
-        seen = gathered(_told(found, error, load_dir, named, options))
-        return found, error, seen
+        seen = _Seen(
+            str(load_dir) if isinstance(load_dir, str | PathLike) else None,
+            None if named is None else str(named),
+            options.arguments() | {"custom_load_fn": options.custom_load_fn is not None},
+        )
+        found, error = _look(engine, load_dir, tag, streams, options, seen)
+        return found, error, gathered(seen)
 
-    found, error, seen = look(named)
+    tag = None if named is None else str(named)
+    found, error, seen = look(tag)
     check_same("load_checkpoint", [each.arguments for each in seen])
     if len({each.named for each in seen}) > 1:
         tags = _by_rank([each.named for each in seen])
         raise ConfigError(f"ranks load different tags from {load_dir}: {tags}; name the same on all, or none")
-    tag = named
     if tag is None and not any(each.error is not None and each.tag is None for each in seen):
         tag = next((each.tag for each in seen if each.tag is not None), None)
         if any(each.tag != tag for each in seen):
             found, error, seen = look(tag)
-    raise_first(error, [each.error for each in seen])
+    _check_folders(seen)
+    raise_first(error, enumerate(each.error for each in seen))
     opened = [each.opened for each in seen]
     if len({each[0] for each in opened if each is not None}) > 1:  # folders may differ: they may be a machine's own
         ranks = _by_rank([each and f"step {each[0]} in {each[1]}" for each in opened])
@@ -116,35 +122,39 @@ def find(
 
 
 def _look(
-    engine: Engine, load_dir: Path, tag: str | None, options: LoadOptions, streams: bool
+    engine: Engine, load_dir: str, tag: str | None, streams: bool, options: LoadOptions, seen: _Seen
 ) -> tuple[Found, Exception | None]:
-    """Find and open a checkpoint. An error is returned: this rank still has to tell the others of it."""
+    """Find and open a checkpoint, and note what the others have to know. An error is returned: they have to know of it too."""
     config: UniversalCheckpointConfig = engine.universal_checkpoint_config
     found = Found()
     try:
-        folder = _find(load_dir, tag, config.load)
+        folder = _find(Path(load_dir), tag, config.load)
         found = Found(folder)
-        checkpoint = None if folder is None else _opened(engine, folder, config)
-        if folder is not None and checkpoint is not None:
+        if folder is None:
+            return found, None
+        if tag is None:
+            seen.tag = str(home_of(folder).relative_to(load_dir))
+        checkpoint = _opened(engine, folder, config)
+        if checkpoint is not None:
             random_state = read_random_state(folder, checkpoint.run.global_steps) if streams else None
-            universal = takes_universal_path(config, engine, checkpoint, engine_optimizer(engine), options)
-            found = Found(folder, checkpoint, random_state, universal)
+            seen.opened, seen.missing = (checkpoint.run.global_steps, str(checkpoint.path)), files_missing(checkpoint)
+            seen.universal = takes_universal_path(config, engine, checkpoint, engine_optimizer(engine), options)
+            found = Found(folder, checkpoint, random_state, seen.universal)
     except Exception as error:
+        seen.error = portable(error)
         return found, error
     return found, None
 
 
-def _told(found: Found, error: Exception | None, load_dir: Path, named: str | None, options: LoadOptions) -> _Seen:
-    checkpoint = found.checkpoint
-    return _Seen(
-        options.arguments() | {"custom_load_fn": options.custom_load_fn is not None},
-        named,
-        str(home_of(found.folder).relative_to(load_dir)) if found.folder is not None and named is None else None,
-        None if checkpoint is None else (checkpoint.run.global_steps, str(checkpoint.path)),
-        found.universal,
-        None if checkpoint is None else files_missing(checkpoint),
-        None if error is None else portable(error),
-    )
+def _check_folders(seen: Sequence[_Seen]) -> None:
+    """Refuse a rank's own folder if no checkpoint is there. Else folders may differ: they may be machines' own, or links."""
+    folders = [each.folder for each in seen]
+    lost = next((each for each in seen if each.folder is None or isinstance(each.error, CheckpointNotFoundError)), None)
+    if lost is not None and len(set(folders)) > 1:
+        rank, other = seen.index(lost), next(rank for rank, folder in enumerate(folders) if folder != lost.folder)
+        told = f"load_dir is {folders[other]} on rank {other}, and {lost.folder} on rank {rank}: {lost.error}"
+        kind = ConfigError if lost.folder is None else CheckpointNotFoundError
+        raise kind(f"{told}; name the same folder on all ranks, or one on each that holds the checkpoint")
 
 
 def _by_rank(values: Sequence[Any]) -> str:

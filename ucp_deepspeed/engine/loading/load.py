@@ -121,7 +121,7 @@ def load_checkpoint(
     started = time.monotonic()
     streams = config.random_state == "restore" and config.load != "never"
     streams = streams and not load_module_only and not only_evaluates(engine)
-    found, tag = find(engine, Path(load_dir), None if tag is None else str(tag), options, streams)
+    found, tag = find(engine, load_dir, tag, options, streams)
     if found.universal:
         assert found.checkpoint is not None
         loaded = _load_universal(engine, found.checkpoint, options, started)
@@ -166,7 +166,7 @@ def _load_natively(
 def _load_universal(engine: Engine, checkpoint: Checkpoint, options: LoadOptions, started: float) -> Loaded:
     """Plan on every rank, agree that all can, fill. Collective."""
     # 1. Where pipeline stages hold copies of one parameter, all ranks together compare these.
-    optimizer, policies, model, seen = engine_optimizer(engine), _policies(engine, options), None, []
+    model, seen = None, []
     if checkpoint.topology.pp > 1:
         with agreement() as told:
             model = describe_model(engine)
@@ -174,7 +174,9 @@ def _load_universal(engine: Engine, checkpoint: Checkpoint, options: LoadOptions
         seen = told.values
     # 2. Each rank plans all that it will hold.
     with agreement() as told:
-        plan = _planned(engine, model or describe_model(engine), checkpoint, optimizer, options, policies, seen)
+        model = model or describe_model(engine)
+        optimizer, policies = engine_optimizer(engine), _policies(engine, options)
+        plan = _planned(engine, model, checkpoint, optimizer, options, policies, seen)
         told.mine = plan.filling.exchange_key()
     check_exchange(told.values)
     # 3. Tensors come first: up to here nothing of the engine has changed.
