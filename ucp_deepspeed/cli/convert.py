@@ -14,7 +14,7 @@ from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.universal.atoms_output import UniversalOutput, left_out
-from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME
+from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, home_of
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli.printing import in_words
 from ucp_deepspeed.cli.progress import shown_progress
@@ -99,6 +99,7 @@ def _tag(source: Path, folder: Path) -> Path:
 
     That may be ``.`` or ``..``; a link keeps its own name.
     """
+    folder = home_of(folder)
     if folder != source and folder.is_relative_to(source) and ".." not in folder.relative_to(source).parts:
         return folder.relative_to(source)
     return Path(folder.name if folder.name not in ("", "..") else folder.resolve().name)

@@ -16,7 +16,7 @@ from ucp_deepspeed.checkpoint.differing import in_words as in_words_by_place
 from ucp_deepspeed.checkpoint.encoding import encode
 from ucp_deepspeed.checkpoint.opening import tags_in
 from ucp_deepspeed.checkpoint.torch_files.safe_load import TORCH_DTYPES
-from ucp_deepspeed.checkpoint.universal.index import UniversalCheckpoint
+from ucp_deepspeed.checkpoint.universal.index import UniversalCheckpoint, home_of
 from ucp_deepspeed.cli.printing import (
     Row,
     collapsed,
@@ -129,7 +129,8 @@ def _json(value: Any) -> Any:
 
 def _other_tags(folder: Path) -> list[str]:
     with suppress(OSError):  # what lies beside the tag is none of the checkpoint
-        return [tag for tag in tags_in(folder.absolute().parent) if tag != folder.absolute().name]
+        own = home_of(folder.absolute())
+        return [tag for tag in tags_in(own.parent) if tag != own.name]
     return []
 
 
@@ -142,7 +143,8 @@ def _matching(report: Mapping[str, Any], match: str) -> dict[str, Any]:
     glob = compiled(match)
     found = {name: entry for name, entry in report["parameters"].items() if glob.fullmatch(name)}
     if not found:
-        wider = "" if "**" in match else f"; * stays between two dots: try --match '**{match.strip('*')}**'"
+        part = match.strip("*")
+        wider = "" if "**" in match else f"; * stays between two dots: try --match '**{part and f'{part}**'}'"
         if "{" in match:
             wider = f"; write * for numbers in braces: try --match '{re.sub(r'{[^}]*}', '*', match)}'"
         raise ConfigError(f"no parameter of {report['path']} fits {match!r}{wider}")
@@ -174,9 +176,11 @@ def _labelled(report: Mapping[str, Any]) -> dict[str, str]:
     sizes = [f"{state} {in_words(size)}" for state, size in report["state_bytes"].items()]
     numels = [f"{numel:,} {kind}" for kind, numel in report["numel"].items() if numel]
     local = "" if report["layouts"]["known"] else " (sum over the ranks' local tensors)"
+    path = Path(report["path"])
+    aside = "" if home_of(path) == path else f": the tag {home_of(path).name}, since a save of it was interrupted"
     written = datetime.fromisoformat(report["written"]).astimezone().isoformat(" ", "minutes")
     return {
-        "path": report["path"],
+        "path": f"{path}{aside}",
         "form": f"{report['form']}, DeepSpeed {report['ds_version']}",
         "topology": topology,
         "steps": f"{report['global_steps']}, {report['skipped_steps']} skipped, {report['global_samples']} samples",
@@ -234,10 +238,12 @@ def _print_parameters(report: Mapping[str, Any], every: bool) -> None:
     shown = (
         {name: name for name in rows} if every else collapsed({name: (*row.values(),) for name, row in rows.items()})
     )
+    joined = next((re.findall(r"{.+?}", title)[0] for title, name in shown.items() if title != name), "")
+    numbers = joined.strip("{}").replace("..", " to ").replace(",", ", ")
     print_rows(
         [{"parameter": title, **rows[name]} for title, name in shown.items()],
         ("scalars", "local shapes", "states", "pattern", "kind"),
-        "{0..3} stands for the numbers 0 to 3; --all lists each parameter" if len(shown) < len(rows) else "",
+        f"{joined} stands for the numbers {numbers}; --all lists each parameter" if joined else "",
     )
 
 

@@ -131,6 +131,22 @@ class _Folder(click.Path):
         return super().convert(value, param, ctx)
 
 
+class _Picture(click.Path):
+    """A file to draw in. What hinders that is told before any work is done."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path: Path = super().convert(value, param, ctx)  # type: ignore[assignment]
+        if path.suffix.lower() not in ENDINGS:
+            self.fail(f"{path} ends with none of {', '.join(ENDINGS)}", param, ctx)
+        if not path.parent.is_dir():
+            self.fail(f"there is no folder {path.parent}", param, ctx)
+        try:
+            import_module("matplotlib.figure")
+        except ImportError as error:
+            self.fail(f"it needs matplotlib ({error}): pip install 'ucp-deepspeed[plots]'", param, ctx)
+        return path
+
+
 def option(*names: str, **settings: Any) -> click.Option:
     """An option; settings as of `click.option`."""
     return click.Option(names, **settings)
@@ -160,11 +176,12 @@ VOCABULARY = option(
 )
 READING = (TAG, SPEC, VOCABULARY)
 JSON = option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+ENDINGS = ".svg", ".png", ".pdf"
 PLOT = option(
     "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=_Picture(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Also draw a picture; the ending says how: .svg, .png or .pdf.",
+    help=f"Also draw a picture; the ending says how: {', '.join(ENDINGS)}.",
 )
 
 

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import click
+
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.differing import OnDiffering
@@ -64,7 +66,9 @@ def show(
         print_json(source | _report(plan, opened.path))
     else:
         _print(plan, f"{opened.path}", f"{opened.form}, {opened.topology}")
-    if plan.possible and plot is not None:
+    if plot is not None and not plan.possible:
+        click.echo(f"{plot} isn't written: the topology is impossible", err=True)
+    elif plot is not None:
         from ucp_deepspeed.cli.plots import draw_plan
 
         draw_plan(plan, opened.path, plot)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ucp_deepspeed.cli.printing import box_in_words, in_words, state_bytes
-from ucp_deepspeed.errors import ConfigError, UnsupportedError
 from ucp_deepspeed.transfer.planning.target_ranks import layer_of
 from ucp_deepspeed.transfer.planning.targeting import TargetPlan
 
@@ -32,21 +31,16 @@ MOST_LOCAL = 8
 
 
 def _new_figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UnsupportedError(f"--plot needs matplotlib ({error}): pip install 'ucp-deepspeed[plots]'") from error
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def _write(figure: Figure, path: Path) -> None:
     from matplotlib import rc_context
 
-    try:
-        with rc_context({"svg.fonttype": "none"}):  # text that can be searched, and is small
-            figure.savefig(path, dpi=160)
-    except ValueError as error:  # an ending that it doesn't know
-        raise ConfigError(f"--plot {path}: {error}") from error
+    with rc_context({"svg.fonttype": "none"}):  # text that can be searched, and is small
+        figure.savefig(path, dpi=160)
     click.echo(f"wrote {path}", err=True)
 
 
@@ -109,13 +103,7 @@ def draw_plan(plan: TargetPlan, folder: Path, path: Path) -> None:
 
 
 def draw_parameter(report: Mapping[str, Any], path: Path) -> None:
-    """Draw a whole tensor and the ranks' local tensors with the boxes in a report of ``ucp spec explain --json``.
-
-    Raises:
-        ConfigError: nothing tells the boxes.
-    """
-    if report["ranks"] is None:
-        raise ConfigError("--plot draws what ranks hold: name a checkpoint that the spec fits with --against")
+    """Draw a whole tensor and the ranks' local tensors with the boxes in a report of ``ucp spec explain --json``."""
     held = [(number, rank) for number, rank in enumerate(report["ranks"]) if rank["pieces"]]
     boxes: dict[str, tuple[Sequence[Sequence[int]], list[int]]] = {}
     for number, rank in held:

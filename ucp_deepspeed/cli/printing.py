@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from math import prod
+from textwrap import fill
 from typing import Any, Literal, TypeAlias
 
 import click
@@ -39,15 +40,22 @@ def print_json(report: Mapping[str, Any]) -> None:
 
 
 def print_labelled(lines: Iterable[tuple[str, str]], width: int = 10) -> None:
-    """Print lines with a label each. A terminal wraps them, and copies of them are whole."""
+    """Print lines with a label each."""
     for label, value in lines:
-        _new_console().print(f"[bold]{label:<{width}}[/bold]{escape(value)}", soft_wrap=True)
+        _print_line(_new_console(), f"{label:<{width}}{value}", width, f"[bold]{label}[/bold]", len(label))
 
 
 def print_lines(*lines: object) -> None:
-    """Print lines as they are."""
+    """Print lines."""
     for line in lines:
-        _new_console().print(escape(str(line)), soft_wrap=True)
+        _print_line(_new_console(), str(line), 4)
+
+
+def _print_line(console: Console, line: str, indent: int = 0, begin: str = "", skipped: int = 0) -> None:
+    """Print a line, with ``begin`` in the place of the characters to skip. On a terminal it breaks only between words."""
+    if sys.stdout.isatty():
+        line = fill(line, console.width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    console.print(f"{begin}{escape(line[skipped:])}", soft_wrap=True)
 
 
 def print_rows(
@@ -93,12 +101,20 @@ def print_rows(
     for heading, columns in zip((name, *kept), (width, *widths), strict=True):
         table.add_column(heading, overflow="fold", justify=justify, width=columns)
     for row in rows:
-        title = row[name] if len(row[name]) <= width else f"…{row[name][len(row[name]) - width + 1 :]}"
-        table.add_row(*map(escape, (title, *(row[heading] for heading in kept))))
+        table.add_row(*map(escape, (_shortened(row[name], width), *(row[heading] for heading in kept))))
     console.print(table)
     left_out = [heading for heading in optional if heading in cells and heading not in kept]
     for line in ([f"left out in this narrow window: {', '.join(left_out)}"] if left_out else []) + [note] * bool(note):
-        console.print(escape(line), soft_wrap=True)
+        _print_line(console, line)
+
+
+def _shortened(name: str, width: int) -> str:
+    """Return a name without its beginning, cut outside of braces."""
+    if len(name) <= width:
+        return name
+    kept = name[len(name) - width + 1 :]
+    cut, _, rest = kept.partition("}")
+    return f"…{rest if rest and '{' not in cut else kept}"
 
 
 def numel_of(entry: Mapping[str, Any]) -> int:

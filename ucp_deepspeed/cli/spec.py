@@ -158,6 +158,8 @@ def explain(
     plot: Path | None,
 ) -> int:
     """Do what ``ucp spec explain`` says."""
+    if plot is not None and against is None:
+        raise ConfigError("--plot draws what ranks hold: name a checkpoint that the spec fits with --against")
     loaded = load_spec(spec)
     checkpoint = open_checkpoint(against, tag) if against is not None else None
     report = _explanation(name, loaded, checkpoint, vocabulary_size)
@@ -165,13 +167,13 @@ def explain(
         print_json(report)
     else:
         _print_explanation(report)
-    if report["problem"] is not None:
-        return NO
-    if plot is not None:
+    if plot is not None and report["ranks"] is None:
+        click.echo(f"{plot} isn't written: nobody can tell what the ranks hold", err=True)
+    elif plot is not None:
         from ucp_deepspeed.cli.plots import draw_parameter
 
         draw_parameter(report, plot)
-    return 0
+    return 0 if report["problem"] is None else NO
 
 
 def _explanation(name: str, spec: Spec, checkpoint: Checkpoint | None, vocabulary_size: int | None) -> dict[str, Any]:

@@ -99,10 +99,23 @@ def names_of(result: Result) -> list[str]:
     return [line.split()[0] for line in result.stdout.splitlines() if " trainable  [" in line]
 
 
+def test_a_tag_whose_exchange_was_interrupted(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
+    """Its folder has a name that no command may take for the tag's."""
+    root = tmp_path / "aside"
+    aside = copytree(saved / "step3", root / ".step3.partial-host-1-replaced")
+    (root / "latest").write_text("step3")
+    shown = ucp("inspect", root).stdout
+    assert f"path             {aside}: the tag step3, since a save of it was interrupted\n" in shown
+    assert "other tags       none\n" in shown
+    for number, source in enumerate((root, aside)):
+        assert ucp("convert", source, tmp_path / f"{number}").exit_code == 0
+        assert (tmp_path / f"{number}" / "latest").read_text() == "step3"
+
+
 def test_like_layers_are_one_line(layered: Path, ucp: Ucp) -> None:
     shown = ucp("inspect", layered)
     assert names_of(shown) == ["embed", "layers.{0,2}.up", "layers.{0,2}.down", "layers.1.up", "layers.1.down"]
-    assert "--all lists each parameter" in shown.stdout
+    assert "{0,2} stands for the numbers 0, 2; --all lists each parameter\n" in shown.stdout
     every = ucp("inspect", layered, "--all")
     assert names_of(every) == ["embed", *(f"layers.{n}.{name}" for n in range(3) for name in ("up", "down"))]
     assert "--all" not in every.stdout
@@ -120,6 +133,7 @@ def test_parameters_that_a_glob_fits(layered: Path, ucp: Ucp) -> None:
         == f"error: no parameter of {layered} fits '*down'; * stays between two dots: try --match '**down**'\n"
     )
     assert len(names_of(ucp("inspect", layered, "--match", "**down**"))) == 2
+    assert "try --match '**'\n" in ucp("inspect", layered, "--match", "").stderr
     copied = ucp("inspect", layered, "--match", "layers.{0,2}.up")
     assert copied.exit_code == 2 and "try --match 'layers.*.up'" in copied.stderr
     shells = ucp("inspect", layered, "--match", "layers.?.up")

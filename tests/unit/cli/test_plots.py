@@ -74,6 +74,7 @@ def test_what_ranks_read_and_hold(layered: Path, spec: Path, tmp_path: Path, ucp
         "plan", layered, "--dp", 1, "--pp", 2, "--zero", 2, "--spec", spec, "--plot", tmp_path / "none.svg"
     )
     assert impossible.exit_code == 1 and not (tmp_path / "none.svg").exists()
+    assert impossible.stderr == f"{tmp_path / 'none.svg'} isn't written: the topology is impossible\n"
 
 
 def test_boxes_of_ranks(layered: Path, spec: Path, tmp_path: Path, ucp: Ucp) -> None:
@@ -88,13 +89,30 @@ def test_boxes_of_ranks(layered: Path, spec: Path, tmp_path: Path, ucp: Ucp) -> 
     assert drawn(path)[0]["all ranks"] == 1
 
 
-def test_a_picture_that_cant_be_drawn(
-    layered: Path, spec: Path, tmp_path: Path, ucp: Ucp, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "command", [("inspect",), ("plan", "--dp", 1, "--zero", 1), ("spec", "explain", "a", "--spec", "b", "--against")]
+)
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("a.gif", "a.gif ends with none of .svg, .png, .pdf"),
+        ("noext", "noext ends with none of"),
+        ("none/a.svg", "there is no folder"),
+        ("a.SVG", "pip install 'ucp-deepspeed[plots]'"),
+    ],
+)
+def test_what_hinders_a_picture_is_told_before_any_work(
+    command: tuple[object, ...], name: str, told: str, tmp_path: Path, ucp: Ucp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unknown = ucp("inspect", layered, "--plot", tmp_path / "a.foo")
-    assert unknown.exit_code == 2 and "a.foo: Format 'foo' is not supported" in unknown.stderr
-    nothing = ucp("spec", "explain", "layers.0.norm", "--spec", spec, "--plot", tmp_path / "a.svg")
-    assert nothing.exit_code == 2 and "name a checkpoint that the spec fits with --against" in nothing.stderr
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    lacking = ucp("inspect", layered, "--plot", tmp_path / "a.svg")
-    assert lacking.exit_code == 2 and "pip install 'ucp-deepspeed[plots]'" in lacking.stderr
+    result = ucp(*command, tmp_path / "no checkpoint", "--plot", tmp_path / name)
+    assert (result.exit_code, result.stdout) == (2, "") and told in result.stderr
+
+
+def test_boxes_that_nobody_can_tell(layered: Path, spec: Path, tmp_path: Path, ucp: Ucp) -> None:
+    explain = ("spec", "explain", "--spec", spec, "--plot", tmp_path / "a.svg")
+    nothing = ucp(*explain, "layers.0.norm")
+    assert nothing.exit_code == 2 and "name a checkpoint that the spec fits with --against" in nothing.stderr
+    spec.write_text("family: mine\nrules: [{match: a, pattern: replicate}]\n")
+    unmatched = ucp(*explain, "layers.0.norm", "--against", layered)
+    assert unmatched.exit_code == 1 and "a.svg isn't written: nobody can tell what the ranks hold" in unmatched.stderr

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
+import sys
 from itertools import product
 
 import pytest
 from rich.console import Console
 
-from ucp_deepspeed.cli.printing import collapsed, print_rows
+from ucp_deepspeed.cli.printing import collapsed, print_labelled, print_lines, print_rows
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,40 @@ def test_names_lose_their_beginnings_in_narrow_windows() -> None:
     narrow = printed(50)
     assert narrow[1].startswith("…layers.0.mlp.weight  trainable  fp32")
     assert all(len(line) <= 50 for line in narrow) and narrow[-1] == "a note"
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (27, "layers.{0,2,5}.mlp.1.weight"),
+        (21, "…{0,2,5}.mlp.1.weight"),
+        (20, "….mlp.1.weight"),
+        (16, "….mlp.1.weight"),
+    ],
+)
+def test_names_are_never_cut_in_braces(width: int, expected: str) -> None:
+    assert printed(width, [{"parameter": "layers.{0,2,5}.mlp.1.weight"}])[1].rstrip() == expected
+
+
+def test_on_a_terminal_lines_break_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setenv("TERM", "xterm")
+    print_lines("group 0: 15 parameters, lr=0.1, betas=[0.9, 0.95]", "a" * 40)
+    print_labelled([("path", "b" * 40), ("states", "fp32 117.9 KiB, exp_avg 117.9 KiB")])
+    assert re.sub(r"\x1b\[\d+m", "", terminal.getvalue()).splitlines() == [
+        "group 0: 15 parameters,",
+        "    lr=0.1, betas=[0.9, 0.95]",
+        "a" * 40,
+        "path",
+        f"{'':10}{'b' * 40}",
+        "states    fp32 117.9 KiB,",
+        f"{'':10}exp_avg 117.9 KiB",
+    ]
 
 
 def test_columns_are_left_out_before_words_break() -> None:

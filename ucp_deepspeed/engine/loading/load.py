@@ -60,22 +60,7 @@ Loaded = tuple[str | None, dict[str, Any] | None]
 class LoadReport:
     """The result of a universal load on this rank; kept as ``engine.universal_checkpoint_report``.
 
-    Attributes:
-        source: form and topology of the checkpoint.
-        target: topology of the engine.
-        bytes_read: bytes copied out of files.
-        bytes_needed: bytes that this rank's partitions, frozen parameters and buffers hold, in the source's dtypes. Where
-            replicas read together, it counts this rank's part.
-        files: files that bytes came from.
-        seconds: from the call to the return.
-        restored: parameters and buffers that took the checkpoint's values, under logical names.
-        initialised: parameters that kept the model's values, in whole, in further rows, or in their optimizer states alone.
-        dropped: parameters of the checkpoint for which the model has no place, or no place for their optimizer states.
-        unread: keys of the client state that couldn't be read and were left out.
-        kept_settings: hyper-parameters for which the engine kept its own values, which differ from the checkpoint's.
-        copies: parameters whose values differ over the checkpoint's pipeline stages, and the stage whose values were read, in
-            words.
-        merged: numbers of this rank that differed over the partitions of the checkpoint and became one, by ``on_differing``.
+    ``docs/python.md`` says what the attributes are.
     """
 
     source: str
