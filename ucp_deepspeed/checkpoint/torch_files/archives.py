@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ucp_deepspeed.checkpoint.torch_files.damage import telling_damage
 from ucp_deepspeed.checkpoint.torch_files.unpickling import everything_in
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 
@@ -49,27 +50,25 @@ class Archive:
         """Read a directory.
 
         Raises:
-            zipfile.BadZipFile: there is none, or it is damaged.
+            DamagedCheckpointError: there is none, or it is damaged.
             UnsupportedError: torch reads the file but can't say where the bytes of a tensor are.
         """
-        with path.open("rb", buffering=0) as raw, zipfile.ZipFile(raw) as file:
-            archive = cls(path, sorted(file.infolist(), key=lambda record: record.header_offset))
-            order = archive._read(file, "byteorder")
-            alignment = archive._read(file, ".storage_alignment")
-        if order not in (None, sys.byteorder):
+        with telling_damage(path), path.open("rb", buffering=0) as raw, zipfile.ZipFile(raw) as file:
+            records = sorted(file.infolist(), key=lambda record: record.header_offset)
+            named = {record.filename.partition("/")[2]: record for record in reversed(records)}
+            settings = {name: named[name] for name in ("byteorder", ".storage_alignment") if name in named}
+            told = {name: file.read(record) for name, record in settings.items() if record.file_size <= 64}
+            alignment = int(told.get(".storage_alignment", _DEFAULT_ALIGNMENT))
+            if alignment < 1:
+                raise ValueError(f"begins its records at multiples of {alignment} bytes")
+        if told.get("byteorder") not in (None, sys.byteorder.encode()):
             raise UnsupportedError(f"{path} was written on a machine of the other byte order; {REWRITE_HINT}")
-        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.records):
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise UnsupportedError(f"{path} is compressed, which torch doesn't do; {REWRITE_HINT}")
-        if archive._named(".format_version") is not None:
-            archive._check_layout(_DEFAULT_ALIGNMENT if alignment is None else int(alignment))
+        archive = cls(path, records)
+        if ".format_version" in named:
+            archive._check_layout(alignment)
         return archive
-
-    def _named(self, name: str) -> zipfile.ZipInfo | None:
-        return next((record for record in self.records if record.filename.partition("/")[2] == name), None)
-
-    def _read(self, file: zipfile.ZipFile, name: str) -> str | None:
-        found = self._named(name)
-        return None if found is None or found.file_size > 64 else file.read(found).decode("ascii", "replace")
 
     def _check_layout(self, alignment: int) -> None:
         """Check that each storage's record ends where torch assumes the next one begins."""
@@ -93,7 +92,8 @@ class Archive:
         for value in everything_in(loaded):
             if not isinstance(value, torch.Tensor) or value.device.type != "meta":
                 continue
-            storage = value.untyped_storage()
+            with telling_damage(self.path):  # sparse tensors have none
+                storage = value.untyped_storage()
             if not storage.nbytes():
                 continue
             record = self.records[bisect_right(headers, storage_start(value)) - 1]

@@ -10,13 +10,13 @@ the object comes first, then the keys of its storages, then the storages one aft
 
 from __future__ import annotations
 
+import os
 import pickle
-import re
 import struct
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import torch
 from torch._utils import _element_size
@@ -26,6 +26,7 @@ from torch.storage import TypedStorage
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Precision
 from ucp_deepspeed.checkpoint.torch_files import unpickling
 from ucp_deepspeed.checkpoint.torch_files.archives import Archive, storage_start
+from ucp_deepspeed.checkpoint.torch_files.damage import refusal, telling_damage
 from ucp_deepspeed.checkpoint.versions import check_regular
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 
@@ -62,20 +63,6 @@ PRECISIONS: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torc
 _ZIP, _POINTER = b"PK\x03\x04", b"version https://git-lfs"
 """The first bytes of an archive, and of the pointer that Git LFS leaves in the place of a large file."""
 
-UNREADABLE = (
-    RuntimeError,
-    pickle.UnpicklingError,
-    struct.error,
-    zipfile.BadZipFile,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    OSError,
-    AssertionError,
-)
-"""Errors that ``torch.load`` raises for a file that is damaged or refused."""
-
 
 def open_torch_file(
     path: Path, *, tensors: bool = False, owned: Collection[str] | None = None, foreign: bool = False
@@ -96,22 +83,20 @@ def open_torch_file(
     check_regular(path)
     if not path.is_file():
         raise DamagedCheckpointError(f"{path} is missing")
-    try:
-        # torch requires a whole archive from the first byte on
-        archive = _beginning(path, 4) == _ZIP and zipfile.is_zipfile(path)
-        loaded = _unpickled(path, tensors, foreign) if archive else _unpickled_legacy(path, tensors)
-    except UNREADABLE as error:
-        raise DamagedCheckpointError(_explain(path, error)) from error
+    start = _beginning(path, len(_POINTER))
+    with telling_damage(path):  # torch requires a whole archive from the first byte on
+        archive = start.startswith(_ZIP) and zipfile.is_zipfile(path)
+    loaded = _unpickled(path, tensors, foreign) if archive else _unpickled_legacy(path, start, tensors)
     if not isinstance(loaded, dict):
         raise DamagedCheckpointError(f"{path} holds a {type(loaded).__name__}, not a checkpoint dictionary")
     for key, value in loaded.items():
         if (owned is None or key in owned) and (name := unpickling.opaque_in(value)):
-            raise DamagedCheckpointError(_refusal(path, name))
+            raise DamagedCheckpointError(refusal(path, name))
     return loaded
 
 
 def _beginning(path: Path, numbytes: int) -> bytes:
-    with path.open("rb") as file:
+    with telling_damage(path), path.open("rb") as file:
         return file.read(numbytes)
 
 
@@ -129,21 +114,21 @@ def _unpickled(path: Path, tensors: bool, foreign: bool) -> Any:
 
 def _by_either(path: Path, **where: Any) -> Any:
     """Load with torch's own unpickler. If it refuses something, load with that of `unpickling`."""
-    trusted = torch.serialization.get_safe_globals()
-    if not any("numpy" in str(allowed) for allowed in trusted):  # torch would trust dtypes
-        try:
-            with torch.serialization.safe_globals(unpickling.ALLOWED_CLASSES):
-                return torch.load(path, weights_only=True, **where)
-        except pickle.UnpicklingError:
-            pass
-    with zipfile.ZipFile(path) as archive:
-        if any(name.endswith("constants.pkl") for name in archive.namelist()):
-            raise pickle.UnpicklingError("Unsupported class TorchScript")
-    return torch.load(path, weights_only=False, pickle_module=unpickling, **where)
+    with telling_damage(path):
+        trusted = torch.serialization.get_safe_globals()
+        if not any("numpy" in str(allowed) for allowed in trusted):  # torch would trust dtypes
+            try:
+                with torch.serialization.safe_globals(unpickling.ALLOWED_CLASSES):
+                    return torch.load(path, weights_only=True, **where)
+            except pickle.UnpicklingError:
+                pass
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("constants.pkl") for name in archive.namelist()):
+                raise pickle.UnpicklingError("Unsupported class TorchScript")
+        return torch.load(path, weights_only=False, pickle_module=unpickling, **where)
 
 
-def _unpickled_legacy(path: Path, tensors: bool) -> Any:
-    start = _beginning(path, len(_POINTER))
+def _unpickled_legacy(path: Path, start: bytes, tensors: bool) -> Any:
     if start.startswith(pickle.PROTO):
         return _read_legacy(path, tensors)
     kind = "empty" if not start else "truncated" if start.startswith(_ZIP) else "not a torch file"
@@ -158,8 +143,8 @@ _NUMEL = struct.Struct("<q")
 
 def _read_legacy(path: Path, tensors: bool) -> Any:
     """Return the object in a file of the older format. Described storages have a ``_checkpoint_offset``, in bytes."""
-    with path.open("rb") as file:
-        storages = _Storages("cpu" if tensors else "meta")
+    storages = _Storages(path, "cpu" if tensors else "meta")
+    with telling_damage(path), path.open("rb") as file:
         found, expected = [unpickling.Unpickler(file).load() for _ in range(2)], [MAGIC_NUMBER, PROTOCOL_VERSION]
         if found != expected:
             raise pickle.UnpicklingError(f"begins with {found}, where torch's older format has {expected}")
@@ -167,68 +152,51 @@ def _read_legacy(path: Path, tensors: bool) -> Any:
             raise pickle.UnpicklingError("was written by a machine that is big-endian")
         unpickler = unpickling.Unpickler(file)
         unpickler.persistent_load = storages.make
-        loaded = unpickler.load()
-        storages.place(unpickling.Unpickler(file).load(), file, path.stat().st_size, tensors)
+        loaded, keys, start = unpickler.load(), unpickling.Unpickler(file).load(), file.tell()
+    storages.place(keys, start, tensors)
     return loaded
 
 
 class _Storages:
     """The storages of a file, by key."""
 
-    def __init__(self, device: str) -> None:
-        self._device = device
+    def __init__(self, path: Path, device: str) -> None:
+        self._path, self._device = path, device
         self._made: dict[str, TypedStorage] = {}
 
     def make(self, reference: Any) -> TypedStorage:
         """Return the storage that a pickle refers to."""
         kind, storage_type, key, _, numel, view = reference
-        if kind != "storage" or view is not None or type(numel) is not int or numel < 0:
+        dtype = torch.uint8 if storage_type is torch.UntypedStorage else getattr(storage_type, "dtype", None)
+        sound = isinstance(dtype, torch.dtype) and type(numel) is int and numel >= 0
+        if kind != "storage" or view is not None or not sound:
             raise pickle.UnpicklingError(f"refers to {reference!r:.100}, which isn't a storage")
         if key not in self._made:
-            dtype = torch.uint8 if storage_type is torch.UntypedStorage else storage_type.dtype
             untyped = torch.UntypedStorage(numel * _element_size(dtype), device=self._device)
             self._made[key] = TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
         return self._made[key]
 
-    def place(self, keys: Any, file: BinaryIO, file_numbytes: int, tensors: bool) -> None:
-        """Tell each storage where its bytes are, or read them. They follow in the order of the keys."""
-        if sorted(keys) != sorted(self._made):
-            raise pickle.UnpicklingError("lists other storages than it refers to")
-        start = file.tell()
-        for key in keys:
-            typed = self._made[key]
-            storage = typed._untyped_storage
-            file.seek(start)
-            numel = _NUMEL.unpack(file.read(_NUMEL.size))[0]
-            start += _NUMEL.size
-            if numel * _element_size(typed.dtype) != storage.nbytes() or start + storage.nbytes() > file_numbytes:
-                raise pickle.UnpicklingError(
-                    f"is truncated: storage {key} of {storage.nbytes()} bytes, file of {file_numbytes}"
-                )
-            if tensors:
-                file.readinto(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())  # type: ignore[attr-defined, call-overload]
-            else:
-                storage._checkpoint_offset = start  # type: ignore[attr-defined]
-            start += storage.nbytes()
-
-
-def _explain(path: Path, error: Exception) -> str:
-    foreign = re.search(
-        r"GLOBAL (\S+) (?:was not an allowed global|whose module)|[Uu]nsupported (?:global|class) ([^\s,]+)", str(error)
-    )
-    if foreign:
-        return _refusal(path, foreign.group(1) or foreign.group(2))
-    refusal = re.search(r"WeightsUnpickler error: *(\S.*)", str(error))
-    reason = refusal.group(1) if refusal else (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"{path} can't be read ({path.stat().st_size} bytes): {reason}"
-
-
-def _refusal(path: Path, name: str) -> str:
-    refused = f"{path} holds an object of class {name}, which could run code when loaded and is refused"
-    module, _, kind = name.rpartition(".")
-    if module in ("", "builtins", "numpy") or module.partition(".")[0] in unpickling.CODE_MODULES:
-        return refused
-    return f"{refused}; if you trust it, allow it with torch.serialization.add_safe_globals([{kind}]) before loading"
+    def place(self, keys: Any, start: int, tensors: bool) -> None:
+        """Tell each storage where its bytes are, or read them. They follow ``start`` in the order of the keys."""
+        with telling_damage(self._path), self._path.open("rb") as file:
+            file_numbytes = os.fstat(file.fileno()).st_size
+            if sorted(keys) != sorted(self._made):
+                raise pickle.UnpicklingError("lists other storages than it refers to")
+            for key in keys:
+                typed = self._made[key]
+                storage = typed._untyped_storage
+                file.seek(start)
+                numel = _NUMEL.unpack(file.read(_NUMEL.size))[0]
+                start += _NUMEL.size
+                if numel * _element_size(typed.dtype) != storage.nbytes() or start + storage.nbytes() > file_numbytes:
+                    raise pickle.UnpicklingError(
+                        f"is truncated: storage {key} of {storage.nbytes()} bytes, file of {file_numbytes}"
+                    )
+                if tensors:
+                    file.readinto(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())  # type: ignore[attr-defined, call-overload]
+                else:
+                    storage._checkpoint_offset = start  # type: ignore[attr-defined]
+                start += storage.nbytes()
 
 
 def dtype_of(tensor: torch.Tensor, path: Path) -> str:
