@@ -13,9 +13,10 @@ import json
 import logging
 import random
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ logger = logging.getLogger("ucp_deepspeed")
 
 RANDOM_STATE_VERSION = 1
 RANDOM_STATE_NAME = "ucp_random_state_rank_{rank:05d}.json"
+
+MEGATRON_MODULES = ("megatron.core.tensor_parallel.random", "megatron.mpu.random")
+"""Modules in which Megatron-LM, Megatron-Core and Megatron-DeepSpeed of all ages keep their tracker of named streams."""
 
 NUMPY_GENERATOR = "MT19937"
 """The generator behind numpy's global functions. A script that has put another one there seeds it itself."""
@@ -226,20 +230,56 @@ def _live_streams(engine: Engine) -> dict[str, Stream]:
         streams["accelerator"] = _tensor_stream(
             device.get_rng_state, device.set_rng_state, device.manual_seed, device.initial_seed()
         )
-    # DeepSpeed's activation checkpointing and Megatron-Core keep named streams beside the default one.
-    trackers: dict[str, Any] = {"deepspeed": checkpointing.get_cuda_rng_tracker()}
-    megatron: Any = sys.modules.get("megatron.core.tensor_parallel.random")
-    if megatron is not None and megatron._CUDA_RNG_STATE_TRACKER_INITIALIZED:
-        trackers["megatron"] = megatron.get_cuda_rng_tracker()
-    for owner, tracker in trackers.items():
-        streams |= {f"{owner}/{name}": _tracked_stream(tracker, name) for name in tracker.get_states()}
+    for owner, tracker in _trackers().items():
+        with _known_form(f"{owner}'s tracker"):
+            for name, state in tracker.get_states().items():
+                with _known_form(f"{owner}/{name}"):
+                    streams[f"{owner}/{name}"] = _tracked_stream(tracker, name, state)
     # DeepSpeed's curriculum sampler: rank 0 draws for all, and the sampler's state dict holds numpy's global stream instead.
     curriculum = getattr(getattr(engine.training_dataloader, "data_sampler", None), "np_rng", None)
     if curriculum is not None:
-        generator = curriculum.bit_generator
-        write = partial(setattr, generator, "state")
-        streams["curriculum"] = Stream(lambda: generator.state, write, lambda seed: None, None)
+        with _known_form("curriculum"):
+            streams["curriculum"] = _curriculum_stream(curriculum.bit_generator)
     return streams
+
+
+def _trackers() -> dict[str, Any]:
+    """Return the trackers of named streams by their owners: DeepSpeed's activation checkpointing and Megatron have one each."""
+    shared = checkpointing.get_cuda_rng_tracker()
+    trackers: dict[str, Any] = {"deepspeed": shared}
+    for module in [sys.modules[name] for name in MEGATRON_MODULES if sys.modules.get(name) is not None]:
+        with _known_form("megatron's tracker"):
+            # Where it is None, Megatron-Core makes it when it is first asked for, in the form that is then wanted.
+            held = hasattr(module, "_CUDA_RNG_STATE_TRACKER")
+            tracker = module._CUDA_RNG_STATE_TRACKER if held else module.get_cuda_rng_tracker()
+            if tracker is not None and tracker is not shared:
+                trackers["megatron"] = tracker
+    return trackers
+
+
+@contextmanager
+def _known_form(what: str) -> Iterator[None]:
+    """Leave a stream out if it isn't as expected: other packages may give theirs any form, and neither a save nor a load may fail
+    for it."""
+    try:
+        yield
+    except Exception as error:
+        _warn_of_unknown(what, f"{type(error).__name__}: {error}")
+
+
+@cache
+def _warn_of_unknown(what: str, reason: str) -> None:
+    """Warn once in a process, and not at every save."""
+    logger.warning(
+        "the random stream %s has a form that isn't known here (%s): it is neither saved nor restored, and all else is",
+        what,
+        reason,
+    )
+
+
+def _curriculum_stream(generator: Any) -> Stream:
+    encode(generator.state, "its state", {})
+    return Stream(lambda: generator.state, partial(setattr, generator, "state"), lambda seed: None, None)
 
 
 def _numpy_stream() -> Stream:
@@ -273,17 +313,16 @@ def _tensor_stream(
     )
 
 
-def _tracked_stream(tracker: Any, name: str) -> Stream:
+def _tracked_stream(tracker: Any, name: str, held: Any) -> Stream:
     """Return a tracker's stream. It is a generator where CUDA graphs use it, and must stay the same object; otherwise it is a
     state."""
-    held = tracker.get_states()[name]
     if isinstance(held, torch.Generator):
         return _generator_stream(held)
-    generator = torch.Generator(device=get_accelerator().current_device_name())
+    generator, set_states = torch.Generator(device=get_accelerator().current_device_name()), tracker.set_states
     generator.set_state(held)
 
     def put(state: torch.Tensor) -> None:
-        tracker.set_states(tracker.get_states() | {name: state})
+        set_states(tracker.get_states() | {name: state})
 
     reseed: Callable[[int], None] = lambda seed: put(generator.manual_seed(seed).get_state())  # noqa: E731
     return _tensor_stream(lambda: held, put, reseed, generator.initial_seed())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron.core.transformer.mlp import MLP
 
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Shard
 
@@ -13,6 +14,10 @@ OUTPUT_LAYER = "output_layer"
 
 SHARDED_MODULES = (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
 """Modules whose weight is always sharded. Built with ``perform_initialization=False`` they set no attributes on it."""
+
+MLP_MODULE = "megatron.core.transformer.mlp"
+"""Module of Megatron-Core's feed-forward layer. Megatron-DeepSpeed's can't be imported without Transformer Engine, and a model
+that has the layer has imported it."""
 
 MEGATRON_DEEPSPEED = ("dense_h_to_4h", "dense_4h_to_h")
 """A feed-forward layer's modules in Megatron-DeepSpeed. With a gate, the first has two rows for each column of the second."""
@@ -54,4 +59,7 @@ def _is_gated(owner: str, modules: dict[str, torch.nn.Module]) -> bool:
         # Shapes on this tensor-parallel rank, before ZeRO-3 partitions them.
         first, second = (getattr(weight, "ds_shape", weight.shape) for weight in weights)
         return len(first) == len(second) == 2 and first[0] == 2 * second[1]
-    return name == "linear_fc1" and isinstance(layer, MLP) and bool(layer.config.gated_linear_unit)
+    mlp = sys.modules.get(MLP_MODULE)
+    return (
+        name == "linear_fc1" and mlp is not None and isinstance(layer, mlp.MLP) and bool(layer.config.gated_linear_unit)
+    )
