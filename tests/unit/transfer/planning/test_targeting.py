@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from native_files import NativeModel, NativeParameter, NativeRun, write_native
-from native_files.described import held_by, shares
+from native_files.described import held_by
 
 from ucp_deepspeed.checkpoint import Checkpoint, FileExtent, Parameter, open_checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import ParameterGroup, Precision, RunState
@@ -24,7 +24,6 @@ from ucp_deepspeed.testing.ranks import get_pool
 from ucp_deepspeed.testing.runs import Run, train
 from ucp_deepspeed.transfer import FileReader, run_copies
 from ucp_deepspeed.transfer.conversion import convert
-from ucp_deepspeed.transfer.planning.target_ranks import stages_of, target_ranks
 from ucp_deepspeed.transfer.planning.targeting import RankPlan, counted, plan_target
 
 RULES = [
@@ -125,35 +124,6 @@ def test_each_rank_reads_and_holds_what_brute_force_finds(target: Topology, sour
             assert rank.files <= {str(path) for path in folder.iterdir()} and rank.copies > 0
 
 
-@pytest.mark.parametrize("target", POSSIBLE, ids=str)
-def test_data_parallel_ranks_hold_each_element_once_or_all_of_it(target: Topology, sources: dict[str, Path]) -> None:
-    view = UniversalView.of(open_checkpoint(sources["zero1"]), SPEC)
-    whole = {parameter.name: parameter for parameter in model().parameters}
-    cut = {name: shares(whole[name].fp32, whole[name].cut, target.tp) for name in SHAPES}
-    cut["mask"] = [torch.arange(5)] * target.tp
-    stages = [[*SHAPES, "mask"]] if target.pp == 1 else STAGES
-    shapes = {
-        name: tuple(tuple(share.shape) if name in names else None for names in stages for share in found)
-        for name, found in cut.items()
-    }
-    counts = {
-        (rank, name): torch.zeros(prod(shape), dtype=torch.int64)
-        for name, found in shapes.items()
-        for rank, shape in enumerate(found)
-        if shape is not None
-    }
-    for held in target_ranks(view, target, shapes):
-        for slot in (*held.slots, *held.weights):
-            for name, fragment in slot.fragments():
-                part = slice(fragment.local_start, fragment.local_start + fragment.numel)
-                counts[held.model_parallel_rank, name][part] += 1
-                assert fragment.buffer_start + fragment.numel <= slot.numel()
-    for (_, name), count in counts.items():
-        partitioned = target.zero_stage > 0 if whole.get(name) and not whole[name].frozen else target.zero_stage == 3
-        once = partitioned and name != "mask"
-        assert count.eq(1 if once else target.dp).all(), name
-
-
 def test_on_its_own_topology_a_rank_reads_its_own_files(sources: dict[str, Path]) -> None:
     plan = plan_target(open_checkpoint(sources["zero1"]), Topology(2, 1, 2, 1), SPEC)
     for rank in plan.ranks:
@@ -177,21 +147,6 @@ def test_counted_is_what_is_read(pattern: str, sources: dict[str, Path]) -> None
         count = counted(copies)
         assert count == run_copies(copies, FileReader(), lambda _, buffer=buffer: buffer)  # type: ignore[misc]
         assert count.bytes_read == 4 * ranks_read * (prod(shape) - 1)
-
-
-@pytest.mark.parametrize(
-    ("names", "pp", "stages"),
-    [
-        (["first", "l.0.a", "l.0.b", "l.1.a", "l.2.a", "last"], 1, [0, 0, 0, 0, 0, 0]),
-        (["first", "l.0.a", "l.0.b", "l.1.a", "l.2.a", "last"], 2, [0, 0, 0, 0, 1, 1]),
-        (["first", "l.0.a", "l.0.b", "l.1.a", "l.2.a", "last"], 4, [0, 0, 0, 1, 2, 3]),
-        (["e.0.a", "e.1.a", "between", "d.0.a", "d.1.a"], 2, [0, 0, 0, 1, 1]),
-        (["0.a", "1.l.0.b", "1.l.1.b", "2.a"], 3, [0, 1, 1, 2]),
-        (["l.9.a", "l.10.a", "v2.a"], 2, [0, 1, 1]),
-    ],
-)
-def test_stages(names: list[str], pp: int, stages: list[int]) -> None:
-    assert list(stages_of(names, pp).values()) == stages
 
 
 def test_layers_are_needed_to_fill_stages(sources: dict[str, Path]) -> None:

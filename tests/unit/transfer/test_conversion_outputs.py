@@ -1,4 +1,4 @@
-"""The interface of outputs, by others than the universal format: other files, names, types, shares of ranks, and padding."""
+"""Conversion to other outputs than the universal format: other files, names, types, shares of ranks, and padding."""
 
 from __future__ import annotations
 
@@ -169,17 +169,3 @@ def test_ranks_that_would_write_other_things_are_refused(
     with ThreadPoolExecutor(2) as pool, pytest.raises(ConfigError, match="isn't what rank 1 sees"):
         list(pool.map(one, range(2)))
     assert not (tmp_path / "out").exists()
-
-
-def test_parts_lie_side_by_side_and_elements_on_their_boundaries() -> None:
-    region = Region("a", MASTER, "BF16", Layout.whole((1,)), 0, 0, 1, 1)
-    for parts in ((Literal(b"ab"), Literal(b"c", 1)), (Literal(b"abc", 2),), (region,)):
-        with pytest.raises(AssertionError):
-            OutputFile("file", 4, parts)
-
-
-def test_regions_with_other_boxes_have_other_keys() -> None:
-    """Ranks compare them: boxes of one size used to count as the same."""
-    boxes = [Box((low, 0), (low + 8, 4)) for low in (0, 8)]
-    keys = {Region("a", "fp32", "F32", Layout.around((32, 4), box), 0, 0, 32).key for box in boxes}
-    assert len(keys) == 2
