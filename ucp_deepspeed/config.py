@@ -19,7 +19,7 @@ from pydantic import (
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
 from ucp_deepspeed.checkpoint.differing import OnDiffering
-from ucp_deepspeed.errors import ConfigError
+from ucp_deepspeed.errors import ConfigError, worded
 
 CONFIG_KEY = "universal_checkpoint"
 
@@ -105,7 +105,7 @@ def _say(item: Any) -> str:
         return f"unknown key{hint}; known keys: {', '.join(known)}"
     if key == "save" and not isinstance(item["input"], Mapping):
         return f"must be a block of settings (found {item['input']!r}); known keys: {', '.join(_keys(SaveConfig))}"
-    return f"{item['msg']} (found {item['input']!r})"
+    return worded(item)
 
 
 def _keys(block: type[BaseModel]) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class UniversalCheckpointError(Exception):
@@ -38,7 +39,7 @@ def listed(entries: Sequence[object], most: int = MAX_LISTED) -> list[str]:
 
 
 class ConfigError(UniversalCheckpointError):
-    """The ``universal_checkpoint`` block of a DeepSpeed config, or a command-line option, is wrong."""
+    """The ``universal_checkpoint`` block of a DeepSpeed config, a command-line option, or a size given in Python, is wrong."""
 
 
 class SpecError(ListingError):
@@ -75,3 +76,39 @@ class FormatError(UnsupportedError):
 
 class MismatchError(ListingError):
     """Source and target don't fit together: lists every problem, by the parameter concerned or the first of several."""
+
+
+_WORDS = {
+    **dict.fromkeys(("int_type", "int_from_float", "int_parsing"), "expected a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "expected a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "expected true or false"),
+    "string_type": "expected a text",
+    **dict.fromkeys(("tuple_type", "list_type"), "expected a list"),
+    **dict.fromkeys(
+        ("dict_type", "model_type", "model_attributes_type", "dataclass_type"), "expected keys with values"
+    ),
+    "literal_error": "expected {expected}",
+    "union_tag_invalid": "expected {expected_tags}, not '{tag}'",
+    "greater_than": "expected a number above {gt}",
+    "greater_than_equal": "expected a number from {ge} on",
+    "too_short": "expected {min_length} or more",
+    "missing": "is missing",
+    **dict.fromkeys(("extra_forbidden", "unexpected_keyword_argument"), "unknown key"),
+    "value_error": "{error}",
+}
+"""Pydantic's types of errors → messages."""
+
+
+def worded(error: Mapping[str, Any]) -> str:
+    """Say what pydantic found wrong with a value.
+
+    Args:
+        error: an item of ``ValidationError.errors()``.
+    """
+    words = _WORDS.get(error["type"])
+    text: str = (
+        error["msg"].replace("Input should be", "expected") if words is None else words.format(**error.get("ctx", {}))
+    )
+    found = error["input"]
+    plain = text.startswith("expected") and isinstance(found, str | int | float | None)
+    return f"{text} (found {found!r:.100})" if plain else text

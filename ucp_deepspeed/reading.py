@@ -14,6 +14,7 @@ from types import EllipsisType
 from typing import Any, SupportsIndex, TypeAlias
 
 import torch
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from ucp_deepspeed import checkpoint as catalogs
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Deferred, Differing, HeldShapes, Kind, Parameter
@@ -24,10 +25,12 @@ from ucp_deepspeed.checkpoint.universal.index import UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import (
     CheckpointNotFoundError,
+    ConfigError,
     MismatchError,
     NotInCheckpointError,
     SpecError,
     UnsupportedError,
+    worded,
 )
 from ucp_deepspeed.language import Spec, load_spec
 from ucp_deepspeed.language.resolve import describe
@@ -36,6 +39,9 @@ from ucp_deepspeed.transfer.copying import FileReader, gather
 
 Index: TypeAlias = "SupportsIndex | slice | EllipsisType | tuple[SupportsIndex | slice | EllipsisType, ...]"
 """An index as in ``tensor[…]``: an integer, a slice, or several of these for the first dimensions, also with an ellipsis."""
+
+
+_ROWS: TypeAdapter[int | None] = TypeAdapter(PositiveInt | None)
 
 
 def tags(folder: str | Path) -> list[str]:
@@ -66,8 +72,15 @@ def open_checkpoint(
         CheckpointNotFoundError: nothing there, or no such tag.
         DamagedCheckpointError: files are missing, truncated or inconsistent.
         UnsupportedError: a form that this release can't read.
+        ConfigError: the size of the vocabulary isn't a whole number above 0.
         SpecError, MismatchError: the spec doesn't fit. With ``"auto"`` reading a whole tensor raises this instead.
     """
+    if isinstance(vocabulary_size, SupportsIndex):
+        vocabulary_size = vocabulary_size.__index__()
+    try:
+        _ROWS.validate_python(vocabulary_size, strict=True)
+    except ValidationError as error:
+        raise ConfigError(f"vocabulary_size: {worded(error.errors()[0])}") from error
     return OpenCheckpoint(catalogs.open_checkpoint(path, tag), spec, vocabulary_size)
 
 

@@ -15,8 +15,10 @@ from native_files import Cut, NativeModel, NativeParameter, NativeRun, add_manif
 
 import ucp_deepspeed
 from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.config import parse_config
 from ucp_deepspeed.errors import (
     CheckpointNotFoundError,
+    ConfigError,
     DamagedCheckpointError,
     NotInCheckpointError,
     SpecError,
@@ -133,6 +135,23 @@ def check_slice(opened: OpenCheckpoint, name: str, state: str, index: Any, tenso
     found = opened.read(name, state, index)
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape), (name, state, index)
     assert torch.equal(found, expected), (name, state, index)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (0, "expected a number above 0 (found 0)"),
+        (-1, "expected a number above 0 (found -1)"),
+        (3.5, "expected a whole number (found 3.5)"),
+        ("x", "expected a whole number (found 'x')"),
+    ],
+)
+def test_a_vocabulary_size_that_is_none(size: Any, words: str) -> None:
+    """The words are those of the config block."""
+    with pytest.raises(ConfigError, match=re.escape(f"vocabulary_size: {words}")):
+        ucp_deepspeed.open_checkpoint(GOLDEN / "0.9.5" / "z0fp16_frozen-Adam", vocabulary_size=size)
+    with pytest.raises(ConfigError, match=re.escape(f"universal_checkpoint.vocabulary_size: {words}")):
+        parse_config({"universal_checkpoint": {"vocabulary_size": size}})
 
 
 def test_a_slice_reads_its_own_bytes_alone(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES, TORCH_DTYPES
-from ucp_deepspeed.errors import DamagedCheckpointError, FormatError, UnsupportedError
+from ucp_deepspeed.errors import DamagedCheckpointError, FormatError, UnsupportedError, worded
 
 _COLLECTIONS: Mapping[str, type[Any]] = {"": list, "$tuple": tuple, "$set": set, "$frozenset": frozenset}
 """Collections by their tags. Lists need none in JSON."""
@@ -69,7 +69,7 @@ def read_document(path: Path, form: type[Document], what: str, newest: int) -> D
     try:
         return form.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        problems = [f"{'.'.join(map(str, item['loc']))}: {worded(item)}" for item in error.errors()]
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise DamagedCheckpointError(f"{path} is not {what}: {'; '.join(problems[:3])}{more}") from error
 

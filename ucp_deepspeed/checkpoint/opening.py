@@ -62,7 +62,7 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
         strays, named = Path(tag).is_absolute() or ".." in Path(tag).parts, f", which {latest} names"
     folder = root / tag
     found = folder if os.path.isdir(folder) else _lies_aside(folder)  # noqa: PTH112 - a name that can't be is no folder
-    if strays or found is None:
+    if strays or found is None or (found == root and not _holds_checkpoint(root)):  # "" and "." name the folder itself
         shown = tag if len(tag) <= LONGEST_SHOWN else f"{tag[:LONGEST_SHOWN]}…"
         raise CheckpointNotFoundError(f"no tag {shown!r} in {root}{named}{_there(root)}")
     return found

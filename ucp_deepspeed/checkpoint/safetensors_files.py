@@ -14,7 +14,7 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent
 from ucp_deepspeed.checkpoint.output import Literal, OutputFile, Region
 from ucp_deepspeed.dtypes import ITEMSIZE
-from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.errors import DamagedCheckpointError, worded
 from ucp_deepspeed.layout import Shape
 
 
@@ -41,7 +41,9 @@ class SafetensorsHeader:
         try:
             self._entries = _ENTRIES.validate_json(raw)
         except ValidationError as error:
-            raise DamagedCheckpointError(f"{path} has no safetensors header: {error.errors()[0]['msg']}") from error
+            found = error.errors()[0]
+            told = ": ".join((*map(str, found["loc"][-1:]), worded(found)))
+            raise DamagedCheckpointError(f"{path} has no safetensors header: {told}") from error
         self.data_offset = 8 + length
         self.data_numbytes = path.stat().st_size - self.data_offset
 

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from ucp_deepspeed.errors import SpecError
+from ucp_deepspeed.errors import SpecError, worded
 from ucp_deepspeed.language.dimensions import (
     Dimension,
     ShapeCheck,
@@ -169,7 +169,7 @@ class Spec(BaseModel):
             # A wrong rule is also reported as one rule too few.
             inside = [item for item in items if item["loc"][:1] == ("rules",) and len(item["loc"]) > 1]
             shown = [item for item in items if not (inside and item["loc"] == ("rules",))]
-            problems = [f"{_place(item['loc'])}: {item['msg']}" for item in shown]
+            problems = [f"{_place(item['loc'])}: {worded(item)}" for item in shown]
             raise SpecError(f"spec {origin} is not valid", problems) from error
 
     @cached_property

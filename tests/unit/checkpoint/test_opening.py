@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_a_folder_of_runs_names_them(tmp_path: Path) -> None:
             open_checkpoint(tmp_path, tag)
 
 
-@pytest.mark.parametrize(("latest", "shown"), [("x" * 5000, f"'{'x' * 100}…'"), ("a\0b", r"'a\x00b'")])
+@pytest.mark.parametrize(("latest", "shown"), [("x" * 5000, f"'{'x' * 100}…'"), ("a\0b", r"'a\x00b'"), (".", "'.'")])
 def test_latest_that_names_nothing(latest: str, shown: str, tmp_path: Path) -> None:
     write_native(tmp_path, model_of(SHAPES), RUN, tag="step")
     (tmp_path / "latest").write_text(latest, encoding="utf-8")
@@ -82,6 +83,15 @@ def test_no_such_tag_lists_the_tags(tmp_path: Path) -> None:
     assert "no tag 'global_step7'" in str(caught.value)
     assert "tags there: global_step10, global_step5" in str(caught.value)
     assert "logs" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tag", ["", "."])
+def test_a_tag_that_means_the_folder_itself(tag: str, tmp_path: Path) -> None:
+    """As a tag it is one only if the folder is a tag folder."""
+    folder = write_native(tmp_path, model_of(SHAPES), RUN, tag="step1")
+    assert resolve_tag(folder, tag) == folder
+    with pytest.raises(CheckpointNotFoundError, match=re.escape(f"no tag {tag!r} in {tmp_path}; tags there: step1")):
+        resolve_tag(tmp_path, tag)
 
 
 def test_no_latest_lists_the_tags(tmp_path: Path) -> None:

@@ -94,9 +94,9 @@ def test_signs_that_stand_for_nothing(from_: str, to: str) -> None:
 @pytest.mark.parametrize(
     ("raw", "place"),
     [
-        ({"from": "a"}, "names.pipeline[0].to: Field required"),
-        ({"to": "a"}, "names.pipeline[0].from: Field required"),
-        ({"from": "a", "to": "b", "too": "c"}, "names.pipeline[0].too: Extra inputs"),
+        ({"from": "a"}, "names.pipeline[0].to: is missing"),
+        ({"to": "a"}, "names.pipeline[0].from: is missing"),
+        ({"from": "a", "to": "b", "too": "c"}, "names.pipeline[0].too: unknown key"),
         ({"from": 3, "to": "b"}, "names.pipeline[0].from: "),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from pydantic import AfterValidator, InstanceOf, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from ucp_deepspeed.checkpoint.torch_files.unpickling import FragmentAddress, LossScaler
-from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.errors import DamagedCheckpointError, worded
 
 T = TypeVar("T")
 
@@ -129,10 +129,10 @@ def check_types(held: Any, types: Types, path: Path, what: str) -> dict[str, Any
         try:
             types[key].validate_python(held[key], strict=True)
         except ValidationError as error:
-            found = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            found = error.errors()[0]
             place = "".join(f"[{part!r}]" for part in found["loc"] if isinstance(part, int))
             raise DamagedCheckpointError(
-                f"{path} holds something else than DeepSpeed writes as {key!r}{place} of {what}: {found['msg']}"
+                f"{path} holds something else than DeepSpeed writes as {key!r}{place} of {what}: {worded(found)}"
             ) from error
     return held
 

@@ -91,8 +91,8 @@ def test_wrong_values_are_named_by_their_place(universal: Path) -> None:
     with pytest.raises(DamagedCheckpointError) as caught:
         open_checkpoint(universal)
     message = str(caught.value)
-    assert "\n" not in message and "run.global_steps: Input should be a valid integer; " in message
-    assert "parameters.norm.bias.kind: Input should be 'trainable'" in message and message.endswith("; and 1 more")
+    assert "\n" not in message and "run.global_steps: expected a whole number" in message
+    assert "parameters.norm.bias.kind: expected 'trainable'" in message and message.endswith("; and 1 more")
 
 
 def test_client_state_that_cant_be_read(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_header_with_another_dtype(universal: Path) -> None:
 @pytest.mark.parametrize("key", ["dtype", "shape", "data_offsets"])
 def test_header_entry_without_a_key(key: str, universal: Path) -> None:
     _edit_header(universal, f'"{key}":'.encode(), f'"{key[::-1]}":'.encode())
-    with pytest.raises(DamagedCheckpointError, match=r"no safetensors header: .* (required|string)"):
+    with pytest.raises(DamagedCheckpointError, match=f"no safetensors header: {key}: is missing"):
         open_checkpoint(universal)
 
 
