@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -31,6 +31,7 @@ from ucp_deepspeed.cli.printing import (
 from ucp_deepspeed.errors import ConfigError
 from ucp_deepspeed.language.globs import check_glob, compiled
 from ucp_deepspeed.reading import OpenCheckpoint, ParameterInfo
+from ucp_deepspeed.transfer.planning.policies import some_names
 from ucp_deepspeed.transfer.stage_copies import recorded_differing
 
 
@@ -194,7 +195,7 @@ def _labelled(report: Mapping[str, Any]) -> dict[str, str]:
         "states": (", ".join(sizes) or "none") + local,
         "client state": ", ".join(report["client_state"]) or "none",
         "on disk": f"{in_words(report['disk_bytes'])} in {report['files']} files, written {written}",
-        "other tags": _first(report["other_tags"], 8) or "none",
+        "other tags": some_names(report["other_tags"], 8) if report["other_tags"] else "none",
     }
 
 
@@ -205,13 +206,7 @@ def _differing_lines(report: Mapping[str, Any]) -> list[str]:
     for name, entry in (*entries, *report["parameters"].items()):
         for key, held in entry["differing"].items():
             places.setdefault(f"{key!r} is {in_words_by_place(held)}", []).append(name)
-    return [f"differs over partitions: {_first(names, 3)}: {told}" for told, names in places.items()]
-
-
-def _first(names: Sequence[str], count: int) -> str:
-    """Join the first of some names, and say how many more there are."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
+    return [f"differs over partitions: {some_names(names)}: {told}" for told, names in places.items()]
 
 
 def _topology_in_words(topology: Mapping[str, int]) -> str:

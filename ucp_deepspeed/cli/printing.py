@@ -42,7 +42,7 @@ def print_json(report: Mapping[str, Any]) -> None:
 def print_labelled(lines: Iterable[tuple[str, str]], width: int = 10) -> None:
     """Print lines with a label each."""
     for label, value in lines:
-        _print_line(_new_console(), f"{label:<{width}}{value}", width, f"[bold]{label}[/bold]", len(label))
+        _print_line(_new_console(), f"{label:<{width}}{value}", width, len(label))
 
 
 def print_lines(*lines: object) -> None:
@@ -51,11 +51,11 @@ def print_lines(*lines: object) -> None:
         _print_line(_new_console(), str(line), 4)
 
 
-def _print_line(console: Console, line: str, indent: int = 0, begin: str = "", skipped: int = 0) -> None:
-    """Print a line, with ``begin`` in the place of the characters to skip. On a terminal it breaks only between words."""
+def _print_line(console: Console, line: str, indent: int = 0, bold: int = 0) -> None:
+    """Print a line whose first characters are bold. On a terminal it breaks only between words."""
     if sys.stdout.isatty():
         line = fill(line, console.width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
-    console.print(f"{begin}{escape(line[skipped:])}", soft_wrap=True)
+    console.print(f"[bold]{line[:bold]}[/bold]{escape(line[bold:])}", soft_wrap=True)
 
 
 def print_rows(
@@ -104,8 +104,10 @@ def print_rows(
         table.add_row(*map(escape, (_shortened(row[name], width), *(row[heading] for heading in kept))))
     console.print(table)
     left_out = [heading for heading in optional if heading in cells and heading not in kept]
-    for line in ([f"left out in this narrow window: {', '.join(left_out)}"] if left_out else []) + [note] * bool(note):
-        _print_line(console, line)
+    if left_out:
+        _print_line(console, f"left out in this narrow window: {', '.join(left_out)}")
+    if note:
+        _print_line(console, note)
 
 
 def _shortened(name: str, width: int) -> str:

@@ -260,9 +260,9 @@ def check_any(
         )
 
 
-def some_names(names: Sequence[str]) -> str:
+def some_names(names: Sequence[str], most: int = 3) -> str:
     """List the first names, and count the others."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "no parameters"
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "no parameters"
 
 
 def renaming_hint(source: Source, target: Target) -> str:
