@@ -145,7 +145,7 @@ def _matching(report: Mapping[str, Any], match: str) -> dict[str, Any]:
     found = {name: entry for name, entry in report["parameters"].items() if glob.fullmatch(name)}
     if not found:
         part = match.strip("*")
-        wider = "" if "**" in match else f"; * stays between two dots: try --match '**{part and f'{part}**'}'"
+        wider = "" if "**" in match else f"; * stays between two dots: try --match '{f'**{part}**' if part else '**'}'"
         if "{" in match:
             wider = f"; write * for numbers in braces: try --match '{re.sub(r'{[^}]*}', '*', match)}'"
         raise ConfigError(f"no parameter of {report['path']} fits {match!r}{wider}")
