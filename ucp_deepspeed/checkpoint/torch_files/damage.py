@@ -25,6 +25,8 @@ UNREADABLE = (
     ValueError,
     TypeError,
     LookupError,
+    AttributeError,
+    ArithmeticError,
     OSError,
     AssertionError,
 )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copyreg
 import inspect
 import zipfile
 from collections import deque
+from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,13 +24,19 @@ from ucp_deepspeed.errors import DamagedCheckpointError
 
 
 class ByCall:
-    """Pickled as a call, whatever its class."""
+    """Pickled as a call, whatever its class, and perhaps a state of its result."""
 
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.reduced = function, arguments
+    def __init__(self, function: Any, *arguments: Any, state: Any = None) -> None:
+        self.reduced = function, arguments, state
 
-    def __reduce__(self) -> tuple[Any, Any]:
+    def __reduce__(self) -> tuple[Any, Any, Any]:
         return self.reduced
+
+
+class TooLong(ByCall):
+    """Says to ``pickle`` that it is a time."""
+
+    __class__ = property(lambda _: timedelta)  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(
@@ -51,6 +60,18 @@ def test_an_enum_is_read_however_python_pickled_it(tmp_path: Path, pickled: ByCa
 def test_a_builtin_that_reaches_further_is_refused(tmp_path: Path, call: ByCall, name: str) -> None:
     torch.save({"value": call}, tmp_path / "file.pt")
     with pytest.raises(DamagedCheckpointError, match=rf"file.pt holds an object of class {name}.* is refused$"):
+        open_torch_file(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "call",
+    [ByCall(Fraction, 1, 2, state={"x": 1}), TooLong(copyreg.__newobj__, timedelta, 10**12), ByCall(range, 3, state=5)],
+    ids=["attribute", "number", "kind"],
+)
+def test_a_value_that_no_program_saves_is_damage(tmp_path: Path, call: ByCall, zipped: bool) -> None:
+    torch.save({"value": call}, tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(DamagedCheckpointError, match=r"file.pt can't be read"):
         open_torch_file(tmp_path / "file.pt")
 
 
@@ -95,7 +116,7 @@ def own_functions() -> list[tuple[Any, str]]:
     ]
 
 
-@pytest.mark.parametrize("kind", [KeyError, TypeError])
+@pytest.mark.parametrize("kind", [KeyError, TypeError, AttributeError])
 def test_a_bug_isnt_called_damage(kind: type[Exception], files: list[Path]) -> None:
     read_all(files)
     reached = set()
