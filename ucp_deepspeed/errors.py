@@ -100,11 +100,7 @@ _WORDS = {
 
 
 def worded(error: Mapping[str, Any]) -> str:
-    """Say what pydantic found wrong with a value.
-
-    Args:
-        error: an item of ``ValidationError.errors()``.
-    """
+    """Say what pydantic found wrong with a value; takes an item of ``ValidationError.errors()``."""
     words = _WORDS.get(error["type"])
     text: str = (
         error["msg"].replace("Input should be", "expected") if words is None else words.format(**error.get("ctx", {}))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import struct
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
@@ -83,9 +82,11 @@ def open_torch_file(
     check_regular(path)
     if not path.is_file():
         raise DamagedCheckpointError(f"{path} is missing")
-    start = _beginning(path, len(_POINTER))
-    with telling_damage(path):  # torch requires a whole archive from the first byte on
-        archive = start.startswith(_ZIP) and zipfile.is_zipfile(path)
+    with telling_damage(path), path.open("rb") as file:
+        start = file.read(len(_POINTER))
+        archive = start.startswith(_ZIP) and zipfile.is_zipfile(
+            file
+        )  # torch requires a whole one from the first byte on
     loaded = _unpickled(path, tensors, foreign) if archive else _unpickled_legacy(path, start, tensors)
     if not isinstance(loaded, dict):
         raise DamagedCheckpointError(f"{path} holds a {type(loaded).__name__}, not a checkpoint dictionary")
@@ -93,11 +94,6 @@ def open_torch_file(
         if (owned is None or key in owned) and (name := unpickling.opaque_in(value)):
             raise DamagedCheckpointError(refusal(path, name))
     return loaded
-
-
-def _beginning(path: Path, numbytes: int) -> bytes:
-    with telling_damage(path), path.open("rb") as file:
-        return file.read(numbytes)
 
 
 def _unpickled(path: Path, tensors: bool, foreign: bool) -> Any:
@@ -135,10 +131,6 @@ def _unpickled_legacy(path: Path, start: bytes, tensors: bool) -> Any:
     if start == _POINTER:
         kind = 'a pointer to a file, which "git lfs pull" would fetch'
     raise DamagedCheckpointError(f"{path} is {kind} ({path.stat().st_size} bytes)")
-
-
-_NUMEL = struct.Struct("<q")
-"""The number of elements before each storage."""
 
 
 def _read_legacy(path: Path, tensors: bool) -> Any:
@@ -186,8 +178,8 @@ class _Storages:
                 typed = self._made[key]
                 storage = typed._untyped_storage
                 file.seek(start)
-                numel = _NUMEL.unpack(file.read(_NUMEL.size))[0]
-                start += _NUMEL.size
+                numel = int.from_bytes(file.read(8), "little")
+                start += 8
                 if numel * _element_size(typed.dtype) != storage.nbytes() or start + storage.nbytes() > file_numbytes:
                     raise pickle.UnpicklingError(
                         f"is truncated: storage {key} of {storage.nbytes()} bytes, file of {file_numbytes}"
