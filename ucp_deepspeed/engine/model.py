@@ -112,10 +112,9 @@ def describe_model(engine: Engine) -> EngineModel:
         MismatchError: the tensor-parallel ranks of a stage have different parameters.
     """
     config: UniversalCheckpointConfig = engine.universal_checkpoint_config
-    topology = engine_topology(engine)
     error, mine = None, _Held({}, {})
     try:
-        names, tensors_here = ModelNames(engine), list(_local_tensors(engine))
+        topology, names, tensors_here = engine_topology(engine), ModelNames(engine), list(_local_tensors(engine))
         local = {names.in_model(name): tensor for name, _, tensor in tensors_here}
         live = _live_layouts(engine)
         mine = _Held(
@@ -128,7 +127,7 @@ def describe_model(engine: Engine) -> EngineModel:
         )
     except Exception as caught:
         error, mine = caught, _Held({}, {}, failed=((dist.get_rank(), portable(caught)),))
-    stages = _gather_stages(engine, topology, mine)
+    stages = _gather_stages(engine, mine)
     raise_first(error, chain.from_iterable(stage.failed for stage in stages))
     if differing := sorted({name for stage in stages for name in stage.differing}):
         raise MismatchError("tensor-parallel ranks have different parameters", differing)
@@ -178,9 +177,14 @@ def _tied(engine: Engine, names: ModelNames) -> dict[str, str]:
 def engine_topology(engine: Engine) -> Topology:
     """Return the topology under the names of this package; sequence-parallel ranks count as data-parallel, as in DeepSpeed's
     files."""
-    pp = bwc_pipeline_parallel_world_size(engine.mpu) if engine.mpu is not None else 1
     stage, ep = engine.zero_optimization_stage(), ModelNames(engine).ep
-    return Topology(engine.mp_world_size // pp, pp, engine.seq_dp_world_size, stage, ep)
+    return Topology(*_model_parallel_sizes(engine), engine.seq_dp_world_size, stage, ep)
+
+
+def _model_parallel_sizes(engine: Engine) -> tuple[int, int]:
+    """Return the tensor- and the pipeline-parallel size."""
+    pp = bwc_pipeline_parallel_world_size(engine.mpu) if engine.mpu is not None else 1
+    return engine.mp_world_size // pp, pp
 
 
 def engine_precision(engine: Engine) -> Precision:
@@ -247,9 +251,10 @@ class _Held:
         return shapes * degree if len(shapes) == 1 else shapes
 
 
-def _gather_stages(engine: Engine, topology: Topology, mine: _Held) -> list[_Held]:
+def _gather_stages(engine: Engine, mine: _Held) -> list[_Held]:
     """Return what each stage holds, and tells of problems: they are raised after the last exchange, and so on all ranks."""
-    held = _gather(engine, mine, bwc_tensor_model_parallel_group(engine.mpu)) if topology.tp > 1 else [mine]
+    tp, pp = _model_parallel_sizes(engine)
+    held = _gather(engine, mine, bwc_tensor_model_parallel_group(engine.mpu)) if tp > 1 else [mine]
     common = [name for name in mine.shapes if all(name in share.shapes for share in held)]
     shapes = {}
     for name in common:  # DeepSpeed doesn't train a tensor on a rank whose share of it is empty
@@ -261,7 +266,7 @@ def _gather_stages(engine: Engine, topology: Topology, mine: _Held) -> list[_Hel
         tuple(sorted({name for share in held for name in share.shapes} - set(common))),
         tuple(chain.from_iterable(share.failed for share in held)),
     )
-    return _gather(engine, stage, bwc_pipeline_parallel_group(engine.mpu)) if topology.pp > 1 else [stage]
+    return _gather(engine, stage, bwc_pipeline_parallel_group(engine.mpu)) if pp > 1 else [stage]
 
 
 def _joint(kinds: Sequence[HeldKind]) -> HeldKind:

@@ -19,7 +19,7 @@ from ucp_deepspeed.engine.agreement import check_same, gathered, portable, raise
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.loading.native import LoadOptions, files_to_unpickle, look_into, takes_universal_path
 from ucp_deepspeed.engine.node_local import Missing, check_all_here, files_missing, open_here
-from ucp_deepspeed.engine.optimizers import engine_optimizer
+from ucp_deepspeed.engine.optimizers import engine_optimizer, only_evaluates
 from ucp_deepspeed.engine.random_state import RandomState, read_random_state
 from ucp_deepspeed.errors import (
     CheckpointNotFoundError,
@@ -40,6 +40,7 @@ class Found:
     Attributes:
         folder: the tag's folder; None where DeepSpeed is to say that there is none.
         checkpoint: None where DeepSpeed alone may be able to read the files.
+        streams: whether random streams are restored too.
         universal: whether this rank can't leave the load to DeepSpeed; at the end, whether any rank can't.
     """
 
@@ -47,6 +48,7 @@ class Found:
     checkpoint: Checkpoint | None = None
     random_state: RandomState | None = None
     universal: bool = False
+    streams: bool = False
 
 
 @dataclass
@@ -69,13 +71,12 @@ class _Seen:
     error: UniversalCheckpointError | None = None
 
 
-def find(engine: Engine, load_dir: str, named: object, options: LoadOptions, streams: bool) -> tuple[Found, str | None]:
+def find(engine: Engine, load_dir: str, named: object, options: LoadOptions) -> tuple[Found, str | None]:
     """Agree on what all ranks load, and who loads it. Collective, in one round; a rank for which ``latest`` named another tag
     than for the first one opens that one, and then there's another round.
 
     Args:
         named: the tag that the script names.
-        streams: whether random states are read too.
 
     Returns:
         What this rank loads, and its tag: with none named it is the first rank's, since ``latest`` may move while ranks read it.
@@ -92,7 +93,7 @@ def find(engine: Engine, load_dir: str, named: object, options: LoadOptions, str
             None if named is None else str(named),
             options.arguments() | {"custom_load_fn": options.custom_load_fn is not None},
         )
-        found, error = _look(engine, load_dir, tag, streams, options, seen)
+        found, error = _look(engine, load_dir, tag, options, seen)
         return found, error, gathered(seen)
 
     tag = None if named is None else str(named)
@@ -122,14 +123,16 @@ def find(engine: Engine, load_dir: str, named: object, options: LoadOptions, str
 
 
 def _look(
-    engine: Engine, load_dir: str, tag: str | None, streams: bool, options: LoadOptions, seen: _Seen
+    engine: Engine, load_dir: str, tag: str | None, options: LoadOptions, seen: _Seen
 ) -> tuple[Found, Exception | None]:
     """Find and open a checkpoint, and note what the others have to know. An error is returned: they have to know of it too."""
     config: UniversalCheckpointConfig = engine.universal_checkpoint_config
     found = Found()
     try:
+        streams = config.random_state == "restore" and config.load != "never"
+        streams = streams and not options.load_module_only and not only_evaluates(engine)
         folder = _find(Path(load_dir), tag, config.load)
-        found = Found(folder)
+        found = Found(folder, streams=streams)
         if folder is None:
             return found, None
         if tag is None:
@@ -139,7 +142,7 @@ def _look(
             random_state = read_random_state(folder, checkpoint.run.global_steps) if streams else None
             seen.opened, seen.missing = (checkpoint.run.global_steps, str(checkpoint.path)), files_missing(checkpoint)
             seen.universal = takes_universal_path(config, engine, checkpoint, engine_optimizer(engine), options)
-            found = Found(folder, checkpoint, random_state, seen.universal)
+            found = Found(folder, checkpoint, random_state, seen.universal, streams)
     except Exception as error:
         seen.error = portable(error)
         return found, error

@@ -99,20 +99,17 @@ def load_checkpoint(
     """
     wait_for_save(engine)
     settle_saves()
-    config: UniversalCheckpointConfig = engine.universal_checkpoint_config
     options = LoadOptions(
         load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn
     )
     started = time.monotonic()
-    streams = config.random_state == "restore" and config.load != "never"
-    streams = streams and not load_module_only and not only_evaluates(engine)
-    found, tag = find(engine, load_dir, tag, options, streams)
+    found, tag = find(engine, load_dir, tag, options)
     if found.universal:
         assert found.checkpoint is not None
         loaded = _load_universal(engine, found.checkpoint, options, started)
     else:
         loaded = _load_natively(native, engine, load_dir, tag, options, found)
-    if streams and loaded[0] is not None:
+    if found.streams and loaded[0] is not None:
         restore_random_state(engine, found.random_state)
     return loaded
 
