@@ -99,8 +99,9 @@ SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.01, 1.0
 TOLD_SECONDS, MOST_TOLD_SECONDS = 2.0, 60.0
 """Seconds before the first line of progress in a log, and at most between two. Each pause is twice the one before it."""
 
-VISIBLE_SECONDS = 30.0
-"""Seconds that a new folder may take to be seen on another machine, on a shared file system that caches."""
+VISIBLE_SECONDS = 120.0
+"""Seconds that a new folder may take to be seen on another machine: NFS keeps a folder's entries for up to 60, if not told
+otherwise."""
 
 REPLACING_SECONDS = 1.0
 """Far more time than the two renames of a save take."""

@@ -259,7 +259,7 @@ def save_where_rank_1_sees_nothing(run: Run, folder: str) -> str:
     engine = trained(run, 1)
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            patch.setattr(save, "is_seen", lambda partial: False)
+            patch.setattr(save, "is_seen", lambda partial, tells: False)
         with pytest.raises(SaveError) as caught:
             engine.save_checkpoint(folder)
     return str(caught.value)

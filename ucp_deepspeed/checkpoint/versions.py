@@ -6,11 +6,28 @@ import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from ucp_deepspeed.errors import DamagedCheckpointError
 
-_Version = tuple[int, int, int] | None
-"""Version of a file: its inode, its size, and the time of its last write; None if there is no file."""
+
+class _Version(NamedTuple):
+    """Version of a file: its size, the time of its last write, its inode, and the time of the inode's last change."""
+
+    size: int
+    written: int
+    inode: int
+    changed: int
+
+    def is_same(self, other: _Version) -> bool:
+        """Return whether a file is still of this version.
+
+        A file that another takes the place of, with its size and its time of writing (``cp -p``), has another inode. That alone
+        isn't enough: some network and FUSE file systems number inodes anew whenever they forget them. So the time of the inode's
+        change must differ too. It differs for any other file, and alone says nothing: a new link or mode sets it as well.
+        """
+        replaced = self.inode != other.inode and self.changed != other.changed
+        return (self.size, self.written) == (other.size, other.written) and not replaced
 
 
 class FileVersions:
@@ -21,7 +38,7 @@ class FileVersions:
     """
 
     def __init__(self) -> None:
-        self._first: dict[str, _Version] = {}
+        self._first: dict[str, _Version | None] = {}
 
     def note(self, path: str | Path, status: os.stat_result | None = None) -> None:
         """Note that a file is about to be read.
@@ -38,7 +55,7 @@ class FileVersions:
             version = _opened_version(path) if status is None else _version(status)
         except OSError:  # the code that reads it tells why
             return
-        if version != self._first.setdefault(str(path), version):
+        if not _are_same(version, self._first.setdefault(str(path), version)):
             raise _changed(path)
 
     def check(self, paths: Iterable[str] | None = None) -> None:
@@ -57,7 +74,7 @@ class FileVersions:
                 now = None
             except OSError:  # a network file system's stale handle, or a folder became a file
                 raise _changed(path) from None
-            if now != self._first[path]:
+            if not _are_same(now, self._first[path]):
                 raise _changed(path)
 
 
@@ -73,8 +90,13 @@ def check_regular(path: str | Path) -> None:
         raise DamagedCheckpointError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'something else')}, not a file")
 
 
-def _opened_version(path: str | Path) -> _Version:
-    """Open a file and return its version. A network file system may report an outdated version of an unopened file."""
+def _are_same(version: _Version | None, first: _Version | None) -> bool:
+    return version is first if version is None or first is None else version.is_same(first)
+
+
+def _opened_version(path: str | Path) -> _Version | None:
+    """Open a file and return its version, or None if there is no file. A network file system may report an outdated version of an
+    unopened file."""
     try:
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123
             return _version(os.fstat(file.fileno()))
@@ -83,7 +105,7 @@ def _opened_version(path: str | Path) -> _Version:
 
 
 def _version(status: os.stat_result) -> _Version:
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    return _Version(status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns)
 
 
 def _changed(path: str | Path) -> DamagedCheckpointError:

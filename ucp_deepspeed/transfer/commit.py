@@ -7,6 +7,8 @@ import errno
 import fcntl
 import logging
 import os
+import re
+import secrets
 import shutil
 import signal
 import socket
@@ -62,7 +64,7 @@ def committed_folder(final: Path, then: Callable[[], None] = lambda: None) -> It
 
 
 def make_partial_folder(final: Path, alone: bool = False) -> Path:
-    """Make `partial_folder`, after removing abandoned ones, and hold its lock.
+    """Make a hidden folder beside ``final``, after removing abandoned ones, and hold its lock.
 
     The lock shows others that it isn't abandoned. A host's name and a process id alone don't where containers share the name.
     For processes on other machines, and on file systems without locks (NFS), they are all there is.
@@ -73,7 +75,7 @@ def make_partial_folder(final: Path, alone: bool = False) -> Path:
     Raises:
         ConfigError: another process is writing it.
     """
-    partial = partial_folder(final)
+    partial = _partial_path(final)
     put_back(final.parent)
     with _locked(final.parent):  # nobody looks between making the folder and holding it
         remove_abandoned(final, of_any_name=not alone)
@@ -169,21 +171,38 @@ def _is_written(partial: Path, pid: int) -> bool:
     return _alive(pid)
 
 
-def partial_folder(final: Path) -> Path:
-    """Return where this process writes the folder or file ``final``: hidden, beside it, and refused by readers."""
-    return final.parent / f".{final.name}{PARTIAL_MARK}{socket.gethostname()}-{os.getpid()}"
+def _partial_path(final: Path) -> Path:
+    """Return a new path at which this process may write the folder or file ``final``: hidden, beside it, and refused by readers.
+
+    No path comes twice. On a network file system other machines may still know the last one's entry, as the folder that has its
+    final name by now, or as a path where nothing is.
+    """
+    return final.parent / f".{final.name}{PARTIAL_MARK}{socket.gethostname()}-{os.getpid()}.{secrets.token_hex(4)}"
 
 
-def is_seen(folder: Path) -> bool:
-    """Wait until a folder that another process has made is seen here too; return whether it is, in time."""
+def is_seen(folder: Path, tells: bool = True) -> bool:
+    """Wait until a folder that another process has made is seen here too; return whether it is, in time.
 
-    def found() -> bool:
-        with suppress(OSError):
-            os.listdir(folder.parent)  # noqa: PTH208 - has a network file system look again
-        return folder.is_dir()
-
-    wait_until(found, tunables.VISIBLE_SECONDS)
-    return folder.is_dir()
+    Args:
+        tells: log what is waited for.
+    """
+    begun, pause, told = time.monotonic(), tunables.SHORTEST_PAUSE_SECONDS, not tells
+    while not folder.is_dir():
+        waited = time.monotonic() - begun
+        if waited > tunables.VISIBLE_SECONDS:
+            return False
+        if waited > tunables.TOLD_SECONDS and not told:
+            told = True
+            logger.info(
+                "waiting until %s, which rank 0 has made, is seen on %s, for at most %g s: network file systems may show a new "
+                "folder to other machines only after a minute",
+                *(folder, socket.gethostname(), tunables.VISIBLE_SECONDS),
+            )
+        with suppress(OSError):  # this has a network file system look again
+            os.listdir(next(parent for parent in folder.parents if parent.is_dir()))  # noqa: PTH208
+        time.sleep(pause)
+        pause = min(2 * pause, tunables.LONGEST_PAUSE_SECONDS)
+    return True
 
 
 def replace_folder(partial: Path, final: Path, is_part: Callable[[str], bool]) -> None:
@@ -212,6 +231,8 @@ def replace_folder(partial: Path, final: Path, is_part: Callable[[str], bool]) -
         except OSError as failed:
             logger.warning("what was put into %s while it was replaced is lost: %s", final, failed)
         shutil.rmtree(replaced, ignore_errors=True)
+        if replaced.exists():
+            logger.warning("what %s replaced can't be removed; it is in %s and takes space there", final, replaced)
     _release(partial)
     flush(final.parent)
 
@@ -274,14 +295,20 @@ def remove_abandoned(final: Path, of_any_name: bool = False) -> None:
                 logger.warning("%s, which a process that has ended left behind, can't be removed: %s", entry, error)
 
 
+_WRITER = re.compile(r"(\d+)(?:\.[0-9a-f]+)?")
+"""End of a partial folder's name, after the host's: the process, and what makes the path a new one, which earlier releases left
+out."""
+
+
 def _partial_folders(final: Path) -> Iterator[tuple[Path, str, int]]:
     """Yield what processes of this machine write beside ``final``: each folder, its final name, and the process."""
     mark = f"{PARTIAL_MARK}{socket.gethostname()}-"
     for entry in final.parent.iterdir():
-        name, found, pid = entry.name.removesuffix(REPLACED_MARK).rpartition(mark)
-        # A host whose name begins with this one's leaves folders with the same mark and more than a number after it.
-        if found and name.startswith(".") and pid.isdecimal() and entry.is_dir():
-            yield entry, name.removeprefix("."), int(pid)
+        name, _, rest = entry.name.removesuffix(REPLACED_MARK).rpartition(mark)
+        # A host whose name begins with this one's leaves folders with the same mark, and the rest of its name after it.
+        writer = _WRITER.fullmatch(rest)
+        if writer is not None and name.startswith(".") and entry.is_dir():
+            yield entry, name.removeprefix("."), int(writer[1])
 
 
 def put_back(root: Path) -> None:
@@ -308,7 +335,7 @@ def replace_text(path: Path, text: str) -> None:
 
     Replacing is its last action: a process that sees the new text may remove the folder at once.
     """
-    partial = partial_folder(path)
+    partial = _partial_path(path)
     try:
         partial.write_text(text, encoding="utf-8")
         flush(partial)

@@ -63,6 +63,14 @@ def test_in_the_place_of_another(exchanges: bool, tmp_path: Path, monkeypatch: p
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_what_was_replaced_and_stays_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(commit.shutil, "rmtree", lambda *_, **__: None)
+    commit.replace_folder(make(tmp_path / ".a", x_pt="new"), make(tmp_path / "a", x_pt="old"), is_part)
+    assert read(tmp_path / "a") == {"x.pt": "new"} and f"it is in {tmp_path / '.a'}" in caplog.text
+
+
 def test_an_exchange_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=lambda *_: -1))
     monkeypatch.setattr(ctypes, "get_errno", lambda: errno.EACCES)
@@ -77,13 +85,45 @@ def test_what_a_killed_run_left_of_another_tag(tmp_path: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     mark = f"{PARTIAL_MARK}{socket.gethostname()}-"
-    names = [f".step1{mark}{pid}" for pid in (ended.pid, os.getppid())] + [f".step1{PARTIAL_MARK}elsewhere-{ended.pid}"]
+    names = [
+        f".step1{mark}{pid}" for pid in (ended.pid, f"{ended.pid}.0a1b2c3d", os.getppid(), f"{os.getppid()}.0a1b2c3d")
+    ]
+    names += [f".step1{PARTIAL_MARK}elsewhere-{ended.pid}", f".step1{mark}0.7-{ended.pid}.0a1b2c3d"]  # of other hosts
     for name in names:
         (tmp_path / name).mkdir()
     commit.remove_abandoned(tmp_path / "step2")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     commit.remove_abandoned(tmp_path / "step2", of_any_name=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[2:])
+
+
+def test_no_hidden_path_comes_twice(tmp_path: Path) -> None:
+    """A machine that still knows the last save's entry would write into the folder that was committed."""
+    folders = []
+    for _ in range(2):
+        folders.append(commit.make_partial_folder(tmp_path / "a"))
+        commit.replace_folder(folders[-1], tmp_path / "a", is_part)
+    assert len({*folders, *(commit._partial_path(tmp_path / "latest") for _ in range(2))}) == 4
+
+
+def test_a_folder_that_is_seen_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The time is told once, and only if it is long; also the folder around it may be new."""
+    folder = tmp_path / "runs" / ".a"
+    caplog.set_level("INFO", "ucp_deepspeed")
+    monkeypatch.setattr(tunables, "TOLD_SECONDS", 0.05)
+    timer = threading.Timer(0.3, folder.mkdir, kwargs={"parents": True})
+    timer.start()
+    assert commit.is_seen(folder)
+    timer.join()
+    [line] = caplog.messages
+    assert line.startswith(
+        f"waiting until {folder}, which rank 0 has made, is seen on {socket.gethostname()}, for at most 120 s"
+    )
+    assert commit.is_seen(folder) and len(caplog.messages) == 1
+    monkeypatch.setattr(tunables, "VISIBLE_SECONDS", 0.1)
+    assert not commit.is_seen(tmp_path / "never", tells=False) and len(caplog.messages) == 1
 
 
 def test_links_stay_links(tmp_path: Path) -> None:
@@ -118,15 +158,14 @@ def abandoned(folder: Path, name: str, mark: str = "") -> Path:
 
 def test_what_is_held_is_not_abandoned(tmp_path: Path) -> None:
     """In a container with this host's name a process may write whose id is nobody's here, or even ours."""
-    for folder in (abandoned(tmp_path, "a"), commit.partial_folder(tmp_path / "a")):
+    for folder in (abandoned(tmp_path, "a"), commit._partial_path(tmp_path / "a")):
         make(folder, x_pt="half")
         held = os.open(folder, os.O_RDONLY)
         fcntl.flock(held, fcntl.LOCK_EX)
         commit.remove_abandoned(tmp_path / "a")
         with pytest.raises(ConfigError, match="another process is writing"), commit.committed_folder(tmp_path / "a"):
             pass
-        commit.make_partial_folder(tmp_path / "other")
-        commit.remove_partial_folder(commit.partial_folder(tmp_path / "other"))
+        commit.remove_partial_folder(commit.make_partial_folder(tmp_path / "other"))
         assert read(folder) == {"x.pt": "half"}
         os.close(held)
         commit.remove_abandoned(tmp_path / "a")

@@ -43,9 +43,8 @@ from ucp_deepspeed.waiting import end_of_process
 
 logger = logging.getLogger("ucp_deepspeed")
 
-ENDED_NAME, ENDED_NAMES = ".ended_rank_{rank:05d}.json", ".ended_rank_*.json"
-"""The file that a rank leaves in the hidden folder, and a glob for all of them. ``error`` in it is a text, or null if all of the
-rank's files are on disk."""
+ENDED_NAME = ".ended_rank_{rank:05d}.json"
+"""The file that a rank leaves in the hidden folder. ``error`` in it is a text, or null if all of the rank's files are on disk."""
 
 BUFFERS = "universal_checkpoint_buffers"
 """Attribute of an engine: its `HostBuffers`."""
@@ -256,14 +255,16 @@ class Writing(threading.Thread):
     def _await_ranks(self) -> None:
         """Wait until all ranks have ended. Raise if some have failed, don't end in time, or don't find the folder any more."""
         deadline, pause = time.monotonic() + self.job.timeout, tunables.SHORTEST_PAUSE_SECONDS
-        waiting = {rank: self.job.partial / ENDED_NAME.format(rank=rank) for rank in range(self.job.world_size)}
+        waiting = {rank: ENDED_NAME.format(rank=rank) for rank in range(self.job.world_size)}
         failed: dict[int, str] = {}
         while waiting and not self._given_up.is_set():
-            for rank in [rank for rank, path in waiting.items() if path.is_file()]:
-                error = json.loads(waiting.pop(rank).read_text(encoding="utf-8"))["error"]
+            # Names are looked for in the list: a network file system would remember for a while that one of them was missing.
+            # This raises if the folder is where no rank finds it any more.
+            there = {entry.name for entry in self.job.partial.iterdir()}
+            for rank in [rank for rank, name in waiting.items() if name in there]:
+                error = json.loads((self.job.partial / waiting.pop(rank)).read_text(encoding="utf-8"))["error"]
                 if error is not None:
                     failed[rank] = error
-            self.job.partial.stat()  # raises if it is where no rank finds it any more
             if waiting and time.monotonic() > deadline:
                 raise SaveError(
                     f"ranks {sorted(waiting)} didn't write their files of {self.job.folder} within {self.job.timeout:g} s of "

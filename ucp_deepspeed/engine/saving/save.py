@@ -46,7 +46,7 @@ from ucp_deepspeed.engine.node_local import open_here, writes_for_node
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.random_state import random_state_file, save_random_state
 from ucp_deepspeed.engine.saving.background import (
-    ENDED_NAMES,
+    ENDED_NAME,
     Job,
     SnapshotEngine,
     begin,
@@ -63,7 +63,6 @@ from ucp_deepspeed.transfer.commit import (
     flush,
     is_seen,
     make_partial_folder,
-    partial_folder,
     put_back,
     remove_partial_folder,
     replace_folder,
@@ -135,12 +134,12 @@ def _save_in_background(
     native: Callable[..., bool], engine: Engine, save_dir: str, tag: str, save_latest: bool, rest: Mapping[str, Any]
 ) -> bool:
     """Copy into host memory what DeepSpeed would write, and begin to write it. Collective."""
-    folder, rank = Path(save_dir).absolute() / tag, dist.get_rank()
+    folder, rank, world_size = Path(save_dir).absolute() / tag, dist.get_rank(), dist.get_world_size()
     place = folder.resolve() if folder.is_symlink() else folder
     with agreement():
         manifest = _manifest(engine)
+    partial = _make_partial(place, tag, engine.local_rank == 0)
     try:
-        partial = _make_partial(place, tag)
         taken = SnapshotEngine(engine, folder)
         with taken.in_place_of_files(engine):
             saved = native(save_dir, tag=tag, save_latest=False, **rest)
@@ -149,7 +148,7 @@ def _save_in_background(
             texts = dict([random_state_file(engine)])
     except BaseException:
         if rank == 0:
-            remove_partial_folder(partial_folder(place), place)
+            remove_partial_folder(partial, place)
         raise
     latest = Path(save_dir).absolute() / LATEST_NAME
     is_new = place.is_dir() and not any(place.iterdir())
@@ -157,8 +156,8 @@ def _save_in_background(
     def commit() -> None:
         if is_new and not place.is_dir():
             raise gone_error(folder, place)
-        for ended in partial.glob(ENDED_NAMES):
-            ended.unlink()
+        for each in range(world_size):
+            (partial / ENDED_NAME.format(rank=each)).unlink(missing_ok=True)
         _commit(manifest, partial)
         flush(partial)
         replace_folder(partial, place, lambda name: _PARTS.fullmatch(name) is not None)
@@ -167,7 +166,7 @@ def _save_in_background(
         _warn_if_unreadable(engine, folder)
 
     timeout = engine.universal_checkpoint_config.save.timeout
-    begin(engine, Job(partial, folder, tuple(taken.files), texts, commit, rank, dist.get_world_size(), timeout))
+    begin(engine, Job(partial, folder, tuple(taken.files), texts, commit, rank, world_size, timeout))
     return saved
 
 
@@ -184,25 +183,35 @@ def _check_tag(save_dir: str, tag: str, asynchronous: bool) -> None:
         )
 
 
-def _make_partial(folder: Path, tag: str) -> Path:
-    """Return the hidden folder, made by rank 0 and seen by all, which must save the same tag. Collective."""
-    with agreement() as told:
-        if dist.get_rank() == 0:
-            try:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                make_partial_folder(folder)
-            except OSError as error:
-                raise SaveError(f"{folder} can't be saved, and 'latest' was not moved: {error}") from error
-        told.mine = partial_folder(folder), tag  # its name has rank 0's host and process
-    partial: Path = told.values[0][0]
-    if len(tags := {each for _, each in told.values}) > 1:
-        raise SaveError(f"ranks save different tags into {folder.parent}: {', '.join(sorted(tags))}")
-    with agreement():
-        if not is_seen(partial):
-            raise SaveError(
-                f"{partial.parent} isn't the same folder on all ranks: rank {dist.get_rank()} doesn't see what rank 0 made; "
-                f"save on a shared file system, or set \"async\": false in 'universal_checkpoint.save'"
-            )
+def _make_partial(folder: Path, tag: str, tells: bool) -> Path:
+    """Return the hidden folder, made by rank 0 and seen by all, which must save the same tag. Collective.
+
+    Args:
+        tells: log what is waited for.
+    """
+    made: Path | None = None
+    try:
+        with agreement() as told:
+            if dist.get_rank() == 0:
+                try:
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                    made = make_partial_folder(folder)
+                except OSError as error:
+                    raise SaveError(f"{folder} can't be saved, and 'latest' was not moved: {error}") from error
+            told.mine = made, tag
+        partial: Path = told.values[0][0]
+        if len(tags := {each for _, each in told.values}) > 1:
+            raise SaveError(f"ranks save different tags into {folder.parent}: {', '.join(sorted(tags))}")
+        with agreement():
+            if not is_seen(partial, tells):
+                raise SaveError(
+                    f"{partial.parent} isn't the same folder on all ranks: rank {dist.get_rank()} doesn't see what rank 0 made; "
+                    f"save on a shared file system, or set \"async\": false in 'universal_checkpoint.save'"
+                )
+    except BaseException:
+        if made is not None:
+            remove_partial_folder(made, folder)
+        raise
     return partial
 
 
