@@ -41,9 +41,6 @@ T = TypeVar("T")
 HeldKind = Literal[Kind, "idle"]
 """The kind that a rank tells others of a tensor; see `ModelTensor`."""
 
-WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Dtypes of trained weights, by precision."""
-
 
 @dataclass(frozen=True)
 class EngineTensor(ModelTensor):

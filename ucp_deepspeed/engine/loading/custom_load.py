@@ -16,12 +16,12 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT
-from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
+from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES, PRECISIONS
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.deepspeed_surface import autoep_layers
 from ucp_deepspeed.engine.deepspeed_types import Engine
-from ucp_deepspeed.engine.model import WEIGHT_DTYPES, EngineModel
+from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.engine.optimizers import EngineOptimizer
 from ucp_deepspeed.errors import UnsupportedError
 from ucp_deepspeed.plan import Fragment, Target, plan_tensor
@@ -56,7 +56,7 @@ def local_state_dict(checkpoint: Checkpoint, model: EngineModel) -> dict[str, to
         rank = model.rank % degree
         shape = view.patterns[logical].local_shapes(view.logical_shape(logical), degree)[rank]
         trained = parameter.kind == "trainable"
-        dtype = WEIGHT_DTYPES[model.precision] if trained else NAMED_DTYPES[parameter.states[WEIGHT]]
+        dtype = PRECISIONS[model.precision] if trained else NAMED_DTYPES[parameter.states[WEIGHT]]
         flat, state = torch.empty(prod(shape), dtype=dtype), MASTER if trained else WEIGHT
         target = Target(layout, rank, (Fragment(0, flat.numel(), None, 0),))
         run_copies(plan_tensor(view.source(logical, state), target, state), reader, lambda _, flat=flat: flat)  # type: ignore[misc]

@@ -13,10 +13,11 @@ from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint, Parameter
 from ucp_deepspeed.checkpoint.expert_names import expert_of
+from ucp_deepspeed.checkpoint.torch_files.safe_load import PRECISIONS
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.exchange import is_expert, reaches
 from ucp_deepspeed.engine.loading.filling import Filling
-from ucp_deepspeed.engine.model import WEIGHT_DTYPES, EngineModel, EngineTensor
+from ucp_deepspeed.engine.model import EngineModel, EngineTensor
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.language import per_rank
 from ucp_deepspeed.transfer.evidence.held_values import differing_ties
@@ -88,7 +89,7 @@ def plan_filling(
     restored = [live[name] for name in planner.restored]
     weights = [each for each in restored if each.kind != "trainable" and each.tensor is not None]
     rank, memories = _rank(model, found.names, target_slots(model, optimizer, found.names), weights)
-    rounding = WEIGHT_DTYPES[found.checkpoint.run.precision] if found.policies.rounded else None
+    rounding = PRECISIONS[found.checkpoint.run.precision] if found.policies.rounded else None
     group, versions = model.tensor_parallel_group, found.checkpoint.versions
     return Filling(rank, memories, planner.plan(rank, numbers), found.policies, rounding, group, versions)
 
