@@ -57,6 +57,17 @@ PENDING = 4
 MOST_THREADS = 8
 """Most threads of one rank; more don't make copies of memory faster."""
 
+# Ranks
+
+CONNECT_SECONDS = 60.0
+"""Seconds that the hosts may take to connect over gloo."""
+
+CONTROL_SECONDS = 6 * 3600.0
+"""Seconds that a rank waits for what another has to tell: longer than any writer takes. A rank that ends is noticed at once."""
+
+TOLD_PROBLEMS = 100
+"""Problems of one error that a rank tells the others: a thousand ranks may have the same ones."""
+
 # Searching
 
 MOST_STATES = 200_000

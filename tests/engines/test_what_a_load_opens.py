@@ -21,6 +21,7 @@ import torch.distributed as dist
 from checkpoints import STEP
 
 from ucp_deepspeed.checkpoint.deepspeed.manifest import read_manifest
+from ucp_deepspeed.engine import agreement
 from ucp_deepspeed.engine import model as engine_model
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.ranks import RankPool
@@ -194,14 +195,22 @@ def largest_message_of_all_ranks(run: Run) -> int:
     """Bytes of what a rank tells all others, or all of its model-parallel group, when the model is described."""
     engine = build_engine(run)
     sizes: list[int] = []
-    real = engine_model.dist.all_gather_object
 
-    def noting(gathered: list[Any], value: Any, group: Any = None) -> None:
-        if len(gathered) == dist.get_world_size():
-            sizes.append(len(pickle.dumps(value)))
-        real(gathered, value, group=group)
+    def noting(name: str) -> Any:
+        real = getattr(agreement, name)
 
-    with mock.patch.object(engine_model.dist, "all_gather_object", noting):
+        def call(*arguments: Any) -> list[Any]:
+            found: list[Any] = real(*arguments)
+            if len(found) == dist.get_world_size():
+                sizes.append(len(pickle.dumps(arguments[-1])))
+            return found
+
+        return call
+
+    with (
+        mock.patch.object(agreement, "gathered", noting("gathered")),
+        mock.patch.object(engine_model, "gathered_in", noting("gathered_in")),
+    ):
         tensors = engine_model.describe_model(engine).tensors
     assert len(tensors) > 10
     return max(sizes, default=0)

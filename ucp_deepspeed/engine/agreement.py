@@ -1,17 +1,64 @@
-"""Rounds in which all ranks tell one another what they have, or why they failed, so that none goes on alone or waits for ever."""
+"""Rounds in which all ranks tell one another what they have, or why they failed, so that none goes on alone or waits for ever.
+
+They go over a process group of the package's own, on the hosts (gloo): objects needn't pass through an accelerator's memory, and
+a rank may wait for a slow writer for longer than training may wait for a rank.
+"""
 
 from __future__ import annotations
 
+import logging
+import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
-from deepspeed import comm as dist
+import torch
+import torch.distributed as dist
 
-from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError
+from ucp_deepspeed import tunables
+from ucp_deepspeed.errors import ConfigError, ListingError, UniversalCheckpointError
+
+logger = logging.getLogger("ucp_deepspeed")
 
 T = TypeVar("T")
+
+_made: tuple[Any, Any] = None, None
+"""The default process group, and the group of the package's own beside it."""
+
+
+def control_group() -> Any:
+    """Return the process group for all that isn't tensors; None, the default one, where hosts can't connect over gloo.
+
+    The first call makes it. Collective over all ranks.
+    """
+    global _made
+    if _made[0] is not dist.group.WORLD:
+        _made = dist.group.WORLD, _make_control_group()
+    return _made[1]
+
+
+def _make_control_group() -> Any:
+    group, failure = None, None
+    try:
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=tunables.CONNECT_SECONDS))
+    except Exception as error:  # such as a host whose name leads to an address that others don't reach
+        failure = f"{type(error).__name__}: {error}"
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    failed = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
+    if not failed:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=tunables.CONTROL_SECONDS), group)
+        return group
+    if dist.get_rank() == 0:
+        logger.warning(
+            "ranks can't connect over gloo, and tell one another what they need to over %s; GLOO_SOCKET_IFNAME names the network "
+            "interface for gloo: %s",
+            dist.get_backend(),
+            failed[0],
+        )
+    return None
 
 
 def gathered(value: T) -> list[T]:
@@ -19,8 +66,31 @@ def gathered(value: T) -> list[T]:
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=control_group())
     return values
+
+
+def gathered_in(group: Any, value: T) -> list[T]:
+    """Return the values of a process group's ranks, in their order. Collective over that group alone."""
+    ranks, control = dist.get_process_group_ranks(group), _made[1] if _made[0] is dist.group.WORLD else None
+    if control is None:
+        values: list[Any] = [None] * len(ranks)
+        dist.all_gather_object(values, value, group=group)
+        return values
+    mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    size, others = torch.tensor([mine.numel()]), [rank for rank in ranks if rank != dist.get_rank()]
+    sizes = _swapped(size, {rank: torch.empty_like(size) for rank in others}, control)
+    held = _swapped(mine, {rank: torch.empty(int(numel), dtype=torch.uint8) for rank, numel in sizes.items()}, control)
+    return [pickle.loads(held[rank].numpy().tobytes()) if rank in held else value for rank in ranks]
+
+
+def _swapped(mine: torch.Tensor, held: dict[int, torch.Tensor], group: Any) -> dict[int, torch.Tensor]:
+    """Send one tensor to other ranks, and fill ``held`` with theirs."""
+    works: list[Any] = [dist.irecv(tensor, rank, group=group) for rank, tensor in held.items()]
+    works += [dist.isend(mine, rank, group=group) for rank in held]
+    for work in works:
+        work.wait(timedelta(seconds=tunables.CONTROL_SECONDS))
+    return held
 
 
 @dataclass
@@ -50,7 +120,12 @@ def agreement() -> Iterator[Round]:
         yield told
     except Exception as caught:
         error = caught
-    answers = gathered((None if error is None else portable(error), told.mine))
+    try:
+        answers = gathered((None if error is None else portable(error), told.mine))
+    except Exception as failed:
+        if error is not None:  # ranks that are gone don't hide it
+            raise error from failed
+        raise
     raise_first(error, enumerate(failed for failed, _ in answers))
     told.values = [value for _, value in answers]
 
@@ -65,7 +140,10 @@ def raise_first(own: Exception | None, of_ranks: Iterable[tuple[int, UniversalCh
 
 
 def portable(error: Exception) -> UniversalCheckpointError:
-    """Return an error that other ranks can unpickle."""
+    """Return an error that other ranks can unpickle, short enough to come from thousands of ranks."""
+    if isinstance(error, ListingError) and len(error.problems) > (most := tunables.TOLD_PROBLEMS):
+        more = f"and {len(error.problems) - most} more"
+        return type(error)(error.heading, (*error.problems[:most], more), error.remedy)
     if isinstance(error, UniversalCheckpointError):
         return error
     return UniversalCheckpointError(f"{type(error).__name__}: {error}")

@@ -19,7 +19,7 @@ from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES, MASTER
 from ucp_deepspeed.checkpoint.deepspeed.pipeline import TIED
 from ucp_deepspeed.checkpoint.torch_files.safe_load import INTEGERS
-from ucp_deepspeed.engine.agreement import gathered
+from ucp_deepspeed.engine.agreement import gathered, gathered_in
 from ucp_deepspeed.engine.deepspeed_types import Engine, PipelineModule
 from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
@@ -170,8 +170,7 @@ def tell_of_others(engine: Engine, trained: Collection[str]) -> None:
             for name, value in shared["module"].state_dict().items()
             if isinstance(value, torch.Tensor) and f"{TIED}{key}.{name}" not in trained
         }
-        copies: list[Any] = [None] * len(shared["ranks"])
-        dist.all_gather_object(copies, mine, group=shared["group"])
+        copies = gathered_in(shared["group"], mine)
         differing = [name for name in mine if len({copy.get(name) for copy in copies}) > 1]
         if differing and dist.get_rank() == min(shared["ranks"]):
             logger.warning(

@@ -22,7 +22,7 @@ from ucp_deepspeed.checkpoint.checkpoint import Kind, Precision
 from ucp_deepspeed.checkpoint.deepspeed.recorded_layouts import RecordedLayouts, read_autotp_layouts
 from ucp_deepspeed.checkpoint.expert_names import expert_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
-from ucp_deepspeed.engine.agreement import portable, raise_first
+from ucp_deepspeed.engine.agreement import gathered_in, portable, raise_first
 from ucp_deepspeed.engine.deepspeed_surface import dealt_experts, uncut_by_autotp
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.exchange import replica_group
@@ -284,9 +284,8 @@ def gather_model_parallel(engine: Engine, value: T) -> list[T]:
 
 def _gather(engine: Engine, value: T, group: Any) -> list[T]:
     """Return the values of a group of model-parallel ranks, in rank order."""
-    gathered: list[Any] = [None] * dist.get_world_size(group=group)
-    dist.all_gather_object(gathered, (model_parallel_rank(engine), value), group=group)
-    return [held for _, held in sorted(gathered, key=lambda entry: entry[0])]
+    found = gathered_in(group, (model_parallel_rank(engine), value))
+    return [held for _, held in sorted(found, key=lambda entry: entry[0])]
 
 
 def _live_layouts(engine: Engine) -> RecordedLayouts:

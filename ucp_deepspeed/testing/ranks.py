@@ -276,13 +276,15 @@ def reset_parallel_state() -> None:
     from deepspeed.utils import groups
     from torch.distributed import destroy_process_group, distributed_c10d
 
+    from ucp_deepspeed.engine.agreement import control_group
+
     if "megatron.core" in sys.modules:
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
     _forget_groups(groups)
-    world = distributed_c10d._get_default_group()
-    for group in [group for group in distributed_c10d._world.pg_map if group is not world]:
+    kept = distributed_c10d._get_default_group(), control_group()
+    for group in [group for group in distributed_c10d._world.pg_map if group not in kept]:
         destroy_process_group(group)
     gc.collect()
 
