@@ -68,24 +68,23 @@ def profile_load(folder: str) -> Phases:
     """On each rank: load once, as `benchmark_ranks.build` made the engine."""
     import benchmark_ranks
 
-    from ucp_deepspeed.engine import exchange
+    from ucp_deepspeed.engine import agreement, exchange
     from ucp_deepspeed.engine.loading import filling, finding, load
-    from ucp_deepspeed.engine.optimizers import engine_optimizer, zero12
+    from ucp_deepspeed.engine.optimizers import engine_optimizer
 
     optimizer = type(engine_optimizer(benchmark_ranks.engine()))
     watch = Stopwatch()
-    steps = ("begin", "begin_refresh", "refresh_weights", "end")
+    steps = ("begin", "own_weights", "make_weights", "send_weights", "end")
     with watch.timing(
         (finding, "_look", "open and plan"),
         (load, "_load_universal", "open and plan"),
-        (load.dist, "all_gather_object", "agree with other ranks"),
-        (load.dist, "barrier", "agree with other ranks"),
+        (agreement, "gathered", "agree with other ranks"),
+        (agreement, "any_failed", "agree with other ranks"),
         (load, "restore_run", OTHER),
         (load, "restore_data_schedules", OTHER),
         (filling.Filling, "run", OTHER),
         (filling, "run_copies", "read"),
         (filling, "begin_exchange", "exchange"),
-        (zero12, "begin_exchange", "exchange"),
         (exchange.Exchange, "wait", "exchange"),
         *((owner, step, "weights") for owner in optimizer.__mro__ for step in steps),
     ):

@@ -170,9 +170,11 @@ def test_a_file_that_goes_while_ranks_load(
 ) -> None:
     """On one rank; the others used to wait for what it would have read."""
     late = moment == "agreed"
-    for error, untouched in changed_load(stage, moment, "gone", two_steps, ranks, tmp_path):
-        assert "optim_states.pt" in error and untouched != late
-        assert ("is missing; the engine is filled in part" if late else "can't be read: No such file") in error
+    told = changed_load(stage, moment, "gone", two_steps, ranks, tmp_path)
+    assert late or all(untouched for _, untouched in told)
+    for error, _ in told:
+        assert "optim_states.pt" in error
+        assert ("is missing; the engine may be filled in part" if late else "can't be read: No such file") in error
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -183,7 +185,8 @@ def test_a_tag_that_is_saved_again_while_ranks_load(
     """Counters, steps and rates used to come from one save and the tensors from the other."""
     for error, untouched in changed_load(stage, moment, "saved again", two_steps, ranks, tmp_path):
         assert "was changed while it was read" in error
-        assert untouched == ("the engine is filled in part" not in error) == (moment == "planned")
+        assert ("the engine may be filled in part" not in error) == (moment == "planned")
+        assert untouched or moment != "planned"
 
 
 def load_left_to_deepspeed(run: Run, load: str) -> str:

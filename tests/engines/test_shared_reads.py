@@ -226,7 +226,9 @@ def exchange_small(broadcasts: bool) -> tuple[bool, int]:
         patch.setattr(exchange.Exchange, "wait_for_packed", wait)
         if broadcasts:
             patch.setattr(exchange, "goes_over_gloo", lambda group, tensor: False)
-        exchange.begin_exchange(held, dist.group.WORLD, 4096 * count).wait()
+        packing = exchange.Packing(4096 * count)
+        packing.reserve(held)
+        exchange.begin_exchange(held, dist.group.WORLD, packing).wait()
     came = all(bool((tensor == owner + 1).all()) for owner, tensors in enumerate(held) for tensor in tensors)
     return came, most
 

@@ -93,6 +93,15 @@ def _swapped(mine: torch.Tensor, held: dict[int, torch.Tensor], group: Any) -> d
     return held
 
 
+def any_failed(mine: bool) -> bool:
+    """Return whether any rank has failed; it costs much less than to gather errors. Collective over all ranks."""
+    if not dist.is_initialized() or (control := control_group()) is None:
+        return any(gathered(mine))
+    flag = torch.tensor(mine, dtype=torch.int32)
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group=control)
+    return bool(flag)
+
+
 @dataclass
 class Round:
     """Values that ranks tell one another at the end of an `agreement`.
@@ -107,9 +116,12 @@ class Round:
 
 
 @contextmanager
-def agreement() -> Iterator[Round]:
+def agreement(tells: bool = False) -> Iterator[Round]:
     """Raise an error of one rank on every rank, so that none goes on alone. Collective over all ranks, once, at the end of the
-    block.
+    block; twice if a rank fails.
+
+    Args:
+        tells: whether ranks tell one another values too; the same on all of them.
 
     Raises:
         Exception: this rank's own error.
@@ -121,6 +133,8 @@ def agreement() -> Iterator[Round]:
     except Exception as caught:
         error = caught
     try:
+        if not tells and not any_failed(error is not None):
+            return
         answers = gathered((None if error is None else portable(error), told.mine))
     except Exception as failed:
         if error is not None:  # ranks that are gone don't hide it

@@ -85,30 +85,66 @@ def reaches(group: Any, tensor: torch.Tensor) -> bool:
     return goes_over_gloo(group, tensor) or (dist.get_backend(group) != "gloo" and tensor.device.type != "cpu")
 
 
-def begin_exchange(
-    held: Sequence[Sequence[torch.Tensor]], group: Any, round_numbytes: int = tunables.ROUND_NUMBYTES
-) -> Exchange:
+Held = Sequence[Sequence[torch.Tensor]]
+"""For each rank of a group contiguous tensors, of the same shapes on all ranks. The rank's own are sent; the others' are filled
+with what is received."""
+
+
+class Packing:
+    """Memory in which small tensors travel together; one exchange at a time uses it.
+
+    Args:
+        numbytes: most bytes; the same on all ranks.
+    """
+
+    def __init__(self, numbytes: int = tunables.ROUND_NUMBYTES) -> None:
+        self._numbytes = numbytes
+        self._memory: dict[torch.device, torch.Tensor] = {}
+
+    def least(self, held: Held) -> int:
+        """Return the bytes from which a tensor travels by itself."""
+        return max(min(tunables.PACKED_NUMBYTES, self._numbytes // len(held)), 1)
+
+    def rounds(self, held: Held) -> Iterator[list[tuple[int, Sequence[torch.Tensor]]]]:
+        """Yield the ranks and their small tensors that travel at one time."""
+        most, least = self._numbytes // len(held), self.least(held)
+        for together in zip_longest(*(_cut(tensors, least, most) for tensors in held)):
+            yield [(rank, small) for rank, small in enumerate(together) if small]
+
+    def reserve(self, held: Held) -> None:
+        """Allocate what an exchange of these needs: it must not fail for want of memory, since other ranks wait for it."""
+        for together in self.rounds(held):
+            tensors = [tensor for _, small in together for tensor in small]
+            numbytes, device = sum(map(_numbytes, tensors)), tensors[0].device
+            if device not in self._memory or self._memory[device].numel() < numbytes:
+                self._memory[device] = torch.empty(numbytes, dtype=torch.uint8, device=device)
+
+    def buffers(self, together: Sequence[tuple[int, Sequence[torch.Tensor]]]) -> Iterator[torch.Tensor]:
+        """Yield the reserved memory of each rank's tensors."""
+        start = 0
+        for _, small in together:
+            numbytes = sum(map(_numbytes, small))
+            yield self._memory[small[0].device][start : start + numbytes]
+            start += numbytes
+
+
+def begin_exchange(held: Held, group: Any, packing: Packing) -> Exchange:
     """Begin to give every rank of a process group what each of them has. Collective over the group.
 
     Args:
-        held: for each rank of the group contiguous tensors, of the same shapes on all ranks. The rank's own are sent; the others'
-            are filled with what is received.
-        round_numbytes: memory for small tensors; the same on all ranks.
+        packing: has reserved memory for ``held``.
     """
-    most = round_numbytes // len(held)
-    least = min(tunables.PACKED_NUMBYTES, most)
-    me = dist.get_rank(group)
-    exchange = Exchange()
+    me, exchange = dist.get_rank(group), Exchange()
     for rank, tensors in enumerate(held):
         for tensor in tensors:
-            if _numbytes(tensor) >= max(least, 1):
+            if _numbytes(tensor) >= packing.least(held):
                 exchange._works += _give(tensor, rank, me, group)
-    for together in zip_longest(*(_cut(tensors, least, most) for tensors in held)):
+    for together in packing.rounds(held):
         exchange.wait_for_packed()
-        for rank, small in enumerate(together):
-            if small:
-                buffer = torch.cat([_bytes(tensor) for tensor in small]) if rank == me else _empty(small)
-                exchange._packed.append(_Pack(small, buffer, _give(buffer, rank, me, group), rank != me))
+        for (rank, small), buffer in zip(together, packing.buffers(together), strict=True):
+            if rank == me:
+                torch.cat([_bytes(tensor) for tensor in small], out=buffer)
+            exchange._packed.append(_Pack(small, buffer, _give(buffer, rank, me, group), rank != me))
     return exchange
 
 
@@ -129,13 +165,13 @@ def _cut(tensors: Sequence[torch.Tensor], least: int, most: int) -> Iterator[lis
 
 
 def _give(tensor: torch.Tensor, owner: int, me: int, group: Any) -> list[Any]:
-    """Begin to send a tensor from its owner to all others."""
+    """Begin to send a tensor from its owner to all others, as bytes: no backend has all dtypes."""
     if not goes_over_gloo(group, tensor):
-        return [dist.broadcast(tensor, group=group, group_src=owner, async_op=True)]
+        return [dist.broadcast(_bytes(tensor), group=group, group_src=owner, async_op=True)]
     if owner != me:
-        return [dist.irecv(tensor, group=group, group_src=owner)]
+        return [dist.irecv(_bytes(tensor), group=group, group_src=owner)]
     others = (rank for rank in range(dist.get_world_size(group)) if rank != me)
-    return [dist.isend(tensor, group=group, group_dst=rank) for rank in others]
+    return [dist.isend(_bytes(tensor), group=group, group_dst=rank) for rank in others]
 
 
 def _numbytes(tensor: torch.Tensor) -> int:
@@ -144,7 +180,3 @@ def _numbytes(tensor: torch.Tensor) -> int:
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1).view(torch.uint8)
-
-
-def _empty(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.empty(sum(map(_numbytes, tensors)), dtype=torch.uint8, device=tensors[0].device)

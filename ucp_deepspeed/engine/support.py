@@ -54,7 +54,7 @@ def check_engine(engine: Engine) -> None:
         SpecError, MismatchError: the layouts that the config names don't fit the model.
     """
     show()
-    with agreement() as told:
+    with agreement(tells=True) as told:
         told.mine = engine.universal_checkpoint_config.model_dump(by_alias=True)
         if engine.universal_checkpoint_config.save.asynchronous:
             check_background(engine)
@@ -75,7 +75,7 @@ def check_engine(engine: Engine) -> None:
 
 def _first_reason(engine: Engine, check: Callable[[Any], None]) -> UnsupportedError | None:
     """Return the first rank's reason why this release can't handle the engine; raise other errors. Collective."""
-    with agreement() as told:
+    with agreement(tells=True) as told:
         try:
             check(engine)
         except UnsupportedError as error:

@@ -78,12 +78,14 @@ def run_custom_load(
     """
     with agreement(), deepspeed.zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=0):
         function(src=source, dst=engine.module)
-    optimizer.begin()
     with torch.no_grad():
-        for master, weight in _pairs(model, optimizer):
-            changed = weight != master.to(weight.dtype)
-            master[changed] = weight[changed].to(master.dtype)
-        optimizer.refresh_weights()
+        with agreement():
+            optimizer.begin()
+            for master, weight in _pairs(model, optimizer):
+                changed = weight != master.to(weight.dtype)
+                master[changed] = weight[changed].to(master.dtype)
+            optimizer.make_weights()
+        optimizer.send_weights()
     optimizer.end()
 
 

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+import platform
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +25,20 @@ from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.engine.agreement import agreement, portable
-from ucp_deepspeed.engine.exchange import Exchange, begin_exchange
+from ucp_deepspeed.engine.exchange import Exchange, Held, Packing, begin_exchange
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 from ucp_deepspeed.plan import Sharing, without
 from ucp_deepspeed.transfer import CopyPool, FileReader, TransferCount, run_copies
 from ucp_deepspeed.transfer.planning.policies import Policies
-from ucp_deepspeed.transfer.planning.rank_planner import Copies, PlannedBuffer, PlannedRank, PlannedSlot
+from ucp_deepspeed.transfer.planning.rank_planner import PlannedBuffer, PlannedRank, PlannedSlot
 from ucp_deepspeed.transfer.planning.target import TargetRank
 
 Buffer = tuple[torch.Tensor, PlannedBuffer, Any]
 """A buffer, its plan, and the process group of the ranks that hold the whole of it."""
+
+Shared = dict[Any, list[list[torch.Tensor]]]
+"""Tensors to exchange, by process group; see `Held`."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +93,19 @@ class Filling:
             self.versions.note(path, status)
         self.versions.check()
 
-    def run(self, optimizer: EngineOptimizer, memory_numbytes: int) -> TransferCount:
+    def run(self, optimizer: EngineOptimizer, memory_numbytes: int, threads: int) -> TransferCount:
         """Fill the engine. Collective.
 
         Args:
             memory_numbytes: most bytes of memory for blocks on their way from a file into a buffer.
+            threads: number of threads that read.
 
         Raises:
-            UniversalCheckpointError: a rank couldn't read a file, or a file was changed meanwhile. It is raised on every rank, so
-                that none waits for the others.
+            UniversalCheckpointError: a rank couldn't read a file, a file was changed meanwhile, or memory was short. It is raised
+                on every rank, so that none waits for the others.
         """
         slots, weights = list(self._slots()), zip(self.weights, self.planned.weights, self.rank.weights, strict=True)
-        filler = _Filler(memory_numbytes, self.versions, self.tensor_parallel)
+        filler = _Filler(memory_numbytes, self.versions, self.tensor_parallel, threads)
         with torch.no_grad(), closing(filler):
             with agreement():  # there may be too little memory on one rank
                 optimizer.begin()
@@ -105,17 +113,24 @@ class Filling:
                     {state: optimizer.state_buffer(slot, state) for state in plan.buffers if state != MASTER}
                     for slot, plan in slots
                 ]
-            filler.fill(
-                [(slot.master.data, plan.buffers[MASTER], slot.replicas) for slot, plan in slots], self.rounding
-            )
-            optimizer.begin_refresh()
-            filler.fill(list(self._become_part(optimizer, states)))
-            filler.fill([(weight, plan, slot.replicas) for weight, plan, slot in weights])
+            masters = [(slot.master.data, plan.buffers[MASTER], slot.replicas) for slot, plan in slots]
+            with filler.alone():
+                filler.read(masters, self.rounding)
+            filler.exchange()
+            with filler.alone():
+                for held, group in optimizer.own_weights():
+                    filler.share(held, group)
+            filler.exchange()
+            with filler.alone():
+                filler.read(list(self._become_part(optimizer, states)))
+                filler.read([(weight, plan, slot.replicas) for weight, plan, slot in weights])
+            filler.exchange()
             filler.wait()
-            optimizer.refresh_weights()
+            with filler.alone():
+                optimizer.make_weights()
+                self.versions.check()
+            optimizer.send_weights()
             optimizer.end()
-        with agreement():
-            filler.check()
         return filler.count
 
     def _slots(self) -> Iterator[tuple[EngineSlot, PlannedSlot]]:
@@ -149,83 +164,115 @@ def check_exchange(keys: Sequence[tuple[int, str] | None]) -> None:
         )
 
 
+Cores = tuple[str, frozenset[int]]
+"""A machine, and the cores of it that a rank may use."""
+
+
+def own_cores() -> Cores:
+    """Return this rank's cores; containers on one machine count as on that machine."""
+    machine = Path("/proc/sys/kernel/random/boot_id")
+    name = machine.read_text(encoding="ascii").strip() if machine.is_file() else platform.node()
+    return name, frozenset(os.sched_getaffinity(0))
+
+
+def share_of_cores(mine: Cores, of_ranks: Sequence[Cores]) -> int:
+    """Return the number of cores that a rank has for itself, at least 1, if the ranks that may use a core share it.
+
+    Launchers differ in whether they bind each rank to cores of its own, and in how they say how many ranks a machine has.
+    """
+    machine, cores = mine
+    users = Counter(core for other, theirs in of_ranks if other == machine for core in theirs)
+    return max(floor(sum(Fraction(1, users[core]) for core in cores)), 1)
+
+
 class _Filler:
-    """Fills buffers one after another, while the parts that replicas share are on their way."""
+    """Fills buffers one after another, while the parts that replicas share are on their way.
 
-    def __init__(self, memory_numbytes: int, versions: FileVersions, tensor_parallel: Any) -> None:
+    What a rank does `alone` and what ranks do together take turns, and all ranks learn of an error before they wait for one
+    another again.
+    """
+
+    def __init__(self, memory_numbytes: int, versions: FileVersions, tensor_parallel: Any, threads: int) -> None:
         self.count, self._tensor_parallel = TransferCount(), tensor_parallel
-        self._versions, self._reader = versions, FileReader(versions)
-        self._round_numbytes = min(tunables.ROUND_NUMBYTES, memory_numbytes // 4)
-        # ``torchrun`` and ``deepspeed`` say how many ranks this machine has.
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
-        threads = max(min(len(os.sched_getaffinity(0)) // ranks, tunables.MOST_THREADS), 1)
-        self._pool = CopyPool(threads, memory_numbytes - self._round_numbytes)
-        self._exchanges: list[Exchange] = []
-        self._error: Exception | None = None
+        self._reader = FileReader(versions)
+        packed_numbytes = min(tunables.ROUND_NUMBYTES, memory_numbytes // 4)
+        self._packing = Packing(packed_numbytes)
+        self._pool = CopyPool(threads, memory_numbytes - packed_numbytes)
+        self._among_tensor_parallel: Shared = {}
+        self._among_replicas: Shared = {}
+        self._begun: list[Exchange] = []
 
-    def fill(self, buffers: Sequence[Buffer], rounding: torch.dtype | None = None) -> None:
-        """Fill this rank's part of each buffer, and begin to exchange the parts with replicas. Collective."""
-        for buffer, plan, _ in buffers:
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Raise on every rank what one raises in the block; something of the engine may have changed. Collective at the end."""
+        with agreement():
+            try:
+                yield
+                for held in (*self._among_tensor_parallel.values(), *self._among_replicas.values()):
+                    self._packing.reserve(held)
+            except Exception as error:
+                reason = portable(error)
+                raise type(reason)(
+                    f"{reason}; the engine may be filled in part, and can't be used without another load"
+                ) from error
+
+    def read(self, buffers: Sequence[Buffer], rounding: torch.dtype | None = None) -> None:
+        """Fill this rank's part of each buffer; the parts that process groups share are to be exchanged."""
+        for buffer, plan, replicas in buffers:
             whole = buffer.contiguous()  # the tensor itself unless its elements lie in another order
             flat = whole.view(-1)
             read = plan.division.read(whole.numel())
             held = sorted((part.buffer_start, part.buffer_start + part.numel) for part in plan.held)
             for low, high in without(read, held):  # padding, or states that begin at zero
                 flat[low:high].zero_()  # to clear whole buffers first would cost a pass
-            self._read(plan.copies, flat)
+            self.count.add(run_copies(plan.copies, self._reader, lambda _, flat=flat: flat, self._pool))  # type: ignore[misc]
             if rounding is not None:
                 for low, high in read:
                     for part in flat[low:high].split(tunables.ROUNDED_NUMEL):
                         part.copy_(part.to(rounding))
             if whole is not buffer:
                 buffer.copy_(whole)
-        group = self._tensor_parallel
-        for exchange in self._begin([(each, group, plan.division.tensor_parallel) for each, plan, _ in buffers]):
-            exchange.wait()  # replicas get it whole
-        self._exchanges += self._begin([(each, replicas, plan.division.replicas) for each, plan, replicas in buffers])
+            if (sharing := plan.division.tensor_parallel) is not None:
+                _add(self._among_tensor_parallel, buffer, self._tensor_parallel, sharing)
+            if (sharing := plan.division.replicas) is not None:
+                _add(self._among_replicas, buffer, replicas, sharing)
 
-    def _read(self, copies: Copies, flat: torch.Tensor) -> None:
-        """Read into one buffer. After a first error read nothing more; other ranks still get what they wait for."""
-        if self._error is None:
-            try:
-                self.count.add(run_copies(copies, self._reader, lambda _: flat, self._pool))
-            except Exception as error:
-                self._error = error
+    def share(self, held: Held, group: Any) -> None:
+        """Have tensors exchanged among the ranks of a process group."""
+        for mine, more in zip(self._among_replicas.setdefault(group, [[] for _ in held]), held, strict=True):
+            mine += more
 
-    def check(self) -> None:
-        """Raise the error of this rank, if there is one."""
-        try:
-            if self._error is not None:
-                raise self._error
-            self._versions.check()
-        except Exception as error:
-            reason = portable(error)
-            raise type(reason)(
-                f"{reason}; the engine is filled in part and can't be used without another load"
-            ) from error
+    def exchange(self) -> None:
+        """Begin to exchange what is to be. Tensor-parallel ranks get theirs first, since replicas get it whole. Collective."""
+        for exchange in self._begin(self._among_tensor_parallel):
+            exchange.wait()
+        self._begun += self._begin(self._among_replicas)
+        self._among_tensor_parallel, self._among_replicas = {}, {}
 
-    def _begin(self, buffers: Iterable[tuple[torch.Tensor, Any, Sharing | None]]) -> list[Exchange]:
-        """Begin to exchange the parts of buffers that process groups share. Collective."""
-        held: dict[Any, list[list[torch.Tensor]]] = {}
-        for buffer, group, sharing in buffers:
-            if sharing is not None:
-                flat = buffer.view(-1)
-                by_reader = held.setdefault(group, [[] for _ in range(dist.get_world_size(group))])
-                for part in sharing.shares:
-                    by_reader[part.reader].append(flat[part.start : part.stop])
+    def _begin(self, shared: Shared) -> list[Exchange]:
         begun: list[Exchange] = []
-        for group, by_reader in held.items():
-            for exchange in (*self._exchanges, *begun):
+        for group, held in shared.items():
+            for exchange in (*self._begun, *begun):
                 exchange.wait_for_packed()  # one exchange at a time takes memory for that
-            begun.append(begin_exchange(by_reader, group, self._round_numbytes))
+            begun.append(begin_exchange(held, group, self._packing))
         return begun
 
     def wait(self) -> None:
         """Wait until replicas have what they need. Collective."""
-        for exchange in self._exchanges:
+        for exchange in self._begun:
             exchange.wait()
+        self._begun = []
 
     def close(self) -> None:
-        """End the threads, and close the files."""
+        """End the threads, close the files, and wait for what is on its way; after an error other ranks may be gone."""
         self._pool.close()
         self._reader.close()
+        with suppress(Exception):
+            self.wait()
+
+
+def _add(shared: Shared, buffer: torch.Tensor, group: Any, sharing: Sharing) -> None:
+    """Add the parts of a buffer that each rank of a process group reads."""
+    flat, by_reader = buffer.view(-1), shared.setdefault(group, [[] for _ in range(dist.get_world_size(group))])
+    for part in sharing.shares:
+        by_reader[part.reader].append(flat[part.start : part.stop])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.files import VALUES_KEY
 from ucp_deepspeed.config import UniversalCheckpointConfig
@@ -26,7 +27,7 @@ from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.differing_copies import look_at_copies, with_copies_for
 from ucp_deepspeed.engine.known_layouts import KnownLayouts, keep_layouts, known_by_manifest, known_by_plan
 from ucp_deepspeed.engine.loading.custom_load import check_custom_load, local_state_dict, run_custom_load
-from ucp_deepspeed.engine.loading.filling import Filling, check_exchange
+from ucp_deepspeed.engine.loading.filling import Filling, check_exchange, own_cores, share_of_cores
 from ucp_deepspeed.engine.loading.finding import Found, find
 from ucp_deepspeed.engine.loading.native import LoadOptions, only_held_against_the_list
 from ucp_deepspeed.engine.loading.planning import pair_with, plan_filling, policies_of, target_slots
@@ -150,19 +151,21 @@ def _load_universal(engine: Engine, checkpoint: Checkpoint, options: LoadOptions
     # 1. Where pipeline stages hold copies of one parameter, all ranks together compare these.
     model, seen = None, []
     if checkpoint.topology.pp > 1:
-        with agreement() as told:
+        with agreement(tells=True) as told:
             model = describe_model(engine)
             told.mine = look_at_copies(checkpoint, model)
         seen = told.values
     # 2. Each rank plans all that it will hold.
-    with agreement() as told:
+    with agreement(tells=True) as told:
         model = model or describe_model(engine)
         optimizer, policies = engine_optimizer(engine), _policies(engine, options)
         plan = _planned(engine, model, checkpoint, optimizer, options, policies, seen)
-        told.mine = plan.filling.exchange_key()
-    check_exchange(told.values)
+        told.mine = plan.filling.exchange_key(), own_cores()
+    keys, cores = zip(*told.values, strict=True)
+    check_exchange(keys)
+    threads = min(share_of_cores(cores[dist.get_rank()], cores), tunables.MOST_THREADS)
     # 3. Tensors come first: up to here nothing of the engine has changed.
-    read = plan.filling.run(optimizer, engine.universal_checkpoint_config.read_memory_bytes)
+    read = plan.filling.run(optimizer, engine.universal_checkpoint_config.read_memory_bytes, threads)
     _restore_rest(engine, optimizer, options, plan)
     # 4. Tell what was done.
     engine.universal_checkpoint_report = report = plan.report(optimizer, read, time.monotonic() - started)

@@ -17,6 +17,7 @@ import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
 from ucp_deepspeed.engine.deepspeed_types import Engine
+from ucp_deepspeed.engine.exchange import Held
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers.states import example_settings, example_states, kept_states, keys_after_load
 from ucp_deepspeed.transfer.planning.numbers import UNTELLING
@@ -61,12 +62,21 @@ class EngineOptimizer(ABC):
     def begin(self) -> None:
         """Prepare; called before anything is filled."""
 
-    def begin_refresh(self) -> None:
-        """Begin to send weights. Called when the masters that are partitioned over ranks are filled, and the optimizer's states
-        aren't yet. Collective."""
+    def own_weights(self) -> Sequence[tuple[Held, Any]]:
+        """Make this rank's partitions of the weights from its masters. Called when these are filled, and the optimizer's states
+        aren't yet.
 
-    def refresh_weights(self) -> None:
-        """Make the model's (low-precision) weights from the masters, unless they are one. Collective."""
+        Returns:
+            What ranks may send one another meanwhile, with their process groups.
+        """
+        return ()
+
+    def make_weights(self) -> None:
+        """Make the (low-precision) weights that the rank makes alone from the masters, unless they are one. Called when replicas
+        have all masters."""
+
+    def send_weights(self) -> None:
+        """Give the other ranks the weights that they haven't got yet. Collective."""
 
     def end(self) -> None:
         """Finish; called after frozen parameters and buffers are filled too. Collective."""

@@ -96,8 +96,8 @@ class UnfusedOptimizer(Fp16Optimizer):
             for master, param in zip(masters, params, strict=True)
         ]
 
-    def refresh_weights(self) -> None:
-        """See `EngineOptimizer.refresh_weights`."""
+    def make_weights(self) -> None:
+        """See `EngineOptimizer.make_weights`."""
         for masters, params in zip(self._wrapper.fp32_groups, self._wrapper.fp16_groups, strict=True):
             for master, param in zip(masters, params, strict=True):
                 param.data.copy_(master.data)
@@ -124,8 +124,8 @@ class FusedOptimizer(Fp16Optimizer):
             )
         ]
 
-    def refresh_weights(self) -> None:
-        """See `EngineOptimizer.refresh_weights`."""
+    def make_weights(self) -> None:
+        """See `EngineOptimizer.make_weights`."""
         for master, weights in zip(self._wrapper.fp32_groups_flat, self._wrapper.fp16_groups_flat, strict=True):
             weights.data.copy_(master.data)
         for slot, params in zip(self.slots(), self._wrapper.fp16_groups, strict=True):

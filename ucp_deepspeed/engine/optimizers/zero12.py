@@ -15,7 +15,7 @@ from deepspeed import comm as dist
 from ucp_deepspeed.checkpoint.checkpoint import LossScale
 from ucp_deepspeed.checkpoint.deepspeed.zero_slots import MOMENTUM
 from ucp_deepspeed.engine.deepspeed_types import Bf16, Engine, Partitioned, Scaled, Zero12
-from ucp_deepspeed.engine.exchange import Exchange, begin_exchange, goes_over_gloo
+from ucp_deepspeed.engine.exchange import Held, goes_over_gloo
 from ucp_deepspeed.engine.optimizers.base import EngineOptimizer, EngineSlot
 from ucp_deepspeed.engine.optimizers.states import is_muon_group
 from ucp_deepspeed.layout import FlatGroup
@@ -49,7 +49,7 @@ class PartitionedOptimizer(EngineOptimizer):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self._zero = engine.optimizer
-        self._exchanges: list[Exchange] = []
+        self._sent = False
 
     @abstractmethod
     def _groups(self) -> Sequence[tuple[Sequence[torch.Tensor], torch.Tensor, tuple[int, ...]]]:
@@ -80,23 +80,22 @@ class PartitionedOptimizer(EngineOptimizer):
     def _weights(self) -> Sequence[Sequence[torch.Tensor]]:
         """Return for each group all ranks' partitions of the weights, which belong to the partitions of the masters."""
 
-    def begin_refresh(self) -> None:
-        """See `EngineOptimizer.begin_refresh`. Over gloo the weights go to the other ranks while the states are read."""
+    def own_weights(self) -> Sequence[tuple[Held, Any]]:
+        """See `EngineOptimizer.own_weights`. Over gloo they go to the other ranks while the states are read."""
         slots, weights = self.slots(), self._weights()
         groups = [self._zero.real_dp_process_group[slot.group] for slot in slots]
-        if not all(goes_over_gloo(group, parts[0]) for group, parts in zip(groups, weights, strict=True)):
-            return
-        for slot, parts, group in zip(slots, weights, groups, strict=True):
+        for slot, parts in zip(slots, weights, strict=True):
             parts[slot.partition].data.copy_(slot.master.data)
-            self._exchanges.append(begin_exchange([[part.data] for part in parts], group))
+        self._sent = all(goes_over_gloo(group, parts[0]) for group, parts in zip(groups, weights, strict=True))
+        if not self._sent:
+            return ()
+        return [([[part.data] for part in parts], group) for parts, group in zip(weights, groups, strict=True)]
 
-    def refresh_weights(self) -> None:
-        """See `EngineOptimizer.refresh_weights`. Also let DeepSpeed make its per-parameter views of the state anew."""
-        begun, self._exchanges = self._exchanges, []  # exchanges of these masters; the next call has others
-        for exchange in begun:
-            exchange.wait()
-        if not begun:
+    def send_weights(self) -> None:
+        """See `EngineOptimizer.send_weights`. Also let DeepSpeed make its per-parameter views of the state anew."""
+        if not self._sent:
             self._zero.update_lp_params()
+        self._sent = False  # the masters may change, and the weights be made again
         self._zero._hp_optimizer_states_linked = False
         if all(self.base.state.get(slot.master) for slot in self.slots()):
             self._zero._lazy_init_hp_params_optimizer_state()

@@ -54,8 +54,8 @@ class Zero3Optimizer(ScaledOptimizer):
         """Partition gathered parameters, so that no stale whole copy outlives the filling."""
         self._zero.checkpoint_event_prologue()
 
-    def refresh_weights(self) -> None:
-        """See `EngineOptimizer.refresh_weights`."""
+    def make_weights(self) -> None:
+        """See `EngineOptimizer.make_weights`."""
         zero = self._zero
         for index, master in enumerate(zero.fp32_partitioned_groups_flat):
             weights = zero.fp16_partitioned_groups_flat[index]

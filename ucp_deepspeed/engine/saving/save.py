@@ -191,7 +191,7 @@ def _make_partial(folder: Path, tag: str, tells: bool) -> Path:
     """
     made: Path | None = None
     try:
-        with agreement() as told:
+        with agreement(tells=True) as told:
             if dist.get_rank() == 0:
                 try:
                     folder.parent.mkdir(parents=True, exist_ok=True)
