@@ -132,6 +132,7 @@ def agreement(tells: bool = False) -> Iterator[Round]:
         yield told
     except Exception as caught:
         error = caught
+    assert tells or told.mine is None, "only a round that tells has values"
     try:
         if not tells and not any_failed(error is not None):
             return
