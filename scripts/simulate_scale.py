@@ -28,7 +28,7 @@ import torch
 from ucp_deepspeed.checkpoint.deepspeed import files as deepspeed_files
 from ucp_deepspeed.checkpoint.deepspeed import manifest as manifests
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
-from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, Manifest, ManifestParameter, ManifestTopology
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, Manifest, ManifestParameter
 from ucp_deepspeed.checkpoint.expert_names import EXPERTS, expert_of, holder_of, numbers_of_experts
 from ucp_deepspeed.layout import FlatGroup, Shape, SlicedGroup, Topology
 from ucp_deepspeed.layout.pattern import Pattern, Replicate, Shard
@@ -146,7 +146,7 @@ class Saved:
     def _manifest(self, files: Mapping[str, int]) -> Manifest:
         groups = tuple(tuple(map(tuple, held)) for held in self._groups)
         return Manifest(
-            topology=ManifestTopology(**asdict(self._topology)),
+            topology=self._topology,
             optimizer="zero-3" if self._topology.zero_stage == 3 else "zero-1/2",
             vocabulary_size=self._model.vocabulary,
             parameter_groups=groups,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class UniversalCheckpointError(Exception):
@@ -36,6 +38,18 @@ def listed(entries: Sequence[object], most: int = MAX_LISTED) -> list[str]:
     """Return a line for each of the first entries, and one that says how many more there are."""
     more = [f"  … and {len(entries) - most} more"] if len(entries) > most else []
     return [*(f"  {entry}" for entry in entries[:most]), *more]
+
+
+def each_or_problem(names: Iterable[str], make: Callable[[str], T]) -> tuple[dict[str, T], list[str]]:
+    """Return what is made for each name; and a line for each name for which a ValueError says why nothing is."""
+    found: dict[str, T] = {}
+    problems: list[str] = []
+    for name in names:
+        try:
+            found[name] = make(name)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    return found, problems
 
 
 class ConfigError(UniversalCheckpointError):

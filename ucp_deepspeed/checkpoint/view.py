@@ -10,7 +10,7 @@ from typing import TypeVar
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, FileExtent, HeldShapes, Parameter
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.deepspeed.recorded_layouts import AUTOTP_FAMILIES, before_records
-from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, SpecError
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, SpecError, each_or_problem
 from ucp_deepspeed.language.families import find_family, naming_specs
 from ucp_deepspeed.language.name_spaces import LogicalName
 from ucp_deepspeed.language.resolve import CHECK_HINT, contradicts_record, describe, resolve_patterns
@@ -175,13 +175,9 @@ class UniversalView:
 
     def layouts_on(self, degree: int) -> dict[str, Layout]:
         """Return all layouts on a plain model of another tensor-parallel size; a MismatchError lists what can't be cut so."""
-        shapes: dict[str, HeldShapes] = {}
-        problems: list[str] = []
-        for name, pattern in self.patterns.items():
-            try:
-                shapes[name] = pattern.local_shapes(self.logical_shape(name), degree)
-            except ValueError as error:
-                problems.append(f"{name}: {error}")
+        shapes, problems = each_or_problem(
+            self.patterns, lambda name: self.patterns[name].local_shapes(self.logical_shape(name), degree)
+        )
         if problems:
             raise MismatchError(f"{self.checkpoint.path} can't be cut over {degree} tensor-parallel ranks", problems)
         return layouts_of(self.patterns, shapes, degree, self.vocabulary_size, "the target")
@@ -289,13 +285,9 @@ def layouts_of(
     Raises:
         MismatchError: shapes contradict patterns; lists the parameters.
     """
-    layouts: dict[str, Layout] = {}
-    problems: list[str] = []
-    for name, shapes in local_shapes.items():
-        try:
-            layouts[name] = _layout(patterns[name], shapes, degree, vocabulary_size)
-        except ValueError as error:
-            problems.append(f"{name}: {error}")
+    layouts, problems = each_or_problem(
+        local_shapes, lambda name: _layout(patterns[name], local_shapes[name], degree, vocabulary_size)
+    )
     if problems:
         raise MismatchError(f"shapes of {side} contradict the patterns", problems, CHECK_HINT)
     return layouts

@@ -33,6 +33,7 @@ from ucp_deepspeed.transfer.stage_copies import (
     look,
     may_differ,
     merge,
+    on_several_stages,
     settle,
     told_of_lost,
     with_copies_of,
@@ -53,7 +54,7 @@ def _copies(checkpoint: Checkpoint, model: EngineModel) -> tuple[dict[str, tuple
     same stages hold the same of these parameters on both sides."""
     copies = may_differ(checkpoint)
     degrees = [replace(topology, dp=1, zero_stage=0) for topology in (checkpoint.topology, model.topology)]
-    if degrees[0] != degrees[1] or held_by_several(checkpoint) != _held_by_several(model):
+    if degrees[0] != degrees[1] or held_by_several(checkpoint) != on_several_stages(model.tensors, model.topology.tp):
         return copies, None
     copies = {name: stages for name, stages in copies.items() if has_one_master(checkpoint, name, stages)}
     return copies, model.rank // model.topology.tp
@@ -82,21 +83,13 @@ def with_copies_for(
     return with_copies_of(checkpoint, settled.stages), settled.told
 
 
-def _held_by_several(model: EngineModel) -> dict[str, tuple[int, ...]]:
-    """Return the trained parameters that several pipeline stages hold → these stages."""
-    found = {
-        name: tensor.stages(model.topology.tp) for name, tensor in model.tensors.items() if tensor.kind == "trainable"
-    }
-    return {name: stages for name, stages in found.items() if len(stages) > 1}
-
-
 def differing_copies(model: EngineModel, optimizer: EngineOptimizer) -> tuple[str, ...]:
     """Return trained parameters whose copies on pipeline stages differ in masters, states, or numbers. Collective.
 
     Each rank sums the bits of its part of each tensor, each element times a number made of its place. However a tensor is
     partitioned, the parts' sums add up to the same.
     """
-    shared = _held_by_several(model)
+    shared = on_several_stages(model.tensors, model.topology.tp)
     if not shared:
         return ()
     sums: Counter[tuple[str, str]] = Counter()

@@ -57,10 +57,6 @@ class EngineTensor(ModelTensor):
     replicas: Any = None
     start: int = 0
 
-    def stages(self, degree: int) -> tuple[int, ...]:
-        """Return the pipeline stages that hold it, each of so many tensor-parallel ranks."""
-        return tuple(stage for stage, shape in enumerate(self.local_shapes[::degree]) if shape is not None)
-
     def held(self) -> tuple[torch.Tensor, TargetSlot]:
         """Return the memory of this rank's share of the weight, and which elements lie in it."""
         assert self.tensor is not None, f"{self.name} is on another rank"

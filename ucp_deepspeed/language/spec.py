@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from ucp_deepspeed.errors import SpecError, worded
+from ucp_deepspeed.errors import SpecError, each_or_problem, worded
 from ucp_deepspeed.language.dimensions import (
     Dimension,
     ShapeCheck,
@@ -197,10 +197,8 @@ class Spec(BaseModel):
             matches = self.matches(name)
             if len(matches) == 1:
                 found[name] = matches[0].pattern
-            elif matches:
-                problems.append(f"{name}: matches {len(matches)} rules ({', '.join(map(str, matches))})")
             else:
-                problems.append(f"{name}: matches no rule; nearest: {', '.join(self.nearest(name))}")
+                problems.append(f"{name}: {self.misfit(name, matches)}")
         if problems:
             raise SpecError(
                 f"spec {self.family!r} doesn't give exactly one rule for each parameter", problems, RULES_HINT
@@ -233,16 +231,9 @@ class Spec(BaseModel):
             Parameters that can't be joined, each with the reason, and the comparison of the others. Vocabularies are left out,
             since their size without padding isn't known here.
         """
-        impossible: list[str] = []
-        logical_shapes: dict[str, Shape] = {}
-        for name, shapes in local_shapes.items():
-            matches = self.matches(name)
-            if len(matches) != 1 or (isinstance(matches[0].pattern, Shard) and matches[0].pattern.vocabulary):
-                continue
-            try:
-                logical_shapes[name] = matches[0].pattern.logical_shape(shapes)
-            except ValueError as error:
-                impossible.append(f"{name}: {error}")
+        rules = {name: found[0].pattern for name in local_shapes if len(found := self.matches(name)) == 1}
+        joined = [name for name, rule in rules.items() if not (isinstance(rule, Shard) and rule.vocabulary)]
+        logical_shapes, impossible = each_or_problem(joined, lambda name: rules[name].logical_shape(local_shapes[name]))
         check = self.check_shapes(logical_shapes)
         worded = {name: f"logical shape {list(logical_shapes[name])}; {why}" for name, why in check.problems.items()}
         return impossible, replace(check, problems=worded)
@@ -251,6 +242,11 @@ class Spec(BaseModel):
         """Return the share of the names that match exactly one rule, 0 to 1."""
         known = list(names)
         return self._matcher.count_unique(known) / len(known) if known else 0.0
+
+    def misfit(self, name: str, matches: Sequence[Match]) -> str:
+        """Say that a parameter matches no rule, or several."""
+        several = f"matches {len(matches)} rules ({', '.join(map(str, matches))})"
+        return several if matches else f"matches no rule; nearest: {', '.join(self.nearest(name))}"
 
     def nearest(self, name: str) -> list[str]:
         """Return the two globs that look most like a name."""

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from torch import nn
@@ -23,7 +22,8 @@ from ucp_deepspeed.testing.megatron_pipeline import (
     Output,
     Positions,
     WordEmbeddings,
-    next_token_loss,
+    as_pipeline,
+    tied_logits,
 )
 
 TIED_KEY = "embed"
@@ -41,12 +41,6 @@ class EmbeddingPipe(nn.Module):
             self.position_embeddings = positions.position_embeddings
         if embedding_norm:
             self.word_embeddings.norm = nn.LayerNorm(config.hidden_size, dtype=config.params_dtype)
-
-    @property
-    def word_embeddings_weight(self) -> torch.Tensor:
-        """Return the tied weight."""
-        weight: torch.Tensor = self.word_embeddings.weight
-        return weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """See the class."""
@@ -93,12 +87,6 @@ def unchanged(hidden: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
-def tied_logits(embedding: EmbeddingPipe, hidden: torch.Tensor) -> torch.Tensor:
-    """Return this rank's share of a tied model's logits, ``[sequence, batch, vocabulary / degree]``."""
-    hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-    return torch.matmul(hidden, embedding.word_embeddings_weight.t())
-
-
 def build_megatron_deepspeed_pipeline(
     size: MegatronGptSize,
     stages: int,
@@ -116,11 +104,10 @@ def build_megatron_deepspeed_pipeline(
         reordering: whether layers that change the order of dimensions stand around the transformer layers.
     """
     model_parallel_cuda_manual_seed(seed)
-    degree = parallel_state.get_tensor_model_parallel_world_size()
-    config = transformer_config(size, dtype, degree)
+    config = transformer_config(size, dtype, parallel_state.get_tensor_model_parallel_world_size())
     arguments = (size, config, seed)
     if size.tied:
-        tied: dict[str, Any] = {"tied_weight_attr": "word_embeddings_weight"}
+        tied: dict[str, Any] = {"tied_weight_attr": "word_embeddings.weight"}
         first = TiedLayerSpec(TIED_KEY, EmbeddingPipe, *arguments, embedding_norm, **tied)
         last = TiedLayerSpec(TIED_KEY, EmbeddingPipe, *arguments, embedding_norm, forward_fn=tied_logits, **tied)
     else:
@@ -130,11 +117,4 @@ def build_megatron_deepspeed_pipeline(
     between = [unchanged] if reordering else []
     layers = [LayerSpec(ParallelTransformerLayerPipe, *arguments, index) for index in range(size.layers)]
     final = LayerSpec(norm, config.hidden_size, eps=config.layernorm_epsilon, dtype=dtype)
-    return PipelineModule(
-        [unchanged, first, *between, *layers, *between, final, last],
-        loss_fn=next_token_loss,
-        topology=PipeModelDataParallelTopology(
-            num_pp=stages, num_mp=degree, num_dp=parallel_state.get_data_parallel_world_size()
-        ),
-        **settings,
-    )
+    return as_pipeline([unchanged, first, *between, *layers, *between, final, last], stages, **settings)

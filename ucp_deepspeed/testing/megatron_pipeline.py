@@ -27,9 +27,6 @@ from ucp_deepspeed.testing.megatron_models import (
     transformer_config,
 )
 
-FIRST_LAYER = 2
-"""Number of the first transformer layer in the pipeline."""
-
 TIED_KEY = "embedding"
 
 
@@ -52,7 +49,7 @@ class WordEmbeddings(nn.Module):
         return hidden.contiguous()
 
 
-def tied_logits(embeddings: WordEmbeddings, hidden: torch.Tensor) -> torch.Tensor:
+def tied_logits(embeddings: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Return this rank's share of a tied model's logits, ``[sequence, batch, vocabulary / degree]``."""
     hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
     return torch.matmul(hidden, embeddings.word_embeddings.weight.t())
@@ -155,8 +152,7 @@ def build_megatron_pipeline(
         settings: further arguments of ``PipelineModule``, such as ``partition_method``.
     """
     model_parallel_cuda_manual_seed(seed)
-    degree = parallel_state.get_tensor_model_parallel_world_size()
-    config = transformer_config(size, dtype, degree)
+    config = transformer_config(size, dtype, parallel_state.get_tensor_model_parallel_world_size())
     arguments = (size, config, seed)
     if size.tied:
         weight = {"tied_weight_attr": "word_embeddings.weight"}
@@ -165,11 +161,15 @@ def build_megatron_pipeline(
     else:
         first, last = LayerSpec(WordEmbeddings, *arguments), LayerSpec(Output, *arguments)
     layers = [LayerSpec(Layer, *arguments, index) for index in range(size.layers)]
-    return PipelineModule(
-        [first, LayerSpec(Positions, *arguments), *layers, LayerSpec(FinalNorm, *arguments), last],
-        loss_fn=next_token_loss,
-        topology=PipeModelDataParallelTopology(
-            num_pp=stages, num_mp=degree, num_dp=parallel_state.get_data_parallel_world_size()
-        ),
-        **settings,
+    specs = [first, LayerSpec(Positions, *arguments), *layers, LayerSpec(FinalNorm, *arguments), last]
+    return as_pipeline(specs, stages, **settings)
+
+
+def as_pipeline(layers: list[Any], stages: int, **settings: Any) -> PipelineModule:
+    """Make a pipeline of layers on Megatron-Core's process groups; ``settings`` are further arguments of ``PipelineModule``."""
+    degree, copies = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(),
     )
+    topology = PipeModelDataParallelTopology(num_pp=stages, num_mp=degree, num_dp=copies)
+    return PipelineModule(layers, loss_fn=next_token_loss, topology=topology, **settings)

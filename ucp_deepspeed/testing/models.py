@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class TinyMlp(nn.Module):
@@ -210,12 +213,7 @@ def build_moe(
     seed: int = 0,
 ) -> TinyMoe:
     """Build a `TinyMoe`. Its initial values depend only on the seed, and not on ``ep``: DeepSpeed copies one expert."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = TinyMoe(vocabulary, hidden, ffn, experts, ep, residual, cut)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
+    return _seeded(seed, dtype, TinyMoe, vocabulary, hidden, ffn, experts, ep, residual, cut)
 
 
 def build_mlp(
@@ -244,9 +242,15 @@ def build_mlp(
         dtype: dtype of the parameters. Buffers keep their own.
         seed: seed of the initial values, which are drawn in fp32 and rounded.
     """
+    kind = RememberingMlp if remembers else TinyMlp
+    return _seeded(seed, dtype, kind, vocabulary, hidden, ffn, odd, gain_shape, adapter, idle)
+
+
+def _seeded(seed: int, dtype: torch.dtype, make: Callable[..., M], *sizes: Any) -> M:
+    """Make a model whose initial values depend only on the seed; the caller's random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = (RememberingMlp if remembers else TinyMlp)(vocabulary, hidden, ffn, odd, gain_shape, adapter, idle)
+        model = make(*sizes)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model

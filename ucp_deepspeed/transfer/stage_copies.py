@@ -9,12 +9,13 @@ from math import prod
 
 import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import MASTER, Checkpoint
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, Checkpoint, Parameter
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.differing import OnDiffering, all_same
 from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.transfer.evidence.held_values import HeldValues
+from ucp_deepspeed.transfer.planning.target import ModelTensor
 
 COPIES_HINT = (
     'the pipeline stages that saved it go on with their own, and "on_differing": "first" or "last" takes one stage\'s '
@@ -48,17 +49,21 @@ class Settled:
             raise MismatchError(told, self.problems, COPIES_HINT)
 
 
-def held_by_several(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+def stages_with(tensor: Parameter | ModelTensor, degree: int) -> tuple[int, ...]:
+    """Return the pipeline stages that hold a tensor, each of so many tensor-parallel ranks."""
+    return tuple(stage for stage, shape in enumerate(tensor.local_shapes[::degree]) if shape is not None)
+
+
+def on_several_stages(tensors: Mapping[str, Parameter | ModelTensor], degree: int) -> dict[str, tuple[int, ...]]:
     """Return the trained parameters that several pipeline stages hold → these stages."""
-    degree = checkpoint.topology.tp
-    if not isinstance(checkpoint, DeepSpeedCheckpoint) or checkpoint.topology.pp == 1:
-        return {}
-    found = {
-        name: tuple(stage for stage, shape in enumerate(parameter.local_shapes[::degree]) if shape is not None)
-        for name, parameter in checkpoint.parameters.items()
-        if parameter.kind == "trainable"
-    }
+    found = {name: stages_with(tensor, degree) for name, tensor in tensors.items() if tensor.kind == "trainable"}
     return {name: stages for name, stages in found.items() if len(stages) > 1}
+
+
+def held_by_several(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Return `on_several_stages` for a checkpoint; forms other than DeepSpeed's hold one copy."""
+    several = isinstance(checkpoint, DeepSpeedCheckpoint) and checkpoint.topology.pp > 1
+    return on_several_stages(checkpoint.parameters, checkpoint.topology.tp) if several else {}
 
 
 def may_differ(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

@@ -13,8 +13,9 @@ from native_files.described import kept_parameters
 from native_files.optimizers import hyperparameters
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
-from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, Manifest, ManifestTopology
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, Manifest
 from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.transfer import FileReader, gather
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -87,7 +88,7 @@ def check_reads_back(folder: Path, model: NativeModel, run: NativeRun) -> Checkp
 
 def write_manifest(folder: Path, run: NativeRun, groups: tuple[tuple[str | None, ...], ...]) -> None:
     """A manifest as the save hook writes it, with the sizes of the files that are there."""
-    topology = ManifestTopology(tp=run.tp, pp=1, dp=run.dp, zero_stage=run.stage)
+    topology = Topology(run.tp, 1, run.dp, run.stage)
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
     manifest = Manifest(topology=topology, optimizer=run.kind, parameter_groups=(groups,), parameters={}, files=files)
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(), encoding="utf-8")

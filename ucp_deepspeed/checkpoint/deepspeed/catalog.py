@@ -83,6 +83,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         self._where = lru_cache(maxsize=None)(self._read_where)
         self._settings = lru_cache(maxsize=None)(partial(hyperparameters, self.files))
         self.topology = self._read_topology()
+        self._firsts = range(0, self.topology.model_parallel, self.topology.tp)  # of each pipeline stage
         self.form = f"deepspeed {self.optimizer_form}"
         self.run = read_run(self.files)
         saved, place = self.files.model_states(0), self.files.model_states_path(0, 0)
@@ -317,7 +318,7 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def _trained_numels(self) -> dict[str, int]:
         trained: dict[str, int] = {}
-        for rank in range(0, self.topology.model_parallel, self.topology.tp):
+        for rank in self._firsts:
             groups = [described_numels(group) for group in self.files.param_shapes(rank) or ()]
             if not groups and self.files.partitioned:
                 groups = mapped_numels(self.topology.dp, partial(self.files.optimizer_state, rank))
@@ -329,9 +330,8 @@ class DeepSpeedCheckpoint(Checkpoint):
         """Frozen parameters: keys in a pipeline's layer files that no stage trains or has as a buffer."""
         if self._recorded_stages is not None:
             return [name for name, kind in self._recorded_stages[0].items() if kind == "frozen"]
-        stages = range(0, self.topology.model_parallel, self.topology.tp)
-        claimed = {name for rank in stages for slot in self._optimizer_slots(rank) for name in slot.names}
-        claimed |= {name for rank in stages for name in self.files.model_states(rank)["buffer_names"]}
+        claimed = {name for rank in self._firsts for slot in self._optimizer_slots(rank) for name in slot.names}
+        claimed |= {name for rank in self._firsts for name in self.files.model_states(rank)["buffer_names"]}
         recorded = self.manifest.parameters if self.manifest else self._layers.on(0)
         return [name for name in self._layers.on(0) if name not in claimed and name in recorded]
 
@@ -371,8 +371,7 @@ class DeepSpeedCheckpoint(Checkpoint):
     @cached_property
     def parameters(self) -> Mapping[str, Parameter]:  # type: ignore[override]
         """See `Checkpoint`."""
-        degree = self.topology.tp
-        firsts = range(0, self.topology.model_parallel, degree)
+        degree, firsts = self.topology.tp, self._firsts
         stages = [
             list(self._recorded_stages[stage] if self._recorded_stages is not None else self._where(first))
             for stage, first in enumerate(firsts)
@@ -432,7 +431,7 @@ class DeepSpeedCheckpoint(Checkpoint):
     @cached_property
     def groups(self) -> tuple[ParameterGroup, ...]:  # type: ignore[override]
         """Parameter groups of all pipeline stages. Each stage numbers its own, so that their content tells them apart."""
-        firsts = range(0, self.topology.model_parallel, self.topology.tp)
+        firsts = self._firsts
         recorded = self.manifest.group_numbers if self.manifest and self._recorded_stages is not None else None
         if self.manifest is not None and recorded is not None and self._settings(0):
             named, numbers = self.manifest.trained_groups, list(map(list, recorded))

@@ -242,15 +242,12 @@ class DeepSpeedFiles:
 
     @cached_property
     def precision(self) -> Precision:
-        """Precision of the weights that the run trained with: from the config, else from the weights."""
+        """Precision of the weights that the run trained with: from the config, else from the weights, the trained ones if the
+        files tell these. Under ZeRO-3 only empty tensors remain of them, with the same dtype."""
         if self.config:
             return _enabled(self.config) or "fp32"
         if self._optimizer_prefixes == {"bf16_"}:
             return "bf16"
-        return self._precision_of_weights()
-
-    def _precision_of_weights(self) -> Precision:
-        """Return the precision of trained weights, else of all. Under ZeRO-3 only empty tensors remain, with the same dtype."""
         saved = self.model_states(0)
         held: dict[str, Any] = dict(saved["module"] or {})
         for name in sorted(filter(layer_file, self.names)) if saved["module"] is None else ():

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeInt
 from ucp_deepspeed.checkpoint.checkpoint import Kind
 from ucp_deepspeed.checkpoint.encoding import read_document
 from ucp_deepspeed.errors import DamagedCheckpointError
-from ucp_deepspeed.layout import Shape
+from ucp_deepspeed.layout import Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern
 
 MANIFEST_NAME = "ucp_manifest.json"
@@ -50,24 +50,12 @@ class ManifestParameter(BaseModel):
     stages: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
 
 
-class ManifestTopology(BaseModel):
-    """Degrees of parallelism and ZeRO stage of the run that saved; see `Topology`."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    tp: PositiveInt
-    pp: PositiveInt
-    dp: PositiveInt
-    zero_stage: Annotated[int, Field(ge=0, le=3)]
-    ep: PositiveInt = 1
-
-
 class Manifest(BaseModel):
     """See ``docs/format.md``.
 
     Attributes:
         format_version: `MANIFEST_VERSION`; a reader refuses a later one.
-        topology: see `ManifestTopology`.
+        topology: of the run that saved.
         optimizer: class of the engine's optimizer, for people.
         vocabulary_size: rows of the unpadded vocabulary, if the user gave it.
         parameter_groups: for each pipeline stage and each parameter group on it the names in the optimizer's order; null for an
@@ -89,7 +77,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     format_version: int = MANIFEST_VERSION
-    topology: ManifestTopology
+    topology: Topology
     optimizer: str
     vocabulary_size: PositiveInt | None = None
     parameter_groups: tuple[tuple[tuple[str | None, ...], ...], ...]

@@ -18,7 +18,7 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from ucp_deepspeed.errors import MismatchError, UnsupportedError
+from ucp_deepspeed.errors import MismatchError, UnsupportedError, each_or_problem
 from ucp_deepspeed.layout import Shape
 from ucp_deepspeed.layout.affine import MAP_VERSION, pattern_of_map
 from ucp_deepspeed.layout.pattern import Partial, Pattern, Replicate, Shard
@@ -164,13 +164,7 @@ class MegatronDeepSpeedInfo:
         Raises:
             MismatchError: the info contradicts itself or can't be expressed; lists the parameters.
         """
-        found: dict[str, Pattern] = {}
-        problems: list[str] = []
-        for name, shape in local_shapes.items():
-            try:
-                found[name] = self._pattern(name, shape)
-            except ValueError as error:
-                problems.append(f"{name}: {error}")
+        found, problems = each_or_problem(local_shapes, lambda name: self._pattern(name, local_shapes[name]))
         if problems:
             raise MismatchError(f"{INFO} in {where} tells no layout; name a spec", problems)
         return found

@@ -6,8 +6,10 @@ constructor; filling replaces the state that this leaves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, LossScale
 from ucp_deepspeed.engine.deepspeed_surface import loss_scale_of
@@ -28,6 +30,10 @@ class Stage0Optimizer(EngineOptimizer):
         """See `EngineOptimizer.replicas`; all parameters of a slot have the same."""
         return replica_group(self._engine, self._params[slot.names[0]])
 
+    def _slot(self, params: Sequence[torch.Tensor], master: torch.Tensor, group: int) -> EngineSlot:
+        names, numels = zip(*((self._names[param], param.numel()) for param in params), strict=True)
+        return EngineSlot(names, FlatGroup(numels, 1, alignment=1), 0, group, master=master)
+
 
 class PlainOptimizer(Stage0Optimizer):
     """fp32: the torch optimizer itself; the masters are the model's weights (``runtime/engine.py::_configure_optimizer``)."""
@@ -41,7 +47,7 @@ class PlainOptimizer(Stage0Optimizer):
     def slots(self) -> list[EngineSlot]:
         """See `EngineOptimizer.slots`."""
         return [
-            EngineSlot((self._names[param],), FlatGroup((param.numel(),), 1, alignment=1), 0, index, master=param)
+            self._slot([param], param, index)
             for index, group in enumerate(self.base.param_groups)
             for param in group["params"]
             if param in self._names and param.numel()
@@ -88,11 +94,10 @@ class UnfusedOptimizer(Fp16Optimizer):
 
     def slots(self) -> list[EngineSlot]:
         """See `EngineOptimizer.slots`."""
+        groups = zip(self._wrapper.fp32_groups, self._wrapper.fp16_groups, strict=True)
         return [
-            EngineSlot((self._names[param],), FlatGroup((master.numel(),), 1, alignment=1), 0, group, master=master)
-            for group, (masters, params) in enumerate(
-                zip(self._wrapper.fp32_groups, self._wrapper.fp16_groups, strict=True)
-            )
+            self._slot([param], master, group)
+            for group, (masters, params) in enumerate(groups)
             for master, param in zip(masters, params, strict=True)
         ]
 
@@ -111,18 +116,8 @@ class FusedOptimizer(Fp16Optimizer):
 
     def slots(self) -> list[EngineSlot]:
         """See `EngineOptimizer.slots`."""
-        return [
-            EngineSlot(
-                tuple(self._names[param] for param in params),
-                FlatGroup(tuple(param.numel() for param in params), 1, alignment=1),
-                0,
-                group,
-                master=master,
-            )
-            for group, (master, params) in enumerate(
-                zip(self._wrapper.fp32_groups_flat, self._wrapper.fp16_groups, strict=True)
-            )
-        ]
+        groups = zip(self._wrapper.fp32_groups_flat, self._wrapper.fp16_groups, strict=True)
+        return [self._slot(params, master, group) for group, (master, params) in enumerate(groups)]
 
     def make_weights(self) -> None:
         """See `EngineOptimizer.make_weights`."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import TiedLayerSpec
 
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes
-from ucp_deepspeed.checkpoint.deepspeed.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    ManifestParameter,
-    ManifestTopology,
-    describe_files,
-)
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, Manifest, ManifestParameter, describe_files
 from ucp_deepspeed.checkpoint.deepspeed.pipeline import TIED
 from ucp_deepspeed.checkpoint.deepspeed.run_state import number_groups
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
@@ -68,6 +61,7 @@ from ucp_deepspeed.transfer.commit import (
     replace_folder,
     write_atomically,
 )
+from ucp_deepspeed.transfer.stage_copies import stages_with
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -303,7 +297,7 @@ def _manifest(engine: Engine) -> Manifest:
     differing = differing_copies(model, optimizer)
     tell_of_differing(engine, differing, optimizer.form)
     manifest = Manifest(
-        topology=ManifestTopology(**asdict(topology)),
+        topology=topology,
         optimizer=optimizer.form,
         vocabulary_size=known.vocabulary_size,
         parameter_groups=tuple(groups[:: topology.tp]),
@@ -373,7 +367,7 @@ def _parameters(model: EngineModel, kept: KnownLayouts) -> dict[str, ManifestPar
             pattern=None if isinstance(known.get(name), Unique | PerRank) else known.get(name),
             logical_name=None if logical[name] == name else logical[name],
             local_shapes=_shares(tensor.local_shapes, model.topology.tp),
-            stages=tensor.stages(model.topology.tp),
+            stages=stages_with(tensor, model.topology.tp),
         )
         for name, tensor in model.tensors.items()
     }

@@ -175,11 +175,9 @@ def _layout(checked: Checked, degree: int, size: int | None) -> Layout | None:
 
 def _of_rules(spec: Spec, parameters: Iterable[Checked]) -> Iterator[Finding]:
     for checked in parameters:
-        if not checked.matches:
-            yield checked.found("unmatched", f"matches no rule; nearest: {', '.join(spec.nearest(checked.name))}")
-        elif len(checked.matches) > 1:
-            rules = ", ".join(map(str, checked.matches))
-            yield checked.found("ambiguous", f"matches {len(checked.matches)} rules ({rules})")
+        if len(checked.matches) != 1:
+            what: What = "ambiguous" if checked.matches else "unmatched"
+            yield checked.found(what, spec.misfit(checked.name, checked.matches))
 
 
 def _of_stated_shapes(spec: Spec, fitting: Mapping[str, Checked], size: int | None) -> Iterator[Finding]:
