@@ -190,8 +190,7 @@ def _explanation(name: str, spec: Spec, checkpoint: Checkpoint | None, vocabular
     layout: Layout | None = None
     problem: str | None = None
     if len(matches) != 1:
-        near = f"; nearest: {', '.join(spec.nearest(title))}" if not matches else ""
-        problem = f"matches {len(matches) or 'no'} rule{'s' if matches else ''}{near}"
+        problem = spec.misfit(title, matches)
     elif checkpoint is not None:
         size = vocabulary_size if vocabulary_size is not None else checkpoint.vocabulary_size
         shapes, degree = {str(title): checkpoint.parameters[name].local_shapes}, checkpoint.topology.tp

@@ -244,14 +244,12 @@ class Spec(BaseModel):
         return self._matcher.count_unique(known) / len(known) if known else 0.0
 
     def misfit(self, name: str, matches: Sequence[Match]) -> str:
-        """Say that a parameter matches no rule, or several."""
-        several = f"matches {len(matches)} rules ({', '.join(map(str, matches))})"
-        return several if matches else f"matches no rule; nearest: {', '.join(self.nearest(name))}"
-
-    def nearest(self, name: str) -> list[str]:
-        """Return the two globs that look most like a name."""
+        """Say that a parameter matches several rules, or none; then with the two globs that look most like its name."""
+        if matches:
+            return f"matches {len(matches)} rules ({', '.join(map(str, matches))})"
         globs = [glob for rule in self.rules for glob in rule.match]
-        return sorted(globs, key=lambda glob: -SequenceMatcher(None, glob, name).ratio())[:2]
+        nearest = sorted(globs, key=lambda glob: -SequenceMatcher(None, glob, name).ratio())[:2]
+        return f"matches no rule; nearest: {', '.join(nearest)}"
 
 
 class _Dimensions(BaseModel):

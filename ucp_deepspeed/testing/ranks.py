@@ -34,6 +34,7 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from random import SystemRandom
 from typing import Any
+from unittest.mock import patch
 
 MOST_RANKS = 8
 """Number of ranks alive at a time over all shared pools: the least recently used pool makes room."""
@@ -241,16 +242,8 @@ def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED_ONCE))
     meanwhile = ENVIRONMENT | {"PYTHONWARNINGS": "ignore"}  # DeepSpeed looks at the environment when it is imported
-    own = {key: os.environ.get(key) for key in meanwhile}
-    os.environ.update(meanwhile)
-    try:
+    with patch.dict(os.environ, meanwhile):
         forkserver.ensure_running()
-    finally:
-        for key, value in own.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
     return context
 
 
