@@ -466,6 +466,12 @@ def is_model_states(name: str) -> bool:
     return _MODEL_STATES.fullmatch(name) is not None
 
 
+def is_deepspeeds(name: str) -> bool:
+    """Return whether DeepSpeed's engines name a file so (``runtime/engine.py``, ``runtime/pipe/module.py``)."""
+    kinds = (is_model_states, _OPTIMIZER_FILE.fullmatch, layer_file, weight_file, optimizer_file)
+    return any(is_kind(name) for is_kind in kinds)
+
+
 def open_saved(path: Path, foreign: bool = False) -> dict[str, Any]:
     """Return the content of a file of DeepSpeed's. All of it must be data, except the client state (`open_torch_file`)."""
     return open_torch_file(path, owned=ENGINE_KEYS if is_model_states(path.name) else None, foreign=foreign)

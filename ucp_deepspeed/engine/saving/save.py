@@ -19,6 +19,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import TiedLayerSpec
 
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes
+from ucp_deepspeed.checkpoint.deepspeed.files import is_deepspeeds
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, Manifest, ManifestParameter, describe_files
 from ucp_deepspeed.checkpoint.deepspeed.pipeline import TIED
 from ucp_deepspeed.checkpoint.deepspeed.run_state import number_groups
@@ -154,7 +155,7 @@ def _save_in_background(
             (partial / ENDED_NAME.format(rank=each)).unlink(missing_ok=True)
         _commit(manifest, partial)
         flush(partial)
-        replace_folder(partial, place, lambda name: _PARTS.fullmatch(name) is not None)
+        replace_folder(partial, place, _is_part)
         if save_latest:
             write_atomically(latest, tag)
         _warn_if_unreadable(engine, folder)
@@ -209,16 +210,9 @@ def _make_partial(folder: Path, tag: str, tells: bool) -> Path:
     return partial
 
 
-_PARTS = re.compile(
-    r"(?:zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt"
-    r"|(?:bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt"
-    r"|layer_\d+(?:-model_\d+)?-model_states\.pt"
-    r"|layer_\d+_expert_\d+_mp_rank_\d+_model_states\.pt"
-    r"|expp_rank_\d+_mp_rank_\d+_optim_states\.pt"
-    r"|ucp_manifest\.json|ucp_random_state_rank_\d+\.json"
-)
-"""Names of the files that DeepSpeed's engines (``runtime/engine.py``, ``runtime/pipe/module.py``) and this package write. Others
-may lie in a tag's folder too, and are kept."""
+def _is_part(name: str) -> bool:
+    """Return whether a file is DeepSpeed's or this package's. Others may lie in a tag's folder too, and are kept."""
+    return is_deepspeeds(name) or re.fullmatch(r"ucp_manifest\.json|ucp_random_state_rank_\d+\.json", name) is not None
 
 
 def check_model(engine: Engine) -> None:
