@@ -177,8 +177,7 @@ class Saved:
                     yield f"zero_pp_rank_{part}_mp_rank_{rank:02d}_model_states.pt"
             if topology.zero_stage < 3:
                 yield f"mp_rank_{rank:02d}_model_states.pt"
-        for rank in range(topology.model_parallel * topology.dp):
-            yield f"ucp_random_state_rank_{rank:05d}.json"
+        yield "ucp_random_states.jsonl"
         if topology.pp > 1:
             for layer, rank in product(range(self._model.layers + 3), range(topology.tp)):
                 yield f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"

@@ -29,10 +29,10 @@ RUNS = {
     "experts, zero-1": (2, Run("moe", zero={"stage": 1}, precision="bf16", universal=ASYNC)),
 }
 
-LARGE = Run("mlp", zero={"stage": 1}, size={"hidden": 120}, universal=ASYNC)
+LARGE = Run("mlp", zero={"stage": 1}, size={"hidden": 480}, universal=ASYNC)
 """With files well above `FILE_LIMIT`, which those of the random state are below."""
 
-FILE_LIMIT = 60_000
+FILE_LIMIT = 120_000
 """Bytes that a file may have where a full disk is simulated."""
 
 

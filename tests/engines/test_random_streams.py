@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections.abc import Callable, Mapping
@@ -14,9 +15,10 @@ import pytest
 import torch
 from checkpoints import resumed
 
+import ucp_deepspeed
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.errors import DamagedCheckpointError, UniversalCheckpointError, UnsupportedError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, build_engine
 from ucp_deepspeed.transfer.conversion import convert
@@ -73,7 +75,9 @@ def save_and_draw(run: Run, folder: str, by_rank: bool = True) -> Drawn:
     with resumed(seeded_engine(run, 1, by_rank), None) as engine:
         drawn()
         engine.save_checkpoint(folder)
-        return drawn()
+        found = drawn()
+        ucp_deepspeed.wait_for_save()
+        return found
 
 
 def load_and_draw(
@@ -128,6 +132,46 @@ def test_another_topology_derives_new_streams(by_rank: bool, ranks: Ranks, tmp_p
     assert fewer[0][0] == first[0][0]
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_one_file_for_all_ranks(asynchronous: bool, ranks: Ranks, tmp_path: Path) -> None:
+    """Files of single ranks, as earlier releases wrote them, are read as before, and a save into their folder removes them."""
+    run = Run("mlp", zero={"stage": 1})
+    saving = replace(run, universal={"enabled": True, "save": {"async": asynchronous}})
+    expected = ranks(2).run(save_and_draw, saving, str(tmp_path))
+    folder = tmp_path / "global_step0"
+    assert {path.name for path in folder.glob("ucp_random*")} == {"ucp_random_states.jsonl"}
+    _, *states = (folder / "ucp_random_states.jsonl").read_text(encoding="ascii").splitlines()
+    (folder / "ucp_random_states.jsonl").unlink()
+    for rank, state in enumerate([*states, states[1]]):
+        (folder / f"ucp_random_state_rank_{rank:05d}.json").write_text(state, encoding="ascii")
+    assert [streams for streams, _ in ranks(2).run(load_and_draw, run, str(tmp_path))] == expected
+    ranks(2).run(save_and_draw, saving, str(tmp_path))
+    assert {path.name for path in folder.glob("ucp_random*")} == {"ucp_random_states.jsonl"}
+    listed = json.loads((folder / "ucp_manifest.json").read_text(encoding="utf-8"))["files"]
+    assert "ucp_random_states.jsonl" in listed
+
+
+def save_where_rank_1_cant_tell(run: Run, folder: str) -> str:
+    """On a rank: save when rank 1 can't read one of its streams."""
+    with resumed(seeded_engine(run, 1, True), None) as engine:
+        engine.save_checkpoint(folder, tag="a")
+        with pytest.MonkeyPatch.context() as patch:
+            if torch.distributed.get_rank() == 1:
+                patch.setattr(random, "getstate", lambda: object())
+            with pytest.raises(UniversalCheckpointError) as caught:
+                engine.save_checkpoint(folder, tag="b")
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_state_that_one_rank_cant_tell(asynchronous: bool, ranks: Ranks, tmp_path: Path) -> None:
+    """All ranks raise it, and ``latest`` stays."""
+    run = Run("mlp", zero={"stage": 1}, universal={"enabled": True, "save": {"async": asynchronous}})
+    told = ranks(2).run(save_where_rank_1_cant_tell, run, str(tmp_path))
+    assert told == ["rank 1: python is a builtins.object, which has no universal form", told[1]]
+    assert (tmp_path / "latest").read_text() == "a" and not (tmp_path / "b" / "ucp_manifest.json").exists()
+
+
 def test_megatrons_streams_on_another_topology(ranks: Ranks, tmp_path: Path) -> None:
     """Tensor-parallel ranks share the default stream and differ in the tracker's; data-parallel ranks share those."""
     run = Run("llama", tp=2, zero={"stage": 1})
@@ -163,14 +207,18 @@ def test_damaged_random_state(ranks: Ranks, tmp_path: Path) -> None:
     """Found on every rank, and not in the way of who doesn't want it."""
     run = Run("mlp", zero={"stage": 2})
     ranks(2).run(save_and_draw, run, str(tmp_path))
-    path = tmp_path / "global_step0" / "ucp_random_state_rank_00001.json"
+    path = tmp_path / "global_step0" / "ucp_random_states.jsonl"
     text = path.read_text(encoding="utf-8")
+    header, first, second = text.splitlines(keepends=True)
     for damaged, error in {
         text[:-100]: DamagedCheckpointError,
         "x" * len(text): DamagedCheckpointError,
-        text.replace('"format_version": 1', '"format_version": 0'): UnsupportedError,
-        text.replace('"format_version": 1', '"format_version": 2'): UnsupportedError,
-        text.replace('"MT19937"', '"MT19938"'): DamagedCheckpointError,
+        header.replace("]", ", 1]") + (first + second)[:-3]: DamagedCheckpointError,
+        header.replace('"format_version": 1', '"format_version": 2') + first + second: UnsupportedError,
+        header + first + "x" * len(second): DamagedCheckpointError,
+        header + first + second.replace('"format_version": 1', '"format_version": 0'): UnsupportedError,
+        header + first + second.replace('"format_version": 1', '"format_version": 2'): UnsupportedError,
+        header + first + second.replace('"MT19937"', '"MT19938"'): DamagedCheckpointError,
     }.items():
         path.write_text(damaged, encoding="utf-8")
         with pytest.raises(RankError) as caught:

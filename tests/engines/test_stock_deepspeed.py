@@ -145,7 +145,7 @@ def test_save_moves_latest_last(ranks: Ranks, tmp_path: Path) -> None:
     folder = tmp_path / f"global_step{STEP}"
     files = json.loads((folder / MANIFEST_NAME).read_text())["files"]
     assert files == {p.name: p.stat().st_size for p in folder.iterdir() if p.name != MANIFEST_NAME}
-    assert len(files) == 6
+    assert len(files) == 5
     assert not [p for p in tmp_path.rglob("*") if "partial" in p.name]
 
 
@@ -173,10 +173,10 @@ def test_wrong_spec_is_refused_when_saving(ranks: Ranks, tmp_path: Path) -> None
 
 
 def test_a_random_state_of_another_step(ranks: Ranks, tmp_path: Path) -> None:
-    """A save without the plugin leaves older files of random states beside its own."""
+    """A save without the plugin leaves an older file of random states beside its own."""
     run = Run("mlp", zero={"stage": 1})
     ranks(2).run(train, run, STEP, save=str(tmp_path))
-    path = tmp_path / f"global_step{STEP}" / "ucp_random_state_rank_00001.json"
+    path = tmp_path / f"global_step{STEP}" / "ucp_random_states.jsonl"
     path.write_text(path.read_text().replace(f'"global_steps": {STEP}', f'"global_steps": {STEP + 2}'))
     with pytest.raises(RankError, match=f"is of step {STEP + 2}, and the checkpoint of step {STEP}"):
         ranks(2).run(train, run, STEP, load=str(tmp_path))

@@ -65,6 +65,6 @@ def test_the_manifest_lists_every_file(monkeypatch: pytest.MonkeyPatch, tmp_path
     manifest = script.manifests.read_manifest(tmp_path / script.TAG)
     there = {path.name for path in (tmp_path / script.TAG).iterdir()} - {script.MANIFEST_NAME}
     assert set(manifest.files) == there
-    optimizers, weights, random_states, expert_weights, expert_optimizers = 4, 1, 4, 2 * 4, 2
+    optimizers, weights, random_states, expert_weights, expert_optimizers = 4, 1, 1, 2 * 4, 2
     assert len(there) == optimizers + weights + random_states + expert_weights + expert_optimizers
     assert set(manifest.contents) == {"bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"}

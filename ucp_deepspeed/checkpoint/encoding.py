@@ -42,9 +42,15 @@ Document = TypeVar("Document", bound=BaseModel)
 
 
 def read_document(path: Path, form: type[Document], what: str, newest: int) -> Document:
-    """Read a JSON file of a given form.
+    """Read a JSON file of a given form; see `parse_document`."""
+    return parse_document(path.read_bytes(), path, form, what, newest)
+
+
+def parse_document(content: bytes, path: Path, form: type[Document], what: str, newest: int) -> Document:
+    """Parse JSON of a given form.
 
     Args:
+        path: the file that it is from, for messages.
         what: ``an index`` or ``a manifest``, for messages.
         newest: the highest ``format_version`` that this release reads.
 
@@ -52,7 +58,6 @@ def read_document(path: Path, form: type[Document], what: str, newest: int) -> D
         DamagedCheckpointError: it isn't JSON, or lacks a key, or a value is of another type.
         FormatError: a later version wrote it.
     """
-    content = path.read_bytes()
     with suppress(ValidationError):  # the slower way below tells more
         document = form.model_validate_json(content, strict=True)
         if "format_version" in document.model_fields_set and 1 <= getattr(document, "format_version", 0) <= newest:

@@ -1,5 +1,5 @@
-"""Random streams: each rank's state is saved with the run, in a small file of its own (``docs/format.md``, *Random state*), and
-restored or derived anew when it resumes.
+"""Random streams: each rank's state is saved with the run, in one file for all ranks (`checkpoint/random_files.py`), and restored
+or derived anew when it resumes.
 
 On other ranks the live run, as its script has seeded it, tells which ranks share a new stream: ranks that are alike stay alike,
 and others differ. This is Megatron's rule where its seeding is used (tensor-parallel ranks share the default stream and differ in
@@ -13,7 +13,8 @@ import json
 import logging
 import random
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -25,61 +26,31 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.activation_checkpointing import checkpointing
-from pydantic import BaseModel, ConfigDict
 
 from ucp_deepspeed.checkpoint.deepspeed.manifest import read_manifest
-from ucp_deepspeed.checkpoint.encoding import decode, encode, read_document
+from ucp_deepspeed.checkpoint.encoding import decode, encode
+from ucp_deepspeed.checkpoint.random_files import (
+    RANDOM_STATES_NAME,
+    Place,
+    RandomState,
+    joined,
+    parse_state,
+    path_of,
+    read_state,
+)
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME
 from ucp_deepspeed.engine.agreement import agreement, gathered
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import engine_topology, model_parallel_rank
 from ucp_deepspeed.errors import DamagedCheckpointError
-from ucp_deepspeed.transfer.commit import write_atomically
 
 logger = logging.getLogger("ucp_deepspeed")
-
-RANDOM_STATE_VERSION = 1
-RANDOM_STATE_NAME = "ucp_random_state_rank_{rank:05d}.json"
 
 MEGATRON_MODULES = ("megatron.core.tensor_parallel.random", "megatron.mpu.random")
 """Modules in which Megatron-LM, Megatron-Core and Megatron-DeepSpeed of all ages keep their tracker of named streams."""
 
 NUMPY_GENERATOR = "MT19937"
 """The generator behind numpy's global functions. A script that has put another one there seeds it itself."""
-
-
-class Place(BaseModel):
-    """A rank's role in its run; streams resume only where every rank has its role again."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    world_size: int
-    rank: int
-    data_parallel_rank: int
-    sequence_parallel_rank: int
-    stage: int
-    tensor_parallel_rank: int
-    accelerator: str
-
-
-class RandomState(BaseModel):
-    """The file of one rank.
-
-    Attributes:
-        format_version: `RANDOM_STATE_VERSION`; a reader refuses a later one.
-        place: role of the rank that wrote it.
-        global_steps: steps of the run when it saved.
-        seed: ``torch.initial_seed()``; new streams are derived from rank 0's.
-        streams: by name, encoded (`ucp_deepspeed.checkpoint.encoding`).
-    """
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    format_version: int = RANDOM_STATE_VERSION
-    place: Place
-    global_steps: int
-    seed: int
-    streams: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,31 +71,28 @@ class Stream:
     identity: Hashable
 
 
-def save_random_state(engine: Engine, folder: Path) -> None:
-    """Write this rank's file. Called on every rank after DeepSpeed's files and before the manifest; without a manifest the file
-    doesn't count."""
-    name, text = random_state_file(engine)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / name, text)
-
-
-def random_state_file(engine: Engine) -> tuple[str, str]:
-    """Return name and content of this rank's file."""
-    place = _place(engine)
+def packed_random_state(engine: Engine) -> bytes:
+    """Return this rank's state, for `random_states_file` on another rank."""
     state = RandomState(
-        place=place,
+        place=_place(engine),
         global_steps=engine.global_steps,
         seed=torch.initial_seed(),
         streams={name: encode(stream.read(), name, {}) for name, stream in _live_streams(engine).items()},
     )
-    return RANDOM_STATE_NAME.format(rank=place.rank), json.dumps(state.model_dump())
+    return zlib.compress(json.dumps(state.model_dump()).encode("ascii"), level=1)
+
+
+def random_states_file(packed: Sequence[bytes]) -> tuple[str, str]:
+    """Return name and content of the file with all ranks' states. It is written after DeepSpeed's files and before the manifest,
+    without which it doesn't count."""
+    return RANDOM_STATES_NAME, joined([zlib.decompress(each).decode("ascii") for each in packed])
 
 
 KEEP_HINT = '"random_state": "keep" loads all else, and leaves the streams as the script has seeded them'
 
 
 def read_random_state(folder: Path, global_steps: int) -> RandomState | None:
-    """Read this rank's file; None if there is none, or none that was committed. Nothing of the engine or the streams changes.
+    """Read this rank's state; None if there is none, or none that was committed. Nothing of the engine or the streams changes.
 
     Args:
         global_steps: steps of the checkpoint beside it.
@@ -133,17 +101,17 @@ def read_random_state(folder: Path, global_steps: int) -> RandomState | None:
         DamagedCheckpointError: the file can't be parsed, is of another step, or has another size than the manifest says.
         FormatError: a later version wrote it.
     """
-    path = folder / RANDOM_STATE_NAME.format(rank=dist.get_rank())
-    manifest = read_manifest(folder)
-    if not path.is_file() or (manifest is None and not (folder / INDEX_NAME).is_file()):
+    path, manifest = path_of(folder, dist.get_rank()), read_manifest(folder)
+    if path is None or (manifest is None and not (folder / INDEX_NAME).is_file()):
         return None
     try:
         if manifest is not None:
             manifest.check_file(path)
-        state = read_document(path, RandomState, "a random state", RANDOM_STATE_VERSION)
+        content = read_state(path, dist.get_rank())
+        state = None if content is None else parse_state(content, path)
     except DamagedCheckpointError as error:
         raise DamagedCheckpointError(f"{error}; {KEEP_HINT}") from error
-    if state.global_steps != global_steps:
+    if state is not None and state.global_steps != global_steps:
         raise DamagedCheckpointError(
             f"{path} is of step {state.global_steps}, and the checkpoint of step {global_steps}: if it was saved again without "
             f'ucp_deepspeed, remove the random states, or set "random_state": "keep"'

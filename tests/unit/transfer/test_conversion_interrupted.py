@@ -22,8 +22,9 @@ import torch
 from click.testing import CliRunner
 from native_files import NativeModel, NativeParameter, NativeRun, write_native
 
-from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.checkpoint.universal.atoms_output import FIRST_RANDOM_STATE_NAME, UniversalOutput
+from ucp_deepspeed.checkpoint import open_checkpoint, random_files
+from ucp_deepspeed.checkpoint.random_files import RANDOM_STATES_NAME, joined
+from ucp_deepspeed.checkpoint.universal.atoms_output import UniversalOutput
 from ucp_deepspeed.checkpoint.universal.index import PARTIAL_MARK
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import main
@@ -257,8 +258,8 @@ def test_a_source_of_which_another_step_takes_the_place(
     for step in (1, 2):
         parameter = NativeParameter("a", torch.full((4000,), float(step)), {"exp_avg": torch.ones(4000)})
         folder = write_native(tmp_path / str(step), NativeModel((parameter,)), NativeRun(stage=1, dp=2, steps=step))
-        (folder / FIRST_RANDOM_STATE_NAME).write_text("{}")
-        os.utime(folder / FIRST_RANDOM_STATE_NAME, (step, step))
+        (folder / RANDOM_STATES_NAME).write_text(joined(["{}"]))
+        os.utime(folder / RANDOM_STATES_NAME, (step, step))
 
     def save_again(*_: Any) -> None:
         _exchange(tmp_path / "1", tmp_path / "2")
@@ -270,7 +271,8 @@ def test_a_source_of_which_another_step_takes_the_place(
     if moment == "described":
         save_again()
     if moment == "random state":
-        monkeypatch.setattr("ucp_deepspeed.checkpoint.universal.atoms_output.shutil.copyfile", save_again)
+        read_state = random_files.read_state
+        monkeypatch.setattr(random_files, "read_state", lambda *found: (save_again(), read_state(*found))[1])
     with pytest.raises(DamagedCheckpointError, match="was changed while it was read"):
         convert(view, tmp_path / "u", progress=save_again if moment == "first chunk" else None, workers=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]

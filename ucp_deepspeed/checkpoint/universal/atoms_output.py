@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -15,6 +14,7 @@ import safetensors.torch
 import torch
 
 from ucp_deepspeed import tunables
+from ucp_deepspeed.checkpoint import random_files
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, Differing, OnUnreadable
 from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
 from ucp_deepspeed.checkpoint.differing import OnDiffering, made_one
@@ -37,16 +37,13 @@ from ucp_deepspeed.checkpoint.universal.index import (
     atom_key,
 )
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.errors import MAX_LISTED, ConfigError, MismatchError, UnsupportedError
+from ucp_deepspeed.errors import MAX_LISTED, ConfigError, DamagedCheckpointError, MismatchError, UnsupportedError
 
 DATA_SCHEDULES = ("data_sampler", "random_ltd")
 """DeepSpeed's keys for its curriculum and its random layer-token dropping; None where a run has none."""
 
 KEPT_ENGINE_KEYS = ("ds_config", "ds_version")
 """Keys that DeepSpeed puts beside the user's client state and that have a meaning on another topology."""
-
-FIRST_RANDOM_STATE_NAME = "ucp_random_state_rank_00000.json"
-"""Random state whose seed gives new streams of random numbers on any topology (``docs/format.md``, *Random state*)."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +87,16 @@ def _write_rest(view: UniversalView, index: Index, tensors: dict[str, torch.Tens
             safetensors.torch.save_file(tensors, folder / CLIENT_TENSORS_NAME)
         except safetensors.SafetensorError as error:
             raise OSError(f"{folder / CLIENT_TENSORS_NAME} can't be written: {error}") from error
-    random_state = view.checkpoint.path / FIRST_RANDOM_STATE_NAME
-    if random_state.is_file():
+    random_state = random_files.path_of(view.checkpoint.path, 0)
+    if random_state is not None:
         view.checkpoint.versions.note(random_state)
-        shutil.copyfile(random_state, folder / FIRST_RANDOM_STATE_NAME)
+        try:
+            first = random_files.read_state(random_state, 0)
+        except DamagedCheckpointError as error:
+            hint = "remove it, and the conversion leaves random states out"
+            raise DamagedCheckpointError(f"{error}; {hint}") from error
+        if first is not None:
+            (folder / random_files.RANDOM_STATE_NAME.format(rank=0)).write_bytes(first)
     sizes = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
     index = index.model_copy(update={"files": sizes})
     (folder / INDEX_NAME).write_text(index.model_dump_json(indent=1), encoding="utf-8")

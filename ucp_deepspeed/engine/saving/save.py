@@ -24,6 +24,7 @@ from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, Manifest,
 from ucp_deepspeed.checkpoint.deepspeed.pipeline import TIED
 from ucp_deepspeed.checkpoint.deepspeed.run_state import number_groups
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
+from ucp_deepspeed.checkpoint.random_files import FORMER_NAMES
 from ucp_deepspeed.checkpoint.slots import NAMING_KEYS
 from ucp_deepspeed.checkpoint.torch_files.safe_load import TORCH_DTYPES
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME
@@ -38,7 +39,7 @@ from ucp_deepspeed.engine.module_states import has_extra_states
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.node_local import open_here, writes_for_node
 from ucp_deepspeed.engine.optimizers import engine_optimizer
-from ucp_deepspeed.engine.random_state import random_state_file, save_random_state
+from ucp_deepspeed.engine.random_state import packed_random_state, random_states_file
 from ucp_deepspeed.engine.saving.background import (
     ENDED_NAME,
     Job,
@@ -105,21 +106,23 @@ def save_checkpoint(
         if writes_for_node(engine):
             put_back(folder.parent)
             (folder / MANIFEST_NAME).unlink(missing_ok=True)
+            for former in folder.glob(FORMER_NAMES):
+                former.unlink()
     saved = native(save_dir, tag=name, save_latest=False, **rest)
-    with agreement():
-        try:
-            save_random_state(engine, folder)
-        except OSError as error:
-            reason = f"the random state could not be written to {folder}, and 'latest' was not moved: {error}"
-            raise SaveError(reason) from error
+    with agreement(tells=True) as told:  # when all have written
+        told.mine = packed_random_state(engine)
     with agreement():
         if writes_for_node(engine):
             try:
+                random_states, content = random_states_file(told.values)
+                write_atomically(folder / random_states, content)
                 _commit(manifest, folder)
                 if save_latest:
                     write_atomically(Path(save_dir) / LATEST_NAME, name)
             except OSError as error:
-                reason = f"the manifest of {folder} could not be written, and 'latest' was not moved: {error}"
+                reason = (
+                    f"manifest and random states of {folder} could not be written, and 'latest' was not moved: {error}"
+                )
                 raise SaveError(reason) from error
             _warn_if_unreadable(engine, folder)
     return saved
@@ -138,9 +141,10 @@ def _save_in_background(
         taken = SnapshotEngine(engine, folder)
         with taken.in_place_of_files(engine):
             saved = native(save_dir, tag=tag, save_latest=False, **rest)
-        with agreement():
+        with agreement(tells=True) as told:
             taken.check()
-            texts = dict([random_state_file(engine)])
+            told.mine = packed_random_state(engine)
+        texts = dict([random_states_file(told.values)]) if rank == 0 else {}
     except BaseException:
         if rank == 0:
             remove_partial_folder(partial, place)
@@ -212,7 +216,8 @@ def _make_partial(folder: Path, tag: str, tells: bool) -> Path:
 
 def _is_part(name: str) -> bool:
     """Return whether a file is DeepSpeed's or this package's. Others may lie in a tag's folder too, and are kept."""
-    return is_deepspeeds(name) or re.fullmatch(r"ucp_manifest\.json|ucp_random_state_rank_\d+\.json", name) is not None
+    ours = r"ucp_manifest\.json|ucp_random_states\.jsonl|ucp_random_state_rank_\d+\.json"
+    return is_deepspeeds(name) or re.fullmatch(ours, name) is not None
 
 
 def check_model(engine: Engine) -> None:

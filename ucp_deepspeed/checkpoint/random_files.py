@@ -1,0 +1,103 @@
+"""Random states on disk: one file for all ranks of a run (``docs/format.md``, *Random states*)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
+
+from ucp_deepspeed.checkpoint.encoding import parse_document
+from ucp_deepspeed.errors import DamagedCheckpointError
+
+RANDOM_STATES_NAME = "ucp_random_states.jsonl"
+
+RANDOM_STATE_NAME, FORMER_NAMES = "ucp_random_state_rank_{rank:05d}.json", "ucp_random_state_rank_*.json"
+"""File of one rank, and a glob for all of them. Conversions write the first rank's alone, whose seed gives new streams on any
+topology. Earlier releases wrote one for each rank when they saved."""
+
+RANDOM_STATE_VERSION = 1
+
+
+class Place(BaseModel):
+    """A rank's role in its run; streams resume only where every rank has its role again."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    world_size: int
+    rank: int
+    data_parallel_rank: int
+    sequence_parallel_rank: int
+    stage: int
+    tensor_parallel_rank: int
+    accelerator: str
+
+
+class RandomState(BaseModel):
+    """The state of one rank, which is a line of the file or a file.
+
+    Attributes:
+        format_version: `RANDOM_STATE_VERSION`; a reader refuses a later one.
+        place: role of the rank that wrote it.
+        global_steps: steps of the run when it saved.
+        seed: ``torch.initial_seed()``; new streams are derived from rank 0's.
+        streams: by name, encoded (`ucp_deepspeed.checkpoint.encoding`).
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    format_version: int = RANDOM_STATE_VERSION
+    place: Place
+    global_steps: int
+    seed: int
+    streams: Mapping[str, Any]
+
+
+class _Header(BaseModel):
+    """The first line. It lets a rank read its own state alone.
+
+    Attributes:
+        numbytes: bytes of each rank's line, with its end.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    format_version: int = RANDOM_STATE_VERSION
+    numbytes: tuple[NonNegativeInt, ...]
+
+
+def joined(states: Sequence[str]) -> str:
+    """Return the content of the file, from the states of all ranks as JSON in ASCII, in rank order."""
+    header = {"format_version": RANDOM_STATE_VERSION, "numbytes": [len(state) + 1 for state in states]}
+    return "".join(f"{line}\n" for line in (json.dumps(header), *states))
+
+
+def path_of(folder: Path, rank: int) -> Path | None:
+    """Return the file with a rank's state; None if there is none."""
+    paths = (folder / RANDOM_STATES_NAME, folder / RANDOM_STATE_NAME.format(rank=rank))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def read_state(path: Path, rank: int) -> bytes | None:
+    """Return a rank's state as it is in a file of `path_of`; None if the run had fewer ranks.
+
+    Raises:
+        DamagedCheckpointError: the file isn't as its first line says.
+        FormatError: a later version wrote it.
+    """
+    if path.name != RANDOM_STATES_NAME:
+        return path.read_bytes()
+    with path.open("rb") as file:
+        first = file.readline()
+        numbytes = parse_document(first, path, _Header, "a file of random states", RANDOM_STATE_VERSION).numbytes
+        if len(first) + sum(numbytes) != path.stat().st_size:
+            raise DamagedCheckpointError(f"{path} hasn't the lines that its first one tells of")
+        file.seek(len(first) + sum(numbytes[:rank]))
+        return file.read(numbytes[rank]) if rank < len(numbytes) else None
+
+
+def parse_state(content: bytes, path: Path) -> RandomState:
+    """Return a rank's state; see `parse_document` for the errors."""
+    return parse_document(content, path, RandomState, "a random state", RANDOM_STATE_VERSION)
