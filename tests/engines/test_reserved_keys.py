@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from checkpoints import STEP
 
+import ucp_deepspeed
 from ucp_deepspeed.errors import SaveError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
@@ -27,6 +28,26 @@ def test_what_a_resume_would_go_by_is_refused(asynchronous: bool, ranks: Ranks, 
     assert not (tmp_path / "a").exists()
     # which the same step isn't, and a name of the script's own
     ranks(2).run(train, run, 1, save=str(tmp_path / "a"), client_state={"global_steps": 1, "my_steps": 1000})
+
+
+def saved_with_a_method_of_that_name(run: Run, folder: str) -> Any:
+    """On a rank: save layouts as Megatron-DeepSpeed does, whose models have a method to make them."""
+    engine = build_engine(run)
+    engine.module.universal_checkpoint_info = engine.train  # a method of what can't be pickled
+    engine.save_checkpoint(folder, client_state={"universal_checkpoint_info": {"original_vocab_size": 7}})
+    ucp_deepspeed.wait_for_save()
+    _, state = engine.load_checkpoint(folder)
+    engine.destroy()
+    return state["universal_checkpoint_info"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["at once", "in the background"])
+def test_layouts_of_megatron_deepspeed_take_the_place_of_its_models_method(
+    asynchronous: bool, ranks: Ranks, tmp_path: Path
+) -> None:
+    """DeepSpeed would pickle the method, and with it the engine's hooks."""
+    run = Run("mlp", universal={"enabled": True, "save": {"async": asynchronous}})
+    assert ranks(2).run(saved_with_a_method_of_that_name, run, str(tmp_path)) == [{"original_vocab_size": 7}] * 2
 
 
 def saved_with_what_was_returned(run: Run, folder: str) -> tuple[int, Any]:

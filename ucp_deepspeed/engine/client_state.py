@@ -58,9 +58,10 @@ def to_be_saved(engine: Engine, client_state: Mapping[str, Any]) -> dict[str, An
 
 def _is_users(engine: Engine, key: str, value: Any) -> bool:
     """Return whether an entry under one of DeepSpeed's keys may be the user's own: Megatron-DeepSpeed keeps its layouts under one
-    where AutoTP doesn't, and a script may keep the path of its config."""
+    where AutoTP doesn't, and a script may keep the path of its config. Models of Megatron-DeepSpeed have a method of that name,
+    which DeepSpeed would save in place of AutoTP's layouts."""
     if key == UNIVERSAL_CHECKPOINT_INFO:
-        return not hasattr(engine.module, UNIVERSAL_CHECKPOINT_INFO)
+        return not isinstance(getattr(engine.module, UNIVERSAL_CHECKPOINT_INFO, None), Mapping)
     return key == "ds_config" and not isinstance(value, Mapping)
 
 
