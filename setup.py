@@ -32,7 +32,11 @@ setup(
     python_requires=">=3.10",
     packages=[*packages, "ucp_deepspeed.configs"],
     package_dir={"ucp_deepspeed": "ucp_deepspeed", "ucp_deepspeed.configs": "configs"},
-    package_data={"ucp_deepspeed": ["py.typed"], "ucp_deepspeed.configs": ["*.yaml"]},
+    package_data={
+        "ucp_deepspeed": ["py.typed"],
+        "ucp_deepspeed.configs": ["*.yaml"],
+        "ucp_deepspeed.testing.device": ["*.cpp"],
+    },
     install_requires=[
         DEEPSPEED_RANGE,
         "torch>=2.6",

@@ -31,7 +31,7 @@ fi
 find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +10 -delete 2>/dev/null || true
 build_op() { # folder of the op, Python that loads it
     if ! ls "$TORCH_EXTENSIONS_DIR/$1"/*.so >/dev/null 2>&1; then
-        echo "compiling DeepSpeed's $1 (once, about a minute)"
+        echo "compiling $1 (once, about a minute)"
         rm -f "$TORCH_EXTENSIONS_DIR/$1/lock"
         python -c "$2" >.venv/build_op.log 2>&1 || { cat .venv/build_op.log >&2; return 1; }
     fi

@@ -8,7 +8,10 @@ from collections.abc import Callable
 import pytest
 from hypothesis import settings
 
+from ucp_deepspeed.testing import ranks as ranks_module
 from ucp_deepspeed.testing.ranks import RankPool, get_pool
+
+DEVICES = ("cpu", "standin")
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
@@ -19,13 +22,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Set how long the random search is, and where it begins."""
     parser.addoption("--pairs", type=int, default=12, help="pairs that the random search tries")
     parser.addoption("--first-pair", type=int, default=0, help="seed of the first pair; the others follow")
+    parser.addoption("--device", choices=DEVICES, help="run all tests on ranks of this device alone")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``pair_seed``: one test for each pair."""
+    """``device``: the CPU, and for tests with the mark ``nccl_like`` the stand-in device too, or only that. ``pair_seed``: one
+    test for each pair."""
+    marked, chosen = metafunc.definition.get_closest_marker("nccl_like"), metafunc.config.getoption("--device")
+    if marked or chosen:
+        devices = (chosen,) if chosen else DEVICES[-1:] if "only" in marked.args else DEVICES
+        metafunc.parametrize(
+            "device", devices, indirect=True, scope="session"
+        )  # pytest runs those of one device together
     if "pair_seed" in metafunc.fixturenames:
         first, count = (metafunc.config.getoption(name) for name in ("--first-pair", "--pairs"))
         metafunc.parametrize("pair_seed", range(first, first + count))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def device(request: pytest.FixtureRequest) -> str:
+    """The device of all ranks: ``cpu`` with gloo, or ``standin`` with ``nccl_like``."""
+    ranks_module.DEVICE = getattr(request, "param", "cpu")
+    return ranks_module.DEVICE
 
 
 @pytest.fixture

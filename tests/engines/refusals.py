@@ -45,7 +45,7 @@ def fingerprint(engine: Any) -> dict[str, bytes]:
         "scale": None if scale is None else dict(scale.values),
     }
     raw = {
-        key: value.detach().float().numpy().tobytes() if isinstance(value, torch.Tensor) else pickle.dumps(value)
+        key: value.detach().float().cpu().numpy().tobytes() if isinstance(value, torch.Tensor) else pickle.dumps(value)
         for key, value in held.items()
     }
     return raw | {key: pickle.dumps(value) for key, value in rest.items()}

@@ -41,6 +41,7 @@ def save_both_ways(run: Run, folder: str) -> None:
     engine.destroy()
 
 
+@pytest.mark.nccl_like
 @pytest.mark.parametrize("name", RUNS)
 def test_files_are_those_of_a_synchronous_save(name: str, ranks: Ranks, tmp_path: Path) -> None:
     """Byte for byte, sharing of storages included; nothing that happens after the call is in them."""

@@ -85,6 +85,28 @@ def test_state_is_bit_exact_and_training_goes_on(
     assert max(gaps) <= BOUND[run.precision], (gaps, outcome[0].losses, saved.losses)
 
 
+@pytest.mark.nccl_like("only")
+@pytest.mark.parametrize(
+    ("origin", "target"),
+    [
+        ("plain-fp32", "zero3"),
+        ("unfused-bf16", "zero1"),
+        ("fused-bf16", "zero3-wide"),
+        ("zero1-bf16", "zero2"),
+        ("zero2-fp32", "plain"),
+        ("zero3-bf16", "fused"),
+        ("zero3-fp32", "zero1"),
+        ("bf16-optimizer", "zero3"),
+    ],
+)
+def test_on_a_device(
+    origin: str, target: str, source: GetSource, ranks: Callable[[int], RankPool], tmp_path: Path
+) -> None:
+    """Each kind of source and of target once on the stand-in device."""
+    test_state_is_bit_exact_and_training_goes_on(origin, target, source, ranks, tmp_path)
+
+
+@pytest.mark.nccl_like
 @pytest.mark.parametrize("origin", SOURCES)
 def test_same_topology_continues_bit_for_bit(origin: str, source: GetSource, ranks: Callable[[int], RankPool]) -> None:
     """The universal path, forced, gives the very losses of the uninterrupted run."""

@@ -64,6 +64,7 @@ def test_each_expert_is_one_parameter(ranks: Ranks, tmp_path: Path) -> None:
     assert not any(".4." in name for name in held)
 
 
+@pytest.mark.nccl_like
 @pytest.mark.parametrize("stage", [0, 1])
 def test_losses_go_on(stage: int, ranks: Ranks, tmp_path: Path) -> None:
     """Losses go on as without interruption, on other expert-parallel sizes. Sums of floats in another order differ a little."""

@@ -22,6 +22,8 @@ from ucp_deepspeed.testing.models import RememberingMlp
 from ucp_deepspeed.testing.ranks import RankPool
 from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
 
+pytestmark = pytest.mark.nccl_like
+
 Ranks = Callable[[int], RankPool]
 
 ALL = {"enabled": True, "load": "always", "shared_read_bytes": 0}

@@ -107,6 +107,7 @@ def test_as_source(setting: str, source: Sources, ranks: Ranks, tmp_path: Path) 
     check_reload(ranks, saved, replace(PLAIN, zero={"stage": 2, "round_robin_gradients": True}), tmp_path)
 
 
+@pytest.mark.nccl_like
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_offload_on_another_number_of_ranks(precision: Any, source: Sources, ranks: Ranks, tmp_path: Path) -> None:
     """'The checkpoint being loaded used a DP world size of …': what DeepSpeed says to another number of ranks."""
@@ -130,6 +131,7 @@ def test_offload_with_an_optimizer_of_the_users(ranks: Ranks, source: Sources, t
     check_reload(ranks, saved, replace(run, zero={"stage": 3}), tmp_path / "b")
 
 
+@pytest.mark.nccl_like
 def test_accumulation_in_fp32(ranks: Ranks, source: Sources, tmp_path: Path) -> None:
     """``BF16_Optimizer`` to ZeRO-3 and stage 0 and back, which DeepSpeed can't; its buffers are padded in a way of their own."""
     run = replace(PLAIN, config={"data_types": {"grad_accum_dtype": "fp32"}}, groups="decay")

@@ -113,6 +113,7 @@ def test_parameter_groups_follow_the_parameters(source: GetSource, ranks: Ranks,
         assert differences(saved.folder / f"global_step{STEP}", tmp_path / again) == []
 
 
+@pytest.mark.nccl_like
 @pytest.mark.parametrize("origin", SOURCES)
 def test_same_topology_continues_bit_for_bit(origin: str, source: GetSource, ranks: Ranks) -> None:
     """DeepSpeed loads what it can load by itself; a bf16 pipeline without ZeRO takes the universal path."""

@@ -100,6 +100,7 @@ def load_and_draw(
         logger.setLevel(before)
 
 
+@pytest.mark.nccl_like
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("model", ["mlp", "llama"])
 def test_streams_go_on_exactly_on_the_same_ranks(model: Any, stage: int, ranks: Ranks, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
@@ -24,9 +25,9 @@ def run_megatron_on_cpu() -> bool:
 
     It replaces these, for these reasons:
 
-    * ``torch.cuda.current_device`` answers the CPU device. Megatron-Core passes it as ``device=`` when it allocates:
-      the global memory buffer (every attention layer multiplies into it), the outputs of its collectives, position
-      tables.
+    * ``torch.cuda.current_device`` answers DeepSpeed's device: the CPU, or that of `ucp_deepspeed.testing.device`.
+      Megatron-Core passes it as ``device=`` when it allocates: the global memory buffer (every attention layer multiplies
+      into it), the outputs of its collectives, position tables.
     * ``CudaRNGStatesTracker.add`` and ``fork`` keep and switch the states of the CPU generator instead of the CUDA one.
       `fork` surrounds dropout in every attention layer, so the model can't run a forward pass without it. A state that
       was never added leaves the generator as it is, so that a model without dropout needs no seeding.
@@ -55,8 +56,8 @@ def run_megatron_on_cpu() -> bool:
 
 
 def _current_device() -> torch.device:
-    """Return the device to allocate on: the CPU."""
-    return torch.device("cpu")
+    """Return the device to allocate on: the accelerator's, in most cases the CPU."""
+    return torch.device(get_accelerator().current_device_name())
 
 
 def _add_cpu_state(tracker: megatron_random.CudaRNGStatesTracker, name: str, seed: int) -> None:

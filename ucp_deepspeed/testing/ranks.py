@@ -94,10 +94,14 @@ class RankError(Exception):
 
 class RankPool:
     """Ranks of one world size. The first `run` starts them; after ``most_runs`` calls they start again, and what calls left is
-    gone."""
+    gone.
 
-    def __init__(self, world_size: int, most_runs: int = MOST_RUNS) -> None:
-        self.world_size = world_size
+    Args:
+        device: ``cpu`` with gloo, or ``standin``: see `ucp_deepspeed.testing.device`.
+    """
+
+    def __init__(self, world_size: int, most_runs: int = MOST_RUNS, device: str = "cpu") -> None:
+        self.world_size, self.device = world_size, device
         self._most_runs = most_runs
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
@@ -164,7 +168,9 @@ class RankPool:
         port = free_port()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs, name), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self.world_size, port, theirs, name, self.device), daemon=True
+            )
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -217,16 +223,22 @@ class RankPool:
         return RankError(f"{name} failed on rank {rank} of {self.world_size}:\n{content}{others}{log}", rank, original)
 
 
-_pools: dict[int, RankPool] = {}
+_pools: dict[tuple[int, str], RankPool] = {}
 
 
-def get_pool(world_size: int) -> RankPool:
-    """Return the shared pool of a world size; close others when too many ranks would be alive."""
-    pool = _pools.pop(world_size, None) or RankPool(world_size)
-    _pools[world_size] = pool
-    for size in list(_pools)[:-1]:
-        if sum(_pools) > MOST_RANKS:
-            _pools.pop(size).close()
+DEVICE = "cpu"
+"""Device of the ranks, unless a caller names another."""
+
+
+def get_pool(world_size: int, device: str | None = None) -> RankPool:
+    """Return the shared pool of a world size and device; close others when too many ranks would be alive."""
+    device = device or DEVICE
+    key = world_size, device
+    pool = _pools.pop(key, None) or RankPool(world_size, device=device)
+    _pools[key] = pool
+    for other in list(_pools)[:-1]:
+        if sum(size for size, _ in _pools) > MOST_RANKS:
+            _pools.pop(other).close()
     return pool
 
 
@@ -324,7 +336,7 @@ def gather_tokens_over_gloo() -> None:
     deepspeed.comm.all_gather_into_tensor = all_gather_into_tensor
 
 
-def _serve(rank: int, world_size: int, port: int, connection: Connection, log: str) -> None:
+def _serve(rank: int, world_size: int, port: int, connection: Connection, log: str, device: str) -> None:
     """Run a rank: join the process group, then answer calls until the parent goes away."""
     _die_with_parent(connection)
     with Path(log).open("a", encoding="utf-8") as output:
@@ -333,7 +345,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, log: s
     faulthandler.register(signal.SIGUSR1)
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update(ENVIRONMENT | {key: str(value) for key, value in ranks.items()})
-    connection.send(_call(_join, (), {}))
+    connection.send(_call(_join, (device,), {}))
     gc.freeze()  # the objects of the start live as long as the rank: collecting them after each call would take seconds
     while True:
         try:
@@ -345,8 +357,13 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, log: s
         gc.collect()
 
 
-def _join() -> None:
+def _join(device: str) -> None:
     """Join the process group, quietly."""
+    if device != "cpu":
+        from ucp_deepspeed.testing.device import nccl_like, stand_in
+
+        stand_in.use()
+        nccl_like.register()
     import deepspeed
     from deepspeed.utils.logging import logger
 
@@ -356,7 +373,7 @@ def _join() -> None:
     logging.getLogger("ucp_deepspeed").setLevel(logging.WARNING)
     _use_gloo_only()
     run_under_newer_torch()
-    deepspeed.init_distributed("gloo", verbose=False)
+    deepspeed.init_distributed("gloo" if device == "cpu" else "nccl_like", verbose=False)
 
 
 def _called(call: bytes) -> bytes:

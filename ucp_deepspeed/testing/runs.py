@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 
 import ucp_deepspeed  # noqa: F401  (its import sets the hooks)
 from ucp_deepspeed.checkpoint.checkpoint import Precision
@@ -398,7 +399,7 @@ def batch_of(run: Run, step: int) -> torch.Tensor:
         for position in range(1, batch.shape[1]):
             successor = (5 * batch[:, position - 1] + 7) % VOCABULARY
             batch[:, position] = torch.where(followed[:, position], successor, batch[:, position])
-    return batch
+    return batch.to(get_accelerator().current_device_name())
 
 
 def _loss(engine: Any, run: Run, share: torch.Tensor) -> torch.Tensor:
