@@ -81,46 +81,6 @@ class Prodigy(_Odd):
                 param.data.addcdiv_(state["s"], state["exp_avg_sq"].sqrt() + 1e-6, value=-group["lr"] * d)
 
 
-class GroupStepFusedAdam(_Odd):
-    """``FusedAdam`` of Apex and of Transformer Engine: the group keeps the step, from the first step on."""
-
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99)) -> None:
-        super().__init__(params, lr, bias_correction=True, betas=betas, eps=1e-8, weight_decay=0.0)
-
-    def _step_group(self, group: dict[str, Any]) -> None:
-        group["step"] = group["step"] + 1 if "step" in group else 1
-        for param, _, state in self._stepped_on(group):
-            if not state:
-                state.update(exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
-            _adam(group, state, param, group["step"])
-
-
-class StateStepFusedAdam(GroupStepFusedAdam):
-    """DeepSpeed's ``FusedAdam``: the group has a step that stays 0, and only the last tensor that it steps on counts steps."""
-
-    def _step_group(self, group: dict[str, Any]) -> None:
-        group.setdefault("step", 0)
-        stepped = list(self._stepped_on(group))
-        for param, _, state in stepped:
-            if not state:
-                state.update(step=group["step"], exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
-            assert type(state["step"]) is int
-        if stepped:
-            stepped[-1][2]["step"] += 1
-        for param, _, state in stepped:
-            _adam(group, state, param, stepped[-1][2]["step"])
-
-
-def _adam(group: dict[str, Any], state: dict[str, Any], param: torch.Tensor, step: int) -> None:
-    beta1, beta2 = group["betas"]
-    assert param.grad is not None
-    state["exp_avg"].lerp_(param.grad, 1 - beta1)
-    state["exp_avg_sq"].mul_(beta2).addcmul_(param.grad, param.grad, value=1 - beta2)
-    corrected = (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
-    denominator = (state["exp_avg_sq"] / corrected[1]).sqrt() + group["eps"]
-    param.data.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / corrected[0])
-
-
 class OneElement(_Odd):
     """Keeps a state of shape ``(1,)`` for each tensor that it steps on, as bitsandbytes' optimizers do."""
 

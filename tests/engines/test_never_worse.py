@@ -18,6 +18,7 @@ from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
 import deepspeed
+import fused_optimizers
 import left_alone
 import odd_optimizers
 import pytest
@@ -235,7 +236,7 @@ CASES = [
             (odd_optimizers.Soap, 1, {}),
             (odd_optimizers.LateAverage, 1, {}),
             (odd_optimizers.LateAverage, 3, {}),
-            (odd_optimizers.GroupStepFusedAdam, 3, {}),
+            (fused_optimizers.apex_adam, 3, {}),
         )
     ),
     *(

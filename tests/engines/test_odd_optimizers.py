@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fused_optimizers
 import odd_optimizers
 import pytest
 import torch
@@ -39,7 +40,7 @@ def groups_and_numbers(run: Run, folder: str, steps: int = 0) -> tuple[list[dict
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_what_groups_count_from_the_first_step_on(stage: int, ranks: Ranks, tmp_path: Path) -> None:
     """Apex's FusedAdam has no step in its groups before the first one: without it the next step is off by a tenth."""
-    run = Run("mlp", zero={"stage": stage}, optimizer=(odd_optimizers.GroupStepFusedAdam, {}), universal=ALWAYS)
+    run = Run("mlp", zero={"stage": stage}, optimizer=(fused_optimizers.apex_adam, {}), universal=ALWAYS)
     source = ranks(2).run(train, run, LAST_STEP, save=str(tmp_path / "0"), save_at=STEP)
     for world_size in (2, 1, 4):
         again = tmp_path / str(world_size)
@@ -141,7 +142,7 @@ def test_groups_without_a_key_that_the_engines_class_needs(ranks: Ranks, tmp_pat
     """DeepSpeed puts the saved groups in place of the live ones: then the step raises KeyError('bias_correction')."""
     run = Run("mlp", zero={"stage": 1}, optimizer=("AdamW", {"lr": 1e-3}))
     ranks(2).run(train, run, STEP, save=str(tmp_path))
-    target = replace(run, optimizer=(odd_optimizers.StateStepFusedAdam, {}))
+    target = replace(run, optimizer=(fused_optimizers.deepspeed_adam, {}))
     outcome = ranks(2).run(train, target, STEP + 1, load=str(tmp_path))
     assert outcome[0].report is not None and STEP + 1 in outcome[0].losses
     back = ranks(2).run(train, replace(target, universal={"enabled": True}), STEP, load=str(tmp_path))
@@ -257,7 +258,7 @@ def numbers_after_a_load(run: Run, folder: str) -> list[dict[str, float]]:
 @pytest.mark.parametrize("real", [False, True])
 def test_a_step_that_is_counted_for_a_whole_group(real: bool, ranks: Ranks, tmp_path: Path) -> None:
     """Without ZeRO DeepSpeed's FusedAdam counts in the state of a group's last parameter alone; ZeRO needs one for all."""
-    kind: dict[str, Any] = {"fused": True} if real else {"optimizer": (odd_optimizers.StateStepFusedAdam, {})}
+    kind: dict[str, Any] = {"fused": True} if real else {"optimizer": (fused_optimizers.deepspeed_adam, {})}
     run = Run("mlp", zero={"stage": 0}, groups="decay", **kind)
     source = ranks(2).run(train, run, LAST_STEP, save=str(tmp_path / "0"), save_at=STEP)
     assert {each.scalars.get("step") for each in open_checkpoint(tmp_path / "0").parameters.values()} == {STEP, None}

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import LAST_STEP, STEP, differences
+from fused_optimizers import cpu_adagrad, cpu_lion, deepspeed_lion, fused_lamb, own_cpu_lion
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -98,83 +99,33 @@ def test_classes_of_the_users_own(kind: type, ranks: Ranks, tmp_path: Path) -> N
         assert abs(outcome[0].losses[LAST_STEP] - source[0].losses[LAST_STEP]) < 2e-3
 
 
-class Compiled(torch.optim.Optimizer):
-    """A stand-in for classes of DeepSpeed's that are compiled, under their names: it keeps the same states in the same forms.
-
-    FusedLion and FusedLamb have no CPU form ("This op had not been implemented on CPU backend."), and the others take minutes to
-    compile. Some of them free their compiled half when a copy is deleted, so a copy ends the test.
-    """
-
-    states: tuple[str, ...]
-    copied = False
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    def __copy__(self) -> Any:
-        type(self).copied = True
-        return self
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Sign descent; each further state keeps squares."""
-        assert not self.copied
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state = self.state[param]
-                if not state:
-                    state.update({"step": 0} | {name: torch.zeros_like(param) for name in self.states})
-                assert type(state["step"]) is int and state.keys() == {"step", *self.states}
-                state["step"] += 1
-                for power, name in enumerate(self.states, start=1):
-                    state[name].lerp_(param.grad**power, 0.1)
-                param.data.add_(param.grad.lerp(state[self.states[0]], 0.5).sign(), alpha=-group["lr"])
-
-
-class FusedLion(Compiled):
-    """``ops/lion/fused_lion.py``."""
-
-    states = ("exp_avg",)
-
-
-class DeepSpeedCPULion(Compiled):
-    """``ops/lion/cpu_lion.py``."""
-
-    states = ("exp_avg", "exp_avg_sq")
-
-
-class FusedLamb(Compiled):
-    """``ops/lamb/fused_lamb.py``."""
-
-    states = ("exp_avg", "exp_avg_sq")
-
-
-class DeepSpeedCPUAdagrad(Compiled):
-    """``ops/adagrad/cpu_adagrad.py``."""
-
-    states = ("exp_avg_sq",)
-
-
-@pytest.mark.parametrize("kind", [FusedLion, DeepSpeedCPULion, FusedLamb, DeepSpeedCPUAdagrad])
-def test_classes_that_deepspeed_compiles(kind: type[Compiled], ranks: Ranks, tmp_path: Path) -> None:
-    """ZeRO-1 → 3 → 0: DeepSpeed's conversion wants ``exp_avg`` and ``exp_avg_sq`` of all, and no stage loads another's."""
+@pytest.mark.parametrize(
+    ("kind", "states"),
+    [
+        (deepspeed_lion, {"exp_avg"}),
+        (cpu_lion, {"exp_avg", "exp_avg_sq"}),
+        (fused_lamb, {"exp_avg", "exp_avg_sq"}),
+        (cpu_adagrad, {"exp_avg_sq"}),
+        (own_cpu_lion, {"exp_avg", "exp_avg_sq"}),
+    ],
+)
+def test_classes_that_deepspeed_compiles(kind: Any, states: set[str], ranks: Ranks, tmp_path: Path) -> None:
+    """ZeRO-1 → 3 → 0 → 1: DeepSpeed's conversion wants ``exp_avg`` and ``exp_avg_sq`` of all, and no stage loads another's."""
     run = Run("mlp", zero={"stage": 1}, optimizer=(kind, {"lr": 1e-3}))
-    source = ranks(2).run(train, run, LAST_STEP, save=str(tmp_path / "1"), save_at=STEP)
-    assert open_checkpoint(tmp_path / "1").parameters["gain"].states.keys() == {"fp32", *kind.states}
-    for stage, before in ((3, 1), (0, 3)):
-        again = str(tmp_path / str(stage))
-        target = replace(run, zero={"stage": stage})
-        outcome = ranks(4).run(train, target, LAST_STEP, load=str(tmp_path / str(before)), save=again, save_first=True)
-        assert differences(tmp_path / "1", tmp_path / str(stage)) == []
+    source = ranks(2).run(train, run, LAST_STEP, save=str(tmp_path / "0"), save_at=STEP)
+    assert open_checkpoint(tmp_path / "0").parameters["gain"].states.keys() == {"fp32", *states}
+    for hop, stage in enumerate((3, 0, 1), start=1):
+        again, target = str(tmp_path / str(hop)), replace(run, zero={"stage": stage})
+        outcome = ranks(4).run(train, target, LAST_STEP, load=str(tmp_path / str(hop - 1)), save=again, save_first=True)
+        assert differences(tmp_path / "0", tmp_path / str(hop)) == []
         assert abs(outcome[0].losses[LAST_STEP] - source[0].losses[LAST_STEP]) < 2e-3
 
 
 def test_a_state_that_one_side_lacks_is_named(ranks: Ranks, tmp_path: Path) -> None:
     """Lion keeps an unused second state where it is offloaded. DeepSpeed raises KeyError in the midst of a load."""
-    lion = Run("mlp", zero={"stage": 1}, optimizer=(FusedLion, {"lr": 1e-3}))
+    lion = Run("mlp", zero={"stage": 1}, optimizer=(deepspeed_lion, {"lr": 1e-3}))
     ranks(2).run(train, lion, STEP, save=str(tmp_path / "a"))
-    offloaded = replace(lion, zero={"stage": 2}, optimizer=(DeepSpeedCPULion, {"lr": 1e-3}))
+    offloaded = replace(lion, zero={"stage": 2}, optimizer=(cpu_lion, {"lr": 1e-3}))
     message = refusal(ranks, offloaded, tmp_path / "a")
     assert "keeps ['exp_avg', 'exp_avg_sq', 'step'], the checkpoint holds ['exp_avg', 'step']" in message
     begun = replace(offloaded, universal={"enabled": True, "on_missing": "init"})

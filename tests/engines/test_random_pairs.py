@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import fused_optimizers
 import odd_optimizers
 from checkpoints import LAST_STEP, STEP, differences
 
@@ -42,7 +43,7 @@ OPTIMIZERS: tuple[tuple[str | type, Mapping[str, Any]] | None, ...] = (
     ("RAdam", {"lr": 1e-3}),
     ("NAdam", {"lr": 1e-3}),
     ("ASGD", {"lr": 0.01}),
-    (odd_optimizers.GroupStepFusedAdam, {}),
+    (fused_optimizers.apex_adam, {}),
     (odd_optimizers.ScheduleFree, {}),
     (odd_optimizers.LateAverage, {}),
     (odd_optimizers.SignDescent, {}),

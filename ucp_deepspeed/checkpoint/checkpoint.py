@@ -45,8 +45,8 @@ IMPLEMENTATION_SWITCHES = frozenset(("foreach", "fused", "capturable", "differen
 ``name`` and ``moe`` are DeepSpeed's marks on groups of experts, ``param_names`` is torch's list of the group's parameters."""
 
 GROUP_STEP = "step"
-"""Key of a parameter group in which Apex's and Transformer Engine's ``FusedAdam`` count steps, from the first step on. In
-DeepSpeed's ``FusedAdam`` it stays 0, and each parameter has its own count."""
+"""Key of a parameter group in which Apex's and Transformer Engine's ``FusedAdam`` count steps, from the first step on. Other
+optimizers count under this key in each parameter's state; in DeepSpeed's ``FusedAdam`` the group's stays 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,14 @@ class ParameterGroup:
     names: tuple[str, ...]
     hyperparameters: Mapping[str, Any]
     differing: Differing = field(default_factory=dict)
+
+
+def step_in_group(parameter: Parameter, hyperparameters: Mapping[str, Any]) -> float | None:
+    """Return the step of a parameter whose group alone counts; None if the parameter has a count, or no step was taken."""
+    step, stepped = hyperparameters.get(GROUP_STEP), parameter.states.keys() - {MASTER, WEIGHT} or parameter.scalars
+    if not stepped or GROUP_STEP in parameter.scalars or not isinstance(step, (int, float)) or step <= 0:
+        return None
+    return step
 
 
 @dataclass(frozen=True, slots=True)

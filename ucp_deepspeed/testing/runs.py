@@ -6,7 +6,7 @@ A run is described by numbers (`Run`), so that it can be sent to the ranks; the 
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -66,7 +66,8 @@ class Run:
         frozen: names of parameters that aren't trained.
         outside: names of parameters that have gradients and aren't given to the optimizer.
         fused: use DeepSpeed's FusedAdam instead of torch's AdamW.
-        optimizer: a class, or the name of one in ``torch.optim``, and its arguments; passed to DeepSpeed as a client optimizer.
+        optimizer: a class or function, or the name of a class in ``torch.optim``, and its arguments; the result is DeepSpeed's
+            client optimizer.
         seed: seed of the initial weights.
         tokens: ``random`` ones, or those of a ``chain`` that can be learned, so that the loss falls.
     """
@@ -85,7 +86,7 @@ class Run:
     frozen: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     fused: bool = False
-    optimizer: tuple[str | type, Mapping[str, Any]] | None = None
+    optimizer: tuple[str | Callable[..., torch.optim.Optimizer], Mapping[str, Any]] | None = None
     seed: int = 0
     tokens: Literal["random", "chain"] = "random"
 

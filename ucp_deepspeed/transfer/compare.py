@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from ucp_deepspeed import tunables
-from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, IMPLEMENTATION_SWITCHES, Checkpoint
+from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, IMPLEMENTATION_SWITCHES, Checkpoint, step_in_group
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states, under_other_keys
 from ucp_deepspeed.checkpoint.torch_files.safe_load import INTEGERS, NAMED_DTYPES
@@ -151,6 +151,13 @@ class _Side:
         self.reader = FileReader(view.checkpoint.versions)
         self.buffer = torch.empty(max(chunk_numbytes // 8, 1) * 8, dtype=torch.uint8)
         self.numbytes_read = 0
+        self._steps = _steps_in_groups(view)
+
+    def numbers(self, name: str) -> dict[str, Any]:
+        """Return a parameter's states that are one number, on each partition where they differ; see `step_in_group`."""
+        parameter = self.view.parameters[name]
+        counted = {GROUP_STEP: self._steps[name]} if name in self._steps else {}
+        return {**counted, **parameter.scalars, **parameter.differing}
 
     def elements(self, name: str, state: str, start: int, numel: int) -> torch.Tensor:
         """Return consecutive elements of a parameter's state; valid until the next call."""
@@ -179,7 +186,7 @@ def _parameter(
         yield Difference(name, "kind", f"{one.kind} in A, {other.kind} in B")
     for state in sorted(one.states.keys() ^ other.states.keys()):
         yield Difference(name, "states", f"state {state!r} only in {'A' if state in one.states else 'B'}")
-    yield from _mapping(name, "scalar", {**one.scalars, **one.differing}, {**other.scalars, **other.differing})
+    yield from _mapping(name, "scalar", side_a.numbers(name), side_b.numbers(name))
     if a.logical_shape(name) != b.logical_shape(name):
         yield Difference(name, "shape", f"{list(a.logical_shape(name))} in A, {list(b.logical_shape(name))} in B")
         return
@@ -220,13 +227,24 @@ def _elements(a: _Side, b: _Side, name: str, state: str, done: Callable[[], None
 def _hyperparameters(view: UniversalView) -> dict[str, dict[str, Any]]:
     """Return the hyper-parameters by parameter: groups may be cut and ordered in another way and mean the same."""
     found: dict[str, dict[str, Any]] = {}
+    counted = _steps_in_groups(view)
     for group in view.groups:
         values = {**group.hyperparameters, **group.differing}
         meant = {key: value for key, value in values.items() if key not in IMPLEMENTATION_SWITCHES}
-        if meant.get(GROUP_STEP) == 0:  # no step has been taken, or none is counted here
-            del meant[GROUP_STEP]
+        if meant.get(GROUP_STEP) == 0 or not counted.keys().isdisjoint(group.names):
+            del meant[GROUP_STEP]  # no step has been taken, none is counted here, or it is that of the parameters
         found |= dict.fromkeys(group.names, meant)
     return found
+
+
+def _steps_in_groups(view: UniversalView) -> dict[str, Any]:
+    """Return by parameter the step that its group alone counts, or the step of each partition if these differ."""
+    return {
+        name: group.differing.get(GROUP_STEP, step)
+        for group in view.groups
+        for name in group.names
+        if name in view.parameters and (step := step_in_group(view.parameters[name], group.hyperparameters)) is not None
+    }
 
 
 def _extra_states(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

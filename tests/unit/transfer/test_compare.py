@@ -141,6 +141,21 @@ def test_a_step_that_groups_count(native: Native, view_of: View) -> None:
     assert "step = 9 only in B" in {found.detail for found in compare(view_of(native("a", stage=1)), view_of(b))}
 
 
+@pytest.mark.parametrize(("step", "told"), [(5, set()), (9, {"step is 5.0 in A, 9 in B"})])
+def test_a_step_that_groups_count_alone(step: int, told: set[str], native: Native, view_of: View) -> None:
+    """It is the step of their parameters."""
+
+    def only_in_groups(saved: Any) -> None:
+        base = saved["optimizer_state_dict"]["base_optimizer_state"]
+        for state in base["state"].values():
+            del state["step"]
+        for group in base["param_groups"]:
+            group["step"] = step
+
+    b = _edited(native("b", stage=1), "*optim_states.pt", only_in_groups)
+    assert {found.detail for found in compare(view_of(native("a", stage=1)), view_of(b))} == told
+
+
 def test_counters_scheduler_and_scalars(native: Native, view_of: View) -> None:
     def change(saved: Any) -> None:
         saved.update(global_steps=6, skipped_steps=1, global_samples=None)

@@ -127,9 +127,9 @@ def _plain_slots(
 
 
 def _counted_by_one(entry: Mapping[str, Any], states: Mapping[Any, Any], path: Path) -> dict[str, int]:
-    """Return the step of a group of DeepSpeed's ``FusedAdam``; nothing for other groups. ``FusedAdam`` counts for all parameters
-    that it steps on, but only in the last of them (``ops/adam/fused_adam.py``)."""
-    if not ("bias_correction" in entry and entry.get(GROUP_STEP) == 0):
+    """Return the step of a group of DeepSpeed's ``FusedAdam`` or ``FusedLion``; nothing for other groups. These count for all
+    tensors that they step on, but only in the last of them (``ops/adam/fused_adam.py``). The group's own step stays 0."""
+    if not ("betas" in entry and entry.get(GROUP_STEP) == 0):
         return {}
     found = (state_of(states, index, path).get("step") for index in entry["params"])
     steps = [step for step in found if step is not None]
@@ -148,7 +148,7 @@ def _wrapper_slots(
     """Return the slots of a 16-bit wrapper: one for each group if it is fused, else one for each parameter."""
     slots: list[Slot] = []
     for group, (entry, held, names) in enumerate(zip(entries, masters, groups, strict=True)):
-        settings = settings_in(entry, path)
+        settings, counted = settings_in(entry, path), _counted_by_one(entry, states, path)
         if fused:
             named = {name: tuple(module[name][0].shape) for name in names if name is not None}
             buffers = [(group, held, named)]
@@ -161,6 +161,7 @@ def _wrapper_slots(
             )
         for index, master, named in buffers:
             raw = state_of(states, index, path)
+            raw = {**raw, **counted} if raw else raw
             found = split_states(raw, master, path)
             tensors = {MASTER: (master, path)} | {key: (raw[key], path) for key in found.states}
             slots.append(whole_slot(named, "trainable", tensors, found, group, settings))

@@ -286,6 +286,8 @@ def _same_states(
         found = (held.states.keys() | held.scalars.keys() | held.refused.keys()) - {MASTER}
         if wanted is None or not found:
             continue
+        if not optimizer.finds_steps(group, settings):
+            return False  # DeepSpeed would let them begin anew
         if wanted.names - found or (found - wanted.names and not optimizer.is_like(group, settings)):
             return False
     return True

@@ -19,12 +19,13 @@ from ucp_deepspeed.engine.exchange import is_expert, reaches
 from ucp_deepspeed.engine.loading.filling import Filling
 from ucp_deepspeed.engine.model import EngineModel, EngineTensor
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
+from ucp_deepspeed.engine.optimizers.states import scaled_states
 from ucp_deepspeed.language import per_rank
 from ucp_deepspeed.transfer.evidence.held_values import differing_ties
 from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers, usable
 from ucp_deepspeed.transfer.planning.pairing import Names, Pair, pair
 from ucp_deepspeed.transfer.planning.policies import Obstacles, Policies, renaming_hint
-from ucp_deepspeed.transfer.planning.rank_planner import RankPlanner, TargetOptimizer
+from ucp_deepspeed.transfer.planning.rank_planner import RESET_HINT, RankPlanner, TargetOptimizer
 from ucp_deepspeed.transfer.planning.target import KeptStates, TargetRank, TargetSlot
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -61,6 +62,12 @@ def pair_with(checkpoint: Checkpoint, model: EngineModel, policies: Policies) ->
     return found
 
 
+SCALED_HINT = (
+    "with scales that go with whole tensors; DeepSpeed loads them on the topology that saved them, and elsewhere "
+    f"the class has to be built with torch.float32, or {RESET_HINT}"
+)
+
+
 def plan_filling(
     found: Pair,
     model: EngineModel,
@@ -79,6 +86,9 @@ def plan_filling(
         MismatchError: lists everything that doesn't fit: parameters whose names, kinds, shapes, states or scalars don't, or that
             aren't covered, parameter groups, and the scheduler's values.
     """
+    scaled = scaled_states(optimizer.base)
+    if scaled and found.policies.optimizer_states == "restore":
+        found.obstacles.add(None, f"{type(optimizer.base).__name__} keeps {scaled}, {SCALED_HINT}")
     live: dict[str, EngineTensor] = {found.names.target[name]: tensor for name, tensor in model.tensors.items()}
     kept_apart = {  # DeepSpeed marks no experts' buffers; tensor-parallel ranks may hold different experts
         name

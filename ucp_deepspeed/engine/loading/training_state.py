@@ -28,7 +28,7 @@ logger = logging.getLogger("ucp_deepspeed")
 def plan_hyperparameters(found: Pair, optimizer: EngineOptimizer, numbers: PartitionNumbers) -> GroupSettings:
     """Give each live parameter group the hyper-parameters of its parameters; see `settings_of_groups`."""
     groups, count = live_groups(found.names, optimizer), len(optimizer.base.param_groups)
-    settings = found.settings(groups[:count], optimizer.live_group, numbers)
+    settings = found.settings(groups[:count], optimizer.live_group, optimizer.place_of_steps, numbers)
     alone = (
         f"parameter group {index}: {type(optimizer.base).__name__} has one group for all under ZeRO"
         for index in range(count, len(groups))

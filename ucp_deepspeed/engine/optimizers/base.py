@@ -9,19 +9,26 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import LossScale
+from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, LossScale
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.exchange import Held
 from ucp_deepspeed.engine.names import ModelNames
-from ucp_deepspeed.engine.optimizers.states import example_settings, example_states, kept_states, keys_after_load
+from ucp_deepspeed.engine.optimizers.states import (
+    counts_in_last_state,
+    example_settings,
+    example_states,
+    kept_states,
+    keys_after_load,
+    place_of_steps,
+)
 from ucp_deepspeed.transfer.planning.numbers import UNTELLING
-from ucp_deepspeed.transfer.planning.target import KeptStates, TargetSlot
+from ucp_deepspeed.transfer.planning.target import KeptStates, PlaceOfSteps, TargetSlot
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class EngineOptimizer(ABC):
         self._engine = engine
         self.base = getattr(engine.optimizer, "optimizer", engine.optimizer)
         self._names: Mapping[torch.Tensor, str] = ModelNames(engine).of_parameters
+        self._places: dict[int, PlaceOfSteps | None] = {}
 
     @abstractmethod
     def slots(self) -> list[EngineSlot]:
@@ -97,6 +105,22 @@ class EngineOptimizer(ABC):
         (``runtime/zero/stage_1_and_2.py::initialize_optimizer_states``)."""
         groups: list[dict[str, Any]] = self.base.param_groups
         return groups[min(index, len(groups) - 1)]
+
+    def place_of_steps(self, index: int) -> PlaceOfSteps | None:
+        """Return where the base optimizer counts the steps of a parameter group; see `KeptStates.steps`."""
+        if index not in self._places:
+            master = next((slot.master for slot in self.slots() if slot.group == index), None)
+            place = None if master is None else place_of_steps(self.base, self.live_group(index), master)
+            self._places[index] = place
+        return self._places[index]
+
+    def finds_steps(self, index: int, saved: Mapping[str, Any]) -> bool:
+        """Return whether steps stay where the optimizer counts them, if a saved group and its states are put in place of the live
+        ones."""
+        place = self.place_of_steps(index)
+        if place == "group":
+            return bool(saved.get(GROUP_STEP))
+        return place is None or GROUP_STEP not in saved or counts_in_last_state(self.base)
 
     def has_keys(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Return whether saved groups, put in place of the live ones, have every key that these have."""
@@ -167,10 +191,18 @@ class EngineOptimizer(ABC):
             settings: hyper-parameters that the slot's group will have in place of its own.
         """
         group = self.live_group(slot.group)
-        changes = {key: value for key, value in settings.items() if key in group}
+        changes = {
+            key: torch.full_like(group[key], value)
+            if isinstance(group[key], torch.Tensor) and _is_number(value)
+            else value
+            for key, value in settings.items()
+            if key in group
+        }
         probed = example_states(self.base, group, slot.master, changes)
         found = probed if changes else (self.state_of(slot) or probed)
-        return None if found is None else kept_states(found, probed or {}, slot.master)
+        if found is None:
+            return None
+        return replace(kept_states(found, probed or {}, slot.master), steps=self.place_of_steps(slot.group))
 
 
 def _empty_like(master: torch.Tensor) -> torch.Tensor:
@@ -180,6 +212,10 @@ def _empty_like(master: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(master, memory_format=torch.contiguous_format)
     raw = np.empty(master.numel() * master.element_size(), np.uint8)
     return torch.from_numpy(raw).view(master.dtype).view(master.shape)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _in_form_of(example: Any, value: float) -> Any:

@@ -12,14 +12,20 @@ from typing import Any
 import torch
 
 from ucp_deepspeed.checkpoint import Checkpoint, Parameter
-from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, IMPLEMENTATION_SWITCHES, Differing, ParameterGroup
+from ucp_deepspeed.checkpoint.checkpoint import (
+    GROUP_STEP,
+    IMPLEMENTATION_SWITCHES,
+    Differing,
+    ParameterGroup,
+    step_in_group,
+)
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.differing import DIFFERING_HINT, all_same, in_words, made_one
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.slots import Numbers, place_of
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.transfer.planning.policies import Obstacles, Policies
-from ucp_deepspeed.transfer.planning.target import TargetSlot
+from ucp_deepspeed.transfer.planning.target import PlaceOfSteps, TargetSlot
 
 
 class PartitionNumbers:
@@ -83,6 +89,16 @@ class PartitionNumbers:
         if slot.names in self._own:
             return replace(parameter, scalars=self._own[slot.names].scalars)
         return replace(parameter, scalars=self._settled(parameter.name, parameter.scalars, parameter.differing))
+
+    def step(self, index: int, parameter: Parameter, settings: Mapping[str, Any]) -> float | None:
+        """Return the step that a live group takes from one of its parameters, if the group alone counts: the parameter's own, or
+        that of its group in the checkpoint, which has these settings. Where both count, the later one goes on."""
+        own = self._own_groups.get(index)
+        scalars = own.scalars if own else self._settled(parameter.name, parameter.scalars, parameter.differing)
+        if GROUP_STEP not in scalars:
+            return step_in_group(parameter, settings)
+        of_group = settings.get(GROUP_STEP)
+        return max(scalars[GROUP_STEP], of_group if isinstance(of_group, (int, float)) else 0)
 
     def of_group(self, index: int, group: ParameterGroup) -> Mapping[str, Any]:
         """Return the hyper-parameters that a live group takes from one of the checkpoint's."""
@@ -160,8 +176,10 @@ class GroupSettings:
 
 def settings_of_groups(
     source: Mapping[str, ParameterGroup],
+    parameters: Mapping[str, Parameter],
     groups: Sequence[Sequence[str]],
     live_group: Callable[[int], Mapping[str, Any]],
+    place_of_steps: Callable[[int], PlaceOfSteps | None],
     numbers: PartitionNumbers,
     keep: bool,
     obstacles: Obstacles,
@@ -171,8 +189,10 @@ def settings_of_groups(
 
     Args:
         source: the checkpoint's groups, by the logical names of the parameters in them.
+        parameters: the checkpoint's parameters, by logical name.
         groups: logical names in each group of the target.
         live_group: the hyper-parameters that a group of the target has now.
+        place_of_steps: the place where the optimizer counts a group's steps; see `KeptStates.steps`.
         numbers: gives the groups' values of numbers that differ over partitions.
         keep: whether the groups keep what was configured; their counts are restored even so.
         obstacles: takes the keys for which the parameters of a group come from groups with different values.
@@ -184,6 +204,13 @@ def settings_of_groups(
         for name in (name for name in names if name in source):
             joined.setdefault(id(source[name]), name)
         settled = {name: numbers.of_group(index, source[name]) for name in joined.values()}
+        if (place := place_of_steps(index)) == "state":
+            settled = {name: {k: v for k, v in found.items() if k != GROUP_STEP} for name, found in settled.items()}
+        elif place == "group":
+            trained = (parameters[name] for name in names if name in source and name in parameters)
+            steps = {each.name: numbers.step(index, each, settled[joined[id(source[each.name])]]) for each in trained}
+            step = _one_step(steps, f"parameter group {index}", obstacles)
+            settled = {name: {**found, **step} for name, found in settled.items()}
         one = numbers.of_joined(index, settled)
         held = {name: {**found, **one} for name, found in settled.items()}
         first, live = next(iter(held.values()), {}), live_group(index)
@@ -199,6 +226,19 @@ def settings_of_groups(
         for problem in _differing(taken, held, keep):
             obstacles.add(f"parameter group {index}", problem)
     return GroupSettings(tuple(values), tuple(kept))
+
+
+def _one_step(steps: Mapping[str, float | None], group: str, obstacles: Obstacles) -> dict[str, float]:
+    """Return the step of a group's parameters under its key; nothing if none of them has been stepped on."""
+    counted = [(name, step) for name, step in steps.items() if step is not None]
+    for name, step in counted:
+        if step != counted[0][1]:
+            told = (
+                f"'step' is {counted[0][1]} for {counted[0][0]} and {step} for {name}, and the optimizer counts for all"
+            )
+            obstacles.add(group, f"{told}; give them parameter groups of their own")
+            break
+    return {GROUP_STEP: int(counted[0][1])} if counted else {}
 
 
 JOINED_HINT = (

@@ -38,7 +38,7 @@ from ucp_deepspeed.transfer.planning.policies import (
     match,
     some_shape,
 )
-from ucp_deepspeed.transfer.planning.target import ModelDescription, ModelTensor
+from ucp_deepspeed.transfer.planning.target import ModelDescription, ModelTensor, PlaceOfSteps
 
 CompareTies = Callable[[Checkpoint, Mapping[str, str]], Sequence[str]]
 """Compares parameters that the model ties, under the checkpoint's names; see `differing_ties`."""
@@ -85,11 +85,14 @@ class Pair:
         self,
         groups: Sequence[Sequence[str]],
         live_group: Callable[[int], Mapping[str, Any]],
+        place_of_steps: Callable[[int], PlaceOfSteps | None],
         numbers: PartitionNumbers,
     ) -> GroupSettings:
         """Give each parameter group of the model the hyper-parameters of its parameters; see `settings_of_groups`."""
         source = {name: group for names, group in self._groups for name in names}
-        return settings_of_groups(source, groups, live_group, numbers, self.policies.keep_settings, self.obstacles)
+        held = source, self.view.parameters
+        keep = self.policies.keep_settings
+        return settings_of_groups(*held, groups, live_group, place_of_steps, numbers, keep, self.obstacles)
 
     def schedule(self, groups: Sequence[Sequence[str]], live: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Return the scheduler's state for the model's groups; see `schedule_of_groups`."""

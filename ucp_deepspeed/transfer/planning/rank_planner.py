@@ -10,7 +10,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
-from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, MASTER, WEIGHT, FileExtent, Parameter
+from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, MASTER, WEIGHT, FileExtent, Parameter, step_in_group
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.layout import Layout, Shape
@@ -322,7 +322,10 @@ class RankPlanner:
                 self._obstacles.add(parameter.name, f"{reason}; {REFUSED_HINT}")
         if any(parameter.refused for parameter in trained):
             return SlotStates((MASTER,))
+        wanted = self._optimizer.kept_states(slot)
         trained = numbers.together([numbers.of_parameter(slot, parameter) for parameter in trained])
+        if wanted is not None:
+            trained = [self._counting(parameter, wanted) for parameter in trained]
         first = next(filter(_stepped, trained), trained[0])
         unstepped = []
         for parameter in trained:
@@ -334,20 +337,38 @@ class RankPlanner:
                     f"has {_described(parameter)}, and {first.name}, which the target keeps in the same buffer, "
                     f"has {_described(first)}{_differing_hint(parameter, first)}",
                 )
-        found = self._fitting_states(slot, first, [parameter.name for parameter in trained])
+        found = self._fitting_states(slot, wanted, first, [parameter.name for parameter in trained])
         return replace(found, initialised=(*unstepped, *found.initialised))
 
-    def _fitting_states(self, slot: TargetSlot, first: Parameter, names: Sequence[str]) -> SlotStates:
-        """Return the states and scalars to restore. Others that the optimizer keeps are an obstacle, unless policies allow it."""
-        found, wanted = first.states.keys() - {MASTER}, self._optimizer.kept_states(slot)
+    def _saved_settings(self, name: str) -> Mapping[str, Any]:
+        groups = (group.hyperparameters for group in self.source.groups if name in group.names)
+        return next(groups, {})
+
+    def _counting(self, parameter: Parameter, wanted: KeptStates) -> Parameter:
+        """Return a parameter with its step if the target's states count steps, also where the checkpoint's group alone does; and
+        without one if the target's groups count: `settings_of_groups` gives it to these."""
+        scalars = parameter.scalars
+        if wanted.steps == "group":
+            return replace(parameter, scalars={key: value for key, value in scalars.items() if key != GROUP_STEP})
+        step = step_in_group(parameter, self._saved_settings(parameter.name))
+        if step is None or GROUP_STEP not in wanted.scalars:
+            return parameter
+        return replace(parameter, scalars={**scalars, GROUP_STEP: step})
+
+    def _fitting_states(
+        self, slot: TargetSlot, wanted: KeptStates | None, first: Parameter, names: Sequence[str]
+    ) -> SlotStates:
+        """Return the states and scalars to restore. Others that the optimizer keeps are an obstacle, unless policies allow it.
+
+        Args:
+            wanted: the states that the optimizer keeps.
+            first: a parameter that stands for all that it trains of the slot.
+        """
+        found = first.states.keys() - {MASTER}
         if wanted is None or not (found or first.scalars):
             return SlotStates(tuple(first.states), first.scalars)
-        groups = (group.hyperparameters for group in self.source.groups if first.name in group.names)
-        settings, scalars = next(groups, {}), first.scalars
-        steps = settings.get(GROUP_STEP)
-        if GROUP_STEP in wanted.scalars - scalars.keys() and isinstance(steps, (int, float)) and steps > 0:
-            scalars = {**scalars, GROUP_STEP: steps}  # only the group counts, as in FusedAdam up to DeepSpeed 0.6
-        if self._optimizer.goes_on(slot, settings):
+        scalars = first.scalars
+        if self._optimizer.goes_on(slot, self._saved_settings(first.name)):
             wanted = replace(wanted, elementwise=wanted.elementwise | found)
         held, kept = found | scalars.keys(), wanted.elementwise | wanted.scalars
         missing, extra = kept - held, held - kept

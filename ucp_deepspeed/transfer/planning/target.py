@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, HeldShapes, Kind
 from ucp_deepspeed.language import Spec
@@ -68,6 +69,10 @@ class ModelDescription:
         return [name for name, tensor in self.tensors.items() if tensor.kind in kinds]
 
 
+PlaceOfSteps = Literal["state", "group"]
+"""``state``: a ``step`` for each tensor, as torch's optimizers do. ``group``: one in the parameter group; see `GROUP_STEP`."""
+
+
 @dataclass(frozen=True)
 class KeptStates:
     """The states that an optimizer keeps for each tensor that it steps on, by name.
@@ -77,12 +82,14 @@ class KeptStates:
         scalars: states that are one number.
         from_zero: element-wise states that begin at zero.
         names: names of all states, also of those that are neither.
+        steps: where it counts steps; None where that can't be told, it counts in both places, or in none.
     """
 
     elementwise: frozenset[str]
     scalars: frozenset[str]
     from_zero: frozenset[str]
     names: frozenset[str]
+    steps: PlaceOfSteps | None = None
 
 
 @dataclass(frozen=True)

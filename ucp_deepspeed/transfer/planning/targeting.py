@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from ucp_deepspeed import tunables
-from ucp_deepspeed.checkpoint.checkpoint import MASTER, Checkpoint, FileExtent, HeldShapes
+from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, MASTER, Checkpoint, FileExtent, HeldShapes, step_in_group
 from ucp_deepspeed.checkpoint.deepspeed.pipeline import TIED
 from ucp_deepspeed.checkpoint.expert_names import expert_of, numbers_of_experts
 from ucp_deepspeed.checkpoint.view import UniversalView, parameter_names
@@ -29,7 +29,14 @@ from ucp_deepspeed.transfer.planning.numbers import UNTELLING, PartitionNumbers
 from ucp_deepspeed.transfer.planning.pairing import Pair, pair
 from ucp_deepspeed.transfer.planning.policies import Matching, Obstacle, Obstacles, Policies, check_recorded, some_names
 from ucp_deepspeed.transfer.planning.rank_planner import RankPlanner, SlotStates, TargetOptimizer
-from ucp_deepspeed.transfer.planning.target import KeptStates, ModelDescription, ModelTensor, TargetRank, TargetSlot
+from ucp_deepspeed.transfer.planning.target import (
+    KeptStates,
+    ModelDescription,
+    ModelTensor,
+    PlaceOfSteps,
+    TargetRank,
+    TargetSlot,
+)
 from ucp_deepspeed.transfer.planning.target_ranks import RankNumber, layer_of, stacked_experts, stages_of, target_ranks
 from ucp_deepspeed.transfer.stage_copies import may_differ
 
@@ -275,7 +282,7 @@ class _Planner:
         """Check what the parameter groups of a rank, and the scheduler, take from the checkpoint's groups."""
         held = {name for slot in target.slots for name in slot.names}
         groups = [[name for name in group.names if name in held] for group in self.view.groups]
-        self.pair.settings(groups, self._live_group, numbers)
+        self.pair.settings(groups, self._live_group, self._place_of_steps, numbers)
         if (live := self.view.checkpoint.run.lr_scheduler) is not None:
             self.pair.schedule(groups, live)
 
@@ -294,7 +301,19 @@ class _Planner:
             if key in live and key in saved and bool(live[key]) == (state in elementwise):
                 elementwise = elementwise | {state} if saved[key] else elementwise - {state}
         kept = frozenset(elementwise)
-        return KeptStates(kept, scalars, kept - NOT_FROM_ZERO, kept | scalars | found.refused.keys())
+        names = kept | scalars | found.refused.keys()
+        return KeptStates(kept, scalars, kept - NOT_FROM_ZERO, names, self._place_of_steps(slot.group))
+
+    def _place_of_steps(self, index: int) -> PlaceOfSteps | None:
+        """Return where the optimizer of the model to load into counts the steps of a group; see `KeptStates.steps`."""
+        if self.unchanged or index >= len(self.view.groups):
+            return None
+        group = self.view.groups[index]
+        held = [self.view.parameters[name] for name in group.names if name in self.view.parameters]
+        if any(step_in_group(each, group.hyperparameters) for each in held):
+            return "group"
+        counts = any(GROUP_STEP in each.scalars for each in held)
+        return "state" if counts and not group.hyperparameters.get(GROUP_STEP) else None
 
     def _saved_group(self, slot: TargetSlot) -> Mapping[str, Any]:
         """Return the checkpoint's hyper-parameters of the first of the slot's parameters that it trains."""

@@ -136,7 +136,9 @@ def test_hyper_parameters_follow_names(
     sketch, obstacles = Sketch(dict.fromkeys(NAMES, FOUR), groups=tuple(groups.values())), Obstacles()
     source = {name: group for group in groups.values() for name in group.names}
     configured = {"lr": 9.0, "k": 3, "foreach": True}
-    found = settings_of_groups(source, wanted, lambda index: configured, numbers_of(sketch, how), keep, obstacles)
+    found = settings_of_groups(
+        source, {}, wanted, lambda index: configured, lambda index: None, numbers_of(sketch, how), keep, obstacles
+    )
     for index, names in enumerate(wanted):
         first_of = {id(source[name]): source[name].hyperparameters["lr"] for name in names}
         held = list(first_of.values())
@@ -154,7 +156,9 @@ def test_groups_keep_their_own_switches_and_what_optimizers_count_is_restored() 
     assert usable(saved) == {"lr": 0.1, "step": 7, "amsgrad": True}
     sketch = Sketch({"a": FOUR}, groups=(ParameterGroup(("a",), saved),))
     source, live = {"a": sketch.groups[0]}, {"lr": 0.2, "amsgrad": False, "step": 3}
-    found = settings_of_groups(source, [["a"]], lambda index: live, numbers_of(sketch), True, Obstacles())
+    found = settings_of_groups(
+        source, {}, [["a"]], lambda index: live, lambda index: None, numbers_of(sketch), True, Obstacles()
+    )
     assert found.values == ({"step": 7},)
     assert [line.partition(": ")[2] for line in found.kept] == [
         "'lr' is 0.1 in the checkpoint, 0.2 here",
@@ -186,7 +190,7 @@ def test_groups_that_become_one_are_told_by_their_first_parameters() -> None:
     shapes = {"a": FOUR, "b": FOUR, "c": FOUR}
     found = paired(Sketch(shapes, groups=groups), model(shapes))
     numbers = PartitionNumbers(found.checkpoint, found.names.source, Topology(), (0, 0), [], found.policies)
-    settings = found.settings([["a", "b", "c"], []], lambda index: {}, numbers)
+    settings = found.settings([["a", "b", "c"], []], lambda index: {}, lambda index: None, numbers)
     assert settings.values == ({"lr": 0.1}, {})
     assert reasons(found)["parameter group 0"].startswith("'lr' is 0.1 for a and 0.2 for b; ")
 

@@ -186,14 +186,47 @@ def test_states_of_a_slot(
         assert planner.outcome([got]) == (begun, left)
 
 
-def test_a_group_that_counts_for_its_parameters() -> None:
-    """As FusedAdam up to DeepSpeed 0.6: the optimizer that resumes keeps a step for each parameter."""
-    entry = Parameter("a", "trainable", (FOUR,), STATES, {})
-    group = ParameterGroup(("a",), {GROUP_STEP: 7})
-    found = paired(Sketch({}, parameters={"a": entry}, groups=(group,)), model({"a": FOUR}))
-    slot = TargetSlot(("a",), FlatGroup((12,), 1), 0, 0)
-    planner = RankPlanner(found, TargetOptimizer(lambda slot: kept("exp_avg", "step")), set(), NEVER)
-    assert planner.states_of(slot, numbers_of(found, slot)).scalars == {"step": 7}
+def counted(*counts: tuple[int | None, int | None]) -> tuple[Any, TargetSlot]:
+    """A checkpoint with a parameter in a group of its own for each pair of its step and its group's; and a slot of all."""
+    names = [f"p{place}" for place in range(len(counts))]
+    steps = [{} if of_state is None else {GROUP_STEP: of_state} for of_state, _ in counts]
+    entries = {
+        name: Parameter(name, "trainable", (FOUR,), STATES, step) for name, step in zip(names, steps, strict=True)
+    }
+    groups = tuple(
+        ParameterGroup((name,), {} if step is None else {GROUP_STEP: step})
+        for name, (_, step) in zip(names, counts, strict=True)
+    )
+    found = paired(Sketch({}, parameters=entries, groups=groups), model(dict.fromkeys(names, FOUR)))
+    return found, TargetSlot(tuple(names), FlatGroup((12,) * len(names), 1, alignment=1), 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "place", "of_states", "of_group"),
+    [
+        ([(None, 7)], "state", {"step": 7}, {}),
+        ([(None, 7), (7, 0)], "state", {"step": 7}, {}),
+        ([(5, 0)], "state", {"step": 5}, {}),
+        ([(5, None)], "group", {}, {"step": 5}),
+        ([(None, 5), (5, None)], "group", {}, {"step": 5}),
+        ([(3, 5)], "group", {}, {"step": 5}),
+        ([(5, 7)], None, {"step": 5}, {"step": 7}),
+        ([(None, 7), (6, None)], "state", "scalars {'step': 6}, and p0, which the target", {}),
+        ([(4, None), (6, None)], "group", "'step' is 4 for p0 and 6 for p1, and the optimizer counts for all", {}),
+        ([(None, 4), (None, 6)], "group", "'step' is 4 for p0 and 6 for p1, and the optimizer counts for all", {}),
+    ],
+)
+def test_the_step_of_a_state_or_of_a_group(counts: Any, place: Any, of_states: Any, of_group: Any) -> None:
+    """Apex's optimizers count in the group alone, torch's in each state; one goes on with the steps of the other."""
+    found, slot = counted(*counts)
+    keeps = replace(kept("exp_avg", "" if place == "group" else "step"), steps=place)
+    planner, numbers = RankPlanner(found, TargetOptimizer(lambda slot: keeps), set(), NEVER), numbers_of(found, slot)
+    settings = found.settings([list(slot.names)], lambda index: {}, lambda index: place, numbers)
+    scalars = planner.states_of(slot, numbers).scalars
+    if isinstance(of_states, str):
+        assert of_states in "".join(str(obstacle) for obstacle in found.obstacles)
+    else:
+        assert (scalars, settings.values) == (of_states, (of_group,)) and not found.obstacles
 
 
 def test_an_optimizer_that_goes_on_may_have_made_states_later() -> None:
@@ -265,7 +298,7 @@ def test_one_error_lists_all_that_does_not_fit() -> None:
     found = paired(checkpoint, model({"a": FOUR, "b": GROWN, "c": (5,), "new": (7,)}))
     slot = TargetSlot(("a", "b", "c", "new"), FlatGroup((12, 18, 5, 7), 1, alignment=1), 0, 0)
     numbers = PartitionNumbers(found.checkpoint, found.names.source, Topology(), (0, 0), [slot], found.policies)
-    found.settings([list(slot.names)], lambda index: {}, numbers)
+    found.settings([list(slot.names)], lambda index: {}, lambda index: None, numbers)
     found.schedule([list(slot.names)], {})
     with pytest.raises(MismatchError) as caught:
         RankPlanner(found, KEPT, set(), 1).plan(TargetRank(0, 0, (slot,), ()), numbers)
