@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import STEP
+from checkpoints import STEP, differences
 
 import ucp_deepspeed
 from ucp_deepspeed.errors import SaveError
@@ -48,6 +48,36 @@ def test_layouts_of_megatron_deepspeed_take_the_place_of_its_models_method(
     """DeepSpeed would pickle the method, and with it the engine's hooks."""
     run = Run("mlp", universal={"enabled": True, "save": {"async": asynchronous}})
     assert ranks(2).run(saved_with_a_method_of_that_name, run, str(tmp_path)) == [{"original_vocab_size": 7}] * 2
+
+
+def saved_nested(run: Run, folder: str) -> None:
+    """On a rank: save as it is, and with the module's state in nested dictionaries, as plain models of Megatron-DeepSpeed do."""
+    engine = build_engine(run)
+    train_step(engine, run, 1)
+    engine.save_checkpoint(folder, tag="flat")
+    flat = engine.module.state_dict
+
+    def state_dict(*inputs: Any, **named: Any) -> dict[str, Any]:
+        nested: dict[str, Any] = {}
+        for name, value in flat(*inputs, **named).items():
+            first, _, rest = name.partition(".")
+            nested.setdefault(first, {}).update({rest: value}) if rest else nested.update({first: value})
+        return nested
+
+    engine.module.state_dict = state_dict
+    engine.save_checkpoint(folder, tag="nested")
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_nested_states_of_modules(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """Also where the weights are in them alone, and on another topology."""
+    run = Run("mlp", zero={"stage": stage}, precision="bf16")
+    ranks(2).run(saved_nested, run, str(tmp_path))
+    assert differences(tmp_path / "flat", tmp_path / "nested") == []
+    target = Run("mlp", zero={"stage": 2}, precision="bf16", seed=5)
+    ranks(1).run(train, target, 0, load=str(tmp_path), tag="nested", save=str(tmp_path / "again"), save_tag="again")
+    assert differences(tmp_path / "flat", tmp_path / "again") == []
 
 
 def saved_with_what_was_returned(run: Run, folder: str) -> tuple[int, Any]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 from pydantic import AfterValidator, InstanceOf, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
+from ucp_deepspeed.checkpoint.extra_states import is_extra_state
 from ucp_deepspeed.checkpoint.torch_files.unpickling import FragmentAddress, LossScaler
 from ucp_deepspeed.errors import DamagedCheckpointError, worded
 
@@ -16,6 +17,34 @@ T = TypeVar("T")
 
 Types = Mapping[str, TypeAdapter[Any]]
 """Key → the type of its value."""
+
+
+MOST_NESTED = 8
+"""Most dictionaries around a tensor in a module's state; Megatron-DeepSpeed has three."""
+
+
+def in_flat(module: Any) -> Any:
+    """Return a module's state with a dotted name for each value. Plain models of Megatron-DeepSpeed save nested dictionaries, one
+    for each part of the names (``megatron/checkpointing.py``, ``state_dict_for_save_checkpoint``)."""
+    expanded: set[int] = set()  # a damaged file may hold one in itself
+
+    def is_nested(name: Any, value: Any) -> bool:
+        return (
+            isinstance(value, dict) and isinstance(name, str) and not is_extra_state(name) and id(value) not in expanded
+        )
+
+    for _ in range(MOST_NESTED):
+        if not isinstance(module, dict) or not any(is_nested(*item) for item in module.items()):
+            break
+        found: dict[Any, Any] = {}
+        for name, value in module.items():
+            if is_nested(name, value):
+                expanded.add(id(value))
+                found |= {f"{name}.{inner}": held for inner, held in value.items()}
+            else:
+                found[name] = value
+        module = found
+    return module
 
 
 def _types(**kinds: Any) -> Types:

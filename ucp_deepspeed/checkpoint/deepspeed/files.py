@@ -23,6 +23,7 @@ from ucp_deepspeed.checkpoint.deepspeed.contents import (
     check_degree,
     check_numbers,
     check_types,
+    in_flat,
     value_of,
 )
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest
@@ -397,7 +398,10 @@ class DeepSpeedFiles:
         self.versions.note(path)
         if self.manifest is not None:
             self.manifest.check_file(path)
-        return open_saved(path)
+        saved = open_saved(path)
+        module = saved.get("module") if is_model_states(path.name) else None
+        flat = in_flat(module)
+        return saved if flat is module else {**saved, "module": flat}
 
     def check_complete(self, topology: Topology) -> None:
         """Check that all files of the topology are there, and name those that aren't. Opening a file checks its size.
