@@ -37,7 +37,7 @@ class SaveConfig(BaseModel):
 
 
 class UniversalCheckpointConfig(BaseModel):
-    """All keys of the block; ``docs/configuration.md`` says what they do. Errors of keys and types name the key."""
+    """The keys of the block; ``docs/configuration.md`` says what they do. Errors of keys and types name the key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 

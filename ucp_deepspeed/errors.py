@@ -1,4 +1,4 @@
-"""One error tree. *Damaged* (files are wrong) is not *unsupported* (files are fine, this version can't use them)."""
+"""The error tree. *Damaged* (files are wrong) is not *unsupported* (files are fine, this version can't use them)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class SpecError(ListingError):
 
 
 class CheckpointNotFoundError(UniversalCheckpointError):
-    """There is no checkpoint at the path, or no such tag in it."""
+    """No checkpoint is at the path, or no such tag in it."""
 
 
 class NotInCheckpointError(UniversalCheckpointError, LookupError):

@@ -6,6 +6,7 @@ Needs torch, and neither DeepSpeed nor Megatron-Core. Use it as ``ucp_deepspeed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -75,18 +76,25 @@ def open_checkpoint(
         ConfigError: the size of the vocabulary isn't a whole number above 0.
         SpecError, MismatchError: the spec doesn't fit. With ``"auto"`` reading a whole tensor raises this instead.
     """
-    if isinstance(vocabulary_size, SupportsIndex):
-        vocabulary_size = vocabulary_size.__index__()
+    rows = _whole_number(vocabulary_size)
     try:
-        _ROWS.validate_python(vocabulary_size, strict=True)
+        _ROWS.validate_python(vocabulary_size if rows is None else rows, strict=True)
     except ValidationError as error:
         raise ConfigError(f"vocabulary_size: {worded(error.errors()[0])}") from error
-    return OpenCheckpoint(catalogs.open_checkpoint(path, tag), spec, vocabulary_size)
+    return OpenCheckpoint(catalogs.open_checkpoint(path, None if tag is None else str(tag)), spec, rows)
+
+
+def _whole_number(value: object) -> int | None:
+    """Return a number of any library as Python's; None for all else, such as truth values and arrays, also of one element."""
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool) and not getattr(value, "ndim", 0):
+        with suppress(TypeError):
+            return value.__index__()
+    return None
 
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """One parameter or buffer.
+    """A parameter or buffer.
 
     Attributes:
         name: its name; a spec may give one that differs from the model's.
@@ -204,7 +212,7 @@ class OpenCheckpoint:
             return found
         if name in self.unrecorded:
             raise NotInCheckpointError(f"{self.path} has no value of {name}: {self.unrecorded[name]}")
-        near = get_close_matches(name, (*self.parameters, *self.tied), n=1)
+        near = get_close_matches(str(name), (*self.parameters, *self.tied), n=1)
         hint = f"did you mean {near[0]}?" if near else "the names are in 'parameters'"
         raise NotInCheckpointError(f"{self.path} has no parameter or buffer {name!r}; {hint}")
 
@@ -257,14 +265,15 @@ def _boxed(index: Index, shape: Shape, name: str) -> tuple[Box, tuple[int | slic
                 raise TypeError(f"index {part} has a negative step; read it forwards and call flip() on the tensor")
             bounds.append((start, max(start, stop)))
             rest.append(slice(None, None, step))
-        elif isinstance(part, SupportsIndex) and not isinstance(part, bool):
-            part = part.__index__()
-            if not -extent <= part < extent:
-                raise NotInCheckpointError(
-                    f"{name} has shape {list(shape)}: index {part} leaves a dimension of {extent}"
-                )
-            bounds.append((part % extent, part % extent + 1))
-            rest.append(0)
+        elif (number := _whole_number(part)) is None:
+            raise TypeError(
+                f"index {part!r} is neither an integer, a slice, an ellipsis nor a tuple of these; read a slice, then pick"
+            )
         else:
-            raise TypeError(f"index {part!r} is neither an integer, a slice, an ellipsis nor a tuple of these")
+            if not -extent <= number < extent:
+                raise NotInCheckpointError(
+                    f"{name} has shape {list(shape)}: index {number} leaves a dimension of {extent}"
+                )
+            bounds.append((number % extent, number % extent + 1))
+            rest.append(0)
     return Box(tuple(low for low, _ in bounds), tuple(high for _, high in bounds)), tuple(rest)

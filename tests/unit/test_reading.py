@@ -144,6 +144,7 @@ def check_slice(opened: OpenCheckpoint, name: str, state: str, index: Any, tenso
         (-1, "expected a number above 0 (found -1)"),
         (3.5, "expected a whole number (found 3.5)"),
         ("x", "expected a whole number (found 'x')"),
+        (True, "expected a whole number (found True)"),
     ],
 )
 def test_a_vocabulary_size_that_is_none(size: Any, words: str) -> None:
@@ -206,12 +207,15 @@ def test_tags(sharded: Path, tmp_path: Path) -> None:
     assert [each.run.global_steps for each in opened] == [5, 9]
     with pytest.raises(CheckpointNotFoundError, match="no folder at"):
         ucp_deepspeed.tags(tmp_path / "nowhere")
+    with pytest.raises(CheckpointNotFoundError, match=r"no tag '3' in .*; tags there: step1, step2"):
+        ucp_deepspeed.open_checkpoint(sharded, 3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
         (("0.embe.weight",), "has no parameter or buffer '0.embe.weight'; did you mean 0.embed.weight?"),
+        ((3,), "has no parameter or buffer 3; the names are in 'parameters'"),
         (("zzz",), "has no parameter or buffer 'zzz'; the names are in 'parameters'"),
         (("0.embed.weight", "exp_av"), "has no state 'exp_av' in "),
         (("0.embed.weight", "exp_av"), "; it has fp32, exp_avg, exp_avg_sq"),
@@ -227,10 +231,14 @@ def test_what_is_not_there_is_told(asked: tuple[Any, ...], message: str, sharded
 
 
 @pytest.mark.parametrize(
-    "index", [slice(None, None, -1), True, "0", None, 1.5, (0, [1, 2]), [0, 1], range(2), b"a", (..., ...)]
+    "index",
+    [
+        *(slice(None, None, -1), True, "0", None, 1.5, (0, [1, 2]), [0, 1], range(2), b"a", (..., ...)),
+        *(torch.tensor([1]), torch.tensor([1, 2]), torch.ones(1).numpy(), torch.tensor([1]).numpy()),
+    ],
 )
 def test_indices_of_other_kinds(index: Any, sharded: Path) -> None:
-    with pytest.raises(TypeError, match="index"):
+    with pytest.raises(TypeError, match=r"^index .* (is neither an integer|has)"):
         ucp_deepspeed.open_checkpoint(sharded, spec=SPEC).read("0.embed.weight", None, index)
 
 

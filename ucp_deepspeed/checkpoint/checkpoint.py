@@ -68,7 +68,7 @@ HeldShapes = tuple[Shape | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter or buffer of the model.
+    """A parameter or buffer of the model.
 
     Attributes:
         name: name in the model's ``state_dict``.
@@ -96,7 +96,7 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class ParameterGroup:
-    """One parameter group of the optimizer: hyper-parameters belong to the names in it, not to its position.
+    """A parameter group of the optimizer: hyper-parameters belong to the names in it, not to its position.
 
     They are the first partition's; ``differing`` has those for which other partitions have other values.
     """

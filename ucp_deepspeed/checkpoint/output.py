@@ -77,7 +77,7 @@ class Literal:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """One file, by its path in the folder. Its parts are in order of their place; bytes outside them are zero."""
+    """A file, by its path in the folder. Its parts are in order of their place; bytes outside them are zero."""
 
     file_name: str
     numbytes: int

@@ -19,7 +19,7 @@ from ucp_deepspeed.layout import Shape
 
 
 class _Entry(BaseModel):
-    """One tensor in the header; offsets are in bytes from the end of the header."""
+    """A tensor in the header; offsets are in bytes from the end of the header."""
 
     dtype: str
     shape: Shape

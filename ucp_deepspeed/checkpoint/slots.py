@@ -123,7 +123,7 @@ class HeldPart:
 
 @dataclass(frozen=True)
 class SplitStates:
-    """One optimizer state entry; see the fields of `Slot`."""
+    """An optimizer state entry; see the fields of `Slot`."""
 
     states: Mapping[str, str]
     scalars: Mapping[str, float]

@@ -43,8 +43,8 @@ INSPECT = Command(
         option(
             "--match",
             metavar="GLOB",
-            help="List only parameters whose name fits: * stands for one part of it, or a piece of one, ** for any number of "
-            "parts.",
+            help="List only parameters whose name fits: * stands for a part between two dots or a piece of it, ** for any "
+            "number of parts.",
         ),
         option("--all", "every", is_flag=True, help="List the parameters of each layer, not of like layers together."),
         option("--json", "as_json", is_flag=True, help="Print one JSON object instead, with each parameter."),
@@ -125,11 +125,12 @@ DIFF = Command(
     ],
 )
 
-POLICIES = {"--on-missing": "error init", "--on-extra": "error drop"}
-POLICIES |= {
-    "--on-differing": "error first last mean max",
-    "--optimizer-states": "restore reset",
-    "--hyperparameters": "restore keep",
+POLICIES = {
+    "--on-missing": ("error init", "Refuse parameters that CKPT lacks, or keep the model's values."),
+    "--on-extra": ("error drop", "Refuse parameters that the model lacks, or drop them."),
+    "--on-differing": ("error first last mean max", "Optimizer numbers that differ over CKPT's partitions."),
+    "--optimizer-states": ("restore reset", "Take the optimizer's states from CKPT, or begin anew."),
+    "--hyperparameters": ("restore keep", "Take the hyper-parameters from CKPT, or keep the model's."),
 }
 
 PLAN = Command(
@@ -159,7 +160,7 @@ PLAN = Command(
             help="A checkpoint of the model to load into, where its parameters aren't CKPT's: one saved after a first step, "
             "which tells what the optimizer keeps.",
         ),
-        *(choice(name, values, help="As in the config block.") for name, values in POLICIES.items()),
+        *(choice(name, values, help=told) for name, (values, told) in POLICIES.items()),
         option("--json", "as_json", is_flag=True, help="Print one JSON object instead, with all ranks."),
         PLOT,
     ],
@@ -268,6 +269,7 @@ SCHEMA = Command(
     cls=Commands,
     commands=[CHECK, EXPLAIN, INFER, LIST, SCHEMA],
     context_settings=HELP,
+    epilog="Example: ucp spec list --against runs/a",
     short_help="Write and check spec files: how parameters are sharded.",
 )
 def spec() -> None:

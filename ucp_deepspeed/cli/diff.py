@@ -16,7 +16,7 @@ from ucp_deepspeed.checkpoint.derived import with_copies
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli.options import NO
-from ucp_deepspeed.cli.printing import print_json
+from ucp_deepspeed.cli.printing import print_json, print_lines
 from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import listed
@@ -84,6 +84,4 @@ def _extent(view: UniversalView) -> dict[str, int]:
 def _print(differences: Sequence[Difference], limit: int) -> None:
     counts = Counter(difference.what for difference in differences)
     kinds = ", ".join(f"{count} {what}" for what, count in counts.items())
-    click.echo(f"different: {len(differences)} differences ({kinds})")
-    for line in listed(differences, limit):
-        click.echo(line)
+    print_lines(f"different: {len(differences)} differences ({kinds})", *listed(differences, limit))

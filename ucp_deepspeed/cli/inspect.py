@@ -144,11 +144,13 @@ def _matching(report: Mapping[str, Any], match: str) -> dict[str, Any]:
     glob = compiled(match)
     found = {name: entry for name, entry in report["parameters"].items() if glob.fullmatch(name)}
     if not found:
-        part = match.strip("*")
-        wider = "" if "**" in match else f"; * stays between two dots: try --match '{f'**{part}**' if part else '**'}'"
-        if "{" in match:
-            wider = f"; write * for numbers in braces: try --match '{re.sub(r'{[^}]*}', '*', match)}'"
-        raise ConfigError(f"no parameter of {report['path']} fits {match!r}{wider}")
+        tried = {
+            re.sub(r"{[^}]*}", "*", match): "write * for numbers in braces",
+            re.sub(r"\*{3,}", "**", f"**{match.strip('*')}**"): "* stays between two dots",
+        }
+        fitting = (glob for glob in tried if any(map(compiled(glob).fullmatch, report["parameters"])))
+        wider = next((f"{tried[glob]}: try --match '{glob}'" for glob in fitting), "without --match all are listed")
+        raise ConfigError(f"no parameter of {report['path']} fits {match!r}; {wider}")
     return found
 
 

@@ -78,7 +78,7 @@ class Command(click.Command):
             raise
         except Exception:  # a fault of this package, which must not look like an answer
             message = f"this should not have happened:\n{traceback.format_exc().rstrip()}"
-        click.echo(f"error: {message}", err=True)
+        import_module("ucp_deepspeed.cli.printing").print_lines(*f"error: {message}".split("\n"), file=sys.stderr)
         ctx.exit(FAILED)
 
 
@@ -137,7 +137,7 @@ class _Picture(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path: Path = super().convert(value, param, ctx)  # type: ignore[assignment]
         if path.suffix.lower() not in ENDINGS:
-            self.fail(f"{path} ends with none of {', '.join(ENDINGS)}", param, ctx)
+            self.fail(f"{path} needs a name and an ending of {', '.join(ENDINGS)}: picture{ENDINGS[0]}", param, ctx)
         if not path.parent.is_dir():
             self.fail(f"there is no folder {path.parent}", param, ctx)
         try:

@@ -142,7 +142,7 @@ def _verdict(plan: TargetPlan) -> str:
 
 
 def _shown(ranks: Sequence[RankPlan]) -> Sequence[RankPlan]:
-    """All ranks, or, ordered by bytes read, those at both ends."""
+    """Return all ranks, or, ordered by bytes read, those at both ends."""
     if len(ranks) <= MOST_ROWS:
         return ranks
     ordered = sorted(ranks, key=lambda rank: rank.bytes_read)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from math import prod
 from textwrap import fill
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TextIO, TypeAlias
 
 import click
 from rich.console import Console
@@ -26,12 +26,16 @@ PLAIN_WIDTH = 240
 SHORTEST_NAME = 16
 """Columns that a name keeps in a narrow window."""
 
+MOST_LINES = 2
+"""Lines that a cell takes, about; columns that would need more are left out."""
+
 _WORD = re.compile(r"\[[^\]]*\]|\S+")
 """A part of a cell that must stay on one line: a word, or a shape."""
 
 
-def _new_console() -> Console:
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+def _new_console(file: TextIO | None = None) -> Console:
+    file = file or sys.stdout
+    return Console(file=file, width=None if file.isatty() else PLAIN_WIDTH, highlight=False, emoji=False)
 
 
 def print_json(report: Mapping[str, Any]) -> None:
@@ -41,19 +45,21 @@ def print_json(report: Mapping[str, Any]) -> None:
 
 def print_labelled(lines: Iterable[tuple[str, str]], width: int = 10) -> None:
     """Print lines with a label each."""
+    console = _new_console()
     for label, value in lines:
-        _print_line(_new_console(), f"{label:<{width}}{value}", width, len(label))
+        _print_line(console, f"{label:<{width}}{value}", width, len(label))
 
 
-def print_lines(*lines: object) -> None:
-    """Print lines."""
+def print_lines(*lines: object, file: TextIO | None = None) -> None:
+    """Print lines, by default to standard output."""
+    console = _new_console(file)
     for line in lines:
-        _print_line(_new_console(), str(line), 4)
+        _print_line(console, str(line), 4)
 
 
 def _print_line(console: Console, line: str, indent: int = 0, bold: int = 0) -> None:
     """Print a line whose first characters are bold. On a terminal it breaks only between words."""
-    if sys.stdout.isatty():
+    if console.file.isatty():
         line = fill(line, console.width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
     console.print(f"[bold]{line[:bold]}[/bold]{escape(line[bold:])}", soft_wrap=True)
 
@@ -69,7 +75,7 @@ def print_rows(
 
     Args:
         rows: the first heading is the name's; none to print nothing.
-        optional: headings to leave out, the first one first, where words would break.
+        optional: headings to leave out, the first one first, where words would break or cells take many lines.
         note: to stand below.
     """
     if not rows:
@@ -79,11 +85,12 @@ def print_rows(
     longest = max(len(row[name]) for row in (*rows, {name: name}))
     cells = {heading: [heading, *(row[heading] for row in rows)] for heading in kept}
     least = {
-        heading: max(len(word) for cell in held for word in _WORD.findall(cell)) for heading, held in cells.items()
+        heading: max(*(len(word) for cell in held for word in _WORD.findall(cell)), max(map(len, held)) // MOST_LINES)
+        for heading, held in cells.items()
     }
 
     def room() -> int:
-        """Columns for names, where no other column is wider than its longest word."""
+        """Columns for names, where all other columns are as narrow as they may be."""
         return console.width - sum(least[heading] + 2 for heading in kept)
 
     for heading in optional:

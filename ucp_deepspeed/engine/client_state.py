@@ -25,7 +25,7 @@ COUNTERS = ("global_steps", "skipped_steps", "dp_world_size", "mp_world_size", "
 """Keys of the run's progress, which a load takes over and doesn't return."""
 
 RESUMED = frozenset((*COUNTERS, "module", "optimizer", "lr_scheduler"))
-"""All keys that a load takes over."""
+"""The keys that a load takes over."""
 
 
 def to_be_saved(engine: Engine, client_state: Mapping[str, Any]) -> dict[str, Any]:

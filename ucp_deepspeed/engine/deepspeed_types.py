@@ -1,4 +1,4 @@
-"""One list of all attributes of DeepSpeed's own objects that this package reads, sets or calls beside their public interface.
+"""The list of all attributes of DeepSpeed's own objects that this package reads, sets or calls beside their public interface.
 
 mypy holds the code to it: a function that takes an `Engine` can use only what stands here. `CLASSES` says which classes
 have each attribute, so that a test names what a new version of DeepSpeed has renamed.

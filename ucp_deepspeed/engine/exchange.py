@@ -21,7 +21,7 @@ from ucp_deepspeed.engine.deepspeed_types import Engine
 
 @dataclass
 class Exchange:
-    """One exchange under way. Until `wait` the tensors to send may not change, and the received ones may not be used."""
+    """An exchange under way. Until `wait` the tensors to send may not change, and the received ones may not be used."""
 
     _works: list[Any] = field(default_factory=list)
     _packed: list[_Pack] = field(default_factory=list)

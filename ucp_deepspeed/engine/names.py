@@ -82,7 +82,7 @@ class ModelNames:
 
     @property
     def ep_rank(self) -> int:
-        """This rank's expert-parallel rank, in the largest expert-parallel group; 0 without experts."""
+        """Number of this rank in the largest expert-parallel group; 0 without experts."""
         return next((layer.ep_rank for layer in self.layers.values() if layer.ep == self.ep), 0)
 
 

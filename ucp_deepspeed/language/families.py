@@ -102,7 +102,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 @dataclass(frozen=True)
 class Candidate:
-    """One family, and how well it fits a model.
+    """A family, and how well it fits a model.
 
     Attributes:
         spec: the family.

@@ -159,12 +159,12 @@ def translate_back(names: Sequence[str], scheme: Scheme, among: Sequence[str] = 
             if len(behind) > 1 or _PLACEHOLDER.search(found[logical]):
                 problems.append(f"{logical}: {' or '.join(behind)}")
     if problems:
-        raise SpecError("the naming scheme leaves names open; the names of such a model tell them", problems)
+        raise SpecError("several names become these logical names; give the names of the model as 'among'", problems)
     found = without_collisions({logical: found[logical] for logical in names}, "name under the naming scheme")
     again = translate(list(found.values()), scheme)
     lost = [f"{logical}: {name} becomes {again[name]}" for logical, name in found.items() if again[name] != logical]
     if lost:
-        raise SpecError("the naming scheme has no names for", lost)
+        raise SpecError("no name becomes these logical names; add a renaming to the scheme", lost)
     return found
 
 

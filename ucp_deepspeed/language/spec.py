@@ -54,7 +54,7 @@ PATTERN: TypeAdapter[Pattern] = TypeAdapter(
 
 
 Extent = Annotated[int | str | None, BeforeValidator(_checked_extent)]
-"""One extent of a stated shape: a number, an expression over dimensions without a value, or None for an open extent."""
+"""An extent of a stated shape: a number, an expression over dimensions without a value, or None for an open extent."""
 
 RULES_HINT = (
     'correct the rules; "ucp spec check PATH --against CKPT" lists what they leave, and "ucp spec infer CKPT" writes a first '
@@ -124,7 +124,7 @@ class Rule(BaseModel):
 
 
 class Spec(BaseModel):
-    """One model family.
+    """A model family.
 
     Attributes:
         family: its name.

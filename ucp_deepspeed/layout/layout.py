@@ -56,7 +56,7 @@ class LocalTensor:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One parameter over all model-parallel ranks.
+    """A parameter over all model-parallel ranks.
 
     Attributes:
         logical_shape: shape of the whole, unpadded parameter.

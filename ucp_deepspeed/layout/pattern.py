@@ -170,7 +170,7 @@ class Shard:
         return tuple(_with(logical_shape, {self.dim: sum(width for _, width in share)}) for share in shares)
 
     def layout(self, logical_shape: Shape, local_shapes: Sequence[Shape]) -> Layout:
-        """One piece per part and rank."""
+        """A piece per part and rank."""
         joined = self.logical_shape(local_shapes)
         if _with(joined, {self.dim: 0}) != _with(logical_shape, {self.dim: 0}):
             raise ValueError(f"local shapes {list(local_shapes)} don't fit the logical shape {logical_shape}")
@@ -272,7 +272,7 @@ class ShardGrid:
         return tuple(self._at(place, logical_shape, shares) for place in self._places(degree))
 
     def layout(self, logical_shape: Shape, local_shapes: Sequence[Shape]) -> Layout:
-        """One piece per rank."""
+        """A piece per rank."""
         if self.logical_shape(local_shapes) != logical_shape:
             raise ValueError(f"local shapes {list(local_shapes)} don't join to the logical shape {logical_shape}")
         starts = [list(accumulate(along, initial=0)) for along in self._extents(local_shapes)]
@@ -343,7 +343,7 @@ class PerRank:
 
 
 Pattern: TypeAlias = Unique | Replicate | Partial | Shard | ShardGrid
-"""All patterns that spec files, manifests and universal checkpoints can name."""
+"""The patterns that spec files, manifests and universal checkpoints can name."""
 
 AnyPattern: TypeAlias = Pattern | PerRank
 

@@ -37,7 +37,7 @@ class Topology:
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """Number of ranks."""
         return self.tp * self.pp * self.dp
 
     def __str__(self) -> str:

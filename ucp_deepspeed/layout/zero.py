@@ -50,7 +50,7 @@ class Flattening(Protocol):
         ...
 
     def held_by(self, partition: int) -> Iterator[Slice]:
-        """All slices in one rank's buffer, in buffer order; together with the padding they fill it."""
+        """The slices in one rank's buffer, in buffer order; together with the padding they fill it."""
         ...
 
     def buffer_numel(self, partition: int) -> int:

@@ -98,7 +98,7 @@ class BlockCopy(Generic[S, T]):
 
 @dataclass(frozen=True)
 class Source(Generic[S]):
-    """One state of one parameter, as the source checkpoint holds it.
+    """A state of one parameter, as the source checkpoint holds it.
 
     Attributes:
         layout: layout of the parameter over the source's model-parallel ranks.
@@ -111,7 +111,7 @@ class Source(Generic[S]):
 
 @dataclass(frozen=True)
 class Target(Generic[T]):
-    """One state of one parameter, as one target rank wants it.
+    """A state of one parameter, as one target rank wants it.
 
     Attributes:
         layout: layout of the parameter over the target's model-parallel ranks.

@@ -29,7 +29,7 @@ What = (
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One respect in which two checkpoints differ.
+    """A respect in which two checkpoints differ.
 
     Attributes:
         name: the parameter, or the name of a value of the run (``global_steps``).
@@ -144,7 +144,7 @@ def _copies(
 
 
 class _Side:
-    """One side of a comparison: a checkpoint's view, its open files, and the one buffer that its elements pass through."""
+    """A side of a comparison: a checkpoint's view, its open files, and the one buffer that its elements pass through."""
 
     def __init__(self, view: UniversalView, chunk_numbytes: int) -> None:
         self.view = view

@@ -134,6 +134,7 @@ def test_parameters_that_a_glob_fits(layered: Path, ucp: Ucp) -> None:
     )
     assert len(names_of(ucp("inspect", layered, "--match", "**down**"))) == 2
     assert "try --match '**'\n" in ucp("inspect", layered, "--match", "").stderr
+    assert ucp("inspect", layered, "--match", "[a").stderr.endswith("fits '[a'; without --match all are listed\n")
     copied = ucp("inspect", layered, "--match", "layers.{0,2}.up")
     assert copied.exit_code == 2 and "try --match 'layers.*.up'" in copied.stderr
     shells = ucp("inspect", layered, "--match", "layers.?.up")

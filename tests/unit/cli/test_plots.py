@@ -95,8 +95,8 @@ def test_boxes_of_ranks(layered: Path, spec: Path, tmp_path: Path, ucp: Ucp) -> 
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("a.gif", "a.gif ends with none of .svg, .png, .pdf"),
-        ("noext", "noext ends with none of"),
+        ("a.gif", "a.gif needs a name and an ending of .svg, .png, .pdf: picture.svg"),
+        (".svg", ".svg needs a name and"),
         ("none/a.svg", "there is no folder"),
         ("a.SVG", "pip install 'ucp-deepspeed[plots]'"),
     ],

@@ -75,6 +75,9 @@ def test_on_a_terminal_lines_break_between_words(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TERM", "xterm")
     print_lines("group 0: 15 parameters, lr=0.1, betas=[0.9, 0.95]", "a" * 40)
     print_labelled([("path", "b" * 40), ("states", "fp32 117.9 KiB, exp_avg 117.9 KiB")])
+    told, console = "error: no parameter of runs/a fits", Terminal()
+    print_lines(told, file=console)
+    assert console.getvalue().splitlines() == ["error: no parameter of runs/a", "    fits"]
     assert re.sub(r"\x1b\[\d+m", "", terminal.getvalue()).splitlines() == [
         "group 0: 15 parameters,",
         "    lr=0.1, betas=[0.9, 0.95]",
@@ -90,6 +93,13 @@ def test_columns_are_left_out_before_words_break() -> None:
     lines = printed(34)
     assert [line.split() for line in lines[:2]] == [["parameter", "kind"], ["…er.layers.0.mlp.weight", "trainable"]]
     assert lines[-2:] == ["left out in this narrow window: states", "a note"]
+
+
+def test_columns_are_left_out_before_their_cells_take_many_lines() -> None:
+    rows = [{"parameter": "layers.0.mlp.weight", "kind": "trainable", "states": ", ".join(["exp_avg F32"] * 4)}]
+    assert printed(60, rows)[1].count("exp_avg") == 2
+    lines = printed(40, rows)
+    assert lines[1].split() == ["layers.0.mlp.weight", "trainable"] and "states" in lines[2]
 
 
 def test_shapes_stay_on_one_line() -> None:

@@ -37,7 +37,7 @@ def is_stacked(name: str, shape: Shape) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class AutoEpLayer:
-    """One layer.
+    """A layer.
 
     Attributes:
         module: its name; empty for the model itself.

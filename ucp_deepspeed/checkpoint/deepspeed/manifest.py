@@ -28,7 +28,7 @@ STALE_MANIFEST = (
 
 
 class ManifestParameter(BaseModel):
-    """One parameter.
+    """A parameter.
 
     Attributes:
         kind: whether it was trained; see `Kind`.

@@ -1,4 +1,4 @@
-"""One machine's files of a checkpoint that was saved on each machine's own disk (DeepSpeed's ``use_node_local_storage``)."""
+"""A machine's files of a checkpoint that was saved on each machine's own disk (DeepSpeed's ``use_node_local_storage``)."""
 
 from __future__ import annotations
 

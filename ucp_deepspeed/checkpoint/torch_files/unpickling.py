@@ -86,7 +86,7 @@ ALLOWED_CLASSES: list[Any] = [
     *(decimal.Decimal, fractions.Fraction, uuid.UUID, uuid.SafeUUID),
     *(collections.deque, collections.defaultdict),
 ]
-"""All classes that a checkpoint may name beyond torch's own: data without behaviour, and stand-ins for the rest."""
+"""The classes that a checkpoint may name beyond torch's own: data without behaviour, and stand-ins for the rest."""
 
 ALLOWED: dict[str, Any] = {
     name: kind
@@ -355,4 +355,4 @@ NUMPYS: dict[str, Any] = {
     # makes the array that is given a state next
     **{f"numpy.{core}.multiarray._reconstruct": lambda *_: np.ndarray((0,), "i1") for core in ("core", "_core")},
 }
-"""All names of numpy that may be found. Every dtype is checked before bytes become its elements."""
+"""The names of numpy that may be found. Every dtype is checked before bytes become its elements."""

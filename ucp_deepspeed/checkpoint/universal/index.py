@@ -49,7 +49,7 @@ class _Wire(BaseModel):
 
 
 class IndexParameter(_Wire):
-    """One parameter. ``states`` maps each element-wise state to the file with its atom, whose key is `atom_key`."""
+    """A parameter. ``states`` maps each element-wise state to the file with its atom, whose key is `atom_key`."""
 
     kind: Kind
     shape: tuple[NonNegativeInt, ...]
@@ -66,7 +66,7 @@ class IndexParameter(_Wire):
 
 
 class IndexGroup(_Wire):
-    """One parameter group; ``hyperparameters`` is encoded (`ucp_deepspeed.checkpoint.encoding`)."""
+    """A parameter group; ``hyperparameters`` is encoded (`ucp_deepspeed.checkpoint.encoding`)."""
 
     names: tuple[str, ...]
     hyperparameters: Any

@@ -117,7 +117,9 @@ def find(engine: Engine, load_dir: str, named: object, options: LoadOptions) -> 
     universal = any(each.universal for each in seen)  # a pipeline's stages may have changed on some ranks only
     if universal:
         if None in opened:
-            raise CheckpointNotFoundError(f"no checkpoint at {load_dir} on some ranks, where others see one")
+            raise CheckpointNotFoundError(
+                f"some ranks see no checkpoint at {load_dir}, and others do; put it on a disk that all share"
+            )
         check_all_here([each.missing for each in seen])
     return replace(found, universal=universal), tag
 

@@ -1,4 +1,4 @@
-"""One module per family of DeepSpeed's optimizer classes; `engine_optimizer` picks by the live optimizer's class."""
+"""A module per family of DeepSpeed's optimizer classes; `engine_optimizer` picks by the live optimizer's class."""
 
 from __future__ import annotations
 

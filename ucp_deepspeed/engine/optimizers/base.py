@@ -33,7 +33,7 @@ from ucp_deepspeed.transfer.planning.target import KeptStates, PlaceOfSteps, Tar
 
 @dataclass(frozen=True)
 class EngineSlot(TargetSlot):
-    """One tensor that the base optimizer steps on.
+    """A tensor that the base optimizer steps on.
 
     Attributes:
         master: the fp32 master weights of this rank; contiguous, of any shape.

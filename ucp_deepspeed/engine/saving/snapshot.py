@@ -24,7 +24,7 @@ from ucp_deepspeed.transfer.commit import flush
 
 @dataclass(frozen=True, slots=True)
 class FileSnapshot:
-    """One file that is still to be written.
+    """A file that is still to be written.
 
     Attributes:
         name: its path in the tag folder.

@@ -29,7 +29,7 @@ Extent = Literal["no", "shapes", "values"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that a checkpoint says about a spec, under the logical name of a parameter."""
+    """A thing that a checkpoint says about a spec, under the logical name of a parameter."""
 
     name: str
     what: What
@@ -46,7 +46,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Checked:
-    """One parameter, by its logical name and the checkpoint's, and the rules that it matches.
+    """A parameter, by its logical name and the checkpoint's, and the rules that it matches.
 
     ``layout`` is None if it doesn't match one rule, or shapes contradict it.
     """

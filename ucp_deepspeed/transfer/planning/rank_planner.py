@@ -82,7 +82,7 @@ class PlannedRank:
 
     @property
     def buffers(self) -> list[PlannedBuffer]:
-        """All buffers: of the slots, then the weights."""
+        """The buffers: of the slots, then the weights."""
         return [*(buffer for slot in self.slots for buffer in slot.buffers.values()), *self.weights]
 
     @property

@@ -125,7 +125,7 @@ class TargetSlot(SlotLayout):
 
 @dataclass(frozen=True)
 class TargetRank:
-    """One rank of the target.
+    """A rank of the target.
 
     Attributes:
         model_parallel_rank: pipeline stage times tensor-parallel size plus tensor-parallel rank.

@@ -205,14 +205,22 @@ def describe_target(
 def _stages(view: UniversalView, topology: Topology, obstacles: Obstacles) -> dict[str, set[int]]:
     """Return the stages that would hold each parameter; one that several stages of the checkpoint share is on both ends too."""
     pp, degree = topology.pp, view.checkpoint.topology.tp
-    held = {name: {stage} for name, stage in stages_of(list(view.parameters), pp).items()}
+    numbers = stages_of(list(view.parameters), pp)
+    held = {name: {stage} for name, stage in numbers.items()}
     for name, parameter in view.parameters.items():
         if sum(shape is not None for shape in parameter.local_shapes) > degree:
             held[name] |= {0, pp - 1}
     if set(range(pp)) != set().union(*held.values()):
-        layers = len({layer for name in held if (layer := layer_of(name))})
-        obstacles.add(None, f"{pp} pipeline stages are too many for the {layers} layers that the names tell")
+        layers, most = _layers(view), len(set(numbers.values()))
+        obstacles.add(None, f"{pp} pipeline stages are too many for {layers}; take {most} or fewer")
     return held
+
+
+def _layers(view: UniversalView) -> str:
+    """``the 3 layers that the names tell (layers.0, …)``."""
+    told = dict.fromkeys(layer for name in view.parameters if (layer := layer_of(name)))
+    first = next((f" ({'.'.join(filter(None, map(str, layer)))}, …)" for layer in told), "")
+    return f"the {len(told)} layers that the names tell{first}"
 
 
 class _Planner:
@@ -340,36 +348,38 @@ class _Planner:
         stacked = stacked_experts(self.view)
         experts = numbers | stacked
         reasons = {
-            f"EP {topology.ep} doesn't divide DP {topology.dp}": topology.dp % topology.ep,
-            "DeepSpeed's own mixture-of-experts layers can't be trained with ZeRO-3": numbers
+            f"EP {topology.ep} doesn't divide DP {topology.dp}; take one that does": topology.dp % topology.ep,
+            "DeepSpeed's own mixture-of-experts layers can't be trained with ZeRO-3; take ZeRO 0 to 2": numbers
             and topology.zero_stage == 3,
-            "experts in a pipeline are not supported": experts and topology.pp > 1,
-            "AutoEP's experts under tensor parallelism load, but this release can't plan it": stacked
+            "experts in a pipeline are not supported; take PP 1": experts and topology.pp > 1,
+            "AutoEP's experts under tensor parallelism load, but this release can't plan it; try the load": stacked
             and topology.tp > 1,
-            f"EP {topology.ep}, and the model has no experts": not experts and topology.ep > 1,
+            f"the model has no experts; take EP 1 instead of {topology.ep}": not experts and topology.ep > 1,
         }
         for reason, holds in reasons.items():
             if holds:
                 self.obstacles.add(None, reason)
         for layer, number in experts.items():
             if number % topology.ep:
-                self.obstacles.add(layer.rstrip("."), f"EP {topology.ep} doesn't divide its {number} experts")
+                self.obstacles.add(
+                    layer.rstrip("."), f"EP {topology.ep} doesn't divide its {number} experts; take one that does"
+                )
 
     def _remarks(self) -> Iterator[str]:
         """Yield what was assumed."""
         source, tp = self.pair.checkpoint, self.topology.tp
         if self.topology.pp > 1:
             yield (
-                "layers are dealt out evenly over the stages; the engine's partition_method may cut elsewhere, and stages that "
-                "share a tied weight each read it"
+                f"{_layers(self.view)} are dealt out evenly over the stages; the engine's partition_method may cut elsewhere, "
+                f"and stages that share a tied weight each read it"
             )
         if not (self.unchanged or self._keeps_any or self._stepped):
             yield "the model was saved before its first step: nothing tells which states its optimizer keeps, and any seem to fit"
         layers = [name for name in self.view.parameters if name.startswith(TIED) or name.split(".")[0].isdecimal()]
         if layers and self.topology.pp == 1:
             yield (
-                f"names such as {layers[0]} are those of a pipeline, of one stage too: for a plain model a spec has to give both "
-                f"the same"
+                f"names such as {layers[0]} are those of a pipeline, if only of one stage; to load into a plain model, name a "
+                f"spec that renames them"
             )
         copies = may_differ(source)
         if copies and (source.topology.tp, source.topology.pp) != (tp, self.topology.pp):

@@ -154,7 +154,7 @@ def test_layers_are_needed_to_fill_stages(sources: dict[str, Path]) -> None:
     assert plan_target(checkpoint, Topology(1, 5, 1, 1), SPEC).possible
     plan = plan_target(checkpoint, Topology(1, 6, 1, 1), SPEC)
     assert [str(found) for found in plan.obstacles] == [
-        "6 pipeline stages are too many for the 3 layers that the names tell"
+        "6 pipeline stages are too many for the 3 layers that the names tell (layers.0, …); take 5 or fewer"
     ]
     assert plan.ranks == () and plan.restored == (*SHAPES, "mask")
 
@@ -331,3 +331,13 @@ def test_names_of_layers_are_remarked_on_where_the_target_may_be_a_plain_model(t
     checkpoint = open_checkpoint(write_native(tmp_path, model, NativeRun(stage=1)))
     assert "3.up are those of a pipeline" in plan_target(checkpoint, Topology(1, 1, 1, 3)).remarks[0]
     assert "3.up" not in "".join(plan_target(checkpoint, Topology(1, 2, 1, 1)).remarks)
+
+
+def test_a_plan_says_what_it_takes_for_layers(tmp_path: Path) -> None:
+    names = ("first", "list.0", "list.1", "list.2")
+    model = NativeModel(tuple(NativeParameter(name, torch.ones(4), {"exp_avg": torch.ones(4)}) for name in names))
+    checkpoint = open_checkpoint(write_native(tmp_path, model, NativeRun(stage=1)))
+    [remark] = plan_target(checkpoint, Topology(1, 3, 1, 1)).remarks
+    assert remark.startswith("the 3 layers that the names tell (list.0, …) are dealt out evenly over the stages; ")
+    [obstacle, *_] = plan_target(checkpoint, Topology(1, 1, 2, 1, 2)).obstacles
+    assert str(obstacle) == "the model has no experts; take EP 1 instead of 2"
