@@ -250,3 +250,64 @@ def test_classes_that_keep_their_state_elsewhere_are_refused_by_name(kind: type)
     """They derive from classes that are supported, and need CUDA or compiled code to be built."""
     with pytest.raises(UnsupportedError, match=f"optimizer class {kind.__name__} is not supported"):
         engine_optimizer(SimpleNamespace(optimizer=object.__new__(kind)))
+
+
+def load_when_offloaded(run: Run, folder: str, save: str, failing: bool = False) -> tuple[str, dict[int, float]]:
+    """Offload all states after a step, load, save; return what the load raised, and the later losses. With ``failing`` rank 1
+    finds no memory to reload them."""
+    engine = build_engine(run)
+    train_step(engine, run, 1)
+    engine.offload_states(pin_memory=False)
+    if failing and dist.get_rank() == 1:
+
+        def reload_states(non_blocking: bool = False) -> None:
+            raise torch.OutOfMemoryError
+
+        engine.optimizer.reload_states = reload_states
+    try:
+        engine.load_checkpoint(folder)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", {}
+    engine.save_checkpoint(save)
+    engine.reload_states()
+    return "", {step: train_step(engine, run, step) for step in range(STEP + 1, LAST_STEP + 1)}
+
+
+def save_when_offloaded(run: Run, folder: str, back: bool) -> None:
+    """Save after `STEP` steps, before which all states were offloaded, and are reloaded or not."""
+    engine = build_engine(run)
+    for step in range(1, STEP + 1):
+        if step == STEP and back:
+            engine.offload_states(pin_memory=False)
+            engine.reload_states()
+        train_step(engine, run, step)
+    if not back:
+        engine.offload_states(pin_memory=False)
+    engine.save_checkpoint(folder)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("load", ["auto", "always"])
+def test_an_engine_whose_states_are_offloaded(stage: int, load: str, ranks: Ranks, tmp_path: Path) -> None:
+    """By ``engine.offload_states``: they are reloaded. DeepSpeed's load at ZeRO-3 ends in an IndexError."""
+    run = Run("mlp", zero={"stage": stage}, precision="bf16", fused=True, universal={"enabled": True, "load": load})
+    whole = ranks(2).run(train, run, LAST_STEP, save=str(tmp_path / "a"), save_at=STEP)[0].losses
+    said, losses = ranks(2).run(load_when_offloaded, run, str(tmp_path / "a"), str(tmp_path / "b"))[0]
+    assert (said, losses) == ("", {step: loss for step, loss in whole.items() if step > STEP})
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+    if (stage, load) == (3, "auto"):
+        for said, _ in ranks(2).run(load_when_offloaded, run, str(tmp_path / "a"), "", failing=True):
+            assert "OutOfMemoryError" in said
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_checkpoint_of_an_engine_whose_states_were_offloaded(back: bool, ranks: Ranks, tmp_path: Path) -> None:
+    """ZeRO-3 keeps copies of the states beside them, which are in the files too and out of date."""
+    run = Run("mlp", zero={"stage": 3}, precision="bf16", fused=True)
+    whole = ranks(2).run(train, run, LAST_STEP, save=str(tmp_path / "a"), save_at=STEP)[0].losses
+    ranks(2).run(save_when_offloaded, run, str(tmp_path / "b"), back)
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+    for world_size, stage in ((2, 3), (1, 1)):
+        target = replace(run, zero={"stage": stage})
+        losses = ranks(world_size).run(train, target, LAST_STEP, load=str(tmp_path / "b"))[0].losses
+        assert max(abs(losses[step] - whole[step]) for step in losses) < (1e-2 if stage == 1 else 1e-12)

@@ -23,6 +23,10 @@ from ucp_deepspeed.layout import FlatGroup, Shape, SlotLayout
 Located = tuple[torch.Tensor, Path]
 """A described tensor and the file it is in."""
 
+OFFLOAD_COPY = "_offload_buffer"
+"""Ending of the names under which ``engine.offload_states`` keeps copies of ZeRO-3's states beside these, also when they are back
+(``runtime/zero/offload_states.py``); then they are out of date."""
+
 NAMING_KEYS = ("params", "param_names")
 """Keys of a parameter group that list its parameters."""
 
@@ -141,6 +145,8 @@ def split_states(raw: Mapping[str, Any], buffer: torch.Tensor, path: Path) -> Sp
     scalars: dict[str, float] = {}
     refused: dict[str, str] = {}
     for key, value in raw.items():
+        if str(key).endswith(OFFLOAD_COPY):
+            continue
         if isinstance(value, (bool, int, float)):
             scalars[key] = value
         elif isinstance(value, torch.Tensor) and is_number_in_tensor(key, value, buffer):

@@ -57,6 +57,7 @@ class Engine(OwnAttributes, Protocol):
     use_node_local_storage: Callable[[], bool]
     zero_elastic_checkpoint: Callable[[], bool]
     zero_load_from_fp32_weights: Callable[[], bool]
+    reload_states: Callable[[], None]
     zero_optimization: Callable[[], bool]
     zero_optimization_stage: Callable[[], int]
     _copy_recovery_script: Callable[[Any], None]

@@ -43,7 +43,7 @@ from ucp_deepspeed.engine.loading.training_state import (
 from ucp_deepspeed.engine.loading.ways_on import telling_ways_on
 from ucp_deepspeed.engine.model import EngineModel, describe_model
 from ucp_deepspeed.engine.module_states import ExtraStates, plan_extra_states
-from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer, only_evaluates
+from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer, is_offloaded, only_evaluates
 from ucp_deepspeed.engine.random_state import restore_random_state
 from ucp_deepspeed.engine.saving.background import settle_saves, wait_for_save
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
@@ -152,11 +152,13 @@ def _load_universal(engine: Engine, checkpoint: Checkpoint, options: LoadOptions
     model, seen = None, []
     if checkpoint.topology.pp > 1:
         with agreement(tells=True) as told:
+            _reload_offloaded(engine)
             model = describe_model(engine)
             told.mine = look_at_copies(checkpoint, model)
         seen = told.values
     # 2. Each rank plans all that it will hold.
     with agreement(tells=True) as told:
+        _reload_offloaded(engine)
         model = model or describe_model(engine)
         optimizer, policies = engine_optimizer(engine), _policies(engine, options)
         plan = _planned(engine, model, checkpoint, optimizer, options, policies, seen)
@@ -171,6 +173,13 @@ def _load_universal(engine: Engine, checkpoint: Checkpoint, options: LoadOptions
     engine.universal_checkpoint_report = report = plan.report(optimizer, read, time.monotonic() - started)
     _log(report, plan.pair.checkpoint, plan.model, policies.rounded)
     return plan.path, _without_restored(plan.state, options)
+
+
+def _reload_offloaded(engine: Engine) -> None:
+    """Put back what ``engine.offload_states`` has moved away."""
+    if is_offloaded(engine):
+        logger.info("the engine's offloaded states are reloaded to its device")
+        engine.reload_states()
 
 
 def _policies(engine: Engine, options: LoadOptions) -> Policies:

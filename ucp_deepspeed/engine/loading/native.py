@@ -37,7 +37,7 @@ from ucp_deepspeed.engine.model import (
     model_parallel_rank,
 )
 from ucp_deepspeed.engine.names import ModelNames
-from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, only_evaluates
+from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, is_offloaded, only_evaluates
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.language.schemes import seen_through
 from ucp_deepspeed.transfer.planning.numbers import usable
@@ -75,6 +75,8 @@ def takes_universal_path(
     """Return whether this rank can't leave the load to DeepSpeed."""
     if not isinstance(checkpoint, DeepSpeedCheckpoint) or config.load == "always" or config.has_policies:
         return True
+    if is_offloaded(engine) and engine.zero_optimization_stage() == 3:
+        return True  # DeepSpeed finds no weights to fill (IndexError in ``stage3.py::_rigid_load_state_dict``)
     trusting = config.on_unreadable == "error"
     if not (_can_take_over(engine, checkpoint, optimizer, options) and _holds_data_alone(checkpoint, engine, trusting)):
         return True

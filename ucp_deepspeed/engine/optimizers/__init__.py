@@ -43,4 +43,9 @@ def engine_optimizer(engine: Engine) -> EngineOptimizer:
     raise UnsupportedError(f"optimizer class {type(optimizer).__name__} is not supported by this release")
 
 
-__all__ = ["EngineOptimizer", "EngineSlot", "engine_optimizer", "only_evaluates"]
+def is_offloaded(engine: Engine) -> bool:
+    """Return whether ``engine.offload_states`` has moved tensors away. ZeRO then lacks some that a load fills."""
+    return bool(getattr(engine.optimizer, "offloaded_states", ()))
+
+
+__all__ = ["EngineOptimizer", "EngineSlot", "engine_optimizer", "is_offloaded", "only_evaluates"]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, LossScale
+from ucp_deepspeed.checkpoint.slots import OFFLOAD_COPY
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.exchange import Held
 from ucp_deepspeed.engine.names import ModelNames
@@ -98,7 +99,8 @@ class EngineOptimizer(ABC):
 
     def state_of(self, slot: EngineSlot) -> Mapping[str, Any]:
         """Return the base optimizer's state for a slot as it is now; empty before the first step."""
-        return self.base.state.get(slot.master, {})
+        held = self.base.state.get(slot.master, {})
+        return {key: value for key, value in held.items() if not str(key).endswith(OFFLOAD_COPY)}
 
     def live_group(self, index: int) -> dict[str, Any]:
         """Return a parameter group of the base optimizer. ZeRO makes torch's Adagrad anew, with one group for all parameters
