@@ -221,6 +221,21 @@ def test_a_load_function_where_nothing_else_has_changed(stage: int, ranks: Ranks
     assert (gone_on - doubled).abs().mean() < (gone_on - plain).abs().mean()
 
 
+@pytest.mark.nccl_like
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_load_function_with_offloaded_masters(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """The masters are on the CPU, and the weights on the device."""
+    source = Run("mlp", zero={"stage": 1}, precision="bf16")
+    ranks(2).run(train, source, STEP, save=str(tmp_path / "a"))
+    run = replace(source, zero={"stage": stage, "offload_optimizer": {"device": "cpu"}})
+    options = {"custom_load_fn": double_one}
+    ranks(2).run(train, run, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"), save_first=True, options=options)
+    assert torch.equal(
+        whole(tmp_path / "b", "linear_in.weight"), 2 * whole(tmp_path / "a", "linear_in.weight").bfloat16()
+    )
+    assert same(states(tmp_path / "b", "gain"), states(tmp_path / "a", "gain"))
+
+
 def double_one(src: Mapping[str, torch.Tensor], dst: torch.nn.Module) -> None:
     """A ``custom_load_fn`` for a model that hasn't changed."""
     with torch.no_grad():

@@ -81,7 +81,8 @@ def run_custom_load(
     with torch.no_grad():
         with agreement():
             optimizer.begin()
-            for master, weight in _pairs(model, optimizer):
+            for master, live in _pairs(model, optimizer):
+                weight = live.to(master.device)  # an offloaded master is elsewhere
                 changed = weight != master.to(weight.dtype)
                 master[changed] = weight[changed].to(master.dtype)
             optimizer.make_weights()
