@@ -252,6 +252,18 @@ def test_classes_that_keep_their_state_elsewhere_are_refused_by_name(kind: type)
         engine_optimizer(SimpleNamespace(optimizer=object.__new__(kind)))
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_states_of_another_type_than_the_masters(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed's Adam for CPUs keeps fp32 states of bf16 masters, also on an engine that hasn't stepped."""
+    precise = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}
+    run = replace(PLAIN, zero={"stage": stage, "offload_optimizer": CPU}, config=precise, fused=True)
+    ranks(2).run(train, run, STEP, save=str(tmp_path / "a"))
+    states = open_checkpoint(tmp_path / "a").parameters["gain"].states
+    assert states == {"fp32": "BF16", "exp_avg": "F32", "exp_avg_sq": "F32"}
+    ranks(1).run(train, run, STEP, load=str(tmp_path / "a"), save=str(tmp_path / "b"), save_first=True)
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+
+
 def load_when_offloaded(run: Run, folder: str, save: str, failing: bool = False) -> tuple[str, dict[int, float]]:
     """Offload all states after a step, load, save; return what the load raised, and the later losses. With ``failing`` rank 1
     finds no memory to reload them."""

@@ -59,6 +59,7 @@ class EngineOptimizer(ABC):
         self.base = getattr(engine.optimizer, "optimizer", engine.optimizer)
         self._names: Mapping[torch.Tensor, str] = ModelNames(engine).of_parameters
         self._places: dict[int, PlaceOfSteps | None] = {}
+        self._examples: dict[int, Mapping[str, Any]] = {}
 
     @abstractmethod
     def slots(self) -> list[EngineSlot]:
@@ -161,13 +162,21 @@ class EngineOptimizer(ABC):
         """Return a tensor to fill with an element-wise state and to give to `set_state`: the live one, or one of undefined
         values."""
         live, master = self.state_of(slot).get(state), slot.master.data
+        dtype = live.dtype if isinstance(live, torch.Tensor) else self._dtype_of(slot, state)
         if (
             isinstance(live, torch.Tensor)
-            and (live.shape, live.dtype, live.device) == (master.shape, master.dtype, master.device)
+            and (live.shape, live.device) == (master.shape, master.device)
             and live.is_contiguous()
         ):
             return live
-        return _empty_like(master)
+        return _empty_like(master, dtype)
+
+    def _dtype_of(self, slot: EngineSlot, state: str) -> torch.dtype:
+        """Return the dtype in which the base optimizer makes a state; the master's if that can't be told."""
+        if slot.group not in self._examples:
+            self._examples[slot.group] = example_states(self.base, self.live_group(slot.group), slot.master, {}) or {}
+        made = self._examples[slot.group].get(state)
+        return made.dtype if isinstance(made, torch.Tensor) else slot.master.dtype
 
     def set_state(self, slot: EngineSlot, states: Mapping[str, torch.Tensor], scalars: Mapping[str, float]) -> None:
         """Replace the base optimizer's state for a slot; without states and scalars, as if no step had been taken."""
@@ -207,13 +216,13 @@ class EngineOptimizer(ABC):
         return replace(kept_states(found, probed or {}, slot.master), steps=self.place_of_steps(slot.group))
 
 
-def _empty_like(master: torch.Tensor) -> torch.Tensor:
-    """Return an empty tensor like the master. numpy asks the system for large pages, with which a first pass takes half the
+def _empty_like(master: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return an empty tensor of the master's shape. numpy asks the system for large pages, with which a first pass takes half the
     time."""
     if master.device.type != "cpu":
-        return torch.empty_like(master, memory_format=torch.contiguous_format)
-    raw = np.empty(master.numel() * master.element_size(), np.uint8)
-    return torch.from_numpy(raw).view(master.dtype).view(master.shape)
+        return torch.empty_like(master, dtype=dtype, memory_format=torch.contiguous_format)
+    raw = np.empty(master.numel() * dtype.itemsize, np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(master.shape)
 
 
 def _is_number(value: Any) -> bool:

@@ -96,11 +96,12 @@ def example_states(
     """
     if type(optimizer).__name__ == MUON:
         if group["use_muon"]:
-            return {MOMENTUM: _nothing(master)}
+            return {MOMENTUM: _nothing(master, master.dtype)}
         optimizer = getattr(optimizer, "aux_optimizer", None)
     if optimizer is None or _is_compiled(type(optimizer)):
         names = _COMPILED_STATES["FusedAdam" if optimizer is None else type(optimizer).__name__]
-        return {"step": 0} | dict.fromkeys(names, _nothing(master))
+        whole = getattr(optimizer, "fp32_optimizer_states", False)  # the classes for CPUs have that
+        return {"step": 0} | dict.fromkeys(names, _nothing(master, torch.float32 if whole else master.dtype))
     probe = _stepped(optimizer, {**group, **settings}, master)
     return None if probe is None else probe.state[probe.param_groups[0]["params"][0]]
 
@@ -145,8 +146,8 @@ def example_settings(
     return {} if probe is None else probe.param_groups[0]
 
 
-def _nothing(master: torch.Tensor) -> torch.Tensor:
-    return torch.zeros((1,) * master.ndim, device=master.device)
+def _nothing(master: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros((1,) * master.ndim, dtype=dtype, device=master.device)
 
 
 def _apart(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -174,7 +175,7 @@ def _stepped(
 ) -> torch.optim.Optimizer | None:
     """Return a copy of the optimizer after a step on a scratch tensor, alone in a group; torch's optimizers make their states
     then."""
-    scratch = torch.zeros((2,) * master.ndim, device=master.device, requires_grad=True)
+    scratch = torch.zeros((2,) * master.ndim, dtype=master.dtype, device=master.device, requires_grad=True)
     scratch.grad = torch.zeros_like(scratch)
     try:
         probe = _apart(optimizer)
