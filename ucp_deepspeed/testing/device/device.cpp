@@ -108,6 +108,24 @@ struct PinnedAllocator final : c10::Allocator {
   void copy_data(void* to, const void* from, std::size_t size) const override { std::memcpy(to, from, size); }
 } pinned_allocator;
 
+// As CUDA's: memory that was allocated elsewhere is pinned, just as large as it is. Returns CUDA's numbers of errors.
+int register_host(uintptr_t address, int64_t size, unsigned int) {
+  std::lock_guard<std::recursive_mutex> guard(lock);
+  if (counts.pinned_budget >= 0 && counts.pinned_bytes + size > counts.pinned_budget) return 2;
+  if (!pinned.emplace(reinterpret_cast<void*>(address), std::make_pair(size_t(size), size_t(size))).second) return 712;
+  counts.pinned_bytes += size;
+  return 0;
+}
+
+int unregister_host(uintptr_t address) {
+  std::lock_guard<std::recursive_mutex> guard(lock);
+  auto found = pinned.find(reinterpret_cast<void*>(address));
+  if (found == pinned.end()) return 713;
+  counts.pinned_bytes -= found->second.second;
+  pinned.erase(found);
+  return 0;
+}
+
 bool is_pinned_address(const void* data) {
   std::lock_guard<std::recursive_mutex> guard(lock);
   for (const auto& [address, sizes] : pinned) {
@@ -143,8 +161,8 @@ bool concerns(const Late& each, c10::StreamId stream, bool with_host, int64_t la
 
 // Do what was queued on a stream; what goes to the host only if the host waits.
 void catch_up(c10::StreamId stream, bool with_host, int64_t last = LAST) {
+  std::vector<Late> left, now; // gone when the lock is free: a tensor that goes may wait for the interpreter's
   std::lock_guard<std::recursive_mutex> guard(lock);
-  std::vector<Late> left, now;
   for (auto& each : late) (concerns(each, stream, with_host, last) ? now : left).push_back(std::move(each));
   late = std::move(left);
   for (auto& each : now) each.act();
@@ -358,6 +376,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_data", [](const Tensor& param, const Tensor& data) {
     param.unsafeGetTensorImpl()->shallow_copy_from(data.getIntrusivePtr());
   });
+  m.def("cudaHostRegister", &register_host);
+  m.def("cudaHostUnregister", &unregister_host);
   m.def("current_device", [] { return int(current); });
   m.def("set_device", [](int device) { current = DeviceIndex(device); });
   m.def("device_count", [] { return int(COUNT); });

@@ -49,7 +49,7 @@ def _module() -> ModuleType:
     compiled = extension()
     for name in ("current_device", "set_device", "device_count", "synchronize"):
         setattr(found, name, getattr(compiled, name))
-    found.device = _Device
+    found.device, found.cudart = _Device, extension
     found.is_available = found.is_initialized = lambda: True
     found._is_in_bad_fork = lambda: False
     found.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
