@@ -1,4 +1,4 @@
-"""Read files straight into place, or through memory maps, and copy strided blocks."""
+"""Read files straight into place, or through memory maps or pinned memory, and copy strided blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import product
@@ -30,6 +30,7 @@ from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.layout.box import row_major_strides
 from ucp_deepspeed.plan import BlockCopy, Fragment, StridedView, Target, plan_tensor
+from ucp_deepspeed.transfer.staging import Lanes
 
 T = TypeVar("T")
 
@@ -84,21 +85,31 @@ class FileReader:
         """
         itemsize, span, dtype = ITEMSIZE[view.buffer.dtype], view.span(shape), NAMED_DTYPES[view.buffer.dtype]
         file, start = self._open(view, span)
-        if not file.is_mapped and (runs := _runs(view, shape)) is not None:
-            block, (starts, numel) = torch.empty(shape, dtype=dtype), runs
-            target, numbytes = memoryview(block.view(-1).view(torch.uint8).numpy()), numel * itemsize
-            for number, run in enumerate(starts):
-                file.read_into(start + run * itemsize, target[number * numbytes : (number + 1) * numbytes])
+        if not file.is_mapped and _runs(view, shape) is not None:
+            block = torch.empty(shape, dtype=dtype)
+            self.block_into(view, block)
             return block
         raw = file.range(start, start + span * itemsize)
         # torch reads aligned memory only; safetensors files from elsewhere may hold elements anywhere.
         aligned = raw if raw.data_ptr() % itemsize == 0 else raw.clone()
         return aligned.view(dtype).as_strided(shape, view.strides)
 
+    def block_into(self, view: StridedView[FileExtent], target: torch.Tensor) -> None:
+        """Read a block into contiguous memory of the CPU, of its shape and dtype: runs one by one, or by `block` if they are
+        short. The errors are those of `block`."""
+        runs, itemsize = _runs(view, tuple(target.shape)), ITEMSIZE[view.buffer.dtype]
+        if runs is None:
+            target.copy_(self.block(view, tuple(target.shape)))
+            return
+        file, start = self._open(view, view.span(tuple(target.shape)))
+        memory, numbytes = memoryview(target.view(-1).view(torch.uint8).numpy()), runs[1] * itemsize
+        for number, run in enumerate(runs[0]):
+            file.read_into(start + run * itemsize, memory[number * numbytes : (number + 1) * numbytes])
+
     def numbytes(self, view: StridedView[FileExtent], shape: tuple[int, ...]) -> int:
         """Return the bytes to read for a block: more than it has if its runs are short and the file isn't mapped."""
         file, _ = self._open(view, view.span(shape))
-        numel = prod(shape) if file.is_mapped or _runs(view, shape) is not None else view.span(shape)
+        numel = prod(shape) if _runs(view, shape) is not None or file.is_mapped else view.span(shape)
         return numel * ITEMSIZE[view.buffer.dtype]
 
     def _open(self, view: StridedView[FileExtent], span: int) -> tuple[_File, int]:
@@ -135,14 +146,21 @@ class FileReader:
         self._files.clear()
 
 
-def _runs(view: StridedView[FileExtent], shape: tuple[int, ...]) -> tuple[Sequence[int], int] | None:
-    """Return where each run of consecutive elements in a block begins, and their length; None if runs are too short to read."""
+def _run_of(view: StridedView[FileExtent], shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Return the length of each run of consecutive elements in a block, and the number of dimensions around it; None if runs are
+    too short to read."""
     numel, outer = 1, len(shape)
     while outer and (shape[outer - 1] == 1 or view.strides[outer - 1] == numel):
         outer -= 1
         numel *= shape[outer]
-    if numel * ITEMSIZE[view.buffer.dtype] < tunables.LEAST_RUN_NUMBYTES and outer:
+    return None if numel * ITEMSIZE[view.buffer.dtype] < tunables.LEAST_RUN_NUMBYTES and outer else (numel, outer)
+
+
+def _runs(view: StridedView[FileExtent], shape: tuple[int, ...]) -> tuple[Sequence[int], int] | None:
+    """Return where each run of a block begins, and their length; None if runs are too short to read."""
+    if (run := _run_of(view, shape)) is None:
         return None
+    numel, outer = run
     steps = (range(0, extent * stride, stride) for extent, stride in zip(shape[:outer], view.strides, strict=False))
     return [sum(place) for place in product(*steps)], numel
 
@@ -215,31 +233,44 @@ def run_copies(
     Args:
         buffer: the target buffer of a key, contiguous and on any device; it is indexed as one-dimensional.
         pool: the threads and memory to use; by default the calling thread, and `tunables.MEMORY_NUMBYTES`.
+
+    What is queued on an accelerator's current stream before is done before, and what is queued there later sees the values.
     """
-    count, pool = TransferCount(), pool or CopyPool()
-    for copy in copies:
-        flat = buffer(copy.target.buffer)
-        plain = _is_plain(copy, _block(flat, copy.target, copy.shape))  # then no memory is needed
-        widest = tunables.PART_NUMBYTES // ITEMSIZE[copy.sources[0].buffer.dtype] if plain else pool.span(copy)
-        for part in copy.parts(widest):
-            count.bytes_read += _numbytes(part, reader, plain)
-            pool.run(partial(_run, part, reader, flat))
-        count.copies += 1
-        count.files |= {view.buffer.path for view in copy.sources}
-    pool.wait()
+    count = TransferCount()
+    with closing(CopyPool()) if pool is None else nullcontext(pool) as threads:
+        for copy in copies:
+            flat = buffer(copy.target.buffer)
+            plain = _is_plain(copy, _block(flat, copy.target, copy.shape))
+            for part in threads.parts(copy, flat, plain):
+                count.bytes_read += _numbytes(part, reader, plain)
+                threads.run(partial(_run, part, reader, flat, threads.lanes))
+            count.copies += 1
+            count.files |= {view.buffer.path for view in copy.sources}
+        threads.wait()
     return count
 
 
-def _run(copy: BlockCopy[FileExtent, T], reader: FileReader, flat: torch.Tensor) -> None:
-    target = _block(flat, copy.target, copy.shape)
+def _run(copy: BlockCopy[FileExtent, T], reader: FileReader, flat: torch.Tensor, lanes: Lanes) -> None:
+    target, source = _block(flat, copy.target, copy.shape), copy.sources[0]
+    on_host, dtype = flat.device.type == "cpu", NAMED_DTYPES[source.buffer.dtype]
     if _is_plain(copy, target):
-        reader.read_into(copy.sources[0], target)
-        return
-    blocks = [reader.block(view, copy.shape) for view in copy.sources]
-    if len(blocks) > 1 or copy.factor != 1:  # in double precision the mean of equal values is that value, exactly
-        total = sum(blocks[1:], blocks[0].to(torch.float64))
-        blocks = [total * copy.factor.numerator / (len(blocks) * copy.factor.denominator)]
-    target.copy_(blocks[0])
+        reader.read_into(source, target)
+    elif not on_host and _is_as_read(copy):
+        lanes.fill(target, dtype, partial(reader.block_into, source))
+    else:
+        blocks = [reader.block(view, copy.shape) for view in copy.sources]
+        if not _is_as_read(copy):  # in double precision the mean of equal values is that value, exactly
+            total = sum(blocks[1:], blocks[0].to(torch.float64))
+            blocks = [total * copy.factor.numerator / (len(blocks) * copy.factor.denominator)]
+        if on_host:
+            target.copy_(blocks[0])
+        else:
+            lanes.fill(target, target.dtype, lambda staged: staged.copy_(blocks[0]))
+
+
+def _is_as_read(copy: BlockCopy[FileExtent, T]) -> bool:
+    """Return whether the values of a file are taken over as they are."""
+    return len(copy.sources) == 1 and copy.factor == 1
 
 
 def _numbytes(copy: BlockCopy[FileExtent, T], reader: FileReader, plain: bool) -> int:
@@ -255,7 +286,7 @@ def _is_plain(copy: BlockCopy[FileExtent, T], target: torch.Tensor) -> bool:
     dense = row_major_strides(copy.shape)
     places = zip(copy.shape, source.strides, dense, strict=True)
     in_a_row = all(count == 1 or stride == step for count, stride, step in places)
-    kept = len(copy.sources) == 1 and copy.factor == 1 and target.dtype == NAMED_DTYPES[source.buffer.dtype]
+    kept = _is_as_read(copy) and target.dtype == NAMED_DTYPES[source.buffer.dtype]
     return kept and in_a_row and target.is_contiguous() and target.device.type == "cpu"
 
 
@@ -268,14 +299,41 @@ class CopyPool:
     """
 
     def __init__(self, threads: int = 1, memory_numbytes: int = tunables.MEMORY_NUMBYTES) -> None:
-        self._threads, self._memory_numbytes = threads, memory_numbytes
+        self._threads, self._share = threads, memory_numbytes // threads
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
         self._pending: deque[Future[None]] = deque()
+        both = max(1 << max(3 * self._share // 4, 64).bit_length() - 1, 64)  # a quarter is left for other blocks
+        self.lanes = Lanes(min(both // 2, tunables.PART_NUMBYTES))
+
+    def parts(
+        self, copy: BlockCopy[FileExtent, T], flat: torch.Tensor, plain: bool
+    ) -> Iterable[BlockCopy[FileExtent, T]]:
+        """Split a copy so that its parts keep to the memory.
+
+        Args:
+            plain: whether it needs none.
+        """
+        if flat.device.type != "cpu":
+            self.lanes.follow(flat.device)
+            return self._staged_parts(copy, flat)
+        return copy.parts(
+            tunables.PART_NUMBYTES // ITEMSIZE[copy.sources[0].buffer.dtype] if plain else self.span(copy)
+        )
+
+    def _staged_parts(self, copy: BlockCopy[FileExtent, T], flat: torch.Tensor) -> Iterable[BlockCopy[FileExtent, T]]:
+        """Split a copy into parts that fit in a lane's buffer; what lies between runs that are read one by one needs no room."""
+        view = copy.sources[0]
+        most = self.lanes.numbytes // max(ITEMSIZE[view.buffer.dtype], flat.element_size())
+        if not _is_as_read(copy) or _run_of(view, copy.shape) is None:
+            yield from copy.parts(min(most, self.span(copy) // 4) or 1)
+            return
+        for part in copy.parts(most * view.span(copy.shape) // max(prod(copy.shape), 1)):
+            yield from [part] if prod(part.shape) <= most else part.parts(most)
 
     def span(self, copy: BlockCopy[FileExtent, T]) -> int:
         """Return how many elements a part of a copy may span: each source holds them as read and in double precision."""
         widths = [ITEMSIZE[view.buffer.dtype] + ITEMSIZE["F64"] for view in copy.sources]
-        return max(min(self._memory_numbytes // self._threads, tunables.PART_NUMBYTES) // sum(widths), 1)
+        return max(min(self._share, tunables.PART_NUMBYTES) // sum(widths), 1)
 
     def run(self, work: Callable[[], None]) -> None:
         """Do the work now, or soon on another thread; wait while there is enough to do."""
@@ -287,14 +345,16 @@ class CopyPool:
             self._pending.popleft().result()
 
     def wait(self) -> None:
-        """Wait until all is done; raise the first error."""
+        """Wait until all is done, or will be before what is queued later on an accelerator; raise the first error."""
         while self._pending:
             self._pending.popleft().result()
+        self.lanes.join()
 
     def close(self) -> None:
         """End the threads; work that hasn't begun is left undone."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        self.lanes.close()
 
 
 def _block(flat: torch.Tensor, view: StridedView[T], shape: tuple[int, ...]) -> torch.Tensor:
