@@ -8,6 +8,7 @@ import os
 import resource
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ import torch
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 
 from ucp_deepspeed import tunables
-from ucp_deepspeed.engine.saving.snapshot import FileSnapshot, HostBuffers, snapshot
+from ucp_deepspeed.engine.saving.host_memory import Need, check_room
+from ucp_deepspeed.engine.saving.snapshot import FileSnapshot, HostBuffers, describe
+from ucp_deepspeed.errors import SaveError
+from ucp_deepspeed.testing.ranks import get_pool
 
 
 def everything() -> dict[str, Any]:
@@ -38,6 +42,14 @@ def everything() -> dict[str, Any]:
         "storage": torch.arange(4).untyped_storage(),
         "text": ["é", None, 1.5, {"x": (1, 2)}],
     }
+
+
+def snapshot(state: Any, name: str, buffers: HostBuffers, apart: bool) -> FileSnapshot:
+    """Copy what a file holds."""
+    files = [describe(state, name, apart)]
+    buffers.make_room(files)
+    (found,) = buffers.copy(files)
+    return found
 
 
 def files(folder: Path, taken: FileSnapshot, expected: Any) -> list[bytes]:
@@ -71,7 +83,6 @@ def test_later_changes_are_not_in_it_and_buffers_are_used_again(tmp_path: Path) 
     state, buffers = everything(), HostBuffers()
     held = []
     for value in (1.0, 2.0):
-        buffers.reuse()
         state["whole"].fill_(value)
         state["text"][3]["x"] = value
         taken = snapshot(state, "a.pt", buffers, apart=False)
@@ -95,13 +106,25 @@ def test_buffers_are_the_hosts_whatever_the_default_device_is(apart: bool, tmp_p
     assert [(buffer.device.type, buffer.is_inference()) for buffer in buffers.taken] == [("cpu", False)]
 
 
-def test_buffers_that_nobody_takes_are_freed() -> None:
+def test_memory_that_does_not_fit_any_more_is_freed_before_other_is_taken() -> None:
     buffers = HostBuffers()
-    for sizes, held in (((100, 100, 50), 250), ((100,), 250), ((100, 7), 107)):
-        buffers.reuse()
-        for size in sizes:
-            assert buffers.take(size).numel() == size
+    for numbers, missing, held in (((100, 50), 448 + 256, 704), ((100, 50), 0, 704), ((100,), 448, 448)):
+        described = [describe({"x": [torch.zeros(number) for number in numbers]}, "a.pt", apart=False)]
+        assert buffers.make_room(described) == (0, missing)
+        assert buffers.bytes_held == held - missing
+        buffers.copy(described)
         assert buffers.bytes_held == held
+
+
+def test_too_little_memory_is_told_by_machine() -> None:
+    """Ranks of one machine share its memory."""
+    enough = [Need("a", 3 << 20, 1 << 20, 8 << 20), Need("a", 0, 4 << 20, 9 << 20), Need("b", 100 << 20, 0, None)]
+    check_room(enough)
+    with pytest.raises(
+        SaveError, match=r"^a has 8.4 MB .* of 3 ranks take 3.1 MB .* accelerators, and 5.2 MB for others; .*async"
+    ):
+        check_room([*enough, Need("a", 0, 1, 8 << 20)])
+    assert Need.here(0, 0).free, "known on Linux"
 
 
 def test_one_storage_seen_as_two_types_is_refused_as_by_torch() -> None:
@@ -131,3 +154,65 @@ def test_a_full_disk_does_not_end_the_process(tmp_path: Path) -> None:
         os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert (tmp_path / "a.pt").stat().st_size == 0
+
+
+def of_an_accelerator() -> dict[str, Any]:
+    """Tensors of a device, some of which share a storage, and others of the host."""
+    flat = torch.arange(50_000.0, device="standin")
+    return {
+        "views": [flat[:10], flat[50:90].view(8, 5).t()],
+        "gaps": torch.arange(24, device="standin").view(4, 6)[:, ::2],
+        "small": [torch.full((3,), float(number), device="standin").bfloat16() for number in range(5)],
+        "empty": torch.empty(0, device="standin"),
+        "number": torch.tensor(3.5, device="standin"),
+        "offloaded": torch.arange(7000.0),
+    }
+
+
+def snapshots_on_device(folder: Path, way: str, apart: bool) -> list[tuple[bool, int, int]]:
+    """On a rank: for two saves whether the file is torch's, the bytes that were pinned, and those that were held; then the bytes
+    that stay pinned."""
+    from ucp_deepspeed.testing.device.stand_in import extension
+
+    module: Any = torch.get_device_module("standin")
+    runtime, most = module.cudart, tunables.PART_NUMBYTES
+    before, tunables.PART_NUMBYTES = extension().pinned_bytes(), 1 << 14
+    try:
+        if way == "staged":
+            module.cudart = None
+        if way == "refused":
+            module.cudart = lambda: SimpleNamespace(cudaHostRegister=lambda *_: 2)
+        buffers, seen = HostBuffers(), []
+        for value in (1.0, 2.0):
+            state = of_an_accelerator()
+            state["views"][0].fill_(value)
+            state["offloaded"].fill_(value)
+            expected = clone_tensors_for_torch_save(state) if apart else state
+            (folder / "torch").mkdir(exist_ok=True)
+            torch.save(expected, folder / "torch" / "a.pt")
+            taken = snapshot(state, "a.pt", buffers, apart)
+            taken.write(folder)  # before any operation that the device would wait for
+            written = [(folder / "a.pt").read_bytes()]
+            for tensor in (state["views"][0], state["offloaded"]):
+                tensor.zero_()
+            taken.write(folder)
+            written.append((folder / "a.pt").read_bytes())
+            same = written == 2 * [(folder / "torch" / "a.pt").read_bytes()]
+            seen.append((same, extension().pinned_bytes() - before, buffers.bytes_held))
+        del buffers, taken
+        gc.collect()
+        return [*seen, (True, extension().pinned_bytes() - before, 0)]
+    finally:
+        module.cudart, tunables.PART_NUMBYTES = runtime, most
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("way", ["registered", "staged", "refused"])
+def test_an_accelerators_tensors_take_no_more_than_they_have(way: str, apart: bool, tmp_path: Path) -> None:
+    """Memory of their size is pinned, or two buffers are; nothing is for what is on the host. All is given back."""
+    ((first, second, end),) = get_pool(1, "standin").run(snapshots_on_device, tmp_path, way, apart)
+    device, host = (4 * (10 + 40) + 60 + 6 * 5 if apart else 200_000) + 24 * 8, 28_000
+    same, pinned, held = first
+    assert first == second and same and end[1] == 0
+    assert device + host <= held <= device + host + 64 * 14
+    assert pinned == (held - -(-host // 64) * 64 if way == "registered" else 1 << 15)

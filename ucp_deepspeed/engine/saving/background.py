@@ -24,19 +24,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from errno import ENOENT, ENOTDIR
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from deepspeed import comm as dist
 from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo, TorchCheckpointEngine
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.deepspeed_types import Engine
-from ucp_deepspeed.engine.saving.snapshot import FileSnapshot, HostBuffers, snapshot
+from ucp_deepspeed.engine.saving.host_memory import Need, check_room
+from ucp_deepspeed.engine.saving.snapshot import DescribedFile, FileSnapshot, HostBuffers, describe
 from ucp_deepspeed.errors import ConfigError, SaveError
 from ucp_deepspeed.transfer.commit import flush, remove_partial_folder, replace_text
 from ucp_deepspeed.waiting import end_of_process
@@ -74,39 +76,38 @@ def check_background(engine: Engine) -> None:
 
 
 class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
-    """Stands in for DeepSpeed's ``TorchCheckpointEngine`` during one ``save_checkpoint``; `save` only copies.
+    """Stands in for DeepSpeed's ``TorchCheckpointEngine`` during one ``save_checkpoint``; `save` only notes what is to be saved.
 
-    It keeps an error until DeepSpeed is through with its barriers (`check`), so that no rank waits there for one that failed.
-    ``files`` are then to be written.
+    It keeps an error until DeepSpeed is through with its barriers, so that no rank waits there for one that failed. `copied` then
+    copies what was noted.
     """
 
     def __init__(self, engine: Engine, folder: Path) -> None:
         super().__init__()
         self.name = "SnapshotEngine"
-        self.files: list[FileSnapshot] = []
+        self._files: list[DescribedFile] = []
         self._native, self._folder = engine.checkpoint_engine, folder
         self._experts, self._zero = engine.has_moe_layers, engine.zero_optimization()
         self._error: SaveError | None = None
         self._buffers = vars(engine).setdefault(BUFFERS, HostBuffers())
-        self._buffers.reuse()
 
     def create(self, info: CheckpointCommitInfo) -> None:
         """Do nothing; DeepSpeed calls this first."""
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Copy what ``torch.save`` would write."""
+        """Note what ``torch.save`` would write."""
         with self._keeping(path):
             name = str(Path(path).absolute().relative_to(self._folder))
             # Otherwise DeepSpeed clones layers of pipelines (``runtime/pipe/module.py``, ``save_state_dict``), and with experts
             # all files but ZeRO's (``runtime/engine.py``, ``_save_moe_checkpoint``).
             partition = self._zero and name.endswith("optim_states.pt")
             cloned = name.startswith("layer_") or (self._experts and not partition)
-            self.files.append(snapshot(state_dict, name, self._buffers, apart=cloned))
+            self._files.append(describe(state_dict, name, apart=cloned))
 
     @contextmanager
     def in_place_of_files(self, engine: Engine) -> Iterator[None]:
         """Be the engine's checkpoint engine in the block. DeepSpeed also writes recovery scripts past it, on rank 0 and between
-        two barriers; errors of that are kept until `check` too."""
+        two barriers; errors of that are kept until `copied` too."""
         copy_scripts = engine._copy_recovery_script
 
         def copy_scripts_or_keep(folder: str) -> None:
@@ -139,10 +140,28 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
         """Return False: DeepSpeed needn't clone tensors before it saves them, since copying them does the same."""
         return False
 
-    def check(self) -> None:
-        """Raise the first error: something can't be pickled, or DeepSpeed couldn't write what it writes itself."""
-        if self._error is not None:
-            raise self._error
+    def copied(self) -> list[FileSnapshot]:
+        """Copy into host memory what is to be saved, once it is known that there is room for it. Collective.
+
+        Raises:
+            SaveError: something can't be pickled, DeepSpeed couldn't write what it writes itself, or memory is short.
+        """
+        with agreement(tells=True) as told:
+            if self._error is not None:
+                raise self._error
+            told.mine = Need.here(*self._buffers.make_room(self._files))
+        if dist.get_rank() == 0 and any(need.numbytes for need in told.values):
+            largest = max(told.values, key=lambda need: need.numbytes)
+            logger.info("snapshots take up to %s on a rank, from one save to the next", largest)
+        check_room(told.values)
+        with agreement():
+            try:
+                return self._buffers.copy(self._files)
+            except (OSError, RuntimeError) as error:
+                need = told.values[dist.get_rank()]
+                raise SaveError(
+                    f"{self._folder} can't be saved, since memory is short; snapshots take {need}: {error}"
+                ) from error
 
     @contextmanager
     def _keeping(self, path: str) -> Iterator[None]:
@@ -376,7 +395,7 @@ def _settle(writing: Writing) -> None:
         writing.give_up()
         writing.clear()
         writing.outcome = error
-    writing.settled = True
+    writing.settled, writing.job = True, replace(writing.job, files=())  # its memory may be needed
 
 
 def last_failure() -> BaseException | None:

@@ -141,8 +141,8 @@ def _save_in_background(
         taken = SnapshotEngine(engine, folder)
         with taken.in_place_of_files(engine):
             saved = native(save_dir, tag=tag, save_latest=False, **rest)
+        files = taken.copied()
         with agreement(tells=True) as told:
-            taken.check()
             told.mine = packed_random_state(engine)
         texts = dict([random_states_file(told.values)]) if rank == 0 else {}
     except BaseException:
@@ -165,7 +165,7 @@ def _save_in_background(
         _warn_if_unreadable(engine, folder)
 
     timeout = engine.universal_checkpoint_config.save.timeout
-    begin(engine, Job(partial, folder, tuple(taken.files), texts, commit, rank, world_size, timeout))
+    begin(engine, Job(partial, folder, tuple(files), texts, commit, rank, world_size, timeout))
     return saved
 
 

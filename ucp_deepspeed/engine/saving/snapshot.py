@@ -1,5 +1,7 @@
-"""Snapshots: the content of a ``torch.save`` file, copied at once into host memory, and written later, byte for byte as
-``torch.save`` would have written it. So tensors that share a storage still do.
+"""Snapshots: the content of a ``torch.save`` file, copied into host memory, and written later, byte for byte as ``torch.save``
+would have written it. So tensors that share a storage still do.
+
+`describe` makes everything but the bytes of tensors, so that it is known what these take before it is taken.
 """
 
 from __future__ import annotations
@@ -7,18 +9,18 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch.serialization import DEFAULT_PROTOCOL
 
 from ucp_deepspeed import tunables
+from ucp_deepspeed.engine.saving.host_memory import HostMemory
 from ucp_deepspeed.transfer.commit import flush
 
 
@@ -76,79 +78,118 @@ def _why_not_longer(path: Path) -> OSError | None:
     return None
 
 
-class HostBuffers:
-    """Buffers in host memory that one save after the other uses; pinned if there is an accelerator.
-
-    A buffer has exactly the size that is asked for: the sizes of a run's tensors don't change from save to save.
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A tensor that is still to be copied.
 
     Attributes:
-        taken: buffers taken since the last `reuse`.
-        bytes_copied: bytes copied into buffers since then.
+        like: a tensor of no memory, with the shape, dtype and strides that the copy has.
+    """
+
+    source: torch.Tensor
+    like: torch.Tensor
+
+    @property
+    def numbytes(self) -> int:
+        """Return the bytes that the copy takes."""
+        return self.like.untyped_storage().nbytes()
+
+    @property
+    def room(self) -> int:
+        """Return them up to where the next copy may begin."""
+        return -(-self.numbytes // tunables.ALIGNMENT_NUMBYTES) * tunables.ALIGNMENT_NUMBYTES
+
+    @property
+    def on_host(self) -> bool:
+        """Return whether the tensor is in host memory already."""
+        return self.source.device.type == "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class DescribedFile:
+    """A file, with its tensors where they are.
+
+    Attributes:
+        name: its path in the tag folder.
+        records: records of the zip file, in order: name → bytes, or the tensor with the record's content.
+    """
+
+    name: str
+    records: tuple[tuple[str, bytes | Copy], ...]
+
+    @property
+    def copies(self) -> list[Copy]:
+        """Return the tensors to copy."""
+        return [data for _, data in self.records if isinstance(data, Copy)]
+
+
+class HostBuffers:
+    """Host memory for snapshots, which one save after the other uses: one piece for what is copied from an accelerator, and one
+    for what is on the host. They have the size that is needed, which doesn't change from save to save.
+
+    Attributes:
+        taken: buffers of the last save.
+        bytes_copied: bytes that it copied into them.
     """
 
     def __init__(self) -> None:
-        self.bytes_copied = 0
-        self._free: dict[int, list[torch.Tensor]] = {}
         self.taken: list[torch.Tensor] = []
-        self._pinned = get_accelerator().device_name() != "cpu"
+        self.bytes_copied = 0
+        self._pieces: dict[bool, HostMemory] = {}
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of all buffers."""
-        return sum(buffer.numel() for buffer in (*self.taken, *(one for free in self._free.values() for one in free)))
+        """Bytes of all memory."""
+        return sum(piece.numbytes for piece in self._pieces.values())
 
-    def reuse(self) -> None:
-        """Let all buffers be taken anew; free those that the last save didn't take."""
-        self._free, taken, self.taken, self.bytes_copied = {}, self.taken, [], 0
-        for buffer in taken:
-            self._free.setdefault(buffer.numel(), []).append(buffer)
+    def make_room(self, files: Sequence[DescribedFile]) -> tuple[int, int]:
+        """Keep what fits these files; free the rest. Return the bytes that `copy` takes anew: for tensors of accelerators, and
+        for others."""
+        self.taken = []
+        wanted = {on_host: sum(copy.room for copy in _of(files, on_host)) for on_host in (False, True)}
+        self._pieces = {on_host: piece for on_host, piece in self._pieces.items() if piece.numbytes == wanted[on_host]}
+        missing = {on_host: 0 if on_host in self._pieces else numbytes for on_host, numbytes in wanted.items()}
+        return missing[False], missing[True]
 
-    def take(self, size: int) -> torch.Tensor:
-        """Return a buffer of so many bytes, with undefined content."""
-        free = self._free.get(size)
-        buffer = free.pop() if free else self._new(size)
-        self.taken.append(buffer)
-        return buffer
+    def copy(self, files: Sequence[DescribedFile]) -> list[FileSnapshot]:
+        """Copy the tensors of these files; later changes of them aren't in the snapshots. Call `make_room` before.
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Begin to copy; `wait` ends it."""
-        self.bytes_copied += source.numel() * source.element_size()
-        plain = source.is_contiguous() and not (source.is_conj() or source.is_neg())
-        if plain and source.device.type == "cpu" and target.is_contiguous():
-            _copy_bytes(_bytes(source), _bytes(target))
-        else:
-            target.copy_(source, non_blocking=self._pinned)
+        Raises:
+            OSError: the system doesn't give so much memory.
+        """
+        self.taken, self.bytes_copied = [], 0
+        buffers = {id(copy): buffer for on_host in (False, True) for copy, buffer in self._filled(_of(files, on_host))}
+        return [
+            FileSnapshot(file.name, tuple((name, buffers.get(id(data), data)) for name, data in file.records))  # type: ignore[misc]
+            for file in files
+        ]
 
-    def wait(self) -> None:
-        """Wait until all copies are done."""
-        if self._pinned:
-            get_accelerator().synchronize()
-
-    def _new(self, size: int) -> torch.Tensor:
-        with torch.inference_mode(False):  # later saves write to it outside of that mode
-            return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._pinned and size > 0)
-
-
-def _bytes(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.view(-1).view(torch.uint8).numpy()
-
-
-def _copy_bytes(source: np.ndarray, target: np.ndarray) -> None:
-    """Copy with the C library's ``memmove``, which goes around the caches and takes two thirds of the time of torch's own
-    copy."""
-    threads = torch.get_num_threads()
-    if threads == 1 or source.size < tunables.LEAST_SHARED_NUMBYTES:
-        np.copyto(target, source)
-        return
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(np.copyto, np.array_split(target, threads), np.array_split(source, threads)))
-    except RuntimeError:  # no thread can be started: the process has come to its end
-        np.copyto(target, source)
+    def _filled(self, copies: Sequence[Copy]) -> list[tuple[Copy, torch.Tensor]]:
+        """Return buffers with the tensors' bytes; all of the tensors are on the host, or none is."""
+        if not (numbytes := sum(copy.room for copy in copies)):
+            return [(copy, torch.empty(0, dtype=torch.uint8, device="cpu")) for copy in copies]
+        on_host = copies[0].on_host
+        if on_host not in self._pieces:
+            self._pieces[on_host] = HostMemory(numbytes, None if on_host else copies[0].source.device)
+        starts, piece = accumulate((copy.room for copy in copies), initial=0), self._pieces[on_host]
+        found = [(copy, piece.buffer(start, copy.numbytes)) for copy, start in zip(copies, starts, strict=False)]
+        piece.fill([(copy.source, _laid_out(copy.like, buffer.untyped_storage())) for copy, buffer in found])
+        self.taken += [buffer for _, buffer in found]
+        self.bytes_copied += sum(copy.source.numel() * copy.source.element_size() for copy in copies)
+        return found
 
 
-def snapshot(state: Any, file_name: str, buffers: HostBuffers, apart: bool) -> FileSnapshot:
-    """Copy everything that ``torch.save(state)`` would write; later changes of ``state`` aren't in the copy.
+def _of(files: Sequence[DescribedFile], on_host: bool) -> list[Copy]:
+    return [copy for file in files for copy in file.copies if copy.on_host == on_host]
+
+
+def _laid_out(like: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
+    """Return a tensor on the host whose memory is the storage."""
+    return torch.empty(0, dtype=like.dtype, device="cpu").set_(storage, 0, like.shape, like.stride())  # type: ignore[call-overload]
+
+
+def describe(state: Any, file_name: str, apart: bool) -> DescribedFile:
+    """Return everything that ``torch.save(state)`` would write but the contents of tensors.
 
     Args:
         apart: give each tensor a storage of its own on the CPU, of its own size, as DeepSpeed's
@@ -157,19 +198,21 @@ def snapshot(state: Any, file_name: str, buffers: HostBuffers, apart: bool) -> F
     Raises:
         Exception: any error that pickling raises.
     """
-    placed: dict[int, torch.Tensor] = {}
-    found, storages = _records(_apart(state, buffers, placed) if apart else state)
-    records: list[tuple[str, bytes | torch.Tensor]] = []
+    placed: dict[int, Copy] = {}
+    found, storages = _records(_apart(state, placed) if apart else state)
+    records: list[tuple[str, bytes | Copy]] = []
     for name, data in found:
-        if data is None:
+        if data is not None:
+            records.append((name, data))
+        else:
             storage = storages[name.removeprefix("data/")]
-            data = placed.get(storage._cdata)
-            if data is None:
-                data = buffers.take(storage.nbytes())
-                buffers.copy(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage), data)
-        records.append((name, data))
-    buffers.wait()
-    return FileSnapshot(file_name, tuple(records))
+            records.append((name, placed.get(storage._cdata) or _whole(storage)))
+    return DescribedFile(file_name, tuple(records))
+
+
+def _whole(storage: torch.UntypedStorage) -> Copy:
+    source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return Copy(source, torch.empty_like(source, device="meta"))
 
 
 def _records(state: Any) -> tuple[list[tuple[str, bytes | None]], dict[str, torch.UntypedStorage]]:
@@ -214,28 +257,24 @@ class _Collector:
         self.records.append((name, None))
 
 
-def _apart(item: Any, buffers: HostBuffers, placed: dict[int, torch.Tensor]) -> Any:
-    """Copy the containers and tensors that ``clone_tensors_for_torch_save`` copies."""
+def _apart(item: Any, placed: dict[int, Copy]) -> Any:
+    """Take apart the containers and tensors that ``clone_tensors_for_torch_save`` copies."""
     if torch.is_tensor(item):
-        return _placed(item.detach(), buffers, placed)
+        return _placed(item.detach(), placed)
     if isinstance(item, list):
-        return [_apart(value, buffers, placed) for value in item]
+        return [_apart(value, placed) for value in item]
     if isinstance(item, tuple):
-        return tuple(_apart(value, buffers, placed) for value in item)
+        return tuple(_apart(value, placed) for value in item)
     if isinstance(item, dict):
-        return type(item)({key: _apart(value, buffers, placed) for key, value in item.items()})
+        return type(item)({key: _apart(value, placed) for key, value in item.items()})
     return item
 
 
-def _placed(tensor: torch.Tensor, buffers: HostBuffers, placed: dict[int, torch.Tensor]) -> torch.Tensor:
-    """Return a clone on the CPU whose memory is a buffer; ``placed`` gets the buffer of its storage."""
+def _placed(tensor: torch.Tensor, placed: dict[int, Copy]) -> torch.Tensor:
+    """Return what stands for a clone on the CPU, whose memory nobody touches; ``placed`` gets the copy to make by its storage."""
     if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.is_quantized:
         return tensor.clone() if tensor.device.type == "cpu" else tensor.to("cpu")
-    like = torch.empty_like(tensor, device="meta")  # with the strides that a clone has
-    buffer = buffers.take(like.untyped_storage().nbytes())
-    clone = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(
-        buffer.untyped_storage(), 0, like.shape, like.stride()
-    )
-    buffers.copy(tensor, clone)
-    placed[clone.untyped_storage()._cdata] = buffer
+    copy = Copy(tensor, torch.empty_like(tensor, device="meta"))  # with the strides that a clone has
+    clone = _laid_out(copy.like, torch.UntypedStorage(copy.numbytes, device="cpu"))
+    placed[clone.untyped_storage()._cdata] = copy
     return clone

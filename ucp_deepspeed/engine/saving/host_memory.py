@@ -1,0 +1,206 @@
+"""Host memory that tensors are copied into, of just the size that they need."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import platform
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ucp_deepspeed import tunables
+from ucp_deepspeed.errors import SaveError
+from ucp_deepspeed.transfer.staging import pinned
+
+logger = logging.getLogger("ucp_deepspeed")
+
+
+class HostMemory:
+    """One piece of host memory.
+
+    torch rounds sizes of pinned blocks up to powers of two (``ATen/core/CachingHostAllocator.h``). So this is plain memory, which
+    the runtime of CUDA or ROCm registers. Elsewhere tensors of an accelerator come by way of two pinned buffers.
+
+    Args:
+        device: an accelerator whose tensors are copied; None if they are on the host.
+
+    Raises:
+        OSError: the system doesn't give so much memory.
+    """
+
+    def __init__(self, numbytes: int, device: torch.device | None) -> None:
+        self.numbytes = numbytes
+        self._memory = mmap.mmap(-1, numbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError, AttributeError):  # fewer pages to prepare, where the system has large ones
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self.is_registered = device is not None and self._register(device)
+        self._stages = None if device is None or self.is_registered else _Stages()
+
+    def _register(self, device: torch.device) -> bool:
+        runtime = getattr(torch.get_device_module(device), "cudart", None)
+        if runtime is None:
+            return False
+        self._memory.madvise(mmap.MADV_DONTFORK)  # otherwise the page that the device writes to could become a child's
+        address = self.buffer(0, 1).data_ptr()
+        if code := int(runtime().cudaHostRegister(address, self.numbytes, 1)):  # 1: for all devices
+            with suppress(RuntimeError):  # this takes the error, which torch would tell at the user's next kernel
+                torch.zeros(1, device=device)
+            told = "%d bytes of host memory can't be pinned (error %d of the device's runtime), so that snapshots take longer"
+            logger.warning(told, self.numbytes, code)
+            return False
+        # The end of the process frees all, and the runtime may be gone by then.
+        weakref.finalize(self, _unregister, runtime, address, self._memory).atexit = False
+        return True
+
+    def buffer(self, start: int, numbytes: int) -> torch.Tensor:
+        """Return a part of the memory as bytes, with a storage of their own."""
+        with torch.inference_mode(False):  # later saves write to it outside of that mode
+            if numbytes == 0:
+                return torch.empty(0, dtype=torch.uint8, device="cpu")
+            return torch.frombuffer(self._memory, dtype=torch.uint8, count=numbytes, offset=start)
+
+    def fill(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Copy tensors into others, which lie in this memory; return when all is there."""
+        for source, target in (pair for pair in copies if pair[0].numel()):
+            plain = source.is_contiguous() and target.is_contiguous() and not (source.is_conj() or source.is_neg())
+            if plain and source.device.type == "cpu":
+                _copy_bytes(_bytes(source), _bytes(target))
+            elif plain and self._stages is not None:
+                self._stages.copy(_bytes(source), _bytes(target))
+            else:
+                target.copy_(source, non_blocking=self.is_registered)
+        if self._stages is not None:
+            self._stages.end()
+        if self.is_registered:
+            for device in {source.device for source, _ in copies}:
+                torch.accelerator.current_stream(device).synchronize()
+
+
+def _unregister(runtime: Callable[[], Any], address: int, memory: mmap.mmap) -> None:
+    """Undo what `HostMemory` did; ``memory`` stays until then."""
+    runtime().cudaHostUnregister(address)
+
+
+class _Stages:
+    """Two pinned buffers, by way of which bytes come from an accelerator: one is emptied while the other is filled."""
+
+    def __init__(self) -> None:
+        self._free = deque(pinned(2 * tunables.PART_NUMBYTES).split(tunables.PART_NUMBYTES))
+        self._begun: deque[tuple[torch.Event, torch.Tensor, torch.Tensor]] = deque()
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Begin to copy bytes of an accelerator."""
+        parts = (each.split(tunables.PART_NUMBYTES) for each in (source, target))
+        for source_part, target_part in zip(*parts, strict=True):
+            if not self._free:
+                self._end_first()
+            stage = self._free.popleft()
+            stage[: source_part.numel()].copy_(source_part, non_blocking=True)
+            self._begun.append((torch.accelerator.current_stream(source.device).record_event(), stage, target_part))
+
+    def _end_first(self) -> None:
+        copied, stage, target = self._begun.popleft()
+        copied.synchronize()
+        _copy_bytes(stage[: target.numel()], target)
+        self._free.append(stage)
+
+    def end(self) -> None:
+        """Return when all is there."""
+        while self._begun:
+            self._end_first()
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _copy_bytes(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy with the C library's ``memmove``, which goes around the caches and takes two thirds of the time of torch's own
+    copy."""
+    threads, read, written = torch.get_num_threads(), source.numpy(), target.numpy()
+    if threads == 1 or read.size < tunables.LEAST_SHARED_NUMBYTES:
+        np.copyto(written, read)
+        return
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(np.copyto, np.array_split(written, threads), np.array_split(read, threads)))
+    except RuntimeError:  # no thread can be started: the process has come to its end
+        np.copyto(written, read)
+
+
+def free_numbytes() -> int | None:
+    """Return how many bytes of host memory may still be taken, on the machine or in the control groups of this process; None if
+    the system doesn't tell."""
+    found: list[int] = []
+    with suppress(OSError, ValueError):
+        lines = (line.split() for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        sizes = {words[0]: int(words[1]) * 1024 for words in lines}
+        found.append(sizes["MemAvailable:"] + sizes["SwapFree:"])
+    with suppress(OSError, ValueError):
+        group = Path("/proc/self/cgroup").read_text(encoding="utf-8").partition("0::/")[2].partition("\n")[0]
+        root = Path("/sys/fs/cgroup")
+        for folder in (root / group, *(root / group).parents):
+            if (limit := folder / "memory.max").is_file() and (
+                most := limit.read_text(encoding="ascii").strip()
+            ) != "max":
+                words = (folder / "memory.stat").read_text(encoding="ascii").split()
+                stat = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+                used = int((folder / "memory.current").read_text(encoding="ascii"))
+                found.append(int(most) - used + stat["active_file"] + stat["inactive_file"])
+    return min(found, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Host memory that a rank is about to take for snapshots.
+
+    Attributes:
+        machine: the host's name, which containers have of their own.
+        copied: bytes for what is copied from an accelerator.
+        plain: bytes for what is on the host.
+        free: see `free_numbytes`.
+    """
+
+    machine: str
+    copied: int
+    plain: int
+    free: int | None
+
+    @property
+    def numbytes(self) -> int:
+        """Return all bytes."""
+        return self.copied + self.plain
+
+    def __str__(self) -> str:
+        return f"{self.copied / 1e6:.1f} MB of host memory for tensors of accelerators, and {self.plain / 1e6:.1f} MB for others"
+
+    @classmethod
+    def here(cls, copied: int, plain: int) -> Need:
+        """Return the need of this process."""
+        return cls(platform.node(), copied, plain, free_numbytes())
+
+
+def check_room(needs: Sequence[Need]) -> None:
+    """Check that each machine has the memory that its ranks need.
+
+    Raises:
+        SaveError: says what is needed and what is free.
+    """
+    for machine in dict.fromkeys(need.machine for need in needs):
+        here = [need for need in needs if need.machine == machine]
+        free = min((need.free for need in here if need.free is not None), default=None)
+        in_all = Need(machine, sum(need.copied for need in here), sum(need.plain for need in here), free)
+        if free is not None and in_all.numbytes > free:
+            raise SaveError(
+                f"{machine} has {free / 1e6:.1f} MB of host memory left, and the snapshots of {len(here)} ranks take {in_all}; "
+                f"make room, or set \"async\": false in 'universal_checkpoint.save'"
+            )
