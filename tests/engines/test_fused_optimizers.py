@@ -114,6 +114,26 @@ def test_counts_and_rates_on_the_device(name: str, kind: Any, ranks: Ranks, tmp_
     assert max(abs(back[step] - whole[step]) for step in back) < 2e-5
 
 
+def devices_of_steps(run: Run, folder: str) -> set[tuple[str, float]]:
+    """Device and value of each step in the states after a load."""
+    engine = build_engine(run)
+    engine.load_checkpoint(folder)
+    base = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return {(state["step"].device.type, float(state["step"])) for state in base.state.values()}
+
+
+@pytest.mark.nccl_like("only")
+@pytest.mark.parametrize("setting", ["capturable", "fused"])
+@pytest.mark.parametrize("stage", [0, 2])
+def test_torchs_steps_on_the_device(setting: str, stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """``capturable`` and ``fused`` want them there, and others on the CPU."""
+    ranks(2).run(train, run_with("Apex", 1, "fp32"), STEP, save=str(tmp_path))
+    target = replace(run_with("torch", stage, "fp32"), optimizer=("AdamW", {**SETTINGS, setting: True}))
+    assert ranks(2).run(devices_of_steps, target, str(tmp_path))[0] == {("standin", 3.0)}
+    plain = run_with("torch", stage, "fp32")
+    assert ranks(2).run(devices_of_steps, plain, str(tmp_path))[0] == {("cpu", 3.0)}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", [deepspeed_adam, deepspeed_lion])
 def test_a_step_that_one_tensor_counts(kind: Any, precision: Any, ranks: Ranks, tmp_path: Path) -> None:
