@@ -55,6 +55,9 @@ DUMP_SECONDS = 0.2
 LOG_CHARACTERS = 4000
 """Number of characters from the end of the ranks' output that an error shows."""
 
+BACKENDS = {"cpu": "gloo", "standin": "nccl_like", "cuda": "nccl"}
+"""The backend with which ranks of each device exchange tensors."""
+
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
@@ -97,7 +100,7 @@ class RankPool:
     gone.
 
     Args:
-        device: ``cpu`` with gloo, or ``standin``: see `ucp_deepspeed.testing.device`.
+        device: ``cpu`` with gloo, ``standin`` (see `ucp_deepspeed.testing.device`), or ``cuda`` with NCCL, one rank for each GPU.
     """
 
     def __init__(self, world_size: int, most_runs: int = MOST_RUNS, device: str = "cpu") -> None:
@@ -359,11 +362,13 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, log: s
 
 def _join(device: str) -> None:
     """Join the process group, quietly."""
-    if device != "cpu":
+    if device == "standin":
         from ucp_deepspeed.testing.device import nccl_like, stand_in
 
         stand_in.use()
         nccl_like.register()
+    if device == "cuda":
+        os.environ["DS_ACCELERATOR"] = device
     import deepspeed
     from deepspeed.utils.logging import logger
 
@@ -371,9 +376,10 @@ def _join(device: str) -> None:
 
     logger.setLevel(logging.ERROR)
     logging.getLogger("ucp_deepspeed").setLevel(logging.WARNING)
-    _use_gloo_only()
+    if device != "cuda":
+        _use_gloo_only()
     run_under_newer_torch()
-    deepspeed.init_distributed("gloo" if device == "cpu" else "nccl_like", verbose=False)
+    deepspeed.init_distributed(BACKENDS[device], verbose=False)
 
 
 def _called(call: bytes) -> bytes:
