@@ -370,6 +370,7 @@ def _join(device: str) -> None:
     if device == "cuda":
         os.environ["DS_ACCELERATOR"] = device
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.utils.logging import logger
 
     from ucp_deepspeed.testing.older_deepspeed import run_under_newer_torch
@@ -378,6 +379,8 @@ def _join(device: str) -> None:
     logging.getLogger("ucp_deepspeed").setLevel(logging.WARNING)
     if device != "cuda":
         _use_gloo_only()
+    if device != "cpu":
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     run_under_newer_torch()
     deepspeed.init_distributed(BACKENDS[device], verbose=False)
 
