@@ -1,4 +1,4 @@
-"""Tests of what a GPU may do otherwise than a CPU: a few minutes on a machine with one (``pytest -m gpu``), and on the stand-in device."""
+"""Tests for a machine with a GPU, which take a few minutes there (``pytest -m gpu``), and run on the stand-in device too."""
 
 from __future__ import annotations
 
