@@ -18,7 +18,7 @@ from deepspeed.runtime.checkpoint_engine import FastCheckpointEngine, TorchCheck
 
 import ucp_deepspeed
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.engine.saving import background, save
+from ucp_deepspeed.engine.saving import background, host_memory, save, snapshot
 from ucp_deepspeed.errors import ConfigError, SaveError, UniversalCheckpointError
 from ucp_deepspeed.testing.models import build_mlp
 from ucp_deepspeed.testing.ranks import RankError
@@ -68,6 +68,48 @@ def test_a_failure_surfaces_on_all_ranks_at_the_next_call(
         assert latest == "a"
     assert (tmp_path / "latest").read_text() == "d"
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"a", "d"}
+
+
+def save_without_room(run: Run, folder: str, short: int) -> list[str]:
+    """Return what two saves raise: for one, a machine has too little memory, and for the other the system refuses it."""
+    engine, told = trained(run, 1), []
+    engine.save_checkpoint(folder, tag="a")
+    ucp_deepspeed.wait_for_save()
+    vars(engine)[background.BUFFERS] = snapshot.HostBuffers()
+    with pytest.MonkeyPatch.context() as patch:
+        for place, name, answer in (
+            (host_memory, "free_numbytes", 1000),
+            (host_memory.mmap, "mmap", OSError(12, "no")),
+        ):
+            if dist.get_rank() == short:
+                patch.setattr(place, name, _answering(answer))
+            try:
+                engine.save_checkpoint(folder, tag="b")
+            except SaveError as error:
+                told.append(str(error))
+            patch.undo()
+    engine.save_checkpoint(folder, tag="c")
+    ucp_deepspeed.wait_for_save()
+    engine.destroy()
+    return told
+
+
+def _answering(answer: Any) -> Any:
+    def called(*arguments: Any, **settings: Any) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return called
+
+
+def test_memory_that_is_short_is_told_on_all_ranks_before_anything_is_copied(ranks: Ranks, tmp_path: Path) -> None:
+    for rank, (room, refused) in enumerate(ranks(2).run(save_without_room, LARGE, str(tmp_path), 1)):
+        assert "has 0.0 MB of host memory left, and the snapshots of 2 ranks take" in room
+        assert "since memory is short; snapshots take 0.0 MB of host memory for tensors of accelerators, and" in refused
+        assert refused.startswith("rank 1: ") == (rank == 0)
+    assert (tmp_path / "latest").read_text() == "c"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["a", "c"]
 
 
 def save_what_cant_be_pickled(run: Run, folder: str) -> str:

@@ -40,8 +40,6 @@ class HostMemory:
     def __init__(self, numbytes: int, device: torch.device | None) -> None:
         self.numbytes = numbytes
         self._memory = mmap.mmap(-1, numbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError, AttributeError):  # fewer pages to prepare, where the system has large ones
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.is_registered = device is not None and self._register(device)
         self._stages = None if device is None or self.is_registered else _Stages()
 
