@@ -6,7 +6,7 @@ pass all of them as client optimizers (`ucp_deepspeed.testing.runs.Run`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,15 @@ class _Odd(torch.optim.Optimizer):
     def _stepped_on(self, group: dict[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
         """Return each parameter that has a gradient, with its gradient and its state."""
         return ((param, param.grad, self.state[param]) for param in group["params"] if param.grad is not None)
+
+
+class MomentumOfGroups(torch.optim.SGD):
+    """torch's SGD with a momentum for each group; one without it keeps no states."""
+
+    def __init__(self, params: Any, momenta: Sequence[float]) -> None:
+        super().__init__(params, lr=1e-3)
+        for group, momentum in zip(self.param_groups, momenta, strict=True):
+            group["momentum"] = momentum
 
 
 class NormPerTensor(_Odd):

@@ -140,6 +140,7 @@ GROWN = {"vocabulary": 50, "vocabulary_multiple": 4}
 
 INIT, DROP, RESET = {"on_missing": "init"}, {"on_extra": "drop"}, {"optimizer_states": "reset"}
 KEEP = {"hyperparameters": "keep"}
+FIRST_MOMENTUM = (odd_optimizers.MomentumOfGroups, {"momenta": (0.9, 0.0)})
 DIFFERING = ({}, *({"on_differing": how} for how in ("first", "mean", "max")), RESET)
 
 CASES = [
@@ -166,6 +167,20 @@ CASES = [
         steps=1,
     ),
     Case("an optimizer that keeps less", target={"optimizer": ("RMSprop", {"lr": 1e-3})}, steps=1),
+    *(
+        Case(
+            f"groups of which {which} keeps a momentum",
+            saved={"optimizer": saved, "groups": "decay"},
+            target={"optimizer": target, "groups": "decay"},
+            policies=({}, KEEP, {**KEEP, **INIT}, {**KEEP, **DROP}, {**KEEP, **INIT, **DROP}),
+            steps=1,
+        )
+        for which, saved, target in (
+            ("another one", FIRST_MOMENTUM, (odd_optimizers.MomentumOfGroups, {"momenta": (0.0, 0.9)})),
+            ("one, as all did,", ("SGD", {"lr": 1e-3, "momentum": 0.9}), FIRST_MOMENTUM),
+            ("one, after AdamW,", ("AdamW", {"lr": 1e-3}), FIRST_MOMENTUM),
+        )
+    ),
     *(
         Case(
             f"states that a setting decides, {name} {saved} and {target}",

@@ -283,10 +283,11 @@ def load_with_a_fault(run: Run, folders: list[str | None], function: str) -> str
         (MLP, "loading.finding.only_evaluates"),
         (MLP, "loading.finding.files_missing"),
         (MLP, "loading.load.engine_optimizer"),
+        (MLP, "random_state._live_streams"),
         (Run("llama", tp=2), "model.ModelNames"),
         (Run("llama", pp=2), "model._live_layouts"),
     ],
-    ids=["before", "first round", "second round", "tensor-parallel ranks", "stages"],
+    ids=["before", "first round", "second round", "random streams", "tensor-parallel ranks", "stages"],
 )
 def test_a_bug_on_one_rank_is_raised_on_all(run: Run, function: str, two_steps: Path, ranks: Ranks) -> None:
     """The others used to wait for ever."""

@@ -39,7 +39,7 @@ from ucp_deepspeed.checkpoint.random_files import (
     read_state,
 )
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME
-from ucp_deepspeed.engine.agreement import agreement, gathered
+from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import engine_topology, model_parallel_rank
 from ucp_deepspeed.errors import DamagedCheckpointError
@@ -128,10 +128,12 @@ def restore_random_state(engine: Engine, saved: RandomState | None) -> None:
     Raises:
         DamagedCheckpointError: a stream doesn't take its saved state.
     """
-    streams, place = _live_streams(engine), _place(engine)
-    identities = {name: stream.identity for name, stream in streams.items()}
-    mine = None if saved is None else saved.model_copy(update={"streams": {}})  # others need none of them
-    ranks = gathered((place, identities, mine))
+    with agreement(tells=True) as told:
+        streams, place = _live_streams(engine), _place(engine)
+        identities = {name: stream.identity for name, stream in streams.items()}
+        # Others need none of the saved streams.
+        told.mine = place, identities, None if saved is None else saved.model_copy(update={"streams": {}})
+    ranks = told.values
     _, _, origin = ranks[0]
     if origin is None:
         if place.rank == 0:
@@ -153,13 +155,13 @@ def restore_random_state(engine: Engine, saved: RandomState | None) -> None:
                 alike = next(live for live, others, _ in ranks if others.get(name) == stream.identity)
                 stream.reseed(derived_seed(origin.seed, origin.global_steps, name, alike))
     if place.rank == 0:
-        told = f"each rank's streams go on where they stood at step {origin.global_steps}"
+        done = f"each rank's streams go on where they stood at step {origin.global_steps}"
         if not exact:
-            told = (
+            done = (
                 f"saved at step {origin.global_steps} by {origin.place.world_size} ranks, or in other roles, or on another "
                 f"accelerator; new streams are derived from its seed {origin.seed}"
             )
-        logger.debug("random state: %s", told)
+        logger.debug("random state: %s", done)
 
 
 def derived_seed(seed: int, global_steps: int, stream: str, place: Place) -> int:

@@ -123,10 +123,10 @@ def _load_natively(
     if folder is not None and (tag is None or folder.name != Path(tag).name):
         load_dir, tag = str(folder.parent), folder.name  # the user named the folder itself, or it lies aside
     checked = nullcontext() if folder is None else only_held_against_the_list(checkpoint, engine)
-    with told_once(load_dir, tag), checked:
-        loaded = native(load_dir, tag=tag, **options.arguments())
-    take_values(engine, loaded[1])
-    with agreement():
+    with agreement():  # DeepSpeed itself may raise on one rank
+        with told_once(load_dir, tag), checked:
+            loaded = native(load_dir, tag=tag, **options.arguments())
+        take_values(engine, loaded[1])
         try:
             if checkpoint is not None:
                 checkpoint.versions.check()
@@ -134,15 +134,15 @@ def _load_natively(
             raise DamagedCheckpointError(
                 f"{error}; the engine may hold two saves' state and can't be used without another load"
             ) from error
-    if loaded[0] is not None:
-        keep_layouts(engine, KnownLayouts() if checkpoint is None else known_by_manifest(checkpoint, engine))
-        if checkpoint is not None and dist.get_rank() == 0:
-            logger.info(
-                "loaded %s (step %d) by DeepSpeed itself, since each rank takes files as they are: it was saved on %s",
-                checkpoint.path,
-                checkpoint.run.global_steps,
-                checkpoint.topology,
-            )
+        if loaded[0] is not None:
+            keep_layouts(engine, KnownLayouts() if checkpoint is None else known_by_manifest(checkpoint, engine))
+    if loaded[0] is not None and checkpoint is not None and dist.get_rank() == 0:
+        logger.info(
+            "loaded %s (step %d) by DeepSpeed itself, since each rank takes files as they are: it was saved on %s",
+            checkpoint.path,
+            checkpoint.run.global_steps,
+            checkpoint.topology,
+        )
     return loaded
 
 
@@ -170,8 +170,9 @@ def _load_universal(engine: Engine, checkpoint: Checkpoint, options: LoadOptions
     read = plan.filling.run(optimizer, engine.universal_checkpoint_config.read_memory_bytes, threads)
     _restore_rest(engine, optimizer, options, plan)
     # 4. Tell what was done.
-    engine.universal_checkpoint_report = report = plan.report(optimizer, read, time.monotonic() - started)
-    _log(report, plan.pair.checkpoint, plan.model, policies.rounded)
+    with agreement():
+        engine.universal_checkpoint_report = report = plan.report(optimizer, read, time.monotonic() - started)
+        _log(report, plan.pair.checkpoint, plan.model, policies.rounded)
     return plan.path, _without_restored(plan.state, options)
 
 

@@ -299,9 +299,12 @@ class _Planner:
         hyper-parameters; None where it may make some later."""
         found = self.view.parameters[slot.names[0]]
         elementwise, scalars = found.states.keys() - {MASTER}, frozenset(found.scalars)
-        if not (elementwise or scalars) and (self._keeps_any or not self._stepped):
-            return None
         live, saved = self._live_group(slot.group), self._saved_group(slot)
+        keeps = self._keeps_any and (
+            live.get("momentum", 1) or "dampening" not in live
+        )  # SGD's groups without it keep nothing
+        if not (elementwise or scalars) and (keeps or not self._stepped):
+            return None
         takes_over = (
             not self.policies.keep_settings and "bias_correction" not in live
         )  # DeepSpeed's own classes have that
