@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 
 from ucp_deepspeed import wait_for_save
 from ucp_deepspeed.engine.optimizers import engine_optimizer
-from ucp_deepspeed.engine.saving.snapshot import HostBuffers, snapshot
+from ucp_deepspeed.engine.saving.snapshot import HostBuffers, describe
 from ucp_deepspeed.testing.ranks import RankPool
 from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
 
@@ -42,7 +42,7 @@ def a_snapshot(folder: str) -> bool:
     state = {"view": flat[64:128].view(8, 8), "strided": flat.view(64, 64).t(), "half": half, "host": torch.ones(3)}
     expected = io.BytesIO()
     torch.save(state, expected)
-    found = snapshot(state, "archive.pt", HostBuffers(), apart=False)
+    (found,) = HostBuffers().copy([describe(state, "archive.pt", apart=False)])
     flat.zero_(), half.zero_()  # later changes are not in it
     found.write(Path(folder))
     loaded, wanted = torch.load(Path(folder) / "archive.pt"), torch.load(io.BytesIO(expected.getvalue()))
