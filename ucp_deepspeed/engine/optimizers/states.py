@@ -156,6 +156,12 @@ def _apart(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     if compiled_class(optimizer):
         raise TypeError(f"{type(optimizer).__name__} can't be copied")
     own = {key: value for key, value in vars(optimizer).items() if key not in ("state", "param_groups")}
+    # torch's schedulers put a ``step`` in place of the class's that steps on the original.
+    own = {key: value for key, value in own.items() if not (callable(value) and hasattr(type(optimizer), key))}
+    if any(
+        getattr(value, "__self__", None) is optimizer or getattr(value, "__closure__", None) for value in own.values()
+    ):
+        raise TypeError(f"{type(optimizer).__name__} keeps functions that may step on the original")
     if any(isinstance(value, torch.optim.Optimizer) for value in own.values()):
         raise TypeError(f"{type(optimizer).__name__} steps by another optimizer")
     shared = {id(param): param for group in optimizer.param_groups for param in group["params"]}
