@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import benchmark_gpu
 import benchmark_megatron
 import benchmark_profile
 import benchmark_ranks as on_rank
@@ -447,12 +448,17 @@ def _forget_pages(folder: Path) -> None:
     help="Folder of the results; while it runs, of the checkpoints too.",
 )
 @click.option("--profile", is_flag=True, help="Tell where the time of ours goes, too.")
-def main(size: str, repeats: int, only: Sequence[str], output: Path, profile: bool) -> None:
+@click.option("--gpu", is_flag=True, help="Instead, load and save on all GPUs of this machine, in some five minutes.")
+def main(size: str, repeats: int, only: Sequence[str], output: Path, profile: bool, gpu: bool) -> None:
     """Run everything, or a part of it."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise click.BadParameter(f"{output}: {error.strerror}", param_hint="--output") from error
+    if gpu:
+        with ended_by_signals(), TemporaryDirectory(dir=output, prefix="checkpoints-") as work:
+            click.echo(benchmark_gpu.table_of(benchmark_gpu.measure(SIZES[size].model, repeats, Path(work))))
+        return
     with (
         ended_by_signals(),
         TemporaryDirectory(dir=output, prefix="checkpoints-") as work,
