@@ -6,7 +6,7 @@ Needs torch, and neither DeepSpeed nor Megatron-Core. Use it as ``ucp_deepspeed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -119,7 +119,7 @@ class ParameterInfo:
     refused: Mapping[str, str]
 
 
-class OpenCheckpoint:
+class OpenCheckpoint(AbstractContextManager["OpenCheckpoint"]):
     """A checkpoint to look into; made by `open_checkpoint`. A context manager, which closes the files.
 
     ``docs/python.md`` lists its attributes. ``layouts_unknown`` is the error that keeps whole tensors from being read, or None.
@@ -233,9 +233,6 @@ class OpenCheckpoint:
     def close(self) -> None:
         """Close the files that were read. A later `read` opens them again."""
         self._reader.close()
-
-    def __enter__(self) -> OpenCheckpoint:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

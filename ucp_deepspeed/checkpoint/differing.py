@@ -27,13 +27,11 @@ class DifferingNumbers:
 
     def __init__(self, tp: int, recorded_same: bool) -> None:
         """Args: recorded_same: the numbers are recorded to be the same, so that no file is opened."""
-        self._tp, self._recorded_same = tp, recorded_same
+        self._tp = 0 if recorded_same else tp
         self._known: dict[tuple[int, ...], Differing] = {}
 
     def scalars(self, first: int, slots_of: Callable[[int], Sequence[Slot]]) -> Differing:
         """Return states that are one number and differ, in the slots of the stage whose first rank is ``first``."""
-        if self._recorded_same:
-            return {}
         slots = self._slots(first, slots_of)
         key = tuple(id(slot) for _, slot in slots)
         if key not in self._known:
@@ -42,8 +40,6 @@ class DifferingNumbers:
 
     def settings(self, first: int, slots_of: Callable[[int], Sequence[Slot]]) -> Differing:
         """Return differing hyper-parameters of the slots' group, without switches of the implementation."""
-        if self._recorded_same:
-            return {}
         slots = self._slots(first, slots_of)
         return _differing(_by_place((place, _meant(read().settings)) for place, read in _numbers(slots)))
 

@@ -56,11 +56,7 @@ class RandomState(BaseModel):
 
 
 class _Header(BaseModel):
-    """The first line. It lets a rank read its own state alone.
-
-    Attributes:
-        numbytes: bytes of each rank's line, with its end.
-    """
+    """The first line: bytes of each rank's line, with its end, so that a rank can read its own state alone."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 

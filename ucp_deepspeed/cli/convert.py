@@ -95,10 +95,7 @@ def _point_to(destination: Path, folder: Path, step: int) -> None:
 
 
 def _tag(source: Path, folder: Path) -> Path:
-    """A tag, which may have slashes in it, or the name of a tag folder that the user named.
-
-    That may be ``.`` or ``..``; a link keeps its own name.
-    """
+    """A tag, which may have slashes in it, or the name of a tag folder that the user named: ``.``, ``..``, or a link's own."""
     folder = home_of(folder)
     if folder != source and folder.is_relative_to(source) and ".." not in folder.relative_to(source).parts:
         return folder.relative_to(source)

@@ -172,9 +172,10 @@ def _print(report: Mapping[str, Any], every: bool) -> None:
 
 def _labelled(report: Mapping[str, Any]) -> dict[str, str]:
     """Return label and value of each line above the table."""
-    topology = _topology_in_words(report["topology"])
+    form = "TP{tp}·PP{pp}·DP{dp} ZeRO-{zero_stage}"
+    topology = form.format_map(report["topology"])
     if report["source_topology"]:
-        topology += f" (saved by {_topology_in_words(report['source_topology'])})"
+        topology += f" (saved by {form.format_map(report['source_topology'])})"
     scale = report["loss_scale"]
     sizes = [f"{state} {in_words(size)}" for state, size in report["state_bytes"].items()]
     numels = [f"{numel:,} {kind}" for kind, numel in report["numel"].items() if numel]
@@ -209,10 +210,6 @@ def _differing_lines(report: Mapping[str, Any]) -> list[str]:
         for key, held in entry["differing"].items():
             places.setdefault(f"{key!r} is {in_words_by_place(held)}", []).append(name)
     return [f"differs over partitions: {some_names(names)}: {told}" for told, names in places.items()]
-
-
-def _topology_in_words(topology: Mapping[str, int]) -> str:
-    return "TP{tp}·PP{pp}·DP{dp} ZeRO-{zero_stage}".format(**topology)
 
 
 def _settings(values: Any) -> str:

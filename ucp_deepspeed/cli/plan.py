@@ -116,7 +116,10 @@ def _print(plan: TargetPlan, path: str, source: str) -> None:
     print_labelled(lines)
     print_lines(*listed(plan.obstacles))
     if plan.possible:
-        shown = _shown(plan.ranks)
+        shown = plan.ranks
+        if len(shown) > MOST_ROWS:
+            ordered = sorted(shown, key=lambda rank: rank.bytes_read)
+            shown = (*ordered[: MOST_ROWS // 2], *ordered[-(MOST_ROWS // 2) :])
         rows = [_row(rank.model_parallel_rank, rank.data_parallel_rank, _total([rank])) for rank in shown]
         if len(shown) < len(plan.ranks):
             rows.append(
@@ -139,11 +142,3 @@ def _verdict(plan: TargetPlan) -> str:
     count = len(plan.obstacles)
     restored = f" ({len(plan.restored)} parameters and buffers could be restored)" if plan.matching else ""
     return f"impossible, {count} reason{'s' if count > 1 else ''}{restored}"
-
-
-def _shown(ranks: Sequence[RankPlan]) -> Sequence[RankPlan]:
-    """Return all ranks, or, ordered by bytes read, those at both ends."""
-    if len(ranks) <= MOST_ROWS:
-        return ranks
-    ordered = sorted(ranks, key=lambda rank: rank.bytes_read)
-    return [*ordered[: MOST_ROWS // 2], *ordered[-(MOST_ROWS // 2) :]]

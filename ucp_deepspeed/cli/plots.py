@@ -112,7 +112,10 @@ def draw_parameter(report: Mapping[str, Any], path: Path) -> None:
     shown = held[:MOST_LOCAL]
     figure = _new_figure(9, max(4.0, 0.9 * len(shown) + 1))
     grid = figure.add_gridspec(max(len(shown), 1), 2, width_ratios=(3, 2))
-    dims = _drawn_dims(report["shape"], [box for box, _ in boxes.values()])
+    # At most two dimensions are drawn: those that are cut come first.
+    extents = enumerate(report["shape"])
+    uncut = {dim for dim, extent in extents if all(list(box[dim]) == [0, extent] for box, _ in boxes.values())}
+    dims = sorted(sorted(range(len(report["shape"])), key=uncut.__contains__)[:2])
     whole = figure.add_subplot(grid[:, 0])
     for box, numbers in boxes.values():
         _draw_box(whole, box, dims, numbers[0], _ranks_in_words(numbers, len(held)))
@@ -125,12 +128,6 @@ def draw_parameter(report: Mapping[str, Any], path: Path) -> None:
     if len(shown) < len(held):
         figure.supxlabel(f"the local tensors of {len(held) - len(shown)} more ranks are not drawn", fontsize=8)
     _write(figure, path)
-
-
-def _drawn_dims(shape: Sequence[int], boxes: Sequence[Sequence[Sequence[int]]]) -> list[int]:
-    """Return two dimensions to draw, or one: those that are cut come first."""
-    uncut = {dim for dim, extent in enumerate(shape) if all(list(box[dim]) == [0, extent] for box in boxes)}
-    return sorted(sorted(range(len(shape)), key=uncut.__contains__)[:2])
 
 
 def _draw_box(axes: Axes, box: Sequence[Sequence[int]], dims: Sequence[int], number: int, label: str) -> None:

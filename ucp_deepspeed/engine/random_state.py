@@ -206,10 +206,12 @@ def _live_streams(engine: Engine) -> dict[str, Stream]:
                 with _known_form(f"{owner}/{name}"):
                     streams[f"{owner}/{name}"] = _tracked_stream(tracker, name, state)
     # DeepSpeed's curriculum sampler: rank 0 draws for all, and the sampler's state dict holds numpy's global stream instead.
-    curriculum = getattr(getattr(engine.training_dataloader, "data_sampler", None), "np_rng", None)
-    if curriculum is not None:
+    sampling = getattr(getattr(engine.training_dataloader, "data_sampler", None), "np_rng", None)
+    if sampling is not None:
         with _known_form("curriculum"):
-            streams["curriculum"] = _curriculum_stream(curriculum.bit_generator)
+            held = sampling.bit_generator
+            encode(held.state, "its state", {})
+            streams["curriculum"] = Stream(lambda: held.state, partial(setattr, held, "state"), lambda seed: None, None)
     return streams
 
 
@@ -245,11 +247,6 @@ def _warn_of_unknown(what: str, reason: str) -> None:
         what,
         reason,
     )
-
-
-def _curriculum_stream(generator: Any) -> Stream:
-    encode(generator.state, "its state", {})
-    return Stream(lambda: generator.state, partial(setattr, generator, "state"), lambda seed: None, None)
 
 
 def _numpy_stream() -> Stream:

@@ -234,7 +234,8 @@ class DeepSpeedCheckpoint(Checkpoint):
         param_shapes = self.files.param_shapes(rank)
         if param_shapes is not None and self.files.partitioned:
             spread = partial(shares_of_group, self.files, self.topology, rank)
-            slots = zero_slots(param_shapes, self.topology.dp, open_partition, spread, self.files.maps_slices)
+            mapped = bool(self.files.config) and not self.files.reordered
+            slots = zero_slots(param_shapes, self.topology.dp, open_partition, spread, mapped)
             return with_all_states(slots, self.files, rank)
         if self.files.partitioned:
             module = self._module(rank)

@@ -103,7 +103,6 @@ class DeepSpeedFiles:
         self.open = lru_cache(maxsize=None)(self._open_checked)
         self._whole = lru_cache(maxsize=None)(self._model_states)
         self._zero = lru_cache(maxsize=None)(self._read_zero)
-        self._completed = lru_cache(maxsize=None)(self._read_older)
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -198,7 +197,7 @@ class DeepSpeedFiles:
         for name in sorted(self.names):
             if (place := weight_file(name)) is not None and place[2] == rank:
                 weights |= self.weights(self.path / name)
-        return mapped_shapes(opened, weights, self._reordered)
+        return mapped_shapes(opened, weights, self.reordered)
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -220,13 +219,9 @@ class DeepSpeedFiles:
             raise DamagedCheckpointError(f"{self.model_states_path(0, 0)} holds a config of ZeRO stage {stage!r}")
         return int(stage) if self.config else None
 
-    @cached_property
-    def maps_slices(self) -> bool:
-        """Return whether ``param_slice_mappings`` are surely right. With ``round_robin_gradients`` they are of another order."""
-        return bool(self.config) and not self._reordered
-
     @property
-    def _reordered(self) -> bool:
+    def reordered(self) -> bool:
+        """Return whether ``round_robin_gradients`` is on: ``param_slice_mappings`` are then of another order."""
         zero = self.config.get("zero_optimization")
         return isinstance(zero, Mapping) and bool(zero.get("round_robin_gradients"))
 
@@ -289,13 +284,6 @@ class DeepSpeedFiles:
         """Return the path for one partition of a model-parallel rank. DeepSpeed uses one of two names."""
         return self.path / f"{self._optimizer_prefix}zero_pp_rank_{partition}_mp_rank_{rank:02d}_optim_states.pt"
 
-    def expert_optimizer_path(self, rank: int, ep_rank: int) -> Path:
-        """Return the path for an expert-parallel rank. If experts aren't cut, only one tensor-parallel rank has the file."""
-        found = {held[1]: name for name in self.names if (held := optimizer_file(name)) and held[0] == ep_rank}
-        if not found:
-            raise DamagedCheckpointError(f"{self.path} lacks the optimizer's file of expert-parallel rank {ep_rank}")
-        return self.path / found.get(rank, found[min(found)])
-
     def expert_files(self, rank: int) -> list[Path]:
         """Return the files of all experts' weights. Under ZeRO only frozen parameters and buffers are taken from them."""
         if not self.expert_totals:
@@ -319,7 +307,7 @@ class DeepSpeedFiles:
         path = self.model_states_path(rank, partition)
         saved = check_types(self.open(path), MODEL_STATES, path, "a model_states file")
         if is_older(saved):
-            saved = self._completed(rank)
+            saved = self._read_older(rank)
         if lacking := [key for key in REQUIRED_KEYS if key not in saved]:
             raise DamagedCheckpointError(f"{path} lacks {', '.join(map(repr, lacking))}")
         check_numbers(saved, path)
@@ -379,8 +367,14 @@ class DeepSpeedFiles:
         return check_types(optimizer, WHOLE_OPTIMIZER, home, "the optimizer's state"), home
 
     def expert_optimizer(self, rank: int, ep_rank: int) -> tuple[dict[str, Any], Path]:
-        """Return the optimizer's state of an expert-parallel rank without ZeRO, and the file that holds it."""
-        path = self.expert_optimizer_path(rank, ep_rank)
+        """Return the optimizer's state of an expert-parallel rank without ZeRO, and the file that holds it.
+
+        If experts aren't cut, only one tensor-parallel rank has the file.
+        """
+        found = {held[1]: name for name in self.names if (held := optimizer_file(name)) and held[0] == ep_rank}
+        if not found:
+            raise DamagedCheckpointError(f"{self.path} lacks the optimizer's file of expert-parallel rank {ep_rank}")
+        path = self.path / found.get(rank, found[min(found)])
         optimizer = value_of(self.open(path), "optimizer", "the key", path)
         return check_types(optimizer, WHOLE_OPTIMIZER, path, "the optimizer's state"), path
 

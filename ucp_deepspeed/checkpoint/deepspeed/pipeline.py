@@ -96,10 +96,7 @@ class PipelineLayers:
         return named
 
     def _check_all_there(self) -> None:
-        """Check that layers named in other files are there. With a manifest this isn't needed: it lists the files themselves.
-
-        No file names a layer with frozen parameters only, and tied modules may have no file.
-        """
+        """Check that layers named in other files are there, where no manifest lists the files. Nothing names frozen layers."""
         if self._files.manifest is not None:
             return
         firsts = range(0, self._topology.model_parallel, self._topology.tp)
@@ -156,10 +153,7 @@ class PipelineLayers:
 
     @cached_property
     def _needed(self) -> frozenset[int] | None:
-        """The layers with frozen parameters and buffers, if ZeRO is used and they are recorded; else None for all layers.
-
-        None also if the optimizer's files are missing, since they hold the rest.
-        """
+        """The layers with frozen parameters and buffers; None for all, if they aren't recorded or no ZeRO files hold the rest."""
         manifest = self._files.manifest
         described = self._files.partitioned and self._files.param_shapes(0) is not None
         if manifest is None or not described or any(entry.kind is None for entry in manifest.parameters.values()):

@@ -101,11 +101,8 @@ def without_optimizer(files: DeepSpeedFiles) -> MismatchError:
 
 
 def _never_wrote_optimizer(files: DeepSpeedFiles, version: str) -> bool:
-    """Return whether DeepSpeed itself left the optimizer's state out.
-
-    It did so from 0.17.6 to 0.18.4 if bf16 called for ``BF16_Optimizer``; it took another optimizer instead
-    (``runtime/engine.py::_configure_optimizer``).
-    """
+    """Return whether DeepSpeed itself left the state out: 0.17.6 to 0.18.4 took another optimizer where bf16 called for
+    ``BF16_Optimizer`` (``runtime/engine.py::_configure_optimizer``)."""
     found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     if found is None or files.precision != "bf16" or not (0, 17, 6) <= tuple(map(int, found.groups())) < (0, 18, 5):
         return False

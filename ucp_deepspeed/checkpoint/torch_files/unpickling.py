@@ -214,10 +214,6 @@ class Unpickler(_InPython):  # type: ignore[misc]
         except Exception:  # for example a number made of an Opaque
             return opaque(self.names[id(make)])()
 
-    def _reduce(self) -> None:
-        args = self.stack.pop()
-        self.stack[-1] = self.made(self.stack[-1], args)
-
     def _new(self, kind: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         known = isinstance(kind, type) and not issubclass(kind, Opaque) and id(kind) in self.names
         self.stack.append(kind.__new__(kind, *args, **kwargs) if known else self.made(kind, ()))
@@ -290,7 +286,7 @@ class Unpickler(_InPython):  # type: ignore[misc]
             raise pickle.UnpicklingError(f"Unsupported class {type(held).__qualname__}, whose items are set")
 
     dispatch = {code: _InPython.dispatch[code] for code in (getattr(pickle, name)[0] for name in _OPCODES.split())} | {
-        pickle.REDUCE[0]: _reduce,
+        pickle.REDUCE[0]: lambda self: self.stack.append(self.made(self.stack.pop(-2), self.stack.pop())),
         pickle.NEWOBJ[0]: lambda self: self._new(self.stack.pop(-2), self.stack.pop(), {}),
         pickle.NEWOBJ_EX[0]: lambda self: self._new(self.stack.pop(-3), self.stack.pop(-2), self.stack.pop()),
         pickle.BUILD[0]: _build,

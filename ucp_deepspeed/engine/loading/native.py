@@ -113,12 +113,8 @@ def _can_take_over(
 
 
 def _holds_data_alone(checkpoint: DeepSpeedCheckpoint, engine: Engine, trusting: bool) -> bool:
-    """Return whether nothing in the files that DeepSpeed would unpickle could run code; the universal path doesn't need all of
-    them.
-
-    Args:
-        trusting: whether a client state may hold objects of unknown classes, whose own code then runs.
-    """
+    """Return whether nothing in the files that DeepSpeed would unpickle could run code. With ``trusting`` a client state may:
+    its objects' own code then runs. The universal path doesn't need all of these files."""
     try:
         for path in files_to_unpickle(checkpoint.path, checkpoint.files.names, engine):
             held = look_into(path, checkpoint)
@@ -131,11 +127,8 @@ def _holds_data_alone(checkpoint: DeepSpeedCheckpoint, engine: Engine, trusting:
 
 
 def _same_topology(checkpoint: DeepSpeedCheckpoint, engine: Engine, optimizer: EngineOptimizer) -> bool:
-    """Return whether each rank can take over one rank's files as they are: same degrees, stage, precision and slots.
-
-    The slots show what the degrees don't: another optimizer, ``round_robin_gradients``, ``parameter_alignment`` or
-    ``sub_group_size``, and a parameter with another shape of the same size.
-    """
+    """Return whether each rank can take over one rank's files as they are: same degrees, stage, precision and slots. Slots show
+    another optimizer, ``round_robin_gradients``, ``parameter_alignment`` or ``sub_group_size``, and other shapes of a size."""
     topology = engine_topology(engine)
     if _serves_any_size(checkpoint, engine):
         topology = replace(topology, dp=checkpoint.topology.dp)
@@ -186,11 +179,7 @@ def _same_contents(
     names: ModelNames,
     groups: Sequence[Mapping[str, Any]],
 ) -> bool:
-    """Return whether model and optimizer are as those that saved, in names, shapes, groups and states.
-
-    Raises:
-        UnsupportedError: the files don't tell.
-    """
+    """Compare model and optimizer with those that saved; raise an UnsupportedError if the files don't tell."""
     rank, stage = model_parallel_rank(engine), checkpoint.topology.zero_stage
     if stage == 0:
         if checkpoint.optimizer_form == BF16_OPTIMIZER.name:
@@ -247,11 +236,8 @@ def _same_weights(checkpoint: DeepSpeedCheckpoint, engine: Engine, names: ModelN
 
 
 def _lacks_frozen(checkpoint: DeepSpeedCheckpoint, engine: Engine) -> bool:
-    """Return whether a parameter needs no gradient now and needed one when the run saved.
-
-    From stage 2 on DeepSpeed looks for every parameter that needs none among those that needed none then
-    (``runtime/engine.py::load_module_state_dict``).
-    """
+    """Return whether a parameter needs no gradient now and needed one when the run saved: from stage 2 on DeepSpeed wouldn't find
+    it (``runtime/engine.py::load_module_state_dict``)."""
     recorded = checkpoint.files.model_states(model_parallel_rank(engine)).get("frozen_param_shapes")
     if recorded is None:
         return False
@@ -276,11 +262,8 @@ def _serves_any_size(checkpoint: DeepSpeedCheckpoint, engine: Engine) -> bool:
 def _same_states(
     saved: Sequence[Slot], live: Sequence[EngineSlot], groups: Sequence[Mapping[str, Any]], optimizer: EngineOptimizer
 ) -> bool:
-    """Return whether the optimizer keeps the states that the checkpoint holds; only the first slot of each group is compared.
-
-    Args:
-        groups: hyper-parameters of the checkpoint's groups, which DeepSpeed restores too; empty for elastic files.
-    """
+    """Return whether the optimizer keeps the states that the checkpoint holds, by the first slot of each group. ``groups`` are
+    the checkpoint's hyper-parameters, which DeepSpeed restores too; empty for elastic files."""
     first = {slot.group: index for index, slot in reversed(list(enumerate(live)))}
     for group, index in first.items():
         settings = groups[group] if group < len(groups) else {}

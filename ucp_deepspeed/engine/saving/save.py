@@ -183,11 +183,7 @@ def _check_tag(save_dir: str, tag: str, asynchronous: bool) -> None:
 
 
 def _make_partial(folder: Path, tag: str, tells: bool) -> Path:
-    """Return the hidden folder, made by rank 0 and seen by all, which must save the same tag. Collective.
-
-    Args:
-        tells: log what is waited for.
-    """
+    """Return the hidden folder, made by rank 0 and seen by all, which must save the same tag. Collective."""
     made: Path | None = None
     try:
         with agreement(tells=True) as told:

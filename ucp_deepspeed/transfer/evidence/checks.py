@@ -138,9 +138,11 @@ def check_spec(
             checked = replace(checked, layout=_layout(checked, checkpoint.topology.tp, size))
         except MismatchError as error:
             findings.append(checked.found("shapes", f"{checked.words}: {error.problems[0].removeprefix(f'{name}: ')}"))
+        if len(checked.matches) != 1:
+            what: What = "ambiguous" if checked.matches else "unmatched"
+            findings.append(checked.found(what, spec.misfit(name, checked.matches)))
         parameters.append(checked)
     fitting = {checked.name: checked for checked in parameters if checked.layout is not None}
-    findings += _of_rules(spec, parameters)
     findings += _of_stated_shapes(spec, fitting, size)
     for checked in fitting.values():
         findings += _of_shapes(checked, size)
@@ -171,13 +173,6 @@ def _layout(checked: Checked, degree: int, size: int | None) -> Layout | None:
     name = checked.name
     layout = layouts_of({name: checked.pattern}, {name: checked.local_shapes}, degree, size, "the checkpoint")[name]
     return of_first_stage(layout, degree)
-
-
-def _of_rules(spec: Spec, parameters: Iterable[Checked]) -> Iterator[Finding]:
-    for checked in parameters:
-        if len(checked.matches) != 1:
-            what: What = "ambiguous" if checked.matches else "unmatched"
-            yield checked.found(what, spec.misfit(checked.name, checked.matches))
 
 
 def _of_stated_shapes(spec: Spec, fitting: Mapping[str, Checked], size: int | None) -> Iterator[Finding]:

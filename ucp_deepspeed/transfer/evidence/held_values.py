@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -51,14 +51,11 @@ def of_first_stage(layout: Layout, degree: int) -> Layout:
     return replace(layout, locals=tuple(locals_))
 
 
-class HeldValues:
+class HeldValues(AbstractContextManager["HeldValues"]):
     """The local tensors of a checkpoint's ranks, read a few rows at a time. A context manager, which closes the files."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.reader = checkpoint, FileReader(checkpoint.versions)
-
-    def __enter__(self) -> HeldValues:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.reader.close()
