@@ -7,6 +7,7 @@ version, catches an `ImportError`, or looks whether an attribute is there.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -29,16 +30,9 @@ SAVES_BF16_WITHOUT_ZERO = "0.18.5"
 """First version that saves the optimizer's state of bf16 where no ZeRO optimizer wraps it."""
 
 
-def _class_of(module: str, name: str) -> type | None:
-    """Return a class of DeepSpeed's, or None if this version lacks its module."""
-    try:
-        found: type = getattr(import_module(module), name)
-    except ModuleNotFoundError:
-        return None
-    return found
-
-
-_AUTOEP_LAYER = _class_of("deepspeed.module_inject.auto_ep_layer", "AutoEPMoELayer")
+_AUTOEP_LAYER: type | None = None
+with suppress(ModuleNotFoundError):
+    _AUTOEP_LAYER = import_module("deepspeed.module_inject.auto_ep_layer").AutoEPMoELayer
 _DEALT = getattr(constants, "DS_AUTOEP_UC_META", None)
 
 

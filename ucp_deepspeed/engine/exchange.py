@@ -39,7 +39,7 @@ class Exchange:
             for work in pack.works:
                 work.wait()
             if pack.received:
-                parts = pack.buffer.split([_numbytes(tensor) for tensor in pack.tensors])
+                parts = pack.buffer.split([tensor.nbytes for tensor in pack.tensors])
                 for tensor, part in zip(pack.tensors, parts, strict=True):
                     _bytes(tensor).copy_(part)
         self._packed = []
@@ -115,7 +115,7 @@ class Packing:
         """Allocate what an exchange of these needs: it must not fail for want of memory, since other ranks wait for it."""
         for together in self.rounds(held):
             tensors = [tensor for _, small in together for tensor in small]
-            numbytes, device = sum(map(_numbytes, tensors)), tensors[0].device
+            numbytes, device = sum(tensor.nbytes for tensor in tensors), tensors[0].device
             if device not in self._memory or self._memory[device].numel() < numbytes:
                 self._memory[device] = torch.empty(numbytes, dtype=torch.uint8, device=device)
 
@@ -123,7 +123,7 @@ class Packing:
         """Yield the reserved memory of each rank's tensors."""
         start = 0
         for _, small in together:
-            numbytes = sum(map(_numbytes, small))
+            numbytes = sum(tensor.nbytes for tensor in small)
             yield self._memory[small[0].device][start : start + numbytes]
             start += numbytes
 
@@ -137,7 +137,7 @@ def begin_exchange(held: Held, group: Any, packing: Packing) -> Exchange:
     me, exchange = dist.get_rank(group), Exchange()
     for rank, tensors in enumerate(held):
         for tensor in tensors:
-            if _numbytes(tensor) >= packing.least(held):
+            if tensor.nbytes >= packing.least(held):
                 exchange._works += _give(tensor, rank, me, group)
     for together in packing.rounds(held):
         exchange.wait_for_packed()
@@ -153,13 +153,13 @@ def _cut(tensors: Sequence[torch.Tensor], least: int, most: int) -> Iterator[lis
     taken: list[torch.Tensor] = []
     numbytes = 0
     for tensor in tensors:
-        if not 0 < _numbytes(tensor) < least:
+        if not 0 < tensor.nbytes < least:
             continue
-        if taken and numbytes + _numbytes(tensor) > most:
+        if taken and numbytes + tensor.nbytes > most:
             yield taken
             taken, numbytes = [], 0
         taken.append(tensor)
-        numbytes += _numbytes(tensor)
+        numbytes += tensor.nbytes
     if taken:
         yield taken
 
@@ -172,10 +172,6 @@ def _give(tensor: torch.Tensor, owner: int, me: int, group: Any) -> list[Any]:
         return [dist.irecv(_bytes(tensor), group=group, group_src=owner)]
     others = (rank for rank in range(dist.get_world_size(group)) if rank != me)
     return [dist.isend(_bytes(tensor), group=group, group_dst=rank) for rank in others]
-
-
-def _numbytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

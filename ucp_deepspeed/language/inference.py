@@ -165,10 +165,8 @@ def _globs(guesses: Mapping[str, Guess]) -> dict[str, Guess]:
         members.setdefault(generalised(name), []).append(name)
     found: dict[str, Guess] = {}
     for glob, names in members.items():
-        if len({guesses[name] for name in names}) == 1:
-            found[glob] = guesses[names[0]]
-        else:
-            found |= {name: guesses[name] for name in names}
+        alike = len({guesses[name] for name in names}) == 1
+        found |= {glob: guesses[names[0]]} if alike else {name: guesses[name] for name in names}
     return found
 
 
@@ -187,8 +185,6 @@ def _scalar(text: str) -> str:
 
 
 def _listed(shapes: Sequence[Shape]) -> str:
-    return (
-        f"{len(shapes)} × {list(shapes[0])}"
-        if len(set(shapes)) == 1
-        else ", ".join(str(list(shape)) for shape in shapes)
-    )
+    if len(set(shapes)) == 1:
+        return f"{len(shapes)} × {list(shapes[0])}"
+    return ", ".join(str(list(shape)) for shape in shapes)

@@ -61,17 +61,12 @@ class Renaming(BaseModel):
         found = _pattern_of(self.from_).fullmatch(name)
         if found is None:
             return None
-        pieces: list[str] = []
-        for piece in _PLACEHOLDER.split(self.to):
-            total = _SUM.fullmatch(piece)
-            if total:
-                number = int(found[total[1]]) + _added(total)
-                if number < 0:
-                    return None
-                pieces.append(str(number))
-            else:
-                pieces.append(found["REST"] if piece == "**" else piece)
-        return "".join(pieces)
+        sums = [total for place in _PLACEHOLDER.findall(self.to) if (total := _SUM.fullmatch(place))]
+        numbers = [int(found[total[1]]) + _added(total) for total in sums]
+        if min(numbers, default=0) < 0:
+            return None
+        following = map(str, numbers)
+        return _PLACEHOLDER.sub(lambda place: found["REST"] if place[0] == "**" else next(following), self.to)
 
     def name_behind(self, logical: str) -> str | None:
         """Return the name that becomes a logical name, with placeholders for what that doesn't tell; None if there is none."""
@@ -81,12 +76,12 @@ class Renaming(BaseModel):
         known = found.groupdict()
         sums = [total for piece in _PLACEHOLDER.findall(self.to) if (total := _SUM.fullmatch(piece))]
         numbers = {total[1]: int(known[total[1]]) - _added(total) for total in reversed(sums)}
-        pieces: list[str] = []
-        for piece in _PLACEHOLDER.split(self.from_):
-            number = _NUMBER.fullmatch(piece)
-            told = numbers.get(number[1], piece) if number else known.get("REST", piece) if piece == "**" else piece
-            pieces.append(str(told))
-        name = "".join(pieces)
+
+        def told(place: re.Match[str]) -> str:
+            number = _NUMBER.fullmatch(place[0])
+            return str(numbers.get(number[1], place[0])) if number else known.get("REST", place[0])
+
+        name = _PLACEHOLDER.sub(told, self.from_)
         return name if _PLACEHOLDER.search(name) or self.logical_name(name) == logical else None
 
 

@@ -191,19 +191,13 @@ class Spec(BaseModel):
         Raises:
             SpecError: lists all parameters that match no rule, with the nearest globs, and all that match several.
         """
-        found: dict[str, Pattern] = {}
-        problems: list[str] = []
-        for name in names:
-            matches = self.matches(name)
-            if len(matches) == 1:
-                found[name] = matches[0].pattern
-            else:
-                problems.append(f"{name}: {self.misfit(name, matches)}")
+        matches = {name: self.matches(name) for name in names}
+        problems = [f"{name}: {self.misfit(name, found)}" for name, found in matches.items() if len(found) != 1]
         if problems:
             raise SpecError(
                 f"spec {self.family!r} doesn't give exactly one rule for each parameter", problems, RULES_HINT
             )
-        return found
+        return {name: found[0].pattern for name, found in matches.items()}
 
     def matches(self, name: str) -> tuple[Match, ...]:
         """Return every rule that a parameter matches, in the spec's order; there should be exactly one."""

@@ -159,17 +159,13 @@ class Manifest(BaseModel):
         if recorded is None or not path.is_file():
             return
         found = path.stat().st_size
-        if found == recorded:
-            if path.name in self.contents and digest_of(path) != self.contents[path.name]:
-                raise DamagedCheckpointError(
-                    f"{path} isn't the file that {MANIFEST_NAME} describes, though of its size{STALE_MANIFEST}"
-                )
-            return
-        if zipfile.is_zipfile(path):
-            raise DamagedCheckpointError(
-                f"{path} isn't the file that {MANIFEST_NAME} describes ({recorded} bytes then, {found} now){STALE_MANIFEST}"
-            )
-        raise DamagedCheckpointError(f"{path} is truncated: expected {recorded} bytes, found {found}")
+        other = f"{path} isn't the file that {MANIFEST_NAME} describes"
+        if found != recorded:
+            if zipfile.is_zipfile(path):
+                raise DamagedCheckpointError(f"{other} ({recorded} bytes then, {found} now){STALE_MANIFEST}")
+            raise DamagedCheckpointError(f"{path} is truncated: expected {recorded} bytes, found {found}")
+        if path.name in self.contents and digest_of(path) != self.contents[path.name]:
+            raise DamagedCheckpointError(f"{other}, though of its size{STALE_MANIFEST}")
 
 
 _ALWAYS_WRITTEN = re.compile(

@@ -193,13 +193,6 @@ def left_out(checkpoint: Checkpoint, drop_client_state: Collection[str] = ()) ->
     return [f"{name}: {why}" for name, why in checkpoint.unrecorded.items()] + unread
 
 
-def client_state_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the user's own keys, and DeepSpeed's keys in `KEPT_ENGINE_KEYS`."""
-    _, state = checkpoint.client_state()
-    kept = {key: value for key, value in state.items() if key not in ENGINE_KEYS or key in KEPT_ENGINE_KEYS}
-    return kept | {key: _without_numpy(state[key]) for key in DATA_SCHEDULES if state.get(key) is not None}
-
-
 def _without_numpy(value: Any) -> Any:
     """Return a value with plain numbers and lists in place of numpy's, which DeepSpeed's schedules take too."""
     if isinstance(value, (np.ndarray, np.generic)):
@@ -251,7 +244,10 @@ class _Places(dict[str, torch.Tensor]):
 def _encoded_values(checkpoint: Checkpoint, drop: Collection[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return client state and extra states, encoded, and the tensors in them."""
     shared, differing = shared_extra_states(checkpoint.extra_states())
-    held: dict[str, dict[str, Any]] = {"client_state": client_state_of(checkpoint), "extra_states": shared}
+    _, state = checkpoint.client_state()
+    client_state = {key: value for key, value in state.items() if key not in ENGINE_KEYS or key in KEPT_ENGINE_KEYS}
+    client_state |= {key: _without_numpy(state[key]) for key in DATA_SCHEDULES if state.get(key) is not None}
+    held: dict[str, dict[str, Any]] = {"client_state": client_state, "extra_states": shared}
     keys = [*held["client_state"], *shared, *differing]
     unknown = sorted(set(drop) - {str(key) for key in keys} - checkpoint.unreadable().keys())
     if unknown:
