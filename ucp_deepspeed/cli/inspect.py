@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
-from ucp_deepspeed.checkpoint.checkpoint import Differing
 from ucp_deepspeed.checkpoint.differing import in_words as in_words_by_place
 from ucp_deepspeed.checkpoint.encoding import encode
 from ucp_deepspeed.checkpoint.opening import tags_in
@@ -78,7 +77,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
         "precision": run.precision,
         "ds_version": run.ds_version,
         "lr_scheduler": _json(run.lr_scheduler),
-        "loss_scale": {"dynamic": scale.dynamic, "values": _json(dict(scale.values))} if scale else None,
+        "loss_scale": {"dynamic": scale.dynamic, "values": _json(scale.values)} if scale else None,
         "optimizer_steps": sorted(int(step) if step.is_integer() else step for step in steps),
         "layouts": {"known": unknown is None, "reason": unknown and str(unknown)},
         "vocabulary_size": vocabulary_size or checkpoint.vocabulary_size,
@@ -95,8 +94,8 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
         "groups": [
             {
                 "names": list(group.names),
-                "hyperparameters": _json(dict(group.hyperparameters)),
-                "differing": _differing(group.differing),
+                "hyperparameters": _json(group.hyperparameters),
+                "differing": _json(group.differing),
             }
             for group in held.groups
         ],
@@ -114,14 +113,10 @@ def _parameter(parameter: ParameterInfo) -> dict[str, Any]:
         "local_shapes": [None if shape is None else list(shape) for shape in parameter.local_shapes],
         "pattern": parameter.pattern,
         "states": {state: TORCH_DTYPES[dtype] for state, dtype in parameter.states.items()},
-        "scalars": _json(dict(parameter.scalars)),
+        "scalars": _json(parameter.scalars),
         "refused": dict(parameter.refused),
-        "differing": _differing(parameter.differing),
+        "differing": _json(parameter.differing),
     }
-
-
-def _differing(differing: Differing) -> Any:
-    return _json({key: dict(held) for key, held in differing.items()})
 
 
 def _json(value: Any) -> Any:

@@ -188,10 +188,8 @@ def _explanation(name: str, spec: Spec, checkpoint: Checkpoint | None, vocabular
     title = logical[name]
     matches = spec.matches(title)
     layout: Layout | None = None
-    problem: str | None = None
-    if len(matches) != 1:
-        problem = spec.misfit(title, matches)
-    elif checkpoint is not None:
+    problem = spec.misfit(title, matches) if len(matches) != 1 else None
+    if problem is None and checkpoint is not None:
         size = vocabulary_size if vocabulary_size is not None else checkpoint.vocabulary_size
         shapes, degree = {str(title): checkpoint.parameters[name].local_shapes}, checkpoint.topology.tp
         try:

@@ -281,8 +281,7 @@ def _tensor_stream(
 
 
 def _tracked_stream(tracker: Any, name: str, held: Any) -> Stream:
-    """Return a tracker's stream. It is a generator where CUDA graphs use it, and must stay the same object; otherwise it is a
-    state."""
+    """Return a tracker's stream: a generator where CUDA graphs use it, which must stay the same object; otherwise a state."""
     if isinstance(held, torch.Generator):
         return _generator_stream(held)
     generator, set_states = torch.Generator(device=get_accelerator().current_device_name()), tracker.set_states

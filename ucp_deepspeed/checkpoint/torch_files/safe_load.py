@@ -84,9 +84,8 @@ def open_torch_file(
         raise DamagedCheckpointError(f"{path} is missing")
     with telling_damage(path), path.open("rb") as file:
         start = file.read(len(_POINTER))
-        archive = start.startswith(_ZIP) and zipfile.is_zipfile(
-            file
-        )  # torch requires a whole one from the first byte on
+        # torch requires a whole one from the first byte on
+        archive = start.startswith(_ZIP) and zipfile.is_zipfile(file)
     loaded = _unpickled(path, tensors, foreign) if archive else _unpickled_legacy(path, start, tensors)
     if not isinstance(loaded, dict):
         raise DamagedCheckpointError(f"{path} holds a {type(loaded).__name__}, not a checkpoint dictionary")

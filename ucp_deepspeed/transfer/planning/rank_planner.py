@@ -358,12 +358,8 @@ class RankPlanner:
     def _fitting_states(
         self, slot: TargetSlot, wanted: KeptStates | None, first: Parameter, names: Sequence[str]
     ) -> SlotStates:
-        """Return the states and scalars to restore. Others that the optimizer keeps are an obstacle, unless policies allow it.
-
-        Args:
-            wanted: the states that the optimizer keeps.
-            first: a parameter that stands for all that it trains of the slot.
-        """
+        """Return the states and scalars to restore, by a ``first`` parameter that stands for all in the slot. Others that the
+        optimizer keeps are an obstacle, unless policies allow it."""
         found = first.states.keys() - {MASTER}
         if wanted is None or not (found or first.scalars):
             return SlotStates(tuple(first.states), first.scalars)

@@ -300,14 +300,12 @@ class _Planner:
         found = self.view.parameters[slot.names[0]]
         elementwise, scalars = found.states.keys() - {MASTER}, frozenset(found.scalars)
         live, saved = self._live_group(slot.group), self._saved_group(slot)
-        keeps = self._keeps_any and (
-            live.get("momentum", 1) or "dampening" not in live
-        )  # SGD's groups without it keep nothing
+        # SGD's groups without momentum keep nothing.
+        keeps = self._keeps_any and (live.get("momentum", 1) or "dampening" not in live)
         if not (elementwise or scalars) and (keeps or not self._stepped):
             return None
-        takes_over = (
-            not self.policies.keep_settings and "bias_correction" not in live
-        )  # DeepSpeed's own classes have that
+        # DeepSpeed's own classes have the key.
+        takes_over = not self.policies.keep_settings and "bias_correction" not in live
         for key, state in MADE_FOR.items() if takes_over else ():
             if key in live and key in saved and bool(live[key]) == (state in elementwise):
                 elementwise = elementwise | {state} if saved[key] else elementwise - {state}
