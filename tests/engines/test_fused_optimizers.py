@@ -18,7 +18,7 @@ from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.testing.ranks import RankError, RankPool
-from ucp_deepspeed.testing.runs import Run, build_engine, train
+from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
 from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.planning.targeting import plan_target
 
@@ -147,6 +147,32 @@ def test_a_step_that_one_tensor_counts(kind: Any, precision: Any, ranks: Ranks, 
         outcome = ranks(2).run(train, target, LAST_STEP, load=str(tmp_path / str(hop - 1)), save=again, save_first=True)
         assert shared_differences(tmp_path / "0", tmp_path / str(hop)) == []
         assert abs(outcome[0].losses[LAST_STEP] - source[0].losses[LAST_STEP]) < (2e-3 if precision == "bf16" else 2e-5)
+
+
+def save_with_one_unfrozen_late(run: Run, folder: str, late: str, again: bool) -> None:
+    """Save after a parameter has been stepped on once less than the others, or never if it isn't trained ``again``."""
+    engine = build_engine(run)
+    param = engine.module.get_parameter(late)
+    param.requires_grad_(False)
+    train_step(engine, run, 1)
+    param.requires_grad_(again)
+    train_step(engine, run, 2)
+    engine.save_checkpoint(folder)
+
+
+@pytest.mark.parametrize("kind", ["DeepSpeed", "Apex"])
+def test_steps_that_one_tensor_counts_must_be_the_same(kind: str, ranks: Ranks, tmp_path: Path) -> None:
+    """One parameter was unfrozen late: the optimizer would step on all others with its step, or on it with theirs."""
+    source, target = run_with("torch", 0, "fp32"), run_with(kind, 0, "fp32")
+    ranks(1).run(save_with_one_unfrozen_late, source, str(tmp_path / "late"), "linear_in.bias", True)
+    told = r"MismatchError.*(\s.*)?'step' is 2.0 for .* and 1.0 for linear_in.bias, .*; give them parameter groups of their own"
+    with pytest.raises(RankError, match=told):
+        ranks(1).run(steps_kept, target, str(tmp_path / "late"))
+    reset = replace(target, universal={"enabled": True, "optimizer_states": "reset"})
+    assert ranks(1).run(steps_kept, reset, str(tmp_path / "late"))[0] == (set(), [None])
+    ranks(1).run(save_with_one_unfrozen_late, source, str(tmp_path / "never"), "linear_in.bias", False)
+    in_states, in_group = ({2.0}, [None]) if kind == "DeepSpeed" else ({None}, [2])
+    assert ranks(1).run(steps_kept, target, str(tmp_path / "never"))[0] == (in_states, in_group)
 
 
 def test_states_with_scales_of_their_own(ranks: Ranks, tmp_path: Path) -> None:

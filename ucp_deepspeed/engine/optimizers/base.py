@@ -112,9 +112,11 @@ class EngineOptimizer(ABC):
     def place_of_steps(self, index: int) -> PlaceOfSteps | None:
         """Return where the base optimizer counts the steps of a parameter group; see `KeptStates.steps`."""
         if index not in self._places:
-            master = next((slot.master for slot in self.slots() if slot.group == index), None)
-            place = None if master is None else place_of_steps(self.base, self.live_group(index), master)
-            self._places[index] = place
+            masters = [slot.master for slot in self.slots() if slot.group == index]
+            place = place_of_steps(self.base, self.live_group(index), masters[0]) if masters else None
+            # ZeRO-3 steps on one tensor after another, each alone in its group.
+            together = len(masters) > 1 and self._engine.zero_optimization_stage() == 0
+            self._places[index] = "last state" if together and counts_in_last_state(self.base) else place
         return self._places[index]
 
     def finds_steps(self, index: int, saved: Mapping[str, Any]) -> bool:

@@ -204,13 +204,20 @@ def settings_of_groups(
         for name in (name for name in names if name in source):
             joined.setdefault(id(source[name]), name)
         settled = {name: numbers.of_group(index, source[name]) for name in joined.values()}
-        if (place := place_of_steps(index)) == "state":
-            settled = {name: {k: v for k, v in found.items() if k != GROUP_STEP} for name, found in settled.items()}
-        elif place == "group":
-            trained = (parameters[name] for name in names if name in source and name in parameters)
-            steps = {each.name: numbers.step(index, each, settled[joined[id(source[each.name])]]) for each in trained}
+        place = place_of_steps(index)
+        held_here = (name for name in names if name in source and name in parameters)
+        trained = [(parameters[name], joined[id(source[name])]) for name in held_here]
+        if place == "group":
+            steps = {each.name: numbers.step(index, each, settled[first]) for each, first in trained}
             step = _one_step(steps, f"parameter group {index}", obstacles)
             settled = {name: {**found, **step} for name, found in settled.items()}
+        elif place is not None:
+            steps = {each.name: step_in_group(each, settled[first]) for each, first in trained}
+            moved = {first for each, first in trained if steps[each.name] is not None}
+            settled = {name: _without_step(found) if name in moved else found for name, found in settled.items()}
+            if place == "last state":
+                steps |= {each.name: numbers.step(index, each, {}) for each, _ in trained if GROUP_STEP in each.scalars}
+                _one_step(steps, f"parameter group {index}", obstacles)
         one = numbers.of_joined(index, settled)
         held = {name: {**found, **one} for name, found in settled.items()}
         first, live = next(iter(held.values()), {}), live_group(index)
@@ -226,6 +233,10 @@ def settings_of_groups(
         for problem in _differing(taken, held, keep):
             obstacles.add(f"parameter group {index}", problem)
     return GroupSettings(tuple(values), tuple(kept))
+
+
+def _without_step(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {key: value for key, value in settings.items() if key != GROUP_STEP}
 
 
 def _one_step(steps: Mapping[str, float | None], group: str, obstacles: Obstacles) -> dict[str, float]:

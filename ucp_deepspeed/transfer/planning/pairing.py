@@ -92,6 +92,8 @@ class Pair:
         source = {name: group for names, group in self._groups for name in names}
         held = source, self.view.parameters
         keep = self.policies.keep_settings
+        if self.policies.optimizer_states != "restore":  # steps that begin anew needn't be the same
+            return settings_of_groups(*held, groups, live_group, lambda index: "state", numbers, keep, self.obstacles)
         return settings_of_groups(*held, groups, live_group, place_of_steps, numbers, keep, self.obstacles)
 
     def schedule(self, groups: Sequence[Sequence[str]], live: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -69,8 +69,9 @@ class ModelDescription:
         return [name for name, tensor in self.tensors.items() if tensor.kind in kinds]
 
 
-PlaceOfSteps = Literal["state", "group"]
-"""``state``: a ``step`` for each tensor, as torch's optimizers do. ``group``: one in the parameter group; see `GROUP_STEP`."""
+PlaceOfSteps = Literal["state", "last state", "group"]
+"""``state``: a ``step`` for each tensor, as torch's optimizers do. ``last state``: the last tensor's in a
+group counts for all. ``group``: one in the parameter group; see `GROUP_STEP`."""
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,10 @@ def counted(*counts: tuple[int | None, int | None]) -> tuple[Any, TargetSlot]:
     [
         ([(None, 7)], "state", {"step": 7}, {}),
         ([(None, 7), (7, 0)], "state", {"step": 7}, {}),
-        ([(5, 0)], "state", {"step": 5}, {}),
+        ([(5, 0)], "state", {"step": 5}, {"step": 0}),
+        ([(5, 7)], "state", {"step": 5}, {"step": 7}),
+        ([(None, 7)], "last state", {"step": 7}, {}),
+        ([(5, 0)], "last state", {"step": 5}, {"step": 0}),
         ([(5, None)], "group", {}, {"step": 5}),
         ([(None, 5), (5, None)], "group", {}, {"step": 5}),
         ([(3, 5)], "group", {}, {"step": 5}),
@@ -214,6 +217,8 @@ def counted(*counts: tuple[int | None, int | None]) -> tuple[Any, TargetSlot]:
         ([(None, 7), (6, None)], "state", "scalars {'step': 6}, and p0, which the target", {}),
         ([(4, None), (6, None)], "group", "'step' is 4 for p0 and 6 for p1, and the optimizer counts for all", {}),
         ([(None, 4), (None, 6)], "group", "'step' is 4 for p0 and 6 for p1, and the optimizer counts for all", {}),
+        ([(4, 7), (6, 7)], "last state", "'step' is 4 for p0 and 6 for p1, and the optimizer counts for all", {}),
+        ([(None, 4), (6, 0)], "last state", "'step' is 4 for p0 and 6 for p1, and the optimizer counts for all", {}),
     ],
 )
 def test_the_step_of_a_state_or_of_a_group(counts: Any, place: Any, of_states: Any, of_group: Any) -> None:
