@@ -296,6 +296,39 @@ def test_a_bug_on_one_rank_is_raised_on_all(run: Run, function: str, two_steps: 
     assert own == "KeyError: 'planted'" and other == "UniversalCheckpointError: rank 1: KeyError: 'planted'"
 
 
+def save_with_a_fault(run: Run, folder: str, function: str) -> str:
+    """On a rank: what it is told when rank 1 alone meets a bug in a function while it saves."""
+    engine = build_engine(run)
+    train_step(engine, run, 1)
+    full = f"ucp_deepspeed.engine.{function}"
+    planted = mock.patch(full, side_effect=KeyError("planted")) if dist.get_rank() == 1 else nullcontext()
+    with planted, pytest.raises((KeyError, UniversalCheckpointError)) as caught:
+        engine.save_checkpoint(folder)
+    engine.destroy()
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize(
+    "function",
+    [
+        "saving.save.engine_optimizer",
+        "saving.save.has_extra_states",
+        "saving.save._parameters",
+        "saving.save._settings",
+        "differing_copies._own_copies",
+        "differing_copies._numbers_of",
+    ],
+)
+def test_a_bug_on_one_rank_ends_a_save_on_all(function: str, in_background: bool, ranks: Ranks, tmp_path: Path) -> None:
+    """The others used to wait for ever: a pipeline's ranks tell one another several things."""
+    universal = {"enabled": True, "save": {"async": in_background}}
+    run = Run("tied", pp=2, config={"gradient_clipping": 0.0}, universal=universal)
+    other, own = ranks(2).run(save_with_a_fault, run, str(tmp_path), function, timeout=60.0)
+    assert own == "KeyError: 'planted'" and other == "UniversalCheckpointError: rank 1: KeyError: 'planted'"
+    assert not (tmp_path / "latest").exists()
+
+
 @pytest.mark.parametrize(("own", "kind"), [(None, "ConfigError"), ("nowhere", "CheckpointNotFoundError")])
 def test_ranks_that_name_different_folders(own: str | None, kind: str, two_steps: Path, ranks: Ranks) -> None:
     for told in ranks(2).run(load_with_a_fault, MLP, [str(two_steps), own], "", timeout=60.0):

@@ -40,17 +40,17 @@ def control_group() -> Any:
 
 
 def _make_control_group() -> Any:
-    group, failure = None, None
+    failure = None
     try:
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=tunables.CONNECT_SECONDS))
+        probe = dist.new_group(backend="gloo", timeout=timedelta(seconds=tunables.CONNECT_SECONDS))
+        dist.destroy_process_group(probe)
     except Exception as error:  # such as a host whose name leads to an address that others don't reach
         failure = f"{type(error).__name__}: {error}"
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
     if not failed:
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=tunables.CONTROL_SECONDS), group)
-        return group
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=tunables.CONTROL_SECONDS))
     if dist.get_rank() == 0:
         logger.warning(
             "ranks can't connect over gloo, and tell one another what they need to over %s; GLOO_SOCKET_IFNAME names the network "

@@ -19,7 +19,7 @@ from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import IMPLEMENTATION_SWITCHES, MASTER
 from ucp_deepspeed.checkpoint.deepspeed.pipeline import TIED
 from ucp_deepspeed.checkpoint.torch_files.safe_load import INTEGERS
-from ucp_deepspeed.engine.agreement import gathered, gathered_in
+from ucp_deepspeed.engine.agreement import agreement, gathered_in
 from ucp_deepspeed.engine.deepspeed_types import Engine, PipelineModule
 from ucp_deepspeed.engine.model import EngineModel
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
@@ -92,20 +92,10 @@ def differing_copies(model: EngineModel, optimizer: EngineOptimizer) -> tuple[st
     shared = on_several_stages(model.tensors, model.topology.tp)
     if not shared:
         return ()
-    sums: Counter[tuple[str, str]] = Counter()
-    numbers: dict[str, set[str]] = defaultdict(set)
-    for slot in optimizer.slots():
-        if shared.keys().isdisjoint(slot.names):
-            continue
-        kept = {key: value for key, value in optimizer.state_of(slot).items() if not is_number(key, value, slot.master)}
-        told = repr(sorted((str(k), _plain(v)) for k, v in optimizer.state_of(slot).items() if k not in kept))
-        for name in shared.keys() & set(slot.names):
-            numbers[name].add(told)
-        for state, tensor in {MASTER: slot.master, **kept}.items():
-            for name, part in _sums(slot, state, tensor, shared):
-                sums[name, state] += part
+    with agreement(tells=True) as told_by_ranks:
+        told_by_ranks.mine = (divmod(model.rank, model.topology.tp), *_own_copies(optimizer, shared))
     held: dict[tuple[str, int], tuple[Counter[Any], set[str]]] = defaultdict(lambda: (Counter(), set()))
-    for (stage, tp_rank), of_rank, told_by_rank in gathered((divmod(model.rank, model.topology.tp), sums, numbers)):
+    for (stage, tp_rank), of_rank, told_by_rank in told_by_ranks.values:
         for (name, state), part in of_rank.items():
             held[name, stage][0][tp_rank, state] += part
         for name, found in told_by_rank.items():
@@ -120,6 +110,26 @@ def differing_copies(model: EngineModel, optimizer: EngineOptimizer) -> tuple[st
         for name, (first, *others) in shared.items()
         if any(of_stage(name, stage) != of_stage(name, first) for stage in others)
     )
+
+
+def _own_copies(
+    optimizer: EngineOptimizer, shared: Collection[str]
+) -> tuple[Counter[tuple[str, str]], dict[str, set[str]]]:
+    """Return the sums of this rank's parts by name and state, and the numbers by name."""
+    sums: Counter[tuple[str, str]] = Counter()
+    numbers: dict[str, set[str]] = defaultdict(set)
+    for slot in optimizer.slots():
+        mine = [name for name in slot.names if name in shared]
+        if not mine:
+            continue
+        kept = {key: value for key, value in optimizer.state_of(slot).items() if not is_number(key, value, slot.master)}
+        told = repr(sorted((str(k), _plain(v)) for k, v in optimizer.state_of(slot).items() if k not in kept))
+        for name in mine:
+            numbers[name].add(told)
+        for state, tensor in {MASTER: slot.master, **kept}.items():
+            for name, part in _sums(slot, state, tensor, shared):
+                sums[name, state] += part
+    return sums, numbers
 
 
 def tell_of_differing(engine: Engine, differing: Sequence[str], form: str) -> None:
@@ -154,15 +164,19 @@ def tell_of_others(engine: Engine, trained: Collection[str]) -> None:
     if not isinstance(engine, PipelineEngine):
         return
     module: PipelineModule = engine.module
-    for key, shared in module.tied_comms.items():
-        if key in told:
-            continue
-        told.add(key)
-        mine = {
-            name: _digest(value)
-            for name, value in shared["module"].state_dict().items()
-            if isinstance(value, torch.Tensor) and f"{TIED}{key}.{name}" not in trained
+    with agreement():  # the state dict may be the user's
+        digests = {
+            key: {
+                name: _digest(value)
+                for name, value in shared["module"].state_dict().items()
+                if isinstance(value, torch.Tensor) and f"{TIED}{key}.{name}" not in trained
+            }
+            for key, shared in module.tied_comms.items()
+            if key not in told
         }
+    for key, mine in digests.items():
+        told.add(key)
+        shared = module.tied_comms[key]
         copies = gathered_in(shared["group"], mine)
         differing = [name for name in mine if len({copy.get(name) for copy in copies}) > 1]
         if differing and dist.get_rank() == min(shared["ranks"]):
@@ -228,9 +242,9 @@ def _spread(place: torch.Tensor) -> torch.Tensor:
 
 def numbers_are_same(stage: int, optimizer: EngineOptimizer) -> bool:
     """Return whether the numbers that the optimizer keeps are the same on all ranks of each pipeline stage. Collective."""
-    digest = hashlib.sha256(repr(_numbers_of(optimizer)).encode()).hexdigest()
-    found = gathered((stage, digest))
-    return len(set(found)) == len({stage for stage, _ in found})
+    with agreement(tells=True) as told:
+        told.mine = stage, hashlib.sha256(repr(_numbers_of(optimizer)).encode()).hexdigest()
+    return len(set(told.values)) == len({stage for stage, _ in told.values})
 
 
 def _numbers_of(optimizer: EngineOptimizer) -> list[Any]:

@@ -109,7 +109,7 @@ class FileReader:
     def numbytes(self, view: StridedView[FileExtent], shape: tuple[int, ...]) -> int:
         """Return the bytes to read for a block: more than it has if its runs are short and the file isn't mapped."""
         file, _ = self._open(view, view.span(shape))
-        numel = prod(shape) if _runs(view, shape) is not None or file.is_mapped else view.span(shape)
+        numel = prod(shape) if file.is_mapped or _runs(view, shape) is not None else view.span(shape)
         return numel * ITEMSIZE[view.buffer.dtype]
 
     def _open(self, view: StridedView[FileExtent], span: int) -> tuple[_File, int]:

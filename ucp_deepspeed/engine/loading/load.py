@@ -148,17 +148,16 @@ def _load_natively(
 
 def _load_universal(engine: Engine, checkpoint: Checkpoint, options: LoadOptions, started: float) -> Loaded:
     """Plan on every rank, agree that all can, fill. Collective."""
+    _reload_offloaded(engine)
     # 1. Where pipeline stages hold copies of one parameter, all ranks together compare these.
     model, seen = None, []
     if checkpoint.topology.pp > 1:
         with agreement(tells=True) as told:
-            _reload_offloaded(engine)
             model = describe_model(engine)
             told.mine = look_at_copies(checkpoint, model)
         seen = told.values
     # 2. Each rank plans all that it will hold.
     with agreement(tells=True) as told:
-        _reload_offloaded(engine)
         model = model or describe_model(engine)
         optimizer, policies = engine_optimizer(engine), _policies(engine, options)
         plan = _planned(engine, model, checkpoint, optimizer, options, policies, seen)
@@ -177,10 +176,11 @@ def _load_universal(engine: Engine, checkpoint: Checkpoint, options: LoadOptions
 
 
 def _reload_offloaded(engine: Engine) -> None:
-    """Put back what ``engine.offload_states`` has moved away."""
+    """Put back what ``engine.offload_states`` has moved away, on all ranks alike. Collective if there is something."""
     if is_offloaded(engine):
-        logger.info("the engine's offloaded states are reloaded to its device")
-        engine.reload_states()
+        with agreement():
+            logger.info("the engine's offloaded states are reloaded to its device")
+            engine.reload_states()
 
 
 def _policies(engine: Engine, options: LoadOptions) -> Policies:

@@ -284,10 +284,13 @@ def _commit(manifest: Manifest, folder: Path) -> None:
 
 def _manifest(engine: Engine) -> Manifest:
     """Return the manifest without the files. Collective."""
-    model, optimizer = describe_model(engine), engine_optimizer(engine)
-    topology, known = model.topology, kept_layouts(engine, model)
-    keys = _layer_keys(engine)
-    groups = gather_model_parallel(engine, tuple(tuple(names) for names in optimizer.group_names()))
+    model = describe_model(engine)
+    with agreement():  # whatever fails on one rank does so before ranks wait for one another
+        optimizer, topology, known = engine_optimizer(engine), model.topology, kept_layouts(engine, model)
+        parameters, names = _parameters(model, known), tuple(map(tuple, optimizer.group_names()))
+        extra = has_extra_states(engine.module)
+        mine = names, _own_layer_keys(engine), extra, _settings(optimizer.base.param_groups)
+    groups, keys, extras, settings = zip(*gather_model_parallel(engine, mine), strict=True)
     tell_of_others(engine, frozenset(model.named("trainable")))
     differing = differing_copies(model, optimizer)
     tell_of_differing(engine, differing, optimizer.form)
@@ -296,33 +299,31 @@ def _manifest(engine: Engine) -> Manifest:
         optimizer=optimizer.form,
         vocabulary_size=known.vocabulary_size,
         parameter_groups=tuple(groups[:: topology.tp]),
-        layer_keys=keys,
-        parameters=_parameters(model, known),
+        layer_keys={key: name for held in keys for key, name in held.items()},
+        parameters=parameters,
         same_numbers=numbers_are_same(model.rank // topology.tp, optimizer),
         differing_copies=differing,
-        has_extra_states=any(gather_model_parallel(engine, has_extra_states(engine.module))),
+        has_extra_states=any(extras),
         files={},
     )
     if topology.pp == 1:
         return manifest
-    settings = gather_model_parallel(engine, _settings(optimizer.base.param_groups))[:: topology.tp]
-    return manifest.model_copy(update={"group_numbers": _group_numbers(manifest, settings)})
+    return manifest.model_copy(update={"group_numbers": _group_numbers(manifest, settings[:: topology.tp])})
 
 
-def _layer_keys(engine: Engine) -> dict[str, str]:
-    """Return keys of a pipeline's layer files (``{layer}.{local name}``) → names, for tied modules (``runtime/pipe/module.py``).
-    Collective over the model-parallel group."""
+def _own_layer_keys(engine: Engine) -> dict[str, str]:
+    """Return keys of the layer files of this rank's stage (``{layer}.{local name}``) → names, for tied modules
+    (``runtime/pipe/module.py``)."""
     if not isinstance(engine, PipelineEngine):
         return {}
     module: PipelineModule = engine.module
     tied = engine.module.tied_modules
-    mine = {
+    return {
         f"{layer}.{local_name}": f"{TIED}{spec.key}.{local_name}"
         for layer, spec in enumerate(module._layer_specs)
         if isinstance(spec, TiedLayerSpec) and spec.forward_fn is None and spec.key in tied
         for local_name in tied[spec.key].state_dict()
     }
-    return {key: name for held in gather_model_parallel(engine, mine) for key, name in held.items()}
 
 
 def _group_numbers(
