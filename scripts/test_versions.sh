@@ -92,7 +92,7 @@ assert transformers.__version__ == sys.argv[1], f"{transformers.__version__} was
 print(f"transformers {sys.argv[1]}")' "$version" 2>/dev/null
     chosen=("${models[@]}")
     if ! since 5.23; then chosen+=("${models_with_experts[@]}"); fi
-    PYTHONPATH="$folder:$PWD" python -m pytest -q -p no:cacheprovider --durations=0 --durations-min=4 "${chosen[@]}"
+    PYTHONPATH="$folder:$PWD" python -m pytest -q --device cpu -p no:cacheprovider --durations=0 --durations-min=4 "${chosen[@]}"
 }
 
 for version in "$@"; do
@@ -113,5 +113,5 @@ for version in "$@"; do
     python -c 'import sys, deepspeed, torch
 assert deepspeed.__version__ == sys.argv[1], f"{deepspeed.__version__} was imported from {deepspeed.__file__}"
 print(f"DeepSpeed {sys.argv[1]}, torch {torch.__version__}, Python {sys.version.split()[0]}")' "$version" 2>/dev/null
-    python -m pytest -q -p no:cacheprovider --durations=0 --durations-min=4 "${chosen[@]}"
+    python -m pytest -q --device cpu -p no:cacheprovider --durations=0 --durations-min=4 "${chosen[@]}"
 done

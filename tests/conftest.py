@@ -35,11 +35,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marked, chosen = metafunc.definition.get_closest_marker("nccl_like"), metafunc.config.getoption("--device")
     if metafunc.definition.get_closest_marker("gpu"):
         chosen = GPU
-    if marked or chosen:
+    if (marked or chosen) and chosen != "cpu":  # on CPUs names stay as they are
         devices = (chosen,) if chosen else DEVICES[-1:] if "only" in marked.args else DEVICES
-        metafunc.parametrize(
-            "device", devices, indirect=True, scope="session"
-        )  # pytest runs those of one device together
+        # pytest runs those of one device together.
+        metafunc.parametrize("device", devices, indirect=True, scope="session")
     if "pair_seed" in metafunc.fixturenames:
         first, count = (metafunc.config.getoption(name) for name in ("--first-pair", "--pairs"))
         metafunc.parametrize("pair_seed", range(first, first + count))
