@@ -25,7 +25,7 @@ import benchmark_profile
 import benchmark_ranks as on_rank
 import click
 from benchmark_commands import TIMEOUT, converter, deepspeed_converter, ended_by_signals, run_command
-from benchmark_profile import Phases
+from benchmark_profile import Phases, by_phase
 from benchmark_ranks import TAG, Measured
 from benchmark_report import Profile, Result, draw, machine, profile_table, table_of
 
@@ -212,7 +212,11 @@ class Bench:
             return
         pool = self.pool(self.size.loading)
         _call(pool, on_rank.watch, False)
-        self._profile(operation, source, lambda: _mean(_call(pool, benchmark_profile.profile_load, str(source))))
+        self._profile(
+            operation,
+            source,
+            lambda: by_phase(_call(pool, benchmark_profile.profile_load, str(source)), statistics.fmean),
+        )
 
     def _profile_convert(self, source: Path, target: Path) -> None:
         """Whole commands, as they are compared."""
@@ -235,7 +239,7 @@ class Bench:
             _forget_pages(source)
             cold.append(run())
             warm.append(run())
-        self.profiles[operation] = Profile(_median(warm), _median(cold))
+        self.profiles[operation] = Profile(by_phase(warm, statistics.median), by_phase(cold, statistics.median))
 
     def _peers(self, source: Path) -> tuple[Pair, list[Way]]:
         """The cost of DeepSpeed's conversion, and of the loads."""
@@ -391,19 +395,6 @@ def _result(operation: str, way: str, runs: Runs, ours: float) -> Result:
     )
 
 
-def _mean(phases: Sequence[Phases]) -> Phases:
-    return _by_phase(phases, statistics.fmean)
-
-
-def _median(phases: Sequence[Phases]) -> Phases:
-    return _by_phase(phases, statistics.median)
-
-
-def _by_phase(phases: Sequence[Phases], together: Callable[[list[float]], float]) -> Phases:
-    names = dict.fromkeys(name for each in phases for name in each)
-    return {name: together([each.get(name, 0.0) for each in phases]) for name in names}
-
-
 def _settled(run: Callable[[], Measured]) -> Measured:
     """Run once nothing is left to be written back, which would be measured too."""
     os.sync()
@@ -448,7 +439,7 @@ def _forget_pages(folder: Path) -> None:
     help="Folder of the results; while it runs, of the checkpoints too.",
 )
 @click.option("--profile", is_flag=True, help="Tell where the time of ours goes, too.")
-@click.option("--gpu", is_flag=True, help="Instead, load and save on all GPUs of this machine, in some five minutes.")
+@click.option("--gpu", is_flag=True, help="Instead, load and save on all GPUs of this machine.")
 def main(size: str, repeats: int, only: Sequence[str], output: Path, profile: bool, gpu: bool) -> None:
     """Run everything, or a part of it."""
     try:

@@ -1,4 +1,4 @@
-"""The part of ``benchmark.py`` for machines with GPUs: loads and saves of one rank for each GPU, in about five minutes.
+"""The part of ``benchmark.py`` for machines with GPUs: loads and saves of one rank for each GPU.
 
 Without a GPU it runs on the stand-in device (`ucp_deepspeed.testing.device`): that shows that all of it runs, and its figures
 mean nothing.

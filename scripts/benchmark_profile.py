@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
@@ -21,6 +21,12 @@ Phases = dict[str, float]
 """Seconds by phase."""
 
 OTHER = "other"
+
+
+def by_phase(phases: Sequence[Phases], together: Callable[[list[float]], float]) -> Phases:
+    """One figure of each phase, made of several runs' by a function such as the median."""
+    names = dict.fromkeys(name for each in phases for name in each)
+    return {name: together([each.get(name, 0.0) for each in phases]) for name in names}
 
 
 class Stopwatch:

@@ -1,4 +1,4 @@
-"""Tests for a machine with a GPU, which take a few minutes there (``pytest -m gpu``), and run on the stand-in device too."""
+"""Tests for a machine with a GPU (``pytest -m gpu``), which run on the stand-in device too."""
 
 from __future__ import annotations
 
