@@ -219,6 +219,16 @@ CASES = [
         {"tp": 1, "size": GROWN},
         policies=({"vocabulary_size": 50}, {"vocabulary_size": 50, **INIT}, {"vocabulary_size": 50, **DROP}),
     ),
+    *(
+        Case(
+            f"a vocabulary padded to {rows}",
+            replace(LLAMA, universal={"enabled": True, "vocabulary_size": 50}),
+            {"tp": 2, "size": {**GROWN, "vocabulary_multiple": 16}},
+            {"tp": 1, "size": {**GROWN, "vocabulary_multiple": rows}, "zero": {"stage": 2}},
+            policies=({}, {"vocabulary_size": 50}),
+        )
+        for rows in (64, 56, 80)
+    ),
     *(Case(f"from two stages to {pp}", PIPELINE, target={"pp": pp}, ranks=(2, pp)) for pp in (1, 2)),
     Case("two stages of two ranks", PIPELINE, target={"zero": {"stage": 0}}, ranks=(2, 4), policies=({}, RESET)),
     Case("from one stage to two", PIPELINE, {"pp": 1}, ranks=(1, 2), policies=({},)),

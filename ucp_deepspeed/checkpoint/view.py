@@ -154,6 +154,13 @@ class UniversalView:
         names = self.logical_of | self._further
         return UniversalView(checkpoint, names, self.patterns, self.vocabulary_size, check_record=self._checked)
 
+    def with_padding(self) -> UniversalView:
+        """Return this view with the rows of padding that all vocabularies have in the checkpoint."""
+        cut = {name: p.dim for name, p in self.patterns.items() if isinstance(p, Shard) and p.vocabulary}
+        rows = min((self.padded_shape(name)[dim] for name, dim in cut.items()), default=self.vocabulary_size)
+        names = self.logical_of | self._further
+        return UniversalView(self.checkpoint, names, self.patterns, rows, check_record=self._checked)
+
     @property
     def tied(self) -> dict[str, str]:
         """Further logical names of tied parameters → the logical name that each has here."""
@@ -172,6 +179,11 @@ class UniversalView:
     def logical_shape(self, name: str) -> Shape:
         """Shape of the whole, unpadded parameter."""
         return self.layouts[name].logical_shape
+
+    def padded_shape(self, name: str) -> Shape:
+        """Shape of the whole parameter with the rows of padding that the checkpoint holds."""
+        held = _of_one_stage(self.parameters[name], self.checkpoint.topology.tp)
+        return self.patterns[name].logical_shape(tuple(shape for shape in held if shape is not None))
 
     def layouts_on(self, degree: int) -> dict[str, Layout]:
         """Return all layouts on a plain model of another tensor-parallel size; a MismatchError lists what can't be cut so."""

@@ -39,7 +39,7 @@ def known_by_plan(found: Pair) -> KnownLayouts:
     names, patterns = found.names.target, found.patterns
     known = ((name, patterns[logical]) for name, logical in names.items() if logical in patterns)
     told = {name: pattern for name, pattern in known if not isinstance(pattern, Unique | PerRank)}
-    return KnownLayouts(told, names, found.vocabulary_size)
+    return KnownLayouts(told, names, found.rows.live)
 
 
 def known_by_manifest(checkpoint: Checkpoint, engine: Engine) -> KnownLayouts:

@@ -37,7 +37,7 @@ def check_custom_load(engine: Engine) -> None:
 
 
 def local_state_dict(checkpoint: Checkpoint, model: EngineModel) -> dict[str, torch.Tensor]:
-    """Return weights and buffers under the checkpoint's names, each as this rank's tensor-parallel shard.
+    """Return weights and buffers under the checkpoint's names, each as this rank's tensor-parallel shard with its padding.
 
     Trained weights have the model's precision; others have the dtype in which they were saved.
 
@@ -46,7 +46,7 @@ def local_state_dict(checkpoint: Checkpoint, model: EngineModel) -> dict[str, to
         MismatchError: a parameter can't be cut over the model's tensor-parallel ranks.
     """
     degree, reader = model.topology.tp, FileReader(checkpoint.versions)
-    view = UniversalView.of(checkpoint, model.spec, model.vocabulary_size, degree)
+    view = UniversalView.of(checkpoint, model.spec, model.vocabulary_size, degree).with_padding()
     layouts = view.layouts_on(degree)
     found: dict[str, torch.Tensor] = {}
     for name, logical in view.logical_of.items():
@@ -57,7 +57,7 @@ def local_state_dict(checkpoint: Checkpoint, model: EngineModel) -> dict[str, to
         shape = view.patterns[logical].local_shapes(view.logical_shape(logical), degree)[rank]
         trained = parameter.kind == "trainable"
         dtype = PRECISIONS[model.precision] if trained else NAMED_DTYPES[parameter.states[WEIGHT]]
-        flat, state = torch.empty(prod(shape), dtype=dtype), MASTER if trained else WEIGHT
+        flat, state = torch.zeros(prod(shape), dtype=dtype), MASTER if trained else WEIGHT
         target = Target(layout, rank, (Fragment(0, flat.numel(), None, 0),))
         run_copies(plan_tensor(view.source(logical, state), target, state), reader, lambda _, flat=flat: flat)  # type: ignore[misc]
         found[name] = flat.view(shape)

@@ -57,6 +57,8 @@ def pair_with(checkpoint: Checkpoint, model: EngineModel, policies: Policies) ->
         source: dict[str, Parameter] = {names[name]: parameter for name, parameter in parameters.items()}
         if hint := renaming_hint(source, found.tensors):
             logger.warning("perhaps parameters were renamed: %s", hint)
+    for padding in found.rows.told():
+        logger.warning("%s", padding)
     if unknown := per_rank(found.patterns):
         logger.info("no layout is known of %d parameters: each tensor-parallel rank takes its own share", len(unknown))
     return found

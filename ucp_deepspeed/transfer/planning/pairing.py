@@ -6,22 +6,30 @@ then each pair gets a pattern, and each side a layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from ucp_deepspeed.checkpoint import Checkpoint, Parameter
-from ucp_deepspeed.checkpoint.checkpoint import ParameterGroup
+from ucp_deepspeed.checkpoint.checkpoint import HeldShapes, ParameterGroup
 from ucp_deepspeed.checkpoint.derived import RetiedCheckpoint, copies_wanted
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of
-from ucp_deepspeed.checkpoint.view import UniversalView, layouts_of, names_of, parameter_names, patterns_of
+from ucp_deepspeed.checkpoint.view import (
+    UniversalView,
+    held_shapes,
+    layouts_of,
+    names_of,
+    parameter_names,
+    patterns_of,
+)
 from ucp_deepspeed.errors import ListingError, MismatchError
 from ucp_deepspeed.language import logical_names, naming_specs
 from ucp_deepspeed.language.name_spaces import LogicalName
 from ucp_deepspeed.language.schemes import seen_through
-from ucp_deepspeed.layout import Layout
-from ucp_deepspeed.layout.pattern import AnyPattern
+from ucp_deepspeed.layout import Layout, Shape
+from ucp_deepspeed.layout.pattern import AnyPattern, Shard
 from ucp_deepspeed.transfer.planning.numbers import (
     GroupSettings,
     PartitionNumbers,
@@ -36,6 +44,7 @@ from ucp_deepspeed.transfer.planning.policies import (
     check_matching,
     check_recorded,
     match,
+    some_names,
     some_shape,
 )
 from ucp_deepspeed.transfer.planning.target import ModelDescription, ModelTensor, PlaceOfSteps
@@ -53,6 +62,75 @@ class Names:
 
 
 @dataclass(frozen=True)
+class VocabularyRows:
+    """The rows of a vocabulary's parameters on both sides. Rows of padding that both have are restored like others: a model may
+    count them in its softmax.
+
+    Attributes:
+        saved, live: rows of the checkpoint's and of the model's unpadded vocabulary; None if not known.
+        held: rows of each parameter in the checkpoint and in the model, padding included.
+    """
+
+    saved: int | None
+    live: int | None
+    held: Mapping[str, tuple[int, int]]
+
+    @classmethod
+    def of(
+        cls,
+        sizes: tuple[int | None, int | None],
+        patterns: Mapping[str, AnyPattern],
+        source: Mapping[str, Sequence[Shape]],
+        target: Mapping[str, ModelTensor],
+        degree: int,
+    ) -> VocabularyRows:
+        """Count rows. Args: source: shapes on the checkpoint's tensor-parallel ranks. degree: the model's."""
+        held: dict[str, tuple[int, int]] = {}
+        for name, tensor in target.items():
+            pattern = patterns.get(name)
+            live = _of_first_stage(tensor.local_shapes, degree)
+            if isinstance(pattern, Shard) and pattern.vocabulary and live:
+                with suppress(ValueError):  # shapes that contradict the pattern are told with the layouts
+                    found, wanted = (pattern.logical_shape(shapes)[pattern.dim] for shapes in (source[name], live))
+                    held[name] = found, wanted
+        return cls(*sizes, held)
+
+    @property
+    def restored(self) -> tuple[int | None, int | None]:
+        """Rows to restore, as each side counts them: with the padding that both have, unless the vocabulary has changed."""
+        if self.saved is None or self.saved != self.live or not self.held:
+            return self.saved, self.live
+        return (max(self.saved, min(map(min, self.held.values()))),) * 2
+
+    def told(self, without: Collection[str | None] = ()) -> Iterator[str]:
+        """Tell where the sides pad differently, and what becomes of rows that one of them has."""
+        rows, _ = self.restored
+        if rows is None or self.saved != self.live:
+            return
+        groups: dict[tuple[int, int], list[str]] = {}
+        for name, each in self.held.items():
+            if name not in without and each != (rows, rows):
+                groups.setdefault(each, []).append(name)
+        for (found, wanted), names in groups.items():
+            left, zero = found - rows, wanted - rows
+            lost = [f"{left} of the checkpoint's are left out"] * (left > 0)
+            lost += [f"{zero} of the model's become zero"] * (zero > 0)
+            yield (
+                f"{some_names(names)}: {found} rows in the checkpoint and {wanted} in the model, of which {self.saved} aren't "
+                f"padding; {' and '.join(lost)}, so a loss that counts padding isn't what it would have been"
+            )
+
+
+def _of_first_stage(shapes: HeldShapes, degree: int) -> list[Shape]:
+    """Return the local shapes on the tensor-parallel ranks of the first pipeline stage that holds a tensor."""
+    stages = (
+        [shape for shape in shapes[first : first + degree] if shape is not None]
+        for first in range(0, len(shapes), degree)
+    )
+    return next(filter(None, stages), [])
+
+
+@dataclass(frozen=True)
 class Pair:
     """A checkpoint and a model, paired. Tensors and layouts are by logical name.
 
@@ -62,7 +140,7 @@ class Pair:
         matching: which parameters and buffers are on both sides.
         tensors: the model's.
         patterns: of all parameters on both sides.
-        vocabulary_size: rows of the model's unpadded vocabulary, if known.
+        rows: the vocabulary's.
         view: the checkpoint's, of what is on both sides.
         layouts: layouts of these in the model.
         obstacles: all that was found so far; planning adds more.
@@ -76,7 +154,7 @@ class Pair:
     matching: Matching
     tensors: Mapping[str, ModelTensor]
     patterns: Mapping[str, AnyPattern]
-    vocabulary_size: int | None
+    rows: VocabularyRows
     view: UniversalView
     layouts: Mapping[str, Layout]
     obstacles: Obstacles = field(repr=False)
@@ -152,18 +230,18 @@ def pair(
             model.exact,
             {names.target[name]: why for name, why in model.refused.items()},
         )
-        view = UniversalView(
-            checkpoint, names.source, patterns, checkpoint.vocabulary_size or size, frozenset(restored)
-        )
+        sizes, degree = (checkpoint.vocabulary_size or size, size), model.topology.tp
+        rows = VocabularyRows.of(sizes, patterns, held_shapes(checkpoint, names.source), restored, degree)
+        view = UniversalView(checkpoint, names.source, patterns, rows.restored[0], frozenset(restored))
         held = {name: tensor.local_shapes for name, tensor in restored.items()}
         shapes = {name: each for name, each in held.items() if some_shape(each) is not None}
-        layouts = layouts_of(view.patterns, shapes, model.topology.tp, size, "the model")
+        layouts = layouts_of(view.patterns, shapes, degree, rows.restored[1], "the model")
     except ListingError as error:
         if obstacles and isinstance(error, MismatchError):
             obstacles.add_error(error)
         obstacles.check(checkpoint.path)
         raise
-    return Pair(checkpoint, model, policies, names, joined, matching, tensors, patterns, size, view, layouts, obstacles)
+    return Pair(checkpoint, model, policies, names, joined, matching, tensors, patterns, rows, view, layouts, obstacles)
 
 
 def match_names(checkpoint: Checkpoint, model: ModelDescription) -> Names:

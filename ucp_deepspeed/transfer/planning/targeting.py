@@ -21,7 +21,7 @@ from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import ListingError, MismatchError, SpecError
 from ucp_deepspeed.language import Spec, per_rank
 from ucp_deepspeed.layout import Shard, Topology
-from ucp_deepspeed.layout.pattern import PerRank, Unique
+from ucp_deepspeed.layout.pattern import AnyPattern, PerRank, Unique
 from ucp_deepspeed.plan import BlockCopy
 from ucp_deepspeed.transfer.copying import TransferCount
 from ucp_deepspeed.transfer.evidence.held_values import differing_ties
@@ -178,7 +178,7 @@ def describe_target(
         pattern, whole = view.patterns[logical], view.logical_shape(logical)
         shares: HeldShapes = (None,) * topology.tp
         try:
-            shares = cut(pattern, whole)
+            shares = cut(pattern, view.padded_shape(logical) if _pads_as_held(pattern) else whole)
             rows = padded(pattern, shares)
             if rows != whole and isinstance(pattern, Shard):
                 obstacles.add(
@@ -200,6 +200,11 @@ def describe_target(
         tied=checkpoint.tied,
         logical_names=checkpoint.logical_names,
     )
+
+
+def _pads_as_held(pattern: AnyPattern) -> bool:
+    """Return whether the best guess at a target's rows is the padded vocabulary that there is."""
+    return isinstance(pattern, Shard) and pattern.vocabulary and pattern.pad_to_multiple == 1
 
 
 def _stages(view: UniversalView, topology: Topology, obstacles: Obstacles) -> dict[str, set[int]]:
@@ -401,17 +406,18 @@ class _Planner:
         yield from self._about_rows()
 
     def _about_rows(self) -> Iterator[str]:
-        rows: dict[tuple[int, int], list[str]] = {}
-        for name, pattern in self.view.patterns.items():
-            if isinstance(pattern, Shard) and pattern.vocabulary and name not in self.obstacles.names:
-                wanted = self.view.logical_shape(name)
-                share = pattern.local_shapes(wanted, self.topology.tp)[0]
-                rows.setdefault((wanted[pattern.dim], share[pattern.dim] * self.topology.tp), []).append(name)
-        for (found, padded), names in rows.items():
-            if self.view.vocabulary_size is None:
-                yield f"the {found} rows of {some_names(names)} count as the vocabulary, unless --vocabulary-size says otherwise"
-            elif found != padded:
-                yield f"the {found} rows of {some_names(names)} are padded to {padded}; the engine may pad them in another way"
+        size, same = self.view.vocabulary_size, self.topology.tp == self.view.checkpoint.topology.tp
+        rows: dict[int, list[str]] = {}
+        for name, (_, padded) in self.pair.rows.held.items():
+            sure = size == padded or (same and _pads_as_held(self.view.patterns[name]))
+            if name not in self.obstacles.names and (size is None or not sure):
+                rows.setdefault(padded, []).append(name)
+        for padded, names in rows.items():
+            if size is None:
+                yield f"the {padded} rows of {some_names(names)} count as the vocabulary, unless --vocabulary-size says otherwise"
+            else:
+                yield f"the {size} rows of {some_names(names)} are padded to {padded}; the engine may pad them in another way"
+        yield from self.pair.rows.told(self.obstacles.names)
 
     def _rank(self, planner: RankPlanner, target: TargetRank) -> RankPlan:
         count = TransferCount()

@@ -56,6 +56,50 @@ def test_ties_become_the_models() -> None:
     assert list(paired(separate, joining, None, "head: differs").obstacles) == [Obstacle("head", "differs")]
 
 
+@pytest.mark.parametrize(
+    ("saved", "live", "restored", "told"),
+    [
+        ((5, 8), (5, 8), (8, 8), None),
+        ((None, 8), (5, 8), (8, 8), None),
+        ((5, 8), (None, 8), (8, 8), None),
+        ((None, 8), (None, 8), (8, 8), None),
+        (
+            (5, 8),
+            (5, 6),
+            (6, 6),
+            "a, b: 8 rows in the checkpoint and 6 in the model, of which 5 aren't padding; 2 of the check",
+        ),
+        (
+            (5, 6),
+            (5, 8),
+            (6, 6),
+            "a, b: 6 rows in the checkpoint and 8 in the model, of which 5 aren't padding; 2 of the model",
+        ),
+        ((5, 8), (7, 8), (5, 7), None),
+    ],
+)
+def test_padding_that_both_sides_have_is_restored(
+    saved: tuple[int | None, int], live: tuple[int | None, int], restored: tuple[int, int], told: str | None
+) -> None:
+    pattern = dict.fromkeys("ab", Shard(vocabulary=True))
+    checkpoint = Sketch(dict.fromkeys("ab", (saved[1], 3)), vocabulary_size=saved[0], patterns=pattern)
+    shapes, topology = dict.fromkeys("ab", (live[1], 3)), Topology(tp=2)
+    found = paired(checkpoint, model(shapes, vocabulary_size=live[0], inferred=pattern, topology=topology))
+    rows = [(found.view.logical_shape(name)[0], found.layouts[name].logical_shape[0]) for name in "ab"]
+    assert rows == [restored] * 2
+    assert [line.startswith(told or "") for line in found.rows.told()] == [True] * (told is not None)
+    assert not list(found.rows.told({"a", "b"}))
+
+
+def test_vocabularies_on_later_stages_count_too() -> None:
+    half, pattern = (3, 2), {"a": Shard(vocabulary=True)}
+    tensor = ModelTensor("a", "trainable", (None, None, half, half))
+    described = ModelDescription(
+        topology=Topology(tp=2, pp=2), tensors={"a": tensor}, inferred=pattern, vocabulary_size=5
+    )
+    assert paired(Sketch({"a": (6, 2)}), described).rows.held == {"a": (6, 6)}
+
+
 def test_patterns_come_from_either_side() -> None:
     described = model({"a": FOUR}, inferred={"a": Shard(0)}, topology=Topology(tp=2))
     two = {"a": ModelTensor("a", "trainable", ((2, 3), (2, 3)))}

@@ -228,12 +228,25 @@ def test_vocabularies_are_padded_for_the_target(sources: dict[str, Path]) -> Non
 
     plan = plan_target(checkpoint, Topology(2, 1, 1, 0), spec, 5)
     assert plan.possible
-    assert plan.remarks == ("the 5 rows of embedding are padded to 8; the engine may pad them in another way",)
+    assert plan.remarks == (
+        "the 5 rows of embedding are padded to 8; the engine may pad them in another way",
+        "embedding: 6 rows in the checkpoint and 8 in the model, of which 5 aren't padding; 2 of the model's become zero, so a "
+        "loss that counts padding isn't what it would have been",
+    )
     read = {number: rank.bytes_read for number, rank in enumerate(plan.ranks)}
-    assert read[0] - read[1] == 12 * 3 * 3  # 4 and 1 of the rows, of 3 elements; the others are padding
+    assert (
+        read[0] - read[1] == 12 * 2 * 3
+    )  # 4 and 2 of the rows, of 3 elements; the others are padding that only the model has
     assert plan.ranks[0].bytes_held == plan.ranks[1].bytes_held
     with pytest.raises(MismatchError, match="vocabulary size 7 is above"):
         plan_target(checkpoint, Topology(), spec, 7)
+    rules[0]["pad_to_multiple"] = 1  # nothing tells how the target pads: as the checkpoint does
+    spec = Spec.parse({"family": "tests", "rules": rules}, "tests")
+    for tp, remarks in {2: 0, 1: 1}.items():
+        plan = plan_target(checkpoint, Topology(tp, 1, 1, 0), spec, 5)
+        assert len(plan.remarks) == remarks and all("padded to 6" in remark for remark in plan.remarks)
+        every = plan_target(checkpoint, Topology(tp, 1, 1, 0), spec, 6)
+        assert [rank.bytes_read for rank in plan.ranks] == [rank.bytes_read for rank in every.ranks]
 
 
 def test_states_that_cannot_be_restored(tmp_path: Path) -> None:
