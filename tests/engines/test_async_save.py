@@ -12,6 +12,7 @@ import pytest
 import torch
 from async_saves import ASYNC, RUNS, Ranks, contents, held_back, save_and_wait, trained
 from checkpoints import LAST_STEP, STEP
+from deepspeed.accelerator import get_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ucp_deepspeed
@@ -135,7 +136,7 @@ def test_a_tag_that_names_no_folder_of_its_own(tag: str, ranks: Ranks, tmp_path:
 
 
 class Copied(TorchDispatchMode):
-    """Counts the bytes of all tensors that torch copies; of those that go into buffers none does."""
+    """Counts the bytes of all tensors of the ranks' device that torch copies."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +145,8 @@ class Copied(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten._to_copy, torch.ops.aten.copy_):
-            self.bytes += found.numel() * found.element_size()
+            source = args[1] if func.overloadpacket is torch.ops.aten.copy_ else args[0]
+            self.bytes += found.numel() * found.element_size() * (source.device.type == get_accelerator().device_name())
         return found
 
 
@@ -163,16 +165,18 @@ def count_copies(run: Run, folder: str) -> tuple[list[int], list[int], bool]:
 
 
 @pytest.mark.parametrize("name", ["zero-0", "zero-1", "zero-3", "pipeline"])
-def test_each_byte_is_copied_once_into_buffers_that_are_used_again(name: str, ranks: Ranks, tmp_path: Path) -> None:
+def test_each_byte_is_copied_once_into_buffers_that_are_used_again(
+    name: str, ranks: Ranks, tmp_path: Path, device: str
+) -> None:
     world_size, run = RUNS[name]
     outcomes = ranks(world_size).run(count_copies, run, str(tmp_path))
     stored = sum(_stored(path) for path in (tmp_path / "b").glob("*.pt"))
     assert sum(into[1] for _, into, _ in outcomes) == stored > 0
     for total, into, same in outcomes:
         assert same
-        assert (
-            total[1] - into[1] < 0.1 * into[1] + 2000
-        )  # the rest: random states, sums for the pipeline's tied weights
+        by_torch = 0 if device == "cpu" else into[1]  # on the host the C library copies into buffers
+        rest = 0.25 * into[1] + 2000  # random states, sums for the pipeline's tied weights
+        assert by_torch <= total[1] < by_torch + rest
 
 
 def _stored(path: Path) -> int:

@@ -78,7 +78,7 @@ def save_without_room(run: Run, folder: str, short: int) -> list[str]:
     vars(engine)[background.BUFFERS] = snapshot.HostBuffers()
     with pytest.MonkeyPatch.context() as patch:
         for place, name, answer in (
-            (host_memory, "free_numbytes", 1000),
+            (host_memory, "free_numbytes", (1000, 0)),
             (host_memory.mmap, "mmap", OSError(12, "no")),
         ):
             if dist.get_rank() == short:
@@ -103,10 +103,16 @@ def _answering(answer: Any) -> Any:
     return called
 
 
-def test_memory_that_is_short_is_told_on_all_ranks_before_anything_is_copied(ranks: Ranks, tmp_path: Path) -> None:
+def test_memory_that_is_short_is_told_on_all_ranks_before_anything_is_copied(
+    ranks: Ranks, tmp_path: Path, device: str
+) -> None:
+    of_accelerators, others = ("0.0", "0.2") if device == "cpu" else ("0.2", "0.0")
+    taken = (
+        f"snapshots take {of_accelerators} MB of host memory for tensors of accelerators, and {others} MB for others"
+    )
     for rank, (room, refused) in enumerate(ranks(2).run(save_without_room, LARGE, str(tmp_path), 1)):
         assert "has 0.0 MB of host memory left, and the snapshots of 2 ranks take" in room
-        assert "since memory is short; snapshots take 0.0 MB of host memory for tensors of accelerators, and" in refused
+        assert f"since memory is short; {taken}" in refused
         assert refused.startswith("rank 1: ") == (rank == 0)
     assert (tmp_path / "latest").read_text() == "c"
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["a", "c"]
@@ -154,7 +160,6 @@ def save_in_vain(run: Run, folder: str, tags: list[str]) -> str:
     engine = trained(run, 1)
     with pytest.raises(SaveError) as caught:
         engine.save_checkpoint(folder, tag=tags[dist.get_rank()])
-    assert "_copy_recovery_script" not in vars(engine)
     if dist.get_rank() == 0:
         (Path(folder) / "zero_to_fp32.py").rmdir()
     engine.save_checkpoint(folder, tag="a")

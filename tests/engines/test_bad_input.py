@@ -68,7 +68,7 @@ class Foreign:
 
 def test_pickle_with_a_foreign_class(copy: Path, ranks: Ranks) -> None:
     path = copy / f"global_step{STEP}" / "mp_rank_00_model_states.pt"
-    saved = torch.load(path, weights_only=False)
+    saved = torch.load(path, map_location="cpu", weights_only=False)
     torch.save(saved | {"client": Foreign()}, path)
     (path.parent / "ucp_manifest.json").unlink()
     hint = '"on_unreadable": "drop"'
@@ -168,7 +168,7 @@ def test_remains_of_a_conversion_are_not_taken_for_nothing(copy: Path, ranks: Ra
 def test_never_opens_nothing(copy: Path, ranks: Ranks) -> None:
     """A file that our reader can't open is loaded where DeepSpeed can open it."""
     path = copy / f"global_step{STEP}" / "mp_rank_00_model_states.pt"
-    saved = torch.load(path, weights_only=False)
+    saved = torch.load(path, map_location="cpu", weights_only=False)
     torch.save(saved | {"client": Foreign()}, path)
     run = replace(SAVED, universal={"enabled": True, "load": "never"})
     outcome = ranks(4).run(train, run, STEP, load=str(copy))

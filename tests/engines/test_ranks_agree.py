@@ -16,8 +16,10 @@ import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from refusals import Ranks, check_refused, fingerprint
 
-from ucp_deepspeed.checkpoint import opening
+import ucp_deepspeed
+from ucp_deepspeed.checkpoint import open_checkpoint, opening
 from ucp_deepspeed.engine.loading.filling import Filling, _Filler
+from ucp_deepspeed.engine.saving.kept_errors import PARTS
 from ucp_deepspeed.errors import (
     ConfigError,
     DamagedCheckpointError,
@@ -327,6 +329,43 @@ def test_a_bug_on_one_rank_ends_a_save_on_all(function: str, in_background: bool
     other, own = ranks(2).run(save_with_a_fault, run, str(tmp_path), function, timeout=60.0)
     assert own == "KeyError: 'planted'" and other == "UniversalCheckpointError: rank 1: KeyError: 'planted'"
     assert not (tmp_path / "latest").exists()
+
+
+def save_what_deepspeed_cant(run: Run, folder: str, fault: str) -> str:
+    """On a rank: what it is told when DeepSpeed's own save fails on rank 1; then a save that succeeds."""
+    engine = build_engine(run)
+    train_step(engine, run, 1)
+    blocked, faulty = Path(folder) / "b" / "zero_pp_rank_1_mp_rank_00_optim_states.pt", dist.get_rank() == 1
+    if fault == "file":
+        blocked.mkdir(parents=True, exist_ok=True)
+    owner = {"weights": type(engine.module), "optimizer": type(engine.optimizer)}.get(fault)
+    planted = owner and faulty and mock.patch.object(owner, "state_dict", side_effect=KeyError("planted"))
+    engine.save_checkpoint(folder, tag="a")
+    with planted or nullcontext(), pytest.raises(Exception) as caught:
+        engine.save_checkpoint(folder, tag="b")
+        ucp_deepspeed.wait_for_save()
+    assert (Path(folder) / "latest").read_text() == "a" and not set(PARTS) & set(vars(engine))
+    dist.barrier()
+    engine.save_checkpoint(folder, tag="c")
+    ucp_deepspeed.wait_for_save()
+    engine.destroy()
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+@pytest.mark.parametrize(
+    ("fault", "in_background"),
+    [("weights", False), ("optimizer", False), ("file", False), ("weights", True), ("optimizer", True)],
+)
+def test_what_fails_in_deepspeeds_save_on_one_rank_is_raised_on_all(
+    fault: str, in_background: bool, ranks: Ranks, tmp_path: Path
+) -> None:
+    """The others used to wait for ever, at DeepSpeed's own barrier."""
+    run = replace(MLP, universal={"enabled": True, "save": {"async": in_background}})
+    other, own = ranks(2).run(save_what_deepspeed_cant, run, str(tmp_path), fault, timeout=60.0)
+    named = "strerror: Is a directory" if fault == "file" else "KeyError: 'planted'"
+    assert f"{tmp_path / 'b'} can't be saved, and 'latest' was not moved: " in own
+    assert named in own and named in other and "rank 1: " in other and "rank 1: " not in own
+    assert open_checkpoint(tmp_path).path.name == "c"
 
 
 @pytest.mark.parametrize(("own", "kind"), [(None, "ConfigError"), ("nowhere", "CheckpointNotFoundError")])

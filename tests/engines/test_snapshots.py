@@ -16,6 +16,7 @@ import torch
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 
 from ucp_deepspeed import tunables
+from ucp_deepspeed.engine.saving import host_memory
 from ucp_deepspeed.engine.saving.host_memory import Need, check_room
 from ucp_deepspeed.engine.saving.snapshot import FileSnapshot, HostBuffers, describe
 from ucp_deepspeed.errors import SaveError
@@ -125,6 +126,35 @@ def test_too_little_memory_is_told_by_machine() -> None:
     ):
         check_room([*enough, Need("a", 0, 1, 8 << 20)])
     assert Need.here(0, 0).free, "known on Linux"
+
+
+def test_what_an_accelerator_copies_to_is_not_swapped_out() -> None:
+    check_room([Need("a", 2 << 20, 6 << 20, 3 << 20, 8 << 20)])
+    with pytest.raises(SaveError, match=r"a has 3.1 MB "):
+        check_room([Need("a", 4 << 20, 1 << 20, 3 << 20, 8 << 20)])
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "names", "prefix"),
+    [
+        ("0::/jobs/7", "jobs", ("memory.max", "memory.current"), ""),
+        ("3:cpuset,memory:/jobs/7", "memory/jobs", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_memory_that_a_control_group_has_left(
+    line: str, folder: str, names: tuple[str, str], prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files that Linux shows; the machine's own groups limit nothing."""
+    monkeypatch.setattr(host_memory, "GROUPS", tmp_path)
+    for path, limit in ((tmp_path / folder, "1000"), (tmp_path / folder / "7", "max" if not prefix else str(1 << 63))):
+        path.mkdir(parents=True, exist_ok=True)
+        for name, content in zip(names, (limit, "400"), strict=True):
+            (path / name).write_text(f"{content}\n")
+        (path / "memory.stat").write_text(f"{prefix}active_file 30\n{prefix}inactive_file 5\n")
+    told = tmp_path / "told"
+    told.write_text(f"9:pids:/\n{line}\n")
+    assert list(host_memory._left_in_groups(told)) == [635]
 
 
 def test_one_storage_seen_as_two_types_is_refused_as_by_torch() -> None:

@@ -381,8 +381,18 @@ def _join(device: str) -> None:
         _use_gloo_only()
     if device != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+        _send_from_host()
     run_under_newer_torch()
     deepspeed.init_distributed(BACKENDS[device], verbose=False)
+
+
+def _send_from_host() -> None:
+    """Send tensors of a device as tensors of the host: results go to a process that uses no device."""
+    import torch
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    for kind in (torch.Tensor, torch.nn.Parameter):
+        ForkingPickler.register(kind, lambda tensor: reduce_tensor(tensor.detach().cpu()))
 
 
 def _called(call: bytes) -> bytes:

@@ -38,6 +38,7 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.saving.host_memory import Need, check_room
+from ucp_deepspeed.engine.saving.kept_errors import KeptError
 from ucp_deepspeed.engine.saving.snapshot import DescribedFile, FileSnapshot, HostBuffers, describe
 from ucp_deepspeed.errors import ConfigError, SaveError
 from ucp_deepspeed.transfer.commit import flush, remove_partial_folder, replace_text
@@ -78,8 +79,7 @@ def check_background(engine: Engine) -> None:
 class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
     """Stands in for DeepSpeed's ``TorchCheckpointEngine`` during one ``save_checkpoint``; `save` only notes what is to be saved.
 
-    It keeps an error until DeepSpeed is through with its barriers, so that no rank waits there for one that failed. `copied` then
-    copies what was noted.
+    `copied` then copies what was noted, unless an error was kept.
     """
 
     def __init__(self, engine: Engine, folder: Path) -> None:
@@ -88,7 +88,7 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
         self._files: list[DescribedFile] = []
         self._native, self._folder = engine.checkpoint_engine, folder
         self._experts, self._zero = engine.has_moe_layers, engine.zero_optimization()
-        self._error: SaveError | None = None
+        self._kept = KeptError(folder)
         self._buffers = vars(engine).setdefault(BUFFERS, HostBuffers())
 
     def create(self, info: CheckpointCommitInfo) -> None:
@@ -96,7 +96,7 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
 
     def save(self, state_dict: Any, path: str) -> None:
         """Note what ``torch.save`` would write."""
-        with self._keeping(path):
+        with self._kept.keeping(path):
             name = str(Path(path).absolute().relative_to(self._folder))
             # Otherwise DeepSpeed clones layers of pipelines (``runtime/pipe/module.py``, ``save_state_dict``), and with experts
             # all files but ZeRO's (``runtime/engine.py``, ``_save_moe_checkpoint``).
@@ -106,23 +106,9 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
 
     @contextmanager
     def in_place_of_files(self, engine: Engine) -> Iterator[None]:
-        """Be the engine's checkpoint engine in the block. DeepSpeed also writes recovery scripts past it, on rank 0 and between
-        two barriers; errors of that are kept until `copied` too."""
-        copy_scripts = engine._copy_recovery_script
-
-        def copy_scripts_or_keep(folder: str) -> None:
-            with self._keeping(folder):
-                copy_scripts(folder)
-
-        own = dict(vars(engine))
-        replaced = {"checkpoint_engine": self, "_copy_recovery_script": copy_scripts_or_keep}
-        try:
-            vars(engine).update(replaced)
+        """Be the engine's checkpoint engine in the block."""
+        with self._kept.in_parts_of(engine, checkpoint_engine=self):
             yield
-        finally:
-            for name in replaced:
-                del vars(engine)[name]
-            vars(engine).update({name: own[name] for name in replaced if name in own})
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Load by DeepSpeed's own engine; a save loads nothing."""
@@ -144,11 +130,10 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
         """Copy into host memory what is to be saved, once it is known that there is room for it. Collective.
 
         Raises:
-            SaveError: something can't be pickled, DeepSpeed couldn't write what it writes itself, or memory is short.
+            SaveError: a state can't be collected or pickled, DeepSpeed couldn't write what it writes itself, or memory is short.
         """
         with agreement(tells=True) as told:
-            if self._error is not None:
-                raise self._error
+            self._kept.check()
             told.mine = Need.here(*self._buffers.make_room(self._files))
         if dist.get_rank() == 0 and any(need.numbytes for need in told.values):
             largest = max(told.values, key=lambda need: need.numbytes)
@@ -162,17 +147,6 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
                 raise SaveError(
                     f"{self._folder} can't be saved, since memory is short; snapshots take {need}: {error}"
                 ) from error
-
-    @contextmanager
-    def _keeping(self, path: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if self._error is None:
-                self._error = SaveError(
-                    f"{path} can't be saved, and 'latest' was not moved: {type(error).__name__}: {error}"
-                )
-                self._error.__cause__ = error
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,10 +346,13 @@ def wait_for_save(engine: Engine | None = None) -> None:
 def settle_saves(folder: Path | None = None) -> None:
     """Wait for the saves of all engines, or for those below a folder, whose ``latest`` they move; `wait_for_save` tells later how
     they ended. Collective."""
-    place = None if folder is None else folder.resolve()
-    for writing in list(_pending):
-        if place is None or writing.job.folder.resolve().is_relative_to(place):
-            _settle(writing)
+    if not _pending:
+        return
+    with agreement():
+        place = None if folder is None else folder.resolve()
+        found = [each for each in _pending if place is None or each.job.folder.resolve().is_relative_to(place)]
+    for writing in found:
+        _settle(writing)
 
 
 def _settle(writing: Writing) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import platform
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class HostMemory:
             logger.warning(told, self.numbytes, code)
             return False
         # The end of the process frees all, and the runtime may be gone by then.
-        weakref.finalize(self, _unregister, runtime, address, self._memory).atexit = False
+        weakref.finalize(self, _unregister, runtime, address, self._memory, os.getpid()).atexit = False
         return True
 
     def buffer(self, start: int, numbytes: int) -> torch.Tensor:
@@ -83,9 +84,10 @@ class HostMemory:
                 torch.accelerator.current_stream(device).synchronize()
 
 
-def _unregister(runtime: Callable[[], Any], address: int, memory: mmap.mmap) -> None:
-    """Undo what `HostMemory` did; ``memory`` stays until then."""
-    runtime().cudaHostUnregister(address)
+def _unregister(runtime: Callable[[], Any], address: int, memory: mmap.mmap, process: int) -> None:
+    """Undo what `HostMemory` did in a process, but not in those that it has forked; ``memory`` stays until then."""
+    if os.getpid() == process:
+        runtime().cudaHostUnregister(address)
 
 
 class _Stages:
@@ -135,26 +137,52 @@ def _copy_bytes(source: torch.Tensor, target: torch.Tensor) -> None:
         np.copyto(written, read)
 
 
-def free_numbytes() -> int | None:
-    """Return how many bytes of host memory may still be taken, on the machine or in the control groups of this process; None if
-    the system doesn't tell."""
-    found: list[int] = []
+GROUPS = Path("/sys/fs/cgroup")
+"""Where control groups are."""
+
+UNLIMITED_NUMBYTES = 1 << 62
+"""What version 1 of control groups says, or more, where there is no limit."""
+
+
+def free_numbytes() -> tuple[int | None, int]:
+    """Return how many bytes of host memory may still be taken, on the machine and in the control groups of this process, and how
+    many more may be swapped out. None if the system doesn't tell."""
+    found, swap = list(_left_in_groups(Path("/proc/self/cgroup"))), 0
     with suppress(OSError, ValueError):
         lines = (line.split() for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
         sizes = {words[0]: int(words[1]) * 1024 for words in lines}
-        found.append(sizes["MemAvailable:"] + sizes["SwapFree:"])
-    with suppress(OSError, ValueError):
-        group = Path("/proc/self/cgroup").read_text(encoding="utf-8").partition("0::/")[2].partition("\n")[0]
-        root = Path("/sys/fs/cgroup")
-        for folder in (root / group, *(root / group).parents):
-            if (limit := folder / "memory.max").is_file() and (
-                most := limit.read_text(encoding="ascii").strip()
-            ) != "max":
-                words = (folder / "memory.stat").read_text(encoding="ascii").split()
+        found.append(sizes["MemAvailable:"])
+        swap = sizes["SwapFree:"]
+    return min(found, default=None), swap
+
+
+def _left_in_groups(told: Path) -> Iterator[int]:
+    """Yield what each control group of this process has left, of version 1 or 2; ``told`` lists these groups."""
+    with suppress(OSError):
+        for line in told.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                yield from _left_below(GROUPS, path, ("memory.max", "memory.current"), "")
+            elif "memory" in controllers.split(","):
+                root, names = GROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+                yield from _left_below(root, path, names, "total_")
+
+
+def _left_below(root: Path, path: str, names: tuple[str, str], prefix: str) -> Iterator[int]:
+    """Yield what a control group and those around it have left; a container sees its own as the root.
+
+    Args:
+        names: files with the limit and the use.
+        prefix: of the names in ``memory.stat`` that count groups below too.
+    """
+    folder = root / path.lstrip("/")
+    for group in (folder, *(each for each in folder.parents if each.is_relative_to(root))):
+        with suppress(OSError, ValueError):
+            limit, used = ((group / name).read_text(encoding="ascii").strip() for name in names)
+            if limit != "max" and int(limit) < UNLIMITED_NUMBYTES:
+                words = (group / "memory.stat").read_text(encoding="ascii").split()
                 stat = dict(zip(words[::2], map(int, words[1::2]), strict=True))
-                used = int((folder / "memory.current").read_text(encoding="ascii"))
-                found.append(int(most) - used + stat["active_file"] + stat["inactive_file"])
-    return min(found, default=None)
+                yield int(limit) - int(used) + stat[f"{prefix}active_file"] + stat[f"{prefix}inactive_file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +193,15 @@ class Need:
         machine: the host's name, which containers have of their own.
         copied: bytes for what is copied from an accelerator.
         plain: bytes for what is on the host.
-        free: see `free_numbytes`.
+        free: bytes that may still be taken; see `free_numbytes`.
+        swap: more bytes for what is on the host; what an accelerator copies to stays in memory.
     """
 
     machine: str
     copied: int
     plain: int
     free: int | None
+    swap: int = 0
 
     @property
     def numbytes(self) -> int:
@@ -184,7 +214,7 @@ class Need:
     @classmethod
     def here(cls, copied: int, plain: int) -> Need:
         """Return the need of this process."""
-        return cls(platform.node(), copied, plain, free_numbytes())
+        return cls(platform.node(), copied, plain, *free_numbytes())
 
 
 def check_room(needs: Sequence[Need]) -> None:
@@ -197,7 +227,8 @@ def check_room(needs: Sequence[Need]) -> None:
         here = [need for need in needs if need.machine == machine]
         free = min((need.free for need in here if need.free is not None), default=None)
         in_all = Need(machine, sum(need.copied for need in here), sum(need.plain for need in here), free)
-        if free is not None and in_all.numbytes > free:
+        swap = min(need.swap for need in here)
+        if free is not None and (in_all.copied > free or in_all.numbytes > free + swap):
             raise SaveError(
                 f"{machine} has {free / 1e6:.1f} MB of host memory left, and the snapshots of {len(here)} ranks take {in_all}; "
                 f"make room, or set \"async\": false in 'universal_checkpoint.save'"

@@ -49,6 +49,7 @@ from ucp_deepspeed.engine.saving.background import (
     settle_saves,
     wait_for_save,
 )
+from ucp_deepspeed.engine.saving.kept_errors import KeptError
 from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError, UnsupportedError
 from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
 from ucp_deepspeed.language.name_spaces import LogicalName
@@ -82,7 +83,7 @@ def save_checkpoint(
     Raises:
         SpecError, MismatchError: the layouts that the config names don't fit the model; nothing is written.
         SaveError: the tag is a universal checkpoint, or the client state has keys of DeepSpeed's, and nothing is written; or the
-            engine's last asynchronous save failed; or DeepSpeed's files are written and the manifest couldn't be: then ``latest``
+            engine's last asynchronous save failed; or a rank couldn't collect or write its state, or the manifest, and ``latest``
             still names the checkpoint that it named before.
     """
     wait_for_save(engine)
@@ -108,8 +109,11 @@ def save_checkpoint(
             (folder / MANIFEST_NAME).unlink(missing_ok=True)
             for former in folder.glob(FORMER_NAMES):
                 former.unlink()
-    saved = native(save_dir, tag=name, save_latest=False, **rest)
+    kept = KeptError(folder)
+    with kept.in_parts_of(engine):
+        saved = native(save_dir, tag=name, save_latest=False, **rest)
     with agreement(tells=True) as told:  # when all have written
+        kept.check()
         told.mine = packed_random_state(engine)
     with agreement():
         if writes_for_node(engine):
@@ -144,7 +148,8 @@ def _save_in_background(
         files = taken.copied()
         with agreement(tells=True) as told:
             told.mine = packed_random_state(engine)
-        texts = dict([random_states_file(told.values)]) if rank == 0 else {}
+        with agreement():
+            texts = dict([random_states_file(told.values)]) if rank == 0 else {}
     except BaseException:
         if rank == 0:
             remove_partial_folder(partial, place)

@@ -270,6 +270,12 @@ at::Scalar local_scalar_dense(const Tensor& self) {
 
 void record_stream(Tensor&, c10::Stream) {}
 
+// As CUDA's: counts whole numbers too, which the host's doesn't.
+Tensor histc(const Tensor& self, int64_t bins, const at::Scalar& low, const at::Scalar& high) {
+  catch_up(stream_here, false);
+  return at::histc(on_host(self).to(at::kDouble), bins, low, high).to(self.scalar_type()).to(self.device());
+}
+
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   catch_up(stream_here, false);
   bool device = false;
@@ -304,6 +310,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from", TORCH_FN(copy_from));
   m.impl("_copy_from_and_resize", TORCH_FN(copy_from_and_resize));
   m.impl("record_stream", TORCH_FN(record_stream));
+  m.impl("histc", TORCH_FN(histc));
 }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }

@@ -135,6 +135,19 @@ class StandInAccelerator(CPU_Accelerator):  # type: ignore[misc]
         return int(extension().device_bytes())
 
 
+def _set_data_across_devices() -> None:
+    """Let ``tensor.data = other`` bring a tensor to another device, as CUDA's tensors do; torch refuses it for its extensions."""
+    data = torch._C.TensorBase.data  # type: ignore[attr-defined]
+
+    def set_data(tensor: torch.Tensor, other: torch.Tensor) -> None:
+        if tensor.device.type == other.device.type:
+            data.__set__(tensor, other)
+        else:
+            extension().set_data(tensor, other)
+
+    torch.Tensor.data = property(data.__get__, set_data)  # type: ignore[assignment]
+
+
 def _keep_parameters() -> None:
     """Let ``Module.to`` keep the parameters' objects, as it does for CUDA: torch makes new ones on devices of its extensions."""
     apply = torch.nn.Module._apply
@@ -144,7 +157,7 @@ def _keep_parameters() -> None:
             moved: torch.Tensor = function(tensor)
             if not isinstance(tensor, torch.nn.Parameter) or moved.device == tensor.device:
                 return moved
-            extension().set_data(tensor, moved)
+            tensor.data = moved
             return tensor
 
         return apply(module, in_place, recurse)
@@ -155,6 +168,7 @@ def _keep_parameters() -> None:
 def use() -> None:
     """Make it this process's accelerator, for torch and DeepSpeed. Call it before anything is built."""
     torch._dynamo.config.disable = True  # nothing compiles for it
+    _set_data_across_devices()
     _keep_parameters()
     if torch._C._get_privateuse1_backend_name() != NAME:
         torch.utils.rename_privateuse1_backend(NAME)
