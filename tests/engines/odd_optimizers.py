@@ -96,10 +96,12 @@ class OneElement(_Odd):
     def _step_group(self, group: dict[str, Any]) -> None:
         for param, grad, state in self._stepped_on(group):
             if not state:
-                state.update(step=torch.zeros(()), scale=torch.ones(1), exp_avg=torch.zeros_like(param))
+                state.update(
+                    step=torch.zeros(()), scale=torch.ones(1, device=param.device), exp_avg=torch.zeros_like(param)
+                )
             assert state["scale"].shape == (1,)
             state["step"] += 1
-            state["scale"].mul_(0.9).add_(grad.norm().cpu().reshape(1), alpha=0.1)
+            state["scale"].mul_(0.9).add_(grad.norm().reshape(1), alpha=0.1)
             state["exp_avg"].lerp_(grad, 0.1)
             param.data.add_(state["exp_avg"], alpha=-group["lr"] / float(state["scale"]))
 
@@ -111,14 +113,14 @@ class Soap(_Odd):
         for param, grad, state in self._stepped_on(group):
             if not state:
                 state.update(step=0, exp_avg=torch.zeros_like(param), Q=None)
-                state["GG"] = [torch.zeros(size, size) for size in param.shape]
+                state["GG"] = [torch.zeros(size, size, device=param.device) for size in param.shape]
             state["step"] += 1
             state["exp_avg"].lerp_(grad, 0.1)
             for index, found in enumerate(state["GG"]):
                 rows = grad.transpose(0, index).reshape(len(found), -1)
                 found.lerp_(rows @ rows.T, 0.1)
             if state["step"] > 1:
-                state["Q"] = [torch.linalg.qr(found + torch.eye(len(found)))[0] for found in state["GG"]]
+                state["Q"] = [torch.linalg.qr(found + torch.eye(len(found)).to(found))[0] for found in state["GG"]]
             param.data.add_(state["exp_avg"], alpha=-group["lr"] * float(sum(map(torch.sum, state["GG"])).sigmoid()))
 
 

@@ -60,7 +60,7 @@ def train_save_and_rewrite(rewrite: Callable[[dict[str, Any]], None], engine: An
     """Each file is written again with what ``rewrite`` makes of it, and nothing else tells what it was."""
 
     def change(path: Path) -> None:
-        saved = torch.load(path, weights_only=False)
+        saved = torch.load(path, map_location="cpu", weights_only=False)
         rewrite(saved)
         torch.save(saved, path)
         (path.parent / "ucp_manifest.json").unlink(missing_ok=True)

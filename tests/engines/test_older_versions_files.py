@@ -22,7 +22,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any], pattern: str 
     """Change files of a checkpoint, of which no manifest is left then."""
     (folder / "ucp_manifest.json").unlink(missing_ok=True)
     for path in folder.glob(pattern):
-        content = torch.load(path, weights_only=False)
+        content = torch.load(path, map_location="cpu", weights_only=False)
         change(content)
         torch.save(content, path)
 
@@ -57,7 +57,7 @@ def test_steps_that_a_group_counted(ranks: Ranks, tmp_path: Path) -> None:
     [saved] = ranks(1).run(train, run, 4, save=str(tmp_path), save_tag="step", save_at=2)
     [path] = (tmp_path / "step").glob("*optim_states.pt")
     (tmp_path / "step" / "ucp_manifest.json").unlink()
-    content = torch.load(path, weights_only=False)
+    content = torch.load(path, map_location="cpu", weights_only=False)
     base = content["optimizer_state_dict"]["base_optimizer_state"]
     for number, group in enumerate(base["param_groups"]):
         group["step"] = int(base["state"][number].pop("step"))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import differences
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -34,7 +35,8 @@ def weigh(run: Run, steps: int, load: str | None = None, save: str | None = None
     with fp16_on_cpu():
         reset_parallel_state()
         model, mpu = _build_model(run)
-        weight = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=DTYPES[run.precision]))
+        device = get_accelerator().current_device_name()
+        weight = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=DTYPES[run.precision], device=device))
         groups = [{"params": list(model.parameters())}, {"params": [weight], "lr": 0.1}]
         engine, *_ = deepspeed.initialize(model=model, config=_config(run), mpu=mpu, model_parameters=groups)
         if load:
@@ -88,7 +90,7 @@ def hold(run: Run, number: float, load: str | None = None, save: str | None = No
     reset_parallel_state()
     model, mpu = _build_model(run)
     rank = dist.get_rank()
-    weight = torch.nn.Parameter(torch.tensor([number + rank]))
+    weight = torch.nn.Parameter(torch.tensor([number + rank], device=get_accelerator().current_device_name()))
     groups = [{"params": [*model.parameters(), weight]}]
     engine, *_ = deepspeed.initialize(model=model, config=_config(run), mpu=mpu, model_parameters=groups)
     if load:

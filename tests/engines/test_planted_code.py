@@ -33,7 +33,7 @@ class Touching:
 def plant(folder: Path, name: str, mark: Path) -> None:
     """Add it to a file, and leave no manifest, which would tell."""
     [path] = folder.rglob(name)
-    saved = torch.load(path, weights_only=False)
+    saved = torch.load(path, map_location="cpu", weights_only=False)
     torch.save({**saved, "planted": Touching(mark)}, path)
     manifest = path.parent / "ucp_manifest.json"
     manifest.write_text(manifest.read_text().replace(f'"{name}": ', f'"not {name}": '))

@@ -119,7 +119,7 @@ def test_copies_that_differ_are_not_mixed(ranks: Ranks, tmp_path: Path) -> None:
     run = Run("llama", tp=2, zero={"stage": 0}, universal=ALL)
     ranks(2).run(train, run, STEP, save=str(tmp_path))
     path = tmp_path / f"global_step{STEP}" / "mp_rank_01_model_states.pt"
-    saved = torch.load(path, weights_only=False)
+    saved = torch.load(path, map_location="cpu", weights_only=False)
     saved["module"][NORM] = torch.nextafter(saved["module"][NORM], torch.tensor(9.0))
     torch.save(saved, path)
     (path.parent / "ucp_manifest.json").unlink()

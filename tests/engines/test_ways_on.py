@@ -74,7 +74,7 @@ def forget_class(folder: Path) -> None:
     """Make the files those of an unknown optimizer."""
     (folder / "b" / MANIFEST_NAME).unlink()
     path = folder / "b" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
-    saved = torch.load(path, weights_only=False)
+    saved = torch.load(path, map_location="cpu", weights_only=False)
     state = saved["optimizer_state_dict"]
     saved["optimizer_state_dict"] = {"mystery": state["base_optimizer_state"]}
     torch.save(saved, path)
@@ -91,7 +91,7 @@ def edit_index(folder: Path) -> None:
 def save_again(folder: Path) -> None:
     """By somebody without the package: another file than the manifest describes."""
     path = folder / "b" / "mp_rank_00_model_states.pt"
-    torch.save(torch.load(path, weights_only=False) | {"more": list(range(1000))}, path)
+    torch.save(torch.load(path, map_location="cpu", weights_only=False) | {"more": list(range(1000))}, path)
 
 
 def keep_all(src: Any, dst: Any) -> None:

@@ -224,6 +224,8 @@ def start_engine(run: Run, model: torch.nn.Module, mpu: Any = None) -> Any:
     """Build the engine of a run around an existing model; whoever built that has called `reset_parallel_state`."""
     for name, param in model.named_parameters():
         param.requires_grad_(name not in run.frozen)
+    if run.optimizer is not None:  # some of them make their states at once, beside the weights
+        model.to(get_accelerator().current_device_name())
     groups, config = _parameter_groups(model, run), _config(run)
     arguments: dict[str, Any] = {"model_parameters": groups}
     if run.optimizer is not None:
