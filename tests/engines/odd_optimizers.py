@@ -154,7 +154,7 @@ class Bookkeeper(_Odd):
         for param, grad, state in self._stepped_on(group):
             if not state:
                 state.update(step=torch.zeros_like(param), exp_avg=torch.zeros_like(param))
-            state["step"] += grad != 0
+            state["step"] = state["step"].to(grad.device) + (grad != 0)  # torch loads what has this name onto the host
             state["exp_avg"].mul_(group["betas"][0]).add_(grad, alpha=0.1)
             param.data.add_(state["exp_avg"] / (state["step"] + 1), alpha=-group["lr"] * float(group["scale"]))
 

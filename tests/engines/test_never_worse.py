@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
@@ -470,7 +471,8 @@ def _whole_states(engine: Any, base: Any) -> dict[str, Any]:
         if hasattr(param, "_z3_optimizer"):
             found[f"master of {name}"] = safe_get_full_fp32_param(param)
             for key in states[0].keys() - numbers.keys() if states else ():
-                found[f"{key} of {name}"] = safe_get_full_optimizer_state(param, key)
+                with suppress(KeyError):  # where a part is offloaded to the host, DeepSpeed doesn't find the rest
+                    found[f"{key} of {name}"] = safe_get_full_optimizer_state(param, key)
     return found
 
 
