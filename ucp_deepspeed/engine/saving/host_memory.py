@@ -138,10 +138,10 @@ def _copy_bytes(source: torch.Tensor, target: torch.Tensor) -> None:
 
 
 GROUPS = Path("/sys/fs/cgroup")
-"""Where control groups are."""
+"""The folder of control groups."""
 
 UNLIMITED_NUMBYTES = 1 << 62
-"""What version 1 of control groups says, or more, where there is no limit."""
+"""The least that version 1 of control groups says where there is no limit."""
 
 
 def free_numbytes() -> tuple[int | None, int]:
