@@ -48,6 +48,7 @@ setup(
         "rich>=13",
         "wrapt>=1.16",
         "packaging>=23",
+        "xxhash>=3.1",
     ],
     extras_require={
         "megatron": ["megatron-core>=0.16.1,<0.17"],

@@ -57,6 +57,12 @@ PENDING = 4
 MOST_THREADS = 8
 """Most threads of one rank; more don't make copies of memory faster."""
 
+PIECE_NUMBYTES = 1 << 20
+"""Bytes that have one checksum: few enough to stay in a cache until they are checked, and many beside their sum."""
+
+SMALL_NUMBYTES = 4096
+"""Storages up to this size are checked when their file is opened, as its pickle is, by the same reads."""
+
 # Ranks
 
 CONNECT_SECONDS = 60.0
