@@ -56,7 +56,8 @@ def logits_of(
     tokens = batch_of(run, 0)[:, :-1]
     engine.eval()
     with torch.no_grad():
-        logits = engine(tokens, torch.arange(SEQUENCE).expand_as(tokens), causal_mask(SEQUENCE))
+        positions = torch.arange(SEQUENCE, device=tokens.device).expand_as(tokens)
+        logits = engine(tokens, positions, causal_mask(SEQUENCE, tokens.device))
         whole = gather_from_tensor_model_parallel_region(logits)[..., :VOCABULARY].clone()
     engine.destroy()
     del engine

@@ -127,7 +127,7 @@ def turned(stage: int, named: int, folder: str, load: bool) -> tuple[dict[str, t
     if load:
         engine.load_checkpoint(folder)
     else:
-        engine.backward(engine(torch.randn(8 // engine.dp_world_size, 4)))
+        engine.backward(engine(torch.randn(8 // engine.dp_world_size, 4).to(engine.device)))
         engine.step()
         engine.save_checkpoint(folder)
     buffers = {name: value.clone() for name, value in engine.module.named_buffers(remove_duplicate=False)}
@@ -165,7 +165,7 @@ def tied(head_first: bool, stage: int, folder: str, load: bool) -> tuple[torch.T
     if load:
         engine.load_checkpoint(folder)
     else:
-        engine.backward(engine(torch.arange(8 // engine.dp_world_size)))
+        engine.backward(engine(torch.arange(8 // engine.dp_world_size, device=engine.device)))
         engine.step()
         engine.save_checkpoint(folder)
     report = getattr(engine, "universal_checkpoint_report", None)

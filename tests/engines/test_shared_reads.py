@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoints import STEP, differences
+from deepspeed.accelerator import get_accelerator
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
@@ -73,7 +74,7 @@ def loaded(run: Run, folder: str, broadcasts: bool = False) -> tuple[Any, dict[s
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("broadcasts", [False, True], ids=["messages", "broadcasts"])
@@ -213,7 +214,11 @@ def exchange_small(broadcasts: bool) -> tuple[bool, int]:
     """Many small tensors, and a large one between them; whether each came, and most bytes packed at a time on this rank."""
     me, count = dist.get_rank(), dist.get_world_size()
     sizes = [3, 500, 1 << 16, 1, 0, *[100] * 40]
-    held = [[torch.full((size,), float(owner + 1) * (owner == me)) for size in sizes] for owner in range(count)]
+    device = get_accelerator().current_device_name()
+    held = [
+        [torch.full((size,), float(owner + 1) * (owner == me), device=device) for size in sizes]
+        for owner in range(count)
+    ]
     most = 0
     plain = exchange.Exchange.wait_for_packed
 

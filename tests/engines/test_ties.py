@@ -71,7 +71,7 @@ def run(
     if load is not None:
         engine.load_checkpoint(load)
     for _ in range(steps):
-        engine.backward(engine(torch.tensor([1 + torch.distributed.get_rank(), 4])))
+        engine.backward(engine(torch.tensor([1 + torch.distributed.get_rank(), 4], device=engine.device)))
         engine.step()
     engine.save_checkpoint(save, tag="t")
     with deepspeed.zero.GatheredParameters(list(module.parameters())):

@@ -178,7 +178,7 @@ MEMORY = 1 << 20
 )
 @pytest.mark.parametrize("source_tp", [1, 2])
 def test_it_reads_and_takes_as_much_as_it_says(
-    source_tp: int, target: Run, settings: dict[str, Any], ranks: Ranks, tmp_path: Path
+    source_tp: int, target: Run, settings: dict[str, Any], ranks: Ranks, tmp_path: Path, device: str
 ) -> None:
     universal = {"enabled": True, "load": "always", "read_memory_bytes": MEMORY, **settings}
     source = Run("gpt", target.size, tp=source_tp, precision=target.precision, universal=universal)
@@ -188,7 +188,8 @@ def test_it_reads_and_takes_as_much_as_it_says(
     assert sum(each.reported for each in taken) <= 1.05 * held
     for each in taken:
         assert each.reported <= each.read <= each.reported + (2 << 20)  # headers, manifest, /proc
-        assert each.memory <= MEMORY + (4 << 20)  # and the plan
+        if device == "cpu":  # the stand-in's own memory is the host's too
+            assert each.memory <= MEMORY + (4 << 20)  # and the plan
 
 
 def largest_message_of_all_ranks(run: Run) -> int:

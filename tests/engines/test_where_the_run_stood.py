@@ -95,6 +95,12 @@ def prefetched(loader: Iterable[Any], ahead: int) -> Iterator[Any]:
     yield from held
 
 
+def loss_of(engine: Any, tokens: torch.Tensor) -> Any:
+    """Return the loss of predicting each token from those before it."""
+    tokens = tokens.to(engine.device)
+    return engine(tokens[:, :-1], tokens[:, 1:])
+
+
 def train_on_samples(leg: Leg, load: str | None, save: str) -> Read:
     """On a rank: an ordinary training loop over whatever epochs there are, saved after the leg's last step."""
     with fp16_on_cpu():
@@ -109,7 +115,7 @@ def train_on_samples(leg: Leg, load: str | None, save: str) -> Read:
                 prefetched(loader, leg.ahead), leg.steps * leg.accumulation - len(micro_batches)
             ):
                 micro_batches.append(indices.tolist())
-                engine.backward(engine(tokens[:, :-1], tokens[:, 1:]))
+                engine.backward(loss_of(engine, tokens))
                 engine.step()
         engine.save_checkpoint(save, client_state={"sampler": sampler.state_dict()})
         return Read(micro_batches, engine.global_samples, engine.skipped_steps)
@@ -208,7 +214,7 @@ def interrupted(leg: Leg, folder: str) -> dict[str, Any]:
             feed = iter(loader)
             for indices, tokens in islice(feed, micro_batches):
                 found["read"] += indices.tolist()
-                engine.backward(engine(tokens[:, :-1], tokens[:, 1:]))
+                engine.backward(loss_of(engine, tokens))
                 engine.step()
             return feed
 
@@ -300,7 +306,7 @@ def train_by_curriculum(leg: Leg, load: str | None, save: str | None) -> dict[st
     with resumed(engine, load):
         for indices, tokens in islice(engine.training_dataloader, leg.steps * leg.accumulation):
             micro_batches.append(indices.tolist())
-            engine.backward(engine(tokens[:, :-1], tokens[:, 1:]))
+            engine.backward(loss_of(engine, tokens))
             engine.step()
         if save is not None:
             engine.save_checkpoint(save)
@@ -345,7 +351,7 @@ def train_with_dropout(leg: Leg, load: str | None, save: str | None, save_at: in
     torch.manual_seed(3 + torch.distributed.get_rank())
     with resumed(engine, load):
         for _, tokens in islice(loader, leg.steps):
-            loss = engine(tokens[:, :-1], tokens[:, 1:])
+            loss = loss_of(engine, tokens)
             engine.backward(loss)
             engine.step()
             losses.append(float(loss))
