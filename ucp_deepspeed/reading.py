@@ -21,6 +21,7 @@ from ucp_deepspeed import checkpoint as catalogs
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Deferred, Differing, HeldShapes, Kind, Parameter
 from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
 from ucp_deepspeed.checkpoint.opening import tags_in
+from ucp_deepspeed.checkpoint.torch_files.records import RecordSums
 from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.universal.index import UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -139,7 +140,9 @@ class OpenCheckpoint(AbstractContextManager["OpenCheckpoint"]):
             if spec != "auto":
                 raise
             self.layouts_unknown = error
+        self._sums = RecordSums()
         self._reader = FileReader(checkpoint.versions)
+        self._checking_reader = FileReader(checkpoint.versions, sums=self._sums)
         self.path, self.form, self.topology = checkpoint.path, checkpoint.form, checkpoint.topology
         source = checkpoint.source if isinstance(checkpoint, UniversalCheckpoint) else self.topology
         self.saved_by = Topology(source.tp, source.pp, source.dp, source.zero_stage, source.ep)
@@ -178,6 +181,8 @@ class OpenCheckpoint(AbstractContextManager["OpenCheckpoint"]):
     def read(self, name: str, state: str | None = None, index: Index = ()) -> torch.Tensor:
         """Read a whole tensor, or a slice of one, to the CPU. Reads only the parts of the files that hold it.
 
+        If whole tensors have been read that are nearly all of a record of an archive, its CRC-32 is compared.
+
         Args:
             name: name of a parameter or buffer.
             state: one of ``parameters[name].states``; by default ``fp32`` of a trained parameter, and ``weight`` of all others.
@@ -188,7 +193,8 @@ class OpenCheckpoint(AbstractContextManager["OpenCheckpoint"]):
             NotInCheckpointError: no such parameter, state or element.
             UnsupportedError: the state is there but can't be read.
             SpecError, MismatchError: nothing tells how the tensor was cut.
-            DamagedCheckpointError: a file is missing or truncated, or was changed since the checkpoint was opened.
+            DamagedCheckpointError: a file is missing, truncated or isn't what was saved, or was changed since the checkpoint was
+                opened.
             TypeError: the index is of another kind.
         """
         found = self._parameter(name)
@@ -201,8 +207,11 @@ class OpenCheckpoint(AbstractContextManager["OpenCheckpoint"]):
         flat = torch.empty(box.numel, dtype=found.states[state])
         if box.numel:
             layout = Layout.around(shape, box)
-            count = gather(self._view, found.name, state, 0, flat, self._reader, layout)
+            # Slices can't be checked: the sums of the many that a loop reads would pile up.
+            reader = self._checking_reader if box.shape == shape else self._reader
+            count = gather(self._view, found.name, state, 0, flat, reader, layout)
             self._checkpoint.versions.check(count.files)
+            self._sums.finish()
         tensor: torch.Tensor = flat.view(box.shape)[rest]
         return tensor.contiguous()
 
@@ -233,6 +242,7 @@ class OpenCheckpoint(AbstractContextManager["OpenCheckpoint"]):
     def close(self) -> None:
         """Close the files that were read. A later `read` opens them again."""
         self._reader.close()
+        self._checking_reader.close()
 
     def __exit__(self, *error: object) -> None:
         self.close()

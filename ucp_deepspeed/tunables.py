@@ -48,6 +48,12 @@ PACKED_NUMBYTES = 1 << 17
 LEAST_RUN_NUMBYTES = 4096
 """Shortest run of a strided block that is read by itself where the file isn't mapped. With shorter ones the gaps are read too."""
 
+SUMMED_NUMBYTES = 1 << 20
+"""Bytes that are read and summed at a time: few enough to stay in a core's cache, and many enough that a start costs nothing."""
+
+MOST_UNREAD = 1 / 8
+"""Part of an archive's record that is read for its checksum alone, if all else was read: padding, and copies on other ranks."""
+
 FEWEST_OPEN, MOST_OPEN = 8, 4096
 """Fewest and most files that a reader keeps open. Between these it depends on how many the process may open."""
 

@@ -14,6 +14,7 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, IMPLEMENTATION_SWITCHES, Checkpoint, step_in_group
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states, under_other_keys
+from ucp_deepspeed.checkpoint.torch_files.records import RecordSums
 from ucp_deepspeed.checkpoint.torch_files.safe_load import INTEGERS, NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -73,7 +74,7 @@ def compare(
         progress: called with (bytes compared, bytes to compare) of one side after each chunk.
 
     Raises:
-        DamagedCheckpointError: a file is missing or truncated, or was changed meanwhile.
+        DamagedCheckpointError: a file is missing, truncated or isn't what was saved, or was changed meanwhile.
         MismatchError: a checkpoint doesn't hold each element of its parameters exactly once, or no state of its optimizer.
     """
     for view in (view_a, view_b):
@@ -92,6 +93,8 @@ def compare(
         for name in common:
             found += _parameter(*sides, name, lambda: progress(sides[0].numbytes_read, total))
             found += _mapping(name, "hyperparameter", hyper_a.get(name, {}), hyper_b.get(name, {}))
+        for side in sides:
+            side.sums.finish()
     one, other = view_a.checkpoint.extra_states(), view_b.checkpoint.extra_states()
     names_in_a = {logical: name for name, logical in view_a.logical_of.items()}
     pairs = {name: names_in_a[logical] for name, logical in view_b.logical_of.items() if logical in names_in_a}
@@ -148,7 +151,8 @@ class _Side:
 
     def __init__(self, view: UniversalView, chunk_numbytes: int) -> None:
         self.view = view
-        self.reader = FileReader(view.checkpoint.versions)
+        self.sums = RecordSums()
+        self.reader = FileReader(view.checkpoint.versions, sums=self.sums)
         self.buffer = torch.empty(max(chunk_numbytes // 8, 1) * 8, dtype=torch.uint8)
         self.numbytes_read = 0
         self._steps = _steps_in_groups(view)

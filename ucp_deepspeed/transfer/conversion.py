@@ -14,6 +14,7 @@ from pathlib import Path
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.output import Literal, Output, OutputPlan
+from ucp_deepspeed.checkpoint.torch_files.records import RecordSums
 from ucp_deepspeed.checkpoint.universal.atoms_output import UniversalOutput
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError
@@ -53,7 +54,8 @@ def convert(
         MismatchError, UnsupportedError, ConfigError: see `Output.plan`; nothing is written. Or copies of a parameter differ over
             pipeline stages, and nothing is written; or the files don't hold each element of each parameter exactly once, and
             nothing is left behind.
-        DamagedCheckpointError: a source file is missing or truncated, or was changed meanwhile; nothing is left behind.
+        DamagedCheckpointError: a source file is missing, truncated or isn't what was saved, or was changed meanwhile; nothing is
+            left behind.
         OSError: the disk is full, or can't be written; nothing is left behind.
         OtherRankError: another rank has failed; nothing is left behind.
     """
@@ -67,7 +69,10 @@ def convert(
     with _new_folder(destination, plan, ranks, then) as folder:
         # 3. The bytes of the files, a share from each rank.
         share = share_of(plan.files, ranks.rank, ranks.count)
-        written = write_share(view, folder, share, workers, chunk_numbytes, progress, ranks.check)
+        sums = RecordSums()
+        written = write_share(view, folder, share, workers, chunk_numbytes, progress, ranks.check, sums)
+        _check_records(sums, ranks)
+        written.bytes_checked = sums.bytes_checked
         count = _sum_over(ranks, written)
         # 4. The rest, when all files are whole.
         if ranks.rank == 0:
@@ -141,6 +146,12 @@ def _new_folder(destination: Path, plan: OutputPlan, ranks: Ranks, then: Callabl
             raise ConfigError(f"{problem}; it must lie on a file system that all ranks share")
         yield folder
     ranks.broadcast("committed")
+
+
+def _check_records(sums: RecordSums, ranks: Ranks) -> None:
+    """Check the records of archives that no rank has read alone. Collective over the ranks."""
+    parts = ranks.gather("records", sums.partial())
+    sums.finish((run for part in parts for run in part), (ranks.rank, ranks.count))
 
 
 def _sum_over(ranks: Ranks, count: TransferCount) -> TransferCount:

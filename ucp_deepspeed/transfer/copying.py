@@ -7,6 +7,7 @@ import os
 import resource
 import threading
 import weakref
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ import torch
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent
+from ucp_deepspeed.checkpoint.torch_files.records import RecordSums, Run
 from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -40,15 +42,17 @@ _PLANNING = threading.Lock()
 
 @dataclass
 class TransferCount:
-    """The figures of a transfer: bytes, block copies, and the files that were read."""
+    """The figures of a transfer: bytes, block copies, the files that were read, and the bytes whose checksums were compared."""
 
     bytes_read: int = 0
     copies: int = 0
     files: set[str] = field(default_factory=set)
+    bytes_checked: int = 0
 
     def add(self, other: TransferCount) -> None:
         """Add another transfer's figures."""
         self.bytes_read += other.bytes_read
+        self.bytes_checked += other.bytes_checked
         self.copies += other.copies
         self.files |= other.files
 
@@ -61,10 +65,14 @@ class FileReader:
     Args:
         versions: versions of the checkpoint's files; they show files that were replaced since it was opened.
         mapped: False to do without maps, as where the file system has none.
+        sums: to sum what is read of archives, apart from blocks with gaps. A record that was read whole and isn't what was saved
+            is a DamagedCheckpointError.
     """
 
-    def __init__(self, versions: FileVersions | None = None, *, mapped: bool = True) -> None:
-        self._mapped = mapped
+    def __init__(
+        self, versions: FileVersions | None = None, *, mapped: bool = True, sums: RecordSums | None = None
+    ) -> None:
+        self._mapped, self._sums = mapped, sums
         self._versions = versions or FileVersions()
         self._files: dict[str, _File] = {}
         self._most_open = _most_open()
@@ -73,7 +81,7 @@ class FileReader:
     def read_into(self, view: StridedView[FileExtent], target: torch.Tensor) -> None:
         """Read a run of elements into contiguous memory of the CPU, of the same dtype, with the errors of `block`."""
         file, start = self._open(view, target.numel())
-        file.read_into(start, memoryview(target.detach().view(-1).view(torch.uint8).numpy()))
+        self._read(file, start, memoryview(target.detach().view(-1).view(torch.uint8).numpy()))
 
     def block(self, view: StridedView[FileExtent], shape: tuple[int, ...]) -> torch.Tensor:
         """Return a block inside an extent. If the file is mapped and its elements are aligned, it stays on disk until it is used.
@@ -90,6 +98,8 @@ class FileReader:
             self.block_into(view, block)
             return block
         raw = file.range(start, start + span * itemsize)
+        if span == prod(shape):
+            self._add(file.path, start, memoryview(raw.numpy()))
         # torch reads aligned memory only; safetensors files from elsewhere may hold elements anywhere.
         aligned = raw if raw.data_ptr() % itemsize == 0 else raw.clone()
         return aligned.view(dtype).as_strided(shape, view.strides)
@@ -104,7 +114,33 @@ class FileReader:
         file, start = self._open(view, view.span(tuple(target.shape)))
         memory, numbytes = memoryview(target.view(-1).view(torch.uint8).numpy()), runs[1] * itemsize
         for number, run in enumerate(runs[0]):
-            file.read_into(start + run * itemsize, memory[number * numbytes : (number + 1) * numbytes])
+            self._read(file, start + run * itemsize, memory[number * numbytes : (number + 1) * numbytes])
+
+    def _read(self, file: _File, start: int, target: memoryview) -> None:
+        """Read a run of bytes and sum it, a piece at a time while it is in the processor's cache."""
+        number = self._sums.place(file.path, start, start + len(target)) if self._sums and len(target) else None
+        if number is None:
+            file.read_into(start, target)
+            return
+        crc, step = 0, tunables.SUMMED_NUMBYTES
+        for place in range(0, len(target), step):
+            file.read_into(start + place, target[place : place + step])
+            crc = zlib.crc32(target[place : place + step], crc)
+        self._compare(file.path, number, Run(start, start + len(target), crc))
+
+    def _add(self, path: str, start: int, data: memoryview) -> None:
+        """Sum bytes that were read."""
+        number = self._sums.place(path, start, start + len(data)) if self._sums and len(data) else None
+        if number is not None:
+            self._compare(path, number, Run(start, start + len(data), zlib.crc32(data)))
+
+    def _compare(self, path: str, number: int, run: Run) -> None:
+        assert self._sums is not None
+        try:
+            self._sums.add(path, number, run)
+        except DamagedCheckpointError:
+            self._versions.check([path])  # saved again meanwhile, it isn't damaged
+            raise
 
     def numbytes(self, view: StridedView[FileExtent], shape: tuple[int, ...]) -> int:
         """Return the bytes to read for a block: more than it has if its runs are short and the file isn't mapped."""

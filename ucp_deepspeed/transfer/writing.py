@@ -18,6 +18,7 @@ import torch
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.output import Literal, OutputFile, Region
+from ucp_deepspeed.checkpoint.torch_files.records import RecordSums
 from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -92,6 +93,7 @@ def write_share(
     chunk_numbytes: int = tunables.WRITTEN_NUMBYTES,
     progress: Callable[[int, int], None] | None = None,
     check: Callable[[], None] = lambda: None,
+    sums: RecordSums | None = None,
 ) -> TransferCount:
     """Fill ranges of files that exist; return when they are on disk.
 
@@ -99,15 +101,16 @@ def write_share(
         share: at most one range of a file.
         workers, chunk_numbytes, progress: see `ucp_deepspeed.transfer.conversion.convert`.
         check: called now and then; an error that it raises ends the work.
+        sums: to sum what is read; see `FileReader`.
 
     Raises:
-        DamagedCheckpointError: a source file is missing or truncated, or was changed meanwhile.
+        DamagedCheckpointError: a source file is missing, truncated or isn't what was saved, or was changed meanwhile.
         MismatchError: the source doesn't hold each element exactly once.
         OSError: the disk is full, or can't be written.
     """
     if not share:
         return TransferCount()
-    task, workers = _Task(view, folder, share, chunk_numbytes, progress), max(workers, 1)
+    task, workers = _Task(view, folder, share, chunk_numbytes, progress, sums), max(workers, 1)
     with closing(task), ThreadPoolExecutor(workers) as pool:
         try:
             _wait([pool.submit(task.work) for _ in range(workers)], check)
@@ -127,10 +130,11 @@ class _Task:
         share: Sequence[FileRange],
         chunk_numbytes: int,
         progress: Callable[[int, int], None] | None,
+        sums: RecordSums | None,
     ) -> None:
         self.count, self.stop = TransferCount(), threading.Event()
         self._view, self._folder, self._progress = view, folder, progress
-        self._reader = FileReader(view.checkpoint.versions)
+        self._reader = FileReader(view.checkpoint.versions, sums=sums)
         self._lock = threading.Lock()
         self._outputs: dict[str, _Output] = {}
         self._chunks = (chunk for held in share for chunk in chunks_of(held, chunk_numbytes))

@@ -56,6 +56,11 @@ class Archive:
         with telling_damage(path), path.open("rb", buffering=0) as raw, zipfile.ZipFile(raw) as file:
             records = sorted(file.infolist(), key=lambda record: record.header_offset)
             named = {record.filename.partition("/")[2]: record for record in reversed(records)}
+            if not any(record.CRC for record in records):  # torch was told to compute none
+                for record in records:
+                    record.CRC = None  # type: ignore[assignment]
+            if "data.pkl" in named:
+                file.read(named["data.pkl"])  # zipfile compares the CRC-32, which torch ignores
             settings = {name: named[name] for name in ("byteorder", ".storage_alignment") if name in named}
             told = {name: file.read(record) for name, record in settings.items() if record.file_size <= 64}
             alignment = int(told.get(".storage_alignment", _DEFAULT_ALIGNMENT))
