@@ -33,6 +33,7 @@ class SaveConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     asynchronous: bool = Field(default=False, alias="async")
+    checksums: bool = True
     timeout: PositiveFloat = 1800.0
 
 

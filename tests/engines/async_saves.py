@@ -54,9 +54,9 @@ def held_back() -> Iterator[threading.Event]:
     """Let no file be written until the event is set."""
     gate, write = threading.Event(), snapshot.FileSnapshot.write
 
-    def waiting(self: snapshot.FileSnapshot, folder: Path) -> None:
+    def waiting(self: snapshot.FileSnapshot, *arguments: Any) -> Any:
         assert gate.wait(60)
-        write(self, folder)
+        return write(self, *arguments)
 
     snapshot.FileSnapshot.write = waiting  # type: ignore[method-assign]
     try:

@@ -19,7 +19,7 @@ import ucp_deepspeed
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.config import SaveConfig
-from ucp_deepspeed.engine.saving import background
+from ucp_deepspeed.engine.saving import background, save
 from ucp_deepspeed.testing.ranks import RankError
 from ucp_deepspeed.testing.runs import Run, train, train_step
 
@@ -30,6 +30,7 @@ def save_both_ways(run: Run, folder: str) -> None:
     client_state = {"list": [1, 2], "tensor": torch.ones(3)}
     config = engine.universal_checkpoint_config
     engine.universal_checkpoint_config = config.model_copy(update={"save": SaveConfig()})
+    save.secrets.token_hex = lambda _: "0123456789abcdef"  # the only thing that is random
     assert engine.save_checkpoint(f"{folder}/sync", client_state=client_state) is True
     engine.universal_checkpoint_config = config
     with held_back():
@@ -45,7 +46,7 @@ def save_both_ways(run: Run, folder: str) -> None:
 @pytest.mark.nccl_like
 @pytest.mark.parametrize("name", RUNS)
 def test_files_are_those_of_a_synchronous_save(name: str, ranks: Ranks, tmp_path: Path) -> None:
-    """Byte for byte, sharing of storages included; nothing that happens after the call is in them."""
+    """Byte for byte, sharing of storages and checksums included; nothing that happens after the call is in them."""
     world_size, run = RUNS[name]
     ranks(world_size).run(save_both_ways, run, str(tmp_path))
     expected, found = (contents(tmp_path / way) for way in ("sync", "async"))

@@ -17,6 +17,7 @@ from checkpoints import resumed
 
 import ucp_deepspeed
 from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.random_files import joined
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import DamagedCheckpointError, UniversalCheckpointError, UnsupportedError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
@@ -211,15 +212,26 @@ def test_damaged_random_state(ranks: Ranks, tmp_path: Path) -> None:
     path = tmp_path / "global_step0" / "ucp_random_states.jsonl"
     text = path.read_text(encoding="utf-8")
     header, first, second = text.splitlines(keepends=True)
+    save_id = json.loads(header)["save_id"]
+
+    def with_sums(*states: str) -> str:
+        return joined([state.rstrip() for state in states], save_id)
+
+    assert with_sums(first, second) == text
     for damaged, error in {
         text[:-100]: DamagedCheckpointError,
         "x" * len(text): DamagedCheckpointError,
         header.replace("]", ", 1]") + (first + second)[:-3]: DamagedCheckpointError,
         header.replace('"format_version": 1', '"format_version": 2') + first + second: UnsupportedError,
         header + first + "x" * len(second): DamagedCheckpointError,
-        header + first + second.replace('"format_version": 1', '"format_version": 0'): UnsupportedError,
-        header + first + second.replace('"format_version": 1', '"format_version": 2'): UnsupportedError,
         header + first + second.replace('"MT19937"', '"MT19938"'): DamagedCheckpointError,
+        header.replace(save_id, "0123456789abcdef") + first + second: DamagedCheckpointError,
+        header.replace(save_id, "").replace('"save_id"', '"ignored_by_all_releases"')
+        + first
+        + second: DamagedCheckpointError,
+        with_sums(first, second.replace('"format_version": 1', '"format_version": 0')): UnsupportedError,
+        with_sums(first, second.replace('"format_version": 1', '"format_version": 2')): UnsupportedError,
+        with_sums(first, second.replace('"MT19937"', '"MT19938"')): DamagedCheckpointError,
     }.items():
         path.write_text(damaged, encoding="utf-8")
         with pytest.raises(RankError) as caught:

@@ -137,7 +137,7 @@ def test_config_surface() -> None:
         "on_unreadable": "drop",
         "shared_read_bytes": 0,
         "read_memory_bytes": 1 << 20,
-        "save": {"async": True, "timeout": 60.0},
+        "save": {"async": True, "checksums": False, "timeout": 60.0},
     }
     assert set(UniversalCheckpointConfig.model_fields) == block.keys()
     assert parse_config({}).enabled is False
@@ -160,11 +160,11 @@ def test_config_surface() -> None:
         ({"save": {"async": "yes"}}, "universal_checkpoint.save.async: expected true or false (found 'yes')"),
         (
             {"save": {"asynchronous": True}},
-            "universal_checkpoint.save.asynchronous: unknown key; known keys: async, time",
+            "universal_checkpoint.save.asynchronous: unknown key; known keys: async, check",
         ),
         (
             {"save": True},
-            "universal_checkpoint.save: must be a block of settings (found True); known keys: async, timeout",
+            "universal_checkpoint.save: must be a block of settings (found True); known keys: async, checksums, timeout",
         ),
         (True, "must be a block of settings"),
     ],

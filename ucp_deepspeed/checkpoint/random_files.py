@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
+from ucp_deepspeed.checkpoint.checksums import sum_of
 from ucp_deepspeed.checkpoint.encoding import parse_document
 from ucp_deepspeed.errors import DamagedCheckpointError
 
@@ -56,17 +57,25 @@ class RandomState(BaseModel):
 
 
 class _Header(BaseModel):
-    """The first line: bytes of each rank's line, with its end, so that a rank can read its own state alone."""
+    """The first line: bytes of each rank's line, with its end, so that a rank can read its own state alone; the sum of each
+    (`sum_of`); and the save that wrote them. Earlier releases wrote neither sums nor save."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     format_version: int = RANDOM_STATE_VERSION
     numbytes: tuple[NonNegativeInt, ...]
+    sums: tuple[str, ...] | None = None
+    save_id: str | None = None
 
 
-def joined(states: Sequence[str]) -> str:
+def joined(states: Sequence[str], save_id: str | None = None) -> str:
     """Return the content of the file, from the states of all ranks as JSON in ASCII, in rank order."""
-    header = {"format_version": RANDOM_STATE_VERSION, "numbytes": [len(state) + 1 for state in states]}
+    header = {
+        "format_version": RANDOM_STATE_VERSION,
+        "save_id": save_id,
+        "numbytes": [len(state) + 1 for state in states],
+        "sums": [_sum(f"{state}\n".encode("ascii")) for state in states],
+    }
     return "".join(f"{line}\n" for line in (json.dumps(header), *states))
 
 
@@ -76,22 +85,37 @@ def path_of(folder: Path, rank: int) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def read_state(path: Path, rank: int) -> bytes | None:
+def _sum(line: bytes) -> str:
+    return f"{sum_of(line):016x}"
+
+
+def read_state(path: Path, rank: int, save_id: str | None = None) -> bytes | None:
     """Return a rank's state as it is in a file of `path_of`; None if the run had fewer ranks.
 
+    Args:
+        save_id: of the manifest beside it.
+
     Raises:
-        DamagedCheckpointError: the file isn't as its first line says.
+        DamagedCheckpointError: the file isn't as its first line says, or is of another save.
         FormatError: a later version wrote it.
     """
     if path.name != RANDOM_STATES_NAME:
         return path.read_bytes()
     with path.open("rb") as file:
         first = file.readline()
-        numbytes = parse_document(first, path, _Header, "a file of random states", RANDOM_STATE_VERSION).numbytes
+        header = parse_document(first, path, _Header, "a file of random states", RANDOM_STATE_VERSION)
+        numbytes = header.numbytes
+        if save_id is not None and header.save_id != save_id:
+            raise DamagedCheckpointError(f"{path} is of another save than the manifest beside it")
         if len(first) + sum(numbytes) != path.stat().st_size:
             raise DamagedCheckpointError(f"{path} hasn't the lines that its first one tells of")
         file.seek(len(first) + sum(numbytes[:rank]))
-        return file.read(numbytes[rank]) if rank < len(numbytes) else None
+        if rank >= len(numbytes):
+            return None
+        state = file.read(numbytes[rank])
+    if header.sums is not None and header.sums[rank : rank + 1] != (_sum(state),):
+        raise DamagedCheckpointError(f"{path} is damaged: the state of rank {rank} isn't what was saved")
+    return state
 
 
 def parse_state(content: bytes, path: Path) -> RandomState:

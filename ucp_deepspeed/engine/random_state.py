@@ -30,7 +30,6 @@ from deepspeed.runtime.activation_checkpointing import checkpointing
 from ucp_deepspeed.checkpoint.deepspeed.manifest import read_manifest
 from ucp_deepspeed.checkpoint.encoding import decode, encode
 from ucp_deepspeed.checkpoint.random_files import (
-    RANDOM_STATES_NAME,
     Place,
     RandomState,
     joined,
@@ -72,7 +71,7 @@ class Stream:
 
 
 def packed_random_state(engine: Engine) -> bytes:
-    """Return this rank's state, for `random_states_file` on another rank."""
+    """Return this rank's state, for `random_states_text` on another rank."""
     state = RandomState(
         place=_place(engine),
         global_steps=engine.global_steps,
@@ -82,10 +81,10 @@ def packed_random_state(engine: Engine) -> bytes:
     return zlib.compress(json.dumps(state.model_dump()).encode("ascii"), level=1)
 
 
-def random_states_file(packed: Sequence[bytes]) -> tuple[str, str]:
-    """Return name and content of the file with all ranks' states. It is written after DeepSpeed's files and before the manifest,
+def random_states_text(packed: Sequence[bytes], save_id: str) -> str:
+    """Return the content of the file with all ranks' states. It is written after DeepSpeed's files and before the manifest,
     without which it doesn't count."""
-    return RANDOM_STATES_NAME, joined([zlib.decompress(each).decode("ascii") for each in packed])
+    return joined([zlib.decompress(each).decode("ascii") for each in packed], save_id)
 
 
 KEEP_HINT = '"random_state": "keep" loads all else, and leaves the streams as the script has seeded them'
@@ -98,7 +97,8 @@ def read_random_state(folder: Path, global_steps: int) -> RandomState | None:
         global_steps: steps of the checkpoint beside it.
 
     Raises:
-        DamagedCheckpointError: the file can't be parsed, is of another step, or has another size than the manifest says.
+        DamagedCheckpointError: the file can't be parsed, isn't what was saved, is of another save or step, or has another size
+            than the manifest says.
         FormatError: a later version wrote it.
     """
     path, manifest = path_of(folder, dist.get_rank()), read_manifest(folder)
@@ -107,7 +107,7 @@ def read_random_state(folder: Path, global_steps: int) -> RandomState | None:
     try:
         if manifest is not None:
             manifest.check_file(path)
-        content = read_state(path, dist.get_rank())
+        content = read_state(path, dist.get_rank(), None if manifest is None else manifest.save_id)
         state = None if content is None else parse_state(content, path)
     except DamagedCheckpointError as error:
         raise DamagedCheckpointError(f"{error}; {KEEP_HINT}") from error

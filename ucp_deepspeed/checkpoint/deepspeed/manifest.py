@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import zipfile
 from collections.abc import Mapping
 from functools import cached_property
@@ -71,7 +70,9 @@ class Manifest(BaseModel):
         differing_copies: trained parameters whose copies on pipeline stages weren't the same, in masters, states or numbers; None
             if that wasn't recorded.
         files: size in bytes of each file in the tag folder when it was committed.
-        contents: digests of the content of some files (`digest_of`): those that every run writes anew.
+        contents: digests of the content of the run's files (`digest_of`); of earlier releases of the first partition's alone.
+        save_id: random, the same in all files of the package's of one save; None if it wasn't recorded.
+        checksums: sum of the file of checksums (`ucp_deepspeed.checkpoint.checksums`); None if the save took none.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -89,6 +90,8 @@ class Manifest(BaseModel):
     differing_copies: tuple[str, ...] | None = None
     files: Mapping[str, NonNegativeInt]
     contents: Mapping[str, str] = {}
+    save_id: str | None = None
+    checksums: str | None = None
 
     @model_validator(mode="after")
     def _describes_every_rank(self) -> Manifest:
@@ -155,12 +158,11 @@ class Manifest(BaseModel):
         Raises:
             DamagedCheckpointError: it differs.
         """
-        recorded = self.files.get(path.name)
-        if recorded is None or not path.is_file():
+        if not path.is_file():
             return
-        found = path.stat().st_size
+        recorded, found = self.files.get(path.name), path.stat().st_size
         other = f"{path} isn't the file that {MANIFEST_NAME} describes"
-        if found != recorded:
+        if recorded is not None and found != recorded:
             if zipfile.is_zipfile(path):
                 raise DamagedCheckpointError(f"{other} ({recorded} bytes then, {found} now){STALE_MANIFEST}")
             raise DamagedCheckpointError(f"{path} is truncated: expected {recorded} bytes, found {found}")
@@ -168,19 +170,12 @@ class Manifest(BaseModel):
             raise DamagedCheckpointError(f"{other}, though of its size{STALE_MANIFEST}")
 
 
-_ALWAYS_WRITTEN = re.compile(
-    r"(?:zero_pp_rank_0_)?mp_rank_\d+_model_states\.pt|(?:bf16_)?zero_pp_rank_0_mp_rank_\d+_optim_states\.pt"
-)
-"""The first data-parallel rank's files, which tell names and orders. Checking all files would take long if there are many."""
-
-
-def describe_files(folder: Path) -> dict[str, Mapping[str, int] | Mapping[str, str]]:
-    """Return ``files`` and ``contents`` of a manifest for a folder as it is."""
+def describe_files(folder: Path, digests: Mapping[str, str]) -> dict[str, Mapping[str, int] | Mapping[str, str]]:
+    """Return ``files`` and ``contents`` of a manifest for a folder as it is, by the digests that its writers told."""
     found = {entry.name: entry for entry in sorted(folder.iterdir()) if entry.is_file()}
-    digests = {name: digest_of(entry) for name, entry in found.items() if _ALWAYS_WRITTEN.fullmatch(name)}
     return {
         "files": {name: entry.stat().st_size for name, entry in found.items()},
-        "contents": {name: digest for name, digest in digests.items() if digest is not None},
+        "contents": dict(sorted(digests.items())),
     }
 
 

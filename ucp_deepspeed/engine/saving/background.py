@@ -22,9 +22,9 @@ import multiprocessing.util
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from errno import ENOENT, ENOTDIR
 from functools import cache
 from pathlib import Path
@@ -40,8 +40,9 @@ from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.saving.host_memory import Need, check_room
 from ucp_deepspeed.engine.saving.kept_errors import KeptError
 from ucp_deepspeed.engine.saving.snapshot import DescribedFile, FileSnapshot, HostBuffers, describe
+from ucp_deepspeed.engine.saving.written import Written
 from ucp_deepspeed.errors import ConfigError, SaveError
-from ucp_deepspeed.transfer.commit import flush, remove_partial_folder, replace_text
+from ucp_deepspeed.transfer.commit import remove_partial_folder, replace_text
 from ucp_deepspeed.waiting import end_of_process
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -155,16 +156,16 @@ class Job:
 
     Attributes:
         partial: the hidden folder, which exists.
-        texts: further files of this rank, with their content.
-        commit: makes ``partial`` the checkpoint; rank 0 calls it.
+        checksums: whether checksums of the files are taken.
+        commit: makes ``partial`` the checkpoint, by what each rank has written; rank 0 calls it.
         timeout: seconds that rank 0 waits for the others.
     """
 
     partial: Path
     folder: Path
     files: Sequence[FileSnapshot]
-    texts: Mapping[str, str]
-    commit: Callable[[], None]
+    checksums: bool
+    commit: Callable[[Sequence[Written]], None]
     rank: int
     world_size: int
     timeout: float
@@ -195,18 +196,18 @@ class Writing(threading.Thread):
     def run(self) -> None:
         """Write, and commit on rank 0."""
         try:
+            written = Written()
             with self._failing():
-                self._write()
+                self._write(written)
             with self._failing():  # from then on rank 0 may give the folder another name
-                told = {"error": None if self.error is None else str(self.error)}
+                told = {"error": None if self.error is None else str(self.error), **asdict(written)}
                 replace_text(self.job.partial / ENDED_NAME.format(rank=self.job.rank), json.dumps(told))
             self.own_error = self.error
         finally:
             self.written.set()
         if self.job.rank == 0:
             with self._failing():
-                self._await_ranks()
-                self.job.commit()
+                self.job.commit(self._await_ranks())
                 with suppress(Exception):  # a log that can't be written
                     numbytes = sum(file.stat().st_size for file in self.job.folder.iterdir())
                     taken = time.monotonic() - self._begun
@@ -237,27 +238,27 @@ class Writing(threading.Thread):
                 with suppress(Exception):  # a log that can't be written
                     logger.error("%s", self.error)
 
-    def _write(self) -> None:
-        for name, text in self.job.texts.items():
-            path = self.job.partial / name
-            path.write_text(text, encoding="utf-8")
-            flush(path)
+    def _write(self, written: Written) -> None:
         for file in self.job.files:
-            file.write(self.job.partial)
+            sums = file.write(self.job.partial, self.job.checksums)
+            written.note(self.job.partial / file.name, self.job.checksums, sums)
 
-    def _await_ranks(self) -> None:
-        """Wait until all ranks have ended. Raise if some have failed, don't end in time, or don't find the folder any more."""
+    def _await_ranks(self) -> list[Written]:
+        """Wait until all ranks have ended, and return what they have written. Raise if some have failed, don't end in time, or
+        don't find the folder any more."""
         deadline, pause = time.monotonic() + self.job.timeout, tunables.SHORTEST_PAUSE_SECONDS
         waiting = {rank: ENDED_NAME.format(rank=rank) for rank in range(self.job.world_size)}
         failed: dict[int, str] = {}
+        found: list[Written] = []
         while waiting and not self._given_up.is_set():
             # Names are looked for in the list: a network file system would remember for a while that one of them was missing.
             # This raises if the folder is where no rank finds it any more.
             there = {entry.name for entry in self.job.partial.iterdir()}
             for rank in [rank for rank, name in waiting.items() if name in there]:
-                error = json.loads((self.job.partial / waiting.pop(rank)).read_text(encoding="utf-8"))["error"]
-                if error is not None:
+                told = json.loads((self.job.partial / waiting.pop(rank)).read_text(encoding="utf-8"))
+                if (error := told.pop("error")) is not None:
                     failed[rank] = error
+                found.append(Written(**told))
             if waiting and time.monotonic() > deadline:
                 raise SaveError(
                     f"ranks {sorted(waiting)} didn't write their files of {self.job.folder} within {self.job.timeout:g} s of "
@@ -270,6 +271,7 @@ class Writing(threading.Thread):
             self.clear()
         if failed or waiting:
             raise SaveError("; ".join(f"rank {rank}: {text}" for rank, text in failed.items()) or "a rank has failed")
+        return found
 
     def _as_save_error(self, error: Exception) -> SaveError:
         partial, folder = self.job.partial, self.job.folder

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from deepspeed.runtime.pipe.module import TiedLayerSpec
 
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes
 from ucp_deepspeed.checkpoint.deepspeed.files import is_deepspeeds
-from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, Manifest, ManifestParameter, describe_files
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, Manifest, ManifestParameter
 from ucp_deepspeed.checkpoint.deepspeed.pipeline import TIED
 from ucp_deepspeed.checkpoint.deepspeed.run_state import number_groups
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
@@ -39,7 +40,7 @@ from ucp_deepspeed.engine.module_states import has_extra_states
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.node_local import open_here, writes_for_node
 from ucp_deepspeed.engine.optimizers import engine_optimizer
-from ucp_deepspeed.engine.random_state import packed_random_state, random_states_file
+from ucp_deepspeed.engine.random_state import packed_random_state, random_states_text
 from ucp_deepspeed.engine.saving.background import (
     ENDED_NAME,
     Job,
@@ -50,6 +51,7 @@ from ucp_deepspeed.engine.saving.background import (
     wait_for_save,
 )
 from ucp_deepspeed.engine.saving.kept_errors import KeptError
+from ucp_deepspeed.engine.saving.written import Written, noting_files, write_manifest
 from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError, UnsupportedError
 from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
 from ucp_deepspeed.language.name_spaces import LogicalName
@@ -92,16 +94,18 @@ def save_checkpoint(
     asynchronous = engine.universal_checkpoint_config.save.asynchronous
     name = str(tag) if tag is not None else f"global_step{engine.global_steps}"
     folder = Path(save_dir or ".") / name
-    with agreement():  # on its own: the manifest is made by all ranks together
+    with agreement(tells=True) as first:  # on its own: the manifest is made by all ranks together
         state = to_be_saved(engine, client_state or {})
         if not later:
             _check_tag(save_dir, name, asynchronous)
+        first.mine = secrets.token_hex(8)
+    save_id = first.values[0]
     rest = {"client_state": state, "exclude_frozen_parameters": exclude_frozen_parameters}
     if later:
         logger.warning("checkpoint engine commits later: no manifest is written")
         return native(save_dir, tag=tag, save_latest=save_latest, **rest)
     if asynchronous:
-        return _save_in_background(native, engine, save_dir, name, save_latest, rest)
+        return _save_in_background(native, engine, save_dir, name, save_latest, save_id, rest)
     with agreement():
         manifest = _manifest(engine)
         if writes_for_node(engine):
@@ -109,18 +113,17 @@ def save_checkpoint(
             (folder / MANIFEST_NAME).unlink(missing_ok=True)
             for former in folder.glob(FORMER_NAMES):
                 former.unlink()
-    kept = KeptError(folder)
-    with kept.in_parts_of(engine):
+    kept, checksums = KeptError(folder), engine.universal_checkpoint_config.save.checksums
+    with kept.in_parts_of(engine), noting_files(engine, checksums) as written:
         saved = native(save_dir, tag=name, save_latest=False, **rest)
     with agreement(tells=True) as told:  # when all have written
         kept.check()
-        told.mine = packed_random_state(engine)
+        told.mine = packed_random_state(engine), written()
     with agreement():
         if writes_for_node(engine):
+            packed, of_ranks = zip(*told.values, strict=True)
             try:
-                random_states, content = random_states_file(told.values)
-                write_atomically(folder / random_states, content)
-                _commit(manifest, folder)
+                write_manifest(manifest, folder, save_id, random_states_text(packed, save_id), of_ranks)
                 if save_latest:
                     write_atomically(Path(save_dir) / LATEST_NAME, name)
             except OSError as error:
@@ -133,7 +136,13 @@ def save_checkpoint(
 
 
 def _save_in_background(
-    native: Callable[..., bool], engine: Engine, save_dir: str, tag: str, save_latest: bool, rest: Mapping[str, Any]
+    native: Callable[..., bool],
+    engine: Engine,
+    save_dir: str,
+    tag: str,
+    save_latest: bool,
+    save_id: str,
+    rest: Mapping[str, Any],
 ) -> bool:
     """Copy into host memory what DeepSpeed would write, and begin to write it. Collective."""
     folder, rank, world_size = Path(save_dir).absolute() / tag, dist.get_rank(), dist.get_world_size()
@@ -149,7 +158,7 @@ def _save_in_background(
         with agreement(tells=True) as told:
             told.mine = packed_random_state(engine)
         with agreement():
-            texts = dict([random_states_file(told.values)]) if rank == 0 else {}
+            random_states = random_states_text(told.values, save_id) if rank == 0 else ""
     except BaseException:
         if rank == 0:
             remove_partial_folder(partial, place)
@@ -157,20 +166,20 @@ def _save_in_background(
     latest = Path(save_dir).absolute() / LATEST_NAME
     is_new = place.is_dir() and not any(place.iterdir())
 
-    def commit() -> None:
+    def commit(of_ranks: Sequence[Written]) -> None:
         if is_new and not place.is_dir():
             raise gone_error(folder, place)
         for each in range(world_size):
             (partial / ENDED_NAME.format(rank=each)).unlink(missing_ok=True)
-        _commit(manifest, partial)
+        write_manifest(manifest, partial, save_id, random_states, of_ranks)
         flush(partial)
         replace_folder(partial, place, _is_part)
         if save_latest:
             write_atomically(latest, tag)
         _warn_if_unreadable(engine, folder)
 
-    timeout = engine.universal_checkpoint_config.save.timeout
-    begin(engine, Job(partial, folder, tuple(files), texts, commit, rank, world_size, timeout))
+    config = engine.universal_checkpoint_config.save
+    begin(engine, Job(partial, folder, tuple(files), config.checksums, commit, rank, world_size, config.timeout))
     return saved
 
 
@@ -217,7 +226,7 @@ def _make_partial(folder: Path, tag: str, tells: bool) -> Path:
 
 def _is_part(name: str) -> bool:
     """Return whether a file is DeepSpeed's or this package's. Others may lie in a tag's folder too, and are kept."""
-    ours = r"ucp_manifest\.json|ucp_random_states\.jsonl|ucp_random_state_rank_\d+\.json"
+    ours = r"ucp_manifest\.json|ucp_checksums\.jsonl|ucp_random_states\.jsonl|ucp_random_state_rank_\d+\.json"
     return is_deepspeeds(name) or re.fullmatch(ours, name) is not None
 
 
@@ -280,11 +289,6 @@ def _warn_if_unreadable(engine: Engine, folder: Path) -> None:
         logger.warning(
             "%s was saved; an error came when it was looked into: %s: %s", folder, type(error).__name__, error
         )
-
-
-def _commit(manifest: Manifest, folder: Path) -> None:
-    complete = manifest.model_copy(update=describe_files(folder))
-    write_atomically(folder / MANIFEST_NAME, complete.model_dump_json(indent=1))
 
 
 def _manifest(engine: Engine) -> Manifest:

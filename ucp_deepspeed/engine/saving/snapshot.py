@@ -20,6 +20,7 @@ import torch
 from torch.serialization import DEFAULT_PROTOCOL
 
 from ucp_deepspeed import tunables
+from ucp_deepspeed.checkpoint.checksums import sum_of
 from ucp_deepspeed.engine.saving.host_memory import HostMemory
 from ucp_deepspeed.transfer.commit import flush
 
@@ -36,14 +37,17 @@ class FileSnapshot:
     name: str
     records: tuple[tuple[str, bytes | torch.Tensor], ...]
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, checksums: bool = False) -> dict[str, list[int]]:
         """Write the file and wait until it is on disk. The interpreter's lock is free while tensors are written.
+
+        Returns:
+            If ``checksums`` are wanted, the sums of the pieces of each tensor's record, as it is in memory.
 
         Raises:
             OSError: the file can't be created, or the disk is full or fails.
             RuntimeError: torch's error for a write that failed for no lasting reason.
         """
-        path = folder / self.name
+        path, sums = folder / self.name, dict[str, list[int]]()
         path.touch()  # this tells why it can't be created; torch doesn't
         opened = torch.serialization._open_zipfile_writer(str(path))
         writer = opened.__enter__()
@@ -52,6 +56,8 @@ class FileSnapshot:
                 if isinstance(data, bytes):
                     writer.write_record(name, data, len(data))
                 else:
+                    if checksums and data.numel():
+                        sums[name] = _sums(data)
                     writer.write_record(name, data.untyped_storage(), data.numel())
             opened.__exit__()
         except Exception as error:
@@ -64,6 +70,13 @@ class FileSnapshot:
                 raise
             raise reason from error
         flush(path)
+        return sums
+
+
+def _sums(data: torch.Tensor) -> list[int]:
+    """Return the checksums of the pieces of a buffer of bytes."""
+    memory, piece = memoryview(data.numpy()), tunables.PIECE_NUMBYTES
+    return [sum_of(memory[start : start + piece]) for start in range(0, len(memory), piece)]
 
 
 def _why_not_longer(path: Path) -> OSError | None:

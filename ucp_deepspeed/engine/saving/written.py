@@ -1,0 +1,117 @@
+"""The files that a rank writes in a save: their digests and checksums, which it tells the rank that writes the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ucp_deepspeed.checkpoint.checksums import CHECKSUMS_NAME, digest_of_sums, joined, records_of, sums_of
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, Manifest, describe_files, digest_of
+from ucp_deepspeed.checkpoint.random_files import RANDOM_STATES_NAME
+from ucp_deepspeed.engine.deepspeed_types import Engine
+from ucp_deepspeed.errors import SaveError
+from ucp_deepspeed.transfer.commit import write_atomically
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Some files of a save.
+
+    Attributes:
+        digests: file → digest of its content (`digest_of`).
+        sums: file → its line of checksums; empty if none are wanted.
+    """
+
+    digests: dict[str, str] = field(default_factory=dict)
+    sums: dict[str, str] = field(default_factory=dict)
+
+    def note(self, path: Path, checksums: bool, known: Mapping[str, Iterable[int]] | None = None) -> None:
+        """Add a file.
+
+        Args:
+            known: sums of the pieces of records, by name, that were taken before they were written.
+
+        Raises:
+            OSError: it can't be read.
+        """
+        if (digest := digest_of(path)) is not None:
+            self.digests[path.name] = digest
+        if checksums:
+            starts = records_of(path) if known else {}
+            self.sums[path.name] = sums_of(path, {starts[name]: sums for name, sums in (known or {}).items()}).line()
+
+
+@contextmanager
+def noting_files(engine: Engine, checksums: bool) -> Iterator[Callable[[], Written]]:
+    """Note the files that the engine's checkpoint engine saves in the block, each as soon as it is written, in a thread.
+
+    Yields a function that waits for the thread and returns what was noted; it raises a SaveError for a file that can't be read.
+    """
+    writer, save, written = engine.checkpoint_engine, engine.checkpoint_engine.save, Written()
+    noted: list[tuple[Path, Future[None]]] = []
+
+    def noting_save(state_dict: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+        done = save(state_dict, path, *args, **kwargs)
+        noted.append((Path(path), thread.submit(written.note, Path(path), checksums)))
+        return done
+
+    def result() -> Written:
+        for path, future in noted:
+            try:
+                future.result()
+            except OSError as error:
+                reason = f"{path} was written and can't be read, and 'latest' was not moved: {error}"
+                raise SaveError(reason) from error
+        return written
+
+    own = vars(writer).get("save")
+    with ThreadPoolExecutor(1, thread_name_prefix="checksums") as thread:
+        writer.save = noting_save
+        try:
+            yield result
+        finally:
+            del writer.save
+            if own is not None:
+                writer.save = own
+
+
+def _of_folder(folder: Path, of_ranks: Sequence[Written]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return digests and checksums of all ranks' files. Machines with disks of their own may each have a file of one name, and
+    differ in it: then it is this folder's."""
+    digests: dict[str, str] = {}
+    sums: dict[str, str] = {}
+    for name in {name: None for written in of_ranks for name in (*written.digests, *written.sums)}:
+        told = {(written.digests.get(name), written.sums.get(name)) for written in of_ranks}
+        told.discard((None, None))
+        if len(told) > 1:
+            here = digest_of(folder / name)
+            told = {each for each in told if each[0] == here}
+        for digest, line in told if len(told) == 1 else ():
+            digests |= {name: digest} if digest is not None else {}
+            sums |= {name: line} if line is not None else {}
+    return digests, sums
+
+
+def write_manifest(
+    manifest: Manifest, folder: Path, save_id: str, random_states: str, of_ranks: Sequence[Written]
+) -> None:
+    """Write what describes the files of a save that are in a folder: the random states, the checksums, and last the manifest.
+
+    Raises:
+        OSError: the disk is full, or can't be written.
+    """
+    write_atomically(folder / RANDOM_STATES_NAME, random_states)
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    digests, sums = _of_folder(folder, of_ranks)
+    (folder / CHECKSUMS_NAME).unlink(missing_ok=True)
+    if sums:
+        sums[RANDOM_STATES_NAME] = sums_of(folder / RANDOM_STATES_NAME).line()
+        content = joined(save_id, [sums[name] for name in sorted(sums)])
+        write_atomically(folder / CHECKSUMS_NAME, content)
+        manifest = manifest.model_copy(update={"checksums": digest_of_sums(content.encode("ascii"))})
+    complete = manifest.model_copy(update={"save_id": save_id, **describe_files(folder, digests)})
+    write_atomically(folder / MANIFEST_NAME, complete.model_dump_json(indent=1))
