@@ -108,7 +108,7 @@ def trained(tp: int, stage: int, spec: str, folder: str) -> dict[str, torch.Tens
     """On a rank: a step, saved; returns this rank's masters, which in fp32 are the weights."""
     engine = engine_of(tp, stage, spec)
     share = whole_numbers(3, 4, NARROW).chunk(dist.get_world_size() // tp)[dist.get_rank() // tp]
-    engine.backward(engine(share).square().sum() / 4)
+    engine.backward(engine(share.to(engine.device)).square().sum() / 4)
     engine.step()
     engine.save_checkpoint(folder)
     return {name: param.detach().clone() for name, param in engine.module.named_parameters()}
