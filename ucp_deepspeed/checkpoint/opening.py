@@ -10,6 +10,7 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.files import is_model_states
+from ucp_deepspeed.checkpoint.tags import holds_checkpoint, is_marked, tags_in, unfinished
 from ucp_deepspeed.checkpoint.universal.index import (
     INDEX_NAME,
     PARTIAL_MARK,
@@ -26,6 +27,8 @@ UNIVERSAL_LATEST_NAME = "latest_universal"
 
 LONGEST_SHOWN = 100
 """Most characters of a tag's name that a message repeats. The file ``latest`` may hold anything."""
+
+NO_MODEL_STATES = "no model_states file"
 
 UNFINISHED = "is what an interrupted conversion, or save in the background, left behind; convert again, or save again"
 
@@ -48,8 +51,10 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
         raise CheckpointNotFoundError(f"no checkpoint folder at {root}{hint}")
     if is_unfinished(root):
         raise DamagedCheckpointError(f"{root} {UNFINISHED}")
-    if tag is None and _holds_checkpoint(root):
+    if tag is None and holds_checkpoint(root):
         return root
+    if tag is None and is_marked(root):
+        raise unfinished(root, NO_MODEL_STATES)
     strays, named = False, ""
     if tag is None:
         latest = root / LATEST_NAME
@@ -62,7 +67,7 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
         strays, named = Path(tag).is_absolute() or ".." in Path(tag).parts, f", which {latest} names"
     folder = root / tag
     found = folder if os.path.isdir(folder) else _lies_aside(folder)  # noqa: PTH112 - a name that can't be is no folder
-    if strays or found is None or (found == root and not _holds_checkpoint(root)):  # "" and "." name the folder itself
+    if strays or found is None or (found == root and not holds_checkpoint(root)):  # "" and "." name the folder itself
         shown = tag if len(tag) <= LONGEST_SHOWN else f"{tag[:LONGEST_SHOWN]}…"
         raise CheckpointNotFoundError(f"no tag {shown!r} in {root}{named}{_there(root)}")
     return found
@@ -121,20 +126,12 @@ def open_checkpoint(path: str | Path, tag: str | None = None) -> Checkpoint:
         )
     if native is not None:
         return DeepSpeedCheckpoint(folder)
+    if is_marked(folder):
+        raise unfinished(folder, NO_MODEL_STATES)
     if any(folder.glob("layer_*-model_states.pt")):
         what = "a pipeline checkpoint without model_states files"
         raise FormatError(f"{folder} is {what}, which this release can't read")
-    raise DamagedCheckpointError(f"{folder} holds no model_states file and no universal index")
-
-
-def _holds_checkpoint(folder: Path) -> bool:
-    return (folder / INDEX_NAME).is_file() or any(folder.glob("*_model_states.pt"))
-
-
-def tags_in(root: Path) -> list[str]:
-    """Return the names of the tags in a folder."""
-    folders = [entry for entry in root.iterdir() if entry.is_dir() and not is_unfinished(entry)]
-    return sorted({home_of(entry).name for entry in folders if _holds_checkpoint(entry)})
+    raise DamagedCheckpointError(f"{folder} holds {NO_MODEL_STATES} and no universal index")
 
 
 def _there(root: Path) -> str:

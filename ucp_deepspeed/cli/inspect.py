@@ -13,7 +13,7 @@ from typing import Any
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.differing import in_words as in_words_by_place
 from ucp_deepspeed.checkpoint.encoding import encode
-from ucp_deepspeed.checkpoint.opening import tags_in
+from ucp_deepspeed.checkpoint.tags import tags_in
 from ucp_deepspeed.checkpoint.torch_files.safe_load import TORCH_DTYPES
 from ucp_deepspeed.checkpoint.universal.index import UniversalCheckpoint, home_of
 from ucp_deepspeed.cli.printing import (

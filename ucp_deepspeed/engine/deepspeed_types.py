@@ -45,6 +45,8 @@ class Engine(OwnAttributes, Protocol):
     seq_data_parallel_group: Any
     sequence_parallel_size: int
     has_moe_layers: bool
+    save_non_zero_checkpoint: bool
+    save_zero_checkpoint: bool
     loaded_checkpoint_mp_world_size: int
     loaded_checkpoint_dp_world_size: int
     random_ltd_scheduler: Any

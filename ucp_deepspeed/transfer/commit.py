@@ -180,14 +180,15 @@ def _partial_path(final: Path) -> Path:
     return final.parent / f".{final.name}{PARTIAL_MARK}{socket.gethostname()}-{os.getpid()}.{secrets.token_hex(4)}"
 
 
-def is_seen(folder: Path, tells: bool = True) -> bool:
-    """Wait until a folder that another process has made is seen here too; return whether it is, in time.
+def is_seen(path: Path, tells: bool = True, there: Callable[[Path], bool] = Path.is_dir) -> bool:
+    """Wait until a folder, or file, that another process has made is seen here too; return whether it is, in time.
 
     Args:
         tells: log what is waited for.
+        there: returns whether it is seen.
     """
     begun, pause, told = time.monotonic(), tunables.SHORTEST_PAUSE_SECONDS, not tells
-    while not folder.is_dir():
+    while not there(path):
         waited = time.monotonic() - begun
         if waited > tunables.VISIBLE_SECONDS:
             return False
@@ -196,10 +197,10 @@ def is_seen(folder: Path, tells: bool = True) -> bool:
             logger.info(
                 "waiting until %s, which rank 0 has made, is seen on %s, for at most %g s: network file systems may show a new "
                 "folder to other machines only after a minute",
-                *(folder, socket.gethostname(), tunables.VISIBLE_SECONDS),
+                *(path, socket.gethostname(), tunables.VISIBLE_SECONDS),
             )
         with suppress(OSError):  # this has a network file system look again
-            os.listdir(next(parent for parent in folder.parents if parent.is_dir()))  # noqa: PTH208
+            os.listdir(next(parent for parent in path.parents if parent.is_dir()))  # noqa: PTH208
         time.sleep(pause)
         pause = min(2 * pause, tunables.LONGEST_PAUSE_SECONDS)
     return True

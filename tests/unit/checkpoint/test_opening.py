@@ -11,7 +11,7 @@ from native_models import SHAPES, check_reads_back, model_of
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint, resolve_tag
-from ucp_deepspeed.checkpoint.opening import tags_in
+from ucp_deepspeed.checkpoint.tags import tags_in
 from ucp_deepspeed.checkpoint.universal.index import PARTIAL_MARK, REPLACED_MARK
 from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, UnsupportedError
 

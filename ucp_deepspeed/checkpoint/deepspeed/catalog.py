@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
@@ -21,7 +22,7 @@ from ucp_deepspeed.checkpoint.checkpoint import (
 from ucp_deepspeed.checkpoint.deepspeed.contents import item_of, value_of
 from ucp_deepspeed.checkpoint.deepspeed.experts import expert_parallel_size, shares_of_group, stage0_expert_slots
 from ucp_deepspeed.checkpoint.deepspeed.files import VALUES_KEY, DeepSpeedFiles
-from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, STALE_MANIFEST
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, MARK_NAME, STALE_MANIFEST
 from ucp_deepspeed.checkpoint.deepspeed.pipeline import PipelineLayers
 from ucp_deepspeed.checkpoint.deepspeed.recorded_layouts import MegatronDeepSpeedInfo, read_autotp_layouts
 from ucp_deepspeed.checkpoint.deepspeed.run_state import (
@@ -51,10 +52,13 @@ from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.expert_names import names_on, names_on_all
 from ucp_deepspeed.checkpoint.extra_states import extra_states_in
 from ucp_deepspeed.checkpoint.slots import HeldPart, Located, Slot
-from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
+from ucp_deepspeed.checkpoint.tags import read_mark, unfinished
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UniversalCheckpointError
 from ucp_deepspeed.layout import Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.plan import Fragment
+
+logger = logging.getLogger("ucp_deepspeed")
 
 
 class DeepSpeedCheckpoint(Checkpoint):
@@ -82,7 +86,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         self._stage0_slots = lru_cache(maxsize=None)(self._read_stage0_slots)
         self._where = lru_cache(maxsize=None)(self._read_where)
         self._settings = lru_cache(maxsize=None)(partial(hyperparameters, self.files))
-        self.topology = self._read_topology()
+        self.topology = self._read_whole_topology()
         self._firsts = range(0, self.topology.model_parallel, self.topology.tp)  # of each pipeline stage
         self.form = f"deepspeed {self.optimizer_form}"
         self.run = read_run(self.files)
@@ -189,6 +193,28 @@ class DeepSpeedCheckpoint(Checkpoint):
                     f"says {recorded[name][place]}{STALE_MANIFEST}"
                 )
         return where
+
+    def _read_whole_topology(self) -> Topology:
+        """Read the topology. Refuse a folder with the mark of an unfinished save, unless all files have been written since then:
+        DeepSpeed alone may have saved the tag again."""
+        if (mark := read_mark(self.path)) is None:
+            return self._read_topology()
+        try:
+            topology = self._read_topology()
+            names = sorted({*self.files.expected(topology), *self.files.further_names} & self.files.names)
+            old = mark.unwritten(self.path, names)
+            if not old:
+                self.files.check_sizes(topology)
+        except UniversalCheckpointError as error:
+            raise unfinished(self.path, str(error)) from error
+        if old:
+            raise unfinished(self.path, f"{len(old)} of its {len(names)} files are from before it: {old[0]}, …")
+        logger.warning(
+            "%s: a save was not finished there, but all files have been written since it began, and are read as DeepSpeed alone "
+            "writes them. If it did, remove %s",
+            *(self.path, MARK_NAME),
+        )
+        return topology
 
     def _read_topology(self) -> Topology:
         saved = self.files.model_states(0)

@@ -455,8 +455,16 @@ class DeepSpeedFiles:
 
     def _recorded(self) -> Iterator[str]:
         """Yield names in the manifest of files that the topology doesn't tell."""
-        recorded = self.manifest.files if self.manifest else {}
-        return (name for name in recorded if layer_file(name) or weight_file(name) or optimizer_file(name))
+        return filter(_is_further, self.manifest.files if self.manifest else ())
+
+    @property
+    def further_names(self) -> list[str]:
+        """Names of files in the folder that the topology doesn't tell."""
+        return [name for name in self.names if _is_further(name)]
+
+
+def _is_further(name: str) -> bool:
+    return bool(layer_file(name) or weight_file(name) or optimizer_file(name))
 
 
 def is_model_states(name: str) -> bool:

@@ -20,6 +20,10 @@ from ucp_deepspeed.layout.pattern import Pattern
 
 MANIFEST_NAME = "ucp_manifest.json"
 MANIFEST_VERSION = 1
+
+MARK_NAME = "ucp_unfinished.json"
+"""The mark of a save that isn't finished (`ucp_deepspeed.checkpoint.tags`); the manifest takes its place."""
+
 STALE_MANIFEST = (
     f": if the tag was saved again without ucp_deepspeed, remove {MANIFEST_NAME}, which is of the run before"
 )
@@ -172,7 +176,7 @@ class Manifest(BaseModel):
 
 def describe_files(folder: Path, digests: Mapping[str, str]) -> dict[str, Mapping[str, int] | Mapping[str, str]]:
     """Return ``files`` and ``contents`` of a manifest for a folder as it is, by the digests that its writers told."""
-    found = {entry.name: entry for entry in sorted(folder.iterdir()) if entry.is_file()}
+    found = {entry.name: entry for entry in sorted(folder.iterdir()) if entry.is_file() and entry.name != MARK_NAME}
     return {
         "files": {name: entry.stat().st_size for name, entry in found.items()},
         "contents": dict(sorted(digests.items())),

@@ -9,7 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ucp_deepspeed.checkpoint.opening import tags_in
+from ucp_deepspeed.checkpoint.tags import MOST_TOLD, whole_tags
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.errors import (
     CheckpointNotFoundError,
@@ -80,8 +80,10 @@ def _other_tags(load_dir: Path, tag: str | None, message: str) -> str:
     root = load_dir
     if root.is_dir() and tag is None and not (root / "latest").is_file():
         root = root.parent
-    found = [name for name in tags_in(root) if name != tag and str(root / name) not in message] if root.is_dir() else []
+    tags = whole_tags(root) if root.is_dir() else []
+    found = [name for name in tags if name != tag and str(root / name) not in message]
     if not found:
         return 'restore the files from a copy, or name the folder of another save; "ucp inspect PATH" tells whether it is one'
-    found.sort(key=lambda name: (root / name).stat().st_mtime, reverse=True)
-    return f"restore the files from a copy, or load another tag of {root}: tag={', '.join(map(repr, found[:5]))}"
+    return (
+        f"restore the files from a copy, or load another tag of {root}: tag={', '.join(map(repr, found[:MOST_TOLD]))}"
+    )

@@ -1,8 +1,9 @@
 """The save hook: DeepSpeed's own files, and beside them a manifest with what they don't tell.
 
-Order of events: the old manifest is removed, DeepSpeed writes its files, all ranks meet, rank 0 writes the manifest, then
-``latest`` moves. So ``latest`` never names a checkpoint that some rank is still writing, and a manifest never describes other
-files. A save in the background (`background`) keeps an earlier checkpoint whole until the new one takes its place in one step.
+Order of events: the tag's folder is marked as unfinished, the old manifest is removed, DeepSpeed writes its files, all ranks
+meet, rank 0 writes the manifest and removes the mark, then ``latest`` moves. So ``latest`` never moves to a checkpoint that some
+rank is still writing, a manifest never describes other files, and readers tell a save that was killed. A save in the background
+(`background`) keeps an earlier checkpoint whole until the new one takes its place in one step.
 """
 
 from __future__ import annotations
@@ -21,11 +22,10 @@ from deepspeed.runtime.pipe.module import TiedLayerSpec
 
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes
 from ucp_deepspeed.checkpoint.deepspeed.files import is_deepspeeds
-from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, Manifest, ManifestParameter
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MARK_NAME, Manifest, ManifestParameter
 from ucp_deepspeed.checkpoint.deepspeed.pipeline import TIED
 from ucp_deepspeed.checkpoint.deepspeed.run_state import number_groups
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
-from ucp_deepspeed.checkpoint.random_files import FORMER_NAMES
 from ucp_deepspeed.checkpoint.slots import NAMING_KEYS
 from ucp_deepspeed.checkpoint.torch_files.safe_load import TORCH_DTYPES
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME
@@ -51,6 +51,7 @@ from ucp_deepspeed.engine.saving.background import (
     wait_for_save,
 )
 from ucp_deepspeed.engine.saving.kept_errors import KeptError
+from ucp_deepspeed.engine.saving.marking import mark_unfinished
 from ucp_deepspeed.engine.saving.written import Written, noting_files, write_manifest
 from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError, UnsupportedError
 from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
@@ -61,7 +62,6 @@ from ucp_deepspeed.transfer.commit import (
     flush,
     is_seen,
     make_partial_folder,
-    put_back,
     remove_partial_folder,
     replace_folder,
     write_atomically,
@@ -98,8 +98,11 @@ def save_checkpoint(
         state = to_be_saved(engine, client_state or {})
         if not later:
             _check_tag(save_dir, name, asynchronous)
-        first.mine = secrets.token_hex(8)
-    save_id = first.values[0]
+        first.mine = secrets.token_hex(8), not save_dir
+    (save_id, _), lacking = first.values[0], [lacks for _, lacks in first.values]
+    if len(set(lacking)) > 1:
+        rank = lacking.index(True)
+        raise SaveError(f"rank {rank} gives no save_dir, and others do; give all ranks the same")
     rest = {"client_state": state, "exclude_frozen_parameters": exclude_frozen_parameters}
     if later:
         logger.warning("checkpoint engine commits later: no manifest is written")
@@ -108,11 +111,7 @@ def save_checkpoint(
         return _save_in_background(native, engine, save_dir, name, save_latest, save_id, rest)
     with agreement():
         manifest = _manifest(engine)
-        if writes_for_node(engine):
-            put_back(folder.parent)
-            (folder / MANIFEST_NAME).unlink(missing_ok=True)
-            for former in folder.glob(FORMER_NAMES):
-                former.unlink()
+    mark_unfinished(engine, folder, save_id)
     kept, checksums = KeptError(folder), engine.universal_checkpoint_config.save.checksums
     with kept.in_parts_of(engine), noting_files(engine, checksums) as written:
         saved = native(save_dir, tag=name, save_latest=False, **rest)
@@ -124,6 +123,7 @@ def save_checkpoint(
             packed, of_ranks = zip(*told.values, strict=True)
             try:
                 write_manifest(manifest, folder, save_id, random_states_text(packed, save_id), of_ranks)
+                (folder / MARK_NAME).unlink(missing_ok=True)
                 if save_latest:
                     write_atomically(Path(save_dir) / LATEST_NAME, name)
             except OSError as error:
@@ -226,7 +226,7 @@ def _make_partial(folder: Path, tag: str, tells: bool) -> Path:
 
 def _is_part(name: str) -> bool:
     """Return whether a file is DeepSpeed's or this package's. Others may lie in a tag's folder too, and are kept."""
-    ours = r"ucp_manifest\.json|ucp_checksums\.jsonl|ucp_random_states\.jsonl|ucp_random_state_rank_\d+\.json"
+    ours = r"ucp_(manifest|unfinished)\.json|ucp_(checksums|random_states)\.jsonl|ucp_random_state_rank_\d+\.json"
     return is_deepspeeds(name) or re.fullmatch(ours, name) is not None
 
 
