@@ -144,8 +144,12 @@ def test_one_file_for_all_ranks(asynchronous: bool, ranks: Ranks, tmp_path: Path
     assert {path.name for path in folder.glob("ucp_random*")} == {"ucp_random_states.jsonl"}
     _, *states = (folder / "ucp_random_states.jsonl").read_text(encoding="ascii").splitlines()
     (folder / "ucp_random_states.jsonl").unlink()
+    manifest = json.loads((folder / "ucp_manifest.json").read_text(encoding="utf-8"))
+    del manifest["files"]["ucp_random_states.jsonl"]
     for rank, state in enumerate([*states, states[1]]):
         (folder / f"ucp_random_state_rank_{rank:05d}.json").write_text(state, encoding="ascii")
+        manifest["files"] |= {f"ucp_random_state_rank_{rank:05d}.json": len(state)}
+    (folder / "ucp_manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     assert [streams for streams, _ in ranks(2).run(load_and_draw, run, str(tmp_path))] == expected
     ranks(2).run(save_and_draw, saving, str(tmp_path))
     assert {path.name for path in folder.glob("ucp_random*")} == {"ucp_random_states.jsonl"}
@@ -202,7 +206,9 @@ def test_streams_that_are_left_alone(how: str, ranks: Ranks, tmp_path: Path) -> 
     expected = ranks(2).run(load_and_draw, loading, str(tmp_path / "none"))
     assert [streams for streams, _ in found] == [streams for streams, _ in expected]
     nothing = "the checkpoint holds no random state: the streams stay as the script has seeded them"
-    assert found[0][1] == ([nothing] if how in ("saved-by-deepspeed", "not-committed") else [])
+    left = f"{tmp_path / 'global_step0' / 'ucp_random_states.jsonl'} is left out, since no ucp_manifest.json tells that it is "
+    left += "of this save: random streams stay as the script has seeded them"
+    assert found[0][1] == {"saved-by-deepspeed": [nothing], "not-committed": [left, nothing]}.get(how, [])
 
 
 def test_damaged_random_state(ranks: Ranks, tmp_path: Path) -> None:
@@ -238,5 +244,8 @@ def test_damaged_random_state(ranks: Ranks, tmp_path: Path) -> None:
             ranks(2).run(load_and_draw, run, str(tmp_path))
         assert isinstance(caught.value.original, error), caught.value
         assert error is UnsupportedError or '"random_state": "keep"' in str(caught.value.original)
+    path.unlink()
+    with pytest.raises(RankError, match=r"ucp_random_states\.jsonl, which ucp_manifest\.json lists, is missing"):
+        ranks(2).run(load_and_draw, run, str(tmp_path))
     kept = replace(run, universal={"enabled": True, "random_state": "keep"})
     assert ranks(2).run(load_and_draw, kept, str(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from ucp_deepspeed.checkpoint.checksums import sum_of
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest
 from ucp_deepspeed.checkpoint.encoding import parse_document
+from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME
 from ucp_deepspeed.errors import DamagedCheckpointError
+
+logger = logging.getLogger("ucp_deepspeed")
 
 RANDOM_STATES_NAME = "ucp_random_states.jsonl"
 
@@ -79,6 +84,12 @@ def joined(states: Sequence[str], save_id: str | None = None) -> str:
     return "".join(f"{line}\n" for line in (json.dumps(header), *states))
 
 
+def warn_of_uncommitted(folder: Path, then: str) -> None:
+    """Warn of random states that nothing tells to be those of the checkpoint beside them. ``then``: the consequence."""
+    if (path := path_of(folder, 0)) is not None:
+        logger.warning("%s is left out, since no %s tells that it is of this save: %s", path, MANIFEST_NAME, then)
+
+
 def path_of(folder: Path, rank: int) -> Path | None:
     """Return the file with a rank's state; None if there is none."""
     paths = (folder / RANDOM_STATES_NAME, folder / RANDOM_STATE_NAME.format(rank=rank))
@@ -87,6 +98,30 @@ def path_of(folder: Path, rank: int) -> Path | None:
 
 def _sum(line: bytes) -> str:
     return f"{sum_of(line):016x}"
+
+
+def committed_path(folder: Path, rank: int, manifest: Manifest | None) -> Path | None:
+    """Return the file with a rank's state that a save or a conversion committed; None if it wrote none.
+
+    Args:
+        manifest: the manifest in the folder. Without manifest and index no file counts.
+
+    Raises:
+        DamagedCheckpointError: the manifest lists a file that is missing or of another size, or doesn't list the one here.
+    """
+    path = path_of(folder, rank)
+    if manifest is None:
+        return path if (folder / INDEX_NAME).is_file() else None
+    listed = [name for name in (RANDOM_STATES_NAME, RANDOM_STATE_NAME.format(rank=rank)) if name in manifest.files]
+    if listed and (path is None or path.name not in listed):
+        raise DamagedCheckpointError(
+            f"{folder / listed[0]}, which {MANIFEST_NAME} lists, is missing; restore it from a copy"
+        )
+    if path is not None and path.name == RANDOM_STATES_NAME and not listed:
+        raise DamagedCheckpointError(f"{path} isn't in {MANIFEST_NAME}{STALE_MANIFEST}")
+    if path is not None:
+        manifest.check_file(path)
+    return path
 
 
 def read_state(path: Path, rank: int, save_id: str | None = None) -> bytes | None:
@@ -107,7 +142,9 @@ def read_state(path: Path, rank: int, save_id: str | None = None) -> bytes | Non
         numbytes = header.numbytes
         if save_id is not None and header.save_id != save_id:
             raise DamagedCheckpointError(f"{path} is of another save than the manifest beside it")
-        if len(first) + sum(numbytes) != path.stat().st_size:
+        if save_id is not None and header.sums is None:
+            raise DamagedCheckpointError(f"{path} lacks the sums of its lines, which each save with an id has")
+        if not numbytes or len(first) + sum(numbytes) != path.stat().st_size:
             raise DamagedCheckpointError(f"{path} hasn't the lines that its first one tells of")
         file.seek(len(first) + sum(numbytes[:rank]))
         if rank >= len(numbytes):
@@ -118,6 +155,11 @@ def read_state(path: Path, rank: int, save_id: str | None = None) -> bytes | Non
     return state
 
 
-def parse_state(content: bytes, path: Path) -> RandomState:
-    """Return a rank's state; see `parse_document` for the errors."""
-    return parse_document(content, path, RandomState, "a random state", RANDOM_STATE_VERSION)
+def parse_state(content: bytes, path: Path, rank: int) -> RandomState:
+    """Return a rank's state; it must be that rank's. See `parse_document` for other errors."""
+    state = parse_document(content, path, RandomState, "a random state", RANDOM_STATE_VERSION)
+    if state.place.rank != rank:
+        raise DamagedCheckpointError(
+            f"{path} holds the state of rank {state.place.rank} where that of rank {rank} belongs"
+        )
+    return state

@@ -32,12 +32,12 @@ from ucp_deepspeed.checkpoint.encoding import decode, encode
 from ucp_deepspeed.checkpoint.random_files import (
     Place,
     RandomState,
+    committed_path,
     joined,
     parse_state,
-    path_of,
     read_state,
+    warn_of_uncommitted,
 )
-from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME
 from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import engine_topology, model_parallel_rank
@@ -97,18 +97,19 @@ def read_random_state(folder: Path, global_steps: int) -> RandomState | None:
         global_steps: steps of the checkpoint beside it.
 
     Raises:
-        DamagedCheckpointError: the file can't be parsed, isn't what was saved, is of another save or step, or has another size
-            than the manifest says.
+        DamagedCheckpointError: the file can't be parsed, isn't what was saved, is of another save, step or rank, or isn't as the
+            manifest says.
         FormatError: a later version wrote it.
     """
-    path, manifest = path_of(folder, dist.get_rank()), read_manifest(folder)
-    if path is None or (manifest is None and not (folder / INDEX_NAME).is_file()):
-        return None
+    rank, manifest = dist.get_rank(), read_manifest(folder)
     try:
-        if manifest is not None:
-            manifest.check_file(path)
-        content = read_state(path, dist.get_rank(), None if manifest is None else manifest.save_id)
-        state = None if content is None else parse_state(content, path)
+        path = committed_path(folder, rank, manifest)
+        if path is None:
+            if rank == 0:
+                warn_of_uncommitted(folder, "random streams stay as the script has seeded them")
+            return None
+        content = read_state(path, rank, None if manifest is None else manifest.save_id)
+        state = None if content is None else parse_state(content, path, rank)
     except DamagedCheckpointError as error:
         raise DamagedCheckpointError(f"{error}; {KEEP_HINT}") from error
     if state is not None and state.global_steps != global_steps:
@@ -139,6 +140,8 @@ def restore_random_state(engine: Engine, saved: RandomState | None) -> None:
         if place.rank == 0:
             logger.debug("the checkpoint holds no random state: the streams stay as the script has seeded them")
         return
+    if place.rank == 0:
+        _warn_of_streams(list(identities), list(saved.streams if saved is not None else ()))
     exact = all(held is not None and held.place == live for live, _, held in ranks)
     with agreement():
         for name, stream in streams.items():
@@ -162,6 +165,16 @@ def restore_random_state(engine: Engine, saved: RandomState | None) -> None:
                 f"accelerator; new streams are derived from its seed {origin.seed}"
             )
         logger.debug("random state: %s", done)
+
+
+def _warn_of_streams(live: Sequence[str], held: Sequence[str]) -> None:
+    """Warn of streams that only the run or only the checkpoint has."""
+    for names, what in (
+        ([name for name in live if name not in held], "isn't in the checkpoint, and begins anew"),
+        ([name for name in held if name not in live], "is in the checkpoint alone, and isn't restored"),
+    ):
+        for name in names:
+            logger.warning("the random stream %s %s", name, what)
 
 
 def derived_seed(seed: int, global_steps: int, stream: str, place: Place) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import shutil
@@ -20,7 +21,7 @@ import safetensors
 import safetensors.torch
 import torch
 from click.testing import CliRunner
-from native_files import NativeModel, NativeParameter, NativeRun, write_native
+from native_files import NativeModel, NativeParameter, NativeRun, add_manifest, write_native
 
 from ucp_deepspeed.checkpoint import open_checkpoint, random_files
 from ucp_deepspeed.checkpoint.random_files import RANDOM_STATES_NAME, joined
@@ -250,6 +251,13 @@ def test_a_source_that_is_saved_again_meanwhile_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["n"]
 
 
+PLACE = ["world_size", "rank", "data_parallel_rank", "sequence_parallel_rank", "stage", "tensor_parallel_rank"]
+STATE = json.dumps(
+    {"format_version": 1, "place": dict.fromkeys(PLACE, 0) | {"accelerator": "cpu"}}
+    | {"global_steps": 5, "seed": 1, "streams": {}}
+)
+
+
 @pytest.mark.parametrize("moment", ["opened", "described", "first chunk", "random state"])
 def test_a_source_of_which_another_step_takes_the_place(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -257,8 +265,10 @@ def test_a_source_of_which_another_step_takes_the_place(
     """As an asynchronous save of the same tag does: in one step, with files of the same names and sizes."""
     for step in (1, 2):
         parameter = NativeParameter("a", torch.full((4000,), float(step)), {"exp_avg": torch.ones(4000)})
-        folder = write_native(tmp_path / str(step), NativeModel((parameter,)), NativeRun(stage=1, dp=2, steps=step))
-        (folder / RANDOM_STATES_NAME).write_text(joined(["{}"]))
+        model, run = NativeModel((parameter,)), NativeRun(stage=1, dp=2, steps=step)
+        folder = write_native(tmp_path / str(step), model, run)
+        (folder / RANDOM_STATES_NAME).write_text(joined([STATE]))
+        add_manifest(folder, model, run)
         os.utime(folder / RANDOM_STATES_NAME, (step, step))
 
     def save_again(*_: Any) -> None:

@@ -15,10 +15,11 @@ from uuid import UUID
 
 import pytest
 import torch
-from native_files import NativeModel, NativeParameter, NativeRun, write_native
+from native_files import NativeModel, NativeParameter, NativeRun, add_manifest, write_native
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.encoding import same_value
+from ucp_deepspeed.checkpoint.random_files import RANDOM_STATES_NAME, joined
 from ucp_deepspeed.checkpoint.universal.atoms_output import UniversalOutput
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError, DamagedCheckpointError, UnsupportedError
@@ -135,7 +136,10 @@ def test_what_cant_be_opened_again_is_not_committed(tmp_path: Path, monkeypatch:
 def test_every_file_but_the_index_is_listed(tmp_path: Path) -> None:
     """Also the seed of random streams."""
     folder = _saved(tmp_path / "n", {"tensor": torch.ones(2)})
-    (folder / "ucp_random_state_rank_00000.json").write_text("{}")
+    place = ["world_size", "rank", "data_parallel_rank", "sequence_parallel_rank", "stage", "tensor_parallel_rank"]
+    state = {"place": dict.fromkeys(place, 0) | {"accelerator": "cpu"}, "global_steps": 5, "seed": 1, "streams": {}}
+    (folder / RANDOM_STATES_NAME).write_text(joined([json.dumps({"format_version": 1} | state)]))
+    add_manifest(folder, NativeModel((NativeParameter("weight", torch.ones(2)),)), NativeRun())
     convert(UniversalView.of(open_checkpoint(folder)), tmp_path / "u")
     listed = json.loads((tmp_path / "u" / "ucp_index.json").read_text())["files"]
     found = {path.name: path.stat().st_size for path in (tmp_path / "u").iterdir() if path.name != "ucp_index.json"}

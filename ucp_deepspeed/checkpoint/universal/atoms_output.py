@@ -17,6 +17,7 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import random_files
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, Differing, OnUnreadable
 from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, read_manifest
 from ucp_deepspeed.checkpoint.differing import OnDiffering, made_one
 from ucp_deepspeed.checkpoint.encoding import check_encoded, encode
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states
@@ -87,20 +88,30 @@ def _write_rest(view: UniversalView, index: Index, tensors: dict[str, torch.Tens
             safetensors.torch.save_file(tensors, folder / CLIENT_TENSORS_NAME)
         except safetensors.SafetensorError as error:
             raise OSError(f"{folder / CLIENT_TENSORS_NAME} can't be written: {error}") from error
-    random_state = random_files.path_of(view.checkpoint.path, 0)
-    if random_state is not None:
-        view.checkpoint.versions.note(random_state)
-        try:
-            first = random_files.read_state(random_state, 0)
-        except DamagedCheckpointError as error:
-            hint = "remove it, and the conversion leaves random states out"
-            raise DamagedCheckpointError(f"{error}; {hint}") from error
-        if first is not None:
-            (folder / random_files.RANDOM_STATE_NAME.format(rank=0)).write_bytes(first)
+    if (first := _first_random_state(view.checkpoint)) is not None:
+        (folder / random_files.RANDOM_STATE_NAME.format(rank=0)).write_bytes(first)
     sizes = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
     index = index.model_copy(update={"files": sizes})
     (folder / INDEX_NAME).write_text(index.model_dump_json(indent=1), encoding="utf-8")
     UniversalCheckpoint(folder)
+
+
+def _first_random_state(checkpoint: Checkpoint) -> bytes | None:
+    """Return the first rank's random state as it is in its file; None if there is none that was committed."""
+    try:
+        manifest = read_manifest(checkpoint.path)
+        path = random_files.committed_path(checkpoint.path, 0, manifest)
+        if path is None:
+            random_files.warn_of_uncommitted(checkpoint.path, "the conversion holds no random state")
+            return None
+        checkpoint.versions.note(path)
+        first = random_files.read_state(path, 0, None if manifest is None else manifest.save_id)
+        if first is not None:
+            random_files.parse_state(first, path, 0)
+    except DamagedCheckpointError as error:
+        hint = f"remove it, and {MANIFEST_NAME} too if that lists it, and the conversion leaves random states out"
+        raise DamagedCheckpointError(f"{error}; {hint}") from error
+    return first
 
 
 def describe(
