@@ -1,6 +1,6 @@
 """Checkpoints in Python: metadata, and whole tensors or slices of them, read from the files that hold them.
 
-Needs torch, and neither DeepSpeed nor Megatron-Core. Use it as ``ucp_deepspeed.open_checkpoint`` and ``ucp_deepspeed.tags``.
+Needs torch, and neither DeepSpeed nor Megatron-Core. Use it as ``ucp_deepspeed.open_checkpoint``, ``.tags`` and ``.verify``.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ from ucp_deepspeed.language import Spec, load_spec
 from ucp_deepspeed.language.resolve import describe
 from ucp_deepspeed.layout import Box, Layout, Shape, Topology
 from ucp_deepspeed.transfer.copying import FileReader, gather
+from ucp_deepspeed.transfer.verification import verify
+
+__all__ = ["OpenCheckpoint", "ParameterInfo", "open_checkpoint", "tags", "verify"]
 
 Index: TypeAlias = "SupportsIndex | slice | EllipsisType | tuple[SupportsIndex | slice | EllipsisType, ...]"
 """An index as in ``tensor[…]``: an integer, a slice, or several of these for the first dimensions, also with an ellipsis."""

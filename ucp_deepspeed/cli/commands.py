@@ -125,6 +125,32 @@ DIFF = Command(
     ],
 )
 
+VERIFY = Command(
+    "verify",
+    "verify.tell",
+    examples=[
+        "ucp verify runs/a",
+        "ucp verify runs/a --tag global_step500 --json",
+        "ucp verify runs/a --all",
+    ],
+    short_help="Check that a checkpoint is as it was saved.",
+    help="""Compare every byte of checkpoint CKPT with every checksum that there is, and its files with one another: are all
+    there, and all of one save?
+
+    Files that DeepSpeed wrote alone have a CRC-32 for each record. Files that this package saved have checksums of all bytes.
+
+    Exit status: 0 when all is as it was saved, 1 when something is wrong, 2 when nothing wrong was found and not all could be
+    checked.
+    """,
+    params=[
+        folder("checkpoint", metavar="CKPT"),
+        TAG,
+        option("--all", "every", is_flag=True, help="Verify all tags in the folder, and list them, the newest first."),
+        option("--threads", type=COUNT, help="Files to read at a time; by default one for each processor, up to 8."),
+        option("--json", "as_json", is_flag=True, help="Print one JSON object instead, with all files."),
+    ],
+)
+
 POLICIES = {
     "--on-missing": ("error init", "Refuse parameters that CKPT lacks, or keep the model's values."),
     "--on-extra": ("error drop", "Refuse parameters that the model lacks, or drop them."),
@@ -278,7 +304,7 @@ def spec() -> None:
 
 @click.group(
     cls=Commands,
-    commands=[INSPECT, CONVERT, DIFF, PLAN, spec],
+    commands=[INSPECT, CONVERT, DIFF, VERIFY, PLAN, spec],
     context_settings=HELP,
     epilog="ucp COMMAND --help shows a command's options and examples.",
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import struct
 import zipfile
 from collections.abc import Mapping
 from functools import cached_property
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeInt, PositiveInt, model_validator
+from xxhash import xxh3_64_hexdigest
 
 from ucp_deepspeed.checkpoint.checkpoint import Kind
 from ucp_deepspeed.checkpoint.encoding import read_document
@@ -188,9 +191,28 @@ def digest_of(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             listed = [(record.filename, record.CRC, record.file_size) for record in archive.infolist()]
-    except (zipfile.BadZipFile, OSError):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
         return None
     return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
+
+
+_SUM = re.compile(rb'"sum": "([0-9a-f]{16})"(?=\n}\s*$)')
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """Return the text of a manifest. Its last key, ``sum``, is the sum of the text with an empty one (`is_as_written`)."""
+    lines = manifest.model_dump_json(indent=1).removesuffix("\n}")
+    start, end = f'{lines},\n "sum": "', '"\n}'
+    return f"{start}{xxh3_64_hexdigest(f'{start}{end}'.encode())}{end}"
+
+
+def is_as_written(text: bytes) -> bool | None:
+    """Return whether a manifest's text has the sum that stands in it; None if none does."""
+    found = _SUM.search(text)
+    if found is None:
+        return None
+    rest = text[: found.start(1)] + text[found.end(1) :]
+    return xxh3_64_hexdigest(rest).encode() == found[1]
 
 
 def read_manifest(folder: Path) -> Manifest | None:

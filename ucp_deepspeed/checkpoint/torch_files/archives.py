@@ -24,7 +24,7 @@ from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 
 REWRITE_HINT = "if you trust it, write it anew with torch.save(torch.load(path, weights_only=False), path)"
 
-_DEFAULT_ALIGNMENT = 64
+DEFAULT_ALIGNMENT = 64
 """Torch pads the beginning of each record to a multiple of this many bytes, unless the archive names another number."""
 
 
@@ -34,7 +34,7 @@ def storage_start(tensor: torch.Tensor) -> int:
     return start
 
 
-_LARGE = 2**32 - 1
+LARGE = 2**32 - 1
 """The first number that is too large for a field of 32 bits."""
 
 
@@ -63,7 +63,7 @@ class Archive:
                 file.read(named["data.pkl"])  # zipfile compares the CRC-32, which torch ignores
             settings = {name: named[name] for name in ("byteorder", ".storage_alignment") if name in named}
             told = {name: file.read(record) for name, record in settings.items() if record.file_size <= 64}
-            alignment = int(told.get(".storage_alignment", _DEFAULT_ALIGNMENT))
+            alignment = int(told.get(".storage_alignment", DEFAULT_ALIGNMENT))
             if alignment < 1:
                 raise ValueError(f"begins its records at multiples of {alignment} bytes")
         if told.get("byteorder") not in (None, sys.byteorder.encode()):
@@ -83,7 +83,7 @@ class Archive:
             header, numbytes = record.header_offset, record.file_size
             end = content_start(header, len(record.filename.encode()), numbytes, alignment) + numbytes
             if numbytes:  # behind its content torch writes a descriptor
-                end += 24 if max(header, numbytes) >= _LARGE else 16
+                end += 24 if max(header, numbytes) >= LARGE else 16
             if end != following.header_offset:
                 raise UnsupportedError(f"{self.path} was written anew by another program than torch; {REWRITE_HINT}")
 
@@ -113,6 +113,6 @@ def content_start(header: int, name_length: int, numbytes: int, alignment: int) 
 
     Source: ``caffe2/serialize/inline_container.cc``, ``getPadding``."""
     start = header + 30 + name_length + 4
-    if max(header, numbytes) >= _LARGE:  # each of the two may need fields of 64 bits
-        start += 4 + 16 * (numbytes >= _LARGE) + 8 * (header >= _LARGE)
+    if max(header, numbytes) >= LARGE:  # each of the two may need fields of 64 bits
+        start += 4 + 16 * (numbytes >= LARGE) + 8 * (header >= LARGE)
     return -(-start // alignment) * alignment

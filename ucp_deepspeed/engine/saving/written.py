@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ucp_deepspeed.checkpoint.checksums import CHECKSUMS_NAME, digest_of_sums, joined, records_of, sums_of
-from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, Manifest, describe_files, digest_of
+from ucp_deepspeed.checkpoint.deepspeed.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    describe_files,
+    digest_of,
+    manifest_text,
+)
 from ucp_deepspeed.checkpoint.random_files import RANDOM_STATES_NAME
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.errors import SaveError
@@ -114,4 +120,4 @@ def write_manifest(
         write_atomically(folder / CHECKSUMS_NAME, content)
         manifest = manifest.model_copy(update={"checksums": digest_of_sums(content.encode("ascii"))})
     complete = manifest.model_copy(update={"save_id": save_id, **describe_files(folder, digests)})
-    write_atomically(folder / MANIFEST_NAME, complete.model_dump_json(indent=1))
+    write_atomically(folder / MANIFEST_NAME, manifest_text(complete))
