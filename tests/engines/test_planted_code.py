@@ -36,7 +36,8 @@ def plant(folder: Path, name: str, mark: Path) -> None:
     saved = torch.load(path, map_location="cpu", weights_only=False)
     torch.save({**saved, "planted": Touching(mark)}, path)
     manifest = path.parent / "ucp_manifest.json"
-    manifest.write_text(manifest.read_text().replace(f'"{name}": ', f'"not {name}": '))
+    text = manifest.read_text().replace(f'"{name}": ', f'"not {name}": ').replace('"sum": ', '"no sum": ')
+    manifest.write_text(text)
 
 
 MOE = Run("moe", groups="decay")

@@ -156,10 +156,9 @@ def _of_manifest(evidence: Evidence, there: Collection[str]) -> Collection[str]:
         if CHECKSUMS_NAME in there:
             evidence.doubts.append(f"{CHECKSUMS_NAME} is there, and no {MANIFEST_NAME} tells which save it is of")
         return ()
-    same = is_as_written((evidence.path / MANIFEST_NAME).read_bytes())
-    if same:
+    if is_as_written((evidence.path / MANIFEST_NAME).read_bytes()):
         evidence.summed.add(MANIFEST_NAME)
-    elif same is False or manifest.save_id is not None:  # releases that wrote no sum wrote no id either
+    elif manifest.save_id is not None:  # releases that wrote no sum wrote no id either
         evidence.add(MANIFEST_NAME, "manifest", f"isn't as it was saved; {REMEDY}")
     _check_sizes(evidence, manifest.files, MANIFEST_NAME)
     for name, digest in manifest.contents.items():

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeInt
 from xxhash import xxh3_64_hexdigest
 
 from ucp_deepspeed.checkpoint.checkpoint import Kind
-from ucp_deepspeed.checkpoint.encoding import read_document
+from ucp_deepspeed.checkpoint.encoding import parse_document
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern
@@ -219,14 +219,18 @@ def read_manifest(folder: Path) -> Manifest | None:
     """Read the manifest of a tag folder; None if it was saved without the plugin.
 
     Raises:
-        DamagedCheckpointError: it can't be parsed.
+        DamagedCheckpointError: it can't be parsed, or its text isn't the one that was saved.
         UnsupportedError: a later version wrote it.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return None
     try:
-        return _with_kinds_of_optimizer(read_document(path, Manifest, "a manifest", MANIFEST_VERSION))
+        text = path.read_bytes()
+        manifest = parse_document(text, path, Manifest, "a manifest", MANIFEST_VERSION)
+        if is_as_written(text) is False:
+            raise DamagedCheckpointError(f"{path} isn't as it was saved")
+        return _with_kinds_of_optimizer(manifest)
     except DamagedCheckpointError as error:
         raise DamagedCheckpointError(
             f"{error}; DeepSpeed's own files may be whole: remove {MANIFEST_NAME}, and they are read as it alone wrote them"
