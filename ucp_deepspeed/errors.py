@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")
+"""Characters that steer a terminal, turn the direction of text around, show nothing, or have no form in UTF-8. Tabs and ends of
+lines aren't among them."""
+
+
+def escaped(text: str) -> str:
+    """Return a text that is safe to show: names in a checkpoint may hold anything."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
 class UniversalCheckpointError(Exception):
-    """Base of every error that this package raises for something a user can cause or mend."""
+    """Base of every error that this package raises for something a user can cause or mend.
+
+    Its text has `MOST_CHARACTERS` at most, and nothing in it steers a terminal.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        more = f"… and {len(text) - MOST_CHARACTERS} more characters" if len(text) > MOST_CHARACTERS else ""
+        return escaped(text[:MOST_CHARACTERS]) + more
+
+
+MOST_CHARACTERS = 32_768
+"""Most characters of a message: enough for all that lists (`MAX_LISTED`)."""
 
 
 class ListingError(UniversalCheckpointError):

@@ -96,6 +96,9 @@ MOST_RANKS = 1 << 20
 FILE_NUMBYTES = 4 << 30
 """Bytes of atoms in one file, unless a single atom is larger."""
 
+DOCUMENT_NUMBYTES, SPEC_NUMBYTES = 1 << 29, 1 << 22
+"""Most bytes of an index, a manifest or a header, and of a spec: many times those of the largest models."""
+
 BLOCK_NUMBYTES = 4096
 """Data begins on a multiple of this size, so that chunks can be written straight to the disk, whose blocks are rarely larger."""
 

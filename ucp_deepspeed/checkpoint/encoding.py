@@ -19,6 +19,7 @@ import pydantic_core
 import torch
 from pydantic import BaseModel, ValidationError
 
+from ucp_deepspeed.checkpoint.bounds import read_bounded
 from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES, TORCH_DTYPES
 from ucp_deepspeed.errors import DamagedCheckpointError, FormatError, UnsupportedError, worded
 
@@ -43,7 +44,7 @@ Document = TypeVar("Document", bound=BaseModel)
 
 def read_document(path: Path, form: type[Document], what: str, newest: int) -> Document:
     """Read a JSON file of a given form; see `parse_document`."""
-    return parse_document(path.read_bytes(), path, form, what, newest)
+    return parse_document(read_bounded(path), path, form, what, newest)
 
 
 def parse_document(content: bytes, path: Path, form: type[Document], what: str, newest: int) -> Document:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from ucp_deepspeed import tunables
+from ucp_deepspeed.checkpoint.bounds import read_bounded
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.files import is_model_states
@@ -24,6 +25,9 @@ from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError
 LATEST_NAME = "latest"
 UNIVERSAL_LATEST_NAME = "latest_universal"
 """File in which DeepSpeed's ds_to_universal names its folder."""
+
+LONGEST_LATEST = 1 << 20
+"""Most bytes of the file ``latest``: many times those of the longest path."""
 
 LONGEST_SHOWN = 100
 """Most characters of a tag's name that a message repeats. The file ``latest`` may hold anything."""
@@ -89,7 +93,7 @@ def _lies_aside(folder: Path) -> Path | None:
 
 def _read_latest(latest: Path) -> str:
     try:
-        tag = latest.read_text(encoding="utf-8-sig").strip()
+        tag = read_bounded(latest, LONGEST_LATEST).decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         problem = f"{latest} holds no tag's name in UTF-8 ({error}); write it so, or name the tag"
         raise DamagedCheckpointError(f"{problem}{_there(latest.parent)}") from error
@@ -107,6 +111,14 @@ def open_checkpoint(path: str | Path, tag: str | None = None) -> Checkpoint:
         FormatError: a form that this release can't read.
         UnsupportedError: DeepSpeed's files that this release can't read, but DeepSpeed by itself may.
     """
+    try:
+        return _open(path, tag)
+    except OSError as error:  # such as a folder that may not be read
+        place = path if error.filename is None else error.filename
+        raise DamagedCheckpointError(f"{place} can't be read: {error.strerror or error}") from error
+
+
+def _open(path: str | Path, tag: str | None) -> Checkpoint:
     folder = resolve_tag(path, tag)
     if is_unfinished(folder):
         raise DamagedCheckpointError(f"{folder} {UNFINISHED}")

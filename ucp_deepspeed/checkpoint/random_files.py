@@ -10,10 +10,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
+from ucp_deepspeed import tunables
+from ucp_deepspeed.checkpoint.bounds import check_inside, read_bounded
 from ucp_deepspeed.checkpoint.checksums import sum_of
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest
 from ucp_deepspeed.checkpoint.encoding import parse_document
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME
+from ucp_deepspeed.checkpoint.versions import check_regular
 from ucp_deepspeed.errors import DamagedCheckpointError
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -134,10 +137,12 @@ def read_state(path: Path, rank: int, save_id: str | None = None) -> bytes | Non
         DamagedCheckpointError: the file isn't as its first line says, or is of another save.
         FormatError: a later version wrote it.
     """
+    check_inside(path)
+    check_regular(path)
     if path.name != RANDOM_STATES_NAME:
-        return path.read_bytes()
+        return read_bounded(path)
     with path.open("rb") as file:
-        first = file.readline()
+        first = file.readline(tunables.DOCUMENT_NUMBYTES)
         header = parse_document(first, path, _Header, "a file of random states", RANDOM_STATE_VERSION)
         numbytes = header.numbytes
         if save_id is not None and header.save_id != save_id:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
@@ -35,9 +36,13 @@ class SafetensorsHeader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            raw = file.read(length) if length <= path.stat().st_size else b""
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                fits = length <= min(os.fstat(file.fileno()).st_size, tunables.DOCUMENT_NUMBYTES)
+                raw = file.read(length) if fits else b""
+        except OSError as error:
+            raise DamagedCheckpointError(f"{path} can't be read: {error}") from error
         try:
             self._entries = _ENTRIES.validate_json(raw)
         except ValidationError as error:

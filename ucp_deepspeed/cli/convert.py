@@ -10,13 +10,14 @@ from pathlib import Path
 import click
 
 from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.bounds import check_inside
 from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.universal.atoms_output import UniversalOutput, left_out
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, home_of
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.cli.printing import in_words
+from ucp_deepspeed.cli.printing import echo, in_words
 from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError
 from ucp_deepspeed.language import load_spec
@@ -44,6 +45,8 @@ def write(
         checkpoint = open_checkpoint(source, tag)
         folder = destination / _tag(source, checkpoint.path)
         _check_free(destination, folder, checkpoint.path)
+        for path in sorted(checkpoint.path.iterdir()):
+            check_inside(path)
         view = UniversalView.of(checkpoint, None if spec is None else load_spec(spec), vocabulary_size)
         with shown_progress("convert", quiet or ranks.rank != 0) as progress:
             count = convert(
@@ -58,10 +61,10 @@ def write(
     if ranks.rank != 0:
         return
     for entry in left_out(checkpoint, drop_client_state):
-        click.echo(f"left out {entry}", err=True)
+        echo(f"left out {entry}", err=True)
     if not quiet:
         sizes = [entry.stat().st_size for entry in folder.iterdir()]
-        click.echo(
+        echo(
             f"{folder}: read {in_words(count.bytes_read)} from {len(count.files)} files, wrote {in_words(sum(sizes))} "
             f"to {len(sizes)} files in {time.monotonic() - started:.1f} s"
         )
@@ -89,7 +92,7 @@ def _point_to(destination: Path, folder: Path, step: int) -> None:
         current = open_checkpoint(destination)
         if current.run.global_steps > step:
             tag = _tag(destination, current.path).as_posix()
-            click.echo(f"{latest} still names {tag}, which is of a later step", err=True)
+            echo(f"{latest} still names {tag}, which is of a later step", err=True)
             return
     write_atomically(latest, folder.relative_to(destination).as_posix())
 

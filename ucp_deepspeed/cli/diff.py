@@ -9,14 +9,12 @@ from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
-import click
-
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.derived import with_copies
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli.options import NO
-from ucp_deepspeed.cli.printing import print_json, print_lines
+from ucp_deepspeed.cli.printing import echo, print_json, print_lines
 from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import listed
@@ -50,7 +48,7 @@ def tell(
     if as_json:
         print_json(_report(first, second, view_a, differences))
     elif not differences:
-        click.echo(f"equal: {', '.join(f'{count} {what}' for what, count in _extent(view_a).items())}")
+        echo(f"equal: {', '.join(f'{count} {what}' for what, count in _extent(view_a).items())}")
     else:
         _print(differences, limit)
     return NO if differences else 0

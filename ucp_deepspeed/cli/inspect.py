@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import reprlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
+from ucp_deepspeed.checkpoint.bounds import misshapen
 from ucp_deepspeed.checkpoint.differing import in_words as in_words_by_place
 from ucp_deepspeed.checkpoint.encoding import encode
 from ucp_deepspeed.checkpoint.tags import tags_in
@@ -27,7 +30,7 @@ from ucp_deepspeed.cli.printing import (
     print_rows,
     state_bytes,
 )
-from ucp_deepspeed.errors import ConfigError
+from ucp_deepspeed.errors import ConfigError, UnsupportedError
 from ucp_deepspeed.language.globs import check_glob, compiled
 from ucp_deepspeed.reading import OpenCheckpoint, ParameterInfo
 from ucp_deepspeed.transfer.planning.policies import some_names
@@ -66,7 +69,6 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
     run, scale, unknown = checkpoint.run, checkpoint.run.loss_scale, held.layouts_unknown
     parameters = {name: _parameter(parameter) for name, parameter in held.parameters.items()}
     files = [entry.stat() for entry in checkpoint.path.rglob("*") if entry.is_file()]
-    steps = {float(entry.scalars["step"]) for entry in held.parameters.values() if "step" in entry.scalars}
     differing_copies = recorded_differing(checkpoint)
     return {
         "path": str(checkpoint.path),
@@ -78,7 +80,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
         "ds_version": run.ds_version,
         "lr_scheduler": _json(run.lr_scheduler),
         "loss_scale": {"dynamic": scale.dynamic, "values": _json(scale.values)} if scale else None,
-        "optimizer_steps": sorted(int(step) if step.is_integer() else step for step in steps),
+        "optimizer_steps": _steps(held),
         "layouts": {"known": unknown is None, "reason": unknown and str(unknown)},
         "vocabulary_size": vocabulary_size or checkpoint.vocabulary_size,
         "numel": {
@@ -90,7 +92,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
         "files": len(files),
         "written": datetime.fromtimestamp(max(file.st_mtime for file in files), timezone.utc).isoformat("T", "seconds"),
         "other_tags": _other_tags(checkpoint.path),
-        "client_state": [str(key) for key in (*held.client_state, *held.unreadable)],
+        "client_state": [key if isinstance(key, str) else _told(key) for key in (*held.client_state, *held.unreadable)],
         "groups": [
             {
                 "names": list(group.names),
@@ -119,8 +121,31 @@ def _parameter(parameter: ParameterInfo) -> dict[str, Any]:
     }
 
 
+def _steps(held: OpenCheckpoint) -> list[Any]:
+    """Return the numbers of steps that the optimizer has taken, in order; a strange one as a text, behind the others."""
+    found = {entry.scalars["step"] for entry in held.parameters.values() if "step" in entry.scalars}
+    sound = {step for step in found if isinstance(step, int | float) and abs(step) < 2**63}
+    return [*sorted(int(step) if step == int(step) else step for step in sound), *sorted(map(_told, found - sound))]
+
+
 def _json(value: Any) -> Any:
-    return encode(value, "value", {})
+    """Return a value as `encode` does; in the place of one without a form what it looks like, shortened."""
+    try:
+        encoded = encode(value, "value", {})
+        json.dumps(encoded)  # a number may have too many digits
+        return encoded
+    except (UnsupportedError, ValueError, RecursionError):
+        if isinstance(value, Mapping) and misshapen(value) is None:
+            return {key if isinstance(key, str) else _told(key): _json(item) for key, item in value.items()}
+        return {"$shown": _told(value)}
+
+
+def _told(value: Any) -> str:
+    """Return what a value looks like, shortened."""
+    try:
+        return reprlib.repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
 
 
 def _other_tags(folder: Path) -> list[str]:

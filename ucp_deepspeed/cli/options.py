@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import io
+import logging
 import os
 import resource
 import signal
@@ -20,7 +21,7 @@ from typing import Any, NoReturn
 
 import click
 
-from ucp_deepspeed.errors import UniversalCheckpointError
+from ucp_deepspeed.errors import UniversalCheckpointError, escaped
 
 HELP = {"help_option_names": ["-h", "--help"]}
 """Settings of every command."""
@@ -57,6 +58,7 @@ class Command(click.Command):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
                 stream.reconfigure(errors="replace")  # characters that its encoding lacks become question marks
+        logging.getLogger("ucp_deepspeed").addFilter(_escaped)
         try:
             ctx.exit(super().invoke(ctx) or 0)
         except UniversalCheckpointError as error:
@@ -64,7 +66,7 @@ class Command(click.Command):
         except OSError as error:
             if error.errno == errno.EPIPE:
                 _end_without_reader(ctx)
-            message = str(error)
+            message = escaped(str(error))
         except (KeyboardInterrupt, click.Abort):
             click.echo("interrupted", err=True)
             ctx.exit(INTERRUPTED)
@@ -80,6 +82,12 @@ class Command(click.Command):
             message = f"this should not have happened:\n{traceback.format_exc().rstrip()}"
         import_module("ucp_deepspeed.cli.printing").print_lines(*f"error: {message}".split("\n"), file=sys.stderr)
         ctx.exit(FAILED)
+
+
+def _escaped(record: logging.LogRecord) -> bool:
+    """Make the text of a record safe to show."""
+    record.msg, record.args = escaped(record.getMessage()), ()
+    return True
 
 
 def _do(work: str, **parameters: Any) -> int | None:

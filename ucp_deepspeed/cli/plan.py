@@ -7,13 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import click
-
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.cli.options import NO
-from ucp_deepspeed.cli.printing import Row, in_words, print_json, print_labelled, print_lines, print_rows
+from ucp_deepspeed.cli.printing import Row, echo, in_words, print_json, print_labelled, print_lines, print_rows
 from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.errors import ConfigError, listed
 from ucp_deepspeed.language import load_spec
@@ -67,7 +65,7 @@ def show(
     else:
         _print(plan, f"{opened.path}", f"{opened.form}, {opened.topology}")
     if plot is not None and not plan.possible:
-        click.echo(f"{plot} isn't written: the topology is impossible", err=True)
+        echo(f"{plot} isn't written: the topology is impossible", err=True)
     elif plot is not None:
         from ucp_deepspeed.cli.plots import draw_plan
 

@@ -7,9 +7,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from ucp_deepspeed.cli.printing import box_in_words, in_words, state_bytes
+from ucp_deepspeed.cli.printing import box_in_words, echo, in_words, state_bytes
 from ucp_deepspeed.transfer.planning.target_ranks import layer_of
 from ucp_deepspeed.transfer.planning.targeting import TargetPlan
 
@@ -41,7 +39,7 @@ def _write(figure: Figure, path: Path) -> None:
 
     with rc_context({"svg.fonttype": "none"}):  # text that can be searched, and is small
         figure.savefig(path, dpi=160)
-    click.echo(f"wrote {path}", err=True)
+    echo(f"wrote {path}", err=True)
 
 
 def _count_bytes(axis: Any, most: int) -> None:

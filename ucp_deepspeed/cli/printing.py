@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.errors import escaped
 
 Row: TypeAlias = Mapping[str, str]
 """Cells by heading."""
@@ -36,6 +37,11 @@ _WORD = re.compile(r"\[[^\]]*\]|\S+")
 def _new_console(file: TextIO | None = None) -> Console:
     file = file or sys.stdout
     return Console(file=file, width=None if file.isatty() else PLAIN_WIDTH, highlight=False, emoji=False)
+
+
+def echo(text: str, err: bool = False, nl: bool = True) -> None:
+    """Print a text that is safe to show."""
+    click.echo(escaped(text), err=err, nl=nl)
 
 
 def print_json(report: Mapping[str, Any]) -> None:
@@ -59,6 +65,7 @@ def print_lines(*lines: object, file: TextIO | None = None) -> None:
 
 def _print_line(console: Console, line: str, indent: int = 0, bold: int = 0) -> None:
     """Print a line whose first characters are bold. On a terminal it breaks only between words."""
+    line = escaped(line)
     if console.file.isatty():
         line = fill(line, console.width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
     console.print(f"[bold]{line[:bold]}[/bold]{escape(line[bold:])}", soft_wrap=True)
@@ -80,6 +87,7 @@ def print_rows(
     """
     if not rows:
         return
+    rows = [{heading: in_one_line(cell) for heading, cell in row.items()} for row in rows]
     console = console or _new_console()
     name, *kept = rows[0]
     longest = max(len(row[name]) for row in (*rows, {name: name}))
@@ -115,6 +123,11 @@ def print_rows(
         _print_line(console, f"left out in this narrow window: {', '.join(left_out)}")
     if note:
         _print_line(console, note)
+
+
+def in_one_line(text: str) -> str:
+    """Return a text that is safe to show, without ends of lines."""
+    return escaped(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _shortened(name: str, width: int) -> str:
@@ -172,7 +185,7 @@ def collapsed(kinds: Mapping[str, Hashable]) -> dict[str, str]:
     return dict(sorted(found.items(), key=lambda entry: places[entry[1]]))
 
 
-_NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]*)(?![^.])")
+_NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,17})(?![^.])")
 """A part of a dotted name that is a number."""
 
 

@@ -14,7 +14,7 @@ import click
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.view import held_shapes, layouts_of, parameter_names
 from ucp_deepspeed.cli.options import NO
-from ucp_deepspeed.cli.printing import box_in_words, print_json, print_labelled, print_lines, print_rows
+from ucp_deepspeed.cli.printing import box_in_words, echo, print_json, print_labelled, print_lines, print_rows
 from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.errors import ConfigError, MismatchError, SpecError, UnsupportedError
 from ucp_deepspeed.language import Match, Spec, find_family, load_spec, logical_names, naming_specs, spec_names
@@ -168,7 +168,7 @@ def explain(
     else:
         _print_explanation(report)
     if plot is not None and report["ranks"] is None:
-        click.echo(f"{plot} isn't written: nobody can tell what the ranks hold", err=True)
+        echo(f"{plot} isn't written: nobody can tell what the ranks hold", err=True)
     elif plot is not None:
         from ucp_deepspeed.cli.plots import draw_parameter
 
@@ -262,10 +262,10 @@ def infer(checkpoint: Path | None, tag: str | None, model: str | None, single_ra
             guesses, origin = infer_from_record(opened), f"what {opened.path} records"
     heading = [f"Inferred from {origin}.", "Read it, decide what the comments leave open, and run: ucp spec check"]
     text = spec_text(family, f"inferred from {origin}", guesses, heading)
-    click.echo(text, nl=False)
+    echo(text, nl=False)  # YAML reads these escapes
     undecided = [name for name, guess in guesses.items() if guess.pattern is None]
     if undecided:
-        click.echo(f"no rule is certain for {len(undecided)} parameters: {', '.join(undecided)}", err=True)
+        echo(f"no rule is certain for {len(undecided)} parameters: {', '.join(undecided)}", err=True)
 
 
 def _infer_from_model(place: str) -> dict[str, Guess]:

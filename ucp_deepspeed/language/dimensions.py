@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.layout.box import Shape
 
 LONGEST_EXPRESSION = 200
@@ -114,20 +115,37 @@ def _configured(name: str, given: FromConfig, config: Mapping[str, Any] | None) 
     if value is None and given.default is not None:
         return given.default
     if type(value) is not int:
-        raise _NoValueError(f"{name}: {given.config!r} in the model's configuration is {value!r}, no integer")
+        kind = "missing" if value is None else f"a {type(value).__name__}"
+        raise _NoValueError(f"{name}: {given.config!r} in the model's configuration is {kind}, no integer")
     return value
 
 
-def read_config(path: Path) -> Mapping[str, Any]:
-    """Read a model's configuration.
+def read_config(folder: Path, name: str) -> Mapping[str, Any]:
+    """Read a model's configuration, a file in the spec's folder or in one inside it.
+
+    Messages tell nothing of what it holds but numbers: a spec of somebody else's may name any file.
 
     Raises:
-        ValueError: there is no such file, or it holds no JSON object.
+        ValueError: there is no such file, it lies elsewhere, or it holds no JSON object.
     """
+    path = folder / name
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        inside, there, raw = path.resolve().is_relative_to(folder.resolve()), path.is_file(), b""
+        if inside and there:
+            with path.open("rb") as file:
+                raw = file.read(tunables.SPEC_NUMBYTES + 1)
+    except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"config: {path} can't be read: {error}") from error
+    if not inside:
+        raise ValueError(f"config: {path} lies outside the folder of the spec; copy it there")
+    if not there:
+        raise ValueError(f"config: there is no file {path}")
+    if len(raw) > tunables.SPEC_NUMBYTES:
+        raise ValueError(f"config: {path} has more than {tunables.SPEC_NUMBYTES} bytes, too many for a configuration")
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise ValueError(f"config: {path} holds no JSON") from None
     if not isinstance(content, dict):
         raise ValueError(f"config: {path} holds no JSON object")
     return content

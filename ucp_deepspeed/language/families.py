@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.errors import SpecError
 from ucp_deepspeed.language.schemes import logical_names
 from ucp_deepspeed.language.spec import Lines, Spec
@@ -44,14 +46,20 @@ def load_spec(name_or_path: str) -> Spec:
     if name_or_path in _families():
         return _families()[name_or_path]
     path = Path(name_or_path)
-    if not path.is_file():
-        raise SpecError(f"no family or spec file {name_or_path!r}; families: {', '.join(spec_names())}")
+    if not os.path.isfile(path):  # noqa: PTH113 - a name that can't be is no file
+        raise SpecError(f"no family or spec file {name_or_path!r:.1000}; families: {', '.join(spec_names())}")
     return _read(path)
 
 
 def _read(path: Path) -> Spec:
     try:
-        raw, lines = _parse(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(tunables.SPEC_NUMBYTES + 1)
+        if len(content) > tunables.SPEC_NUMBYTES:
+            raise SpecError(f"spec {path} is too large for a spec: it has more than {tunables.SPEC_NUMBYTES} bytes")
+        raw, lines = _parse(content.decode("utf-8"))
+    except OSError as error:
+        raise SpecError(f"spec {path} can't be read: {error}") from error
     except yaml.MarkedYAMLError as error:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise SpecError(f"spec {path}{place} is not YAML: {error.problem}") from error
@@ -66,10 +74,33 @@ def _parse(text: str) -> tuple[Any, Lines]:
     loader = _UniqueKeys(text)
     try:
         node = loader.get_single_node()
+        _check_repeated(node)
         lines = dict(_lines(node))  # first: making the content moves keys that ``<<`` takes over
         return (None if node is None else loader.construct_document(node)), lines
     finally:
         loader.dispose()
+
+
+def _check_repeated(node: Any) -> None:
+    """Refuse aliases of aliases: each level of them makes the document many times larger."""
+    sizes: dict[int, int] = {}
+
+    def size_of(found: Any) -> int:
+        if id(found) not in sizes:
+            sizes[id(found)] = 0  # a node in itself
+            parts = (
+                [part for pair in found.value for part in pair] if isinstance(found, yaml.MappingNode) else found.value
+            )
+            inner = 0 if isinstance(found, yaml.ScalarNode) else sum(map(size_of, parts))
+            sizes[id(found)] = 1 + inner
+        return sizes[id(found)]
+
+    if node is not None and (total := size_of(node)) > MOST_REPEATED * len(sizes):
+        raise yaml.YAMLError(f"aliases make {total} values of {len(sizes)}")
+
+
+MOST_REPEATED = 50
+"""Values that aliases may make of each one that is written, on average."""
 
 
 def _lines(node: Any) -> Iterator[tuple[tuple[int, int], int]]:
@@ -93,10 +124,13 @@ class _UniqueKeys(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Compose as the base class does, but refuse keys that stand twice. ``<<`` hasn't yet added keys to a mapping here."""
         node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value]
-        for index, (key, _) in enumerate(node.value):
-            if key.value in keys[:index]:
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.composer.ComposerError(None, None, "a key isn't a name", key.start_mark)
+            if key.value in keys:
                 raise yaml.composer.ComposerError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            keys.add(key.value)
         return node
 
 

@@ -33,12 +33,54 @@ def is_blind(texts: Iterable[str]) -> bool:
     return not any(_NUMBER.search(text) for text in texts)
 
 
+FEW_STARS = 2
+"""Stars with which a regular expression is fast. With many it may try each star at each place, and those of the next at each."""
+
+
+class Glob:
+    """A glob for whole names: ``*`` stands for a part of a dotted name or a piece of one, ``**`` for any parts.
+
+    The time that `fullmatch` takes is the product of the two lengths at most.
+    """
+
+    def __init__(self, glob: str) -> None:
+        self._pieces = re.findall(r"\*\*|.", re.sub(r"\*{3,}", "**", glob), re.DOTALL)
+        wild = {"**": r".*", "*": r"[^.]*"}
+        self._pattern: re.Pattern[str] | None = None
+        if sum(piece in wild for piece in self._pieces) <= FEW_STARS:
+            self._pattern = re.compile("".join(wild.get(each) or re.escape(each) for each in self._pieces), re.DOTALL)
+            return
+        # A number for each kind of piece, with a bit for each place where one of that kind stands.
+        self._any, self._part = (self._places(star) for star in ("**", "*"))
+        self._texts = {piece: self._places(piece) for piece in self._pieces if piece not in wild}
+
+    def _places(self, wanted: str) -> int:
+        return sum(1 << place for place, piece in enumerate(self._pieces) if piece == wanted)
+
+    def fullmatch(self, name: str) -> bool:
+        """Return whether it fits a name."""
+        if self._pattern is not None:
+            return self._pattern.fullmatch(name) is not None
+        # The bits are the pieces that may come next. All are moved on together, one character after the other.
+        stars = self._any | self._part
+        state = self._past_stars(1, stars)
+        for character in name:
+            stays = self._any if character == "." else stars
+            state = self._past_stars((state & stays) | (state & self._texts.get(character, 0)) << 1, stars)
+            if not state:
+                return False
+        return bool(state >> len(self._pieces))
+
+    @staticmethod
+    def _past_stars(state: int, stars: int) -> int:
+        """Add the pieces behind stars: a star may stand for nothing. No two stand side by side."""
+        return state | (state & stars) << 1
+
+
 @lru_cache(maxsize=4096)
-def compiled(glob: str) -> re.Pattern[str]:
-    """Compile a glob for whole names: ``*`` stands for a part of a dotted name or a piece of one, ``**`` for any parts."""
-    pieces = re.split(r"(\*\*|\*)", glob)
-    wild = {"**": r".*", "*": r"[^.]*"}
-    return re.compile("".join(wild.get(piece, re.escape(piece)) for piece in pieces))
+def compiled(glob: str) -> Glob:
+    """Return a glob, ready to be matched."""
+    return Glob(glob)
 
 
 def check_glob(glob: str) -> None:

@@ -13,7 +13,13 @@ from ucp_deepspeed.language.globs import form_of, is_blind
 
 _PLACEHOLDER = re.compile(r"(\{[^{}]*\}|\*\*)")
 _NUMBER = re.compile(r"\{\s*([a-z_]\w*)\s*\}")
-_SUM = re.compile(r"\{\s*([a-z_]\w*)\s*(?:([+-])\s*(\d+)\s*)?\}")
+MOST_SIDE_BY_SIDE = 2
+"""Most numbers that stand side by side in a name. The time to share digits out among more grows fast."""
+
+_DIGITS = r"\d{1,18}"
+"""A number in a name. Longer ones count nothing."""
+
+_SUM = re.compile(r"\{\s*([a-z_]\w*)\s*(?:([+-])\s*(\d{1,18})\s*)?\}")
 
 
 class Renaming(BaseModel):
@@ -38,6 +44,8 @@ class Renaming(BaseModel):
             if (number and name in known) or self.from_.count("**") > 1:
                 raise ValueError(f"{place} stands twice in {self.from_!r}")
             known.add(name)
+        if re.search(rf"(\{{[^{{}}]*\}}){{{MOST_SIDE_BY_SIDE + 1}}}", self.from_):
+            raise ValueError(f"more than {MOST_SIDE_BY_SIDE} placeholders side by side in {self.from_!r}")
         for place in _PLACEHOLDER.findall(self.to):
             total = _SUM.fullmatch(place)
             if place != "**" and total is None:
@@ -95,9 +103,9 @@ def _pattern_of(side: str) -> re.Pattern[str]:
         if group is None:
             pieces.append(re.escape(piece))
         elif group in seen:
-            pieces.append(r"\d+" if total else "(?P=REST)")
+            pieces.append(_DIGITS if total else "(?P=REST)")
         else:
-            pieces.append(rf"(?P<{group}>\d+)" if total else "(?P<REST>.+)")
+            pieces.append(rf"(?P<{group}>{_DIGITS})" if total else "(?P<REST>.+)")
             seen.add(group)
     return re.compile("".join(pieces))
 

@@ -262,7 +262,7 @@ def _with_numbers(raw: Any, folder: Path) -> tuple[Any, dict[str, int], list[str
     except ValidationError:
         return raw, {}, []
     try:
-        config = read_config(folder / given.config) if given.config is not None else None
+        config = read_config(folder, given.config) if given.config is not None else None
         values = dimension_values(given.dimensions, config)
     except ValueError as error:
         return raw, {}, [str(error) if str(error).startswith("config: ") else f"dimensions.{error}"]

@@ -289,6 +289,8 @@ def remove_abandoned(final: Path, of_any_name: bool = False) -> None:
         only_copy = home_of(entry) == meant and not meant.exists()  # see `put_back`
         if (of_any_name or name == final.name) and not (only_copy or _alive(pid) or _is_written(entry, pid)):
             try:
+                if not _is_ours(entry):
+                    continue
                 shutil.rmtree(entry)
                 with suppress(OSError):  # a folder that a save had made, empty, for entries that others add
                     meant.rmdir()
@@ -296,7 +298,7 @@ def remove_abandoned(final: Path, of_any_name: bool = False) -> None:
                 logger.warning("%s, which a process that has ended left behind, can't be removed: %s", entry, error)
 
 
-_WRITER = re.compile(r"(\d+)(?:\.[0-9a-f]+)?")
+_WRITER = re.compile(r"(\d{1,9})(?:\.[0-9a-f]+)?")
 """End of a partial folder's name, after the host's: the process, and what makes the path a new one, which earlier releases left
 out."""
 
@@ -308,8 +310,16 @@ def _partial_folders(final: Path) -> Iterator[tuple[Path, str, int]]:
         name, _, rest = entry.name.removesuffix(REPLACED_MARK).rpartition(mark)
         # A host whose name begins with this one's leaves folders with the same mark, and the rest of its name after it.
         writer = _WRITER.fullmatch(rest)
-        if writer is not None and name.startswith(".") and entry.is_dir():
-            yield entry, name.removeprefix("."), int(writer[1])
+        final_name = name.removeprefix(".")
+        plain = name.startswith(".") and final_name not in ("", ".", "..")
+        if writer is not None and plain and entry.is_dir() and not entry.is_symlink():
+            yield entry, final_name, int(writer[1])
+
+
+def _is_ours(partial: Path) -> bool:
+    """Return whether a folder holds what writers of checkpoints put into theirs, or nothing: the name alone is no proof."""
+    names = [entry.name for entry in partial.iterdir()]
+    return not names or any(name.startswith(("ucp_", ".ended_rank_")) or name.endswith((".pt", ".safetensors")) for name in names)
 
 
 def put_back(root: Path) -> None:
@@ -338,7 +348,10 @@ def replace_text(path: Path, text: str) -> None:
     """
     partial = _partial_path(path)
     try:
-        partial.write_text(text, encoding="utf-8")
+        # nothing that lies there already, such as somebody's link, is written to
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
         flush(partial)
         partial.replace(path)
     except BaseException:

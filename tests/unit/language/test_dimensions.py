@@ -146,12 +146,12 @@ def test_dimensions_of_the_models_configuration(config: Any, parts: Any, tmp_pat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{}", "dimensions.heads: 'text.num_attention_heads' in the model's configuration is None, no integer"),
-        ('{"text": {"num_attention_heads": "6"}}', "is '6', no integer"),
-        ('{"text": {"num_attention_heads": true}}', "is True, no integer"),
+        ("{}", "dimensions.heads: 'text.num_attention_heads' in the model's configuration is missing, no integer"),
+        ('{"text": {"num_attention_heads": "6"}}', "is a str, no integer"),
+        ('{"text": {"num_attention_heads": true}}', "is a bool, no integer"),
         ('{"text": {"num_attention_heads": -6}}', "dimensions.heads: a dimension is a positive number, not -6"),
         ("[]", "config.json holds no JSON object"),
-        ("{", "config.json can't be read: "),
+        ("{", "config.json holds no JSON"),
     ],
 )
 def test_a_configuration_that_doesnt_say(content: str, message: str, tmp_path: Path) -> None:
@@ -162,5 +162,5 @@ def test_a_configuration_that_doesnt_say(content: str, message: str, tmp_path: P
 
 def test_no_configuration(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(CONFIGURED)
-    with pytest.raises(SpecError, match=r"config\.json can't be read"):
+    with pytest.raises(SpecError, match=r"there is no file .*config\.json"):
         load_spec(str(tmp_path / "mine.yaml"))

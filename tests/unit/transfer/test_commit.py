@@ -298,3 +298,40 @@ def test_whoever_sees_a_text_may_rename_its_folder(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Path, "replace", renamed_at_once)
     commit.replace_text(folder / "x", "text")
     assert (tmp_path / "b" / "x").read_text() == "text"
+
+
+def test_only_what_looks_like_ours_is_removed(tmp_path: Path) -> None:
+    """Anybody can give a folder such a name. One without a tag's name in it led to the folder around it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    nameless = [abandoned(folder, name) for name in ("", ".")]
+    theirs, link = make(abandoned(folder, "a"), notes_txt="mine"), abandoned(folder, "b")
+    target = make(tmp_path / "c", x_pt="theirs")
+    link.symlink_to(target)
+    for name in nameless:
+        name.mkdir()
+    commit.remove_abandoned(folder / "a", of_any_name=True)
+    assert read(theirs) == {"notes.txt": "mine"} and read(target) == {"x.pt": "theirs"}
+    assert sorted(folder.iterdir()) == sorted([*nameless, theirs, link])
+    make(abandoned(folder, "d"), x_pt="half")
+    make(abandoned(folder, "e"))
+    commit.remove_abandoned(folder / "a", of_any_name=True)
+    assert sorted(folder.iterdir()) == sorted([*nameless, theirs, link])
+
+
+def test_a_temporary_file_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where somebody has put a link, nothing is written through it; the mode is that of other files."""
+    (tmp_path / "precious").write_text("theirs")
+    taken = tmp_path / ".latest.partial"
+    monkeypatch.setattr(commit, "_partial_path", lambda path: taken)
+    taken.symlink_to("precious")
+    with pytest.raises(FileExistsError):
+        commit.write_atomically(tmp_path / "latest", "text")
+    assert (tmp_path / "precious").read_text() == "theirs"
+    taken.unlink(missing_ok=True)
+    before = os.umask(0o027)
+    try:
+        commit.write_atomically(tmp_path / "latest", "text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "latest").stat().st_mode & 0o777 == 0o640

@@ -128,8 +128,11 @@ def check_numbers(saved: Mapping[str, Any], path: Path) -> None:
     """Refuse sizes and counters in a model_states file that no run can have."""
     for key in ("mp_world_size", "dp_world_size", "global_steps", "skipped_steps", "global_samples"):
         number, least = saved.get(key), 1 if key.endswith("size") else 0
-        if not (key == "global_samples" and number is None) and (type(number) is not int or number < least):
-            raise DamagedCheckpointError(f"{path} has {key} {number!r}; expected a whole number from {least} on")
+        if not (key == "global_samples" and number is None) and (
+            type(number) is not int or not least <= number < 2**63
+        ):
+            found = number if not isinstance(number, int) or abs(number) < 2**64 else "of many digits"
+            raise DamagedCheckpointError(f"{path} has {key} {found!r}; expected a whole number from {least} on")
 
 
 def check_degree(pp: Any, model_parallel: int, path: Path) -> int:

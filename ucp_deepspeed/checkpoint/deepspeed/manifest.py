@@ -15,6 +15,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeInt, PositiveInt, model_validator
 from xxhash import xxh3_64_hexdigest
 
+from ucp_deepspeed.checkpoint.bounds import FileName
 from ucp_deepspeed.checkpoint.checkpoint import Kind
 from ucp_deepspeed.checkpoint.encoding import parse_document
 from ucp_deepspeed.errors import DamagedCheckpointError
@@ -95,7 +96,7 @@ class Manifest(BaseModel):
     has_extra_states: bool | None = None
     same_numbers: bool | None = None
     differing_copies: tuple[str, ...] | None = None
-    files: Mapping[str, NonNegativeInt]
+    files: Mapping[FileName, NonNegativeInt]
     contents: Mapping[str, str] = {}
     save_id: str | None = None
     checksums: str | None = None

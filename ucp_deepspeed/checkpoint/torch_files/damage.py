@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ucp_deepspeed.checkpoint.torch_files.unpickling import CODE_MODULES
-from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 
 
 @contextmanager
@@ -19,8 +19,8 @@ def telling_damage(path: Path) -> Iterator[None]:
     """Raise what the block raises about a file as a DamagedCheckpointError: damage has no kinds of errors of its own."""
     try:
         yield
-    except MemoryError:
-        raise
+    except MemoryError as error:
+        raise UnsupportedError(f"{path} needs more memory than there is") from error
     except Exception as error:
         raise DamagedCheckpointError(_explain(path, error)) from error
 

@@ -22,6 +22,7 @@ from torch._utils import _element_size
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 from torch.storage import TypedStorage
 
+from ucp_deepspeed.checkpoint.bounds import misshapen
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Precision
 from ucp_deepspeed.checkpoint.torch_files import unpickling
 from ucp_deepspeed.checkpoint.torch_files.archives import Archive, storage_start
@@ -90,8 +91,12 @@ def open_torch_file(
     if not isinstance(loaded, dict):
         raise DamagedCheckpointError(f"{path} holds a {type(loaded).__name__}, not a checkpoint dictionary")
     for key, value in loaded.items():
-        if (owned is None or key in owned) and (name := unpickling.opaque_in(value)):
+        if owned is not None and key not in owned:
+            continue
+        if name := unpickling.opaque_in(value):
             raise DamagedCheckpointError(refusal(path, name))
+        if why := misshapen(value):
+            raise DamagedCheckpointError(f"{path} holds something else than DeepSpeed writes as {key!r:.80}: {why}")
     return loaded
 
 
@@ -101,22 +106,15 @@ def _unpickled(path: Path, tensors: bool, foreign: bool) -> Any:
     except UnsupportedError:
         if not foreign:
             raise
-        return _by_either(path, map_location="cpu")
-    loaded = _by_either(path, map_location="cpu" if tensors else "meta", mmap=tensors)
+        return _by_list(path, map_location="cpu")
+    loaded = _by_list(path, map_location="cpu" if tensors else "meta", mmap=tensors)
     archive.check_storages(loaded)
     return loaded
 
 
-def _by_either(path: Path, **where: Any) -> Any:
-    """Load with torch's own unpickler. If it refuses something, load with that of `unpickling`."""
+def _by_list(path: Path, **where: Any) -> Any:
+    """Load with the unpickler of `unpickling`. Torch's own would call what it knows with any arguments."""
     with telling_damage(path):
-        trusted = torch.serialization.get_safe_globals()
-        if not any("numpy" in str(allowed) for allowed in trusted):  # torch would trust dtypes
-            try:
-                with torch.serialization.safe_globals(unpickling.ALLOWED_CLASSES):
-                    return torch.load(path, weights_only=True, **where)
-            except pickle.UnpicklingError:
-                pass
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("constants.pkl") for name in archive.namelist()):
                 raise pickle.UnpicklingError("Unsupported class TorchScript")

@@ -17,9 +17,10 @@ import decimal
 import enum
 import fractions
 import pickle
+import re
 import types
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -66,6 +67,51 @@ def zero_stage_by_name(owner: type, name: str) -> ZeroStage:
     return ZeroStage[name]
 
 
+MOST_MADE = 2**24
+"""Most elements of a range. Some bytes of a file would become as many numbers as it says."""
+
+
+def short_range(*numbers: int) -> range:
+    """Stands in for ``range``, of which lists and sets are made."""
+    made = range(*numbers)
+    if abs(made.stop - made.start) > MOST_MADE * abs(made.step):
+        raise pickle.UnpicklingError(f"Unsupported class range of {made}")
+    return made
+
+
+def given_bytes(content: Any = b"", *encoding: str) -> bytes:
+    """Stands in for ``bytes``, which makes as many zeros as it is told to."""
+    if isinstance(content, int):
+        raise pickle.UnpicklingError("Unsupported class bytes that are only counted")
+    return bytes(content, *encoding)
+
+
+def given_bytearray(*args: Any) -> bytearray:
+    """Stands in for ``bytearray``."""
+    return bytearray(given_bytes(*args))
+
+
+def encoded(text: str, encoding: str) -> bytes:
+    """Stands in for ``_codecs.encode``, with which older pickles write bytes. Some of its encodings take long."""
+    if encoding not in ("latin1", "latin-1", "ascii", "utf-8"):
+        raise pickle.UnpicklingError(f"Unsupported class bytes of encoding {encoding!r:.40}")
+    return text.encode(encoding)
+
+
+def given_fraction(*numbers: Any) -> fractions.Fraction:
+    """Stands in for ``Fraction``, which calculates the number in a text: ``1e999999999`` has a gigabyte."""
+    if not all(type(number) is int or re.fullmatch(r"-?\d+(/\d+)?", number) for number in numbers):
+        raise pickle.UnpicklingError("Unsupported class Fraction of another text than its own")
+    return fractions.Fraction(*numbers)
+
+
+def plain_slice(*bounds: Any) -> slice:
+    """Stands in for ``slice``. Python crashes when it removes many that are one inside the other."""
+    if any(isinstance(bound, (slice, tuple, list, Mapping)) for bound in bounds):
+        raise pickle.UnpicklingError("Unsupported class slice whose bounds aren't numbers")
+    return slice(*bounds)
+
+
 PATHS = PosixPath, PurePosixPath, PureWindowsPath
 """Path classes; Python 3.13 pickles them from another module."""
 
@@ -77,13 +123,17 @@ ALLOWED_CLASSES: list[Any] = [
     (ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (zero_stage_by_name, "builtins.getattr"),
     (frozenset, "builtins.frozenset"),
-    (range, "builtins.range"),
-    (bytes, "builtins.bytes"),
-    *((kind, f"builtins.{kind.__name__}") for kind in (list, dict, set, tuple, bool, int, float, str, complex, slice)),
+    (short_range, "builtins.range"),
+    (given_bytes, "builtins.bytes"),
+    (given_bytearray, "builtins.bytearray"),
+    (encoded, "_codecs.encode"),
+    (given_fraction, "fractions.Fraction"),
+    (plain_slice, "builtins.slice"),
+    *((kind, f"builtins.{kind.__name__}") for kind in (list, dict, set, tuple, bool, int, float, str, complex)),
     *(argparse.Namespace, types.SimpleNamespace, TorchVersion),
     *((path, f"{home}.{path.__name__}") for path in PATHS for home in ("pathlib", "pathlib._local")),
     *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
-    *(decimal.Decimal, fractions.Fraction, uuid.UUID, uuid.SafeUUID),
+    *(decimal.Decimal, uuid.UUID, uuid.SafeUUID),
     *(collections.deque, collections.defaultdict),
 ]
 """The classes that a checkpoint may name beyond torch's own: data without behaviour, and stand-ins for the rest."""
@@ -159,18 +209,33 @@ def _parts(value: Any) -> Iterable[Any]:
 CODE_MODULES = frozenset("os posix nt sys subprocess shutil importlib runpy pty ctypes socket pickle code".split())  # noqa: SIM905
 """Modules that data may name but never call. A file that would call a function of theirs is refused."""
 
+MOST_DEEP = 200
+"""Most tuples one inside the other, in what is hashed."""
+
 PLAIN_KINDS = "biufcSUmM"
 """numpy's kinds of dtypes whose elements are only numbers, dates or text."""
 
 DTYPE, OBJECTS = "numpy.dtype", "numpy.dtype of objects"
 """Names of the replacements for a dtype of another kind, and for one with Python's objects among its elements."""
 
+CHAINED = collections.deque, collections.defaultdict
+"""Containers that Python removes by calling itself for each one inside another. After some 100,000 it has crashed."""
+
+MOST_CHAINED = 10_000
+"""Most containers of `CHAINED` that hold another one."""
+
+HASHING: tuple[Any, ...] = (
+    *(dict, set, frozenset),
+    *(collections.OrderedDict, collections.Counter, collections.defaultdict),
+)
+"""Callables that take the hashes of what they are given."""
+
 MAPPINGS = dict, collections.OrderedDict, collections.Counter, collections.defaultdict
 
 _OPCODES = """
     PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE
     SHORT_BINUNICODE BINUNICODE8 SHORT_BINSTRING BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_LIST EMPTY_DICT EMPTY_TUPLE
-    EMPTY_SET TUPLE TUPLE1 TUPLE2 TUPLE3 FROZENSET BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL BINPERSID
+    EMPTY_SET TUPLE TUPLE1 TUPLE2 TUPLE3 BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL BINPERSID
 """
 """Steps of ``pickle`` that make plain values, or find a global. Some other steps have rules here; the rest is refused."""
 
@@ -187,6 +252,7 @@ class Unpickler(_InPython):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.chained: set[int] = set()
         self.known = {**torchs._get_allowed_globals(), **torchs._get_user_allowed_globals(), **ALLOWED, **NUMPYS}
         self.names = {id(found): full.removeprefix("builtins.") for full, found in self.known.items()}
 
@@ -207,12 +273,23 @@ class Unpickler(_InPython):  # type: ignore[misc]
             return opaque(make.described)()
         if id(make) not in self.names:
             raise pickle.UnpicklingError(f"Unsupported class {type(make).__name__}, which is called")
+        if any(make is known for known in HASHING):
+            _check_depth(args)
         try:
-            return make(*args, **kwargs or {})
+            found = make(*args, **kwargs or {})
+            self._note_chain(found, ())
+            return found
         except CraftedError:
             raise
         except Exception:  # for example a number made of an Opaque
             return opaque(self.names[id(make)])()
+
+    def _note_chain(self, held: Any, items: Iterable[Any]) -> None:
+        """Count a container that holds others of `CHAINED`."""
+        if type(held) in CHAINED and any(type(item) in CHAINED for item in (items or _parts(held))):
+            self.chained.add(id(held))
+            if len(self.chained) > MOST_CHAINED:
+                raise CraftedError("Unsupported class deque or defaultdict, of which too many hold one another")
 
     def _new(self, kind: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         known = isinstance(kind, type) and not issubclass(kind, Opaque) and id(kind) in self.names
@@ -267,6 +344,7 @@ class Unpickler(_InPython):  # type: ignore[misc]
     def _extend(self, items: list[Any]) -> None:
         held = self.stack[-1]
         if type(held) in (list, collections.deque):
+            self._note_chain(held, items)
             held.extend(items)
         elif not isinstance(held, Opaque):
             raise pickle.UnpicklingError(f"Unsupported class {type(held).__qualname__}, which is appended to")
@@ -275,11 +353,19 @@ class Unpickler(_InPython):  # type: ignore[misc]
         items, held = self.pop_mark(), self.stack[-1]
         if type(held) is not set:
             raise pickle.UnpicklingError(f"Unsupported class {type(held).__qualname__}, which is added to")
+        _check_depth(items)
         held.update(items)
+
+    def _freeze(self) -> None:
+        items = self.pop_mark()
+        _check_depth(items)
+        self.stack.append(frozenset(items))
 
     def _set_items(self, items: list[Any]) -> None:
         held = self.stack[-1]
         if type(held) in MAPPINGS:
+            _check_depth([key for key in items[::2] if type(key) is not str])
+            self._note_chain(held, items[1::2])
             for key, value in zip(items[::2], items[1::2], strict=True):
                 held[key] = value
         elif not isinstance(held, Opaque):
@@ -293,9 +379,21 @@ class Unpickler(_InPython):  # type: ignore[misc]
         pickle.APPEND[0]: lambda self: self._extend([self.stack.pop()]),
         pickle.APPENDS[0]: lambda self: self._extend(self.pop_mark()),
         pickle.ADDITEMS[0]: _add_all,
+        pickle.FROZENSET[0]: _freeze,
         pickle.SETITEM[0]: lambda self: self._set_items([self.stack.pop(-2), self.stack.pop()]),
         pickle.SETITEMS[0]: lambda self: self._set_items(self.pop_mark()),
     }
+
+
+def _check_depth(values: Sequence[Any]) -> None:
+    """Refuse tuples so deep in one another that Python crashes when it calculates their hash."""
+    level: Sequence[Any] = values
+    for _ in range(MOST_DEEP):
+        seen = {id(part): part for each in level if isinstance(each, (tuple, list)) for part in each}
+        level = list(seen.values())
+        if not level:
+            return
+    raise CraftedError("Unsupported class tuple, of which too many lie in one another")
 
 
 def _is_code(name: str) -> bool:

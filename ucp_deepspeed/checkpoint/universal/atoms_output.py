@@ -15,6 +15,7 @@ import torch
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import random_files
+from ucp_deepspeed.checkpoint.bounds import misshapen
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, Differing, OnUnreadable
 from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, read_manifest
@@ -271,6 +272,8 @@ def _encoded_values(checkpoint: Checkpoint, drop: Collection[str]) -> tuple[dict
     for what, values in kept.items():
         for key, value in values.items():
             try:
+                if why := misshapen(value):
+                    raise UnsupportedError(f"{what}.{key} has no universal form: {why}")
                 check_encoded([str(key), encode(value, f"{what}.{key}", places)], f"{what}.{key}")
             except RecursionError:
                 problems[str(key)] = f"{what}.{key} has too many values inside others"

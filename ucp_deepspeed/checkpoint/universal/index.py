@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import safetensors.torch
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeInt, PositiveInt, model_validator
 
+from ucp_deepspeed.checkpoint.bounds import FileName, check_inside
 from ucp_deepspeed.checkpoint.checkpoint import (
     MASTER,
     WEIGHT,
@@ -107,7 +108,7 @@ class Index(_Wire):
     client_state: Any
     extra_states: Any = {}
     tied: Mapping[str, str] = {}
-    files: Mapping[str, NonNegativeInt]
+    files: Mapping[FileName, NonNegativeInt]
 
 
 def atom_key(name: str, state: str) -> str:
@@ -226,6 +227,7 @@ class UniversalCheckpoint(Checkpoint):
     def _check_files(self) -> None:
         for name, size in self._index.files.items():
             path = self.path / name
+            check_inside(path)
             if not path.is_file():
                 raise DamagedCheckpointError(f"{path} is missing")
             self.versions.note(path)

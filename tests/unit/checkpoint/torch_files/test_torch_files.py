@@ -71,14 +71,14 @@ def test_a_builtin_that_reaches_further_is_refused(tmp_path: Path, call: ByCall,
 )
 def test_a_value_that_no_program_saves_is_damage(tmp_path: Path, call: ByCall, zipped: bool) -> None:
     torch.save({"value": call}, tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(DamagedCheckpointError, match=r"file.pt can't be read"):
+    with pytest.raises(DamagedCheckpointError, match=r"file.pt (can't be read|holds an object of class)"):
         open_torch_file(tmp_path / "file.pt")
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
     """Files as torch writes them today and before its archives, and an archive that another program has written anew."""
-    foreign = deque([1])  # refused by torch's own unpickler
+    foreign = deque([1])  # torch's own unpickler refuses it
     held = {"weight": torch.ones(3), "step": torch.tensor(2), "seen": foreign}
     torch.save(held, tmp_path / "file.pt")
     torch.save(held, tmp_path / "older.pt", _use_new_zipfile_serialization=False)
@@ -99,7 +99,7 @@ def read_all(files: list[Path]) -> None:
 
 LAYER = archives, safe_load, unpickling
 
-CALLED_BACK = {"make", *vars(unpickling.Unpickler)}
+CALLED_BACK = {"make", "_check_depth", *vars(unpickling.Unpickler)}
 """Methods that an unpickler calls: there nobody can tell a bug from damage."""
 
 
@@ -129,4 +129,4 @@ def test_a_bug_isnt_called_damage(kind: type[Exception], files: list[Path]) -> N
             except DamagedCheckpointError as error:
                 pytest.fail(f"{name}: {error}")
             assert (name in reached) == planted.called
-    assert len(reached) >= 15 and {"of", "_by_either", "place", "everything_in"} <= reached
+    assert len(reached) >= 15 and {"of", "_by_list", "place", "everything_in"} <= reached
