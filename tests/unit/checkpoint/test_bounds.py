@@ -1,4 +1,4 @@
-"""What a checkpoint's files name and hold stays inside the checkpoint, and within bounds."""
+"""Names and values in a checkpoint's files stay inside the checkpoint, and within bounds."""
 
 from __future__ import annotations
 

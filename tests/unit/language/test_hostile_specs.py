@@ -1,4 +1,4 @@
-"""Specs of somebody else's: they read no other files, and no short one takes long."""
+"""Specs that somebody else wrote: they read no other files, and no short one takes long."""
 
 from __future__ import annotations
 
