@@ -319,7 +319,9 @@ def _partial_folders(final: Path) -> Iterator[tuple[Path, str, int]]:
 def _is_ours(partial: Path) -> bool:
     """Return whether a folder holds what writers of checkpoints put into theirs, or nothing: the name alone is no proof."""
     names = [entry.name for entry in partial.iterdir()]
-    return not names or any(name.startswith(("ucp_", ".ended_rank_")) or name.endswith((".pt", ".safetensors")) for name in names)
+    return not names or any(
+        name.startswith(("ucp_", ".ended_rank_")) or name.endswith((".pt", ".safetensors")) for name in names
+    )
 
 
 def put_back(root: Path) -> None:

@@ -93,8 +93,8 @@ def test_links_out_of_the_folder(universal: Path, one: Path, tmp_path: Path, ucp
 
 
 @pytest.mark.parametrize("secret", ["SECRET", '{"format_version": 1}', "/dev/zero", "link"])
-def test_a_conversion_copies_no_other_file(secret: str, one: Path, tmp_path: Path) -> None:
-    path = one / RANDOM_STATE_NAME.format(rank=0)
+def test_a_conversion_copies_no_other_file(secret: str, universal: Path, tmp_path: Path) -> None:
+    path = universal / RANDOM_STATE_NAME.format(rank=0)
     if secret == "link":
         (tmp_path / "secret").write_text("SECRET")
         path.symlink_to(tmp_path / "secret")
@@ -102,14 +102,14 @@ def test_a_conversion_copies_no_other_file(secret: str, one: Path, tmp_path: Pat
         path.symlink_to(secret)
     else:
         path.write_text(secret)
-    view = UniversalView.of(open_checkpoint(one))
+    view = UniversalView.of(open_checkpoint(universal))
     if secret.startswith("/dev"):  # no file, so that there is no random state
-        convert(view, tmp_path / "u")
-        assert not (tmp_path / "u" / path.name).exists()
+        convert(view, tmp_path / "v")
+        assert not (tmp_path / "v" / path.name).exists()
         return
     with pytest.raises(DamagedCheckpointError, match=path.name):
-        convert(view, tmp_path / "u")
-    assert not (tmp_path / "u").exists()
+        convert(view, tmp_path / "v")
+    assert not (tmp_path / "v").exists()
 
 
 @pytest.mark.parametrize("name", ["ucp_index.json", "latest", ATOMS])

@@ -320,7 +320,7 @@ def test_only_what_looks_like_ours_is_removed(tmp_path: Path) -> None:
 
 
 def test_a_temporary_file_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where somebody has put a link, nothing is written through it; the mode is that of other files."""
+    """Nothing is written through a link that lies there; the mode is that of other files."""
     (tmp_path / "precious").write_text("theirs")
     taken = tmp_path / ".latest.partial"
     monkeypatch.setattr(commit, "_partial_path", lambda path: taken)

@@ -1,0 +1,558 @@
+"""Fuzz the readers: small sound files of every format are altered at random, and must open or raise an error of the package's.
+
+    python scripts/fuzz.py --cases 20000 --seed 1
+
+prints a table with a line for each target, and lists foreign exceptions by type and innermost frame. Each target has a process
+of its own. What crashes, hangs or raises such an exception is kept in ``--corpus``, if that is given. A case is a function of the
+target, the seed and its number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import io
+import itertools
+import json
+import logging
+import multiprocessing
+import pickletools
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "unit")]
+
+import torch  # noqa: E402
+from native_files import NativeRun, add_manifest, write_native  # noqa: E402
+from spec_models import RIGHT, model_of  # noqa: E402
+
+from ucp_deepspeed.checkpoint import open_checkpoint  # noqa: E402
+from ucp_deepspeed.checkpoint.encoding import decode  # noqa: E402
+from ucp_deepspeed.checkpoint.random_files import RANDOM_STATES_NAME, joined, parse_state, read_state  # noqa: E402
+from ucp_deepspeed.checkpoint.view import UniversalView  # noqa: E402
+from ucp_deepspeed.cli.inspect import inspect_checkpoint  # noqa: E402
+from ucp_deepspeed.errors import UniversalCheckpointError  # noqa: E402
+from ucp_deepspeed.language import load_spec  # noqa: E402
+from ucp_deepspeed.transfer.compare import compare  # noqa: E402
+from ucp_deepspeed.transfer.conversion import convert  # noqa: E402
+
+SECONDS = 20
+"""Seconds after which a case counts as a hang. A sound one takes a few hundredths."""
+
+MORE_NUMBYTES = 6 << 30
+"""Memory that a case may take beside what the process has."""
+
+Alter = Callable[[bytes, random.Random], bytes]
+
+
+class HangError(BaseException):
+    """A case takes too long. No handler of errors catches it."""
+
+
+ODD: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 2, 7, 2**31, 2**31 - 1, 2**32, 2**63, -(2**63), 2**64, 10**30, 0.5, -0.0, 1e308),
+    *(
+        "",
+        "x",
+        "a.b",
+        "..",
+        "../x",
+        "\0",
+        "\x1b[31m",
+        "*",
+        "**",
+        "weight",
+        "{n}",
+        "$tuple",
+        "1e999",
+        "\u202e",
+        "x" * 300,
+    ),
+    *(
+        [],
+        {},
+        [[]],
+        [0],
+        [1, 2],
+        ["x"],
+        {"x": 1},
+        {"$tuple": []},
+        {"$tensor": "x"},
+        {"$plain": ["deque", 5]},
+        {"$float": "nan"},
+    ),
+)
+
+
+def alter_bytes(content: bytes, chance: random.Random) -> bytes:
+    """Flip bits, cut, insert, move, repeat and overwrite."""
+    raw = bytearray(content)
+    for _ in range(chance.choice((1, 1, 2, 4, 16))):
+        if not raw:
+            return b""
+        place, length = chance.randrange(len(raw)), chance.choice((1, 2, 4, 8, 64))
+        match chance.randrange(7):
+            case 0:
+                raw[place] ^= 1 << chance.randrange(8)
+            case 1:
+                raw[place] = chance.randrange(256)
+            case 2:
+                del raw[place:]
+            case 3:
+                del raw[place : place + length]
+            case 4:
+                raw[place:place] = chance.randbytes(length)
+            case 5:
+                other = chance.randrange(len(raw))
+                raw[place:place] = raw[other : other + length]
+            case 6:
+                raw[place : place + length] = chance.choice((b"\xff", b"\0", b"9", b"\x7f")) * length
+    return bytes(raw)
+
+
+def alter_value(value: Any, chance: random.Random) -> Any:
+    """Replace, remove, repeat or wrap a value somewhere in a nested one, in place."""
+    for _ in range(chance.choice((1, 1, 1, 2, 5))):
+        parts: list[tuple[Any, Any]] = []
+        waiting = [value]
+        while waiting:
+            found = waiting.pop()
+            keys = list(found) if isinstance(found, dict) else range(len(found)) if isinstance(found, list) else ()
+            for key in keys:
+                parts.append((found, key))
+                waiting.append(found[key])
+        if not parts:
+            return chance.choice(ODD)
+        home, key = chance.choice(parts)
+        match chance.randrange(6):
+            case 0 | 1:
+                home[key] = chance.choice(ODD)
+            case 2:
+                del home[key]
+            case 3:
+                other, place = chance.choice(parts)
+                with_this = (
+                    other[place] if (place in other if isinstance(other, dict) else place < len(other)) else None
+                )
+                home[key] = with_this if not _holds(with_this, home) else None
+            case 4:
+                home[key] = [home[key]] * chance.choice((1, 2, 1000))
+            case 5 if isinstance(home, dict):
+                home[chance.choice(("x", "../x", "layers.0.up.weight", "\0"))] = home[key]
+    return value
+
+
+def _holds(value: Any, wanted: Any) -> bool:
+    """Return whether a value is, or has in it, another one."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is wanted or any(_holds(part, wanted) for part in parts)
+
+
+def alter_json(content: bytes, chance: random.Random) -> bytes:
+    """Alter the values, or the text."""
+    if chance.random() < 0.3:
+        return alter_bytes(content, chance)
+    return json.dumps(alter_value(json.loads(content), chance)).encode()
+
+
+def alter_lines(content: bytes, chance: random.Random) -> bytes:
+    """Alter one line of JSON. The first line may still tell of its former length."""
+    lines = content.splitlines()
+    place = chance.randrange(len(lines))
+    lines[place] = alter_json(lines[place], chance)
+    return b"\n".join(lines) + b"\n"
+
+
+def alter_header(content: bytes, chance: random.Random) -> bytes:
+    """Alter the header of a safetensors file, and keep its size if that is possible; or any bytes of the file."""
+    if chance.random() < 0.3:
+        return alter_bytes(content, chance)
+    length = int.from_bytes(content[:8], "little")
+    header = alter_json(content[8 : 8 + length].strip(), chance).ljust(length)
+    return (len(header).to_bytes(8, "little") + header + content[8 + length :])[: max(len(content), 8)]
+
+
+def alter_words(content: bytes, chance: random.Random) -> bytes:
+    """Alter lines and words of a text, or bytes."""
+    if chance.random() < 0.3:
+        return alter_bytes(content, chance)
+    lines = content.decode().split("\n")
+    for _ in range(chance.choice((1, 1, 2, 4))):
+        place = chance.randrange(len(lines))
+        match chance.randrange(5):
+            case 0:
+                del lines[place]
+            case 1:
+                lines.insert(place, chance.choice(lines) if lines else "x")
+            case 2:
+                lines[place] = lines[place].replace(
+                    ":", chance.choice((":", "", ": &a", ": *a", ": [", ": !!binary")), 1
+                )
+            case 3:
+                words = lines[place].split(" ")
+                words[chance.randrange(len(words))] = chance.choice(
+                    (
+                        "*",
+                        "**",
+                        "0",
+                        "-1",
+                        "9" * 30,
+                        "heads",
+                        "heads//0",
+                        "{",
+                        "}",
+                        "[]",
+                        "~",
+                        "&a",
+                        "*a",
+                        "<<:",
+                        '"',
+                        "2**9",
+                        "\t",
+                        "1_0",
+                    )
+                )
+                lines[place] = " ".join(words)
+            case 4:
+                lines[place] = " " * chance.randrange(6) + lines[place].strip()
+        lines = lines or [""]
+    return "\n".join(lines).encode("utf-8", "surrogatepass")
+
+
+def alter_archive(content: bytes, chance: random.Random) -> bytes:
+    """Alter the pickle in an archive of torch's, by steps, values or bytes; or its records; or any bytes."""
+    how = chance.randrange(8)
+    if how == 0:
+        return alter_bytes(content, chance)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    if how in (1, 2):
+        held = torch.load(io.BytesIO(content), weights_only=False)
+        written = io.BytesIO()
+        torch.save(alter_value(held, chance), written)
+        return written.getvalue()
+    [pickled] = [name for name in records if name.endswith("data.pkl")]
+    if how == 3:
+        name = chance.choice(list(records))
+        records[name] = alter_bytes(records[name], chance)
+        if chance.random() < 0.2:
+            del records[name]
+    elif how == 4:
+        records[pickled] = alter_bytes(records[pickled], chance)
+    else:
+        records[pickled] = alter_steps(records[pickled], chance)
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w") as archive:
+        for name, raw in records.items():
+            if not name.endswith(
+                (".format_version", ".storage_alignment")
+            ):  # python's writer lays archives out otherwise
+                archive.writestr(name, raw)
+    return written.getvalue()
+
+
+def alter_steps(pickled: bytes, chance: random.Random) -> bytes:
+    """Remove, repeat, exchange or add steps of a pickle."""
+    places = [place for _, _, place in pickletools.genops(pickled)] + [len(pickled)]
+    steps = [pickled[start:stop] for start, stop in itertools.pairwise(places)]
+    added = (
+        *(
+            b"N",
+            b"]",
+            b"}",
+            b")",
+            b"(",
+            b"0",
+            b"2",
+            b"R",
+            b"b",
+            b"t",
+            b"\x85",
+            b"\x86",
+            b"a",
+            b"e",
+            b"s",
+            b"u",
+            b"Q",
+            b"\x81",
+            b".",
+        ),
+        *(
+            b"h\0",
+            b"q\0",
+            b"K\xff",
+            b"J\xff\xff\xff\xff",
+            b"\x8a\x08" + b"\xff" * 8,
+            b"\x8f",
+            b"(\x91",
+            b"\x90",
+            b"cos\nsystem\n",
+        ),
+        *(
+            b"cbuiltins\nrange\n",
+            b"ctorch\nSize\n",
+            b"cnumpy\ndtype\n",
+            b"ccollections\ndeque\n",
+            b"X\x01\0\0\0x",
+            b"G" + b"\xff" * 8,
+        ),
+    )
+    for _ in range(chance.choice((1, 1, 2, 3, 8))):
+        place = chance.randrange(len(steps))
+        match chance.randrange(4):
+            case 0:
+                del steps[place]
+            case 1:
+                steps.insert(place, chance.choice(steps))
+            case 2:
+                other = chance.randrange(len(steps))
+                steps[place], steps[other] = steps[other], steps[place]
+            case 3:
+                steps.insert(place, chance.choice(added))
+        steps = steps or [b"."]
+    return b"".join(steps)
+
+
+def use_checkpoint(path: Path) -> None:
+    """Open, inspect and compare the checkpoint that a file belongs to."""
+    opened = open_checkpoint(path if path.is_dir() else path.parent)
+    opened.check_sizes()
+    json.dumps(inspect_checkpoint(opened, None, None))
+    opened.client_state()
+    opened.extra_states()
+    view = UniversalView.of(opened)
+    compare(view, view)
+
+
+def use_latest(path: Path) -> None:
+    """Open the checkpoint that it names."""
+    open_checkpoint(path.parent)
+
+
+def use_spec(path: Path) -> None:
+    """Load a spec, and match names and shapes with it."""
+    spec, shapes = load_spec(str(path)), {each.name: tuple(each.fp32.shape) for each in model_of().parameters}
+    found = {name: spec.matches(name) for name in shapes}
+    str(spec.misfit("head.weight", found["embed.weight"]))
+    spec.check_shapes(shapes)
+    spec.check_local_shapes({name: [shape, shape] for name, shape in shapes.items()})
+    spec.unused(shapes)
+
+
+def use_random_states(path: Path) -> None:
+    """Read the states of all ranks."""
+    for rank in range(3):
+        content = read_state(path, rank)
+        if content is not None:
+            decode(dict(parse_state(content, path, rank).streams), {})
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file to alter, the way to alter it, and the use of it."""
+
+    path: Path
+    alter: Alter
+    use: Callable[[Path], None]
+
+
+def make_targets(root: Path) -> dict[str, Target]:
+    """Write small sound files of each format into a folder."""
+    found: dict[str, Target] = {}
+    client = {"epoch": 3, "seen": [1, (2, None)], "tensor": torch.ones(2)}
+    runs = {
+        "plain": NativeRun(),
+        "fp16": NativeRun(precision="fp16"),
+        "zero2": NativeRun(dp=2, stage=2),
+        "zero3": NativeRun(dp=2, stage=3, precision="bf16"),
+    }
+    for name, run in runs.items():
+        folder = write_native(root / name, model_of(), run, client_state=client)
+        model = next(path for path in sorted(folder.iterdir()) if path.name.endswith("model_states.pt"))
+        found[f"{name} model_states"] = Target(model, alter_archive, use_checkpoint)
+        if run.stage:
+            optimizer = next(path for path in sorted(folder.iterdir()) if "optim_states" in path.name)
+            found[f"{name} optim_states"] = Target(optimizer, alter_archive, use_checkpoint)
+    described = write_native(root / "manifest", model_of(), runs["zero2"])
+    add_manifest(described, model_of(), runs["zero2"], layouts=True)
+    found["manifest"] = Target(described / "ucp_manifest.json", alter_json, use_checkpoint)
+    older = write_native(root / "older", model_of(), runs["plain"], client_state=client)
+    [path] = older.glob("*.pt")
+    torch.save(torch.load(path, weights_only=False), path, _use_new_zipfile_serialization=False)
+    found["older format"] = Target(path, alter_bytes, use_checkpoint)
+    pipeline = root / "pipeline"
+    shutil.copytree(ROOT / "tests" / "golden" / "0.16.9" / "ppz1bf16-Adam" / "t", pipeline / "t")
+    layer = sorted((pipeline / "t").glob("layer_*"))[0]
+    found["layer file"] = Target(layer, alter_archive, use_checkpoint)
+    for name in ("index", "atoms"):
+        source = open_checkpoint(write_native(root / f"for {name}", model_of(), runs["zero2"], client_state=client))
+        convert(UniversalView.of(source), root / name / "t")
+    found["index"] = Target(root / "index" / "t" / "ucp_index.json", alter_json, use_checkpoint)
+    atoms = next((root / "atoms" / "t").glob("atoms-*.safetensors"))
+    found["atoms"] = Target(atoms, alter_header, use_checkpoint)
+    (root / "spec.yaml").write_text(RIGHT)
+    found["spec"] = Target(root / "spec.yaml", alter_words, use_spec)
+    (older.parent / "latest").write_text("global_step5")
+    found["latest"] = Target(older.parent / "latest", alter_bytes, use_latest)
+    ranks = ["world_size", "rank", "data_parallel_rank", "sequence_parallel_rank", "stage", "tensor_parallel_rank"]
+    place = {**dict.fromkeys(ranks, 0), "accelerator": "cpu"}
+    state = {
+        "format_version": 1,
+        "place": place,
+        "global_steps": 1,
+        "seed": 7,
+        "streams": {"a": {"$tuple": [1, {"$bytes": "AA=="}]}},
+    }
+    (root / RANDOM_STATES_NAME).write_text(
+        joined([json.dumps(state), json.dumps(state | {"place": place | {"rank": 1}})])
+    )
+    found["random states"] = Target(root / RANDOM_STATES_NAME, alter_lines, use_random_states)
+    return found
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise a HangError if the block takes longer."""
+
+    def tell(*_: Any) -> None:
+        raise HangError
+
+    former = signal.signal(signal.SIGALRM, tell)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+
+
+def altered(target: Target, sound: bytes, seed: int, name: str, number: int) -> bytes:
+    """Return the content of a case."""
+    chance = random.Random(f"{name} {seed} {number}")
+    try:
+        return target.alter(sound, chance)
+    except (RecursionError, ValueError, TypeError, AttributeError):  # what can't be written
+        return alter_bytes(sound, chance)
+
+
+def run_case(target: Target, content: bytes) -> tuple[str, str]:
+    """Use a file with another content, and put its own back. Return what came of it, and where a foreign exception was raised."""
+    sound = target.path.read_bytes()
+    target.path.write_bytes(content)
+    try:
+        with limited(SECONDS):
+            target.use(target.path)
+        return "opened", ""
+    except UniversalCheckpointError as error:
+        return ("refused", "") if len(str(error)) < 34_000 else ("foreign", f"message of {len(str(error))} characters")
+    except HangError:
+        return "hang", ""
+    except Exception as error:
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if "ucp_deepspeed" in frame.filename]
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        at = f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
+        return (
+            "foreign",
+            f"{type(error).__name__} at {at}, {Path(last.filename).name}:{last.lineno}: {str(error)[:80]!r}",
+        )
+    finally:
+        target.path.unlink(missing_ok=True)
+        target.path.write_bytes(sound)
+
+
+def run_target(name: str, seed: int, cases: range, corpus: Path | None, told: Any) -> None:
+    """Run the cases of one target in this process."""
+    logging.getLogger("ucp_deepspeed").setLevel(logging.CRITICAL)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        target = make_targets(Path(folder))[name]
+        sound = target.path.read_bytes()
+        assert run_case(target, sound) == ("opened", ""), run_case(target, sound)
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + MORE_NUMBYTES,) * 2)
+        counts, seen = Counter[str](), Counter[str]()
+        for number in cases:
+            content = altered(target, sound, seed, name, number)
+            told.send((number, dict(counts), dict(seen)))
+            outcome, where = run_case(target, content)
+            counts[outcome] += 1
+            if outcome in ("foreign", "hang"):
+                seen[where or "hang"] += 1
+                if corpus is not None and seen[where or "hang"] == 1:
+                    (corpus / f"{name.replace(' ', '-')}.{seed}.{number}").write_bytes(content)
+            if number % 500 == 0:
+                gc.collect()
+        told.send((None, dict(counts), dict(seen)))
+
+
+def main() -> int:
+    """Run all targets, or some, and print what came of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=1000, help="cases of each target")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--targets", nargs="*", help="by default all")
+    parser.add_argument("--corpus", type=Path, help="folder for the cases that were found")
+    parser.add_argument("--processes", type=int, default=2)
+    given = parser.parse_args()
+    if given.corpus is not None:
+        given.corpus.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        names = list(make_targets(Path(folder)))
+    waiting = [name for name in names if not given.targets or name in given.targets]
+    context, running, found = multiprocessing.get_context("fork"), {}, {}
+    begun, last = time.monotonic(), {name: (0, {}, {}) for name in waiting}
+    while waiting or running:
+        while waiting and len(running) < given.processes:
+            name, (mine, theirs) = waiting.pop(0), context.Pipe(duplex=False)
+            process = context.Process(
+                target=run_target, args=(name, given.seed, range(given.cases), given.corpus, theirs)
+            )
+            process.start()
+            theirs.close()
+            running[name] = process, mine
+        for name, (process, mine) in list(running.items()):
+            try:
+                while mine.poll(0.05):
+                    last[name] = mine.recv()
+            except EOFError:
+                process.join()
+                number, counts, seen = last[name]
+                if number is not None:
+                    seen = {**seen, f"process ended with {process.exitcode} in case {number}": 1}
+                    counts = {**counts, "crash": 1}
+                found[name] = counts, seen
+                del running[name]
+    kinds = ("opened", "refused", "foreign", "hang", "crash")
+    print(f"{'target':22}{'cases':>9}" + "".join(f"{kind:>9}" for kind in kinds))
+    total: Counter[str] = Counter()
+    for name in names:
+        counts, seen = found.get(name, ({}, {}))
+        total.update(counts)
+        if counts:
+            print(f"{name:22}{sum(counts.values()):9}" + "".join(f"{counts.get(kind, 0):9}" for kind in kinds))
+        for where, count in seen.items():
+            print(f"    {count} × {where}")
+    print(
+        f"{'all':22}{total.total():9}"
+        + "".join(f"{total[kind]:9}" for kind in kinds)
+        + f"  {time.monotonic() - begun:.0f} s"
+    )
+    return 1 if total["foreign"] + total["hang"] + total["crash"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
