@@ -189,11 +189,16 @@ class Bench:
         pool = self.pool(self.size.loading)
         _call(pool, on_rank.build, replace(self.run, **changes))  # type: ignore[arg-type]
         ours = Way("ours: direct load", source, lambda: _slowest(pool, on_rank.load_directly, str(source)))
-        self.compare(operation, [ours, *self._limits(source), *others], converted)
+        unchecked = Way("ours: direct load, unchecked", source, self._unchecked(pool, source))
+        self.compare(operation, [ours, unchecked, *self._limits(source), *others], converted)
         self._profile_load(operation, source)
         _call(pool, on_rank.release)
         for way in others:
             shutil.rmtree(way.source)
+
+    @staticmethod
+    def _unchecked(pool: RankPool, source: Path) -> Callable[[], Measured]:
+        return lambda: _slowest(pool, on_rank.load_directly, str(source), "off")
 
     def _limits(self, source: Path) -> list[Way]:
         """The files with the masters and moments, from which weights can be made: copied from maps, and read."""
@@ -257,10 +262,13 @@ class Bench:
         pool = self.pool(ranks)
         _call(pool, on_rank.build, self.run)
         ours = lambda: _slowest(pool, on_rank.load_directly, str(source))  # noqa: E731
-        ways = [Way('ours: "load": "always"', source, ours), *self._limits(source)]
+        unchecked = Way('ours: "load": "always", unchecked', source, self._unchecked(pool, source))
+        ways = [Way('ours: "load": "always"', source, ours), unchecked, *self._limits(source)]
         if not self.large:
             natively = lambda: _slowest(pool, on_rank.load_natively, str(source))  # noqa: E731
             ways.append(Way("DeepSpeed's own load", source, natively))
+            left = lambda: _slowest(pool, on_rank.load_natively, str(source), False, True)  # noqa: E731
+            ways.append(Way("ours: left to DeepSpeed", source, left))
         self.compare("resume, same topology", ways)
         self._profile_load("resume, same topology", source)
         saved = self.folder / "saved"
@@ -268,6 +276,11 @@ class Bench:
             "save",
             [
                 Way("ours: hook on", source, lambda: _slowest(pool, on_rank.save, str(saved), True)),
+                Way(
+                    "ours: hook on, no checksums",
+                    source,
+                    lambda: _slowest(pool, on_rank.save, str(saved), True, False, False),
+                ),
                 Way("DeepSpeed alone", source, lambda: _slowest(pool, on_rank.save, str(saved), False)),
             ],
         )
@@ -284,6 +297,11 @@ class Bench:
             "save stall",
             [
                 Way("ours: asynchronous", saved, lambda: _slowest(pool, on_rank.save, str(saved), True, True)),
+                Way(
+                    "ours: asynchronous, no checksums",
+                    saved,
+                    lambda: _slowest(pool, on_rank.save, str(saved), True, True, False),
+                ),
                 Way(
                     "ours: asynchronous, the first of a run",
                     saved,

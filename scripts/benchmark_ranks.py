@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from ucp_deepspeed.config import SaveConfig, UniversalCheckpointConfig
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.saving.background import BUFFERS
 from ucp_deepspeed.testing.runs import Run, build_engine, train_step
-from ucp_deepspeed.transfer import copying
+from ucp_deepspeed.transfer import open_files
 
 TAG = "measured"
 
@@ -139,12 +139,12 @@ def release() -> None:
         gc.collect()
 
 
-def save(folder: str, hook: bool, background: bool = False) -> Measured:
+def save(folder: str, hook: bool, background: bool = False, checksums: bool = True) -> Measured:
     """``engine.save_checkpoint``, with the package's hook or without; in the background only the call's seconds count."""
     assert _run is not None
     info = PATTERNS | {"original_vocab_size": _run.size["vocabulary"]}
     _engine.universal_checkpoint_config = UniversalCheckpointConfig(
-        enabled=hook, save=SaveConfig.model_validate({"async": background})
+        enabled=hook, save=SaveConfig.model_validate({"async": background, "checksums": checksums})
     )
     with Gauge() as gauge:
         _engine.save_checkpoint(folder, tag=TAG, client_state={"universal_checkpoint_info": info})
@@ -173,18 +173,18 @@ def copy_state() -> Measured:
     return Measured(gauge.measured.seconds, extra_memory=gauge.measured.extra_memory)
 
 
-def load_directly(folder: str) -> Measured:
+def load_directly(folder: str, verify: Literal["pieces", "off"] = "pieces") -> Measured:
     """The package's load, also where nothing has changed."""
-    _engine.universal_checkpoint_config = UniversalCheckpointConfig(enabled=True, load="always")
+    _engine.universal_checkpoint_config = UniversalCheckpointConfig(enabled=True, load="always", verify=verify)
     with Gauge(folder) as gauge:
         path, _ = _engine.load_checkpoint(folder, tag=TAG)
     assert path is not None
     return replace(gauge.loaded, bytes_counted=_engine.universal_checkpoint_report.bytes_read)
 
 
-def load_natively(folder: str, universal: bool = False) -> Measured:
-    """DeepSpeed's own load: of its own files, or of what ``ds_to_universal`` made of them."""
-    _engine.universal_checkpoint_config = UniversalCheckpointConfig()
+def load_natively(folder: str, universal: bool = False, hook: bool = False) -> Measured:
+    """DeepSpeed's own load: of its own files, or of what ``ds_to_universal`` made of them; with the hook, which checks them."""
+    _engine.universal_checkpoint_config = UniversalCheckpointConfig(enabled=hook)
     _engine._config.load_universal_checkpoint = universal
     try:
         with Gauge(folder) as gauge:
@@ -364,11 +364,11 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _note_maps() -> None:
-    in_map = copying._File.range
+    in_map = open_files.OpenFile.range
 
     def noting(file: Any, start: int, stop: int) -> torch.Tensor:
         if file._map is not None:
             _mapped.append(stop - start)
         return in_map(file, start, stop)
 
-    copying._File.range = noting  # type: ignore[method-assign, assignment]
+    open_files.OpenFile.range = noting  # type: ignore[method-assign, assignment]

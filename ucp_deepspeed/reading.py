@@ -215,6 +215,7 @@ class OpenCheckpoint(AbstractContextManager["OpenCheckpoint"]):
             count = gather(self._view, found.name, state, 0, flat, reader, layout)
             self._checkpoint.versions.check(count.files)
             self._sums.finish()
+            reader.finish()
         tensor: torch.Tensor = flat.view(box.shape)[rest]
         return tensor.contiguous()
 

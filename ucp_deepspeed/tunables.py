@@ -69,6 +69,9 @@ PIECE_NUMBYTES = 1 << 20
 SMALL_NUMBYTES = 4096
 """Storages up to this size are checked when their file is opened, as its pickle is, by the same reads."""
 
+COMPLETED_NUMBYTES = 64 << 20
+"""Bytes of pieces that were read in part and are read whole for their checksums, or a 16th of what was read, if that is more."""
+
 # Ranks
 
 CONNECT_SECONDS = 60.0

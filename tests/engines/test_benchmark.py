@@ -21,6 +21,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 RESUMES = {
     "ours: direct load",
+    "ours: direct load, unchecked",
     "bare mapped copy (the limit)",
     "sequential read of the same bytes (the limit, cold)",
 }
@@ -42,13 +43,16 @@ ROWS = {
     "resume, DP4 ZeRO-1 → DP2 ZeRO-0": RESUMES,
     "resume, same topology": {
         'ours: "load": "always"',
+        'ours: "load": "always", unchecked',
+        "ours: left to DeepSpeed",
         "bare mapped copy (the limit)",
         "sequential read of the same bytes (the limit, cold)",
         "DeepSpeed's own load",
     },
-    "save": {"ours: hook on", "DeepSpeed alone"},
+    "save": {"ours: hook on", "ours: hook on, no checksums", "DeepSpeed alone"},
     "save stall": {
         "ours: asynchronous",
+        "ours: asynchronous, no checksums",
         "ours: asynchronous, the first of a run",
         "DeepSpeed's native save",
         "bare memory copy (the limit)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def save(run: Run, folder: str, tags: tuple[str, ...], steps: int = STEP) -> Non
     engine.destroy()
 
 
-def load_errors(run: Run, folders: list[str], tag: str) -> list[str]:
-    """The error of each load on this rank; nothing of the engine has changed."""
+def load_errors(run: Run, folders: list[str], tag: str, unchanged: bool = True) -> list[str]:
+    """The error of each load on this rank; ``unchanged``: nothing of the engine has changed."""
     engine, errors = build_engine(run), list[str]()
     before = [param.detach().clone() for param in engine.module.parameters()]
     for folder in folders:
@@ -46,8 +47,9 @@ def load_errors(run: Run, folders: list[str], tag: str) -> list[str]:
             errors.append("none")
         except DamagedCheckpointError as error:
             errors.append(str(error))
-    assert engine.global_steps == 0
-    assert all(torch.equal(*each) for each in zip(before, engine.module.parameters(), strict=True))
+    if unchanged:
+        assert engine.global_steps == 0
+        assert all(torch.equal(*each) for each in zip(before, engine.module.parameters(), strict=True))
     engine.destroy()
     return errors
 
@@ -125,3 +127,62 @@ def test_saves_without_sums(in_background: bool, ranks: Ranks, tmp_path: Path) -
         manifest = read_manifest(tmp_path / "a")
         assert manifest is not None and manifest.save_id is not None and len(manifest.contents) == 4
         assert (manifest.checksums is not None) == checksums == (tmp_path / "a" / CHECKSUMS_NAME).is_file()
+
+
+def flip(path: Path, at: int) -> None:
+    held = path.read_bytes()
+    path.write_bytes(held[:at] + bytes([held[at] ^ 32]) + held[at + 1 :])
+
+
+FLIPPED = {
+    "stage 0": (Run("mlp", zero={"stage": 0}), Run("mlp", zero={"stage": 2}), "mp_rank_00_model_states.pt"),
+    "stage 1": (Run("mlp", zero={"stage": 1}), Run("mlp", zero={"stage": 3}), OPTIM.format(1)),
+    "stage 3": (Run("mlp", zero={"stage": 3}), Run("mlp", zero={"stage": 1}), OPTIM.format(1)),
+    "pipeline": (
+        Run("gpt", pp=2, zero={"stage": 0}),
+        Run("gpt", zero={"stage": 1}),
+        "layer_01-model_00-model_states.pt",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLIPPED)
+def test_a_flipped_bit_is_told_on_all_ranks(name: str, ranks: Ranks, tmp_path: Path) -> None:
+    """On the same topology, where DeepSpeed loads, and on another; with checks switched off nothing is told."""
+    run, other, file = FLIPPED[name]
+    ranks(2).run(save, run, str(tmp_path), ("a", "b"))
+    path = tmp_path / "a" / file
+    largest = max(sums_of(path).ranges, key=lambda place: place[1])
+    flip(path, largest[0] + largest[1] // 2)
+    for target, kept in ((run, True), (other, False)):
+        always = replace(target, universal={"enabled": True, "load": "always"})
+        for way in (target, always):
+            found = ranks(2).run(load_errors, way, [str(tmp_path)], "a", unchanged=kept and way is run)
+            assert all(f"{file} is damaged: bytes " in error for [error] in found), found
+            assert all("load another tag of" in error and "tag='b'" in error for [error] in found), found
+        off = replace(target, universal={"enabled": True, "verify": "off"})
+        assert ranks(2).run(load_errors, off, [str(tmp_path)], "a", unchanged=False) == [["none"], ["none"]]
+
+
+def load_whole(run: Run, folder: str) -> tuple[int, int]:
+    """Bytes that a load has read and checked on this rank."""
+    engine = build_engine(run)
+    engine.load_checkpoint(folder, tag="a")
+    report = engine.universal_checkpoint_report
+    engine.destroy()
+    return report.bytes_read, report.bytes_checked
+
+
+def test_all_that_is_read_is_checked(of_three: Path, ranks: Ranks) -> None:
+    for read, checked in ranks(2).run(load_whole, Run("mlp", zero={"stage": 3}), str(of_three)):
+        assert read == checked > 0
+    off = Run("mlp", zero={"stage": 3}, universal={"enabled": True, "verify": "off"})
+    assert all(checked == 0 for _, checked in ranks(2).run(load_whole, off, str(of_three)))
+
+
+def test_promised_sums_must_be_there(of_three: Path, ranks: Ranks, tmp_path: Path) -> None:
+    shutil.copytree(of_three / "a", tmp_path / "a")
+    (tmp_path / "a" / CHECKSUMS_NAME).unlink()
+    for world_size, run in ((3, THREE), (2, Run("mlp", zero={"stage": 3}))):
+        found = ranks(world_size).run(load_errors, run, [str(tmp_path)], "a")
+        assert all("ucp_checksums.jsonl is missing" in error for [error] in found), found

@@ -232,6 +232,7 @@ def test_files_from_before_they_told_as_much(
         content = json.loads(manifest_path.read_text())
         for record in ("files", "contents"):
             del content[record]["mp_rank_00_model_states.pt"]
+        del content["checksums"]
         manifest_path.write_text(json.dumps(content))
     else:
         manifest_path.unlink()

@@ -31,13 +31,13 @@ class Touching:
 
 
 def plant(folder: Path, name: str, mark: Path) -> None:
-    """Add it to a file, and leave no manifest, which would tell."""
+    """Add it to a file, and leave nothing in the manifest that would tell."""
     [path] = folder.rglob(name)
     saved = torch.load(path, map_location="cpu", weights_only=False)
     torch.save({**saved, "planted": Touching(mark)}, path)
     manifest = path.parent / "ucp_manifest.json"
     text = manifest.read_text().replace(f'"{name}": ', f'"not {name}": ').replace('"sum": ', '"no sum": ')
-    manifest.write_text(text)
+    manifest.write_text(text.replace('"checksums": ', '"no checksums": '))
 
 
 MOE = Run("moe", groups="decay")

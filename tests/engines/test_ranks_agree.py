@@ -84,6 +84,8 @@ def test_files_of_two_saves(load: str, two_steps: Path, ranks: Ranks, tmp_path: 
     name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     copyfile(two_steps / "global_step1" / name, tmp_path / "copy" / "global_step2" / name)
     run = replace(MLP, universal={"enabled": True, "load": load})
+    check_refused(ranks, run, tmp_path / "copy", DamagedCheckpointError, name, "isn't the file that ucp_manifest.json")
+    (tmp_path / "copy" / "global_step2" / "ucp_manifest.json").unlink()
     check_refused(ranks, run, tmp_path / "copy", DamagedCheckpointError, name, "is at step 1", "files of two saves")
 
 

@@ -107,7 +107,7 @@ def test_only_partitions_that_it_needs(stage: int, ranks: Ranks, tmp_path: Path)
         assert partitions == [{"0", "1", "2", "3"}] * 2
     others = [{name for name in names if "_optim_states" not in name} for names in found]
     states = {"zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"}
-    wanted = states | {"ucp_manifest.json", "latest", "ucp_random_states.jsonl"}
+    wanted = states | {"ucp_manifest.json", "latest", "ucp_random_states.jsonl", "ucp_checksums.jsonl"}
     assert [names - wanted for names in others] == [set()] * 2
 
 
@@ -116,11 +116,13 @@ class Taken(NamedTuple):
 
     Attributes:
         reported: read, by its own report.
+        checked: those of them that were checked, by its report.
         read: read by the process, whatever it was for.
         memory: at the peak, beyond what there was before.
     """
 
     reported: int
+    checked: int
     read: int
     memory: int
 
@@ -137,9 +139,8 @@ def taken_by_a_load(run: Run, folder: str) -> Taken:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before, read = _status("VmRSS"), _characters_read()
         engine.load_checkpoint(folder)
-        found = Taken(
-            engine.universal_checkpoint_report.bytes_read, _characters_read() - read, _status("VmHWM") - before
-        )
+        report = engine.universal_checkpoint_report
+        found = Taken(report.bytes_read, report.bytes_checked, _characters_read() - read, _status("VmHWM") - before)
     engine.destroy()
     return found
 
@@ -177,19 +178,25 @@ MEMORY = 1 << 20
     ids=["joined", "joined, partitioned", "joined, exchanged", "cut", "rounded", "many small ones, exchanged"],
 )
 @pytest.mark.parametrize("source_tp", [1, 2])
+@pytest.mark.parametrize("verify", ["off", "pieces"])
 def test_it_reads_and_takes_as_much_as_it_says(
-    source_tp: int, target: Run, settings: dict[str, Any], ranks: Ranks, tmp_path: Path, device: str
+    source_tp: int, target: Run, settings: dict[str, Any], verify: str, ranks: Ranks, tmp_path: Path, device: str
 ) -> None:
-    universal = {"enabled": True, "load": "always", "read_memory_bytes": MEMORY, **settings}
+    """Pieces that a rank reads in part, or with gaps, it reads again for their checksums, in whole."""
+    universal = {"enabled": True, "load": "always", "read_memory_bytes": MEMORY, "verify": verify, **settings}
     source = Run("gpt", target.size, tp=source_tp, precision=target.precision, universal=universal)
     ranks(2).run(train, source, STEP, save=str(tmp_path))
     held = sum(path.stat().st_size for path in tmp_path.rglob("*.pt"))
     taken = ranks(2).run(taken_by_a_load, replace(target, universal=universal), str(tmp_path))
     assert sum(each.reported for each in taken) <= 1.05 * held
     for each in taken:
-        assert each.reported <= each.read <= each.reported + (2 << 20)  # headers, manifest, /proc
+        again = 1.3 * each.reported if verify == "pieces" else 0
+        assert each.reported <= each.read <= each.reported + again + (2 << 20)  # headers, manifest, /proc
+        assert each.checked >= 0.99 * each.reported if verify == "pieces" else each.checked == 0
         if device == "cpu":  # the stand-in's own memory is the host's too
-            assert each.memory <= MEMORY + (4 << 20)  # and the plan
+            assert each.memory <= MEMORY + (4 << 20) + (
+                6 << 20 if again else 0
+            )  # and the plan; a piece for each thread
 
 
 def largest_message_of_all_ranks(run: Run) -> int:

@@ -135,6 +135,7 @@ def test_config_surface() -> None:
         "hyperparameters": "keep",
         "random_state": "keep",
         "on_unreadable": "drop",
+        "verify": "off",
         "shared_read_bytes": 0,
         "read_memory_bytes": 1 << 20,
         "save": {"async": True, "checksums": False, "timeout": 60.0},

@@ -25,8 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from xxhash import xxh3_64, xxh3_64_hexdigest, xxh3_64_intdigest
 
 from ucp_deepspeed import tunables
-from ucp_deepspeed.checkpoint.encoding import parse_document
-from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.errors import DamagedCheckpointError, FormatError
 
 CHECKSUMS_NAME = "ucp_checksums.jsonl"
 CHECKSUMS_VERSION = 1
@@ -145,6 +144,24 @@ class FileSums:
         if size != self.size:
             told.append(f"{size} bytes instead of {self.size}")
         return told + ["bytes outside of its tensors"] * (rest != self.rest)
+
+    def check_opened(self, path: Path) -> None:
+        """Compare all of a file that opening it reads, or may: everything but the larger storages. Errors are those of `check`;
+        a missing file is left to who opens it."""
+        archive = self.ranges != ((0, self.size),)
+        if path.is_file():
+            self.check(path, tunables.SMALL_NUMBYTES if archive else None)
+
+    def check_parts(self, path: Path, parts: Iterable[tuple[int, int]]) -> None:
+        """Compare the pieces that hold these parts, each from its first byte to behind its last. Errors are those of `check`."""
+        with path.open("rb", buffering=0) as file:
+            for start, stop in parts:
+                if (numbers := self.pieces_of(start, stop)) is None:
+                    raise damaged(path, f"the places of its tensors, such as bytes {start} to {stop - 1},")
+                for number in numbers:
+                    low, high = self.span(number)
+                    if sum_of(os.pread(file.fileno(), high - low, low)) != self.of_pieces[number]:
+                        raise damaged(path, f"bytes {low} to {high - 1}")
 
     def check(self, path: Path, at_most: int | None = None) -> None:
         """Compare a file; for ``at_most`` see `differences`.
@@ -347,7 +364,13 @@ class SavedSums:
             raise damaged(self.path, "some bytes") from error
         if state.hexdigest() != digest:
             raise DamagedCheckpointError(f"{self.path} isn't the file that the manifest tells of; {WAY_ON}")
-        header = parse_document(first, self.path, _Header, "a file of checksums", CHECKSUMS_VERSION)
+        try:
+            header = _Header.model_validate_json(first)
+        except ValidationError as error:
+            raise damaged(self.path, "some bytes of the first line") from error
+        if header.format_version > CHECKSUMS_VERSION:
+            found = f"{self.path} has format version {header.format_version}"
+            raise FormatError(f"{found}; this release reads up to {CHECKSUMS_VERSION}")
         if header.save_id != save_id:
             raise DamagedCheckpointError(f"{self.path} is of another save than the manifest; {WAY_ON}")
 

@@ -102,8 +102,11 @@ def _read_latest(latest: Path) -> str:
     return tag
 
 
-def open_checkpoint(path: str | Path, tag: str | None = None) -> Checkpoint:
+def open_checkpoint(path: str | Path, tag: str | None = None, verify: bool = True) -> Checkpoint:
     """Open the catalog of a checkpoint of any form; see `resolve_tag`.
+
+    Args:
+        verify: whether what is read is compared with the save's checksums, if there are any.
 
     Raises:
         CheckpointNotFoundError: there is nothing.
@@ -137,7 +140,7 @@ def _open(path: str | Path, tag: str | None) -> Checkpoint:
             f'"never" in the block, but leaves buffers and frozen weights as the model has them; then save again'
         )
     if native is not None:
-        return DeepSpeedCheckpoint(folder)
+        return DeepSpeedCheckpoint(folder, verify=verify)
     if is_marked(folder):
         raise unfinished(folder, NO_MODEL_STATES)
     if any(folder.glob("layer_*-model_states.pt")):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from ucp_deepspeed.checkpoint.checksums import FileSums
 from ucp_deepspeed.errors import DamagedCheckpointError
 
 
@@ -35,9 +36,13 @@ class FileVersions:
 
     A run may save the same tag again while somebody reads it. A catalog's facts about one save must not be joined with another
     save's tensors; so the catalog and all code that reads by it share one of these. Thread-safe.
+
+    Attributes:
+        sums: returns the checksums of a file, by which a reader checks what it reads; None if there are none.
     """
 
     def __init__(self) -> None:
+        self.sums: Callable[[str], FileSums | None] = lambda path: None
         self._first: dict[str, _Version | None] = {}
 
     def note(self, path: str | Path, status: os.stat_result | None = None) -> None:

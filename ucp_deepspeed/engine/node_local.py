@@ -23,10 +23,12 @@ def writes_for_node(engine: Engine) -> bool:
 
 
 def open_here(engine: Engine, folder: Path) -> Checkpoint:
-    """Open the catalog of a checkpoint; see `open_checkpoint`. On machines' own disks it holds as much as this machine has."""
+    """Open the catalog of a checkpoint, checked as the config says; see `open_checkpoint`. On machines' own disks it holds as
+    much as this machine has."""
+    verify = engine.universal_checkpoint_config.verify == "pieces"
     if not engine.use_node_local_storage() or (folder / INDEX_NAME).is_file():
-        return open_checkpoint(folder)
-    return DeepSpeedCheckpoint(folder, NodeLocalFiles(folder))
+        return open_checkpoint(folder, verify=verify)
+    return DeepSpeedCheckpoint(folder, NodeLocalFiles(folder, verify))
 
 
 Missing = tuple[str, str, tuple[str, ...]]

@@ -95,6 +95,7 @@ def compare(
             found += _mapping(name, "hyperparameter", hyper_a.get(name, {}), hyper_b.get(name, {}))
         for side in sides:
             side.sums.finish()
+            side.reader.finish()
     one, other = view_a.checkpoint.extra_states(), view_b.checkpoint.extra_states()
     names_in_a = {logical: name for name, logical in view_a.logical_of.items()}
     pairs = {name: names_in_a[logical] for name, logical in view_b.logical_of.items() if logical in names_in_a}

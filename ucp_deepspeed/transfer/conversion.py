@@ -72,7 +72,7 @@ def convert(
         sums = RecordSums()
         written = write_share(view, folder, share, workers, chunk_numbytes, progress, ranks.check, sums)
         _check_records(sums, ranks)
-        written.bytes_checked = sums.bytes_checked
+        written.bytes_checked += sums.bytes_checked
         count = _sum_over(ranks, written)
         # 4. The rest, when all files are whole.
         if ranks.rank == 0:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import errno
-import os
-import resource
 import threading
-import weakref
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -32,6 +29,8 @@ from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.layout.box import row_major_strides
 from ucp_deepspeed.plan import BlockCopy, Fragment, StridedView, Target, plan_tensor
+from ucp_deepspeed.transfer.open_files import OpenFile, most_open, unreadable
+from ucp_deepspeed.transfer.pieces import PieceChecks
 from ucp_deepspeed.transfer.staging import Lanes
 
 T = TypeVar("T")
@@ -63,10 +62,11 @@ class FileReader:
     It is thread-safe. The files that were used last stay open until `close`.
 
     Args:
-        versions: versions of the checkpoint's files; they show files that were replaced since it was opened.
+        versions: versions of the checkpoint's files; they show files that were replaced since it was opened, and have their
+            checksums, if there are any. A piece that was read whole and isn't what was saved is a DamagedCheckpointError.
         mapped: False to do without maps, as where the file system has none.
-        sums: to sum what is read of archives, apart from blocks with gaps. A record that was read whole and isn't what was saved
-            is a DamagedCheckpointError.
+        sums: to sum what is read of archives without checksums, apart from blocks with gaps. A record that was read whole and
+            isn't what was saved is a DamagedCheckpointError.
     """
 
     def __init__(
@@ -74,8 +74,9 @@ class FileReader:
     ) -> None:
         self._mapped, self._sums = mapped, sums
         self._versions = versions or FileVersions()
-        self._files: dict[str, _File] = {}
-        self._most_open = _most_open()
+        self._files: dict[str, OpenFile] = {}
+        self._checks: dict[str, PieceChecks | None] = {}
+        self._most_open = most_open()
         self._lock = threading.Lock()
 
     def read_into(self, view: StridedView[FileExtent], target: torch.Tensor) -> None:
@@ -98,8 +99,10 @@ class FileReader:
             self.block_into(view, block)
             return block
         raw = file.range(start, start + span * itemsize)
-        if span == prod(shape):
-            self._add(file.path, start, memoryview(raw.numpy()))
+        if file.is_mapped and span != prod(shape):
+            self._touch(file, start, span * itemsize, prod(shape) * itemsize)
+        else:
+            self._add(file, start, memoryview(raw.numpy()))
         # torch reads aligned memory only; safetensors files from elsewhere may hold elements anywhere.
         aligned = raw if raw.data_ptr() % itemsize == 0 else raw.clone()
         return aligned.view(dtype).as_strided(shape, view.strides)
@@ -113,11 +116,77 @@ class FileReader:
             return
         file, start = self._open(view, view.span(tuple(target.shape)))
         memory, numbytes = memoryview(target.view(-1).view(torch.uint8).numpy()), runs[1] * itemsize
+        if len(runs[0]) > 1 and self._checks_of(file.path) is not None:
+            for number, run in enumerate(runs[0]):
+                file.read_into(start + run * itemsize, memory[number * numbytes : (number + 1) * numbytes])
+            self._touch(file, start, view.span(tuple(target.shape)) * itemsize, len(memory))
+            return
         for number, run in enumerate(runs[0]):
             self._read(file, start + run * itemsize, memory[number * numbytes : (number + 1) * numbytes])
 
-    def _read(self, file: _File, start: int, target: memoryview) -> None:
+    @property
+    def bytes_checked(self) -> int:
+        """Bytes that were read and lie in pieces that agree with their checksums."""
+        return sum(checks.bytes_checked for checks in self._checks.values() if checks is not None)
+
+    def finish(self) -> None:
+        """Check pieces that were read in part, those first of which the most was read. Their rest is read too, unless that would
+        be much beside what was read.
+
+        Raises:
+            DamagedCheckpointError: see `block`; or a piece isn't what was saved.
+        """
+        checked = {path: checks for path, checks in self._checks.items() if checks is not None}
+        left = max(sum(checks.bytes_read for checks in checked.values()) // 16, tunables.COMPLETED_NUMBYTES)
+        found = ((*part, path) for path, checks in checked.items() for part in checks.partly_read())
+        for _, number, numbytes, path in sorted(found, reverse=True):
+            left -= numbytes
+            if left < 0:
+                return
+            self._complete(self._file(path), checked[path], [number])
+
+    def _checks_of(self, path: str) -> PieceChecks | None:
+        with self._lock:
+            if path not in self._checks:
+                sums = self._versions.sums(path)
+                self._checks[path] = None if sums is None else PieceChecks(path, sums)
+            return self._checks[path]
+
+    def _complete(self, file: OpenFile, checks: PieceChecks, numbers: Iterable[int]) -> None:
+        """Check pieces from the file."""
+        with self._telling_versions(file.path):
+            for number in numbers:
+                checks.compare_from(number, lambda low, high: memoryview(file.range(low, high).numpy()))
+
+    def _touch(self, file: OpenFile, start: int, span: int, numbytes: int) -> None:
+        """Note bytes that were read evenly within a span."""
+        if (checks := self._checks_of(file.path)) is not None:
+            with self._telling_versions(file.path):
+                complete = checks.touched(start, start + span, numbytes)
+            self._complete(file, checks, complete)
+
+    @contextmanager
+    def _telling_versions(self, path: str) -> Iterator[None]:
+        """Tell of a file that was saved again meanwhile, and not of damage."""
+        try:
+            yield
+        except DamagedCheckpointError:
+            self._versions.check([path])
+            raise
+
+    def _read_pieces(self, file: OpenFile, checks: PieceChecks, start: int, target: memoryview) -> None:
+        """Read a run of bytes, and check each piece of it while it is in the processor's cache."""
+        for low, high in checks.parts(start, start + len(target)):
+            part = target[low - start : high - start]
+            file.read_into(low, part)
+            self._complete(file, checks, checks.read(low, part))
+
+    def _read(self, file: OpenFile, start: int, target: memoryview) -> None:
         """Read a run of bytes and sum it, a piece at a time while it is in the processor's cache."""
+        if (checks := self._checks_of(file.path)) is not None:
+            with self._telling_versions(file.path):
+                self._read_pieces(file, checks, start, target)
+            return
         number = self._sums.place(file.path, start, start + len(target)) if self._sums and len(target) else None
         if number is None:
             file.read_into(start, target)
@@ -128,19 +197,20 @@ class FileReader:
             crc = zlib.crc32(target[place : place + step], crc)
         self._compare(file.path, number, Run(start, start + len(target), crc))
 
-    def _add(self, path: str, start: int, data: memoryview) -> None:
+    def _add(self, file: OpenFile, start: int, data: memoryview) -> None:
         """Sum bytes that were read."""
-        number = self._sums.place(path, start, start + len(data)) if self._sums and len(data) else None
+        if (checks := self._checks_of(file.path)) is not None:
+            with self._telling_versions(file.path):
+                self._complete(file, checks, checks.read(start, data))
+            return
+        number = self._sums.place(file.path, start, start + len(data)) if self._sums and len(data) else None
         if number is not None:
-            self._compare(path, number, Run(start, start + len(data), zlib.crc32(data)))
+            self._compare(file.path, number, Run(start, start + len(data), zlib.crc32(data)))
 
     def _compare(self, path: str, number: int, run: Run) -> None:
         assert self._sums is not None
-        try:
+        with self._telling_versions(path):
             self._sums.add(path, number, run)
-        except DamagedCheckpointError:
-            self._versions.check([path])  # saved again meanwhile, it isn't damaged
-            raise
 
     def numbytes(self, view: StridedView[FileExtent], shape: tuple[int, ...]) -> int:
         """Return the bytes to read for a block: more than it has if its runs are short and the file isn't mapped."""
@@ -148,30 +218,34 @@ class FileReader:
         numel = prod(shape) if file.is_mapped or _runs(view, shape) is not None else view.span(shape)
         return numel * ITEMSIZE[view.buffer.dtype]
 
-    def _open(self, view: StridedView[FileExtent], span: int) -> tuple[_File, int]:
+    def _open(self, view: StridedView[FileExtent], span: int) -> tuple[OpenFile, int]:
         """Return the file of a view, and the place of the view's first byte in it."""
         extent, itemsize = view.buffer, ITEMSIZE[view.buffer.dtype]
-        with self._lock:
-            file = self._files.pop(extent.path, None) or self._opened(extent.path)
-            self._files[extent.path] = file  # in the order of their last use
-            while len(self._files) > self._most_open:
-                del self._files[next(iter(self._files))]
+        file = self._file(extent.path)
         stop = extent.file_offset + extent.numel * itemsize
         if stop > file.numbytes:
             raise DamagedCheckpointError(f"{extent.path} is truncated: expected {stop} bytes, found {file.numbytes}")
         assert view.start + span <= extent.numel, (view, span)
         return file, extent.file_offset + view.start * itemsize
 
-    def _opened(self, path: str) -> _File:
+    def _file(self, path: str) -> OpenFile:
+        with self._lock:
+            file = self._files.pop(path, None) or self._opened(path)
+            self._files[path] = file  # in the order of their last use
+            while len(self._files) > self._most_open:
+                del self._files[next(iter(self._files))]
+        return file
+
+    def _opened(self, path: str) -> OpenFile:
         if not Path(path).is_file():
             raise DamagedCheckpointError(f"{path} is missing")
         try:
-            file = _File(path, self._mapped)
+            file = OpenFile(path, self._mapped)
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._files:
-                raise _unreadable(path, error) from error
+                raise unreadable(path, error) from error
             self._files.clear()  # this process has opened many others since; a file that a thread uses stays open
-            file = _File(path, self._mapped)
+            file = OpenFile(path, self._mapped)
         self._versions.note(path, file.status)
         return file
 
@@ -199,63 +273,6 @@ def _runs(view: StridedView[FileExtent], shape: tuple[int, ...]) -> tuple[Sequen
     numel, outer = run
     steps = (range(0, extent * stride, stride) for extent, stride in zip(shape[:outer], view.strides, strict=False))
     return [sum(place) for place in product(*steps)], numel
-
-
-def _most_open() -> int:
-    """Return how many files a reader may keep open: a third of what is left, since there may be a second reader."""
-    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if allowed == resource.RLIM_INFINITY:
-        return tunables.MOST_OPEN
-    return min(max((allowed - len(os.listdir("/dev/fd"))) // 3, tunables.FEWEST_OPEN), tunables.MOST_OPEN)  # noqa: PTH208
-
-
-class _File:
-    """An open file, at the latest closed when nobody uses it any more. It is mapped when blocks are asked for, if possible."""
-
-    def __init__(self, path: str, mapped: bool) -> None:
-        self.path, self._mapped = path, mapped
-        self._descriptor = os.open(path, os.O_RDONLY)
-        self.close = weakref.finalize(self, os.close, self._descriptor)
-        self.status = os.fstat(self._descriptor)
-        self.numbytes = self.status.st_size
-
-    @property
-    def is_mapped(self) -> bool:
-        """Return whether `range` costs no memory."""
-        return self._map is not None
-
-    @cached_property
-    def _map(self) -> torch.Tensor | None:
-        if self._mapped and self.numbytes:  # an empty file can't be mapped
-            with suppress(OSError, RuntimeError):
-                # Copy-on-write: torch wants writable memory, and the file must never change. It keeps no descriptor.
-                return torch.from_file(self.path, shared=False, size=self.numbytes, dtype=torch.uint8)
-        return None
-
-    def range(self, start: int, stop: int) -> torch.Tensor:
-        """Return bytes of the file: a view of the map, or new memory that they are read into."""
-        if self._map is not None:
-            return self._map[start:stop]
-        raw = torch.empty(stop - start, dtype=torch.uint8)
-        self.read_into(start, memoryview(raw.numpy()))
-        return raw
-
-    def read_into(self, start: int, target: memoryview) -> None:
-        """Fill memory with the bytes from a place on."""
-        stop = start + len(target)
-        while target:
-            try:
-                count = os.preadv(self._descriptor, [target], stop - len(target))
-            except OSError as error:
-                raise _unreadable(self.path, error) from error
-            if count == 0:
-                told = f"became shorter while it was read: {stop} bytes were expected"
-                raise DamagedCheckpointError(f"{self.path} {told}")
-            target = target[count:]
-
-
-def _unreadable(path: str, error: OSError) -> DamagedCheckpointError:
-    return DamagedCheckpointError(f"{path} can't be read: {error.strerror}")
 
 
 def run_copies(

@@ -114,6 +114,7 @@ def write_share(
     with closing(task), ThreadPoolExecutor(workers) as pool:
         try:
             _wait([pool.submit(task.work) for _ in range(workers)], check)
+            task.finish()
             view.checkpoint.versions.check()
         finally:
             task.stop.set()
@@ -153,6 +154,11 @@ class _Task:
             if self._written(chunk, done):
                 output.flush()
                 output.close()
+
+    def finish(self) -> None:
+        """Check what was read in part; called when all is read."""
+        self._reader.finish()
+        self.count.bytes_checked = self._reader.bytes_checked
 
     def close(self) -> None:
         """Close the files; called when no worker works any more."""

@@ -244,7 +244,7 @@ def test_a_source_that_is_saved_again_meanwhile_leaves_nothing(
                 else:
                     path.write_bytes(path.read_bytes())
 
-    monkeypatch.setattr("ucp_deepspeed.transfer.copying._most_open", lambda: most_open)
+    monkeypatch.setattr("ucp_deepspeed.transfer.copying.most_open", lambda: most_open)
     view = UniversalView.of(open_checkpoint(folder))
     with pytest.raises(DamagedCheckpointError, match=r"was changed while it was read|is missing"):
         convert(view, tmp_path / "u", workers=1, chunk_numbytes=4096, progress=save_again)

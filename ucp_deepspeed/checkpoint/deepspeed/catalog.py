@@ -76,11 +76,19 @@ class DeepSpeedCheckpoint(Checkpoint):
     """
 
     def __init__(
-        self, path: Path, files: DeepSpeedFiles | None = None, copies: Mapping[str, int] = MappingProxyType({})
+        self,
+        path: Path,
+        files: DeepSpeedFiles | None = None,
+        copies: Mapping[str, int] = MappingProxyType({}),
+        verify: bool = True,
     ) -> None:
-        """Args: copies: parameters that several pipeline stages hold → stage whose copy is read; by default the first."""
+        """See `DeepSpeedFiles` for ``verify``.
+
+        Args:
+            copies: parameters that several pipeline stages hold → stage whose copy is read; by default the first.
+        """
         self.path, self._copies = path, copies
-        self.files = files or DeepSpeedFiles(path)
+        self.files = files or DeepSpeedFiles(path, verify)
         self.manifest, self.versions = self.files.manifest, self.files.versions
         self._slots = lru_cache(maxsize=None)(self._read_slots)
         self._stage0_slots = lru_cache(maxsize=None)(self._read_stage0_slots)
@@ -130,7 +138,9 @@ class DeepSpeedCheckpoint(Checkpoint):
             return tuple(self._layers.extra_states(rank) for rank in range(self.topology.tp))
         for rank in range(self.topology.model_parallel):
             module, path = self.files.model_states(rank)["module"], self.files.model_states_path(rank, 0)
-            found[rank % self.topology.tp].update(extra_states_in(module, path))
+            extra = extra_states_in(module, path)
+            self.files.check_tensors(path, {key: module[key] for key in extra})
+            found[rank % self.topology.tp].update(extra)
         return found
 
     def check_sizes(self) -> None:

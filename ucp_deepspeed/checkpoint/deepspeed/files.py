@@ -26,7 +26,7 @@ from ucp_deepspeed.checkpoint.deepspeed.contents import (
     in_flat,
     value_of,
 )
-from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest, sums_by
 from ucp_deepspeed.checkpoint.deepspeed.older_files import (
     RESAVE_HINT,
     buffer_names,
@@ -36,6 +36,7 @@ from ucp_deepspeed.checkpoint.deepspeed.older_files import (
 )
 from ucp_deepspeed.checkpoint.deepspeed.zero_slots import BF16_OPTIMIZER, NamedShapes, ZeroFile
 from ucp_deepspeed.checkpoint.expert_names import expert_of, optimizer_file, weight_file
+from ucp_deepspeed.checkpoint.torch_files.archives import storages_of
 from ucp_deepspeed.checkpoint.torch_files.safe_load import PRECISIONS, open_torch_file
 from ucp_deepspeed.checkpoint.torch_files.unpickling import opaque_in
 from ucp_deepspeed.checkpoint.versions import FileVersions, check_regular
@@ -56,6 +57,9 @@ ENGINE_KEYS = frozenset(
 )
 """Top-level keys of a model_states file that DeepSpeed writes; all others are the user's client state."""
 
+WEIGHTS_KEYS = frozenset({"module", "optimizer"})
+"""Keys whose tensors a load reads where it needs them."""
+
 REQUIRED_KEYS = ("module", "buffer_names", "dp_world_size", "mp_world_size", "global_steps", "skipped_steps")
 """Keys that a model_states file must have."""
 
@@ -73,7 +77,6 @@ _OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states
 _RANKS_FILE = re.compile(r"(?:(?:bf16_)?zero_pp_rank_(\d+)_)?mp_rank_(\d+)_(?:model|optim)_states\.pt")
 """Files that each model-parallel rank has. The groups are its partition, if any, and its number."""
 
-
 _LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 
 
@@ -84,25 +87,34 @@ def layer_file(file_name: str) -> tuple[int, int] | None:
 
 
 class DeepSpeedFiles:
-    """A tag folder that DeepSpeed wrote. A file that was opened once stays in memory. A long class, of short answers about one
-    folder.
+    """A tag folder that DeepSpeed wrote. A file that was opened once stays in memory. A long class, of short answers.
 
     Attributes:
         path: the folder.
         manifest: the manifest of the save hook, or None.
-        versions: versions of the files that have been opened.
+        versions: versions of the files that have been opened, and the checksums of those that are to be checked.
+
+    Args:
+        verify: whether what is read is compared with the save's checksums, if there are any.
 
     Raises:
-        DamagedCheckpointError: a file is missing, truncated, or of another size than the manifest says.
+        DamagedCheckpointError: a file is missing, truncated, isn't what was saved, or the manifest doesn't describe it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, verify: bool = True) -> None:
         self.path, self.versions = path, FileVersions()
         self.versions.note(path / MANIFEST_NAME)
         self.manifest: Manifest | None = read_manifest(path)
         self.open = lru_cache(maxsize=None)(self._open_checked)
         self._whole = lru_cache(maxsize=None)(self._model_states)
         self._zero = lru_cache(maxsize=None)(self._read_zero)
+        if verify and self.manifest is not None:
+            self.versions.sums = sums_by(self.manifest, path)
+
+    def check_tensors(self, path: Path, described: Any) -> None:
+        """Compare the tensors in a value of `open` with the file's checksums, if there are any."""
+        if (sums := self.versions.sums(str(path))) is not None:
+            sums.check_parts(path, storages_of(described))
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -341,7 +353,9 @@ class DeepSpeedFiles:
         """Return the top level of a model_states file, except the module and the keys in `unreadable`. Tensors are mapped."""
         path = self.model_states_path(rank, partition)
         self.versions.note(path)
-        saved, left_out = open_torch_file(path, tensors=True, owned=ENGINE_KEYS), self.unreadable(rank, partition)
+        left_out = self.unreadable(rank, partition)
+        self.check_tensors(path, {key: value for key, value in self.open(path).items() if key not in WEIGHTS_KEYS})
+        saved = open_torch_file(path, tensors=True, owned=ENGINE_KEYS)
         return {key: value for key, value in saved.items() if key != "module" and key not in left_out}
 
     def unreadable(self, rank: int, partition: int) -> dict[str, str]:
@@ -392,6 +406,8 @@ class DeepSpeedFiles:
         self.versions.note(path)
         if self.manifest is not None:
             self.manifest.check_file(path)
+        if (sums := self.versions.sums(str(path))) is not None:
+            sums.check_opened(path)
         saved = open_saved(path)
         module = saved.get("module") if is_model_states(path.name) else None
         flat = in_flat(module)

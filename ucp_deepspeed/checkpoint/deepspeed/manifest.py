@@ -6,8 +6,8 @@ import hashlib
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cache, cached_property
 from math import prod
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +17,7 @@ from xxhash import xxh3_64_hexdigest
 
 from ucp_deepspeed.checkpoint.bounds import FileName
 from ucp_deepspeed.checkpoint.checkpoint import Kind
+from ucp_deepspeed.checkpoint.checksums import FileSums, SavedSums
 from ucp_deepspeed.checkpoint.encoding import parse_document
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import Shape, Topology
@@ -236,6 +237,22 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise DamagedCheckpointError(
             f"{error}; DeepSpeed's own files may be whole: remove {MANIFEST_NAME}, and they are read as it alone wrote them"
         ) from error
+
+
+def sums_by(manifest: Manifest, folder: Path) -> Callable[[str], FileSums | None]:
+    """Return a function that returns the checksums of a file by its path, or None if the save took none. It reads their file when
+    it is first called; see `SavedSums` for the errors."""
+
+    @cache
+    def saved() -> SavedSums | None:
+        return None if manifest.checksums is None else SavedSums(folder, manifest.checksums, manifest.save_id)
+
+    @cache
+    def sums(path: str) -> FileSums | None:
+        held = saved()
+        return None if held is None else held.of(Path(path).name)
+
+    return sums
 
 
 def _with_kinds_of_optimizer(manifest: Manifest) -> Manifest:

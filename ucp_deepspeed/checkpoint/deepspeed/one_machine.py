@@ -17,8 +17,8 @@ class NodeLocalFiles(DeepSpeedFiles):
         missing: names of the files that aren't here, once the topology is known.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, verify: bool = True) -> None:
+        super().__init__(path, verify)
         self.missing: tuple[str, ...] = ()
         self._stands_in = True
 

@@ -34,6 +34,13 @@ def storage_start(tensor: torch.Tensor) -> int:
     return start
 
 
+def storages_of(described: Any) -> list[tuple[int, int]]:
+    """Return where the storages of tensors in a described value begin and end in its file, in bytes."""
+    found = (value for value in everything_in(described) if isinstance(value, torch.Tensor) and value.is_meta)
+    places = {storage_start(each): each.untyped_storage().nbytes() for each in found if each.layout is torch.strided}
+    return [(start, start + numbytes) for start, numbytes in places.items() if numbytes]
+
+
 LARGE = 2**32 - 1
 """The first number that is too large for a field of 32 bits."""
 

@@ -61,6 +61,7 @@ def local_state_dict(checkpoint: Checkpoint, model: EngineModel) -> dict[str, to
         target = Target(layout, rank, (Fragment(0, flat.numel(), None, 0),))
         run_copies(plan_tensor(view.source(logical, state), target, state), reader, lambda _, flat=flat: flat)  # type: ignore[misc]
         found[name] = flat.view(shape)
+    reader.finish()
     return found
 
 

@@ -127,6 +127,7 @@ class Filling:
             filler.exchange()
             filler.wait()
             with filler.alone():
+                filler.finish()
                 optimizer.make_weights()
                 self.versions.check()
             optimizer.send_weights()
@@ -236,6 +237,11 @@ class _Filler:
                 _add(self._among_tensor_parallel, buffer, self._tensor_parallel, sharing)
             if (sharing := plan.division.replicas) is not None:
                 _add(self._among_replicas, buffer, replicas, sharing)
+
+    def finish(self) -> None:
+        """Check pieces of files that were read in part against their checksums, and count what was checked."""
+        self._reader.finish()
+        self.count.bytes_checked = self._reader.bytes_checked
 
     def share(self, held: Held, group: Any) -> None:
         """Have tensors exchanged among the ranks of a process group."""

@@ -18,6 +18,7 @@ from deepspeed import comm as dist
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.files import VALUES_KEY
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.agreement import agreement
@@ -29,7 +30,7 @@ from ucp_deepspeed.engine.known_layouts import KnownLayouts, keep_layouts, known
 from ucp_deepspeed.engine.loading.custom_load import check_custom_load, local_state_dict, run_custom_load
 from ucp_deepspeed.engine.loading.filling import Filling, check_exchange, own_cores, share_of_cores
 from ucp_deepspeed.engine.loading.finding import Found, find
-from ucp_deepspeed.engine.loading.native import LoadOptions, only_held_against_the_list
+from ucp_deepspeed.engine.loading.native import LoadOptions, check_sums, only_held_against_the_list
 from ucp_deepspeed.engine.loading.planning import pair_with, plan_filling, policies_of, target_slots
 from ucp_deepspeed.engine.loading.training_state import (
     GroupSettings,
@@ -77,6 +78,7 @@ class LoadReport:
     merged: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     copies: tuple[str, ...] = ()
+    bytes_checked: int = 0
 
 
 @telling_ways_on
@@ -123,6 +125,9 @@ def _load_natively(
     if folder is not None and (tag is None or folder.name != Path(tag).name):
         load_dir, tag = str(folder.parent), folder.name  # the user named the folder itself, or it lies aside
     checked = nullcontext() if folder is None else only_held_against_the_list(checkpoint, engine)
+    if isinstance(checkpoint, DeepSpeedCheckpoint):
+        with agreement():
+            check_sums(checkpoint, engine)
     with agreement():  # DeepSpeed itself may raise on one rank
         with told_once(load_dir, tag), checked:
             loaded = native(load_dir, tag=tag, **options.arguments())
@@ -227,6 +232,7 @@ class _Plan:
             merged=tuple(self.numbers.merged),
             unread=self.unread,
             copies=self.copies,
+            bytes_checked=read.bytes_checked,
         )
 
 
@@ -315,7 +321,7 @@ def _log(report: LoadReport, checkpoint: Checkpoint, model: EngineModel, rounded
     if dist.get_rank() != 0:
         return
     logger.info(
-        "loaded %s (step %d, saved as %s) on %s: rank 0 read %.1f MB from %d files in %.2f s",
+        "loaded %s (step %d, saved as %s) on %s: rank 0 read %.1f MB from %d files in %.2f s, %s",
         checkpoint.path,
         checkpoint.run.global_steps,
         report.source,
@@ -323,6 +329,7 @@ def _log(report: LoadReport, checkpoint: Checkpoint, model: EngineModel, rounded
         report.bytes_read / 1e6,
         report.files,
         report.seconds,
+        f"{100 * report.bytes_checked // report.bytes_read} % checked" if report.bytes_checked else "unchecked",
     )
     for what, names in (("kept the model's own values", report.initialised), ("were dropped", report.dropped)):
         if names:

@@ -339,6 +339,17 @@ def look_into(path: Path, checkpoint: DeepSpeedCheckpoint | None) -> dict[str, A
     return open_saved(path, foreign=True)
 
 
+def check_sums(checkpoint: DeepSpeedCheckpoint, engine: Engine) -> None:
+    """Compare the files that DeepSpeed will read on this rank with their checksums, all of each.
+
+    Raises:
+        DamagedCheckpointError: some bytes aren't what was saved.
+    """
+    for path in dict.fromkeys(files_to_unpickle(checkpoint.path, checkpoint.files.names, engine)):
+        if (sums := checkpoint.versions.sums(str(path))) is not None:
+            sums.check(path)
+
+
 @contextmanager
 def only_held_against_the_list(checkpoint: Checkpoint | None, engine: Engine) -> Iterator[None]:
     """Check each file against the allow-list before DeepSpeed unpickles it, also one that `files_to_unpickle` doesn't know.

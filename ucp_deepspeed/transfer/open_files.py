@@ -1,0 +1,72 @@
+"""One open file: positioned reads, and a map where the system gives one."""
+
+from __future__ import annotations
+
+import os
+import resource
+import weakref
+from contextlib import suppress
+from functools import cached_property
+
+import torch
+
+from ucp_deepspeed import tunables
+from ucp_deepspeed.errors import DamagedCheckpointError
+
+
+def most_open() -> int:
+    """Return how many files a reader may keep open: a third of what is left, since there may be a second reader."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed == resource.RLIM_INFINITY:
+        return tunables.MOST_OPEN
+    return min(max((allowed - len(os.listdir("/dev/fd"))) // 3, tunables.FEWEST_OPEN), tunables.MOST_OPEN)  # noqa: PTH208
+
+
+class OpenFile:
+    """An open file, at the latest closed when nobody uses it any more. It is mapped when blocks are asked for, if possible."""
+
+    def __init__(self, path: str, mapped: bool) -> None:
+        self.path, self._mapped = path, mapped
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self.close = weakref.finalize(self, os.close, self._descriptor)
+        self.status = os.fstat(self._descriptor)
+        self.numbytes = self.status.st_size
+
+    @property
+    def is_mapped(self) -> bool:
+        """Return whether `range` costs no memory."""
+        return self._map is not None
+
+    @cached_property
+    def _map(self) -> torch.Tensor | None:
+        if self._mapped and self.numbytes:  # an empty file can't be mapped
+            with suppress(OSError, RuntimeError):
+                # Copy-on-write: torch wants writable memory, and the file must never change. It keeps no descriptor.
+                return torch.from_file(self.path, shared=False, size=self.numbytes, dtype=torch.uint8)
+        return None
+
+    def range(self, start: int, stop: int) -> torch.Tensor:
+        """Return bytes of the file: a view of the map, or new memory that they are read into."""
+        if self._map is not None:
+            return self._map[start:stop]
+        raw = torch.empty(stop - start, dtype=torch.uint8)
+        self.read_into(start, memoryview(raw.numpy()))
+        return raw
+
+    def read_into(self, start: int, target: memoryview) -> None:
+        """Fill memory with the bytes from a place on."""
+        stop = start + len(target)
+        while target:
+            try:
+                count = os.preadv(self._descriptor, [target], stop - len(target))
+            except OSError as error:
+                raise unreadable(self.path, error) from error
+            if count == 0:
+                told = f"became shorter while it was read: {stop} bytes were expected"
+                raise DamagedCheckpointError(f"{self.path} {told}")
+            target = target[count:]
+
+
+def unreadable(path: str, error: OSError) -> DamagedCheckpointError:
+    """Return the error for a file that can't be read."""
+    return DamagedCheckpointError(f"{path} can't be read: {error.strerror}")
