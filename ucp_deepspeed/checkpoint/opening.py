@@ -115,13 +115,13 @@ def open_checkpoint(path: str | Path, tag: str | None = None, verify: bool = Tru
         UnsupportedError: DeepSpeed's files that this release can't read, but DeepSpeed by itself may.
     """
     try:
-        return _open(path, tag)
+        return _open(path, tag, verify)
     except OSError as error:  # such as a folder that may not be read
         place = path if error.filename is None else error.filename
         raise DamagedCheckpointError(f"{place} can't be read: {error.strerror or error}") from error
 
 
-def _open(path: str | Path, tag: str | None) -> Checkpoint:
+def _open(path: str | Path, tag: str | None, verify: bool) -> Checkpoint:
     folder = resolve_tag(path, tag)
     if is_unfinished(folder):
         raise DamagedCheckpointError(f"{folder} {UNFINISHED}")
