@@ -138,7 +138,7 @@ def _of_index(evidence: Evidence) -> Collection[str]:
     """Read the index of a universal checkpoint; return the files that it lists."""
     try:
         index = read_document(evidence.path / INDEX_NAME, Index, "an index", FORMAT_VERSION)
-    except UniversalCheckpointError as error:
+    except (UniversalCheckpointError, OSError) as error:
         evidence.problems.append(Problem(INDEX_NAME, "checkpoint", str(error)))
         return ()
     _check_sizes(evidence, index.files, "the index")
@@ -149,7 +149,7 @@ def _of_manifest(evidence: Evidence, there: Collection[str]) -> Collection[str]:
     """Read manifest and sums of a folder that DeepSpeed wrote; return the files that they list."""
     try:
         evidence.manifest = manifest = read_manifest(evidence.path)
-    except UniversalCheckpointError as error:
+    except (UniversalCheckpointError, OSError) as error:
         evidence.problems.append(Problem(MANIFEST_NAME, "manifest", str(error)))
         return ()
     if manifest is None:
@@ -181,7 +181,11 @@ def _of_manifest(evidence: Evidence, there: Collection[str]) -> Collection[str]:
 def _check_sizes(evidence: Evidence, files: Mapping[str, int], by: str) -> None:
     for name, size in files.items():
         path = evidence.path / name
-        if not path.is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts:  # no size of a file elsewhere is anybody's business
+            evidence.problems.append(
+                Problem(None, "checkpoint", f"{by} of {evidence.path} tells of a file outside: {name}")
+            )
+        elif not path.is_file():
             evidence.add(name, "missing", f"is missing, and {by} tells of it; {REMEDY}")
         elif (found := path.stat().st_size) != size:
             evidence.add(name, "size", f"has {found} bytes, and {by} says {size}; {REMEDY}")

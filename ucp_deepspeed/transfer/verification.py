@@ -32,6 +32,10 @@ Tell = Callable[[int], None]
 """Called with the number of bytes that were read."""
 
 
+class _StoppedError(Exception):
+    """Ends a thread whose result nobody waits for."""
+
+
 @dataclass(frozen=True, slots=True)
 class VerifiedFile:
     """A file of a checkpoint.
@@ -116,18 +120,24 @@ def verify(
         check_regular(folder / name)
         versions.note(folder / name)
         sizes[name] = (folder / name).stat().st_size
-    done, total, lock = 0, sum(sizes.values()), threading.Lock()
+    done, total, lock, stopped = 0, sum(sizes.values()), threading.Lock(), threading.Event()
 
     def tell(numbytes: int) -> None:
         nonlocal done
+        if stopped.is_set():
+            raise _StoppedError
         with lock:
             done += numbytes
             progress(done, total)
 
     count = threads or min(os.cpu_count() or 1, tunables.MOST_THREADS)
+    largest_first = sorted(evidence.names, key=lambda name: -sizes[name])
     with ThreadPoolExecutor(count) as pool:
-        largest_first = sorted(evidence.names, key=lambda name: -sizes[name])
-        files = dict(zip(largest_first, pool.map(partial(_verified, evidence, tell), largest_first), strict=True))
+        try:
+            read = list(pool.map(partial(_verified, evidence, tell), largest_first))
+        finally:
+            stopped.set()  # after an error, as of Ctrl-C, the other threads don't read their files to the end
+    files = dict(zip(largest_first, read, strict=True))
     found = [*evidence.problems, *(problem for name in evidence.names for problem in files[name].problems)]
     evidence.problems[:] = found
     checkpoint, wrong, doubts = _opened(folder, found)
