@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 
 import ucp_deepspeed
@@ -85,6 +87,17 @@ def test_a_file_of_another_save_is_told(folder: Path) -> None:
         shutil.copyfile(folder / "step2" / path.name, path)
         assert ucp_deepspeed.verify(folder).verdict == "damaged", path
         path.write_bytes(whole)
+
+
+def test_a_file_that_was_saved_anew_is_told(folder: Path) -> None:
+    """Its own CRC-32 fit; the sums of the save don't."""
+    [path] = (folder / "step3").glob("*_optim_states.pt")
+    saved = torch.load(path, weights_only=False)
+    saved["optimizer_state_dict"]["single_partition_of_fp32_groups"][0].detach()[7] += 1
+    torch.save(saved, path)
+    problems = ucp_deepspeed.verify(folder).problems
+    assert problems[0].what == "content" and not any(problem.what == "archive" for problem in problems)
+    assert any(re.search(r"bytes \d+ to \d+ differ", problem.detail) for problem in problems)
 
 
 def test_steps_that_only_the_contents_tell(folder: Path, ucp: Ucp) -> None:

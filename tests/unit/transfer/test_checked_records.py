@@ -82,14 +82,15 @@ def test_a_conversion_checks(
 def test_several_ranks_check_together(
     native: Callable[..., Path], view_of: Callable[..., UniversalView], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No rank reads a whole record: each writes a share of each file, which pages of 64 bytes make possible here."""
+    """No rank reads all of a record: each writes a share of each file, which pages of 64 bytes make possible here."""
     monkeypatch.setattr("ucp_deepspeed.tunables.PAGE_NUMBYTES", 64)
+    monkeypatch.setattr("ucp_deepspeed.tunables.BLOCK_NUMBYTES", 64)  # else headers are most of what they write
     folder = native("a", tp=1, dp=1, stage=1)
     alone = convert(view_of(folder), tmp_path / "alone").bytes_checked
-    found = in_ranks(3, lambda ranks: convert(view_of(folder), tmp_path / "three", chunk_numbytes=64, ranks=ranks))
-    assert [count.bytes_checked for count in found] == [alone] * 3
+    found = in_ranks(6, lambda ranks: convert(view_of(folder), tmp_path / "six", chunk_numbytes=64, ranks=ranks))
+    assert [count.bytes_checked for count in found] == [alone] * 6
     _, record = damaged(folder, 1)
-    found = in_ranks(3, lambda ranks: convert(view_of(folder), tmp_path / "not", chunk_numbytes=64, ranks=ranks))
+    found = in_ranks(6, lambda ranks: convert(view_of(folder), tmp_path / "not", chunk_numbytes=64, ranks=ranks))
     assert all(isinstance(error, DamagedCheckpointError | OtherRankError) and record in str(error) for error in found)
     assert not (tmp_path / "not").exists()
 
