@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -477,6 +478,7 @@ def run_case(target: Target, content: bytes) -> tuple[str, str]:
 def run_target(name: str, seed: int, cases: range, corpus: Path | None, told: Any) -> None:
     """Run the cases of one target in this process."""
     logging.getLogger("ucp_deepspeed").setLevel(logging.CRITICAL)
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         target = make_targets(Path(folder))[name]
@@ -536,6 +538,7 @@ def main() -> int:
                     counts = {**counts, "crash": 1}
                 found[name] = counts, seen
                 del running[name]
+                print(f"{name}: {counts} {seen}", file=sys.stderr, flush=True)
     kinds = ("opened", "refused", "foreign", "hang", "crash")
     print(f"{'target':22}{'cases':>9}" + "".join(f"{kind:>9}" for kind in kinds))
     total: Counter[str] = Counter()

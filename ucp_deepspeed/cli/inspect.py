@@ -92,7 +92,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, spec: str | None, vocabulary_size
         "files": len(files),
         "written": datetime.fromtimestamp(max(file.st_mtime for file in files), timezone.utc).isoformat("T", "seconds"),
         "other_tags": _other_tags(checkpoint.path),
-        "client_state": [key if isinstance(key, str) else _told(key) for key in (*held.client_state, *held.unreadable)],
+        "client_state": [_name(key) for key in (*held.client_state, *held.unreadable)],
         "groups": [
             {
                 "names": list(group.names),
@@ -114,9 +114,9 @@ def _parameter(parameter: ParameterInfo) -> dict[str, Any]:
         "shape": None if parameter.shape is None else list(parameter.shape),
         "local_shapes": [None if shape is None else list(shape) for shape in parameter.local_shapes],
         "pattern": parameter.pattern,
-        "states": {state: TORCH_DTYPES[dtype] for state, dtype in parameter.states.items()},
+        "states": {_name(state): TORCH_DTYPES[dtype] for state, dtype in parameter.states.items()},
         "scalars": _json(parameter.scalars),
-        "refused": dict(parameter.refused),
+        "refused": {_name(state): why for state, why in parameter.refused.items()},
         "differing": _json(parameter.differing),
     }
 
@@ -136,8 +136,13 @@ def _json(value: Any) -> Any:
         return encoded
     except (UnsupportedError, ValueError, RecursionError):
         if isinstance(value, Mapping) and misshapen(value) is None:
-            return {key if isinstance(key, str) else _told(key): _json(item) for key, item in value.items()}
+            return {_name(key): _json(item) for key, item in value.items()}
         return {"$shown": _told(value)}
+
+
+def _name(key: Any) -> str:
+    """Return a key as a text."""
+    return key if isinstance(key, str) else _told(key)
 
 
 def _told(value: Any) -> str:

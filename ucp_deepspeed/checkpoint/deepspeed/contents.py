@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import torch
-from pydantic import AfterValidator, InstanceOf, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, InstanceOf, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from ucp_deepspeed.checkpoint.extra_states import is_extra_state
 from ucp_deepspeed.checkpoint.torch_files.unpickling import FragmentAddress, LossScaler
@@ -69,8 +70,25 @@ def _record(*required: str, **kinds: Any) -> Any:
     return Annotated[dict[Any, Any], AfterValidator(checked)]
 
 
+MOST_NUMEL = 2**48
+"""Most elements of a parameter; several of so many still fit into the numbers that torch calculates with."""
+
+
+def _small(shape: Sequence[int]) -> Sequence[int]:
+    if prod(shape) > MOST_NUMEL:
+        raise ValueError("a parameter can't have so many elements")
+    return shape
+
+
+def _whole(address: FragmentAddress) -> FragmentAddress:
+    if any(type(vars(address).get(key)) is not int or vars(address)[key] < 0 for key in ("numel", "start")):
+        raise ValueError("an address lacks its start or its number of elements")
+    return address
+
+
 _Tensor = InstanceOf[torch.Tensor]
-_Shapes: Any = dict[str, _listed(NonNegativeInt)]  # type: ignore[misc]
+_Shapes: Any = dict[str, Annotated[_listed(NonNegativeInt), AfterValidator(_small)]]  # type: ignore[misc]
+_Address = Annotated[InstanceOf[FragmentAddress], AfterValidator(_whole)]
 _Keyed = dict[Any, Any]
 _Group = _record("params", params=_listed(int))
 _Base = _record(state=_Keyed, param_groups=_listed(_Group))
@@ -94,6 +112,7 @@ WHOLE_OPTIMIZER = _types(
     state=_Keyed,
     param_groups=_listed(_Group),
     optimizer_state_dict=_Base,
+    dynamic_loss_scale=bool | int,
     fp32_groups_flat=_listed(_Tensor),
     fp32_groups=_listed(_listed(_Tensor)),
 )
@@ -104,11 +123,12 @@ ZERO = _types(
     fp32_flat_groups=_listed(_Tensor),
     base_optimizer_state=_listed(_Keyed) | _Base,
     optimizer_state_dict=_Base,
-    param_slice_mappings=_listed(dict[str, InstanceOf[FragmentAddress]]) | None,
+    param_slice_mappings=_listed(dict[str, _Address]) | None,
     partition_count=PositiveInt | _listed(PositiveInt),
     ds_zero_partition_groups=_listed(_Sharing) | None,
     param_alignment_paddings=_listed(_listed(NonNegativeInt)) | None,
-    zero_stage=NonNegativeInt,
+    zero_stage=Annotated[NonNegativeInt, Field(le=3)],
+    dynamic_loss_scale=bool | int,
     loss_scaler=InstanceOf[LossScaler] | None,
 )
 """Types in the ``optimizer_state_dict`` of a ZeRO optimizer's file."""

@@ -502,6 +502,7 @@ def open_saved(path: Path, foreign: bool = False) -> dict[str, Any]:
 def _enabled(config: Mapping[str, Any]) -> Precision | None:
     """Return the half precision that a config switches on."""
     for name, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
-        if any(isinstance(config.get(key), dict) and config[key].get("enabled") for key in keys):
+        held = (config[key].get("enabled") for key in keys if isinstance(config.get(key), dict))
+        if any(isinstance(value, int | str) and value for value in held):
             return name  # type: ignore[return-value]
     return None

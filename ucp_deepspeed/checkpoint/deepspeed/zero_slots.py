@@ -353,7 +353,9 @@ def _numbers(partitions: int, open_group: OpenGroup) -> dict[str, NumbersReader]
 
 def _held_states(flattening: Flattening, overlapping: frozenset[str], held: HeldGroup) -> SplitStates:
     """Return master and optimizer state of a flat group as in its first partition's file."""
-    buffer = held.master if held.file.is_elastic else torch.empty(flattening.buffer_numel(0), device="meta")
+    if (numel := flattening.buffer_numel(0)) >= 2**63:
+        raise DamagedCheckpointError(f"{held.path} tells of a buffer that no machine has: {numel} elements")
+    buffer = held.master if held.file.is_elastic else torch.empty(numel, device="meta")
     state = held.state
     found = split_states({key: value for key, value in state.items() if key not in overlapping}, buffer, held.path)
     whole = {key: dtype_of(state[key], held.path) for key in overlapping}
