@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import math
+import pickle
+import reprlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from ucp_deepspeed.checkpoint.bounds import read_bounded
 from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES, TORCH_DTYPES
+from ucp_deepspeed.checkpoint.torch_files.unpickling import given_fraction
 from ucp_deepspeed.errors import DamagedCheckpointError, FormatError, UnsupportedError, worded
 
 _COLLECTIONS: Mapping[str, type[Any]] = {"": list, "$tuple": tuple, "$set": set, "$frozenset": frozenset}
@@ -28,7 +31,7 @@ _COLLECTIONS: Mapping[str, type[Any]] = {"": list, "$tuple": tuple, "$set": set,
 
 _PLAIN: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
     "decimal": (Decimal, str, Decimal),
-    "fraction": (Fraction, str, Fraction),
+    "fraction": (Fraction, str, given_fraction),
     "uuid": (UUID, str, UUID),
     "complex": (complex, lambda value: [value.real, value.imag], lambda parts: complex(*parts)),
     "slice": (slice, lambda value: [value.start, value.stop, value.step], lambda parts: slice(*parts)),
@@ -75,9 +78,10 @@ def parse_document(content: bytes, path: Path, form: type[Document], what: str, 
     try:
         return form.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, item['loc']))}: {worded(item)}" for item in error.errors()]
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise DamagedCheckpointError(f"{path} is not {what}: {'; '.join(problems[:3])}{more}") from error
+        found = error.errors(include_url=False)
+        problems = [f"{'.'.join(map(str, item['loc']))}: {worded(item)}" for item in found[:3]]
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        raise DamagedCheckpointError(f"{path} is not {what}: {'; '.join(problems)}{more}") from error
 
 
 def encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -140,8 +144,9 @@ def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     [(tag, content)] = value.items()
     try:
         return _decode_tagged(tag, content, tensors)
-    except (KeyError, ValueError, TypeError) as error:
-        raise DamagedCheckpointError(f"the index holds a value that can't be decoded: {tag} {content!r}") from error
+    except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError, pickle.UnpicklingError) as error:
+        shown = reprlib.repr(content)
+        raise DamagedCheckpointError(f"the index holds a value that can't be decoded: {tag} {shown}") from error
 
 
 def _decode_tagged(tag: str, content: Any, tensors: Mapping[str, torch.Tensor]) -> Any:

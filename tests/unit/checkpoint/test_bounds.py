@@ -191,3 +191,18 @@ def test_inspect_shows_odd_values(one: Path, tmp_path: Path, ucp: Callable[..., 
     torch.save({**saved, "global_steps": 10**5000}, path)
     done = ucp("inspect", one, "--json")
     assert done.exit_code == 2 and "has global_steps 'of many digits'" in done.output
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *({"$plain": ["fraction", "1e999999999"]}, {"$plain": ["deque", [[], 2**70]]}, {"$plain": ["uuid", 5]}),
+        *({"$plain": ["decimal", "x"]}, {"$plain": [[], 1]}, {"$bytes": "é"}, {"$unknown": "x" * 10**6}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_values_of_an_index_that_nothing_encodes(value: dict[str, Any], universal: Path) -> None:
+    edit(universal / "ucp_index.json", lambda index: index.update(client_state={"a": value}))
+    with pytest.raises(DamagedCheckpointError, match="the index holds a value that can't be decoded") as caught:
+        open_checkpoint(universal).client_state()
+    assert len(str(caught.value)) < 300
