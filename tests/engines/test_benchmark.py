@@ -210,8 +210,8 @@ def test_what_loads_saves_and_conversions_count(script: ModuleType, tmp_path: Pa
     ours = rows["resume, same topology", 'ours: "load": "always"']
     assert ours.bytes_counted == held
     assert (
-        held <= ours.bytes_read <= held + 500_000
-    )  # the manifest and each file's directory come on top, for each rank
+        held <= ours.bytes_read <= held + 1_000_000
+    )  # manifest, checksums, each file's directory, and what opening compares come on top, for each rank
     optimizer_files = [numbytes for name, numbytes in sizes.items() if name.endswith("optim_states.pt")]
     assert len(optimizer_files) <= ours.files <= 2 * len(optimizer_files) + 3
     read = rows["resume, same topology", "sequential read of the same bytes (the limit, cold)"]
