@@ -207,7 +207,7 @@ class OpenCheckpoint(AbstractContextManager["OpenCheckpoint"]):
             raise self.layouts_unknown
         shape = self._view.logical_shape(found.name)
         box, rest = _boxed(index, shape, found.name)
-        flat = torch.empty(box.numel, dtype=found.states[state])
+        flat = torch.empty(box.numel, dtype=found.states[state], device="cpu")
         if box.numel:
             layout = Layout.around(shape, box)
             # Slices can't be checked: the sums of the many that a loop reads would pile up.

@@ -71,7 +71,7 @@ def test_a_failure_surfaces_on_all_ranks_at_the_next_call(
 
 
 def save_without_room(run: Run, folder: str, short: int) -> list[str]:
-    """Return what two saves raise: for one, a machine has too little memory, and for the other the system refuses it."""
+    """Return what three saves raise: a machine has too little memory, the system refuses it, and a copy fails otherwise."""
     engine, told = trained(run, 1), []
     engine.save_checkpoint(folder, tag="a")
     ucp_deepspeed.wait_for_save()
@@ -80,6 +80,7 @@ def save_without_room(run: Run, folder: str, short: int) -> list[str]:
         for place, name, answer in (
             (host_memory, "free_numbytes", (1000, 0)),
             (host_memory.mmap, "mmap", OSError(12, "no")),
+            (host_memory.HostMemory, "fill", RuntimeError("launch failure")),
         ):
             if dist.get_rank() == short:
                 patch.setattr(place, name, _answering(answer))
@@ -106,14 +107,13 @@ def _answering(answer: Any) -> Any:
 def test_memory_that_is_short_is_told_on_all_ranks_before_anything_is_copied(
     ranks: Ranks, tmp_path: Path, device: str
 ) -> None:
-    of_accelerators, others = ("0.0", "0.2") if device == "cpu" else ("0.2", "0.0")
-    taken = (
-        f"snapshots take {of_accelerators} MB of host memory for tensors of accelerators, and {others} MB for others"
-    )
-    for rank, (room, refused) in enumerate(ranks(2).run(save_without_room, LARGE, str(tmp_path), 1)):
-        assert "has 0.0 MB of host memory left, and the snapshots of 2 ranks take" in room
+    of_accelerators, others = ("0 bytes", "0.2 MB") if device == "cpu" else ("0.2 MB", "0 bytes")
+    taken = f"snapshots take {of_accelerators} of host memory for tensors of accelerators, and {others} for others"
+    for rank, (room, refused, other) in enumerate(ranks(2).run(save_without_room, LARGE, str(tmp_path), 1)):
+        assert "has 1.0 kB of host memory left, and the snapshots of 2 ranks take" in room
         assert f"since memory is short; {taken}" in refused
-        assert refused.startswith("rank 1: ") == (rank == 0)
+        assert refused.startswith("rank 1: ") == other.startswith("rank 1: ") == (rank == 0)
+        assert other.endswith("b can't be saved, and 'latest' was not moved: RuntimeError: launch failure")
     assert (tmp_path / "latest").read_text() == "c"
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["a", "c"]
 

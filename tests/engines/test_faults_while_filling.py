@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from refusals import fingerprint
 
 from ucp_deepspeed.checkpoint.versions import FileVersions
@@ -88,3 +89,47 @@ def test_memory_that_runs_out_on_one_rank(name: str, ranks: Ranks, tmp_path: Pat
             step
         )
         assert "rank 1: OutOfMemoryError: planted" in others[step], step
+
+
+LEFT = {"enabled": True, "load": "never"}
+LEFT_TO_DEEPSPEED = {
+    "fp32 without ZeRO": Run("mlp", zero={"stage": 0}, universal=LEFT),
+    "ZeRO-2": Run("mlp", zero={"stage": 2}, precision="bf16", universal=LEFT),
+    "ZeRO-3": Run("mlp", zero={"stage": 3}, precision="bf16", universal=LEFT),
+    "pipeline": Run("tied", pp=2, config={"gradient_clipping": 0.0}, universal=LEFT),
+}
+
+
+def native_load_with_faults(run: Run, folder: str) -> tuple[dict[str, str], bool]:
+    """As `load_with_faults`, for a load that DeepSpeed does itself; it is also done without optimizer states."""
+    engine, told = build_engine(run), dict[str, str]()
+    train_step(engine, run, 1)
+    engine.load_checkpoint(folder)
+    first, own = fingerprint(engine), (dict(vars(engine)).keys(), dict(vars(engine.optimizer)).keys())
+    steps = [(TorchCheckpointEngine, "load"), (type(engine.module), "load_state_dict")]
+    steps += [(type(engine.optimizer), "load_state_dict"), (load, "take_values")]
+    for options in ({}, {"load_optimizer_states": False}):
+        for owner, name in steps:
+            with fault(owner, name, 0) as calls:
+                engine.load_checkpoint(folder, **options)
+            for which, call in {"first": 1, "last": len(calls)}.items() if calls else ():
+                with (
+                    fault(owner, name, call),
+                    pytest.raises((UniversalCheckpointError, torch.OutOfMemoryError)) as caught,
+                ):
+                    engine.load_checkpoint(folder, **options)
+                told[f"{name} {which} {options}"] = f"{type(caught.value).__name__}: {caught.value}"
+    assert own == (vars(engine).keys(), vars(engine.optimizer).keys())
+    engine.load_checkpoint(folder)
+    return told, fingerprint(engine) == first
+
+
+@pytest.mark.parametrize("name", LEFT_TO_DEEPSPEED)
+def test_memory_that_runs_out_on_one_rank_while_deepspeed_loads(name: str, ranks: Ranks, tmp_path: Path) -> None:
+    """The others used to wait for ever in DeepSpeed's own collectives."""
+    run = LEFT_TO_DEEPSPEED[name]
+    ranks(2).run(train, run, 2, save=str(tmp_path))
+    (others, same), (own, same_too) = ranks(2).run(native_load_with_faults, run, str(tmp_path), timeout=60.0)
+    assert own.keys() == others.keys() and len(own) > 4 and same and same_too
+    assert set(own.values()) == {"OutOfMemoryError: planted"}
+    assert set(others.values()) == {"UniversalCheckpointError: rank 1: OutOfMemoryError: planted"}

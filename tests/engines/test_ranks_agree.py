@@ -23,6 +23,7 @@ from ucp_deepspeed.engine.saving.kept_errors import PARTS
 from ucp_deepspeed.errors import (
     ConfigError,
     DamagedCheckpointError,
+    SaveError,
     UniversalCheckpointError,
 )
 from ucp_deepspeed.testing.ranks import get_pool
@@ -333,20 +334,41 @@ def test_a_bug_on_one_rank_ends_a_save_on_all(function: str, in_background: bool
     assert not (tmp_path / "latest").exists()
 
 
+def save_where_no_folder_can_be(run: Run, folder: str) -> str:
+    """On a rank: what it is told when a file is where the first rank would make ``save_dir``."""
+    engine = build_engine(run)
+    with pytest.raises(SaveError) as caught:
+        engine.save_checkpoint(f"{folder}/file/saves", tag="b")
+    return str(caught.value)
+
+
+def test_a_folder_that_the_first_rank_cant_make_is_told_on_all(ranks: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    own, other = ranks(2).run(save_where_no_folder_can_be, MLP, str(tmp_path), timeout=60.0)
+    assert "saves/b can't be saved, and 'latest' was not moved: [Errno 20] Not a directory" in own
+    assert other == f"rank 0: {own}"
+
+
 def save_what_deepspeed_cant(run: Run, folder: str, fault: str) -> str:
     """On a rank: what it is told when DeepSpeed's own save fails on rank 1; then a save that succeeds."""
     engine = build_engine(run)
     train_step(engine, run, 1)
+    attributes = set(vars(engine.optimizer))
     blocked, faulty = Path(folder) / "b" / "zero_pp_rank_1_mp_rank_00_optim_states.pt", dist.get_rank() == 1
     if fault == "file":
         blocked.mkdir(parents=True, exist_ok=True)
-    owner = {"weights": type(engine.module), "optimizer": type(engine.optimizer)}.get(fault)
-    planted = owner and faulty and mock.patch.object(owner, "state_dict", side_effect=KeyError("planted"))
+    owner, name = {
+        "weights": (type(engine.module), "state_dict"),
+        "optimizer": (type(engine.optimizer), "state_dict"),
+        "prologue": (type(engine.optimizer), "checkpoint_event_prologue"),
+    }.get(fault, (None, ""))
+    planted = owner and faulty and mock.patch.object(owner, name, side_effect=KeyError("planted"))
     engine.save_checkpoint(folder, tag="a")
     with planted or nullcontext(), pytest.raises(Exception) as caught:
         engine.save_checkpoint(folder, tag="b")
         ucp_deepspeed.wait_for_save()
     assert (Path(folder) / "latest").read_text() == "a" and not set(PARTS) & set(vars(engine))
+    assert set(vars(engine.optimizer)) <= attributes
     dist.barrier()
     engine.save_checkpoint(folder, tag="c")
     ucp_deepspeed.wait_for_save()
@@ -356,16 +378,20 @@ def save_what_deepspeed_cant(run: Run, folder: str, fault: str) -> str:
 
 @pytest.mark.parametrize(
     ("fault", "in_background"),
-    [("weights", False), ("optimizer", False), ("file", False), ("weights", True), ("optimizer", True)],
+    [
+        *((fault, in_background) for fault in ("weights", "optimizer", "prologue") for in_background in (False, True)),
+        ("file", False),
+    ],
 )
 def test_what_fails_in_deepspeeds_save_on_one_rank_is_raised_on_all(
     fault: str, in_background: bool, ranks: Ranks, tmp_path: Path
 ) -> None:
     """The others used to wait for ever, at DeepSpeed's own barrier."""
     run = replace(MLP, universal={"enabled": True, "save": {"async": in_background}})
+    run = replace(run, zero={"stage": 3}) if fault == "prologue" else run
     other, own = ranks(2).run(save_what_deepspeed_cant, run, str(tmp_path), fault, timeout=60.0)
     named = "strerror: Is a directory" if fault == "file" else "KeyError: 'planted'"
-    assert f"{tmp_path / 'b'} can't be saved, and 'latest' was not moved: " in own
+    assert f"{tmp_path / 'b'} can't be saved, and 'latest' was not moved: " in own or fault == "prologue"
     assert named in own and named in other and "rank 1: " in other and "rank 1: " not in own
     assert open_checkpoint(tmp_path).path.name == "c"
 

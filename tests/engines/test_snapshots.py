@@ -135,15 +135,27 @@ def test_what_an_accelerator_copies_to_is_not_swapped_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "folder", "names", "prefix"),
+    ("line", "folder", "names", "swap", "prefix"),
     [
-        ("0::/jobs/7", "jobs", ("memory.max", "memory.current"), ""),
-        ("3:cpuset,memory:/jobs/7", "memory/jobs", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"),
+        ("0::/jobs/7", "jobs", ("memory.max", "memory.current"), ("swap.max", "1", "swap.current", "0"), ""),
+        (
+            "3:cpuset,memory:/jobs/7",
+            "memory/jobs",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+            ("memsw.limit_in_bytes", "1002", "memsw.usage_in_bytes", "401"),
+            "total_",
+        ),
     ],
     ids=["version 2", "version 1"],
 )
 def test_memory_that_a_control_group_has_left(
-    line: str, folder: str, names: tuple[str, str], prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: str,
+    folder: str,
+    names: tuple[str, str],
+    swap: tuple[str, str, str, str],
+    prefix: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The files that Linux shows; the machine's own groups limit nothing."""
     monkeypatch.setattr(host_memory, "GROUPS", tmp_path)
@@ -154,7 +166,13 @@ def test_memory_that_a_control_group_has_left(
         (path / "memory.stat").write_text(f"{prefix}active_file 30\n{prefix}inactive_file 5\n")
     told = tmp_path / "told"
     told.write_text(f"9:pids:/\n{line}\n")
-    assert list(host_memory._left_in_groups(told)) == [635]
+    assert [each for each in host_memory._left_in_groups(told) if each != (None, None)] == [(635, None)]
+    for name, content in (swap[:2], swap[2:]):
+        (tmp_path / folder / f"memory.{name}").write_text(f"{content}\n")
+    assert (635, 1) in host_memory._left_in_groups(told)
+    monkeypatch.setattr(host_memory, "Path", lambda path: told if path == "/proc/self/cgroup" else Path(path))
+    free, left_to_swap = host_memory.free_numbytes()
+    assert free == 635 and left_to_swap <= 1
 
 
 def test_one_storage_seen_as_two_types_is_refused_as_by_torch() -> None:

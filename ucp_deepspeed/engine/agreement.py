@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ucp_deepspeed import tunables
+from ucp_deepspeed.engine.replaced import replaced
 from ucp_deepspeed.errors import ConfigError, ListingError, UniversalCheckpointError
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -78,9 +79,11 @@ def gathered_in(group: Any, value: T) -> list[T]:
         dist.all_gather_object(values, value, group=group)
         return values
     mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-    size, others = torch.tensor([mine.numel()]), [rank for rank in ranks if rank != dist.get_rank()]
+    size, others = torch.tensor([mine.numel()], device="cpu"), [rank for rank in ranks if rank != dist.get_rank()]
     sizes = _swapped(size, {rank: torch.empty_like(size) for rank in others}, control)
-    held = _swapped(mine, {rank: torch.empty(int(numel), dtype=torch.uint8) for rank, numel in sizes.items()}, control)
+    held = _swapped(
+        mine, {rank: torch.empty(int(numel), dtype=torch.uint8, device="cpu") for rank, numel in sizes.items()}, control
+    )
     return [pickle.loads(held[rank].numpy().tobytes()) if rank in held else value for rank in ranks]
 
 
@@ -97,7 +100,7 @@ def any_failed(mine: bool) -> bool:
     """Return whether any rank has failed; it costs much less than to gather errors. Collective over all ranks."""
     if not dist.is_initialized() or (control := control_group()) is None:
         return any(gathered(mine))
-    flag = torch.tensor(mine, dtype=torch.int32)
+    flag = torch.tensor(mine, dtype=torch.int32, device="cpu")
     dist.all_reduce(flag, dist.ReduceOp.MAX, group=control)
     return bool(flag)
 
@@ -143,6 +146,47 @@ def agreement(tells: bool = False) -> Iterator[Round]:
         raise
     raise_first(error, enumerate(failed for failed, _ in answers))
     told.values = [value for _, value in answers]
+
+
+@contextmanager
+def agreement_before(*methods: tuple[Any, str], after: Sequence[tuple[Any, str]] = ()) -> Iterator[None]:
+    """Raise an error of one rank on every rank, as `agreement` does; in the block the ranks meet at the begin of methods of
+    DeepSpeed's too, in which those that are well would wait for ever. Collective at the end of the block.
+
+    Args:
+        methods: objects and the names of their methods, which have a collective in them and which all ranks call, equally often;
+            those that an object doesn't have are left out.
+        after: methods that have none, and which a collective follows; here ranks meet at the end.
+    """
+    told: list[Exception] = []
+
+    def meeting(method: Callable[..., Any], runs_alone: bool) -> Callable[..., Any]:
+        def met(*args: Any, **kwargs: Any) -> Any:
+            try:
+                with agreement():  # a rank that has failed is at the end of the block: it is the same round
+                    if runs_alone:
+                        return method(*args, **kwargs)
+            except Exception as error:
+                told.append(error)
+                raise
+            return method(*args, **kwargs)
+
+        return met
+
+    error = None
+    try:
+        with ExitStack() as stack:
+            for owner, name in (*methods, *after):
+                if (method := getattr(owner, name, None)) is not None:
+                    stack.enter_context(replaced(owner, **{name: meeting(method, (owner, name) in after)}))
+            yield
+    except Exception as caught:
+        error = caught
+    if told:  # the ranks have met for the last time
+        raise told[0]
+    with agreement():
+        if error is not None:
+            raise error
 
 
 def raise_first(own: Exception | None, of_ranks: Iterable[tuple[int, UniversalCheckpointError | None]]) -> None:

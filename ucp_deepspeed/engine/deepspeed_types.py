@@ -62,6 +62,7 @@ class Engine(OwnAttributes, Protocol):
     reload_states: Callable[[], None]
     zero_optimization: Callable[[], bool]
     zero_optimization_stage: Callable[[], int]
+    load_module_state_dict: Callable[..., None]
     _save_checkpoint: Callable[..., None]
     _save_moe_checkpoint: Callable[..., None]
     _save_zero_checkpoint: Callable[..., None]
@@ -77,6 +78,7 @@ class PipelineModule(Protocol):
     forward_funcs: Sequence[Any]
     tied_comms: Mapping[str, Any]
     _layer_specs: Sequence[Any]
+    _synchronize_tied_weights: Callable[[], None]
     ckpt_layer_path_list: Callable[[str, int], list[str]]
 
 

@@ -55,7 +55,9 @@ def _is_gated(owner: str, modules: dict[str, torch.nn.Module]) -> bool:
     parent, _, name = owner.rpartition(".")
     layer = modules[parent]
     if name == MEGATRON_DEEPSPEED[0]:
-        weights = [getattr(getattr(layer, each, None), "weight", torch.zeros(())) for each in MEGATRON_DEEPSPEED]
+        weights = [
+            getattr(getattr(layer, each, None), "weight", torch.zeros((), device="cpu")) for each in MEGATRON_DEEPSPEED
+        ]
         # Shapes on this tensor-parallel rank, before ZeRO-3 partitions them.
         first, second = (getattr(weight, "ds_shape", weight.shape) for weight in weights)
         return len(first) == len(second) == 2 and first[0] == 2 * second[1]

@@ -154,7 +154,7 @@ class _Side:
         self.view = view
         self.sums = RecordSums()
         self.reader = FileReader(view.checkpoint.versions, sums=self.sums)
-        self.buffer = torch.empty(max(chunk_numbytes // 8, 1) * 8, dtype=torch.uint8)
+        self.buffer = torch.empty(max(chunk_numbytes // 8, 1) * 8, dtype=torch.uint8, device="cpu")
         self.numbytes_read = 0
         self._steps = _steps_in_groups(view)
 
@@ -222,7 +222,11 @@ def _elements(a: _Side, b: _Side, name: str, state: str, done: Callable[[], None
             gap = float((left[differing].double() - right[differing].double()).abs().max())
             largest = gap if math.isnan(gap) or gap > largest else largest  # a NaN stays: nothing is greater than it
     if count:
-        index = tuple(int(position) for position in torch.unravel_index(torch.tensor(first), shape)) if shape else ()
+        index = (
+            tuple(int(position) for position in torch.unravel_index(torch.tensor(first, device="cpu"), shape))
+            if shape
+            else ()
+        )
         max_abs = largest if NAMED_DTYPES[dtype].is_floating_point else None
         detail = f"{count} of {numel} elements differ, first at {list(index)}"
         detail += "" if max_abs is None else f", at most by {max_abs:.6g}"

@@ -95,7 +95,7 @@ class FileReader:
         itemsize, span, dtype = ITEMSIZE[view.buffer.dtype], view.span(shape), NAMED_DTYPES[view.buffer.dtype]
         file, start = self._open(view, span)
         if not file.is_mapped and _runs(view, shape) is not None:
-            block = torch.empty(shape, dtype=dtype)
+            block = torch.empty(shape, dtype=dtype, device="cpu")
             self.block_into(view, block)
             return block
         raw = file.range(start, start + span * itemsize)

@@ -49,7 +49,7 @@ class OpenFile:
         """Return bytes of the file: a view of the map, or new memory that they are read into."""
         if self._map is not None:
             return self._map[start:stop]
-        raw = torch.empty(stop - start, dtype=torch.uint8)
+        raw = torch.empty(stop - start, dtype=torch.uint8, device="cpu")
         self.read_into(start, memoryview(raw.numpy()))
         return raw
 

@@ -182,7 +182,7 @@ class _Storages:
                         f"is truncated: storage {key} of {storage.nbytes()} bytes, file of {file_numbytes}"
                     )
                 if tensors:
-                    file.readinto(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())  # type: ignore[attr-defined, call-overload]
+                    file.readinto(torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).numpy())  # type: ignore[attr-defined, call-overload]
                 else:
                     storage._checkpoint_offset = start  # type: ignore[attr-defined]
                 start += storage.nbytes()

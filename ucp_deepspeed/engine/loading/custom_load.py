@@ -57,7 +57,7 @@ def local_state_dict(checkpoint: Checkpoint, model: EngineModel) -> dict[str, to
         shape = view.patterns[logical].local_shapes(view.logical_shape(logical), degree)[rank]
         trained = parameter.kind == "trainable"
         dtype = PRECISIONS[model.precision] if trained else NAMED_DTYPES[parameter.states[WEIGHT]]
-        flat, state = torch.zeros(prod(shape), dtype=dtype), MASTER if trained else WEIGHT
+        flat, state = torch.zeros(prod(shape), dtype=dtype, device="cpu"), MASTER if trained else WEIGHT
         target = Target(layout, rank, (Fragment(0, flat.numel(), None, 0),))
         run_copies(plan_tensor(view.source(logical, state), target, state), reader, lambda _, flat=flat: flat)  # type: ignore[misc]
         found[name] = flat.view(shape)

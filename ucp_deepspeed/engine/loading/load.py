@@ -21,7 +21,7 @@ from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.files import VALUES_KEY
 from ucp_deepspeed.config import UniversalCheckpointConfig
-from ucp_deepspeed.engine.agreement import agreement
+from ucp_deepspeed.engine.agreement import agreement, agreement_before
 from ucp_deepspeed.engine.client_state import COUNTERS, take_values
 from ucp_deepspeed.engine.console import told_once
 from ucp_deepspeed.engine.deepspeed_types import Engine
@@ -128,7 +128,7 @@ def _load_natively(
     if isinstance(checkpoint, DeepSpeedCheckpoint):
         with agreement():
             check_sums(checkpoint, engine)
-    with agreement():  # DeepSpeed itself may raise on one rank
+    with agreement_before(*_collectives(engine)):  # DeepSpeed itself may raise on one rank
         with told_once(load_dir, tag), checked:
             loaded = native(load_dir, tag=tag, **options.arguments())
         take_values(engine, loaded[1])
@@ -149,6 +149,17 @@ def _load_natively(
             checkpoint.topology,
         )
     return loaded
+
+
+def _collectives(engine: Engine) -> list[tuple[Any, str]]:
+    """List the methods by which ranks meet while DeepSpeed loads: ZeRO-3 gathers parameters around the module's load and at the
+    end, pipelines broadcast tied weights, and ZeRO gathers weights after a load of DeepSpeed's universal form."""
+    return [
+        (engine, "load_module_state_dict"),
+        (engine.module, "_synchronize_tied_weights"),
+        (engine.optimizer, "update_lp_params"),
+        (engine.optimizer, "checkpoint_event_epilogue"),
+    ]
 
 
 def _load_universal(engine: Engine, checkpoint: Checkpoint, options: LoadOptions, started: float) -> Loaded:

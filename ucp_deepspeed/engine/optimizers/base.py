@@ -195,7 +195,7 @@ class EngineOptimizer(ABC):
         self.base.state.pop(slot.master, None)
         if isinstance(self.base, torch.optim.Adagrad):  # its constructor makes the state
             total = torch.full_like(slot.master.data, self.live_group(slot.group)["initial_accumulator_value"])
-            self.base.state[slot.master] = {"step": torch.tensor(0.0), "sum": total}
+            self.base.state[slot.master] = {"step": torch.tensor(0.0, device="cpu"), "sum": total}
 
     def kept_states(self, slot: EngineSlot, settings: Mapping[str, Any]) -> KeptStates | None:
         """Return the states that the base optimizer keeps for a slot once it has stepped; None when that can't be told.

@@ -37,7 +37,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from ucp_deepspeed import tunables
 from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.deepspeed_types import Engine
-from ucp_deepspeed.engine.saving.host_memory import Need, check_room
+from ucp_deepspeed.engine.saving.host_memory import Need, check_room, is_of_memory
 from ucp_deepspeed.engine.saving.kept_errors import KeptError
 from ucp_deepspeed.engine.saving.snapshot import DescribedFile, FileSnapshot, HostBuffers, describe
 from ucp_deepspeed.engine.saving.written import Written
@@ -143,11 +143,11 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
         with agreement():
             try:
                 return self._buffers.copy(self._files)
-            except (OSError, RuntimeError) as error:
-                need = told.values[dist.get_rank()]
-                raise SaveError(
-                    f"{self._folder} can't be saved, since memory is short; snapshots take {need}: {error}"
-                ) from error
+            except Exception as error:
+                reason = f", and 'latest' was not moved: {type(error).__name__}"
+                if is_of_memory(error):
+                    reason = f", since memory is short; snapshots take {told.values[dist.get_rank()]}"
+                raise SaveError(f"{self._folder} can't be saved{reason}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

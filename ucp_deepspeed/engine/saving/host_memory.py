@@ -6,6 +6,7 @@ import logging
 import mmap
 import os
 import platform
+import re
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -147,42 +148,80 @@ UNLIMITED_NUMBYTES = 1 << 62
 def free_numbytes() -> tuple[int | None, int]:
     """Return how many bytes of host memory may still be taken, on the machine and in the control groups of this process, and how
     many more may be swapped out. None if the system doesn't tell."""
-    found, swap = list(_left_in_groups(Path("/proc/self/cgroup"))), 0
+    told, found, swap = Path("/proc/self/cgroup"), list[int](), 0
     with suppress(OSError, ValueError):
         lines = (line.split() for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
         sizes = {words[0]: int(words[1]) * 1024 for words in lines}
         found.append(sizes["MemAvailable:"])
         swap = sizes["SwapFree:"]
+    for left, left_to_swap in _left_in_groups(told):
+        found += [] if left is None else [left]
+        swap = swap if left_to_swap is None else min(swap, left_to_swap)
     return min(found, default=None), swap
 
 
-def _left_in_groups(told: Path) -> Iterator[int]:
-    """Yield what each control group of this process has left, of version 1 or 2; ``told`` lists these groups."""
+def _left_in_groups(told: Path) -> Iterator[tuple[int | None, int | None]]:
+    """Yield what each control group of this process has left, of version 1 or 2: of memory, and of swap; None where it limits
+    nothing. ``told`` lists the process's groups; a container sees its own as the root."""
     with suppress(OSError):
         for line in told.read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             if not controllers:
-                yield from _left_below(GROUPS, path, ("memory.max", "memory.current"), "")
+                root, left_in = GROUPS, _left_in_second
             elif "memory" in controllers.split(","):
-                root, names = GROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-                yield from _left_below(root, path, names, "total_")
+                root, left_in = GROUPS / "memory", _left_in_first
+            else:
+                continue
+            folder = root / path.lstrip("/")
+            for group in (folder, *(each for each in folder.parents if each.is_relative_to(root))):
+                yield left_in(group)
 
 
-def _left_below(root: Path, path: str, names: tuple[str, str], prefix: str) -> Iterator[int]:
-    """Yield what a control group and those around it have left; a container sees its own as the root.
+def _left_in_second(group: Path) -> tuple[int | None, int | None]:
+    left = _left(group, "memory.max", "memory.current")
+    return left if left is None else left + _cached(group, ""), _left(group, "memory.swap.max", "memory.swap.current")
 
-    Args:
-        names: files with the limit and the use.
-        prefix: of the names in ``memory.stat`` that count groups below too.
-    """
-    folder = root / path.lstrip("/")
-    for group in (folder, *(each for each in folder.parents if each.is_relative_to(root))):
-        with suppress(OSError, ValueError):
-            limit, used = ((group / name).read_text(encoding="ascii").strip() for name in names)
-            if limit != "max" and int(limit) < UNLIMITED_NUMBYTES:
-                words = (group / "memory.stat").read_text(encoding="ascii").split()
-                stat = dict(zip(words[::2], map(int, words[1::2]), strict=True))
-                yield int(limit) - int(used) + stat[f"{prefix}active_file"] + stat[f"{prefix}inactive_file"]
+
+def _left_in_first(group: Path) -> tuple[int | None, int | None]:
+    """The second limit of version 1 is one of memory and swap together."""
+    left = _left(group, "memory.limit_in_bytes", "memory.usage_in_bytes")
+    both = _left(group, "memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes")
+    swap = None if left is None or both is None else max(both - left, 0)
+    return left if left is None else left + _cached(group, "total_"), swap
+
+
+def _left(group: Path, limit_name: str, used_name: str) -> int | None:
+    """Return the difference of two files of a control group; None where there is no limit, or no such file."""
+    with suppress(OSError, ValueError):
+        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in (limit_name, used_name))
+        if limit != "max" and int(limit) < UNLIMITED_NUMBYTES:
+            return int(limit) - int(used)
+    return None
+
+
+def _cached(group: Path, prefix: str) -> int:
+    """Return the bytes of files that a control group and those below it keep in memory, which the system gives up; ``prefix`` is
+    of the names in ``memory.stat``."""
+    with suppress(OSError, ValueError):
+        words = (group / "memory.stat").read_text(encoding="ascii").split()
+        stat = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+        return stat.get(f"{prefix}active_file", 0) + stat.get(f"{prefix}inactive_file", 0)
+    return 0
+
+
+def size_of(numbytes: int) -> str:
+    """Return a size in words, in MB unless it is less than 0.1 MB."""
+    if abs(numbytes) >= 100_000:
+        return f"{numbytes / 1e6:.1f} MB"
+    return f"{numbytes / 1e3:.1f} kB" if abs(numbytes) >= 1000 else f"{numbytes} bytes"
+
+
+def is_of_memory(error: Exception) -> bool:
+    """Return whether an error says that memory is short. torch's allocators raise plain RuntimeErrors too."""
+    says = re.search(r"out of memory|allocate memory|not enough memory", str(error), re.IGNORECASE)
+    return isinstance(error, OSError | MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and says is not None
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +248,9 @@ class Need:
         return self.copied + self.plain
 
     def __str__(self) -> str:
-        return f"{self.copied / 1e6:.1f} MB of host memory for tensors of accelerators, and {self.plain / 1e6:.1f} MB for others"
+        return (
+            f"{size_of(self.copied)} of host memory for tensors of accelerators, and {size_of(self.plain)} for others"
+        )
 
     @classmethod
     def here(cls, copied: int, plain: int) -> Need:
@@ -230,6 +271,6 @@ def check_room(needs: Sequence[Need]) -> None:
         swap = min(need.swap for need in here)
         if free is not None and (in_all.copied > free or in_all.numbytes > free + swap):
             raise SaveError(
-                f"{machine} has {free / 1e6:.1f} MB of host memory left, and the snapshots of {len(here)} ranks take {in_all}; "
+                f"{machine} has {size_of(free)} of host memory left, and the snapshots of {len(here)} ranks take {in_all}; "
                 f"make room, or set \"async\": false in 'universal_checkpoint.save'"
             )

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ucp_deepspeed.engine.agreement import agreement_before
 from ucp_deepspeed.engine.deepspeed_types import Engine
+from ucp_deepspeed.engine.replaced import replaced
 from ucp_deepspeed.errors import SaveError
 
 PARTS = ("_save_checkpoint", "_save_moe_checkpoint", "_save_zero_checkpoint")
@@ -44,21 +46,22 @@ class KeptError:
                 self.error.__cause__ = error
 
     @contextmanager
-    def in_parts_of(self, engine: Engine, **replaced: Any) -> Iterator[None]:
-        """Keep errors of the engine's `PARTS` in the block.
+    def in_parts_of(self, engine: Engine, **attributes: Any) -> Iterator[None]:
+        """Keep errors of the engine's `PARTS` in the block. All ranks raise those of ZeRO-3's preparation, and others that
+        come before it gathers parameters. Collective at the end of the block.
 
         Args:
-            replaced: further attributes that the engine has there.
+            attributes: further attributes that the engine has there.
         """
-        own = dict(vars(engine))
-        replaced |= {name: self._kept(getattr(engine, name)) for name in PARTS}
-        try:
-            vars(engine).update(replaced)
+        attributes |= {name: self._kept(getattr(engine, name)) for name in PARTS}
+        optimizer = engine.optimizer
+        with (
+            replaced(engine, **attributes),
+            agreement_before(
+                (optimizer, "checkpoint_event_epilogue"), after=[(optimizer, "checkpoint_event_prologue")]
+            ),
+        ):
             yield
-        finally:
-            for name in replaced:
-                del vars(engine)[name]
-            vars(engine).update({name: own[name] for name in replaced if name in own})
 
     def _kept(self, part: Callable[..., None]) -> Callable[..., None]:
         def kept(*args: Any, **kwargs: Any) -> None:

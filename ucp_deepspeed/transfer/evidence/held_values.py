@@ -119,7 +119,7 @@ class HeldValues(AbstractContextManager["HeldValues"]):
     def flat(self, parameter: Parameter, state: str, rank: int, start: int, stop: int) -> torch.Tensor:
         """Return the bits of a flat interval of a rank's local tensor, as integers."""
         dtype = parameter.states[state]
-        flat = torch.empty(stop - start, dtype=NAMED_DTYPES[dtype])
+        flat = torch.empty(stop - start, dtype=NAMED_DTYPES[dtype], device="cpu")
         for fragment in self.checkpoint.local_fragments(parameter.name, state, rank, start, stop):
             low, high = max(fragment.local_start, start), min(fragment.local_start + fragment.numel, stop)
             if low < high:
@@ -274,7 +274,7 @@ def _joined(one: UniversalView, other: UniversalView, name: str, reader: FileRea
     rows = shape[0] if shape else 1
     seen: set[int] = set()
     for start in range(0, numel, step):
-        sides = [torch.empty(min(step, numel - start), dtype=NAMED_DTYPES[dtype]) for _ in range(2)]
+        sides = [torch.empty(min(step, numel - start), dtype=NAMED_DTYPES[dtype], device="cpu") for _ in range(2)]
         for view, side in zip((one, other), sides, strict=True):
             gather(view, name, MASTER, start, side, reader)
         left, right = (side.view(integer) for side in sides)
