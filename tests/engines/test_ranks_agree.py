@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,6 +19,7 @@ from refusals import Ranks, check_refused, fingerprint
 
 import ucp_deepspeed
 from ucp_deepspeed.checkpoint import open_checkpoint, opening
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.engine.loading.filling import Filling, _Filler
 from ucp_deepspeed.engine.saving.kept_errors import PARTS
 from ucp_deepspeed.errors import (
@@ -80,14 +82,59 @@ def test_ranks_whose_folders_hold_different_steps(two_steps: Path, ranks: Ranks,
 
 @pytest.mark.parametrize("load", ["auto", "always"])
 def test_files_of_two_saves(load: str, two_steps: Path, ranks: Ranks, tmp_path: Path) -> None:
-    """On the same topology each rank of DeepSpeed's would go on from its own file's step."""
+    """On the same topology each rank of DeepSpeed's would go on from its own file's step. A manifest tells each file."""
     copytree(two_steps, tmp_path / "copy")
+    (tmp_path / "copy" / "global_step2" / MANIFEST_NAME).unlink()
     name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     copyfile(two_steps / "global_step1" / name, tmp_path / "copy" / "global_step2" / name)
     run = replace(MLP, universal={"enabled": True, "load": load})
     check_refused(ranks, run, tmp_path / "copy", DamagedCheckpointError, name, "isn't the file that ucp_manifest.json")
     (tmp_path / "copy" / "global_step2" / "ucp_manifest.json").unlink()
     check_refused(ranks, run, tmp_path / "copy", DamagedCheckpointError, name, "is at step 1", "files of two saves")
+
+
+def load_and_hear(run: Run, folder: str, tag: str) -> list[str]:
+    """On a rank: load, and return what is told of files of two saves, in warnings or in an error."""
+    lines, handler = list[str](), logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ucp_deepspeed").addHandler(handler)
+    engine = build_engine(run)
+    try:
+        engine.load_checkpoint(folder, tag=tag)
+    except DamagedCheckpointError as error:
+        lines.append(f"error: {error}")
+    finally:
+        logging.getLogger("ucp_deepspeed").removeHandler(handler)
+        engine.destroy()
+    return [line for line in lines if "another run" in line or "another save" in line or "two saves" in line]
+
+
+@pytest.mark.parametrize("load", ["auto", "always"])
+@pytest.mark.parametrize(
+    ("run", "told"),
+    [
+        (Run("mlp", zero={"stage": 1}, precision="bf16"), "error: "),
+        (Run("mlp", zero={"stage": 2}, config={"gradient_clipping": 0.1}, groups="decay"), "error: "),
+        (Run("tied", pp=2, zero={"stage": 1}, config={"gradient_clipping": 0.0}), "error: "),
+        (Run("gpt", pp=2, zero={"stage": 0}, precision="bf16"), "error: "),
+        (Run("moe", zero={"stage": 1}, precision="bf16"), "error: "),
+        (Run("mlp", zero={"stage": 3}, precision="bf16"), "begun anew, it is of another save"),
+    ],
+    ids=["bf16", "fp32", "tied pipeline", "bf16 pipeline", "experts", "zero-3"],
+)
+def test_optimizer_files_of_another_step_without_a_manifest(
+    run: Run, told: str, load: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    """DeepSpeed alone saved both steps; nothing is told of what it saved together."""
+    for step in (2, 4):
+        ranks(2).run(train, replace(run, universal=None), step, save=str(tmp_path))
+    loading = replace(run, universal={"enabled": True, "load": load})
+    for step in (2, 4):
+        assert not any(ranks(2).run(load_and_hear, loading, str(tmp_path), f"global_step{step}", timeout=60.0))
+    for path in (tmp_path / "global_step2").glob("*optim_states.pt"):
+        copyfile(path, tmp_path / "global_step4" / path.name)
+    found = ranks(2).run(load_and_hear, loading, str(tmp_path), "global_step4", timeout=60.0)
+    assert any(told in line for lines in found for line in lines), found
 
 
 def differ(run: Run, folder: str, changes: list[dict[str, Any]], arguments: list[dict[str, Any]]) -> str:

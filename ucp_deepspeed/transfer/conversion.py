@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ucp_deepspeed import tunables
+from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.deepspeed.one_save import check_one_save, places_of
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.output import Literal, Output, OutputPlan
 from ucp_deepspeed.checkpoint.torch_files.records import RecordSums
@@ -63,6 +65,8 @@ def convert(
     # 1. What to write, the same on all ranks.
     _check_free(destination)
     view = _with_copies(view, output.on_differing, ranks)
+    if isinstance(view.checkpoint, DeepSpeedCheckpoint):
+        check_one_save(view.checkpoint, places_of(view.checkpoint)[ranks.rank :: ranks.count])
     plan = output.plan(view)
     _check_same_plan(view, plan, ranks)
     # 2. A hidden folder with all files; at the end of the block it gets its name.

@@ -245,7 +245,7 @@ class DeepSpeedCheckpoint(Checkpoint):
     def _read_slots(self, rank: int) -> list[Slot]:
         slots = self._optimizer_slots(rank)
         known = {name for slot in slots for name in slot.names}
-        saved, module = self.files.model_states(rank), self._module(rank)
+        saved, module = self.files.model_states(rank), self.weights(rank)
         buffers = [name for name in names_on_all(saved["buffer_names"], self.topology.ep) if name in module]
         if self.files.sliced:
             held = (saved.get("frozen_param_shapes") or {}).items()
@@ -274,7 +274,7 @@ class DeepSpeedCheckpoint(Checkpoint):
             slots = zero_slots(param_shapes, self.topology.dp, open_partition, spread, mapped)
             return with_all_states(slots, self.files, rank)
         if self.files.partitioned:
-            module = self._module(rank)
+            module = self.weights(rank)
             shapes = [
                 {name: tuple(value_of(module, name, "the weight of", self.path)[0].shape) for name in group}
                 for group in mapped_numels(self.topology.dp, open_partition)
@@ -282,7 +282,7 @@ class DeepSpeedCheckpoint(Checkpoint):
             return with_all_states(zero_slots(shapes, self.topology.dp, open_partition), self.files, rank)
         if param_shapes is not None:
             trained = [name for group in param_shapes for name in group]
-            return weight_slots(self._module(rank), trained, self.files.model_states_path(rank, 0))
+            return weight_slots(self.weights(rank), trained, self.files.model_states_path(rank, 0))
         return self._stage0_slots(rank)[0]
 
     def _read_stage0_slots(self, rank: int) -> tuple[list[Slot], MismatchError | None]:
@@ -293,7 +293,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         buffers = frozenset(self.files.model_states(rank)["buffer_names"])
         owned = {
             name: located
-            for name, located in self._module(rank).items()
+            for name, located in self.weights(rank).items()
             if name not in self._aliases and name not in buffers
         }
         if not optimizer:
@@ -337,9 +337,9 @@ class DeepSpeedCheckpoint(Checkpoint):
             "what no optimizer has in any version"
         )
         known = {*self._where(0), *self._aliases}
-        return {name: why for name in self._module(0) if name not in known}
+        return {name: why for name in self.weights(0) if name not in known}
 
-    def _module(self, rank: int) -> Mapping[str, Located]:
+    def weights(self, rank: int) -> Mapping[str, Located]:
         """Return the weights and buffers in a model-parallel rank's files; in a pipeline those of all stages."""
         saved, path = self.files.model_states(rank), self.files.model_states_path(rank, 0)
         pipeline = self.files.is_pipeline
@@ -388,7 +388,7 @@ class DeepSpeedCheckpoint(Checkpoint):
     @cached_property
     def _aliases(self) -> Mapping[str, str]:
         """Names of tied parameters under which no value is stored: DeepSpeed lists them under ZeRO, else shared storage tells."""
-        return tied_names(self.files, {} if self.files.is_pipeline else self._module(0))
+        return tied_names(self.files, {} if self.files.is_pipeline else self.weights(0))
 
     @cached_property
     def _recorded_stages(self) -> list[dict[str, Kind]] | None:

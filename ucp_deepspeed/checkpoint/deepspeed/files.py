@@ -34,6 +34,7 @@ from ucp_deepspeed.checkpoint.deepspeed.older_files import (
     is_older,
     mapped_shapes,
 )
+from ucp_deepspeed.checkpoint.deepspeed.written_names import RANKS_FILE, check_written_name
 from ucp_deepspeed.checkpoint.deepspeed.zero_slots import BF16_OPTIMIZER, NamedShapes, ZeroFile
 from ucp_deepspeed.checkpoint.expert_names import expert_of, optimizer_file, weight_file
 from ucp_deepspeed.checkpoint.torch_files.archives import storages_of
@@ -73,9 +74,6 @@ _MODEL_STATES = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
 """Files that hold a client state besides DeepSpeed's own data."""
 
 _OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
-
-_RANKS_FILE = re.compile(r"(?:(?:bf16_)?zero_pp_rank_(\d+)_)?mp_rank_(\d+)_(?:model|optim)_states\.pt")
-"""Files that each model-parallel rank has. The groups are its partition, if any, and its number."""
 
 _LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 
@@ -409,6 +407,8 @@ class DeepSpeedFiles:
         if (sums := self.versions.sums(str(path))) is not None:
             sums.check_opened(path)
         saved = open_saved(path)
+        if self.manifest is None or path.name not in self.manifest.contents:
+            check_written_name(path)
         module = saved.get("module") if is_model_states(path.name) else None
         flat = in_flat(module)
         return saved if flat is module else {**saved, "module": flat}
@@ -418,7 +418,7 @@ class DeepSpeedFiles:
 
         Without a manifest that lists the run's files, also refuse files of further model-parallel ranks.
         """
-        places = {name: found for name in sorted(self.names) if (found := _RANKS_FILE.fullmatch(name))}
+        places = {name: found for name in sorted(self.names) if (found := RANKS_FILE.fullmatch(name))}
         if self.manifest is None:
             more = [name for name, place in places.items() if int(place[2]) >= topology.model_parallel]
             if more:
@@ -443,7 +443,7 @@ class DeepSpeedFiles:
             )
 
     def _calls_for(self, topology: Topology, name: str, place: re.Match[str]) -> bool:
-        """Return whether a run on this topology writes an existing file; ``place`` is the match of `_RANKS_FILE` on its name."""
+        """Return whether a run on this topology writes an existing file; ``place`` is the match of `RANKS_FILE` on its name."""
         partition, rank = int(place[1] or 0), int(place[2])
         names = [self.model_states_path(rank, partition).name]
         if self.partitioned or self.sliced:

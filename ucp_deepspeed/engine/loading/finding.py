@@ -12,12 +12,15 @@ from typing import Any
 from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint, resolve_tag
+from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.deepspeed.one_save import check_one_save, places_of
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, home_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.agreement import check_same, gathered, portable, raise_first
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.loading.native import LoadOptions, files_to_unpickle, look_into, takes_universal_path
+from ucp_deepspeed.engine.model import model_parallel_rank
 from ucp_deepspeed.engine.node_local import Missing, check_all_here, files_missing, open_here
 from ucp_deepspeed.engine.optimizers import engine_optimizer, only_evaluates
 from ucp_deepspeed.engine.random_state import RandomState, read_random_state
@@ -141,6 +144,7 @@ def _look(
             seen.tag = str(home_of(folder).relative_to(load_dir))
         checkpoint = _opened(engine, folder, config)
         if checkpoint is not None:
+            _check_one_save(engine, checkpoint)
             random_state = read_random_state(folder, checkpoint.run.global_steps) if streams else None
             seen.opened, seen.missing = (checkpoint.run.global_steps, str(checkpoint.path)), files_missing(checkpoint)
             seen.universal = takes_universal_path(config, engine, checkpoint, engine_optimizer(engine), options)
@@ -149,6 +153,14 @@ def _look(
         seen.error = portable(error)
         return found, error
     return found, None
+
+
+def _check_one_save(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Compare this rank's share of the optimizer's files with the weights beside them: its own ones if the topology stays."""
+    if isinstance(checkpoint, DeepSpeedCheckpoint):
+        group = engine.seq_data_parallel_group
+        own = model_parallel_rank(engine) * dist.get_world_size(group=group) + dist.get_rank(group=group)
+        check_one_save(checkpoint, places_of(checkpoint)[own :: dist.get_world_size()])
 
 
 def _check_folders(seen: Sequence[_Seen]) -> None:

@@ -1,0 +1,50 @@
+"""The names under which torch wrote files: an archive holds its own name, by which files of exchanged ranks are told."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ucp_deepspeed.checkpoint.deepspeed.manifest import digest_of
+from ucp_deepspeed.errors import DamagedCheckpointError
+
+RANKS_FILE = re.compile(r"(?:(?:bf16_)?zero_pp_rank_(\d+)_)?mp_rank_(\d+)_(model|optim)_states\.pt")
+"""Files that each model-parallel rank has. The groups are its partition, if any, its number, and the kind of file."""
+
+LONGEST_NAME = 255
+"""Bytes of a file's name, on any file system."""
+
+
+def check_written_name(path: Path) -> None:
+    """Refuse the file of another rank, by the name under which torch wrote it.
+
+    A copy of another rank's model_states, as some scripts make where these are equal, is accepted beside the original.
+
+    Raises:
+        DamagedCheckpointError: it was written for another rank.
+    """
+    own, name = RANKS_FILE.fullmatch(path.name), written_name(path)
+    written = RANKS_FILE.fullmatch(name) if name is not None else None
+    if own is None or written is None or written[3] != own[3] or _place(own) == _place(written):
+        return
+    original = path.with_name(written[0])
+    if own[3] == "model" and (not original.is_file() or digest_of(original) == digest_of(path)):
+        return
+    raise DamagedCheckpointError(
+        f"{path} was written as {written[0]}: files of two ranks were exchanged, or one was copied over "
+        f"the other. Give each its own name again, or restore them from a copy"
+    )
+
+
+def _place(found: re.Match[str]) -> tuple[int, int]:
+    return int(found[1] or 0), int(found[2])
+
+
+def written_name(path: Path) -> str | None:
+    """Return the name that a file had when torch wrote it; None if it isn't an archive, or was written under no name."""
+    with path.open("rb") as file:
+        header = file.read(30)
+        if header[:4] != b"PK\3\4":
+            return None
+        record = file.read(min(int.from_bytes(header[26:28], "little"), LONGEST_NAME))
+    return f"{record.decode('utf-8', errors='replace').partition('/')[0]}.pt"
