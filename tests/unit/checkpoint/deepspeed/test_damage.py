@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -229,8 +230,12 @@ def test_a_loss_scale_that_is_in_no_file(run: NativeRun, name: str, key: str, tm
     ids=["plain", "aligned", "bf16-optimizer"],
 )
 def test_the_file_of_another_partition(run: NativeRun, exchanged: bool, tmp_path: Path) -> None:
-    """Its size is the same; which elements it has is recorded in it."""
+    """Its size is the same; which elements it has is recorded in it. Here torch wrote it under no name."""
     folder = write_native(tmp_path, model_of(SHAPES), run)
+    for name in (FIRST, LAST):
+        unnamed = io.BytesIO()
+        torch.save(torch.load(folder / name, weights_only=False), unnamed)
+        (folder / name).write_bytes(unnamed.getvalue())
     read_all(folder)
     contents = (folder / FIRST).read_bytes(), (folder / LAST).read_bytes()
     (folder / LAST).write_bytes(contents[0])
