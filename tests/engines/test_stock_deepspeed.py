@@ -145,7 +145,7 @@ def test_save_moves_latest_last(ranks: Ranks, tmp_path: Path) -> None:
     folder = tmp_path / f"global_step{STEP}"
     files = json.loads((folder / MANIFEST_NAME).read_text())["files"]
     assert files == {p.name: p.stat().st_size for p in folder.iterdir() if p.name != MANIFEST_NAME}
-    assert len(files) == 5
+    assert len(files) == 6
     assert not [p for p in tmp_path.rglob("*") if "partial" in p.name]
 
 

@@ -34,7 +34,7 @@ from ucp_deepspeed.checkpoint.deepspeed.older_files import (
     is_older,
     mapped_shapes,
 )
-from ucp_deepspeed.checkpoint.deepspeed.written_names import RANKS_FILE, check_written_name
+from ucp_deepspeed.checkpoint.deepspeed.written_names import RANKS_FILE, check_written_name, layer_file
 from ucp_deepspeed.checkpoint.deepspeed.zero_slots import BF16_OPTIMIZER, NamedShapes, ZeroFile
 from ucp_deepspeed.checkpoint.expert_names import expert_of, optimizer_file, weight_file
 from ucp_deepspeed.checkpoint.torch_files.archives import storages_of
@@ -74,14 +74,6 @@ _MODEL_STATES = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
 """Files that hold a client state besides DeepSpeed's own data."""
 
 _OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
-
-_LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
-
-
-def layer_file(file_name: str) -> tuple[int, int] | None:
-    """Return layer and tensor-parallel rank of a layer file; None for any other file."""
-    found = _LAYER_FILE.fullmatch(file_name)
-    return (int(found[1]), int(found[2] or 0)) if found else None
 
 
 class DeepSpeedFiles:

@@ -1,4 +1,4 @@
-"""The names under which torch wrote files: an archive holds its own name, by which files of exchanged ranks are told."""
+"""Names of files, and those under which torch wrote them: an archive holds its own, which tells exchanged files of ranks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from ucp_deepspeed.errors import DamagedCheckpointError
 RANKS_FILE = re.compile(r"(?:(?:bf16_)?zero_pp_rank_(\d+)_)?mp_rank_(\d+)_(model|optim)_states\.pt")
 """Files that each model-parallel rank has. The groups are its partition, if any, its number, and the kind of file."""
 
+_LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
+
 LONGEST_NAME = 255
 """Bytes of a file's name, on any file system."""
+
+
+def layer_file(file_name: str) -> tuple[int, int] | None:
+    """Return layer and tensor-parallel rank of a layer file; None for any other file."""
+    found = _LAYER_FILE.fullmatch(file_name)
+    return (int(found[1]), int(found[2] or 0)) if found else None
 
 
 def check_written_name(path: Path) -> None:
