@@ -15,6 +15,7 @@ from checkpoints import LAST_STEP, STEP, differences
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, read_manifest
+from ucp_deepspeed.checkpoint.random_files import joined
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.errors import MismatchError
@@ -177,7 +178,8 @@ def test_a_random_state_of_another_step(ranks: Ranks, tmp_path: Path) -> None:
     run = Run("mlp", zero={"stage": 1})
     ranks(2).run(train, run, STEP, save=str(tmp_path))
     path = tmp_path / f"global_step{STEP}" / "ucp_random_states.jsonl"
-    path.write_text(path.read_text().replace(f'"global_steps": {STEP}', f'"global_steps": {STEP + 2}'))
+    header, *states = path.read_text().replace(f'"global_steps": {STEP}', f'"global_steps": {STEP + 2}').splitlines()
+    path.write_text(joined(states, json.loads(header)["save_id"]))
     with pytest.raises(RankError, match=f"is of step {STEP + 2}, and the checkpoint of step {STEP}"):
         ranks(2).run(train, run, STEP, load=str(tmp_path))
     kept = replace(run, universal={"enabled": True, "random_state": "keep"})
