@@ -25,7 +25,7 @@ from ucp_deepspeed.transfer import FileReader, gather
 class TrainedChunks(ChunkedCheckpoint):
     """The chunks of a run; what isn't in tensors is read from DeepSpeed's folder, which a file names."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, verify: bool = True) -> None:
         super().__init__(path)
         origin = open_checkpoint((path / INDEX_NAME).read_text())
         self.run, self.groups = origin.run, origin.groups

@@ -44,7 +44,7 @@ def test_native_universal_engine_native(
 
     outcome = ranks(world_size).run(train, target, STEP, load=str(universal), save=str(tmp_path / "native"))
 
-    assert outcome[0].report.source.startswith("universal 1")
+    assert outcome[0].report.source.startswith("universal 2")
     assert differences(saved.folder, tmp_path / "native") == []
     assert differences(universal, tmp_path / "native") == []
     assert outcome[0].counters == {"global_steps": STEP, "global_samples": STEP * 8, "skipped_steps": 0}

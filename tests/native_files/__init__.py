@@ -9,5 +9,6 @@ File names, keys, types and order: DeepSpeed 0.19.8, ``runtime/engine.py``, ``ru
 
 from native_files.described import Cut, NativeModel, NativeParameter, NativeRun
 from native_files.files import add_manifest, write_native
+from native_files.universal import as_version_1
 
-__all__ = ["Cut", "NativeModel", "NativeParameter", "NativeRun", "add_manifest", "write_native"]
+__all__ = ["Cut", "NativeModel", "NativeParameter", "NativeRun", "add_manifest", "as_version_1", "write_native"]

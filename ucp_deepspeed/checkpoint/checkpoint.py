@@ -173,7 +173,7 @@ class Checkpoint(ABC):
 
     Attributes:
         path: the tag folder.
-        form: name of the writer and form, for people: ``deepspeed zero-3``, ``universal 1``, …
+        form: name of the writer and form, for people: ``deepspeed zero-3``, ``universal 2``, …
         topology: topology of the run that saved it.
         parameters: parameters and buffers by name, in the model's order.
         patterns: pattern of each parameter in the run that saved, if the checkpoint records it.

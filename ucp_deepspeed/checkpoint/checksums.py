@@ -13,9 +13,9 @@ import re
 import struct
 import zipfile
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -218,6 +218,30 @@ def sums_of(path: Path, known: dict[int, Iterable[int]] | None = None) -> FileSu
     return FileSums(path.name, size, piece, ranges, found[0].astype("<u8").tobytes(), found[1])
 
 
+def sums_with(path: Path, ranges: tuple[tuple[int, int], ...], known: Mapping[int, int]) -> FileSums:
+    """Return the sums of a file, of whose pieces some are known: the others are read, and all bytes outside of the ranges.
+
+    Args:
+        ranges: see `FileSums.ranges`.
+        known: number of a piece, over all ranges → its sum.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    size, piece = path.stat().st_size, tunables.PIECE_NUMBYTES
+    count = sum(-(-numbytes // piece) for _, numbytes in ranges)
+    sums = np.array([known.get(number, 0) for number in range(count)], dtype="<u8")
+    found = _summed(path, ranges, piece, sums, at_most=0)
+    if found is None:
+        raise OSError(f"{path} was changed while it was read")
+    laid_out = FileSums(path.name, size, piece, ranges, sums.tobytes(), found[1])
+    with path.open("rb", buffering=0) as file:
+        for number in (each for each in range(count) if each not in known):
+            start, stop = laid_out.span(number)
+            sums[number] = sum_of(os.pread(file.fileno(), stop - start, start))
+    return replace(laid_out, sums=sums.tobytes())
+
+
 def _summed(
     path: Path,
     ranges: Sequence[tuple[int, int]],
@@ -394,3 +418,19 @@ class SavedSums:
                 return FileSums.of_line(file.read(numbytes))
         except (OSError, ValueError, ValidationError) as error:
             raise DamagedCheckpointError(f"{self.path} can't be read: {error}; {WAY_ON}") from error
+
+
+def sums_by(folder: Path, digest: str | None, save_id: str | None) -> Callable[[str], FileSums | None]:
+    """Return a function that returns the checksums of a file by its path, or None if none were taken. It reads their file when it
+    is first called; see `SavedSums` for the errors, and for the arguments."""
+
+    @cache
+    def saved() -> SavedSums | None:
+        return None if digest is None else SavedSums(folder, digest, save_id)
+
+    @cache
+    def sums(path: str) -> FileSums | None:
+        held = saved()
+        return None if held is None else held.of(Path(path).name)
+
+    return sums

@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import pickle
+import re
 import reprlib
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ import numpy as np
 import pydantic_core
 import torch
 from pydantic import BaseModel, ValidationError
+from xxhash import xxh3_64_hexdigest
 
 from ucp_deepspeed.checkpoint.bounds import read_bounded
 from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES, TORCH_DTYPES
@@ -82,6 +84,25 @@ def parse_document(content: bytes, path: Path, form: type[Document], what: str, 
         problems = [f"{'.'.join(map(str, item['loc']))}: {worded(item)}" for item in found[:3]]
         more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
         raise DamagedCheckpointError(f"{path} is not {what}: {'; '.join(problems)}{more}") from error
+
+
+_SUM = re.compile(rb'"sum": "([0-9a-f]{16})"(?=\n}\s*$)')
+
+
+def with_sum(text: str) -> str:
+    """Return the text of an object in JSON, over several lines, with one more key: ``sum``, the sum of the text with an empty
+    one (`has_its_sum`)."""
+    start, end = text.removesuffix("\n}") + ',\n "sum": "', '"\n}'
+    return f"{start}{xxh3_64_hexdigest(f'{start}{end}'.encode())}{end}"
+
+
+def has_its_sum(text: bytes) -> bool | None:
+    """Return whether a text of `with_sum` has the sum that stands in it; None if none does."""
+    found = _SUM.search(text)
+    if found is None:
+        return None
+    rest = text[: found.start(1)] + text[found.end(1) :]
+    return xxh3_64_hexdigest(rest).encode() == found[1]
 
 
 def encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:

@@ -18,10 +18,9 @@ from ucp_deepspeed.checkpoint.deepspeed.manifest import (
     MARK_NAME,
     Manifest,
     digest_of,
-    is_as_written,
     read_manifest,
 )
-from ucp_deepspeed.checkpoint.encoding import read_document
+from ucp_deepspeed.checkpoint.encoding import has_its_sum, read_document
 from ucp_deepspeed.checkpoint.random_files import (
     FORMER_NAMES,
     RANDOM_STATES_NAME,
@@ -142,7 +141,22 @@ def _of_index(evidence: Evidence) -> Collection[str]:
         evidence.problems.append(Problem(INDEX_NAME, "checkpoint", str(error)))
         return ()
     _check_sizes(evidence, index.files, "the index")
+    if index.checksums is not None:
+        _read_sums(evidence, index.checksums, index.save_id)
+    if has_its_sum((evidence.path / INDEX_NAME).read_bytes()):
+        evidence.summed.add(INDEX_NAME)
+    elif index.format_version > 1:
+        evidence.add(INDEX_NAME, "checkpoint", f"isn't as it was written; {REMEDY}")
     return index.files.keys()
+
+
+def _read_sums(evidence: Evidence, checksums: str, save_id: str | None) -> None:
+    """Read the sums of the files; see `SavedSums`."""
+    try:
+        evidence.sums = SavedSums(evidence.path, checksums, save_id)
+        evidence.summed.add(CHECKSUMS_NAME)
+    except UniversalCheckpointError as error:
+        evidence.problems.append(Problem(CHECKSUMS_NAME, "checksums", str(error)))
 
 
 def _of_manifest(evidence: Evidence, there: Collection[str]) -> Collection[str]:
@@ -156,7 +170,7 @@ def _of_manifest(evidence: Evidence, there: Collection[str]) -> Collection[str]:
         if CHECKSUMS_NAME in there:
             evidence.doubts.append(f"{CHECKSUMS_NAME} is there, and no {MANIFEST_NAME} tells which save it is of")
         return ()
-    if is_as_written((evidence.path / MANIFEST_NAME).read_bytes()):
+    if has_its_sum((evidence.path / MANIFEST_NAME).read_bytes()):
         evidence.summed.add(MANIFEST_NAME)
     elif manifest.save_id is not None:  # releases that wrote no sum wrote no id either
         evidence.add(MANIFEST_NAME, "manifest", f"isn't as it was saved; {REMEDY}")
@@ -166,12 +180,9 @@ def _of_manifest(evidence: Evidence, there: Collection[str]) -> Collection[str]:
             evidence.add(name, "content", f"isn't the file that {MANIFEST_NAME} describes; {REMEDY}")
     if manifest.checksums is None:
         return manifest.files.keys()
-    try:
-        evidence.sums = SavedSums(evidence.path, manifest.checksums, manifest.save_id)
-    except UniversalCheckpointError as error:
-        evidence.problems.append(Problem(CHECKSUMS_NAME, "checksums", str(error)))
+    _read_sums(evidence, manifest.checksums, manifest.save_id)
+    if evidence.sums is None:
         return manifest.files.keys()
-    evidence.summed.add(CHECKSUMS_NAME)
     for name in evidence.sums.names:
         if name not in there and name not in manifest.files:
             evidence.add(name, "missing", f"is missing, and {CHECKSUMS_NAME} tells of it; {REMEDY}")

@@ -132,7 +132,7 @@ def _open(path: str | Path, tag: str | None, verify: bool) -> Checkpoint:
                 f"{folder} holds two checkpoints, a universal one ({INDEX_NAME}) and one of DeepSpeed's ({native.name}, …): "
                 f"move one of them to another folder"
             )
-        return UniversalCheckpoint(folder)
+        return UniversalCheckpoint(folder, verify)
     if (folder / "zero").is_dir() and not any(folder.glob("*_optim_states.pt")):
         raise FormatError(
             f"{folder} is a universal folder of DeepSpeed's ds_to_universal, which this release can't read: load the folder that "

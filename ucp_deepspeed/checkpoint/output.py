@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
 
+from ucp_deepspeed.checkpoint.checksums import FileSums
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -93,6 +94,12 @@ class OutputFile:
         """The parts that are read."""
         return tuple(part for part in self.parts if isinstance(part, Region))
 
+    @property
+    def summed(self) -> tuple[tuple[int, int], ...]:
+        """The first byte, and the number, of those that have sums of pieces: all behind the header, if there is one."""
+        first = self.parts[0].numbytes if self.parts and isinstance(self.parts[0], Literal) else 0
+        return ((first, self.numbytes - first),) if first < self.numbytes else ()
+
     @cached_property
     def has_gaps(self) -> bool:
         """Return whether some bytes are no part's and no element's."""
@@ -107,12 +114,12 @@ class OutputPlan:
     Attributes:
         files: the files that hold tensors.
         finish: writes the rest into the folder, an index last, and makes sure that the result can be opened. It is called on rank
-            0 when the files are whole.
+            0 when the files are whole, with the sums of these files.
         rest_numbytes: size of the rest, about.
     """
 
     files: tuple[OutputFile, ...]
-    finish: Callable[[Path], None] = lambda folder: None
+    finish: Callable[[Path, Sequence[FileSums]], None] = lambda folder, sums: None
     rest_numbytes: int = 0
 
 

@@ -192,7 +192,13 @@ def whole_slot(
     shapes, states = tuple(named.values()), {state: dtype_of(*located) for state, located in tensors.items()}
     flattening = FlatGroup(numels_of(shapes), partitions=1, alignment=1)
     numbers = {} if group is None else {place_of("partition", 0): partial(Numbers, found.scalars, settings)}
-    locate: Callable[[int, str], Located] = lambda partition, state: tensors[state]  # noqa: E731
+
+    def locate(partition: int, state: str) -> Located:
+        if state not in tensors:  # the file of another rank, which holds the same parameters, tells of it
+            places = dict.fromkeys(str(path) for _, path in tensors.values())
+            raise DamagedCheckpointError(f"{', '.join(places)}: {', '.join(named)} has no state {state!r}")
+        return tensors[state]
+
     held = found.scalars, found.refused, group
     return Slot(tuple(named), flattening, shapes, kind, locate, states, *held, numbers)
 

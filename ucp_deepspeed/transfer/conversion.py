@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ucp_deepspeed import tunables
+from ucp_deepspeed.checkpoint.checksums import sums_with
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.one_save import check_one_save, places_of
 from ucp_deepspeed.checkpoint.differing import OnDiffering
@@ -24,7 +25,7 @@ from ucp_deepspeed.transfer.commit import committed_folder, is_seen
 from ucp_deepspeed.transfer.copying import TransferCount
 from ucp_deepspeed.transfer.processes import Ranks
 from ucp_deepspeed.transfer.stage_copies import Seen, look, may_differ, merge, settle, with_copies_of
-from ucp_deepspeed.transfer.writing import create_files, share_of, write_share
+from ucp_deepspeed.transfer.writing import Sums, create_files, share_of, write_share
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -73,14 +74,18 @@ def convert(
     with _new_folder(destination, plan, ranks, then) as folder:
         # 3. The bytes of the files, a share from each rank.
         share = share_of(plan.files, ranks.rank, ranks.count)
-        sums = RecordSums()
-        written = write_share(view, folder, share, workers, chunk_numbytes, progress, ranks.check, sums)
+        sums, pieces = RecordSums(), Sums()
+        written = write_share(view, folder, share, workers, chunk_numbytes, progress, ranks.check, sums, pieces)
         _check_records(sums, ranks)
         written.bytes_checked += sums.bytes_checked
         count = _sum_over(ranks, written)
         # 4. The rest, when all files are whole.
+        known = _pieces_of_all(pieces, ranks)
         if ranks.rank == 0:
-            plan.finish(folder)
+            of_files = [
+                sums_with(folder / each.file_name, each.summed, known.get(each.file_name, {})) for each in plan.files
+            ]
+            plan.finish(folder, of_files)
             view.checkpoint.versions.check()
     return count
 
@@ -156,6 +161,16 @@ def _check_records(sums: RecordSums, ranks: Ranks) -> None:
     """Check the records of archives that no rank has read alone. Collective over the ranks."""
     parts = ranks.gather("records", sums.partial())
     sums.finish((run for part in parts for run in part), (ranks.rank, ranks.count))
+
+
+def _pieces_of_all(pieces: Sums, ranks: Ranks) -> Sums:
+    """Return the sums of pieces that all ranks have written. Collective over the ranks."""
+    found = Sums()
+    mine = {name: [list(known), [f"{each:x}" for each in known.values()]] for name, known in pieces.items()}
+    for told in ranks.gather("pieces", mine):
+        for name, (numbers, sums) in told.items():
+            found.setdefault(name, {}).update(zip(numbers, (int(each, 16) for each in sums), strict=True))
+    return found
 
 
 def _sum_over(ranks: Ranks, count: TransferCount) -> TransferCount:

@@ -7,7 +7,7 @@ import mmap
 import os
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ucp_deepspeed import tunables
+from ucp_deepspeed.checkpoint.checksums import sum_of
 from ucp_deepspeed.checkpoint.output import Literal, OutputFile, Region
 from ucp_deepspeed.checkpoint.torch_files.records import RecordSums
 from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
@@ -65,15 +66,37 @@ def _page_start(file: OutputFile, offset: int) -> int:
 
 
 def chunks_of(held: FileRange, chunk_numbytes: int) -> Iterator[FileRange]:
-    """Cut a range into chunks of about ``chunk_numbytes``, on element boundaries. One worker fills a chunk at once."""
-    unit = _unit_of(chunk_numbytes)
-    for start in range(held.start, held.stop, unit):
-        yield FileRange(held.file, start, min(start + unit, held.stop))
+    """Cut a range into chunks of about ``chunk_numbytes``, on element boundaries, and if these are large on those of pieces that
+    have sums. One worker fills a chunk at once."""
+    unit, start = _unit_of(chunk_numbytes), held.start
+    first = held.file.summed[0][0] if held.file.summed else 0
+    while start < held.stop:
+        stop = min(start + unit - (start - first) % unit, held.stop)
+        yield FileRange(held.file, start, stop)
+        start = stop
 
 
 def _unit_of(chunk_numbytes: int) -> int:
-    """Return the size of a chunk, rounded down to an element boundary of every dtype."""
-    return max(chunk_numbytes // 8, 1) * 8
+    """Return the size of a chunk, rounded down to whole pieces, or to an element boundary of every dtype."""
+    step = tunables.PIECE_NUMBYTES if chunk_numbytes >= tunables.PIECE_NUMBYTES else 8
+    return max(chunk_numbytes // step, 1) * step
+
+
+Sums = dict[str, dict[int, int]]
+"""For each file, by its name: number of a piece → its sum."""
+
+
+def _sums_in(chunk: FileRange, data: memoryview) -> dict[int, int]:
+    """Return the sums of the pieces that lie whole in a chunk."""
+    found: dict[int, int] = {}
+    for first, numbytes in chunk.file.summed:
+        step, stop = tunables.PIECE_NUMBYTES, min(chunk.stop, first + numbytes)
+        for number in range(max(-(-(chunk.start - first) // step), 0), -(-numbytes // step)):
+            low, high = first + number * step, min(first + (number + 1) * step, first + numbytes)
+            if high > stop:
+                break
+            found[number] = sum_of(data[low - chunk.start : high - chunk.start])
+    return found
 
 
 def create_files(folder: Path, files: Sequence[OutputFile]) -> None:
@@ -94,6 +117,7 @@ def write_share(
     progress: Callable[[int, int], None] | None = None,
     check: Callable[[], None] = lambda: None,
     sums: RecordSums | None = None,
+    pieces: Sums | None = None,
 ) -> TransferCount:
     """Fill ranges of files that exist; return when they are on disk.
 
@@ -102,6 +126,7 @@ def write_share(
         workers, chunk_numbytes, progress: see `ucp_deepspeed.transfer.conversion.convert`.
         check: called now and then; an error that it raises ends the work.
         sums: to sum what is read; see `FileReader`.
+        pieces: receives the sums of what is written, for pieces that lie in one chunk.
 
     Raises:
         DamagedCheckpointError: a source file is missing, truncated or isn't what was saved, or was changed meanwhile.
@@ -110,7 +135,7 @@ def write_share(
     """
     if not share:
         return TransferCount()
-    task, workers = _Task(view, folder, share, chunk_numbytes, progress, sums), max(workers, 1)
+    task, workers = _Task(view, folder, share, chunk_numbytes, progress, sums, pieces), max(workers, 1)
     with closing(task), ThreadPoolExecutor(workers) as pool:
         try:
             _wait([pool.submit(task.work) for _ in range(workers)], check)
@@ -132,9 +157,11 @@ class _Task:
         chunk_numbytes: int,
         progress: Callable[[int, int], None] | None,
         sums: RecordSums | None,
+        pieces: Sums | None,
     ) -> None:
         self.count, self.stop = TransferCount(), threading.Event()
         self._view, self._folder, self._progress = view, folder, progress
+        self._pieces = {} if pieces is None else pieces
         self._reader = FileReader(view.checkpoint.versions, sums=sums)
         self._lock = threading.Lock()
         self._outputs: dict[str, _Output] = {}
@@ -150,8 +177,10 @@ class _Task:
         while not self.stop.is_set() and (taken := self._next()) is not None:
             chunk, output = taken
             done = _gather_chunk(self._view, chunk, buffer, self._reader)
-            output.write(memoryview(buffer[: chunk.numbytes].numpy()), chunk.start)
-            if self._written(chunk, done):
+            data = memoryview(buffer[: chunk.numbytes].numpy())
+            sums = _sums_in(chunk, data)
+            output.write(data, chunk.start)
+            if self._written(chunk, done, sums):
                 output.flush()
                 output.close()
 
@@ -177,10 +206,11 @@ class _Task:
                 self._outputs[name] = _Output(self._folder / name)
             return chunk, self._outputs[name]
 
-    def _written(self, chunk: FileRange, done: TransferCount) -> bool:
+    def _written(self, chunk: FileRange, done: TransferCount, sums: Mapping[int, int]) -> bool:
         """Count a chunk; return whether it was the last of its file."""
         with self._lock:
             self.count.add(done)
+            self._pieces.setdefault(chunk.file.file_name, {}).update(sums)
             self._unwritten[chunk.file.file_name] -= chunk.numbytes
             if self._progress is not None:
                 self._progress(self._total - sum(self._unwritten.values()), self._total)

@@ -61,5 +61,5 @@ def test_bytes_that_are_no_element() -> None:
 
 
 def test_a_plan_may_be_its_files_alone(tmp_path: Path) -> None:
-    OutputPlan(()).finish(tmp_path)
+    OutputPlan(()).finish(tmp_path, [])
     assert list(tmp_path.iterdir()) == [] and OutputPlan(()).rest_numbytes == 0

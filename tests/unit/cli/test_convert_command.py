@@ -19,11 +19,11 @@ def test_a_folder_that_can_be_loaded_from(saved: Path, tmp_path: Path, ucp: Ucp)
     result = ucp("convert", saved, tmp_path / "deep" / "u")
     assert result.exit_code == 0
     found = sorted(str(path.relative_to(tmp_path / "deep" / "u")) for path in (tmp_path / "deep" / "u").rglob("*"))
-    files = ["atoms-00001-of-00001.safetensors", "ucp_index.json", "ucp_random_state_rank_00000.json"]
+    files = ["atoms-00001-of-00001.safetensors", "ucp_checksums.jsonl", "ucp_index.json", "ucp_random_states.jsonl"]
     assert found == ["latest", "step3", *(f"step3/{file}" for file in files)]
     assert (tmp_path / "deep" / "u" / "latest").read_text() == "step3"
     [line] = result.stdout.splitlines()
-    assert re.fullmatch(r".*/u/step3: read [\d.]+ KiB from 2 files, wrote [\d.]+ KiB to 3 files in [\d.]+ s", line)
+    assert re.fullmatch(r".*/u/step3: read [\d.]+ KiB from 2 files, wrote [\d.]+ KiB to 4 files in [\d.]+ s", line)
     assert result.stderr == ""  # no terminal, no bar
     assert open_checkpoint(tmp_path / "deep" / "u").run.global_steps == 3
 

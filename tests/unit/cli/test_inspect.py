@@ -161,7 +161,7 @@ def test_a_universal_checkpoint(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
     assert ucp("convert", saved, tmp_path / "u").exit_code == 0
     report = json.loads(ucp("inspect", tmp_path / "u", "--json").stdout)
     native = json.loads(ucp("inspect", saved, "--json").stdout)
-    assert report["form"] == "universal 1" and report["source_topology"] == native["topology"]
+    assert report["form"] == "universal 2" and report["source_topology"] == native["topology"]
     for key in ("parameters", "numel", "state_bytes", "optimizer_steps", "lr_scheduler", "global_steps"):
         assert report[key] == native[key]
     assert "(saved by TP1·PP1·DP1 ZeRO-1)" in ucp("inspect", tmp_path / "u").stdout

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from native_files import as_version_1
 
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -92,6 +93,7 @@ def test_differing_elements_are_counted_and_placed(chunk_numbytes: int, native: 
 def test_integers_have_no_distance(native: Native, view_of: View, tmp_path: Path) -> None:
     a = native("a", stage=1)
     convert(view_of(a), tmp_path / "u")
+    as_version_1(tmp_path / "u")
     path = tmp_path / "u" / "atoms-00001-of-00001.safetensors"
     raw = path.read_bytes()
     path.write_bytes(raw.replace(torch.arange(4).numpy().tobytes(), torch.tensor([0, 1, 9, 3]).numpy().tobytes()))
@@ -195,6 +197,7 @@ def test_loss_scale(native: Native, view_of: View) -> None:
 def test_structure_of_universal_checkpoints(native: Native, view_of: View, tmp_path: Path) -> None:
     a = view_of(native("a", stage=1))
     convert(a, tmp_path / "u")
+    as_version_1(tmp_path / "u")
     path = tmp_path / "u" / "ucp_index.json"
     index = json.loads(path.read_text())
     parameters = index["parameters"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
+from ucp_deepspeed.checkpoint.checksums import FileSums
 from ucp_deepspeed.checkpoint.output import Literal, Output, OutputFile, OutputPlan, Region
 from ucp_deepspeed.checkpoint.safetensors_files import safetensors_file
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -46,7 +47,9 @@ class OneFileEach(Output):
             other: safetensors_file(f"{other}/weight.safetensors", {other: held}) for other, held in regions.items()
         }
 
-        def finish(folder: Path) -> None:
+        def finish(folder: Path, sums: Sequence[FileSums]) -> None:
+            for each, file in zip(sums, files.values(), strict=True):
+                assert each.differences(folder / file.file_name) == []
             assert all((folder / file.file_name).stat().st_size == file.numbytes for file in files.values())
             index = {other: file.file_name for other, file in files.items()}
             (folder / "index.json").write_text(json.dumps(index))

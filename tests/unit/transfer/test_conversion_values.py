@@ -143,7 +143,7 @@ def test_every_file_but_the_index_is_listed(tmp_path: Path) -> None:
     convert(UniversalView.of(open_checkpoint(folder)), tmp_path / "u")
     listed = json.loads((tmp_path / "u" / "ucp_index.json").read_text())["files"]
     found = {path.name: path.stat().st_size for path in (tmp_path / "u").iterdir() if path.name != "ucp_index.json"}
-    assert listed == found and len(found) == 3
+    assert listed == found and len(found) == 4
     open_checkpoint(tmp_path / "u").client_state()
 
 

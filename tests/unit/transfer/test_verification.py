@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_files import as_version_1
 
 import ucp_deepspeed
 from ucp_deepspeed.checkpoint.torch_files.structure import structure_of
@@ -110,6 +111,9 @@ def test_a_universal_checkpoint_of_version_1_is_unproven(
     native: Callable[..., Path], view_of: Callable[..., UniversalView], tmp_path: Path
 ) -> None:
     convert(view_of(native("a", tp=1, dp=2, stage=1)), tmp_path / "u")
+    found = ucp_deepspeed.verify(tmp_path / "u")
+    assert (found.verdict, found.unchecked) == ("whole", 0)
+    as_version_1(tmp_path / "u")
     found = ucp_deepspeed.verify(tmp_path / "u")
     assert (found.verdict, found.unchecked) == ("unproven", found.numbytes)
     os.truncate(tmp_path / "u" / "atoms-00001-of-00001.safetensors", 100)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ucp_deepspeed.checkpoint.checkpoint import Precision
+from ucp_deepspeed.checkpoint.checksums import sums_by
 from ucp_deepspeed.checkpoint.deepspeed.autoep import AutoEpLayers, read_autoep_layers
 from ucp_deepspeed.checkpoint.deepspeed.contents import (
     EARLY_OPTIMIZER,
@@ -26,7 +27,7 @@ from ucp_deepspeed.checkpoint.deepspeed.contents import (
     in_flat,
     value_of,
 )
-from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest, sums_by
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest
 from ucp_deepspeed.checkpoint.deepspeed.older_files import (
     RESAVE_HINT,
     buffer_names,
@@ -99,7 +100,7 @@ class DeepSpeedFiles:
         self._whole = lru_cache(maxsize=None)(self._model_states)
         self._zero = lru_cache(maxsize=None)(self._read_zero)
         if verify and self.manifest is not None:
-            self.versions.sums = sums_by(self.manifest, path)
+            self.versions.sums = sums_by(path, self.manifest.checksums, self.manifest.save_id)
 
     def check_tensors(self, path: Path, described: Any) -> None:
         """Compare the tensors in a value of `open` with the file's checksums, if there are any."""

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
-from functools import cache, cached_property
+from collections.abc import Mapping
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeInt, PositiveInt, model_validator
-from xxhash import xxh3_64_hexdigest
 
 from ucp_deepspeed.checkpoint.bounds import FileName
 from ucp_deepspeed.checkpoint.checkpoint import Kind
-from ucp_deepspeed.checkpoint.checksums import FileSums, SavedSums
-from ucp_deepspeed.checkpoint.encoding import parse_document
+from ucp_deepspeed.checkpoint.encoding import has_its_sum, parse_document
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern
@@ -198,25 +195,6 @@ def digest_of(path: Path) -> str | None:
     return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
 
 
-_SUM = re.compile(rb'"sum": "([0-9a-f]{16})"(?=\n}\s*$)')
-
-
-def manifest_text(manifest: Manifest) -> str:
-    """Return the text of a manifest. Its last key, ``sum``, is the sum of the text with an empty one (`is_as_written`)."""
-    lines = manifest.model_dump_json(indent=1).removesuffix("\n}")
-    start, end = f'{lines},\n "sum": "', '"\n}'
-    return f"{start}{xxh3_64_hexdigest(f'{start}{end}'.encode())}{end}"
-
-
-def is_as_written(text: bytes) -> bool | None:
-    """Return whether a manifest's text has the sum that stands in it; None if none does."""
-    found = _SUM.search(text)
-    if found is None:
-        return None
-    rest = text[: found.start(1)] + text[found.end(1) :]
-    return xxh3_64_hexdigest(rest).encode() == found[1]
-
-
 def read_manifest(folder: Path) -> Manifest | None:
     """Read the manifest of a tag folder; None if it was saved without the plugin.
 
@@ -230,29 +208,13 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         text = path.read_bytes()
         manifest = parse_document(text, path, Manifest, "a manifest", MANIFEST_VERSION)
-        if is_as_written(text) is False:
+        if has_its_sum(text) is False:
             raise DamagedCheckpointError(f"{path} isn't as it was saved")
         return _with_kinds_of_optimizer(manifest)
     except DamagedCheckpointError as error:
         raise DamagedCheckpointError(
             f"{error}; DeepSpeed's own files may be whole: remove {MANIFEST_NAME}, and they are read as it alone wrote them"
         ) from error
-
-
-def sums_by(manifest: Manifest, folder: Path) -> Callable[[str], FileSums | None]:
-    """Return a function that returns the checksums of a file by its path, or None if the save took none. It reads their file when
-    it is first called; see `SavedSums` for the errors."""
-
-    @cache
-    def saved() -> SavedSums | None:
-        return None if manifest.checksums is None else SavedSums(folder, manifest.checksums, manifest.save_id)
-
-    @cache
-    def sums(path: str) -> FileSums | None:
-        held = saved()
-        return None if held is None else held.of(Path(path).name)
-
-    return sums
 
 
 def _with_kinds_of_optimizer(manifest: Manifest) -> Manifest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,11 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import random_files
 from ucp_deepspeed.checkpoint.bounds import misshapen
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, Differing, OnUnreadable
+from ucp_deepspeed.checkpoint.checksums import CHECKSUMS_NAME, FileSums, digest_of_sums, joined, sums_of
 from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, read_manifest
 from ucp_deepspeed.checkpoint.differing import OnDiffering, made_one
-from ucp_deepspeed.checkpoint.encoding import check_encoded, encode
+from ucp_deepspeed.checkpoint.encoding import check_encoded, encode, with_sum
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states
 from ucp_deepspeed.checkpoint.output import Output, OutputFile, OutputPlan, Region
 from ucp_deepspeed.checkpoint.safetensors_files import safetensors_file
@@ -82,18 +83,31 @@ def lay_out(view: UniversalView, file_numbytes: int) -> tuple[OutputFile, ...]:
     return tuple(map(safetensors_file, names, bins))
 
 
-def _write_rest(view: UniversalView, index: Index, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+def _write_rest(
+    view: UniversalView, index: Index, tensors: dict[str, torch.Tensor], folder: Path, of_atoms: Sequence[FileSums]
+) -> None:
     """Write everything but the atoms. Open the result again: what can't be opened must not be committed."""
+    lines, first = [each.line() for each in of_atoms], _first_random_state(view.checkpoint)
+    state = None if first is None else first.decode("ascii").rstrip("\n")
     if tensors:
         try:
             safetensors.torch.save_file(tensors, folder / CLIENT_TENSORS_NAME)
         except safetensors.SafetensorError as error:
             raise OSError(f"{folder / CLIENT_TENSORS_NAME} can't be written: {error}") from error
-    if (first := _first_random_state(view.checkpoint)) is not None:
-        (folder / random_files.RANDOM_STATE_NAME.format(rank=0)).write_bytes(first)
+        lines.append(sums_of(folder / CLIENT_TENSORS_NAME).line())
+    # The id of this save is made of its content, so that a conversion made again is the same to the byte.
+    save_id = digest_of_sums("\n".join([*lines, state or "", index.model_dump_json()]).encode("utf-8"))
+    if state is not None:
+        path = folder / random_files.RANDOM_STATES_NAME
+        path.write_text(random_files.joined([state], save_id), encoding="ascii")
+        lines.append(sums_of(path).line())
+    sums = joined(save_id, lines)
+    (folder / CHECKSUMS_NAME).write_text(sums, encoding="ascii")
     sizes = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
-    index = index.model_copy(update={"files": sizes})
-    (folder / INDEX_NAME).write_text(index.model_dump_json(indent=1), encoding="utf-8")
+    told = {"files": sizes, "save_id": save_id, "checksums": digest_of_sums(sums.encode("ascii"))}
+    (folder / INDEX_NAME).write_text(
+        with_sum(index.model_copy(update=told).model_dump_json(indent=1)), encoding="utf-8"
+    )
     UniversalCheckpoint(folder)
 
 

@@ -24,8 +24,10 @@ from ucp_deepspeed.checkpoint.checkpoint import (
     Precision,
     RunState,
 )
-from ucp_deepspeed.checkpoint.encoding import decode, read_document
+from ucp_deepspeed.checkpoint.checksums import sums_by
+from ucp_deepspeed.checkpoint.encoding import decode, has_its_sum, read_document
 from ucp_deepspeed.checkpoint.safetensors_files import SafetensorsHeader
+from ucp_deepspeed.checkpoint.torch_files.records import REMEDY
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import Shape, Topology
@@ -34,7 +36,7 @@ from ucp_deepspeed.plan import Fragment
 
 INDEX_NAME = "ucp_index.json"
 CLIENT_TENSORS_NAME = "client_state.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PARTIAL_MARK = ".partial-"
 """Part of the names of hidden folders that are being written."""
 
@@ -97,9 +99,11 @@ class IndexSource(_Wire):
 
 
 class Index(_Wire):
-    """The index; see ``docs/format.md``."""
+    """The index; see ``docs/format.md``. ``save_id`` and ``checksums`` are missing in version 1."""
 
     format_version: int = FORMAT_VERSION
+    save_id: str | None = None
+    checksums: str | None = None
     source: IndexSource
     run: IndexRun
     vocabulary_size: PositiveInt | None
@@ -141,10 +145,15 @@ class UniversalCheckpoint(Checkpoint):
         UnsupportedError: a later version wrote it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, verify: bool = True) -> None:
+        """Args: verify: whether what is read is compared with the checksums, if there are any."""
         self.path, self.versions = path, FileVersions()
         self.versions.note(path / INDEX_NAME)
         index = self._index = read_document(path / INDEX_NAME, Index, "an index", FORMAT_VERSION)
+        if index.format_version > 1 and (not has_its_sum((path / INDEX_NAME).read_bytes()) or index.checksums is None):
+            raise DamagedCheckpointError(f"{path / INDEX_NAME} isn't as it was written; {REMEDY}")
+        if verify:
+            self.versions.sums = sums_by(path, index.checksums, index.save_id)
         self.form = f"universal {index.format_version}"
         self.topology = Topology()
         self.source = index.source
@@ -233,6 +242,8 @@ class UniversalCheckpoint(Checkpoint):
             self.versions.note(path)
             if path.stat().st_size != size:
                 raise DamagedCheckpointError(f"{path} has {path.stat().st_size} bytes; the index says {size}")
+            if (sums := self.versions.sums(str(path))) is not None:
+                sums.check_opened(path)
 
     def _read_extents(self) -> dict[tuple[str, str], FileExtent]:
         used = {file for entry in self._index.parameters.values() for file in entry.states.values()}

@@ -15,8 +15,8 @@ from ucp_deepspeed.checkpoint.deepspeed.manifest import (
     Manifest,
     describe_files,
     digest_of,
-    manifest_text,
 )
+from ucp_deepspeed.checkpoint.encoding import with_sum
 from ucp_deepspeed.checkpoint.random_files import RANDOM_STATES_NAME
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.errors import SaveError
@@ -120,4 +120,4 @@ def write_manifest(
         write_atomically(folder / CHECKSUMS_NAME, content)
         manifest = manifest.model_copy(update={"checksums": digest_of_sums(content.encode("ascii"))})
     complete = manifest.model_copy(update={"save_id": save_id, **describe_files(folder, digests)})
-    write_atomically(folder / MANIFEST_NAME, manifest_text(complete))
+    write_atomically(folder / MANIFEST_NAME, with_sum(complete.model_dump_json(indent=1)))

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from native_files import NativeRun, add_manifest, write_native
+from native_files import NativeRun, add_manifest, as_version_1, write_native
 from native_models import SHAPES, model_of
 
 from ucp_deepspeed.checkpoint import open_checkpoint
@@ -82,6 +82,7 @@ def test_manifest(run: NativeRun, tmp_path: Path) -> None:
 def test_index(tmp_path: Path) -> None:
     folder = write_native(tmp_path / "n", model_of({"a": (3, 2)}, ()), NativeRun(stage=1, precision="fp16"))
     convert(UniversalView.of(open_checkpoint(folder)), tmp_path / "u")
+    as_version_1(tmp_path / "u")
     assert check_every_change(tmp_path / "u" / "ucp_index.json", lambda: read_all(tmp_path / "u")) > 300
 
 

@@ -1,0 +1,31 @@
+"""Some faults of ``scripts/torture.py``: none is silent where there are sums, and no reader raises an error of another kind."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture
+def torture(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module("torture")
+
+
+@pytest.mark.parametrize("form", ["ZeRO-2 bf16", "experts, no ZeRO"])
+def test_faults_are_told_or_do_no_harm(form: str, torture: Any, tmp_path: Path) -> None:
+    sources = torture.make_sources(tmp_path, [form])
+    expected = {name: torture.content_of(folder) for name, folder in sources.items()}
+    told = 0
+    for seed, (name, kind) in enumerate((name, kind) for name in sources for kind in [*torture.KINDS] * 3):
+        fault = torture.Fault(name, kind, seed)
+        outcome, why = torture.outcome_of(fault, sources[name], expected[name])
+        assert outcome != "foreign", (fault, why)
+        assert outcome != "silent" or name.endswith(torture.STOCK), (fault, why)
+        told += outcome == "told"
+    assert told > 40
