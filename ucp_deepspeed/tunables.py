@@ -149,3 +149,6 @@ BEAT_SECONDS = 5.0
 
 LOST_SECONDS = 60.0
 """Seconds that a rank may be silent. Launchers notice when a process ends, but not always when a machine does."""
+
+NOTE_AGAIN_SECONDS = (0.05, 0.2, 1.0, 5.0, 30.0)
+"""Pauses of a rank that finds a file of its own incomplete, since another rank writes it too."""

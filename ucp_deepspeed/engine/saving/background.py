@@ -241,7 +241,7 @@ class Writing(threading.Thread):
     def _write(self, written: Written) -> None:
         for file in self.job.files:
             sums = file.write(self.job.partial, self.job.checksums)
-            written.note(self.job.partial / file.name, self.job.checksums, sums)
+            written.note_whole(self.job.partial / file.name, self.job.checksums, sums)
 
     def _await_ranks(self) -> list[Written]:
         """Wait until all ranks have ended, and return what they have written. Raise if some have failed, don't end in time, or

@@ -115,8 +115,9 @@ def save_checkpoint(
     kept, checksums = KeptError(folder), engine.universal_checkpoint_config.save.checksums
     with kept.in_parts_of(engine), noting_files(engine, checksums) as written:
         saved = native(save_dir, tag=name, save_latest=False, **rest)
-    with agreement(tells=True) as told:  # when all have written
+    with agreement():  # when all have written
         kept.check()
+    with agreement(tells=True) as told:
         told.mine = packed_random_state(engine), written()
     with agreement():
         if writes_for_node(engine):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checksums import CHECKSUMS_NAME, digest_of_sums, joined, records_of, sums_of
 from ucp_deepspeed.checkpoint.deepspeed.manifest import (
     MANIFEST_NAME,
@@ -50,25 +52,47 @@ class Written:
             starts = records_of(path) if known else {}
             self.sums[path.name] = sums_of(path, {starts[name]: sums for name, sums in (known or {}).items()}).line()
 
+    def note_whole(self, path: Path, checksums: bool, known: Mapping[str, Iterable[int]] | None = None) -> None:
+        """Add an archive when it is whole; see `note`. With AutoEP under tensor parallelism several ranks write one file, with the
+        same bytes, one over the other."""
+        for pause in tunables.NOTE_AGAIN_SECONDS:
+            with suppress(Exception):
+                self.note(path, checksums, known)
+                if path.name in self.digests:
+                    return
+            if not path.is_file():
+                break
+            time.sleep(pause)
+        self.note(path, checksums, known)
+
 
 @contextmanager
 def noting_files(engine: Engine, checksums: bool) -> Iterator[Callable[[], Written]]:
     """Note the files that the engine's checkpoint engine saves in the block, each as soon as it is written, in a thread.
 
-    Yields a function that waits for the thread and returns what was noted; it raises a SaveError for a file that can't be read.
+    Yields a function that waits for the thread and returns what was noted. Call it when all ranks have written: with AutoEP under
+    tensor parallelism several ranks write one file, one over the other, and such a file is noted again. It raises a SaveError
+    for a file that can't be read.
     """
     writer, save, written = engine.checkpoint_engine, engine.checkpoint_engine.save, Written()
-    noted: list[tuple[Path, Future[None]]] = []
+    noted: list[tuple[Path, Future[tuple[int, int]]]] = []
+
+    def note(path: Path) -> tuple[int, int]:
+        before = path.stat()
+        written.note(path, checksums)
+        return before.st_size, before.st_mtime_ns
 
     def noting_save(state_dict: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
         done = save(state_dict, path, *args, **kwargs)
-        noted.append((Path(path), thread.submit(written.note, Path(path), checksums)))
+        noted.append((Path(path), thread.submit(note, Path(path))))
         return done
 
     def result() -> Written:
         for path, future in noted:
             try:
-                future.result()
+                now = path.stat()
+                if future.exception() is not None or future.result() != (now.st_size, now.st_mtime_ns):
+                    note(path)
             except OSError as error:
                 reason = f"{path} was written and can't be read, and 'latest' was not moved: {error}"
                 raise SaveError(reason) from error
