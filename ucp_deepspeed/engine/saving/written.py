@@ -53,8 +53,10 @@ class Written:
             self.sums[path.name] = sums_of(path, {starts[name]: sums for name, sums in (known or {}).items()}).line()
 
     def note_whole(self, path: Path, checksums: bool, known: Mapping[str, Iterable[int]] | None = None) -> None:
-        """Add an archive when it is whole; see `note`. With AutoEP under tensor parallelism several ranks write one file, of the same
-        bytes, one over the other."""
+        """Add an archive when it is whole; see `note`.
+
+        With AutoEP under tensor parallelism several ranks write one file, of the same bytes, one over the other.
+        """
         for pause in tunables.NOTE_AGAIN_SECONDS:
             with suppress(Exception):
                 self.note(path, checksums, known)
