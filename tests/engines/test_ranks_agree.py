@@ -84,12 +84,11 @@ def test_ranks_whose_folders_hold_different_steps(two_steps: Path, ranks: Ranks,
 def test_files_of_two_saves(load: str, two_steps: Path, ranks: Ranks, tmp_path: Path) -> None:
     """On the same topology each rank of DeepSpeed's would go on from its own file's step. A manifest tells each file."""
     copytree(two_steps, tmp_path / "copy")
-    (tmp_path / "copy" / "global_step2" / MANIFEST_NAME).unlink()
     name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     copyfile(two_steps / "global_step1" / name, tmp_path / "copy" / "global_step2" / name)
     run = replace(MLP, universal={"enabled": True, "load": load})
     check_refused(ranks, run, tmp_path / "copy", DamagedCheckpointError, name, "isn't the file that ucp_manifest.json")
-    (tmp_path / "copy" / "global_step2" / "ucp_manifest.json").unlink()
+    (tmp_path / "copy" / "global_step2" / MANIFEST_NAME).unlink()
     check_refused(ranks, run, tmp_path / "copy", DamagedCheckpointError, name, "is at step 1", "files of two saves")
 
 
