@@ -115,8 +115,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_load_takes_two_rounds(
     run: Run, tag: str | None, moves: bool, rounds: int, ranks: Ranks, folder: Path
 ) -> None:
-    """One to agree on what to load, and for a universal load one to agree that all can. Before DeepSpeed loads, a flag says that no
-    rank has found its files altered."""
+    """One to agree on what to load, and for a universal load one to agree that all can. Before DeepSpeed loads, a flag says that
+    no rank has found its files altered."""
     flags = {"allreduce": 1} if run == RUN else {}
     for counts in ranks(2).run(rounds_of_a_load, run, str(folder), tag, moves):
         assert counts.pop("objects") == rounds
