@@ -20,6 +20,7 @@ from deepspeed import comm as dist
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from test_never_worse import Case, compare_with_stock
 
+from ucp_deepspeed.errors import SaveError
 from ucp_deepspeed.testing.ranks import RankError, RankPool, fp16_on_cpu
 from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
 
@@ -296,16 +297,17 @@ def save_under_own_tag(folder: str | None, validation: str) -> bool:
     engine = build_engine(mlp(1, config={"checkpoint": {"tag_validation": validation}}))
     try:
         engine.save_checkpoint(folder, tag=f"tag-{dist.get_rank()}")
-    except (AssertionError, ValueError):
+    except (AssertionError, ValueError, SaveError):
         return True
     finally:
         engine.destroy()
     return False
 
 
-@pytest.mark.parametrize(("validation", "refused"), [("FAIL", True), ("WARN", False), ("IGNORE", False)])
-def test_tags_that_differ_from_rank_to_rank(validation: str, refused: bool, ranks: Ranks, tmp_path: Path) -> None:
-    assert ranks(2).run(save_under_own_tag, str(tmp_path), validation) == [refused, refused]
+@pytest.mark.parametrize("validation", ["FAIL", "WARN", "IGNORE"])
+def test_tags_that_differ_from_rank_to_rank(validation: str, ranks: Ranks, tmp_path: Path) -> None:
+    """Nobody could load what DeepSpeed alone would save after a warning."""
+    assert ranks(2).run(save_under_own_tag, str(tmp_path), validation) == [True, True]
 
 
 @pytest.mark.parametrize("folder", [None, ""])

@@ -37,7 +37,7 @@ def mark_unfinished(engine: Engine, folder: Path, save_id: str) -> None:
             if writes_for_node(engine):
                 undo = _write(folder, save_id)
         with agreement():
-            if _writes(engine) and not is_seen(
+            if writes(engine) and not is_seen(
                 folder / MARK_NAME, engine.local_rank == 0, lambda mark: _has(mark, save_id)
             ):
                 raise SaveError(
@@ -91,7 +91,7 @@ def _has(mark: Path, save_id: str) -> bool:
     return False
 
 
-def _writes(engine: Engine) -> bool:
+def writes(engine: Engine) -> bool:
     """Return whether this rank writes any file (``runtime/engine.py``, ``_configure_checkpointing``)."""
     spread = engine.has_moe_layers or isinstance(engine, PipelineEngine)
     return bool(spread or engine.save_non_zero_checkpoint or engine.save_zero_checkpoint)

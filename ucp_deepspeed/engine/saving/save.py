@@ -51,7 +51,7 @@ from ucp_deepspeed.engine.saving.background import (
     wait_for_save,
 )
 from ucp_deepspeed.engine.saving.kept_errors import KeptError
-from ucp_deepspeed.engine.saving.marking import mark_unfinished
+from ucp_deepspeed.engine.saving.marking import mark_unfinished, writes
 from ucp_deepspeed.engine.saving.written import Written, noting_files, write_manifest
 from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError, UnsupportedError
 from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
@@ -98,11 +98,13 @@ def save_checkpoint(
         state = to_be_saved(engine, client_state or {})
         if not later:
             _check_tag(save_dir, name, asynchronous)
-        first.mine = secrets.token_hex(8), not save_dir
-    (save_id, _), lacking = first.values[0], [lacks for _, lacks in first.values]
+        first.mine = secrets.token_hex(8), not save_dir, name if writes(engine) and not later else None
+    save_id, lacking = first.values[0][0], [lacks for _, lacks, _ in first.values]
     if len(set(lacking)) > 1:
         rank = lacking.index(True)
         raise SaveError(f"rank {rank} gives no save_dir, and others do; give all ranks the same")
+    if len(tags := {tag for *_, tag in first.values} - {None}) > 1:
+        raise SaveError(f"ranks save different tags into {save_dir}: {', '.join(sorted(tags))}")
     rest = {"client_state": state, "exclude_frozen_parameters": exclude_frozen_parameters}
     if later:
         logger.warning("checkpoint engine commits later: no manifest is written")
