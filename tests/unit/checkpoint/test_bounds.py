@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from native_files import NativeRun, add_manifest, write_native
+from native_files import NativeRun, add_manifest, as_version_1, write_native
 from spec_models import model_of
 
 from ucp_deepspeed.checkpoint import open_checkpoint
@@ -202,6 +202,7 @@ def test_inspect_shows_odd_values(one: Path, tmp_path: Path, ucp: Callable[..., 
     ids=lambda value: str(value)[:40],
 )
 def test_values_of_an_index_that_nothing_encodes(value: dict[str, Any], universal: Path) -> None:
+    as_version_1(universal)
     edit(universal / "ucp_index.json", lambda index: index.update(client_state={"a": value}))
     with pytest.raises(DamagedCheckpointError, match="the index holds a value that can't be decoded") as caught:
         open_checkpoint(universal).client_state()
