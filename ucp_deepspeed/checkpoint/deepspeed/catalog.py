@@ -82,11 +82,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         copies: Mapping[str, int] = MappingProxyType({}),
         verify: bool = True,
     ) -> None:
-        """See `DeepSpeedFiles` for ``verify``.
-
-        Args:
-            copies: parameters that several pipeline stages hold → stage whose copy is read; by default the first.
-        """
+        """Args: copies: parameters that several pipeline stages hold → stage whose copy is read; by default the first."""
         self.path, self._copies = path, copies
         self.files = files or DeepSpeedFiles(path, verify)
         self.manifest, self.versions = self.files.manifest, self.files.versions

@@ -1,8 +1,5 @@
-"""The files of a tag folder that DeepSpeed wrote: their names, and opening them.
-
-File names and keys: DeepSpeed 0.19.8, ``runtime/engine.py`` (``_get_ckpt_name``, ``_get_rank_zero_ckpt_name``,
-``_common_checkpoint_state``).
-"""
+"""The files of a tag folder that DeepSpeed wrote: their names, and opening them. Names and keys: DeepSpeed 0.19.8,
+``runtime/engine.py`` (``_get_ckpt_name``, ``_get_rank_zero_ckpt_name``, ``_common_checkpoint_state``)."""
 
 from __future__ import annotations
 

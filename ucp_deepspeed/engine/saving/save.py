@@ -123,19 +123,31 @@ def save_checkpoint(
         told.mine = packed_random_state(engine), written()
     with agreement():
         if writes_for_node(engine):
-            packed, of_ranks = zip(*told.values, strict=True)
-            try:
-                write_manifest(manifest, folder, save_id, random_states_text(packed, save_id), of_ranks)
-                (folder / MARK_NAME).unlink(missing_ok=True)
-                if save_latest:
-                    write_atomically(Path(save_dir) / LATEST_NAME, name)
-            except OSError as error:
-                reason = (
-                    f"manifest and random states of {folder} could not be written, and 'latest' was not moved: {error}"
-                )
-                raise SaveError(reason) from error
+            _describe(
+                manifest, folder, save_id, told.values, Path(save_dir) / LATEST_NAME if save_latest else None, name
+            )
             _warn_if_unreadable(engine, folder)
     return saved
+
+
+def _describe(
+    manifest: Manifest,
+    folder: Path,
+    save_id: str,
+    of_ranks: Sequence[tuple[bytes, Written]],
+    latest: Path | None,
+    name: str,
+) -> None:
+    """Write what describes the files of a save, take the mark away, and move ``latest``, if that is wanted."""
+    packed, written = zip(*of_ranks, strict=True)
+    try:
+        write_manifest(manifest, folder, save_id, random_states_text(packed, save_id), written)
+        (folder / MARK_NAME).unlink(missing_ok=True)
+        if latest is not None:
+            write_atomically(latest, name)
+    except OSError as error:
+        reason = f"manifest and random states of {folder} could not be written, and 'latest' was not moved: {error}"
+        raise SaveError(reason) from error
 
 
 def _save_in_background(
