@@ -1,4 +1,4 @@
-"""Some faults of ``scripts/torture.py``: none is silent where there are sums, and no reader raises an error of another kind."""
+"""Some faults of ``scripts/torture_faults.py``: none is silent where there are sums, and no reader raises an error of another kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 @pytest.fixture
 def torture(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(SCRIPTS)
-    return importlib.import_module("torture")
+    return importlib.import_module("torture_faults")
 
 
 @pytest.mark.parametrize("form", ["ZeRO-2 bf16", "experts, no ZeRO"])

@@ -1,0 +1,337 @@
+"""Damages small checkpoints of every form, one fault at a time, and counts what readers say.
+
+Each outcome is one of these:
+
+- *told*: an error of the package, or a warning, which names what is wrong;
+- *harmless*: no error, and all values, counts, states of random streams and client state are those that were saved;
+- *silent*: no error, and something else was read;
+- *foreign*: another exception; *late*: no answer in time.
+
+Only the first two are right. The command prints a table, and each fault that isn't right with the seed that makes it again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import random
+import shutil
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+from xxhash import xxh3_64_hexdigest
+
+import ucp_deepspeed
+from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint.opening import open_checkpoint
+from ucp_deepspeed.checkpoint.random_files import committed_path, parse_state, read_state, warn_of_uncommitted
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.errors import UniversalCheckpointError
+from ucp_deepspeed.testing.ranks import get_pool
+from ucp_deepspeed.testing.runs import Run, train
+from ucp_deepspeed.transfer.conversion import convert
+
+STEPS = 2
+"""Steps of the run when it saves; the step before is saved too, since files are exchanged with it."""
+
+SECONDS = 20
+"""Time for one reader of one damaged checkpoint."""
+
+FORMS: Mapping[str, tuple[int, Run]] = {
+    "plain fp32": (2, Run("mlp", zero={"stage": 0})),
+    "plain bf16": (2, Run("mlp", zero={"stage": 0}, precision="bf16")),
+    "ZeRO-1": (4, Run("mlp", zero={"stage": 1})),
+    "ZeRO-2 bf16": (2, Run("mlp", zero={"stage": 2}, precision="bf16", groups="decay")),
+    "ZeRO-3": (2, Run("mlp", zero={"stage": 3})),
+    "tensor parallel, ZeRO-1": (2, Run("llama", tp=2, zero={"stage": 1}, precision="bf16")),
+    "pipeline": (2, Run("gpt", pp=2, zero={"stage": 1})),
+    "experts, no ZeRO": (2, Run("moe", zero={"stage": 0})),
+    "experts, ZeRO-1": (2, Run("moe", zero={"stage": 1}, precision="bf16")),
+}
+
+STOCK, UNIVERSAL = "stock", "universal"
+"""Sources beside ours: saved without the package, and converted."""
+
+Content = dict[str, str]
+"""Digests of all that a checkpoint says, by name."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        source: name of the checkpoint.
+        kind: name in `KINDS`.
+        seed: chooses file and place.
+    """
+
+    source: str
+    kind: str
+    seed: int
+
+
+def content_of(folder: Path) -> Content:
+    """Read everything; each state of each parameter whole."""
+    found: Content = {}
+    with ucp_deepspeed.open_checkpoint(folder) as held:
+        for name, info in held.parameters.items():
+            for state in info.states:
+                values = held.read(name, state)
+                found[f"{name}/{state}"] = xxh3_64_hexdigest(values.view(-1).view(torch.uint8).numpy())
+            found[f"{name} numbers"] = repr(sorted(info.scalars.items()))
+        found |= {"run": repr(held.run), "groups": repr(held.groups), "client state": repr(held.client_state)}
+        ranks = held.saved_by.dp * held.saved_by.tp * held.saved_by.pp
+        folder = held.path
+    found |= _random_states(open_checkpoint(folder), folder, ranks)
+    return found
+
+
+def _random_states(checkpoint: Checkpoint, folder: Path, ranks: int) -> Content:
+    """Read the states of the random streams as a load does, and what the checkpoint says of them."""
+    manifest = getattr(checkpoint, "manifest", None)
+    found = {}
+    for rank in range(ranks):
+        path = committed_path(folder, rank, manifest)
+        if path is None:
+            warn_of_uncommitted(folder, "its streams begin anew")
+        else:
+            state = read_state(path, rank, getattr(manifest, "save_id", None))
+            found[f"random streams of rank {rank}"] = "" if state is None else repr(parse_state(state, path, rank))
+    return found
+
+
+def _any_file(folder: Path, dice: random.Random) -> Path:
+    return dice.choice([path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size])
+
+
+def _records(path: Path) -> list[zipfile.ZipInfo]:
+    with zipfile.ZipFile(path) as archive:
+        return [record for record in archive.infolist() if record.file_size]
+
+
+def _flip(path: Path, place: int, dice: random.Random) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1 << dice.randrange(8)]))
+
+
+def flip_anywhere(folder: Path, other: Path, dice: random.Random) -> None:
+    """Flip one bit of any file."""
+    path = _any_file(folder, dice)
+    _flip(path, dice.randrange(path.stat().st_size), dice)
+
+
+def flip_in_a_record(folder: Path, other: Path, dice: random.Random) -> None:
+    """Flip one bit inside a record of an archive, or anywhere in a file that is none."""
+    path = _any_file(folder, dice)
+    if not zipfile.is_zipfile(path):
+        _flip(path, dice.randrange(path.stat().st_size), dice)
+        return
+    record = dice.choice(_records(path))
+    with path.open("rb") as file:
+        file.seek(record.header_offset + 26)
+        name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+    start = record.header_offset + 30 + name + extra
+    _flip(path, start + dice.randrange(record.file_size), dice)
+
+
+def zero_a_page(folder: Path, other: Path, dice: random.Random) -> None:
+    """Write zeros over a page, as a lost write leaves it."""
+    path = _any_file(folder, dice)
+    with path.open("r+b") as file:
+        start = dice.randrange(path.stat().st_size) // 512 * 512
+        file.seek(start)
+        file.write(bytes(min(512, path.stat().st_size - start)))
+
+
+def cut(folder: Path, other: Path, dice: random.Random) -> None:
+    """Cut a file short."""
+    path = _any_file(folder, dice)
+    with path.open("r+b") as file:
+        file.truncate(dice.randrange(path.stat().st_size))
+
+
+def append(folder: Path, other: Path, dice: random.Random) -> None:
+    """Write more bytes behind a file."""
+    with _any_file(folder, dice).open("ab") as file:
+        file.write(dice.randbytes(dice.randrange(1, 100)))
+
+
+def delete(folder: Path, other: Path, dice: random.Random) -> None:
+    """Remove a file."""
+    _any_file(folder, dice).unlink()
+
+
+def exchange(folder: Path, other: Path, dice: random.Random) -> None:
+    """Exchange two files of one size and ending."""
+    first = _any_file(folder, dice)
+    alike = [path for path in sorted(first.parent.iterdir()) if path.suffix == first.suffix and path != first]
+    if alike:
+        second, aside = dice.choice(alike), first.with_name("aside")
+        first.rename(aside)
+        second.rename(first)
+        aside.rename(second)
+
+
+def take_from_another_step(folder: Path, other: Path, dice: random.Random) -> None:
+    """Put a file of the step before in the place of its namesake."""
+    path = _any_file(folder, dice)
+    relative = path.relative_to(folder)
+    source = other / (relative if (other / relative).is_file() else Path(*relative.parts))
+    if source.is_file():
+        shutil.copyfile(source, path)
+
+
+def change_a_value(folder: Path, other: Path, dice: random.Random) -> None:
+    """Change a digit in one of the files that are text."""
+    texts = [path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".jsonl") and path.is_file()]
+    if not texts:
+        flip_anywhere(folder, other, dice)
+        return
+    path = dice.choice(texts)
+    content = path.read_text(encoding="utf-8")
+    digits = [place for place, letter in enumerate(content) if letter.isdigit()]
+    place = dice.choice(digits)
+    digit = dice.choice([each for each in "0123456789" if each != content[place]])
+    path.write_text(content[:place] + digit + content[place + 1 :], encoding="utf-8")
+
+
+KINDS: Mapping[str, Callable[[Path, Path, random.Random], None]] = {
+    "bit anywhere": flip_anywhere,
+    "bit in a record": flip_in_a_record,
+    "page of zeros": zero_a_page,
+    "cut short": cut,
+    "bytes appended": append,
+    "file removed": delete,
+    "files exchanged": exchange,
+    "file of another step": take_from_another_step,
+    "digit in a text": change_a_value,
+}
+
+
+def make_sources(root: Path, forms: Iterable[str] = FORMS) -> dict[str, Path]:
+    """Save each form at two steps, with the package and without it, and convert it. Return the folders of the later step."""
+    found = {}
+    for name, (world_size, run) in ((name, FORMS[name]) for name in forms):
+        for how, universal in (("ours", {"enabled": True}), (STOCK, None)):
+            place = root / f"{name} {how}".replace(" ", "_")
+            for step in (STEPS - 1, STEPS):
+                get_pool(world_size).run(train, replace(run, universal=universal), step, save=str(place))
+            found[f"{name}, {how}"] = place / f"global_step{STEPS}"
+        place = root / f"{name} {UNIVERSAL}".replace(" ", "_")
+        for step in (STEPS - 1, STEPS):
+            source = open_checkpoint(root / f"{name} ours".replace(" ", "_") / f"global_step{step}")
+            convert(UniversalView.of(source), place / f"global_step{step}")
+        found[f"{name}, {UNIVERSAL}"] = place / f"global_step{STEPS}"
+    return found
+
+
+def outcome_of(fault: Fault, folder: Path, expected: Content) -> tuple[str, str]:
+    """Damage a copy and read it; return the outcome, and what there is to say."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        copy = Path(scratch) / folder.name
+        shutil.copytree(folder, copy)
+        KINDS[fault.kind](copy, folder.parent / f"global_step{STEPS - 1}", random.Random(fault.seed))
+        if all(path.read_bytes() == (folder / path.relative_to(copy)).read_bytes() for path in _files(copy)) and len(
+            _files(copy)
+        ) == len(_files(folder)):
+            return "none", ""
+        try:
+            with _warnings() as warned:
+                found = content_of(copy)
+        except UniversalCheckpointError as error:
+            return "told", f"{type(error).__name__}: {error}"
+        except Exception as error:
+            return "foreign", f"{type(error).__name__}: {error}"
+    if warned:
+        return "told", warned[0]
+    wrong = sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key))
+    return ("silent", ", ".join(wrong[:3])) if wrong else ("harmless", "")
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """Collect the package's warnings in the block."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("ucp_deepspeed")
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _try(sources: Mapping[str, Path], expected: Mapping[str, Content], fault: Fault) -> tuple[Fault, str, str]:
+    return fault, *outcome_of(fault, sources[fault.source], expected[fault.source])
+
+
+@click.command("faults")
+@click.option("--count", default=500, show_default=True, help="faults in all")
+@click.option("--seed", default=0, show_default=True, help="seed of the first fault; the others follow")
+@click.option("--processes", default=2, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object")
+def faults_command(count: int, seed: int, processes: int, as_json: bool) -> None:
+    """Inject faults and count outcomes; the exit status is 1 if one is neither told nor harmless."""
+    with tempfile.TemporaryDirectory() as scratch:
+        sources = make_sources(Path(scratch))
+        expected = {name: content_of(folder) for name, folder in sources.items()}
+        pairs = [(name, kind) for name in sources for kind in KINDS]
+        faults = [Fault(*pairs[each % len(pairs)], each) for each in range(seed, seed + count)]
+        outcomes = _outcomes(partial(_try, sources, expected), faults, processes)
+    table: dict[str, Counter[str]] = {}
+    for fault, outcome, _ in outcomes:
+        table.setdefault(f"{fault.source.rpartition(', ')[2]}: {fault.kind}", Counter())[outcome] += 1
+    wrong = [each for each in outcomes if each[1] in ("silent", "foreign", "late")]
+    if as_json:
+        print(json.dumps({"counts": table, "wrong": [[*vars(fault).values(), *told] for fault, *told in wrong]}))
+    else:
+        _print(table, wrong)
+    raise SystemExit(bool(wrong))
+
+
+def _outcomes(
+    call: Callable[[Fault], tuple[Fault, str, str]], faults: list[Fault], processes: int
+) -> list[tuple[Fault, str, str]]:
+    """Return the outcome of each fault; a reader that gives no answer in time is ended with its process."""
+    found: list[tuple[Fault, str, str]] = []
+    pool = multiprocessing.get_context("spawn").Pool(processes)
+    waiting = [(fault, pool.apply_async(call, (fault,))) for fault in faults]
+    for fault, answer in waiting:
+        try:
+            found.append(answer.get(SECONDS))
+        except multiprocessing.TimeoutError:
+            found.append((fault, "late", f"no answer within {SECONDS} s"))
+    pool.terminate()
+    return found
+
+
+def _print(table: Mapping[str, Counter[str]], wrong: list[tuple[Fault, str, str]]) -> None:
+    outcomes = ("told", "harmless", "silent", "foreign", "late")
+    print("| fault | " + " | ".join(outcomes) + " |\n" + "| --- " * (len(outcomes) + 1) + "|")
+    for name, counts in sorted(table.items()):
+        print(f"| {name} | " + " | ".join(str(counts[each]) for each in outcomes) + " |")
+    total = Counter[str]()
+    for counts in table.values():
+        total.update(counts)
+    print("| **in all** | " + " | ".join(str(total[each]) for each in outcomes) + " |")
+    for fault, outcome, told in wrong:
+        print(f"{outcome}: {fault.source}, {fault.kind}, seed {fault.seed}: {told[:200]}")
+
