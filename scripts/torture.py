@@ -1,12 +1,13 @@
 """Harms checkpoints, and the processes that write and read them, and counts what becomes of it: see `docs/reliability.md`.
 
-    python scripts/torture.py faults --count 5000
+python scripts/torture.py faults --count 5000
 """
 
 from __future__ import annotations
 
 import click
 from torture_faults import faults_command
+from torture_kills import kills_command
 
 
 @click.group()
@@ -15,6 +16,7 @@ def main() -> None:
 
 
 main.add_command(faults_command)
+main.add_command(kills_command)
 
 
 if __name__ == "__main__":

@@ -334,4 +334,3 @@ def _print(table: Mapping[str, Counter[str]], wrong: list[tuple[Fault, str, str]
     print("| **in all** | " + " | ".join(str(total[each]) for each in outcomes) + " |")
     for fault, outcome, told in wrong:
         print(f"{outcome}: {fault.source}, {fault.kind}, seed {fault.seed}: {told[:200]}")
-
