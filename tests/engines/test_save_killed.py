@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MARK_NAME
 from ucp_deepspeed.checkpoint.tags import Mark
+from ucp_deepspeed.checkpoint.universal.index import PARTIAL_MARK
 from ucp_deepspeed.engine.saving import save
 from ucp_deepspeed.errors import DamagedCheckpointError, SaveError, UniversalCheckpointError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
@@ -220,6 +223,25 @@ def test_a_save_in_the_background_over_a_mark(tmp_path: Path) -> None:
     pool.run(save_and_wait, replace(RUN, universal=ASYNC), str(tmp_path), "a")
     pool.close()
     assert not (tmp_path / "a" / MARK_NAME).exists() and open_checkpoint(tmp_path).run.global_steps == STEP
+
+
+@pytest.mark.parametrize("universal", [{"enabled": True}, ASYNC], ids=["in the foreground", "in the background"])
+def test_the_next_save_removes_what_killed_ones_left(universal: Any, ranks: Ranks, tmp_path: Path) -> None:
+    """Hidden folders of saves in the background, and hidden files of both kinds, whatever kind of save comes next."""
+    run = replace(RUN, universal=universal)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    mark = f"{PARTIAL_MARK}{socket.gethostname()}-{ended.pid}"
+    (tmp_path / "a").mkdir()
+    for folder in (tmp_path / f".a{mark}.0a", tmp_path / f".b{mark}.0b"):
+        folder.mkdir()
+        (folder / "mp_rank_00_model_states.pt").write_text("half")
+    for name in ("latest", "a/ucp_manifest.json", "a/ucp_checksums.jsonl", "a/ucp_unfinished.json"):
+        path = tmp_path / name
+        path.with_name(f".{path.name}{mark}.0c").write_text("half")
+    ranks(1).run(save_and_wait, run, str(tmp_path), "a")
+    assert [path for path in tmp_path.rglob("*") if path.name.startswith(".")] == []
+    assert open_checkpoint(tmp_path).run.global_steps == STEP
 
 
 def save_elsewhere(run: Run, folders: list[str | None], tags: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Some faults of ``scripts/torture_faults.py``: none is silent where there are sums, and no reader raises an error of another kind."""
+"""A share of ``scripts/torture.py``: faults and kills are told, or do no harm; no reader raises an error of another kind."""
 
 from __future__ import annotations
 

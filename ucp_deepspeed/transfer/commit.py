@@ -78,7 +78,7 @@ def make_partial_folder(final: Path, alone: bool = False) -> Path:
     partial = _partial_path(final)
     put_back(final.parent)
     with _locked(final.parent):  # nobody looks between making the folder and holding it
-        remove_abandoned(final, of_any_name=not alone)
+        _remove_abandoned(final, of_any_name=not alone)
         others = [
             entry for entry, name, pid in _partial_folders(final) if name == final.name and _is_written(entry, pid)
         ]
@@ -244,7 +244,7 @@ def _take_along(source: Path, target: Path, is_part: Callable[[str], bool]) -> N
     def left_out(folder: str, names: list[str]) -> list[str]:
         if Path(folder) != source:
             return []
-        return [name for name in names if is_part(name) or os.path.lexists(target / name)]
+        return [name for name in names if is_part(name) or _is_partial(name) or os.path.lexists(target / name)]
 
     def link(old: str, new: str) -> None:
         try:
@@ -253,6 +253,11 @@ def _take_along(source: Path, target: Path, is_part: Callable[[str], bool]) -> N
             shutil.copy2(old, new)
 
     shutil.copytree(source, target, symlinks=True, ignore=left_out, copy_function=link, dirs_exist_ok=True)
+
+
+def _is_partial(name: str) -> bool:
+    """Return whether a name is that of a file of this package while it is written."""
+    return _FILE.fullmatch(name.removeprefix(".").partition(PARTIAL_MARK)[0]) is not None and PARTIAL_MARK in name
 
 
 def _exchange(partial: Path, final: Path) -> Path:
@@ -284,6 +289,11 @@ def remove_abandoned(final: Path, of_any_name: bool = False) -> None:
     Args:
         of_any_name: remove those for other folders beside it too: a killed run saves its next tag, and not that one again.
     """
+    with _locked(final.parent):
+        _remove_abandoned(final, of_any_name)
+
+
+def _remove_abandoned(final: Path, of_any_name: bool) -> None:
     for entry, name, pid in _partial_folders(final):
         meant = final.parent / name
         only_copy = home_of(entry) == meant and not meant.exists()  # see `put_back`
@@ -298,6 +308,20 @@ def remove_abandoned(final: Path, of_any_name: bool = False) -> None:
                 logger.warning("%s, which a process that has ended left behind, can't be removed: %s", entry, error)
 
 
+def _remove_abandoned_files(folder: Path) -> None:
+    """Remove files of this package that processes of this machine were writing in a folder when they were killed."""
+    for entry, name, pid in _partial_entries(folder):
+        ours = _FILE.fullmatch(name) is not None and entry.is_file() and not entry.is_symlink()
+        if ours and not (_alive(pid) or _is_written(entry, pid)):
+            try:
+                entry.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("%s, which a process that has ended left behind, can't be removed: %s", entry, error)
+
+
+_FILE = re.compile(r"latest|ucp_[a-z_]+\.jsonl?")
+"""Names of the files that are replaced in one step."""
+
 _WRITER = re.compile(r"(\d{1,9})(?:\.[0-9a-f]+)?")
 """End of a partial folder's name, after the host's: the process, and what makes the path a new one, which earlier releases left
 out."""
@@ -305,14 +329,21 @@ out."""
 
 def _partial_folders(final: Path) -> Iterator[tuple[Path, str, int]]:
     """Yield what processes of this machine write beside ``final``: each folder, its final name, and the process."""
+    for entry, name, pid in _partial_entries(final.parent):
+        if entry.is_dir() and not entry.is_symlink():
+            yield entry, name, pid
+
+
+def _partial_entries(folder: Path) -> Iterator[tuple[Path, str, int]]:
+    """Yield hidden entries of a folder by whose names a process of this machine writes there: each, its final name, and the
+    process."""
     mark = f"{PARTIAL_MARK}{socket.gethostname()}-"
-    for entry in final.parent.iterdir():
+    for entry in folder.iterdir():
         name, _, rest = entry.name.removesuffix(REPLACED_MARK).rpartition(mark)
-        # A host whose name begins with this one's leaves folders with the same mark, and the rest of its name after it.
+        # A host whose name begins with this one's leaves entries with the same mark, and the rest of its name after it.
         writer = _WRITER.fullmatch(rest)
         final_name = name.removeprefix(".")
-        plain = name.startswith(".") and final_name not in ("", ".", "..")
-        if writer is not None and plain and entry.is_dir() and not entry.is_symlink():
+        if writer is not None and name.startswith(".") and final_name not in ("", ".", ".."):
             yield entry, final_name, int(writer[1])
 
 
@@ -338,7 +369,8 @@ def put_back(root: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content in one step, durably; see `replace_text`."""
+    """Replace a file's content in one step, durably; see `replace_text`. What killed processes were writing beside it goes."""
+    _remove_abandoned_files(path.parent)
     replace_text(path, text)
     flush(path.parent)
 
@@ -346,16 +378,20 @@ def write_atomically(path: Path, text: str) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Replace a file's content in one step: a reader sees the old text or the new, whole, and a failure leaves the old.
 
-    Replacing is its last action: a process that sees the new text may remove the folder at once.
+    Replacing is its last action: a process that sees the new text may remove the folder at once. Until then a lock shows others
+    that the hidden file isn't abandoned.
     """
     partial = _partial_path(path)
     try:
         # nothing that lies there already, such as somebody's link, is written to
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            with suppress(OSError):
+                _lock(descriptor)
             file.write(text)
-        flush(partial)
-        partial.replace(path)
+            file.flush()
+            os.fsync(descriptor)
+            partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -319,6 +319,41 @@ def test_only_what_looks_like_ours_is_removed(tmp_path: Path) -> None:
     assert sorted(folder.iterdir()) == sorted([*nameless, theirs, link])
 
 
+def test_files_that_killed_processes_were_writing(tmp_path: Path) -> None:
+    """Another process's is held by a lock; a link and files of other names aren't ours."""
+    left = [abandoned(tmp_path, name, ".0a") for name in ("latest", "ucp_manifest.json", "ucp_checksums.jsonl")]
+    held, theirs = abandoned(tmp_path, "latest", ".0b"), abandoned(tmp_path, "notes.txt", ".0c")
+    for path in (*left, held, theirs):
+        path.write_text("half")
+    (link := abandoned(tmp_path, "latest", ".0d")).symlink_to("notes")
+    with held.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        commit.write_atomically(tmp_path / "latest", "a")
+        assert sorted(tmp_path.iterdir()) == sorted([held, theirs, link, tmp_path / "latest"])
+    commit.write_atomically(tmp_path / "latest", "b")
+    assert sorted(tmp_path.iterdir()) == sorted([theirs, link, tmp_path / "latest"])
+
+
+def test_a_file_that_is_written_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, seen = Path.replace, list[bool]()
+
+    def looked_at(path: Path, to: Path) -> Path:
+        seen.append(commit._is_written(path, os.getpid()))
+        return replace(path, to)
+
+    monkeypatch.setattr(Path, "replace", looked_at)
+    commit.write_atomically(tmp_path / "latest", "a")
+    assert seen == [True] and (tmp_path / "latest").read_text() == "a"
+
+
+def test_what_killed_saves_were_writing_is_not_taken_along(tmp_path: Path) -> None:
+    old = make(tmp_path / "a", x_pt="old")
+    for name in ("ucp_manifest.json", "ucp_unfinished.json"):
+        abandoned(old, name, ".0a").write_text("half")
+    commit.replace_folder(make(tmp_path / ".a", x_pt="new"), old, is_part)
+    assert read(old) == {"x.pt": "new"}
+
+
 def test_a_temporary_file_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is written through a link that lies there; the mode is that of other files."""
     (tmp_path / "precious").write_text("theirs")

@@ -18,7 +18,7 @@ from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.node_local import writes_for_node
 from ucp_deepspeed.errors import SaveError
-from ucp_deepspeed.transfer.commit import flush, is_seen, put_back, write_atomically
+from ucp_deepspeed.transfer.commit import flush, is_seen, put_back, remove_abandoned, write_atomically
 
 
 def mark_unfinished(engine: Engine, folder: Path, save_id: str) -> None:
@@ -64,6 +64,8 @@ def _write(folder: Path, save_id: str) -> Callable[[], None]:
     try:
         put_back(folder.parent)
         folder.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):
+            remove_abandoned(folder, of_any_name=True)
         before = (path.read_text(encoding="utf-8"), path.stat().st_mtime) if path.is_file() else None
         mark = mark_of(folder, save_id)
         _put(path, mark.model_dump_json(), mark.seconds)
