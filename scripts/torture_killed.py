@@ -1,4 +1,4 @@
-"""What runs in the processes that ``torture_kills.py`` kills: saves, loads and conversions, with a moment at which they die.
+"""The processes that ``torture_kills.py`` kills: they save, load and convert, up to a moment at which they die.
 
 A kill by *event* comes before the n-th call by which the process opens, flushes, renames, makes or removes something below the
 case's folder. So it can be made again, and covers windows that no clock hits. A kill by *time* comes from a timer of the
@@ -153,6 +153,7 @@ def watched(folder: Path, kill: Kill | None) -> Iterator[_Watch]:
 def be_impatient() -> None:
     """Bound the package's own waits, so that a case is short."""
     tunables.VISIBLE_SECONDS = tunables.LEAVE_SECONDS = tunables.LOST_SECONDS = PATIENCE_SECONDS
+    tunables.JOIN_SECONDS = 4 * PATIENCE_SECONDS
     tunables.BEAT_SECONDS, tunables.LOCK_SECONDS, tunables.NOTE_AGAIN_SECONDS = 0.3, PATIENCE_SECONDS, (0.05, 0.2)
 
 

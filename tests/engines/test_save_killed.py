@@ -232,10 +232,11 @@ def test_the_next_save_removes_what_killed_ones_left(universal: Any, ranks: Rank
     ended = subprocess.Popen(["true"])
     ended.wait()
     mark = f"{PARTIAL_MARK}{socket.gethostname()}-{ended.pid}"
-    (tmp_path / "a").mkdir()
+    (tmp_path / "a").mkdir()  # which a killed save in the background had made
     for folder in (tmp_path / f".a{mark}.0a", tmp_path / f".b{mark}.0b"):
         folder.mkdir()
         (folder / "mp_rank_00_model_states.pt").write_text("half")
+    ranks(1).run(save_and_wait, run, str(tmp_path), "a")
     for name in ("latest", "a/ucp_manifest.json", "a/ucp_checksums.jsonl", "a/ucp_unfinished.json"):
         path = tmp_path / name
         path.with_name(f".{path.name}{mark}.0c").write_text("half")

@@ -62,10 +62,11 @@ def _write(folder: Path, save_id: str) -> Callable[[], None]:
     """Write the mark; return what takes it away again."""
     path = folder / MARK_NAME
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         put_back(folder.parent)
-        folder.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):
-            remove_abandoned(folder, of_any_name=True)
+            remove_abandoned(folder, of_any_name=True)  # with empty folders of tags
+        folder.mkdir(exist_ok=True)
         before = (path.read_text(encoding="utf-8"), path.stat().st_mtime) if path.is_file() else None
         mark = mark_of(folder, save_id)
         _put(path, mark.model_dump_json(), mark.seconds)
