@@ -76,7 +76,7 @@ class Base:
 
 @dataclass
 class Ended:
-    """What became of ranks.
+    """The end of ranks.
 
     Attributes:
         killed: those that died of the kill.
