@@ -249,7 +249,7 @@ def outcome_of(fault: Fault, folder: Path, expected: Content) -> tuple[str, str]
         ) == len(_files(folder)):
             return "none", ""
         try:
-            with _warnings() as warned:
+            with warnings_of() as warned:
                 found = content_of(copy)
         except UniversalCheckpointError as error:
             return "told", f"{type(error).__name__}: {error}"
@@ -262,7 +262,7 @@ def outcome_of(fault: Fault, folder: Path, expected: Content) -> tuple[str, str]
 
 
 @contextmanager
-def _warnings() -> Iterator[list[str]]:
+def warnings_of() -> Iterator[list[str]]:
     """Collect the package's warnings in the block."""
     found: list[str] = []
     handler = logging.Handler(logging.WARNING)

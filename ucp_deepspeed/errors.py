@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -113,6 +117,64 @@ class FormatError(UnsupportedError):
 
 class MismatchError(ListingError):
     """Source and target don't fit together: lists every problem, by the parameter concerned or the first of several."""
+
+
+def is_of_system(error: BaseException) -> bool:
+    """Return whether an error tells of the system and not of a fault: of a file, memory or threads. torch's allocators raise
+    plain RuntimeErrors."""
+    told = r"out of memory|allocate memory|not enough memory|can't start new thread"
+    says = re.search(told, str(error), re.IGNORECASE)
+    return isinstance(error, OSError | MemoryError) or (isinstance(error, RuntimeError) and says is not None)
+
+
+def why_not_read(path: Path, error: Exception | None = None) -> OSError | None:
+    """Return the system's error behind one that a reader has raised of a file; None if it lies in what the file holds.
+
+    zipfile takes a directory that can't be read for none at all, and seeks to places that damaged files name.
+    """
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:
+        return error
+    try:
+        with naming(path), path.open("rb") as file:
+            file.seek(max(os.fstat(file.fileno()).st_size - PROBED_NUMBYTES, 0))
+            file.read()
+    except OSError as reason:
+        return reason
+    return None
+
+
+PROBED_NUMBYTES = 1 << 12
+"""Bytes at the end of a file that are read again to find out why it couldn't be read."""
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Add the name of a file or folder to an OSError of the block that has none, as those of reads, writes and flushes."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def system_errors_as(kind: Callable[[str], UniversalCheckpointError], told: str) -> Iterator[None]:
+    """Raise errors of the system in the block, this rank's and other ranks', as errors of the package.
+
+    Args:
+        told: what couldn't be done, for the message.
+    """
+    try:
+        yield
+    except UniversalCheckpointError as error:
+        if type(error) is not UniversalCheckpointError:
+            raise
+        raise kind(f"{told}: {error}") from error
+    except Exception as error:
+        if not is_of_system(error):
+            raise
+        raise kind(f"{told}: {type(error).__name__}: {error}") from error
 
 
 _WORDS = {

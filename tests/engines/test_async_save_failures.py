@@ -18,7 +18,7 @@ from deepspeed.runtime.checkpoint_engine import FastCheckpointEngine, TorchCheck
 
 import ucp_deepspeed
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.engine.saving import background, host_memory, save, snapshot
+from ucp_deepspeed.engine.saving import background, host_memory, marking, save, snapshot
 from ucp_deepspeed.errors import ConfigError, SaveError, UniversalCheckpointError
 from ucp_deepspeed.testing.models import build_mlp
 from ucp_deepspeed.testing.ranks import RankError
@@ -357,3 +357,37 @@ def test_rank_0_gives_up_on_a_rank_that_never_ends(tmp_path: Path) -> None:
     writing.start()
     writing.join()
     assert "ranks [1] didn't write their files" in str(writing.error)
+
+
+def save_while_a_call_fails(run: Run, folder: str, failing: int) -> str:
+    """On a rank: a call of the system fails on one of them, outside of DeepSpeed's own save."""
+    engine = trained(run, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == failing:
+            patch.setattr(Path, "is_symlink", _answering(OSError(5, "no luck")))
+            patch.setattr(marking, "flush", _answering(OSError(5, "no luck")))
+        with pytest.raises(SaveError) as caught:
+            engine.save_checkpoint(folder, tag="a")
+    engine.save_checkpoint(folder, tag="a")
+    ucp_deepspeed.wait_for_save()
+    engine.destroy()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("asynchronous", "failing"), [(True, 1), (False, 0)])
+def test_a_call_that_fails_is_told_on_all_ranks(asynchronous: bool, failing: int, ranks: Ranks, tmp_path: Path) -> None:
+    """The others waited for ever, or one rank raised a bare OSError."""
+    run = Run("mlp", universal=ASYNC if asynchronous else {"enabled": True})
+    for message in ranks(2).run(save_while_a_call_fails, run, str(tmp_path), failing, timeout=60.0):
+        assert message.startswith(f"{tmp_path}/a can't be saved: ") and "OSError: [Errno 5] no luck" in message
+    assert open_checkpoint(tmp_path).run.global_steps == 0
+    assert not [path for path in tmp_path.rglob(".*")]
+
+
+@pytest.mark.parametrize("tag", ["a ", "\ta", "a\n", "\udc80"])
+def test_a_tag_that_latest_cant_name(tag: str, tmp_path: Path) -> None:
+    """A resume by ``latest`` found nothing."""
+    for asynchronous in (False, True):
+        with pytest.raises(SaveError, match="'latest' can't name the tag"):
+            save._check_tag(str(tmp_path), tag, asynchronous, save_latest=True)
+    save._check_tag(str(tmp_path), tag, asynchronous=True, save_latest=False)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +33,14 @@ def test_faults_are_told_or_do_no_harm(form: str, torture: Any, tmp_path: Path) 
         assert outcome != "silent" or name.endswith(torture.STOCK), (fault, why)
         told += outcome == "told"
     assert told > 40
+
+
+def test_faults_of_the_environment_are_told_or_do_no_harm(tmp_path: Path) -> None:
+    """In a process of its own: the library that lets calls fail has to be loaded first."""
+    arguments = ["disks", "--count", "16", "--seed", "16", "--form", "ZeRO-1", "--json"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, SCRIPTS / "torture.py", *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["wrong"] == [] and sum(found["total"].values()) == 16

@@ -136,7 +136,7 @@ class FileSums:
             OSError: it can't be read.
         """
         found = _summed(path, self.ranges, self.piece, self.of_pieces, at_most)
-        if found is None:
+        if found is None or len(found[0]) != len(self.of_pieces):  # it ends before they do
             return [f"{path.stat().st_size} bytes instead of {self.size}"]
         sums, rest, size = found
         spans = map(self.span, np.flatnonzero(sums != self.of_pieces).tolist())
@@ -172,7 +172,7 @@ class FileSums:
         try:
             told = self.differences(path, at_most)
         except OSError as error:
-            raise DamagedCheckpointError(f"{path} can't be read: {error.strerror}") from error
+            raise DamagedCheckpointError(f"{path} can't be read: {error.strerror or error}") from error
         if told:
             more = f" and {len(told) - 1} more parts" if len(told) > 1 else ""
             raise damaged(path, told[0] + more)
@@ -383,7 +383,7 @@ class SavedSums:
             told = f"{self.path} is missing, and the manifest tells of it: nothing says whether the files are whole"
             raise DamagedCheckpointError(f"{told}; {WAY_ON}") from error
         except OSError as error:
-            raise DamagedCheckpointError(f"{self.path} can't be read: {error.strerror}; {WAY_ON}") from error
+            raise DamagedCheckpointError(f"{self.path} can't be read: {error.strerror or error}; {WAY_ON}") from error
         except ValueError as error:
             raise damaged(self.path, "some bytes") from error
         if state.hexdigest() != digest:

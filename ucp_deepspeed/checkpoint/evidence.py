@@ -176,8 +176,11 @@ def _of_manifest(evidence: Evidence, there: Collection[str]) -> Collection[str]:
         evidence.add(MANIFEST_NAME, "manifest", f"isn't as it was saved; {REMEDY}")
     _check_sizes(evidence, manifest.files, MANIFEST_NAME)
     for name, digest in manifest.contents.items():
-        if name in there and digest_of(evidence.path / name) != digest:
-            evidence.add(name, "content", f"isn't the file that {MANIFEST_NAME} describes; {REMEDY}")
+        try:
+            if name in there and digest_of(evidence.path / name) != digest:
+                evidence.add(name, "content", f"isn't the file that {MANIFEST_NAME} describes; {REMEDY}")
+        except OSError as error:
+            evidence.add(name, "unreadable", f"can't be read: {error.strerror or error}; {REMEDY}")
     if manifest.checksums is None:
         return manifest.files.keys()
     _read_sums(evidence, manifest.checksums, manifest.save_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ucp_deepspeed import tunables
@@ -153,6 +154,7 @@ def _there(root: Path) -> str:
     """Return the end of a message about a missing tag: the tags or runs in the folder."""
     if tags := tags_in(root):
         return f"; tags there: {', '.join(tags)}"
-    # A folder that can't be read is no run.
-    runs = sorted(entry.name for entry in root.iterdir() if os.path.isfile(entry / LATEST_NAME))  # noqa: PTH113
+    runs: list[str] = []
+    with suppress(OSError):  # a folder that can't be read is no run
+        runs = sorted(entry.name for entry in root.iterdir() if os.path.isfile(entry / LATEST_NAME))  # noqa: PTH113
     return f"; runs there: {', '.join(runs)}; name the folder of one" if runs else "; no tag folders there"

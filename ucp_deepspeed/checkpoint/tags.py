@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,16 +108,27 @@ def unfinished(folder: Path, reason: str) -> DamagedCheckpointError:
 def whole_tags(root: Path) -> list[str]:
     """Return the names of the tags in a folder that have no mark, the newest first."""
     found = {name: root / name for name in tags_in(root)}
-    whole = [name for name, folder in found.items() if not is_marked(folder)]
-    return sorted(whole, key=lambda name: found[name].stat().st_mtime if found[name].exists() else 0, reverse=True)
+    seconds: dict[str, float] = {}
+    for name, folder in found.items():
+        with suppress(OSError):  # a folder that can't be read
+            if not is_marked(folder):
+                seconds[name] = folder.stat().st_mtime if folder.exists() else 0
+    return sorted(seconds, key=lambda name: seconds[name], reverse=True)
 
 
 def holds_checkpoint(folder: Path) -> bool:
     """Return whether a folder is a tag's, by the names of its files."""
-    return (folder / INDEX_NAME).is_file() or any(folder.glob("*_model_states.pt"))
+    if (folder / INDEX_NAME).is_file():
+        return True
+    return folder.is_dir() and any(entry.name.endswith("_model_states.pt") for entry in folder.iterdir())
 
 
 def tags_in(root: Path) -> list[str]:
-    """Return the names of the tags in a folder."""
-    folders = [entry for entry in root.iterdir() if entry.is_dir() and not is_unfinished(entry)]
-    return sorted({home_of(entry).name for entry in folders if holds_checkpoint(entry)})
+    """Return the names of the tags in a folder; those that can't be read are left out, and all if the folder can't."""
+    found = set()
+    with suppress(OSError):
+        for entry in root.iterdir():
+            with suppress(OSError):
+                if entry.is_dir() and not is_unfinished(entry) and holds_checkpoint(entry):
+                    found.add(home_of(entry).name)
+    return sorted(found)

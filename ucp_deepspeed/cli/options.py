@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import click
 
-from ucp_deepspeed.errors import UniversalCheckpointError, escaped
+from ucp_deepspeed.errors import UniversalCheckpointError, escaped, is_of_system
 
 HELP = {"help_option_names": ["-h", "--help"]}
 """Settings of every command."""
@@ -66,7 +66,9 @@ class Command(click.Command):
         except OSError as error:
             if error.errno == errno.EPIPE:
                 _end_without_reader(ctx)
-            message = escaped(str(error))
+            places = [value for value in ctx.params.values() if isinstance(value, Path)]
+            told = "" if error.filename is not None else f" (with {', '.join(map(str, places))})"
+            message = escaped(f"{error}{told}")
         except (KeyboardInterrupt, click.Abort):
             click.echo("interrupted", err=True)
             ctx.exit(INTERRUPTED)
@@ -78,8 +80,11 @@ class Command(click.Command):
             with suppress(ValueError, TypeError):  # a status that tells of a signal (`terminated_as_exception`)
                 click.echo(f"ended by {signal.Signals(ended.code - 128).name}", err=True)  # type: ignore[operator]
             raise
-        except Exception:  # a fault of this package, which must not look like an answer
-            message = f"this should not have happened:\n{traceback.format_exc().rstrip()}"
+        except Exception as error:
+            if is_of_system(error):
+                message = f"there is too little memory: {type(error).__name__}: {escaped(str(error))}"
+            else:  # a fault of this package, which must not look like an answer
+                message = f"this should not have happened:\n{traceback.format_exc().rstrip()}"
         import_module("ucp_deepspeed.cli.printing").print_lines(*f"error: {message}".split("\n"), file=sys.stderr)
         ctx.exit(FAILED)
 

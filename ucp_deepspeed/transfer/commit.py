@@ -23,7 +23,7 @@ from typing import Any
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.opening import interrupted
 from ucp_deepspeed.checkpoint.universal.index import PARTIAL_MARK, REPLACED_MARK, home_of
-from ucp_deepspeed.errors import ConfigError
+from ucp_deepspeed.errors import ConfigError, naming
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -385,7 +385,7 @@ def replace_text(path: Path, text: str) -> None:
     try:
         # nothing that lies there already, such as somebody's link, is written to
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with naming(path), os.fdopen(descriptor, "w", encoding="utf-8") as file:
             with suppress(OSError):
                 _lock(descriptor)
             file.write(text)
@@ -399,7 +399,7 @@ def replace_text(path: Path, text: str) -> None:
 
 def flush(path: Path) -> None:
     """Wait until a file's content, or a folder's entries, are on disk."""
-    with _opened(path) as descriptor:
+    with naming(path), _opened(path) as descriptor:
         os.fsync(descriptor)
 
 

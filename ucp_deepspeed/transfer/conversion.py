@@ -119,7 +119,7 @@ def _check_space(destination: Path, plan: OutputPlan) -> None:
     place = next(parent for parent in destination.absolute().parents if parent.exists())
     disk, numbytes = shutil.disk_usage(place), plan.rest_numbytes + sum(file.numbytes for file in plan.files)
     if disk.total and numbytes > disk.free:  # some file systems in memory know of no size
-        needed, free = f"{numbytes / 1e9:.2f} GB", f"{disk.free / 1e9:.2f} GB"
+        needed, free = f"{numbytes / 1e6:,.1f} MB", f"{disk.free / 1e6:,.1f} MB"
         raise ConfigError(f"{destination} needs {needed}, and {free} are free there; nothing was written")
 
 

@@ -69,4 +69,4 @@ class OpenFile:
 
 def unreadable(path: str, error: OSError) -> DamagedCheckpointError:
     """Return the error for a file that can't be read."""
-    return DamagedCheckpointError(f"{path} can't be read: {error.strerror}")
+    return DamagedCheckpointError(f"{path} can't be read: {error.strerror or error}")

@@ -23,6 +23,7 @@ from ucp_deepspeed.checkpoint.torch_files.records import RecordSums
 from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.errors import naming
 from ucp_deepspeed.transfer.copying import FileReader, TransferCount, gather
 
 
@@ -104,7 +105,7 @@ def create_files(folder: Path, files: Sequence[OutputFile]) -> None:
     for file in files:
         path = folder / file.file_name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("xb") as made:
+        with naming(path), path.open("xb") as made:
             made.truncate(file.numbytes)
 
 
@@ -224,7 +225,7 @@ class _Output:
     """
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDWR)
+        self._path, self._descriptor = path, os.open(path, os.O_RDWR)
         self._open = [self._descriptor]
         self._direct: int | None = None
         with suppress(OSError, AttributeError):  # a file system, or an operating system, without direct writes
@@ -233,11 +234,12 @@ class _Output:
 
     def write(self, data: memoryview, file_offset: int) -> None:
         """Write all of it."""
-        straight = self._write_direct(data, file_offset)
-        data, file_offset = data[straight:], file_offset + straight
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._descriptor, data[done:], file_offset + done)
+        with naming(self._path):
+            straight = self._write_direct(data, file_offset)
+            data, file_offset = data[straight:], file_offset + straight
+            done = 0
+            while done < len(data):
+                done += os.pwrite(self._descriptor, data[done:], file_offset + done)
         if done and hasattr(os, "posix_fadvise"):
             # Linux begins to write the pages to disk: the next chunk is gathered meanwhile, and little is left for the flush.
             os.posix_fadvise(self._descriptor, file_offset, done, os.POSIX_FADV_DONTNEED)
@@ -259,12 +261,14 @@ class _Output:
 
     def flush(self) -> None:
         """Return when all is on disk."""
-        os.fsync(self._descriptor)
+        with naming(self._path):
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Close the file; it can be called again."""
-        while self._open:
-            os.close(self._open.pop())
+        with naming(self._path):
+            while self._open:
+                os.close(self._open.pop())
 
 
 def _wait(futures: Collection[Future[None]], check: Callable[[], None]) -> None:

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -116,6 +118,10 @@ def test_another_size_is_told(saved: Path) -> None:
     for cut in (1, 1000, len(held)):
         saved.write_bytes(held[:-cut])
         assert any(f"bytes instead of {len(held)}" in told for told in found.differences(saved))
+    for size in range(0, len(held), 97):  # ends while it is read: the size was another one
+        saved.write_bytes(held[:size])
+        with patch("ucp_deepspeed.checkpoint.checksums.os.fstat", return_value=SimpleNamespace(st_size=len(held))):
+            assert found.differences(saved)
     saved.unlink()
     with pytest.raises(DamagedCheckpointError, match=r"x\.pt can't be read: No such file"):
         found.check(saved)

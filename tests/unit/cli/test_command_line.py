@@ -235,6 +235,12 @@ def test_an_index_that_cant_be_read_is_one_line(content: str, tmp_path: Path, uc
         (KeyboardInterrupt(), 130, "interrupted"),
         (SystemExit(143), 143, "ended by SIGTERM"),
         (TypeError("a fault"), 2, "TypeError: a fault"),
+        (MemoryError(), 2, "error: there is too little memory: MemoryError: \n"),
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory"),
+            2,
+            "error: there is too little memory: RuntimeError: Def",
+        ),
     ],
 )
 def test_no_accident_looks_like_an_answer(

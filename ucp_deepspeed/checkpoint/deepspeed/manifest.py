@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeInt
 from ucp_deepspeed.checkpoint.bounds import FileName
 from ucp_deepspeed.checkpoint.checkpoint import Kind
 from ucp_deepspeed.checkpoint.encoding import has_its_sum, parse_document
-from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.errors import DamagedCheckpointError, why_not_read
 from ucp_deepspeed.layout import Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern
 
@@ -186,11 +186,17 @@ def describe_files(folder: Path, digests: Mapping[str, str]) -> dict[str, Mappin
 
 
 def digest_of(path: Path) -> str | None:
-    """Digest an archive's directory, which has the checksums of all of its records. Return None for other files."""
+    """Digest an archive's directory, which has the checksums of all of its records. Return None for other files.
+
+    Raises:
+        OSError: it can't be read.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             listed = [(record.filename, record.CRC, record.file_size) for record in archive.infolist()]
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+        if (reason := why_not_read(path, error)) is not None:
+            raise reason from error
         return None
     return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ucp_deepspeed.checkpoint.torch_files.unpickling import CODE_MODULES
-from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError, why_not_read
 
 
 @contextmanager
@@ -22,6 +22,8 @@ def telling_damage(path: Path) -> Iterator[None]:
     except MemoryError as error:
         raise UnsupportedError(f"{path} needs more memory than there is") from error
     except Exception as error:
+        if (reason := why_not_read(path, error)) is not None:
+            raise DamagedCheckpointError(f"{path} can't be read: {reason.strerror or reason}") from error
         raise DamagedCheckpointError(_explain(path, error)) from error
 
 
@@ -33,7 +35,9 @@ def _explain(path: Path, error: Exception) -> str:
         return refusal(path, foreign.group(1) or foreign.group(2))
     refused = re.search(r"WeightsUnpickler error: *(\S.*)", str(error))
     reason = refused.group(1) if refused else (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"{path} can't be read ({path.stat().st_size} bytes): {reason}"
+    with suppress(OSError):
+        return f"{path} can't be read ({path.stat().st_size} bytes): {reason}"
+    return f"{path} can't be read: {reason}"
 
 
 def refusal(path: Path, name: str) -> str:

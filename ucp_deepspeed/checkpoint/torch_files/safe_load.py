@@ -28,7 +28,7 @@ from ucp_deepspeed.checkpoint.torch_files import unpickling
 from ucp_deepspeed.checkpoint.torch_files.archives import Archive, storage_start
 from ucp_deepspeed.checkpoint.torch_files.damage import refusal, telling_damage
 from ucp_deepspeed.checkpoint.versions import check_regular
-from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError, why_not_read
 
 TORCH_DTYPES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -124,6 +124,8 @@ def _by_list(path: Path, **where: Any) -> Any:
 def _unpickled_legacy(path: Path, start: bytes, tensors: bool) -> Any:
     if start.startswith(pickle.PROTO):
         return _read_legacy(path, tensors)
+    if (reason := why_not_read(path)) is not None:
+        raise DamagedCheckpointError(f"{path} can't be read: {reason.strerror or reason}")
     kind = "empty" if not start else "truncated" if start.startswith(_ZIP) else "not a torch file"
     if start == _POINTER:
         kind = 'a pointer to a file, which "git lfs pull" would fetch'

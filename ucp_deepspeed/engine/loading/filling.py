@@ -87,7 +87,7 @@ class Filling:
                 with Path(path).open("rb") as file:
                     status = os.fstat(file.fileno())
             except OSError as error:
-                raise DamagedCheckpointError(f"{path} can't be read: {error.strerror}") from error
+                raise DamagedCheckpointError(f"{path} can't be read: {error.strerror or error}") from error
             if status.st_size < stop:
                 raise DamagedCheckpointError(f"{path} is truncated: expected {stop} bytes, found {status.st_size}")
             self.versions.note(path, status)

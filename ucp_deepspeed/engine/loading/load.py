@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from ucp_deepspeed.engine.module_states import ExtraStates, plan_extra_states
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer, is_offloaded, only_evaluates
 from ucp_deepspeed.engine.random_state import restore_random_state
 from ucp_deepspeed.engine.saving.background import settle_saves, wait_for_save
-from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.errors import DamagedCheckpointError, UniversalCheckpointError, UnsupportedError, system_errors_as
 from ucp_deepspeed.transfer import TransferCount
 from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
 from ucp_deepspeed.transfer.planning.pairing import Pair
@@ -106,11 +107,17 @@ def load_checkpoint(
         load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn
     )
     started = time.monotonic()
-    found, tag = find(engine, load_dir, tag, options)
+    telling = partial(system_errors_as, UniversalCheckpointError, f"{load_dir} can't be loaded")
+    with telling():
+        found, tag = find(engine, load_dir, tag, options)
     if found.universal:
         assert found.checkpoint is not None
-        loaded = _load_universal(engine, found.checkpoint, options, started)
+        with telling():
+            loaded = _load_universal(engine, found.checkpoint, options, started)
     else:
+        if isinstance(found.checkpoint, DeepSpeedCheckpoint):
+            with telling(), agreement():
+                check_sums(found.checkpoint, engine)
         loaded = _load_natively(native, engine, load_dir, tag, options, found)
     if found.streams and loaded[0] is not None:
         restore_random_state(engine, found.random_state)
@@ -125,9 +132,6 @@ def _load_natively(
     if folder is not None and (tag is None or folder.name != Path(tag).name):
         load_dir, tag = str(folder.parent), folder.name  # the user named the folder itself, or it lies aside
     checked = nullcontext() if folder is None else only_held_against_the_list(checkpoint, engine)
-    if isinstance(checkpoint, DeepSpeedCheckpoint):
-        with agreement():
-            check_sums(checkpoint, engine)
     with agreement_before(*_collectives(engine)):  # DeepSpeed itself may raise on one rank
         with told_once(load_dir, tag), checked:
             loaded = native(load_dir, tag=tag, **options.arguments())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,10 +78,11 @@ def _way_on(error: UniversalCheckpointError, load_dir: Path, tag: str | None) ->
 
 def _other_tags(load_dir: Path, tag: str | None, message: str) -> str:
     """Name other tags that were saved there, the newest first."""
-    root = load_dir
-    if root.is_dir() and tag is None and not (root / "latest").is_file():
-        root = root.parent
-    tags = whole_tags(root) if root.is_dir() else []
+    root, tags = load_dir, list[str]()
+    with suppress(OSError):  # a folder that can't be read
+        if root.is_dir() and tag is None and not (root / "latest").is_file():
+            root = root.parent
+        tags = whole_tags(root)
     found = [name for name in tags if name != tag and str(root / name) not in message]
     if not found:
         return 'restore the files from a copy, or name the folder of another save; "ucp inspect PATH" tells whether it is one'

@@ -37,11 +37,11 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from ucp_deepspeed import tunables
 from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.deepspeed_types import Engine
-from ucp_deepspeed.engine.saving.host_memory import Need, check_room, is_of_memory
+from ucp_deepspeed.engine.saving.host_memory import Need, check_room
 from ucp_deepspeed.engine.saving.kept_errors import KeptError
 from ucp_deepspeed.engine.saving.snapshot import DescribedFile, FileSnapshot, HostBuffers, describe
 from ucp_deepspeed.engine.saving.written import Written
-from ucp_deepspeed.errors import ConfigError, SaveError
+from ucp_deepspeed.errors import ConfigError, SaveError, is_of_system
 from ucp_deepspeed.transfer.commit import remove_partial_folder, replace_text
 from ucp_deepspeed.waiting import end_of_process
 
@@ -145,7 +145,7 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
                 return self._buffers.copy(self._files)
             except Exception as error:
                 reason = f", and 'latest' was not moved: {type(error).__name__}"
-                if is_of_memory(error):
+                if is_of_system(error):
                     reason = f", since memory is short; snapshots take {told.values[dist.get_rank()]}"
                 raise SaveError(f"{self._folder} can't be saved{reason}: {error}") from error
 

@@ -6,7 +6,6 @@ import logging
 import mmap
 import os
 import platform
-import re
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -214,14 +213,6 @@ def size_of(numbytes: int) -> str:
     if abs(numbytes) >= 100_000:
         return f"{numbytes / 1e6:.1f} MB"
     return f"{numbytes / 1e3:.1f} kB" if abs(numbytes) >= 1000 else f"{numbytes} bytes"
-
-
-def is_of_memory(error: Exception) -> bool:
-    """Return whether an error says that memory is short. torch's allocators raise plain RuntimeErrors too."""
-    says = re.search(r"out of memory|allocate memory|not enough memory", str(error), re.IGNORECASE)
-    return isinstance(error, OSError | MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and says is not None
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ from ucp_deepspeed.engine.saving.background import (
 from ucp_deepspeed.engine.saving.kept_errors import KeptError
 from ucp_deepspeed.engine.saving.marking import mark_unfinished, writes
 from ucp_deepspeed.engine.saving.written import Written, noting_files, write_manifest
-from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError, UnsupportedError
+from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError, UnsupportedError, system_errors_as
 from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
 from ucp_deepspeed.language.name_spaces import LogicalName
 from ucp_deepspeed.layout import Shape
@@ -90,14 +90,28 @@ def save_checkpoint(
     """
     wait_for_save(engine)
     settle_saves(Path(save_dir or "."))
+    name = str(tag) if tag is not None else f"global_step{engine.global_steps}"
+    rest = {"client_state": client_state or {}, "exclude_frozen_parameters": exclude_frozen_parameters}
+    with system_errors_as(SaveError, f"{Path(save_dir or '.') / name} can't be saved"):
+        return _save(native, engine, save_dir, tag, name, save_latest, rest)
+
+
+def _save(
+    native: Callable[..., bool],
+    engine: Engine,
+    save_dir: str,
+    tag: str | None,
+    name: str,
+    save_latest: bool,
+    rest: dict[str, Any],
+) -> bool:
     later = not save_dir or engine.checkpoint_engine.is_decoupled()
     asynchronous = engine.universal_checkpoint_config.save.asynchronous
-    name = str(tag) if tag is not None else f"global_step{engine.global_steps}"
     folder = Path(save_dir or ".") / name
     with agreement(tells=True) as first:  # on its own: the manifest is made by all ranks together
-        state = to_be_saved(engine, client_state or {})
+        rest["client_state"] = to_be_saved(engine, rest["client_state"])
         if not later:
-            _check_tag(save_dir, name, asynchronous)
+            _check_tag(save_dir, name, asynchronous, save_latest)
         first.mine = secrets.token_hex(8), not save_dir, name if writes(engine) and not later else None
     save_id, lacking = first.values[0][0], [lacks for _, lacks, _ in first.values]
     if len(set(lacking)) > 1:
@@ -105,7 +119,6 @@ def save_checkpoint(
         raise SaveError(f"rank {rank} gives no save_dir, and others do; give all ranks the same")
     if len(tags := {tag for *_, tag in first.values} - {None}) > 1:
         raise SaveError(f"ranks save different tags into {save_dir}: {', '.join(sorted(tags))}")
-    rest = {"client_state": state, "exclude_frozen_parameters": exclude_frozen_parameters}
     if later:
         logger.warning("checkpoint engine commits later: no manifest is written")
         return native(save_dir, tag=tag, save_latest=save_latest, **rest)
@@ -161,7 +174,8 @@ def _save_in_background(
 ) -> bool:
     """Copy into host memory what DeepSpeed would write, and begin to write it. Collective."""
     folder, rank, world_size = Path(save_dir).absolute() / tag, dist.get_rank(), dist.get_world_size()
-    place = folder.resolve() if folder.is_symlink() else folder
+    with agreement():  # on its own: the manifest is made by all ranks together
+        place = folder.resolve() if folder.is_symlink() else folder
     with agreement():
         manifest = _manifest(engine)
     partial = _make_partial(place, tag, engine.local_rank == 0)
@@ -174,12 +188,12 @@ def _save_in_background(
             told.mine = packed_random_state(engine)
         with agreement():
             random_states = random_states_text(told.values, save_id) if rank == 0 else ""
+            is_new = place.is_dir() and not any(place.iterdir())  # DeepSpeed has just made it
     except BaseException:
         if rank == 0:
             remove_partial_folder(partial, place)
         raise
     latest = Path(save_dir).absolute() / LATEST_NAME
-    is_new = place.is_dir() and not any(place.iterdir())
 
     def commit(of_ranks: Sequence[Written]) -> None:
         if is_new and not place.is_dir():
@@ -198,9 +212,14 @@ def _save_in_background(
     return saved
 
 
-def _check_tag(save_dir: str, tag: str, asynchronous: bool) -> None:
-    """Refuse a tag whose folder a save can't fill."""
+def _check_tag(save_dir: str, tag: str, asynchronous: bool, save_latest: bool) -> None:
+    """Refuse a tag whose folder a save can't fill, or that ``latest`` can't name."""
     folder = Path(save_dir) / tag
+    if save_latest and (tag != tag.strip() or tag.encode(errors="replace").decode() != tag):
+        raise SaveError(
+            f"the file 'latest' can't name the tag {tag!r} of {save_dir}: blanks at the ends of a name are lost there, and the "
+            f"name must have a form in UTF-8; save under another tag, or with save_latest=False"
+        )
     if asynchronous and (not Path(tag).parts or ".." in Path(tag).parts):
         raise SaveError(f"the tag {tag!r} names no folder of its own in {save_dir}, which asynchronous saving needs")
     if folder.exists() and not folder.is_dir():

@@ -7,7 +7,6 @@ would have written it. So tensors that share a storage still do.
 from __future__ import annotations
 
 import ctypes
-import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch.serialization import DEFAULT_PROTOCOL
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checksums import sum_of
 from ucp_deepspeed.engine.saving.host_memory import HostMemory
+from ucp_deepspeed.engine.saving.written import why_not_written
 from ucp_deepspeed.transfer.commit import flush
 
 
@@ -64,8 +64,7 @@ class FileSnapshot:
             # Keep the writer for ever. Its destructor would try to complete the file, fail again, and end the process
             # (``std::terminate``, torch 2.13).
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(writer))
-            reason = _why_not_longer(path)
-            os.truncate(path, 0)  # it stays open: give back its space
+            reason = why_not_written(path)
             if reason is None:
                 raise
             raise reason from error
@@ -77,18 +76,6 @@ def _sums(data: torch.Tensor) -> list[int]:
     """Return the checksums of the pieces of a buffer of bytes."""
     memory, piece = memoryview(data.numpy()), tunables.PIECE_NUMBYTES
     return [sum_of(memory[start : start + piece]) for start in range(0, len(memory), piece)]
-
-
-def _why_not_longer(path: Path) -> OSError | None:
-    """Return the error that keeps a file from growing; torch doesn't tell it."""
-    try:
-        with path.open("ab") as file:
-            file.write(bytes(tunables.PROBE_NUMBYTES))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        return error
-    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ from ucp_deepspeed.checkpoint.deepspeed.manifest import (
 from ucp_deepspeed.checkpoint.encoding import with_sum
 from ucp_deepspeed.checkpoint.random_files import RANDOM_STATES_NAME
 from ucp_deepspeed.engine.deepspeed_types import Engine
-from ucp_deepspeed.errors import SaveError
+from ucp_deepspeed.errors import SaveError, naming
 from ucp_deepspeed.transfer.commit import write_atomically
 
 
@@ -68,6 +69,23 @@ class Written:
         self.note(path, checksums, known)
 
 
+def why_not_written(path: Path) -> OSError | None:
+    """Return the error that keeps a file from growing; torch doesn't tell it. The file is empty then: its space is given back."""
+    try:
+        with suppress(FileNotFoundError), naming(path):
+            try:
+                with path.open("r+b") as file:
+                    file.seek(0, os.SEEK_END)
+                    file.write(bytes(tunables.PROBE_NUMBYTES))
+                    file.flush()
+                    os.fsync(file.fileno())
+            finally:
+                os.truncate(path, 0)
+    except OSError as error:
+        return error
+    return None
+
+
 @contextmanager
 def noting_files(engine: Engine, checksums: bool) -> Iterator[Callable[[], Written]]:
     """Note the files that the engine's checkpoint engine saves in the block, each as soon as it is written, in a thread.
@@ -85,7 +103,12 @@ def noting_files(engine: Engine, checksums: bool) -> Iterator[Callable[[], Writt
         return before.st_size, before.st_mtime_ns
 
     def noting_save(state_dict: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
-        done = save(state_dict, path, *args, **kwargs)
+        try:
+            done = save(state_dict, path, *args, **kwargs)
+        except RuntimeError as error:  # torch's, of its writer
+            if (reason := why_not_written(Path(path))) is not None:
+                raise reason from error
+            raise
         noted.append((Path(path), thread.submit(note, Path(path))))
         return done
 

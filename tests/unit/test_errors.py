@@ -1,0 +1,116 @@
+"""Errors of the system become errors of the package that name the file and the cause."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from ucp_deepspeed.checkpoint.deepspeed.manifest import digest_of
+from ucp_deepspeed.checkpoint.tags import tags_in, whole_tags
+from ucp_deepspeed.checkpoint.torch_files.damage import telling_damage
+from ucp_deepspeed.errors import (
+    DamagedCheckpointError,
+    SaveError,
+    UniversalCheckpointError,
+    system_errors_as,
+    why_not_read,
+)
+from ucp_deepspeed.transfer.commit import flush, replace_text
+from ucp_deepspeed.transfer.writing import _Output
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.EIO, "no luck", "a"), "x can't be saved: OSError: [Errno 5] no luck: 'a'"),
+        (MemoryError(), "x can't be saved: MemoryError: "),
+        (RuntimeError("can't start new thread"), "x can't be saved: RuntimeError: can't start new thread"),
+        (UniversalCheckpointError("rank 1: OSError: no"), "x can't be saved: rank 1: OSError: no"),
+        (SaveError("it was told already"), "it was told already"),
+    ],
+)
+def test_errors_of_the_system(error: Exception, told: str) -> None:
+    with pytest.raises(SaveError) as caught, system_errors_as(SaveError, "x can't be saved"):
+        raise error
+    assert str(caught.value) == told
+
+
+def test_faults_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="a fault"), system_errors_as(SaveError, ""):
+        raise RuntimeError("a fault")
+
+
+@contextmanager
+def size_limited(numbytes: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (numbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_errors_of_writes_name_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "atoms"
+    path.touch()
+    output = _Output(path)
+    with size_limited(100), pytest.raises(OSError, match=f"too large: '{path}'"):
+        output.write(memoryview(bytes(1000)), 0)
+    output.close()
+    with size_limited(2), pytest.raises(OSError, match=f"too large: '{tmp_path}/latest'"):
+        replace_text(tmp_path / "latest", "step1")
+    with pytest.raises(OSError, match="'/proc/self/status'"):  # of a kind that can't be flushed
+        flush(Path("/proc/self/status"))
+
+
+def _failing_reads(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Let reads of a file fail as on a broken disk, from now on."""
+    opened = Path.open
+
+    def open_it(self: Path, *args: object, **kwargs: object) -> object:
+        if self == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return opened(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "open", open_it)
+
+
+def test_a_disk_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """zipfile says that a file whose end can't be read is no archive; the advice was to remove the manifest."""
+    path = tmp_path / "x.pt"
+    torch.save({"a": torch.ones(3)}, path)
+    digest = digest_of(path)
+    assert digest is not None and why_not_read(path, zipfile.BadZipFile()) is None
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    assert digest_of(path) is None
+    _failing_reads(monkeypatch, path)
+    with pytest.raises(OSError, match="Input/output error"):
+        digest_of(path)
+    with pytest.raises(DamagedCheckpointError, match=r"x\.pt can't be read: Input/output error"), telling_damage(path):
+        raise zipfile.BadZipFile("File is not a zip file")
+
+
+def test_tags_that_cant_be_read_hide_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages list other tags, and were replaced by a bare PermissionError."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mp_rank_00_model_states.pt").touch()
+    is_file = Path.is_file
+
+    def refused(self: Path) -> bool:
+        if self.parent == tmp_path / "a":
+            raise PermissionError(errno.EACCES, "no")
+        return is_file(self)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert tags_in(tmp_path) == whole_tags(tmp_path) == ["b"]
+    assert tags_in(tmp_path / "nowhere") == []
