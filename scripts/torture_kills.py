@@ -295,7 +295,8 @@ def resume_during_a_save(case: Case, asynchronous: bool) -> str:
 def two_jobs_on_one_tag(case: Case, asynchronous: bool) -> str:
     """Let two jobs save the same tag at the same time, of which one is killed."""
     dice = case.dice()
-    run, other = _run(case.base, dice, asynchronous), other_job(_run(case.base, dice, asynchronous))
+    run, beside = _run(case.base, dice, asynchronous), dice.random() < 0.7
+    other = other_job(_run(case.base, dice, asynchronous == beside))
     kill = _save_kill(case, run, dice, "a", only=dice.random() < 0.7)
     with workplace(case.lab) as place, ThreadPoolExecutor(2) as threads:
         folder = place / "run"
@@ -304,7 +305,7 @@ def two_jobs_on_one_tag(case: Case, asynchronous: bool) -> str:
         second = threads.submit(run_ranks, place, None, "save", other, NEW, folder, "a")
         killed = first.result().killed
         second.result()
-        outcome = _resumed(case, folder, "a", case.base.content, asynchronous, dice, mixed=True)
+        outcome = _resumed(case, folder, "a", case.base.content, asynchronous and beside, dice, mixed=True)
     return outcome if killed else "not killed"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -243,6 +244,50 @@ def test_the_next_save_removes_what_killed_ones_left(universal: Any, ranks: Rank
     ranks(1).run(save_and_wait, run, str(tmp_path), "a")
     assert [path for path in tmp_path.rglob("*") if path.name.startswith(".")] == []
     assert open_checkpoint(tmp_path).run.global_steps == STEP
+
+
+def save_beside_another(run: Run, folder: str, how: str) -> str:
+    """On a rank: save tag ``a`` while another job does; returns what is told."""
+    engine, mark = trained(run, 1), Path(folder, "a", MARK_NAME)
+    write = engine.checkpoint_engine.save
+
+    def write_beside(state_dict: Any, path: str) -> Any:
+        if dist.get_rank() == 0 and how == "its mark":
+            mark.write_text(mark.read_text().replace(Mark.model_validate_json(mark.read_text()).save_id, "0" * 16))
+        return write(state_dict, path)
+
+    engine.checkpoint_engine.save = write_beside
+    with pytest.raises(SaveError) as caught:
+        engine.save_checkpoint(folder, tag="a")
+        ucp_deepspeed.wait_for_save()
+    engine.checkpoint_engine.save = write
+    engine.save_checkpoint(folder, tag="other")
+    ucp_deepspeed.wait_for_save()
+    engine.destroy()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "universal"), [("its lock", {"enabled": True}), ("its lock", ASYNC), ("its mark", {"enabled": True})]
+)
+def test_two_jobs_that_save_one_tag(how: str, universal: Any, ranks: Ranks, tmp_path: Path) -> None:
+    """The second is refused, where the file system has locks. The first finds the second's mark, and describes no files of both:
+    the manifest of one used to have sums of the other's files."""
+    ranks(2).run(train, RUN, 2, save=str(tmp_path), save_tag="a")
+    before, descriptor = contents(tmp_path), os.open(tmp_path / "a", os.O_RDONLY)
+    if how == "its lock":
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    told = ranks(2).run(save_beside_another, replace(RUN, universal=universal), str(tmp_path), how)
+    os.close(descriptor)
+    after = {name: content for name, content in contents(tmp_path).items() if not name.startswith("other")}
+    if how == "its lock":
+        assert all(f"another job is saving into {tmp_path / 'a'} just now" in text for text in told)
+        assert after == before | {"latest": b"other"}
+    else:
+        assert all(f"another job has saved into {tmp_path / 'a'} at the same time" in text for text in told)
+        with pytest.raises(DamagedCheckpointError, match=r"was not finished .*: tag='other'"):
+            open_checkpoint(tmp_path, "a")
+    assert open_checkpoint(tmp_path).run.global_steps == 1
 
 
 def save_elsewhere(run: Run, folders: list[str | None], tags: list[str]) -> str:

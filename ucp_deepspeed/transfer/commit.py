@@ -54,7 +54,7 @@ def committed_folder(final: Path, then: Callable[[], None] = lambda: None) -> It
             flush(partial)
             with _undisturbed():
                 partial.rename(final)
-                _release(partial)
+                release(partial)
                 flush(final.parent)
                 then()
         except BaseException:
@@ -95,7 +95,7 @@ def remove_partial_folder(partial: Path, final: Path | None = None) -> None:
     """Remove a partial folder, wherever it is by now, as far as possible; also an empty folder ``final`` beside it."""
     here = _found(partial)
     shutil.rmtree(here, ignore_errors=True)
-    _release(partial)
+    release(partial)
     if final is not None:
         with suppress(OSError):
             (here.parent / final.name).rmdir()
@@ -113,18 +113,30 @@ def _found(partial: Path) -> Path:
 
 
 _holding: dict[Path, int] = {}
-"""Descriptors of this process's partial folders."""
+"""Descriptors of the folders that this process writes."""
 
 
-def _release(*partials: Path) -> None:
+def release(*folders: Path) -> None:
     """Let folders go that are finished, or gone."""
-    for partial in partials:
-        if (descriptor := _holding.pop(partial, None)) is not None:
+    for folder in folders:
+        if (descriptor := _holding.pop(folder, None)) is not None:
             os.close(descriptor)
 
 
+def hold(folder: Path) -> bool:
+    """Keep other processes from holding a folder until `release`, where the file system has locks. Return whether none does."""
+    descriptor, free = os.open(folder, os.O_RDONLY), True
+    with suppress(OSError):
+        free = _lock(descriptor)
+    if free:
+        _holding[folder] = descriptor
+    else:
+        os.close(descriptor)
+    return free
+
+
 # A forked child holds nothing: the folders are its parent's, and count as abandoned when that is gone.
-os.register_at_fork(after_in_child=lambda: _release(*_holding))
+os.register_at_fork(after_in_child=lambda: release(*_holding))
 
 
 @contextmanager
@@ -234,7 +246,7 @@ def replace_folder(partial: Path, final: Path, is_part: Callable[[str], bool]) -
         shutil.rmtree(replaced, ignore_errors=True)
         if replaced.exists():
             logger.warning("what %s replaced can't be removed; it is in %s and takes space there", final, replaced)
-    _release(partial)
+    release(partial)
     flush(final.parent)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from deepspeed import comm as dist
@@ -18,19 +18,56 @@ from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.node_local import writes_for_node
 from ucp_deepspeed.errors import SaveError
-from ucp_deepspeed.transfer.commit import flush, is_seen, put_back, remove_abandoned, write_atomically
+from ucp_deepspeed.transfer.commit import flush, hold, is_seen, put_back, release, remove_abandoned, write_atomically
 
 
-def mark_unfinished(engine: Engine, folder: Path, save_id: str) -> None:
-    """Mark a tag's folder before DeepSpeed writes there, and remove what described the files until now. Collective.
+@contextmanager
+def marked_unfinished(engine: Engine, folder: Path, save_id: str) -> Iterator[None]:
+    """Mark a tag's folder before DeepSpeed writes there in the block, and remove what described the files until now. Collective.
 
     Args:
         save_id: random, the same on all ranks.
 
     Raises:
-        SaveError: the mark can't be written; or a rank that will write doesn't see it, since its ``save_dir`` or tag is another
-            one. The folder is then as it was.
+        SaveError: the mark can't be written; or another job saves there; or a rank that will write doesn't see it, since its
+            ``save_dir`` or tag is another one. The folder is then as it was.
     """
+    try:
+        _mark(engine, folder, save_id)
+        yield
+    finally:
+        release(folder)
+
+
+@contextmanager
+def undisturbed(folder: Path) -> Iterator[None]:
+    """Replace a tag's folder in the block, unless another job saves straight into it.
+
+    Raises:
+        SaveError: one does.
+    """
+    if folder.is_dir() and not hold(folder):
+        raise SaveError(f"another job is saving into {folder} just now, and 'latest' was not moved")
+    try:
+        yield
+    finally:
+        release(folder)
+
+
+def check_mark(folder: Path, save_id: str) -> None:
+    """Check, when all have written, that no other job has saved into the folder meanwhile: files of both would lie there.
+
+    Raises:
+        SaveError: it has.
+    """
+    if not _has(folder / MARK_NAME, save_id):
+        raise SaveError(
+            f"another job has saved into {folder} at the same time, and 'latest' was not moved; let each job have a folder of "
+            f"its own, and save again"
+        )
+
+
+def _mark(engine: Engine, folder: Path, save_id: str) -> None:
     undo: Callable[[], None] = lambda: None  # noqa: E731
     try:
         with agreement():
@@ -67,6 +104,8 @@ def _write(folder: Path, save_id: str) -> Callable[[], None]:
         with suppress(OSError):
             remove_abandoned(folder, of_any_name=True)  # with empty folders of tags
         folder.mkdir(exist_ok=True)
+        if dist.get_rank() == 0 and not hold(folder):
+            raise SaveError(f"another job is saving into {folder} just now; nothing was written")
         before = (path.read_text(encoding="utf-8"), path.stat().st_mtime) if path.is_file() else None
         mark = mark_of(folder, save_id)
         _put(path, mark.model_dump_json(), mark.seconds)

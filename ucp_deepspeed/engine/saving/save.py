@@ -51,7 +51,7 @@ from ucp_deepspeed.engine.saving.background import (
     wait_for_save,
 )
 from ucp_deepspeed.engine.saving.kept_errors import KeptError
-from ucp_deepspeed.engine.saving.marking import mark_unfinished, writes
+from ucp_deepspeed.engine.saving.marking import check_mark, marked_unfinished, undisturbed, writes
 from ucp_deepspeed.engine.saving.written import Written, noting_files, write_manifest
 from ucp_deepspeed.errors import SaveError, SpecError, UniversalCheckpointError, UnsupportedError, system_errors_as
 from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
@@ -126,20 +126,20 @@ def _save(
         return _save_in_background(native, engine, save_dir, name, save_latest, save_id, rest)
     with agreement():
         manifest = _manifest(engine)
-    mark_unfinished(engine, folder, save_id)
-    kept, checksums = KeptError(folder), engine.universal_checkpoint_config.save.checksums
-    with kept.in_parts_of(engine), noting_files(engine, checksums) as written:
-        saved = native(save_dir, tag=name, save_latest=False, **rest)
-    with agreement():  # when all have written
-        kept.check()
-    with agreement(tells=True) as told:
-        told.mine = packed_random_state(engine), written()
-    with agreement():
-        if writes_for_node(engine):
-            _describe(
-                manifest, folder, save_id, told.values, Path(save_dir) / LATEST_NAME if save_latest else None, name
-            )
-            _warn_if_unreadable(engine, folder)
+    with marked_unfinished(engine, folder, save_id):
+        kept, checksums = KeptError(folder), engine.universal_checkpoint_config.save.checksums
+        with kept.in_parts_of(engine), noting_files(engine, checksums) as written:
+            saved = native(save_dir, tag=name, save_latest=False, **rest)
+        with agreement():  # when all have written
+            kept.check()
+        with agreement(tells=True) as told:
+            told.mine = packed_random_state(engine), written()
+        with agreement():
+            if writes_for_node(engine):
+                _describe(
+                    manifest, folder, save_id, told.values, Path(save_dir) / LATEST_NAME if save_latest else None, name
+                )
+                _warn_if_unreadable(engine, folder)
     return saved
 
 
@@ -153,6 +153,7 @@ def _describe(
 ) -> None:
     """Write what describes the files of a save, take the mark away, and move ``latest``, if that is wanted."""
     packed, written = zip(*of_ranks, strict=True)
+    check_mark(folder, save_id)
     try:
         write_manifest(manifest, folder, save_id, random_states_text(packed, save_id), written)
         (folder / MARK_NAME).unlink(missing_ok=True)
@@ -202,7 +203,8 @@ def _save_in_background(
             (partial / ENDED_NAME.format(rank=each)).unlink(missing_ok=True)
         write_manifest(manifest, partial, save_id, random_states, of_ranks)
         flush(partial)
-        replace_folder(partial, place, _is_part)
+        with undisturbed(place):
+            replace_folder(partial, place, _is_part)
         if save_latest:
             write_atomically(latest, tag)
         _warn_if_unreadable(engine, folder)
