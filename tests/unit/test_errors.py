@@ -23,7 +23,8 @@ from ucp_deepspeed.errors import (
     system_errors_as,
     why_not_read,
 )
-from ucp_deepspeed.transfer.commit import flush, replace_text
+from ucp_deepspeed.transfer.commit import flush, remove_partial_folder, replace_text
+from ucp_deepspeed.transfer.open_files import OpenFile
 from ucp_deepspeed.transfer.writing import _Output
 
 
@@ -114,3 +115,31 @@ def test_tags_that_cant_be_read_hide_no_others(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Path, "is_file", refused)
     assert tags_in(tmp_path) == whole_tags(tmp_path) == ["b"]
     assert tags_in(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_file_that_is_cut_while_it_is_read(mapped: bool, tmp_path: Path) -> None:
+    """The system ended the process when a map's page was gone."""
+    path = tmp_path / "x"
+    path.write_bytes(bytes(range(200)) * 100)
+    file = OpenFile(str(path), mapped)
+    assert file.range(0, 20_000)[300] == 100 and file.is_mapped == mapped
+    os.truncate(path, 5000)
+    with pytest.raises(DamagedCheckpointError, match="x became shorter while it was read: 20000 bytes were expected"):
+        file.range(10_000, 20_000)
+    assert file.range(100, 200)[0] == 100
+    file.close()
+
+
+def test_a_folder_that_cant_be_closed_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is removed after a failure raised an error of its own: a bad file descriptor."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+
+    def fail(descriptor: int) -> None:
+        closed(descriptor)
+        raise OSError(errno.EIO, "no luck")
+
+    closed = os.close
+    monkeypatch.setattr("shutil.os.close", fail)
+    remove_partial_folder(folder)

@@ -94,11 +94,17 @@ def make_partial_folder(final: Path, alone: bool = False) -> Path:
 def remove_partial_folder(partial: Path, final: Path | None = None) -> None:
     """Remove a partial folder, wherever it is by now, as far as possible; also an empty folder ``final`` beside it."""
     here = _found(partial)
-    shutil.rmtree(here, ignore_errors=True)
+    _remove_tree(here)
     release(partial)
     if final is not None:
         with suppress(OSError):
             (here.parent / final.name).rmdir()
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove a folder as far as possible."""
+    with suppress(OSError):  # of a folder that can't be closed, which Python's function doesn't ignore
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _found(partial: Path) -> Path:
@@ -243,7 +249,7 @@ def replace_folder(partial: Path, final: Path, is_part: Callable[[str], bool]) -
             _take_along(replaced, final, is_part)  # entries that somebody put there just now
         except OSError as failed:
             logger.warning("what was put into %s while it was replaced is lost: %s", final, failed)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove_tree(replaced)
         if replaced.exists():
             logger.warning("what %s replaced can't be removed; it is in %s and takes space there", final, replaced)
     release(partial)

@@ -22,13 +22,19 @@ def most_open() -> int:
     return min(max((allowed - len(os.listdir("/dev/fd"))) // 3, tunables.FEWEST_OPEN), tunables.MOST_OPEN)  # noqa: PTH208
 
 
+def _close(descriptor: int) -> None:
+    """Close a file that was read; that this fails, on a disk that does, takes nothing away."""
+    with suppress(OSError):
+        os.close(descriptor)
+
+
 class OpenFile:
     """An open file, at the latest closed when nobody uses it any more. It is mapped when blocks are asked for, if possible."""
 
     def __init__(self, path: str, mapped: bool) -> None:
         self.path, self._mapped = path, mapped
         self._descriptor = os.open(path, os.O_RDONLY)
-        self.close = weakref.finalize(self, os.close, self._descriptor)
+        self.close = weakref.finalize(self, _close, self._descriptor)
         self.status = os.fstat(self._descriptor)
         self.numbytes = self.status.st_size
 
@@ -46,8 +52,14 @@ class OpenFile:
         return None
 
     def range(self, start: int, stop: int) -> torch.Tensor:
-        """Return bytes of the file: a view of the map, or new memory that they are read into."""
+        """Return bytes of the file: a view of the map, or new memory that they are read into.
+
+        The system ends a process (SIGBUS) that reads a page of a map which the file has lost. Whoever cuts the file in the moment
+        between this look and the read still ends it.
+        """
         if self._map is not None:
+            if os.fstat(self._descriptor).st_size < stop:
+                raise self._shorter(stop)
             return self._map[start:stop]
         raw = torch.empty(stop - start, dtype=torch.uint8, device="cpu")
         self.read_into(start, memoryview(raw.numpy()))
@@ -62,9 +74,11 @@ class OpenFile:
             except OSError as error:
                 raise unreadable(self.path, error) from error
             if count == 0:
-                told = f"became shorter while it was read: {stop} bytes were expected"
-                raise DamagedCheckpointError(f"{self.path} {told}")
+                raise self._shorter(stop)
             target = target[count:]
+
+    def _shorter(self, stop: int) -> DamagedCheckpointError:
+        return DamagedCheckpointError(f"{self.path} became shorter while it was read: {stop} bytes were expected")
 
 
 def unreadable(path: str, error: OSError) -> DamagedCheckpointError:
