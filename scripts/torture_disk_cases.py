@@ -77,6 +77,10 @@ class Case:
             "unexpected pos",
         )
         self.causes = (os.strerror(number), "became shorter", *torchs)
+        if name == "ESTALE":  # so network file systems tell of a file that was replaced
+            self.causes += ("was changed",)
+        if self.kind == "call fails: read" and self.fault.first == self.fault.last:
+            self.causes += ("not a zip file",)  # zipfile doesn't tell why, and when it is asked again the read succeeds
 
 
 def _numbytes(folder: Path) -> int:

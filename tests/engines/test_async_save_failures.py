@@ -391,3 +391,10 @@ def test_a_tag_that_latest_cant_name(tag: str, tmp_path: Path) -> None:
         with pytest.raises(SaveError, match="'latest' can't name the tag"):
             save._check_tag(str(tmp_path), tag, asynchronous, save_latest=True)
     save._check_tag(str(tmp_path), tag, asynchronous=True, save_latest=False)
+
+
+def test_a_mark_that_cant_be_read_is_no_other_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under an odd umask: the advice was to give all ranks the same folder, after two minutes."""
+    monkeypatch.setattr(Path, "read_text", _answering(PermissionError(13, "no")))
+    with pytest.raises(PermissionError):
+        marking._has(tmp_path / "mark", "id")

@@ -132,7 +132,7 @@ def test_a_file_that_is_cut_while_it_is_read(mapped: bool, tmp_path: Path) -> No
 
 
 def test_a_folder_that_cant_be_closed_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is removed after a failure raised an error of its own: a bad file descriptor."""
+    """The removal after a failure raised an error of its own: a bad file descriptor."""
     folder = tmp_path / "a"
     folder.mkdir()
 

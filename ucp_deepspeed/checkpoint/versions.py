@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterable
@@ -77,8 +78,10 @@ class FileVersions:
                 now = _version(os.stat(path))  # noqa: PTH116
             except FileNotFoundError:
                 now = None
-            except OSError:  # a network file system's stale handle, or a folder became a file
-                raise _changed(path) from None
+            except OSError as error:
+                if error.errno in (errno.ESTALE, errno.ENOTDIR):  # it was replaced, or a folder became a file
+                    raise _changed(path) from None
+                raise DamagedCheckpointError(f"{path} can't be read: {error.strerror or error}") from error
             if not _are_same(now, self._first[path]):
                 raise _changed(path)
 

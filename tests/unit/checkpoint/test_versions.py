@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import errno
 import os
 import shutil
 import time
@@ -93,3 +94,19 @@ def test_a_file_that_appears(tmp_path: Path) -> None:
         found.check()
     with pytest.raises(DamagedCheckpointError):
         found.note(tmp_path / "a")
+
+
+def test_a_disk_that_fails_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system's stale handle tells of a file that was replaced."""
+    (tmp_path / "a").write_text("a")
+    found = FileVersions()
+    found.note(tmp_path / "a")
+    for number, told in ((errno.EIO, "a can't be read: Input/output error"), (errno.ESTALE, "a was changed while")):
+
+        def fail(path: object, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr("ucp_deepspeed.checkpoint.versions.os.stat", fail)
+            with pytest.raises(DamagedCheckpointError, match=told):
+                found.check()

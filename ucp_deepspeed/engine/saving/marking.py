@@ -128,9 +128,12 @@ def _put(path: Path, text: str, seconds: float) -> None:
 
 
 def _has(mark: Path, save_id: str) -> bool:
-    with suppress(OSError, ValueError):
+    try:
         return save_id in mark.read_text(encoding="utf-8")
-    return False
+    except PermissionError:  # no time changes that
+        raise
+    except (OSError, ValueError):
+        return False
 
 
 def writes(engine: Engine) -> bool:
