@@ -143,3 +143,11 @@ def test_a_folder_that_cant_be_closed_hides_no_error(tmp_path: Path, monkeypatch
     closed = os.close
     monkeypatch.setattr("shutil.os.close", fail)
     remove_partial_folder(folder)
+
+
+def test_a_reader_that_cant_close_goes_on(tmp_path: Path) -> None:
+    """A rank raised it alone, and the others waited for ever."""
+    (tmp_path / "x").write_bytes(b"x")
+    file = OpenFile(str(tmp_path / "x"), mapped=False)
+    os.close(file._descriptor)
+    file.close()
