@@ -31,6 +31,7 @@ from torture_killed import Kill, go_on, resume_meanwhile
 from torture_lab import (
     FORMS,
     NEW,
+    NOTES,
     RIGHT,
     WRONG,
     Base,
@@ -144,6 +145,8 @@ def _resumed(
     told = _go_on(case, folder, None, asynchronous, folder, next_tag, content, found)
     if told:
         _go_on(case, folder, "b", asynchronous, folder, next_tag, content, 1)
+    if missing := [path for path in NOTES if not (folder / path).is_file() or (folder / path).read_text() != "mine"]:
+        raise WrongError("silent", f"what others had put into the tag is gone: {missing}")
     if left := leftovers(folder, next_tag):
         raise WrongError("leftovers", f"after a save of {next_tag!r} ({asynchronous=}): {left}")
     return "told" if isinstance(found, str) else "before" if found == 2 else "after"

@@ -15,7 +15,7 @@ from torture_faults import content_of as read_all
 from torture_killed import Kill, act, convert_here, save_bases
 from xxhash import xxh3_64_hexdigest
 
-from ucp_deepspeed.checkpoint.deepspeed.manifest import MARK_NAME
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, MARK_NAME
 from ucp_deepspeed.checkpoint.universal.index import PARTIAL_MARK
 from ucp_deepspeed.errors import UniversalCheckpointError
 from ucp_deepspeed.testing import ranks as pools
@@ -36,6 +36,9 @@ SECONDS = 40
 
 OURS = ("wait_until", "is_seen", "_await_ranks", "give_up", "_settle", "put_back")
 """Functions of the package that wait for something else than a collective."""
+
+NOTES = ("a/notes.txt", "a/logs/one", "a/logs/two")
+"""Files that somebody else has put into a tag's folder, and that stay whatever happens."""
 
 NEW, OTHER = 3, 4
 """Keys of `Base.content` for what is saved at step 3, and for what another job saves."""
@@ -109,6 +112,8 @@ def read(folder: Path, tag: str | None, content: Mapping[int, Content], streams:
         raise WrongError("foreign", f"reading {tag or 'latest'}: {type(error).__name__}: {error}") from error
     for step, expected in content.items():
         if all(found.get(key) == expected[key] for key in expected if not key.startswith("random")):
+            if not any(key.startswith("random") for key in found) and (folder / (tag or "") / MANIFEST_NAME).is_file():
+                raise WrongError("silent", f"{tag} has step {step}, and no random streams")
             drawn = {key: value for key, value in found.items() if key.startswith("random") and streams}
             if any(expected[key] != value for key, value in drawn.items()):
                 raise WrongError("silent", f"{tag or 'latest'} has step {step}, and other random streams")
@@ -174,6 +179,9 @@ class Lab:
             for tag in ("b", "a"):
                 codes, _ = run_converts(place, [str(folder / "run"), str(folder / "universal"), "--tag", tag])
                 assert codes == [0], (place / "log").read_text()
+        for path in NOTES:
+            (folder / "run" / path).parent.mkdir(exist_ok=True)
+            (folder / "run" / path).write_text("mine")
         of_universal = {tag: content_of(folder / "universal", tag) for tag in ("a", "b")}
         return Base(run, folder / "run", folder / "universal", content, of_universal)
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from ucp_deepspeed.testing import ranks
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
@@ -19,6 +21,13 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 def torture(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(SCRIPTS)
     return importlib.import_module("torture_faults")
+
+
+@pytest.fixture
+def kills(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setattr(ranks, "GRACE_SECONDS", ranks.GRACE_SECONDS)  # which a lab changes
+    return importlib.import_module("torture_kills")
 
 
 @pytest.mark.parametrize("form", ["ZeRO-2 bf16", "experts, no ZeRO"])
@@ -44,3 +53,22 @@ def test_faults_of_the_environment_are_told_or_do_no_harm(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["wrong"] == [] and sum(found["total"].values()) == 16
+
+
+def test_kills_leave_the_checkpoint_before_or_the_new_one(kills: Any, tmp_path: Path) -> None:
+    """Saves of both kinds, a conversion, a resume meanwhile and a second job, killed at calls that the seeds choose."""
+    kinds = (
+        "save",
+        "save in the background",
+        "convert, two ranks",
+        "resume during a save",
+        "two jobs on one tag",
+        "load",
+    )
+    lab = kills.Lab(tmp_path)
+    try:
+        found = list(kills.outcomes(lab, range(4), kinds))
+    finally:
+        lab.close()
+    assert [each for each in found if each[2] in kills.WRONG] == []
+    assert sum(each[2] != "not killed" for each in found) >= 3
