@@ -102,7 +102,9 @@ def remove_partial_folder(partial: Path, final: Path | None = None) -> None:
 
 
 def _remove_tree(folder: Path) -> None:
-    """Remove a folder as far as possible."""
+    """Remove a folder as far as possible; see `_remove`."""
+    with suppress(OSError):
+        _remove_what_is_not_ours(folder)
     with suppress(OSError):  # of a folder that can't be closed, which Python's function doesn't ignore
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -319,7 +321,7 @@ def _remove_abandoned(final: Path, of_any_name: bool) -> None:
             try:
                 if not _is_ours(entry):
                     continue
-                shutil.rmtree(entry)
+                _remove(entry)
                 with suppress(OSError):  # a folder that a save had made, empty, for entries that others add
                     meant.rmdir()
             except OSError as error:  # another user's, perhaps
@@ -368,9 +370,26 @@ def _partial_entries(folder: Path) -> Iterator[tuple[Path, str, int]]:
 def _is_ours(partial: Path) -> bool:
     """Return whether a folder holds what writers of checkpoints put into theirs, or nothing: the name alone is no proof."""
     names = [entry.name for entry in partial.iterdir()]
-    return not names or any(
-        name.startswith(("ucp_", ".ended_rank_")) or name.endswith((".pt", ".safetensors")) for name in names
-    )
+    return not names or any(map(_shows_ours, names))
+
+
+def _shows_ours(name: str) -> bool:
+    return name.startswith(("ucp_", ".ended_rank_")) or name.endswith((".pt", ".safetensors"))
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, and last what shows that it is ours: otherwise nobody goes on with a removal that was killed."""
+    _remove_what_is_not_ours(folder)
+    shutil.rmtree(folder)
+
+
+def _remove_what_is_not_ours(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if not _shows_ours(entry.name):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
 
 def put_back(root: Path) -> None:

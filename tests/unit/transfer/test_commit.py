@@ -7,6 +7,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import threading
@@ -352,6 +353,24 @@ def test_what_killed_saves_were_writing_is_not_taken_along(tmp_path: Path) -> No
         abandoned(old, name, ".0a").write_text("half")
     commit.replace_folder(make(tmp_path / ".a", x_pt="new"), old, is_part)
     assert read(old) == {"x.pt": "new"}
+
+
+def test_a_removal_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With somebody's files in the folder, these could be all that was left, and nothing showed that the folder is ours."""
+    left = make(abandoned(tmp_path, "a"), x_pt="half", notes_txt="theirs")
+    make(left / "logs", b_log="1")
+
+    def unlucky(path: Path) -> None:
+        for file in path.glob("*.pt"):
+            file.unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", unlucky)
+    with pytest.raises(KeyboardInterrupt):
+        commit.remove_abandoned(tmp_path / "a")
+    monkeypatch.undo()
+    commit.remove_abandoned(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_temporary_file_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
