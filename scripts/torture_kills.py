@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -349,21 +350,15 @@ def outcomes(lab: Lab, seeds: Sequence[int], kinds: Sequence[str] = (*KINDS,)) -
 @click.option("--kind", "kinds", multiple=True, type=click.Choice([*KINDS]), help="these alone; else all in turn")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
 def kills_command(count: int, seed: int, kinds: tuple[str, ...], as_json: bool) -> None:
-    """Kill ranks and commands, and count what the next run finds; the exit status is 1 if something isn't right."""
+    """Kill ranks and commands, and count what the next run finds; the exit status is 1 if something isn't right. Ctrl-C ends early."""
     table: dict[str, Counter[str]] = {}
     wrong: list[str] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        lab = Lab(Path(scratch))
-        try:
-            seeds = range(seed, seed + count)
-            for number, (kind, form, outcome, text) in zip(
-                seeds, outcomes(lab, seeds, kinds or (*KINDS,)), strict=True
-            ):
-                table.setdefault(kind, Counter())[outcome] += 1
-                if outcome in WRONG:
-                    wrong.append(f"{outcome}: {kind}, {form}, seed {number}: {text[:600]}")
-                    click.echo(wrong[-1], err=True)
-        finally:
-            lab.close()
+    with tempfile.TemporaryDirectory() as scratch, closing(Lab(Path(scratch))) as lab, suppress(KeyboardInterrupt):
+        seeds = range(seed, seed + count)
+        for number, (kind, form, outcome, text) in zip(seeds, outcomes(lab, seeds, kinds or (*KINDS,)), strict=True):
+            table.setdefault(kind, Counter())[outcome] += 1
+            if outcome in WRONG:
+                wrong.append(f"{outcome}: {kind}, {form}, seed {number}: {text[:600]}")
+                click.echo(wrong[-1], err=True)
     report(table, (*RIGHT, *WRONG), wrong, as_json)
     raise SystemExit(bool(wrong))
