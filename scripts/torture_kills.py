@@ -350,7 +350,7 @@ def outcomes(lab: Lab, seeds: Sequence[int], kinds: Sequence[str] = (*KINDS,)) -
 @click.option("--kind", "kinds", multiple=True, type=click.Choice([*KINDS]), help="these alone; else all in turn")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
 def kills_command(count: int, seed: int, kinds: tuple[str, ...], as_json: bool) -> None:
-    """Kill ranks and commands, and count what the next run finds; the exit status is 1 if something isn't right. Ctrl-C ends early."""
+    """Kill ranks and commands, and count what the next run finds. Exit with 1 if something isn't right; Ctrl-C ends early."""
     table: dict[str, Counter[str]] = {}
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as scratch, closing(Lab(Path(scratch))) as lab, suppress(KeyboardInterrupt):
