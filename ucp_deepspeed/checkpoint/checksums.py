@@ -108,6 +108,14 @@ class FileSums:
         low = (number - self._first[index]) * self.piece
         return start + low, start + min(low + self.piece, numbytes)
 
+    def spans(self, numbers: range) -> Iterator[tuple[int, int, int]]:
+        """Yield the number of each of some pieces of one range, its first byte, and the byte behind it."""
+        if numbers:
+            low, end = self.span(numbers[0])[0], self.span(numbers[-1])[1]
+            for number in numbers:
+                yield number, low, min(low + self.piece, end)
+                low += self.piece
+
     def line(self) -> str:
         """Return the line of `CHECKSUMS_NAME`, without its end."""
         sums = base64.b64encode(self.sums).decode("ascii")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise, product
+from math import prod
 from operator import itemgetter
 from typing import Generic, TypeVar
 
@@ -94,6 +95,44 @@ class BlockCopy(Generic[S, T]):
             shape = (*self.shape[:dim], count, *self.shape[dim + 1 :])
             sources = tuple(view.moved(dim, start) for view in self.sources)
             yield from BlockCopy(shape, self.target.moved(dim, start), sources, self.factor).parts(most)
+
+
+def joined(copies: Iterable[BlockCopy[S, T]]) -> Iterator[BlockCopy[S, T]]:
+    """Join plain copies of runs, where one goes on behind the other in both buffers: parameters of a flat partition."""
+    last: BlockCopy[S, T] | None = None
+    for copy in copies:
+        run = _as_run(copy)
+        if last is not None and run is not None and _goes_on(last, run):
+            last = BlockCopy((last.shape[0] + run.shape[0],), last.target, last.sources)
+            continue
+        if last is not None:
+            yield last
+        last = run
+        if run is None:
+            yield copy
+    if last is not None:
+        yield last
+
+
+def _as_run(copy: BlockCopy[S, T]) -> BlockCopy[S, T] | None:
+    """Return a plain copy between runs of consecutive elements in one dimension; None for any other copy."""
+    target, source = copy.target, copy.sources[0]
+    if len(copy.sources) > 1 or copy.factor != 1:
+        return None
+    for count, dense, *strides in zip(
+        copy.shape, row_major_strides(copy.shape), target.strides, source.strides, strict=True
+    ):
+        if count > 1 and strides != [dense, dense]:
+            return None
+    into, out = StridedView(target.buffer, target.start, (1,)), StridedView(source.buffer, source.start, (1,))
+    return BlockCopy((prod(copy.shape),), into, (out,))
+
+
+def _goes_on(last: BlockCopy[S, T], run: BlockCopy[S, T]) -> bool:
+    """Return whether a run begins where another ends, in both buffers."""
+    source, target, numel = last.sources[0], last.target, last.shape[0]
+    ends = target.buffer, target.start + numel, source.buffer, source.start + numel
+    return ends == (run.target.buffer, run.target.start, run.sources[0].buffer, run.sources[0].start)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.layout.box import row_major_strides
-from ucp_deepspeed.plan import BlockCopy, Fragment, StridedView, Target, plan_tensor
+from ucp_deepspeed.plan import BlockCopy, Fragment, StridedView, Target, joined, plan_tensor
 from ucp_deepspeed.transfer.open_files import OpenFile, most_open, unreadable
 from ucp_deepspeed.transfer.pieces import PieceChecks
 from ucp_deepspeed.transfer.staging import Lanes
@@ -154,8 +154,8 @@ class FileReader:
 
     def _complete(self, file: OpenFile, checks: PieceChecks, numbers: Iterable[int]) -> None:
         """Check pieces from the file."""
-        with self._telling_versions(file.path):
-            for number in numbers:
+        for number in numbers:
+            with self._telling_versions(file.path):
                 checks.compare_from(number, lambda low, high: memoryview(file.range(low, high).numpy()))
 
     def _touch(self, file: OpenFile, start: int, span: int, numbytes: int) -> None:
@@ -174,18 +174,11 @@ class FileReader:
             self._versions.check([path])
             raise
 
-    def _read_pieces(self, file: OpenFile, checks: PieceChecks, start: int, target: memoryview) -> None:
-        """Read a run of bytes, and check each piece of it while it is in the processor's cache."""
-        for low, high in checks.parts(start, start + len(target)):
-            part = target[low - start : high - start]
-            file.read_into(low, part)
-            self._complete(file, checks, checks.read(low, part))
-
     def _read(self, file: OpenFile, start: int, target: memoryview) -> None:
         """Read a run of bytes and sum it, a piece at a time while it is in the processor's cache."""
         if (checks := self._checks_of(file.path)) is not None:
             with self._telling_versions(file.path):
-                self._read_pieces(file, checks, start, target)
+                self._complete(file, checks, checks.read(start, target, file.read_into))
             return
         number = self._sums.place(file.path, start, start + len(target)) if self._sums and len(target) else None
         if number is None:
@@ -291,16 +284,22 @@ def run_copies(
     """
     count = TransferCount()
     with closing(CopyPool()) if pool is None else nullcontext(pool) as threads:
-        for copy in copies:
+        for copy in joined(_counted(copies, count)):
             flat = buffer(copy.target.buffer)
             plain = _is_plain(copy, _block(flat, copy.target, copy.shape))
             for part in threads.parts(copy, flat, plain):
                 count.bytes_read += _numbytes(part, reader, plain)
                 threads.run(partial(_run, part, reader, flat, threads.lanes))
-            count.copies += 1
-            count.files |= {view.buffer.path for view in copy.sources}
         threads.wait()
     return count
+
+
+def _counted(copies: Iterable[BlockCopy[FileExtent, T]], count: TransferCount) -> Iterator[BlockCopy[FileExtent, T]]:
+    """Yield copies, and count them and their files."""
+    for copy in copies:
+        count.copies += 1
+        count.files |= {view.buffer.path for view in copy.sources}
+        yield copy
 
 
 def _run(copy: BlockCopy[FileExtent, T], reader: FileReader, flat: torch.Tensor, lanes: Lanes) -> None:

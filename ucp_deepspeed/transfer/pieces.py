@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 from xxhash import xxh3_64
@@ -42,36 +42,45 @@ class PieceChecks:
         """Bytes that were read."""
         return int(self._read.sum())
 
-    def parts(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Yield from where to where to read bytes so that a piece is summed while it is in the cache.
+    def read(
+        self, start: int, data: memoryview, fill: Callable[[int, memoryview], None] = lambda place, part: None
+    ) -> list[int]:
+        """Check the pieces in bytes from a place on. Return the numbers of pieces that others have completed.
 
-        Raises:
-            DamagedCheckpointError: the bytes aren't those of one storage.
-        """
-        for low, high in map(self._sums.span, self._numbers(start, stop)):
-            yield max(low, start), min(high, stop)
-
-    def read(self, start: int, data: memoryview) -> list[int]:
-        """Check the pieces in bytes that were read from a place on. Return the numbers of pieces that others have completed.
+        Args:
+            fill: reads bytes from a place of the file on: a piece is summed as soon as it is there. By default all are there.
 
         Raises:
             DamagedCheckpointError: a piece isn't what was saved, or the bytes aren't those of one storage.
         """
         complete, stop = [], start + len(data)
-        for number in self._numbers(start, stop):
-            low, high = self._sums.span(number)
+        whole = 0
+        sums: list[int] = []
+        for number, low, high in self._sums.spans(self._numbers(start, stop)):
             if start <= low and high <= stop:
-                self.compare(number, data[low - start : high - start])
+                part = data[low - start : high - start]
+                fill(low, part)
+                sums.append(sum_of(part))
+                whole = number + 1 - len(sums)
             else:
-                first, last = max(low, start), min(high, stop)
-                summed = self._go_on(number, low, first, data[first - start : last - start])
-                if not self._add(number, number + 1, last - first):
-                    continue
-                if summed is None or summed[0] != high:
+                first = max(low, start)
+                part = data[first - start : high - start]
+                fill(first, part)
+                if self._add_part(number, low, first, part, high):
                     complete.append(number)
-                else:
-                    self._compare(number, summed[1].intdigest())
+        if sums:
+            self._compare(whole, sums)
         return complete
+
+    def _add_part(self, number: int, low: int, first: int, part: memoryview, high: int) -> bool:
+        """Count and sum a part of a piece; return whether all of the piece has been read and must be read again to be checked."""
+        summed = self._go_on(number, low, first, part)
+        if not self._add(number, number + 1, len(part)):
+            return False
+        if summed is None or summed[0] != high:
+            return True
+        self._compare(number, [summed[1].intdigest()])
+        return False
 
     def _go_on(self, number: int, low: int, first: int, data: memoryview) -> tuple[int, xxh3_64] | None:
         """Sum a part of a piece if all before it has been; return up to where, and the sum."""
@@ -114,28 +123,29 @@ class PieceChecks:
             done = (read >= self._numbytes[first:behind]) & ~self._checked[first:behind]
         return np.flatnonzero(done).tolist()
 
-    def compare(self, number: int, data: memoryview) -> None:
-        """Compare a piece.
+    def _compare(self, first: int, found: list[int]) -> None:
+        """Compare the sums of pieces that follow one another.
 
         Raises:
-            DamagedCheckpointError: it isn't what was saved.
+            DamagedCheckpointError: one isn't what was saved.
         """
-        self._compare(number, sum_of(data))
-
-    def _compare(self, number: int, found: int) -> None:
-        low, high = self._sums.span(number)
-        if found != self._sums.of_pieces[number]:
+        behind = first + len(found)
+        saved = self._sums.of_pieces[first:behind].tolist()
+        if saved != found:
+            wrong = next(number for number, (a, b) in enumerate(zip(saved, found, strict=True), first) if a != b)
+            low, high = self._sums.span(wrong)
             raise damaged(self._path, f"bytes {low} to {high - 1}")
         with self._lock:
-            self._begun.pop(number, None)
-            self._checked[number] = True
-            self._read[number] = max(self._read[number], high - low)
+            for number in self._begun.keys() & range(first, behind):
+                del self._begun[number]
+            self._checked[first:behind] = True
+            self._read[first:behind] = np.maximum(self._read[first:behind], self._numbytes[first:behind])
 
     def compare_from(self, number: int, read: Callable[[int, int], memoryview]) -> int:
-        """Compare a piece by a function that reads from one place to another; return its bytes. Errors are those of `compare`."""
+        """Compare a piece by a function that reads from one place to another; return its bytes. Errors are those of `read`."""
         low, high = self._sums.span(number)
         counted = int(self._read[number])
-        self.compare(number, read(low, high))
+        self._compare(number, [sum_of(read(low, high))])
         with self._lock:
             self._read[number] = min(counted, high - low)  # the rest was read for the check alone
         return high - low

@@ -30,7 +30,8 @@ from ucp_deepspeed.layout import (
     Shard,
     SlicedGroup,
 )
-from ucp_deepspeed.plan import BlockCopy, Fragment, Source, StridedView, Target, plan_tensor
+from ucp_deepspeed.layout.box import row_major_strides
+from ucp_deepspeed.plan import BlockCopy, Fragment, Source, StridedView, Target, joined, plan_tensor
 
 Array = NDArray[np.int64]
 Values = NDArray[np.floating[Any]]
@@ -322,3 +323,50 @@ def test_different_logical_shapes_are_refused(shape: Shape, other: Shape, data: 
     message = re.escape(f"expected logical shape {other}, found {shape} in the checkpoint")
     with pytest.raises(ValueError, match=message):
         plan_tensor(stored(source), Target(target.layout, 0, target.fragments((0, 0))), "fp32")
+
+
+def elements(copy: BlockCopy[str, str]) -> list[tuple[object, ...]]:
+    """The places that each element of a copy goes to and comes from, in order."""
+    places = [
+        (view.buffer, [view.start + int(np.dot(place, view.strides)) for place in np.ndindex(copy.shape)])
+        for view in (copy.target, *copy.sources)
+    ]
+    names, numbers = zip(*places, strict=True)
+    return [(copy.factor, *zip(names, each, strict=True)) for each in zip(*numbers, strict=True)]
+
+
+@st.composite
+def copies_of_runs(draw: st.DrawFn) -> list[BlockCopy[str, str]]:
+    """Copies of which some go on where the one before ended, in one or both buffers."""
+    copies: list[BlockCopy[str, str]] = []
+    ends = {"target": 0, "source": 0}
+    for _ in range(draw(st.integers(1, 6))):
+        shape = draw(st.sampled_from([(3,), (2, 2), (1, 4), (2, 1, 2)]))
+        views = {}
+        for side, end in ends.items():
+            strides = draw(st.sampled_from([row_major_strides(shape)] * 3 + [(4,) * len(shape)]))
+            start = end + draw(st.sampled_from([0, 0, 0, 5]))
+            views[side] = StridedView(draw(st.sampled_from(["a"] * 4 + ["b"])), start, strides)
+            ends[side] = start + prod(shape)
+        sources = (views["source"],) * draw(st.sampled_from([1, 1, 1, 2]))
+        copies.append(
+            BlockCopy(shape, views["target"], sources, draw(st.sampled_from([Fraction(1)] * 3 + [Fraction(2)])))
+        )
+    return copies
+
+
+@settings(deadline=None)
+@given(copies_of_runs())
+def test_joined_copies_are_the_same_elements_in_the_same_order(copies: list[BlockCopy[str, str]]) -> None:
+    found = list(joined(copies))
+    assert [each for copy in found for each in elements(copy)] == [each for copy in copies for each in elements(copy)]
+
+
+def test_runs_behind_one_another_are_one_copy() -> None:
+    def run(start: int, shape: Shape, source: str = "file") -> BlockCopy[str, str]:
+        dense = row_major_strides(shape)
+        return BlockCopy(shape, StridedView("group", start, dense), (StridedView(source, start + 10, dense),))
+
+    in_a_row = [run(0, (2, 3)), run(6, (4,)), run(10, (1, 2))]
+    assert list(joined(in_a_row)) == [run(0, (12,))]
+    assert list(joined([*in_a_row, run(12, (3,), "other")])) == [run(0, (12,)), run(12, (3,), "other")]
