@@ -5,7 +5,7 @@ Each outcome is one of these:
 - *told*: an error of the package, or a warning, which names what is wrong;
 - *harmless*: no error, and all values, counts, states of random streams and client state are those that were saved;
 - *silent*: no error, and something else was read;
-- *foreign*: another exception; *late*: no answer in time.
+- *foreign*: another exception; *late*: no answer in time; *dead*: the process died.
 
 Only the first two are right. The command prints a table, and each fault that isn't right with the seed that makes it again.
 """
@@ -18,12 +18,14 @@ import multiprocessing
 import random
 import shutil
 import tempfile
+import time
 import zipfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import click
@@ -40,6 +42,8 @@ from ucp_deepspeed.testing.ranks import get_pool
 from ucp_deepspeed.testing.runs import Run, train
 from ucp_deepspeed.transfer.conversion import convert
 
+WRONG = ("silent", "foreign", "late", "dead")
+
 STEPS = 2
 """Steps of the run when it saves; the step before is saved too, since files are exchanged with it."""
 
@@ -55,11 +59,27 @@ FORMS: Mapping[str, tuple[int, Run]] = {
     "tensor parallel, ZeRO-1": (2, Run("llama", tp=2, zero={"stage": 1}, precision="bf16")),
     "pipeline": (2, Run("gpt", pp=2, zero={"stage": 1})),
     "experts, no ZeRO": (2, Run("moe", zero={"stage": 0})),
+    "frozen, ZeRO-2 fp16": (
+        2,
+        Run("mlp", zero={"stage": 2}, precision="fp16", frozen=("norm.bias", "layers.0.weight")),
+    ),
+    "frozen, ZeRO-3, momentum": (
+        2,
+        Run("mlp", zero={"stage": 3}, frozen=("linear_in.weight",), optimizer=("SGD", {"lr": 0.05, "momentum": 0.9})),
+    ),
+    "AutoTP, ZeRO-1": (2, Run("huggingface", {"family": "llama"}, tp=2, zero={"stage": 1})),
+    "tied pipeline, ZeRO-1": (2, Run("tied", pp=2, zero={"stage": 1})),
     "experts, ZeRO-1": (2, Run("moe", zero={"stage": 1}, precision="bf16")),
 }
 
+USUAL = ("pipeline stages hold different values",)
+"""Beginnings of warnings that sound checkpoints of these forms give."""
+
 STOCK, UNIVERSAL = "stock", "universal"
 """Sources beside ours: saved without the package, and converted."""
+
+OTHER_RUN = "_of_another_run"
+"""Ending of the folder with the checkpoint of a run that has other weights."""
 
 Content = dict[str, str]
 """Digests of all that a checkpoint says, by name."""
@@ -189,7 +209,14 @@ def take_from_another_step(folder: Path, other: Path, dice: random.Random) -> No
     """Put a file of the step before in the place of its namesake."""
     path = _any_file(folder, dice)
     relative = path.relative_to(folder)
-    source = other / (relative if (other / relative).is_file() else Path(*relative.parts))
+    if (other / relative).is_file():
+        shutil.copyfile(other / relative, path)
+
+
+def take_from_another_run(folder: Path, other: Path, dice: random.Random) -> None:
+    """Put the file of a run with other weights, at the same step, in the place of its namesake."""
+    path = _any_file(folder, dice)
+    source = other.parents[1] / f"{other.parent.name}{OTHER_RUN}" / folder.name / path.relative_to(folder)
     if source.is_file():
         shutil.copyfile(source, path)
 
@@ -217,23 +244,28 @@ KINDS: Mapping[str, Callable[[Path, Path, random.Random], None]] = {
     "file removed": delete,
     "files exchanged": exchange,
     "file of another step": take_from_another_step,
+    "file of another run": take_from_another_run,
     "digit in a text": change_a_value,
 }
 
 
 def make_sources(root: Path, forms: Iterable[str] = FORMS) -> dict[str, Path]:
-    """Save each form at two steps, with the package and without it, and convert it. Return the folders of the later step."""
+    """Save each form with the package and without it, and convert it: at two steps, and at the later one by another run.
+
+    Return the folders of the first run's later step.
+    """
     found = {}
     for name, (world_size, run) in ((name, FORMS[name]) for name in forms):
         for how, universal in (("ours", {"enabled": True}), (STOCK, None)):
             place = root / f"{name} {how}".replace(" ", "_")
-            for step in (STEPS - 1, STEPS):
-                get_pool(world_size).run(train, replace(run, universal=universal), step, save=str(place))
+            for seed, step, ending in ((0, STEPS - 1, ""), (0, STEPS, ""), (1, STEPS, OTHER_RUN)):
+                saved = replace(run, universal=universal, seed=seed)
+                get_pool(world_size).run(train, saved, step, save=f"{place}{ending}")
             found[f"{name}, {how}"] = place / f"global_step{STEPS}"
-        place = root / f"{name} {UNIVERSAL}".replace(" ", "_")
-        for step in (STEPS - 1, STEPS):
-            source = open_checkpoint(root / f"{name} ours".replace(" ", "_") / f"global_step{step}")
-            convert(UniversalView.of(source), place / f"global_step{step}")
+        source, place = (root / f"{name} {how}".replace(" ", "_") for how in ("ours", UNIVERSAL))
+        for step, ending in ((STEPS - 1, ""), (STEPS, ""), (STEPS, OTHER_RUN)):
+            relative = f"{ending}/global_step{step}"
+            convert(UniversalView.of(open_checkpoint(Path(f"{source}{relative}"))), Path(f"{place}{relative}"))
         found[f"{name}, {UNIVERSAL}"] = place / f"global_step{STEPS}"
     return found
 
@@ -255,7 +287,7 @@ def outcome_of(fault: Fault, folder: Path, expected: Content) -> tuple[str, str]
             return "told", f"{type(error).__name__}: {error}"
         except Exception as error:
             return "foreign", f"{type(error).__name__}: {error}"
-    if warned:
+    if warned := [text for text in warned if not any(text.startswith(start) for start in USUAL)]:
         return "told", warned[0]
     wrong = sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key))
     return ("silent", ", ".join(wrong[:3])) if wrong else ("harmless", "")
@@ -299,7 +331,7 @@ def faults_command(count: int, seed: int, processes: int, as_json: bool) -> None
     table: dict[str, Counter[str]] = {}
     for fault, outcome, _ in outcomes:
         table.setdefault(f"{fault.source.rpartition(', ')[2]}: {fault.kind}", Counter())[outcome] += 1
-    wrong = [each for each in outcomes if each[1] in ("silent", "foreign", "late")]
+    wrong = [each for each in outcomes if each[1] in WRONG]
     if as_json:
         print(json.dumps({"counts": table, "wrong": [[*vars(fault).values(), *told] for fault, *told in wrong]}))
     else:
@@ -310,21 +342,73 @@ def faults_command(count: int, seed: int, processes: int, as_json: bool) -> None
 def _outcomes(
     call: Callable[[Fault], tuple[Fault, str, str]], faults: list[Fault], processes: int
 ) -> list[tuple[Fault, str, str]]:
-    """Return the outcome of each fault; a reader that gives no answer in time is ended with its process."""
+    """Return the outcome of each fault. A reader that dies, or gives no answer in time, is ended, and another goes on."""
     found: list[tuple[Fault, str, str]] = []
-    pool = multiprocessing.get_context("spawn").Pool(processes)
-    waiting = [(fault, pool.apply_async(call, (fault,))) for fault in faults]
-    for fault, answer in waiting:
-        try:
-            found.append(answer.get(SECONDS))
-        except multiprocessing.TimeoutError:
-            found.append((fault, "late", f"no answer within {SECONDS} s"))
-    pool.terminate()
+    left = deque(faults)
+    readers = [_Reader(call) for _ in range(min(processes, len(faults)))]
+    while left or any(reader.fault for reader in readers):
+        for reader in readers:
+            if reader.fault is None and left:
+                reader.begin(left.popleft())
+        busy = {reader.connection: reader for reader in readers if reader.fault}
+        for connection in wait(busy, timeout=1):
+            found.append(busy[connection].answer())
+        found += [reader.end("late", f"no answer within {SECONDS} s") for reader in readers if reader.is_late]
+    for reader in readers:
+        reader.process.kill()
     return found
 
 
+class _Reader:
+    """A process that reads one damaged checkpoint after another."""
+
+    def __init__(self, call: Callable[[Fault], tuple[Fault, str, str]]) -> None:
+        self._call = call
+        self.fault: Fault | None = None
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(self._call, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+        self._deadline = time.monotonic() + 10 * SECONDS  # it imports torch first
+
+    def begin(self, fault: Fault) -> None:
+        self.fault = fault
+        self._deadline = max(self._deadline, time.monotonic() + SECONDS)
+        self.connection.send(fault)
+
+    @property
+    def is_late(self) -> bool:
+        return self.fault is not None and time.monotonic() > self._deadline
+
+    def answer(self) -> tuple[Fault, str, str]:
+        try:
+            outcome: tuple[Fault, str, str] = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            return self.end("dead", f"the reader died with exit status {self.process.exitcode}")
+        self.fault, self._deadline = None, 0.0
+        return outcome
+
+    def end(self, outcome: str, why: str) -> tuple[Fault, str, str]:
+        """Begin anew with another process."""
+        assert self.fault is not None
+        fault, self.fault = self.fault, None
+        self.process.kill()
+        self._start()
+        return fault, outcome, why
+
+
+def _serve(call: Callable[[Fault], tuple[Fault, str, str]], connection: Connection) -> None:
+    with suppress(EOFError):
+        while True:
+            connection.send(call(connection.recv()))
+
+
 def _print(table: Mapping[str, Counter[str]], wrong: list[tuple[Fault, str, str]]) -> None:
-    outcomes = ("told", "harmless", "silent", "foreign", "late")
+    outcomes = ("told", "harmless", *WRONG)
     print("| fault | " + " | ".join(outcomes) + " |\n" + "| --- " * (len(outcomes) + 1) + "|")
     for name, counts in sorted(table.items()):
         print(f"| {name} | " + " | ".join(str(counts[each]) for each in outcomes) + " |")

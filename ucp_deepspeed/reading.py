@@ -20,6 +20,7 @@ from pydantic import PositiveInt, TypeAdapter, ValidationError
 from ucp_deepspeed import checkpoint as catalogs
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Deferred, Differing, HeldShapes, Kind, Parameter
 from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
+from ucp_deepspeed.checkpoint.deepspeed.one_save import Place, check_read
 from ucp_deepspeed.checkpoint.tags import tags_in
 from ucp_deepspeed.checkpoint.torch_files.records import RecordSums
 from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
@@ -144,6 +145,7 @@ class OpenCheckpoint(AbstractContextManager["OpenCheckpoint"]):
                 raise
             self.layouts_unknown = error
         self._sums = RecordSums()
+        self._compared: set[Place] = set()
         self._reader = FileReader(checkpoint.versions)
         self._checking_reader = FileReader(checkpoint.versions, sums=self._sums)
         self.path, self.form, self.topology = checkpoint.path, checkpoint.form, checkpoint.topology
@@ -214,6 +216,7 @@ class OpenCheckpoint(AbstractContextManager["OpenCheckpoint"]):
             reader = self._checking_reader if box.shape == shape else self._reader
             count = gather(self._view, found.name, state, 0, flat, reader, layout)
             self._checkpoint.versions.check(count.files)
+            check_read(self._checkpoint, count.files, self._compared)
             self._sums.finish()
             reader.finish()
         tensor: torch.Tensor = flat.view(box.shape)[rest]

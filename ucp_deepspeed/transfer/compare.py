@@ -12,6 +12,8 @@ import torch
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, IMPLEMENTATION_SWITCHES, Checkpoint, step_in_group
+from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.deepspeed.one_save import check_one_save, places_of
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states, under_other_keys
 from ucp_deepspeed.checkpoint.torch_files.records import RecordSums
@@ -80,6 +82,8 @@ def compare(
     for view in (view_a, view_b):
         if view.checkpoint.lacking is not None:  # equal weights alone would count as equal checkpoints
             raise view.checkpoint.lacking
+        if isinstance(view.checkpoint, DeepSpeedCheckpoint):
+            check_one_save(view.checkpoint, places_of(view.checkpoint))
     view_a, undecided_a = _of_trained(view_a)
     view_b, undecided_b = _of_trained(view_b)
     found = [Difference(name, "presence", "only in A") for name in view_a.parameters if name not in view_b.parameters]

@@ -343,7 +343,7 @@ class DeepSpeedFiles:
         self.versions.note(path)
         left_out = self.unreadable(rank, partition)
         self.check_tensors(path, {key: value for key, value in self.open(path).items() if key not in WEIGHTS_KEYS})
-        saved = open_torch_file(path, tensors=True, owned=ENGINE_KEYS)
+        saved = open_torch_file(path, tensors=True, owned=ENGINE_KEYS, summed=True)
         return {key: value for key, value in saved.items() if key != "module" and key not in left_out}
 
     def unreadable(self, rank: int, partition: int) -> dict[str, str]:
@@ -396,7 +396,7 @@ class DeepSpeedFiles:
             self.manifest.check_file(path)
         if (sums := self.versions.sums(str(path))) is not None:
             sums.check_opened(path)
-        saved = open_saved(path)
+        saved = open_saved(path, summed=sums is not None)
         if self.manifest is None or path.name not in self.manifest.contents:
             check_written_name(path)
         module = saved.get("module") if is_model_states(path.name) else None
@@ -484,9 +484,11 @@ def is_deepspeeds(name: str) -> bool:
     return any(is_kind(name) for is_kind in kinds)
 
 
-def open_saved(path: Path, foreign: bool = False) -> dict[str, Any]:
+def open_saved(path: Path, foreign: bool = False, summed: bool = False) -> dict[str, Any]:
     """Return the content of a file of DeepSpeed's. All of it must be data, except the client state (`open_torch_file`)."""
-    return open_torch_file(path, owned=ENGINE_KEYS if is_model_states(path.name) else None, foreign=foreign)
+    return open_torch_file(
+        path, owned=ENGINE_KEYS if is_model_states(path.name) else None, foreign=foreign, summed=summed
+    )
 
 
 def _enabled(config: Mapping[str, Any]) -> Precision | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from ucp_deepspeed.checkpoint.checkpoint import MASTER
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.pipeline import TIED
 from ucp_deepspeed.checkpoint.slots import Located, Slot
@@ -55,6 +55,14 @@ def check_one_save(checkpoint: DeepSpeedCheckpoint, places: Iterable[Place]) -> 
         except (UniversalCheckpointError, OSError):
             continue  # who needs the file is told what is wrong with it
         _tell(checkpoint, path, checkpoint.files.model_states_path(rank, 0), steps, differing)
+
+
+def check_read(checkpoint: Checkpoint, paths: Collection[str], known: set[Place]) -> None:
+    """Compare those optimizer files that were read, as `check_one_save`, and add their places to those that are ``known``."""
+    if isinstance(checkpoint, DeepSpeedCheckpoint):
+        read = [place for place in places_of(checkpoint) if str(checkpoint.files.optimizer_path(*place)) in paths]
+        check_one_save(checkpoint, [place for place in read if place not in known])
+        known.update(read)
 
 
 def _tell(

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.torch_files.damage import telling_damage
 from ucp_deepspeed.checkpoint.torch_files.unpickling import everything_in
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
@@ -53,8 +54,11 @@ class Archive:
     records: Sequence[zipfile.ZipInfo]
 
     @classmethod
-    def of(cls, path: Path) -> Archive:
-        """Read a directory.
+    def of(cls, path: Path, summed: bool = False) -> Archive:
+        """Read a directory, and compare the CRC-32 of small records, such as step counts, which torch ignores.
+
+        Args:
+            summed: the small records are known to be what was saved.
 
         Raises:
             DamagedCheckpointError: there is none, or it is damaged.
@@ -66,8 +70,9 @@ class Archive:
             if not any(record.CRC for record in records):  # torch was told to compute none
                 for record in records:
                     record.CRC = None  # type: ignore[assignment]
-            if "data.pkl" in named:
-                file.read(named["data.pkl"])  # zipfile compares the CRC-32, which torch ignores
+            for name, record in named.items():
+                if name == "data.pkl" or (record.file_size <= tunables.SMALL_NUMBYTES and not summed):
+                    file.read(record)  # compares the CRC-32
             settings = {name: named[name] for name in ("byteorder", ".storage_alignment") if name in named}
             told = {name: file.read(record) for name, record in settings.items() if record.file_size <= 64}
             alignment = int(told.get(".storage_alignment", DEFAULT_ALIGNMENT))

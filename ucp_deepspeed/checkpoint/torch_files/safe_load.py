@@ -65,7 +65,12 @@ _ZIP, _POINTER = b"PK\x03\x04", b"version https://git-lfs"
 
 
 def open_torch_file(
-    path: Path, *, tensors: bool = False, owned: Collection[str] | None = None, foreign: bool = False
+    path: Path,
+    *,
+    tensors: bool = False,
+    owned: Collection[str] | None = None,
+    foreign: bool = False,
+    summed: bool = False,
 ) -> dict[str, Any]:
     """Return the object in a checkpoint file.
 
@@ -75,6 +80,7 @@ def open_torch_file(
         foreign: read the tensors of an archive that torch didn't write itself, instead of refusing it.
         owned: keys whose values must be all readable; by default all keys. Under other keys, an object of a class that isn't
             allowed becomes `unpickling.Opaque`.
+        summed: the file's small records have been compared with checksums.
 
     Raises:
         DamagedCheckpointError: the file is missing, isn't whole, or names a class that isn't allowed.
@@ -87,7 +93,7 @@ def open_torch_file(
         start = file.read(len(_POINTER))
         # torch requires a whole one from the first byte on
         archive = start.startswith(_ZIP) and zipfile.is_zipfile(file)
-    loaded = _unpickled(path, tensors, foreign) if archive else _unpickled_legacy(path, start, tensors)
+    loaded = _unpickled(path, tensors, foreign, summed) if archive else _unpickled_legacy(path, start, tensors)
     if not isinstance(loaded, dict):
         raise DamagedCheckpointError(f"{path} holds a {type(loaded).__name__}, not a checkpoint dictionary")
     for key, value in loaded.items():
@@ -100,9 +106,9 @@ def open_torch_file(
     return loaded
 
 
-def _unpickled(path: Path, tensors: bool, foreign: bool) -> Any:
+def _unpickled(path: Path, tensors: bool, foreign: bool, summed: bool) -> Any:
     try:
-        archive = Archive.of(path)
+        archive = Archive.of(path, summed)
     except UnsupportedError:
         if not foreign:
             raise

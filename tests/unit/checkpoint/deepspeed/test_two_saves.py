@@ -16,12 +16,14 @@ from damage import edit
 from native_files import NativeModel, NativeParameter, NativeRun, write_native
 from native_models import SHAPES, whole
 
+import ucp_deepspeed
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.one_save import check_one_save, places_of
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import DamagedCheckpointError, UniversalCheckpointError
 from ucp_deepspeed.layout.pattern import Replicate
+from ucp_deepspeed.transfer.compare import compare
 
 LAYERS = {"0.w": (11, 3), "0.b": (7,), "1.w": (5, 7), "2.w": (7, 5), "3.w": (2, 3, 2)}
 
@@ -153,3 +155,20 @@ def test_a_copy_of_model_states_that_are_the_same_is_accepted(tmp_path: Path) ->
     shutil.copyfile(*(folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)))
     with pytest.raises(DamagedCheckpointError, match=r"was written as bf16_zero_pp_rank_0_.*: files of two ranks"):
         read(folder)
+
+
+def test_reading_and_comparing_tell_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = replace(BF16, stage=1, dp=2)
+    for seed in (1, 2):
+        write_native(tmp_path / str(seed), model_of(seed, run), run)
+    name = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    shutil.copy(tmp_path / "2" / name, tmp_path / "1" / name)
+    told = rf"{name}: its master weights of \S+ aren't the weights in mp_rank_00_model_states\.pt"
+    with ucp_deepspeed.open_checkpoint(tmp_path / "1") as held:
+        for parameter in held.parameters:
+            held.read(parameter)
+    assert [bool(re.search(told, record.getMessage())) for record in caplog.records] == [True]
+    caplog.clear()
+    views = [UniversalView.of(open_checkpoint(tmp_path / seed)) for seed in ("1", "2")]
+    assert compare(*views)
+    assert [bool(re.search(told, record.getMessage())) for record in caplog.records] == [True]

@@ -159,6 +159,19 @@ def test_a_damaged_pickle(path: Path) -> None:
     assert open_torch_file(path)["a"].numel() == 1000
 
 
+def test_a_damaged_number(path: Path) -> None:
+    """A step count is a record of its own, and decides about all values."""
+    data = path.read_bytes()
+    torch.save({"step": torch.tensor(12345.0)}, path)
+    whole = path.read_bytes()
+    place = whole.index(torch.tensor(12345.0).numpy().tobytes())
+    path.write_bytes(whole[:place] + b"\x01" + whole[place + 1 :])
+    with pytest.raises(DamagedCheckpointError, match=r"a\.pt .*Bad CRC-32 .*data/0"):
+        open_torch_file(path)
+    assert "step" in open_torch_file(path, summed=True)
+    path.write_bytes(data)
+
+
 def test_archives_without_sums(tmp_path: Path) -> None:
     """torch can be told to compute none: all are zero then."""
     torch.serialization.set_crc32_options(False)
