@@ -159,16 +159,15 @@ def test_a_copy_of_model_states_that_are_the_same_is_accepted(tmp_path: Path) ->
 
 def test_reading_and_comparing_tell_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = replace(BF16, stage=1, dp=2)
-    for seed in (1, 2):
-        write_native(tmp_path / str(seed), model_of(seed, run), run)
-    name = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    shutil.copy(tmp_path / "2" / name, tmp_path / "1" / name)
+    first, second = (write_native(tmp_path / str(seed), model_of(seed, run), run) for seed in (1, 2))
+    name = next(first.glob("*zero_pp_rank_1_mp_rank_00_optim_states.pt")).name
+    shutil.copy(second / name, first / name)
     told = rf"{name}: its master weights of \S+ aren't the weights in mp_rank_00_model_states\.pt"
-    with ucp_deepspeed.open_checkpoint(tmp_path / "1") as held:
+    with ucp_deepspeed.open_checkpoint(first) as held:
         for parameter in held.parameters:
             held.read(parameter)
     assert [bool(re.search(told, record.getMessage())) for record in caplog.records] == [True]
     caplog.clear()
-    views = [UniversalView.of(open_checkpoint(tmp_path / seed)) for seed in ("1", "2")]
+    views = [UniversalView.of(open_checkpoint(folder)) for folder in (first, second)]
     assert compare(*views)
     assert [bool(re.search(told, record.getMessage())) for record in caplog.records] == [True]
