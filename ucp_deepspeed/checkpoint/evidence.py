@@ -29,7 +29,7 @@ from ucp_deepspeed.checkpoint.random_files import (
     read_state,
 )
 from ucp_deepspeed.checkpoint.tags import is_marked
-from ucp_deepspeed.checkpoint.torch_files.records import REMEDY
+from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY
 from ucp_deepspeed.checkpoint.torch_files.safe_load import scalar_of
 from ucp_deepspeed.checkpoint.universal.index import FORMAT_VERSION, INDEX_NAME, Index
 from ucp_deepspeed.errors import DamagedCheckpointError, UniversalCheckpointError, UnsupportedError

@@ -20,7 +20,8 @@ from ucp_deepspeed.checkpoint.checksums import FileSums, sum_of
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, MARK_NAME
 from ucp_deepspeed.checkpoint.evidence import Evidence, Problem, evidence_of
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME, open_checkpoint, resolve_tag
-from ucp_deepspeed.checkpoint.torch_files.records import REMEDY, Record, records_of
+from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY
+from ucp_deepspeed.checkpoint.torch_files.records import Record, records_of
 from ucp_deepspeed.checkpoint.torch_files.structure import structure_of
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, home_of, is_unfinished
 from ucp_deepspeed.checkpoint.versions import FileVersions, check_regular

@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 import ucp_deepspeed
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.torch_files.records import records_of
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import DamagedCheckpointError, OtherRankError
@@ -25,6 +26,12 @@ RUNS = [
     {"tp": 1, "dp": 1, "stage": 0},
     {"tp": 1, "dp": 2, "stage": 1, "precision": "bf16"},
 ]
+
+
+@pytest.fixture(autouse=True)
+def all_records_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening a file compares its small records."""
+    monkeypatch.setattr(tunables, "SMALL_NUMBYTES", 8)
 
 
 def flip(path: Path, pick: random.Random) -> str:

@@ -26,6 +26,7 @@ from ucp_deepspeed.checkpoint.expert_names import (
     recognise_experts,
 )
 from ucp_deepspeed.checkpoint.slots import Located, NumbersReader, Slot, numels_of, place_of, shapes_of
+from ucp_deepspeed.checkpoint.torch_files.damage import telling_damage
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.layout import FlatGroup, Topology
 
@@ -171,7 +172,8 @@ def _held_by(
         if f"{name}.0" not in single:
             raise DamagedCheckpointError(f"{path.parent} lacks a file with {name} of expert 0")
         first = single[f"{name}.0"][0]
-        held[name] = torch.empty((layer.local, *first.shape), dtype=first.dtype, device="meta"), path
+        with telling_damage(path):  # no memory has so many
+            held[name] = torch.empty((layer.local, *first.shape), dtype=first.dtype, device="meta"), path
     return held
 
 

@@ -353,7 +353,7 @@ def _numbers(partitions: int, open_group: OpenGroup) -> dict[str, NumbersReader]
 
 def _held_states(flattening: Flattening, overlapping: frozenset[str], held: HeldGroup) -> SplitStates:
     """Return master and optimizer state of a flat group as in its first partition's file."""
-    if (numel := flattening.buffer_numel(0)) >= 2**63:
+    if (numel := flattening.buffer_numel(0)) >= 2**60:
         raise DamagedCheckpointError(f"{held.path} tells of a buffer that no machine has: {numel} elements")
     buffer = held.master if held.file.is_elastic else torch.empty(numel, device="meta")
     state = held.state

@@ -9,9 +9,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from zipfile import BadZipFile
 
 from ucp_deepspeed.checkpoint.torch_files.unpickling import CODE_MODULES
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError, why_not_read
+
+REMEDY = (
+    "fetch the file again from where it is whole, or take another tag: ucp verify --all FOLDER tells which are whole"
+)
 
 
 @contextmanager
@@ -35,9 +40,10 @@ def _explain(path: Path, error: Exception) -> str:
         return refusal(path, foreign.group(1) or foreign.group(2))
     refused = re.search(r"WeightsUnpickler error: *(\S.*)", str(error))
     reason = refused.group(1) if refused else (str(error).strip().splitlines() or [type(error).__name__])[0]
+    remedy = f"; {REMEDY}" if isinstance(error, BadZipFile) else ""
     with suppress(OSError):
-        return f"{path} can't be read ({path.stat().st_size} bytes): {reason}"
-    return f"{path} can't be read: {reason}"
+        return f"{path} can't be read ({path.stat().st_size} bytes): {reason}{remedy}"
+    return f"{path} can't be read: {reason}{remedy}"
 
 
 def refusal(path: Path, name: str) -> str:

@@ -14,12 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ucp_deepspeed import tunables
-from ucp_deepspeed.checkpoint.torch_files.damage import telling_damage
+from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY, telling_damage
 from ucp_deepspeed.errors import DamagedCheckpointError
-
-REMEDY = (
-    "fetch the file again from where it is whole, or take another tag: ucp verify --all FOLDER tells which are whole"
-)
 
 _REFLECTED, _ONE, _X = 0xEDB88320, 1 << 31, 1 << 30
 """The polynomial of CRC-32, and two others, with the highest power in the lowest bit."""

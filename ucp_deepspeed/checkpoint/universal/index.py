@@ -27,7 +27,7 @@ from ucp_deepspeed.checkpoint.checkpoint import (
 from ucp_deepspeed.checkpoint.checksums import sums_by
 from ucp_deepspeed.checkpoint.encoding import decode, has_its_sum, read_document
 from ucp_deepspeed.checkpoint.safetensors_files import SafetensorsHeader
-from ucp_deepspeed.checkpoint.torch_files.records import REMEDY
+from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import Shape, Topology
