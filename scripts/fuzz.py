@@ -56,7 +56,7 @@ from ucp_deepspeed.transfer.compare import compare  # noqa: E402
 from ucp_deepspeed.transfer.conversion import convert  # noqa: E402
 
 SECONDS = 20
-"""Seconds after which a case counts as a hang. A sound one takes a few hundredths."""
+"""Seconds of the processor's time after which a case counts as a hang. A sound one takes a few hundredths."""
 
 MORE_NUMBYTES = 6 << 30
 """Memory that a case may take beside what the process has."""
@@ -168,18 +168,22 @@ def make_targets(root: Path) -> dict[str, Target]:
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raise a HangError if the block takes longer."""
+    """Raise a HangError if the block takes more of the processor's time, or waits for something: ten times as long in all."""
 
     def tell(*_: Any) -> None:
         raise HangError
 
-    former = signal.signal(signal.SIGALRM, tell)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    alarms = {signal.ITIMER_PROF: (signal.SIGPROF, seconds), signal.ITIMER_REAL: (signal.SIGALRM, 10 * seconds)}
+    former = {alarm: signal.signal(alarm, tell) for alarm, _ in alarms.values()}
+    for timer, (_, after) in alarms.items():
+        signal.setitimer(timer, after)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
+        for timer in alarms:
+            signal.setitimer(timer, 0)
+        for alarm, handler in former.items():
+            signal.signal(alarm, handler)
 
 
 def altered(target: Target, sound: bytes, seed: int, name: str, number: int) -> bytes:
@@ -187,7 +191,7 @@ def altered(target: Target, sound: bytes, seed: int, name: str, number: int) -> 
     chance = random.Random(f"{name} {seed} {number}")
     try:
         return target.alter(sound, chance)
-    except (RecursionError, ValueError, TypeError, AttributeError):  # what can't be written
+    except (RecursionError, ValueError, TypeError, AttributeError, MemoryError):  # what can't be written
         return alter_bytes(sound, chance)
 
 

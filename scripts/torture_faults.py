@@ -104,7 +104,11 @@ def content_of(folder: Path) -> Content:
     """Read everything; each state of each parameter whole."""
     found: Content = {}
     with ucp_deepspeed.open_checkpoint(folder) as held:
+        if held.lacking is not None:
+            raise UniversalCheckpointError(held.lacking)
         for name, info in held.parameters.items():
+            if info.differing:
+                raise UniversalCheckpointError(f"{name}: {info.differing}")
             for state in info.states:
                 values = held.read(name, state)
                 found[f"{name}/{state}"] = xxh3_64_hexdigest(values.view(-1).view(torch.uint8).numpy())

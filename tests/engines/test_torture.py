@@ -30,7 +30,18 @@ def kills(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("torture_kills")
 
 
-@pytest.mark.parametrize("form", ["ZeRO-2 bf16", "experts, no ZeRO"])
+UNTOLD = {
+    "bit anywhere",
+    "bit in a record",
+    "page of zeros",
+    "digit in a text",
+    "file of another step",
+    "file of another run",
+}
+"""Kinds that may be silent where there are no sums: a record is read in part, or nothing in a file tells of its save."""
+
+
+@pytest.mark.parametrize("form", ["experts, ZeRO-1", "experts, no ZeRO"])
 def test_faults_are_told_or_do_no_harm(form: str, torture: Any, tmp_path: Path) -> None:
     sources = torture.make_sources(tmp_path, [form])
     expected = {name: torture.content_of(folder) for name, folder in sources.items()}
@@ -38,8 +49,8 @@ def test_faults_are_told_or_do_no_harm(form: str, torture: Any, tmp_path: Path) 
     for seed, (name, kind) in enumerate((name, kind) for name in sources for kind in [*torture.KINDS] * 3):
         fault = torture.Fault(name, kind, seed)
         outcome, why = torture.outcome_of(fault, sources[name], expected[name])
-        assert outcome != "foreign", (fault, why)
-        assert outcome != "silent" or name.endswith(torture.STOCK), (fault, why)
+        assert outcome not in torture.WRONG[1:], (fault, why)
+        assert outcome != "silent" or (name.endswith(torture.STOCK) and kind in UNTOLD), (fault, why)
         told += outcome == "told"
     assert told > 40
 

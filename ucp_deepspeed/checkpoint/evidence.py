@@ -12,7 +12,6 @@ import torch
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, Checkpoint
 from ucp_deepspeed.checkpoint.checksums import CHECKSUMS_NAME, FileSums, SavedSums
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
-from ucp_deepspeed.checkpoint.deepspeed.files import is_deepspeeds
 from ucp_deepspeed.checkpoint.deepspeed.manifest import (
     MANIFEST_NAME,
     MARK_NAME,
@@ -20,6 +19,7 @@ from ucp_deepspeed.checkpoint.deepspeed.manifest import (
     digest_of,
     read_manifest,
 )
+from ucp_deepspeed.checkpoint.deepspeed.written_names import is_deepspeeds
 from ucp_deepspeed.checkpoint.encoding import has_its_sum, read_document
 from ucp_deepspeed.checkpoint.random_files import (
     FORMER_NAMES,

@@ -8,7 +8,7 @@ Source: ``moe/experts.py``, ``utils/groups.py::_create_expert_and_data_parallel`
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +67,21 @@ def weight_file(file_name: str) -> tuple[int, int, int] | None:
     """Return layer, expert and model-parallel rank of a file with one expert's weights; None for any other file."""
     found = _WEIGHT_FILE.fullmatch(file_name)
     return (int(found[1]), int(found[2]), int(found[3])) if found else None
+
+
+def missing_expert(totals: int | Sequence[int], places: Collection[tuple[int, int]]) -> tuple[int, int] | None:
+    """Return the first expert without a file of weights; None if all have one.
+
+    Args:
+        totals: experts of each layer, or of all layers as older files have it.
+        places: (number of the layer, number of the expert) of each file.
+    """
+    layers = (
+        ((layer, totals) for layer in sorted({at for at, _ in places}))
+        if isinstance(totals, int)
+        else enumerate(totals)
+    )
+    return next(((layer, i) for layer, total in layers for i in range(total) if (layer, i) not in places), None)
 
 
 def optimizer_file(file_name: str) -> tuple[int, int] | None:

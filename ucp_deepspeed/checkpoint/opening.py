@@ -11,7 +11,7 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.bounds import read_bounded
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
-from ucp_deepspeed.checkpoint.deepspeed.files import is_model_states
+from ucp_deepspeed.checkpoint.deepspeed.written_names import is_model_states
 from ucp_deepspeed.checkpoint.tags import holds_checkpoint, is_marked, tags_in, unfinished
 from ucp_deepspeed.checkpoint.universal.index import (
     INDEX_NAME,

@@ -10,6 +10,7 @@ from deepspeed.utils.groups import _get_expert_parallel_ranks
 from ucp_deepspeed.checkpoint.expert_names import (
     ExpertRanks,
     expert_of,
+    missing_expert,
     names_on,
     names_on_all,
     optimizer_file,
@@ -105,3 +106,12 @@ def test_how_experts_are_spread_is_told_by_their_numbers() -> None:
         recognised(6, 2, 4, 1)
     with pytest.raises(UnsupportedError, match="can't be told"):
         recognise_experts(local, [4, 8], 2, 4, 2, False, Path("file"))  # either of the two above
+
+
+def test_an_expert_without_a_file_is_named() -> None:
+    places = {(layer, number) for layer in (0, 1) for number in range(4)}
+    assert missing_expert([4, 4], places) is None and missing_expert(4, places) is None
+    assert missing_expert([4, 6], places) == (1, 4)
+    assert missing_expert([4, 4, 4], places) == (2, 0)
+    assert missing_expert([4, 4], places - {(0, 2)}) == missing_expert(4, places - {(0, 2)}) == (0, 2)
+    assert missing_expert([2**60], places) == (0, 4)

@@ -32,10 +32,18 @@ from ucp_deepspeed.checkpoint.deepspeed.older_files import (
     is_older,
     mapped_shapes,
 )
-from ucp_deepspeed.checkpoint.deepspeed.written_names import RANKS_FILE, check_written_name, layer_file
+from ucp_deepspeed.checkpoint.deepspeed.written_names import (
+    RANKS_FILE,
+    check_written_name,
+    is_further,
+    is_model_states,
+    layer_file,
+    zero_file,
+)
 from ucp_deepspeed.checkpoint.deepspeed.zero_slots import BF16_OPTIMIZER, NamedShapes, ZeroFile
-from ucp_deepspeed.checkpoint.expert_names import expert_of, optimizer_file, weight_file
+from ucp_deepspeed.checkpoint.expert_names import expert_of, missing_expert, optimizer_file, weight_file
 from ucp_deepspeed.checkpoint.torch_files.archives import storages_of
+from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY
 from ucp_deepspeed.checkpoint.torch_files.safe_load import PRECISIONS, open_torch_file
 from ucp_deepspeed.checkpoint.torch_files.unpickling import opaque_in
 from ucp_deepspeed.checkpoint.versions import FileVersions, check_regular
@@ -68,11 +76,6 @@ BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu")
 SLICED_HINT = "; with ZeRO-3 these hold the weights too, so that without them nothing can be loaded: fetch them as well"
 """Hint if the optimizer's files are missing."""
 
-_MODEL_STATES = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
-"""Files that hold a client state besides DeepSpeed's own data."""
-
-_OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
-
 
 class DeepSpeedFiles:
     """A tag folder that DeepSpeed wrote. A file that was opened once stays in memory. A long class, of short answers.
@@ -89,6 +92,9 @@ class DeepSpeedFiles:
         DamagedCheckpointError: a file is missing, truncated, isn't what was saved, or the manifest doesn't describe it.
     """
 
+    are_all_here = True
+    """True if a file that isn't in the folder is missing."""
+
     def __init__(self, path: Path, verify: bool = True) -> None:
         self.path, self.versions = path, FileVersions()
         self.versions.note(path / MANIFEST_NAME)
@@ -96,6 +102,7 @@ class DeepSpeedFiles:
         self.open = lru_cache(maxsize=None)(self._open_checked)
         self._whole = lru_cache(maxsize=None)(self._model_states)
         self._zero = lru_cache(maxsize=None)(self._read_zero)
+        self._verify = verify
         if verify and self.manifest is not None:
             self.versions.sums = sums_by(path, self.manifest.checksums, self.manifest.save_id)
 
@@ -204,7 +211,7 @@ class DeepSpeedFiles:
         """Config of the run; empty if the files hold something else, such as the path of a file."""
         saved = self.model_states(0)
         if "ds_config" not in saved and len(self._optimizer_prefixes) == 1:
-            saved = self.open(self.path / min(filter(_OPTIMIZER_FILE.fullmatch, self.names)))
+            saved = self.open(self.path / min(filter(zero_file, self.names)))
         config = saved.get("ds_config")
         if not isinstance(config, dict) or not (any(key in config for key in BATCH_KEYS) or _enabled(config)):
             return {}
@@ -255,7 +262,7 @@ class DeepSpeedFiles:
     @cached_property
     def _optimizer_prefixes(self) -> frozenset[str]:
         """Prefixes of the names of ZeRO's files: they may differ between runs."""
-        found = map(_OPTIMIZER_FILE.fullmatch, self.names)
+        found = map(zero_file, self.names)
         return frozenset(name[1] or "" for name in found if name is not None)
 
     @cached_property
@@ -297,6 +304,10 @@ class DeepSpeedFiles:
             place = weight_file(name)
             if place is not None and (place[2] == rank or place[:2] not in files):
                 files[place[:2]] = name
+        lacking = missing_expert(self.model_states(0)["num_experts"], files)
+        if lacking is not None and self.are_all_here:
+            told = f"the weights of expert {lacking[1]} of mixture-of-experts layer {lacking[0]}"
+            raise DamagedCheckpointError(f"{self.path} lacks the file with {told}; {REMEDY}")
         return [self.path / name for _, name in sorted(files.items())]
 
     def model_states(self, rank: int, partition: int = 0) -> dict[str, Any]:
@@ -396,7 +407,7 @@ class DeepSpeedFiles:
             self.manifest.check_file(path)
         if (sums := self.versions.sums(str(path))) is not None:
             sums.check_opened(path)
-        saved = open_saved(path, summed=sums is not None)
+        saved = open_saved(path, summed=sums is not None or not self._verify)
         if self.manifest is None or path.name not in self.manifest.contents:
             check_written_name(path)
         module = saved.get("module") if is_model_states(path.name) else None
@@ -425,7 +436,7 @@ class DeepSpeedFiles:
             total = recorded + topology.model_parallel * ((topology.dp if self.sliced else 1) + each * topology.dp)
             there = sum(name in self.names for name in self._recorded())
             there += sum(self._calls_for(topology, name, place) for name, place in places.items())
-            gone = self.sliced and any(_OPTIMIZER_FILE.fullmatch(name) for name in missing)
+            gone = self.sliced and any(zero_file(name) for name in missing)
             raise DamagedCheckpointError(
                 f"{self.path} was saved as {topology} and lacks {total - there} of {total} files: "
                 + ", ".join(missing)
@@ -461,27 +472,12 @@ class DeepSpeedFiles:
 
     def _recorded(self) -> Iterator[str]:
         """Yield names in the manifest of files that the topology doesn't tell."""
-        return filter(_is_further, self.manifest.files if self.manifest else ())
+        return filter(is_further, self.manifest.files if self.manifest else ())
 
     @property
     def further_names(self) -> list[str]:
         """Names of files in the folder that the topology doesn't tell."""
-        return [name for name in self.names if _is_further(name)]
-
-
-def _is_further(name: str) -> bool:
-    return bool(layer_file(name) or weight_file(name) or optimizer_file(name))
-
-
-def is_model_states(name: str) -> bool:
-    """Return whether this is DeepSpeed's name of a model_states file. File managers and people leave others beside it."""
-    return _MODEL_STATES.fullmatch(name) is not None
-
-
-def is_deepspeeds(name: str) -> bool:
-    """Return whether DeepSpeed's engines name a file so (``runtime/engine.py``, ``runtime/pipe/module.py``)."""
-    kinds = (is_model_states, _OPTIMIZER_FILE.fullmatch, layer_file, weight_file, optimizer_file)
-    return any(is_kind(name) for is_kind in kinds)
+        return [name for name in self.names if is_further(name)]
 
 
 def open_saved(path: Path, foreign: bool = False, summed: bool = False) -> dict[str, Any]:

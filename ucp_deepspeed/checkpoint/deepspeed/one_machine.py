@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ucp_deepspeed.checkpoint.deepspeed.files import DeepSpeedFiles, is_model_states
+from ucp_deepspeed.checkpoint.deepspeed.files import DeepSpeedFiles
+from ucp_deepspeed.checkpoint.deepspeed.written_names import is_model_states
 from ucp_deepspeed.layout import Topology
 
 
@@ -16,6 +17,8 @@ class NodeLocalFiles(DeepSpeedFiles):
     Attributes:
         missing: names of the files that aren't here, once the topology is known.
     """
+
+    are_all_here = False
 
     def __init__(self, path: Path, verify: bool = True) -> None:
         super().__init__(path, verify)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,12 +28,21 @@ Place = tuple[int, int]
 
 
 def places_of(checkpoint: DeepSpeedCheckpoint) -> list[Place]:
-    """Return the places of all of ZeRO's optimizer files; none where a manifest tells which files are of one save."""
-    if checkpoint.manifest is not None or not (checkpoint.files.partitioned or checkpoint.files.sliced):
+    """Return the places of all optimizer files of ZeRO, or of experts without it; none where a manifest tells of one save."""
+    if checkpoint.manifest is not None:
         return []
-    return [
-        (rank, part) for rank in range(checkpoint.topology.model_parallel) for part in range(checkpoint.topology.dp)
-    ]
+    topology = checkpoint.topology
+    parts = topology.dp if _is_cut(checkpoint) else topology.ep if topology.ep > 1 else 0
+    return [(rank, part) for rank in range(topology.model_parallel) for part in range(parts)]
+
+
+def _is_cut(checkpoint: DeepSpeedCheckpoint) -> bool:
+    return checkpoint.files.partitioned or checkpoint.files.sliced
+
+
+def _path(checkpoint: DeepSpeedCheckpoint, rank: int, part: int) -> Path:
+    files = checkpoint.files
+    return files.optimizer_path(rank, part) if _is_cut(checkpoint) else files.expert_optimizer(rank, part)[1]
 
 
 def check_one_save(checkpoint: DeepSpeedCheckpoint, places: Iterable[Place]) -> None:
@@ -45,7 +55,12 @@ def check_one_save(checkpoint: DeepSpeedCheckpoint, places: Iterable[Place]) -> 
         DamagedCheckpointError: both differ.
     """
     for rank, partition in places:
+        weights = checkpoint.files.model_states_path(rank, 0)
         try:
+            if not _is_cut(checkpoint):
+                optimizer, path = checkpoint.files.expert_optimizer(rank, partition)
+                _tell(checkpoint, path, weights, _most_steps(optimizer.get("state", {}).values(), path), [])
+                continue
             slots = [slot for slot in checkpoint.trained_slots(rank) if partition < slot.flattening.partitions]
             path = checkpoint.files.optimizer_path(rank, partition)
             if not path.name.endswith(f"zero_pp_rank_{partition}_mp_rank_{rank:02d}_optim_states.pt"):
@@ -54,13 +69,13 @@ def check_one_save(checkpoint: DeepSpeedCheckpoint, places: Iterable[Place]) -> 
             differing = _differing(checkpoint, rank, partition, slots)
         except (UniversalCheckpointError, OSError):
             continue  # who needs the file is told what is wrong with it
-        _tell(checkpoint, path, checkpoint.files.model_states_path(rank, 0), steps, differing)
+        _tell(checkpoint, path, weights, steps, differing)
 
 
 def check_read(checkpoint: Checkpoint, paths: Collection[str], known: set[Place]) -> None:
     """Compare those optimizer files that were read, as `check_one_save`, and add their places to those that are ``known``."""
     if isinstance(checkpoint, DeepSpeedCheckpoint):
-        read = [place for place in places_of(checkpoint) if str(checkpoint.files.optimizer_path(*place)) in paths]
+        read = [place for place in places_of(checkpoint) if str(_path(checkpoint, *place)) in paths]
         check_one_save(checkpoint, [place for place in read if place not in known])
         known.update(read)
 
@@ -86,9 +101,12 @@ def _tell(
 def _steps(checkpoint: DeepSpeedCheckpoint, rank: int, partition: int) -> float | None:
     """Return the most steps that a part of an optimizer has taken; None if the file doesn't tell."""
     file = checkpoint.files.optimizer_state(rank, partition)
-    counted = [file.state(index).get("step") for index in range(len(file.masters))]
-    counted += [group.get("step") for group in file.groups]
-    found = [scalar_of(step, file.path) for step in counted if isinstance(step, int | float) or _is_number(step)]
+    return _most_steps([*(file.state(index) for index in range(len(file.masters))), *file.groups], file.path)
+
+
+def _most_steps(states: Iterable[Mapping[str, Any]], path: Path) -> float | None:
+    steps = [state.get("step") for state in states]
+    found = [scalar_of(step, path) for step in steps if isinstance(step, int | float) or _is_number(step)]
     return max(found, default=None)
 
 

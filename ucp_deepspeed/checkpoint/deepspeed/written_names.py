@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
 from ucp_deepspeed.checkpoint.deepspeed.manifest import digest_of
+from ucp_deepspeed.checkpoint.expert_names import optimizer_file, weight_file
 from ucp_deepspeed.errors import DamagedCheckpointError
+
+logger = logging.getLogger("ucp_deepspeed")
 
 RANKS_FILE = re.compile(r"(?:(?:bf16_)?zero_pp_rank_(\d+)_)?mp_rank_(\d+)_(model|optim)_states\.pt")
 """Files that each model-parallel rank has. The groups are its partition, if any, its number, and the kind of file."""
 
 _LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
+
+_MODEL_STATES = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
+"""Files that hold a client state besides DeepSpeed's own data."""
+
+zero_file = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt").fullmatch
+"""Match the name of a partition's optimizer file; the first group is its prefix."""
 
 LONGEST_NAME = 255
 """Bytes of a file's name, on any file system."""
@@ -23,6 +33,22 @@ def layer_file(file_name: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2] or 0)) if found else None
 
 
+def is_further(name: str) -> bool:
+    """Return whether a file is one that the topology doesn't tell: of a layer, an expert, or an optimizer of experts."""
+    return bool(layer_file(name) or weight_file(name) or optimizer_file(name))
+
+
+def is_model_states(name: str) -> bool:
+    """Return whether this is DeepSpeed's name of a model_states file. File managers and people leave others beside it."""
+    return _MODEL_STATES.fullmatch(name) is not None
+
+
+def is_deepspeeds(name: str) -> bool:
+    """Return whether DeepSpeed's engines name a file so (``runtime/engine.py``, ``runtime/pipe/module.py``)."""
+    kinds = (is_model_states, zero_file, layer_file, weight_file, optimizer_file)
+    return any(is_kind(name) for is_kind in kinds)
+
+
 def check_written_name(path: Path) -> None:
     """Refuse the file of another rank, by the name under which torch wrote it.
 
@@ -32,6 +58,8 @@ def check_written_name(path: Path) -> None:
         DamagedCheckpointError: it was written for another rank.
     """
     own, name = RANKS_FILE.fullmatch(path.name), written_name(path)
+    if name is not None and own is None:
+        _check_exchanged(path, name)
     written = RANKS_FILE.fullmatch(name) if name is not None else None
     if own is None or written is None or written[3] != own[3] or _place(own) == _place(written):
         return
@@ -42,6 +70,20 @@ def check_written_name(path: Path) -> None:
         f"{path} was written as {written[0]}: files of two ranks were exchanged, or one was copied over "
         f"the other. Give each its own name again, or restore them from a copy"
     )
+
+
+def _check_exchanged(path: Path, name: str) -> None:
+    """Refuse the file of another layer or expert, if the two were exchanged. People rename layers; then it is told."""
+    if name == path.name or not any(
+        kind(path.name) and kind(name) for kind in (layer_file, weight_file, optimizer_file)
+    ):
+        return
+    other = path.with_name(name)
+    if not other.is_file() or digest_of(other) == digest_of(path):
+        return
+    if written_name(other) == path.name:
+        raise DamagedCheckpointError(f"{path} and {name} were exchanged, by the names under which they were written")
+    logger.warning("%s was written as %s: it may be the file of another layer or expert", path, name)
 
 
 def _place(found: re.Match[str]) -> tuple[int, int]:

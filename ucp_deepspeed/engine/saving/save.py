@@ -21,10 +21,10 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import TiedLayerSpec
 
 from ucp_deepspeed.checkpoint.checkpoint import HeldShapes
-from ucp_deepspeed.checkpoint.deepspeed.files import is_deepspeeds
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MARK_NAME, Manifest, ManifestParameter
 from ucp_deepspeed.checkpoint.deepspeed.pipeline import TIED
 from ucp_deepspeed.checkpoint.deepspeed.run_state import number_groups
+from ucp_deepspeed.checkpoint.deepspeed.written_names import is_deepspeeds
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
 from ucp_deepspeed.checkpoint.slots import NAMING_KEYS
 from ucp_deepspeed.checkpoint.torch_files.safe_load import TORCH_DTYPES

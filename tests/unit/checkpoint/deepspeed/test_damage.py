@@ -16,6 +16,7 @@ from native_models import SHAPES, model_of, write_manifest
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, read_manifest
+from ucp_deepspeed.checkpoint.deepspeed.written_names import check_written_name
 from ucp_deepspeed.checkpoint.torch_files.safe_load import open_torch_file
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 
@@ -257,3 +258,37 @@ def test_a_manifest_that_is_cut(folder: Path) -> None:
     )
     path.unlink()
     read_all(folder)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("layer_01-model_00-model_states.pt", "layer_02-model_00-model_states.pt"),
+        ("layer_00-model_states.pt", "layer_03-model_states.pt"),
+        ("layer_0_expert_1_mp_rank_00_model_states.pt", "layer_1_expert_3_mp_rank_00_model_states.pt"),
+        ("expp_rank_0_mp_rank_00_optim_states.pt", "expp_rank_1_mp_rank_00_optim_states.pt"),
+    ],
+)
+def test_files_of_layers_and_experts_that_were_exchanged(
+    names: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever drops a layer renames those behind it: that is told, unless the other file is gone."""
+    one, other = (tmp_path / name for name in names)
+    torch.save({"weight": torch.ones(3)}, one)
+    torch.save({"weight": torch.zeros(3)}, other)
+    for path in (one, other):
+        check_written_name(path)
+    one.rename(tmp_path / "aside")
+    other.rename(one)
+    (tmp_path / "aside").rename(other)
+    for path, name in ((one, other.name), (other, one.name)):
+        with pytest.raises(DamagedCheckpointError, match=f"{path.name} and {name} were exchanged"):
+            check_written_name(path)
+    assert not caplog.records
+    torch.save({"weight": torch.zeros(4)}, other)
+    check_written_name(one)
+    assert f"{one.name} was written as {other.name}" in caplog.text
+    caplog.clear()
+    other.unlink()
+    check_written_name(one)
+    assert not caplog.records
