@@ -398,3 +398,34 @@ def test_a_mark_that_cant_be_read_is_no_other_folder(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Path, "read_text", _answering(PermissionError(13, "no")))
     with pytest.raises(PermissionError):
         marking._has(tmp_path / "mark", "id")
+
+
+def save_while_calls_fail_in_the_background(run: Run, folder: str, failing: int) -> str:
+    """On a rank: the thread can't write, and can't look whether the folder is there."""
+    engine, is_dir = trained(run, 0), Path.is_dir
+
+    def refused(self: Path) -> bool:
+        if threading.current_thread() is not threading.main_thread() and ".partial" in self.name:
+            raise PermissionError(13, "no")
+        return is_dir(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == failing:
+            patch.setattr(Path, "is_dir", refused)
+            patch.setattr(snapshot.FileSnapshot, "write", _answering(PermissionError(13, "no")))
+        engine.save_checkpoint(folder, tag="a")
+        with pytest.raises(SaveError) as caught:
+            ucp_deepspeed.wait_for_save()
+    engine.save_checkpoint(folder, tag="a")
+    ucp_deepspeed.wait_for_save()
+    engine.destroy()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_calls_that_fail_in_the_background_are_told_on_all_ranks(failing: int, ranks: Ranks, tmp_path: Path) -> None:
+    """The thread ended with an error of its own, and rank 0 waited for it for half an hour."""
+    run = Run("mlp", universal=ASYNC)
+    for message in ranks(2).run(save_while_calls_fail_in_the_background, run, str(tmp_path), failing, timeout=60.0):
+        assert "a could not be saved, and 'latest' was not moved: PermissionError: [Errno 13] no" in message
+    assert open_checkpoint(tmp_path).run.global_steps == 0

@@ -6,24 +6,26 @@ import errno
 import os
 import resource
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.manifest import digest_of
 from ucp_deepspeed.checkpoint.tags import tags_in, whole_tags
 from ucp_deepspeed.checkpoint.torch_files.damage import telling_damage
 from ucp_deepspeed.errors import (
+    CheckpointNotFoundError,
     DamagedCheckpointError,
     SaveError,
     UniversalCheckpointError,
     system_errors_as,
     why_not_read,
 )
-from ucp_deepspeed.transfer.commit import flush, remove_partial_folder, replace_text
+from ucp_deepspeed.transfer.commit import flush, make_partial_folder, remove_partial_folder, replace_text
 from ucp_deepspeed.transfer.open_files import OpenFile
 from ucp_deepspeed.transfer.writing import _Output
 
@@ -151,3 +153,41 @@ def test_a_reader_that_cant_close_goes_on(tmp_path: Path) -> None:
     file = OpenFile(str(tmp_path / "x"), mapped=False)
     os.close(file._descriptor)
     file.close()
+
+
+def test_a_tag_that_cant_be_looked_at_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message listed the tag among those that are there."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "latest").write_text("a")
+    is_dir = Path.is_dir
+
+    def refused(self: Path) -> bool:
+        if self.name == "a":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return is_dir(self)
+
+    monkeypatch.setattr(Path, "is_dir", refused)
+    with pytest.raises(DamagedCheckpointError, match="a can't be read: Permission denied"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointNotFoundError, match="no tag"):
+        open_checkpoint(tmp_path, "a" * 300)
+
+
+def test_a_folder_that_cant_be_looked_for_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counted as written until the process ended."""
+    partial = make_partial_folder(tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", _raising(errno.ESTALE))
+        patch.setattr("shutil.rmtree", _raising(errno.ESTALE))
+        remove_partial_folder(partial)
+    assert partial.is_dir()
+    other = make_partial_folder(tmp_path / "b")
+    assert not partial.is_dir()
+    remove_partial_folder(other)
+
+
+def _raising(number: int) -> Callable[..., None]:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail

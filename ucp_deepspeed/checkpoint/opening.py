@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from contextlib import suppress
@@ -71,11 +72,25 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
         tag = _read_latest(latest)
         strays, named = Path(tag).is_absolute() or ".." in Path(tag).parts, f", which {latest} names"
     folder = root / tag
-    found = folder if os.path.isdir(folder) else _lies_aside(folder)  # noqa: PTH112 - a name that can't be is no folder
+    found = folder if _is_folder(folder) else _lies_aside(folder)
     if strays or found is None or (found == root and not holds_checkpoint(root)):  # "" and "." name the folder itself
         shown = tag if len(tag) <= LONGEST_SHOWN else f"{tag[:LONGEST_SHOWN]}…"
         raise CheckpointNotFoundError(f"no tag {shown!r} in {root}{named}{_there(root)}")
     return found
+
+
+def _is_folder(path: Path) -> bool:
+    """Return whether a path is a folder's; a name that can't be is none.
+
+    Raises:
+        OSError: nobody may look, or the disk fails.
+    """
+    try:
+        return path.is_dir()
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.EINVAL):
+            return False
+        raise
 
 
 def interrupted(root: Path) -> dict[Path, Path]:

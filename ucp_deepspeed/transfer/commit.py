@@ -24,6 +24,7 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.opening import interrupted
 from ucp_deepspeed.checkpoint.universal.index import PARTIAL_MARK, REPLACED_MARK, home_of
 from ucp_deepspeed.errors import ConfigError, naming
+from ucp_deepspeed.transfer.open_files import close_quietly
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -111,9 +112,9 @@ def _remove_tree(folder: Path) -> None:
 
 def _found(partial: Path) -> Path:
     """Return where a partial folder is, also if its parent folder was renamed: Linux knows the path of an open descriptor."""
-    if partial.exists() or partial not in _holding:
-        return partial
     try:
+        if partial.exists() or partial not in _holding:
+            return partial
         place = Path(f"/proc/self/fd/{_holding[partial]}").readlink()
         return place if os.path.samestat(place.stat(), os.fstat(_holding[partial])) else partial
     except OSError:
@@ -128,7 +129,7 @@ def release(*folders: Path) -> None:
     """Let folders go that are finished, or gone."""
     for folder in folders:
         if (descriptor := _holding.pop(folder, None)) is not None:
-            os.close(descriptor)
+            close_quietly(descriptor)
 
 
 def hold(folder: Path) -> bool:
@@ -139,7 +140,7 @@ def hold(folder: Path) -> bool:
     if free:
         _holding[folder] = descriptor
     else:
-        os.close(descriptor)
+        close_quietly(descriptor)
     return free
 
 
@@ -154,7 +155,7 @@ def _opened(path: Path) -> Iterator[int]:
     try:
         yield descriptor
     finally:
-        os.close(descriptor)
+        close_quietly(descriptor)
 
 
 @contextmanager

@@ -22,8 +22,8 @@ def most_open() -> int:
     return min(max((allowed - len(os.listdir("/dev/fd"))) // 3, tunables.FEWEST_OPEN), tunables.MOST_OPEN)  # noqa: PTH208
 
 
-def _close(descriptor: int) -> None:
-    """Close a file that was read; that this fails, on a disk that does, takes nothing away."""
+def close_quietly(descriptor: int) -> None:
+    """Close a file or folder that isn't written by it; that this fails, on a disk that does, takes nothing away."""
     with suppress(OSError):
         os.close(descriptor)
 
@@ -34,7 +34,7 @@ class OpenFile:
     def __init__(self, path: str, mapped: bool) -> None:
         self.path, self._mapped = path, mapped
         self._descriptor = os.open(path, os.O_RDONLY)
-        self.close = weakref.finalize(self, _close, self._descriptor)
+        self.close = weakref.finalize(self, close_quietly, self._descriptor)
         self.status = os.fstat(self._descriptor)
         self.numbytes = self.status.st_size
 

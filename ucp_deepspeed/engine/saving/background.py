@@ -214,7 +214,7 @@ class Writing(threading.Thread):
                     logger.info(
                         "saved %s (%.1f MB) in the background, in %.1f s", self.job.folder, numbytes / 1e6, taken
                     )
-            if self.error is not None and not self.job.partial.is_dir():
+            if self.error is not None and not _is_there(self.job.partial):
                 self.clear()  # the folder was moved, and no rank finds it any more
 
     def give_up(self) -> None:
@@ -225,7 +225,8 @@ class Writing(threading.Thread):
     def clear(self) -> None:
         """Remove what a failed save has written. Call it only when no rank writes any more."""
         if self.job.rank == 0:
-            remove_partial_folder(self.job.partial, self.job.folder)
+            with suppress(OSError):
+                remove_partial_folder(self.job.partial, self.job.folder)
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -275,13 +276,21 @@ class Writing(threading.Thread):
 
     def _as_save_error(self, error: Exception) -> SaveError:
         partial, folder = self.job.partial, self.job.folder
-        if not partial.is_dir() and getattr(error, "errno", ENOENT) in (ENOENT, ENOTDIR):
+        if not _is_there(partial) and getattr(error, "errno", ENOENT) in (ENOENT, ENOTDIR):
             found = gone_error(folder, partial.parent)
         else:
             reason = f"{type(error).__name__}: {error}"
             found = SaveError(f"{folder} could not be saved, and 'latest' was not moved: {reason}")
         found.__cause__ = error
         return found
+
+
+def _is_there(folder: Path) -> bool:
+    """Return whether a folder is there, as far as the disk tells."""
+    try:
+        return folder.is_dir()
+    except OSError:
+        return True
 
 
 def gone_error(folder: Path, moved: Path) -> SaveError:
