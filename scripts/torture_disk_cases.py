@@ -88,7 +88,11 @@ def _numbytes(folder: Path) -> int:
 
 
 def call_fails(case: Case, met: Sequence[Met], call: str) -> None:
-    """Let one call of a kind fail, or all from one on."""
+    """Let one call of a kind fail, or all from one on; of another kind if the operation makes no such calls."""
+    made = [each for each in NUMBERS if any(rank.calls.get(each) for rank in met)]
+    if call not in made:
+        call = case.dice.choice(made)
+        case.kind = f"call fails: {call}"
     case.fault = Fault(calls=(call,), ranks=case.dice.choice([(0,), (1,), (0, 1)]))
     rank = case.fault.ranks[0] if len(met) > 1 else 0
     first = case.dice.randint(1, max(met[rank].calls.get(call, 0), 1))
