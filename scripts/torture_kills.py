@@ -227,7 +227,7 @@ def kill_a_conversion(case: Case, count: int) -> str:
         kill = _kill(dice, max(each[0] for each in extents), extents)
         target = place / "universal"
         statuses, ends = run_converts(place, [*arguments, str(target)], kill, count, target)
-        ended_ranks = len(ends)
+        killed = len(ends) < count or any(statuses)
         outcome = _converted(case, target, statuses, kill)
         again = "b" if outcome == "after" else "a"
         arguments[2] = again
@@ -238,7 +238,7 @@ def kill_a_conversion(case: Case, count: int) -> str:
             raise WrongError("silent", "what was converted again is something else")
         if left := leftovers(target, again):
             raise WrongError("leftovers", f"after converting {again!r} again: {left}")
-    return outcome if ended_ranks < count or kill.signum == signal.SIGTERM else "not killed"
+    return outcome if killed else "not killed"
 
 
 def _measured(place: Path, arguments: Sequence[str], count: int) -> list[tuple[float, int, int]]:
