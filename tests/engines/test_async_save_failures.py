@@ -384,13 +384,17 @@ def test_a_call_that_fails_is_told_on_all_ranks(asynchronous: bool, failing: int
     assert not [path for path in tmp_path.rglob(".*")]
 
 
-@pytest.mark.parametrize("tag", ["a ", "\ta", "a\n", "\udc80"])
-def test_a_tag_that_latest_cant_name(tag: str, tmp_path: Path) -> None:
-    """A resume by ``latest`` found nothing."""
-    for asynchronous in (False, True):
-        with pytest.raises(SaveError, match="'latest' can't name the tag"):
-            save._check_tag(str(tmp_path), tag, asynchronous, save_latest=True)
-    save._check_tag(str(tmp_path), tag, asynchronous=True, save_latest=False)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_tag_that_latest_cant_name(asynchronous: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A resume by ``latest`` found nothing. One that names the tag finds it, also without the package."""
+    with pytest.raises(SaveError, match="'latest' can't name the tag"):
+        save._check_tag(str(tmp_path), "\udc80", asynchronous, save_latest=True)
+    for tag in ("a ", "\ta", "a\n"):
+        save._check_tag(str(tmp_path), tag, asynchronous, save_latest=False)
+        assert not caplog.records
+        save._check_tag(str(tmp_path), tag, asynchronous, save_latest=True)
+        assert f"a load has to name {tag!r} itself" in caplog.text
+        caplog.clear()
 
 
 def test_a_mark_that_cant_be_read_is_no_other_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,11 +217,10 @@ def _save_in_background(
 def _check_tag(save_dir: str, tag: str, asynchronous: bool, save_latest: bool) -> None:
     """Refuse a tag whose folder a save can't fill, or that ``latest`` can't name."""
     folder = Path(save_dir) / tag
-    if save_latest and (tag != tag.strip() or tag.encode(errors="replace").decode() != tag):
-        raise SaveError(
-            f"the file 'latest' can't name the tag {tag!r} of {save_dir}: blanks at the ends of a name are lost there, and the "
-            f"name must have a form in UTF-8; save under another tag, or with save_latest=False"
-        )
+    if save_latest and tag.encode(errors="replace").decode() != tag:
+        raise SaveError(f"the file 'latest' can't name the tag {tag!r} of {save_dir}, which has no form in UTF-8")
+    if save_latest and tag != tag.strip():
+        logger.warning("'latest' loses blanks at the ends of a tag: a load has to name %r itself", tag)
     if asynchronous and (not Path(tag).parts or ".." in Path(tag).parts):
         raise SaveError(f"the tag {tag!r} names no folder of its own in {save_dir}, which asynchronous saving needs")
     if folder.exists() and not folder.is_dir():
