@@ -4,15 +4,15 @@ Each outcome is one of these:
 
 - *told*: an error of the package, or a warning, which names what is wrong;
 - *harmless*: no error, and all values, counts, states of random streams and client state are those that were saved;
+- *none*: the fault changed nothing, as where two equal files change places;
 - *silent*: no error, and something else was read;
 - *foreign*: another exception; *late*: no answer in time; *dead*: the process died.
 
-Only the first two are right. The command prints a table, and each fault that isn't right with the seed that makes it again.
+The first three are right.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import random
@@ -30,6 +30,7 @@ from pathlib import Path
 
 import click
 import torch
+from torture_report import report
 from xxhash import xxh3_64_hexdigest
 
 import ucp_deepspeed
@@ -335,11 +336,12 @@ def faults_command(count: int, seed: int, processes: int, as_json: bool) -> None
     table: dict[str, Counter[str]] = {}
     for fault, outcome, _ in outcomes:
         table.setdefault(f"{fault.source.rpartition(', ')[2]}: {fault.kind}", Counter())[outcome] += 1
-    wrong = [each for each in outcomes if each[1] in WRONG]
-    if as_json:
-        print(json.dumps({"counts": table, "wrong": [[*vars(fault).values(), *told] for fault, *told in wrong]}))
-    else:
-        _print(table, wrong)
+    wrong = [
+        f"{outcome}: {fault.source}, {fault.kind}, seed {fault.seed}: {told[:200]}"
+        for fault, outcome, told in outcomes
+        if outcome in WRONG
+    ]
+    report(table, ("told", "harmless", "none", *WRONG), wrong, as_json)
     raise SystemExit(bool(wrong))
 
 
@@ -409,16 +411,3 @@ def _serve(call: Callable[[Fault], tuple[Fault, str, str]], connection: Connecti
     with suppress(EOFError):
         while True:
             connection.send(call(connection.recv()))
-
-
-def _print(table: Mapping[str, Counter[str]], wrong: list[tuple[Fault, str, str]]) -> None:
-    outcomes = ("told", "harmless", *WRONG)
-    print("| fault | " + " | ".join(outcomes) + " |\n" + "| --- " * (len(outcomes) + 1) + "|")
-    for name, counts in sorted(table.items()):
-        print(f"| {name} | " + " | ".join(str(counts[each]) for each in outcomes) + " |")
-    total = Counter[str]()
-    for counts in table.values():
-        total.update(counts)
-    print("| **in all** | " + " | ".join(str(total[each]) for each in outcomes) + " |")
-    for fault, outcome, told in wrong:
-        print(f"{outcome}: {fault.source}, {fault.kind}, seed {fault.seed}: {told[:200]}")
