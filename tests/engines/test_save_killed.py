@@ -77,7 +77,7 @@ def save_until(run: Run, folder: str, tag: str, moment: str, killed: tuple[int, 
 def killed(run: Run, folder: Path, moment: str, ranks: tuple[int, ...], size: int, tag: str = "a") -> None:
     """Save until ranks are killed; the others are left waiting, and go too."""
     pool = RankPool(size)
-    with pytest.raises(RankError, match="died|closed by peer|reset by peer"):  # or what gloo tells the others first
+    with pytest.raises(RankError, match=r"died|closed by peer|reset by peer"):  # or what gloo tells the others first
         pool.run(save_until, run, str(folder), tag, moment, ranks, timeout=60.0)
     pool.close()
 
