@@ -43,7 +43,7 @@ def load_each(run: Run, folders: list[str], tags: list[str | None]) -> tuple[str
     engine, rank = build_engine(run), dist.get_rank()
     error, loaded = "", None
     try:
-        with mock.patch.object(opening, "_read_latest", lambda _: f"global_step{rank + 1}"):
+        with mock.patch.object(opening, "read_latest", lambda _: f"global_step{rank + 1}"):
             loaded, _ = engine.load_checkpoint(folders[rank], tag=tags[rank])
     except UniversalCheckpointError as caught:
         error = f"{type(caught).__name__}: {caught}"

@@ -84,7 +84,7 @@ def rounds_of_a_load(run: Run, folder: str, tag: str | None, moves: bool) -> dic
         raise ReachedError
 
     with (
-        mock.patch.object(opening, "_read_latest", lambda _: latest),
+        mock.patch.object(opening, "read_latest", lambda _: latest),
         mock.patch.object(owner, method, reached),
         collectives() as counts,
         pytest.raises(ReachedError),

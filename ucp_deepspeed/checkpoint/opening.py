@@ -69,7 +69,7 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
         if not latest.is_file():
             lacking = "it holds neither checkpoint files nor a 'latest' file"
             raise CheckpointNotFoundError(f"{root} is not a checkpoint: {lacking}{_there(root)}")
-        tag = _read_latest(latest)
+        tag = read_latest(latest)
         strays, named = Path(tag).is_absolute() or ".." in Path(tag).parts, f", which {latest} names"
     folder = root / tag
     found = folder if _is_folder(folder) else _lies_aside(folder)
@@ -107,7 +107,12 @@ def _lies_aside(folder: Path) -> Path | None:
     return None
 
 
-def _read_latest(latest: Path) -> str:
+def read_latest(latest: Path) -> str:
+    """Return the tag that a file names.
+
+    Raises:
+        DamagedCheckpointError: it names none.
+    """
     try:
         tag = read_bounded(latest, LONGEST_LATEST).decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:

@@ -108,9 +108,11 @@ def _tell_tags(root: Path, found: VerifiedTags, as_json: bool) -> int:
             ],
             ("first problem",),
         )
-        if found.latest is not None and found.latest not in found.tags:
+        if found.latest not in (None, *found.tags):
             print_lines(f"note: latest names {found.latest}, which isn't there")
     verdicts = {"damaged" if isinstance(each, str) else each.verdict for each in found.tags.values()}
+    if found.latest not in (None, *found.tags):
+        verdicts.add("damaged")  # a resume finds nothing
     return max((STATUS[verdict] for verdict in verdicts), key=lambda status: (status == NO, status))
 
 

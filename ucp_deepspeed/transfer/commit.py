@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 from ucp_deepspeed import tunables
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MARK_NAME
 from ucp_deepspeed.checkpoint.opening import interrupted
 from ucp_deepspeed.checkpoint.universal.index import PARTIAL_MARK, REPLACED_MARK, home_of
 from ucp_deepspeed.errors import ConfigError, naming
@@ -50,6 +51,7 @@ def committed_folder(final: Path, then: Callable[[], None] = lambda: None) -> It
         partial = make_partial_folder(final, alone=True)
         try:
             yield partial
+            (partial / MARK_NAME).unlink(missing_ok=True)
             for entry in partial.rglob("*"):
                 flush(entry)
             flush(partial)
@@ -65,7 +67,7 @@ def committed_folder(final: Path, then: Callable[[], None] = lambda: None) -> It
 
 
 def make_partial_folder(final: Path, alone: bool = False) -> Path:
-    """Make a hidden folder beside ``final``, after removing abandoned ones, and hold its lock.
+    """Make a hidden folder beside ``final``, with our mark in it, after removing abandoned ones, and hold its lock.
 
     The lock shows others that it isn't abandoned. A host's name and a process id alone don't where containers share the name.
     For processes on other machines, and on file systems without locks (NFS), they are all there is.
@@ -86,6 +88,7 @@ def make_partial_folder(final: Path, alone: bool = False) -> Path:
         if alone and others:
             raise ConfigError(f"another process is writing {final} just now, in {others[0]}; nothing was written")
         partial.mkdir()
+        (partial / MARK_NAME).touch()
         _holding[partial] = os.open(partial, os.O_RDONLY)
         with suppress(OSError):
             fcntl.flock(_holding[partial], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -240,6 +243,7 @@ def replace_folder(partial: Path, final: Path, is_part: Callable[[str], bool]) -
     Raises:
         OSError: a rename failed.
     """
+    (partial / MARK_NAME).unlink(missing_ok=True)
     try:
         partial.rename(final)  # works if there is no old folder, or an empty one
     except OSError as error:
@@ -248,6 +252,8 @@ def replace_folder(partial: Path, final: Path, is_part: Callable[[str], bool]) -
         _take_along(final, partial, is_part)
         replaced = _exchange(partial, final)
         # The new folder is in place, whatever happens from here on.
+        with suppress(OSError):
+            (replaced / MARK_NAME).touch()  # so that somebody goes on, if this process is killed
         try:
             _take_along(replaced, final, is_part)  # entries that somebody put there just now
         except OSError as failed:
@@ -265,7 +271,8 @@ def _take_along(source: Path, target: Path, is_part: Callable[[str], bool]) -> N
     def left_out(folder: str, names: list[str]) -> list[str]:
         if Path(folder) != source:
             return []
-        return [name for name in names if is_part(name) or _is_partial(name) or os.path.lexists(target / name)]
+        ours = {name for name in names if name == MARK_NAME or is_part(name) or _is_partial(name)}
+        return [name for name in names if name in ours or os.path.lexists(target / name)]
 
     def link(old: str, new: str) -> None:
         try:
@@ -369,13 +376,13 @@ def _partial_entries(folder: Path) -> Iterator[tuple[Path, str, int]]:
 
 
 def _is_ours(partial: Path) -> bool:
-    """Return whether a folder holds what writers of checkpoints put into theirs, or nothing: the name alone is no proof."""
+    """Return whether a folder holds a file that only this package writes, or nothing: the name alone is no proof."""
     names = [entry.name for entry in partial.iterdir()]
     return not names or any(map(_shows_ours, names))
 
 
 def _shows_ours(name: str) -> bool:
-    return name.startswith(("ucp_", ".ended_rank_")) or name.endswith((".pt", ".safetensors"))
+    return name.startswith(("ucp_", ".ended_rank_"))
 
 
 def _remove(folder: Path) -> None:

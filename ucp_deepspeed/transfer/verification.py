@@ -19,7 +19,7 @@ from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checksums import FileSums, sum_of
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, MARK_NAME
 from ucp_deepspeed.checkpoint.evidence import Evidence, Problem, evidence_of
-from ucp_deepspeed.checkpoint.opening import LATEST_NAME, open_checkpoint, resolve_tag
+from ucp_deepspeed.checkpoint.opening import LATEST_NAME, open_checkpoint, read_latest, resolve_tag
 from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY
 from ucp_deepspeed.checkpoint.torch_files.records import Record, records_of
 from ucp_deepspeed.checkpoint.torch_files.structure import structure_of
@@ -281,14 +281,22 @@ class VerifiedTags:
 
 
 def _tags_of(root: Path) -> list[str]:
-    """Return the names of all tags in a folder, also of those that a save left unfinished, by their newest files' times."""
-    folders = [entry for entry in root.iterdir() if entry.is_dir() and not is_unfinished(entry)]
-    written = {
-        home_of(folder).name: max(times)
-        for folder in folders
-        if (times := [file.stat().st_mtime for file in folder.iterdir() if file.name.endswith(_ENDINGS)])
-    }
+    """Return the names of all tags in a folder, also of unfinished ones, by their newest files' times. A tag may
+    be a path of two names."""
+    written: dict[str, float] = {}
+    for folder in _folders_in(root):
+        inner = () if _time_of(folder) else _folders_in(folder)
+        written |= {str(home_of(tag).relative_to(root)): time for tag in (folder, *inner) if (time := _time_of(tag))}
     return sorted(written, key=lambda name: -written[name])
+
+
+def _folders_in(root: Path) -> list[Path]:
+    return [entry for entry in root.iterdir() if entry.is_dir() and not is_unfinished(entry)]
+
+
+def _time_of(folder: Path) -> float:
+    """Return when the newest file of a tag was written; 0 if the folder is none."""
+    return max((file.stat().st_mtime for file in folder.iterdir() if file.name.endswith(_ENDINGS)), default=0.0)
 
 
 _ENDINGS = "_states.pt", INDEX_NAME, MANIFEST_NAME, MARK_NAME
@@ -309,9 +317,12 @@ def verify_tags(
     root = Path(root)
     if not root.is_dir() or not (names := _tags_of(root)):
         raise CheckpointNotFoundError(f"no tag folders in {root}" if root.is_dir() else f"no folder at {root}")
-    latest = root / LATEST_NAME
-    named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else None
+    latest, named = root / LATEST_NAME, None
     found: dict[str, Verification | str] = {}
+    try:
+        named = read_latest(latest) if latest.is_file() else None
+    except DamagedCheckpointError as error:
+        found[LATEST_NAME] = str(error)
     for name in names:
         try:
             found[name] = verify(root, name, threads=threads, progress=progress)

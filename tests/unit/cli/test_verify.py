@@ -149,7 +149,31 @@ def test_all_tags(folder: Path, ucp: Ucp) -> None:
     assert {name: each["verdict"] for name, each in report["tags"].items()} == {"step3": "whole", "step2": "damaged"}
     assert ucp("verify", folder, "--all", "--tag", "step2").exit_code == 2
     shutil.rmtree(folder / "step3")
-    assert "note: latest names step3, which isn't there" in ucp("verify", folder, "--all").stdout
+    write_latest(folder, "step2")
+    assert ucp("verify", folder, "--all").exit_code == 1  # step2 is damaged
+
+
+def write_latest(folder: Path, name: str) -> None:
+    (folder / "latest").write_text(name, encoding="utf-8")
+
+
+def test_all_tags_and_latest(folder: Path, ucp: Ucp) -> None:
+    """A tag may lie deeper; a resume that finds nothing is no success."""
+    (folder / "more").mkdir()
+    (folder / "step2").rename(folder / "more" / "step2")
+    write_latest(folder, "more/step2")
+    result = ucp("verify", folder, "--all")
+    assert result.exit_code == 0
+    assert [line.split() for line in result.stdout.splitlines()[1:]] == [
+        ["step3", "3", "whole"],
+        ["more/step2", "2", "whole", "latest"],
+    ]
+    write_latest(folder, "step4")
+    result = ucp("verify", folder, "--all")
+    assert result.exit_code == 1 and "note: latest names step4, which isn't there" in result.stdout
+    write_latest(folder, "")
+    result = ucp("verify", folder, "--all")
+    assert result.exit_code == 1 and "is empty; name the tag" in result.stdout
 
 
 def test_nothing_to_verify(tmp_path: Path, ucp: Ucp) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from ucp_deepspeed import tunables
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, MARK_NAME
 from ucp_deepspeed.checkpoint.universal.index import PARTIAL_MARK, REPLACED_MARK
 from ucp_deepspeed.errors import ConfigError
 from ucp_deepspeed.transfer import commit
@@ -32,6 +33,12 @@ def make(folder: Path, **files: str) -> Path:
     folder.mkdir()
     for name, text in files.items():
         (folder / name.replace("_", ".")).write_text(text)
+    return folder
+
+
+def ours(folder: Path, **files: str) -> Path:
+    """A folder that a process of the package's has left half-written."""
+    (make(folder, **files) / MARK_NAME).touch()
     return folder
 
 
@@ -160,14 +167,14 @@ def abandoned(folder: Path, name: str, mark: str = "") -> Path:
 def test_what_is_held_is_not_abandoned(tmp_path: Path) -> None:
     """In a container with this host's name a process may write whose id is nobody's here, or even ours."""
     for folder in (abandoned(tmp_path, "a"), commit._partial_path(tmp_path / "a")):
-        make(folder, x_pt="half")
+        ours(folder, x_pt="half")
         held = os.open(folder, os.O_RDONLY)
         fcntl.flock(held, fcntl.LOCK_EX)
         commit.remove_abandoned(tmp_path / "a")
         with pytest.raises(ConfigError, match="another process is writing"), commit.committed_folder(tmp_path / "a"):
             pass
         commit.remove_partial_folder(commit.make_partial_folder(tmp_path / "other"))
-        assert read(folder) == {"x.pt": "half"}
+        assert read(folder) == {"x.pt": "half", MARK_NAME: ""}
         os.close(held)
         commit.remove_abandoned(tmp_path / "a")
         assert list(tmp_path.iterdir()) == []
@@ -258,12 +265,14 @@ def test_a_process_killed_between_two_renames_has_lost_nothing(
     monkeypatch.setattr(tunables, "REPLACING_SECONDS", 0.0)
     for name in "ab":
         hidden = make(abandoned(tmp_path, name, REPLACED_MARK), x_pt="old")
+        (hidden / MANIFEST_NAME).write_text("old")
         hidden.rename(tmp_path / hidden.name.replace(socket.gethostname(), host))
     make(tmp_path / "b", x_pt="new")
     commit.remove_partial_folder(commit.make_partial_folder(tmp_path / "c"))
     found = sorted(path.name for path in tmp_path.iterdir() if host != "elsewhere" or not path.name.startswith(".b"))
     assert found == ["a", "b"]
-    assert read(tmp_path / "a") == {"x.pt": "old"} and read(tmp_path / "b") == {"x.pt": "new"}
+    assert read(tmp_path / "a") == {"x.pt": "old", MANIFEST_NAME: "old"}
+    assert read(tmp_path / "b") == {"x.pt": "new"}
 
 
 def test_a_second_rename_that_fails_undoes_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,15 +315,15 @@ def test_only_what_looks_like_ours_is_removed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     nameless = [abandoned(folder, name) for name in ("", ".")]
-    theirs, link = make(abandoned(folder, "a"), notes_txt="mine"), abandoned(folder, "b")
+    theirs, link = make(abandoned(folder, "a"), notes_txt="mine", x_pt="my features"), abandoned(folder, "b")
     target = make(tmp_path / "c", x_pt="theirs")
     link.symlink_to(target)
     for name in nameless:
         name.mkdir()
     commit.remove_abandoned(folder / "a", of_any_name=True)
-    assert read(theirs) == {"notes.txt": "mine"} and read(target) == {"x.pt": "theirs"}
+    assert read(theirs) == {"notes.txt": "mine", "x.pt": "my features"} and read(target) == {"x.pt": "theirs"}
     assert sorted(folder.iterdir()) == sorted([*nameless, theirs, link])
-    make(abandoned(folder, "d"), x_pt="half")
+    ours(abandoned(folder, "d"), x_pt="half")
     make(abandoned(folder, "e"))
     commit.remove_abandoned(folder / "a", of_any_name=True)
     assert sorted(folder.iterdir()) == sorted([*nameless, theirs, link])
@@ -357,11 +366,11 @@ def test_what_killed_saves_were_writing_is_not_taken_along(tmp_path: Path) -> No
 
 def test_a_removal_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With somebody's files in the folder, these could be all that was left, and nothing showed that the folder is ours."""
-    left = make(abandoned(tmp_path, "a"), x_pt="half", notes_txt="theirs")
+    left = ours(abandoned(tmp_path, "a"), x_pt="half", notes_txt="theirs")
     make(left / "logs", b_log="1")
 
     def unlucky(path: Path) -> None:
-        for file in path.glob("*.pt"):
+        for file in path.glob("ucp_*"):
             file.unlink()
         raise KeyboardInterrupt
 
