@@ -11,13 +11,16 @@ import deepspeed
 import pytest
 import torch
 from checkpoints import LAST_STEP, STEP, differences
+from deepspeed.runtime.lr_schedules import WarmupLR
 
 from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.engine.loading.training_state import check_scheduler
 from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.models import build_mlp
 from ucp_deepspeed.testing.ranks import RankError, RankPool, reset_parallel_state
 from ucp_deepspeed.testing.runs import Run, build_engine, train, train_step
+from ucp_deepspeed.transfer.planning.policies import Obstacles
 
 Ranks = Callable[[int], RankPool]
 
@@ -112,6 +115,16 @@ def test_a_scheduler_of_another_class(ranks: Ranks, tmp_path: Path) -> None:
     for message, untouched in ranks(2).run(load_with_another_scheduler, run, str(tmp_path)):
         assert "WarmupLR keeps ['last_batch_iteration'], and can't take over the saved scheduler's ['T_max'" in message
         assert "load_lr_scheduler_states=False" in message and untouched
+
+
+@pytest.mark.parametrize("value", ["x", [3], {"a": 1}])
+def test_a_schedule_that_is_no_number(value: Any) -> None:
+    """Its ``TypeError`` came when all else had been loaded."""
+    scheduler = WarmupLR(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
+    for held, expected in ((value, 1), (3, 0), (3.0, 0), (None, 0)):
+        check_scheduler(scheduler, {"last_batch_iteration": held}, (), None, found := Obstacles())  # type: ignore[arg-type]
+        assert len(found) == expected, held
+        assert all("last_batch_iteration = " in obstacle.reason for obstacle in found)
 
 
 def trained_in_order(

@@ -61,10 +61,19 @@ def check_scheduler(
     optimizer: EngineOptimizer,
     obstacles: Obstacles,
 ) -> None:
-    """Try on a copy whether a scheduler can take over a state that has other keys than its own: one of another class may have
-    saved it. ``parts`` are objects of the engine that a scheduler may refer to, and that aren't copied with it."""
+    """Look whether a scheduler's numbers are numbers in a saved state. Try on a copy whether it can take over one that has other
+    keys than its own: one of another class may have saved it. ``parts`` are objects of the engine that a scheduler may refer to,
+    and that aren't copied with it."""
     live = scheduler.state_dict()
-    if state is None or state.keys() == live.keys():
+    if state is None:
+        return
+    for key, value in live.items():
+        saved = state.get(key)
+        if isinstance(value, int | float) and isinstance(saved, str | bytes | list | tuple | dict):
+            told = f"the saved learning rate scheduler has {key} = {saved!r:.50}, which is no number"
+            obstacles.add(None, f"{told}; {ANEW_HINT}")
+            return
+    if state.keys() == live.keys():
         return
     groups = SimpleNamespace(param_groups=[dict(group) for group in optimizer.base.param_groups])
     try:
