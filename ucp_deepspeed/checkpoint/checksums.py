@@ -15,7 +15,7 @@ import zipfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -40,6 +40,9 @@ sum_of = xxh3_64_intdigest
 
 _LARGEST_PIECE = 1 << 26
 """Bytes of a piece above which a file of sums counts as damaged: a reader holds one piece."""
+
+_LONGEST_LINE = 1 << 27
+"""Bytes of a line above which a file of sums counts as damaged: the sums of a file of 12 TB have fewer."""
 
 _BUFFERED = 8192
 """Bytes that are read ahead between storages: a few headers, and no large part of a storage."""
@@ -376,13 +379,13 @@ class SavedSums:
     def __init__(self, folder: Path, digest: str, save_id: str | None) -> None:
         self.path = folder / CHECKSUMS_NAME
         self._places: dict[str, tuple[int, int]] = {}
-        state, position = xxh3_64(), 0
+        state, position, first = xxh3_64(), 0, b""
         try:
             with self.path.open("rb") as file:
-                first = file.readline()
-                state.update(first)
-                position = len(first)
-                for line in file:
+                for line in iter(partial(file.readline, _LONGEST_LINE), b""):
+                    if len(line) == _LONGEST_LINE:
+                        raise ValueError("a line without an end")
+                    first = first or line
                     state.update(line)
                     if (named := _FILE.match(line)) is not None:
                         self._places[json.loads(named[1])] = position, len(line)

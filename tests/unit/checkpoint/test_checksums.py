@@ -1,5 +1,6 @@
 """Checksums of pieces, compared with sums over slices that the test finds by the bytes themselves."""
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 import xxhash
 
 from ucp_deepspeed import tunables
+from ucp_deepspeed.checkpoint import checksums
 from ucp_deepspeed.checkpoint.checksums import (
     CHECKSUMS_NAME,
     FileSums,
@@ -162,6 +164,19 @@ def test_saved_sums(saved: Path, tmp_path: Path) -> None:
     assert held.names == sorted(path.name for path in tmp_path.glob("*.pt"))
     assert held.of("x.pt") == sums_of(saved) and held.of("y.pt") is None
     assert all(held.of(name) == sums_of(tmp_path / name) for name in held.names)
+
+
+def test_a_line_without_an_end_is_read_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sparse file took as much memory as it is long."""
+    monkeypatch.setattr(checksums, "_LONGEST_LINE", 1 << 20)
+    with (tmp_path / CHECKSUMS_NAME).open("wb") as file:
+        file.truncate(1 << 32)
+    tracemalloc.start()
+    with pytest.raises(DamagedCheckpointError, match="is damaged: some bytes"):
+        SavedSums(tmp_path, "0" * 16, "id")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 24
 
 
 def test_missing_evidence_is_no_evidence(saved: Path, tmp_path: Path) -> None:
