@@ -237,6 +237,7 @@ def test_the_next_save_removes_what_killed_ones_left(universal: Any, ranks: Rank
     for folder in (tmp_path / f".a{mark}.0a", tmp_path / f".b{mark}.0b"):
         folder.mkdir()
         (folder / "mp_rank_00_model_states.pt").write_text("half")
+        (folder / MARK_NAME).touch()
     ranks(1).run(save_and_wait, run, str(tmp_path), "a")
     for name in ("latest", "a/ucp_manifest.json", "a/ucp_checksums.jsonl", "a/ucp_unfinished.json"):
         path = tmp_path / name
