@@ -103,7 +103,7 @@ def _write_rest(
         lines.append(sums_of(path).line())
     sums = joined(save_id, lines)
     (folder / CHECKSUMS_NAME).write_text(sums, encoding="ascii")
-    sizes = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
+    sizes = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir()) if entry.name != MARK_NAME}
     told = {"files": sizes, "save_id": save_id, "checksums": digest_of_sums(sums.encode("ascii"))}
     (folder / INDEX_NAME).write_text(
         with_sum(index.model_copy(update=told).model_dump_json(indent=1)), encoding="utf-8"
