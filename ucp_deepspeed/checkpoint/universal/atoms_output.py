@@ -19,7 +19,7 @@ from ucp_deepspeed.checkpoint.bounds import misshapen
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, Differing, OnUnreadable
 from ucp_deepspeed.checkpoint.checksums import CHECKSUMS_NAME, FileSums, digest_of_sums, joined, sums_of
 from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
-from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, read_manifest
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, MARK_NAME, read_manifest
 from ucp_deepspeed.checkpoint.differing import OnDiffering, made_one
 from ucp_deepspeed.checkpoint.encoding import check_encoded, encode, with_sum
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states
