@@ -21,6 +21,7 @@ from ucp_deepspeed import checkpoint as catalogs
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Deferred, Differing, HeldShapes, Kind, Parameter
 from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
 from ucp_deepspeed.checkpoint.deepspeed.one_save import Place, check_read
+from ucp_deepspeed.checkpoint.opening import warn_of_sums_alone
 from ucp_deepspeed.checkpoint.tags import tags_in
 from ucp_deepspeed.checkpoint.torch_files.records import RecordSums
 from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
@@ -86,7 +87,9 @@ def open_checkpoint(
         _ROWS.validate_python(vocabulary_size if rows is None else rows, strict=True)
     except ValidationError as error:
         raise ConfigError(f"vocabulary_size: {worded(error.errors()[0])}") from error
-    return OpenCheckpoint(catalogs.open_checkpoint(path, None if tag is None else str(tag)), spec, rows)
+    catalog = catalogs.open_checkpoint(path, None if tag is None else str(tag))
+    warn_of_sums_alone(catalog)
+    return OpenCheckpoint(catalog, spec, rows)
 
 
 def _whole_number(value: object) -> int | None:

@@ -6,6 +6,7 @@ Somebody else may have written the files. A name in them leads to no other folde
 from __future__ import annotations
 
 import os
+import stat
 from collections import deque
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from ucp_deepspeed import tunables
-from ucp_deepspeed.checkpoint.versions import check_regular
 from ucp_deepspeed.errors import DamagedCheckpointError
 
 LONGEST_NAME = 255
@@ -50,6 +50,18 @@ def check_inside(path: Path) -> None:
         raise DamagedCheckpointError(
             f"{path} is a link to {target}, outside the checkpoint; if you trust it, copy the folder with cp -rL"
         )
+
+
+def check_regular(path: str | Path) -> None:
+    """Raise a DamagedCheckpointError for a pipe, whose reading waits, a device, which may never end, or anything but a file.
+    A missing path, or one that can't be inspected, is accepted."""
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+        raise DamagedCheckpointError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'something else')}, not a file")
 
 
 def read_bounded(path: Path, most: int = tunables.DOCUMENT_NUMBYTES) -> bytes:

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from xxhash import xxh3_64, xxh3_64_hexdigest, xxh3_64_intdigest
 
 from ucp_deepspeed import tunables
+from ucp_deepspeed.checkpoint.bounds import check_regular
 from ucp_deepspeed.errors import DamagedCheckpointError, FormatError
 
 CHECKSUMS_NAME = "ucp_checksums.jsonl"
@@ -180,6 +181,7 @@ class FileSums:
         Raises:
             DamagedCheckpointError: some bytes aren't those that were saved, or it can't be read.
         """
+        check_regular(path)
         try:
             told = self.differences(path, at_most)
         except OSError as error:
@@ -378,6 +380,7 @@ class SavedSums:
 
     def __init__(self, folder: Path, digest: str, save_id: str | None) -> None:
         self.path = folder / CHECKSUMS_NAME
+        check_regular(self.path)
         self._places: dict[str, tuple[int, int]] = {}
         state, position, first = xxh3_64(), 0, b""
         try:

@@ -121,10 +121,14 @@ def evidence_of(folder: Path) -> Evidence:
     there = sorted(str(entry.relative_to(folder)) for entry in folder.rglob("*") if entry.is_file())
     listed = _of_index(evidence) if INDEX_NAME in there else _of_manifest(evidence, there)
     ours = {INDEX_NAME, MANIFEST_NAME, CHECKSUMS_NAME, RANDOM_STATES_NAME}
+    earlier = evidence.manifest.earlier if evidence.manifest is not None else ()
     known = [
         name
         for name in there
-        if name in listed or name in ours or is_deepspeeds(name) or Path(name).match(FORMER_NAMES)
+        if name in listed
+        or name in ours
+        or (is_deepspeeds(name) and name not in earlier)
+        or Path(name).match(FORMER_NAMES)
     ]
     if is_marked(folder):
         evidence.doubts.append(f"a save into {folder} was not finished, as {MARK_NAME} tells")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
 from contextlib import suppress
@@ -11,7 +12,9 @@ from pathlib import Path
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.bounds import read_bounded
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint.checksums import CHECKSUMS_NAME
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.deepspeed.written_names import is_model_states
 from ucp_deepspeed.checkpoint.tags import holds_checkpoint, is_marked, tags_in, unfinished
 from ucp_deepspeed.checkpoint.universal.index import (
@@ -23,6 +26,8 @@ from ucp_deepspeed.checkpoint.universal.index import (
     is_unfinished,
 )
 from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, FormatError
+
+logger = logging.getLogger("ucp_deepspeed")
 
 LATEST_NAME = "latest"
 UNIVERSAL_LATEST_NAME = "latest_universal"
@@ -168,6 +173,18 @@ def _open(path: str | Path, tag: str | None, verify: bool) -> Checkpoint:
         what = "a pipeline checkpoint without model_states files"
         raise FormatError(f"{folder} is {what}, which this release can't read")
     raise DamagedCheckpointError(f"{folder} holds {NO_MODEL_STATES} and no universal index")
+
+
+def warn_of_sums_alone(checkpoint: Checkpoint) -> None:
+    """Warn of checksums without a manifest, which would tell that they are of this save: nothing is compared with them."""
+    if not isinstance(checkpoint, DeepSpeedCheckpoint) or checkpoint.manifest is not None or is_marked(checkpoint.path):
+        return
+    if (checkpoint.path / CHECKSUMS_NAME).exists():
+        logger.warning(
+            "%s is there, and no %s: nothing is compared with these checksums. If the folder was copied, copy %s too; if "
+            "DeepSpeed alone has saved the tag since, remove the checksums",
+            *(checkpoint.path / CHECKSUMS_NAME, MANIFEST_NAME, MANIFEST_NAME),
+        )
 
 
 def _there(root: Path) -> str:

@@ -11,12 +11,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from ucp_deepspeed import tunables
-from ucp_deepspeed.checkpoint.bounds import check_inside, read_bounded
+from ucp_deepspeed.checkpoint.bounds import check_inside, check_regular, read_bounded
 from ucp_deepspeed.checkpoint.checksums import sum_of
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest
 from ucp_deepspeed.checkpoint.encoding import parse_document
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME
-from ucp_deepspeed.checkpoint.versions import check_regular
 from ucp_deepspeed.errors import DamagedCheckpointError
 
 logger = logging.getLogger("ucp_deepspeed")

@@ -77,7 +77,8 @@ def mark_of(folder: Path, save_id: str) -> Mark:
 
 def is_marked(folder: Path) -> bool:
     """Return whether a save into a folder was begun and not finished. While files are written there is no manifest."""
-    return (folder / MARK_NAME).is_file() and not (folder / MANIFEST_NAME).is_file()
+    mark = folder / MARK_NAME
+    return (mark.exists() or mark.is_symlink()) and not (folder / MANIFEST_NAME).is_file()
 
 
 def read_mark(folder: Path) -> Mark | None:

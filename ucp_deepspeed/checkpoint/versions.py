@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from ucp_deepspeed.checkpoint.bounds import check_regular
 from ucp_deepspeed.checkpoint.checksums import FileSums
 from ucp_deepspeed.errors import DamagedCheckpointError
 
@@ -84,18 +84,6 @@ class FileVersions:
                 raise DamagedCheckpointError(f"{path} can't be read: {error.strerror or error}") from error
             if not _are_same(now, self._first[path]):
                 raise _changed(path)
-
-
-def check_regular(path: str | Path) -> None:
-    """Raise a DamagedCheckpointError for a pipe, whose reading waits, a device, which may never end, or anything but a file.
-    A missing path, or one that can't be inspected, is accepted."""
-    try:
-        mode = os.stat(path).st_mode  # noqa: PTH116
-    except OSError:
-        return
-    if not stat.S_ISREG(mode):
-        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-        raise DamagedCheckpointError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'something else')}, not a file")
 
 
 def _are_same(version: _Version | None, first: _Version | None) -> bool:

@@ -13,7 +13,7 @@ from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.bounds import check_inside
 from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
 from ucp_deepspeed.checkpoint.differing import OnDiffering
-from ucp_deepspeed.checkpoint.opening import LATEST_NAME
+from ucp_deepspeed.checkpoint.opening import LATEST_NAME, warn_of_sums_alone
 from ucp_deepspeed.checkpoint.universal.atoms_output import UniversalOutput, left_out
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, home_of
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -43,6 +43,8 @@ def write(
     join = click.get_current_context().obj
     with join() if join else nullcontext(Ranks()) as ranks:
         checkpoint = open_checkpoint(source, tag)
+        if ranks.rank == 0:
+            warn_of_sums_alone(checkpoint)
         folder = destination / _tag(source, checkpoint.path)
         _check_free(destination, folder, checkpoint.path)
         for path in sorted(checkpoint.path.iterdir()):

@@ -12,6 +12,7 @@ from typing import Any
 from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.derived import with_copies
 from ucp_deepspeed.checkpoint.expert_forms import in_form_of
+from ucp_deepspeed.checkpoint.opening import warn_of_sums_alone
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli.options import NO
 from ucp_deepspeed.cli.printing import echo, print_json, print_lines
@@ -37,6 +38,8 @@ def tell(
 ) -> int:
     """Do what ``ucp diff`` says."""
     first, second = open_checkpoint(a, tag_a), open_checkpoint(b, tag_b)
+    for opened in (first, second):
+        warn_of_sums_alone(opened)
     if first.topology.model_parallel == 1:
         held = {name: parameter.local_shapes[0] for name, parameter in first.parameters.items()}
         second = in_form_of(second, {name: shape for name, shape in held.items() if shape is not None})

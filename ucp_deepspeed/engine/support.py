@@ -17,6 +17,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ucp_deepspeed.checkpoint import Checkpoint, resolve_tag
+from ucp_deepspeed.checkpoint.checksums import CHECKSUMS_NAME
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, home_of
 from ucp_deepspeed.config import CONFIG_KEY, UniversalCheckpointConfig
@@ -146,11 +147,12 @@ def is_left_alone(engine: Engine) -> bool:
 def save_checkpoint(
     native: Callable[..., bool], engine: Engine, save_dir: str, tag: Any = None, *positional: Any, **named: Any
 ) -> bool:
-    """Save by DeepSpeed itself, in place of ``engine.save_checkpoint``. Remove an old manifest, which describes other files."""
+    """Save by DeepSpeed itself, in place of ``engine.save_checkpoint``. Remove an old manifest and checksums: they describe other
+    files."""
     if save_dir and writes_for_node(engine):
-        manifest = Path(save_dir) / (f"global_step{engine.global_steps}" if tag is None else str(tag)) / MANIFEST_NAME
-        if manifest.is_file():
-            manifest.unlink()
+        folder = Path(save_dir) / (f"global_step{engine.global_steps}" if tag is None else str(tag))
+        for described in (MANIFEST_NAME, CHECKSUMS_NAME):
+            (folder / described).unlink(missing_ok=True)
     return native(save_dir, tag, *positional, **named)
 
 

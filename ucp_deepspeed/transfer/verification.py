@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 from xxhash import xxh3_64
 
 from ucp_deepspeed import tunables
+from ucp_deepspeed.checkpoint.bounds import check_regular
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checksums import FileSums, sum_of
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, MARK_NAME
@@ -24,7 +25,7 @@ from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY
 from ucp_deepspeed.checkpoint.torch_files.records import Record, records_of
 from ucp_deepspeed.checkpoint.torch_files.structure import structure_of
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, home_of, is_unfinished
-from ucp_deepspeed.checkpoint.versions import FileVersions, check_regular
+from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, UniversalCheckpointError
 
 Verdict = Literal["whole", "damaged", "unproven"]

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+from ucp_deepspeed.checkpoint.bounds import check_regular
 from ucp_deepspeed.checkpoint.checkpoint import Precision
 from ucp_deepspeed.checkpoint.checksums import sums_by
 from ucp_deepspeed.checkpoint.deepspeed.autoep import AutoEpLayers, read_autoep_layers
@@ -46,7 +47,7 @@ from ucp_deepspeed.checkpoint.torch_files.archives import storages_of
 from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY
 from ucp_deepspeed.checkpoint.torch_files.safe_load import PRECISIONS, open_torch_file
 from ucp_deepspeed.checkpoint.torch_files.unpickling import opaque_in
-from ucp_deepspeed.checkpoint.versions import FileVersions, check_regular
+from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.layout import Topology
 
@@ -113,8 +114,10 @@ class DeepSpeedFiles:
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """Names of all files in the folder."""
-        return frozenset(entry.name for entry in self.path.iterdir())
+        """Names of all files in the folder, but for those that lay there before the save, and still do."""
+        found = frozenset(entry.name for entry in self.path.iterdir())
+        earlier = self.manifest.earlier if self.manifest is not None else {}
+        return found - {name for name in found & earlier.keys() if (self.path / name).stat().st_size == earlier[name]}
 
     @cached_property
     def sliced(self) -> bool:

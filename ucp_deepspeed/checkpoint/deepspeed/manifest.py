@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeInt, PositiveInt, model_validator
 
-from ucp_deepspeed.checkpoint.bounds import FileName
+from ucp_deepspeed.checkpoint.bounds import FileName, check_regular
 from ucp_deepspeed.checkpoint.checkpoint import Kind
 from ucp_deepspeed.checkpoint.encoding import has_its_sum, parse_document
 from ucp_deepspeed.errors import DamagedCheckpointError, why_not_read
@@ -75,7 +75,8 @@ class Manifest(BaseModel):
             tensor-parallel ranks of each pipeline stage; None if that wasn't recorded.
         differing_copies: trained parameters whose copies on pipeline stages weren't the same, in masters, states or numbers; None
             if that wasn't recorded.
-        files: size in bytes of each file in the tag folder when it was committed.
+        files: size in bytes of each file that the save wrote, when it was committed.
+        earlier: size of each file with a name of DeepSpeed's that lay there from before, and that the save didn't write.
         contents: digests of the content of the run's files (`digest_of`); of earlier releases of the first partition's alone.
         save_id: random, the same in all files of the package's of one save; None if it wasn't recorded.
         checksums: sum of the file of checksums (`ucp_deepspeed.checkpoint.checksums`); None if the save took none.
@@ -95,6 +96,7 @@ class Manifest(BaseModel):
     same_numbers: bool | None = None
     differing_copies: tuple[str, ...] | None = None
     files: Mapping[FileName, NonNegativeInt]
+    earlier: Mapping[FileName, NonNegativeInt] = {}
     contents: Mapping[str, str] = {}
     save_id: str | None = None
     checksums: str | None = None
@@ -176,15 +178,6 @@ class Manifest(BaseModel):
             raise DamagedCheckpointError(f"{other}, though of its size{STALE_MANIFEST}")
 
 
-def describe_files(folder: Path, digests: Mapping[str, str]) -> dict[str, Mapping[str, int] | Mapping[str, str]]:
-    """Return ``files`` and ``contents`` of a manifest for a folder as it is, by the digests that its writers told."""
-    found = {entry.name: entry for entry in sorted(folder.iterdir()) if entry.is_file() and entry.name != MARK_NAME}
-    return {
-        "files": {name: entry.stat().st_size for name, entry in found.items()},
-        "contents": dict(sorted(digests.items())),
-    }
-
-
 def digest_of(path: Path) -> str | None:
     """Digest an archive's directory, which has the checksums of all of its records. Return None for other files.
 
@@ -205,13 +198,16 @@ def read_manifest(folder: Path) -> Manifest | None:
     """Read the manifest of a tag folder; None if it was saved without the plugin.
 
     Raises:
-        DamagedCheckpointError: it can't be parsed, or its text isn't the one that was saved.
+        DamagedCheckpointError: it is no file, can't be parsed, or its text isn't the one that was saved.
         UnsupportedError: a later version wrote it.
     """
     path = folder / MANIFEST_NAME
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         return None
     try:
+        check_regular(path)
+        if not path.exists():
+            raise DamagedCheckpointError(f"{path} is a link to {path.readlink()}, which isn't there; fetch that")
         text = path.read_bytes()
         manifest = parse_document(text, path, Manifest, "a manifest", MANIFEST_VERSION)
         if has_its_sum(text) is False:

@@ -73,13 +73,16 @@ def check_written_name(path: Path) -> None:
 
 
 def _check_exchanged(path: Path, name: str) -> None:
-    """Refuse the file of another layer or expert, if the two were exchanged. People rename layers; then it is told."""
+    """Refuse the file of another layer or expert, if the two were exchanged. People rename and copy layers; then it is told."""
     if name == path.name or not any(
         kind(path.name) and kind(name) for kind in (layer_file, weight_file, optimizer_file)
     ):
         return
     other = path.with_name(name)
-    if not other.is_file() or digest_of(other) == digest_of(path):
+    if not other.is_file():
+        return
+    if digest_of(other) == digest_of(path):
+        logger.warning("%s was written as %s, which is here too: it is a copy of another layer or expert", path, name)
         return
     if written_name(other) == path.name:
         raise DamagedCheckpointError(f"{path} and {name} were exchanged, by the names under which they were written")

@@ -22,12 +22,11 @@ from torch._utils import _element_size
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 from torch.storage import TypedStorage
 
-from ucp_deepspeed.checkpoint.bounds import misshapen
+from ucp_deepspeed.checkpoint.bounds import check_regular, misshapen
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Precision
 from ucp_deepspeed.checkpoint.torch_files import unpickling
 from ucp_deepspeed.checkpoint.torch_files.archives import Archive, storage_start
 from ucp_deepspeed.checkpoint.torch_files.damage import refusal, telling_damage
-from ucp_deepspeed.checkpoint.versions import check_regular
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError, why_not_read
 
 TORCH_DTYPES: dict[torch.dtype, str] = {

@@ -14,7 +14,7 @@ from deepspeed import comm as dist
 from ucp_deepspeed.checkpoint import Checkpoint, resolve_tag
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.one_save import check_one_save, places_of
-from ucp_deepspeed.checkpoint.opening import LATEST_NAME
+from ucp_deepspeed.checkpoint.opening import LATEST_NAME, warn_of_sums_alone
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, home_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.agreement import check_same, gathered, portable, raise_first
@@ -144,6 +144,8 @@ def _look(
             seen.tag = str(home_of(folder).relative_to(load_dir))
         checkpoint = _opened(engine, folder, config)
         if checkpoint is not None:
+            if dist.get_rank() == 0 and config.verify == "pieces":
+                warn_of_sums_alone(checkpoint)
             _check_one_save(engine, checkpoint)
             random_state = read_random_state(folder, checkpoint.run.global_steps) if streams else None
             seen.opened, seen.missing = (checkpoint.run.global_steps, str(checkpoint.path)), files_missing(checkpoint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -13,14 +13,11 @@ from typing import Any
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checksums import CHECKSUMS_NAME, digest_of_sums, joined, records_of, sums_of
-from ucp_deepspeed.checkpoint.deepspeed.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    describe_files,
-    digest_of,
-)
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, Manifest, digest_of
+from ucp_deepspeed.checkpoint.deepspeed.written_names import is_deepspeeds
 from ucp_deepspeed.checkpoint.encoding import with_sum
 from ucp_deepspeed.checkpoint.random_files import RANDOM_STATES_NAME
+from ucp_deepspeed.checkpoint.tags import read_mark
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.errors import SaveError, naming
 from ucp_deepspeed.transfer.commit import write_atomically
@@ -31,10 +28,12 @@ class Written:
     """Some files of a save.
 
     Attributes:
-        digests: file → digest of its content (`digest_of`).
+        names: of all files.
+        digests: file → digest of its content (`digest_of`), for archives.
         sums: file → its line of checksums; empty if none are wanted.
     """
 
+    names: list[str] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
     sums: dict[str, str] = field(default_factory=dict)
 
@@ -47,6 +46,7 @@ class Written:
         Raises:
             OSError: it can't be read.
         """
+        self.names.append(path.name)
         if (digest := digest_of(path)) is not None:
             self.digests[path.name] = digest
         if checksums:
@@ -151,6 +151,21 @@ def _of_folder(folder: Path, of_ranks: Sequence[Written]) -> tuple[dict[str, str
     return digests, sums
 
 
+def _sizes(folder: Path, written: Collection[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the sizes of a save's files, and of files with names of DeepSpeed's that lay there from before. One with such a name
+    that was written since the mark belongs to the save, whoever has written it."""
+    there = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    others = [name for name in there if name not in written and is_deepspeeds(name)]
+    mark = read_mark(folder) if others else None
+    before = set() if mark is None else set(mark.unwritten(folder, others))
+    listed = {name for name in there if name in written or (name in others and name not in before)}
+    sizes = {name: (folder / name).stat().st_size for name in there if name in listed or name in before}
+    return (
+        {name: size for name, size in sizes.items() if name in listed},
+        {name: size for name, size in sizes.items() if name in before},
+    )
+
+
 def write_manifest(
     manifest: Manifest, folder: Path, save_id: str, random_states: str, of_ranks: Sequence[Written]
 ) -> None:
@@ -168,5 +183,7 @@ def write_manifest(
         content = joined(save_id, [sums[name] for name in sorted(sums)])
         write_atomically(folder / CHECKSUMS_NAME, content)
         manifest = manifest.model_copy(update={"checksums": digest_of_sums(content.encode("ascii"))})
-    complete = manifest.model_copy(update={"save_id": save_id, **describe_files(folder, digests)})
-    write_atomically(folder / MANIFEST_NAME, with_sum(complete.model_dump_json(indent=1)))
+    names = {name for written in of_ranks for name in written.names} | {RANDOM_STATES_NAME, CHECKSUMS_NAME}
+    files, earlier = _sizes(folder, names)
+    told = {"save_id": save_id, "files": files, "earlier": earlier, "contents": dict(sorted(digests.items()))}
+    write_atomically(folder / MANIFEST_NAME, with_sum(manifest.model_copy(update=told).model_dump_json(indent=1)))

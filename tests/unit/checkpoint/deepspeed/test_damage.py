@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -288,6 +289,10 @@ def test_files_of_layers_and_experts_that_were_exchanged(
     torch.save({"weight": torch.zeros(4)}, other)
     check_written_name(one)
     assert f"{one.name} was written as {other.name}" in caplog.text
+    caplog.clear()
+    shutil.copy(one, other)  # which was written under the other's name
+    check_written_name(one)
+    assert f"{one.name} was written as {other.name}, which is here too: it is a copy" in caplog.text
     caplog.clear()
     other.unlink()
     check_written_name(one)
