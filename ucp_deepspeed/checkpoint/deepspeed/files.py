@@ -308,7 +308,7 @@ class DeepSpeedFiles:
             if place is not None and (place[2] == rank or place[:2] not in files):
                 files[place[:2]] = name
         lacking = missing_expert(self.model_states(0)["num_experts"], files)
-        if lacking is not None and self.are_all_here:
+        if lacking is not None and self.are_all_here and not self.sliced:  # ZeRO-3 has them in its own files
             told = f"the weights of expert {lacking[1]} of mixture-of-experts layer {lacking[0]}"
             raise DamagedCheckpointError(f"{self.path} lacks the file with {told}; {REMEDY}")
         return [self.path / name for _, name in sorted(files.items())]
