@@ -157,7 +157,15 @@ def make_targets(root: Path) -> dict[str, Target]:
         "place": place,
         "global_steps": 1,
         "seed": 7,
-        "streams": {"a": {"$tuple": [1, {"$bytes": "AA=="}]}},
+        "streams": {
+            "a": {"$tuple": [1, {"$bytes": "AA=="}]},
+            "curriculum": {
+                "bit_generator": "PCG64",
+                "state": {"state": 5, "inc": 7},
+                "has_uint32": 0,
+                "uinteger": 0,
+            },
+        },
     }
     (root / RANDOM_STATES_NAME).write_text(
         joined([json.dumps(state), json.dumps(state | {"place": place | {"rank": 1}})])

@@ -36,7 +36,13 @@ from xxhash import xxh3_64_hexdigest
 import ucp_deepspeed
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.opening import open_checkpoint
-from ucp_deepspeed.checkpoint.random_files import committed_path, parse_state, read_state, warn_of_uncommitted
+from ucp_deepspeed.checkpoint.random_files import (
+    committed_path,
+    description_of,
+    parse_state,
+    read_state,
+    warn_of_uncommitted,
+)
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import UniversalCheckpointError
 from ucp_deepspeed.testing.ranks import get_pool
@@ -123,14 +129,14 @@ def content_of(folder: Path) -> Content:
 
 def _random_states(checkpoint: Checkpoint, folder: Path, ranks: int) -> Content:
     """Read the states of the random streams as a load does, and what the checkpoint says of them."""
-    manifest = getattr(checkpoint, "manifest", None)
+    listing = description_of(checkpoint)
     found = {}
     for rank in range(ranks):
-        path = committed_path(folder, rank, manifest)
+        path = committed_path(folder, rank, listing)
         if path is None:
             warn_of_uncommitted(folder, "its streams begin anew")
         else:
-            state = read_state(path, rank, getattr(manifest, "save_id", None))
+            state = read_state(path, rank, getattr(listing, "save_id", None))
             found[f"random streams of rank {rank}"] = "" if state is None else repr(parse_state(state, path, rank))
     return found
 

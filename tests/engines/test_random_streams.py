@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import random
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +19,10 @@ from checkpoints import resumed
 
 import ucp_deepspeed
 from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.encoding import with_sum
 from ucp_deepspeed.checkpoint.random_files import joined
 from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.engine import random_state
 from ucp_deepspeed.errors import DamagedCheckpointError, UniversalCheckpointError, UnsupportedError
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Run, build_engine
@@ -249,3 +253,99 @@ def test_damaged_random_state(ranks: Ranks, tmp_path: Path) -> None:
         ranks(2).run(load_and_draw, run, str(tmp_path))
     kept = replace(run, universal={"enabled": True, "random_state": "keep"})
     assert ranks(2).run(load_and_draw, kept, str(tmp_path))
+
+
+def refused(run: Run, folder: str) -> str:
+    """On a rank: the error of a load, which changes neither the model nor the streams."""
+    with resumed(seeded_engine(run, 3, True), None) as engine:
+        before = [parameter.detach().clone() for parameter in engine.module.parameters()]
+        streams = repr((random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()))
+        with pytest.raises(DamagedCheckpointError) as caught:
+            engine.load_checkpoint(folder)
+        assert all(map(torch.equal, before, engine.module.parameters()))
+        assert streams == repr((random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()))
+        return str(caught.value)
+
+
+def write_as_if_saved(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the streams of the last rank, and all that tells of them: checksums are no signature."""
+    path = folder / "ucp_random_states.jsonl"
+    header, *states = path.read_text(encoding="ascii").splitlines()
+    last = json.loads(states[-1])
+    change(last["streams"])
+    path.write_text(joined([*states[:-1], json.dumps(last)], json.loads(header)["save_id"]), encoding="ascii")
+    manifest = json.loads((folder / "ucp_manifest.json").read_text(encoding="utf-8"))
+    manifest["files"][path.name] = path.stat().st_size
+    del manifest["sum"]
+    (folder / "ucp_manifest.json").write_text(with_sum(json.dumps(manifest, indent=1)), encoding="utf-8")
+
+
+def test_a_state_that_would_be_taken_over_wrongly(ranks: Ranks, tmp_path: Path) -> None:
+    """numpy took any position, and read behind its words."""
+    run = Run("mlp", zero={"stage": 1})
+    ranks(2).run(save_and_draw, run, str(tmp_path / "whole"))
+    zeros = base64.b64encode(bytes(5055)).decode()
+    changes: dict[str, Callable[[dict[str, Any]], None]] = {
+        "'numpy' is damaged: 'pos' can't be": lambda streams: streams["numpy"]["state"].update(pos=1 << 30),
+        "'numpy' is damaged: 'key' can't be": lambda streams: streams["numpy"]["state"]["key"].pop(),
+        "'python' is damaged": lambda streams: streams["python"]["$tuple"][1]["$tuple"].__setitem__(0, 1 << 70),
+        "5055 bytes, and the live one 5056": lambda streams: streams.update(torch={"$bytes": zeros}),
+    }
+    for number, (told, change) in enumerate(changes.items()):
+        shutil.copytree(tmp_path / "whole", tmp_path / str(number))
+        write_as_if_saved(tmp_path / str(number) / "global_step0", change)
+        for error in ranks(2).run(refused, run, str(tmp_path / str(number))):
+            assert told in error and '"random_state": "keep"' in error, error
+
+
+class OwnGenerator(np.random.PCG64):
+    """A bit generator that nobody else knows."""
+
+    @property
+    def state(self) -> Any:
+        return super().state | {"bit_generator": "Own"}
+
+
+def other_generator(run: Run, folder: str, kind: str, seed: int, save: bool) -> tuple[list[float], list[str]]:
+    """On a rank: numbers of numpy's global functions with another bit generator, after a save or a load, and the warnings."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    before = np.random.get_bit_generator()
+    random_state._warn_of_unknown.cache_clear()
+    logging.getLogger("ucp_deepspeed").addHandler(handler)
+    try:
+        with resumed(build_engine(run), None) as engine:
+            np.random.set_bit_generator(OwnGenerator(seed) if kind == "Own" else getattr(np.random, kind)(seed))
+            np.random.standard_normal(), np.random.randint(9, dtype=np.int32)
+            engine.save_checkpoint(folder) if save else engine.load_checkpoint(folder)
+            found = [*np.random.random(3).tolist(), float(np.random.standard_normal()), *np.random.bytes(9)]
+            return found, lines
+    finally:
+        logging.getLogger("ucp_deepspeed").removeHandler(handler)
+        np.random.set_bit_generator(before)
+
+
+@pytest.mark.parametrize("kind", ["PCG64", "PCG64DXSM", "Philox", "SFC64"])
+def test_other_generators_behind_numpys_functions(kind: str, ranks: Ranks, tmp_path: Path) -> None:
+    """They go on as numpy's own does; a run that has another one begins anew, and is told."""
+    run = Run("mlp", zero={"stage": 1})
+    [saved] = ranks(1).run(other_generator, run, str(tmp_path), kind, 1, True)
+    [again] = ranks(1).run(other_generator, run, str(tmp_path), kind, 2, False)
+    assert again == saved and saved[1] == []
+    if kind == "Philox":
+        two = [ranks(2).run(other_generator, run, str(tmp_path), kind, seed, False) for seed in (3, 4)]
+        assert two[0] == two[1] and two[0][0][0] != saved[0]
+        [(other, lines)] = ranks(1).run(other_generator, run, str(tmp_path), "MT19937", 3, False)
+        assert other != saved[0] and lines == [
+            "the random stream numpy isn't in the checkpoint, and begins anew",
+            "the random stream numpy/Philox is in the checkpoint alone, and isn't restored",
+        ]
+
+
+def test_a_generator_that_nobody_knows(ranks: Ranks, tmp_path: Path) -> None:
+    """It is told on both sides, and all else goes on."""
+    run = Run("mlp", zero={"stage": 1})
+    for save in (True, False):
+        [(_, [line])] = ranks(1).run(other_generator, run, str(tmp_path), "Own", 1, save)
+        assert line.startswith("the random stream numpy has a form that isn't known here") and "'Own'" in line

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from ucp_deepspeed.checkpoint.bounds import check_inside
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, Checkpoint
 from ucp_deepspeed.checkpoint.checksums import CHECKSUMS_NAME, FileSums, SavedSums
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
@@ -84,6 +85,7 @@ class Evidence:
     problems: list[Problem] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
     manifest: Manifest | None = None
+    save_id: str | None = None
     sums: SavedSums | None = None
 
     def sums_of(self, name: str) -> FileSums | None:
@@ -144,6 +146,7 @@ def _of_index(evidence: Evidence) -> Collection[str]:
     except (UniversalCheckpointError, OSError) as error:
         evidence.problems.append(Problem(INDEX_NAME, "checkpoint", str(error)))
         return ()
+    evidence.save_id = index.save_id
     _check_sizes(evidence, index.files, "the index")
     if index.checksums is not None:
         _read_sums(evidence, index.checksums, index.save_id)
@@ -178,6 +181,7 @@ def _of_manifest(evidence: Evidence, there: Collection[str]) -> Collection[str]:
         evidence.summed.add(MANIFEST_NAME)
     elif manifest.save_id is not None:  # releases that wrote no sum wrote no id either
         evidence.add(MANIFEST_NAME, "manifest", f"isn't as it was saved; {REMEDY}")
+    evidence.save_id = manifest.save_id
     _check_sizes(evidence, manifest.files, MANIFEST_NAME)
     for name, digest in manifest.contents.items():
         try:
@@ -211,11 +215,13 @@ def _check_sizes(evidence: Evidence, files: Mapping[str, int], by: str) -> None:
 
 def _check_random_states(evidence: Evidence) -> None:
     """Read the random state of each rank."""
-    manifest, steps = evidence.manifest, set()
+    steps = set()
     rank, ranks = 0, 1
     while rank < ranks and (path := path_of(evidence.path, rank)) is not None:
         try:
-            content = read_state(path, rank, manifest.save_id if manifest is not None else None)
+            if (evidence.path / INDEX_NAME).is_file():
+                check_inside(path)
+            content = read_state(path, rank, evidence.save_id)
             if content is None:
                 break
             state = parse_state(content, path, rank)

@@ -12,10 +12,12 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.bounds import check_inside, check_regular, read_bounded
+from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checksums import sum_of
-from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, STALE_MANIFEST, Manifest, read_manifest
 from ucp_deepspeed.checkpoint.encoding import parse_document
-from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME
+from ucp_deepspeed.checkpoint.random_streams import decoded_state
+from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, Index, UniversalCheckpoint
 from ucp_deepspeed.errors import DamagedCheckpointError
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -102,27 +104,36 @@ def _sum(line: bytes) -> str:
     return f"{sum_of(line):016x}"
 
 
-def committed_path(folder: Path, rank: int, manifest: Manifest | None) -> Path | None:
+def description_of(checkpoint: Checkpoint) -> Manifest | Index | None:
+    """Return the document that lists a checkpoint's files: its index, or its manifest if it has one."""
+    return checkpoint.index if isinstance(checkpoint, UniversalCheckpoint) else read_manifest(checkpoint.path)
+
+
+def committed_path(folder: Path, rank: int, listing: Manifest | Index | None) -> Path | None:
     """Return the file with a rank's state that a save or a conversion committed; None if it wrote none.
 
     Args:
-        manifest: the manifest in the folder. Without manifest and index no file counts.
+        listing: the result of `description_of`. Without it no file counts.
 
     Raises:
-        DamagedCheckpointError: the manifest lists a file that is missing or of another size, or doesn't list the one here.
+        DamagedCheckpointError: it lists a file that is missing or of another size, or doesn't list the one here; or the file of a
+            universal checkpoint is a link that leads out of it.
     """
     path = path_of(folder, rank)
-    if manifest is None:
-        return path if (folder / INDEX_NAME).is_file() else None
-    listed = [name for name in (RANDOM_STATES_NAME, RANDOM_STATE_NAME.format(rank=rank)) if name in manifest.files]
+    if listing is None:
+        return None
+    by, stale = (INDEX_NAME, "; remove it") if isinstance(listing, Index) else (MANIFEST_NAME, STALE_MANIFEST)
+    listed = [name for name in (RANDOM_STATES_NAME, RANDOM_STATE_NAME.format(rank=rank)) if name in listing.files]
     if listed and (path is None or path.name not in listed):
-        raise DamagedCheckpointError(
-            f"{folder / listed[0]}, which {MANIFEST_NAME} lists, is missing; restore it from a copy"
-        )
-    if path is not None and path.name == RANDOM_STATES_NAME and not listed:
-        raise DamagedCheckpointError(f"{path} isn't in {MANIFEST_NAME}{STALE_MANIFEST}")
-    if path is not None:
-        manifest.check_file(path)
+        raise DamagedCheckpointError(f"{folder / listed[0]}, which {by} lists, is missing; restore it from a copy")
+    if path is None:
+        return None
+    if not listed and (path.name == RANDOM_STATES_NAME or isinstance(listing, Index)):
+        raise DamagedCheckpointError(f"{path} isn't in {by}{stale}")
+    if isinstance(listing, Index):
+        check_inside(path)
+    else:
+        listing.check_file(path)
     return path
 
 
@@ -130,13 +141,12 @@ def read_state(path: Path, rank: int, save_id: str | None = None) -> bytes | Non
     """Return a rank's state as it is in a file of `path_of`; None if the run had fewer ranks.
 
     Args:
-        save_id: of the manifest beside it.
+        save_id: of the manifest or the index beside it.
 
     Raises:
         DamagedCheckpointError: the file isn't as its first line says, or is of another save.
         FormatError: a later version wrote it.
     """
-    check_inside(path)
     check_regular(path)
     if path.name != RANDOM_STATES_NAME:
         return read_bounded(path)
@@ -145,14 +155,16 @@ def read_state(path: Path, rank: int, save_id: str | None = None) -> bytes | Non
         header = parse_document(first, path, _Header, "a file of random states", RANDOM_STATE_VERSION)
         numbytes = header.numbytes
         if save_id is not None and header.save_id != save_id:
-            raise DamagedCheckpointError(f"{path} is of another save than the manifest beside it")
+            raise DamagedCheckpointError(f"{path} is of another save than the manifest or the index beside it")
         if save_id is not None and header.sums is None:
             raise DamagedCheckpointError(f"{path} lacks the sums of its lines, which each save with an id has")
         if not numbytes or len(first) + sum(numbytes) != path.stat().st_size:
             raise DamagedCheckpointError(f"{path} hasn't the lines that its first one tells of")
-        file.seek(len(first) + sum(numbytes[:rank]))
         if rank >= len(numbytes):
             return None
+        if numbytes[rank] > tunables.DOCUMENT_NUMBYTES:
+            raise DamagedCheckpointError(f"{path} has {numbytes[rank]} bytes of rank {rank}, which no state has")
+        file.seek(len(first) + sum(numbytes[:rank]))
         state = file.read(numbytes[rank])
     if header.sums is not None and header.sums[rank : rank + 1] != (_sum(state),):
         raise DamagedCheckpointError(f"{path} is damaged: the state of rank {rank} isn't what was saved")
@@ -160,10 +172,15 @@ def read_state(path: Path, rank: int, save_id: str | None = None) -> bytes | Non
 
 
 def parse_state(content: bytes, path: Path, rank: int) -> RandomState:
-    """Return a rank's state; it must be that rank's. See `parse_document` for other errors."""
+    """Return a rank's state; it must be that rank's, and each stream's must be sound. See `parse_document` for other errors."""
     state = parse_document(content, path, RandomState, "a random state", RANDOM_STATE_VERSION)
     if state.place.rank != rank:
         raise DamagedCheckpointError(
             f"{path} holds the state of rank {state.place.rank} where that of rank {rank} belongs"
         )
+    try:
+        for name, encoded in state.streams.items():
+            decoded_state(name, encoded, state.place.accelerator)
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(f"{path}, rank {rank}: {error}") from error
     return state

@@ -14,11 +14,10 @@ import logging
 import random
 import sys
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,29 +26,28 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.activation_checkpointing import checkpointing
 
-from ucp_deepspeed.checkpoint.deepspeed.manifest import read_manifest
-from ucp_deepspeed.checkpoint.encoding import decode, encode
+from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
+from ucp_deepspeed.checkpoint.encoding import encode
 from ucp_deepspeed.checkpoint.random_files import (
     Place,
     RandomState,
     committed_path,
+    description_of,
     joined,
     parse_state,
     read_state,
     warn_of_uncommitted,
 )
+from ucp_deepspeed.checkpoint.random_streams import GAUSS, decoded_state, numpy_name, unlike, wrong_with_numpy
 from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.model import engine_topology, model_parallel_rank
-from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 
 logger = logging.getLogger("ucp_deepspeed")
 
 MEGATRON_MODULES = ("megatron.core.tensor_parallel.random", "megatron.mpu.random")
 """Modules in which Megatron-LM, Megatron-Core and Megatron-DeepSpeed of all ages keep their tracker of named streams."""
-
-NUMPY_GENERATOR = "MT19937"
-"""The generator behind numpy's global functions. A script that has put another one there seeds it itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,26 +88,26 @@ def random_states_text(packed: Sequence[bytes], save_id: str) -> str:
 KEEP_HINT = '"random_state": "keep" loads all else, and leaves the streams as the script has seeded them'
 
 
-def read_random_state(folder: Path, global_steps: int) -> RandomState | None:
-    """Read this rank's state; None if there is none, or none that was committed. Nothing of the engine or the streams changes.
-
-    Args:
-        global_steps: steps of the checkpoint beside it.
+def read_random_state(engine: Engine, checkpoint: Checkpoint) -> RandomState | None:
+    """Read this rank's state, which its streams can take over; None if there is none, or none that was committed. Nothing of the
+    engine or the streams changes.
 
     Raises:
-        DamagedCheckpointError: the file can't be parsed, isn't what was saved, is of another save, step or rank, or isn't as the
-            manifest says.
+        DamagedCheckpointError: the file can't be parsed, isn't what was saved, is of another save, step or rank, or isn't as
+            manifest or index say; or a stream can't go on from it.
         FormatError: a later version wrote it.
     """
-    rank, manifest = dist.get_rank(), read_manifest(folder)
+    rank, listing, global_steps = dist.get_rank(), description_of(checkpoint), checkpoint.run.global_steps
     try:
-        path = committed_path(folder, rank, manifest)
+        path = committed_path(checkpoint.path, rank, listing)
         if path is None:
             if rank == 0:
-                warn_of_uncommitted(folder, "random streams stay as the script has seeded them")
+                warn_of_uncommitted(checkpoint.path, "random streams stay as the script has seeded them")
             return None
-        content = read_state(path, rank, None if manifest is None else manifest.save_id)
+        content = read_state(path, rank, None if listing is None else listing.save_id)
         state = None if content is None else parse_state(content, path, rank)
+        if state is not None:
+            _check_streams(engine, state)
     except DamagedCheckpointError as error:
         raise DamagedCheckpointError(f"{error}; {KEEP_HINT}") from error
     if state is not None and state.global_steps != global_steps:
@@ -118,6 +116,22 @@ def read_random_state(folder: Path, global_steps: int) -> RandomState | None:
             f'ucp_deepspeed, remove the random states, or set "random_state": "keep"'
         )
     return state
+
+
+def _check_streams(engine: Engine, state: RandomState) -> None:
+    """Check that the live streams can go on from a rank's saved ones, if they may have to."""
+    in_place = state.place == _place(engine)
+    for name, stream in _live_streams(engine).items():
+        if name in state.streams and (in_place or stream.identity is None):
+            _taken_over(name, stream, state)
+
+
+def _taken_over(name: str, stream: Stream, state: RandomState) -> Any:
+    """Return the saved state of a live stream; raise a DamagedCheckpointError if it can't go on from it."""
+    held = decoded_state(name, state.streams[name], state.place.accelerator)
+    if (why := unlike(stream.read(), held)) is not None:
+        raise DamagedCheckpointError(f"the saved state of the random stream {name!r} can't be taken over: {why}")
+    return held
 
 
 def restore_random_state(engine: Engine, saved: RandomState | None) -> None:
@@ -145,11 +159,12 @@ def restore_random_state(engine: Engine, saved: RandomState | None) -> None:
     exact = all(held is not None and held.place == live for live, _, held in ranks)
     with agreement():
         for name, stream in streams.items():
-            held = saved.streams.get(name) if saved is not None else None
-            if held is not None and (exact or stream.identity is None):
+            if saved is not None and name in saved.streams and (exact or stream.identity is None):
                 try:
-                    stream.write(decode(held, {}))
-                except (ValueError, TypeError, KeyError, RuntimeError) as error:
+                    stream.write(_taken_over(name, stream, saved))
+                except DamagedCheckpointError:
+                    raise
+                except Exception as error:  # other packages' trackers may raise anything
                     raise DamagedCheckpointError(
                         f"the saved state of the random stream {name!r} can't be taken over ({error}); "
                         f'"random_state": "keep" leaves it out'
@@ -206,8 +221,8 @@ def _live_streams(engine: Engine) -> dict[str, Stream]:
     """Return all streams of this rank, by the names that they have in the file."""
     python = Stream(random.getstate, random.setstate, random.seed, _digest(repr(random.getstate())))
     streams = {"python": python, "torch": _generator_stream(torch.default_generator)}
-    if np.random.get_state(legacy=False)["bit_generator"] == NUMPY_GENERATOR:
-        streams["numpy"] = _numpy_stream()
+    with _known_form("numpy"):
+        streams.update([_numpy_stream()])
     if get_accelerator().device_name() != "cpu":
         device = get_accelerator()
         streams["accelerator"] = _tensor_stream(
@@ -223,8 +238,13 @@ def _live_streams(engine: Engine) -> dict[str, Stream]:
     if sampling is not None:
         with _known_form("curriculum"):
             held = sampling.bit_generator
-            encode(held.state, "its state", {})
-            streams["curriculum"] = Stream(lambda: held.state, partial(setattr, held, "state"), lambda seed: None, None)
+            _check_numpy(_without_arrays(held.state), {})
+            streams["curriculum"] = Stream(
+                lambda: _without_arrays(held.state),
+                lambda state: setattr(held, "state", _with_arrays(state)),
+                lambda seed: None,
+                None,
+            )
     return streams
 
 
@@ -262,16 +282,50 @@ def _warn_of_unknown(what: str, reason: str) -> None:
     )
 
 
-def _numpy_stream() -> Stream:
-    def read() -> dict[str, Any]:
-        state = dict(np.random.get_state(legacy=False))
-        return state | {"state": {"key": state["state"]["key"].tolist(), "pos": int(state["state"]["pos"])}}
+def _numpy_stream() -> tuple[str, Stream]:
+    """Return the stream of numpy's global functions, and its name, which tells its bit generator."""
+
+    def read() -> Any:
+        return _without_arrays(np.random.get_state(legacy=False))
 
     def write(state: dict[str, Any]) -> None:
-        key = np.asarray(state["state"]["key"], dtype=np.uint32)
-        np.random.set_state(state | {"state": {"key": key, "pos": state["state"]["pos"]}})
+        np.random.set_state(_with_arrays(state))
 
-    return Stream(read, write, lambda seed: np.random.seed(seed % 2**32), _digest(repr(read())))
+    def reseed(seed: int) -> None:
+        if kind == "MT19937":
+            np.random.seed(seed % 2**32)
+        else:
+            np.random.set_state(getattr(np.random, kind)(seed).state)
+
+    state = read()
+    _check_numpy(state, GAUSS)
+    kind = state["bit_generator"]
+    return numpy_name(kind), Stream(read, write, reseed, _digest(repr(state)))
+
+
+def _check_numpy(state: Any, beside: Mapping[str, Any]) -> None:
+    """Raise an UnsupportedError if a live bit generator isn't one of numpy's own, which a load could take over."""
+    if (wrong := wrong_with_numpy(state, beside)) is not None:
+        raise UnsupportedError(wrong)
+
+
+def _without_arrays(value: Any) -> Any:
+    """Return the state of a bit generator with plain numbers and lists in it."""
+    if isinstance(value, Mapping):
+        return {key: _without_arrays(item) for key, item in value.items()}
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+def _with_arrays(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of a bit generator as numpy takes it, from the result of `_without_arrays`."""
+    kind = np.uint32 if state["bit_generator"] == "MT19937" else np.uint64
+
+    def whole(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: np.asarray(value, dtype=kind) if isinstance(value, list) else value for key, value in values.items()
+        }
+
+    return whole(state) | {"state": whole(state["state"])}
 
 
 def _generator_stream(generator: torch.Generator) -> Stream:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from native_files import NativeRun, add_manifest, write_native
 from native_models import model_of
 
+from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.manifest import read_manifest
 from ucp_deepspeed.checkpoint.random_files import (
     RANDOM_STATE_NAME,
@@ -16,11 +18,14 @@ from ucp_deepspeed.checkpoint.random_files import (
     Place,
     RandomState,
     committed_path,
+    description_of,
     joined,
     parse_state,
     read_state,
 )
+from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import DamagedCheckpointError, UniversalCheckpointError
+from ucp_deepspeed.transfer.conversion import convert
 
 MODEL = model_of({"weight": (3, 2)})
 RUN = NativeRun(stage=1, dp=3)
@@ -38,7 +43,7 @@ def state_of(rank: int, seed: int = 7) -> str:
         tensor_parallel_rank=0,
         accelerator="cpu",
     )
-    streams = {"python": {"$tuple": [3, 4, None]}, "torch": {"$bytes": "AAAA"}}
+    streams = {"of a later release": {"$tuple": [3, 4, None]}, "torch": {"$bytes": "AAAA"}}
     return RandomState(place=place, global_steps=5, seed=seed, streams=streams).model_dump_json()
 
 
@@ -163,3 +168,77 @@ def test_evidence_that_is_missing_or_of_another_save(folder: Path, change: str) 
     path.write_text(f"{header.replace(key, other)}\n{rest}")
     with pytest.raises(DamagedCheckpointError, match=r"of another save|lacks the sums"):
         read(folder, 1)
+
+
+@pytest.mark.parametrize("stream", ["python", "numpy", "torch"])
+def test_a_stream_that_its_library_would_take_over_wrongly(stream: str, folder: Path) -> None:
+    """Whoever writes the file can write its sums."""
+    states = [state_of(rank) for rank in range(3)]
+    changed = json.loads(states[1])
+    changed["streams"] = {stream: 5}
+    write_states(folder, [states[0], json.dumps(changed), states[2]])
+    add_manifest(folder, MODEL, RUN)
+    assert read(folder, 0) is not None
+    with pytest.raises(DamagedCheckpointError, match=rf"{RANDOM_STATES_NAME}, rank 1: .* '{stream}' is damaged"):
+        read(folder, 1)
+
+
+def test_links_lead_anywhere_beside_deepspeeds_files(folder: Path, tmp_path: Path) -> None:
+    """As DeepSpeed's own files may; a conversion, which copies the state, doesn't follow one."""
+    aside = tmp_path / "store" / "5f"
+    aside.parent.mkdir()
+    (folder / RANDOM_STATES_NAME).rename(aside)
+    (folder / RANDOM_STATES_NAME).symlink_to(aside)
+    found = read(folder, 1)
+    assert found is not None and found.place.rank == 1
+    with pytest.raises(DamagedCheckpointError, match="outside the checkpoint"):
+        convert(UniversalView.of(open_checkpoint(folder)), tmp_path / "u")
+
+
+@pytest.fixture
+def universal(folder: Path, tmp_path: Path) -> Path:
+    convert(UniversalView.of(open_checkpoint(folder)), tmp_path / "u")
+    return tmp_path / "u"
+
+
+def read_first(folder: Path) -> RandomState | None:
+    """As a load of a universal checkpoint without checksums does."""
+    listing = description_of(open_checkpoint(folder, verify=False))
+    path = committed_path(folder, 0, listing)
+    assert path is not None and listing is not None
+    content = read_state(path, 0, listing.save_id)
+    return None if content is None else parse_state(content, path, 0)
+
+
+def test_a_universal_checkpoints_state_is_of_its_conversion(folder: Path, universal: Path, tmp_path: Path) -> None:
+    """The id tells, also where no checksums are compared."""
+    found = read_first(universal)
+    assert found is not None and found.seed == 7
+    write_states(folder, [state_of(rank, seed=8) for rank in range(3)])
+    add_manifest(folder, MODEL, RUN)
+    convert(UniversalView.of(open_checkpoint(folder)), tmp_path / "v")
+    (tmp_path / "v" / RANDOM_STATES_NAME).replace(universal / RANDOM_STATES_NAME)
+    with pytest.raises(DamagedCheckpointError, match="is of another save than the manifest or the index"):
+        read_first(universal)
+
+
+def test_a_state_that_the_index_does_not_list(folder: Path, tmp_path: Path) -> None:
+    """As if it were put there later, whichever release's name it has."""
+    content = (folder / RANDOM_STATES_NAME).read_bytes()
+    (folder / RANDOM_STATES_NAME).unlink()
+    add_manifest(folder, MODEL, RUN)
+    convert(UniversalView.of(open_checkpoint(folder)), tmp_path / "u")
+    for name, text in ((RANDOM_STATE_NAME.format(rank=0), state_of(0).encode()), (RANDOM_STATES_NAME, content)):
+        (tmp_path / "u" / name).write_bytes(text)
+        with pytest.raises(DamagedCheckpointError, match=rf"{name} isn't in ucp_index\.json"):
+            read_first(tmp_path / "u")
+
+
+def test_a_rank_with_a_line_without_end(folder: Path) -> None:
+    """It isn't read: it would fill the memory."""
+    path = folder / RANDOM_STATES_NAME
+    header = json.dumps({"format_version": 1, "numbytes": [1 << 40], "sums": ["0" * 16], "save_id": SAVE_ID}) + "\n"
+    path.write_text(header)
+    os.truncate(path, len(header) + (1 << 40))
+    with pytest.raises(DamagedCheckpointError, match="bytes of rank 0, which no state has"):
+        read_state(path, 0, SAVE_ID)

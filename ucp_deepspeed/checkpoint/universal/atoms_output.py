@@ -15,11 +15,11 @@ import torch
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import random_files
-from ucp_deepspeed.checkpoint.bounds import misshapen
+from ucp_deepspeed.checkpoint.bounds import check_inside, misshapen
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, Differing, OnUnreadable
 from ucp_deepspeed.checkpoint.checksums import CHECKSUMS_NAME, FileSums, digest_of_sums, joined, sums_of
 from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
-from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, MARK_NAME, read_manifest
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, MARK_NAME
 from ucp_deepspeed.checkpoint.differing import OnDiffering, made_one
 from ucp_deepspeed.checkpoint.encoding import check_encoded, encode, with_sum
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states
@@ -114,13 +114,14 @@ def _write_rest(
 def _first_random_state(checkpoint: Checkpoint) -> bytes | None:
     """Return the first rank's random state as it is in its file; None if there is none that was committed."""
     try:
-        manifest = read_manifest(checkpoint.path)
-        path = random_files.committed_path(checkpoint.path, 0, manifest)
+        listing = random_files.description_of(checkpoint)
+        path = random_files.committed_path(checkpoint.path, 0, listing)
         if path is None:
             random_files.warn_of_uncommitted(checkpoint.path, "the conversion holds no random state")
             return None
         checkpoint.versions.note(path)
-        first = random_files.read_state(path, 0, None if manifest is None else manifest.save_id)
+        check_inside(path)
+        first = random_files.read_state(path, 0, None if listing is None else listing.save_id)
         if first is not None:
             random_files.parse_state(first, path, 0)
     except DamagedCheckpointError as error:

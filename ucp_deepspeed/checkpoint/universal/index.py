@@ -149,7 +149,7 @@ class UniversalCheckpoint(Checkpoint):
         """Args: verify: whether what is read is compared with the checksums, if there are any."""
         self.path, self.versions = path, FileVersions()
         self.versions.note(path / INDEX_NAME)
-        index = self._index = read_document(path / INDEX_NAME, Index, "an index", FORMAT_VERSION)
+        index = self.index = read_document(path / INDEX_NAME, Index, "an index", FORMAT_VERSION)
         if index.format_version > 1 and (not has_its_sum((path / INDEX_NAME).read_bytes()) or index.checksums is None):
             raise DamagedCheckpointError(f"{path / INDEX_NAME} isn't as it was written; {REMEDY}")
         if verify:
@@ -192,12 +192,12 @@ class UniversalCheckpoint(Checkpoint):
 
     def client_state(self, rank: int = 0, partition: int = 0) -> tuple[str, dict[str, Any]]:
         """See `Checkpoint.client_state`."""
-        state = self._decoded(self._index.client_state, "client_state", self._client_tensors)
+        state = self._decoded(self.index.client_state, "client_state", self._client_tensors)
         return str(self.path / INDEX_NAME), state
 
     def extra_states(self) -> tuple[dict[str, Any], ...]:
         """See `Checkpoint.extra_states`."""
-        return (self._decoded(self._index.extra_states, "extra_states", self._client_tensors),)
+        return (self._decoded(self.index.extra_states, "extra_states", self._client_tensors),)
 
     def _decoded(
         self,
@@ -225,7 +225,7 @@ class UniversalCheckpoint(Checkpoint):
     @cached_property
     def _client_tensors(self) -> Mapping[str, Any]:
         path = self.path / CLIENT_TENSORS_NAME
-        if CLIENT_TENSORS_NAME not in self._index.files:
+        if CLIENT_TENSORS_NAME not in self.index.files:
             return {}
         try:
             loaded: Mapping[str, Any] = safetensors.torch.load_file(path)
@@ -234,7 +234,7 @@ class UniversalCheckpoint(Checkpoint):
         return loaded
 
     def _check_files(self) -> None:
-        for name, size in self._index.files.items():
+        for name, size in self.index.files.items():
             path = self.path / name
             check_inside(path)
             if not path.is_file():
@@ -246,11 +246,11 @@ class UniversalCheckpoint(Checkpoint):
                 sums.check_opened(path)
 
     def _read_extents(self) -> dict[tuple[str, str], FileExtent]:
-        used = {file for entry in self._index.parameters.values() for file in entry.states.values()}
-        files = [file for file in self._index.files if file in used - {CLIENT_TENSORS_NAME}]
+        used = {file for entry in self.index.parameters.values() for file in entry.states.values()}
+        files = [file for file in self.index.files if file in used - {CLIENT_TENSORS_NAME}]
         headers = {file: SafetensorsHeader(self.path / file) for file in files}
         extents: dict[tuple[str, str], FileExtent] = {}
-        for name, entry in self._index.parameters.items():
+        for name, entry in self.index.parameters.items():
             for state, file in entry.states.items():
                 if file not in headers:
                     place = f"{name}/{state} in {file}"

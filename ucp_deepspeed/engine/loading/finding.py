@@ -147,7 +147,7 @@ def _look(
             if dist.get_rank() == 0 and config.verify == "pieces":
                 warn_of_sums_alone(checkpoint)
             _check_one_save(engine, checkpoint)
-            random_state = read_random_state(folder, checkpoint.run.global_steps) if streams else None
+            random_state = read_random_state(engine, checkpoint) if streams else None
             seen.opened, seen.missing = (checkpoint.run.global_steps, str(checkpoint.path)), files_missing(checkpoint)
             seen.universal = takes_universal_path(config, engine, checkpoint, engine_optimizer(engine), options)
             found = Found(folder, checkpoint, random_state, seen.universal, streams)
