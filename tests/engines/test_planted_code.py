@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,39 @@ def test_a_class_of_the_scripts_own_is_made_by_deepspeed_alone(what: str, ranks:
         assert outcome.client_state["epoch"] == 7
         assert (outcome.report is not None and outcome.report.unread == ("own",)) == (what == "drop")
     assert mark.exists() == (what == "error")
+
+
+class Timing:
+    """Is pickled as a call of a function of Python's own, which runs a text as code."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return timeit.timeit, (f"open({str(self.path)!r}, 'w')", "pass", timeit.default_timer, 1)
+
+
+@pytest.mark.parametrize("block", [{}, {"on_unreadable": "drop"}, {"load": "never", "verify": "off"}], ids=str)
+def test_a_call_of_a_librarys_function_is_left_to_deepspeed_only_when_asked_to(
+    block: dict[str, Any], ranks: Ranks, tmp_path: Path
+) -> None:
+    """On the topology that saved it too; the refusal names key, function and ways on."""
+    mark = tmp_path / "mark"
+    ranks(2).run(train, Run("mlp"), 1, save=str(tmp_path / "a"), client_state={"epoch": 7})
+    [path] = (tmp_path / "a").rglob("mp_rank_00_model_states.pt")
+    saved = torch.load(path, map_location="cpu", weights_only=False)
+    torch.save({**saved, "mine": Timing(mark)}, path)
+    for name in ("ucp_manifest.json", "ucp_checksums.jsonl", "ucp_random_states.jsonl"):
+        (path.parent / name).unlink()
+    run = Run("mlp", universal={"enabled": True, **block})
+    if block:
+        found = ranks(2).run(train, run, 2, load=str(tmp_path / "a"))[0]
+        assert found.client_state["epoch"] == 7
+    else:
+        with pytest.raises(RankError, match=r"mine: timeit\.timeit") as caught:
+            ranks(2).run(train, run, 2, load=str(tmp_path / "a"))
+        assert all(way in str(caught.value) for way in ('"on_unreadable": "drop"', '"load": "never"'))
+    assert mark.exists() == ("load" in block)
 
 
 def compare_reads(run: Run, folder: str) -> tuple[set[str], set[str]]:

@@ -45,8 +45,8 @@ from ucp_deepspeed.checkpoint.deepspeed.zero_slots import BF16_OPTIMIZER, NamedS
 from ucp_deepspeed.checkpoint.expert_names import expert_of, missing_expert, optimizer_file, weight_file
 from ucp_deepspeed.checkpoint.torch_files.archives import storages_of
 from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY
+from ucp_deepspeed.checkpoint.torch_files.foreign import opaque_in
 from ucp_deepspeed.checkpoint.torch_files.safe_load import PRECISIONS, open_torch_file
-from ucp_deepspeed.checkpoint.torch_files.unpickling import opaque_in
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.layout import Topology
@@ -415,7 +415,9 @@ class DeepSpeedFiles:
             check_written_name(path)
         module = saved.get("module") if is_model_states(path.name) else None
         flat = in_flat(module)
-        return saved if flat is module else {**saved, "module": flat}
+        if flat is not module:
+            saved["module"] = flat
+        return saved
 
     def check_complete(self, topology: Topology) -> None:
         """Check that all files of the topology are there, and name those that aren't. Opening a file checks its size.

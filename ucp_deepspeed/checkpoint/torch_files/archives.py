@@ -20,7 +20,7 @@ import torch
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.torch_files.damage import telling_damage
-from ucp_deepspeed.checkpoint.torch_files.unpickling import everything_in
+from ucp_deepspeed.checkpoint.torch_files.foreign import everything_in
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 
 REWRITE_HINT = "if you trust it, write it anew with torch.save(torch.load(path, weights_only=False), path)"

@@ -27,6 +27,7 @@ from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Precision
 from ucp_deepspeed.checkpoint.torch_files import unpickling
 from ucp_deepspeed.checkpoint.torch_files.archives import Archive, storage_start
 from ucp_deepspeed.checkpoint.torch_files.damage import refusal, telling_damage
+from ucp_deepspeed.checkpoint.torch_files.foreign import Content, opaque_in
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError, why_not_read
 
 TORCH_DTYPES: dict[torch.dtype, str] = {
@@ -78,7 +79,7 @@ def open_torch_file(
         tensors: memory-map the tensors (on the CPU) instead of describing them (on the meta device).
         foreign: read the tensors of an archive that torch didn't write itself, instead of refusing it.
         owned: keys whose values must be all readable; by default all keys. Under other keys, an object of a class that isn't
-            allowed becomes `unpickling.Opaque`.
+            allowed becomes `foreign.Opaque`.
         summed: the file's small records have been compared with checksums.
 
     Raises:
@@ -98,10 +99,12 @@ def open_torch_file(
     for key, value in loaded.items():
         if owned is not None and key not in owned:
             continue
-        if name := unpickling.opaque_in(value):
+        if name := opaque_in(value):
             raise DamagedCheckpointError(refusal(path, name))
         if why := misshapen(value):
             raise DamagedCheckpointError(f"{path} holds something else than DeepSpeed writes as {key!r:.80}: {why}")
+    if owned is None and isinstance(loaded, Content):
+        raise DamagedCheckpointError(refusal(path, loaded.foreign))
     return loaded
 
 
@@ -144,7 +147,10 @@ def _read_legacy(path: Path, tensors: bool) -> Any:
         found, expected = [unpickling.Unpickler(file).load() for _ in range(2)], [MAGIC_NUMBER, PROTOCOL_VERSION]
         if found != expected:
             raise pickle.UnpicklingError(f"begins with {found}, where torch's older format has {expected}")
-        if not unpickling.Unpickler(file).load()["little_endian"]:
+        system = unpickling.Unpickler(file).load()
+        if isinstance(system, Content):
+            raise pickle.UnpicklingError(f"Unsupported class {system.foreign}")
+        if not system["little_endian"]:
             raise pickle.UnpicklingError("was written by a machine that is big-endian")
         unpickler = unpickling.Unpickler(file)
         unpickler.persistent_load = storages.make

@@ -20,9 +20,8 @@ import pickle
 import re
 import types
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import prod
 from pathlib import PosixPath, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -31,6 +30,16 @@ import numpy as np
 import torch
 from torch import _weights_only_unpickler as torchs
 from torch.torch_version import TorchVersion
+
+from ucp_deepspeed.checkpoint.torch_files.foreign import (
+    Content,
+    Notes,
+    Opaque,
+    is_opaque,
+    opaque,
+    opaques_in,
+    parts_of,
+)
 
 
 class LossScaler:
@@ -58,8 +67,11 @@ class ZeroStage(enum.IntEnum):
     weights = 3
 
 
-def zero_stage_by_name(owner: type, name: str) -> ZeroStage:
-    """Stands in for ``getattr``, with which Python 3.11.2 pickles an enum's members. It finds only members of `ZeroStage`."""
+def zero_stage_by_name(owner: Any, name: str) -> Any:
+    """Stands in for ``getattr``, with which Python 3.11.2 pickles an enum's members. It finds only members of `ZeroStage`, and
+    names those of an `Opaque`."""
+    if is_opaque(owner):
+        return opaque(f"{owner.described}.{name!s}", owner.module)
     if owner is not ZeroStage or name not in ZeroStage.__members__:
         raise pickle.UnpicklingError(
             f"Unsupported global: GLOBAL getattr was not an allowed global ({name} of {owner})"
@@ -148,66 +160,11 @@ ALLOWED: dict[str, Any] = {
 """`ALLOWED_CLASSES` by name."""
 
 
-class Opaque:
-    """Replaces an object that can't be made without code of its class. It keeps only the name of the class.
-
-    Attributes:
-        described: the name of the class.
-    """
-
-    described = "unknown"
-
-    def __new__(cls, *_: Any, **__: Any) -> Opaque:  # noqa: D102 - the class may have been called with any arguments
-        return object.__new__(cls)
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-
-@cache
-def opaque(name: str) -> type[Opaque]:
-    """Return the class that replaces a class of this name."""
-    return type("Opaque", (Opaque,), {"described": name})
-
-
-def opaque_in(value: Any) -> str | None:
-    """Return the name of the class of the first `Opaque` in a value. The value may also hold an `Opaque` class itself."""
-    return next(opaques_in(value), None)
-
-
-def opaques_in(value: Any) -> Iterator[str]:
-    """Yield the classes of all `Opaque` objects in a value."""
-    for found in everything_in(value):
-        if isinstance(found, Opaque) or (isinstance(found, type) and issubclass(found, Opaque)):
-            yield found.described
-
-
-def everything_in(value: Any) -> Iterator[Any]:
-    """Yield a value and everything in it, each object once."""
-    seen: set[int] = set()
-    waiting = [value]
-    while waiting:
-        found = waiting.pop()
-        if id(found) not in seen:
-            seen.add(id(found))
-            yield found
-            waiting += _parts(found)
-
-
-def _parts(value: Any) -> Iterable[Any]:
-    parts: list[Any] = []
-    if isinstance(value, Mapping):
-        parts += [*value.keys(), *value.values(), getattr(value, "default_factory", None)]
-    elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
-        parts += value
-    elif isinstance(value, slice):
-        parts += [value.start, value.stop, value.step]
-    if not isinstance(value, (type, torch.Tensor)):
-        parts += getattr(value, "__dict__", {}).values()
-    return parts
-
-
 CODE_MODULES = frozenset("os posix nt sys subprocess shutil importlib runpy pty ctypes socket pickle code".split())  # noqa: SIM905
 """Modules that data may name but never call. A file that would call a function of theirs is refused."""
+
+IMPORTS = frozenset({"antigravity", "this", "idlelib", "turtledemo", "lib2to3", "test"})
+"""Modules of Python that do something when they are imported."""
 
 MOST_DEEP = 200
 """Most tuples one inside the other, in what is hashed."""
@@ -253,6 +210,7 @@ class Unpickler(_InPython):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.chained: set[int] = set()
+        self.notes = Notes()
         self.known = {**torchs._get_allowed_globals(), **torchs._get_user_allowed_globals(), **ALLOWED, **NUMPYS}
         self.names = {id(found): full.removeprefix("builtins.") for full, found in self.known.items()}
 
@@ -263,14 +221,28 @@ class Unpickler(_InPython):  # type: ignore[misc]
         full = f"{module}.{name}"
         if full in self.known and (full in NUMPYS or module.partition(".")[0] != "numpy"):
             return self.known[full]
-        return opaque(full.removeprefix("builtins."))
+        if module.partition(".")[0] in IMPORTS:
+            self.notes.add(full, True)
+        return opaque(full.removeprefix("builtins."), module)
 
-    def made(self, make: Callable[..., Any], args: Any, kwargs: Mapping[str, Any] | None = None) -> Any:
+    def load(self) -> Any:
+        """Return the object, as a `Content` if something foreign was called for it."""
+        found = super().load()
+        if self.notes.foreign is None:
+            return found
+        if not isinstance(found, dict):
+            raise CraftedError(f"Unsupported class {self.notes.foreign}, which is called")
+        content = Content(found)
+        content.foreign, content.called = self.notes.foreign, self.notes.called
+        return content
+
+    def made(self, make: Any, args: Any, kwargs: Mapping[str, Any] | None = None) -> Any:
         """Call a callable of the list. Return an `Opaque` if it isn't on the list, or can't use these arguments."""
-        if isinstance(make, Opaque) or (isinstance(make, type) and issubclass(make, Opaque)):
+        self.notes.add_call(make, args, kwargs)
+        if is_opaque(make):
             if isinstance(make, type) and _is_code(make.described):
                 raise CraftedError(f"Unsupported class {make.described}, which is called")
-            return opaque(make.described)()
+            return opaque(make.described, make.module)()
         if id(make) not in self.names:
             raise pickle.UnpicklingError(f"Unsupported class {type(make).__name__}, which is called")
         if any(make is known for known in HASHING):
@@ -286,21 +258,28 @@ class Unpickler(_InPython):  # type: ignore[misc]
 
     def _note_chain(self, held: Any, items: Iterable[Any]) -> None:
         """Count a container that holds others of `CHAINED`."""
-        if type(held) in CHAINED and any(type(item) in CHAINED for item in (items or _parts(held))):
+        if type(held) in CHAINED and any(type(item) in CHAINED for item in (items or parts_of(held))):
             self.chained.add(id(held))
             if len(self.chained) > MOST_CHAINED:
                 raise CraftedError("Unsupported class deque or defaultdict, of which too many hold one another")
 
     def _new(self, kind: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         known = isinstance(kind, type) and not issubclass(kind, Opaque) and id(kind) in self.names
-        self.stack.append(kind.__new__(kind, *args, **kwargs) if known else self.made(kind, ()))
+        if known:
+            self.notes.add_call(kind, args, kwargs)
+        self.stack.append(kind.__new__(kind, *args, **kwargs) if known else self.made(kind, args, kwargs))
 
     def _build(self) -> None:
         state = self.stack.pop()
         held = self.stack[-1]
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(part, Mapping):
+                self.notes.add_names(part.items())
+        if isinstance(held, type):
+            self.notes.add(getattr(held, "described", held.__name__), True)
         if isinstance(held, np.dtype) or (isinstance(held, Opaque) and held.described == DTYPE):
             self._build_dtype(held, state)
-        elif isinstance(held, Opaque) or (isinstance(held, type) and issubclass(held, Opaque)):
+        elif is_opaque(held):
             return
         elif type(held) is np.ndarray:
             self._build_array(held, state)
@@ -346,8 +325,15 @@ class Unpickler(_InPython):  # type: ignore[misc]
         if type(held) in (list, collections.deque):
             self._note_chain(held, items)
             held.extend(items)
+        else:
+            self._change(held, "appended to")
+
+    def _change(self, held: Any, how: str) -> None:
+        """Let an `Opaque` be changed, and note the change of anything that lies in a module."""
+        if isinstance(held, type) and issubclass(held, Opaque):
+            self.notes.add(held.described, True)
         elif not isinstance(held, Opaque):
-            raise pickle.UnpicklingError(f"Unsupported class {type(held).__qualname__}, which is appended to")
+            raise pickle.UnpicklingError(f"Unsupported class {type(held).__qualname__}, which is {how}")
 
     def _add_all(self) -> None:
         items, held = self.pop_mark(), self.stack[-1]
@@ -368,8 +354,9 @@ class Unpickler(_InPython):  # type: ignore[misc]
             self._note_chain(held, items[1::2])
             for key, value in zip(items[::2], items[1::2], strict=True):
                 held[key] = value
-        elif not isinstance(held, Opaque):
-            raise pickle.UnpicklingError(f"Unsupported class {type(held).__qualname__}, whose items are set")
+        else:
+            self.notes.add_names(zip(items[::2], items[1::2], strict=True))
+            self._change(held, "given items")
 
     dispatch = {code: _InPython.dispatch[code] for code in (getattr(pickle, name)[0] for name in _OPCODES.split())} | {
         pickle.REDUCE[0]: lambda self: self.stack.append(self.made(self.stack.pop(-2), self.stack.pop())),
@@ -399,7 +386,9 @@ def _check_depth(values: Sequence[Any]) -> None:
 def _is_code(name: str) -> bool:
     """Return whether it is a built-in function of Python, or in one of `CODE_MODULES`."""
     module = name.partition(".")[0]
-    return module in CODE_MODULES or isinstance(getattr(builtins, name, None), types.BuiltinFunctionType)
+    return module in CODE_MODULES or (
+        name != "iter" and isinstance(getattr(builtins, name, None), types.BuiltinFunctionType)
+    )
 
 
 def _set_state(held: Any, state: Any) -> None:

@@ -315,7 +315,8 @@ def _client_state(
     if unread and config.on_unreadable == "error":
         raise UnsupportedError(
             f"{checkpoint.path} holds a client state that can't be read without running code of its classes; "
-            f'"on_unreadable": "drop" leaves these entries out, and on the topology that saved them DeepSpeed reads them',
+            f'"on_unreadable": "drop" leaves these entries out, and on the topology that saved them DeepSpeed reads them: those '
+            f'that call functions of libraries only with "load": "never", if you trust the file',
             [f"{key}: {kind}" for key, kind in unread.items()],
         )
     return (*checkpoint.client_state(rank, partition), tuple(unread))

@@ -25,7 +25,7 @@ from ucp_deepspeed.checkpoint.deepspeed.run_state import hyperparameters
 from ucp_deepspeed.checkpoint.deepspeed.zero_slots import BF16_OPTIMIZER
 from ucp_deepspeed.checkpoint.expert_names import weight_file
 from ucp_deepspeed.checkpoint.slots import Slot
-from ucp_deepspeed.checkpoint.torch_files.unpickling import opaque_in
+from ucp_deepspeed.checkpoint.torch_files.foreign import Content, opaque_in
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.deepspeed_types import Engine, PipelineModule
 from ucp_deepspeed.engine.model import (
@@ -118,7 +118,7 @@ def _holds_data_alone(checkpoint: DeepSpeedCheckpoint, engine: Engine, trusting:
     try:
         for path in files_to_unpickle(checkpoint.path, checkpoint.files.names, engine):
             held = look_into(path, checkpoint)
-            if not trusting and opaque_in(held) is not None:
+            if not trusting and (opaque_in(held) is not None or isinstance(held, Content)):
                 return False
     except DamagedCheckpointError as error:
         logger.warning("the load isn't left to DeepSpeed, which would unpickle a file that isn't data alone: %s", error)
@@ -331,12 +331,20 @@ def look_into(path: Path, checkpoint: DeepSpeedCheckpoint | None) -> dict[str, A
     """Return the content of a file that DeepSpeed will unpickle; read by the catalog, where that can read it.
 
     Raises:
-        DamagedCheckpointError: it holds something that could run code.
+        DamagedCheckpointError: it holds something that could run code, beyond that of classes of a client state.
     """
+    held = None
     if checkpoint is not None:
         with suppress(UnsupportedError):
-            return checkpoint.files.open(path)
-    return open_saved(path, foreign=True)
+            held = checkpoint.files.open(path)
+    if held is None:
+        held = open_saved(path, foreign=True)
+    if isinstance(held, Content) and held.called is not None:
+        raise DamagedCheckpointError(
+            f"{path} calls {held.called} when it is unpickled, and that isn't known to be harmless; "
+            f'"load": "never" leaves the load to DeepSpeed all the same, if you trust the file'
+        )
+    return held
 
 
 def check_sums(checkpoint: DeepSpeedCheckpoint, engine: Engine) -> None:

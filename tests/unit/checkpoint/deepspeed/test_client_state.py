@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 import torch
 
+from ucp_deepspeed.checkpoint.torch_files.foreign import opaque_in
 from ucp_deepspeed.checkpoint.torch_files.safe_load import open_torch_file, read_tensors
-from ucp_deepspeed.checkpoint.torch_files.unpickling import opaque_in
 from ucp_deepspeed.errors import DamagedCheckpointError
 
 PLAIN: dict[str, Any] = {

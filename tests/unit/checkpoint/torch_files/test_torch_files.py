@@ -17,7 +17,7 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from ucp_deepspeed.checkpoint.torch_files import archives, safe_load, unpickling
+from ucp_deepspeed.checkpoint.torch_files import archives, foreign, safe_load, unpickling
 from ucp_deepspeed.checkpoint.torch_files.safe_load import open_torch_file, read_tensors
 from ucp_deepspeed.checkpoint.torch_files.unpickling import ZeroStage
 from ucp_deepspeed.errors import DamagedCheckpointError
@@ -99,14 +99,14 @@ def read_all(files: list[Path]) -> None:
 
 LAYER = archives, safe_load, unpickling
 
-CALLED_BACK = {"make", "_check_depth", *vars(unpickling.Unpickler)}
+CALLED_BACK = {"make", "_check_depth", "is_opaque", "parts_of", *vars(foreign.Notes), *vars(unpickling.Unpickler)}
 """Methods that an unpickler calls: there nobody can tell a bug from damage."""
 
 
 def own_functions() -> list[tuple[Any, str]]:
     """All other functions and methods of the layer, each with its module or class."""
     owners = [*LAYER, *(held for module in LAYER for held in vars(module).values() if inspect.isclass(held))]
-    homes = {module.__name__ for module in LAYER}
+    homes = {module.__name__ for module in (*LAYER, foreign)}
     return [
         (owner, name)
         for owner in owners
