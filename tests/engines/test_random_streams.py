@@ -212,7 +212,10 @@ def test_streams_that_are_left_alone(how: str, ranks: Ranks, tmp_path: Path) -> 
     nothing = "the checkpoint holds no random state: the streams stay as the script has seeded them"
     left = f"{tmp_path / 'global_step0' / 'ucp_random_states.jsonl'} is left out, since no ucp_manifest.json tells that it is "
     left += "of this save: random streams stay as the script has seeded them"
-    assert found[0][1] == {"saved-by-deepspeed": [nothing], "not-committed": [left, nothing]}.get(how, [])
+    never = f'"load": "never" leaves out {tmp_path / "global_step0" / "ucp_random_states.jsonl"}: random streams stay as the '
+    never += "script has seeded them"
+    told = {"saved-by-deepspeed": [nothing], "not-committed": [left, nothing], "never": [never]}
+    assert found[0][1] == told.get(how, [])
 
 
 def test_damaged_random_state(ranks: Ranks, tmp_path: Path) -> None:

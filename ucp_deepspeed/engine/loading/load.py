@@ -21,6 +21,7 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.files import VALUES_KEY
+from ucp_deepspeed.checkpoint.random_files import RANDOM_STATES_NAME
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.agreement import agreement, agreement_before
 from ucp_deepspeed.engine.client_state import COUNTERS, take_values
@@ -121,7 +122,18 @@ def load_checkpoint(
         loaded = _load_natively(native, engine, load_dir, tag, options, found)
     if found.streams and loaded[0] is not None:
         restore_random_state(engine, found.random_state)
+    elif loaded[0] is not None and not load_module_only:
+        _tell_of_streams(engine, Path(loaded[0]).parent)
     return loaded
+
+
+def _tell_of_streams(engine: Engine, folder: Path) -> None:
+    """Say that ``"load": "never"`` leaves out the random states in a folder."""
+    config: UniversalCheckpointConfig = engine.universal_checkpoint_config
+    asked = config.load == "never" and config.random_state == "restore"
+    if asked and dist.get_rank() == 0 and (folder / RANDOM_STATES_NAME).is_file():
+        told = '"load": "never" leaves out %s: random streams stay as the script has seeded them'
+        logger.warning(told, folder / RANDOM_STATES_NAME)
 
 
 def _load_natively(
