@@ -93,8 +93,7 @@ class DeepSpeedFiles:
         DamagedCheckpointError: a file is missing, truncated, isn't what was saved, or the manifest doesn't describe it.
     """
 
-    are_all_here = True
-    """True if a file that isn't in the folder is missing."""
+    are_all_here = True  # a file that isn't in the folder is missing
 
     def __init__(self, path: Path, verify: bool = True) -> None:
         self.path, self.versions = path, FileVersions()
@@ -309,8 +308,8 @@ class DeepSpeedFiles:
                 files[place[:2]] = name
         lacking = missing_expert(self.model_states(0)["num_experts"], files)
         if lacking is not None and self.are_all_here and not self.sliced:  # ZeRO-3 has them in its own files
-            told = f"the weights of expert {lacking[1]} of mixture-of-experts layer {lacking[0]}"
-            raise DamagedCheckpointError(f"{self.path} lacks the file with {told}; {REMEDY}")
+            told = f"the file of expert {lacking[1]} in mixture-of-experts layer {lacking[0]}"
+            raise DamagedCheckpointError(f"{self.path} lacks {told}; {REMEDY}")
         return [self.path / name for _, name in sorted(files.items())]
 
     def model_states(self, rank: int, partition: int = 0) -> dict[str, Any]:
