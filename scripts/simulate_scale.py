@@ -198,7 +198,7 @@ class Opened:
         self._model, self._topology, self._folder = model, topology, folder
         self.names: set[str] = set()
 
-    def open(self, path: Path, owned: Collection[str] | None = None, foreign: bool = False) -> dict[str, Any]:
+    def open(self, path: Path, owned: Collection[str] | None = None, **_: bool) -> dict[str, Any]:
         """Return what DeepSpeed would have written, as far as a load looks at it. All of it can be read."""
         self.names.add(path.name)
         found = re.fullmatch(r"(?:bf16_)?(?:zero_pp_rank_\d+_)?mp_rank_(\d+)_(model|optim)_states.pt", path.name)

@@ -344,7 +344,8 @@ def test_a_bug_on_one_rank_is_raised_on_all(run: Run, function: str, two_steps: 
     """The others used to wait for ever."""
     run = replace(run, universal={"enabled": True, "load": "always"})
     other, own = ranks(2).run(load_with_a_fault, run, [str(two_steps)] * 2, function, timeout=60.0)
-    assert own == "KeyError: 'planted'" and other == "UniversalCheckpointError: rank 1: KeyError: 'planted'"
+    assert own == "KeyError: 'planted'"
+    assert other == f"UniversalCheckpointError: {two_steps} can't be loaded: rank 1: KeyError: 'planted'"
 
 
 def save_with_a_fault(run: Run, folder: str, function: str) -> str:
@@ -376,7 +377,8 @@ def test_a_bug_on_one_rank_ends_a_save_on_all(function: str, in_background: bool
     universal = {"enabled": True, "save": {"async": in_background}}
     run = Run("tied", pp=2, config={"gradient_clipping": 0.0}, universal=universal)
     other, own = ranks(2).run(save_with_a_fault, run, str(tmp_path), function, timeout=60.0)
-    assert own == "KeyError: 'planted'" and other == "UniversalCheckpointError: rank 1: KeyError: 'planted'"
+    assert own == "KeyError: 'planted'"
+    assert other == f"SaveError: {tmp_path / 'global_step1'} can't be saved: rank 1: KeyError: 'planted'"
     assert not (tmp_path / "latest").exists()
 
 
@@ -436,7 +438,7 @@ def test_what_fails_in_deepspeeds_save_on_one_rank_is_raised_on_all(
     run = replace(MLP, universal={"enabled": True, "save": {"async": in_background}})
     run = replace(run, zero={"stage": 3}) if fault == "prologue" else run
     other, own = ranks(2).run(save_what_deepspeed_cant, run, str(tmp_path), fault, timeout=60.0)
-    named = "strerror: Is a directory" if fault == "file" else "KeyError: 'planted'"
+    named = "Is a directory" if fault == "file" else "KeyError: 'planted'"
     assert f"{tmp_path / 'b'} can't be saved, and 'latest' was not moved: " in own or fault == "prologue"
     assert named in own and named in other and "rank 1: " in other and "rank 1: " not in own
     assert open_checkpoint(tmp_path).path.name == "c"

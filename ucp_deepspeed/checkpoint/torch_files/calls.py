@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from enum import Enum
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,6 +109,8 @@ def may_run(module: str, name: str) -> bool:
                 for kind in found.__mro__
             )
         )
+    if isinstance(found, Enum) and not callable(found):  # Python up to 3.11.2 pickles members by their names
+        return False
     if found is not None:
         home = getattr(found, "__module__", None) or getattr(type(found), "__module__", None)
         if isinstance(home, str) and _HARMLESS.fullmatch(f"{home}.{name}"):

@@ -150,6 +150,13 @@ class Call:
     def __call__(self) -> None: ...
 
 
+def test_members_of_enumerations_by_name(tmp_path: Path) -> None:
+    """Python 3.11.2 pickles them so, and some libraries have others do it."""
+    member = Call(getattr, (inspect._ParameterKind, "VAR_POSITIONAL"))
+    torch.save({"value": Call(inspect.Parameter, ("a", member))}, tmp_path / "a.pt")
+    assert getattr(open_torch_file(tmp_path / "a.pt", owned=()), "called", None) is None
+
+
 def text(name: str) -> bytes:
     return b"X" + len(name).to_bytes(4, "little") + name.encode()
 
