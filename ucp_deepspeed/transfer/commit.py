@@ -87,11 +87,15 @@ def make_partial_folder(final: Path, alone: bool = False) -> Path:
         ]
         if alone and others:
             raise ConfigError(f"another process is writing {final} just now, in {others[0]}; nothing was written")
-        partial.mkdir()
-        (partial / MARK_NAME).touch()
-        _holding[partial] = os.open(partial, os.O_RDONLY)
-        with suppress(OSError):
-            fcntl.flock(_holding[partial], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            partial.mkdir()
+            (partial / MARK_NAME).touch()
+            _holding[partial] = os.open(partial, os.O_RDONLY)
+            with suppress(OSError):
+                fcntl.flock(_holding[partial], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            remove_partial_folder(partial)
+            raise
     return partial
 
 
@@ -111,6 +115,9 @@ def _remove_tree(folder: Path) -> None:
         _remove_what_is_not_ours(folder)
     with suppress(OSError):  # of a folder that can't be closed, which Python's function doesn't ignore
         shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # another process has just put something there: somebody goes on by the mark
+        if folder.is_dir():
+            (folder / MARK_NAME).touch()
 
 
 def _found(partial: Path) -> Path:

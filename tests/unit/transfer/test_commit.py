@@ -382,6 +382,34 @@ def test_a_removal_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_removal_during_which_another_process_writes_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file of another rank was all that was left, and nothing showed that the folder is ours."""
+    folder, rmtree = ours(abandoned(tmp_path, "a"), x_pt="half"), shutil.rmtree
+
+    def late(path: Path, **kwargs: Any) -> None:
+        (path / MARK_NAME).unlink()
+        (path / "y.pt").write_text("half")
+
+    monkeypatch.setattr(shutil, "rmtree", late)
+    commit.remove_partial_folder(folder)
+    assert read(folder) == {"y.pt": "half", MARK_NAME: ""}
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    commit.remove_abandoned(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_made_when_the_signal_comes_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "touch", interrupted)
+    with pytest.raises(KeyboardInterrupt), commit.committed_folder(tmp_path / "a"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_temporary_file_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is written through a link that lies there; the mode is that of other files."""
     (tmp_path / "precious").write_text("theirs")
