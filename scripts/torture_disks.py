@@ -32,7 +32,7 @@ from pathlib import Path
 import click
 from torture_disk_cases import COMMANDS, LOADS, SAVES, Case, can_mount, cases_of, choose
 from torture_environment import COUNT, CUTS, Fault, Met, preload
-from torture_faults import Content, content_of, warnings_of
+from torture_faults import Content, content_of
 from torture_operations import FORMS, NEW, OLD, Answer, attempt, command, prepare
 from torture_report import report
 
@@ -40,6 +40,7 @@ from ucp_deepspeed.checkpoint.opening import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import UniversalCheckpointError
 from ucp_deepspeed.testing import ranks
+from ucp_deepspeed.testing.runs import warnings_of
 from ucp_deepspeed.transfer.conversion import convert
 
 MOST_TOLD = 300

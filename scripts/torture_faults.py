@@ -13,7 +13,6 @@ The first three are right.
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import random
 import shutil
@@ -21,8 +20,8 @@ import tempfile
 import time
 import zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -46,7 +45,7 @@ from ucp_deepspeed.checkpoint.random_files import (
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import UniversalCheckpointError
 from ucp_deepspeed.testing.ranks import get_pool
-from ucp_deepspeed.testing.runs import Run, train
+from ucp_deepspeed.testing.runs import Run, train, warnings_of
 from ucp_deepspeed.transfer.conversion import convert
 
 WRONG = ("silent", "foreign", "late", "dead")
@@ -302,20 +301,6 @@ def outcome_of(fault: Fault, folder: Path, expected: Content) -> tuple[str, str]
         return "told", warned[0]
     wrong = sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key))
     return ("silent", ", ".join(wrong[:3])) if wrong else ("harmless", "")
-
-
-@contextmanager
-def warnings_of() -> Iterator[list[str]]:
-    """Collect the package's warnings in the block."""
-    found: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("ucp_deepspeed")
-    logger.addHandler(handler)
-    try:
-        yield found
-    finally:
-        logger.removeHandler(handler)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.language import load_spec
+from ucp_deepspeed.testing import runs
 from ucp_deepspeed.testing.ranks import fp16_on_cpu, get_pool
 from ucp_deepspeed.testing.runs import Outcome, Run, build_engine, train
 from ucp_deepspeed.transfer.compare import compare
@@ -70,15 +70,8 @@ def warnings_of_loading(run: Run, steps: int, folder: str) -> tuple[list[str], O
 
 def warnings_of(work: Callable[[], object]) -> list[str]:
     """Return the warnings of the package while some work runs."""
-    found: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("ucp_deepspeed")
-    logger.addHandler(handler)
-    try:
+    with runs.warnings_of() as found:
         work()
-    finally:
-        logger.removeHandler(handler)
     return found
 
 

@@ -6,7 +6,9 @@ A run is described by numbers (`Run`), so that it can be sent to the ranks; the 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -436,3 +438,17 @@ def _outcome(engine: Any, losses: dict[int, float], load_path: str | None, retur
         rates=[group["lr"] for group in engine.optimizer.param_groups],
         optimizer=type(engine.optimizer).__name__,
     )
+
+
+@contextmanager
+def warnings_of() -> Iterator[list[str]]:
+    """Collect the package's warnings in the block."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("ucp_deepspeed")
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)

@@ -306,10 +306,9 @@ class DeepSpeedFiles:
             place = weight_file(name)
             if place is not None and (place[2] == rank or place[:2] not in files):
                 files[place[:2]] = name
-        lacking = missing_expert(self.model_states(0)["num_experts"], files)
-        if lacking is not None and self.are_all_here and not self.sliced:  # ZeRO-3 has them in its own files
-            told = f"the file of expert {lacking[1]} in mixture-of-experts layer {lacking[0]}"
-            raise DamagedCheckpointError(f"{self.path} lacks {told}; {REMEDY}")
+        needed = self.are_all_here and not self.sliced  # ZeRO-3 has experts in its own files
+        if needed and (lacking := missing_expert(self.model_states(0)["num_experts"], files)) is not None:
+            raise DamagedCheckpointError(f"{self.path} lacks expert {lacking[1]} of MoE layer {lacking[0]}; {REMEDY}")
         return [self.path / name for _, name in sorted(files.items())]
 
     def model_states(self, rank: int, partition: int = 0) -> dict[str, Any]:
