@@ -85,7 +85,10 @@ def _check_exchanged(path: Path, name: str) -> None:
         logger.warning("%s was written as %s, which is here too: it is a copy of another layer or expert", path, name)
         return
     if written_name(other) == path.name:
-        raise DamagedCheckpointError(f"{path} and {name} were exchanged, by the names under which they were written")
+        raise DamagedCheckpointError(
+            f"{path} and {name} were exchanged, by the names under which they were written; give each its own name again. If it is "
+            f'meant to be so, "load": "never" leaves the load to DeepSpeed'
+        )
     logger.warning("%s was written as %s: it may be the file of another layer or expert", path, name)
 
 
