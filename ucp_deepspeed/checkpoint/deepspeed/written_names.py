@@ -86,8 +86,8 @@ def _check_exchanged(path: Path, name: str) -> None:
         return
     if written_name(other) == path.name:
         raise DamagedCheckpointError(
-            f"{path} and {name} were exchanged, by the names under which they were written; give each its own name again. If it is "
-            f'meant to be so, "load": "never" leaves the load to DeepSpeed'
+            f"{path} and {name} were exchanged, by the names under which they were written; give each its own name again. If it "
+            f'is meant to be so, "load": "never" leaves the load to DeepSpeed'
         )
     logger.warning("%s was written as %s: it may be the file of another layer or expert", path, name)
 
