@@ -51,6 +51,9 @@ LEAST_RUN_NUMBYTES = 4096
 SUMMED_NUMBYTES = 1 << 20
 """Bytes that are read and summed at a time: few enough to stay in a core's cache, and many enough that a start costs nothing."""
 
+STEP_NUMBYTES = 4 << 20
+"""Bytes of a map that are summed and then copied: few enough to stay in the processor's shared cache."""
+
 MOST_UNREAD = 1 / 8
 """Part of an archive's record that is read for its checksum alone, if all else was read: padding, and copies on other ranks."""
 

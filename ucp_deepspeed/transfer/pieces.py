@@ -74,24 +74,23 @@ class PieceChecks:
 
     def _add_part(self, number: int, low: int, first: int, part: memoryview, high: int) -> bool:
         """Count and sum a part of a piece; return whether all of the piece has been read and must be read again to be checked."""
-        summed = self._go_on(number, low, first, part)
-        if not self._add(number, number + 1, len(part)):
+        with self._lock:
+            upto, state = self._begun.pop(number, None) or (low, xxh3_64())
+            read = self._read.item(number) + len(part)
+            self._read[number] = read
+            done = read >= high - low and not self._checked.item(number)
+        in_order = upto == first
+        if in_order:
+            state.update(part)
+        if not done:
+            if in_order:
+                with self._lock:
+                    self._begun[number] = first + len(part), state
             return False
-        if summed is None or summed[0] != high:
+        if not in_order or first + len(part) != high:
             return True
-        self._compare(number, [summed[1].intdigest()])
+        self._compare(number, [state.intdigest()])
         return False
-
-    def _go_on(self, number: int, low: int, first: int, data: memoryview) -> tuple[int, xxh3_64] | None:
-        """Sum a part of a piece if all before it has been; return up to where, and the sum."""
-        with self._lock:
-            upto, state = self._begun.pop(number, (low, xxh3_64()))
-        if upto != first:
-            return None
-        state.update(data)
-        with self._lock:
-            self._begun[number] = found = first + len(data), state
-        return found
 
     def touched(self, start: int, stop: int, numbytes: int) -> list[int]:
         """Count bytes that were read evenly between two places. Return the numbers of pieces of which all has been read.
