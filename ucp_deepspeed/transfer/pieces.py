@@ -75,7 +75,7 @@ class PieceChecks:
     def _add_part(self, number: int, low: int, first: int, part: memoryview, high: int) -> bool:
         """Count and sum a part of a piece; return whether all of the piece has been read and must be read again to be checked."""
         with self._lock:
-            upto, state = self._begun.pop(number, None) or (low, xxh3_64())
+            upto, state = self._begun.pop(number) if number in self._begun else (low, xxh3_64())
             read = self._read.item(number) + len(part)
             self._read[number] = read
             done = read >= high - low and not self._checked.item(number)

@@ -164,7 +164,9 @@ class Blocks:
 
     def read(self, reader: FileReader) -> None:
         """Read some block: flat, or rows with gaps."""
-        rows, columns, stride = self.random.choice([(1, 700, 700), (3, 400, 900), (40, 7, 30), (2, 1100, 2000), (9, 130, 130)])
+        rows, columns, stride = self.random.choice(
+            [(1, 700, 700), (3, 400, 900), (40, 7, 30), (2, 1100, 2000), (9, 130, 130)]
+        )
         span = (rows - 1) * stride + columns
         start = self.random.randrange(NUMEL - span)
         view = StridedView(FileExtent(str(self.path), 16, "F32", NUMEL), start, (stride, 1))
