@@ -2,7 +2,7 @@
 
 Importing this package before ``deepspeed.initialize`` is all that a training script does; without a ``universal_checkpoint``
 block in its DeepSpeed config nothing changes. `wait_for_save` waits for saves in the background. `open_checkpoint` and `tags`
-look into checkpoints, and `verify` compares their bytes with checksums.
+look into checkpoints, `verify` compares their bytes with checksums, and `last_checkpoint` finds the newest whole one.
 
 This package doesn't import DeepSpeed: the hooks are set when the training script imports it. Torch is imported only when a
 checkpoint is opened.
@@ -13,19 +13,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ucp_deepspeed.arming import arm
+from ucp_deepspeed.integrations import arm_frameworks
 from ucp_deepspeed.waiting import wait_for_save
 
 if TYPE_CHECKING:
-    from ucp_deepspeed.reading import open_checkpoint, tags, verify
+    from ucp_deepspeed.reading import last_checkpoint, open_checkpoint, tags, verify
 
-__all__ = ["__version__", "open_checkpoint", "tags", "verify", "wait_for_save"]
+__all__ = ["__version__", "last_checkpoint", "open_checkpoint", "tags", "verify", "wait_for_save"]
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
-    if name in ("open_checkpoint", "tags", "verify"):
+    if name in ("last_checkpoint", "open_checkpoint", "tags", "verify"):
         from ucp_deepspeed import reading
 
         return getattr(reading, name)
@@ -37,3 +38,4 @@ def __dir__() -> list[str]:
 
 
 arm()
+arm_frameworks()

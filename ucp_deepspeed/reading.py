@@ -27,6 +27,7 @@ from ucp_deepspeed.checkpoint.torch_files.records import RecordSums
 from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.universal.index import UniversalCheckpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.checkpoint.whole import last_checkpoint
 from ucp_deepspeed.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -42,7 +43,7 @@ from ucp_deepspeed.layout import Box, Layout, Shape, Topology
 from ucp_deepspeed.transfer.copying import FileReader, gather
 from ucp_deepspeed.transfer.verification import verify
 
-__all__ = ["OpenCheckpoint", "ParameterInfo", "open_checkpoint", "tags", "verify"]
+__all__ = ["OpenCheckpoint", "ParameterInfo", "last_checkpoint", "open_checkpoint", "tags", "verify"]
 
 Index: TypeAlias = "SupportsIndex | slice | EllipsisType | tuple[SupportsIndex | slice | EllipsisType, ...]"
 """An index as in ``tensor[…]``: an integer, a slice, or several of these for the first dimensions, also with an ellipsis."""

@@ -8,7 +8,7 @@ the states, and at best a master without a name. So saving adds their values, by
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,18 @@ COUNTERS = ("global_steps", "skipped_steps", "dp_world_size", "mp_world_size", "
 
 RESUMED = frozenset((*COUNTERS, "module", "optimizer", "lr_scheduler"))
 """The keys that a load takes over."""
+
+
+ADDED = "_universal_checkpoint_added"
+"""Attribute of an engine: keys of the client state → functions that give their values when it is saved."""
+
+LOADED = "universal_checkpoint_client_state"
+"""Attribute of an engine: the client state that its last load returned."""
+
+
+def add_to_client_state(engine: Engine, key: str, value: Callable[[], Any]) -> None:
+    """Save a value of a framework's with every client state of an engine; a load finds it there, under `LOADED` too."""
+    vars(engine).setdefault(ADDED, {})[key] = value
 
 
 def to_be_saved(engine: Engine, client_state: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,6 +65,7 @@ def to_be_saved(engine: Engine, client_state: Mapping[str, Any]) -> dict[str, An
         )
     values = {name: param.detach() for param, name in optimizer_only(engine).items()}
     kept = {key: value for key, value in client_state.items() if key not in old}
+    kept |= {key: value() for key, value in vars(engine).get(ADDED, {}).items()}
     return kept | {VALUES_KEY: values} if values else kept
 
 

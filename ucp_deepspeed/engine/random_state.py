@@ -134,6 +134,29 @@ def _taken_over(name: str, stream: Stream, state: RandomState) -> Any:
     return held
 
 
+_RESTORED = "_universal_checkpoint_streams"
+"""Attribute of an engine: in a tuple, what its last load restored."""
+
+
+def keep_to_restore(engine: Engine, saved: RandomState | None) -> None:
+    """Keep what a load restores, for `restore_again`."""
+    setattr(engine, _RESTORED, (saved,))
+
+
+def restore_again(engine: Engine) -> bool:
+    """Set the streams once more as the engine's last load has, for a framework that draws from them before it trains. Return
+    False if that load restored none, or was none; all ranks alike. Collective."""
+    kept = vars(engine).get(_RESTORED)
+    if kept is None:
+        return False
+    with agreement(tells=True) as told:
+        told.mine = kept[0] is not None
+    if not any(told.values):
+        return False
+    restore_random_state(engine, *kept)
+    return True
+
+
 def restore_random_state(engine: Engine, saved: RandomState | None) -> None:
     """Let the streams go on, or derive new ones. Collective; the last thing that a load does.
 

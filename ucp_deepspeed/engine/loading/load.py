@@ -24,7 +24,7 @@ from ucp_deepspeed.checkpoint.deepspeed.files import VALUES_KEY
 from ucp_deepspeed.checkpoint.random_files import RANDOM_STATES_NAME
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.agreement import agreement, agreement_before
-from ucp_deepspeed.engine.client_state import COUNTERS, take_values
+from ucp_deepspeed.engine.client_state import COUNTERS, LOADED, take_values
 from ucp_deepspeed.engine.console import told_once
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.differing_copies import look_at_copies, with_copies_for
@@ -47,7 +47,7 @@ from ucp_deepspeed.engine.loading.ways_on import telling_ways_on
 from ucp_deepspeed.engine.model import EngineModel, describe_model
 from ucp_deepspeed.engine.module_states import ExtraStates, plan_extra_states
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer, is_offloaded, only_evaluates
-from ucp_deepspeed.engine.random_state import restore_random_state
+from ucp_deepspeed.engine.random_state import keep_to_restore, restore_random_state
 from ucp_deepspeed.engine.saving.background import settle_saves, wait_for_save
 from ucp_deepspeed.errors import DamagedCheckpointError, UniversalCheckpointError, UnsupportedError, system_errors_as
 from ucp_deepspeed.transfer import TransferCount
@@ -120,7 +120,9 @@ def load_checkpoint(
             with telling(), agreement():
                 check_sums(found.checkpoint, engine)
         loaded = _load_natively(native, engine, load_dir, tag, options, found)
+    setattr(engine, LOADED, loaded[1] or {})
     if found.streams and loaded[0] is not None:
+        keep_to_restore(engine, found.random_state)
         restore_random_state(engine, found.random_state)
     elif loaded[0] is not None and not load_module_only:
         _tell_of_streams(engine, Path(loaded[0]).parent)

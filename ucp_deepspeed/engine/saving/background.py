@@ -192,9 +192,62 @@ class Writing(threading.Thread):
         self.outcome: Exception | None = None
         self._given_up = threading.Event()
         self._begun = time.monotonic()
+        self._then: list[Callable[[], None]] = []
+        self._ended = False
+        self._lock = threading.Lock()
 
     def run(self) -> None:
-        """Write, and commit on rank 0."""
+        """Write, commit on rank 0, and do what is to be done then."""
+        self._write_and_commit()
+        with self._lock:
+            self._ended, then = True, self._then
+        if then and self._is_committed():
+            for action in then:
+                self._do(action)
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Call a function when the checkpoint is on disk: from this thread, or now if it is there. After a failure it is never
+        called. Its errors are logged."""
+        with self._lock:
+            if not self._ended:
+                self._then.append(action)
+                return
+        if self._is_committed():
+            self._do(action)
+
+    @property
+    def has_ended(self) -> bool:
+        """Return whether nothing of the save is left to be done, on any rank."""
+        return self._ended and (self.error is not None or not self._waits_for_first())
+
+    def await_commit(self) -> bool:
+        """Wait until the save has ended on all ranks, without meeting them. Return whether the checkpoint is on disk, as far as
+        this rank can tell."""
+        self.join()
+        return self._is_committed()
+
+    def _is_committed(self) -> bool:
+        """Return whether rank 0 has put the checkpoint in its place, once this rank has written its own files."""
+        if self.error is not None:
+            return False
+        pause, deadline = tunables.SHORTEST_PAUSE_SECONDS, time.monotonic() + self.job.timeout
+        while self._waits_for_first() and time.monotonic() < deadline and not self._given_up.is_set():
+            self._given_up.wait(pause)  # rank 0 renames or removes the folder
+            pause = min(2 * pause, tunables.LONGEST_PAUSE_SECONDS)
+        return not self._waits_for_first() and self.job.folder.is_dir()
+
+    def _waits_for_first(self) -> bool:
+        """Return whether rank 0 has yet to rename the folder, or to remove it."""
+        return self.job.rank != 0 and _is_there(self.job.partial)
+
+    @staticmethod
+    def _do(action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            logger.error("after a save in the background: %s: %s", type(error).__name__, error)
+
+    def _write_and_commit(self) -> None:
         try:
             written = Written()
             with self._failing():
@@ -352,6 +405,32 @@ def wait_for_save(engine: Engine | None = None) -> None:
         errors += [writing.outcome] if writing.outcome is not None else []
     if errors:
         raise errors[0] if len(errors) == 1 else SaveError("; ".join(map(str, errors)))
+
+
+def pending_below(folder: Path) -> list[Writing]:
+    """Return the saves of this process below a folder that may not be on disk yet."""
+    place = folder.resolve()
+    return [each for each in _pending if not each.has_ended and each.job.folder.resolve().is_relative_to(place)]
+
+
+def is_pending(folder: Path) -> bool:
+    """Return whether this process saves below a folder, in the background, and may not be through."""
+    return bool(pending_below(folder))
+
+
+def when_on_disk(folder: Path, action: Callable[[], None]) -> None:
+    """Call a function when what this process saves below a folder is on disk: now, or from the thread of the last such save. It
+    is never called after a save that fails. It meets no other rank, so a framework may use it on one rank alone."""
+    if pending := pending_below(folder):
+        pending[-1].then(action)
+    else:
+        action()
+
+
+def finish_here(folder: Path) -> None:
+    """Wait until what this process saves below a folder is on disk, or has failed, without meeting other ranks."""
+    for writing in pending_below(folder):
+        writing.await_commit()
 
 
 def settle_saves(folder: Path | None = None) -> None:

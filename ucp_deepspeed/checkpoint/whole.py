@@ -1,0 +1,160 @@
+"""The checkpoints of a folder: which are whole, and which of them is the newest.
+
+A checkpoint is what a load takes: a tag folder, or a folder that a framework makes for each save, with tag folders in it. Only
+names, sizes and records are read; `ucp_deepspeed.verify` also compares the bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, MARK_NAME
+from ucp_deepspeed.checkpoint.evidence import evidence_of
+from ucp_deepspeed.checkpoint.opening import LATEST_NAME, open_checkpoint, read_latest
+from ucp_deepspeed.checkpoint.tags import is_marked, tags_in
+from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, is_unfinished
+from ucp_deepspeed.errors import UniversalCheckpointError
+
+logger = logging.getLogger("ucp_deepspeed")
+
+COMPANIONS = {r"checkpoint-\d+": "trainer_state.json", r"checkpoint_\d+": "random_states_0.pkl"}
+"""Names of folders that frameworks make → the file without which the framework can't resume from one. It counts where some
+folder beside it has it."""
+
+_ENDINGS = "_states.pt", INDEX_NAME, MANIFEST_NAME, MARK_NAME
+
+
+@dataclass(frozen=True, slots=True)
+class FoundCheckpoint:
+    """A checkpoint in a folder.
+
+    Attributes:
+        path: the folder to load.
+        step: steps of the run, or the number in its name; -1 if nothing tells.
+        seconds: time at which its newest file was written.
+        problem: why it isn't whole; None if it is.
+    """
+
+    path: Path
+    step: int
+    seconds: float
+    problem: str | None
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Return what tells the newer of two: the later step, else the later time."""
+        return self.step, self.seconds
+
+
+def checkpoints_in(folder: str | Path) -> list[FoundCheckpoint]:
+    """Return the checkpoints in a folder, the newest first; none if there is no such folder."""
+    root = Path(folder)
+    held = [root / name for name in tags_in(root)] + [root / name for name in sorted(_unfinished_in(root))]
+    made = [entry for entry in _folders_in(root) if entry not in held and (_tags_of(entry) or _lacks(entry))]
+    found = [_found(path, [path]) for path in dict.fromkeys(held)] + [_found(path, _tags_of(path)) for path in made]
+    return sorted(found, key=lambda each: each.order, reverse=True)
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """Return the path of the newest whole checkpoint in a folder, for ``load_checkpoint`` or a framework's resume; None if there
+    is none. The newest is that of the latest step. Newer ones that aren't whole are named in a warning.
+
+    Args:
+        folder: the folder of a run: with tag folders in it, or with a folder for each save, such as ``checkpoint-100``.
+    """
+    passed: list[str] = []
+    for found in checkpoints_in(folder):
+        if found.problem is None:
+            if passed and _tells():
+                logger.warning("taking %s; newer ones aren't whole: %s", found.path, "; ".join(passed))
+            return str(found.path)
+        passed.append(found.problem)
+    if passed and _tells():
+        logger.warning("no checkpoint of %s is whole: %s", folder, "; ".join(passed))
+    return None
+
+
+def problem_of(folder: Path) -> str | None:
+    """Return why a checkpoint isn't whole; None if it is. ``folder`` is a tag's, or one with tag folders in it."""
+    tags = _tags_of(folder)
+    return _found(folder, tags or [folder]).problem
+
+
+def _found(path: Path, tags: list[Path]) -> FoundCheckpoint:
+    step, problem = -1, None
+    for tag in tags:
+        reason, steps = _looked_into(tag)
+        step, problem = max(step, steps), problem or reason
+    number = re.search(r"(\d+)$", path.name)
+    if step < 0 and number:
+        step = int(number[1])
+    if problem is None and tags != [path]:
+        problem = _without_latest(path) or _lacks(path)
+    return FoundCheckpoint(path, step, max(map(_time_of, tags), default=0.0), problem)
+
+
+def _looked_into(tag: Path) -> tuple[str | None, int]:
+    """Return why a tag isn't whole, and its step, -1 if it can't be opened."""
+    try:
+        if is_marked(tag):
+            return f"a save into {tag} was not finished", -1
+        checkpoint, evidence = open_checkpoint(tag), evidence_of(tag)
+        step = checkpoint.run.global_steps
+        problems = evidence.problems or ([] if evidence.save_id is not None else evidence.of_one_save(checkpoint)[0])
+    except (UniversalCheckpointError, OSError) as error:
+        return str(error), -1
+    return problems[0].detail if problems else None, step
+
+
+def _without_latest(path: Path) -> str | None:
+    """Return that the file which a load follows is missing or names no tag; None if all is well."""
+    try:
+        if not (path / LATEST_NAME).is_file():
+            return f"{path} has no file {LATEST_NAME!r}: its save was not finished"
+        tag = read_latest(path / LATEST_NAME)
+    except (UniversalCheckpointError, OSError) as error:
+        return str(error)
+    return None if (path / tag).is_dir() else f"{path / LATEST_NAME} names {tag!r}, which isn't there"
+
+
+def _lacks(path: Path) -> str | None:
+    """Return that a framework's own file is missing in its folder; None if nothing is."""
+    for pattern, name in COMPANIONS.items():
+        if not re.fullmatch(pattern, path.name) or (path / name).is_file():
+            continue
+        beside = (entry for entry in _folders_in(path.parent) if re.fullmatch(pattern, entry.name))
+        if any((entry / name).is_file() for entry in beside):
+            return f"{path} lacks {name}: its save was not finished"
+    return None
+
+
+def _folders_in(root: Path) -> list[Path]:
+    with suppress(OSError):
+        return sorted(entry for entry in root.iterdir() if entry.is_dir() and not is_unfinished(entry))
+    return []
+
+
+def _unfinished_in(root: Path) -> Iterator[str]:
+    return (entry.name for entry in _folders_in(root) if is_marked(entry))
+
+
+def _tags_of(folder: Path) -> list[Path]:
+    """Return the tag folders in a folder, also those whose save wasn't finished."""
+    return [folder / name for name in sorted({*tags_in(folder), *_unfinished_in(folder)})]
+
+
+def _time_of(tag: Path) -> float:
+    with suppress(OSError):
+        return max((file.stat().st_mtime for file in tag.iterdir() if file.name.endswith(_ENDINGS)), default=0.0)
+    return 0.0
+
+
+def _tells() -> bool:
+    """Return whether this process is the one that logs what all ranks see alike."""
+    return os.environ.get("RANK", "0") == "0"
