@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,7 +27,7 @@ import click
 from benchmark_commands import TIMEOUT, converter, deepspeed_converter, ended_by_signals, run_command
 from benchmark_profile import Phases, by_phase
 from benchmark_ranks import TAG, Measured
-from benchmark_report import Profile, Result, draw, machine, profile_table, table_of
+from benchmark_report import Pair, Profile, Result, Runs, draw, machine, profile_table, result_of, table_of
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -81,37 +81,6 @@ class Way:
     run: Callable[[], Measured]
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One way's two runs right after one another: with files that the kernel no longer keeps, and with those that it does."""
-
-    cold: Measured
-    warm: Measured
-
-
-@dataclass(frozen=True, slots=True)
-class Runs:
-    """All of one way: ``watched`` tells what it takes, and ``timed`` how long."""
-
-    watched: Pair
-    timed: list[Pair] = field(default_factory=list)
-
-    def after(self, first: Pair) -> Runs:
-        """Each with something else before it that was measured once."""
-        pairs = [Pair(pair.cold.after(first.cold), pair.warm.after(first.warm)) for pair in (self.watched, *self.timed)]
-        return Runs(pairs[0], pairs[1:])
-
-    def seconds(self, kind: str) -> list[float]:
-        """Seconds of each run; those of the watched run if there is no other."""
-        return [getattr(pair, kind).seconds for pair in self.timed or [self.watched]]
-
-    @property
-    def extra_memory(self) -> int | None:
-        """Peak memory, with what the first run kept for later ones, such as buffers for saving in the background."""
-        held = [pair.extra_memory for pair in (self.watched.cold, self.watched.warm)]
-        return max((each for each in held if each is not None), default=None)
-
-
 class Bench:
     """The sources, made once, and the operations on them."""
 
@@ -153,7 +122,7 @@ class Bench:
             found = {name: found[name] for name in rows}
         ours = statistics.median(found[ways[0].name].seconds("warm"))
         for name, runs in found.items():
-            self.results.append(_result(operation, name, runs, ours))
+            self.results.append(result_of(operation, name, runs, ours))
             click.echo(f"{operation}: {name}: {self.results[-1].warm:.2f} s", err=True)
 
     def _alternate(self, ways: Sequence[Way]) -> dict[str, Runs]:
@@ -390,26 +359,6 @@ def _slowest(pool: RankPool, function: Callable[..., Measured], *arguments: obje
         known("extra_memory", max),
         known("temporary", max),
         known("bytes_counted", sum),
-    )
-
-
-def _result(operation: str, way: str, runs: Runs, ours: float) -> Result:
-    """Args: ours: median of our warm seconds."""
-    warm, cold, taken = runs.seconds("warm"), runs.seconds("cold"), runs.watched.warm
-    return Result(
-        operation,
-        way,
-        statistics.median(warm),
-        statistics.median(cold),
-        statistics.median(warm) / ours,
-        taken.bytes_read,
-        taken.bytes_written,
-        taken.files,
-        runs.extra_memory,
-        taken.temporary,
-        taken.bytes_counted,
-        warm,
-        cold,
     )
 
 

@@ -4,17 +4,50 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
 from benchmark_profile import Phases
+from benchmark_ranks import Measured
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One way's two runs right after one another: with files that the kernel no longer keeps, and with those that it does."""
+
+    cold: Measured
+    warm: Measured
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """All of one way: ``watched`` tells what it takes, and ``timed`` how long."""
+
+    watched: Pair
+    timed: list[Pair] = field(default_factory=list)
+
+    def after(self, first: Pair) -> Runs:
+        """Each with something else before it that was measured once."""
+        pairs = [Pair(pair.cold.after(first.cold), pair.warm.after(first.warm)) for pair in (self.watched, *self.timed)]
+        return Runs(pairs[0], pairs[1:])
+
+    def seconds(self, kind: str) -> list[float]:
+        """Seconds of each run; those of the watched run if there is no other."""
+        return [getattr(pair, kind).seconds for pair in self.timed or [self.watched]]
+
+    @property
+    def extra_memory(self) -> int | None:
+        """Peak memory, with what the first run kept for later ones, such as buffers for saving in the background."""
+        held = [pair.extra_memory for pair in (self.watched.cold, self.watched.warm)]
+        return max((each for each in held if each is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +69,30 @@ class Result:
     bytes_counted: int | None
     warm_runs: list[float]
     cold_runs: list[float]
+
+
+def result_of(operation: str, way: str, runs: Runs, ours: float) -> Result:
+    """Return the figures of one way.
+
+    Args:
+        ours: median of our warm seconds.
+    """
+    warm, cold, taken = runs.seconds("warm"), runs.seconds("cold"), runs.watched.warm
+    return Result(
+        operation,
+        way,
+        statistics.median(warm),
+        statistics.median(cold),
+        statistics.median(warm) / ours,
+        taken.bytes_read,
+        taken.bytes_written,
+        taken.files,
+        runs.extra_memory,
+        taken.temporary,
+        taken.bytes_counted,
+        warm,
+        cold,
+    )
 
 
 def table_of(results: Sequence[Result]) -> str:

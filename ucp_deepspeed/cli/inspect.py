@@ -16,6 +16,7 @@ from ucp_deepspeed.checkpoint import Checkpoint, open_checkpoint
 from ucp_deepspeed.checkpoint.bounds import misshapen
 from ucp_deepspeed.checkpoint.differing import in_words as in_words_by_place
 from ucp_deepspeed.checkpoint.encoding import encode
+from ucp_deepspeed.checkpoint.opening import warn_of_sums_alone
 from ucp_deepspeed.checkpoint.tags import tags_in
 from ucp_deepspeed.checkpoint.torch_files.safe_load import TORCH_DTYPES
 from ucp_deepspeed.checkpoint.universal.index import UniversalCheckpoint, home_of
@@ -49,6 +50,7 @@ def show(
 ) -> None:
     """Do what ``ucp inspect`` says."""
     opened = open_checkpoint(checkpoint, tag)
+    warn_of_sums_alone(opened)
     opened.check_sizes()
     report = inspect_checkpoint(opened, spec, vocabulary_size)
     if match is not None:

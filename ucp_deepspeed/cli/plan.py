@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.differing import OnDiffering
+from ucp_deepspeed.checkpoint.opening import warn_of_sums_alone
 from ucp_deepspeed.cli.options import NO
 from ucp_deepspeed.cli.printing import Row, echo, in_words, print_json, print_labelled, print_lines, print_rows
 from ucp_deepspeed.cli.progress import shown_progress
@@ -50,6 +51,7 @@ def show(
             f"TP{tp}·PP{pp}·DP{dp} has {tp * pp * dp:,} ranks; at most {tunables.MOST_RANKS:,} are planned"
         )
     opened = open_checkpoint(checkpoint, tag)
+    warn_of_sums_alone(opened)
     keep = hyperparameters == "keep"
     policies = Policies(
         on_missing == "init", on_extra == "drop", optimizer_states, differing=on_differing, keep_settings=keep

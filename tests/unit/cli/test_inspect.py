@@ -15,6 +15,8 @@ import torch
 from click.testing import Result
 from native_files import NativeModel, NativeParameter, NativeRun, write_native
 
+from ucp_deepspeed.checkpoint.checksums import CHECKSUMS_NAME
+
 Ucp = Callable[..., Result]
 
 KEYS = """
@@ -210,3 +212,14 @@ def test_any_scheduler_is_shown_or_refused_and_compared(schedule: object, tmp_pa
     assert ucp("diff", tmp_path / "a", tmp_path / "a").exit_code == 0
     differing = ucp("diff", tmp_path / "a", tmp_path / "b")
     assert differing.exit_code == 1 and "lr_scheduler" in differing.stdout
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["plan", "--dp", 2]], ids=lambda command: command[0])
+def test_checksums_that_nothing_vouches_for(
+    command: list[object], one: Path, ucp: Ucp, caplog: pytest.LogCaptureFixture
+) -> None:
+    ucp(command[0], one, *command[1:])
+    assert "nothing is compared" not in caplog.text
+    (one / CHECKSUMS_NAME).write_text("{}")
+    ucp(command[0], one, *command[1:])
+    assert f"{one / CHECKSUMS_NAME} is there, and no ucp_manifest.json" in caplog.text
