@@ -214,7 +214,7 @@ def test_any_scheduler_is_shown_or_refused_and_compared(schedule: object, tmp_pa
     assert differing.exit_code == 1 and "lr_scheduler" in differing.stdout
 
 
-@pytest.mark.parametrize("command", [["inspect"], ["plan", "--dp", 2]], ids=lambda command: command[0])
+@pytest.mark.parametrize("command", [["inspect"], ["plan", "--dp", 2, "--zero", 1]], ids=lambda command: command[0])
 def test_checksums_that_nothing_vouches_for(
     command: list[object], one: Path, ucp: Ucp, caplog: pytest.LogCaptureFixture
 ) -> None:
