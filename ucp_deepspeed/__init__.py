@@ -1,8 +1,10 @@
 """Universal checkpointing for DeepSpeed and Megatron-Core: a run saved on any topology resumes on any other.
 
 Importing this package before ``deepspeed.initialize`` is all that a training script does; without a ``universal_checkpoint``
-block in its DeepSpeed config nothing changes. `wait_for_save` waits for saves in the background. `open_checkpoint` and `tags`
-look into checkpoints, `verify` compares their bytes with checksums, and `last_checkpoint` finds the newest whole one.
+block in its DeepSpeed config, and without ``UCP_DEEPSPEED=1``, nothing changes.
+
+`wait_for_save` waits for saves in the background. `open_checkpoint` and `tags` look into checkpoints, `verify` compares their
+bytes with checksums, and `last_checkpoint` finds the newest whole one.
 
 This package doesn't import DeepSpeed: the hooks are set when the training script imports it. Torch is imported only when a
 checkpoint is opened.

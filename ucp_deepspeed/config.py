@@ -1,4 +1,4 @@
-"""The ``universal_checkpoint`` block of a DeepSpeed config."""
+"""The ``universal_checkpoint`` block of a DeepSpeed config, and the variable that stands in for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from ucp_deepspeed import tunables
+from ucp_deepspeed import environment, tunables
 from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.errors import ConfigError, worded
@@ -74,23 +74,23 @@ class UniversalCheckpointConfig(BaseModel):
 
 
 def parse_config(ds_config: Mapping[str, Any]) -> UniversalCheckpointConfig:
-    """Read the block of a DeepSpeed config; disabled if there is none.
+    """Read the block of a DeepSpeed config. Without one, or without its key ``enabled``, the variable ``UCP_DEEPSPEED`` says
+    whether it counts as enabled; a config that asks for DeepSpeed's own universal load and has no block stays as it is.
 
     Raises:
         ConfigError: lists each unknown key and each value of a wrong type; or DeepSpeed's own universal load is on too.
     """
-    block = ds_config.get(CONFIG_KEY)
+    block, checkpoint = ds_config.get(CONFIG_KEY), ds_config.get("checkpoint")
+    asks_too = isinstance(checkpoint, Mapping) and checkpoint.get("load_universal")
     if block is None:
-        return UniversalCheckpointConfig()
+        return UniversalCheckpointConfig(enabled=environment.asks() and not asks_too)
     if not isinstance(block, Mapping):
         raise ConfigError(f"{CONFIG_KEY!r} must be a block of settings, not {block!r}")
     try:
-        config = UniversalCheckpointConfig.model_validate(dict(block))
+        config = UniversalCheckpointConfig.model_validate({"enabled": environment.asks(), **block})
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, (CONFIG_KEY, *item['loc'])))}: {_say(item)}" for item in error.errors()]
         raise ConfigError("\n".join(["the DeepSpeed config is not valid:", *lines])) from error
-    checkpoint = ds_config.get("checkpoint")
-    asks_too = isinstance(checkpoint, Mapping) and checkpoint.get("load_universal")
     if config.enabled and config.load != "never" and asks_too:
         raise ConfigError(
             f"'checkpoint.load_universal' and {CONFIG_KEY!r} are two ways to load: the first reads what DeepSpeed's own tool "

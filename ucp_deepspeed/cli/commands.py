@@ -302,9 +302,23 @@ def spec() -> None:
     """Write spec files, which say how parameters are sharded, and hold them against checkpoints."""
 
 
+ARM = Command(
+    "arm",
+    "arm.write",
+    examples=["ucp arm", "ucp arm --off"],
+    short_help="Let UCP_DEEPSPEED=1 arm scripts that don't import the package.",
+    help="""Let the variable UCP_DEEPSPEED=1 arm every script of this Python environment, also without an import.
+
+    Writes a line into the environment's site-packages, which Python runs at each start. Without the variable it does nothing.
+    With it, DeepSpeed engines whose config has no block "universal_checkpoint" get its defaults.
+    """,
+    params=[option("--off", is_flag=True, help="Remove the line.")],
+)
+
+
 @click.group(
     cls=Commands,
-    commands=[INSPECT, CONVERT, DIFF, VERIFY, PLAN, spec],
+    commands=[INSPECT, CONVERT, DIFF, VERIFY, PLAN, spec, ARM],
     context_settings=HELP,
     epilog="ucp COMMAND --help shows a command's options and examples.",
 )
