@@ -10,15 +10,11 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MARK_NAME
@@ -26,6 +22,7 @@ from ucp_deepspeed.checkpoint.opening import interrupted
 from ucp_deepspeed.checkpoint.universal.index import PARTIAL_MARK, REPLACED_MARK, home_of
 from ucp_deepspeed.errors import ConfigError, naming
 from ucp_deepspeed.transfer.open_files import close_quietly
+from ucp_deepspeed.transfer.signals import terminated_as_exception, undisturbed
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -55,13 +52,13 @@ def committed_folder(final: Path, then: Callable[[], None] = lambda: None) -> It
             for entry in partial.rglob("*"):
                 flush(entry)
             flush(partial)
-            with _undisturbed():
+            with undisturbed():
                 partial.rename(final)
                 release(partial)
                 flush(final.parent)
                 then()
         except BaseException:
-            with _undisturbed():
+            with undisturbed():
                 remove_partial_folder(partial)
             raise
 
@@ -107,6 +104,21 @@ def remove_partial_folder(partial: Path, final: Path | None = None) -> None:
     if final is not None:
         with suppress(OSError):
             (here.parent / final.name).rmdir()
+
+
+def remove_hidden(folder: Path) -> None:
+    """Remove a whole checkpoint: first its name, so that nobody finds a part of it. If this is killed, the next save or removal
+    beside it removes the rest.
+
+    Raises:
+        OSError: it can't be renamed or removed.
+    """
+    hidden = _partial_path(folder)
+    remove_abandoned(folder, of_any_name=True)
+    folder.rename(hidden)
+    (hidden / MARK_NAME).touch()
+    flush(hidden.parent)
+    _remove(hidden)
 
 
 def _remove_tree(folder: Path) -> None:
@@ -464,35 +476,3 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return pid != os.getpid()
-
-
-@contextmanager
-def _handling(numbers: Iterable[int], handler: Any) -> Iterator[None]:
-    """Let a handler have signals in the block. It works only in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def terminated_as_exception() -> AbstractContextManager[None]:
-    """Turn SIGTERM, and SIGHUP of a terminal that is gone, into SystemExit inside the block, so that cleaning up runs.
-
-    It works only in the main thread. An ignored signal, as SIGHUP is under nohup, stays ignored.
-    """
-
-    def terminate(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
-
-    hangs_up = signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
-    return _handling([signal.SIGTERM, *([signal.SIGHUP] if hangs_up else [])], terminate)
-
-
-def _undisturbed() -> AbstractContextManager[None]:
-    """Ignore signals in a short block that must be done whole, also the SIGTERM of a launcher when one rank has failed."""
-    return _handling((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), signal.SIG_IGN)

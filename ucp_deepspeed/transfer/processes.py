@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.errors import ConfigError, OtherRankError, UniversalCheckpointError
-from ucp_deepspeed.transfer.commit import terminated_as_exception, wait_until
+from ucp_deepspeed.transfer.commit import wait_until
+from ucp_deepspeed.transfer.signals import terminated_as_exception
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that ``torchrun`` sets, and other launchers."""

@@ -30,8 +30,9 @@ from ucp_deepspeed.checkpoint.universal.index import PARTIAL_MARK
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import main
 from ucp_deepspeed.errors import ConfigError, DamagedCheckpointError
-from ucp_deepspeed.transfer.commit import _exchange, committed_folder, terminated_as_exception, write_atomically
+from ucp_deepspeed.transfer.commit import _exchange, committed_folder, write_atomically
 from ucp_deepspeed.transfer.conversion import convert
+from ucp_deepspeed.transfer.signals import terminated_as_exception
 
 SLOWLY = """
 import signal, sys, time
