@@ -19,6 +19,7 @@ from pydantic import (
 from ucp_deepspeed import environment, tunables
 from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
 from ucp_deepspeed.checkpoint.differing import OnDiffering
+from ucp_deepspeed.checkpoint.retention import Keep
 from ucp_deepspeed.errors import ConfigError, worded
 
 CONFIG_KEY = "universal_checkpoint"
@@ -34,6 +35,7 @@ class SaveConfig(BaseModel):
 
     asynchronous: bool = Field(default=False, alias="async")
     checksums: bool = True
+    keep: Keep | None = None
     timeout: PositiveFloat = 1800.0
 
 
@@ -99,14 +101,25 @@ def parse_config(ds_config: Mapping[str, Any]) -> UniversalCheckpointConfig:
     return config
 
 
+BLOCKS: Mapping[tuple[str, ...], type[BaseModel]] = {
+    (): UniversalCheckpointConfig,
+    ("save",): SaveConfig,
+    ("save", "keep"): Keep,
+}
+"""The blocks within one another, by the keys that lead to them."""
+
+
 def _say(item: Any) -> str:
-    *within, key = item["loc"] or (None,)
+    place = tuple(item["loc"])
+    within, key = place[:-1], (place or (None,))[-1]
     if item["type"] == "extra_forbidden":
-        known = _keys(SaveConfig if within == ["save"] else UniversalCheckpointConfig)
-        hint = "; it belongs into 'save'" if not within and key in _keys(SaveConfig) else ""
-        return f"unknown key{hint}; known keys: {', '.join(known)}"
-    if key == "save" and not isinstance(item["input"], Mapping):
-        return f"must be a block of settings (found {item['input']!r}); known keys: {', '.join(_keys(SaveConfig))}"
+        inner = next(
+            (names for names, block in BLOCKS.items() if names[:-1] == within and names and key in _keys(block)), None
+        )
+        hint = f"; it belongs into {inner[-1]!r}" if inner else ""
+        return f"unknown key{hint}; known keys: {', '.join(_keys(BLOCKS.get(within, UniversalCheckpointConfig)))}"
+    if place in BLOCKS and not isinstance(item["input"], Mapping):
+        return f"must be a block of settings (found {item['input']!r}); known keys: {', '.join(_keys(BLOCKS[place]))}"
     return worded(item)
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, MARK_NAME
@@ -101,6 +102,20 @@ def _found(path: Path, tags: list[Path]) -> FoundCheckpoint:
 
 def _looked_into(tag: Path) -> tuple[str | None, int]:
     """Return why a tag isn't whole, and its step, -1 if it can't be opened."""
+    try:
+        held = sorted((str(path), status.st_size, status.st_mtime_ns) for path, status in _statuses(tag))
+    except OSError as error:
+        return str(error), -1
+    return _looked_once(tag, tuple(held))
+
+
+def _statuses(tag: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    return ((path, path.stat()) for path in tag.iterdir())
+
+
+@lru_cache(maxsize=4096)
+def _looked_once(tag: Path, held: tuple[tuple[str, int, int], ...]) -> tuple[str | None, int]:
+    """Look into a tag whose files, sizes and times are these: retention asks for the same tags after every save."""
     try:
         if is_marked(tag):
             return f"a save into {tag} was not finished", -1

@@ -151,6 +151,28 @@ VERIFY = Command(
     ],
 )
 
+PRUNE = Command(
+    "prune",
+    "prune.remove",
+    examples=[
+        "ucp prune runs/a --keep-last 3 --dry-run",
+        "ucp prune runs/a --keep-last 3 --keep-every 1000",
+    ],
+    short_help="Remove old checkpoints, and never the last whole one.",
+    help="""Remove the checkpoints in folder DIR that need not be kept.
+
+    Only whole ones count. These stay: the one that the file latest names, what another process of this machine reads or writes,
+    whatever is newer than the newest whole one, and each with a file .keep in it. One that isn't whole goes if a newer one is.
+    """,
+    params=[
+        folder("root", metavar="DIR"),
+        option("--keep-last", "last", type=COUNT, required=True, help="Keep so many of the newest whole checkpoints."),
+        option("--keep-every", "every", type=COUNT, help="Keep also whole ones whose step is a multiple of this."),
+        option("--dry-run", is_flag=True, help="Remove nothing; say what would be removed."),
+        option("--json", "as_json", is_flag=True, help="Print one JSON object instead."),
+    ],
+)
+
 POLICIES = {
     "--on-missing": ("error init", "Refuse parameters that CKPT lacks, or keep the model's values."),
     "--on-extra": ("error drop", "Refuse parameters that the model lacks, or drop them."),
@@ -318,7 +340,7 @@ ARM = Command(
 
 @click.group(
     cls=Commands,
-    commands=[INSPECT, CONVERT, DIFF, VERIFY, PLAN, spec, ARM],
+    commands=[INSPECT, CONVERT, DIFF, VERIFY, PRUNE, PLAN, spec, ARM],
     context_settings=HELP,
     epilog="ucp COMMAND --help shows a command's options and examples.",
 )

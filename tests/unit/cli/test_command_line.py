@@ -111,7 +111,7 @@ finally:
     ("args", "hint"),
     [
         (["inspct", "x"], "No such command 'inspct'. Did you mean 'inspect'?"),
-        (["runs/a"], "No such command 'runs/a'. The commands: inspect, convert, diff, verify, plan, spec, arm."),
+        (["runs/a"], "No such command 'runs/a'. The commands: inspect, convert, diff, verify, prune, plan, spec, arm."),
         (["spec", "checks"], "No such command 'checks'. Did you mean 'check'?"),
     ],
 )

@@ -54,6 +54,7 @@ from ucp_deepspeed.transfer import TransferCount
 from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
 from ucp_deepspeed.transfer.planning.pairing import Pair
 from ucp_deepspeed.transfer.planning.policies import Policies
+from ucp_deepspeed.transfer.pruning import reading
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -111,15 +112,16 @@ def load_checkpoint(
     telling = partial(system_errors_as, UniversalCheckpointError, f"{load_dir} can't be loaded")
     with telling():
         found, tag = find(engine, load_dir, tag, options)
-    if found.universal:
-        assert found.checkpoint is not None
-        with telling():
-            loaded = _load_universal(engine, found.checkpoint, options, started)
-    else:
-        if isinstance(found.checkpoint, DeepSpeedCheckpoint):
-            with telling(), agreement():
-                check_sums(found.checkpoint, engine)
-        loaded = _load_natively(native, engine, load_dir, tag, options, found)
+    with nullcontext() if found.folder is None else reading(found.folder):
+        if found.universal:
+            assert found.checkpoint is not None
+            with telling():
+                loaded = _load_universal(engine, found.checkpoint, options, started)
+        else:
+            if isinstance(found.checkpoint, DeepSpeedCheckpoint):
+                with telling(), agreement():
+                    check_sums(found.checkpoint, engine)
+            loaded = _load_natively(native, engine, load_dir, tag, options, found)
     setattr(engine, LOADED, loaded[1] or {})
     if found.streams and loaded[0] is not None:
         keep_to_restore(engine, found.random_state)

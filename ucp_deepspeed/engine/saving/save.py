@@ -12,6 +12,7 @@ import logging
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial as bound
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,10 @@ from ucp_deepspeed.engine.saving.background import (
     SnapshotEngine,
     begin,
     gone_error,
+    is_pending,
     settle_saves,
     wait_for_save,
+    when_on_disk,
 )
 from ucp_deepspeed.engine.saving.kept_errors import KeptError
 from ucp_deepspeed.engine.saving.marking import check_mark, marked_unfinished, undisturbed, writes
@@ -66,6 +69,7 @@ from ucp_deepspeed.transfer.commit import (
     replace_folder,
     write_atomically,
 )
+from ucp_deepspeed.transfer.pruning import prune
 from ucp_deepspeed.transfer.stage_copies import stages_with
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -140,7 +144,20 @@ def _save(
                     manifest, folder, save_id, told.values, Path(save_dir) / LATEST_NAME if save_latest else None, name
                 )
                 _warn_if_unreadable(engine, folder)
+    if writes_for_node(engine):  # when the folder's lock is free
+        _prune(engine, Path(save_dir))
     return saved
+
+
+def _prune(engine: Engine, root: Path) -> None:
+    """Remove checkpoints beside one that is on disk, as the block says. The save is done: a removal that fails is warned of."""
+    keep = engine.universal_checkpoint_config.save.keep
+    if keep is None:
+        return
+    try:
+        prune(root, keep, in_use=lambda path: "it is being written" if is_pending(path) else None)
+    except Exception as error:
+        logger.warning("old checkpoints of %s aren't removed: %s", root, error)
 
 
 def _describe(
@@ -211,6 +228,8 @@ def _save_in_background(
 
     config = engine.universal_checkpoint_config.save
     begin(engine, Job(partial, folder, tuple(files), config.checksums, commit, rank, world_size, config.timeout))
+    if rank == 0:
+        when_on_disk(folder, bound(_prune, engine, folder.parent))
     return saved
 
 
