@@ -138,7 +138,7 @@ def test_config_surface() -> None:
         "verify": "off",
         "shared_read_bytes": 0,
         "read_memory_bytes": 1 << 20,
-        "save": {"async": True, "checksums": False, "timeout": 60.0},
+        "save": {"async": True, "checksums": False, "keep": {"last": 3, "every": 1000}, "timeout": 60.0},
     }
     assert set(UniversalCheckpointConfig.model_fields) == block.keys()
     assert parse_config({}).enabled is False
@@ -165,8 +165,17 @@ def test_config_surface() -> None:
         ),
         (
             {"save": True},
-            "universal_checkpoint.save: must be a block of settings (found True); known keys: async, checksums, timeout",
+            "universal_checkpoint.save: must be a block of settings (found True); known keys: async, checksums, keep, timeout",
         ),
+        (
+            {"save": {"keep": 3}},
+            "universal_checkpoint.save.keep: must be a block of settings (found 3); known keys: last, every",
+        ),
+        (
+            {"save": {"keep": {"first": 3}}},
+            "universal_checkpoint.save.keep.first: unknown key; known keys: last, every",
+        ),
+        ({"keep": {"last": 3}}, "universal_checkpoint.keep: unknown key; it belongs into 'save'; known keys: enabled"),
         (True, "must be a block of settings"),
     ],
 )
