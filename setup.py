@@ -19,6 +19,8 @@ OLDEST, NEWEST = (stated(name, "engine/__init__.py") for name in ("OLDEST_DEEPSP
 MAJOR, MINOR = NEWEST.split(".")
 DEEPSPEED_RANGE = f"deepspeed>={OLDEST},<{MAJOR}.{int(MINOR) + 1}"
 
+HUGGING_FACE = ["transformers>=5,<5.23", "accelerate>=1.12", "peft>=0.19"]
+
 packages = find_packages(include=["ucp_deepspeed", "ucp_deepspeed.*"])
 
 setup(
@@ -51,9 +53,17 @@ setup(
         "xxhash>=3.1",
     ],
     extras_require={
+        "hf": HUGGING_FACE,
         "megatron": ["megatron-core>=0.16.1,<0.17"],
         "plots": ["matplotlib>=3.8"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=5,<5.23"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "transformers>=5,<5.23",
+            *HUGGING_FACE,
+            "trl>=1,<2",
+        ],
         "dev": ["ruff", "mypy", "pre-commit", "codespell", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["ucp = ucp_deepspeed.cli:main"]},

@@ -13,7 +13,9 @@ from typing import Any
 
 import wrapt
 
-FRAMEWORKS: dict[str, str] = {}
+FRAMEWORKS: dict[str, str] = {
+    "transformers.trainer": "huggingface",
+}
 """Modules of frameworks, and those here that wrap them."""
 
 

@@ -18,6 +18,7 @@ def rotate(
     most: int,
     pinned: Collection[Path] = (),
     remove: Callable[[Path], object] = shutil.rmtree,
+    problem: Callable[[Path], str | None] = problem_of,
 ) -> list[Path]:
     """Remove old checkpoints. Return those that were removed, oldest first.
 
@@ -25,8 +26,9 @@ def rotate(
         folders: the checkpoints, oldest first.
         most: so many whole ones stay, ``pinned`` ones counted; the newest whole one always does.
         pinned: checkpoints that are never removed.
+        problem: says why a checkpoint isn't whole.
     """
-    found = [FoundCheckpoint(path, number, 0.0, problem_of(path)) for number, path in enumerate(folders)][::-1]
+    found = [FoundCheckpoint(path, number, 0.0, problem(path)) for number, path in enumerate(folders)][::-1]
     whole = [each.path for each in found if each.problem is None and in_use(each.path) is None]
     beside = [sum(each in pinned for each in whole[last:]) for last in range(len(whole) + 1)]
     last = max((last for last in range(1, len(whole) + 1) if last + beside[last] <= most), default=1)

@@ -192,6 +192,9 @@ class Writing(threading.Thread):
         self.outcome: Exception | None = None
         self._given_up = threading.Event()
         self._begun = time.monotonic()
+        self._folder_number: int | None = None
+        with suppress(OSError):
+            self._folder_number = job.partial.stat().st_ino
         self._then: list[Callable[[], None]] = []
         self._ended = False
         self._lock = threading.Lock()
@@ -234,7 +237,14 @@ class Writing(threading.Thread):
         while self._waits_for_first() and time.monotonic() < deadline and not self._given_up.is_set():
             self._given_up.wait(pause)  # rank 0 renames or removes the folder
             pause = min(2 * pause, tunables.LONGEST_PAUSE_SECONDS)
-        return not self._waits_for_first() and self.job.folder.is_dir()
+        return not self._waits_for_first() and self._took_its_place()
+
+    def _took_its_place(self) -> bool:
+        """Return whether the checkpoint's folder is the one that this save has filled: a rename keeps its number. After a failure
+        an older checkpoint is there, or for a moment an empty folder."""
+        with suppress(OSError):
+            return self.job.rank == 0 or self.job.folder.stat().st_ino == self._folder_number
+        return False
 
     def _waits_for_first(self) -> bool:
         """Return whether rank 0 has yet to rename the folder, or to remove it."""
@@ -409,8 +419,13 @@ def wait_for_save(engine: Engine | None = None) -> None:
 
 def pending_below(folder: Path) -> list[Writing]:
     """Return the saves of this process below a folder that may not be on disk yet."""
+    return [each for each in _untold_below(folder) if not each.has_ended]
+
+
+def _untold_below(folder: Path) -> list[Writing]:
+    """Return those, and the ended ones whose end no rank has been told."""
     place = folder.resolve()
-    return [each for each in _pending if not each.has_ended and each.job.folder.resolve().is_relative_to(place)]
+    return [each for each in _pending if each.job.folder.resolve().is_relative_to(place)]
 
 
 def is_pending(folder: Path) -> bool:
@@ -420,9 +435,10 @@ def is_pending(folder: Path) -> bool:
 
 def when_on_disk(folder: Path, action: Callable[[], None]) -> None:
     """Call a function when what this process saves below a folder is on disk: now, or from the thread of the last such save. It
-    is never called after a save that fails. It meets no other rank, so a framework may use it on one rank alone."""
-    if pending := pending_below(folder):
-        pending[-1].then(action)
+    isn't called after a save that fails, before `wait_for_save` has told of it. It meets no other rank, so a framework may use it
+    on one rank alone. On ranks other than 0 ``latest`` may move a moment later."""
+    if untold := _untold_below(folder):
+        untold[-1].then(action)
     else:
         action()
 
