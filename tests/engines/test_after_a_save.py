@@ -1,4 +1,4 @@
-"""What a framework has done once a save in the background is on disk, on any rank, without meeting the others."""
+"""Actions of a framework that follow a save in the background, on any rank, without meeting the others."""
 
 from __future__ import annotations
 

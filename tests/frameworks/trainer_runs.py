@@ -49,7 +49,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What a rank saw of a training.
+    """Everything that a rank saw of a training.
 
     Attributes:
         samples: for each optimizer step, the samples of each rank's micro-batches.
