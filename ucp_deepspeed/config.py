@@ -53,6 +53,7 @@ class UniversalCheckpointConfig(BaseModel):
     on_differing: OnDiffering = "error"
     optimizer_states: Literal["restore", "reset"] = "restore"
     hyperparameters: Literal["restore", "keep"] = "restore"
+    scheduler: Literal["restore", "keep"] = "restore"
     random_state: Literal["restore", "keep"] = "restore"
     on_unreadable: OnUnreadable = "error"
     verify: Literal["pieces", "off"] = "pieces"
@@ -63,14 +64,15 @@ class UniversalCheckpointConfig(BaseModel):
     @property
     def has_policies(self) -> bool:
         """Return whether more than a plain restore is allowed or asked for. DeepSpeed's own path can't do that."""
-        chosen = self.on_missing, self.on_extra, self.optimizer_states, self.hyperparameters
-        return chosen != ("error", "error", "restore", "restore")
+        chosen = self.on_missing, self.on_extra, self.optimizer_states, self.hyperparameters, self.scheduler
+        return chosen != ("error", "error", "restore", "restore", "restore")
 
     @model_validator(mode="after")
     def _can_follow(self) -> UniversalCheckpointConfig:
         if self.load == "never" and (self.has_policies or self.on_differing != "error"):
             raise ValueError(
-                "'on_missing', 'on_extra', 'on_differing', 'optimizer_states' and 'hyperparameters' need another 'load'"
+                "'on_missing', 'on_extra', 'on_differing', 'optimizer_states', 'hyperparameters' and 'scheduler' need another "
+                "'load'"
             )
         return self
 

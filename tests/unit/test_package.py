@@ -133,6 +133,7 @@ def test_config_surface() -> None:
         "on_differing": "mean",
         "optimizer_states": "reset",
         "hyperparameters": "keep",
+        "scheduler": "keep",
         "random_state": "keep",
         "on_unreadable": "drop",
         "verify": "off",
@@ -157,6 +158,7 @@ def test_config_surface() -> None:
             "universal_checkpoint.read_memory_bytes: expected a number from 1024 on (found 1)",
         ),
         ({"load": "never", "on_extra": "drop"}, "universal_checkpoint: 'on_missing', 'on_extra', "),
+        ({"load": "never", "scheduler": "keep"}, "'hyperparameters' and 'scheduler' need another 'load'"),
         ({"on_missing": "ignore"}, "universal_checkpoint.on_missing: expected 'error' or 'init' (found 'ignore')"),
         ({"save": {"async": "yes"}}, "universal_checkpoint.save.async: expected true or false (found 'yes')"),
         (

@@ -179,6 +179,7 @@ POLICIES = {
     "--on-differing": ("error first last mean max", "Optimizer numbers that differ over CKPT's partitions."),
     "--optimizer-states": ("restore reset", "Take the optimizer's states from CKPT, or begin anew."),
     "--hyperparameters": ("restore keep", "Take the hyper-parameters from CKPT, or keep the model's."),
+    "--scheduler": ("restore keep", "Take the schedule of learning rates from CKPT, or keep the model's."),
 }
 
 PLAN = Command(

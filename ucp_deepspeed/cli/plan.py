@@ -17,7 +17,7 @@ from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.errors import ConfigError, listed
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.layout import Topology
-from ucp_deepspeed.transfer.planning.policies import Policies
+from ucp_deepspeed.transfer.planning.policies import SCHEDULED, Policies
 from ucp_deepspeed.transfer.planning.targeting import RankPlan, TargetPlan, plan_target
 
 FIGURES = ("bytes_read", "bytes_held", "copies")
@@ -42,6 +42,7 @@ def show(
     on_differing: OnDiffering,
     optimizer_states: Literal["restore", "reset"],
     hyperparameters: Literal["restore", "keep"],
+    scheduler: Literal["restore", "keep"],
     as_json: bool,
     plot: Path | None,
 ) -> int:
@@ -52,9 +53,13 @@ def show(
         )
     opened = open_checkpoint(checkpoint, tag)
     warn_of_sums_alone(opened)
-    keep = hyperparameters == "keep"
     policies = Policies(
-        on_missing == "init", on_extra == "drop", optimizer_states, differing=on_differing, keep_settings=keep
+        on_missing == "init",
+        on_extra == "drop",
+        optimizer_states,
+        differing=on_differing,
+        keep_settings=hyperparameters == "keep",
+        scheduled=SCHEDULED if scheduler == "keep" else frozenset(),
     )
     target = None if model is None else open_checkpoint(model)
     own_spec = None if spec is None else load_spec(spec)

@@ -34,6 +34,7 @@ from ucp_deepspeed.engine.deepspeed_surface import (
 )
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.loading.native import LoadOptions
+from ucp_deepspeed.engine.loading.training_state import check_schedule
 from ucp_deepspeed.engine.model import engine_topology
 from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.node_local import open_here, writes_for_node
@@ -164,6 +165,7 @@ def load_checkpoint(
     Raises:
         UnsupportedError: the checkpoint is a universal one, or is known to be of another topology; on every rank, before
             anything of the engine has changed.
+        MismatchError: the engine has a scheduler, and the checkpoint no state of one.
     """
     with agreement():
         options = LoadOptions(*positional, **named)
@@ -202,6 +204,7 @@ def _check_loadable(engine: Engine, load_dir: Path, tag: str | None, options: Lo
             reason.problems,
             f'change that, or resume on {checkpoint.topology}, where "load": "auto" leaves it to DeepSpeed',
         )
+    check_schedule(engine, checkpoint, options, "load_lr_scheduler_states=False")
     return aside
 
 

@@ -32,7 +32,7 @@ def test_options() -> None:
     options = {opt for param in main.commands["plan"].params if isinstance(param, click.Option) for opt in param.opts}
     topology = {"--tp", "--pp", "--dp", "--zero", "--ep"}
     changes = {"--model", "--on-missing", "--on-extra", "--on-differing", "--optimizer-states", "--hyperparameters"}
-    assert options == {*topology, *changes, "--tag", "--spec", "--vocabulary-size", "--json", "--plot"}
+    assert options == {*topology, *changes, "--scheduler", "--tag", "--spec", "--vocabulary-size", "--json", "--plot"}
 
 
 def test_the_keys_of_the_object(sharded: Path, spec_file: Path, ucp: Ucp) -> None:
@@ -103,6 +103,23 @@ def test_a_model_that_changed(changed: tuple[Path, Path], ucp: Ucp) -> None:
     shown = ucp(*plan[:-1], *policies).stdout
     for line in ("2 parameters and buffers, with all optimizer states reset", "more, rows", "dropped   head"):
         assert line in shown
+
+
+def test_a_model_with_a_scheduler_and_no_saved_schedule(tmp_path: Path, ucp: Ucp) -> None:
+    """A load refuses it too."""
+    parameter = NativeParameter("a", torch.ones(4), {"exp_avg": torch.ones(4)})
+    source, model = (
+        write_native(
+            tmp_path / name, NativeModel((parameter,)), NativeRun(stage=1), client_state={"lr_scheduler": state}
+        )
+        for name, state in (("old", None), ("new", {"last_epoch": 0}))
+    )
+    plan = ("plan", source, "--dp", 2, "--zero", 1)
+    refused = ucp(*plan, "--model", model)
+    assert refused.exit_code == 1 and "old/global_step" in refused.stdout
+    assert 'let the live one begin anew: "scheduler": "keep" in "universal_checkpoint"' in refused.stdout
+    assert ucp(*plan, "--model", model, "--scheduler", "keep").exit_code == 0
+    assert ucp(*plan).exit_code == 0
 
 
 def test_states_that_concern_all_of_a_buffer(tmp_path: Path, ucp: Ucp) -> None:

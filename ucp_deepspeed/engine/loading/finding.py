@@ -20,6 +20,7 @@ from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.agreement import check_same, gathered, portable, raise_first
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.loading.native import LoadOptions, files_to_unpickle, look_into, takes_universal_path
+from ucp_deepspeed.engine.loading.training_state import check_schedule
 from ucp_deepspeed.engine.model import model_parallel_rank
 from ucp_deepspeed.engine.node_local import Missing, check_all_here, files_missing, open_here
 from ucp_deepspeed.engine.optimizers import engine_optimizer, only_evaluates
@@ -150,6 +151,8 @@ def _look(
             random_state = read_random_state(engine, checkpoint) if streams else None
             seen.opened, seen.missing = (checkpoint.run.global_steps, str(checkpoint.path)), files_missing(checkpoint)
             seen.universal = takes_universal_path(config, engine, checkpoint, engine_optimizer(engine), options)
+            if not seen.universal:
+                check_schedule(engine, checkpoint, options)
             found = Found(folder, checkpoint, random_state, seen.universal, streams)
     except Exception as error:
         seen.error = portable(error)

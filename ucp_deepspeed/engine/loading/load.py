@@ -37,10 +37,13 @@ from ucp_deepspeed.engine.loading.planning import pair_with, plan_filling, polic
 from ucp_deepspeed.engine.loading.training_state import (
     GroupSettings,
     check_scheduler,
+    lacks_schedule,
     live_groups,
     plan_hyperparameters,
     restore_data_schedules,
     restore_run,
+    scheduled_keys,
+    tell_of_schedule,
     without_begun_anew,
 )
 from ucp_deepspeed.engine.loading.ways_on import telling_ways_on
@@ -105,9 +108,8 @@ def load_checkpoint(
     """
     wait_for_save(engine)
     settle_saves()
-    options = LoadOptions(
-        load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn
-    )
+    schedule = load_lr_scheduler_states and engine.universal_checkpoint_config.scheduler == "restore"
+    options = LoadOptions(load_module_strict, load_optimizer_states, schedule, load_module_only, custom_load_fn)
     started = time.monotonic()
     telling = partial(system_errors_as, UniversalCheckpointError, f"{load_dir} can't be loaded")
     with telling():
@@ -123,6 +125,12 @@ def load_checkpoint(
                     check_sums(found.checkpoint, engine)
             loaded = _load_natively(native, engine, load_dir, tag, options, found)
     setattr(engine, LOADED, loaded[1] or {})
+    if (
+        found.checkpoint is not None
+        and loaded[0] is not None
+        and engine.universal_checkpoint_config.scheduler == "restore"
+    ):
+        tell_of_schedule(engine, found.checkpoint, options)
     if found.streams and loaded[0] is not None:
         keep_to_restore(engine, found.random_state)
         restore_random_state(engine, found.random_state)
@@ -207,7 +215,7 @@ def _load_universal(engine: Engine, checkpoint: Checkpoint, options: LoadOptions
     # 4. Tell what was done.
     with agreement():
         engine.universal_checkpoint_report = report = plan.report(optimizer, read, time.monotonic() - started)
-        _log(report, plan.pair.checkpoint, plan.model, policies.rounded)
+        _log(report, plan.pair.checkpoint, plan.model, policies)
     return plan.path, _without_restored(plan.state, options)
 
 
@@ -222,6 +230,8 @@ def _reload_offloaded(engine: Engine) -> None:
 def _policies(engine: Engine, options: LoadOptions) -> Policies:
     restores = options.optimizer_states and not only_evaluates(engine)
     policies = policies_of(engine.universal_checkpoint_config, restores, options.load_module_strict)
+    if engine.universal_checkpoint_config.scheduler == "keep" and engine.lr_scheduler is not None:
+        policies = replace(policies, scheduled=scheduled_keys(engine.lr_scheduler))
     if engine.zero_optimization_stage() > 0 and not engine.zero_load_from_fp32_weights():
         policies = replace(policies, rounded=True)
     if options.custom_load_fn is not None:  # the function may fill what is missing, and use what is extra
@@ -293,7 +303,9 @@ def _planned(
     settings, schedule = GroupSettings(), None
     if options.optimizer_states and not only_evaluates(engine):
         settings = plan_hyperparameters(found, optimizer, numbers)
-    if options.load_lr_scheduler_states and engine.lr_scheduler is not None:
+    if options.schedule and engine.lr_scheduler is not None:
+        if lacks_schedule(engine, checkpoint, options):
+            found.check_schedule()
         schedule = found.schedule(live_groups(names, optimizer), engine.lr_scheduler.state_dict())
         parts = engine, engine.module, engine.optimizer
         check_scheduler(engine.lr_scheduler, schedule, parts, optimizer, found.obstacles)
@@ -349,7 +361,7 @@ def _without_restored(state: dict[str, Any], options: LoadOptions) -> dict[str, 
     return {key: value for key, value in state.items() if key not in restored}
 
 
-def _log(report: LoadReport, checkpoint: Checkpoint, model: EngineModel, rounded: bool) -> None:
+def _log(report: LoadReport, checkpoint: Checkpoint, model: EngineModel, policies: Policies) -> None:
     if dist.get_rank() != 0:
         return
     logger.info(
@@ -366,7 +378,9 @@ def _log(report: LoadReport, checkpoint: Checkpoint, model: EngineModel, rounded
     for what, names in (("kept the model's own values", report.initialised), ("were dropped", report.dropped)):
         if names:
             logger.warning("%d parameters %s, in whole or in part: %s", len(names), what, ", ".join(names))
-    if rounded and checkpoint.run.precision != "fp32":
+    if policies.scheduled:
+        logger.info('the live learning rate scheduler and its rates stay as they are, as "scheduler": "keep" says')
+    if policies.rounded and checkpoint.run.precision != "fp32":
         logger.warning(
             'the masters begin as the checkpoint\'s %s weights, as "load_from_fp32_weights": false says',
             checkpoint.run.precision,

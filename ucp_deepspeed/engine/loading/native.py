@@ -60,6 +60,16 @@ class LoadOptions:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @property
+    def schedule(self) -> bool:
+        """Return whether the state of a scheduler is restored."""
+        return self.load_lr_scheduler_states and not self.load_module_only
+
+    @property
+    def takes_what_matches(self) -> bool:
+        """Return whether the load begins a run from another model's weights."""
+        return not (self.load_optimizer_states or self.load_module_strict)
+
+    @property
     def optimizer_states(self) -> bool:
         """Return whether optimizer states and hyper-parameters are restored."""
         return self.load_optimizer_states and not self.load_module_only

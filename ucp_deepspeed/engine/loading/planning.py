@@ -97,7 +97,9 @@ def plan_filling(
         for name, each in live.items()
         if each.tensor is None or expert_of(each.name) is not None or is_expert(each.tensor)
     }
-    planner = RankPlanner(found, _optimizer_of(optimizer, settings), kept_apart, shared_read_bytes)
+    planner = RankPlanner(
+        found, _optimizer_of(optimizer, settings, found.policies.scheduled), kept_apart, shared_read_bytes
+    )
     restored = [live[name] for name in planner.restored]
     weights = [each for each in restored if each.kind != "trainable" and each.tensor is not None]
     rank, memories = _rank(model, found.names, target_slots(model, optimizer, found.names), weights)
@@ -140,7 +142,9 @@ def _reaches(model: EngineModel, memory: Any) -> bool:
     return model.tensor_parallel_group is not None and reaches(model.tensor_parallel_group, memory)
 
 
-def _optimizer_of(optimizer: EngineOptimizer, settings: Sequence[Mapping[str, Any]]) -> TargetOptimizer:
+def _optimizer_of(
+    optimizer: EngineOptimizer, settings: Sequence[Mapping[str, Any]], scheduled: frozenset[str]
+) -> TargetOptimizer:
     """Return what the live optimizer tells of its states. It is the same for all slots of a group that have as many
     dimensions."""
     known: dict[tuple[int, int], KeptStates | None] = {}
@@ -156,6 +160,6 @@ def _optimizer_of(optimizer: EngineOptimizer, settings: Sequence[Mapping[str, An
         return known[key]
 
     def goes_on(slot: TargetSlot, saved: Mapping[str, Any]) -> bool:
-        return optimizer.is_like(slot.group, saved) and usable(saved).keys() <= taken(slot).keys()
+        return optimizer.is_like(slot.group, saved) and usable(saved).keys() - scheduled <= taken(slot).keys()
 
     return TargetOptimizer(kept_states, goes_on)

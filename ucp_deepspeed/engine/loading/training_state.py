@@ -10,14 +10,16 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from deepspeed import comm as dist
 
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP
 from ucp_deepspeed.engine.deepspeed_types import Engine
-from ucp_deepspeed.engine.optimizers import EngineOptimizer
+from ucp_deepspeed.engine.optimizers import EngineOptimizer, only_evaluates
+from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.transfer.planning.numbers import ANEW_HINT, GroupSettings, PartitionNumbers, Settings
 from ucp_deepspeed.transfer.planning.pairing import Names, Pair
-from ucp_deepspeed.transfer.planning.policies import Obstacles
+from ucp_deepspeed.transfer.planning.policies import ANEW_WAY, SCHEDULED, Obstacles, no_schedule
 
 if TYPE_CHECKING:
     from ucp_deepspeed.engine.loading.native import LoadOptions
@@ -52,6 +54,50 @@ def without_begun_anew(
             kept = optimizer.live_group(index).keys() - {GROUP_STEP}
             values[index] = {key: value for key, value in taken.items() if key in kept}
     return replace(settings, values=tuple(values))
+
+
+def lacks_schedule(engine: Engine, checkpoint: Checkpoint, options: LoadOptions) -> bool:
+    """Return whether the engine's scheduler would begin anew, since the checkpoint holds no state of one. Some schedulers keep
+    none; a load that takes what matches keeps the rest."""
+    scheduler = engine.lr_scheduler
+    asked = options.schedule and not options.takes_what_matches and scheduler is not None and not only_evaluates(engine)
+    return asked and checkpoint.run.lr_scheduler is None and scheduler.state_dict() is not None
+
+
+def check_schedule(engine: Engine, checkpoint: Checkpoint, options: LoadOptions, way: str = ANEW_WAY) -> None:
+    """Refuse a load that is left to DeepSpeed, which would fail at such a scheduler when it has changed the model.
+
+    Raises:
+        MismatchError: the engine has a scheduler, and the checkpoint no state of one.
+    """
+    if lacks_schedule(engine, checkpoint, options):
+        raise MismatchError(no_schedule(checkpoint.path, checkpoint.run.global_steps, way))
+
+
+def tell_of_schedule(engine: Engine, checkpoint: Checkpoint, options: LoadOptions) -> None:
+    """Warn of a schedule that the engine has no scheduler for, as DeepSpeed doesn't."""
+    state = checkpoint.run.lr_scheduler
+    if (
+        state
+        and options.schedule
+        and engine.lr_scheduler is None
+        and not only_evaluates(engine)
+        and dist.get_rank() == 0
+    ):
+        logger.warning(
+            "%s holds a schedule of learning rates (%s), and the engine has no scheduler: it isn't restored. A scheduler outside "
+            "the engine has to restore itself, or begins anew; one from the DeepSpeed config, or from lr_scheduler=… of "
+            "deepspeed.initialize, is restored",
+            checkpoint.path,
+            ", ".join(sorted(map(str, state))),
+        )
+
+
+def scheduled_keys(scheduler: Any) -> frozenset[str]:
+    """Return the keys of parameter groups that a live scheduler sets."""
+    parts = (scheduler, *getattr(scheduler, "_schedulers", ()))
+    momentum = any(getattr(part, "cycle_momentum", False) for part in parts)
+    return SCHEDULED.union(("betas", "momentum") if momentum else ())
 
 
 def check_scheduler(
@@ -115,10 +161,8 @@ def restore_run(
     if options.load_lr_scheduler_states and engine.lr_scheduler is not None:
         if schedule is not None:
             engine.lr_scheduler.load_state_dict(dict(schedule))
-        else:
-            logger.warning(
-                "the checkpoint holds no state of a learning rate scheduler: the live one starts from its first step"
-            )
+        elif engine.lr_scheduler.state_dict() is not None and dist.get_rank() == 0:
+            logger.warning("the checkpoint holds no state of a learning rate scheduler: the live one begins anew")
         if options.load_optimizer_states:  # else the groups' rates stay too, as with DeepSpeed
             _set_scheduled(engine.lr_scheduler, optimizer)
     for live in optimizer.base.param_groups if reset else ():

@@ -26,7 +26,7 @@ from ucp_deepspeed.errors import (
 T = TypeVar("T")
 
 _WAYS = re.compile(
-    r"\"(?:load|spec|on_\w+|optimizer_states|hyperparameters|random_state|vocabulary_size|shared_read_bytes|tie_word_embeddings)\""
+    r"\"(?:load|spec|on_\w+|optimizer_states|hyperparameters|scheduler|random_state|vocabulary_size|shared_read_bytes|tie_word_embeddings)\""
     r"|tag=|load_\w+=|custom_load_fn=|\bucp [a-z]+|--[a-z]+|^names:|remove |correct |fetch |move (?:one|those)|keep one"
     r"|save (?:again|with|it)|name (?:a spec|the same)|parameter groups of their own|install ",
     re.MULTILINE,

@@ -183,6 +183,7 @@ def settings_of_groups(
     numbers: PartitionNumbers,
     keep: bool,
     obstacles: Obstacles,
+    scheduled: frozenset[str] = frozenset(),
 ) -> GroupSettings:
     """Give each group of the target all hyper-parameters of its parameters, whatever the order of their groups was, also those
     that the live group doesn't have yet: optimizers make some at their first step.
@@ -196,6 +197,7 @@ def settings_of_groups(
         numbers: gives the groups' values of numbers that differ over partitions.
         keep: whether the groups keep what was configured; their counts are restored even so.
         obstacles: takes the keys for which the parameters of a group come from groups with different values.
+        scheduled: keys of which the groups keep what they have.
     """
     values: list[Mapping[str, Any]] = []
     kept: list[str] = []
@@ -223,14 +225,15 @@ def settings_of_groups(
         first, live = next(iter(held.values()), {}), live_group(index)
         # A number that the optimizer made while it ran is no setting.
         made = {key for key in first if key == GROUP_STEP or (key not in live and key != "initial_lr")}
-        taken = {key: value for key, value in usable(first).items() if not keep or key in made}
+        asked = made if keep else usable(first).keys()
+        taken = {key: value for key, value in usable(first).items() if key in asked and key not in scheduled}
         values.append(taken)
         kept += [
             f"parameter group {index}: {key!r} is {value!r} in the checkpoint, {live[key]!r} here"
             for key, value in first.items()
             if key not in taken and key in live and not same_value(_plain(value), _plain(live[key]))
         ]
-        for problem in _differing(taken, held, keep):
+        for problem in _differing(taken, held, keep, scheduled):
             obstacles.add(f"parameter group {index}", problem)
     return GroupSettings(tuple(values), tuple(kept))
 
@@ -258,10 +261,13 @@ JOINED_HINT = (
 )
 
 
-def _differing(taken: Mapping[str, Any], held: Mapping[str, Mapping[str, Any]], keep: bool) -> Iterator[str]:
+def _differing(
+    taken: Mapping[str, Any], held: Mapping[str, Mapping[str, Any]], keep: bool, scheduled: frozenset[str]
+) -> Iterator[str]:
     """Yield the differences between groups that become one, each under the name of a parameter."""
     absent: Any = object()
-    for key in taken if keep else dict.fromkeys(key for found in held.values() for key in usable(found)):
+    every = dict.fromkeys(key for found in held.values() for key in usable(found) if key not in scheduled)
+    for key in taken if keep else every:
         nothing = 0 if key == GROUP_STEP else absent
         value = taken.get(key, nothing)
         for name, found in held.items():
@@ -282,7 +288,7 @@ PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_m
 OF_ALL_GROUPS = ("_milestones", "milestones", "_schedule_phases")
 """Lists that belong to a scheduler's whole schedule, even if they are as long as there are groups."""
 
-ANEW_HINT = "load_lr_scheduler_states=False starts the schedule anew"
+ANEW_HINT = 'load_lr_scheduler_states=False, or "scheduler": "keep" in the block, starts the schedule anew'
 
 
 def schedule_of_groups(

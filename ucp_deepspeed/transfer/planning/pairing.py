@@ -37,6 +37,7 @@ from ucp_deepspeed.transfer.planning.numbers import (
     settings_of_groups,
 )
 from ucp_deepspeed.transfer.planning.policies import (
+    ANEW_WAY,
     Matching,
     Obstacles,
     Policies,
@@ -44,6 +45,7 @@ from ucp_deepspeed.transfer.planning.policies import (
     check_matching,
     check_recorded,
     match,
+    no_schedule,
     some_names,
     some_shape,
 )
@@ -169,10 +171,11 @@ class Pair:
         """Give each parameter group of the model the hyper-parameters of its parameters; see `settings_of_groups`."""
         source = {name: group for names, group in self._groups for name in names}
         held = source, self.view.parameters
-        keep = self.policies.keep_settings
+        keep, scheduled = self.policies.keep_settings, self.policies.scheduled
+        place: Callable[[int], PlaceOfSteps | None] = place_of_steps
         if self.policies.optimizer_states != "restore":  # steps that begin anew needn't be the same
-            return settings_of_groups(*held, groups, live_group, lambda index: "state", numbers, keep, self.obstacles)
-        return settings_of_groups(*held, groups, live_group, place_of_steps, numbers, keep, self.obstacles)
+            place = _in_states
+        return settings_of_groups(*held, groups, live_group, place, numbers, keep, self.obstacles, scheduled)
 
     def schedule(self, groups: Sequence[Sequence[str]], live: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Return the scheduler's state for the model's groups; see `schedule_of_groups`."""
@@ -181,11 +184,21 @@ class Pair:
         state, count = self.checkpoint.run.lr_scheduler, len(self._groups)
         return schedule_of_groups(state, live, sources, count, self.policies.keep_settings, self.obstacles)
 
+    def check_schedule(self) -> None:
+        """Refuse a checkpoint without a scheduler's state, for a model that has a scheduler and restores it."""
+        run = self.checkpoint.run
+        if run.lr_scheduler is None:
+            self.obstacles.add(None, no_schedule(self.checkpoint.path, run.global_steps, ANEW_WAY))
+
     @cached_property
     def _groups(self) -> list[tuple[list[str], ParameterGroup]]:
         """The checkpoint's parameter groups, each with its logical names."""
         names = self.names.source
         return [([names[name] for name in group.names if name in names], group) for group in self.checkpoint.groups]
+
+
+def _in_states(index: int) -> PlaceOfSteps:
+    return "state"
 
 
 def pair(

@@ -106,6 +106,7 @@ class Policies:
         differing: how numbers of the optimizer that differ over partitions become one, where the partitions change.
         rounded: masters begin as the source's low-precision weights (``zero_optimization.load_from_fp32_weights: false``).
         keep_settings: parameter groups keep the model's hyper-parameters; counts of steps are restored even so.
+        scheduled: hyper-parameters that groups keep since the live scheduler, which sets them, stays as it is; see `SCHEDULED`.
     """
 
     initialise: bool = False
@@ -116,6 +117,11 @@ class Policies:
     rounded: bool = False
     differing: OnDiffering = "error"
     keep_settings: bool = False
+    scheduled: frozenset[str] = frozenset()
+
+
+SCHEDULED = frozenset(("lr", "initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum"))
+"""Keys of parameter groups that schedulers of learning rates make or set; some set ``betas`` or ``momentum`` too."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +237,22 @@ def _reason(saved: Parameter | None, live: ModelTensor | None, policies: Policie
     if _frozen(saved, live) and not policies.drop:
         return f"trainable in the checkpoint, frozen in the model{FROZEN_HINT}"
     return None
+
+
+def no_schedule(checkpoint: object, step: int, way: str) -> str:
+    """Return the words for a model with a scheduler, and a checkpoint without the state of one.
+
+    Args:
+        way: the setting or argument that lets the live one begin anew.
+    """
+    return (
+        f"{checkpoint} holds no state of a learning rate scheduler, and the engine has one, which would begin anew at step "
+        f"{step}. Make optimizer and scheduler where the run that saved made them (in the DeepSpeed config, or in the script or "
+        f"framework); or let the live one begin anew: {way}"
+    )
+
+
+ANEW_WAY = '"scheduler": "keep" in "universal_checkpoint"'
 
 
 def check_any(

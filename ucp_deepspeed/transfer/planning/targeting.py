@@ -296,7 +296,8 @@ class _Planner:
         held = {name for slot in target.slots for name in slot.names}
         groups = [[name for name in group.names if name in held] for group in self.view.groups]
         self.pair.settings(groups, self._live_group, self._place_of_steps, numbers)
-        if (live := self.view.checkpoint.run.lr_scheduler) is not None:
+        if (live := self.view.checkpoint.run.lr_scheduler) is not None and not self.policies.scheduled:
+            self.pair.check_schedule()
             self.pair.schedule(groups, live)
 
     def _kept_states(self, slot: TargetSlot) -> KeptStates | None:
@@ -396,7 +397,7 @@ class _Planner:
         if self.pair.joined:
             yield f"a load compares the values of {some_names(list(self.pair.joined))}, which the model ties to others"
         live, saved = self.view.checkpoint.run.lr_scheduler, source.run.lr_scheduler
-        if live and saved and live.keys() != saved.keys():
+        if live and saved and live.keys() != saved.keys() and not self.policies.scheduled:
             yield "the model's scheduler isn't the saved one: a load tries whether it takes over the state"
         if unknown := per_rank(self.view.patterns):
             yield f"no layout is known of {some_names(unknown)}: each rank takes its own, which only TP {tp} allows"
