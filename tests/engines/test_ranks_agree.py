@@ -86,7 +86,7 @@ def test_files_of_two_saves(load: str, two_steps: Path, ranks: Ranks, tmp_path: 
     copytree(two_steps, tmp_path / "copy")
     name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     copyfile(two_steps / "global_step1" / name, tmp_path / "copy" / "global_step2" / name)
-    run = replace(MLP, universal={"enabled": True, "load": load})
+    run = replace(MLP, universal={"enabled": True, "load": load, "fallback": "none"})
     check_refused(ranks, run, tmp_path / "copy", DamagedCheckpointError, name, "isn't the file that ucp_manifest.json")
     (tmp_path / "copy" / "global_step2" / MANIFEST_NAME).unlink()
     check_refused(ranks, run, tmp_path / "copy", DamagedCheckpointError, name, "is at step 1", "files of two saves")
@@ -267,7 +267,8 @@ def test_a_tag_that_is_saved_again_while_deepspeed_loads_by_itself(
 ) -> None:
     """Its weights used to come from one save and its optimizer's state from the other."""
     copytree(two_steps, tmp_path / "copy")
-    for error in ranks(2).run(load_left_to_deepspeed, MLP, str(tmp_path / "copy"), timeout=60.0):
+    run = replace(MLP, universal={"enabled": True, "fallback": "none"})
+    for error in ranks(2).run(load_left_to_deepspeed, run, str(tmp_path / "copy"), timeout=60.0):
         assert "was changed while it was read" in error and "the engine may hold two saves' state" in error
 
 

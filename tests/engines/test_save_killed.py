@@ -123,7 +123,7 @@ def check_told(run: Run, folder: Path, size: int, *texts: str) -> None:
             assert all(text in str(caught.value) for text in ways), str(caught.value)
     pool = RankPool(size)
     for load in ("auto", "always"):
-        universal = {"enabled": True, "load": load}
+        universal = {"enabled": True, "load": load, "fallback": "none"}
         for told in pool.run(load_it, replace(run, universal=universal), str(folder), timeout=60.0):
             assert all(text in told for text in ways), told
     outcome = pool.run(train, run, 3, load=str(folder), tag="b", save=str(folder), save_tag="a")

@@ -62,7 +62,7 @@ class Refusal:
 
 
 def settings(**values: Any) -> dict[str, Any]:
-    return {"universal": {"enabled": True, "load": "always", **values}}
+    return {"universal": {"enabled": True, "load": "always", "fallback": "none", **values}}
 
 
 def truncate(folder: Path) -> None:

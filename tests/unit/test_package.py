@@ -137,6 +137,7 @@ def test_config_surface() -> None:
         "random_state": "keep",
         "on_unreadable": "drop",
         "verify": "off",
+        "fallback": "none",
         "shared_read_bytes": 0,
         "read_memory_bytes": 1 << 20,
         "save": {"async": True, "checksums": False, "keep": {"last": 3, "every": 1000}, "timeout": 60.0},
