@@ -137,3 +137,24 @@ def test_unmodified_scripts(tmp_path: Path) -> None:
     last = ["--stage", "1", "--load", "b", "--save", "c"]
     start([str(python), "train.py", *last], tmp_path, **alone, UCP_DEEPSPEED="1")
     assert (tmp_path / "c" / "global_step4" / "ucp_manifest.json").is_file()
+
+
+def test_accelerates_launcher(tmp_path: Path) -> None:
+    """It runs the module that runs the script."""
+    pytest.importorskip("accelerate")
+    (tmp_path / "train.py").write_text(
+        "import os, sys; print([*sys.argv, os.environ['UCP_DEEPSPEED'], 'ucp_deepspeed' in sys.modules])"
+    )
+    options = [
+        "--cpu",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "ucp_deepspeed.run", "train.py"]
+    assert "['train.py', '--steps', '5', '1', True]" in start([*command, "--steps", "5"], tmp_path)
