@@ -54,6 +54,7 @@ setup(
     ],
     extras_require={
         "hf": HUGGING_FACE,
+        "lightning": ["lightning>=2.6,<2.7"],
         "megatron": ["megatron-core>=0.16.1,<0.17"],
         "plots": ["matplotlib>=3.8"],
         "test": [
@@ -63,6 +64,7 @@ setup(
             "transformers>=5,<5.23",
             *HUGGING_FACE,
             "trl>=1,<2",
+            "lightning>=2.6,<2.7",
         ],
         "dev": ["ruff", "mypy", "pre-commit", "codespell", "types-PyYAML"],
     },

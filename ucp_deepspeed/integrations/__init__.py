@@ -15,6 +15,8 @@ import wrapt
 
 FRAMEWORKS: dict[str, str] = {
     "transformers.trainer": "huggingface",
+    "lightning.pytorch.strategies.deepspeed": "lightning",
+    "pytorch_lightning.strategies.deepspeed": "lightning",
 }
 """Modules of frameworks, and those here that wrap them."""
 
