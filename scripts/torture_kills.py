@@ -74,10 +74,13 @@ class Case:
         """Return the case's random choices, from their beginning."""
         return random.Random(f"{self.kind} {self.seed}")
 
+NO_OTHER_TAG = {"enabled": True, "fallback": "none"}
+"""A load tells what it finds; no other tag takes its place."""
+
 
 def _run(base: Base, dice: random.Random, asynchronous: bool) -> Run:
     save = {"async": asynchronous, "checksums": dice.random() < 0.7, "timeout": 2.0}
-    return replace(base.run, universal={"enabled": True, "save": save})
+    return replace(base.run, universal=NO_OTHER_TAG | {"save": save})
 
 
 def _kill(dice: random.Random, seconds: float, extents: Sequence[tuple[float, int, int]], only: bool = False) -> Kill:
@@ -165,7 +168,7 @@ def _go_on(
 ) -> str:
     """Load into a live engine and save what it has then; check that it is what was expected. Returns what was told."""
     pool = case.lab.follower(case.form)
-    run = replace(case.base.run, universal={"enabled": True})
+    run = replace(case.base.run, universal=NO_OTHER_TAG)
     try:
         [(told, step), *_] = pool.run(go_on, run, str(folder), tag, asynchronous, str(target), next_tag, timeout=60.0)
     except RankError as error:
@@ -199,7 +202,7 @@ def kill_a_load(case: Case, universal: bool) -> str:
     """Kill ranks while they load; reading changes nothing."""
     dice, base = case.dice(), case.base
     source = base.universal if universal else base.folder
-    run = replace(base.run, universal={"enabled": True, "load": dice.choice(["auto", "always"])})
+    run = replace(base.run, universal=NO_OTHER_TAG | {"load": dice.choice(["auto", "always"])})
     before = case.lab.extent(("files", source), lambda: fingerprint(source))
     with workplace(case.lab) as place:
         extents = case.lab.extent(
@@ -273,7 +276,7 @@ def resume_during_a_save(case: Case, asynchronous: bool) -> str:
     kill = _save_kill(case, run, dice, tag)
     content = {key: case.base.content[key] for key in (1, 2, NEW)}
     pool = case.lab.follower(case.form)
-    reader = replace(case.base.run, universal={"enabled": True})
+    reader = replace(case.base.run, universal=NO_OTHER_TAG)
     with workplace(case.lab) as place, ThreadPoolExecutor(2) as threads:
         folder, seen = place / "run", place / "seen"
         shutil.copytree(case.base.folder, folder)
