@@ -75,6 +75,8 @@ class Numbers(Dataset[dict[str, Any]]):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
         words = [index % WORDS, (index * 7 + 3) % WORDS, (index * 5 + 1) % WORDS, (index // WORDS + 11) % WORDS]
         return {"input_ids": words, "labels": words, "number": index}
 

@@ -7,29 +7,32 @@ the data.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any
 
 import wrapt
 
-from ucp_deepspeed.integrations import is_on
+from ucp_deepspeed.integrations import huggingface_data, is_on
+from ucp_deepspeed.integrations.huggingface_trainers import (
+    STATE_NAME,
+    Arguments,
+    Keywords,
+    Wrapped,
+    given,
+    is_first,
+    trainer_is_on,
+)
 
 logger = logging.getLogger("ucp_deepspeed")
 
-Arguments: TypeAlias = tuple[Any, ...]
-Keywords: TypeAlias = dict[str, Any]
-Wrapped: TypeAlias = Callable[..., Any]
-
-STATE_NAME = "trainer_state.json"
 RANDOM_NAME = "rng_state*.pth"
 PUSHES_FOLDER = "checkpoint", "all_checkpoints"
 """Values of ``hub_strategy`` by which the folder of a checkpoint is uploaded."""
@@ -43,8 +46,6 @@ _missing: list[str] = []
 
 def wrap(module: ModuleType) -> None:
     """Wrap what ``transformers.trainer`` has of Trainer and of the functions that it calls."""
-    from ucp_deepspeed.integrations import huggingface_data
-
     for name, wrapper in (_WRAPPERS | huggingface_data.WRAPPERS).items():
         try:
             wrapt.resolve_path(module, name)
@@ -52,18 +53,6 @@ def wrap(module: ModuleType) -> None:
             _missing.append(name)
         else:
             wrapt.wrap_function_wrapper(module, name, wrapper)
-
-
-def trainer_is_on(trainer: Any) -> bool:
-    """Return whether a Trainer's engine has the block on, or will have it."""
-    if (engine := getattr(trainer, "deepspeed", None)) is not None:
-        return is_on(engine)
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if plugin is None:
-        return False
-    from ucp_deepspeed.config import parse_config
-
-    return parse_config(plugin.hf_ds_config.config).enabled
 
 
 def _in_training() -> Any:
@@ -75,7 +64,7 @@ def _in_training() -> Any:
 def _train(wrapped: Wrapped, trainer: Any, args: Arguments, kwargs: Keywords) -> Any:
     if not trainer_is_on(trainer):
         return wrapped(*args, **kwargs)
-    if _missing and _is_first():
+    if _missing and is_first():
         logger.warning(
             "this version of transformers has no %s: resuming and rotation are Trainer's own in part; docs/huggingface.md names "
             "the versions that are tested",
@@ -96,10 +85,10 @@ def _get_last_checkpoint(wrapped: Wrapped, instance: None, args: Arguments, kwar
     from ucp_deepspeed.engine.agreement import agreement
     from ucp_deepspeed.engine.saving.background import settle_saves
 
-    folder = Path(_given(wrapped, args, kwargs)["folder"])
+    folder = Path(given(wrapped, args, kwargs)["folder"])
     settle_saves(folder)
     with agreement(tells=True) as told:
-        if _is_first():
+        if is_first():
             told.mine = newest_whole(folder)
     name = told.values[0]
     return wrapped(*args, **kwargs) if name is None else os.path.join(folder, name)  # noqa: PTH118, as Trainer has it
@@ -160,8 +149,8 @@ def holds_model_only(folder: Path) -> bool:
 def _rotate_checkpoints(wrapped: Wrapped, instance: None, args: Arguments, kwargs: Keywords) -> Any:
     """Rotate as `rotation.rotate` does, once what is being written is on disk."""
     trainer = _in_training()
-    given = _given(wrapped, args, kwargs)
-    most, folder = given["save_total_limit"], Path(given["output_dir"])
+    told = given(wrapped, args, kwargs)
+    most, folder = told["save_total_limit"], Path(told["output_dir"])
     if trainer is None or most is None or most <= 0:
         return wrapped(*args, **kwargs)
     from transformers.trainer_utils import sort_checkpoints
@@ -169,11 +158,11 @@ def _rotate_checkpoints(wrapped: Wrapped, instance: None, args: Arguments, kwarg
     from ucp_deepspeed.engine.saving.background import when_on_disk
     from ucp_deepspeed.integrations.rotation import rotate
 
-    best = given["best_model_checkpoint"]
+    best = told["best_model_checkpoint"]
     pinned = [] if best is None else [Path(best)]
 
     def remove_old() -> None:
-        ordered = sort_checkpoints(given["output_dir"], given["checkpoint_prefix"], given["use_mtime"])
+        ordered = sort_checkpoints(told["output_dir"], told["checkpoint_prefix"], told["use_mtime"])
         remove = partial(shutil.rmtree, ignore_errors=True)
         rotate([Path(each) for each in ordered], most, pinned, remove, problem_of_any)
 
@@ -206,18 +195,18 @@ def _finalize_training(wrapped: Wrapped, trainer: Any, args: Arguments, kwargs: 
 
 def _load(wrapped: Wrapped, instance: None, args: Arguments, kwargs: Keywords) -> Any:
     """Wait for a save in the background before Trainer looks for its tag."""
-    given = _given(wrapped, args, kwargs)
-    if is_on(given["deepspeed_engine"]):
-        _finish(given["checkpoint_path"])
+    told = given(wrapped, args, kwargs)
+    if is_on(told["deepspeed_engine"]):
+        _finish(told["checkpoint_path"])
     return wrapped(*args, **kwargs)
 
 
 def _save_model(wrapped: Wrapped, trainer: Any, args: Arguments, kwargs: Keywords) -> Any:
     """Return when a model that the user saves is on disk: without its gathered weights it is a checkpoint of DeepSpeed's."""
     wrapped(*args, **kwargs)
-    given = _given(wrapped, args, kwargs)
-    if not given["_internal_call"] and trainer_is_on(trainer):
-        _finish(given["output_dir"] or trainer.args.output_dir)
+    told = given(wrapped, args, kwargs)
+    if not told["_internal_call"] and trainer_is_on(trainer):
+        _finish(told["output_dir"] or trainer.args.output_dir)
 
 
 def _finish_current_push(wrapped: Wrapped, trainer: Any, args: Arguments, kwargs: Keywords) -> Any:
@@ -228,7 +217,7 @@ def _finish_current_push(wrapped: Wrapped, trainer: Any, args: Arguments, kwargs
 
 def _push_from_checkpoint(wrapped: Wrapped, trainer: Any, args: Arguments, kwargs: Keywords) -> Any:
     """Upload a checkpoint when it is on disk, and never a part of it."""
-    folder = Path(_given(wrapped, args, kwargs)["checkpoint_folder"])
+    folder = Path(given(wrapped, args, kwargs)["checkpoint_folder"])
     strategy = str(getattr(trainer.args.hub_strategy, "value", trainer.args.hub_strategy))
     if strategy in PUSHES_FOLDER and trainer.is_world_process_zero() and trainer_is_on(trainer):
         from ucp_deepspeed.engine.saving.background import pending_below
@@ -243,21 +232,21 @@ def _push_from_checkpoint(wrapped: Wrapped, trainer: Any, args: Arguments, kwarg
 def _load_rng_state(wrapped: Wrapped, trainer: Any, args: Arguments, kwargs: Keywords) -> Any:
     """Let the streams of random numbers go on as the engine's load has set them, and not from a file for each rank, of which a
     larger world lacks some. If ranks lack theirs, none takes one."""
-    folder = _given(wrapped, args, kwargs)["checkpoint"]
+    folder = given(wrapped, args, kwargs)["checkpoint"]
     if folder is None or not trainer_is_on(trainer) or trainer.deepspeed is None:
         return wrapped(*args, **kwargs)
     from ucp_deepspeed.engine.agreement import gathered
     from ucp_deepspeed.engine.random_state import restore_again
 
     if restore_again(trainer.deepspeed):
-        if _is_first():
+        if is_first():
             logger.info("random streams go on as the load has set them, and %s aren't read", RANDOM_NAME)
         return None
     ranks = trainer.args.world_size
     name = "rng_state.pth" if ranks <= 1 else f"rng_state_{trainer.args.process_index}.pth"
     lacking = [rank for rank, there in enumerate(gathered((Path(folder) / name).is_file())) if not there]
     if lacking:
-        if _is_first():
+        if is_first():
             logger.warning(
                 "random streams stay as the script has seeded them on all ranks: %s has no file of ranks %s, and the load "
                 'restored none; save with "universal_checkpoint" on, and leave "random_state" at "restore"',
@@ -273,17 +262,6 @@ def _finish(folder: str) -> None:
     from ucp_deepspeed.engine.saving.background import finish_here
 
     finish_here(Path(folder))
-
-
-def _given(wrapped: Wrapped, args: Iterable[Any], kwargs: Keywords) -> dict[str, Any]:
-    """Return the arguments of a call by name, also those that are left at their defaults."""
-    bound = inspect.signature(wrapped).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.arguments
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 _WRAPPERS: dict[str, Callable[..., Any]] = {
