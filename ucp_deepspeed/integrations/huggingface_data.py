@@ -43,7 +43,7 @@ COURSE = "_universal_checkpoint_course"
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a run stands in its data.
+    """The place of a run in its data.
 
     Attributes:
         consumed: samples of the epoch that are done, over all ranks.
@@ -64,7 +64,7 @@ _POSITION: TypeAdapter[Position | None] = TypeAdapter(Position | None)
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What a checkpoint tells of the position.
+    """Everything that a checkpoint tells of the position.
 
     Attributes:
         steps: steps of the run, as Trainer counts them.
@@ -79,7 +79,7 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Dealing:
-    """How a loader deals the samples of an epoch to the ranks, in turns.
+    """The way a loader deals the samples of an epoch to the ranks, in turns.
 
     Attributes:
         sampler: gives the same order on any number of ranks; None if that isn't known.
@@ -108,7 +108,7 @@ class Dealing:
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """What is left of the epoch in which a resumed run begins.
+    """The rest of the epoch in which a resumed run begins.
 
     Attributes:
         start: samples of the epoch that are done.
