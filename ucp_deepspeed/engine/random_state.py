@@ -157,6 +157,17 @@ def restore_again(engine: Engine) -> bool:
     return True
 
 
+def as_they_are(engine: Engine) -> Callable[[], None]:
+    """Return a function that puts this rank's streams back to where they stand now."""
+    held = [(stream, stream.read()) for stream in _live_streams(engine).values()]
+
+    def put_back() -> None:
+        for stream, state in held:
+            stream.write(state)
+
+    return put_back
+
+
 def restore_random_state(engine: Engine, saved: RandomState | None) -> None:
     """Let the streams go on, or derive new ones. Collective; the last thing that a load does.
 

@@ -14,6 +14,7 @@ from typing import Any
 import wrapt
 
 FRAMEWORKS: dict[str, str] = {
+    "accelerate.accelerator": "accelerate",
     "transformers.trainer": "huggingface",
     "lightning.pytorch.strategies.deepspeed": "lightning",
     "pytorch_lightning.strategies.deepspeed": "lightning",

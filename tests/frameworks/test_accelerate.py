@@ -1,0 +1,219 @@
+"""Accelerate on CPU ranks: runs that stop on two processes and go on on four and then on one are the uninterrupted run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("accelerate")
+
+SCRIPT = Path(__file__).with_name("accelerate_jobs.py")
+KINDS = ("lambda", "scaled", "cosine", "onecycle", "config")
+
+Seen = dict[str, Any]
+
+
+def launched(ranks: int, folder: Path, jobs: list[Seen]) -> dict[str, Seen]:
+    """What jobs of one launch have seen."""
+    path = folder / f"jobs{ranks}.json"
+    path.write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, str(SCRIPT), str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        out, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, out[-6000:]
+    return dict(json.loads(path.with_suffix(".out.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
+    """All jobs of three launches. An epoch has 64 samples; 16 make a step, unless a job says otherwise."""
+    folder = tmp_path_factory.mktemp("accelerate")
+
+    def place(name: str) -> str:
+        return str(folder / name)
+
+    whole = [
+        {"name": kind, "schedule": kind, "gas": 2, "epochs": 3, "draws": True, "saves": {"12": place(f"{kind}-2")}}
+        for kind in KINDS
+    ]
+    whole[0]["saves"] |= {"13": place("half"), "24": place("end")}
+    two = [
+        *whole,
+        {"name": "one-batch", "epochs": 1, "saves": {"3": place("three")}},
+        {"name": "two-models", "models": 2, "stage": 3, "micro": 4, "saves": {"2": place("both")}},
+        {"name": "odd", "schedule": "odd", "micro": 4, "saves": {"2": place("odd-2")}},
+        {"name": "without", "block": False, "gas": 2, "micro": 6, "saves": {"4": place("stock")}},
+        {"name": "same-half", "gas": 2, "epochs": 3, "load": place("half"), "epoch": 1, "skip": 5},
+        {"name": "same", "gas": 2, "epochs": 3, "load": place("lambda-2"), "epoch": 1, "skip": 4, "draws": True},
+        {"name": "stock-rotation", "block": False, "project": place("stocks"), "limit": 1, "saves": {"1": "", "2": ""}},
+        {"name": "rotation", "project": place("runs"), "limit": 2, "async": True, "saves": dict.fromkeys("2468", "")},
+        {"name": "dies", "project": place("dead"), "limit": 1, "async": True, "saves": {"2": "", "4": ""}, "dies": 4},
+    ]
+    found = {f"2 {name}": each for name, each in launched(2, folder, two).items()}
+    four = [
+        *(
+            {
+                "name": kind,
+                "schedule": kind,
+                "gas": 2,
+                "batch": 2,
+                "epochs": 3,
+                "load": place(f"{kind}-2"),
+                "epoch": 1,
+                "skip": 4,
+                "saves": {"12": place(f"{kind}-4")},
+            }
+            for kind in KINDS
+        ),
+        {"name": "other-batch", "gas": 1, "batch": 4, "epochs": 3, "load": place("half"), "epoch": 1, "skip": 5},
+        {"name": "within", "batch": 4, "load": place("three"), "skip": 3, "function": True},
+        {"name": "wrong-skip", "batch": 4, "load": place("three"), "skip": 2, "micro": 1},
+        {"name": "right-skip", "batch": 4, "load": place("half"), "epoch": 1, "epochs": 2, "skip": 2, "micro": 1},
+        {"name": "two-models", "models": 2, "stage": 3, "batch": 2, "micro": 0, "load": place("both")},
+        {"name": "odd", "schedule": "odd", "batch": 2, "micro": 0, "load": place("odd-2")},
+        {"name": "stock", "gas": 2, "batch": 2, "load": place("stock"), "skip": 4},
+        {"name": "dead", "batch": 2, "project": place("dead"), "load": "", "micro": 0},
+        {"name": "newest", "batch": 2, "project": place("runs"), "load": "", "saves": {"1": ""}, "micro": 1},
+        {
+            "name": "spoiled",
+            "batch": 2,
+            "project": place("runs"),
+            "load": "",
+            "micro": 0,
+            "spoil": [place("runs/checkpoints/checkpoint_4/random_states_0.pkl")],
+        },
+        {
+            "name": "named",
+            "batch": 2,
+            "load": place("runs/checkpoints/checkpoint_3"),
+            "spoil": [place("runs/checkpoints/checkpoint_3/pytorch_model/zero_pp_rank_1_mp_rank_00_optim_states.pt")],
+            "fails": True,
+        },
+        {"name": "older", "batch": 2, "project": place("runs"), "load": "", "micro": 0},
+        {
+            "name": "none",
+            "batch": 2,
+            "project": place("runs"),
+            "load": "",
+            "spoil": [place("runs/checkpoints/checkpoint_2/latest")],
+            "fails": True,
+        },
+    ]
+    found |= {f"4 {name}": each for name, each in launched(4, folder, four).items()}
+    one = [
+        {
+            "name": kind,
+            "schedule": kind,
+            "gas": 2,
+            "batch": 8,
+            "epochs": 3,
+            "load": place(f"{kind}-4"),
+            "epoch": 2,
+            "skip": 4,
+        }
+        for kind in KINDS
+    ]
+    return found | {f"1 {name}": each for name, each in launched(1, folder, one).items()}
+
+
+def steps(seen: Seen, last: int = 4) -> list[list[Any]]:
+    """Epoch, samples, rate and weights of each step."""
+    return [step[:last] for step in seen["steps"]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_is_the_uninterrupted_one_on_other_numbers_of_processes(seen: dict[str, Seen], kind: str) -> None:
+    whole = steps(seen[f"2 {kind}"])
+    assert len(whole) == 12 and len({rate for _, _, rate, _ in whole}) > 3
+    assert steps(seen[f"4 {kind}"]) == whole[6:]
+    assert steps(seen[f"1 {kind}"]) == whole[10:]
+
+
+def test_registered_objects_are_restored(seen: dict[str, Seen]) -> None:
+    assert seen["4 lambda"]["noted"] == seen["1 lambda"]["noted"] == 12
+
+
+def test_the_same_processes_go_on_to_the_last_random_number(seen: dict[str, Seen]) -> None:
+    assert steps(seen["2 same"], 5) == steps(seen["2 lambda"], 5)[6:]
+
+
+def test_an_unfinished_accumulation_begins_anew(seen: dict[str, Seen]) -> None:
+    whole = steps(seen["2 lambda"])
+    assert steps(seen["2 same-half"]) == whole[6:]
+    assert seen["2 same-half"]["step"] == [4, 4]
+    assert any("middle of an accumulation" in line for line in seen["2 same-half"]["said"])
+    # Four processes, another accumulation, and a batch of twice the size.
+    assert steps(seen["4 other-batch"]) == whole[6:]
+    assert len(set(seen["4 other-batch"]["step"])) == 1
+
+
+def test_a_position_within_a_batch_is_kept(seen: dict[str, Seen]) -> None:
+    before = [samples for _, samples, _, _ in steps(seen["2 one-batch"])]
+    after = [samples for _, samples, _, _ in steps(seen["4 within"])]
+    assert after[:2] == [sorted(before[3] + before[4]), sorted(before[5] + before[6])]
+    assert set(before[7]) <= set(after[2]) and len(after) == 3
+
+
+def test_a_skip_that_is_at_another_sample_is_told(seen: dict[str, Seen]) -> None:
+    said = "\n".join(seen["4 wrong-skip"]["said"])
+    assert "skips 32 samples" in said and "at sample 24 of epoch 0: 8 samples are skipped" in said
+    assert "skip_first_batches(loader, 3)" in said
+    assert not any("samples are" in line for line in seen["4 right-skip"]["said"])
+
+
+def test_two_models_of_one_script(seen: dict[str, Seen]) -> None:
+    assert seen["4 two-models"]["second"] == seen["2 two-models"]["second"]
+
+
+def test_a_schedule_of_neither_habit_is_told(seen: dict[str, Seen]) -> None:
+    assert any("step_scheduler_with_optimizer=False" in line for line in seen["4 odd"]["said"])
+
+
+def test_a_checkpoint_without_a_record_resumes_too(seen: dict[str, Seen]) -> None:
+    """It was saved without the block; its ranks agree, and its streams aren't mixed."""
+    assert steps(seen["4 stock"])[0] == steps(seen["2 without"])[2]
+    assert len(set(seen["4 stock"]["step"])) == 1
+    assert len({str(drawn) for drawn in seen["4 stock"]["drawn"]}) == 1
+
+
+def test_the_streams_of_more_processes_are_derived(seen: dict[str, Seen]) -> None:
+    assert sum("random states of 2 processes" in line for line in seen["4 lambda"]["said"]) == 1
+
+
+def test_rotation_counts_whole_checkpoints(seen: dict[str, Seen]) -> None:
+    assert seen["2 rotation"]["left"] == ["checkpoint_2", "checkpoint_3"]
+    assert all(len(found) >= 2 for found in seen["2 rotation"]["saved"][1:])
+    assert seen["2 stock-rotation"]["saved"] == [["checkpoint_0"], ["checkpoint_1"]]  # Accelerate's own
+
+
+def test_a_process_that_dies_after_a_save_leaves_one_to_resume_from(seen: dict[str, Seen]) -> None:
+    assert seen["4 dead"]["noted"] in (2, 4)
+
+
+def test_the_newest_whole_one_is_taken(seen: dict[str, Seen]) -> None:
+    assert seen["4 newest"]["noted"] == 8 and seen["4 newest"]["left"][-1] == "checkpoint_4"
+    assert seen["4 spoiled"]["noted"] == 8
+    assert any("checkpoint_3; newer" in line and "checkpoint_4" in line for line in seen["4 spoiled"]["said"])
+    assert "zero_pp_rank_1" in seen["4 named"]["error"]
+    assert seen["4 older"]["noted"] == 6
+    assert "is whole: " in seen["4 none"]["error"] and "checkpoint_2" in seen["4 none"]["error"]

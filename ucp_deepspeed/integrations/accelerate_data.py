@@ -1,0 +1,275 @@
+"""Accelerate's data loaders: where they stand, in samples over all processes, and ``skip_first_batches`` by samples.
+
+A script counts batches, and after a resume on other processes, or with another batch size, a batch is another number of samples.
+If it skips as many batches as were handed out when the checkpoint was saved, the loader goes on at the same sample. Any other
+number is the script's own choice, and isn't touched.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import wrapt
+
+logger = logging.getLogger("ucp_deepspeed")
+
+_COUNT = "_universal_checkpoint_count"
+"""Attribute of a loader: its `Count`."""
+
+_POSITION = "_universal_checkpoint_position"
+"""Attribute of a loader: the `Position` that a load has found, until it is used."""
+
+
+@dataclass
+class Count:
+    """Batches that a loader, or one made of it by ``skip_first_batches``, has handed out in this epoch.
+
+    Attributes:
+        batches: as a script counts them: with those that it asked to skip.
+        samples: the samples in them, over all processes.
+    """
+
+    batches: int = 0
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a loader stood when it was saved.
+
+    Attributes:
+        epoch: the loader's epoch.
+        batches: batches handed out in it, as the script counts them.
+        samples: samples that the run has trained on in it.
+        handed: samples handed out in it: those, and the ones of an accumulation that wasn't finished.
+        batch: samples of a batch, over all processes.
+    """
+
+    epoch: int
+    batches: int
+    samples: int
+    handed: int
+    batch: int
+
+
+def wrap() -> None:
+    """Wrap the iteration of Accelerate's loaders, and ``skip_first_batches`` wherever it was imported to."""
+    from accelerate import data_loader
+
+    for name in ("DataLoaderShard", "DataLoaderDispatcher"):
+        wrapt.wrap_function_wrapper(data_loader, f"{name}.__iter__", _iterate)
+    original = data_loader.skip_first_batches
+    wrapped = wrapt.FunctionWrapper(original, _skip)
+    for module in list(sys.modules.values()):
+        if isinstance(held := getattr(module, "__dict__", None), dict) and held.get("skip_first_batches") is original:
+            held["skip_first_batches"] = wrapped
+
+
+def count(loaders: Iterable[Any]) -> None:
+    """Count the batches that loaders hand out from now on."""
+    for loader in loaders:
+        vars(loader).setdefault(_COUNT, Count())
+
+
+def batch_of(loader: Any) -> int | None:
+    """Return the number of samples in a loader's batch, over all processes; None if nothing tells."""
+    shard = loader.dataset
+    try:
+        if hasattr(shard, "split_batches") and hasattr(shard, "num_processes"):  # of an iterable dataset
+            return int(shard.batch_size * (1 if shard.split_batches else shard.num_processes))
+        return int(loader.total_batch_size)
+    except (AttributeError, TypeError):
+        return None
+
+
+def described(loader: Any, begun: int) -> dict[str, int] | None:
+    """Return where a loader stands: plain data, or None if that can't be told.
+
+    Args:
+        begun: micro-batches of an accumulation that isn't finished.
+    """
+    held, batch = vars(loader).get(_COUNT), batch_of(loader)
+    if held is None or batch is None:
+        return None
+    begun = min(begun, held.samples // batch)
+    return {
+        "epoch": int(getattr(loader, "iteration", 0)),
+        "batches": held.batches,
+        "samples": held.samples - begun * batch,
+        "handed": held.samples,
+        "batch": batch,
+    }
+
+
+def go_on(loader: Any, saved: Mapping[str, int] | None, tells: bool) -> None:
+    """Keep where a loader stood, for ``skip_first_batches``."""
+    vars(loader).pop(_POSITION, None)
+    batch = batch_of(loader)
+    if saved is None or batch is None or _COUNT not in vars(loader):
+        return
+    position = Position(**saved)
+    vars(loader)[_COUNT], vars(loader)[_POSITION] = Count(), position
+    if tells and position.handed and (position.batch != batch or position.samples != position.handed):
+        logger.info(
+            "a data loader stood at sample %d of epoch %d, after %d batches of %d; a batch has %d samples now: "
+            "skip_first_batches(loader, %d) goes on at that sample",
+            position.samples,
+            position.epoch,
+            position.batches,
+            position.batch,
+            batch,
+            position.batches,
+        )
+
+
+def _iterate(wrapped: Callable[..., Any], loader: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    held = vars(loader).get(_COUNT)
+    return wrapped() if held is None else _counted(loader, held, wrapped())
+
+
+def _counted(loader: Any, held: Count, batches: Iterator[Any]) -> Iterator[Any]:
+    """Hand a loader's batches on, and count them."""
+    start = vars(loader).get(_SKIPPED)
+    held.batches, held.samples = (0, 0) if start is None else start
+    batch = vars(loader)[_BATCH] if _BATCH in vars(loader) else batch_of(loader) or 0
+    for item in batches if not held.samples else _without_draws(batches):
+        held.batches += 1
+        held.samples += batch
+        yield item
+    held.batches = held.samples = 0
+
+
+_SKIPPED = "_universal_checkpoint_skipped"
+"""Attribute of a loader that skips: batches, as the script counts them, and samples."""
+
+_BATCH = "_universal_checkpoint_batch"
+"""Attribute of a loader that skips: its `batch_of`."""
+
+
+def _without_draws(batches: Iterator[Any]) -> Iterator[Any]:
+    """Hand batches on; what torch's loader draws from the default stream to begin is put back. In the middle of an epoch the run
+    that was saved had drawn it long before."""
+    import torch
+
+    state = torch.get_rng_state()
+    for index, batch in enumerate(batches):
+        if index == 0:
+            torch.set_rng_state(state)
+        yield batch
+
+
+def _skip(wrapped: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def called(dataloader: Any, num_batches: int = 0) -> Any:
+        held = vars(dataloader).get(_COUNT)
+        if held is None:
+            return wrapped(dataloader, num_batches)
+        batch = batch_of(dataloader) or 0
+        position: Position | None = vars(dataloader).pop(_POSITION, None)
+        skipped = num_batches * batch
+        if position is None or not batch:
+            made = wrapped(dataloader, num_batches)
+        elif num_batches in (position.batches, position.handed / position.batch):
+            made, skipped = _at(wrapped, dataloader, position, batch)
+        else:
+            _tell_of(position, skipped, batch)
+            made = wrapped(dataloader, num_batches)
+        vars(made).update({_COUNT: held, _SKIPPED: (num_batches, skipped), _BATCH: batch})
+        return made
+
+    return called(*args, **kwargs)
+
+
+def _tell_of(position: Position, skipped: int, batch: int) -> None:
+    """Warn if samples that a script skips aren't those that were trained on."""
+    if skipped == position.samples or not _tells():
+        return
+    amount = abs(skipped - position.samples)
+    logger.warning(
+        "skip_first_batches skips %d samples, and the checkpoint stands at sample %d of epoch %d: %d samples are %s; "
+        "skip_first_batches(loader, %d) in epoch %d goes on where it stands",
+        skipped,
+        position.samples,
+        position.epoch,
+        amount,
+        "skipped" if skipped > position.samples else "repeated",
+        position.batches,
+        position.epoch,
+    )
+
+
+def _tells() -> bool:
+    from accelerate.state import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
+def _at(wrapped: Callable[..., Any], loader: Any, position: Position, batch: int) -> tuple[Any, int]:
+    """Return a loader that goes on at a position, and the samples that it skips."""
+    whole, rest = divmod(position.samples, batch)
+    if rest == 0:
+        return wrapped(loader, whole), position.samples
+    made = wrapped(loader, 0)
+    if _skip_samples(made, position.samples):
+        return made, position.samples
+    if _tells():
+        logger.warning(
+            "the checkpoint stands at sample %d of epoch %d, within a batch of %d samples: %d samples are repeated; choose batch "
+            "sizes of which %d is a multiple",
+            position.samples,
+            position.epoch,
+            batch,
+            rest,
+            position.samples,
+        )
+    return wrapped(loader, whole), position.samples - rest
+
+
+def _skip_samples(made: Any, samples: int) -> bool:
+    """Let a loader with torch's own batch sampler skip samples, and not batches. Return whether it can."""
+    from copy import copy
+
+    from torch.utils.data import BatchSampler
+
+    skipping = getattr(made, "batch_sampler", None)
+    shard = getattr(skipping, "batch_sampler", None)
+    inner = getattr(shard, "batch_sampler", shard)
+    if skipping is None or shard is None or inner is None or type(inner) is not BatchSampler:
+        return False
+    later = BatchSampler(Later(inner.sampler, samples), inner.batch_size, inner.drop_last)
+    if shard is inner:
+        skipping.batch_sampler = later
+    else:
+        skipping.batch_sampler = copy(shard)
+        skipping.batch_sampler.batch_sampler = later
+    return True
+
+
+class Later:
+    """A sampler without its first samples.
+
+    Attributes:
+        sampler: the whole sampler.
+        samples: how many are left out.
+    """
+
+    def __init__(self, sampler: Any, samples: int) -> None:
+        self.sampler, self.samples = sampler, samples
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the other samples."""
+        for index, sample in enumerate(self.sampler):
+            if index >= self.samples:
+                yield sample
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return max(len(self.sampler) - self.samples, 0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on to samplers that take one."""
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
