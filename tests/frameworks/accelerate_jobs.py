@@ -1,5 +1,5 @@
-"""Training with the real Accelerate, as its documentation has it. Run by a launcher on each rank, with a JSON file: a list of jobs
-that run one after the other. Rank 0 writes what each has seen beside it.
+"""Training with the real Accelerate, as its documentation has it. Run by a launcher on each rank, with a JSON file: a list of
+jobs that run one after the other. Rank 0 writes what each has seen beside it.
 
 Losses are linear in the weights and the data are small integers, so that gradients are exact: weights are the same to the last
 bit on any number of ranks if the same samples were trained on in the same steps at the same rates.
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
 from accelerate import Accelerator, skip_first_batches
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
@@ -98,7 +97,7 @@ def schedule_of(kind: str, optimizer: Any, processes: int) -> Any:
         return lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=scaled)
     if kind == "odd":  # neither
         return lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step + processes))
-    return None
+    raise ValueError(kind)
 
 
 def config_of(job: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +111,7 @@ def config_of(job: dict[str, Any]) -> dict[str, Any]:
     if job.get("block", True):
         config["universal_checkpoint"] = {
             "enabled": True,
-            "save": {"async": job.get("async", False)},
+            "save": {"async": job.get("async", False), "keep": job.get("keep")},
             **job.get("more", {}),
         }
     if job.get("schedule") == "config":
@@ -177,6 +176,12 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     if job.get("models") == 2:
         other = Model()
         second = accelerator.prepare(other, torch.optim.AdamW(other.parameters(), lr=0.25))[0]
+    sides = [
+        accelerator.prepare_scheduler(
+            schedule_of(side, torch.optim.SGD([torch.zeros(1)], 0.25), accelerator.num_processes)
+        )
+        for side in job.get("sides", ())
+    ]
     noted = Noted()
     accelerator.register_for_checkpointing(noted)
     seen: dict[str, Any] = {"steps": [], "saved": []}
@@ -209,14 +214,15 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
                     second.step()
                 samples += [int(row[0]) for row in rows]
                 optimizer.step()
-                if schedule is not None:
-                    schedule.step()
+                for each in (schedule, *sides):
+                    each.step()
                 optimizer.zero_grad()
                 if accelerator.sync_gradients:
                     every = sorted(chain.from_iterable(gathered(samples)))
                     rate = optimizer.param_groups[0]["lr"]
                     drawn = float(torch.rand(())) if job.get("draws") else None
-                    seen["steps"].append([epoch, every, float(rate).hex(), weights_of(model), drawn])
+                    rates = [float(rate).hex(), *(each.get_last_lr()[0].hex() for each in sides)]
+                    seen["steps"].append([epoch, every, rates, weights_of(model), drawn])
                     samples = []
             micro, left = micro + 1, left - 1
             noted.value = micro

@@ -15,7 +15,8 @@ import pytest
 pytest.importorskip("accelerate")
 
 SCRIPT = Path(__file__).with_name("accelerate_jobs.py")
-KINDS = ("lambda", "scaled", "cosine", "onecycle", "config")
+KINDS: dict[str, tuple[str, ...]] = {"cosine": ("lambda", "scaled", "onecycle"), "config": ()}
+"""The optimizer's schedule, and others beside it."""
 
 Seen = dict[str, Any]
 
@@ -36,7 +37,7 @@ def launched(ranks: int, folder: Path, jobs: list[Seen]) -> dict[str, Seen]:
         start_new_session=True,
     )
     try:
-        out, _ = process.communicate(timeout=120)
+        out, _ = process.communicate(timeout=280)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -53,18 +54,28 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
         return str(folder / name)
 
     whole = [
-        {"name": kind, "schedule": kind, "gas": 2, "epochs": 3, "draws": True, "saves": {"12": place(f"{kind}-2")}}
-        for kind in KINDS
+        {
+            "name": kind,
+            "schedule": kind,
+            "sides": sides,
+            "gas": 2,
+            "epochs": 3,
+            "draws": True,
+            "saves": {"12": place(f"{kind}-2")},
+        }
+        for kind, sides in KINDS.items()
     ]
-    whole[0]["saves"] |= {"13": place("half"), "24": place("end")}
+    whole[0]["saves"] |= {"13": place("half")}
+    sided = {"schedule": "cosine", "sides": KINDS["cosine"]}
     two = [
         *whole,
         {"name": "one-batch", "epochs": 1, "saves": {"3": place("three")}},
-        {"name": "two-models", "models": 2, "stage": 3, "micro": 4, "saves": {"2": place("both")}},
+        {"name": "two-models", "models": 2, "stage": 3, "micro": 4, "keep": {"last": 1}, "saves": {"2": place("both")}},
         {"name": "odd", "schedule": "odd", "micro": 4, "saves": {"2": place("odd-2")}},
         {"name": "without", "block": False, "gas": 2, "micro": 6, "saves": {"4": place("stock")}},
-        {"name": "same-half", "gas": 2, "epochs": 3, "load": place("half"), "epoch": 1, "skip": 5},
-        {"name": "same", "gas": 2, "epochs": 3, "load": place("lambda-2"), "epoch": 1, "skip": 4, "draws": True},
+        sided | {"name": "same-half", "gas": 2, "epochs": 3, "load": place("half"), "epoch": 1, "skip": 5},
+        sided
+        | {"name": "same", "gas": 2, "epochs": 3, "load": place("cosine-2"), "epoch": 1, "skip": 4, "draws": True},
         {"name": "stock-rotation", "block": False, "project": place("stocks"), "limit": 1, "saves": {"1": "", "2": ""}},
         {"name": "rotation", "project": place("runs"), "limit": 2, "async": True, "saves": dict.fromkeys("2468", "")},
         {"name": "dies", "project": place("dead"), "limit": 1, "async": True, "saves": {"2": "", "4": ""}, "dies": 4},
@@ -75,6 +86,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
             {
                 "name": kind,
                 "schedule": kind,
+                "sides": sides,
                 "gas": 2,
                 "batch": 2,
                 "epochs": 3,
@@ -83,12 +95,14 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
                 "skip": 4,
                 "saves": {"12": place(f"{kind}-4")},
             }
-            for kind in KINDS
+            for kind, sides in KINDS.items()
         ),
-        {"name": "other-batch", "gas": 1, "batch": 4, "epochs": 3, "load": place("half"), "epoch": 1, "skip": 5},
+        sided
+        | {"name": "other-batch", "gas": 1, "batch": 4, "epochs": 3, "load": place("half"), "epoch": 1, "skip": 5},
         {"name": "within", "batch": 4, "load": place("three"), "skip": 3, "function": True},
         {"name": "wrong-skip", "batch": 4, "load": place("three"), "skip": 2, "micro": 1},
-        {"name": "right-skip", "batch": 4, "load": place("half"), "epoch": 1, "epochs": 2, "skip": 2, "micro": 1},
+        sided
+        | {"name": "right-skip", "batch": 4, "load": place("half"), "epoch": 1, "epochs": 2, "skip": 2, "micro": 1},
         {"name": "two-models", "models": 2, "stage": 3, "batch": 2, "micro": 0, "load": place("both")},
         {"name": "odd", "schedule": "odd", "batch": 2, "micro": 0, "load": place("odd-2")},
         {"name": "stock", "gas": 2, "batch": 2, "load": place("stock"), "skip": 4},
@@ -124,6 +138,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
         {
             "name": kind,
             "schedule": kind,
+            "sides": sides,
             "gas": 2,
             "batch": 8,
             "epochs": 3,
@@ -131,7 +146,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
             "epoch": 2,
             "skip": 4,
         }
-        for kind in KINDS
+        for kind, sides in KINDS.items()
     ]
     return found | {f"1 {name}": each for name, each in launched(1, folder, one).items()}
 
@@ -144,21 +159,22 @@ def steps(seen: Seen, last: int = 4) -> list[list[Any]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_is_the_uninterrupted_one_on_other_numbers_of_processes(seen: dict[str, Seen], kind: str) -> None:
     whole = steps(seen[f"2 {kind}"])
-    assert len(whole) == 12 and len({rate for _, _, rate, _ in whole}) > 3
+    rates = list(zip(*(rates for _, _, rates, _ in whole), strict=True))
+    assert len(whole) == 12 and all(len(set(each)) > 3 for each in rates)
     assert steps(seen[f"4 {kind}"]) == whole[6:]
     assert steps(seen[f"1 {kind}"]) == whole[10:]
 
 
 def test_registered_objects_are_restored(seen: dict[str, Seen]) -> None:
-    assert seen["4 lambda"]["noted"] == seen["1 lambda"]["noted"] == 12
+    assert seen["4 cosine"]["noted"] == seen["1 cosine"]["noted"] == 12
 
 
 def test_the_same_processes_go_on_to_the_last_random_number(seen: dict[str, Seen]) -> None:
-    assert steps(seen["2 same"], 5) == steps(seen["2 lambda"], 5)[6:]
+    assert steps(seen["2 same"], 5) == steps(seen["2 cosine"], 5)[6:]
 
 
 def test_an_unfinished_accumulation_begins_anew(seen: dict[str, Seen]) -> None:
-    whole = steps(seen["2 lambda"])
+    whole = steps(seen["2 cosine"])
     assert steps(seen["2 same-half"]) == whole[6:]
     assert seen["2 same-half"]["step"] == [4, 4]
     assert any("middle of an accumulation" in line for line in seen["2 same-half"]["said"])
@@ -197,7 +213,7 @@ def test_a_checkpoint_without_a_record_resumes_too(seen: dict[str, Seen]) -> Non
 
 
 def test_the_streams_of_more_processes_are_derived(seen: dict[str, Seen]) -> None:
-    assert sum("random states of 2 processes" in line for line in seen["4 lambda"]["said"]) == 1
+    assert sum("random states of 2 processes" in line for line in seen["4 cosine"]["said"]) == 1
 
 
 def test_rotation_counts_whole_checkpoints(seen: dict[str, Seen]) -> None:

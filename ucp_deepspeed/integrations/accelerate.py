@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -77,15 +77,17 @@ def _save_state(wrapped: Callable[..., Any], accelerator: Any, args: tuple[Any, 
 
 @contextmanager
 def _recorded(engines: Sequence[Any], record: Mapping[str, Any]) -> Iterator[None]:
+    """Save a record with engines that are saved in the block, as one checkpoint."""
     from ucp_deepspeed.engine.client_state import ADDED, add_to_client_state
+    from ucp_deepspeed.engine.replaced import replaced
+    from ucp_deepspeed.engine.saving.save import ONE_CHECKPOINT
 
-    try:
+    with ExitStack() as stack:
         for engine in engines:
+            stack.enter_context(replaced(engine, **{ONE_CHECKPOINT: True}))
             add_to_client_state(engine, RECORD_KEY, lambda: record)
+            stack.callback(vars(engine)[ADDED].pop, RECORD_KEY)
         yield
-    finally:
-        for engine in engines:
-            vars(engine).get(ADDED, {}).pop(RECORD_KEY, None)
 
 
 def _record(accelerator: Any) -> dict[str, Any]:
@@ -172,14 +174,14 @@ def _newest(accelerator: Any) -> str | None:
     with agreement(tells=True) as told:
         made = _made_in(folder)[::-1]
         problems = [(each, _problem(tags, each)) for each in made] if accelerator.process_index == 0 else []
-        whole = [each for each, problem in problems if problem is None]
+        whole = [number for number, (_, problem) in enumerate(problems) if problem is None]
         if problems and not whole:
             listed = "; ".join(problem for _, problem in problems if problem is not None)
             raise CheckpointNotFoundError(
                 f"no checkpoint in {folder} is whole: {listed}; start anew, or name another folder"
             )
-        passed = [problem for each, problem in problems if problem is not None and each > whole[0]]
-        told.mine = (str(whole[0]), _number(made[0]), passed) if whole else None
+        if whole:
+            told.mine = str(made[whole[0]]), _number(made[0]), [problem for _, problem in problems[: whole[0]]]
     if told.values[0] is None:
         return None
     found, number, passed = told.values[0]

@@ -149,10 +149,14 @@ def _save(
     return saved
 
 
+ONE_CHECKPOINT = "_universal_checkpoint_one_checkpoint"
+"""Attribute of an engine while a framework saves several engines into one folder: the tags in it are one checkpoint."""
+
+
 def _prune(engine: Engine, root: Path) -> None:
     """Remove checkpoints beside one that is on disk, as the block says. The save is done: a removal that fails is warned of."""
     keep = engine.universal_checkpoint_config.save.keep
-    if keep is None:
+    if keep is None or hasattr(engine, ONE_CHECKPOINT):
         return
     try:
         prune(root, keep, in_use=lambda path: "it is being written" if is_pending(path) else None)
@@ -228,7 +232,7 @@ def _save_in_background(
 
     config = engine.universal_checkpoint_config.save
     begin(engine, Job(partial, folder, tuple(files), config.checksums, commit, rank, world_size, config.timeout))
-    if rank == 0:
+    if rank == 0 and not hasattr(engine, ONE_CHECKPOINT):
         when_on_disk(folder, bound(_prune, engine, folder.parent))
     return saved
 
