@@ -65,6 +65,7 @@ setup(
             *HUGGING_FACE,
             "trl>=1,<2",
             "lightning>=2.6,<2.7",
+            "torchdata>=0.11",
         ],
         "dev": ["ruff", "mypy", "pre-commit", "codespell", "types-PyYAML"],
     },

@@ -201,7 +201,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     for epoch in range(first, job.get("epochs", 1)):
         loader.set_epoch(epoch)
         active = loader
-        if epoch == first and "skip" in job:
+        if epoch == first and "skip" in job and not job.get("stateful"):
             active = (skip_first_batches if job.get("function") else accelerator.skip_first_batches)(loader, skip)
         for rows in active:
             if not left:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,26 +17,36 @@ import pytest
 
 pytest.importorskip("accelerate")
 
+ROOT = Path(__file__).resolve().parents[2]
+
 SCRIPT = Path(__file__).with_name("accelerate_jobs.py")
 KINDS: dict[str, tuple[str, ...]] = {"cosine": ("lambda", "scaled", "onecycle"), "config": ()}
 """The optimizer's schedule, and others beside it."""
 
 Seen = dict[str, Any]
 
+STATEFUL = importlib.util.find_spec("torchdata") is not None
+
 
 def launched(ranks: int, folder: Path, jobs: list[Seen]) -> dict[str, Seen]:
-    """What jobs of one launch have seen."""
+    """Run jobs in one launch. Return what each has seen."""
     path = folder / f"jobs{ranks}.json"
     path.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    finished([*command, str(SCRIPT), str(path)], {"ACCELERATE_USE_DEEPSPEED": "true"})
+    return dict(json.loads(path.with_suffix(".out.json").read_text()))
+
+
+def finished(command: list[str], more: dict[str, str]) -> str:
+    """Run a command to its end. Return what it wrote."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, str(SCRIPT), str(path)],
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more,
+        cwd=ROOT,
         start_new_session=True,
     )
     try:
@@ -42,7 +55,7 @@ def launched(ranks: int, folder: Path, jobs: list[Seen]) -> dict[str, Seen]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, out[-6000:]
-    return dict(json.loads(path.with_suffix(".out.json").read_text()))
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +89,20 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
         sided | {"name": "same-half", "gas": 2, "epochs": 3, "load": place("half"), "epoch": 1, "skip": 5},
         sided
         | {"name": "same", "gas": 2, "epochs": 3, "load": place("cosine-2"), "epoch": 1, "skip": 4, "draws": True},
+        *(
+            [
+                {
+                    "name": "stateful",
+                    "gas": 2,
+                    "stateful": True,
+                    "saves": {"3": place("stateful-half"), "4": place("stateful")},
+                },
+                {"name": "stateful-on", "gas": 2, "stateful": True, "load": place("stateful"), "skip": 4},
+                {"name": "stateful-half", "gas": 2, "stateful": True, "load": place("stateful-half"), "skip": 3},
+            ]
+            if STATEFUL
+            else []
+        ),
         {"name": "stock-rotation", "block": False, "project": place("stocks"), "limit": 1, "saves": {"1": "", "2": ""}},
         {"name": "rotation", "project": place("runs"), "limit": 2, "async": True, "saves": dict.fromkeys("2468", "")},
         {"name": "dies", "project": place("dead"), "limit": 1, "async": True, "saves": {"2": "", "4": ""}, "dies": 4},
@@ -99,6 +126,11 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
         ),
         sided
         | {"name": "other-batch", "gas": 1, "batch": 4, "epochs": 3, "load": place("half"), "epoch": 1, "skip": 5},
+        *(
+            [{"name": "stateful", "gas": 2, "batch": 2, "stateful": True, "load": place("stateful"), "skip": 4}]
+            if STATEFUL
+            else []
+        ),
         {"name": "within", "batch": 4, "load": place("three"), "skip": 3, "function": True},
         {"name": "wrong-skip", "batch": 4, "load": place("three"), "skip": 2, "micro": 1},
         sided
@@ -197,6 +229,14 @@ def test_a_skip_that_is_at_another_sample_is_told(seen: dict[str, Seen]) -> None
     assert not any("samples are" in line for line in seen["4 right-skip"]["said"])
 
 
+@pytest.mark.skipif(not STATEFUL, reason="torchdata isn't installed")
+def test_a_stateful_loader_goes_on_by_itself(seen: dict[str, Seen]) -> None:
+    whole = steps(seen["2 stateful"])
+    assert steps(seen["2 stateful-on"]) == whole[2:]
+    assert steps(seen["2 stateful-half"]) == whole[1:]
+    assert steps(seen["4 stateful"]) == whole[2:]
+
+
 def test_two_models_of_one_script(seen: dict[str, Seen]) -> None:
     assert seen["4 two-models"]["second"] == seen["2 two-models"]["second"]
 
@@ -214,6 +254,7 @@ def test_a_checkpoint_without_a_record_resumes_too(seen: dict[str, Seen]) -> Non
 
 def test_the_streams_of_more_processes_are_derived(seen: dict[str, Seen]) -> None:
     assert sum("random states of 2 processes" in line for line in seen["4 cosine"]["said"]) == 1
+    assert len({str(drawn) for drawn in seen["4 cosine"]["drawn"]}) == 1  # the script seeds all alike
 
 
 def test_rotation_counts_whole_checkpoints(seen: dict[str, Seen]) -> None:
@@ -233,3 +274,20 @@ def test_the_newest_whole_one_is_taken(seen: dict[str, Seen]) -> None:
     assert "zero_pp_rank_1" in seen["4 named"]["error"]
     assert seen["4 older"]["noted"] == 6
     assert "is whole: " in seen["4 none"]["error"] and "checkpoint_2" in seen["4 none"]["error"]
+
+
+def example(processes: int, *arguments: str, module: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    """Run the example with the real launcher. Return the steps and rates that it prints."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "examples/accelerate.yaml"]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", *module, "examples/accelerate_train.py"]
+    done = finished([*command, *arguments], {})
+    return re.findall(r"^step (\d+): loss [\d.]+, rate ([\d.]+)$", done, re.MULTILINE)
+
+
+def test_the_example_goes_on_with_one_process(tmp_path: Path) -> None:
+    whole = example(2, "--out", str(tmp_path))
+    folder = tmp_path / "checkpoints"
+    assert [int(step) for step, _ in whole] == list(range(1, 13))
+    assert sorted(entry.name for entry in folder.iterdir()) == ["checkpoint_2", "checkpoint_3"]
+    shutil.rmtree(folder / "checkpoint_3")  # of step 12
+    assert example(1, "--out", str(tmp_path), "--resume", module=("-m", "ucp_deepspeed.run")) == whole[9:]

@@ -216,8 +216,10 @@ def _go_on(accelerator: Any, record: Mapping[str, Any], folder: Path) -> None:
 
 def _restore_streams(engine: Any, accelerator: Any, folder: Path, held: int, put_back: Callable[[], None]) -> None:
     """Let the engine's load have the last word on random streams, which Accelerate has for the saved ranks alone. Collective."""
-    from ucp_deepspeed.engine.random_state import restore_again
+    from ucp_deepspeed.engine.random_state import as_they_are, restore_again
 
+    loaded = as_they_are(engine)
+    put_back()  # new streams are shared by ranks that the script has seeded alike
     if restore_again(engine):
         if held != accelerator.num_processes and accelerator.is_main_process:
             logger.info(
@@ -226,13 +228,13 @@ def _restore_streams(engine: Any, accelerator: Any, folder: Path, held: int, put
                 held,
                 accelerator.num_processes,
             )
-    elif held < accelerator.num_processes:
-        put_back()
-        if accelerator.is_main_process:
-            logger.warning(
-                "%s has random states of %d processes alone, and the engine's checkpoint none that it takes: the streams of all "
-                "%d stay as the script has seeded them",
-                folder,
-                held,
-                accelerator.num_processes,
-            )
+    elif held >= accelerator.num_processes:
+        loaded()
+    elif accelerator.is_main_process:
+        logger.warning(
+            "%s has random states of %d processes alone, and the engine's checkpoint none that it takes: the streams of all "
+            "%d stay as the script has seeded them",
+            folder,
+            held,
+            accelerator.num_processes,
+        )

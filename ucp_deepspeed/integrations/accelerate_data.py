@@ -39,7 +39,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a loader stood when it was saved.
+    """The place at which a loader stood when it was saved.
 
     Attributes:
         epoch: the loader's epoch.
@@ -113,7 +113,9 @@ def go_on(loader: Any, saved: Mapping[str, int] | None, tells: bool) -> None:
         return
     position = Position(**saved)
     vars(loader)[_COUNT], vars(loader)[_POSITION] = Count(), position
-    if tells and position.handed and (position.batch != batch or position.samples != position.handed):
+    if getattr(loader, "use_stateful_dataloader", False):
+        _go_on_alone(loader, vars(loader).pop(_POSITION), batch)
+    elif tells and position.handed and (position.batch != batch or position.samples != position.handed):
         logger.info(
             "a data loader stood at sample %d of epoch %d, after %d batches of %d; a batch has %d samples now: "
             "skip_first_batches(loader, %d) goes on at that sample",
@@ -126,14 +128,45 @@ def go_on(loader: Any, saved: Mapping[str, int] | None, tells: bool) -> None:
         )
 
 
+def _go_on_alone(loader: Any, position: Position, batch: int) -> None:
+    """Let a stateful loader go on by itself, as it does after a load: by its own state, which counts batches of one process, if
+    that says the same; otherwise by the position."""
+    own = getattr(loader.base_dataloader, "next_iter_state", None) or {}
+    shot = own.get("_snapshot") or {}
+    batches = own.get("_num_yielded", shot.get("_snapshot_step", 0) + own.get("_steps_since_snapshot", 0))
+    if batches * batch == position.samples == position.handed:
+        vars(loader)[_SKIPPED] = position.batches, position.samples
+        return
+    loader.base_dataloader.load_state_dict({})
+    if position.samples < loader.total_dataset_length:  # otherwise the epoch was over
+        vars(loader)[_AHEAD] = position
+
+
+_AHEAD = "_universal_checkpoint_ahead"
+"""Attribute of a stateful loader: the `Position` at which its next iteration begins."""
+
+
+def _from(position: Position, loader: Any, held: Count) -> Iterator[Any]:
+    """Iterate over what a stateful loader has from a position on."""
+    from accelerate.data_loader import skip_first_batches
+
+    batch = batch_of(loader) or 0
+    made, skipped = _at(getattr(skip_first_batches, "__wrapped__", skip_first_batches), loader, position, batch)
+    vars(made).update({_COUNT: held, _SKIPPED: (position.batches, skipped), _BATCH: batch})
+    yield from made
+    loader.iteration += 1
+
+
 def _iterate(wrapped: Callable[..., Any], loader: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     held = vars(loader).get(_COUNT)
+    if held is not None and (position := vars(loader).pop(_AHEAD, None)) is not None:
+        return _from(position, loader, held)
     return wrapped() if held is None else _counted(loader, held, wrapped())
 
 
 def _counted(loader: Any, held: Count, batches: Iterator[Any]) -> Iterator[Any]:
     """Hand a loader's batches on, and count them."""
-    start = vars(loader).get(_SKIPPED)
+    start = vars(loader).get(_SKIPPED) if _BATCH in vars(loader) else vars(loader).pop(_SKIPPED, None)
     held.batches, held.samples = (0, 0) if start is None else start
     batch = vars(loader)[_BATCH] if _BATCH in vars(loader) else batch_of(loader) or 0
     for item in batches if not held.samples else _without_draws(batches):
@@ -144,7 +177,7 @@ def _counted(loader: Any, held: Count, batches: Iterator[Any]) -> Iterator[Any]:
 
 
 _SKIPPED = "_universal_checkpoint_skipped"
-"""Attribute of a loader that skips: batches, as the script counts them, and samples."""
+"""Attribute of a loader that skips: batches, as the script counts them, and samples. Of a stateful one: for its next epoch."""
 
 _BATCH = "_universal_checkpoint_batch"
 """Attribute of a loader that skips: its `batch_of`."""
