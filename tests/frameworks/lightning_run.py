@@ -17,7 +17,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
 
 import ucp_deepspeed
 from ucp_deepspeed.checkpoint.whole import problem_of
@@ -43,6 +43,23 @@ class Numbers(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
         return index, torch.randint(-4, 4, (8,), generator=torch.Generator().manual_seed(index)).float()
+
+
+class Backwards(Sampler[int]):
+    """A sampler of the user's own."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __iter__(self) -> Any:
+        return iter(range(self.samples - 1, -1, -1))
+
+
+class Batches(BatchSampler):
+    """A batch sampler of the user's own."""
 
 
 class Model(pl.LightningModule):
@@ -218,7 +235,12 @@ def strategy_for(folder: Path, job: dict[str, Any]) -> Any:
 def do(what: str, trainer: Any, model: Model, folder: Path, job: dict[str, Any]) -> Any:
     """One call of the trainer's."""
     batch, workers = job.get("batch", 8 // RANKS), job.get("workers", 0)
-    loader = DataLoader(Numbers(48), batch_size=batch, shuffle=True, num_workers=workers)
+    samples = Numbers(job.get("samples", 48))
+    loader = DataLoader(samples, batch_size=batch, shuffle=True, num_workers=workers)
+    if job.get("own") == "sampler":
+        loader = DataLoader(samples, batch_size=batch, sampler=Backwards(len(samples)))
+    elif job.get("own") == "batches":
+        loader = DataLoader(samples, batch_sampler=Batches(SequentialSampler(samples), batch, False))
     ahead = DataLoader(Numbers(16), batch_size=4 // RANKS)
     path = job.get("ckpt")
     path = path if path in (None, "last", "best") else str(folder / path)

@@ -27,6 +27,7 @@ TWO = [
             {"dirpath": "epochs", "save_top_k": -1, "every_n_epochs": 1},
         ],
     },
+    {"name": "own", "block": {}, "own": "sampler", "epochs": 1, "save_at": 4},
     {"name": "accumulated", "block": {}, "batch": 2, "accumulate": 2, "epochs": 2, "save_at": 7},
     {
         "name": "network",
@@ -65,8 +66,8 @@ TWO = [
 ]
 """Jobs on two ranks. The last one ends by SIGKILL, while its third checkpoint is being written."""
 
-for job in TWO[3:5]:
-    job |= {key: TWO[2][key] for key in ("block", "stage", "validates", "model", "epochs")}
+for job in TWO[4:6]:
+    job |= {key: TWO[3][key] for key in ("block", "stage", "validates", "model", "epochs")}
 
 ONE = [
     {"name": "one_within", "block": {}, "ckpt": "steps/epoch=0-step=4.ckpt", "save_at": 5},
@@ -78,6 +79,9 @@ ONE = [
     {"name": "one_passed", "block": {}, "ckpt": "last", "saving": [{"dirpath": "passed", "save_last": True}]},
     {"name": "one_batch", "block": {}, "epochs": 1, "batch": 12, "workers": 1, "ckpt": "steps/epoch=0-step=4.ckpt"},
     {"name": "one_seed", "block": {}, "epochs": 1, "seed": 9, "ckpt": "steps/epoch=0-step=4.ckpt"},
+    {"name": "one_own", "block": {}, "epochs": 1, "own": "sampler", "ckpt": "own.ckpt"},
+    {"name": "one_longer", "block": {}, "epochs": 1, "samples": 56, "ckpt": "steps/epoch=0-step=4.ckpt"},
+    {"name": "one_batches", "block": {}, "epochs": 1, "own": "batches", "ckpt": "steps/epoch=0-step=4.ckpt"},
     {
         "name": "one_twice",
         "strategy": "deepspeed_stage_2",
@@ -233,6 +237,25 @@ def test_another_batch_sees_each_sample_of_the_epoch_once(one: Path) -> None:
 
 def test_another_seed_keeps_the_order_of_the_epoch(one: Path) -> None:
     assert steps(one, "one_seed") == steps(one, "whole")[4:6]
+
+
+def test_a_sampler_of_ones_own_goes_on_if_its_order_is_the_same(one: Path) -> None:
+    assert steps(one, "one_own") == steps(one, "own")[4:]
+    assert "gives the order of the interrupted run again" in told(one, "one_own")["lines"][-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "samples"),
+    [
+        ("one_longer", "the epoch had 48 samples when it was saved", "its first 24 samples are used again, after 32"),
+        ("one_batches", "the loader has a batch sampler of its own", "its first 16 samples are used again, after 32"),
+    ],
+)
+def test_a_place_that_cannot_be_kept(one: Path, name: str, reason: str, samples: str) -> None:
+    warned = [line for line in told(one, name)["lines"] if line.startswith("WARNING")]
+    assert len(warned) == 1 and reason in warned[0] and samples in warned[0]
+    seen = [sample for step in steps(one, name) for sample in step[2]]
+    assert len(seen) == int(samples.split()[2])
 
 
 def test_a_second_fit_and_a_checkpoint_by_hand(one: Path) -> None:

@@ -110,8 +110,10 @@ def dealt(fit_loop: Any) -> Dealt | str:
     if len(loaders) != 1:
         return f"there are {len(loaders)} loaders"
     loader = loaders[0]
-    if type(loader) is not DataLoader or type(loader.batch_sampler) is not BatchSampler:
-        return "the loader is of a class of its own, or has a batch sampler of its own"
+    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
+        return "the loader isn't torch's DataLoader"
+    if type(loader.batch_sampler) is not BatchSampler:
+        return "the loader has a batch sampler of its own, or none"
     sampler = loader.batch_sampler.sampler
     sampler = sampler.sampler if isinstance(sampler, Rest) else sampler
     if not isinstance(sampler, DistributedSampler):
@@ -123,7 +125,7 @@ def position_of(trainer: Any, engine: Any) -> dict[str, Any]:
     """Return what a save keeps: the samples of this epoch whose gradients have been stepped on, and the epoch's order."""
     loop, found = trainer.fit_loop, dealt(trainer.fit_loop)
     done, batches = loop.epoch_loop.batch_progress.current.processed, loop.max_batches
-    kept = {"done": done, "batches": None if batches == float("inf") else batches}
+    kept = {"batches": None if batches == float("inf") else batches, "ranks": trainer.world_size}
     if isinstance(found, str):
         return kept
     counted, began = vars(loop).get(_BEGAN, (0, 0))
@@ -146,7 +148,7 @@ def after_data(wrapped: Wrapped, fit_loop: Any, args: tuple[Any, ...], kwargs: d
 
 def _put(fit_loop: Any, saved: dict[str, Any] | None, tells: bool) -> None:
     current, length = fit_loop.epoch_loop.batch_progress.current, fit_loop.max_batches
-    if not current.processed or length == float("inf"):
+    if not current.processed:
         return
     if saved is not None and saved["batches"] is not None and current.processed >= saved["batches"]:
         _shift(fit_loop, length)  # the epoch had ended
@@ -155,8 +157,8 @@ def _put(fit_loop: Any, saved: dict[str, Any] | None, tells: bool) -> None:
     found = dealt(fit_loop)
     reason = found if isinstance(found, str) else _reason(found, saved)
     if reason is not None or isinstance(found, str) or saved is None:
-        if tells:
-            _tell_of_lightnings_way(fit_loop, saved, found, f"{reason}")
+        if tells and not _is_loaders_own(fit_loop, saved):
+            _tell_of_lightnings_way(fit_loop, saved, f"{reason}")
         return
     position, limit = saved["trained"], length * found.batch
     left = min(found.left_after(position), -(-max(limit - position, 0) // found.batch))
@@ -171,6 +173,17 @@ def _put(fit_loop: Any, saved: dict[str, Any] | None, tells: bool) -> None:
     if tells:
         told = "the epoch goes on after %d of its %d samples, with %d batches of %d; its order has seed %d, as before"
         logger.info(told, position, found.samples, left, found.batch, saved["order"]["seed"])
+    if tells and type(found.sampler) is not DistributedSampler:
+        logger.warning(
+            "the rest of the epoch holds each sample once only if your own sampler gives the order of the interrupted run again"
+        )
+
+
+def _is_loaders_own(fit_loop: Any, saved: dict[str, Any] | None) -> bool:
+    """Return whether all loaders have a state of their own, which Lightning restores, and the ranks are as many as before."""
+    loaders = fit_loop._combined_loader.flattened
+    stateful = all(hasattr(each, "state_dict") and hasattr(each, "load_state_dict") for each in loaders)
+    return stateful and (saved is None or saved["ranks"] == fit_loop.trainer.world_size)
 
 
 def _begin_next_epoch(fit_loop: Any) -> None:
@@ -191,22 +204,28 @@ def _reason(found: Dealt, saved: dict[str, Any] | None) -> str | None:
     return None
 
 
-def _tell_of_lightnings_way(fit_loop: Any, saved: dict[str, Any] | None, found: Dealt | str, reason: str) -> None:
-    """Warn of the samples that Lightning repeats and skips: it takes the batches that are left from the loader's beginning."""
+def _tell_of_lightnings_way(fit_loop: Any, saved: dict[str, Any] | None, reason: str) -> None:
+    """Warn of the samples that Lightning takes again: those of the batches that are left, from the loader's beginning."""
     done, length = fit_loop.epoch_loop.batch_progress.current.processed, fit_loop.max_batches
-    left = max(length - done, 0)
-    told = f"{left} batches from its beginning are used again"
-    if not isinstance(found, str):
-        again, trained = min(left * found.batch, found.samples), None if saved is None else saved.get("trained")
-        told = f"its first {again} samples are used again"
-        if trained is not None:
-            skipped = max(found.samples - max(trained, again), 0)
-            told = f"{min(trained, again)} samples are repeated, and {skipped} are skipped"
+    left = done if length == float("inf") else max(length - done, 0)
+    sizes = [
+        getattr(each, "batch_size", None) or getattr(getattr(each, "batch_sampler", None), "batch_size", None)
+        for each in fit_loop._combined_loader.flattened
+    ]
+    size = sizes[0] if len(sizes) == 1 else None
+    again = (
+        f"its first {left} batches"
+        if size is None
+        else f"its first {left * size * fit_loop.trainer.world_size} samples"
+    )
+    trained = None if saved is None else saved.get("trained")
     logger.warning(
         "the position within the epoch can't be kept, since %s: Lightning takes the rest of the epoch from the loader's "
-        "beginning, so %s; resume at the end of an epoch, or use one DataLoader with the sampler that Lightning puts in",
+        "beginning, so %s are used again%s; resume at the end of an epoch, or use one DataLoader with the sampler that "
+        "Lightning puts in",
         reason,
-        told,
+        again,
+        "" if trained is None else f", after {trained} samples that were trained on",
     )
 
 
