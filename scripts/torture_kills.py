@@ -74,6 +74,7 @@ class Case:
         """Return the case's random choices, from their beginning."""
         return random.Random(f"{self.kind} {self.seed}")
 
+
 NO_OTHER_TAG = {"enabled": True, "fallback": "none"}
 """A load tells what it finds; no other tag takes its place."""
 

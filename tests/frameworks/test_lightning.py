@@ -91,6 +91,8 @@ ONE = [
         "do": ["fit", "again"],
     },
     {"name": "one_bare", "ckpt": "one_within.ckpt"},
+    {"name": "one_plain", "epochs": 1, "saving": [{"dirpath": "plain"}]},
+    {"name": "one_since", "block": {}, "ckpt": "plain/epoch=0-step=6.ckpt"},
     {"name": "one_tested", "block": {}, "do": ["validate", "test"], "ckpt": "steps/epoch=1-step=12.ckpt"},
     *(
         {
@@ -256,6 +258,11 @@ def test_a_place_that_cannot_be_kept(one: Path, name: str, reason: str, samples:
     assert len(warned) == 1 and reason in warned[0] and samples in warned[0]
     seen = [sample for step in steps(one, name) for sample in step[2]]
     assert len(seen) == int(samples.split()[2])
+
+
+def test_a_run_that_began_without_the_block(one: Path) -> None:
+    check_goes_on(one, "one_since", 6)
+    assert [line for line in told(one, "one_since")["lines"] if line.startswith("WARNING")] == []
 
 
 def test_a_second_fit_and_a_checkpoint_by_hand(one: Path) -> None:

@@ -150,8 +150,9 @@ def _put(fit_loop: Any, saved: dict[str, Any] | None, tells: bool) -> None:
     current, length = fit_loop.epoch_loop.batch_progress.current, fit_loop.max_batches
     if not current.processed:
         return
-    if saved is not None and saved["batches"] is not None and current.processed >= saved["batches"]:
-        _shift(fit_loop, length)  # the epoch had ended
+    batches = None if saved is None else saved["batches"]
+    if _has_ended(fit_loop) or (batches is not None and current.processed >= batches):
+        _shift(fit_loop, length)
         _begin_next_epoch(fit_loop)
         return
     found = dealt(fit_loop)
@@ -186,11 +187,16 @@ def _is_loaders_own(fit_loop: Any, saved: dict[str, Any] | None) -> bool:
     return stateful and (saved is None or saved["ranks"] == fit_loop.trainer.world_size)
 
 
+def _has_ended(fit_loop: Any) -> bool:
+    """Return whether the epoch was at its end, and not only its batches."""
+    epoch = fit_loop.epoch_progress.current
+    return bool(epoch.ready == epoch.started == epoch.processed)
+
+
 def _begin_next_epoch(fit_loop: Any) -> None:
     """Let a loop whose epoch had ended in every respect begin the next one. With ``max_steps`` Lightning would begin the ended
     one again, with a single batch, and so leave out the next."""
-    epoch = fit_loop.epoch_progress.current
-    if epoch.ready == epoch.started == epoch.processed:
+    if _has_ended(fit_loop):
         base = next(each for each in type(fit_loop).__mro__[1:] if "restarting" in vars(each))
         vars(base)["restarting"].fset(fit_loop, False)
 
