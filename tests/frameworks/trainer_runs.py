@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch.utils.data import Dataset, IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from ucp_deepspeed.testing.ranks import reset_parallel_state
+
 ON = {"enabled": True}
 ASYNC = {"enabled": True, "save": {"async": True}}
 WORDS = 32
@@ -254,6 +256,7 @@ def weights_of(engine: Any) -> dict[str, torch.Tensor]:
 
 def train(job: Job, then: Callable[[Recorded], Any] | None = None) -> Result:
     """Train, on every rank of a pool."""
+    reset_parallel_state()
     with heard() as messages:
         trainer, watch = trainer_of(job)
         trainer.train(resume_from_checkpoint=job.resume)
