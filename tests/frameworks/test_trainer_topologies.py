@@ -1,4 +1,4 @@
-"""Trainer and PEFT: another number of ranks, stage, accumulation and tensor-parallel size, from real runs."""
+"""Trainer, PEFT and TRL: another number of ranks, stage, accumulation and tensor-parallel size, from real runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer_runs import ASYNC, Job, Result, in_order, train
+from trainer_runs import ASYNC, WORDS, Job, Numbers, Result, Watch, arguments_of, heard, in_order, model_of, train
 
 from ucp_deepspeed.testing.ranks import RankPool
 
@@ -96,3 +96,38 @@ def test_lora(zero: int, ranks: Ranks, tmp_path: Path) -> None:
     check_same(ranks(1).run(train, later)[0], whole, 4, 1, 4)
     names = [path.name for path in (job.folder / "checkpoint-10").iterdir()]
     assert "adapter_model.safetensors" in names
+
+
+def finetune(job: Job) -> Result:
+    """Train with TRL's trainer, on samples that are made of words already."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    words = {f"w{number}": number for number in range(WORDS - 1)} | {"<pad>": WORDS - 1}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="<pad>", eos_token="<pad>"
+    )
+    numbers = Numbers(job.samples)
+    data = Dataset.from_dict({"input_ids": [numbers[index]["input_ids"] for index in range(job.samples)]})
+    arguments = arguments_of(job) | {"use_cpu": True, "bf16": False, "max_length": None}
+    watch = Watch(job)
+    trainer = SFTTrainer(
+        model_of(job), SFTConfig(**arguments), train_dataset=data, processing_class=tokenizer, callbacks=[watch]
+    )
+    watch.trainer, trainer.taken = trainer, []
+    with heard() as messages:
+        trainer.train(resume_from_checkpoint=job.resume)
+    trainer.deepspeed.destroy()
+    return Result({}, watch.rates, watch.losses, watch.epochs, messages, {})
+
+
+def test_trl(ranks: Ranks, tmp_path: Path) -> None:
+    """Two ranks, then one: the same rates, and the losses of the same samples."""
+    job = Job(tmp_path / "two", arguments=share(2))
+    whole = ranks(2).run(finetune, job)[0]
+    later = replace(job, folder=tmp_path / "one", arguments=share(1), resume=str(job.folder / "checkpoint-4"))
+    found = ranks(1).run(finetune, later)[0]
+    assert found.rates == {at: rate for at, rate in whole.rates.items() if at > 4}
+    assert len(found.losses) == 6 and all(abs(loss - whole.losses[at]) < 1e-4 for at, loss in found.losses.items())

@@ -190,9 +190,9 @@ def deepspeed_config(job: Job) -> dict[str, Any] | str:
     return str(path)
 
 
-def trainer_of(job: Job, kind: type[Recorded] = Recorded) -> tuple[Recorded, Watch]:
-    """Make the trainer of a job."""
-    arguments = {
+def arguments_of(job: Job) -> dict[str, Any]:
+    """Return what the ``TrainingArguments`` of a job are made of."""
+    return {
         "output_dir": str(job.folder),
         "use_cpu": True,
         "per_device_train_batch_size": 2,
@@ -208,7 +208,11 @@ def trainer_of(job: Job, kind: type[Recorded] = Recorded) -> tuple[Recorded, Wat
         **job.arguments,
         "deepspeed": deepspeed_config(job),
     }
-    args = TrainingArguments(**arguments)
+
+
+def trainer_of(job: Job, kind: type[Recorded] = Recorded) -> tuple[Recorded, Watch]:
+    """Make the trainer of a job."""
+    args = TrainingArguments(**arguments_of(job))
     watch = Watch(job)
     data = Stream(job.samples) if job.stream else Numbers(job.samples)
     trainer = kind(
