@@ -60,6 +60,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "transformers>=5,<5.23",
             *HUGGING_FACE,

@@ -10,4 +10,7 @@ done
 # Some run on a stand-in for an accelerator, whose compiled half has the digest of its source in its name.
 digest=$(sha256sum ucp_deepspeed/testing/device/device.cpp | cut -c1-12)
 build_op "ucp_standin_$digest" "from ucp_deepspeed.testing.device.stand_in import extension; extension()"
-exec python -m pytest -q "$@"
+[ $# -eq 0 ] || exec python -m pytest -q "$@"
+# All tests: those without ranks of their own side by side, the others one after the other.
+python -m pytest -q -n 2 --dist worksteal tests/unit
+exec python -m pytest -q --ignore tests/unit
