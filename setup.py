@@ -19,7 +19,7 @@ OLDEST, NEWEST = (stated(name, "engine/__init__.py") for name in ("OLDEST_DEEPSP
 MAJOR, MINOR = NEWEST.split(".")
 DEEPSPEED_RANGE = f"deepspeed>={OLDEST},<{MAJOR}.{int(MINOR) + 1}"
 
-HUGGING_FACE = ["transformers>=5,<5.23", "accelerate>=1.12", "peft>=0.19"]
+HUGGING_FACE = ["transformers>=5.10,<5.11", "accelerate>=1.15,<1.16", "peft>=0.21,<0.22"]
 
 packages = find_packages(include=["ucp_deepspeed", "ucp_deepspeed.*"])
 
