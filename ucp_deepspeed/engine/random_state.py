@@ -213,7 +213,7 @@ def restore_random_state(engine: Engine, saved: RandomState | None) -> None:
                 f"saved at step {origin.global_steps} by {origin.place.world_size} ranks, or in other roles, or on another "
                 f"accelerator; new streams are derived from its seed {origin.seed}"
             )
-        logger.debug("random state: %s", done)
+        logger.log(logging.DEBUG if exact else logging.INFO, "random state: %s", done)
 
 
 def _warn_of_streams(live: Sequence[str], held: Sequence[str]) -> None:
