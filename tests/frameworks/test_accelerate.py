@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -24,8 +23,6 @@ KINDS: dict[str, tuple[str, ...]] = {"cosine": ("lambda", "scaled", "onecycle"),
 """The optimizer's schedule, and others beside it."""
 
 Seen = dict[str, Any]
-
-STATEFUL = importlib.util.find_spec("torchdata") is not None
 
 
 def launched(ranks: int, folder: Path, jobs: list[Seen]) -> dict[str, Seen]:
@@ -100,8 +97,6 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
                 {"name": "stateful-on", "gas": 2, "stateful": True, "load": place("stateful"), "skip": 4},
                 {"name": "stateful-half", "gas": 2, "stateful": True, "load": place("stateful-half"), "skip": 3},
             ]
-            if STATEFUL
-            else []
         ),
         {"name": "stock-rotation", "block": False, "project": place("stocks"), "limit": 1, "saves": {"1": "", "2": ""}},
         {"name": "rotation", "project": place("runs"), "limit": 2, "async": True, "saves": dict.fromkeys("2468", "")},
@@ -126,11 +121,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
         ),
         sided
         | {"name": "other-batch", "gas": 1, "batch": 4, "epochs": 3, "load": place("half"), "epoch": 1, "skip": 5},
-        *(
-            [{"name": "stateful", "gas": 2, "batch": 2, "stateful": True, "load": place("stateful"), "skip": 4}]
-            if STATEFUL
-            else []
-        ),
+        *([{"name": "stateful", "gas": 2, "batch": 2, "stateful": True, "load": place("stateful"), "skip": 4}]),
         {"name": "within", "batch": 4, "load": place("three"), "skip": 3, "function": True},
         {"name": "wrong-skip", "batch": 4, "load": place("three"), "skip": 2, "micro": 1},
         sided
@@ -229,7 +220,6 @@ def test_a_skip_that_is_at_another_sample_is_told(seen: dict[str, Seen]) -> None
     assert not any("samples are" in line for line in seen["4 right-skip"]["said"])
 
 
-@pytest.mark.skipif(not STATEFUL, reason="torchdata isn't installed")
 def test_a_stateful_loader_goes_on_by_itself(seen: dict[str, Seen]) -> None:
     whole = steps(seen["2 stateful"])
     assert steps(seen["2 stateful-on"]) == whole[2:]

@@ -157,7 +157,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(two: Path) -> Path:
-    """The same, with jobs on one rank. In ``passed`` the last checkpoint isn't whole."""
+    """Folder of `two`, after the jobs on one rank. In ``passed`` the last checkpoint isn't whole."""
     for name in ("last.ckpt", "epoch=0-step=4.ckpt"):
         shutil.copytree(two / "steps/epoch=0-step=4.ckpt", two / "passed" / name)
     (two / "passed/last.ckpt/checkpoint/mp_rank_00_model_states.pt").unlink()
@@ -167,7 +167,7 @@ def one(two: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def four(one: Path) -> Path:
-    """The same, with jobs on four ranks, by the package's other name."""
+    """Folder of `one`, after the jobs on four ranks, by the package's other name."""
     assert launch(one, 4, FOUR, "pytorch_lightning") == 0, (one / "log_4.txt").read_text()[-4000:]
     return one
 

@@ -84,7 +84,7 @@ class Numbers(Dataset[dict[str, Any]]):
 
 
 class Stream(IterableDataset[dict[str, Any]]):
-    """The same samples, without a length."""
+    """Samples of `Numbers`, without a length."""
 
     def __init__(self, count: int) -> None:
         self.numbers = Numbers(count)

@@ -228,14 +228,17 @@ def settings_of_groups(
         asked = made if keep else usable(first).keys()
         taken = {key: value for key, value in usable(first).items() if key in asked and key not in scheduled}
         values.append(taken)
-        kept += [
-            f"parameter group {index}: {key!r} is {value!r} in the checkpoint, {live[key]!r} here"
-            for key, value in first.items()
-            if key not in taken and key in live and not same_value(_plain(value), _plain(live[key]))
-        ]
+        kept += _left_out(index, first, taken, live)
         for problem in _differing(taken, held, keep, scheduled):
             obstacles.add(f"parameter group {index}", problem)
     return GroupSettings(tuple(values), tuple(kept))
+
+
+def _left_out(index: int, saved: Mapping[str, Any], taken: Mapping[str, Any], live: Mapping[str, Any]) -> Iterator[str]:
+    """Yield, in words, a group's saved hyper-parameters that differ from the live ones and aren't taken over."""
+    for key, value in saved.items():
+        if key not in taken and key in live and not same_value(_plain(value), _plain(live[key])):
+            yield f"parameter group {index}: {key!r} is {value!r} in the checkpoint, {live[key]!r} here"
 
 
 def _without_step(settings: Mapping[str, Any]) -> Mapping[str, Any]:
