@@ -160,86 +160,113 @@ def weights_of(model: Any) -> str:
         return hashlib.blake2b(held.numpy().tobytes(), digest_size=8).hexdigest()
 
 
+class Built:
+    """All that a job trains: one model with its schedule, further schedules beside it, perhaps a second model."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job, self.accelerator = job, accelerator_of(job)
+        model, loader = Model(), DataLoader(dataset(), batch_size=job.get("batch", 4), shuffle=True)
+        kind, processes = job.get("schedule", "lambda"), self.accelerator.num_processes
+        if kind == "config":
+            optimizer = DummyOptim(model.parameters())
+            schedule = DummyScheduler(optimizer)
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
+            schedule = schedule_of(kind, optimizer, processes)
+        prepared = self.accelerator.prepare(model, optimizer, loader, schedule)
+        self.model, self.optimizer, self.loader, self.schedule = prepared
+        self.second = None
+        if job.get("models") == 2:
+            other = Model()
+            self.second = self.accelerator.prepare(other, torch.optim.AdamW(other.parameters(), lr=0.25))[0]
+        alone = [schedule_of(side, torch.optim.SGD([torch.zeros(1)], 0.25), processes) for side in job.get("sides", ())]
+        self.sides = [self.accelerator.prepare_scheduler(each) for each in alone]
+        self.noted = Noted()
+        self.accelerator.register_for_checkpointing(self.noted)
+        self.seen: dict[str, Any] = {"steps": [], "saved": []}
+
+    def load(self) -> None:
+        """Load what the job names, and note where that leads."""
+        for spoiled in self.job.get("spoil", ()):
+            if self.accelerator.is_main_process:
+                Path(spoiled).unlink()
+            self.accelerator.wait_for_everyone()
+        if "load" not in self.job:
+            return
+        self.accelerator.load_state(self.job["load"] or None)
+        self.seen["noted"], self.seen["step"] = self.noted.value, gathered(self.accelerator.step)
+        if not self.job.get("draws"):
+            self.seen["drawn"] = gathered([float(torch.rand(())), random.random()])
+        if self.second is not None:
+            self.seen["second"] = weights_of(self.second)
+
+    def loader_of(self, epoch: int) -> Any:
+        """Return the loader, or the rest of it where the job resumes."""
+        job = self.job
+        self.loader.set_epoch(epoch)
+        if epoch != job.get("epoch", 0) or "skip" not in job or job.get("stateful"):
+            return self.loader
+        skip = skip_first_batches if job.get("function") else self.accelerator.skip_first_batches
+        return skip(self.loader, job["skip"])
+
+    def step(self, epoch: int, rows: Any, samples: list[int]) -> list[int]:
+        """Train on one micro-batch. Return the samples since the last step, which is noted."""
+        with self.accelerator.accumulate(self.model):
+            self.accelerator.backward(self.model(rows).mean())
+            if self.second is not None:
+                self.second.backward(self.second(rows).mean())
+                self.second.step()
+            samples = samples + [int(row[0]) for row in rows]
+            self.optimizer.step()
+            for each in (self.schedule, *self.sides):
+                each.step()
+            self.optimizer.zero_grad()
+            if not self.accelerator.sync_gradients:
+                return samples
+            every = sorted(chain.from_iterable(gathered(samples)))
+            rate = self.optimizer.param_groups[0]["lr"]
+            drawn = float(torch.rand(())) if self.job.get("draws") else None
+            rates = [float(rate).hex(), *(each.get_last_lr()[0].hex() for each in self.sides)]
+            self.seen["steps"].append([epoch, every, rates, weights_of(self.model), drawn])
+            return []
+
+    def save(self, micro: int) -> None:
+        """Save if the job does so after this micro-batch, and end where it dies."""
+        if str(micro) not in self.job.get("saves", {}):
+            return
+        self.accelerator.save_state(self.job["saves"][str(micro)] or None)
+        if self.second is not None:
+            self.seen["second"] = weights_of(self.second)
+        if "project" in self.job:
+            self.seen["saved"].append(self.checkpoints())
+        if self.job.get("dies") == micro:
+            os._exit(0)
+
+    def checkpoints(self) -> list[str]:
+        """Return the names in the project's folder of checkpoints."""
+        return sorted(entry.name for entry in Path(self.job["project"], "checkpoints").iterdir())
+
+
 def train(job: dict[str, Any]) -> dict[str, Any]:
     """One job: build, load, train, save."""
-    accelerator = accelerator_of(job)
-    model, loader = Model(), DataLoader(dataset(), batch_size=job.get("batch", 4), shuffle=True)
-    kind = job.get("schedule", "lambda")
-    if kind == "config":
-        optimizer = DummyOptim(model.parameters())
-        schedule = DummyScheduler(optimizer)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
-        schedule = schedule_of(kind, optimizer, accelerator.num_processes)
-    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
-    second = None
-    if job.get("models") == 2:
-        other = Model()
-        second = accelerator.prepare(other, torch.optim.AdamW(other.parameters(), lr=0.25))[0]
-    sides = [
-        accelerator.prepare_scheduler(
-            schedule_of(side, torch.optim.SGD([torch.zeros(1)], 0.25), accelerator.num_processes)
-        )
-        for side in job.get("sides", ())
-    ]
-    noted = Noted()
-    accelerator.register_for_checkpointing(noted)
-    seen: dict[str, Any] = {"steps": [], "saved": []}
-    for spoiled in job.get("spoil", ()):
-        if accelerator.is_main_process:
-            Path(spoiled).unlink()
-        accelerator.wait_for_everyone()
-    if "load" in job:
-        accelerator.load_state(job["load"] or None)
-        seen["noted"], seen["step"] = noted.value, gathered(accelerator.step)
-        if not job.get("draws"):
-            seen["drawn"] = gathered([float(torch.rand(())), random.random()])
-        if second is not None:
-            seen["second"] = weights_of(second)
-    first, skip = job.get("epoch", 0), job.get("skip", 0)
-    micro, samples, left = skip, [], job.get("micro", 10**9)
-    for epoch in range(first, job.get("epochs", 1)):
-        loader.set_epoch(epoch)
-        active = loader
-        if epoch == first and "skip" in job and not job.get("stateful"):
-            active = (skip_first_batches if job.get("function") else accelerator.skip_first_batches)(loader, skip)
-        for rows in active:
+    built = Built(job)
+    built.load()
+    samples: list[int] = []
+    micro, left = job.get("skip", 0), job.get("micro", 10**9)
+    for epoch in range(job.get("epoch", 0), job.get("epochs", 1)):
+        for rows in built.loader_of(epoch):
             if not left:
                 break
-            with accelerator.accumulate(model):
-                value = model(rows)
-                accelerator.backward(value.mean())
-                if second is not None:
-                    second.backward(second(rows).mean())
-                    second.step()
-                samples += [int(row[0]) for row in rows]
-                optimizer.step()
-                for each in (schedule, *sides):
-                    each.step()
-                optimizer.zero_grad()
-                if accelerator.sync_gradients:
-                    every = sorted(chain.from_iterable(gathered(samples)))
-                    rate = optimizer.param_groups[0]["lr"]
-                    drawn = float(torch.rand(())) if job.get("draws") else None
-                    rates = [float(rate).hex(), *(each.get_last_lr()[0].hex() for each in sides)]
-                    seen["steps"].append([epoch, every, rates, weights_of(model), drawn])
-                    samples = []
+            samples = built.step(epoch, rows, samples)
             micro, left = micro + 1, left - 1
-            noted.value = micro
-            if str(micro) in job.get("saves", {}):
-                accelerator.save_state(job["saves"][str(micro)] or None)
-                if second is not None:
-                    seen["second"] = weights_of(second)
-                if "project" in job:
-                    seen["saved"].append(sorted(entry.name for entry in Path(job["project"], "checkpoints").iterdir()))
-                if job.get("dies") == micro:
-                    os._exit(0)
+            built.noted.value = micro
+            built.save(micro)
     if job.get("async"):
         ucp_deepspeed.wait_for_save()
     if "project" in job:
-        accelerator.wait_for_everyone()
-        seen["left"] = sorted(entry.name for entry in Path(job["project"], "checkpoints").iterdir())
-    return seen
+        built.accelerator.wait_for_everyone()
+        built.seen["left"] = built.checkpoints()
+    return built.seen
 
 
 def main() -> None:

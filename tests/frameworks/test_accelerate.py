@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,14 @@ def finished(command: list[str], more: dict[str, str]) -> str:
     return out
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
-    """All jobs of three launches. An epoch has 64 samples; 16 make a step, unless a job says otherwise."""
-    folder = tmp_path_factory.mktemp("accelerate")
+SIDED: Seen = {"schedule": "cosine", "sides": KINDS["cosine"]}
 
-    def place(name: str) -> str:
-        return str(folder / name)
+Place = Callable[[str], str]
+"""Gives the path of a checkpoint or project by its name."""
 
+
+def jobs_of_two(place: Place) -> list[Seen]:
+    """Jobs on two ranks. An epoch has 64 samples; 16 make a step, unless a job says otherwise."""
     whole = [
         {
             "name": kind,
@@ -76,15 +77,14 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
         for kind, sides in KINDS.items()
     ]
     whole[0]["saves"] |= {"13": place("half")}
-    sided = {"schedule": "cosine", "sides": KINDS["cosine"]}
-    two = [
+    return [
         *whole,
         {"name": "one-batch", "epochs": 1, "saves": {"3": place("three")}},
         {"name": "two-models", "models": 2, "stage": 3, "micro": 4, "keep": {"last": 1}, "saves": {"2": place("both")}},
         {"name": "odd", "schedule": "odd", "micro": 4, "saves": {"2": place("odd-2")}},
         {"name": "without", "block": False, "gas": 2, "micro": 6, "saves": {"4": place("stock")}},
-        sided | {"name": "same-half", "gas": 2, "epochs": 3, "load": place("half"), "epoch": 1, "skip": 5},
-        sided
+        SIDED | {"name": "same-half", "gas": 2, "epochs": 3, "load": place("half"), "epoch": 1, "skip": 5},
+        SIDED
         | {"name": "same", "gas": 2, "epochs": 3, "load": place("cosine-2"), "epoch": 1, "skip": 4, "draws": True},
         *(
             [
@@ -102,8 +102,11 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
         {"name": "rotation", "project": place("runs"), "limit": 2, "async": True, "saves": dict.fromkeys("2468", "")},
         {"name": "dies", "project": place("dead"), "limit": 1, "async": True, "saves": {"2": "", "4": ""}, "dies": 4},
     ]
-    found = {f"2 {name}": each for name, each in launched(2, folder, two).items()}
-    four = [
+
+
+def jobs_of_four(place: Place) -> list[Seen]:
+    """Jobs on four ranks, that resume what two have saved."""
+    return [
         *(
             {
                 "name": kind,
@@ -119,12 +122,12 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
             }
             for kind, sides in KINDS.items()
         ),
-        sided
+        SIDED
         | {"name": "other-batch", "gas": 1, "batch": 4, "epochs": 3, "load": place("half"), "epoch": 1, "skip": 5},
         *([{"name": "stateful", "gas": 2, "batch": 2, "stateful": True, "load": place("stateful"), "skip": 4}]),
         {"name": "within", "batch": 4, "load": place("three"), "skip": 3, "function": True},
         {"name": "wrong-skip", "batch": 4, "load": place("three"), "skip": 2, "micro": 1},
-        sided
+        SIDED
         | {"name": "right-skip", "batch": 4, "load": place("half"), "epoch": 1, "epochs": 2, "skip": 2, "micro": 1},
         {"name": "two-models", "models": 2, "stage": 3, "batch": 2, "micro": 0, "load": place("both")},
         {"name": "odd", "schedule": "odd", "batch": 2, "micro": 0, "load": place("odd-2")},
@@ -156,8 +159,11 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
             "fails": True,
         },
     ]
-    found |= {f"4 {name}": each for name, each in launched(4, folder, four).items()}
-    one = [
+
+
+def jobs_of_one(place: Place) -> list[Seen]:
+    """Jobs on one rank, that resume what four have saved."""
+    return [
         {
             "name": kind,
             "schedule": kind,
@@ -171,7 +177,18 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
         }
         for kind, sides in KINDS.items()
     ]
-    return found | {f"1 {name}": each for name, each in launched(1, folder, one).items()}
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
+    """All jobs of three launches, each under the number of its ranks and its name."""
+    folder = tmp_path_factory.mktemp("accelerate")
+    jobs = {2: jobs_of_two, 4: jobs_of_four, 1: jobs_of_one}
+    found: dict[str, Seen] = {}
+    for ranks, of_ranks in jobs.items():
+        done = launched(ranks, folder, of_ranks(lambda name: str(folder / name)))
+        found |= {f"{ranks} {name}": each for name, each in done.items()}
+    return found
 
 
 def steps(seen: Seen, last: int = 4) -> list[list[Any]]:
