@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -240,8 +241,18 @@ def test_a_tag_that_is_saved_again_while_ranks_load(
         assert untouched or moment != "planned"
 
 
-def load_left_to_deepspeed(run: Run, load: str) -> str:
-    """On a rank: load, while the tag is saved again when DeepSpeed has opened its first file."""
+def cut_second_file(folder: Path) -> None:
+    """Begin to write an optimizer file of a tag again, as a save in place does."""
+    path = folder / "global_step2" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def exchange_tags(folder: Path) -> None:
+    _exchange(folder / "global_step1", folder / "global_step2")
+
+
+def load_left_to_deepspeed(run: Run, load: str, change: Callable[[Path], None]) -> str:
+    """On a rank: load, while the tag is changed when DeepSpeed has opened its first file."""
     engine, real, calls = build_engine(run), TorchCheckpointEngine.load, []
 
     def load_with_change(self: Any, path: str, *arguments: Any, **settings: Any) -> Any:
@@ -249,7 +260,7 @@ def load_left_to_deepspeed(run: Run, load: str) -> str:
         if len(calls) == 2:
             dist.barrier()
             if dist.get_rank() == 0:
-                _exchange(Path(load) / "global_step1", Path(load) / "global_step2")
+                change(Path(load))
             dist.barrier()
         return real(self, path, *arguments, **settings)
 
@@ -262,13 +273,14 @@ def load_left_to_deepspeed(run: Run, load: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("change", [exchange_tags, cut_second_file])
 def test_a_tag_that_is_saved_again_while_deepspeed_loads_by_itself(
-    two_steps: Path, ranks: Ranks, tmp_path: Path
+    change: Callable[[Path], None], two_steps: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
-    """Its weights used to come from one save and its optimizer's state from the other."""
+    """Its weights used to come from one save and its optimizer's state from the other, or torch told of an archive in pieces."""
     copytree(two_steps, tmp_path / "copy")
     run = replace(MLP, universal={"enabled": True, "fallback": "none"})
-    for error in ranks(2).run(load_left_to_deepspeed, run, str(tmp_path / "copy"), timeout=60.0):
+    for error in ranks(2).run(load_left_to_deepspeed, run, str(tmp_path / "copy"), change, timeout=60.0):
         assert "was changed while it was read" in error and "the engine may hold two saves' state" in error
 
 

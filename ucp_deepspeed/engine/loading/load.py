@@ -159,16 +159,16 @@ def _load_natively(
         load_dir, tag = str(folder.parent), folder.name  # the user named the folder itself, or it lies aside
     checked = nullcontext() if folder is None else only_held_against_the_list(checkpoint, engine)
     with agreement_before(*_collectives(engine)):  # DeepSpeed itself may raise on one rank
-        with told_once(load_dir, tag), checked:
-            loaded = native(load_dir, tag=tag, **options.arguments())
-        take_values(engine, loaded[1])
         try:
-            if checkpoint is not None:
-                checkpoint.versions.check()
-        except DamagedCheckpointError as error:
-            raise DamagedCheckpointError(
-                f"{error}; the engine may hold two saves' state and can't be used without another load"
-            ) from error
+            with told_once(load_dir, tag), checked:
+                loaded = native(load_dir, tag=tag, **options.arguments())
+        except UniversalCheckpointError:
+            raise
+        except Exception:
+            _check_unchanged(checkpoint)  # half a file, or files of two saves: the reason is that they change
+            raise
+        take_values(engine, loaded[1])
+        _check_unchanged(checkpoint)
         if loaded[0] is not None:
             keep_layouts(engine, KnownLayouts() if checkpoint is None else known_by_manifest(checkpoint, engine))
     if loaded[0] is not None and checkpoint is not None and dist.get_rank() == 0:
@@ -179,6 +179,16 @@ def _load_natively(
             checkpoint.topology,
         )
     return loaded
+
+
+def _check_unchanged(checkpoint: Checkpoint | None) -> None:
+    """Check, after DeepSpeed has loaded by itself, that a checkpoint's files are those that were opened first."""
+    try:
+        if checkpoint is not None:
+            checkpoint.versions.check()
+    except DamagedCheckpointError as error:
+        told = f"{error}; the engine may hold two saves' state and can't be used without another load"
+        raise DamagedCheckpointError(told) from error
 
 
 def _collectives(engine: Engine) -> list[tuple[Any, str]]:
