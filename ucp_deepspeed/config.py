@@ -13,6 +13,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -23,6 +24,21 @@ from ucp_deepspeed.checkpoint.retention import Keep
 from ucp_deepspeed.errors import ConfigError, worded
 
 CONFIG_KEY = "universal_checkpoint"
+
+
+class OnSignal(BaseModel):
+    """The block ``on_signal``, or its folder alone.
+
+    Attributes:
+        grace_seconds: time from the signal until the process is killed; it is only told.
+        exit_code: exit status of a run that isn't at its end.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    folder: str = Field(min_length=1)
+    grace_seconds: PositiveFloat = 30.0
+    exit_code: int = Field(default=75, ge=0, le=255)
 
 
 class SaveConfig(BaseModel):
@@ -37,6 +53,12 @@ class SaveConfig(BaseModel):
     checksums: bool = True
     keep: Keep | None = None
     timeout: PositiveFloat = 1800.0
+    on_signal: OnSignal | None = None
+
+    @field_validator("on_signal", mode="before")
+    @classmethod
+    def _with_folder(cls, value: Any) -> Any:
+        return {"folder": value} if isinstance(value, str) else value
 
 
 class UniversalCheckpointConfig(BaseModel):
@@ -108,6 +130,7 @@ BLOCKS: Mapping[tuple[str, ...], type[BaseModel]] = {
     (): UniversalCheckpointConfig,
     ("save",): SaveConfig,
     ("save", "keep"): Keep,
+    ("save", "on_signal"): OnSignal,
 }
 """The blocks within one another, by the keys that lead to them."""
 
@@ -122,7 +145,8 @@ def _say(item: Any) -> str:
         hint = f"; it belongs into {inner[-1]!r}" if inner else ""
         return f"unknown key{hint}; known keys: {', '.join(_keys(BLOCKS.get(within, UniversalCheckpointConfig)))}"
     if place in BLOCKS and not isinstance(item["input"], Mapping):
-        return f"must be a block of settings (found {item['input']!r}); known keys: {', '.join(_keys(BLOCKS[place]))}"
+        kind = "a folder, or a block of settings" if BLOCKS[place] is OnSignal else "a block of settings"
+        return f"must be {kind} (found {item['input']!r}); known keys: {', '.join(_keys(BLOCKS[place]))}"
     return worded(item)
 
 

@@ -140,11 +140,19 @@ def test_config_surface() -> None:
         "fallback": "none",
         "shared_read_bytes": 0,
         "read_memory_bytes": 1 << 20,
-        "save": {"async": True, "checksums": False, "keep": {"last": 3, "every": 1000}, "timeout": 60.0},
+        "save": {
+            "async": True,
+            "checksums": False,
+            "keep": {"last": 3, "every": 1000},
+            "timeout": 60.0,
+            "on_signal": {"folder": "runs/a", "grace_seconds": 90.0, "exit_code": 3},
+        },
     }
     assert set(UniversalCheckpointConfig.model_fields) == block.keys()
     assert parse_config({}).enabled is False
     assert parse_config({"universal_checkpoint": block}).model_dump(by_alias=True) == block
+    short = parse_config({"universal_checkpoint": {"save": {"on_signal": "runs/a"}}}).save.on_signal
+    assert short is not None and short.model_dump() == {"folder": "runs/a", "grace_seconds": 30.0, "exit_code": 75}
 
 
 @pytest.mark.parametrize(
@@ -178,6 +186,12 @@ def test_config_surface() -> None:
             {"save": {"keep": {"first": 3}}},
             "universal_checkpoint.save.keep.first: unknown key; known keys: last, every",
         ),
+        (
+            {"save": {"on_signal": True}},
+            "universal_checkpoint.save.on_signal: must be a folder, or a block of settings (found True); known keys: folder, ",
+        ),
+        ({"save": {"on_signal": {}}}, "universal_checkpoint.save.on_signal.folder: "),
+        ({"save": {"on_signal": ""}}, "universal_checkpoint.save.on_signal.folder: "),
         ({"keep": {"last": 3}}, "universal_checkpoint.keep: unknown key; it belongs into 'save'; known keys: enabled"),
         (True, "must be a block of settings"),
     ],

@@ -36,7 +36,8 @@ LOADED = "universal_checkpoint_client_state"
 
 
 def add_to_client_state(engine: Engine, key: str, value: Callable[[], Any]) -> None:
-    """Save a value of a framework's with every client state of an engine; a load finds it there, under `LOADED` too."""
+    """Save a value with every client state of an engine, as the function gives it on each rank when a save begins; a load finds
+    it there, under `LOADED` too. The function of another call with the same key takes its place."""
     vars(engine).setdefault(ADDED, {})[key] = value
 
 

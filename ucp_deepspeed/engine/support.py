@@ -40,6 +40,7 @@ from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.node_local import open_here, writes_for_node
 from ucp_deepspeed.engine.optimizers import engine_optimizer, only_evaluates
 from ucp_deepspeed.engine.saving.background import check_background
+from ucp_deepspeed.engine.saving.preemption import watch
 from ucp_deepspeed.engine.saving.save import check_model
 from ucp_deepspeed.errors import UniversalCheckpointError, UnsupportedError
 
@@ -58,8 +59,9 @@ def check_engine(engine: Engine) -> None:
     show()
     with agreement(tells=True) as told:
         told.mine = engine.universal_checkpoint_config.model_dump(by_alias=True)
-        if engine.universal_checkpoint_config.save.asynchronous:
-            check_background(engine)
+        save = engine.universal_checkpoint_config.save
+        if save.asynchronous or save.on_signal is not None:
+            check_background(engine, "async" if save.asynchronous else "on_signal")
     check_same(CONFIG_KEY, told.values)
     reason = _first_reason(engine, _check_kinds)
     if reason is None and not only_evaluates(engine):
@@ -73,6 +75,8 @@ def check_engine(engine: Engine) -> None:
             deepspeed_version,
             SAVES_BF16_WITHOUT_ZERO,
         )
+    if not only_evaluates(engine):
+        watch(engine)
 
 
 def _first_reason(engine: Engine, check: Callable[[Any], None]) -> UnsupportedError | None:
@@ -125,12 +129,12 @@ REASON = "universal_checkpoint_left_alone"
 def _leave_alone(engine: Engine, reason: UnsupportedError) -> None:
     """Leave the engine's saves and loads to DeepSpeed, or refuse it where the block asks for more than DeepSpeed does."""
     config: UniversalCheckpointConfig = engine.universal_checkpoint_config
-    if config.load == "always" or config.has_policies or config.save.asynchronous:
+    if config.load == "always" or config.has_policies or config.save.asynchronous or config.save.on_signal is not None:
         raise UnsupportedError(
             reason.heading,
             reason.problems,
-            'change that; or leave saves and loads on the same topology to DeepSpeed: "load": "auto", without policies and '
-            'without "async": true',
+            'change that; or leave saves and loads on the same topology to DeepSpeed: "load": "auto", without policies, '
+            'without "async": true and without "on_signal"',
         )
     setattr(engine, REASON, reason)
     if dist.get_rank() == 0:

@@ -54,8 +54,11 @@ BUFFERS = "universal_checkpoint_buffers"
 """Attribute of an engine: its `HostBuffers`."""
 
 
-def check_background(engine: Engine) -> None:
-    """Refuse settings that can't be used with asynchronous saving.
+def check_background(engine: Engine, setting: str = "async") -> None:
+    """Refuse settings that can't be used with asynchronous saving, nor with another setting that needs it.
+
+    Args:
+        setting: the key of ``save`` that asks for it, for the message.
 
     Raises:
         ConfigError: another of DeepSpeed's checkpoint engines, its old file format, or files on each node's own disk.
@@ -63,17 +66,18 @@ def check_background(engine: Engine) -> None:
     native = engine.checkpoint_engine
     if type(native) is not TorchCheckpointEngine:
         raise ConfigError(
-            f"'checkpoint.writer' or 'datastates_ckpt' (DeepSpeed's {type(native).__name__}) and \"async\" in "
-            f"'universal_checkpoint.save' are two ways to write in the background; remove one of them"
+            f"'checkpoint.writer' or 'datastates_ckpt' (DeepSpeed's {type(native).__name__}) and {setting!r} in "
+            f"'universal_checkpoint.save' exclude one another, since both replace how files are written; remove one of them"
         )
     if not native.zipfile_serialization:
         raise ConfigError(
-            "asynchronous saving writes torch's zip format, and 'checkpoint.checkpoint_serialization' turns it off"
+            f"{setting!r} in 'universal_checkpoint.save' writes torch's zip format, and 'checkpoint.checkpoint_serialization' "
+            f"turns it off"
         )
     if engine.use_node_local_storage():
         raise ConfigError(
-            "asynchronous saving needs a folder that all ranks see, and 'checkpoint.use_node_local_storage' gives each node its "
-            "own; set \"async\": false in 'universal_checkpoint.save'"
+            f"{setting!r} in 'universal_checkpoint.save' needs a folder that all ranks see, and "
+            f"'checkpoint.use_node_local_storage' gives each node its own; remove one of them"
         )
 
 
@@ -179,6 +183,7 @@ class Writing(threading.Thread):
         own_error: the error in this rank's files; to be read after ``written``.
         error: the first error; to be read when the thread has ended.
         settled: whether all ranks have waited for this save.
+        seconds: time that it took, from the snapshot on; None until the thread has ended.
         outcome: why the save failed, on whatever rank; to be read when it is settled.
     """
 
@@ -189,6 +194,7 @@ class Writing(threading.Thread):
         self.own_error: SaveError | None = None
         self.error: SaveError | None = None
         self.settled = False
+        self.seconds: float | None = None
         self.outcome: Exception | None = None
         self._given_up = threading.Event()
         self._begun = time.monotonic()
@@ -202,6 +208,7 @@ class Writing(threading.Thread):
     def run(self) -> None:
         """Write, commit on rank 0, and do what is to be done then."""
         self._write_and_commit()
+        self.seconds = time.monotonic() - self._begun
         with self._lock:
             self._ended, then = True, self._then
         if then and self._is_committed():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial as bound
 from pathlib import Path
@@ -44,6 +45,7 @@ from ucp_deepspeed.engine.optimizers import engine_optimizer
 from ucp_deepspeed.engine.random_state import packed_random_state, random_states_text
 from ucp_deepspeed.engine.saving.background import (
     ENDED_NAME,
+    OWN,
     Job,
     SnapshotEngine,
     begin,
@@ -94,10 +96,28 @@ def save_checkpoint(
     """
     wait_for_save(engine)
     settle_saves(Path(save_dir or "."))
+    begun = time.monotonic()
     name = str(tag) if tag is not None else f"global_step{engine.global_steps}"
     rest = {"client_state": client_state or {}, "exclude_frozen_parameters": exclude_frozen_parameters}
     with system_errors_as(SaveError, f"{Path(save_dir or '.') / name} can't be saved"):
-        return _save(native, engine, save_dir, tag, name, save_latest, rest)
+        saved = _save(native, engine, save_dir, tag, name, save_latest, rest)
+    vars(engine)[SECONDS] = time.monotonic() - begun
+    return saved
+
+
+IN_ONE_STEP = "_universal_checkpoint_in_one_step"
+"""Attribute of an engine: whether a save takes the way of those in the background, which replaces a tag in one step."""
+
+SECONDS = "_universal_checkpoint_save_seconds"
+"""Attribute of an engine: how long its last save stopped the training."""
+
+
+def seconds_of_last_save(engine: Engine) -> float | None:
+    """Return how long the engine's last save took until it was on disk; None if there was none."""
+    stopped, writing = vars(engine).get(SECONDS), vars(engine).get(OWN)
+    if stopped is None or writing is None:
+        return stopped
+    return None if writing.seconds is None else float(stopped + writing.seconds)
 
 
 def _save(
@@ -110,7 +130,7 @@ def _save(
     rest: dict[str, Any],
 ) -> bool:
     later = not save_dir or engine.checkpoint_engine.is_decoupled()
-    asynchronous = engine.universal_checkpoint_config.save.asynchronous
+    asynchronous = engine.universal_checkpoint_config.save.asynchronous or vars(engine).get(IN_ONE_STEP, False)
     folder = Path(save_dir or ".") / name
     with agreement(tells=True) as first:  # on its own: the manifest is made by all ranks together
         rest["client_state"] = to_be_saved(engine, rest["client_state"])
