@@ -61,9 +61,9 @@ BACKENDS = {"cpu": "gloo", "standin": "nccl_like", "cuda": "nccl"}
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
-IMPORTED_ONCE = ("ucp_deepspeed.testing.runs", "ucp_deepspeed.testing.megatron_pipeline")
+IMPORTED_ONCE = ["ucp_deepspeed.testing.imported_once"]
 """Modules to import once, with all that they import: torch, DeepSpeed and Megatron-Core, which otherwise take seconds of each
-rank's start."""
+rank's start. What is added counts from the next start of the process that ranks are forked from."""
 
 
 _PICKLING_ERRORS = (
@@ -255,7 +255,7 @@ def close_pools() -> None:
 def _context() -> Any:
     """Return the context that forks ranks from a process that has imported the slow modules, and has run nothing of them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(IMPORTED_ONCE))
+    context.set_forkserver_preload(IMPORTED_ONCE)
     meanwhile = ENVIRONMENT | {"PYTHONWARNINGS": "ignore"}  # DeepSpeed looks at the environment when it is imported
     with patch.dict(os.environ, meanwhile):
         forkserver.ensure_running()
