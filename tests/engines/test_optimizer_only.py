@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.engine.support import REASON
 from ucp_deepspeed.errors import MismatchError
 from ucp_deepspeed.testing.ranks import RankError, RankPool, fp16_on_cpu, reset_parallel_state
 from ucp_deepspeed.testing.runs import DTYPES, Run, _build_model, _config, _loss, batch_of, train
@@ -105,3 +106,26 @@ def test_each_stage_of_a_pipeline_has_its_own(load: str, ranks: Ranks, tmp_path:
     run = Run("gpt", pp=2, zero={"stage": 0}, universal={"enabled": True, "load": load})
     ranks(2).run(hold, run, 5.0, save=str(tmp_path))
     assert ranks(2).run(hold, run, 0.0, load=str(tmp_path)) == [5.0, 6.0]
+
+
+def own_another_models_parameters() -> tuple[str, bool]:
+    """At stage 3 DeepSpeed builds such an engine, and trains with it."""
+    reset_parallel_state()
+    own, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+        "universal_checkpoint": {"enabled": True},
+    }
+    deepspeed.initialize(model=own, optimizer=torch.optim.AdamW(own.parameters()), config=config)
+    engine, *_ = deepspeed.initialize(model=other, optimizer=torch.optim.AdamW(own.parameters()), config=config)
+    engine.backward(engine(torch.ones(1, 4)).sum())
+    engine.step()
+    return str(getattr(engine, REASON)), engine.global_steps == 1
+
+
+def test_an_optimizer_of_another_models_parameters(ranks: Ranks) -> None:
+    for reason, stepped in ranks(1).run(own_another_models_parameters):
+        assert "2 parameters of the optimizer ((4, 4), (4,)) are in no module" in reason and stepped
+        assert reason.endswith("give each engine an optimizer over its own model's parameters")

@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from ucp_deepspeed import last_checkpoint
+from ucp_deepspeed.checkpoint.whole import problem_of
+
 pytest.importorskip("accelerate")
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,11 +183,11 @@ def jobs_of_one(place: Place) -> list[Seen]:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All jobs of three launches, each under the number of its ranks and its name."""
     folder = tmp_path_factory.mktemp("accelerate")
     jobs = {2: jobs_of_two, 4: jobs_of_four, 1: jobs_of_one}
-    found: dict[str, Seen] = {}
+    found: dict[str, Any] = {"folder": folder}
     for ranks, of_ranks in jobs.items():
         done = launched(ranks, folder, of_ranks(lambda name: str(folder / name)))
         found |= {f"{ranks} {name}": each for name, each in done.items()}
@@ -245,7 +248,16 @@ def test_a_stateful_loader_goes_on_by_itself(seen: dict[str, Seen]) -> None:
 
 
 def test_two_models_of_one_script(seen: dict[str, Seen]) -> None:
+    """A checkpoint without one of the models isn't whole."""
     assert seen["4 two-models"]["second"] == seen["2 two-models"]["second"]
+    runs, both = seen["folder"] / "killed", seen["folder"] / "both"
+    assert problem_of(both) is None
+    for name, model in {"checkpoint_0": "", "checkpoint_1": "pytorch_model_1", "checkpoint_2": "pytorch_model"}.items():
+        shutil.copytree(both, runs / name)
+        if model:
+            shutil.rmtree(runs / name / model)
+    assert last_checkpoint(runs) == str(runs / "checkpoint_0")
+    assert "lacks pytorch_model_1" in str(problem_of(runs / "checkpoint_1"))
 
 
 def test_a_schedule_of_neither_habit_is_told(seen: dict[str, Seen]) -> None:

@@ -31,6 +31,8 @@ def run(name, in_config, resume=None, scheduler="restore"):
     }
     if in_config:
         config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+    if in_config == "both":
+        config["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": 2}}
     size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
     sample = {"input_ids": torch.arange(8), "labels": torch.arange(8)}
     arguments = TrainingArguments(
@@ -91,6 +93,10 @@ def test_an_optimizer_that_moves_into_the_config(tmp_path: Path) -> None:
             "config-again": [True, config],
             "moved": [True, own],
             "kept": [True, own, "keep"],
+            "back": [False, config],
+            "both": ["both"],
+            "back-from-both": [False, "both/checkpoint-3"],
+            "back-kept": [False, "both/checkpoint-3", "keep"],
         },
     )
     assert len(set(found["own"])) > 4 and found["own"] == found["config"]
@@ -99,3 +105,8 @@ def test_an_optimizer_that_moves_into_the_config(tmp_path: Path) -> None:
     assert "holds no state of a learning rate scheduler" in message
     assert message.endswith('"scheduler": "keep" in "universal_checkpoint"')
     assert found["kept"] == found["own"][:3]
+    assert found["back"] == found["own"][3:]
+    [message] = found["back-from-both"]
+    assert "both/checkpoint-3 has no scheduler.pt" in message and "Trainer makes a LambdaLR of its own" in message
+    assert message.endswith('"scheduler": "keep" in "universal_checkpoint"')
+    assert len(found["back-kept"]) == 3

@@ -28,6 +28,12 @@ COMPANIONS = {r"checkpoint-\d+": "trainer_state.json", r"checkpoint_\d+": "rando
 """Names of folders that frameworks make → the file without which the framework can't resume from one. It counts where some
 folder beside it has it."""
 
+ACCELERATE_KEY = "ucp_accelerate"
+"""Key of the client state: what Accelerate's checkpoints say of themselves."""
+
+TAGS_KEY = "tags"
+"""Key in that: the tags of all models, which are one checkpoint."""
+
 _ENDINGS = "_states.pt", INDEX_NAME, MANIFEST_NAME, MARK_NAME
 
 
@@ -96,7 +102,7 @@ def _found(path: Path, tags: list[Path]) -> FoundCheckpoint:
     if step < 0 and number:
         step = int(number[1])
     if problem is None and tags != [path]:
-        problem = _without_latest(path) or _lacks(path)
+        problem = _without_latest(path) or _lacks(path) or _lacks_model(path, tags[0])
     return FoundCheckpoint(path, step, max(map(_time_of, tags), default=0.0), problem)
 
 
@@ -147,6 +153,18 @@ def _lacks(path: Path) -> str | None:
         if any((entry / name).is_file() for entry in beside):
             return f"{path} lacks {name}: its save was not finished"
     return None
+
+
+def _lacks_model(path: Path, tag: Path) -> str | None:
+    """Return that a model is missing of those that a framework has saved together; None if none is."""
+    try:
+        record = open_checkpoint(tag).client_state()[1].get(ACCELERATE_KEY)
+    except (UniversalCheckpointError, OSError) as error:
+        return str(error)
+    named = record.get(TAGS_KEY) if isinstance(record, dict) else None
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list | tuple) else []
+    missing = [name for name in names if not (path / name).is_dir()]
+    return f"{path} lacks {missing[0]}: its save was not finished" if missing else None
 
 
 def _folders_in(root: Path) -> list[Path]:

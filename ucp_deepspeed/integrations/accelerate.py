@@ -20,15 +20,12 @@ from typing import Any
 import wrapt
 
 from ucp_deepspeed.checkpoint.opening import resolve_tag
-from ucp_deepspeed.checkpoint.whole import problem_of
+from ucp_deepspeed.checkpoint.whole import ACCELERATE_KEY, TAGS_KEY, problem_of
 from ucp_deepspeed.errors import CheckpointNotFoundError
 from ucp_deepspeed.integrations import accelerate_data, accelerate_schedule, is_on
 from ucp_deepspeed.integrations.rotation import rotate
 
 logger = logging.getLogger("ucp_deepspeed")
-
-RECORD_KEY = "ucp_accelerate"
-"""Key of the client state under which the record is saved."""
 
 
 def wrap(module: ModuleType) -> None:
@@ -85,14 +82,15 @@ def _recorded(engines: Sequence[Any], record: Mapping[str, Any]) -> Iterator[Non
     with ExitStack() as stack:
         for engine in engines:
             stack.enter_context(replaced(engine, **{ONE_CHECKPOINT: True}))
-            add_to_client_state(engine, RECORD_KEY, lambda: record)
-            stack.callback(vars(engine)[ADDED].pop, RECORD_KEY)
+            add_to_client_state(engine, ACCELERATE_KEY, lambda: record)
+            stack.callback(vars(engine)[ADDED].pop, ACCELERATE_KEY)
         yield
 
 
 def _record(accelerator: Any) -> dict[str, Any]:
     steps, accumulation = int(accelerator.step), int(accelerator.gradient_accumulation_steps)
     return {
+        TAGS_KEY: _tags(accelerator),
         "processes": int(accelerator.num_processes),
         "step": steps,
         "begun": steps % accumulation,
@@ -147,7 +145,7 @@ def _load_state(wrapped: Callable[..., Any], accelerator: Any, args: tuple[Any, 
             for tag in _tags(accelerator):
                 resolve_tag(place, tag)
         loaded = wrapped(*given.args, **given.kwargs)
-        record = getattr(engines[0], LOADED, {}).get(RECORD_KEY)
+        record = getattr(engines[0], LOADED, {}).get(ACCELERATE_KEY)
         told.mine = (record, int(accelerator.step))
     record, step = told.values[0]
     assert folder is not None, "Accelerate has refused it"

@@ -20,7 +20,7 @@ from typing import Any
 
 import wrapt
 
-from ucp_deepspeed.integrations import huggingface_data, is_on
+from ucp_deepspeed.integrations import huggingface_data, huggingface_schedule, is_on
 from ucp_deepspeed.integrations.huggingface_trainers import (
     STATE_NAME,
     Arguments,
@@ -46,7 +46,7 @@ _missing: list[str] = []
 
 def wrap(module: ModuleType) -> None:
     """Wrap what ``transformers.trainer`` has of Trainer and of the functions that it calls."""
-    for name, wrapper in (_WRAPPERS | huggingface_data.WRAPPERS).items():
+    for name, wrapper in (_WRAPPERS | huggingface_data.WRAPPERS | huggingface_schedule.WRAPPERS).items():
         try:
             wrapt.resolve_path(module, name)
         except AttributeError:

@@ -27,6 +27,17 @@ class Zero3Optimizer(ScaledOptimizer):
         self._zero = engine.optimizer
         _check_settings(self._zero)
         super().__init__(engine)
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        """Refuse an optimizer over another model's parameters, which DeepSpeed takes at this stage."""
+        foreign = [param for params in self._zero.fp16_groups for param in params if param not in self._names]
+        if foreign:
+            shapes = ", ".join(str(tuple(param.ds_shape)) for param in foreign[:3])
+            raise UnsupportedError(
+                f"{len(foreign)} parameters of the optimizer ({shapes}{', …' if len(foreign) > 3 else ''}) are in no module of "
+                f"the engine's model, which has no names for them; give each engine an optimizer over its own model's parameters"
+            )
 
     def slots(self) -> list[EngineSlot]:
         """See `EngineOptimizer.slots`."""
