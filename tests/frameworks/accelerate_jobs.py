@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import sys
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from accelerate.utils import (
     set_seed,
 )
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import ucp_deepspeed
 
@@ -57,6 +58,13 @@ def dataset() -> list[torch.Tensor]:
     rows = torch.randint(-8, 8, (SAMPLES, WIDTH), generator=numbers).float()
     rows[:, 0] = torch.arange(SAMPLES)
     return list(rows)
+
+
+class Stream(IterableDataset):
+    """The samples, without a length."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(dataset())
 
 
 class Model(torch.nn.Module):
@@ -140,7 +148,10 @@ def accelerator_of(job: dict[str, Any]) -> Accelerator:
         project_config=project,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")],
         dataloader_config=DataLoaderConfiguration(
-            use_seedable_sampler=True, use_stateful_dataloader=job.get("stateful", False)
+            use_seedable_sampler=True,
+            use_stateful_dataloader=job.get("stateful", False),
+            dispatch_batches=job.get("dispatch"),
+            split_batches=job.get("split", False),
         ),
         step_scheduler_with_optimizer=job.get("tied", True),
     )
@@ -165,7 +176,8 @@ class Built:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job, self.accelerator = job, accelerator_of(job)
-        model, loader = Model(), DataLoader(dataset(), batch_size=job.get("batch", 4), shuffle=True)
+        data, stream = (Stream(), True) if job.get("stream") else (dataset(), False)
+        model, loader = Model(), DataLoader(data, batch_size=job.get("batch", 4), shuffle=not stream)
         kind, processes = job.get("schedule", "lambda"), self.accelerator.num_processes
         if kind == "config":
             optimizer = DummyOptim(model.parameters())

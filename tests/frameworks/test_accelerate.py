@@ -28,6 +28,16 @@ KINDS: dict[str, tuple[str, ...]] = {"cosine": ("lambda", "scaled", "onecycle"),
 
 Seen = dict[str, Any]
 
+LOADERS: dict[str, Seen] = {
+    "stream": {"stream": True},
+    "stream-split": {"stream": True, "split": True, "batch": 8},
+    "stream-of-each": {"stream": True, "dispatch": False},
+    "dispatched": {"dispatch": True},
+    "dispatched-split": {"dispatch": True, "split": True, "batch": 8},
+    "split": {"split": True, "batch": 8},
+}
+"""Ways in which Accelerate deals batches to processes. With ``split`` a batch is one of all processes."""
+
 
 def launched(ranks: int, folder: Path, jobs: list[Seen]) -> dict[str, Seen]:
     """Run jobs in one launch. Return what each has seen."""
@@ -101,6 +111,8 @@ def jobs_of_two(place: Place) -> list[Seen]:
                 {"name": "stateful-half", "gas": 2, "stateful": True, "load": place("stateful-half"), "skip": 3},
             ]
         ),
+        *({"name": name, "saves": {"3": place(name)}} | how for name, how in LOADERS.items()),
+        LOADERS["dispatched"] | {"name": "dispatched-on", "load": place("dispatched"), "skip": 3, "dispatch": True},
         {"name": "stock-rotation", "block": False, "project": place("stocks"), "limit": 1, "saves": {"1": "", "2": ""}},
         {"name": "rotation", "project": place("runs"), "limit": 2, "async": True, "saves": dict.fromkeys("2468", "")},
         {"name": "dies", "project": place("dead"), "limit": 1, "async": True, "saves": {"2": "", "4": ""}, "dies": 4},
@@ -128,6 +140,7 @@ def jobs_of_four(place: Place) -> list[Seen]:
         SIDED
         | {"name": "other-batch", "gas": 1, "batch": 4, "epochs": 3, "load": place("half"), "epoch": 1, "skip": 5},
         *([{"name": "stateful", "gas": 2, "batch": 2, "stateful": True, "load": place("stateful"), "skip": 4}]),
+        *({"name": name, "load": place(name), "skip": 3} | how for name, how in LOADERS.items()),
         {"name": "within", "batch": 4, "load": place("three"), "skip": 3, "function": True},
         {"name": "wrong-skip", "batch": 4, "load": place("three"), "skip": 2, "micro": 1},
         SIDED
@@ -247,6 +260,27 @@ def test_a_stateful_loader_goes_on_by_itself(seen: dict[str, Seen]) -> None:
     assert steps(seen["4 stateful"]) == whole[2:]
 
 
+@pytest.mark.parametrize("kind", LOADERS)
+def test_every_way_to_deal_batches(seen: dict[str, Seen], kind: str) -> None:
+    """Three batches of eight samples were handed out. Four processes take sixteen at once, unless the batch is one of all."""
+    before = [samples for _, samples, _, _ in steps(seen[f"2 {kind}"])]
+    after = [samples for _, samples, _, _ in steps(seen[f"4 {kind}"])]
+    told = [line for line in seen[f"4 {kind}"]["said"] if "samples are repeated" in line]
+    if "split" in kind:
+        assert len(before) == 8 and after == before[3:] and told == []
+    elif "stream" in kind:
+        assert after == [sorted(before[place] + before[place + 1]) for place in (2, 4, 6)]
+        assert len(told) == 1 and "8 samples are repeated" in told[0]
+    else:
+        assert after[:2] == [sorted(before[3] + before[4]), sorted(before[5] + before[6])] and told == []
+        assert set(before[7]) <= set(after[2]) and len(after) == 3
+
+
+def test_dispatched_batches_on_the_same_processes(seen: dict[str, Seen]) -> None:
+    """Accelerate alone skips batches of one process."""
+    assert steps(seen["2 dispatched-on"]) == steps(seen["2 dispatched"])[3:]
+
+
 def test_two_models_of_one_script(seen: dict[str, Seen]) -> None:
     """A checkpoint without one of the models isn't whole."""
     assert seen["4 two-models"]["second"] == seen["2 two-models"]["second"]
@@ -257,7 +291,7 @@ def test_two_models_of_one_script(seen: dict[str, Seen]) -> None:
         if model:
             shutil.rmtree(runs / name / model)
     assert last_checkpoint(runs) == str(runs / "checkpoint_0")
-    assert "lacks pytorch_model_1" in str(problem_of(runs / "checkpoint_1"))
+    assert "lacks pytorch_model:" in str(problem_of(runs / "checkpoint_2"))
 
 
 def test_a_schedule_of_neither_habit_is_told(seen: dict[str, Seen]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer_runs import ASYNC, Job, Recorded, Result, in_order, train, trainer_of
+from trainer_runs import ASYNC, Job, Recorded, in_order, train, train_or_error, trainer_of
 
 from ucp_deepspeed.testing.ranks import RankError, RankPool
 
@@ -114,13 +114,6 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
     job = Job(tmp_path_factory.mktemp("three") / "run", arguments={"save_steps": 2, "num_train_epochs": 1}, stop=6)
     get_pool(2).run(train, job)
     return job.folder
-
-
-def train_or_error(job: Job) -> Result | str:
-    try:
-        return train(job)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
 
 
 def test_the_newest_whole_one(three: Path, ranks: Ranks, tmp_path: Path) -> None:

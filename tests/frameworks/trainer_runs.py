@@ -33,6 +33,9 @@ class Job:
         config: more of the DeepSpeed config.
         arguments: more of the ``TrainingArguments``.
         stop: steps after which the run ends, as if it had been interrupted.
+        peft: more of what makes an adapted model; with ``bare`` it is one without PEFT's wrapper.
+        sums: take `Sums` for the model.
+        again: save into a folder ``again`` before the first step.
     """
 
     folder: Path
@@ -47,6 +50,8 @@ class Job:
     stream: bool = False
     peft: Mapping[str, Any] | None = None
     config_file: bool = False
+    sums: bool = False
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,21 @@ class Recorded(Trainer):
         return super().prediction_step(model, inputs, *rest, **more)
 
 
+class Sums(torch.nn.Module):
+    """A model whose sums are exact in any order, as long as rates are: the losses are the same to the last bit on any ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = LlamaConfig(hidden_size=16, num_attention_heads=2)
+        self.linear = torch.nn.Linear(8, 4, bias=False)
+        self.linear.weight.data = (torch.arange(32).reshape(4, 8) * 7 % 5 - 2) / 4
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Return a loss that is linear in the weights."""
+        digits = torch.stack([input_ids % 3, input_ids // 3 % 3], dim=-1).flatten(1) - 1
+        return {"loss": self.linear(digits.float()).sum(dim=1).mean()}
+
+
 class Watch(TrainerCallback):
     """Gathers what each step did, and ends the run where the job says."""
 
@@ -127,6 +147,13 @@ class Watch(TrainerCallback):
         self.rates: dict[int, float] = {}
         self.losses: dict[int, float] = {}
         self.epochs: dict[int, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Save what was loaded."""
+        if self.job.again:
+            frozen_left_out = self.job.peft is not None and "bare" not in self.job.peft
+            folder = str(self.job.folder / "again")
+            self.trainer.deepspeed.save_checkpoint(folder, exclude_frozen_parameters=frozen_left_out)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Note the samples of all ranks."""
@@ -149,6 +176,8 @@ class Watch(TrainerCallback):
 def model_of(job: Job) -> Any:
     """Make the model, the same each time."""
     torch.manual_seed(7)
+    if job.sums:
+        return Sums()
     config = LlamaConfig(
         vocab_size=WORDS,
         hidden_size=16,
@@ -161,11 +190,12 @@ def model_of(job: Job) -> Any:
     )
     model = LlamaForCausalLM(config)
     if job.peft is not None:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
-        model = get_peft_model(
-            model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"]), **job.peft
-        )
+        adapter = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+        if "bare" in job.peft:
+            return inject_adapter_in_model(adapter, model)
+        model = get_peft_model(model, adapter, **job.peft)
     return model
 
 
@@ -275,6 +305,26 @@ def train(job: Job, then: Callable[[Recorded], Any] | None = None) -> Result:
         ucp_deepspeed.wait_for_save()
         trainer.deepspeed.destroy()
     return result
+
+
+def train_or_error(job: Job) -> Result | str:
+    """Train, or return the error."""
+    try:
+        return train(job)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def differences(job: Job, spec: str | None = None) -> list[str]:
+    """In what a job's state after its load differs from the checkpoint that it resumed from: weights, optimizer, schedule."""
+    from ucp_deepspeed.checkpoint import open_checkpoint
+    from ucp_deepspeed.checkpoint.view import UniversalView
+    from ucp_deepspeed.language import load_spec
+    from ucp_deepspeed.transfer.compare import compare
+
+    named = load_spec(spec) if spec else None
+    views = [UniversalView.of(open_checkpoint(path), named) for path in (Path(str(job.resume)), job.folder / "again")]
+    return [f"{found.name} {found.state or ''} {found.detail}" for found in compare(*views)]
 
 
 def in_order(result: Result, ranks: int, micro: int) -> dict[int, list[int]]:

@@ -79,11 +79,21 @@ def batch_of(loader: Any) -> int | None:
     """Return the number of samples in a loader's batch, over all processes; None if nothing tells."""
     shard = loader.dataset
     try:
+        if _dispatches(loader):
+            size = loader.batch_size if loader.batch_size is not None else loader.batch_sampler.batch_size
+            return int(size * (1 if loader.split_batches else loader.state.num_processes))
         if hasattr(shard, "split_batches") and hasattr(shard, "num_processes"):  # of an iterable dataset
             return int(shard.batch_size * (1 if shard.split_batches else shard.num_processes))
         return int(loader.total_batch_size)
     except (AttributeError, TypeError):
         return None
+
+
+def _dispatches(loader: Any) -> bool:
+    """Return whether one process reads the batches of all."""
+    from accelerate.data_loader import DataLoaderDispatcher
+
+    return isinstance(loader, DataLoaderDispatcher)
 
 
 def described(loader: Any, begun: int) -> dict[str, int] | None:
@@ -243,12 +253,12 @@ def _tells() -> bool:
 def _at(wrapped: Callable[..., Any], loader: Any, position: Position, batch: int) -> tuple[Any, int]:
     """Return a loader that goes on at a position, and the samples that it skips."""
     whole, rest = divmod(position.samples, batch)
-    if rest == 0:
+    if rest == 0 and not _dispatches(loader):
         return wrapped(loader, whole), position.samples
     made = wrapped(loader, 0)
     if _skip_samples(made, position.samples):
         return made, position.samples
-    if _tells():
+    if rest and _tells():
         logger.warning(
             "the checkpoint stands at sample %d of epoch %d, within a batch of %d samples: %d samples are repeated; choose batch "
             "sizes of which %d is a multiple",
@@ -258,7 +268,16 @@ def _at(wrapped: Callable[..., Any], loader: Any, position: Position, batch: int
             rest,
             position.samples,
         )
-    return wrapped(loader, whole), position.samples - rest
+    return wrapped(loader, whole * _batches_at_once(loader)), position.samples - rest
+
+
+def _batches_at_once(loader: Any) -> int:
+    """Return how many batches of its sampler a loader hands out as one: those of all processes, if one process reads them."""
+    if not _dispatches(loader) or loader.split_batches or getattr(loader, "batch_sampler", None) is None:
+        return 1
+    from torch.utils.data import IterableDataset
+
+    return 1 if isinstance(loader.dataset, IterableDataset) else int(loader.state.num_processes)
 
 
 def _skip_samples(made: Any, samples: int) -> bool:

@@ -287,6 +287,10 @@ def some_names(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "no parameters"
 
 
+NOTHING_IS_CUT = 'family: renamed\nrules:\n  - {match: "**", pattern: replicate}\n'
+"""The rest of a spec for a model without tensor parallelism."""
+
+
 def renaming_hint(source: Source, target: Target) -> str:
     """Return what to write into a spec, where names that only one side has differ only in their beginnings; else nothing."""
     held = [{name: tensor.local_shapes for name, tensor in side.items()} for side in (source, target)]
@@ -300,9 +304,11 @@ def renaming_hint(source: Source, target: Target) -> str:
     renamings = suggest_renamings(extra, missing, common)
     if not renamings:
         return ""
+    uncut = same_degree and all(len(shapes) == 1 for side in held for shapes in side.values())
     return (
-        "they may be the same under other names; a spec with these lines beside its rules says so "
-        f'("universal_checkpoint": {{"spec": "path.yaml"}}, or --spec on the command line):\n{as_lines(renamings)}'
+        f"they may be the same under other names; a spec with these lines{'' if uncut else ' beside its rules'} says so "
+        f'("universal_checkpoint": {{"spec": "path.yaml"}}, or --spec on the command line):\n'
+        f"{NOTHING_IS_CUT if uncut else ''}{as_lines(renamings)}"
     )
 
 
