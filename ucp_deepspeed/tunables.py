@@ -72,6 +72,9 @@ PIECE_NUMBYTES = 1 << 20
 SMALL_NUMBYTES = 4096
 """Storages up to this size are checked when their file is opened, as its pickle is, by the same reads."""
 
+MOST_BETWEEN = 1 / 8
+"""Part of what is read of a piece that may lie before it unread, and is read for the piece's checksum alone at once."""
+
 COMPLETED_NUMBYTES = 64 << 20
 """Bytes of pieces that were read in part and are read whole for their checksums, or a 16th of what was read, if that is more."""
 

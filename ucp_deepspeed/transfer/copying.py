@@ -143,13 +143,11 @@ class FileReader:
         rows = target.shape[0]
         row = span // rows * itemsize
         step = max(tunables.STEP_NUMBYTES // row, 1)
-        complete: list[int] = []
         with self._telling_versions(file.path):
             for low in range(0, rows, step):
                 high = min(low + step, rows)
-                complete += checks.read(start + low * row, bits[low * row : high * row])
+                checks.read(start + low * row, bits[low * row : high * row])
                 target[low:high].copy_(block[low:high])
-        self._complete(file, checks, complete)
         return True
 
     @property
@@ -171,27 +169,24 @@ class FileReader:
             left -= numbytes
             if left < 0:
                 return
-            self._complete(self._file(path), checked[path], [number])
+            with self._telling_versions(path):
+                checked[path].check(number)
 
     def _checks_of(self, path: str) -> PieceChecks | None:
         with self._lock:
             if path not in self._checks:
                 sums = self._versions.sums(path)
-                self._checks[path] = None if sums is None else PieceChecks(path, sums)
+                self._checks[path] = None if sums is None else PieceChecks(path, sums, partial(self._again, path))
             return self._checks[path]
 
-    def _complete(self, file: OpenFile, checks: PieceChecks, numbers: Iterable[int]) -> None:
-        """Check pieces from the file."""
-        for number in numbers:
-            with self._telling_versions(file.path):
-                checks.compare_from(number, lambda low, high: memoryview(file.range(low, high).numpy()))
+    def _again(self, path: str, start: int, stop: int) -> memoryview:
+        return memoryview(self._file(path).range(start, stop).numpy())
 
     def _touch(self, file: OpenFile, start: int, span: int, numbytes: int) -> None:
         """Note bytes that were read evenly within a span."""
         if (checks := self._checks_of(file.path)) is not None:
             with self._telling_versions(file.path):
-                complete = checks.touched(start, start + span, numbytes)
-            self._complete(file, checks, complete)
+                checks.touched(start, start + span, numbytes)
 
     @contextmanager
     def _telling_versions(self, path: str) -> Iterator[None]:
@@ -206,7 +201,7 @@ class FileReader:
         """Read a run of bytes and sum it, a piece at a time while it is in the processor's cache."""
         if (checks := self._checks_of(file.path)) is not None:
             with self._telling_versions(file.path):
-                self._complete(file, checks, checks.read(start, target, file.read_into))
+                checks.read(start, target, file.read_into)
             return
         number = self._sums.place(file.path, start, start + len(target)) if self._sums and len(target) else None
         if number is None:
@@ -222,7 +217,7 @@ class FileReader:
         """Sum bytes that were read."""
         if (checks := self._checks_of(file.path)) is not None:
             with self._telling_versions(file.path):
-                self._complete(file, checks, checks.read(start, data))
+                checks.read(start, data)
             return
         number = self._sums.place(file.path, start, start + len(data)) if self._sums and len(data) else None
         if number is not None:

@@ -8,22 +8,25 @@ from collections.abc import Callable
 import numpy as np
 from xxhash import xxh3_64
 
+from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checksums import FileSums, damaged, sum_of
 
 
 class PieceChecks:
     """Checks of one file. Thread-safe.
 
-    A piece that one read holds whole is summed in its place, and so is one that several reads hold in the order of the file. Of
-    others it is counted how much has been read; when that is all, `read` and `touched` return it, to be checked from the file,
-    which the system has in memory. Bytes that are read twice count twice: a piece is then checked too early, which does no harm.
+    A piece that one read holds whole is summed in its place, and so is one that several reads hold in the order of the file. What
+    lies between two of them is read for the sum alone if it is little, such as a bias that is taken from another file. Of other
+    pieces it is counted how much has been read; when that is all, what hasn't been summed is read again, which the system has in
+    memory. Bytes that are read twice count twice: a piece is then checked too early, which does no harm.
 
     Args:
         path: of the file, for messages.
+        again: reads the file from one place to another.
     """
 
-    def __init__(self, path: str, sums: FileSums) -> None:
-        self._path, self._sums = path, sums
+    def __init__(self, path: str, sums: FileSums, again: Callable[[int, int], memoryview]) -> None:
+        self._path, self._sums, self._again = path, sums, again
         numbytes = [min(sums.piece, length - low) for _, length in sums.ranges for low in range(0, length, sums.piece)]
         self._numbytes = np.array(numbytes, dtype=np.int64)
         self._read = np.zeros_like(self._numbytes)
@@ -44,8 +47,8 @@ class PieceChecks:
 
     def read(
         self, start: int, data: memoryview, fill: Callable[[int, memoryview], None] = lambda place, part: None
-    ) -> list[int]:
-        """Check the pieces in bytes from a place on. Return the numbers of pieces that others have completed.
+    ) -> None:
+        """Check the pieces in bytes from a place on.
 
         Args:
             fill: reads bytes from a place of the file on: a piece is summed as soon as it is there. By default all are there.
@@ -53,59 +56,68 @@ class PieceChecks:
         Raises:
             DamagedCheckpointError: a piece isn't what was saved, or the bytes aren't those of one storage.
         """
-        complete, stop = [], start + len(data)
-        whole = 0
+        stop, behind = start + len(data), 0
         sums: list[int] = []
         for number, low, high in self._sums.spans(self._numbers(start, stop)):
-            if start <= low and high <= stop:
-                part = data[low - start : high - start]
-                fill(low, part)
+            first = max(low, start)
+            part = data[first - start : high - start]
+            fill(first, part)
+            if len(part) == high - low:
                 sums.append(sum_of(part))
-                whole = number + 1 - len(sums)
+                behind = number + 1
             else:
-                first = max(low, start)
-                part = data[first - start : high - start]
-                fill(first, part)
-                if self._add_part(number, low, first, part, high):
-                    complete.append(number)
+                self._add_part(number, low, high, first, part)
         if sums:
-            self._compare(whole, sums)
-        return complete
+            whole = slice(behind - len(sums), behind)
+            with self._lock:
+                self._read[whole] = self._numbytes[whole]
+            self._compare(whole.start, sums)
 
-    def _add_part(self, number: int, low: int, first: int, part: memoryview, high: int) -> bool:
-        """Count and sum a part of a piece; return whether all of the piece has been read and must be read again to be checked."""
+    def _add_part(self, number: int, low: int, high: int, first: int, part: memoryview) -> None:
+        """Count and sum a part of a piece, and check the piece once all of it has been summed or read."""
+        behind = first + len(part)
         with self._lock:
-            upto, state = self._begun.pop(number) if number in self._begun else (low, xxh3_64())
             read = self._read.item(number) + len(part)
             self._read[number] = read
-            done = read >= high - low and not self._checked.item(number)
-        in_order = upto == first
-        if in_order:
-            state.update(part)
-        if not done:
-            if in_order:
-                with self._lock:
-                    self._begun[number] = first + len(part), state
-            return False
-        if not in_order or first + len(part) != high:
-            return True
-        self._compare(number, [state.intdigest()])
-        return False
+            if self._checked.item(number):
+                return
+            upto, state = self._begun.pop(number, (low, xxh3_64()))
+        if upto < first <= upto + len(part) * tunables.MOST_BETWEEN:
+            state.update(self._again(upto, first))
+            upto = first
+        if first <= upto < behind:
+            state.update(part[upto - first :])
+            upto = behind
+        with self._lock:
+            self._begun[number] = upto, state
+        if upto == high or read >= high - low:
+            self.check(number)
 
-    def touched(self, start: int, stop: int, numbytes: int) -> list[int]:
-        """Count bytes that were read evenly between two places. Return the numbers of pieces of which all has been read.
-
-        Raises:
-            DamagedCheckpointError: the bytes aren't those of one storage.
-        """
+    def touched(self, start: int, stop: int, numbytes: int) -> None:
+        """Count bytes that were read evenly between two places, and check pieces of which all has been read. Errors are those of
+        `read`."""
         numbers = self._numbers(start, stop)
         if not numbers:
-            return []
+            return
         first, last = numbers[0], numbers[-1]
         share = self._numbytes[first : last + 1].copy()
         share[0] -= start - self._sums.span(first)[0]
         share[-1] -= self._sums.span(last)[1] - stop
-        return [first + each for each in self._add(first, last + 1, -(-share * numbytes // (stop - start)))]
+        with self._lock:
+            read = self._read[first : last + 1]
+            read += -(-share * numbytes // (stop - start))
+            done = (read >= self._numbytes[first : last + 1]) & ~self._checked[first : last + 1]
+        for each in np.flatnonzero(done).tolist():
+            self.check(first + each)
+
+    def check(self, number: int) -> None:
+        """Check a piece that was read in part. Bytes that are read for that alone don't count. Errors are those of `read`."""
+        low, high = self._sums.span(number)
+        with self._lock:
+            upto, state = self._begun.pop(number, (low, xxh3_64()))
+        if upto < high:
+            state.update(self._again(upto, high))
+        self._compare(number, [state.intdigest()])
 
     def _numbers(self, start: int, stop: int) -> range:
         if start == stop:
@@ -113,14 +125,6 @@ class PieceChecks:
         if (numbers := self._sums.pieces_of(start, stop)) is None:
             raise damaged(self._path, f"the places of its tensors, such as bytes {start} to {stop - 1},")
         return numbers
-
-    def _add(self, first: int, behind: int, numbytes: int | np.ndarray) -> list[int]:
-        """Count bytes of pieces; return the places among these of those that are now complete."""
-        with self._lock:
-            read = self._read[first:behind]
-            read += numbytes
-            done = (read >= self._numbytes[first:behind]) & ~self._checked[first:behind]
-        return np.flatnonzero(done).tolist()
 
     def _compare(self, first: int, found: list[int]) -> None:
         """Compare the sums of pieces that follow one another.
@@ -138,16 +142,6 @@ class PieceChecks:
             for number in self._begun.keys() & range(first, behind):
                 del self._begun[number]
             self._checked[first:behind] = True
-            self._read[first:behind] = np.maximum(self._read[first:behind], self._numbytes[first:behind])
-
-    def compare_from(self, number: int, read: Callable[[int, int], memoryview]) -> int:
-        """Compare a piece by a function that reads from one place to another; return its bytes. Errors are those of `read`."""
-        low, high = self._sums.span(number)
-        counted = int(self._read[number])
-        self._compare(number, [sum_of(read(low, high))])
-        with self._lock:
-            self._read[number] = min(counted, high - low)  # the rest was read for the check alone
-        return high - low
 
     def partly_read(self) -> list[tuple[float, int, int]]:
         """Return pieces that were read in part and not checked: the share that was read, their numbers, and their bytes."""

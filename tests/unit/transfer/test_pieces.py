@@ -23,6 +23,7 @@ from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.plan import StridedView
 from ucp_deepspeed.transfer import FileReader, gather
+from ucp_deepspeed.transfer.open_files import OpenFile
 
 PIECE = 1 << 10
 
@@ -241,3 +242,30 @@ def test_places_that_no_storage_has(tmp_path: Path) -> None:
                 file.write(b"more")
         with pytest.raises(DamagedCheckpointError, match="the places of its tensors"):
             blocks.reader(True).read_into(view, torch.empty(numel))
+
+
+@pytest.mark.parametrize(
+    "parts, rest",
+    [
+        ([(0, 960)], 64),
+        ([(64, 1024)], 64),
+        ([(0, 400), (432, 1024)], 32),
+        ([(0, 960), (992, 1024)], 64),
+        ([(512, 1024)], 1024),
+    ],
+)
+def test_bytes_that_are_read_for_sums_alone(
+    parts: list[tuple[int, int]], rest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes that were summed aren't read a second time, where little or nothing was left out before them."""
+    blocks, again, in_range = Blocks(tmp_path / "f", 0), [], OpenFile.range
+    monkeypatch.setattr(OpenFile, "range", lambda *place: again.append(place[2] - place[1]) or in_range(*place))
+    reader = blocks.reader(mapped=False)
+    for low in range(0, 20 * PIECE, PIECE):
+        for start, stop in parts:
+            view = StridedView(FileExtent(str(blocks.path), 16, "F32", NUMEL), (low + start) // 4, (1,))
+            reader.block_into(view, torch.empty((stop - start) // 4))
+    reader.finish()
+    assert again == [rest] * 20
+    assert reader.bytes_checked == 20 * sum(stop - start for start, stop in parts)
+    reader.close()
