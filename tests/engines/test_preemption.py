@@ -36,10 +36,9 @@ def block(folder: object, **save: Any) -> dict[str, Any]:
 
 @contextmanager
 def own_signals() -> Iterator[None]:
-    """Leave a rank's handlers as they were, and let signals of earlier calls be forgotten."""
+    """Leave a rank's handlers as they were."""
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     faulthandler.unregister(signal.SIGUSR1)  # the pool's
-    preemption._noted = preemption.Noted()
     try:
         yield
     finally:

@@ -21,6 +21,7 @@ from typing import Any
 import wrapt
 
 from ucp_deepspeed.integrations import huggingface_data, huggingface_schedule, is_on
+from ucp_deepspeed.integrations.huggingface_preemption import saving_at_signals
 from ucp_deepspeed.integrations.huggingface_trainers import (
     STATE_NAME,
     Arguments,
@@ -72,7 +73,8 @@ def _train(wrapped: Wrapped, trainer: Any, args: Arguments, kwargs: Keywords) ->
         )
     token = _TRAINING.set(trainer)
     try:
-        return wrapped(*args, **kwargs)
+        with saving_at_signals(trainer):
+            return wrapped(*args, **kwargs)
     finally:
         _TRAINING.reset(token)
 

@@ -106,6 +106,7 @@ def _say_at_once(number: int) -> None:
 
 def watch(engine: Engine) -> None:
     """Save and end at the end of the step in which a signal comes, if the block says so; called when the engine is built."""
+    global _noted
     if engine.universal_checkpoint_config.save.on_signal is None:
         return
     if _watched and dist.get_rank() == 0:
@@ -113,6 +114,8 @@ def watch(engine: Engine) -> None:
             "several engines of this process have 'on_signal': at a signal the first one that ends a step is saved, and it "
             "alone; let one engine have it, and add what belongs to the others to its client state"
         )
+    if not _watched:  # what an earlier engine has answered is over
+        _noted = Noted()
     name = "train_batch" if isinstance(engine, PipelineEngine) else "step"
     step, destroy = getattr(engine, name), getattr(engine, "destroy")  # noqa: B009, a method that isn't in `Engine`
 
@@ -167,19 +170,23 @@ def _is_outside(number: int) -> bool:
     return signal.getsignal(number) is None
 
 
-def leave_to(engine: Engine, stops: Callable[[], None]) -> None:
+def leave_to(engine: Engine, stops: Callable[[], None], where: str) -> None:
     """Let a framework save and end the run, with files of its own: call a function in place of the save, at the end of the step.
-    When the checkpoint is on disk the framework calls `end`."""
-    vars(engine)[LEFT_TO] = stops
+    When it has saved, the framework calls `end`.
+
+    Args:
+        where: the place of the save, for the log.
+    """
+    vars(engine)[LEFT_TO] = stops, where
 
 
 def _stop(engine: Engine) -> None:
     """Save, wait until the checkpoint is on disk, and end. Collective."""
     config = _config(engine)
     told = gathered(None if _noted.number is None else (_noted.number, time.monotonic() - _noted.since))
-    stops = vars(engine).get(LEFT_TO)
     folder = Path(config.folder)
-    _say(engine, told, "by the framework" if stops is not None else f"into {folder}")
+    stops, where = vars(engine).get(LEFT_TO, (None, f"into {folder}"))
+    _say(engine, told, where)
     if stops is not None:
         stops()
         return
