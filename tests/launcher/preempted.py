@@ -1,4 +1,4 @@
-"""A script that a signal stops, for `test_preemption`: ``preempted.py FOLDER EVENTS``.
+"""A script that a signal stops, for `test_preempted_runs`: ``preempted.py FOLDER EVENTS``.
 
 It trains to `LAST_STEP` on the stream of `ResumableSampler` with two micro-batches for a step, goes on from what it finds in the
 folder, and notes the samples that it trains on. In each round it gets the signal that the round's event tells.

@@ -35,6 +35,7 @@ from ucp_deepspeed.engine.replaced import replaced
 from ucp_deepspeed.engine.saving.background import wait_for_save
 from ucp_deepspeed.engine.saving.save import IN_ONE_STEP, seconds_of_last_save
 from ucp_deepspeed.errors import SaveError
+from ucp_deepspeed.waiting import end_quickly
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -217,6 +218,7 @@ def end(engine: Engine) -> None:
             "" if seconds is None else f" after {seconds:.1f} s",
             _by_ranks(statuses),
         )
+    end_quickly()
     raised, _noted.raised = _noted.raised, None
     raise SystemExit(status) if raised is None else raised
 
