@@ -2,6 +2,7 @@
 the block on.
 
 Each module has a function ``wrap`` that gets the framework's module. A wrapper asks `is_on` first and otherwise changes nothing.
+What another version lacks is left to the framework (`features`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,14 @@ def arm_frameworks() -> None:
 
 
 def _wrap(name: str, module: ModuleType) -> None:
-    import_module(f"{__name__}.{name}").wrap(module)
+    from ucp_deepspeed.integrations.features import Feature
+
+    try:
+        import_module(f"{__name__}.{name}").wrap(module)
+    except (AttributeError, ImportError) as error:  # the import of the library succeeds all the same
+        failed = Feature(module.__name__.split(".")[0], "versions.md", "its resumes and its rotation are its own", {})
+        failed.arm()
+        failed.fails(error)
 
 
 def is_on(engine: Any) -> bool:

@@ -17,30 +17,32 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import wrapt
-
 from ucp_deepspeed.checkpoint.opening import resolve_tag
 from ucp_deepspeed.checkpoint.whole import ACCELERATE_KEY, TAGS_KEY, problem_of
 from ucp_deepspeed.errors import CheckpointNotFoundError
 from ucp_deepspeed.integrations import accelerate_data, accelerate_schedule, is_on
+from ucp_deepspeed.integrations.features import Feature
 from ucp_deepspeed.integrations.rotation import rotate
 
 logger = logging.getLogger("ucp_deepspeed")
 
 
 def wrap(module: ModuleType) -> None:
-    """Wrap ``accelerate.accelerator`` and what it uses. Calling it again changes nothing."""
-    if isinstance(vars(module.Accelerator)["save_state"], wrapt.FunctionWrapper):
-        return
-    for name, wrapper in (
-        ("save_state", _save_state),
-        ("load_state", _load_state),
-        ("prepare", _prepare),
-        ("prepare_data_loader", _prepare),
-    ):
-        wrapt.wrap_function_wrapper(module, f"Accelerator.{name}", wrapper)
-    accelerate_schedule.wrap()
-    accelerate_data.wrap()
+    """Wrap ``accelerate.accelerator`` and what it uses."""
+    of_accelerator: dict[str, Callable[..., Any]] = {
+        "Accelerator.save_state": _save_state,
+        "Accelerator.load_state": _load_state,
+        "Accelerator.prepare": _prepare,
+        "Accelerator.prepare_data_loader": _prepare,
+    }
+    lost = (
+        "load_state goes by Accelerate's own files: its step, its schedules and the place in the data fit the same number of "
+        "processes alone, and total_limit doesn't ask which checkpoints are whole"
+    )
+    wrappers = {module.__name__: of_accelerator, **accelerate_schedule.WRAPPERS, **accelerate_data.WRAPPERS}
+    feature = Feature("accelerate", "accelerate.md", lost, wrappers)
+    feature.arm()
+    accelerate_data.wrap(feature)
 
 
 def _engines(accelerator: Any) -> list[Any]:

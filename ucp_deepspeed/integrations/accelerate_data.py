@@ -15,6 +15,8 @@ from typing import Any
 
 import wrapt
 
+from ucp_deepspeed.integrations.features import Feature
+
 logger = logging.getLogger("ucp_deepspeed")
 
 _COUNT = "_universal_checkpoint_count"
@@ -56,14 +58,12 @@ class Position:
     batch: int
 
 
-def wrap() -> None:
-    """Wrap the iteration of Accelerate's loaders, and ``skip_first_batches`` wherever it was imported to."""
+def wrap(feature: Feature) -> None:
+    """Wrap ``skip_first_batches`` wherever it was imported to."""
     from accelerate import data_loader
 
-    for name in ("DataLoaderShard", "DataLoaderDispatcher"):
-        wrapt.wrap_function_wrapper(data_loader, f"{name}.__iter__", _iterate)
     original = data_loader.skip_first_batches
-    wrapped = wrapt.FunctionWrapper(original, _skip)
+    wrapped = wrapt.FunctionWrapper(original, feature.guarded(_skip))
     for module in list(sys.modules.values()):
         if isinstance(held := getattr(module, "__dict__", None), dict) and held.get("skip_first_batches") is original:
             held["skip_first_batches"] = wrapped
@@ -325,3 +325,9 @@ class Later:
         """Pass the epoch on to samplers that take one."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
+
+
+WRAPPERS: dict[str, dict[str, Callable[..., Any]]] = {
+    "accelerate.data_loader": {"DataLoaderShard.__iter__": _iterate, "DataLoaderDispatcher.__iter__": _iterate},
+}
+"""By modules, and names in them."""

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isclose
 from typing import Any, NamedTuple
 
-import wrapt
-
 _STEPS = "_universal_checkpoint_steps"
 """Attribute of an Accelerate scheduler: how often it steps at each optimizer step, if that isn't the number of processes."""
 
@@ -29,13 +27,6 @@ class Told(NamedTuple):
 
     level: int
     text: str
-
-
-def wrap() -> None:
-    """Wrap the step of Accelerate's schedulers."""
-    from accelerate import scheduler
-
-    wrapt.wrap_function_wrapper(scheduler, "AcceleratedScheduler.step", _step)
 
 
 def _step(wrapped: Callable[..., Any], scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -191,3 +182,7 @@ def _of_engine(scheduler: Any, saved: Mapping[str, Any] | None) -> Told | None:
         "DummyScheduler's total_num_steps by the number of processes; set total_num_steps and warmup_num_steps in the DeepSpeed "
         "config to the numbers that the run began with",
     )
+
+
+WRAPPERS: dict[str, dict[str, Callable[..., Any]]] = {"accelerate.scheduler": {"AcceleratedScheduler.step": _step}}
+"""By modules, and names in them."""

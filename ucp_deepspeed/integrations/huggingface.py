@@ -18,9 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import wrapt
-
 from ucp_deepspeed.integrations import huggingface_data, huggingface_schedule, is_on
+from ucp_deepspeed.integrations.features import Feature
 from ucp_deepspeed.integrations.huggingface_preemption import saving_at_signals
 from ucp_deepspeed.integrations.huggingface_trainers import (
     STATE_NAME,
@@ -41,19 +40,19 @@ PUSHES_FOLDER = "checkpoint", "all_checkpoints"
 _TRAINING: ContextVar[Any] = ContextVar("ucp_deepspeed_trainer", default=None)
 """The Trainer that trains, if its engine has the block on."""
 
-_missing: list[str] = []
-"""Names that this version of transformers doesn't have."""
-
 
 def wrap(module: ModuleType) -> None:
     """Wrap what ``transformers.trainer`` has of Trainer and of the functions that it calls."""
-    for name, wrapper in (_WRAPPERS | huggingface_data.WRAPPERS | huggingface_schedule.WRAPPERS).items():
-        try:
-            wrapt.resolve_path(module, name)
-        except AttributeError:
-            _missing.append(name)
-        else:
-            wrapt.wrap_function_wrapper(module, name, wrapper)
+    wrapped = {
+        "resume_from_checkpoint=True and save_total_limit are Trainer's own, and don't ask which checkpoints are whole; with "
+        "saves in the background an old one may go before the new one is on disk": _OF_CHECKPOINTS,
+        "uploads, save_model(), the best model and the end of train() don't wait for saves in the background": _OF_SAVES,
+        "the streams of random numbers are read from Trainer's file for each rank": _OF_STREAMS,
+        "the place in the data is Trainer's own, which counts steps of the present batch": huggingface_data.WRAPPERS,
+        "a schedule isn't restored if the optimizer has moved out of the DeepSpeed config": huggingface_schedule.WRAPPERS,
+    }
+    for lost, wrappers in wrapped.items():
+        Feature("transformers", "huggingface.md", lost, {module.__name__: wrappers}).arm()
 
 
 def _in_training() -> Any:
@@ -65,12 +64,6 @@ def _in_training() -> Any:
 def _train(wrapped: Wrapped, trainer: Any, args: Arguments, kwargs: Keywords) -> Any:
     if not trainer_is_on(trainer):
         return wrapped(*args, **kwargs)
-    if _missing and is_first():
-        logger.warning(
-            "this version of transformers has no %s: resuming and rotation are Trainer's own in part; docs/huggingface.md names "
-            "the versions that are tested",
-            ", ".join(_missing),
-        )
     token = _TRAINING.set(trainer)
     try:
         with saving_at_signals(trainer):
@@ -266,15 +259,17 @@ def _finish(folder: str) -> None:
     finish_here(Path(folder))
 
 
-_WRAPPERS: dict[str, Callable[..., Any]] = {
+_OF_CHECKPOINTS: dict[str, Callable[..., Any]] = {
     "Trainer.train": _train,
+    "get_last_checkpoint": _get_last_checkpoint,
+    "rotate_checkpoints": _rotate_checkpoints,
+    "sort_checkpoints": _sort_checkpoints,
+}
+_OF_SAVES: dict[str, Callable[..., Any]] = {
     "Trainer.save_model": _save_model,
     "Trainer._finalize_training": _finalize_training,
     "Trainer._finish_current_push": _finish_current_push,
     "Trainer._push_from_checkpoint": _push_from_checkpoint,
-    "Trainer._load_rng_state": _load_rng_state,
-    "get_last_checkpoint": _get_last_checkpoint,
-    "rotate_checkpoints": _rotate_checkpoints,
-    "sort_checkpoints": _sort_checkpoints,
     "deepspeed_load_checkpoint": _load,
 }
+_OF_STREAMS: dict[str, Callable[..., Any]] = {"Trainer._load_rng_state": _load_rng_state}

@@ -16,11 +16,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import wrapt
-
 from ucp_deepspeed.checkpoint.whole import last_checkpoint, problem_of
 from ucp_deepspeed.config import CONFIG_KEY, parse_config
 from ucp_deepspeed.integrations import is_on, lightning_position
+from ucp_deepspeed.integrations.features import Feature
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -36,31 +35,33 @@ _LINKED = "_universal_checkpoint_linked"
 def wrap(module: ModuleType) -> None:
     """Wrap what is in the strategy's package: ``lightning.pytorch``, or ``pytorch_lightning`` with the same code."""
     root = module.__name__.removesuffix(".strategies.deepspeed")
-    everything: dict[str, dict[str, Wrapped]] = {
-        "strategies.deepspeed": {
-            "DeepSpeedStrategy.save_checkpoint": _save,
-            "DeepSpeedStrategy.load_checkpoint": _load,
-            "DeepSpeedStrategy.remove_checkpoint": _remove,
-            "DeepSpeedStrategy._initialize_deepspeed_inference": _evaluate,
+    strategy, callback, loop = "strategies.deepspeed", "callbacks.model_checkpoint", "loops.fit_loop"
+    everything: dict[str, dict[str, dict[str, Wrapped]]] = {
+        "its callbacks don't wait for saves in the background, and an old checkpoint may go before the new one is on disk": {
+            strategy: {
+                "DeepSpeedStrategy.save_checkpoint": _save,
+                "DeepSpeedStrategy.load_checkpoint": _load,
+                "DeepSpeedStrategy.remove_checkpoint": _remove,
+            },
+            callback: {"ModelCheckpoint._link_checkpoint": _link},
+            loop: {"_FitLoop.on_run_end": _end_fit},
         },
-        "callbacks.model_checkpoint": {
-            "ModelCheckpoint._link_checkpoint": _link,
-            "ModelCheckpoint._find_last_checkpoints": _find_last,
+        'ckpt_path="last" and "best" don\'t ask which checkpoints are whole': {
+            callback: {"ModelCheckpoint._find_last_checkpoints": _find_last},
+            "trainer.connectors.checkpoint_connector": {"_CheckpointConnector._parse_ckpt_path": _choose},
         },
-        "trainer.connectors.checkpoint_connector": {"_CheckpointConnector._parse_ckpt_path": _choose},
-        "loops.fit_loop": {
-            "_FitLoop.setup_data": lightning_position.after_data,
-            "_FitLoop.on_run_end": _end_fit,
+        "validate, test and predict load as DeepSpeed alone does": {
+            strategy: {"DeepSpeedStrategy._initialize_deepspeed_inference": _evaluate}
         },
-        "loops.training_epoch_loop": {"_TrainingEpochLoop.on_run_start": lightning_position.begin_epoch},
     }
-    for place, wrappers in everything.items():
-        wrapt.register_post_import_hook(partial(_wrap_all, wrappers), f"{root}.{place}")
+    for lost, wrappers in everything.items():
+        _feature(root, lost, wrappers).arm()
+    lightning_position.FEATURES[root] = _feature(root, lightning_position.LOST, lightning_position.WRAPPERS)
+    lightning_position.FEATURES[root].arm()
 
 
-def _wrap_all(wrappers: dict[str, Wrapped], module: ModuleType) -> None:
-    for name, wrapper in wrappers.items():
-        wrapt.wrap_function_wrapper(module, name, wrapper)
+def _feature(root: str, lost: str, wrappers: dict[str, dict[str, Wrapped]]) -> Feature:
+    return Feature("lightning", "lightning.md", lost, {f"{root}.{place}": names for place, names in wrappers.items()})
 
 
 def _save(wrapped: Wrapped, strategy: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -75,7 +76,7 @@ def _save_here(
     wrapped: Wrapped, strategy: Any, checkpoint: Mapping[str, Any], filepath: Any, *rest: Any, **named: Any
 ) -> None:
     trainer = strategy.lightning_module.trainer
-    position = lightning_position.position_of(trainer, strategy.model)
+    position = lightning_position.to_be_saved(trainer, strategy.model)
     wrapped({**checkpoint, lightning_position.KEY: position}, filepath, *rest, **named)
     folder = Path(filepath).absolute()
     setattr(strategy, _NEWEST, folder)

@@ -18,10 +18,17 @@ from typing import Any
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
 
 from ucp_deepspeed.integrations import is_on
+from ucp_deepspeed.integrations.features import Feature
 
 logger = logging.getLogger("ucp_deepspeed")
 
 Wrapped = Callable[..., Any]
+
+LOST = "the place within an epoch is Lightning's own, which takes the rest of it from the loader's beginning"
+"""Everything that isn't kept without the wrappers here."""
+
+FEATURES: dict[str, Feature] = {}
+"""The feature of the wrappers here, by Lightning's package."""
 
 KEY = "ucp_lightning"
 """Key of the client state: the result of `position_of`."""
@@ -119,6 +126,16 @@ def dealt(fit_loop: Any) -> Dealt | str:
     if not isinstance(sampler, DistributedSampler):
         return f"the loader's sampler is a {type(sampler).__name__}, not the one that Lightning puts in"
     return Dealt(sampler, loader.batch_sampler, loader.batch_sampler.batch_size * sampler.num_replicas)
+
+
+def to_be_saved(trainer: Any, engine: Any) -> dict[str, Any] | None:
+    """Return `position_of`; None in a version of Lightning that doesn't tell it."""
+    module = type(trainer).__mro__[-2].__module__  # a user's class may be derived from Lightning's
+    for root, feature in FEATURES.items():
+        if module.startswith(f"{root}."):
+            found: dict[str, Any] | None = feature.attempt(position_of, trainer, engine)
+            return found
+    return None
 
 
 def position_of(trainer: Any, engine: Any) -> dict[str, Any]:
@@ -284,3 +301,10 @@ def _begin_resumed(fit_loop: Any, engine: Any, fetcher: Any) -> None:
     fetcher.length = None if fetcher.length is None else fit_loop.max_batches
     if within:
         restore_again(engine)
+
+
+WRAPPERS: dict[str, dict[str, Wrapped]] = {
+    "loops.fit_loop": {"_FitLoop.setup_data": after_data},
+    "loops.training_epoch_loop": {"_TrainingEpochLoop.on_run_start": begin_epoch},
+}
+"""By modules of Lightning's package, and names in them."""
