@@ -215,7 +215,8 @@ class Built:
     def loader_of(self, epoch: int) -> Any:
         """Return the loader, or the rest of it where the job resumes."""
         job = self.job
-        self.loader.set_epoch(epoch)
+        if job.get("sets", True):
+            self.loader.set_epoch(epoch)
         if epoch != job.get("epoch", 0) or "skip" not in job or job.get("stateful"):
             return self.loader
         skip = skip_first_batches if job.get("function") else self.accelerator.skip_first_batches

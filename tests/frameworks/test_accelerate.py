@@ -28,6 +28,8 @@ KINDS: dict[str, tuple[str, ...]] = {"cosine": ("lambda", "scaled", "onecycle"),
 
 Seen = dict[str, Any]
 
+UNSET: Seen = {"sets": False, "batch": 2, "epoch": 1, "epochs": 3}
+
 LOADERS: dict[str, Seen] = {
     "stream": {"stream": True},
     "stream-split": {"stream": True, "split": True, "batch": 8},
@@ -112,6 +114,7 @@ def jobs_of_two(place: Place) -> list[Seen]:
             ]
         ),
         *({"name": name, "saves": {"3": place(name)}} | how for name, how in LOADERS.items()),
+        {"name": "unset", "sets": False, "epochs": 3, "saves": {"8": place("unset-end"), "10": place("unset")}},
         LOADERS["dispatched"] | {"name": "dispatched-on", "load": place("dispatched"), "skip": 3, "dispatch": True},
         {"name": "stock-rotation", "block": False, "project": place("stocks"), "limit": 1, "saves": {"1": "", "2": ""}},
         {"name": "rotation", "project": place("runs"), "limit": 2, "async": True, "saves": dict.fromkeys("2468", "")},
@@ -141,6 +144,8 @@ def jobs_of_four(place: Place) -> list[Seen]:
         | {"name": "other-batch", "gas": 1, "batch": 4, "epochs": 3, "load": place("half"), "epoch": 1, "skip": 5},
         *([{"name": "stateful", "gas": 2, "batch": 2, "stateful": True, "load": place("stateful"), "skip": 4}]),
         *({"name": name, "load": place(name), "skip": 3} | how for name, how in LOADERS.items()),
+        UNSET | {"name": "unset", "load": place("unset"), "skip": 2},
+        UNSET | {"name": "unset-end", "load": place("unset-end")},
         {"name": "within", "batch": 4, "load": place("three"), "skip": 3, "function": True},
         {"name": "wrong-skip", "batch": 4, "load": place("three"), "skip": 2, "micro": 1},
         SIDED
@@ -274,6 +279,13 @@ def test_every_way_to_deal_batches(seen: dict[str, Seen], kind: str) -> None:
     else:
         assert after[:2] == [sorted(before[3] + before[4]), sorted(before[5] + before[6])] and told == []
         assert set(before[7]) <= set(after[2]) and len(after) == 3
+
+
+def test_a_script_that_never_sets_the_epoch(seen: dict[str, Seen]) -> None:
+    """Accelerate alone begins again with the order of the first epoch."""
+    whole = steps(seen["2 unset"])
+    assert len({str(samples) for _, samples, _, _ in whole}) == 24
+    assert steps(seen["4 unset"]) == whole[10:] and steps(seen["4 unset-end"]) == whole[8:]
 
 
 def test_dispatched_batches_on_the_same_processes(seen: dict[str, Seen]) -> None:

@@ -250,3 +250,26 @@ def test_no_rank_takes_a_random_file_if_others_lack_theirs(ranks: Ranks, tmp_pat
     [told] = [text for text in found[0].messages if "random streams stay" in text]
     assert "ranks [2, 3]" in told
     assert [text for text in found[1].messages if "random streams stay" in text] == []
+
+
+def foretold(trainer: Recorded) -> None:
+    """Note what the model foretells."""
+    from trainer_runs import Numbers
+
+    metrics = trainer.predict(Numbers(8)).metrics
+    (Path(trainer.args.output_dir) / f"foretold-{trainer.args.process_index}").write_text(repr(metrics["test_loss"]))
+
+
+def test_folders_of_each_node_and_a_prediction_after_a_resume(ranks: Ranks, tmp_path: Path) -> None:
+    """From two ranks to one; sums are exact."""
+    config = {"optimizer": {"type": "SGD", "params": {"lr": "auto", "momentum": 0.5}}}
+    more = {"save_on_each_node": True, "learning_rate": 0.25, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    job = Job(tmp_path / "run", zero=3, config=config, sums=True, arguments=EVERY_SECOND | more, stop=6)
+    ranks(2).run(train, job)
+    assert folders(job.folder) == ["checkpoint-6"]
+    whole = ranks(2).run(train, replace(job, folder=tmp_path / "whole", stop=None), foretold)[0]
+    alone = replace(job, resume=True, stop=None, arguments=job.arguments | {"per_device_train_batch_size": 4})
+    found = ranks(1).run(train, alone, foretold)[0]
+    assert found.losses == {step: loss for step, loss in whole.losses.items() if step > 6} and len(found.losses) == 4
+    told = [(folder / "foretold-0").read_text() for folder in (job.folder, tmp_path / "whole")]
+    assert told[0] == told[1] and folders(job.folder) == ["checkpoint-10"]

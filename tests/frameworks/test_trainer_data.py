@@ -188,3 +188,16 @@ def test_a_stream(micro: int, ranks: Ranks, tmp_path: Path) -> None:
     assert [n for taken in in_order(found, 1, micro).values() for n in taken] == list(range(begin, begin + 7 * micro))
     told = [text for text in found.messages if "come twice" in text]
     assert len(told) == (micro == 5) and all("the last 4 of them come twice" in text for text in told)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_batches_that_one_process_reads_for_all(size: int, ranks: Ranks, tmp_path: Path) -> None:
+    """Trainer alone skips those of one process on two ranks, without a word."""
+    more = {"accelerator_config": {"dispatch_batches": True}, "num_train_epochs": 1}
+    job = Job(tmp_path / "run", 40, arguments=EIGHT | more)
+    whole = ranks(2).run(train, job)[0]
+    arguments = EIGHT | more | {"per_device_train_batch_size": 4 // size}
+    later = replace(job, folder=tmp_path / "on", resume=str(job.folder / "checkpoint-2"), arguments=arguments)
+    found = in_order(ranks(size).run(train, later)[0], size, 4 // size)
+    after = {step: sorted(taken) for step, taken in in_order(whole, 2, 2).items() if step > 2}
+    assert {step: sorted(taken) for step, taken in found.items()} == after and len(after) == 3

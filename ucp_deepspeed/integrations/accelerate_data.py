@@ -62,7 +62,10 @@ def wrap(feature: Feature) -> None:
     """Wrap ``skip_first_batches`` wherever it was imported to."""
     from accelerate import data_loader
 
-    original = data_loader.skip_first_batches
+    original = getattr(data_loader, "skip_first_batches", None)
+    if original is None:
+        feature.fails("skip_first_batches")
+        return
     wrapped = wrapt.FunctionWrapper(original, feature.guarded(_skip))
     for module in list(sys.modules.values()):
         if isinstance(held := getattr(module, "__dict__", None), dict) and held.get("skip_first_batches") is original:
@@ -125,7 +128,9 @@ def go_on(loader: Any, saved: Mapping[str, int] | None, tells: bool) -> None:
     vars(loader)[_COUNT], vars(loader)[_POSITION] = Count(), position
     if getattr(loader, "use_stateful_dataloader", False):
         _go_on_alone(loader, vars(loader).pop(_POSITION), batch)
-    elif tells and position.handed and (position.batch != batch or position.samples != position.handed):
+        return
+    loader.iteration = position.epoch + _is_at_end(loader, position)  # a script may never call set_epoch
+    if tells and position.handed and (position.batch != batch or position.samples != position.handed):
         logger.info(
             "a data loader stood at sample %d of epoch %d, after %d batches of %d; a batch has %d samples now: "
             "skip_first_batches(loader, %d) goes on at that sample",
@@ -136,6 +141,14 @@ def go_on(loader: Any, saved: Mapping[str, int] | None, tells: bool) -> None:
             batch,
             position.batches,
         )
+
+
+def _is_at_end(loader: Any, position: Position) -> bool:
+    """Return whether a position is the end of its epoch."""
+    try:
+        return position.samples > 0 and bool(position.samples >= loader.total_dataset_length)
+    except (AttributeError, TypeError):  # a stream
+        return False
 
 
 def _go_on_alone(loader: Any, position: Position, batch: int) -> None:
@@ -184,7 +197,12 @@ def _counted(loader: Any, held: Count, batches: Iterator[Any]) -> Iterator[Any]:
         held.samples += batch
         yield item
     held.batches = held.samples = 0
+    if (whole := vars(loader).get(_WHOLE)) is not None:
+        whole.iteration = max(whole.iteration, loader.iteration)
 
+
+_WHOLE = "_universal_checkpoint_whole"
+"""Attribute of a loader that skips to a loaded position: the loader whose next epoch comes after this one."""
 
 _SKIPPED = "_universal_checkpoint_skipped"
 """Attribute of a loader that skips: batches, as the script counts them, and samples. Of a stateful one: for its next epoch."""
@@ -220,6 +238,8 @@ def _skip(wrapped: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: di
         else:
             _tell_of(position, skipped, batch)
             made = wrapped(dataloader, num_batches)
+        if position is not None:
+            vars(made)[_WHOLE] = dataloader
         vars(made).update({_COUNT: held, _SKIPPED: (num_batches, skipped), _BATCH: batch})
         return made
 
@@ -268,10 +288,10 @@ def _at(wrapped: Callable[..., Any], loader: Any, position: Position, batch: int
             rest,
             position.samples,
         )
-    return wrapped(loader, whole * _batches_at_once(loader)), position.samples - rest
+    return wrapped(loader, whole * batches_at_once(loader)), position.samples - rest
 
 
-def _batches_at_once(loader: Any) -> int:
+def batches_at_once(loader: Any) -> int:
     """Return how many batches of its sampler a loader hands out as one: those of all processes, if one process reads them."""
     if not _dispatches(loader) or loader.split_batches or getattr(loader, "batch_sampler", None) is None:
         return 1

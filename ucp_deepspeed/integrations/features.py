@@ -22,6 +22,9 @@ Wrapper = Callable[..., Any]
 FEATURES: list[Feature] = []
 """The features of all libraries that were wrapped."""
 
+_WRAPPED: set[tuple[str, str]] = set()
+"""Modules, and names in them, that are wrapped."""
+
 ASKED = "ucp_deepspeed.engine.support"
 """A module that is imported for the first engine with the block on."""
 
@@ -54,11 +57,12 @@ class Feature:
     def _wrap(self, module: ModuleType) -> None:
         for name, wrapper in self._wrappers[module.__name__].items():
             try:
-                _, _, original = wrapt.resolve_path(module, name)
+                wrapt.resolve_path(module, name)
             except AttributeError:
                 continue
             self._awaited.discard(name)
-            if not isinstance(original, wrapt.FunctionWrapper):
+            if (module.__name__, name) not in _WRAPPED:
+                _WRAPPED.add((module.__name__, name))
                 wrapt.wrap_function_wrapper(module, name, self.guarded(wrapper))
 
     def fails(self, problem: object) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from ucp_deepspeed.integrations.accelerate_data import batches_at_once
 from ucp_deepspeed.integrations.huggingface_trainers import (
     STATE_NAME,
     Arguments,
@@ -400,6 +401,8 @@ def _run_epoch(wrapped: Wrapped, trainer: Any, args: Arguments, kwargs: Keywords
         told["num_update_steps_per_epoch"] = rest.skipped // accumulation + math.ceil(rest.micros / accumulation)
         if course.dealing.sampler is not None and rest.skipped:
             told["train_dataloader"] = _Begun(told["train_dataloader"], course.dealing, rest)
+        elif rest.skipped:
+            told["train_dataloader"] = _Unknown(told["train_dataloader"])
     return wrapped(**told)
 
 
@@ -412,9 +415,19 @@ class _Begun:
     rest: Rest
 
 
+@dataclass(frozen=True, slots=True)
+class _Unknown:
+    """A loader whose epoch is begun, and whose order isn't known."""
+
+    loader: Any
+
+
 def _skip_first_batches(wrapped: Wrapped, instance: None, args: Arguments, kwargs: Keywords) -> Any:
     """Skip samples, where Trainer skips batches."""
-    begun = given(wrapped, args, kwargs)["dataloader"]
+    told = given(wrapped, args, kwargs)
+    begun = told["dataloader"]
+    if isinstance(begun, _Unknown):  # accelerate alone skips batches of one process, where one reads them for all
+        return wrapped(begun.loader, told["num_batches"] * batches_at_once(begun.loader))
     if not isinstance(begun, _Begun):
         return wrapped(*args, **kwargs)
     loader = wrapped(begun.loader, 0)
