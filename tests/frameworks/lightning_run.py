@@ -70,6 +70,7 @@ class Model(pl.LightningModule):
         self.save_hyperparameters()
         self.layers, self.interval = layers, interval
         self.seen: list[Any] = []
+        self.validated: list[Any] = []
         self.weights: list[float] = []
 
     def configure_model(self) -> None:
@@ -86,6 +87,10 @@ class Model(pl.LightningModule):
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.seen.append([self.trainer.current_epoch, self.trainer.global_step, batch[0].tolist(), rate, loss.item()])
         return loss
+
+    def on_validation_start(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.validated.append([self.trainer.current_epoch, self.trainer.global_step])
 
     def validation_step(self, batch: Any, number: int) -> None:
         self.log("score", self.net(batch[1]).mean(), sync_dist=True)
@@ -191,6 +196,7 @@ def run(folder: Path, job: dict[str, Any]) -> None:
         max_epochs=job.get("epochs", 3),
         max_steps=job.get("steps", -1),
         accumulate_grad_batches=job.get("accumulate", 1),
+        val_check_interval=job.get("interval"),
         logger=uploads or False,
         callbacks=[counter, *saving],
         enable_checkpointing=bool(saving),
@@ -203,6 +209,7 @@ def run(folder: Path, job: dict[str, Any]) -> None:
     logging.getLogger("ucp_deepspeed").removeHandler(lines)
     told = {
         "seen": model.seen,
+        "validated": model.validated,
         "weights": model.weights,
         "step": trainer.global_step,
         "epoch": trainer.current_epoch,

@@ -18,6 +18,8 @@ SCRIPT = Path(__file__).with_name("lightning_run.py")
 
 NETWORK = {"layers": True, "interval": "epoch"}
 
+CHECKED = {"interval": 0.5, "validates": True, "epochs": 2}
+
 TWO = [
     {
         "name": "whole",
@@ -69,7 +71,11 @@ TWO = [
 for job in TWO[4:6]:
     job |= {key: TWO[3][key] for key in ("block", "stage", "validates", "model", "epochs")}
 
+SCORED = {"dirpath": "checked", "monitor": "score", "save_top_k": -1}
+TWO.insert(0, {"name": "checked", "block": {}, **CHECKED, "saving": [SCORED]})
+
 ONE = [
+    {"name": "one_checked", "block": {}, **CHECKED, "ckpt": "checked/epoch=0-step=3.ckpt"},
     {"name": "one_within", "block": {}, "ckpt": "steps/epoch=0-step=4.ckpt", "save_at": 5},
     {"name": "one_ended", "block": {}, "ckpt": "epochs/epoch=0-step=6.ckpt"},
     {"name": "one_last_batch", "block": {}, "ckpt": "steps/epoch=1-step=12.ckpt", "workers": 1},
@@ -210,6 +216,13 @@ def test_within_an_epoch_on_one_rank(one: Path, name: str) -> None:
     after = {"one_within": 4, "one_killed": 8}[name]
     check_goes_on(one, name, after)
     assert any("the epoch goes on after" in line for line in told(one, name)["lines"])
+
+
+def test_validation_within_an_epoch(one: Path) -> None:
+    """The run goes on after a validation in the middle of an epoch, and validates where the uninterrupted one does."""
+    check_goes_on(one, "one_checked", 3, "checked")
+    whole = told(one, "checked")["validated"]
+    assert whole == [[0, 3], [0, 6], [1, 9], [1, 12]] and told(one, "one_checked")["validated"] == whole[1:]
 
 
 def test_a_callback_has_its_state(one: Path) -> None:
