@@ -15,6 +15,7 @@ from typing import Any
 import wrapt
 
 ENGINE_MODULE = "deepspeed.runtime.engine"
+CONFIG_MODULE = "deepspeed.runtime.config"
 
 HOOKS = {
     "save_checkpoint": "ucp_deepspeed.engine.saving.save",
@@ -26,6 +27,7 @@ HOOKS = {
 def arm() -> None:
     """Wrap DeepSpeed's engine as soon as it is imported. Calling it again changes nothing."""
     wrapt.register_post_import_hook(_wrap_engine, ENGINE_MODULE)
+    wrapt.register_post_import_hook(_wrap_config, CONFIG_MODULE)
 
 
 def _wrap_engine(module: ModuleType) -> None:
@@ -34,6 +36,23 @@ def _wrap_engine(module: ModuleType) -> None:
     wrapt.wrap_function_wrapper(module, "DeepSpeedEngine.__init__", _init)
     for name in HOOKS:
         wrapt.wrap_function_wrapper(module, f"DeepSpeedEngine.{name}", partial(_hooked, name))
+
+
+def _wrap_config(module: ModuleType) -> None:
+    if not isinstance(vars(module.DeepSpeedConfig)["_set_batch_related_parameters"], wrapt.FunctionWrapper):
+        wrapt.wrap_function_wrapper(module, "DeepSpeedConfig._set_batch_related_parameters", _set_batch)
+
+
+def _set_batch(wrapped: Callable[..., None], config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    block = config._param_dict.get("universal_checkpoint")
+    if isinstance(block, Mapping) and block.get("batch") == "keep":
+        from ucp_deepspeed.config import parse_config
+
+        if parse_config(config._param_dict).enabled:
+            from ucp_deepspeed.engine.batch import keep_batch
+
+            keep_batch(config)
+    wrapped(*args, **kwargs)
 
 
 def _init(wrapped: Callable[..., None], engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

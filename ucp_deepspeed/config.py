@@ -80,6 +80,7 @@ class UniversalCheckpointConfig(BaseModel):
     on_unreadable: OnUnreadable = "error"
     verify: Literal["pieces", "off"] = "pieces"
     fallback: Literal["newest-whole", "none"] = "newest-whole"
+    batch: Literal["as-given", "keep"] = "as-given"
     shared_read_bytes: NonNegativeInt = tunables.SHARED_READ_NUMBYTES
     read_memory_bytes: int = Field(default=tunables.MEMORY_NUMBYTES, ge=tunables.LEAST_MEMORY_NUMBYTES)
     save: SaveConfig = SaveConfig()

@@ -138,6 +138,7 @@ def test_config_surface() -> None:
         "on_unreadable": "drop",
         "verify": "off",
         "fallback": "none",
+        "batch": "keep",
         "shared_read_bytes": 0,
         "read_memory_bytes": 1 << 20,
         "save": {

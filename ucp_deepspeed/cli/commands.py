@@ -339,9 +339,78 @@ ARM = Command(
 )
 
 
+RUN = Command(
+    "run",
+    "elastic.run",
+    examples=[
+        "ucp run --nproc-per-node 8 train.py",
+        "ucp run --nodes 1:4 --store host0:29400 --batch 512 train.py",
+        "ucp run --nodes 2:8 --store host0:29400 --tp 2 train.py --tp {tp}",
+    ],
+    short_help="Train on nodes that come and go.",
+    help="""Run training script SCRIPT on this node and on the others that are started likewise, with torch's elastic agent.
+
+    When a node is lost or joins, all go on from the last checkpoint in a new round, on the nodes that are there. SCRIPT loads it
+    by itself; it needs no import of this package. Ranks that the batch or the model-parallel sizes have no use for stand by.
+    {tp}, {pp} and {dp} in the ARGUMENTS are filled with the sizes of the round.
+    """,
+    context_settings={"allow_interspersed_args": False},
+    params=[
+        option("--nodes", metavar="MIN:MAX", default="1", show_default=True, help="Number of nodes, or a range."),
+        option(
+            "--nproc-per-node",
+            "on_node",
+            type=COUNT,
+            default=1,
+            show_default=True,
+            help="Number of ranks on each node.",
+        ),
+        option(
+            "--store", "endpoint", metavar="HOST:PORT", help="Where the nodes meet: a store that ucp store has started."
+        ),
+        option("--run-id", "name", metavar="NAME", help="Name of the run, if several use one store."),
+        option("--name", "node", metavar="NAME", help="Name of this node in what is told."),
+        option(
+            "--local-addr", "address", metavar="HOST", help="Name or address under which other nodes reach this one."
+        ),
+        option(
+            "--max-restarts",
+            "restarts",
+            type=click.IntRange(0),
+            default=100,
+            show_default=True,
+            help="Failures of ranks.",
+        ),
+        option(
+            "--batch", type=COUNT, help="Samples of one step over all ranks (train_batch_size), which stays what it is."
+        ),
+        option("--tp", "tensor", type=COUNT, default=1, show_default=True, help="Tensor-parallel size."),
+        option("--pp", "pipeline", type=COUNT, default=1, show_default=True, help="Number of pipeline stages."),
+        option("--min-dp", "least", type=COUNT, default=1, show_default=True, help="Smallest data-parallel size."),
+        click.Argument(["script"], nargs=-1, required=True, type=click.UNPROCESSED, metavar="SCRIPT [ARGUMENTS]..."),
+    ],
+)
+
+STORE = Command(
+    "store",
+    "elastic.hold",
+    examples=["ucp store --port 29400"],
+    short_help="Hold the store in which the nodes of ucp run meet.",
+    help="""Hold the store in which the nodes of ucp run meet, until it is interrupted.
+
+    Start it on a machine that stays: losing it ends the run. It needs no accelerator, and next to no memory.
+    """,
+    params=[
+        option(
+            "--port", type=click.IntRange(0, 65535), default=29400, show_default=True, help="Port; 0 takes a free one."
+        ),
+    ],
+)
+
+
 @click.group(
     cls=Commands,
-    commands=[INSPECT, CONVERT, DIFF, VERIFY, PRUNE, PLAN, spec, ARM],
+    commands=[INSPECT, CONVERT, DIFF, VERIFY, PRUNE, PLAN, spec, RUN, STORE, ARM],
     context_settings=HELP,
     epilog="ucp COMMAND --help shows a command's options and examples.",
 )

@@ -41,7 +41,8 @@ class Command(click.Command):
     """
 
     def __init__(self, name: str, work: str, examples: Sequence[str], **settings: Any) -> None:
-        super().__init__(name, callback=partial(_do, work), context_settings=HELP, **settings)
+        context = HELP | settings.pop("context_settings", {})
+        super().__init__(name, callback=partial(_do, work), context_settings=context, **settings)
         self.examples = examples
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -111,7 +111,10 @@ finally:
     ("args", "hint"),
     [
         (["inspct", "x"], "No such command 'inspct'. Did you mean 'inspect'?"),
-        (["runs/a"], "No such command 'runs/a'. The commands: inspect, convert, diff, verify, prune, plan, spec, arm."),
+        (
+            ["./xyz"],
+            "No such command './xyz'. The commands: inspect, convert, diff, verify, prune, plan, spec, run, store, arm.",
+        ),
         (["spec", "checks"], "No such command 'checks'. Did you mean 'check'?"),
     ],
 )

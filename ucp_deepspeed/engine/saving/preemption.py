@@ -171,6 +171,11 @@ def _is_outside(number: int) -> bool:
     return signal.getsignal(number) is None
 
 
+def is_told() -> bool:
+    """Return whether this process has got a signal at which its run saves and ends."""
+    return _noted.number is not None
+
+
 def leave_to(engine: Engine, stops: Callable[[], None], where: str) -> None:
     """Let a framework save and end the run, with files of its own: call a function in place of the save, at the end of the step.
     When it has saved, the framework calls `end`.

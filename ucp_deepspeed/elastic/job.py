@@ -1,0 +1,77 @@
+"""The run, as ``ucp run`` tells it to its workers in a variable of the environment; and a worker's place in a round."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+
+from ucp_deepspeed.elastic.sizes import Sizes
+
+VARIABLE = "UCP_RUN"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, as all its agents know it, and the name of this node.
+
+    Attributes:
+        run: name of the run; agents of the same name meet.
+        store: ``host:port`` of the store in which they meet.
+        node: name of this node in what is told.
+        sizes: what a number of ranks must fit.
+    """
+
+    run: str
+    store: str
+    node: str
+    sizes: Sizes
+
+    @property
+    def given_up(self) -> str:
+        """The key in the store that is there once the run makes no progress."""
+        return f"ucp/{self.run}/given-up"
+
+    def to_environment(self) -> dict[str, str]:
+        """Return the variable, for a worker."""
+        return {VARIABLE: json.dumps(asdict(self))}
+
+    @classmethod
+    def from_environment(cls) -> Job:
+        """Read what `to_environment` has made."""
+        fields = json.loads(os.environ[VARIABLE])
+        return cls(**fields | {"sizes": Sizes(**fields["sizes"])})
+
+
+@dataclass(frozen=True)
+class Place:
+    """A worker's place among all that the agents have started in one round.
+
+    Attributes:
+        round: name of the round; the agents take another port in each.
+        rank: rank, before some are left out.
+        ranks: number of ranks, likewise.
+        local: rank on this node.
+        on_node: number of ranks on this node.
+        node: number of this node.
+    """
+
+    round: str
+    rank: int
+    ranks: int
+    local: int
+    on_node: int
+    node: int
+
+    @classmethod
+    def from_environment(cls) -> Place:
+        """Read the variables that torch's agent has set."""
+        names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"
+        return cls(
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", *(int(os.environ[name]) for name in names)
+        )
+
+    def take(self, ranks: int) -> None:
+        """Make this number of ranks the world of this process; the last ones are left out."""
+        here = min(self.on_node, ranks - (self.rank - self.local))
+        os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(here), ROLE_WORLD_SIZE=str(ranks))
