@@ -5,7 +5,8 @@
 It trains until a file ``FOLDER/until`` names a step.
 
 The loss is linear in the weights, and the samples are small whole numbers: gradients are exact on every number of ranks that is a
-power of two, and so the weights after each step are the same to the bit. Each rank appends to ``FOLDER/rank-R.jsonl``.
+power of two, and so the weights after each step are the same to the bit. Their number is a multiple of what a processor computes
+at once: what is left over is rounded in another way. Each rank appends to ``FOLDER/rank-R.jsonl``.
 """
 
 import json
@@ -14,6 +15,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -27,7 +29,7 @@ def samples(step: int, batch: int) -> list[int]:
 
 def features(numbers: list[int]) -> torch.Tensor:
     """Whole numbers from -4 to 4, another row for each sample."""
-    return torch.tensor([[(number * (place + 3)) % 9 - 4.0 for place in range(8)] for number in numbers])
+    return torch.tensor([[(number * (place + 3)) % 9 - 4.0 for place in range(16)] for number in numbers])
 
 
 def last_step(folder: Path) -> float:
@@ -36,12 +38,10 @@ def last_step(folder: Path) -> float:
     return int(path.read_text()) if path.exists() else math.inf
 
 
-def main() -> None:
-    """Train from the last checkpoint to a step."""
-    config, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    every, seconds = int(sys.argv[3]), float(sys.argv[4])
+def train(config: dict[str, Any], folder: Path, every: int, seconds: float) -> None:
+    """Train from the last checkpoint to the last step; save all so many steps, and wait for some seconds after each."""
     torch.manual_seed(1)
-    engine, *_ = deepspeed.initialize(model=torch.nn.Linear(8, 4), config=config)
+    engine, *_ = deepspeed.initialize(model=torch.nn.Linear(16, 8, bias=False), config=config)
     if (folder / "checkpoints" / "latest").exists():
         engine.load_checkpoint(str(folder / "checkpoints"))
     rank, ranks, batch = dist.get_rank(), dist.get_world_size(), config["train_batch_size"]
@@ -50,24 +50,22 @@ def main() -> None:
         while engine.global_steps < last_step(folder):
             step = engine.global_steps
             own = samples(step, batch)[rank * micro * parts : (rank + 1) * micro * parts]
-            for part in range(parts):
-                loss = engine(features(own[part * micro : (part + 1) * micro])).mean()
-                engine.backward(loss)
-                log.write(
-                    json.dumps({"step": step, "samples": own, "ranks": ranks, "micro": micro, "pid": os.getpid()})
-                    + "\n"
-                )
-                log.flush()
-                engine.step()
-            weights = torch.cat([value.detach().flatten() for value in engine.module.parameters()])
-            log.write(json.dumps({"done": step + 1, "weights": weights.double().tolist()}) + "\n")
-            log.flush()
+            try:
+                for part in range(parts):
+                    engine.backward(engine(features(own[part * micro : (part + 1) * micro])).mean())
+                    engine.step()
+            finally:  # at a signal the engine saves after its step, and leaves
+                if engine.global_steps > step:
+                    weights = torch.cat([value.detach().flatten() for value in engine.module.parameters()])
+                    done = {"done": step + 1, "round": os.environ["MASTER_PORT"], "ranks": ranks, "samples": own}
+                    log.write(json.dumps(done | {"weights": weights.double().tolist()}) + "\n")
+                    log.flush()
             time.sleep(seconds)
             if every and engine.global_steps % every == 0:
                 engine.save_checkpoint(str(folder / "checkpoints"))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    train(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+    dist.barrier()
+    dist.destroy_process_group()

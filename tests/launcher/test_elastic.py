@@ -15,12 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from elastic_train import features, samples
+from elastic_train import samples, train
+
+from ucp_deepspeed.testing.ranks import get_pool
 
 SCRIPT = Path(__file__).parent / "elastic_train.py"
 BATCH, EVERY = 16, 5
 PATIENCE_SECONDS = 240.0
+
+CONFIG = {
+    "train_batch_size": BATCH,
+    "train_micro_batch_size_per_gpu": 4,
+    "optimizer": {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}},
+    "zero_optimization": {"stage": 1},
+}
 
 
 @dataclass
@@ -62,11 +70,11 @@ class Nodes:
         return "\n".join((self.folder / f"{name}.log").read_text(errors="replace") for name in names)
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return what the ranks have logged, in the order of the steps."""
+        """Return what the ranks have logged of each step, in order."""
         found = [
             json.loads(line) for path in self.folder.glob("rank-*.jsonl") for line in path.read_text().splitlines()
         ]
-        return sorted(found, key=lambda line: line.get("step", line.get("done")))
+        return sorted(found, key=lambda line: int(line["done"]))
 
     def wait(self, seen: Callable[[], Any]) -> Any:
         """Wait until something is seen."""
@@ -83,7 +91,7 @@ class Nodes:
 
     def steps(self) -> int:
         """Return the number of steps that have been done."""
-        return max((line.get("done", 0) for line in self.lines()), default=0)
+        return max((line["done"] for line in self.lines()), default=0)
 
     def end(self) -> None:
         """Let the run end by itself, three steps later and more."""
@@ -95,50 +103,35 @@ class Nodes:
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
-    config = {
-        "train_batch_size": BATCH,
-        "train_micro_batch_size_per_gpu": 4,
-        "optimizer": {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}},
-        "zero_optimization": {"stage": 1},
-        "universal_checkpoint": {"batch": "keep", "save": {"on_signal": str(tmp_path / "checkpoints")}},
-    }
-    (tmp_path / "ds.json").write_text(json.dumps(config))
+    block = {"batch": "keep", "save": {"on_signal": str(tmp_path / "checkpoints")}}
+    (tmp_path / "ds.json").write_text(json.dumps(CONFIG | {"universal_checkpoint": block}))
     nodes = Nodes(tmp_path)
     yield nodes
     for agent in nodes.agents.values():
         agent.kill()
 
 
-def uninterrupted(steps: int) -> list[list[float]]:
-    """Train without DeepSpeed and without ranks; return the weights after each step."""
-    torch.manual_seed(1)
-    model = torch.nn.Linear(8, 4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    weights = []
-    for step in range(steps):
-        optimizer.zero_grad()
-        model(features(samples(step, BATCH))).mean().backward()
-        optimizer.step()
-        weights.append(torch.cat([value.detach().flatten() for value in model.parameters()]).double().tolist())
-    return weights
+def uninterrupted(folder: Path, steps: int) -> list[list[float]]:
+    """Train by DeepSpeed alone on one rank; return the weights after each step."""
+    folder.mkdir()
+    (folder / "until").write_text(str(steps))
+    get_pool(1).run(train, CONFIG | {"gradient_accumulation_steps": 4}, folder, 0, 0.0)
+    lines = map(json.loads, (folder / "rank-0.jsonl").read_text().splitlines())
+    return [line["weights"] for line in lines if "done" in line]
 
 
 def check_stream(nodes: Nodes) -> None:
     """All steps were done, each on the whole batch and on nothing else; the weights are those of an uninterrupted run."""
-    lines, expected = nodes.lines(), uninterrupted(nodes.steps())
-    assert [line["weights"] for line in lines if "done" in line] == [
-        expected[line["done"] - 1] for line in lines if "done" in line
-    ]
-    for step in range(nodes.steps()):
-        last: dict[tuple[int, int], list[int]] = {}
-        for line in (line for line in lines if line.get("step") == step):
-            last[line["pid"], line["ranks"]] = line["samples"]
-        worlds = {ranks for _, ranks in last}
-        assert any(
-            sorted(sample for (_, ranks), own in last.items() if ranks == world for sample in own)
-            == samples(step, BATCH) * (sum(ranks == world for _, ranks in last) // world)
-            for world in worlds
-        )
+    lines, steps = nodes.lines(), nodes.steps()
+    expected = uninterrupted(nodes.folder / "uninterrupted", steps)
+    assert [line["weights"] for line in lines] == [expected[line["done"] - 1] for line in lines]
+    turns: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        turns.setdefault((line["done"], line["round"]), []).append(line)
+    whole = [(step, turn) for (step, _), turn in turns.items() if len(turn) == turn[0]["ranks"]]
+    assert {step for step, _ in whole} == set(range(1, steps + 1))
+    for step, turn in whole:
+        assert sorted(sample for line in turn for sample in line["samples"]) == samples(step - 1, BATCH)
 
 
 def test_a_node_joins_and_the_first_one_is_lost(nodes: Nodes) -> None:

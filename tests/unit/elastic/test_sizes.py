@@ -8,7 +8,6 @@ import pytest
 
 from ucp_deepspeed.elastic.job import Job
 from ucp_deepspeed.elastic.launch import Nodes, agent_arguments
-from ucp_deepspeed.elastic.rounds import Stood, told
 from ucp_deepspeed.elastic.sizes import Sizes, micro_batch
 from ucp_deepspeed.errors import ConfigError
 
@@ -52,14 +51,3 @@ def test_the_agents_arguments() -> None:
         *("--nnodes", "1:4", "--nproc-per-node", "8", "--max-restarts", "7"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "host0:29400", "--rdzv-id", "mine"),
     ]
-
-
-def test_what_is_told_of_a_round() -> None:
-    before = Stood(12, 100.0, ("a", "b"), 4, "TP1·PP1·DP4", 1)
-    now = Stood(11, 113.9, ("b", "c"), 2, "TP1·PP1·DP2", 2)
-    assert told(before, now) == (
-        "round 2: a left and c joined; TP1·PP1·DP4 → TP1·PP1·DP2; goes on from step 10, 2 steps repeated; "
-        "13.9 s from the last step to this"
-    )
-    same = Stood(13, 101.0, ("a", "b"), 4, "TP1·PP1·DP4", 2)
-    assert "the same nodes; " in told(before, same) and " 0 steps repeated" in told(before, same)
