@@ -11,8 +11,6 @@ done
 digest=$(sha256sum ucp_deepspeed/testing/device/device.cpp | cut -c1-12)
 build_op "ucp_standin_$digest" "from ucp_deepspeed.testing.device.stand_in import extension; extension()"
 [ $# -eq 0 ] || exec python -m pytest -q "$@"
-# All tests: those without ranks of their own side by side, the others one after the other. Ranks of the frameworks' tests are
-# forked from a process that has imported these libraries; the others' aren't.
+# All tests: those without ranks of their own side by side, the others one after the other.
 python -m pytest -q -n 2 --dist worksteal tests/unit
-python -m pytest -q tests/frameworks
-exec python -m pytest -q --ignore tests/unit --ignore tests/frameworks
+exec python -m pytest -q --ignore tests/unit

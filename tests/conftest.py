@@ -12,6 +12,8 @@ from hypothesis import settings
 from ucp_deepspeed.testing import ranks as ranks_module
 from ucp_deepspeed.testing.ranks import RankPool, get_pool
 
+ranks_module.IMPORTED_ONCE += ["transformers.trainer", "accelerate", "peft"]  # they take each rank seconds
+
 DEVICES = ("cpu", "standin")
 
 GPU = "cuda" if torch.cuda.is_available() else "standin"

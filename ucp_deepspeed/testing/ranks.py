@@ -350,6 +350,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, log: s
     os.environ.update(ENVIRONMENT | {key: str(value) for key, value in ranks.items()})
     connection.send(_call(_join, (device,), {}))
     gc.freeze()  # the objects of the start live as long as the rank: collecting them after each call would take seconds
+    modules = len(sys.modules)
     while True:
         try:
             path, call = connection.recv()
@@ -358,6 +359,9 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, log: s
         sys.path[:] = path
         connection.send(_call(_called, (call,), {}))
         gc.collect()
+        if len(sys.modules) > modules:  # and so do those of a library that the call has imported
+            gc.freeze()
+            modules = len(sys.modules)
 
 
 def _join(device: str) -> None:
