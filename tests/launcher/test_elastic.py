@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from elastic_train import samples, train
+from elastic_run import samples, train
 
 from ucp_deepspeed.testing.ranks import get_pool
 
-SCRIPT = Path(__file__).parent / "elastic_train.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).parent / "elastic_run.py"
 BATCH, EVERY = 16, 5
 PATIENCE_SECONDS = 240.0
 
@@ -150,3 +151,20 @@ def test_a_node_joins_and_the_first_one_is_lost(nodes: Nodes) -> None:
     assert int(re.findall(r"(\d+) steps? repeated", lost)[0]) <= EVERY
     nodes.end()
     check_stream(nodes)
+
+
+def test_the_example_goes_on_with_the_ranks_that_its_batch_has_use_for(tmp_path: Path) -> None:
+    """One agent, without a store of one's own. On two ranks a batch of 9 can't be shared."""
+    command = [sys.executable, "-m", "ucp_deepspeed.elastic", "--nproc-per-node", "2"]
+    script = [str(ROOT / "examples" / "elastic_train.py"), "--save", str(tmp_path), "--steps"]
+    told = []
+    for batch, steps in (("9", "2"), ("24", "4")):
+        done = subprocess.run(
+            [*command, "--batch", batch, *script, steps], capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        told.append(done.stdout + done.stderr)
+    assert "2 ranks are there; a batch of 9: rank 1 stands by" in told[0]
+    assert re.findall(r"^step (\d): .* on (\d) ranks", "\n".join(told), re.MULTILINE) == [
+        *(("1", "1"), ("2", "1"), ("3", "2"), ("4", "2"))
+    ]

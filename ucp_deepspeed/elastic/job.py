@@ -74,4 +74,6 @@ class Place:
     def take(self, ranks: int) -> None:
         """Make this number of ranks the world of this process; the last ones are left out."""
         here = min(self.on_node, ranks - (self.rank - self.local))
-        os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(here), ROLE_WORLD_SIZE=str(ranks))
+        sizes = {"WORLD_SIZE": ranks, "ROLE_WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": here}
+        sizes["GROUP_WORLD_SIZE"] = -(-ranks // self.on_node)
+        os.environ.update({name: str(size) for name, size in sizes.items()})

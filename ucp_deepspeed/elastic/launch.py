@@ -16,6 +16,7 @@ from ucp_deepspeed.elastic.sizes import Sizes
 from ucp_deepspeed.errors import ConfigError
 
 RENDEZVOUS = {
+    "join_timeout": 86_400,  # seconds that agents wait until there are enough of them: a node may take hours to come back
     "last_call_timeout": 3,  # seconds that the agents wait for more of them, once there are enough
     "keep_alive_interval": 1,  # seconds between two signs of life to one another
     "keep_alive_max_attempt": 3,  # signs that may be missed

@@ -116,7 +116,9 @@ def give_signs_of_life(endpoint: str, given_up: str) -> None:
 
 def _tell(port: int) -> None:
     print(port, flush=True)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever reads it needn't stay
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):  # whoever reads them doesn't wait for the store
+        os.dup2(nowhere, stream.fileno())
 
 
 if __name__ == "__main__":

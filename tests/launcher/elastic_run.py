@@ -1,6 +1,6 @@
 """A training script that knows nothing of the package: DeepSpeed's engine, a folder of checkpoints, and a line per step.
 
-    ucp run … elastic_train.py CONFIG FOLDER SAVE_EVERY SECONDS
+    ucp run … elastic_run.py CONFIG FOLDER SAVE_EVERY SECONDS
 
 It trains until a file ``FOLDER/until`` names a step.
 
