@@ -148,7 +148,6 @@ def jobs_of_four(place: Place) -> list[Seen]:
         UNSET | {"name": "unset-end", "load": place("unset-end")},
         {"name": "within", "batch": 4, "load": place("three"), "skip": 3, "function": True},
         {"name": "wrong-skip", "batch": 4, "load": place("three"), "skip": 2, "micro": 1},
-        {"name": "drawn", "batch": 4, "load": place("three"), "skip": 3, "micro": 1, "seedable": False},
         SIDED
         | {"name": "right-skip", "batch": 4, "load": place("half"), "epoch": 1, "epochs": 2, "skip": 2, "micro": 1},
         {"name": "two-models", "models": 2, "stage": 3, "batch": 2, "micro": 0, "load": place("both")},
@@ -250,7 +249,6 @@ def test_a_position_within_a_batch_is_kept(seen: dict[str, Seen]) -> None:
     after = [samples for _, samples, _, _ in steps(seen["4 within"])]
     assert after[:2] == [sorted(before[3] + before[4]), sorted(before[5] + before[6])]
     assert set(before[7]) <= set(after[2]) and len(after) == 3
-    assert seen["4 within"]["gathered"] == [16, 16, 8]
 
 
 def test_a_skip_that_is_at_another_sample_is_told(seen: dict[str, Seen]) -> None:
@@ -258,12 +256,6 @@ def test_a_skip_that_is_at_another_sample_is_told(seen: dict[str, Seen]) -> None
     assert "skips 32 samples" in said and "at sample 24 of epoch 0: 8 samples are skipped" in said
     assert "skip_first_batches(loader, 3)" in said
     assert not any("samples are" in line for line in seen["4 right-skip"]["said"])
-
-
-def test_an_order_that_is_drawn_anew_is_told(seen: dict[str, Seen]) -> None:
-    told = "the order of epoch 0 is drawn anew: of its samples after the first 24 some are repeated"
-    assert any(told in line for line in seen["4 drawn"]["said"])
-    assert not any("drawn anew" in line for name in ("4 within", "4 right-skip") for line in seen[name]["said"])
 
 
 def test_a_stateful_loader_goes_on_by_itself(seen: dict[str, Seen]) -> None:

@@ -240,7 +240,6 @@ def _skip(wrapped: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: di
             made = wrapped(dataloader, num_batches)
         if position is not None:
             vars(made)[_WHOLE] = dataloader
-            _tell_of_order(position, dataloader)
         vars(made).update({_COUNT: held, _SKIPPED: (num_batches, skipped), _BATCH: batch})
         return made
 
@@ -265,28 +264,6 @@ def _tell_of(position: Position, skipped: int, batch: int) -> None:
     )
 
 
-def _tell_of_order(position: Position, loader: Any) -> None:
-    """Warn if a loader draws the order of the epoch that it goes on in anew."""
-    from accelerate.data_loader import SeedableRandomSampler
-    from torch.utils.data import RandomSampler
-
-    inner: Any = loader
-    while within := getattr(inner, "batch_sampler", None) or getattr(inner, "sampler", None):
-        inner = within
-    if (
-        position.samples
-        and isinstance(inner, RandomSampler)
-        and not isinstance(inner, SeedableRandomSampler)
-        and _tells()
-    ):
-        logger.warning(
-            "the order of epoch %d is drawn anew: of its samples after the first %d some are repeated, and others are left out; "
-            "DataLoaderConfiguration(use_seedable_sampler=True) keeps the order of an epoch over a resume",
-            position.epoch,
-            position.samples,
-        )
-
-
 def _tells() -> bool:
     from accelerate.state import PartialState
 
@@ -300,7 +277,6 @@ def _at(wrapped: Callable[..., Any], loader: Any, position: Position, batch: int
         return wrapped(loader, whole), position.samples
     made = wrapped(loader, 0)
     if _skip_samples(made, position.samples):
-        _count_rest(made, position.samples)
         return made, position.samples
     if rest and _tells():
         logger.warning(
@@ -342,18 +318,6 @@ def _skip_samples(made: Any, samples: int) -> bool:
         skipping.batch_sampler = copy(shard)
         skipping.batch_sampler.batch_sampler = later
     return True
-
-
-def _count_rest(made: Any, samples: int) -> None:
-    """Let ``gather_for_metrics`` know how many samples are left for the last batch of a loader that skips some."""
-    begin = made.begin
-
-    def begun() -> None:
-        begin()
-        if made.remainder >= 0:
-            made.remainder = (len(made.dataset) - samples) % made.total_batch_size
-
-    made.begin = begun
 
 
 class Later:
