@@ -8,6 +8,9 @@ from contextlib import suppress
 
 from ucp_deepspeed.language.families import load_spec, spec_names
 
+with suppress(ImportError):
+    import ucp_deepspeed.megatron.layouts  # noqa: F401
+
 with suppress(ImportError):  # older versions of DeepSpeed have no such optimizer
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
