@@ -148,7 +148,7 @@ def accelerator_of(job: dict[str, Any]) -> Accelerator:
         project_config=project,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")],
         dataloader_config=DataLoaderConfiguration(
-            use_seedable_sampler=True,
+            use_seedable_sampler=job.get("seedable", True),
             use_stateful_dataloader=job.get("stateful", False),
             dispatch_batches=job.get("dispatch"),
             split_batches=job.get("split", False),
@@ -195,7 +195,7 @@ class Built:
         self.sides = [self.accelerator.prepare_scheduler(each) for each in alone]
         self.noted = Noted()
         self.accelerator.register_for_checkpointing(self.noted)
-        self.seen: dict[str, Any] = {"steps": [], "saved": []}
+        self.seen: dict[str, Any] = {"steps": [], "saved": [], "gathered": []}
 
     def load(self) -> None:
         """Load what the job names, and note where that leads."""
@@ -230,6 +230,7 @@ class Built:
                 self.second.backward(self.second(rows).mean())
                 self.second.step()
             samples = samples + [int(row[0]) for row in rows]
+            self.seen["gathered"].append(len(self.accelerator.gather_for_metrics(rows)))
             self.optimizer.step()
             for each in (self.schedule, *self.sides):
                 each.step()

@@ -30,6 +30,9 @@ Seen = dict[str, Any]
 
 UNSET: Seen = {"sets": False, "batch": 2, "epoch": 1, "epochs": 3}
 
+DRAWN: Seen = {"seedable": False, "gas": 2, "batch": 2, "epochs": 3}
+"""Accelerate's default: a generator, from which each epoch's order is drawn."""
+
 LOADERS: dict[str, Seen] = {
     "stream": {"stream": True},
     "stream-split": {"stream": True, "split": True, "batch": 8},
@@ -114,6 +117,13 @@ def jobs_of_two(place: Place) -> list[Seen]:
             ]
         ),
         *({"name": name, "saves": {"3": place(name)}} | how for name, how in LOADERS.items()),
+        {
+            "name": "drawn",
+            "seedable": False,
+            "gas": 2,
+            "epochs": 3,
+            "saves": {"8": place("drawn-end"), "12": place("drawn-2"), "13": place("drawn-half")},
+        },
         {"name": "unset", "sets": False, "epochs": 3, "saves": {"8": place("unset-end"), "10": place("unset")}},
         LOADERS["dispatched"] | {"name": "dispatched-on", "load": place("dispatched"), "skip": 3, "dispatch": True},
         {"name": "stock-rotation", "block": False, "project": place("stocks"), "limit": 1, "saves": {"1": "", "2": ""}},
@@ -148,6 +158,19 @@ def jobs_of_four(place: Place) -> list[Seen]:
         UNSET | {"name": "unset-end", "load": place("unset-end")},
         {"name": "within", "batch": 4, "load": place("three"), "skip": 3, "function": True},
         {"name": "wrong-skip", "batch": 4, "load": place("three"), "skip": 2, "micro": 1},
+        {"name": "seedable-before", "seedable": False, "batch": 4, "load": place("three"), "skip": 3, "micro": 1},
+        {
+            "name": "seedable-since",
+            "batch": 4,
+            "load": place("drawn-2"),
+            "epoch": 1,
+            "epochs": 2,
+            "skip": 4,
+            "micro": 1,
+        },
+        DRAWN | {"name": "drawn", "load": place("drawn-2"), "epoch": 1, "skip": 4, "saves": {"12": place("drawn-4")}},
+        DRAWN | {"name": "drawn-half", "load": place("drawn-half"), "epoch": 1, "skip": 5},
+        DRAWN | {"name": "drawn-end", "load": place("drawn-end"), "epoch": 1},
         SIDED
         | {"name": "right-skip", "batch": 4, "load": place("half"), "epoch": 1, "epochs": 2, "skip": 2, "micro": 1},
         {"name": "two-models", "models": 2, "stage": 3, "batch": 2, "micro": 0, "load": place("both")},
@@ -197,6 +220,10 @@ def jobs_of_one(place: Place) -> list[Seen]:
             "skip": 4,
         }
         for kind, sides in KINDS.items()
+    ] + [
+        DRAWN | {"name": "drawn", "batch": 8, "load": place("drawn-4"), "epoch": 2, "skip": 4},
+        DRAWN | {"name": "alone", "saves": {"2": place("alone")}, "micro": 2, "epochs": 1},
+        DRAWN | {"name": "alone-on", "load": place("alone"), "skip": 2, "micro": 1, "epochs": 1},
     ]
 
 
@@ -249,6 +276,28 @@ def test_a_position_within_a_batch_is_kept(seen: dict[str, Seen]) -> None:
     after = [samples for _, samples, _, _ in steps(seen["4 within"])]
     assert after[:2] == [sorted(before[3] + before[4]), sorted(before[5] + before[6])]
     assert set(before[7]) <= set(after[2]) and len(after) == 3
+    assert seen["4 within"]["gathered"] == [16, 16, 8]
+    assert seen["2 one-batch"]["gathered"] == [8] * 8
+
+
+def test_an_order_drawn_from_a_generator_is_drawn_again(seen: dict[str, Seen]) -> None:
+    """Accelerate alone draws the rest of an epoch anew, and every later epoch."""
+    whole = steps(seen["2 drawn"])
+    assert len(whole) == 12 and len({str(samples) for _, samples, _, _ in whole}) == 12
+    assert steps(seen["4 drawn"]) == steps(seen["4 drawn-half"]) == whole[6:]
+    assert steps(seen["4 drawn-end"]) == whole[4:]
+    assert steps(seen["1 drawn"]) == whole[10:]
+
+
+@pytest.mark.parametrize("name", ["4 seedable-before", "4 seedable-since", "1 alone-on"])
+def test_an_order_that_cannot_be_drawn_again_is_told(seen: dict[str, Seen], name: str) -> None:
+    assert len([line for line in seen[name]["said"] if "can't be drawn again" in line]) == 1
+    others = {
+        other: found["said"]
+        for other, found in seen.items()
+        if other.startswith(("4 drawn", "1 drawn", "4 within", "4 stream"))
+    }
+    assert len(others) == 8 and not any("can't be drawn again" in str(said) for said in others.values())
 
 
 def test_a_skip_that_is_at_another_sample_is_told(seen: dict[str, Seen]) -> None:

@@ -33,10 +33,12 @@ class Count:
     Attributes:
         batches: as a script counts them: with those that it asked to skip.
         samples: the samples in them, over all processes.
+        order: the state of the generator from which the epoch's order was drawn, before that; None if there is none.
     """
 
     batches: int = 0
     samples: int = 0
+    order: Any = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Position:
         samples: samples that the run has trained on in it.
         handed: samples handed out in it: those, and the ones of an accumulation that wasn't finished.
         batch: samples of a batch, over all processes.
+        order: the state of the generator that draws the order of the samples after this place; None if there is none.
     """
 
     epoch: int
@@ -56,6 +59,7 @@ class Position:
     samples: int
     handed: int
     batch: int
+    order: Any = None
 
 
 def wrap(feature: Feature) -> None:
@@ -99,7 +103,7 @@ def _dispatches(loader: Any) -> bool:
     return isinstance(loader, DataLoaderDispatcher)
 
 
-def described(loader: Any, begun: int) -> dict[str, int] | None:
+def described(loader: Any, begun: int) -> dict[str, Any] | None:
     """Return where a loader stands: plain data, or None if that can't be told.
 
     Args:
@@ -108,17 +112,38 @@ def described(loader: Any, begun: int) -> dict[str, int] | None:
     held, batch = vars(loader).get(_COUNT), batch_of(loader)
     if held is None or batch is None:
         return None
-    begun = min(begun, held.samples // batch)
+    samples = held.samples - min(begun, held.samples // batch) * batch
     return {
         "epoch": int(getattr(loader, "iteration", 0)),
         "batches": held.batches,
-        "samples": held.samples - begun * batch,
+        "samples": samples,
         "handed": held.samples,
         "batch": batch,
+        "order": held.order if samples and not _is_at_end(loader, samples) else _order(loader),
     }
 
 
-def go_on(loader: Any, saved: Mapping[str, int] | None, tells: bool) -> None:
+def _drawing(loader: Any) -> Any:
+    """Return the sampler that draws a loader's order from a generator, anew in each epoch; None if there is none."""
+    from accelerate.data_loader import SeedableRandomSampler
+
+    found, deeper = None, loader
+    while deeper is not None:
+        found, batches = deeper, getattr(deeper, "batch_sampler", None)
+        deeper = (
+            batches if batches is not None else getattr(deeper, "sampler", None)
+        )  # not by truth: a stream's has no length
+    draws = found is not loader and hasattr(found, "generator") and not isinstance(found, SeedableRandomSampler)
+    return found if draws else None
+
+
+def _order(loader: Any) -> Any:
+    """Return the state of the generator that draws a loader's next order; None if it has none of its own."""
+    generator = getattr(_drawing(loader), "generator", None)
+    return None if generator is None else generator.get_state()
+
+
+def go_on(loader: Any, saved: Mapping[str, Any] | None, tells: bool) -> None:
     """Keep where a loader stood, for ``skip_first_batches``."""
     vars(loader).pop(_POSITION, None)
     batch = batch_of(loader)
@@ -126,10 +151,11 @@ def go_on(loader: Any, saved: Mapping[str, int] | None, tells: bool) -> None:
         return
     position = Position(**saved)
     vars(loader)[_COUNT], vars(loader)[_POSITION] = Count(), position
+    _draw_again(loader, position, tells)
     if getattr(loader, "use_stateful_dataloader", False):
         _go_on_alone(loader, vars(loader).pop(_POSITION), batch)
         return
-    loader.iteration = position.epoch + _is_at_end(loader, position)  # a script may never call set_epoch
+    loader.iteration = position.epoch + _is_at_end(loader, position.samples)  # a script may never call set_epoch
     if tells and position.handed and (position.batch != batch or position.samples != position.handed):
         logger.info(
             "a data loader stood at sample %d of epoch %d, after %d batches of %d; a batch has %d samples now: "
@@ -143,10 +169,30 @@ def go_on(loader: Any, saved: Mapping[str, int] | None, tells: bool) -> None:
         )
 
 
-def _is_at_end(loader: Any, position: Position) -> bool:
-    """Return whether a position is the end of its epoch."""
+def _draw_again(loader: Any, position: Position, tells: bool) -> None:
+    """Let a loader draw the order that the saved run had drawn. Warn in the middle of an epoch whose order can't be had."""
+    sampler = _drawing(loader)
+    if sampler is not None and position.order is not None:
+        import torch
+
+        sampler.generator = torch.Generator() if sampler.generator is None else sampler.generator
+        sampler.generator.set_state(position.order)
+        return
+    unknown = sampler is not None or position.order is not None
+    if tells and unknown and position.samples and not _is_at_end(loader, position.samples):
+        logger.warning(
+            "a data loader stood at sample %d of epoch %d, whose order can't be drawn again: of the other samples some are "
+            "repeated and some skipped; DataLoaderConfiguration(use_seedable_sampler=True), when the run starts and whenever it "
+            "resumes, keeps the order",
+            position.samples,
+            position.epoch,
+        )
+
+
+def _is_at_end(loader: Any, samples: int) -> bool:
+    """Return whether a number of samples is all of an epoch."""
     try:
-        return position.samples > 0 and bool(position.samples >= loader.total_dataset_length)
+        return samples > 0 and bool(samples >= loader.total_dataset_length)
     except (AttributeError, TypeError):  # a stream
         return False
 
@@ -176,6 +222,7 @@ def _from(position: Position, loader: Any, held: Count) -> Iterator[Any]:
     batch = batch_of(loader) or 0
     made, skipped = _at(getattr(skip_first_batches, "__wrapped__", skip_first_batches), loader, position, batch)
     vars(made).update({_COUNT: held, _SKIPPED: (position.batches, skipped), _BATCH: batch})
+    _count_the_rest(made, loader, skipped, batch)
     yield from made
     loader.iteration += 1
 
@@ -191,6 +238,7 @@ def _counted(loader: Any, held: Count, batches: Iterator[Any]) -> Iterator[Any]:
     """Hand a loader's batches on, and count them."""
     start = vars(loader).get(_SKIPPED) if _BATCH in vars(loader) else vars(loader).pop(_SKIPPED, None)
     held.batches, held.samples = (0, 0) if start is None else start
+    held.order = _order(loader)
     batch = vars(loader)[_BATCH] if _BATCH in vars(loader) else batch_of(loader) or 0
     for item in batches if not held.samples else _without_draws(batches):
         held.batches += 1
@@ -241,9 +289,24 @@ def _skip(wrapped: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: di
         if position is not None:
             vars(made)[_WHOLE] = dataloader
         vars(made).update({_COUNT: held, _SKIPPED: (num_batches, skipped), _BATCH: batch})
+        _count_the_rest(made, dataloader, skipped, batch)
         return made
 
     return called(*args, **kwargs)
+
+
+def _count_the_rest(made: Any, loader: Any, skipped: int, batch: int) -> None:
+    """Let ``gather_for_metrics`` drop what fills the last batch up, in a loader that was made to skip samples."""
+    from torch.utils.data import IterableDataset
+
+    begin = made.begin
+
+    def begun() -> None:
+        begin()
+        made.remainder = (len(made.dataset) - skipped) % batch
+
+    if batch and not loader._drop_last and not isinstance(made.dataset, IterableDataset) and not _dispatches(made):
+        made.begin = begun
 
 
 def _tell_of(position: Position, skipped: int, batch: int) -> None:
