@@ -39,7 +39,7 @@ def _wrap_engine(module: ModuleType) -> None:
 
 
 def _wrap_config(module: ModuleType) -> None:
-    if not isinstance(vars(module.DeepSpeedConfig)["_set_batch_related_parameters"], wrapt.FunctionWrapper):
+    if not isinstance(vars(module.DeepSpeedConfig).get("_set_batch_related_parameters"), wrapt.FunctionWrapper):
         wrapt.wrap_function_wrapper(module, "DeepSpeedConfig._set_batch_related_parameters", _set_batch)
 
 

@@ -107,6 +107,10 @@ class OtherRankError(UniversalCheckpointError):
     """Another of the processes that convert together failed; tells which, and why."""
 
 
+class StoreError(UniversalCheckpointError):
+    """The store in which elastic nodes meet can't be started or reached, or is lost."""
+
+
 class UnsupportedError(ListingError):
     """A sound checkpoint, engine or version that this release can't handle exactly."""
 

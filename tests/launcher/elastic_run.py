@@ -2,7 +2,8 @@
 
     ucp run … elastic_run.py CONFIG FOLDER SAVE_EVERY SECONDS
 
-It trains until a file ``FOLDER/until`` names a step.
+It trains until a file ``FOLDER/until`` names a step. If ``FOLDER/lose`` names one, the node of rank 0 is lost when that step's
+save has begun. The model has as many numbers more as ``FOLDER/ballast`` says, so that a save takes its time.
 
 The loss is linear in the weights, and the samples are small whole numbers: gradients are exact on every number of ranks that is a
 power of two, and so the weights after each step are the same to the bit. Their number is a multiple of what a processor computes
@@ -12,6 +13,7 @@ at once: what is left over is rounded in another way. Each rank appends to ``FOL
 import json
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -38,10 +40,24 @@ def last_step(folder: Path) -> float:
     return int(path.read_text()) if path.exists() else math.inf
 
 
+def lose_node() -> None:
+    """Lose the agent and this process, as if the machine had lost its power."""
+    os.kill(os.getppid(), signal.SIGSTOP)  # it tells nobody of its rank's end
+    os.kill(os.getppid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def number_in(path: Path) -> int:
+    """The number in a file; 0 if there is none."""
+    return int(path.read_text()) if path.exists() else 0
+
+
 def train(config: dict[str, Any], folder: Path, every: int, seconds: float) -> None:
     """Train from the last checkpoint to the last step; save all so many steps, and wait for some seconds after each."""
     torch.manual_seed(1)
-    engine, *_ = deepspeed.initialize(model=torch.nn.Linear(16, 8, bias=False), config=config)
+    model = torch.nn.Linear(16, 8, bias=False)
+    model.register_buffer("ballast", torch.zeros(number_in(folder / "ballast")))
+    engine, *_ = deepspeed.initialize(model=model, config=config)
     if (folder / "checkpoints" / "latest").exists():
         engine.load_checkpoint(str(folder / "checkpoints"))
     rank, ranks, batch = dist.get_rank(), dist.get_world_size(), config["train_batch_size"]
@@ -63,6 +79,8 @@ def train(config: dict[str, Any], folder: Path, every: int, seconds: float) -> N
             time.sleep(seconds)
             if every and engine.global_steps % every == 0:
                 engine.save_checkpoint(str(folder / "checkpoints"))
+                if rank == 0 and engine.global_steps == number_in(folder / "lose"):
+                    lose_node()
 
 
 if __name__ == "__main__":

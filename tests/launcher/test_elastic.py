@@ -24,6 +24,9 @@ SCRIPT = Path(__file__).parent / "elastic_run.py"
 BATCH, EVERY = 16, 5
 PATIENCE_SECONDS = 240.0
 
+BALLAST = 30_000_000
+"""Numbers beside the weights: their file takes long enough to write that a save can't be over before its node is lost."""
+
 CONFIG = {
     "train_batch_size": BATCH,
     "train_micro_batch_size_per_gpu": 4,
@@ -45,6 +48,11 @@ class Nodes:
     agents: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     store: str = ""
 
+    def configure(self, **save: Any) -> None:
+        """Write the config, with settings of the save."""
+        block = {"batch": "keep", "save": {"on_signal": str(self.folder / "checkpoints"), **save}}
+        (self.folder / "ds.json").write_text(json.dumps(CONFIG | {"universal_checkpoint": block}))
+
     def start(self, name: str) -> None:
         """Start a node. The first holds the store beside it."""
         command = [sys.executable, "-m", "ucp_deepspeed.cli", "run", "--nodes", "1:4", "--local-addr", "127.0.0.1"]
@@ -55,6 +63,15 @@ class Nodes:
         if not self.store:
             (port,) = self.wait(lambda: re.findall(r"--store \S+:(\d+);", self.log(name)))
             self.store = f"127.0.0.1:{port}"
+
+    def hold_store(self) -> subprocess.Popen[str]:
+        """Start the store outside the nodes, for those that start from now on."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ucp_deepspeed.cli", "store", "--port", "0"], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        self.store = f"127.0.0.1:{re.findall('port ([0-9]+)', process.stdout.readline())[0]}"
+        return process
 
     def kill(self, name: str) -> None:
         """Lose a node: its agent and its rank are gone at once."""
@@ -104,9 +121,8 @@ class Nodes:
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
-    block = {"batch": "keep", "save": {"on_signal": str(tmp_path / "checkpoints")}}
-    (tmp_path / "ds.json").write_text(json.dumps(CONFIG | {"universal_checkpoint": block}))
     nodes = Nodes(tmp_path)
+    nodes.configure()
     yield nodes
     for agent in nodes.agents.values():
         agent.kill()
@@ -151,6 +167,47 @@ def test_a_node_joins_and_the_first_one_is_lost(nodes: Nodes) -> None:
     assert int(re.findall(r"(\d+) steps? repeated", lost)[0]) <= EVERY
     nodes.end()
     check_stream(nodes)
+
+
+def test_a_node_is_lost_while_it_saves_in_the_background(nodes: Nodes) -> None:
+    """It has rank 0, which writes the model's file: the checkpoint is never finished, and the one before it is taken."""
+    nodes.configure(**{"async": True})
+    (nodes.folder / "ballast").write_text(str(BALLAST))
+    nodes.start("a")
+    nodes.wait(nodes.steps)
+    nodes.start("b")
+    nodes.wait_for_round(2)
+    last = nodes.steps() // EVERY * EVERY + 2 * EVERY
+    (nodes.folder / "lose").write_text(str(last))
+    told = nodes.wait_for_round(3)
+    assert f"goes on from step {last - EVERY}, {EVERY} steps repeated" in told
+    nodes.agents = {name: agent for name, agent in nodes.agents.items() if agent.poll() is None}
+    assert len(nodes.agents) == 1
+    (nodes.folder / "lose").unlink()
+    nodes.end()
+    check_stream(nodes)
+
+
+def test_the_store_is_lost(nodes: Nodes) -> None:
+    """All nodes save and end. With another store and one node the run goes on, until a scheduler's early signal."""
+    store = nodes.hold_store()
+    for name in "ab":
+        nodes.start(name)
+    nodes.wait(lambda: nodes.steps() > 2)
+    store.kill()
+    for agent in nodes.agents.values():
+        assert agent.wait(PATIENCE_SECONDS) == 2
+    assert "error: the store at 127.0.0.1" in nodes.log("a") and "error: the store at 127.0.0.1" in nodes.log("b")
+    nodes.agents.clear()
+    done, store = nodes.steps(), nodes.hold_store()
+    nodes.start("c")
+    nodes.wait(lambda: nodes.steps() > done)
+    nodes.agents["c"].send_signal(signal.SIGUSR1)
+    assert nodes.agents["c"].wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
+    store.kill()
+    assert (nodes.folder / "checkpoints" / "latest").read_text() == f"global_step{nodes.steps()}"
+    check_stream(nodes)
+    assert [line["done"] for line in nodes.lines()] == sorted([*range(1, nodes.steps() + 1), *range(1, done + 1)])
 
 
 def test_the_example_goes_on_with_the_ranks_that_its_batch_has_use_for(tmp_path: Path) -> None:

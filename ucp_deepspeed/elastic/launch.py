@@ -13,7 +13,7 @@ import click
 from ucp_deepspeed.elastic import store
 from ucp_deepspeed.elastic.job import Job
 from ucp_deepspeed.elastic.sizes import Sizes
-from ucp_deepspeed.errors import ConfigError
+from ucp_deepspeed.errors import ConfigError, StoreError
 
 RENDEZVOUS = {
     "join_timeout": 86_400,  # seconds that agents wait until there are enough of them: a node may take hours to come back
@@ -23,6 +23,10 @@ RENDEZVOUS = {
     "is_host": 0,  # the store is outside the agents: they outlive the node that had it
 }
 """Settings of torch's rendezvous. With torch's own, nodes that are left need 48 s to begin again; with these 14 s."""
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
+"""Signals that an agent passes on to its workers before it ends. SIGUSR1, which schedulers send ahead of time, would kill it by
+torch's own list."""
 
 ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """Without it agents keep the master's port of an earlier round when another node gets rank 0, and all wait for ever: in torch
@@ -64,6 +68,7 @@ def agent_arguments(job: Job, nodes: Nodes, on_node: int, restarts: int, script:
     return [
         *("--nnodes", str(nodes), "--nproc-per-node", str(on_node), "--max-restarts", str(restarts)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", job.store, "--rdzv-id", job.run),
+        *("--signals-to-handle", ",".join(SIGNALS)),
         *("--rdzv-conf", ",".join(f"{key}={value}" for key, value in RENDEZVOUS.items())),
         *local,
         *("-m", "ucp_deepspeed.elastic.worker", *script),
@@ -100,18 +105,24 @@ def run(
     arguments = agent_arguments(job, found, on_node, restarts, script)
     if address is not None:
         arguments[:0] = ["--local-addr", address]
-    status = _run_agent(arguments)
+    status = _run_agent(arguments, endpoint)
     if status is None and not held.check([job.given_up]):
         raise SystemExit(128 + signal.SIGTERM)
     store.end_run(held, name, number)
     raise SystemExit(1 if status is None else status)
 
 
-def _run_agent(arguments: Sequence[str]) -> int | None:
-    """Run an agent until it ends; return the exit status, or None if a signal has ended it: then the run goes on without it."""
+def _run_agent(arguments: Sequence[str], endpoint: str) -> int | None:
+    """Run an agent until it ends; return the exit status, or None if a signal has ended it: then the run goes on without it.
+
+    Raises:
+        StoreError: the store is lost.
+    """
+    from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
     try:
         torchrun.main(list(arguments))
@@ -121,6 +132,11 @@ def _run_agent(arguments: Sequence[str]) -> int | None:
     except ChildFailedError as error:
         click.echo(str(error), err=True)
         return error.get_first_failure()[1].exitcode or 1
+    except (RendezvousConnectionError, DistError) as error:
+        raise StoreError(
+            f"the store at {endpoint} is lost, and so this node ends; start a store with: ucp store --port "
+            f"{endpoint.rpartition(':')[2]}; then ucp run on each node: the run goes on from its last checkpoint"
+        ) from error
     return 0
 
 

@@ -6,11 +6,13 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import wrapt
+from torch.distributed import DistError
 
 from ucp_deepspeed.elastic.job import Job, Place
 
@@ -104,6 +106,12 @@ class Round:
 
     def _stepped(self, wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = wrapped(*args, **kwargs)
+        with suppress(DistError):  # without its store the agent ends, and sends a signal: the run can save on it
+            self._tell(engine)
+        return result
+
+    def _tell(self, engine: Any) -> None:
+        """Tell of the round if this is its first step, and keep where the run stands."""
         if self._stood is None:
             self._store.set(self._fruitless, "0")
             before = Stood.from_json(self._store.get(self._last).decode()) if self._store.check([self._last]) else None
@@ -114,7 +122,6 @@ class Round:
         else:
             self._stood = replace(self._stood, step=engine.global_steps, when=time.time())
         self._store.set(self._last, json.dumps(asdict(self._stood)))
-        return result
 
     def _nodes(self) -> tuple[str, ...]:
         """Wait for the names of the nodes that train."""

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from ucp_deepspeed.errors import StoreError
+
 BEAT_SECONDS = 2.0
 """Seconds between two signs of life of an agent."""
 
@@ -33,14 +35,14 @@ def serve(port: int, alone: bool, ready: Callable[[int], None]) -> None:
         ready: is told the port as soon as the store listens.
 
     Raises:
-        OSError: the port is taken.
+        StoreError: the port is taken.
     """
     from torch.distributed import DistNetworkError, TCPStore
 
     try:
         store = TCPStore("0.0.0.0", port, is_master=True, wait_for_workers=False)
     except DistNetworkError as error:
-        raise OSError(f"port {port} can't be listened on: {str(error).splitlines()[0]}") from error
+        raise StoreError(f"port {port} can't be listened on: {str(error).splitlines()[0]}") from error
     ready(store.port)
     beats, last = 0, time.monotonic()
     while not alone or time.monotonic() - last < ALONE_SECONDS:
@@ -56,7 +58,7 @@ def start() -> str:
     assert process.stdout is not None
     line = process.stdout.readline().decode().strip()
     if not line:
-        raise OSError(f"the store for the agents didn't start: {' '.join(command)} ended with {process.wait()}")
+        raise StoreError(f"the store for the agents didn't start: {' '.join(command)} ended with {process.wait()}")
     return f"127.0.0.1:{line}"
 
 
@@ -67,7 +69,7 @@ def connect(endpoint: str) -> Any:
         endpoint: ``host:port``.
 
     Raises:
-        OSError: nothing answers there.
+        StoreError: nothing answers there.
     """
     from torch.distributed import DistError, TCPStore
 
@@ -76,7 +78,7 @@ def connect(endpoint: str) -> Any:
     try:
         return TCPStore(host, int(port), is_master=False, timeout=seconds, wait_for_workers=False)
     except (DistError, RuntimeError) as error:
-        raise OSError(f"no store answers at {endpoint}; start one with: ucp store --port {port}") from error
+        raise StoreError(f"no store answers at {endpoint}; start one with: ucp store --port {port}") from error
 
 
 def number_of_run(store: Any, name: str) -> int:
