@@ -47,7 +47,8 @@ def test_the_agents_arguments() -> None:
     job = Job("mine", "host0:29400", "a", Sizes())
     words = agent_arguments(job, Nodes.parse("1:4"), 8, 7, ["train.py", "--lr", "1"])
     assert words[words.index("-m") :] == ["-m", "ucp_deepspeed.elastic.worker", "train.py", "--lr", "1"]
-    assert words[: words.index("--rdzv-conf")] == [
+    assert "SIGUSR1" in words[words.index("--signals-to-handle") + 1].split(",")
+    assert words[: words.index("--signals-to-handle")] == [
         *("--nnodes", "1:4", "--nproc-per-node", "8", "--max-restarts", "7"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "host0:29400", "--rdzv-id", "mine"),
     ]
