@@ -5,7 +5,7 @@ Needs torch, and neither DeepSpeed nor Megatron-Core. Use it as ``ucp_deepspeed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -21,6 +21,10 @@ from ucp_deepspeed import checkpoint as catalogs
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Deferred, Differing, HeldShapes, Kind, Parameter
 from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
 from ucp_deepspeed.checkpoint.deepspeed.one_save import Place, check_read
+from ucp_deepspeed.checkpoint.differing import OnDiffering
+from ucp_deepspeed.checkpoint.export import left_out
+from ucp_deepspeed.checkpoint.export.huggingface import SHARD_SIZE
+from ucp_deepspeed.checkpoint.export.weights import DTYPES, Choice, WeightsSource, check_complete
 from ucp_deepspeed.checkpoint.opening import warn_of_sums_alone
 from ucp_deepspeed.checkpoint.tags import tags_in
 from ucp_deepspeed.checkpoint.torch_files.records import RecordSums
@@ -40,7 +44,9 @@ from ucp_deepspeed.errors import (
 from ucp_deepspeed.language import Spec, load_spec
 from ucp_deepspeed.language.resolve import describe
 from ucp_deepspeed.layout import Box, Layout, Shape, Topology
+from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.copying import FileReader, gather
+from ucp_deepspeed.transfer.exporting import Export, Form, check_apart
 from ucp_deepspeed.transfer.verification import verify
 
 __all__ = ["OpenCheckpoint", "ParameterInfo", "last_checkpoint", "open_checkpoint", "tags", "verify"]
@@ -208,23 +214,84 @@ class OpenCheckpoint(AbstractContextManager["OpenCheckpoint"]):
         """
         found = self._parameter(name)
         state = self._state(found, state)
-        if self._view is None:
-            assert self.layouts_unknown is not None
-            raise self.layouts_unknown
-        shape = self._view.logical_shape(found.name)
+        view = self._whole()
+        shape = view.logical_shape(found.name)
         box, rest = _boxed(index, shape, found.name)
         flat = torch.empty(box.numel, dtype=found.states[state], device="cpu")
         if box.numel:
             layout = Layout.around(shape, box)
             # Slices can't be checked: the sums of the many that a loop reads would pile up.
             reader = self._checking_reader if box.shape == shape else self._reader
-            count = gather(self._view, found.name, state, 0, flat, reader, layout)
+            count = gather(view, found.name, state, 0, flat, reader, layout)
             self._checkpoint.versions.check(count.files)
             check_read(self._checkpoint, count.files, self._compared)
             self._sums.finish()
             reader.finish()
         tensor: torch.Tensor = flat.view(box.shape)[rest]
         return tensor.contiguous()
+
+    def state_dict(self, dtype: torch.dtype | None = None) -> LazyStateDict:
+        """Return all weights under all names, read when looked at: what the model computed with.
+
+        Args:
+            dtype: type of all floating-point tensors, made of the masters; by default each has the one in which the run computed.
+
+        Raises:
+            ConfigError: the dtype is none of float32, bfloat16 and float16.
+            SpecError, MismatchError: nothing tells how tensors were cut, or the checkpoint has no value of some.
+        """
+        view = self._whole()
+        check_complete(view)
+        wanted = None if dtype is None else next((t for t, n in DTYPES.items() if NAMED_DTYPES[n] == dtype), str(dtype))
+        choice, precision = Choice(wanted), view.checkpoint.run.precision
+        dtypes = {name: NAMED_DTYPES[choice.dtype_of(entry, precision)] for name, entry in view.parameters.items()}
+        return LazyStateDict(self, dtypes | {alias: dtypes[owner] for alias, owner in self.tied.items()})
+
+    def export(
+        self,
+        destination: str | Path,
+        to: Form = "hf",
+        *,
+        dtype: str | None = None,
+        source: WeightsSource | None = None,
+        max_shard_size: int | str = SHARD_SIZE,
+        config_from: str | Path | None = None,
+        on_differing: OnDiffering = "error",
+        workers: int = 2,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Write the weights to a new folder, in a form that other libraries load; see ``docs/formats.md``.
+
+        Args:
+            to: ``hf`` for ``from_pretrained``, ``torch`` for ``torch.load``, ``adapter`` for PEFT.
+            dtype: ``fp32``, ``bf16`` or ``fp16``; by default the one in which the run computed.
+            source: ``master`` or ``weights``; by default the weights, and with a ``dtype`` the masters, rounded once.
+            max_shard_size: most bytes of a file of the form ``hf``, such as ``"5GB"``.
+            config_from: folder with the configuration; by default it is searched beside the checkpoint.
+            on_differing: the copy to take of a weight that pipeline stages hold with different values.
+            progress: called with the bytes that are written, and those to write.
+
+        Returns:
+            What the checkpoint holds and the form doesn't keep, in words.
+
+        Raises:
+            ConfigError: the folder exists, or a setting is wrong; nothing is written.
+            MismatchError, UnsupportedError: the form can't hold the checkpoint's weights; nothing is written.
+            SpecError: nothing tells how tensors were cut.
+            DamagedCheckpointError, OSError: a file is damaged, or the disk is full; nothing is left behind.
+        """
+        view, folder = self._whole(), Path(destination)
+        output = Export(to, dtype, source, max_shard_size, config_from, on_differing).output()
+        check_apart(self._checkpoint, folder)
+        convert(view, folder, output, workers=workers, progress=progress)
+        return left_out(view)
+
+    def _whole(self) -> UniversalView:
+        """Return the view; raise the error that keeps whole tensors from being read."""
+        if self._view is None:
+            assert self.layouts_unknown is not None
+            raise self.layouts_unknown
+        return self._view
 
     def _parameter(self, name: str) -> ParameterInfo:
         found = self.parameters.get(self.tied.get(name, name))
@@ -263,6 +330,32 @@ class OpenCheckpoint(AbstractContextManager["OpenCheckpoint"]):
             f"<OpenCheckpoint {self.path}: {self.form}, {self.topology}, step {self.run.global_steps}, "
             f"{len(self.parameters)} parameters and buffers>"
         )
+
+
+class LazyStateDict(Mapping[str, torch.Tensor]):
+    """A ``state_dict`` whose tensors are read each time they are looked at; made by `OpenCheckpoint.state_dict`.
+
+    ``dtypes`` has the type of each without reading it. ``dict(…)`` reads all.
+    """
+
+    def __init__(self, checkpoint: OpenCheckpoint, dtypes: Mapping[str, torch.dtype]) -> None:
+        self._checkpoint, self.dtypes = checkpoint, dtypes
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        dtype = self.dtypes[name]
+        return self._checkpoint.read(name).to(dtype)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.dtypes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.dtypes)
+
+    def __len__(self) -> int:
+        return len(self.dtypes)
+
+    def __repr__(self) -> str:
+        return f"<state_dict of {self._checkpoint!r}>"
 
 
 def _boxed(index: Index, shape: Shape, name: str) -> tuple[Box, tuple[int | slice, ...]]:

@@ -176,7 +176,7 @@ def test_python_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     names: dict[str, object] = {}
     for code in looking:
         exec(code, names)
-    assert torch.equal(torch.load("pytorch_model.bin")["head.weight"], parameter.fp32)
+    assert torch.equal(torch.load("weights/pytorch_model.bin")["head.weight"], parameter.fp32)
 
 
 def _dedented(code: str) -> str:

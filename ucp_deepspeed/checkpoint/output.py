@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -13,7 +13,7 @@ from ucp_deepspeed.checkpoint.checksums import FileSums
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
-from ucp_deepspeed.layout import Layout
+from ucp_deepspeed.layout import Layout, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,41 @@ class Region:
         """Return whether its local tensor has elements that are the parameter's nowhere."""
         local = self.layout.locals[self.rank]
         return sum(piece.local_box.numel for piece in local.pieces) < prod(local.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a file: regions of one type, end to end, wherever in the file."""
+
+    shape: Shape
+    regions: tuple[Region, ...]
+
+    def __post_init__(self) -> None:
+        assert self.regions and len({region.dtype for region in self.regions}) == 1
+        assert sum(region.numel for region in self.regions) == prod(self.shape)
+
+    @classmethod
+    def of(cls, region: Region) -> StoredTensor:
+        """Make the tensor of a region that is a whole local tensor."""
+        return cls(region.layout.locals[region.rank].shape, (region,))
+
+    @property
+    def dtype(self) -> str:
+        """Type in the file."""
+        return self.regions[0].dtype
+
+    @property
+    def numbytes(self) -> int:
+        """Size in the file."""
+        return prod(self.shape) * ITEMSIZE[self.dtype]
+
+    def placed(self, file_offset: int) -> tuple[Region, ...]:
+        """Return the regions at their places in a file, if the tensor begins at this byte."""
+        found: list[Region] = []
+        for region in self.regions:
+            found.append(replace(region, file_offset=file_offset))
+            file_offset += region.numbytes
+        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent
-from ucp_deepspeed.checkpoint.output import Literal, OutputFile, Region
+from ucp_deepspeed.checkpoint.output import Literal, OutputFile, StoredTensor
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import DamagedCheckpointError, worded
 from ucp_deepspeed.layout import Shape
@@ -72,20 +71,24 @@ class SafetensorsHeader:
         return FileExtent(str(self.path), self.data_offset + begin, entry.dtype, numel)
 
 
-def safetensors_file(file_name: str, regions: Mapping[str, Region]) -> OutputFile:
+def safetensors_file(
+    file_name: str, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str] | None = None
+) -> OutputFile:
     """Lay out a file: the header, so long that data starts on a block, and the tensors, those of the widest elements first.
 
     Args:
-        regions: key → a whole local tensor, wherever in the file.
+        tensors: by key.
+        metadata: texts for the header.
     """
-    entries, placed, offset = {}, [], 0
-    for key, region in sorted(regions.items(), key=lambda entry: -ITEMSIZE[entry[1].dtype]):
-        place, shape = [offset, offset + region.numbytes], region.layout.locals[region.rank].shape
-        entries[key] = {"dtype": region.dtype, "shape": list(shape), "data_offsets": place}
-        placed.append((region, offset))
-        offset += region.numbytes
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    placed, offset = [], 0
+    for key, tensor in sorted(tensors.items(), key=lambda entry: -ITEMSIZE[entry[1].dtype]):
+        place = [offset, offset + tensor.numbytes]
+        entries[key] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": place}
+        placed.append((tensor, offset))
+        offset += tensor.numbytes
     text = json.dumps(entries, separators=(",", ":")).encode("utf-8")
     text += b" " * (-(len(text) + 8) % tunables.BLOCK_NUMBYTES)
     header = Literal(len(text).to_bytes(8, "little") + text)
-    data = [replace(region, file_offset=header.numbytes + start) for region, start in placed]
+    data = [region for tensor, start in placed for region in tensor.placed(header.numbytes + start)]
     return OutputFile(file_name, header.numbytes + offset, (header, *data))

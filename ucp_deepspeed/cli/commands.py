@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ucp_deepspeed.cli.options import (
+    CHECKPOINT,
     COUNT,
     FAMILY,
     HELP,
@@ -90,6 +91,63 @@ CONVERT = Command(
             show_default=True,
             help="Optimizer numbers that differ over SRC's partitions: refuse them, or make one number of them.",
         ),
+        option("--quiet", is_flag=True, help="No progress bar and no summary."),
+    ],
+)
+
+EXPORT = Command(
+    "export",
+    "export.write",
+    examples=[
+        "ucp export runs/a model --config-from base",
+        "ucp export runs/a model --dtype fp32 --max-shard-size 2GB",
+        "ucp export runs/a weights --to torch",
+        "ucp export runs/lora adapter --adapter --config-from runs/lora",
+    ],
+    short_help="Write the weights for transformers, torch or PEFT.",
+    help="""Write the weights of checkpoint CKPT to the new folder DST, in a form that other libraries load.
+
+    hf: safetensors with an index and the configuration, for from_pretrained. torch: one file pytorch_model.bin, for torch.load.
+    Optimizer states and all that a run needs to go on are left out; a line says what. To resume you need no export.
+    """,
+    params=[
+        folder("source", metavar="CKPT"),
+        folder("destination", metavar="DST"),
+        choice("--to", "hf torch", show_default=True, help="The form."),
+        option("--adapter", is_flag=True, help="Write the LoRA adapter alone, as PEFT loads it."),
+        option(
+            "--dtype",
+            type=click.Choice(["bf16", "fp16", "fp32"]),
+            help="Type of the weights; by default the one in which the run computed.",
+        ),
+        option(
+            "--source",
+            "numbers",
+            type=click.Choice(["master", "weights"]),
+            help="The fp32 masters, or the weights that the model computed with. By default the weights; with --dtype the "
+            "masters, rounded once.",
+        ),
+        option(
+            "--max-shard-size",
+            metavar="SIZE",
+            default="5GB",
+            show_default=True,
+            help="Most bytes of a file of the form hf.",
+        ),
+        option(
+            "--config-from",
+            type=CHECKPOINT,
+            metavar="DIR",
+            help="Folder with config.json and tokenizer, or with adapter_config.json; by default they are searched beside CKPT.",
+        ),
+        *READING,
+        choice(
+            "--on-differing",
+            "error first last mean max",
+            show_default=True,
+            help="Copies of a weight that differ over pipeline stages: refuse them, or take the first or last.",
+        ),
+        option("--workers", type=COUNT, default=2, show_default=True, help="Threads that copy."),
         option("--quiet", is_flag=True, help="No progress bar and no summary."),
     ],
 )
@@ -410,7 +468,7 @@ STORE = Command(
 
 @click.group(
     cls=Commands,
-    commands=[INSPECT, CONVERT, DIFF, VERIFY, PRUNE, PLAN, spec, RUN, STORE, ARM],
+    commands=[INSPECT, CONVERT, EXPORT, DIFF, VERIFY, PRUNE, PLAN, spec, RUN, STORE, ARM],
     context_settings=HELP,
     epilog="ucp COMMAND --help shows a command's options and examples.",
 )

@@ -35,6 +35,20 @@ OPTIONS = {
         "--on-differing",
         "--quiet",
     },
+    "export": {
+        "--to",
+        "--adapter",
+        "--dtype",
+        "--source",
+        "--max-shard-size",
+        "--config-from",
+        "--tag",
+        "--spec",
+        "--vocabulary-size",
+        "--on-differing",
+        "--workers",
+        "--quiet",
+    },
     "diff": {
         "--tag-a",
         "--tag-b",
@@ -59,7 +73,7 @@ def test_importing_the_command_line_imports_no_engine(tmp_path: Path) -> None:
     code = """
 import sys
 from ucp_deepspeed.cli import main
-from ucp_deepspeed.cli import convert, diff, inspect, plan, plots, spec
+from ucp_deepspeed.cli import convert, diff, export, inspect, plan, plots, spec
 print({'deepspeed', 'megatron'} & {m.split('.')[0] for m in sys.modules})
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
@@ -113,7 +127,7 @@ finally:
         (["inspct", "x"], "No such command 'inspct'. Did you mean 'inspect'?"),
         (
             ["./xyz"],
-            "No such command './xyz'. The commands: inspect, convert, diff, verify, prune, plan, spec, run, store, arm.",
+            "No such command './xyz'. The commands: inspect, convert, export, diff, verify, prune, plan, spec, run, store, arm.",
         ),
         (["spec", "checks"], "No such command 'checks'. Did you mean 'check'?"),
     ],

@@ -18,7 +18,7 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.checksums import FileSums
-from ucp_deepspeed.checkpoint.output import Literal, Output, OutputFile, OutputPlan, Region
+from ucp_deepspeed.checkpoint.output import Literal, Output, OutputFile, OutputPlan, Region, StoredTensor
 from ucp_deepspeed.checkpoint.safetensors_files import safetensors_file
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError, UnsupportedError
@@ -44,7 +44,8 @@ class OneFileEach(Output):
             raise UnsupportedError(f"{taken} stand for two parameters")
         regions = {other: Region.whole(view, name, MASTER, "BF16") for name, other in names.items()}
         files = {
-            other: safetensors_file(f"{other}/weight.safetensors", {other: held}) for other, held in regions.items()
+            other: safetensors_file(f"{other}/weight.safetensors", {other: StoredTensor.of(held)})
+            for other, held in regions.items()
         }
 
         def finish(folder: Path, sums: Sequence[FileSums]) -> None:

@@ -17,7 +17,7 @@ from native_files import NativeModel, NativeParameter, NativeRun, add_manifest, 
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
-from ucp_deepspeed.checkpoint.output import OutputFile, Region
+from ucp_deepspeed.checkpoint.output import OutputFile, Region, StoredTensor
 from ucp_deepspeed.checkpoint.safetensors_files import safetensors_file
 from ucp_deepspeed.checkpoint.universal import atoms_output
 from ucp_deepspeed.checkpoint.universal.atoms_output import UniversalOutput
@@ -106,7 +106,7 @@ def test_ranks_change_no_byte(count: int, file_numbytes: int, uneven: Path, tmp_
 def _file(number: int, numels: list[int]) -> OutputFile:
     names = [f"{number}.p{position}" for position in range(len(numels))]
     regions = [Region(name, "fp32", "F32", Layout.whole((n,)), 0, 0, n) for name, n in zip(names, numels, strict=True)]
-    return safetensors_file(f"{number}.safetensors", dict(zip(names, regions, strict=True)))
+    return safetensors_file(f"{number}.safetensors", dict(zip(names, map(StoredTensor.of, regions), strict=True)))
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 64])

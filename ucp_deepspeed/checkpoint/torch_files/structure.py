@@ -20,6 +20,9 @@ from ucp_deepspeed.checkpoint.torch_files.damage import telling_damage
 _NAMES_IN_UTF8, _DESCRIBED_BEHIND = 0x0800, 0x0008
 """Flags of a record: its CRC-32 stands in a descriptor behind its content, if it has any."""
 
+CRC_IN_DESCRIPTOR, CRC_IN_DIRECTORY = 4, 16
+"""Places of the CRC-32, 4 bytes."""
+
 _MADE_BY, _NEEDED = 0x031E, 45
 """Versions of zip in the record at the end of the directory."""
 
@@ -76,23 +79,23 @@ def _parts(entries: Sequence[zipfile.ZipInfo], alignment: int, directory: int) -
     """Yield all parts of an archive but the contents of records, in the order of the file."""
     end, listed = 0, []
     for entry in entries:
-        header = _header(entry, alignment)
+        header = header_of(entry, alignment)
         if entry.header_offset != end:  # torch leaves nothing between records
             yield _Part(end, b"?", f"before the header of {entry.filename}")
         yield _Part(entry.header_offset, header, f"the header of {entry.filename}")
         end = entry.header_offset + len(header) + entry.file_size
         if entry.file_size:
-            behind = _descriptor(entry)
+            behind = descriptor_of(entry)
             yield _Part(end, behind, f"the descriptor of {entry.filename}")
             end += len(behind)
-        listed.append(_listed(entry))
+        listed.append(listed_as(entry))
     place = directory
     for entry, line in zip(entries, listed, strict=True):
         yield _Part(
             place, line if place != directory or directory == end else b"?", f"{entry.filename} in the directory"
         )
         place += len(line)
-    yield _Part(place, _end(len(listed), directory, place - directory), "the end of the directory")
+    yield _Part(place, end_of(len(listed), directory, place - directory), "the end of the directory")
 
 
 def _wide(entry: zipfile.ZipInfo, in_header: bool) -> bytes:
@@ -106,7 +109,7 @@ def _flags(entry: zipfile.ZipInfo) -> int:
     return _NAMES_IN_UTF8 | (_DESCRIBED_BEHIND if entry.file_size else 0)
 
 
-def _header(entry: zipfile.ZipInfo, alignment: int) -> bytes:
+def header_of(entry: zipfile.ZipInfo, alignment: int) -> bytes:
     """Return what stands in front of a record: header, name, and padding up to the content."""
     name, wide = entry.filename.encode(), _wide(entry, in_header=True)
     start = content_start(entry.header_offset, len(name), entry.file_size, alignment)
@@ -116,20 +119,21 @@ def _header(entry: zipfile.ZipInfo, alignment: int) -> bytes:
     return struct.pack("<4s5H3I2H", b"PK\3\4", 0, _flags(entry), *zeros, len(name), extra) + name + wide + padding
 
 
-def _descriptor(entry: zipfile.ZipInfo) -> bytes:
+def descriptor_of(entry: zipfile.ZipInfo) -> bytes:
+    """Return what stands behind a record that isn't empty. Its CRC-32 is at byte `CRC_IN_DESCRIPTOR`."""
     wide = max(entry.header_offset, entry.file_size) >= LARGE
     return struct.pack("<4sI2Q" if wide else "<4s3I", b"PK\7\x08", entry.CRC, entry.file_size, entry.file_size)
 
 
-def _listed(entry: zipfile.ZipInfo) -> bytes:
-    """Return a record's entry in the directory."""
+def listed_as(entry: zipfile.ZipInfo) -> bytes:
+    """Return a record's entry in the directory. Its CRC-32 is at byte `CRC_IN_DIRECTORY`."""
     name, wide = entry.filename.encode(), _wide(entry, in_header=False)
     size, place = min(entry.file_size, LARGE), min(entry.header_offset, LARGE)
     head = struct.pack("<4s6H3I", b"PK\1\2", 0, 0, _flags(entry), 0, 0, 0, entry.CRC if size else 0, size, size)
     return head + struct.pack("<5H2I", len(name), len(wide), 0, 0, 0, 0, place) + name + wide
 
 
-def _end(count: int, directory: int, numbytes: int) -> bytes:
+def end_of(count: int, directory: int, numbytes: int) -> bytes:
     """Return the two records at the end, for 64 and for 32 bits, with a locator between them."""
     counts = count, count, numbytes, directory
     wide = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, _MADE_BY, _NEEDED, 0, 0, *counts)

@@ -23,7 +23,7 @@ from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, MARK_NAME
 from ucp_deepspeed.checkpoint.differing import OnDiffering, made_one
 from ucp_deepspeed.checkpoint.encoding import check_encoded, encode, with_sum
 from ucp_deepspeed.checkpoint.extra_states import shared_extra_states
-from ucp_deepspeed.checkpoint.output import Output, OutputFile, OutputPlan, Region
+from ucp_deepspeed.checkpoint.output import Output, OutputFile, OutputPlan, Region, StoredTensor
 from ucp_deepspeed.checkpoint.safetensors_files import safetensors_file
 from ucp_deepspeed.checkpoint.torch_files.safe_load import TORCH_DTYPES
 from ucp_deepspeed.checkpoint.universal.index import (
@@ -69,7 +69,7 @@ class UniversalOutput(Output):
 
 def lay_out(view: UniversalView, file_numbytes: int) -> tuple[OutputFile, ...]:
     """Place all atoms in files, by parameter."""
-    bins: list[dict[str, Region]] = [{}]
+    bins: list[dict[str, StoredTensor]] = [{}]
     held = 0
     for name, parameter in view.parameters.items():
         for state in parameter.states:
@@ -77,7 +77,7 @@ def lay_out(view: UniversalView, file_numbytes: int) -> tuple[OutputFile, ...]:
             if bins[-1] and held + region.numbytes > file_numbytes:
                 bins.append({})
                 held = 0
-            bins[-1][atom_key(name, state)] = region
+            bins[-1][atom_key(name, state)] = StoredTensor.of(region)
             held += region.numbytes
     names = [f"atoms-{number:05d}-of-{len(bins):05d}.safetensors" for number in range(1, len(bins) + 1)]
     return tuple(map(safetensors_file, names, bins))

@@ -7,19 +7,17 @@ would have written it. So tensors that share a storage still do.
 from __future__ import annotations
 
 import ctypes
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.serialization import DEFAULT_PROTOCOL
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checksums import sum_of
+from ucp_deepspeed.checkpoint.torch_files.writing import records_to_save
 from ucp_deepspeed.engine.saving.host_memory import HostMemory
 from ucp_deepspeed.engine.saving.written import why_not_written
 from ucp_deepspeed.transfer.commit import flush
@@ -199,7 +197,7 @@ def describe(state: Any, file_name: str, apart: bool) -> DescribedFile:
         Exception: any error that pickling raises.
     """
     placed: dict[int, Copy] = {}
-    found, storages = _records(_apart(state, placed) if apart else state)
+    found, storages = records_to_save(_apart(state, placed) if apart else state)
     records: list[tuple[str, bytes | Copy]] = []
     for name, data in found:
         if data is not None:
@@ -213,48 +211,6 @@ def describe(state: Any, file_name: str, apart: bool) -> DescribedFile:
 def _whole(storage: torch.UntypedStorage) -> Copy:
     source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     return Copy(source, torch.empty_like(source, device="meta"))
-
-
-def _records(state: Any) -> tuple[list[tuple[str, bytes | None]], dict[str, torch.UntypedStorage]]:
-    """Return the records of the zip file, in order, with None for the contents of storages; and the storages by their keys.
-
-    torch's own ``_save`` makes the records, so that they are those of its version.
-    """
-    zip_file = _Collector()
-    storages: dict[str, torch.UntypedStorage] = {}
-
-    class Pickler(pickle.Pickler):
-        """Base of the pickler in ``_save``; it sees which key the pickler gives to which storage."""
-
-        def __init_subclass__(cls) -> None:
-            identify = cls.persistent_id
-
-            def persistent_id(self: Any, obj: Any) -> Any:
-                identity = identify(self, obj)
-                if identity is not None:
-                    storages[identity[2]] = getattr(obj, "_untyped_storage", obj)
-                return identity
-
-            cls.persistent_id = persistent_id  # type: ignore[method-assign]
-
-    with torch.serialization.skip_data():
-        torch.serialization._save(state, zip_file, SimpleNamespace(Pickler=Pickler), DEFAULT_PROTOCOL, False)
-    found = dict(storages)
-    storages.clear()  # the class would keep them, and only the garbage collector frees it
-    return zip_file.records, found
-
-
-class _Collector:
-    """Stands in for torch's ``PyTorchFileWriter``, and collects the records."""
-
-    def __init__(self) -> None:
-        self.records: list[tuple[str, bytes | None]] = []
-
-    def write_record(self, name: str, data: str | bytes, size: int) -> None:
-        self.records.append((name, data.encode() if isinstance(data, str) else data))
-
-    def write_record_metadata(self, name: str, size: int) -> None:
-        self.records.append((name, None))
 
 
 def _apart(item: Any, placed: dict[int, Copy]) -> Any:

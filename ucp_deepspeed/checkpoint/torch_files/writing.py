@@ -1,0 +1,169 @@
+"""Archives as torch writes them, whose tensors are filled later: the places of all bytes are known before any tensor is read."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.serialization import DEFAULT_PROTOCOL
+
+from ucp_deepspeed.checkpoint.output import Literal, OutputFile, Region, StoredTensor
+from ucp_deepspeed.checkpoint.torch_files.archives import DEFAULT_ALIGNMENT
+from ucp_deepspeed.checkpoint.torch_files.records import crc_of
+from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
+from ucp_deepspeed.checkpoint.torch_files.structure import (
+    CRC_IN_DESCRIPTOR,
+    CRC_IN_DIRECTORY,
+    descriptor_of,
+    end_of,
+    header_of,
+    listed_as,
+)
+from ucp_deepspeed.errors import naming
+
+_LAST = (("version", b"3\n"), (".data/serialization_id", b"0" * 40))
+"""Records that torch's writer adds at the end. The id is one for logs: nothing compares it."""
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """A record whose CRC-32 isn't known yet: its bytes, and the two places of the sum."""
+
+    start: int
+    stop: int
+    places: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ArchiveFile:
+    """A file to write, and the sums that are still zero in it."""
+
+    file: OutputFile
+    sums: tuple[_Sum, ...]
+
+    def write_sums(self, folder: Path, threads: int = 2) -> None:
+        """Read the tensors that were written, and put their CRC-32 into the file.
+
+        Raises:
+            OSError: it can't be read, or written.
+        """
+        path = folder / self.file.file_name
+        with naming(path), path.open("r+b", buffering=0) as opened, ThreadPoolExecutor(threads) as pool:
+            descriptor = opened.fileno()
+            for each, crc in zip(
+                self.sums, pool.map(lambda s: crc_of(descriptor, s.start, s.stop), self.sums), strict=True
+            ):
+                for place in each.places:
+                    os.pwrite(descriptor, crc.to_bytes(4, "little"), place)
+            os.fsync(descriptor)
+
+
+def archive_file(file_name: str, tensors: Mapping[str, StoredTensor], tied: Mapping[str, str]) -> ArchiveFile:
+    """Lay out the archive that ``torch.save`` makes of a dictionary of tensors, for ``torch.load`` with ``weights_only``.
+
+    Args:
+        tied: further keys → the key of the tensor that each stands for; in the file they share its storage.
+    """
+    state: dict[str, torch.Tensor] = {}
+    contents: dict[int, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        storage = torch.UntypedStorage(tensor.numbytes, device="cpu")  # nobody touches its memory
+        empty = torch.empty(0, dtype=NAMED_DTYPES[tensor.dtype], device="cpu")
+        state[name] = empty.set_(storage).view(tensor.shape)
+        contents[storage._cdata] = tensor
+    state |= {alias: state[owner] for alias, owner in tied.items()}
+    records, storages = records_to_save(state)
+    held = [
+        (name, contents[storages[name.removeprefix("data/")]._cdata] if data is None else data)
+        for name, data in records
+    ]
+    return _laid_out(file_name, [*held, *_LAST])
+
+
+def _laid_out(file_name: str, records: Sequence[tuple[str, bytes | StoredTensor]]) -> ArchiveFile:
+    """Place the records one after another, and the directory behind them."""
+    parts: list[Region | Literal] = []
+    entries: list[tuple[zipfile.ZipInfo, int, int]] = []
+    title, place = Path(file_name).stem, 0
+    for name, data in records:
+        entry = _entry(f"{title}/{name}", data, place)
+        header = header_of(entry, DEFAULT_ALIGNMENT)
+        parts.append(Literal(header, place))
+        start = place + len(header)
+        if isinstance(data, StoredTensor):
+            parts += [region for region in data.placed(start) if region.numel]
+        else:
+            parts.append(Literal(data, start))
+        place = start + entry.file_size
+        if entry.file_size:
+            parts.append(Literal(descriptor_of(entry), place))
+        entries.append((entry, start, place))
+        place += len(descriptor_of(entry)) if entry.file_size else 0
+    directory, lines, sums = place, [], []
+    for (entry, start, stop), (_, data) in zip(entries, records, strict=True):
+        if isinstance(data, StoredTensor) and entry.file_size:
+            sums.append(_Sum(start, stop, (stop + CRC_IN_DESCRIPTOR, place + CRC_IN_DIRECTORY)))
+        lines.append(listed_as(entry))
+        place += len(lines[-1])
+    tail = b"".join(lines) + end_of(len(lines), directory, place - directory)
+    parts.append(Literal(tail, directory))
+    return ArchiveFile(OutputFile(file_name, directory + len(tail), tuple(parts)), tuple(sums))
+
+
+def _entry(name: str, data: bytes | StoredTensor, place: int) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name)
+    entry.header_offset = place
+    entry.file_size = data.numbytes if isinstance(data, StoredTensor) else len(data)
+    entry.CRC = 0 if isinstance(data, StoredTensor) else zlib.crc32(data)
+    return entry
+
+
+def records_to_save(state: Any) -> tuple[list[tuple[str, bytes | None]], dict[str, torch.UntypedStorage]]:
+    """Return the records of the zip file, in order, with None for the contents of storages; and the storages by their keys.
+
+    torch's own ``_save`` makes the records, so that they are those of its version.
+    """
+    zip_file = _Collector()
+    storages: dict[str, torch.UntypedStorage] = {}
+
+    class Pickler(pickle.Pickler):
+        """Base of the pickler in ``_save``; it sees which key the pickler gives to which storage."""
+
+        def __init_subclass__(cls) -> None:
+            identify = cls.persistent_id
+
+            def persistent_id(self: Any, obj: Any) -> Any:
+                identity = identify(self, obj)
+                if identity is not None:
+                    storages[identity[2]] = getattr(obj, "_untyped_storage", obj)
+                return identity
+
+            cls.persistent_id = persistent_id  # type: ignore[method-assign]
+
+    with torch.serialization.skip_data():
+        torch.serialization._save(state, zip_file, SimpleNamespace(Pickler=Pickler), DEFAULT_PROTOCOL, False)
+    found = dict(storages)
+    storages.clear()  # the class would keep them, and only the garbage collector frees it
+    return zip_file.records, found
+
+
+class _Collector:
+    """Stands in for torch's ``PyTorchFileWriter``, and collects the records."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[str, bytes | None]] = []
+
+    def write_record(self, name: str, data: str | bytes, size: int) -> None:
+        self.records.append((name, data.encode() if isinstance(data, str) else data))
+
+    def write_record_metadata(self, name: str, size: int) -> None:
+        self.records.append((name, None))
