@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,6 +13,7 @@ from ucp_deepspeed.checkpoint.bounds import check_inside
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, Checkpoint
 from ucp_deepspeed.checkpoint.checksums import CHECKSUMS_NAME, FileSums, SavedSums
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.deepspeed.consolidated import ATOMS_FOLDER, is_consolidated
 from ucp_deepspeed.checkpoint.deepspeed.manifest import (
     MANIFEST_NAME,
     MARK_NAME,
@@ -103,8 +104,6 @@ class Evidence:
 
     def of_one_save(self, checkpoint: Checkpoint) -> tuple[list[Problem], list[str]]:
         """Compare the files' contents with one another; return problems, and doubts."""
-        if not isinstance(checkpoint, DeepSpeedCheckpoint):
-            return [], []
         wrong = list({str(error): error for error in _errors(checkpoint)}.values())
         known = {problem.file for problem in self.problems}
         found = [
@@ -113,6 +112,8 @@ class Evidence:
             if isinstance(error, DamagedCheckpointError) and not any(name and name in str(error) for name in known)
         ]
         doubts = [str(error) for error in wrong if isinstance(error, UnsupportedError)]
+        if not isinstance(checkpoint, DeepSpeedCheckpoint):
+            return found, doubts
         vouched = self.manifest is not None and self.manifest.contents.keys() >= set(filter(is_deepspeeds, self.names))
         return found, doubts if wrong or self.problems or vouched else list(_steps(checkpoint))
 
@@ -122,6 +123,7 @@ def evidence_of(folder: Path) -> Evidence:
     evidence = Evidence(folder)
     there = sorted(str(entry.relative_to(folder)) for entry in folder.rglob("*") if entry.is_file())
     listed = _of_index(evidence) if INDEX_NAME in there else _of_manifest(evidence, there)
+    atoms = f"{ATOMS_FOLDER}/" if is_consolidated(folder) else MANIFEST_NAME
     ours = {INDEX_NAME, MANIFEST_NAME, CHECKSUMS_NAME, RANDOM_STATES_NAME}
     earlier = evidence.manifest.earlier if evidence.manifest is not None else ()
     known = [
@@ -131,6 +133,7 @@ def evidence_of(folder: Path) -> Evidence:
         or name in ours
         or (is_deepspeeds(name) and name not in earlier)
         or Path(name).match(FORMER_NAMES)
+        or name.startswith(atoms)
     ]
     if is_marked(folder):
         evidence.doubts.append(f"a save into {folder} was not finished, as {MARK_NAME} tells")
@@ -245,11 +248,23 @@ def _places(checkpoint: DeepSpeedCheckpoint) -> Iterator[tuple[int, int]]:
             yield rank, part
 
 
-def _errors(checkpoint: DeepSpeedCheckpoint) -> Iterator[UniversalCheckpointError]:
+def _errors(checkpoint: Checkpoint) -> Iterator[UniversalCheckpointError]:
     """Open all files that a load on another topology could; yield the errors."""
+    opening: list[Callable[[], Any]] = [lambda: checkpoint.parameters, lambda: checkpoint.groups]
+    if isinstance(checkpoint, DeepSpeedCheckpoint):
+        opening += _openings(checkpoint)
+    for each in opening:
+        try:
+            each()
+        except UniversalCheckpointError as error:
+            yield error
+
+
+def _openings(checkpoint: DeepSpeedCheckpoint) -> list[Callable[[], Any]]:
+    """Return what opens each file."""
     files, topology = checkpoint.files, checkpoint.topology
     sliced = files.sliced
-    opening: list[Any] = [lambda: checkpoint.parameters, lambda: checkpoint.groups]
+    opening: list[Any] = []
     for rank, part in _places(checkpoint):
         if sliced or part == 0:
             opening.append(lambda rank=rank, part=part: files.model_states(rank, part))
@@ -257,11 +272,7 @@ def _errors(checkpoint: DeepSpeedCheckpoint) -> Iterator[UniversalCheckpointErro
             opening.append(lambda rank=rank, part=part: files.optimizer_state(rank, part))
     opening += [lambda rank=rank: checkpoint.local_shapes(rank) for rank in range(topology.model_parallel)]
     opening += [lambda name=name: files.open(files.path / name) for name in sorted(files.names) if is_deepspeeds(name)]
-    for each in opening:
-        try:
-            each()
-        except UniversalCheckpointError as error:
-            yield error
+    return opening
 
 
 def _steps(checkpoint: DeepSpeedCheckpoint) -> Iterator[str]:

@@ -14,6 +14,7 @@ from ucp_deepspeed.checkpoint.bounds import read_bounded
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checksums import CHECKSUMS_NAME
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
+from ucp_deepspeed.checkpoint.deepspeed.consolidated import ConsolidatedCheckpoint, is_consolidated
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.deepspeed.written_names import is_model_states
 from ucp_deepspeed.checkpoint.tags import holds_checkpoint, is_marked, tags_in, unfinished
@@ -159,12 +160,8 @@ def _open(path: str | Path, tag: str | None, verify: bool) -> Checkpoint:
                 f"move one of them to another folder"
             )
         return UniversalCheckpoint(folder, verify)
-    if (folder / "zero").is_dir() and not any(folder.glob("*_optim_states.pt")):
-        raise FormatError(
-            f"{folder} is a universal folder of DeepSpeed's ds_to_universal, which this release can't read: load the folder that "
-            f'it was made from. If that is gone, DeepSpeed loads it with "checkpoint": {{"load_universal": true}}, and "load": '
-            f'"never" in the block, but leaves buffers and frozen weights as the model has them; then save again'
-        )
+    if native is not None and is_consolidated(folder):
+        return ConsolidatedCheckpoint(folder, verify)
     if native is not None:
         return DeepSpeedCheckpoint(folder, verify=verify)
     if is_marked(folder):

@@ -134,6 +134,9 @@ ZERO = _types(
 """Types in the ``optimizer_state_dict`` of a ZeRO optimizer's file."""
 
 
+CONSOLIDATED_OPTIMIZER: Types = {**ZERO, **_types(param_groups=_listed(_Group))}
+"""Types in what ``ds_to_universal`` keeps of a ZeRO optimizer's state."""
+
 _Dealt = _record(ranks=_listed(_record("experts", experts=_listed(int))))
 _Layer = {"module_path": str, "num_experts": PositiveInt, "ep_size": PositiveInt}
 

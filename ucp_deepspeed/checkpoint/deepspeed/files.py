@@ -180,6 +180,11 @@ class DeepSpeedFiles:
         return self.param_shapes(0) is not None and self.has_optimizer_files
 
     @property
+    def has_partitions(self) -> bool:
+        """Return whether each partition of the optimizer has a file that a load needs."""
+        return self.partitioned or self.sliced
+
+    @property
     def has_optimizer_files(self) -> bool:
         """Return whether there are files of a ZeRO optimizer that this run may have written."""
         return self._optimizer_prefix in self._optimizer_prefixes
@@ -434,7 +439,7 @@ class DeepSpeedFiles:
         # A damaged file may name any size: names are made one by one, no more than there are files plus a few.
         missing = list(islice((name for name in self.expected(topology) if name not in self.names), 20))
         if missing:
-            each = 1 if self.partitioned or self.sliced else 0
+            each = int(self.has_partitions)
             recorded = sum(1 for _ in self._recorded())
             total = recorded + topology.model_parallel * ((topology.dp if self.sliced else 1) + each * topology.dp)
             there = sum(name in self.names for name in self._recorded())
@@ -450,7 +455,7 @@ class DeepSpeedFiles:
         """Return whether a run on this topology writes an existing file; ``place`` is the match of `RANKS_FILE` on its name."""
         partition, rank = int(place[1] or 0), int(place[2])
         names = [self.model_states_path(rank, partition).name]
-        if self.partitioned or self.sliced:
+        if self.has_partitions:
             names.append(self.optimizer_path(rank, partition).name)
         return partition < topology.dp and rank < topology.model_parallel and name in names
 
@@ -470,7 +475,7 @@ class DeepSpeedFiles:
         for rank in range(topology.model_parallel):
             partitions = range(topology.dp)
             yield from (self.model_states_path(rank, part).name for part in (partitions if self.sliced else [0]))
-            if self.partitioned or self.sliced:
+            if self.has_partitions:
                 yield from (self.optimizer_path(rank, part).name for part in partitions)
 
     def _recorded(self) -> Iterator[str]:

@@ -36,12 +36,7 @@ def read_run(files: DeepSpeedFiles) -> RunState:
 def _read_loss_scale(files: DeepSpeedFiles) -> LossScale | None:
     if files.partitioned:
         file = files.optimizer_state(0, 0)
-        scaler = file.saved.get("loss_scaler")
-        if scaler is None:
-            raise DamagedCheckpointError(f"{file.path} lacks 'loss_scaler', which ZeRO in fp16 has in any version")
-        values = {key: value for key, value in vars(scaler).items() if key not in ("dynamic", "dtype")}
-        dynamic = file.saved.get("dynamic_loss_scale", isinstance(scaler, DynamicLossScaler))
-        return LossScale(bool(dynamic), values)
+        return loss_scale_of(file.saved, file.path)
     optimizer, path = files.whole_optimizer(0)
     if not optimizer or stage0_form(optimizer, path) == "plain":
         return None
@@ -49,6 +44,15 @@ def _read_loss_scale(files: DeepSpeedFiles) -> LossScale | None:
         raise DamagedCheckpointError(f"{path} lacks 'cur_scale', the loss scale of its optimizer in fp16")
     values = {key: optimizer[key] for key in SCALE_KEYS if key in optimizer}
     return LossScale(bool(value_of(optimizer, "dynamic_loss_scale", "the key", path)), values)
+
+
+def loss_scale_of(saved: Mapping[str, Any], path: Path) -> LossScale:
+    """Return the loss scale in the state of a ZeRO optimizer."""
+    scaler = saved.get("loss_scaler")
+    if scaler is None:
+        raise DamagedCheckpointError(f"{path} lacks 'loss_scaler', which ZeRO in fp16 has in any version")
+    values = {key: value for key, value in vars(scaler).items() if key not in ("dynamic", "dtype")}
+    return LossScale(bool(saved.get("dynamic_loss_scale", isinstance(scaler, DynamicLossScaler))), values)
 
 
 def hyperparameters(files: DeepSpeedFiles, rank: int) -> list[Mapping[str, Any]]:

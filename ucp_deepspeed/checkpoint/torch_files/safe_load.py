@@ -86,6 +86,21 @@ def open_torch_file(
         DamagedCheckpointError: the file is missing, isn't whole, or names a class that isn't allowed.
         UnsupportedError: it is an archive that another program has written anew; see `archives`.
     """
+    loaded = open_torch_object(path, tensors=tensors, owned=owned, foreign=foreign, summed=summed)
+    if not isinstance(loaded, dict):
+        raise DamagedCheckpointError(f"{path} holds a {type(loaded).__name__}, not a checkpoint dictionary")
+    return loaded
+
+
+def open_torch_object(
+    path: Path,
+    *,
+    tensors: bool = False,
+    owned: Collection[str] | None = None,
+    foreign: bool = False,
+    summed: bool = False,
+) -> Any:
+    """Return the object in a file as `open_torch_file` does, also if it is no dictionary."""
     check_regular(path)
     if not path.is_file():
         raise DamagedCheckpointError(f"{path} is missing")
@@ -94,10 +109,8 @@ def open_torch_file(
         # torch requires a whole one from the first byte on
         archive = start.startswith(_ZIP) and zipfile.is_zipfile(file)
     loaded = _unpickled(path, tensors, foreign, summed) if archive else _unpickled_legacy(path, start, tensors)
-    if not isinstance(loaded, dict):
-        raise DamagedCheckpointError(f"{path} holds a {type(loaded).__name__}, not a checkpoint dictionary")
-    for key, value in loaded.items():
-        if owned is not None and key not in owned:
+    for key, value in loaded.items() if isinstance(loaded, dict) else [("the object", loaded)]:
+        if owned is not None and isinstance(loaded, dict) and key not in owned:
             continue
         if name := opaque_in(value):
             raise DamagedCheckpointError(refusal(path, name))
