@@ -29,7 +29,7 @@ Ranks = Callable[[int], RankPool]
 
 STEP = 2
 BUFFERS = {"calibration", "calls"}
-"""What DeepSpeed's own universal load leaves as the model has it."""
+"""Names that DeepSpeed's own universal load leaves as the model has them."""
 
 BLOCK = {"enabled": True}
 

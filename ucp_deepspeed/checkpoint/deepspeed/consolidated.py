@@ -56,7 +56,7 @@ class _ModelStates(DeepSpeedFiles):
 
 
 class _Beside(DeepSpeedCheckpoint):
-    """What lies in the model_states files: buffers, frozen parameters, and the state of the run."""
+    """The content of the model_states files: buffers, frozen parameters, and the state of the run."""
 
     optimizer_form = "none"
 
