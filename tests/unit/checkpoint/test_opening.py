@@ -131,7 +131,7 @@ def test_pipeline_layers(tmp_path: Path, name: str) -> None:
 def test_deepspeeds_universal_folder(tmp_path: Path) -> None:
     """It has model_states files and none of the optimizer's, and a file of its own tells the latest."""
     folder = write_native(tmp_path, model_of(SHAPES), NativeRun(stage=1, dp=2), tag="tag")
-    (folder / "zero" / "tail").mkdir(parents=True)
+    (folder / "zero").mkdir()
     assert (
         open_checkpoint(tmp_path).topology.dp == 2
     )  # converted within the folder: DeepSpeed's own files are all there
@@ -139,7 +139,7 @@ def test_deepspeeds_universal_folder(tmp_path: Path) -> None:
         path.unlink()
     (tmp_path / "latest").rename(tmp_path / "latest_universal")
     for path in (tmp_path, folder):
-        with pytest.raises(UnsupportedError, match=r"universal folder .*\"load_universal\": true"):
+        with pytest.raises(DamagedCheckpointError, match=r"zero/optimizer_state.pt is missing"):
             open_checkpoint(path)
 
 
