@@ -20,7 +20,7 @@ from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.transfer.planning.policies import SCHEDULED, Policies
 from ucp_deepspeed.transfer.planning.targeting import RankPlan, TargetPlan, plan_target
 
-FIGURES = ("bytes_read", "bytes_held", "copies")
+FIGURES = ("bytes_read", "bytes_held", "bytes_of_weights", "copies")
 
 MOST_ROWS = 16
 """Ranks that the table shows; of more ranks it shows half as many with the fewest bytes, and half as many with the most."""
@@ -117,6 +117,7 @@ def _print(plan: TargetPlan, path: str, source: str) -> None:
             *((what, ", ".join(found)) for what, found in names.items() if found),
             ("read", f"{in_words(total['bytes_read'])} by {len(plan.ranks)} ranks from {total['files']} files"),
             ("held", f"{in_words(total['bytes_held'])} of master weights and optimizer states"),
+            ("weights", f"{in_words(total['bytes_of_weights'])} beside these in the module, buffers included"),
         ]
     print_labelled(lines)
     print_lines(*listed(plan.obstacles))

@@ -18,7 +18,7 @@ from ucp_deepspeed.cli import main
 Ucp = Callable[..., Result]
 
 KEYS = "path form source target possible reasons remarks restored initialised dropped reset total ranks"
-RANK_KEYS = "model_parallel_rank data_parallel_rank bytes_read bytes_held copies files"
+RANK_KEYS = "model_parallel_rank data_parallel_rank bytes_read bytes_held bytes_of_weights copies files"
 
 
 def cells(result: Result, place: int) -> list[str]:
@@ -54,6 +54,7 @@ def test_the_keys_of_the_object(sharded: Path, spec_file: Path, ucp: Ucp) -> Non
     assert report["total"] == {
         "bytes_read": 2 * 4 * 53,
         "bytes_held": 2 * 4 * 56,
+        "bytes_of_weights": 2 * 4 * 53,
         "copies": first["copies"] + second["copies"],
         "files": 2,
     }
@@ -162,18 +163,19 @@ def test_for_people(sharded: Path, spec_file: Path, ucp: Ucp) -> None:
         "read      464 B by 4 ranks from 2 files",
     ]
     assert lines[5] == "held      480 B of master weights and optimizer states"
+    assert lines[6] == "weights   240 B beside these in the module, buffers included"
     assert cells(result, 1) == ["0", "0", "120", "B", "1", "4", "120", "B"]
     assert cells(result, 4) == ["1", "1", "112", "B", "1", "4", "120", "B"]
     assert cells(result, 5) == ["all", "464", "B", "2", "16", "480", "B"]
-    assert len(lines) == 12
+    assert len(lines) == 13
 
 
 def test_in_a_narrow_window(sharded: Path, spec_file: Path, ucp: Ucp, monkeypatch: pytest.MonkeyPatch) -> None:
     """A heading or a size that breaks would make a row of two lines."""
     monkeypatch.setattr("ucp_deepspeed.cli.printing.PLAIN_WIDTH", 60)
     lines = ucp("plan", sharded, "--dp", 20, "--zero", 1, "--spec", spec_file).stdout.splitlines()
-    assert lines[6].split() == ["mp", "rank", "dp", "rank", "reads", "files", "copies", "holds"]
-    assert len(lines) == 7 + 16 + 2 and all(len(line) <= 60 for line in lines[6:])
+    assert lines[7].split() == ["mp", "rank", "dp", "rank", "reads", "files", "copies", "holds"]
+    assert len(lines) == 8 + 16 + 2 and all(len(line) <= 60 for line in lines[7:])
 
 
 def test_of_many_ranks_both_ends(sharded: Path, spec_file: Path, ucp: Ucp) -> None:

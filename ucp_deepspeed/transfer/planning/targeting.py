@@ -16,6 +16,7 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, MASTER, Checkpoint, FileExtent, HeldShapes, step_in_group
 from ucp_deepspeed.checkpoint.deepspeed.pipeline import TIED
 from ucp_deepspeed.checkpoint.expert_names import expert_of, numbers_of_experts
+from ucp_deepspeed.checkpoint.torch_files.safe_load import PRECISIONS
 from ucp_deepspeed.checkpoint.view import UniversalView, parameter_names
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import ListingError, MismatchError, SpecError
@@ -49,6 +50,8 @@ class RankPlan:
         model_parallel_rank, data_parallel_rank: see `TargetRank`.
         bytes_read: bytes to copy out of files.
         bytes_held: bytes of the master weights and optimizer states in its partitions, in fp32, padding included.
+        bytes_of_weights: bytes of the module's parameters and buffers beside these: at ZeRO-3 its partitions, else whole. Without
+            ZeRO in fp32 the trained ones are the masters.
         copies: strided blocks to copy.
         files: paths of the files that the blocks lie in.
     """
@@ -57,6 +60,7 @@ class RankPlan:
     data_parallel_rank: int
     bytes_read: int
     bytes_held: int
+    bytes_of_weights: int
     copies: int
     files: frozenset[str]
 
@@ -428,8 +432,16 @@ class _Planner:
         for slot in target.slots:
             states = max((len(saved[name].states) for name in slot.names if name in saved), default=1)
             held += slot.numel() * states * ITEMSIZE["F32"]
-        place = target.model_parallel_rank, target.data_parallel_rank
-        return RankPlan(*place, count.bytes_read, held, count.copies, frozenset(count.files))
+        place, weights = (target.model_parallel_rank, target.data_parallel_rank), self._bytes_of_weights(target)
+        return RankPlan(*place, count.bytes_read, held, weights, count.copies, frozenset(count.files))
+
+    def _bytes_of_weights(self, target: TargetRank) -> int:
+        """Return what a module holds of its weights and buffers; see `RankPlan`."""
+        stage, precision = self.topology.zero_stage, self.view.checkpoint.run.precision
+        trained = sum(slot.numel() if stage == 3 else sum(slot.flattening.numels) for slot in target.slots)
+        apart = precision != "fp32" or stage > 0
+        others = sum(slot.numel() * slot.itemsize for slot in target.weights)
+        return others + apart * trained * PRECISIONS[precision].itemsize
 
 
 def counted(copies: Sequence[BlockCopy[FileExtent, None]]) -> TransferCount:

@@ -21,7 +21,7 @@ from ucp_deepspeed.language import Spec
 from ucp_deepspeed.layout import Layout, Topology
 from ucp_deepspeed.plan import Fragment, Target, plan_tensor
 from ucp_deepspeed.testing.ranks import get_pool
-from ucp_deepspeed.testing.runs import Run, train
+from ucp_deepspeed.testing.runs import Run, build_engine, train
 from ucp_deepspeed.transfer import FileReader, run_copies
 from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.planning.targeting import RankPlan, counted, plan_target
@@ -321,7 +321,19 @@ def test_a_bf16_pipeline_without_zero_is_cut_all_the_same(precision: Precision, 
     plan = plan_target(Sketch(precision), Topology(1, 2, 2, 0))
     first_stage = [(8 * 10, 8 * 10), (8 * 9, 8 * 10)] if partitioned else [(8 * 19, 8 * 19)] * 2
     assert figures(plan.ranks)[:2] == first_stage
-    assert figures(plan_target(Sketch(precision), Topology(1, 1, 2, 0)).ranks) == [(8 * 26, 8 * 26)] * 2
+    alone = plan_target(Sketch(precision), Topology(1, 1, 2, 0)).ranks
+    assert figures(alone) == [(8 * 26, 8 * 26)] * 2
+    assert [rank.bytes_of_weights for rank in alone] == [0 if precision == "fp32" else 2 * 26] * 2
+
+
+def bytes_of_module(run: Run) -> int:
+    """On a rank: bytes of an engine's weights, as it holds them, and of the buffers that it saves."""
+    engine = build_engine(run)
+    held = [getattr(param, "ds_tensor", param) for param in engine.module.parameters()]
+    held += [buffer for name, buffer in engine.module.named_buffers() if name in engine.module.state_dict()]
+    numbytes = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    engine.destroy()
+    return numbytes
 
 
 def test_real_engines_read_what_was_planned(tmp_path: Path) -> None:
@@ -336,6 +348,8 @@ def test_real_engines_read_what_was_planned(tmp_path: Path) -> None:
         for report, rank in zip(reports, planned.ranks, strict=True):
             assert rank.bytes_read == report.bytes_read == report.bytes_needed, stage
             assert len(rank.files) == report.files
+        held = pool.run(bytes_of_module, target, timeout=280)
+        assert held == [rank.bytes_of_weights for rank in planned.ranks], stage
 
 
 def test_names_of_layers_are_remarked_on_where_the_target_may_be_a_plain_model(tmp_path: Path) -> None:
