@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from elastic_run import samples, train
 
 from ucp_deepspeed.testing.ranks import get_pool
@@ -37,27 +38,35 @@ CONFIG = {
 
 @dataclass
 class Nodes:
-    """Agents of one run, each with one rank.
+    """Agents of one run.
 
     Attributes:
         folder: where the ranks log and save.
         agents: the process of each node.
+        options: further options of ``ucp run``.
+        arguments: further arguments of the script.
     """
 
     folder: Path
     agents: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     store: str = ""
+    options: tuple[str, ...] = ("--nodes", "1:4")
+    arguments: tuple[str, ...] = ()
 
     def configure(self, **save: Any) -> None:
-        """Write the config, with settings of the save."""
+        """Write the config, with settings of the save, and the spec of a tensor-parallel model."""
+        rules = [{"match": "weight", "pattern": "shard", "dim": 0}]
+        (self.folder / "spec.yaml").write_text(json.dumps({"family": "columns", "rules": rules}))
         block = {"batch": "keep", "save": {"on_signal": str(self.folder / "checkpoints"), **save}}
+        if self.arguments:
+            block["spec"] = str(self.folder / "spec.yaml")
         (self.folder / "ds.json").write_text(json.dumps(CONFIG | {"universal_checkpoint": block}))
 
     def start(self, name: str) -> None:
         """Start a node. The first holds the store beside it."""
-        command = [sys.executable, "-m", "ucp_deepspeed.cli", "run", "--nodes", "1:4", "--local-addr", "127.0.0.1"]
+        command = [sys.executable, "-m", "ucp_deepspeed.cli", "run", *self.options, "--local-addr", "127.0.0.1"]
         command += ["--name", name, "--batch", str(BATCH), *(["--store", self.store] if self.store else [])]
-        command += [str(SCRIPT), str(self.folder / "ds.json"), str(self.folder), str(EVERY), "0.2"]
+        command += [str(SCRIPT), str(self.folder / "ds.json"), str(self.folder), str(EVERY), "0.2", *self.arguments]
         with (self.folder / f"{name}.log").open("wb") as log:
             self.agents[name] = subprocess.Popen(command, stderr=log, stdout=log, start_new_session=True)
         if not self.store:
@@ -141,14 +150,18 @@ def check_stream(nodes: Nodes) -> None:
     """All steps were done, each on the whole batch and on nothing else; the weights are those of an uninterrupted run."""
     lines, steps = nodes.lines(), nodes.steps()
     expected = uninterrupted(nodes.folder / "uninterrupted", steps)
-    assert [line["weights"] for line in lines] == [expected[line["done"] - 1] for line in lines]
+    for line in lines:
+        shares = torch.tensor(expected[line["done"] - 1]).chunk(line["tp"])
+        assert line["weights"] == shares[line["tp_rank"]].tolist(), line["done"]
     turns: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for line in lines:
         turns.setdefault((line["done"], line["round"]), []).append(line)
     whole = [(step, turn) for (step, _), turn in turns.items() if len(turn) == turn[0]["ranks"]]
     assert {step for step, _ in whole} == set(range(1, steps + 1))
     for step, turn in whole:
-        assert sorted(sample for line in turn for sample in line["samples"]) == samples(step - 1, BATCH)
+        for rank in range(turn[0]["tp"]):
+            seen = [sample for line in turn if line["tp_rank"] == rank for sample in line["samples"]]
+            assert sorted(seen) == samples(step - 1, BATCH)
 
 
 def test_a_node_joins_and_the_first_one_is_lost(nodes: Nodes) -> None:
@@ -164,8 +177,49 @@ def test_a_node_joins_and_the_first_one_is_lost(nodes: Nodes) -> None:
     nodes.kill("a")
     lost = nodes.wait_for_round(4)
     assert re.search("a left.*→ TP1·PP1·DP2", lost)
-    assert int(re.findall(r"(\d+) steps? repeated", lost)[0]) <= EVERY
+    assert repeated(lost) <= EVERY
     nodes.end()
+    check_stream(nodes)
+
+
+def repeated(told: str) -> int:
+    """Number of steps that a round has done again."""
+    return int(re.findall(r"(\d+) steps? repeated", told)[0])
+
+
+def test_a_tensor_parallel_run_goes_on_with_whole_copies_of_the_model(nodes: Nodes) -> None:
+    """One of the three nodes that are left has nobody to share a copy with."""
+    nodes.options, nodes.arguments = ("--nodes", "3:4", "--tp", "2"), ("{tp}",)
+    nodes.configure()
+    for name in "abcd":
+        nodes.start(name)
+    nodes.wait(lambda: any(line["done"] > EVERY and line["ranks"] == 4 for line in nodes.lines()))
+    nodes.kill("a")
+    line = "round .*a left and [bcd] stands by; TP2·PP1·DP2 → TP2·PP1·DP1; .*"
+    lost = str(nodes.wait(lambda: re.findall(line, nodes.log(*"bcd")))[0])
+    assert "3 ranks are there; TP2·PP1, a batch of 16: rank 2 stands by" in nodes.log("b", "c", "d")
+    assert repeated(lost) <= EVERY
+    nodes.end()
+    check_stream(nodes)
+
+
+def test_a_topology_that_fits_is_chosen_for_the_ranks_that_are_left(nodes: Nodes) -> None:
+    """There are 128 weights: in fp32, with half the masters and states, they take 1280 bytes. A start takes the given sizes."""
+    nodes.options = ("--nodes", "1:2", "--nproc-per-node", "2", "--tp", "2", "--topology", "auto")
+    nodes.options += ("--checkpoint", str(nodes.folder / "checkpoints"), "--memory-per-rank", "2KB")
+    nodes.arguments, store = ("{tp}",), nodes.hold_store()
+    nodes.configure()
+    for name in "ab":
+        nodes.start(name)
+    nodes.wait(lambda: any(line["done"] > EVERY and line["ranks"] == 4 for line in nodes.lines()))
+    assert {line["tp"] for line in nodes.lines()} == {2}
+    nodes.kill("a")
+    lost = str(nodes.wait(lambda: re.findall("round .*a left; TP2·PP1·DP2 → TP1·PP1·DP2; .*", nodes.log("b")))[0])
+    assert "2 ranks are there; TP1·PP1·DP2, from " in nodes.log("b")
+    assert "TP1·PP1·DP2 holds 1.2 KiB of 2.0 KiB per rank" in nodes.log("b")
+    assert repeated(lost) <= EVERY
+    nodes.end()
+    store.kill()
     check_stream(nodes)
 
 

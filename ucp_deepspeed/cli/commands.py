@@ -404,6 +404,7 @@ RUN = Command(
         "ucp run --nproc-per-node 8 train.py",
         "ucp run --nodes 1:4 --store host0:29400 --batch 512 train.py",
         "ucp run --nodes 2:8 --store host0:29400 --tp 2 train.py --tp {tp}",
+        "ucp run --tp 4 --topology auto --checkpoint runs/a train.py --tp {tp}",
     ],
     short_help="Train on nodes that come and go.",
     help="""Run training script SCRIPT on this node and on the others that are started likewise, with torch's elastic agent.
@@ -442,9 +443,24 @@ RUN = Command(
         option(
             "--batch", type=COUNT, help="Samples of one step over all ranks (train_batch_size), which stays what it is."
         ),
-        option("--tp", "tensor", type=COUNT, default=1, show_default=True, help="Tensor-parallel size."),
-        option("--pp", "pipeline", type=COUNT, default=1, show_default=True, help="Number of pipeline stages."),
+        option("--tp", "tensor", metavar="N", default="1", show_default=True, help="Tensor-parallel size."),
+        option("--pp", "pipeline", metavar="N", default="1", show_default=True, help="Number of pipeline stages."),
         option("--min-dp", "least", type=COUNT, default=1, show_default=True, help="Smallest data-parallel size."),
+        choice(
+            "--topology",
+            "fixed auto",
+            show_default=True,
+            help="Keep --tp and --pp, or choose in each round what the newest checkpoint can be loaded on: --tp and --pp or what "
+            "divides them; of a range MIN:MAX what divides MAX.",
+        ),
+        checkpoint("--checkpoint", help="For --topology auto: the folder in which SCRIPT saves."),
+        option(
+            "--memory-per-rank",
+            "memory",
+            metavar="SIZE",
+            help="For --topology auto: most bytes of weights, master weights and optimizer states on a rank, such as 40GB. "
+            "Gradients and activations come on top.",
+        ),
         click.Argument(["script"], nargs=-1, required=True, type=click.UNPROCESSED, metavar="SCRIPT [ARGUMENTS]..."),
     ],
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from ucp_deepspeed.elastic.sizes import Sizes
+from pydantic import TypeAdapter
+
+from ucp_deepspeed.elastic.sizes import Auto, Sizes
 
 VARIABLE = "UCP_RUN"
 
@@ -19,28 +20,34 @@ class Job:
         run: name of the run; agents of the same name meet.
         store: ``host:port`` of the store in which they meet.
         node: name of this node in what is told.
-        sizes: what a number of ranks must fit.
+        sizes: what a number of ranks must fit; with `auto`, in a start without a checkpoint.
+        auto: what each round may choose; None if the model-parallel sizes stay.
     """
 
     run: str
     store: str
     node: str
     sizes: Sizes
+    auto: Auto | None = None
 
     @property
     def given_up(self) -> str:
         """The key in the store that is there once the run makes no progress."""
         return f"ucp/{self.run}/given-up"
 
+    @property
+    def alternatives(self) -> list[Sizes]:
+        """The conditions of which a number of ranks must fit one."""
+        return [self.sizes] if self.auto is None else self.auto.alternatives(self.sizes)
+
     def to_environment(self) -> dict[str, str]:
         """Return the variable, for a worker."""
-        return {VARIABLE: json.dumps(asdict(self))}
+        return {VARIABLE: TypeAdapter(Job).dump_json(self).decode()}
 
     @classmethod
     def from_environment(cls) -> Job:
         """Read what `to_environment` has made."""
-        fields = json.loads(os.environ[VARIABLE])
-        return cls(**fields | {"sizes": Sizes(**fields["sizes"])})
+        return TypeAdapter(cls).validate_json(os.environ[VARIABLE])
 
 
 @dataclass(frozen=True)

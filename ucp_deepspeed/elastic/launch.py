@@ -6,13 +6,14 @@ import os
 import signal
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import click
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from ucp_deepspeed.elastic import store
 from ucp_deepspeed.elastic.job import Job
-from ucp_deepspeed.elastic.sizes import Sizes
+from ucp_deepspeed.elastic.sizes import Auto, Range, Sizes
 from ucp_deepspeed.errors import ConfigError, StoreError
 
 RENDEZVOUS = {
@@ -33,30 +34,7 @@ ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 2.13."""
 
 
-@dataclass(frozen=True)
-class Nodes:
-    """A range of numbers of nodes, as ``2`` or ``1:4``."""
-
-    least: int
-    most: int
-
-    @classmethod
-    def parse(cls, text: str) -> Nodes:
-        """Read the range.
-
-        Raises:
-            ConfigError: it is none.
-        """
-        least, _, most = text.partition(":")
-        if not all(part.isdecimal() for part in (least, most or least)) or not 0 < int(least) <= int(most or least):
-            raise ConfigError(f"--nodes takes a number or a range, such as 4 or 1:4, not {text!r}")
-        return cls(int(least), int(most or least))
-
-    def __str__(self) -> str:
-        return f"{self.least}:{self.most}"
-
-
-def agent_arguments(job: Job, nodes: Nodes, on_node: int, restarts: int, script: Sequence[str]) -> list[str]:
+def agent_arguments(job: Job, nodes: Range, on_node: int, restarts: int, script: Sequence[str]) -> list[str]:
     """Return the arguments with which ``torch.distributed.run`` starts the agent of this node.
 
     Args:
@@ -84,21 +62,30 @@ def run(
     address: str | None,
     restarts: int,
     batch: int | None,
-    tensor: int,
-    pipeline: int,
+    tensor: str,
+    pipeline: str,
     least: int,
+    topology: str,
+    checkpoint: Path | None,
+    memory: str | None,
     script: tuple[str, ...],
 ) -> None:
     """Do what ``ucp run`` says, until the run ends."""
-    found = Nodes.parse(nodes)
-    sizes = Sizes(batch, tensor, pipeline, least)
+    found = Range.parse("--nodes", nodes)
+    ranges = _parse_sizes("--tp", tensor, topology), _parse_sizes("--pp", pipeline, topology)
+    sizes = Sizes(batch, ranges[0].most, ranges[1].most, least)
     _check(sizes, found, on_node)
+    auto = None
+    if topology == "auto":
+        auto = _auto(ranges, checkpoint, memory, found.most * on_node, script)
+    elif checkpoint is not None or memory is not None:
+        raise ConfigError("--checkpoint and --memory-per-rank need --topology auto")
     node = node or f"{socket.gethostname()}/{os.getpid()}"
     own, name = endpoint is None, name or "ucp"
     endpoint = endpoint or store.start()
     held = store.connect(endpoint)
     number = store.number_of_run(held, name)
-    job = Job(f"{name}.{number}", endpoint, node, sizes)
+    job = Job(f"{name}.{number}", endpoint, node, sizes, auto)
     store.give_signs_of_life(endpoint, job.given_up)
     _tell(job, found, on_node, own)
     os.environ.update({"UCP_DEEPSPEED": "1", **ENVIRONMENT, **job.to_environment()})
@@ -140,7 +127,35 @@ def _run_agent(arguments: Sequence[str], endpoint: str) -> int | None:
     return 0
 
 
-def _check(sizes: Sizes, nodes: Nodes, on_node: int) -> None:
+def _parse_sizes(option: str, text: str, topology: str) -> Range:
+    """Read a model-parallel size, or with ``--topology auto`` the largest one, or a range."""
+    sizes = Range.parse(option, text)
+    if ":" in text and topology != "auto":
+        raise ConfigError(f"{option} {text} is a range, which needs --topology auto; give one number")
+    return sizes if ":" in text or topology != "auto" else Range(1, sizes.most)
+
+
+def _auto(
+    ranges: tuple[Range, Range], checkpoint: Path | None, memory: str | None, ranks: int, script: Sequence[str]
+) -> Auto:
+    """Return what ``--topology auto`` may choose from."""
+    if checkpoint is None:
+        raise ConfigError("--topology auto needs --checkpoint, the folder in which the script saves")
+    tensor, pipeline = (each.divisors for each in ranges)
+    for name, sizes in (("tp", tensor), ("pp", pipeline)):
+        if len(sizes) > 1 and not any(f"{{{name}}}" in word for word in script):
+            raise ConfigError(
+                f"--topology auto may choose --{name} {', '.join(map(str, sizes))}, and the script isn't told which: give it "
+                f"{{{name}}} as an argument, or --{name} {sizes[-1]}:{sizes[-1]}"
+            )
+    try:
+        numbytes = None if memory is None else int(TypeAdapter(ByteSize).validate_python(memory))
+    except ValidationError as error:
+        raise ConfigError(f"--memory-per-rank takes a size such as 80GB or 74.5GiB, not {memory!r}") from error
+    return Auto(str(checkpoint), numbytes, tensor, pipeline, ranks)
+
+
+def _check(sizes: Sizes, nodes: Range, on_node: int) -> None:
     """Raise if no number of nodes of the range has a number of ranks that fits."""
     most = nodes.most * on_node
     if sizes.largest(most) is None:
@@ -152,11 +167,12 @@ def _check(sizes: Sizes, nodes: Nodes, on_node: int) -> None:
         )
 
 
-def _tell(job: Job, nodes: Nodes, on_node: int, own: bool) -> None:
+def _tell(job: Job, nodes: Range, on_node: int, own: bool) -> None:
     most = nodes.most * on_node
-    fitting = [*job.sizes.up_to(most)][::-1]
+    fitting = sorted({ranks for sizes in job.alternatives for ranks in sizes.up_to(most)})
     if len(fitting) < most:
-        click.echo(f"ucp run: {job.sizes}: {', '.join(map(str, fitting))} of at most {most} ranks train", err=True)
+        what = "--topology auto" if job.auto else job.sizes
+        click.echo(f"ucp run: {what}: {', '.join(map(str, fitting))} of at most {most} ranks train", err=True)
     if own and nodes.most > 1:
         port = job.store.rpartition(":")[2]
         click.echo(

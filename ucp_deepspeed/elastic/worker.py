@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 from ucp_deepspeed import run
 from ucp_deepspeed.elastic import store as stores
 from ucp_deepspeed.elastic.job import Job, Place
-from ucp_deepspeed.elastic.rounds import Round
+from ucp_deepspeed.elastic.rounds import Round, tell
+from ucp_deepspeed.layout import Topology
 
 STAND_BY_SECONDS = 0.5
 """Seconds between two looks of a rank that stands by at whether the others have ended."""
@@ -19,13 +20,16 @@ def main() -> None:
     """Run the script that the arguments name, if this rank is one of those that train."""
     job, place = Job.from_environment(), Place.from_environment()
     store = stores.connect(job.store)
+    if store.check([job.given_up]):
+        raise SystemExit(1)
     current = Round(job, place, store)
     current.come()
-    ranks = job.sizes.largest(place.ranks) or 0
-    if place.rank >= ranks:
+    topology = current.choose()
+    ranks = 0 if topology is None else topology.world_size
+    if topology is None or place.rank >= ranks:
         _stand_by(job, place, store, current.ended, ranks)
     place.take(ranks)
-    sys.argv[1:] = [_filled(word, job, ranks) for word in sys.argv[1:]]
+    sys.argv[1:] = [_filled(word, topology) for word in sys.argv[1:]]
     if place.rank == 0:
         current.watch(ranks)
     try:
@@ -42,11 +46,10 @@ def _was_told_to_go() -> bool:
     return preemption is not None and bool(preemption.is_told())
 
 
-def _filled(word: str, job: Job, ranks: int) -> str:
+def _filled(word: str, topology: Topology) -> str:
     """Fill the sizes of this round into an argument of the script: ``{tp}``, ``{pp}``, ``{dp}``."""
-    sizes = {"tp": job.sizes.tensor, "pp": job.sizes.pipeline, "dp": job.sizes.data_parallel(ranks)}
-    for name, size in sizes.items():
-        word = word.replace(f"{{{name}}}", str(size))
+    for name in ("tp", "pp", "dp"):
+        word = word.replace(f"{{{name}}}", str(getattr(topology, name)))
     return word
 
 
@@ -54,7 +57,7 @@ def _stand_by(job: Job, place: Place, store: Any, ended: str, ranks: int) -> NoR
     """Wait until the ranks that train have ended; the agent ends this one when the nodes change."""
     if place.rank == ranks:
         left = f"ranks {ranks} to {place.ranks - 1} stand by" if ranks < place.ranks - 1 else f"rank {ranks} stands by"
-        print(f"ucp run: {place.ranks} ranks are there; {job.sizes}: {left}", file=sys.stderr, flush=True)
+        tell(left if job.auto else f"{place.ranks} ranks are there; {job.sizes}: {left}")
     while ranks == 0 or store.add(ended, 0) < ranks:
         time.sleep(STAND_BY_SECONDS)
     raise SystemExit(0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
+
 import pytest
 import wrapt
 from torch.distributed import HashStore
@@ -21,6 +24,12 @@ def test_what_is_told_of_a_round() -> None:
         "round 2: a left and c joined; TP1·PP1·DP4 → TP1·PP1·DP2; goes on from step 10, 2 steps repeated; "
         "13.9 s from the last step to this"
     )
+    idle = replace(before, nodes=("b",), standing=("a",))
+    assert "round 2: a left and c joined; " in told(idle, now)
+    assert "round 1: a stands by; " in told(before, idle) and "round 1: the same nodes; " in told(idle, before)
+    many = replace(now, nodes=("d",), standing=("a", "b"))
+    assert "round 2: d joined and a, b stand by; " in told(before, many)
+    assert Stood.from_json(json.dumps(asdict(many))) == many
     same = Stood(13, 101.0, ("a", "b"), 4, "TP1·PP1·DP4", 2)
     assert "the same nodes; " in told(before, same) and " 0 steps repeated" in told(before, same)
 

@@ -7,8 +7,8 @@ import itertools
 import pytest
 
 from ucp_deepspeed.elastic.job import Job
-from ucp_deepspeed.elastic.launch import Nodes, agent_arguments
-from ucp_deepspeed.elastic.sizes import Sizes, micro_batch
+from ucp_deepspeed.elastic.launch import agent_arguments
+from ucp_deepspeed.elastic.sizes import Range, Sizes, micro_batch
 from ucp_deepspeed.errors import ConfigError
 
 
@@ -40,12 +40,12 @@ def test_micro_batches() -> None:
 @pytest.mark.parametrize("text", ["", "0", "4:2", "a", "1:2:3", "-1"])
 def test_what_is_no_range_of_nodes(text: str) -> None:
     with pytest.raises(ConfigError, match="--nodes takes a number or a range"):
-        Nodes.parse(text)
+        Range.parse("--nodes", text)
 
 
 def test_the_agents_arguments() -> None:
     job = Job("mine", "host0:29400", "a", Sizes())
-    words = agent_arguments(job, Nodes.parse("1:4"), 8, 7, ["train.py", "--lr", "1"])
+    words = agent_arguments(job, Range.parse("--nodes", "1:4"), 8, 7, ["train.py", "--lr", "1"])
     assert words[words.index("-m") :] == ["-m", "ucp_deepspeed.elastic.worker", "train.py", "--lr", "1"]
     assert "SIGUSR1" in words[words.index("--signals-to-handle") + 1].split(",")
     assert words[: words.index("--signals-to-handle")] == [
