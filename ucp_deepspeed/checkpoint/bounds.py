@@ -21,13 +21,14 @@ LONGEST_NAME = 255
 """Most bytes of a file's name, as file systems have it."""
 
 
-def _plain(name: str) -> str:
+def check_plain(name: str) -> str:
+    """Return the name of a file beside a document; a ValueError says that it may be none."""
     if name in ("", ".", "..") or not {"/", "\0"}.isdisjoint(name) or len(os.fsencode(name)) > LONGEST_NAME:
         raise ValueError(f"{name[:80]!r} can't be the name of a file in this folder")
     return name
 
 
-FileName = Annotated[str, AfterValidator(_plain)]
+FileName = Annotated[str, AfterValidator(check_plain)]
 """A name that a document gives to a file beside it."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from ucp_deepspeed.checkpoint.bounds import check_inside
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, Checkpoint
 from ucp_deepspeed.checkpoint.checksums import CHECKSUMS_NAME, FileSums, SavedSums
+from ucp_deepspeed.checkpoint.dcp.metadata import METADATA_NAME, read_metadata
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.consolidated import ATOMS_FOLDER, is_consolidated
 from ucp_deepspeed.checkpoint.deepspeed.manifest import (
@@ -30,7 +32,7 @@ from ucp_deepspeed.checkpoint.random_files import (
     path_of,
     read_state,
 )
-from ucp_deepspeed.checkpoint.tags import is_marked
+from ucp_deepspeed.checkpoint.tags import is_dcp, is_marked
 from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY
 from ucp_deepspeed.checkpoint.torch_files.safe_load import scalar_of
 from ucp_deepspeed.checkpoint.universal.index import FORMAT_VERSION, INDEX_NAME, Index
@@ -122,8 +124,9 @@ def evidence_of(folder: Path) -> Evidence:
     """Read the evidence in a tag folder."""
     evidence = Evidence(folder)
     there = sorted(str(entry.relative_to(folder)) for entry in folder.rglob("*") if entry.is_file())
-    listed = _of_index(evidence) if INDEX_NAME in there else _of_manifest(evidence, there)
     atoms = f"{ATOMS_FOLDER}/" if is_consolidated(folder) else MANIFEST_NAME
+    of = _of_index if INDEX_NAME in there else _of_metadata if is_dcp(folder) else partial(_of_manifest, there=there)
+    listed = of(evidence)
     ours = {INDEX_NAME, MANIFEST_NAME, CHECKSUMS_NAME, RANDOM_STATES_NAME}
     earlier = evidence.manifest.earlier if evidence.manifest is not None else ()
     known = [
@@ -158,6 +161,19 @@ def _of_index(evidence: Evidence) -> Collection[str]:
     elif index.format_version > 1:
         evidence.add(INDEX_NAME, "checkpoint", f"isn't as it was written; {REMEDY}")
     return index.files.keys()
+
+
+def _of_metadata(evidence: Evidence) -> Collection[str]:
+    """Read the metadata of a folder of ``torch.distributed.checkpoint``; return its files."""
+    try:
+        sizes = read_metadata(evidence.path / METADATA_NAME).sizes
+    except (UniversalCheckpointError, OSError) as error:
+        evidence.problems.append(Problem(METADATA_NAME, "checkpoint", str(error)))
+        return [METADATA_NAME]
+    for name in sizes:
+        if not (evidence.path / name).is_file():
+            evidence.add(name, "missing", f"is missing, and {METADATA_NAME} tells of it; {REMEDY}")
+    return {METADATA_NAME, *sizes}
 
 
 def _read_sums(evidence: Evidence, checksums: str, save_id: str | None) -> None:

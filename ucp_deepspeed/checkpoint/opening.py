@@ -13,11 +13,12 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.bounds import read_bounded
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checksums import CHECKSUMS_NAME
+from ucp_deepspeed.checkpoint.dcp.catalog import DcpCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.consolidated import ConsolidatedCheckpoint, is_consolidated
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.deepspeed.written_names import is_model_states
-from ucp_deepspeed.checkpoint.tags import holds_checkpoint, is_marked, tags_in, unfinished
+from ucp_deepspeed.checkpoint.tags import holds_checkpoint, is_dcp, is_marked, tags_in, unfinished
 from ucp_deepspeed.checkpoint.universal.index import (
     INDEX_NAME,
     PARTIAL_MARK,
@@ -164,6 +165,8 @@ def _open(path: str | Path, tag: str | None, verify: bool) -> Checkpoint:
         return ConsolidatedCheckpoint(folder, verify)
     if native is not None:
         return DeepSpeedCheckpoint(folder, verify=verify)
+    if is_dcp(folder):
+        return DcpCheckpoint(folder)
     if is_marked(folder):
         raise unfinished(folder, NO_MODEL_STATES)
     if any(folder.glob("layer_*-model_states.pt")):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from ucp_deepspeed.checkpoint.dcp.metadata import METADATA_NAME
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, MARK_NAME
 from ucp_deepspeed.checkpoint.encoding import read_document
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, home_of, is_unfinished
@@ -119,9 +120,14 @@ def whole_tags(root: Path) -> list[str]:
 
 def holds_checkpoint(folder: Path) -> bool:
     """Return whether a folder is a tag's, by the names of its files."""
-    if (folder / INDEX_NAME).is_file():
+    if (folder / INDEX_NAME).is_file() or is_dcp(folder):
         return True
     return folder.is_dir() and any(entry.name.endswith("_model_states.pt") for entry in folder.iterdir())
+
+
+def is_dcp(folder: Path) -> bool:
+    """Return whether a folder is one of ``torch.distributed.checkpoint``, by the names of its files."""
+    return (folder / METADATA_NAME).is_file()
 
 
 def tags_in(root: Path) -> list[str]:

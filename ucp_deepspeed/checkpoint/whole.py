@@ -18,7 +18,7 @@ from pathlib import Path
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, MARK_NAME
 from ucp_deepspeed.checkpoint.evidence import evidence_of
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME, open_checkpoint, read_latest
-from ucp_deepspeed.checkpoint.tags import is_marked, tags_in
+from ucp_deepspeed.checkpoint.tags import is_dcp, is_marked, tags_in
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, is_unfinished
 from ucp_deepspeed.errors import UniversalCheckpointError
 
@@ -62,7 +62,7 @@ class FoundCheckpoint:
 def checkpoints_in(folder: str | Path) -> list[FoundCheckpoint]:
     """Return the checkpoints in a folder, the newest first; none if there is no such folder."""
     root = Path(folder)
-    held = [root / name for name in tags_in(root)] + [root / name for name in sorted(_unfinished_in(root))]
+    held = [*_tags_in(root), *(root / name for name in sorted(_unfinished_in(root)))]
     made = [entry for entry in _folders_in(root) if entry not in held and (_tags_of(entry) or _lacks(entry))]
     found = [_found(path, [path]) for path in dict.fromkeys(held)] + [_found(path, _tags_of(path)) for path in made]
     return sorted(found, key=lambda each: each.order, reverse=True)
@@ -179,7 +179,12 @@ def _unfinished_in(root: Path) -> Iterator[str]:
 
 def _tags_of(folder: Path) -> list[Path]:
     """Return the tag folders in a folder, also those whose save wasn't finished."""
-    return [folder / name for name in sorted({*tags_in(folder), *_unfinished_in(folder)})]
+    return sorted({*_tags_in(folder), *(folder / name for name in _unfinished_in(folder))})
+
+
+def _tags_in(root: Path) -> list[Path]:
+    """Return the tag folders of DeepSpeed's and the universal form: whoever has written others decides what becomes of them."""
+    return [root / name for name in tags_in(root) if not is_dcp(root / name)]
 
 
 def _time_of(tag: Path) -> float:

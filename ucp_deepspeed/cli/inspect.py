@@ -212,7 +212,7 @@ def _labelled(report: Mapping[str, Any]) -> dict[str, str]:
     written = datetime.fromisoformat(report["written"]).astimezone().isoformat(" ", "minutes")
     return {
         "path": f"{path}{aside}",
-        "form": f"{report['form']}, DeepSpeed {report['ds_version']}",
+        "form": report["form"] + (f", DeepSpeed {report['ds_version']}" if report["ds_version"] else ""),
         "topology": topology,
         "steps": f"{report['global_steps']}, {report['skipped_steps']} skipped, {report['global_samples']} samples",
         "optimizer step": ", ".join(map(str, report["optimizer_steps"])) or "none",

@@ -191,7 +191,8 @@ def _parameter(
 ) -> Iterator[Difference]:
     a, b = side_a.view, side_b.view
     one, other = a.parameters[name], b.parameters[name]
-    if one.kind != other.kind:
+    untold = (one.may_be_buffer and other.kind == "buffer") or (other.may_be_buffer and one.kind == "buffer")
+    if one.kind != other.kind and not untold:
         yield Difference(name, "kind", f"{one.kind} in A, {other.kind} in B")
     for state in sorted(one.states.keys() ^ other.states.keys()):
         yield Difference(name, "states", f"state {state!r} only in {'A' if state in one.states else 'B'}")

@@ -18,10 +18,12 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.bounds import check_regular
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.checksums import FileSums, sum_of
+from ucp_deepspeed.checkpoint.dcp.metadata import FILES_ENDING, METADATA_NAME
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, MARK_NAME
 from ucp_deepspeed.checkpoint.evidence import Evidence, Problem, evidence_of
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME, open_checkpoint, read_latest, resolve_tag
 from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY
+from ucp_deepspeed.checkpoint.torch_files.parts import archives_in
 from ucp_deepspeed.checkpoint.torch_files.records import Record, records_of
 from ucp_deepspeed.checkpoint.torch_files.structure import structure_of
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, home_of, is_unfinished
@@ -182,12 +184,12 @@ def _verified(evidence: Evidence, tell: Tell, name: str) -> VerifiedFile:
     path, sums, found, unchecked = evidence.path / name, evidence.sums_of(name), [], 0
     records: tuple[Record, ...] = ()
     numbytes = path.stat().st_size
-    if name.endswith(".pt"):
+    if name.endswith((".pt", FILES_ENDING)):
         try:
             records = records_of(path)
-            if records:
-                structure = structure_of(path)
-                unchecked = 0 if structure.is_torchs else structure.numbytes
+            for bounds in archives_in(path) if records else ():
+                structure = structure_of(path, bounds)
+                unchecked += 0 if structure.is_torchs else structure.numbytes
                 altered = structure.altered if structure.is_torchs else ()
                 found += [Problem(name, "archive", f"{path}: {part} are altered; {REMEDY}") for part in altered]
         except DamagedCheckpointError as error:
@@ -300,7 +302,7 @@ def _time_of(folder: Path) -> float:
     return max((file.stat().st_mtime for file in folder.iterdir() if file.name.endswith(_ENDINGS)), default=0.0)
 
 
-_ENDINGS = "_states.pt", INDEX_NAME, MANIFEST_NAME, MARK_NAME
+_ENDINGS = "_states.pt", METADATA_NAME, INDEX_NAME, MANIFEST_NAME, MARK_NAME
 """Ends of the names of files by which a tag folder is known."""
 
 

@@ -12,9 +12,10 @@ import zipfile
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -64,7 +65,15 @@ class Archive:
             DamagedCheckpointError: there is none, or it is damaged.
             UnsupportedError: torch reads the file but can't say where the bytes of a tensor are.
         """
-        with telling_damage(path), path.open("rb", buffering=0) as raw, zipfile.ZipFile(raw) as file:
+        with telling_damage(path):
+            raw = path.open("rb", buffering=0)
+        with raw:
+            return cls.in_file(path, raw, summed)
+
+    @classmethod
+    def in_file(cls, path: Path, raw: IO[bytes] | RawIOBase, summed: bool = False) -> Archive:
+        """Read the directory of an archive that is an open file, or a part of one; see `of`."""
+        with telling_damage(path), zipfile.ZipFile(cast(IO[bytes], raw)) as file:
             records = sorted(file.infolist(), key=lambda record: record.header_offset)
             named = {record.filename.partition("/")[2]: record for record in reversed(records)}
             if not any(record.CRC for record in records):  # torch was told to compute none

@@ -8,13 +8,15 @@ import zipfile
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY, telling_damage
+from ucp_deepspeed.checkpoint.torch_files.parts import FilePart, archives_in
 from ucp_deepspeed.errors import DamagedCheckpointError
 
 _REFLECTED, _ONE, _X = 0xEDB88320, 1 << 31, 1 << 30
@@ -71,26 +73,27 @@ class Record:
 
 
 def records_of(path: Path) -> tuple[Record, ...]:
-    """Return the records of an archive in the order of the file; none for a file that isn't a zip archive.
+    """Return the records of an archive, or of several in one file, in the order of the file; none for a file of another kind.
 
     Raises:
         DamagedCheckpointError: the directory, or what it leads to, is damaged.
     """
-    with telling_damage(path), path.open("rb") as file:
-        if not zipfile.is_zipfile(file):
-            return ()
-        with zipfile.ZipFile(file) as archive:
-            listed = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-        found, size, summed = [], os.fstat(file.fileno()).st_size, any(entry.CRC for entry in listed)
-        for entry in listed:
-            if not entry.file_size or entry.compress_type != zipfile.ZIP_STORED:
-                continue
-            header = os.pread(file.fileno(), 30, entry.header_offset)
-            lengths = (int.from_bytes(header[place : place + 2], "little") for place in (26, 28))
-            start = entry.header_offset + 30 + sum(lengths)
-            if header[:4] != b"PK\x03\x04" or start + entry.file_size > size:
-                raise zipfile.BadZipFile(f"record {entry.filename} isn't where the directory says")
-            found.append(Record(entry.filename, start, start + entry.file_size, entry.CRC if summed else None))
+    found: list[Record] = []
+    for _, stop in archives_in(path):
+        with telling_damage(path), closing(FilePart(path, 0, stop)) as part:
+            with zipfile.ZipFile(cast(IO[bytes], part)) as archive:
+                listed = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+            summed = any(entry.CRC for entry in listed)
+            for entry in listed:
+                if not entry.file_size or entry.compress_type != zipfile.ZIP_STORED:
+                    continue
+                part.seek(entry.header_offset)
+                header = part.read(30)
+                lengths = (int.from_bytes(header[place : place + 2], "little") for place in (26, 28))
+                start = entry.header_offset + 30 + sum(lengths)
+                if header[:4] != b"PK\x03\x04" or start + entry.file_size > stop:
+                    raise zipfile.BadZipFile(f"record {entry.filename} isn't where the directory says")
+                found.append(Record(entry.filename, start, start + entry.file_size, entry.CRC if summed else None))
     return tuple(found)
 
 

@@ -6,16 +6,17 @@ sizes, CRC-32 and places of the records tell all of these bytes. So an altered o
 
 from __future__ import annotations
 
-import os
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from copy import copy
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple, cast
 
 from ucp_deepspeed.checkpoint.torch_files.archives import DEFAULT_ALIGNMENT, LARGE, content_start
 from ucp_deepspeed.checkpoint.torch_files.damage import telling_damage
+from ucp_deepspeed.checkpoint.torch_files.parts import FilePart
 
 _NAMES_IN_UTF8, _DESCRIBED_BEHIND = 0x0800, 0x0008
 """Flags of a record: its CRC-32 stands in a descriptor behind its content, if it has any."""
@@ -49,13 +50,21 @@ class Structure(NamedTuple):
     is_torchs: bool
 
 
-def structure_of(path: Path) -> Structure:
+def structure_of(path: Path, bounds: tuple[int, int] | None = None) -> Structure:
     """Compare an archive.
+
+    Args:
+        bounds: its first byte in the file, and the byte behind it; by default it is the whole file.
 
     Raises:
         DamagedCheckpointError: it can't be read.
     """
-    with telling_damage(path), path.open("rb", buffering=0) as raw, zipfile.ZipFile(raw) as archive:
+    first, stop = (0, path.stat().st_size) if bounds is None else bounds
+    with (
+        telling_damage(path),
+        closing(FilePart(path, first, stop - first)) as raw,
+        zipfile.ZipFile(cast(IO[bytes], raw)) as archive,
+    ):
         entries = archive.infolist()
         named = {entry.filename.partition("/")[2]: entry for entry in entries}
         setting = named.get(".storage_alignment")
@@ -64,11 +73,12 @@ def structure_of(path: Path) -> Structure:
             told = copy(setting)
             told.CRC = None  # type: ignore[assignment]  # an archive may have no sums; those of others are compared elsewhere
             alignment = max(int(archive.read(told)), 1)
-        size, altered, parts, end = os.fstat(raw.fileno()).st_size, [], 0, 0
+        size, altered, parts, end = stop - first, [], 0, 0
         for part in _parts(entries, alignment, archive.start_dir):
             parts += 1
-            if os.pread(raw.fileno(), len(part.expected), part.start) != part.expected:
-                altered.append(f"bytes {part.start} to {part.start + len(part.expected)}, {part.what}")
+            raw.seek(part.start)
+            if raw.read(len(part.expected)) != part.expected:
+                altered.append(f"bytes {first + part.start} to {first + part.start + len(part.expected)}, {part.what}")
             end = part.start + len(part.expected)
     if end != size:
         altered.append(f"the archive's end: byte {end} of {size}")

@@ -176,6 +176,7 @@ def describe(
                 pattern=view.patterns[name],
                 states={state: homes[name, state] for state in parameter.states},
                 scalars=_encoded_scalars(scalars[name], name),
+                may_be_buffer=parameter.may_be_buffer,
             )
             for name, parameter in view.parameters.items()
         },

@@ -52,13 +52,16 @@ class _Wire(BaseModel):
 
 
 class IndexParameter(_Wire):
-    """A parameter. ``states`` maps each element-wise state to the file with its atom, whose key is `atom_key`."""
+    """A parameter. ``states`` maps each element-wise state to the file with its atom, whose key is `atom_key`.
+
+    ``may_be_buffer``: see `ucp_deepspeed.checkpoint.checkpoint.Parameter`."""
 
     kind: Kind
     shape: tuple[NonNegativeInt, ...]
     pattern: Annotated[Pattern, Discriminator("pattern")]
     states: Mapping[str, str]
     scalars: Mapping[str, Any]
+    may_be_buffer: bool = False
 
     @model_validator(mode="after")
     def _has_a_weight(self) -> IndexParameter:
@@ -166,6 +169,7 @@ class UniversalCheckpoint(Checkpoint):
                 (entry.shape,),
                 {state: self._extents[name, state].dtype for state in entry.states},
                 self._decoded(dict(entry.scalars), f"{name}.scalars", sound=are_scalars),
+                may_be_buffer=entry.may_be_buffer,
             )
             for name, entry in index.parameters.items()
         }
