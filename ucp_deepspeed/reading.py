@@ -148,8 +148,8 @@ class OpenCheckpoint(AbstractContextManager["OpenCheckpoint"]):
         self._view: UniversalView | None = None
         self.layouts_unknown: SpecError | MismatchError | None = None
         try:
-            named = None if spec == "auto" else spec if isinstance(spec, Spec) else load_spec(str(spec))
-            self._view = UniversalView.of(checkpoint, named, vocabulary_size)
+            self._spec = None if spec == "auto" else spec if isinstance(spec, Spec) else load_spec(str(spec))
+            self._view = UniversalView.of(checkpoint, self._spec, vocabulary_size)
         except (SpecError, MismatchError) as error:
             if spec != "auto":
                 raise
@@ -281,7 +281,7 @@ class OpenCheckpoint(AbstractContextManager["OpenCheckpoint"]):
             DamagedCheckpointError, OSError: a file is damaged, or the disk is full; nothing is left behind.
         """
         view, folder = self._whole(), Path(destination)
-        output = Export(to, dtype, source, max_shard_size, config_from, on_differing).output()
+        output = Export(to, dtype, source, max_shard_size, config_from, self._spec, on_differing).output()
         check_apart(self._checkpoint, folder)
         convert(view, folder, output, workers=workers, progress=progress)
         return left_out(view)

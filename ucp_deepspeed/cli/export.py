@@ -40,11 +40,12 @@ def write(
     if adapter and to == "torch":
         raise ConfigError("--adapter writes what PEFT loads, which --to torch isn't; leave one of them out")
     form: Form = "adapter" if adapter else to
-    output = Export(form, dtype, numbers, max_shard_size, config_from, on_differing).output()
+    named = None if spec is None else load_spec(spec)
+    output = Export(form, dtype, numbers, max_shard_size, config_from, named, on_differing).output()
     checkpoint = open_checkpoint(source, tag)
     warn_of_sums_alone(checkpoint)
     check_apart(checkpoint, destination)
-    view = UniversalView.of(checkpoint, None if spec is None else load_spec(spec), vocabulary_size)
+    view = UniversalView.of(checkpoint, named, vocabulary_size)
     if not quiet:
         echo(f"left out: {', '.join(left_out(view))}", err=True)
     with shown_progress("export", quiet) as progress:

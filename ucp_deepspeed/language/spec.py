@@ -35,6 +35,7 @@ from ucp_deepspeed.language.dimensions import (
     with_numbers,
 )
 from ucp_deepspeed.language.globs import Matcher, check_glob
+from ucp_deepspeed.language.huggingface import HuggingFaceNames
 from ucp_deepspeed.language.naming import Renaming
 from ucp_deepspeed.layout.box import Shape
 from ucp_deepspeed.layout.pattern import Pattern, Shard
@@ -133,6 +134,7 @@ class Spec(BaseModel):
         config: path of the model's own configuration, a JSON file, relative to the spec's folder.
         dimensions: numbers with names, for expressions in rules (`ucp_deepspeed.language.dimensions`).
         names: renamings to logical names, for classes of model that use other names (`ucp_deepspeed.language.naming`).
+        huggingface: what parameters become in Hugging Face models (`ucp_deepspeed.language.huggingface`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -143,6 +145,7 @@ class Spec(BaseModel):
     config: str | None = None
     dimensions: Mapping[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Dimension] = {}
     names: Mapping[str, tuple[Renaming, ...]] = {}
+    huggingface: tuple[HuggingFaceNames, ...] = ()
     _lines: Lines = PrivateAttr(default_factory=dict)
     _values: Mapping[str, int] = PrivateAttr(default_factory=dict)
 

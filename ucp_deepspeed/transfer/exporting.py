@@ -15,6 +15,7 @@ from ucp_deepspeed.checkpoint.export.huggingface import SHARD_SIZE, numbytes_of
 from ucp_deepspeed.checkpoint.export.weights import Choice, WeightsSource
 from ucp_deepspeed.checkpoint.output import Output
 from ucp_deepspeed.errors import ConfigError
+from ucp_deepspeed.language import Spec
 
 Form = Literal["hf", "torch", "adapter"]
 """A folder for ``from_pretrained``, a file for ``torch.load``, or the adapter of a LoRA run for PEFT."""
@@ -29,6 +30,7 @@ class Export:
         dtype, source: see `ucp_deepspeed.checkpoint.export.weights.Choice`.
         max_shard_size: most bytes of a file of the form ``hf`` with several tensors, as a number or as ``5GB``.
         config_from: folder with the configuration; by default where that lies beside the checkpoint.
+        spec: the spec that the user has named, which may tell the names of a Hugging Face model.
         on_differing: the copy to write of a parameter that pipeline stages hold with different values.
     """
 
@@ -37,6 +39,7 @@ class Export:
     source: WeightsSource | None = None
     max_shard_size: int | str = SHARD_SIZE
     config_from: str | Path | None = None
+    spec: Spec | None = None
     on_differing: OnDiffering = "error"
 
     def output(self) -> Output:
@@ -57,7 +60,7 @@ class Export:
             return TorchOutput(choice, self.on_differing)
         if self.to == "adapter":
             return AdapterOutput(choice, config_from, on_differing=self.on_differing)
-        return HuggingFaceOutput(choice, config_from, numbytes_of(self.max_shard_size), self.on_differing)
+        return HuggingFaceOutput(choice, config_from, numbytes_of(self.max_shard_size), self.spec, self.on_differing)
 
 
 def check_apart(checkpoint: Checkpoint, destination: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
-from ucp_deepspeed.checkpoint.expert_forms import matrices_in, matrix_shape
+from ucp_deepspeed.checkpoint.expert_forms import Matrix, matrices_in, matrix_shape
 from ucp_deepspeed.checkpoint.output import StoredTensor
 from ucp_deepspeed.errors import UnsupportedError
 from ucp_deepspeed.layout import Box, Layout
@@ -60,10 +60,11 @@ def with_single_experts(tensors: Mapping[str, StoredTensor], model_type: str | N
     others = _OF_AUTOEP_QWEN2 if model_type == "qwen2_moe" else _OF_AUTOEP
     found: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
-        (region,) = tensor.regions
-        shape = region.layout.logical_shape
-        if len(shape) == 3 and matrices_in(name, shape):
+        matrices = matrices_in(name, tensor.shape)
+        if len(tensor.shape) == 3 and matrices:
             found |= _taken_apart(name, tensor, model_type in _MIXTRAL)
+        elif matrices:
+            found[_title(matrices[0], model_type in _MIXTRAL)] = tensor
         else:
             found[_in_file(_plain(name, layers, others), model_type in _MIXTRAL)] = tensor
     return found
@@ -83,16 +84,21 @@ def _in_file(name: str, mixtral: bool) -> str:
     return re.sub(r"\.mlp\.(gate|experts)\.", r".block_sparse_moe.\1.", name) if mixtral else name
 
 
+def _title(matrix: Matrix, mixtral: bool) -> str:
+    """Return the name of a matrix in a file."""
+    layer, kind, number = matrix
+    return _in_file(f"{layer}.experts.{number}.{_TITLES[mixtral][kind]}.weight", mixtral)
+
+
 def _taken_apart(name: str, tensor: StoredTensor, mixtral: bool) -> dict[str, StoredTensor]:
     """Return the matrices of a tensor that holds those of all experts of a layer."""
     (region,) = tensor.regions
     shape = region.layout.logical_shape
     matrices, (rows, columns) = matrices_in(name, shape), matrix_shape(name, shape)
     found = {}
-    for index, (layer, kind, number) in enumerate(matrices):
-        first = index * rows % shape[1]
+    for index, matrix in enumerate(matrices):
+        number, first = matrix[2], index * rows % shape[1]
         layout = Layout.around(shape, Box((number, first, 0), (number + 1, first + rows, columns)))
         part = replace(region, layout=layout, local_start=0, numel=prod((rows, columns)))
-        title = _in_file(f"{layer}.experts.{number}.{_TITLES[mixtral][kind]}.weight", mixtral)
-        found[title] = StoredTensor((rows, columns), (part,))
+        found[_title(matrix, mixtral)] = StoredTensor((rows, columns), (part,))
     return found

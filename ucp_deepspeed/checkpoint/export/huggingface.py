@@ -24,11 +24,13 @@ from ucp_deepspeed.checkpoint.export.companions import (
     with_dtype,
 )
 from ucp_deepspeed.checkpoint.export.experts import with_single_experts
-from ucp_deepspeed.checkpoint.export.weights import DTYPES, Choice, check_complete, check_range, model_names, weights_of
+from ucp_deepspeed.checkpoint.export.model_names import huggingface_weights
+from ucp_deepspeed.checkpoint.export.weights import DTYPES, Choice, check_complete, check_range, model_names
 from ucp_deepspeed.checkpoint.output import Output, OutputFile, OutputPlan, StoredTensor
 from ucp_deepspeed.checkpoint.safetensors_files import safetensors_file
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError, UnsupportedError
+from ucp_deepspeed.language.spec import Spec
 
 WEIGHTS_NAME, WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 
@@ -50,21 +52,22 @@ class HuggingFaceOutput(Output):
         choice: the numbers to write.
         config_from: folder with ``config.json``, and perhaps a tokenizer; by default where these lie beside the checkpoint.
         shard_numbytes: most bytes of a shard with several tensors.
+        spec: the spec that the user has named.
     """
 
     choice: Choice
     config_from: Path | None = None
     shard_numbytes: int = 5 * 10**9
+    spec: Spec | None = None
     on_differing: OnDiffering = "error"
 
     def plan(self, view: UniversalView) -> OutputPlan:
         """See `Output.plan`."""
         check_complete(view)
-        names = model_names(view)
-        _check_names(view, list(names.values()))
+        _check_names(view)
         companions = companions_of(view.checkpoint.path, self.config_from, CONFIG_NAME, BESIDE_MODEL)
         config = companions.document(CONFIG_NAME)
-        weights = weights_of(view, self.choice, names)
+        weights = huggingface_weights(view, self.choice, config, self.spec)
         tensors = dict(weights.tensors)
         if config is None or config.get("tie_word_embeddings") is False:  # nobody would tie them again
             tensors |= {alias: tensors[owner] for alias, owner in weights.tied.items()}
@@ -116,9 +119,9 @@ def _dtype_of(tensors: Mapping[str, StoredTensor]) -> str:
     return titles[max(count, key=lambda dtype: count[dtype])]
 
 
-def _check_names(view: UniversalView, names: Sequence[str]) -> None:
+def _check_names(view: UniversalView) -> None:
     """Refuse names that no Hugging Face model has: ``from_pretrained`` would begin with random weights."""
-    path = view.checkpoint.path
+    path, names = view.checkpoint.path, model_names(view).values()
     if adapters := adapters_in(view):
         raise UnsupportedError(
             f"{path} holds adapters of PEFT, which a plain model has no place for",
