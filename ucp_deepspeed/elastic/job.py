@@ -78,6 +78,11 @@ class Place:
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", *(int(os.environ[name]) for name in names)
         )
 
+    @property
+    def are_there(self) -> str:
+        """``3 ranks are there``."""
+        return f"{self.ranks} ranks are there" if self.ranks > 1 else "1 rank is there"
+
     def take(self, ranks: int) -> None:
         """Make this number of ranks the world of this process; the last ones are left out."""
         here = min(self.on_node, ranks - (self.rank - self.local))

@@ -139,7 +139,7 @@ class Round:
             tell(f"--topology auto: {error}")
             self._count()
             raise SystemExit(1) from None
-        tell(f"{self._place.ranks} ranks are there; {choice.reason}")
+        tell(f"{self._place.are_there}; {choice.reason}")
         return None if choice.topology is None else asdict(choice.topology)
 
     def watch(self, ranks: int) -> None:

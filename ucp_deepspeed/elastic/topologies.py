@@ -74,6 +74,16 @@ def _on(topology: Topology, ranks: int) -> str:
     return f"{named(topology)}{some}"
 
 
+def _compared(held: int, memory: int | None) -> str:
+    """``1.5 GiB of 2.0 GiB``, or ``2.5 GiB, more than 2.0 GiB``; in bytes where the words would be the same."""
+    if memory is None:
+        return in_words(held)
+    words = in_words(held), in_words(memory)
+    if words[0] == words[1]:
+        words = f"{held:,} B", f"{memory:,} B"
+    return (" of " if held <= memory else ", more than ").join(words)
+
+
 class _Search:
     """Looks at one topology after the other; see `choose`."""
 
@@ -131,8 +141,7 @@ class _Search:
         fits = memory is None or held <= memory
         if not fits:  # fewer data-parallel ranks hold no less
             self._hopeless.add(pair)
-        limit = "" if memory is None else f" of {in_words(memory)}" if fits else f", more than {in_words(memory)}"
-        return _Look(topology, held, f"{name} holds {in_words(held)}{limit} per rank", fits)
+        return _Look(topology, held, f"{name} holds {_compared(held, memory)} per rank", fits)
 
     def _refusal(self, passed: list[_Look]) -> str:
         lines = listed([look.told for look in passed])

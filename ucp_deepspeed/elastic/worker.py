@@ -57,7 +57,7 @@ def _stand_by(job: Job, place: Place, store: Any, ended: str, ranks: int) -> NoR
     """Wait until the ranks that train have ended; the agent ends this one when the nodes change."""
     if place.rank == ranks:
         left = f"ranks {ranks} to {place.ranks - 1} stand by" if ranks < place.ranks - 1 else f"rank {ranks} stands by"
-        tell(left if job.auto else f"{place.ranks} ranks are there; {job.sizes}: {left}")
+        tell(left if job.auto else f"{place.are_there}; {job.sizes}: {left}")
     while ranks == 0 or store.add(ended, 0) < ranks:
         time.sleep(STAND_BY_SECONDS)
     raise SystemExit(0)

@@ -99,7 +99,7 @@ def test_what_is_told(saved: Callable[[int], str]) -> None:
     choice = choose(Sizes(8, 2, 1), Auto(folder, kib + 300, (1, 2), (1,), 4), 3)
     assert choice.reason == (
         f"TP2·PP1·DP1 on 2 of them, from {folder}/global_step5: TP2·PP1·DP1 holds 1.2 KiB of 1.3 KiB per rank; TP1·PP1·DP2 holds "
-        "1.3 KiB, more than 1.3 KiB per rank"
+        "1,372 B, more than 1,324 B per rank"
     )
     assert choose(Sizes(8, 2), Auto(folder, None, (1, 2), (1,), 4), 4).reason.startswith("TP1·PP1·DP4, from ")
     waits = choose(Sizes(8, 2, 1), Auto(folder, 800, (1, 2), (1,), 4), 2)
@@ -162,8 +162,9 @@ def test_all_ranks_of_a_round_take_what_the_first_has_chosen(
     assert [each.choose() for each in rounds[1:]] == [first, first]
     assert capsys.readouterr().err.startswith("ucp run: 3 ranks are there; TP1·PP1·DP2 on 2 of them, from ")
     keys = store.num_keys()
-    Round(job, Place("host1:2", 0, 4, 0, 1, 0), store).choose()
+    Round(job, Place("host1:2", 0, 1, 0, 1, 0), store).choose()
     assert store.num_keys() == keys  # what is left of a round would be taken by one with its port
+    assert capsys.readouterr().err.startswith("ucp run: 1 rank is there; TP1·PP1·DP1, from ")
 
 
 def test_a_run_for_which_nothing_fits_ends(saved: Callable[[int], str], capsys: pytest.CaptureFixture[str]) -> None:
