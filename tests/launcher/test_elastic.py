@@ -133,8 +133,8 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
     nodes = Nodes(tmp_path)
     nodes.configure()
     yield nodes
-    for agent in nodes.agents.values():
-        agent.kill()
+    for name in list(nodes.agents):
+        nodes.kill(name)
 
 
 def uninterrupted(folder: Path, steps: int) -> list[list[float]]:

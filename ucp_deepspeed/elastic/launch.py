@@ -93,14 +93,15 @@ def run(
     if address is not None:
         arguments[:0] = ["--local-addr", address]
     status = _run_agent(arguments, endpoint)
-    if status is None and not held.check([job.given_up]):
+    if status < 0 and not held.check([job.given_up]):  # the run goes on without this node
+        click.echo(f"ucp run: this node leaves the run ({signal.Signals(-status).name})", err=True)
         raise SystemExit(128 + signal.SIGTERM)
     store.end_run(held, name, number)
-    raise SystemExit(1 if status is None else status)
+    raise SystemExit(1 if status < 0 else status)
 
 
-def _run_agent(arguments: Sequence[str], endpoint: str) -> int | None:
-    """Run an agent until it ends; return the exit status, or None if a signal has ended it: then the run goes on without it.
+def _run_agent(arguments: Sequence[str], endpoint: str) -> int:
+    """Run an agent until it ends; return the exit status, or the negative number of the signal that has ended it.
 
     Raises:
         StoreError: the store is lost.
@@ -114,8 +115,7 @@ def _run_agent(arguments: Sequence[str], endpoint: str) -> int | None:
     try:
         torchrun.main(list(arguments))
     except SignalException as error:
-        click.echo(f"ucp run: this node leaves the run ({error.sigval.name})", err=True)
-        return None
+        return -int(error.sigval)
     except ChildFailedError as error:
         click.echo(str(error), err=True)
         return error.get_first_failure()[1].exitcode or 1
