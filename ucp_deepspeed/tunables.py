@@ -105,6 +105,9 @@ MOST_RANKS = 1 << 20
 FILE_NUMBYTES = 4 << 30
 """Bytes of atoms in one file, unless a single atom is larger."""
 
+DCP_CHUNK_NUMBYTES = 64 << 20
+"""Bytes of a chunk of ``torch.distributed.checkpoint``, unless a row is larger. torch reads all of one for any part."""
+
 DOCUMENT_NUMBYTES, SPEC_NUMBYTES = 1 << 29, 1 << 22
 """Most bytes of an index, a manifest or a header, and of a spec: many times those of the largest models."""
 

@@ -60,10 +60,11 @@ CONVERT = Command(
         "ucp convert runs/a runs/a-universal",
         "ucp convert runs/a runs/a-universal --tag global_step500 --workers 8",
         "ucp convert runs/a runs/a-universal --on-unreadable drop",
+        "ucp convert runs/a runs/a-dcp --to dcp",
         "torchrun --nproc-per-node 4 -m ucp_deepspeed.convert runs/a runs/a-universal",
     ],
-    short_help="Write a checkpoint in universal form.",
-    help="""Write checkpoint SRC in universal form to DST/<tag> and DST/latest. DST can then be loaded from.
+    short_help="Write a checkpoint in another form.",
+    help="""Write checkpoint SRC in universal form, or another, to DST/<tag> and DST/latest. DST can then be loaded from.
 
     DST/<tag> must not exist yet. It appears when it is complete: an interrupted conversion leaves nothing to load.
     DST/latest stays as it is if it names a tag of a later step.
@@ -71,6 +72,12 @@ CONVERT = Command(
     params=[
         folder("source", metavar="SRC"),
         folder("destination", metavar="DST"),
+        choice(
+            "--to",
+            "universal dcp",
+            show_default=True,
+            help="Form to write: universal, or that of torch.distributed.checkpoint.",
+        ),
         *READING,
         option("--workers", type=COUNT, default=2, show_default=True, help="Threads that copy."),
         option(

@@ -1,19 +1,22 @@
-"""``ucp convert``: any checkpoint → a universal checkpoint on disk."""
+"""``ucp convert``: any checkpoint → one of another form on disk, such as the universal one."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Collection
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Literal
 
 import click
 
-from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint import open_checkpoint, random_files
 from ucp_deepspeed.checkpoint.bounds import check_inside
 from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME, warn_of_sums_alone
+from ucp_deepspeed.checkpoint.output import Output
 from ucp_deepspeed.checkpoint.universal.atoms_output import UniversalOutput, left_out
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, home_of
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -25,10 +28,14 @@ from ucp_deepspeed.transfer.commit import write_atomically
 from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.processes import Ranks
 
+Form = Literal["universal", "dcp"]
+"""Forms to write, as ``--to`` names them."""
+
 
 def write(
     source: Path,
     destination: Path,
+    to: Form,
     tag: str | None,
     spec: str | None,
     vocabulary_size: int | None,
@@ -49,12 +56,14 @@ def write(
         _check_free(destination, folder, checkpoint.path)
         for path in sorted(checkpoint.path.iterdir()):
             check_inside(path)
+        if to == "dcp" and ranks.rank == 0 and random_files.path_of(checkpoint.path, 0) is not None:
+            echo("left out: states of random numbers, which this form has no place for", err=True)
         view = UniversalView.of(checkpoint, None if spec is None else load_spec(spec), vocabulary_size)
         with shown_progress("convert", quiet or ranks.rank != 0) as progress:
             count = convert(
                 view,
                 folder,
-                UniversalOutput(drop_client_state, on_unreadable, on_differing),
+                _output(to)(drop_client_state, on_unreadable, on_differing),
                 workers=workers,
                 progress=progress,
                 ranks=ranks,
@@ -70,6 +79,15 @@ def write(
             f"{folder}: read {in_words(count.bytes_read)} from {len(count.files)} files, wrote {in_words(sum(sizes))} "
             f"to {len(sizes)} files in {time.monotonic() - started:.1f} s"
         )
+
+
+def _output(to: Form) -> Callable[[Collection[str], OnUnreadable, OnDiffering], Output]:
+    """Return the class of a form's output. torch's own takes a moment to import."""
+    if to == "universal":
+        return UniversalOutput
+    from ucp_deepspeed.checkpoint.dcp.output import DcpOutput
+
+    return DcpOutput
 
 
 def _check_free(destination: Path, folder: Path, source: Path) -> None:

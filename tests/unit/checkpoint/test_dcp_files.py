@@ -16,9 +16,10 @@ from chunked import Grid, write_chunks
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 
 from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.dcp.output import DcpOutput
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.checkpoint.whole import checkpoints_in
-from ucp_deepspeed.errors import DamagedCheckpointError, UniversalCheckpointError, UnsupportedError
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UniversalCheckpointError, UnsupportedError
 from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.verification import verify
 
@@ -289,3 +290,33 @@ def test_a_conversion_compares_the_sums_of_chunks(tmp_path: Path) -> None:
 def test_retention_leaves_it_alone(tmp_path: Path) -> None:
     save(tmp_path / "step-1", state())
     assert checkpoints_in(tmp_path) == []
+
+
+def test_a_sequence_has_names_with_numbers_in_both_forms(tmp_path: Path) -> None:
+    for number, forms in enumerate(({"params": ["0.w"], "lr": 0.5}, None)):
+        held = {"0.w": {"exp_avg": WEIGHT + 1}}
+        flat = {"state.0.w.exp_avg": WEIGHT + 1, "param_groups.0.w.lr": 0.5}
+        optim = {"state": held, "param_groups": [forms]} if forms else flat
+        checkpoint = open_checkpoint(save(tmp_path / str(number), {"model": {"0.w": WEIGHT}, "optim": optim}))
+        assert checkpoint.groups[0].names == ("0.w",)
+        assert checkpoint.groups[0].hyperparameters == {"lr": 0.5}
+        assert checkpoint.parameters["0.w"].states == {"fp32": "F32", "exp_avg": "F32"}
+
+
+def test_a_record_that_contradicts_the_folder_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "a", state())
+    convert(UniversalView.of(open_checkpoint(tmp_path / "a")), tmp_path / "b", DcpOutput())
+    assert open_checkpoint(tmp_path / "b").groups == open_checkpoint(tmp_path / "a").groups
+    metadata(tmp_path / "b", lambda held: held.state_dict_metadata.pop(KEY))
+    with pytest.raises(DamagedCheckpointError, match="other parameters or states"):
+        open_checkpoint(tmp_path / "b")
+    torch_reads = {"model": {"w": torch.zeros(4, 6)}, "train_state": {"step": None}}
+    dcp.load(torch_reads, checkpoint_id=tmp_path / "b", no_dist=True)
+    assert torch.equal(torch_reads["model"]["w"], WEIGHT)
+    assert torch_reads["train_state"]["step"] == 3
+
+
+def test_a_conversion_of_weights_alone_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "a", {"model": {"w": WEIGHT}})
+    with pytest.raises(MismatchError, match="holds no optimizer state"):
+        convert(UniversalView.of(open_checkpoint(tmp_path / "a")), tmp_path / "b", DcpOutput())

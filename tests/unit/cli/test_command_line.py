@@ -26,6 +26,7 @@ Ucp = Callable[..., Result]
 OPTIONS = {
     "inspect": {"--tag", "--spec", "--vocabulary-size", "--match", "--all", "--json", "--plot"},
     "convert": {
+        "--to",
         "--tag",
         "--spec",
         "--vocabulary-size",

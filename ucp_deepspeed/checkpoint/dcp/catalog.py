@@ -27,6 +27,7 @@ from ucp_deepspeed.checkpoint.checkpoint import (
 )
 from ucp_deepspeed.checkpoint.dcp.entries import MISSING_HINT, Entries
 from ucp_deepspeed.checkpoint.dcp.metadata import METADATA_NAME, StoredTensor, read_metadata
+from ucp_deepspeed.checkpoint.dcp.record import RECORD_KEY, Record
 from ucp_deepspeed.checkpoint.dcp.sorting import StoredGroup, sort_keys
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.slots import is_number_in_tensor
@@ -36,7 +37,6 @@ from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
 from ucp_deepspeed.layout import Layout, LocalTensor, Shape, Topology
 from ucp_deepspeed.layout.layout import pieces_of
-from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.plan import Fragment
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -61,10 +61,8 @@ class DcpCheckpoint(Checkpoint):
     """
 
     topology = Topology()
-    patterns: Mapping[str, Pattern] = MappingProxyType({})
     recorded_shapes: Mapping[str, Shape] = MappingProxyType({})
     logical_names: Mapping[str, str] = MappingProxyType({})
-    vocabulary_size = None
     form = "torch.distributed.checkpoint"
 
     def __init__(self, path: Path) -> None:
@@ -73,7 +71,12 @@ class DcpCheckpoint(Checkpoint):
         self._metadata = read_metadata(path / METADATA_NAME)
         self._entries = Entries(self._metadata, self.versions)
         self._entries.check_files()
-        self._sorted = sort_keys(self._entries)
+        self._record, self._sorted = Record.read(self._entries), sort_keys(self._entries)
+        index = self._index = None if self._record is None else self._record.index
+        self.patterns = {} if index is None else index.told_patterns
+        self.vocabulary_size = None if index is None else index.vocabulary_size
+        self.tied = {} if index is None else index.tied
+        self._use_record()
         self.lacking = self._why_lacking()
         self._layout_of = lru_cache(maxsize=None)(self._find_layout)
         trained = self._trained()
@@ -109,6 +112,8 @@ class DcpCheckpoint(Checkpoint):
 
     def extra_states(self) -> tuple[dict[str, Any], ...]:
         """See `Checkpoint.extra_states`."""
+        if self._record is not None:
+            return (self._record.values("extra_states"),)
         return ({key: self._readable(each) for key, each in self._sorted.extra.items()},)
 
     def check_sizes(self) -> None:
@@ -132,8 +137,24 @@ class DcpCheckpoint(Checkpoint):
             told = f"{self._metadata.path} doesn't list the chunks of a whole tensor for {key!r:.80}: {error}"
             raise DamagedCheckpointError(f"{told}; {MISSING_HINT}") from error
 
+    def _use_record(self) -> None:
+        """Take names from the record, if there is one: tied parameters stand under each of theirs."""
+        if self._index is None:
+            return
+        held, weights = self._sorted, self._index.parameters.keys()
+        held.weights = {name: key for name, key in held.weights.items() if name not in self.tied or name in weights}
+        states = {name: set(each.states) - {MASTER, WEIGHT} for name, each in self._index.parameters.items()}
+        if held.weights.keys() != weights or any(
+            not each <= held.states.get(name, {}).keys() for name, each in states.items()
+        ):
+            told = f"{self._metadata.path}: entry {RECORD_KEY!r} tells of other parameters or states than there are"
+            raise DamagedCheckpointError(f"{told}; {MISSING_HINT}")
+        held.weights = {name: held.weights[name] for name in weights}  # in the model's order
+
     def _trained(self) -> set[str]:
         """Return the names of the parameters that the optimizer has."""
+        if self._index is not None:
+            return {name for name, held in self._index.parameters.items() if held.kind == "trainable"}
         if self.lacking is not None:
             return set()
         return self._sorted.states.keys() | {name for group in self._sorted.groups for name in group.names}
@@ -141,6 +162,8 @@ class DcpCheckpoint(Checkpoint):
     def _why_lacking(self) -> MismatchError | None:
         """Return why there is no optimizer state to go on with; None if there is."""
         held, path = self._sorted, self._metadata.path
+        if self._record is not None:
+            return None
         if held.by_position:
             return MismatchError(
                 f"{path} holds optimizer states by number and not by name, as optimizer.state_dict() has them; save what "
@@ -186,7 +209,11 @@ class DcpCheckpoint(Checkpoint):
         read = partial(lambda keys: {state: self._entries.number(key) for state, key in keys.items()}, numbers)
         scalars: Mapping[str, float] = Deferred(read) if numbers else {}
         kind: Kind = "trainable" if trained else "frozen"
-        return Parameter(name, kind, (tensor.shape,), states, scalars, refused, may_be_buffer=not trained)
+        untold = not trained
+        if self._record is not None:
+            entry = self._record.index.parameters[name]
+            kind, scalars, untold = entry.kind, self._record.scalars(name), entry.may_be_buffer
+        return Parameter(name, kind, (tensor.shape,), states, scalars, refused, may_be_buffer=untold)
 
     def _dtype(self, key: str) -> str:
         dtype = self._metadata.tensors[key].dtype
@@ -205,6 +232,8 @@ class DcpCheckpoint(Checkpoint):
 
     def _read_groups(self) -> tuple[ParameterGroup, ...]:
         """Read the groups. Parameters of the flattened form are in one group if their hyper-parameters are the same."""
+        if self._record is not None:
+            return self._record.groups
         if self.lacking is not None:
             return ()
         found: list[ParameterGroup] = []
@@ -254,6 +283,8 @@ class DcpCheckpoint(Checkpoint):
     @cached_property
     def _rest(self) -> dict[str, Any]:
         """The client state: all that was saved, without what is restored from it."""
+        if self._record is not None:
+            return self._record.values("client_state")
         place = self._scheduler_place
         if place is None or not isinstance(self.run.lr_scheduler, Mapping):
             return self._saved
@@ -265,6 +296,8 @@ class DcpCheckpoint(Checkpoint):
         return {name: value for name, value in inner.items() if value != {} or self._saved[name] == {}}
 
     def _read_run(self) -> RunState:
+        if self._record is not None:
+            return self._record.run
         dtypes = {self._tensor(name).dtype for name, each in self.parameters.items() if each.kind == "trainable"}
         dtypes = dtypes or {held.dtype for held in map(self._tensor, self.parameters) if held.dtype.is_floating_point}
         precision: Precision = next((name for name, dtype in PRECISIONS.items() if dtype in dtypes), "fp32")

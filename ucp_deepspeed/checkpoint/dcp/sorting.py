@@ -107,16 +107,20 @@ def _read_groups(entries: Entries, found: Sorted, held: list[str], start: str) -
     """Sort the keys of groups, and return the names that they tell."""
     groups: dict[Any, dict[str, str]] = {}
     flattened: dict[str, dict[str, str]] = {}
+    paths, has_paths = entries.metadata.paths, entries.metadata.has_paths
+    # Parameters of a sequence have names that begin with a number too.
+    numbers = {key[len(start) :].partition(".")[0] for key in held if re.fullmatch(r"\d+\.params", key[len(start) :])}
     for key in held:
         first, _, rest = key.removeprefix(start).partition(".")
         if not key.startswith(start):
             continue
-        if first.isdigit() and rest:
+        if rest and (any(type(part) is int for part in paths[key]) if has_paths else first in numbers):
             groups.setdefault(int(first), {})[rest] = key
         else:
             name, _, setting = key.removeprefix(start).rpartition(".")
             flattened.setdefault(name, {})[setting] = key
-    found.groups = [StoredGroup((name,), keys) for name, keys in flattened.items()]
+    if not groups:  # both forms may be there
+        found.groups = [StoredGroup((name,), keys) for name, keys in flattened.items()]
     for _, keys in sorted(groups.items()):
         names: list[str] = []
         for naming in ("param_names", "params"):

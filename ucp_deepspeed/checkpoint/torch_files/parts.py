@@ -14,7 +14,7 @@ from typing import IO, Any, cast
 import torch
 
 from ucp_deepspeed.checkpoint.torch_files import unpickling
-from ucp_deepspeed.checkpoint.torch_files.archives import Archive, storage_start
+from ucp_deepspeed.checkpoint.torch_files.archives import DEFAULT_ALIGNMENT, Archive, storage_start
 from ucp_deepspeed.checkpoint.torch_files.damage import telling_damage
 from ucp_deepspeed.checkpoint.torch_files.foreign import everything_in, opaque
 
@@ -112,7 +112,7 @@ def archives_in(path: Path) -> list[tuple[int, int]]:
     """
     found: list[tuple[int, int]] = []
     with telling_damage(path):
-        stop = path.stat().st_size
+        stop = _without_gap(path, path.stat().st_size)
         while stop:
             with closing(FilePart(path, 0, stop)) as part:
                 opened = cast(IO[bytes], part)
@@ -123,5 +123,18 @@ def archives_in(path: Path) -> list[tuple[int, int]]:
             if not 0 <= first < stop:
                 raise zipfile.BadZipFile(f"has an archive without records before byte {stop}")
             found.append((first, stop))
-            stop = first
+            stop = _without_gap(path, first)
     return found[::-1]
+
+
+_END, _END_NUMBYTES = b"PK\5\6", 22
+"""The record at the end of an archive."""
+
+
+def _without_gap(path: Path, stop: int) -> int:
+    """Return where the last archive before a byte ends. This package leaves up to 63 zeros between two (`one_behind_another`)."""
+    with path.open("rb", buffering=0) as file:
+        start = max(stop - _END_NUMBYTES - DEFAULT_ALIGNMENT, 0)
+        tail = os.pread(file.fileno(), stop - start, start)
+    end = tail.rfind(_END) + _END_NUMBYTES
+    return start + end if _END_NUMBYTES <= end <= len(tail) and not tail[end:].strip(b"\0") else stop

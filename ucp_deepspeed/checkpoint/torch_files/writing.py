@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,27 +73,63 @@ def archive_file(file_name: str, tensors: Mapping[str, StoredTensor], tied: Mapp
     Args:
         tied: further keys → the key of the tensor that each stands for; in the file they share its storage.
     """
-    state: dict[str, torch.Tensor] = {}
     contents: dict[int, StoredTensor] = {}
-    for name, tensor in tensors.items():
-        storage = torch.UntypedStorage(tensor.numbytes, device="cpu")  # nobody touches its memory
-        empty = torch.empty(0, dtype=NAMED_DTYPES[tensor.dtype], device="cpu")
-        state[name] = empty.set_(storage).view(tensor.shape)
-        contents[storage._cdata] = tensor
+    state = {name: _empty(tensor, contents) for name, tensor in tensors.items()}
     state |= {alias: state[owner] for alias, owner in tied.items()}
+    return _saved(file_name, Path(file_name).stem, state, contents)
+
+
+def tensor_archive(tensor: StoredTensor) -> ArchiveFile:
+    """Lay out the archive that ``torch.save`` writes of one tensor to a stream."""
+    contents: dict[int, StoredTensor] = {}
+    return _saved("archive", "archive", _empty(tensor, contents), contents)
+
+
+def one_behind_another(
+    file_name: str, archives: Sequence[ArchiveFile], alignment: int = DEFAULT_ALIGNMENT
+) -> tuple[ArchiveFile, list[tuple[int, int]]]:
+    """Lay out a file of several archives; return the first byte and the number of bytes of each too.
+
+    Args:
+        alignment: each begins at a multiple of so many bytes; zeros lie before it.
+    """
+    parts: list[Region | Literal] = []
+    sums: list[_Sum] = []
+    places: list[tuple[int, int]] = []
+    stop = 0
+    for archive in archives:
+        start = -(-stop // alignment) * alignment
+        parts += [replace(part, file_offset=start + part.file_offset) for part in archive.file.parts]
+        for each in archive.sums:
+            first, second = each.places
+            sums.append(_Sum(start + each.start, start + each.stop, (start + first, start + second)))
+        places.append((start, archive.file.numbytes))
+        stop = start + archive.file.numbytes
+    return ArchiveFile(OutputFile(file_name, stop, tuple(parts)), tuple(sums)), places
+
+
+def _empty(tensor: StoredTensor, contents: dict[int, StoredTensor]) -> torch.Tensor:
+    """Return a tensor that stands for one to write, and note whose storage it has."""
+    storage = torch.UntypedStorage(tensor.numbytes, device="cpu")  # nobody touches its memory
+    contents[storage._cdata] = tensor
+    return torch.empty(0, dtype=NAMED_DTYPES[tensor.dtype], device="cpu").set_(storage).view(tensor.shape)
+
+
+def _saved(file_name: str, title: str, state: Any, contents: Mapping[int, StoredTensor]) -> ArchiveFile:
+    """Lay out the archive of a value. ``title``: what the names of its records begin with."""
     records, storages = records_to_save(state)
     held = [
         (name, contents[storages[name.removeprefix("data/")]._cdata] if data is None else data)
         for name, data in records
     ]
-    return _laid_out(file_name, [*held, *_LAST])
+    return _laid_out(file_name, title, [*held, *_LAST])
 
 
-def _laid_out(file_name: str, records: Sequence[tuple[str, bytes | StoredTensor]]) -> ArchiveFile:
+def _laid_out(file_name: str, title: str, records: Sequence[tuple[str, bytes | StoredTensor]]) -> ArchiveFile:
     """Place the records one after another, and the directory behind them."""
     parts: list[Region | Literal] = []
     entries: list[tuple[zipfile.ZipInfo, int, int]] = []
-    title, place = Path(file_name).stem, 0
+    place = 0
     for name, data in records:
         entry = _entry(f"{title}/{name}", data, place)
         header = header_of(entry, DEFAULT_ALIGNMENT)

@@ -117,6 +117,15 @@ class Index(_Wire):
     tied: Mapping[str, str] = {}
     files: Mapping[FileName, NonNegativeInt]
 
+    @property
+    def told_patterns(self) -> dict[str, Pattern]:
+        """Patterns by name. Without tensor parallelism *unique* says nothing of several ranks."""
+        return {
+            name: entry.pattern
+            for name, entry in self.parameters.items()
+            if self.source.tp > 1 or not isinstance(entry.pattern, Unique)
+        }
+
 
 def atom_key(name: str, state: str) -> str:
     """Return the name of an atom in its safetensors file."""
@@ -138,6 +147,36 @@ def home_of(folder: Path) -> Path:
 def is_unfinished(folder: Path) -> bool:
     """Return whether it is hidden and was being written, or removed. If it alone is left of a tag, it is whole."""
     return folder.name.startswith(".") and PARTIAL_MARK in folder.name and home_of(folder).exists()
+
+
+def decoded(
+    encoded: Any,
+    what: str,
+    path: Path,
+    tensors: Mapping[str, Any] | None = None,
+    sound: Callable[[dict[Any, Any]], bool] = lambda value: True,
+) -> dict[Any, Any]:
+    """Decode a mapping of an index, whose keys may be of any kind.
+
+    Raises:
+        DamagedCheckpointError: it is none, or not ``sound``; names the index by its path.
+    """
+    value = decode(encoded, tensors or {})
+    if not isinstance(value, dict) or not sound(value):
+        raise DamagedCheckpointError(f"{path}: {what} is {str(encoded)[:80]}")
+    return value
+
+
+def run_state_of(run: IndexRun, path: Path) -> RunState:
+    """Decode the state of a run; see `decoded`."""
+    values = {field.name: getattr(run, field.name) for field in fields(RunState)}
+    if run.lr_scheduler is not None:
+        values["lr_scheduler"] = decoded(run.lr_scheduler, "lr_scheduler", path)
+    if run.loss_scale is not None:
+        sound = lambda held: isinstance(held.get("values"), dict) and "cur_scale" in held["values"]  # noqa: E731
+        scale = decoded(run.loss_scale, "loss_scale", path, sound=sound)
+        values["loss_scale"] = LossScale(bool(scale.get("dynamic")), scale["values"])
+    return RunState(**values)
 
 
 class UniversalCheckpoint(Checkpoint):
@@ -177,12 +216,8 @@ class UniversalCheckpoint(Checkpoint):
             ParameterGroup(group.names, self._decoded(group.hyperparameters, "hyperparameters"))
             for group in index.groups
         )
-        self.run = self._run_state(index.run)
-        self.patterns = {  # without tensor parallelism *unique* says nothing of several ranks
-            name: entry.pattern
-            for name, entry in index.parameters.items()
-            if index.source.tp > 1 or not isinstance(entry.pattern, Unique)
-        }
+        self.run = run_state_of(index.run, path / INDEX_NAME)
+        self.patterns = index.told_patterns
         self.recorded_shapes: Mapping[str, Shape] = {}  # its own files hold whole parameters
         self.logical_names = {}
         self.vocabulary_size = index.vocabulary_size
@@ -210,21 +245,7 @@ class UniversalCheckpoint(Checkpoint):
         tensors: Mapping[str, Any] | None = None,
         sound: Callable[[dict[Any, Any]], bool] = lambda value: True,
     ) -> dict[Any, Any]:
-        """Decode a mapping, whose keys may be of any kind."""
-        value = decode(encoded, tensors or {})
-        if not isinstance(value, dict) or not sound(value):
-            raise DamagedCheckpointError(f"{self.path / INDEX_NAME}: {what} is {str(encoded)[:80]}")
-        return value
-
-    def _run_state(self, run: IndexRun) -> RunState:
-        values = {field.name: getattr(run, field.name) for field in fields(RunState)}
-        if run.lr_scheduler is not None:
-            values["lr_scheduler"] = self._decoded(run.lr_scheduler, "lr_scheduler")
-        if run.loss_scale is not None:
-            sound = lambda held: isinstance(held.get("values"), dict) and "cur_scale" in held["values"]  # noqa: E731
-            scale = self._decoded(run.loss_scale, "loss_scale", sound=sound)
-            values["loss_scale"] = LossScale(bool(scale.get("dynamic")), scale["values"])
-        return RunState(**values)
+        return decoded(encoded, what, self.path / INDEX_NAME, tensors, sound)
 
     @cached_property
     def _client_tensors(self) -> Mapping[str, Any]:
