@@ -24,7 +24,15 @@ import benchmark_megatron
 import benchmark_profile
 import benchmark_ranks as on_rank
 import click
-from benchmark_commands import TIMEOUT, converter, deepspeed_converter, ended_by_signals, run_command
+from benchmark_commands import (
+    TIMEOUT,
+    converter,
+    deepspeed_converter,
+    deepspeed_exporter,
+    ended_by_signals,
+    exporter,
+    run_command,
+)
 from benchmark_profile import Phases, by_phase
 from benchmark_ranks import TAG, Measured
 from benchmark_report import Pair, Profile, Result, Runs, draw, machine, profile_table, result_of, table_of
@@ -37,7 +45,7 @@ from ucp_deepspeed.testing.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 
-PARTS = ("resume", "save", "convert")
+PARTS = ("resume", "save", "convert", "export")
 
 LOAD_CONVERTED = "DeepSpeed: universal load, after converting"
 CONVERT_AND_LOAD = "DeepSpeed: ds_to_universal + universal load"
@@ -301,6 +309,18 @@ class Bench:
         self.compare("convert", ways)
         self._profile_convert(source, target)
 
+    def export(self, source: Path) -> None:
+        """The fp32 weights in one file for torch: whole commands, from start to end."""
+        target = self.folder / "exported"
+
+        def ours(workers: int) -> Callable[[], Measured]:
+            return lambda: run_command(exporter(source, target, workers), target)
+
+        ways = [Way(f"ours: ucp export --to torch, {n} worker{'s' * (n > 1)}", source, ours(n)) for n in (2, 1)]
+        theirs = deepspeed_exporter(source, target)
+        ways.append(Way("DeepSpeed: zero_to_fp32", source, lambda: run_command(theirs, target)))
+        self.compare("export", ways)
+
     def _distributed(self, source: Path) -> list[Way]:
         """Other distributed checkpoints of the same whole state: cut as the source is, loaded cut over the ranks."""
         view = UniversalView.of(open_checkpoint(source))
@@ -457,6 +477,8 @@ def _run_parts(bench: Bench, only: Sequence[str]) -> None:
     bench.close()  # conversions run without idle ranks beside them
     if "convert" in only:
         bench.convert(data)
+    if "export" in only:
+        bench.export(data)
 
 
 if __name__ == "__main__":

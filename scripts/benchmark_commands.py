@@ -59,6 +59,17 @@ def deepspeed_converter(source: Path, target: Path, workers: int) -> list[object
     return [sys.executable, "-m", module, "--input_folder", source / TAG, "--output_folder", target, *options]
 
 
+def exporter(source: Path, target: Path, workers: int) -> list[object]:
+    """The package's own command for fp32 weights."""
+    options = ["--to", "torch", "--source", "master", "--workers", workers]
+    return [Path(sys.executable).parent / "ucp", "export", source, target, *options]
+
+
+def deepspeed_exporter(source: Path, target: Path) -> list[object]:
+    """DeepSpeed's, which makes one file of models up to this size."""
+    return [sys.executable, "-m", "deepspeed.utils.zero_to_fp32", source, target, "--max_shard_size", "1000GB"]
+
+
 def run_command(command: Sequence[object], target: Path, keep: bool = False) -> Measured:
     """Run a command that makes a folder; its memory is that of all of its processes together."""
     shutil.rmtree(target, ignore_errors=True)

@@ -65,6 +65,11 @@ ROWS = {
         "cp -r (the limit)",
         "cp -r, until it is on disk, as ucp convert is",
     },
+    "export": {
+        "ours: ucp export --to torch, 2 workers",
+        "ours: ucp export --to torch, 1 worker",
+        "DeepSpeed: zero_to_fp32",
+    },
 }
 
 

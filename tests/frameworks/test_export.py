@@ -69,6 +69,7 @@ STAGE_3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
 RUNS = {
     "llama at 0": Run("huggingface", {"family": "llama"}, zero={"stage": 0}, precision="bf16"),
     "tied at 1": Run("huggingface", {"family": "qwen2_tied"}, zero={"stage": 1}, precision="bf16"),
+    "gpt2 at 2": Run("huggingface", {"family": "gpt2"}, zero={"stage": 2}, precision="bf16"),
     "frozen at 2": Run(
         "huggingface",
         {"family": "qwen3"},

@@ -134,6 +134,18 @@ EXPERT_FAMILIES: dict[str, Family] = {
 """Families with experts, which DeepSpeed's AutoEP deals out over ranks."""
 
 
+OTHER_FAMILIES: dict[str, Family] = {
+    "gpt2": Family(
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 0}
+        | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        "",
+    ),
+}
+"""Families that DeepSpeed cuts in no way."""
+
+
 class _SingleExpert(torch.nn.Module):
     def __init__(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         super().__init__()
@@ -173,11 +185,11 @@ def build_huggingface(
     """Build a tiny model of a family, with the same weights on every rank.
 
     Args:
-        family: key of `FAMILIES` or `EXPERT_FAMILIES`.
+        family: key of `FAMILIES`, `EXPERT_FAMILIES` or `OTHER_FAMILIES`.
         single: whether Mixtral's experts are `SingleExperts`.
         changes: changes to the configuration.
     """
-    kind = (FAMILIES | EXPERT_FAMILIES)[family]
+    kind = (FAMILIES | EXPERT_FAMILIES | OTHER_FAMILIES)[family]
     torch.manual_seed(seed)
     config = getattr(transformers, kind.config)(vocab_size=vocabulary, use_cache=False, **{**kind.settings, **changes})
     model: torch.nn.Module = getattr(transformers, kind.model)(config).to(dtype)
