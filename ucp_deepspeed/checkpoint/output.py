@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ucp_deepspeed.checkpoint.checksums import FileSums
 from ucp_deepspeed.checkpoint.differing import OnDiffering
+from ucp_deepspeed.checkpoint.torch_files.records import Run
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.layout import Layout, Shape
@@ -113,11 +114,15 @@ class Literal:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file, by its path in the folder. Its parts are in order of their place; bytes outside them are zero."""
+    """A file, by its path in the folder. Its parts are in order of their place; bytes outside them are zero.
+
+    ``records`` are ranges (first byte, byte behind it) whose CRC-32 is taken as they are written, for `OutputPlan`.
+    """
 
     file_name: str
     numbytes: int
     parts: tuple[Region | Literal, ...]
+    records: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         starts = (*(part.file_offset for part in self.parts), self.numbytes)
@@ -151,11 +156,13 @@ class OutputPlan:
         finish: writes the rest into the folder, an index last, and makes sure that the result can be opened. It is called on rank
             0 when the files are whole, with the sums of these files.
         rest_numbytes: size of the rest, about.
+        finish_records: called on rank 0 before ``finish``, if files have ``records``: with their sums, by the file's name.
     """
 
     files: tuple[OutputFile, ...]
     finish: Callable[[Path, Sequence[FileSums]], None] = lambda folder, sums: None
     rest_numbytes: int = 0
+    finish_records: Callable[[Path, Mapping[str, Sequence[Run]]], None] = lambda folder, runs: None
 
 
 class Output(ABC):

@@ -17,7 +17,7 @@ from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.one_save import check_one_save, places_of
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.output import Literal, Output, OutputPlan
-from ucp_deepspeed.checkpoint.torch_files.records import RecordSums
+from ucp_deepspeed.checkpoint.torch_files.records import RecordSums, Run, joined
 from ucp_deepspeed.checkpoint.universal.atoms_output import UniversalOutput
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError
@@ -25,7 +25,7 @@ from ucp_deepspeed.transfer.commit import committed_folder, is_seen
 from ucp_deepspeed.transfer.copying import TransferCount
 from ucp_deepspeed.transfer.processes import Ranks
 from ucp_deepspeed.transfer.stage_copies import Seen, look, may_differ, merge, settle, with_copies_of
-from ucp_deepspeed.transfer.writing import Sums, create_files, share_of, write_share
+from ucp_deepspeed.transfer.writing import Runs, Sums, create_files, share_of, write_share
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -74,14 +74,15 @@ def convert(
     with _new_folder(destination, plan, ranks, then) as folder:
         # 3. The bytes of the files, a share from each rank.
         share = share_of(plan.files, ranks.rank, ranks.count)
-        sums, pieces = RecordSums(), Sums()
-        written = write_share(view, folder, share, workers, chunk_numbytes, progress, ranks.check, sums, pieces)
+        sums, pieces, runs = RecordSums(), Sums(), Runs()
+        written = write_share(view, folder, share, workers, chunk_numbytes, progress, ranks.check, sums, pieces, runs)
         _check_records(sums, ranks)
         written.bytes_checked += sums.bytes_checked
         count = _sum_over(ranks, written)
         # 4. The rest, when all files are whole.
-        known = _pieces_of_all(pieces, ranks)
+        known, known_runs = _pieces_of_all(pieces, ranks), _runs_of_all(runs, ranks)
         if ranks.rank == 0:
+            plan.finish_records(folder, known_runs)
             of_files = [
                 sums_with(folder / each.file_name, each.summed, known.get(each.file_name, {})) for each in plan.files
             ]
@@ -170,6 +171,15 @@ def _pieces_of_all(pieces: Sums, ranks: Ranks) -> Sums:
     for told in ranks.gather("pieces", mine):
         for name, (numbers, sums) in told.items():
             found.setdefault(name, {}).update(zip(numbers, (int(each, 16) for each in sums), strict=True))
+    return found
+
+
+def _runs_of_all(runs: Runs, ranks: Ranks) -> Runs:
+    """Return the sums of records, in parts, that all ranks have written. Collective over the ranks."""
+    found = Runs()
+    for told in ranks.gather("archives", {name: joined(held) for name, held in runs.items() if held}):
+        for name, held in told.items():
+            found.setdefault(name, []).extend(Run(*run) for run in held)
     return found
 
 

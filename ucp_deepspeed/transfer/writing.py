@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import threading
+import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -19,7 +20,7 @@ import torch
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checksums import sum_of
 from ucp_deepspeed.checkpoint.output import Literal, OutputFile, Region
-from ucp_deepspeed.checkpoint.torch_files.records import RecordSums
+from ucp_deepspeed.checkpoint.torch_files.records import RecordSums, Run
 from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -100,6 +101,20 @@ def _sums_in(chunk: FileRange, data: memoryview) -> dict[int, int]:
     return found
 
 
+Runs = dict[str, list[Run]]
+"""For each file, by its name: runs of bytes in records, with the CRC-32 of each."""
+
+
+def _runs_in(chunk: FileRange, data: memoryview) -> list[Run]:
+    """Return the parts of records that lie in a chunk."""
+    found, records = [], chunk.file.records
+    first = bisect_right(records, chunk.start, key=lambda record: record[1])
+    for start, stop in records[first : bisect_left(records, chunk.stop, key=lambda record: record[0])]:
+        low, high = max(start, chunk.start), min(stop, chunk.stop)
+        found.append(Run(low, high, zlib.crc32(data[low - chunk.start : high - chunk.start])))
+    return found
+
+
 def create_files(folder: Path, files: Sequence[OutputFile]) -> None:
     """Make the files, each with its final size."""
     for file in files:
@@ -119,6 +134,7 @@ def write_share(
     check: Callable[[], None] = lambda: None,
     sums: RecordSums | None = None,
     pieces: Sums | None = None,
+    runs: Runs | None = None,
 ) -> TransferCount:
     """Fill ranges of files that exist; return when they are on disk.
 
@@ -128,6 +144,7 @@ def write_share(
         check: called now and then; an error that it raises ends the work.
         sums: to sum what is read; see `FileReader`.
         pieces: receives the sums of what is written, for pieces that lie in one chunk.
+        runs: receives the CRC-32 of what is written of records.
 
     Raises:
         DamagedCheckpointError: a source file is missing, truncated or isn't what was saved, or was changed meanwhile.
@@ -136,7 +153,7 @@ def write_share(
     """
     if not share:
         return TransferCount()
-    task, workers = _Task(view, folder, share, chunk_numbytes, progress, sums, pieces), max(workers, 1)
+    task, workers = _Task(view, folder, share, chunk_numbytes, progress, sums, pieces, runs), max(workers, 1)
     with closing(task), ThreadPoolExecutor(workers) as pool:
         try:
             _wait([pool.submit(task.work) for _ in range(workers)], check)
@@ -159,10 +176,12 @@ class _Task:
         progress: Callable[[int, int], None] | None,
         sums: RecordSums | None,
         pieces: Sums | None,
+        runs: Runs | None,
     ) -> None:
         self.count, self.stop = TransferCount(), threading.Event()
         self._view, self._folder, self._progress = view, folder, progress
         self._pieces = {} if pieces is None else pieces
+        self._runs = {} if runs is None else runs
         self._reader = FileReader(view.checkpoint.versions, sums=sums)
         self._lock = threading.Lock()
         self._outputs: dict[str, _Output] = {}
@@ -179,9 +198,9 @@ class _Task:
             chunk, output = taken
             done = _gather_chunk(self._view, chunk, buffer, self._reader)
             data = memoryview(buffer[: chunk.numbytes].numpy())
-            sums = _sums_in(chunk, data)
+            sums, runs = _sums_in(chunk, data), _runs_in(chunk, data)
             output.write(data, chunk.start)
-            if self._written(chunk, done, sums):
+            if self._written(chunk, done, sums, runs):
                 output.flush()
                 output.close()
 
@@ -207,11 +226,12 @@ class _Task:
                 self._outputs[name] = _Output(self._folder / name)
             return chunk, self._outputs[name]
 
-    def _written(self, chunk: FileRange, done: TransferCount, sums: Mapping[int, int]) -> bool:
+    def _written(self, chunk: FileRange, done: TransferCount, sums: Mapping[int, int], runs: Sequence[Run]) -> bool:
         """Count a chunk; return whether it was the last of its file."""
         with self._lock:
             self.count.add(done)
             self._pieces.setdefault(chunk.file.file_name, {}).update(sums)
+            self._runs.setdefault(chunk.file.file_name, []).extend(runs)
             self._unwritten[chunk.file.file_name] -= chunk.numbytes
             if self._progress is not None:
                 self._progress(self._total - sum(self._unwritten.values()), self._total)

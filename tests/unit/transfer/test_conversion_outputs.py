@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,8 +19,11 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.checksums import FileSums
+from ucp_deepspeed.checkpoint.export.torch_file import TorchOutput
+from ucp_deepspeed.checkpoint.export.weights import Choice
 from ucp_deepspeed.checkpoint.output import Literal, Output, OutputFile, OutputPlan, Region, StoredTensor
 from ucp_deepspeed.checkpoint.safetensors_files import safetensors_file
+from ucp_deepspeed.checkpoint.torch_files.structure import structure_of
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError, UnsupportedError
 from ucp_deepspeed.language import Spec
@@ -135,6 +139,36 @@ def test_shares_of_ranks_with_bytes_around_them(
         box = values["same", "exp_avg"][1:3, 2:5].flatten()[2:].double()
         expected += bytes(GAP + -(len(expected) + GAP) % 8) + box.numpy().tobytes() + bytes(3)
         assert (tmp_path / "out" / f"rank{rank}.bin").read_bytes() == expected
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("chunk_numbytes", [8, 200, 1 << 20])
+def test_records_have_their_sums_from_several_ranks(
+    count: int,
+    chunk_numbytes: int,
+    written: tuple[Path, Values],
+    view_of: View,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As torch's own writer lays an archive out, and with its sums."""
+    monkeypatch.setattr(tunables, "PAGE_NUMBYTES", 64)
+    folder, values = written
+    together(count, view_of(folder), tmp_path / "out", TorchOutput(Choice()), chunk_numbytes=chunk_numbytes)
+    path = tmp_path / "out" / "pytorch_model.bin"
+    found = torch.load(path, weights_only=True)
+    expected = {name: value for (name, state), value in values.items() if state == MASTER}
+    assert found.keys() == expected.keys() | {"mask"}  # a buffer
+    assert all(torch.equal(found[name], held) for name, held in expected.items())
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+    torch.save(found, tmp_path / "pytorch_model.bin")
+    sizes = [(each.filename, each.file_size, each.CRC, each.header_offset) for each in archive.infolist()[:-1]]
+    with zipfile.ZipFile(tmp_path / "pytorch_model.bin") as theirs:
+        assert sizes == [
+            (each.filename, each.file_size, each.CRC, each.header_offset) for each in theirs.infolist()[:-1]
+        ]
+    assert structure_of(path).altered == []
 
 
 def test_padding_of_a_rank_becomes_zero(tmp_path: Path, native: Callable[..., Path]) -> None:

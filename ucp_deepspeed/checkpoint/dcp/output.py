@@ -29,7 +29,7 @@ from ucp_deepspeed.checkpoint.dcp.record import RECORD_KEY, Record
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.output import Output, OutputPlan, Region, StoredTensor
 from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
-from ucp_deepspeed.checkpoint.torch_files.writing import ArchiveFile, one_behind_another, tensor_archive
+from ucp_deepspeed.checkpoint.torch_files.writing import ArchiveFile, one_behind_another, tensor_archive, write_sums
 from ucp_deepspeed.checkpoint.universal.atoms_output import describe
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -83,8 +83,8 @@ class DcpOutput(Output):
         homes = {(name, state): "" for name, each in view.parameters.items() for state in each.states}
         index, tensors = describe(view, homes, self.drop_client_state, self.on_unreadable, self.on_differing)
         record = Record(view.checkpoint.path, index, tensors)
-        finish = partial(_finish, view, record, chunks, files, places)
-        return OutputPlan(tuple(each.file for each in files), finish, sum(each.nbytes for each in tensors.values()))
+        finish, numbytes = partial(_finish, view, record, chunks, places), sum(each.nbytes for each in tensors.values())
+        return OutputPlan(tuple(each.file for each in files), finish, numbytes, partial(write_sums, files))
 
 
 def _without_wrappers(logical_of: Mapping[str, str]) -> dict[str, str]:
@@ -133,14 +133,11 @@ def _finish(
     view: UniversalView,
     record: Record,
     chunks: Sequence[_Chunk],
-    files: Sequence[ArchiveFile],
     places: Sequence[_StorageInfo],
     folder: Path,
     sums: Sequence[FileSums],
 ) -> None:
-    """Write the sums, all that is small, and the metadata last. Open the result again."""
-    for file in files:
-        file.write_sums(folder)
+    """Write all that is small, and the metadata last. Open the result again."""
     metadata = torchs.Metadata({}, {}, {}, torchs.StorageMeta(), "1.0.0")
     for chunk, place in zip(chunks, places, strict=True):
         _add_chunk(metadata, chunk, view, place)

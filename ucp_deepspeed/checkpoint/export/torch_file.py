@@ -13,7 +13,7 @@ from ucp_deepspeed.checkpoint.checksums import FileSums
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.export.weights import Choice, Weights, check_complete, check_range, weights_of
 from ucp_deepspeed.checkpoint.output import Output, OutputPlan
-from ucp_deepspeed.checkpoint.torch_files.writing import ArchiveFile, archive_file
+from ucp_deepspeed.checkpoint.torch_files.writing import archive_file, write_sums
 from ucp_deepspeed.checkpoint.view import UniversalView
 
 TORCH_NAME = "pytorch_model.bin"
@@ -31,13 +31,11 @@ class TorchOutput(Output):
         check_complete(view)
         weights = weights_of(view, self.choice, {name: name for name in (*view.parameters, *view.tied)})
         archive = archive_file(TORCH_NAME, weights.tensors, weights.tied)
-        return OutputPlan((archive.file,), partial(_finish, view, weights, archive))
+        finish_records = partial(write_sums, [archive])
+        return OutputPlan((archive.file,), partial(_finish, view, weights), finish_records=finish_records)
 
 
-def _finish(
-    view: UniversalView, weights: Weights, archive: ArchiveFile, folder: Path, sums: Sequence[FileSums]
-) -> None:
-    """Put the sums in, and open the file: what can't be opened must not be committed."""
-    archive.write_sums(folder)
+def _finish(view: UniversalView, weights: Weights, folder: Path, sums: Sequence[FileSums]) -> None:
+    """Open the file: what can't be opened must not be committed."""
     held = torch.load(folder / TORCH_NAME, map_location="cpu", weights_only=True, mmap=True)
     check_range(view, weights.tensors, held.__getitem__)

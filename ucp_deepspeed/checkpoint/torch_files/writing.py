@@ -7,7 +7,6 @@ import pickle
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from torch.serialization import DEFAULT_PROTOCOL
 
 from ucp_deepspeed.checkpoint.output import Literal, OutputFile, Region, StoredTensor
 from ucp_deepspeed.checkpoint.torch_files.archives import DEFAULT_ALIGNMENT
-from ucp_deepspeed.checkpoint.torch_files.records import crc_of
+from ucp_deepspeed.checkpoint.torch_files.records import Run, joined
 from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.torch_files.structure import (
     CRC_IN_DESCRIPTOR,
@@ -50,21 +49,31 @@ class ArchiveFile:
     file: OutputFile
     sums: tuple[_Sum, ...]
 
-    def write_sums(self, folder: Path, threads: int = 2) -> None:
-        """Read the tensors that were written, and put their CRC-32 into the file.
+    @classmethod
+    def of(cls, file_name: str, numbytes: int, parts: Sequence[Region | Literal], sums: Sequence[_Sum]) -> ArchiveFile:
+        """Make the file, which asks for the sums of its records."""
+        records = tuple((each.start, each.stop) for each in sums)
+        return cls(OutputFile(file_name, numbytes, tuple(parts), records), tuple(sums))
 
-        Raises:
-            OSError: it can't be read, or written.
-        """
-        path = folder / self.file.file_name
-        with naming(path), path.open("r+b", buffering=0) as opened, ThreadPoolExecutor(threads) as pool:
-            descriptor = opened.fileno()
-            for each, crc in zip(
-                self.sums, pool.map(lambda s: crc_of(descriptor, s.start, s.stop), self.sums), strict=True
-            ):
+
+def write_sums(files: Sequence[ArchiveFile], folder: Path, runs: Mapping[str, Sequence[Run]]) -> None:
+    """Put the CRC-32 of the tensors that were written into the files: an `OutputPlan.finish_records`.
+
+    Args:
+        runs: parts of the tensors, in any order.
+
+    Raises:
+        OSError: a file can't be written.
+    """
+    for file in files:
+        path = folder / file.file.file_name
+        known = {run[:2]: run.crc for run in joined(runs.get(file.file.file_name, ()))}
+        with naming(path), path.open("r+b", buffering=0) as opened:
+            for each in file.sums:
+                crc = known[each.start, each.stop].to_bytes(4, "little")
                 for place in each.places:
-                    os.pwrite(descriptor, crc.to_bytes(4, "little"), place)
-            os.fsync(descriptor)
+                    os.pwrite(opened.fileno(), crc, place)
+            os.fsync(opened.fileno())
 
 
 def archive_file(file_name: str, tensors: Mapping[str, StoredTensor], tied: Mapping[str, str]) -> ArchiveFile:
@@ -105,7 +114,7 @@ def one_behind_another(
             sums.append(_Sum(start + each.start, start + each.stop, (start + first, start + second)))
         places.append((start, archive.file.numbytes))
         stop = start + archive.file.numbytes
-    return ArchiveFile(OutputFile(file_name, stop, tuple(parts)), tuple(sums)), places
+    return ArchiveFile.of(file_name, stop, parts, sums), places
 
 
 def _empty(tensor: StoredTensor, contents: dict[int, StoredTensor]) -> torch.Tensor:
@@ -152,7 +161,7 @@ def _laid_out(file_name: str, title: str, records: Sequence[tuple[str, bytes | S
         place += len(lines[-1])
     tail = b"".join(lines) + end_of(len(lines), directory, place - directory)
     parts.append(Literal(tail, directory))
-    return ArchiveFile(OutputFile(file_name, directory + len(tail), tuple(parts)), tuple(sums))
+    return ArchiveFile.of(file_name, directory + len(tail), parts, sums)
 
 
 def _entry(name: str, data: bytes | StoredTensor, place: int) -> zipfile.ZipInfo:
