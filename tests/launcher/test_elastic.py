@@ -133,7 +133,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
     nodes = Nodes(tmp_path)
     nodes.configure()
     yield nodes
-    for name in list(nodes.agents):
+    for name in [name for name, agent in nodes.agents.items() if agent.poll() is None]:
         nodes.kill(name)
 
 
