@@ -139,3 +139,63 @@ def test_nothing_is_lost_on_the_way_there_and_back(run: Run, ranks: Ranks, tmp_p
     assert there.client_state()[1].keys() == back.client_state()[1].keys()
     found = verify(tmp_path / "dcp")
     assert (found.problems, found.unchecked) == ((), (there.path / ".metadata").stat().st_size)
+
+
+def test_an_engine_resumes_from_what_was_written(ranks: Ranks, tmp_path: Path) -> None:
+    run = Run("mlp", zero={"stage": 2}, precision="bf16")
+    ranks(2).run(train, run, 2, save=str(tmp_path / "saved"))
+    converted(str(tmp_path / "saved"), str(tmp_path / "dcp"), "--to", "dcp")
+    target = Run("mlp", zero={"stage": 3}, precision="bf16", seed=1)
+    losses = [
+        ranks(1).run(train, target, 4, load=str(tmp_path / folder), save=str(tmp_path / f"{folder}-on"))[0].losses
+        for folder in ("saved", "dcp")
+    ]
+    assert losses[0] == losses[1] and set(losses[0]) == {3, 4}
+    assert differences(tmp_path / "saved-on", tmp_path / "dcp-on") == []
+
+
+class Tied(nn.Module):
+    """An embedding and a head that share their weight."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.words, self.head = nn.Embedding(VOCABULARY, 6), nn.Linear(6, VOCABULARY, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.head(self.words(tokens)).flatten(0, -2), labels.flatten())
+
+
+def save_tied(folder: str) -> None:
+    """On a rank: two steps, and a save."""
+    reset_parallel_state()
+    model = Tied(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    config = {"train_micro_batch_size_per_gpu": 8, "zero_allow_untested_optimizer": True}
+    config |= {"zero_optimization": {"stage": 1}, "universal_checkpoint": {"enabled": True}}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    for number in (1, 2):
+        batch = fsdp_runs.batch_of(Run(), number)
+        engine.backward(engine(batch[:, :-1], batch[:, 1:]))
+        engine.step()
+    engine.save_checkpoint(folder)
+    engine.destroy()
+
+
+def test_tied_weights_stand_under_both_names(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(1).run(save_tied, str(tmp_path / "saved"))
+    converted(str(tmp_path / "saved"), str(tmp_path / "dcp"), "--to", "dcp")
+    folder = open_checkpoint(tmp_path / "dcp")
+    assert folder.tied and differences(tmp_path / "saved", tmp_path / "dcp") == []
+    model, straight = Tied(3), Tied(0)
+    optimizer, other = (torch.optim.AdamW(each.parameters(), lr=0.01) for each in (model, straight))
+    state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=folder.path, no_dist=True)
+    assert state["model"].keys() == {"words.weight", "head.weight"}
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optim"])
+    for number in (1, 2, 3):
+        fsdp_runs.step(straight, other, number)
+    fsdp_runs.step(model, optimizer, 3)
+    assert torch.equal(model.head.weight, straight.head.weight)

@@ -120,6 +120,12 @@ class _Unpickler(Unpickler):
             raise _ForeignError(full)
         return ALLOWED[full]
 
+    def made(self, make: Any, args: Any, kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Call what is on the list. Nothing there runs more than its own few lines, so that nothing has to be noted of a call."""
+        if id(make) not in self.names or kwargs:
+            raise pickle.UnpicklingError(f"calls a {type(make).__name__}")
+        return make(*args)
+
 
 class _ForeignError(Exception):
     """The file names a class that it may not."""
