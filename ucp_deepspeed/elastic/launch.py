@@ -6,7 +6,9 @@ import os
 import signal
 import socket
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 from pydantic import ByteSize, TypeAdapter, ValidationError
@@ -80,12 +82,14 @@ def run(
         auto = _auto(ranges, checkpoint, memory, found.most * on_node, script)
     elif checkpoint is not None or memory is not None:
         raise ConfigError("--checkpoint and --memory-per-rank need --topology auto")
+    _check_start(endpoint, script)
     node = node or f"{socket.gethostname()}/{os.getpid()}"
     own, name = endpoint is None, name or "ucp"
     endpoint = endpoint or store.start()
     held = store.connect(endpoint)
     number = store.number_of_run(held, name)
     job = Job(f"{name}.{number}", endpoint, node, sizes, auto)
+    agree(held, job, on_node)
     store.give_signs_of_life(endpoint, job.given_up)
     _tell(job, found, on_node, own)
     os.environ.update({"UCP_DEEPSPEED": "1", **ENVIRONMENT, **job.to_environment()})
@@ -95,7 +99,7 @@ def run(
     status = _run_agent(arguments, endpoint)
     if status < 0 and not held.check([job.given_up]):  # the run goes on without this node
         click.echo(f"ucp run: this node leaves the run ({signal.Signals(-status).name})", err=True)
-        raise SystemExit(128 + signal.SIGTERM)
+        raise SystemExit(128 - status)
     store.end_run(held, name, number)
     raise SystemExit(1 if status < 0 else status)
 
@@ -153,6 +157,39 @@ def _auto(
     except ValidationError as error:
         raise ConfigError(f"--memory-per-rank takes a size such as 80GB or 74.5GiB, not {memory!r}") from error
     return Auto(str(checkpoint), numbytes, tensor, pipeline, ranks)
+
+
+def _check_start(endpoint: str | None, script: Sequence[str]) -> None:
+    """Raise if the ranks would fail at once, in one round after the other, or if the store's name is none."""
+    host, _, port = (endpoint or "localhost:0").rpartition(":")
+    if not host or not port.isdecimal() or int(port) >= 2**16:
+        raise ConfigError(
+            f"--store takes HOST:PORT, such as host0:29400, not {endpoint!r}; start one with: ucp store --port 29400"
+        )
+    if script[0] != "-m" and not Path(script[0]).is_file():
+        raise ConfigError(
+            f"there is no script {script[0]}, seen from {Path.cwd()}; give its path on this node, or a module after -- -m"
+        )
+
+
+def agree(held: Any, job: Job, on_node: int) -> None:
+    """Raise if a node of this run was started with other sizes: each would choose other ranks, and all would wait for ever.
+
+    Args:
+        held: the store.
+        on_node: number of ranks on each node.
+
+    Raises:
+        ConfigError: the sizes differ.
+    """
+    auto = "" if job.auto is None else f", --topology auto with {asdict(job.auto)}"
+    own = f"{job.sizes}, {on_node} ranks on each node{auto}"
+    others = held.compare_set(f"ucp/{job.run}/sizes", "", own).decode()
+    if others != own:
+        raise ConfigError(
+            f"this node was started with {own}, and the run in {job.store} with {others}: give all nodes the same options, or, "
+            "for another run in this store, --run-id NAME"
+        )
 
 
 def _check(sizes: Sizes, nodes: Range, on_node: int) -> None:

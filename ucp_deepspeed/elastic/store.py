@@ -42,7 +42,10 @@ def serve(port: int, alone: bool, ready: Callable[[int], None]) -> None:
     try:
         store = TCPStore("0.0.0.0", port, is_master=True, wait_for_workers=False)
     except DistNetworkError as error:
-        raise StoreError(f"port {port} can't be listened on: {str(error).splitlines()[0]}") from error
+        raise StoreError(
+            f"port {port} can't be listened on: {str(error).splitlines()[0]}; if another store has it, runs can share that one "
+            "with --run-id; or take another port, such as --port 0"
+        ) from error
     ready(store.port)
     beats, last = 0, time.monotonic()
     while not alone or time.monotonic() - last < ALONE_SECONDS:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
 from ucp_deepspeed.elastic.job import Job
-from ucp_deepspeed.elastic.launch import agent_arguments
-from ucp_deepspeed.elastic.sizes import Range, Sizes, micro_batch
+from ucp_deepspeed.elastic.launch import agent_arguments, agree, run
+from ucp_deepspeed.elastic.sizes import Auto, Range, Sizes, micro_batch
 from ucp_deepspeed.errors import ConfigError
 
 
@@ -52,3 +55,38 @@ def test_the_agents_arguments() -> None:
         *("--nnodes", "1:4", "--nproc-per-node", "8", "--max-restarts", "7"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "host0:29400", "--rdzv-id", "mine"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("store", "script", "reason"),
+    [
+        ("host0", "train.py", "--store takes HOST:PORT, such as host0:29400, not 'host0'"),
+        ("host0:", "train.py", "not 'host0:'"),
+        ("host0:http", "train.py", "not 'host0:http'"),
+        (":29400", "train.py", "not ':29400'"),
+        ("host0:65536", "train.py", "not 'host0:65536'"),
+        ("host0:29400", "other.py", "there is no script other.py, seen from "),
+        (None, "other.py", "give its path on this node, or a module after -- -m"),
+    ],
+)
+def test_starts_that_would_fail_in_each_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str | None, script: str, reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").touch()
+    with pytest.raises(ConfigError) as refused:
+        run("1", 1, store, None, None, None, 0, None, "1", "1", 1, "fixed", None, None, (script,))
+    assert reason in str(refused.value)
+
+
+def test_nodes_of_a_run_are_started_with_the_same_sizes() -> None:
+    store, first = HashStore(), Job("mine.0", "host0:29400", "a", Sizes(8))
+    auto = Auto("run", 1, (1,), (1,), 4)
+    agree(store, first, 2)
+    agree(store, replace(first, node="b"), 2)
+    agree(store, replace(first, run="mine.1", sizes=Sizes(7)), 2)
+    for other, on_node in ((replace(first, sizes=Sizes(7)), 2), (first, 1), (replace(first, auto=auto), 2)):
+        with pytest.raises(
+            ConfigError, match="with a batch of 8, 2 ranks on each node: give all nodes the same options"
+        ):
+            agree(store, other, on_node)
