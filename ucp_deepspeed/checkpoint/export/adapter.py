@@ -45,7 +45,7 @@ class AdapterOutput(Output):
 
     def plan(self, view: UniversalView) -> OutputPlan:
         """See `Output.plan`."""
-        names = {name: other for name in view.parameters if (other := _saved_name(name, self.name)) is not None}
+        names = {name: other for name in view.parameters if (other := saved_name(name, self.name)) is not None}
         if not names:
             raise MismatchError(f"{view.checkpoint.path} holds no LoRA adapter of PEFT with the name {self.name!r}")
         if others := sorted(_trained(view) - set(adapters_in(view))):
@@ -76,7 +76,7 @@ def _trained(view: UniversalView) -> set[str]:
     return {name for name, parameter in view.parameters.items() if parameter.kind == "trainable"}
 
 
-def _saved_name(name: str, adapter: str) -> str | None:
+def saved_name(name: str, adapter: str) -> str | None:
     """Return the name in the adapter's file; None for what isn't the adapter's."""
     name = name.replace("_orig_mod.", "").removeprefix("module.")
     if found := _LORA.fullmatch(name):
