@@ -76,6 +76,7 @@ def resume(folder: str, stage: int, kind: str, states: tuple[str, ...], save: st
         "groups": groups,
         "client_state": client_state,
         "steps": engine.global_steps,
+        "read": (engine.universal_checkpoint_report.bytes_read, engine.universal_checkpoint_report.bytes_needed),
         "schedule": engine.lr_scheduler.state_dict()["last_epoch"],
         "loss": float(engine(batch_of(Run(), 9)[:, :-1], batch_of(Run(), 9)[:, 1:])),
     }
@@ -127,6 +128,7 @@ def test_an_engine_of_another_topology_has_what_torch_reads(
         ]
         assert found["client_state"]["train_state"]["seen"] == [3, "a"]
         assert (found["steps"], found["schedule"]) == (2, 2)
+        assert found["read"][0] == found["read"][1]
 
 
 @pytest.mark.parametrize("mesh", ["hsdp", "tp"])

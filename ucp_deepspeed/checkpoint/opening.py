@@ -35,6 +35,9 @@ LATEST_NAME = "latest"
 UNIVERSAL_LATEST_NAME = "latest_universal"
 """File in which DeepSpeed's ds_to_universal names its folder."""
 
+MEGATRON_NAME = "common.pt"
+"""File that Megatron-Core puts beside the metadata of ``torch.distributed.checkpoint``; its keys are no ``state_dict``'s."""
+
 LONGEST_LATEST = 1 << 20
 """Most bytes of the file ``latest``: many times those of the longest path."""
 
@@ -166,6 +169,11 @@ def _open(path: str | Path, tag: str | None, verify: bool) -> Checkpoint:
     if native is not None:
         return DeepSpeedCheckpoint(folder, verify=verify)
     if is_dcp(folder):
+        if (folder / MEGATRON_NAME).is_file():
+            raise FormatError(
+                f"{folder} is a torch_dist folder of Megatron-Core, as its {MEGATRON_NAME} tells, which this release can't read: "
+                f"load it with Megatron-Core, and save it from a DeepSpeed engine"
+            )
         return DcpCheckpoint(folder)
     if is_marked(folder):
         raise unfinished(folder, NO_MODEL_STATES)

@@ -19,7 +19,13 @@ from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.dcp.output import DcpOutput
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.checkpoint.whole import checkpoints_in
-from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UniversalCheckpointError, UnsupportedError
+from ucp_deepspeed.errors import (
+    DamagedCheckpointError,
+    FormatError,
+    MismatchError,
+    UniversalCheckpointError,
+    UnsupportedError,
+)
 from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.verification import verify
 
@@ -320,3 +326,10 @@ def test_a_conversion_of_weights_alone_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "a", {"model": {"w": WEIGHT}})
     with pytest.raises(MismatchError, match="holds no optimizer state"):
         convert(UniversalView.of(open_checkpoint(tmp_path / "a")), tmp_path / "b", DcpOutput())
+
+
+def test_a_folder_of_megatron_core_is_told_from_others(tmp_path: Path) -> None:
+    save(tmp_path / "a", state())
+    torch.save({}, tmp_path / "a" / "common.pt")
+    with pytest.raises(FormatError, match="torch_dist folder of Megatron-Core"):
+        open_checkpoint(tmp_path / "a")
