@@ -38,7 +38,7 @@ class OnSignal(BaseModel):
 
     folder: str = Field(min_length=1)
     grace_seconds: PositiveFloat = 30.0
-    exit_code: int = Field(default=75, ge=0, le=255)
+    exit_code: int = Field(default=75, ge=1, le=255)
 
 
 class SaveConfig(BaseModel):

@@ -73,6 +73,7 @@ LOSSES: dict[str, Callable[[Path], object]] = {
     "unfinished": mark,
     "gone": lambda folder: shutil.rmtree(folder / "c"),
     "latest is empty": lambda folder: (folder / "latest").write_text(""),
+    "latest is gone": lambda folder: (folder / "latest").unlink(),
 }
 
 
@@ -83,7 +84,7 @@ def test_the_newest_whole_tag_is_taken(loss: str, size: int, saved: Path, ranks:
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     LOSSES[loss](folder)
-    expected = ("c", 3) if loss == "latest is empty" else ("a", 2)
+    expected = ("c", 3) if loss.startswith("latest") else ("a", 2)
     found = ranks(size).run(load_it, MLP, str(folder))
     assert [each[:2] for each in found] == [expected] * size
     told = [line for line in found[0][2] if line.startswith(f"taking the tag {expected[0]} of {folder}")]
@@ -102,6 +103,17 @@ def test_no_other_tag_is_taken(
     with pytest.raises(RankError) as caught:
         ranks(2).run(load_it, run, str(folder), tag)
     assert isinstance(caught.value.original, DamagedCheckpointError) and "tag='a'" in str(caught.value.original)
+
+
+@pytest.mark.parametrize("fallback", ["newest-whole", "none"])
+def test_nothing_is_there_to_load(fallback: str, saved: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """A first start, as with DeepSpeed alone. So is one without ``latest`` if no other tag is wanted."""
+    (tmp_path / "run").mkdir()
+    if fallback == "none":
+        shutil.copytree(saved / "c", tmp_path / "run" / "c")
+    run = replace(MLP, universal={"enabled": True, "fallback": fallback})
+    found = ranks(2).run(load_it, run, str(tmp_path / "run"))
+    assert [each[:2] for each in found] == [(None, 0)] * 2 and not any(each[2] for each in found)
 
 
 def test_none_is_whole(saved: Path, ranks: Ranks, tmp_path: Path) -> None:

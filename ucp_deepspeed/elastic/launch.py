@@ -51,7 +51,7 @@ def agent_arguments(job: Job, nodes: Range, on_node: int, restarts: int, script:
         *("--signals-to-handle", ",".join(SIGNALS)),
         *("--rdzv-conf", ",".join(f"{key}={value}" for key, value in RENDEZVOUS.items())),
         *local,
-        *("-m", "ucp_deepspeed.elastic.worker", *script),
+        *("-m", "--", "ucp_deepspeed.elastic.worker", *script),  # else a script's --log would be taken for --log-dir
     ]
 
 

@@ -26,7 +26,7 @@ LOOK_SECONDS = 0.1
 """Seconds between two looks of a rank that waits for the topology."""
 
 MOST_FRUITLESS = 5
-"""Rounds that may end before their first step, one after the other: in one more, a script's fault would be met again."""
+"""Rounds that may come no further than the one before, on the same nodes: in one more, a script's fault would be met again."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,9 @@ class Round:
         self._fruitless = f"ucp/{job.run}/fruitless"
         self._ranks = 0
         self._stood: Stood | None = None
+        self._reached: int | None = (
+            None  # the last step of a round before on the same nodes, until this one is beyond it
+        )
 
     @property
     def ended(self) -> str:
@@ -134,7 +137,7 @@ class Round:
         try:
             choice = choose(self._job.sizes, auto, self._place.ranks)
         except NothingFitsError as error:
-            self._give_up(str(error))
+            self.give_up(str(error))
         except (UniversalCheckpointError, OSError) as error:
             tell(f"--topology auto: {error}")
             self._count()
@@ -149,14 +152,14 @@ class Round:
         wrapt.register_post_import_hook(self._wrap, "deepspeed.runtime.engine")
 
     def _count(self) -> None:
-        """Count the round as one without a step; end the run if there are too many."""
+        """Count the round as one that comes no further; end the run if there are too many."""
         if self._store.add(self._fruitless, 1) > MOST_FRUITLESS:
-            self._give_up(
-                f"{MOST_FRUITLESS} rounds in a row have ended before their first step; the run ends: see their errors"
-            )
+            self.give_up(f"{MOST_FRUITLESS} rounds in a row came no further; the run ends: see their errors")
 
-    def _give_up(self, reason: str) -> NoReturn:
-        tell(reason)
+    def give_up(self, reason: str) -> NoReturn:
+        """End the run, and tell why, once for all ranks."""
+        if self._store.add(f"ucp/{self._job.run}/told", 1) == 1:
+            tell(reason)
         self._store.set(self._job.given_up, "")
         raise SystemExit(1)
 
@@ -172,15 +175,18 @@ class Round:
     def _tell(self, engine: Any) -> None:
         """Tell of the round if this is its first step, and keep where the run stands."""
         if self._stood is None:
-            self._store.set(self._fruitless, "0")
             before = Stood.from_json(self._store.get(self._last).decode()) if self._store.check([self._last]) else None
             number, (nodes, standing) = (1 if before is None else before.number + 1), self._nodes()
             parallel = _parallel(engine)
             self._stood = Stood(engine.global_steps, time.time(), nodes, self._ranks, parallel, number, standing)
             if before is not None:
                 tell(told(before, self._stood))
+            self._reached = before.step if before is not None and before.there == self._stood.there else -1
         else:
             self._stood = replace(self._stood, step=engine.global_steps, when=time.time())
+        if self._reached is not None and self._stood.step > self._reached:
+            self._store.set(self._fruitless, "0")
+            self._reached = None
         self._store.set(self._last, json.dumps(asdict(self._stood)))
 
     def _nodes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -10,7 +10,11 @@ from ucp_deepspeed import run
 from ucp_deepspeed.elastic import store as stores
 from ucp_deepspeed.elastic.job import Job, Place
 from ucp_deepspeed.elastic.rounds import Round, tell
+from ucp_deepspeed.errors import ConfigError
 from ucp_deepspeed.layout import Topology
+
+USAGE = 2
+"""Exit status with which scripts refuse their arguments: all rounds would end like that."""
 
 STAND_BY_SECONDS = 0.5
 """Seconds between two looks of a rank that stands by at whether the others have ended."""
@@ -34,7 +38,13 @@ def main() -> None:
         current.watch(ranks)
     try:
         run.main()
+    except ConfigError as error:  # each round would meet it
+        current.give_up(str(error))
     except SystemExit as end:
+        if end.code == USAGE:
+            current.give_up(
+                f"the script ended with status {USAGE}: its arguments are wrong; correct them, and start the run again"
+            )
         if end.code or _was_told_to_go():
             raise
     store.add(current.ended, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import wrapt
@@ -45,7 +46,30 @@ def test_a_script_that_never_takes_a_step_ends_the_run(
     with pytest.raises(SystemExit):
         Round(JOB, place, store).watch(2)
     assert store.check([JOB.given_up])
-    assert "5 rounds in a row have ended before their first step; the run ends" in capsys.readouterr().err
+    assert "5 rounds in a row came no further; the run ends" in capsys.readouterr().err
+
+
+def test_a_script_that_fails_at_the_same_step_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new step counts, and so does another node: it may have ended the round before."""
+    monkeypatch.setattr(wrapt, "register_post_import_hook", lambda *_: None)
+    store, place = HashStore(), Place("host1:1", 0, 1, 0, 1, 0)
+
+    def trains(step: int, job: Job = JOB) -> None:
+        """A round that comes to a step, from the one before it."""
+        current = Round(job, place, store)
+        current.watch(1)
+        current.come()
+        for done in (step - 1, step):
+            current._tell(SimpleNamespace(global_steps=done, world_size=1, dp_world_size=1))
+
+    for step in (3, 3, 3, 3, 4, 4, 4, 4, 4):
+        trains(step)
+    trains(4, replace(JOB, node="b"))
+    for _ in range(MOST_FRUITLESS):
+        trains(4, replace(JOB, node="b"))
+    assert not store.check([JOB.given_up])
+    with pytest.raises(SystemExit):
+        trains(4, replace(JOB, node="b"))
 
 
 def test_a_run_that_has_ended_makes_room_for_one_of_the_same_name() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from torch.distributed import HashStore
+from torch.distributed.run import parse_args
 
 from ucp_deepspeed.elastic.job import Job
 from ucp_deepspeed.elastic.launch import agent_arguments, agree, run
@@ -47,9 +48,12 @@ def test_what_is_no_range_of_nodes(text: str) -> None:
 
 
 def test_the_agents_arguments() -> None:
+    """torch's parser leaves a script's options alone, also beginnings of its own, such as those of ``--log-dir``."""
+    script = ["train.py", "--log", "1"]
     job = Job("mine", "host0:29400", "a", Sizes())
-    words = agent_arguments(job, Range.parse("--nodes", "1:4"), 8, 7, ["train.py", "--lr", "1"])
-    assert words[words.index("-m") :] == ["-m", "ucp_deepspeed.elastic.worker", "train.py", "--lr", "1"]
+    words = agent_arguments(job, Range.parse("--nodes", "1:4"), 8, 7, script)
+    assert words[words.index("-m") :] == ["-m", "--", "ucp_deepspeed.elastic.worker", *script]
+    assert parse_args(words).training_script_args == script
     assert "SIGUSR1" in words[words.index("--signals-to-handle") + 1].split(",")
     assert words[: words.index("--signals-to-handle")] == [
         *("--nnodes", "1:4", "--nproc-per-node", "8", "--max-restarts", "7"),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from deepspeed import comm as dist
 
@@ -20,33 +20,40 @@ from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError
 
 logger = logging.getLogger("ucp_deepspeed")
 
-T = TypeVar("T")
+Loaded = tuple[str | None, dict[str, Any] | None]
+"""Result of ``engine.load_checkpoint``: the path, None if there was nothing to load, and the client state."""
 
 
-def falling_back(load: Callable[..., T]) -> Callable[..., T]:
+def falling_back(load: Callable[..., Loaded]) -> Callable[..., Loaded]:
     """Wrap a load (``native, engine, load_dir, tag, …``): if none is named and the one that ``latest`` names is damaged or gone,
-    load the newest whole tag, and tell of it. If no other can be loaded, raise the first error. Collective."""
+    or ``latest`` is, load the newest whole tag, and tell of it. If no other can be loaded, raise the first error. Collective."""
 
     @wraps(load)
-    def tried(native: Any, engine: Engine, load_dir: str, tag: str | None = None, *rest: Any, **options: Any) -> T:
+    def tried(native: Any, engine: Engine, load_dir: str, tag: str | None = None, *rest: Any, **options: Any) -> Loaded:
+        config: UniversalCheckpointConfig = engine.universal_checkpoint_config
+        stays = tag is not None or config.fallback == "none" or config.load == "never"
+        loaded: Loaded = (None, {})
+        first: DamagedCheckpointError | CheckpointNotFoundError | None = None
         try:
-            return load(native, engine, load_dir, tag, *rest, **options)
+            loaded = load(native, engine, load_dir, tag, *rest, **options)
+            if stays or loaded[0] is not None:
+                return loaded
         except (DamagedCheckpointError, CheckpointNotFoundError) as error:
-            config: UniversalCheckpointConfig = engine.universal_checkpoint_config
-            if tag is not None or config.fallback == "none" or config.load == "never":
+            if stays:
                 raise
             first = error
+        why = "there is no file 'latest'" if first is None else f"the one that 'latest' names is lost: {first}"
         for name in _others(load_dir):
             if dist.get_rank() == 0:
-                logger.warning(
-                    "taking the tag %s of %s, since the one that 'latest' names is lost: %s", name, load_dir, first
-                )
+                logger.warning("taking the tag %s of %s, since %s", name, load_dir, why)
             try:
                 return load(native, engine, load_dir, name, *rest, **options)
             except (DamagedCheckpointError, CheckpointNotFoundError) as error:
                 if dist.get_rank() == 0:
                     logger.warning("the tag %s can't be loaded either: %s", name, error)
-        raise first
+        if first is not None:
+            raise first
+        return loaded
 
     return tried
 

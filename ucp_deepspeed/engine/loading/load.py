@@ -30,7 +30,7 @@ from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.differing_copies import look_at_copies, with_copies_for
 from ucp_deepspeed.engine.known_layouts import KnownLayouts, keep_layouts, known_by_manifest, known_by_plan
 from ucp_deepspeed.engine.loading.custom_load import check_custom_load, local_state_dict, run_custom_load
-from ucp_deepspeed.engine.loading.fallback import falling_back
+from ucp_deepspeed.engine.loading.fallback import Loaded, falling_back
 from ucp_deepspeed.engine.loading.filling import Filling, check_exchange, own_cores, share_of_cores
 from ucp_deepspeed.engine.loading.finding import Found, find
 from ucp_deepspeed.engine.loading.native import LoadOptions, check_sums, only_held_against_the_list
@@ -61,8 +61,6 @@ from ucp_deepspeed.transfer.planning.policies import Policies
 from ucp_deepspeed.transfer.pruning import reading
 
 logger = logging.getLogger("ucp_deepspeed")
-
-Loaded = tuple[str | None, dict[str, Any] | None]
 
 
 @dataclass(frozen=True, slots=True)
