@@ -25,6 +25,7 @@ from ucp_deepspeed.checkpoint.deepspeed.manifest import (
 )
 from ucp_deepspeed.checkpoint.deepspeed.written_names import is_deepspeeds
 from ucp_deepspeed.checkpoint.encoding import has_its_sum, read_document
+from ucp_deepspeed.checkpoint.huggingface import is_file_of, is_huggingface
 from ucp_deepspeed.checkpoint.random_files import (
     FORMER_NAMES,
     RANDOM_STATES_NAME,
@@ -127,6 +128,7 @@ def evidence_of(folder: Path) -> Evidence:
     atoms = f"{ATOMS_FOLDER}/" if is_consolidated(folder) else MANIFEST_NAME
     of = _of_index if INDEX_NAME in there else _of_metadata if is_dcp(folder) else partial(_of_manifest, there=there)
     listed = of(evidence)
+    weights = is_huggingface(folder) and not any(map(is_deepspeeds, there))
     ours = {INDEX_NAME, MANIFEST_NAME, CHECKSUMS_NAME, RANDOM_STATES_NAME}
     earlier = evidence.manifest.earlier if evidence.manifest is not None else ()
     known = [
@@ -137,6 +139,7 @@ def evidence_of(folder: Path) -> Evidence:
         or (is_deepspeeds(name) and name not in earlier)
         or Path(name).match(FORMER_NAMES)
         or name.startswith(atoms)
+        or (weights and is_file_of(name))
     ]
     if is_marked(folder):
         evidence.doubts.append(f"a save into {folder} was not finished, as {MARK_NAME} tells")

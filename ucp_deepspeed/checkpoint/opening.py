@@ -18,6 +18,7 @@ from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.consolidated import ConsolidatedCheckpoint, is_consolidated
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.deepspeed.written_names import is_model_states
+from ucp_deepspeed.checkpoint.huggingface import HuggingFaceCheckpoint, is_huggingface
 from ucp_deepspeed.checkpoint.tags import holds_checkpoint, is_dcp, is_marked, tags_in, unfinished
 from ucp_deepspeed.checkpoint.universal.index import (
     INDEX_NAME,
@@ -76,6 +77,8 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
         latest = root / LATEST_NAME
         if not latest.is_file() and (root / UNIVERSAL_LATEST_NAME).is_file():
             latest = root / UNIVERSAL_LATEST_NAME
+        if not latest.is_file() and is_huggingface(root):  # Trainer's folders have such files too, beside DeepSpeed's
+            return root
         if not latest.is_file():
             lacking = "it holds neither checkpoint files nor a 'latest' file"
             raise CheckpointNotFoundError(f"{root} is not a checkpoint: {lacking}{_there(root)}")
@@ -83,7 +86,9 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
         strays, named = Path(tag).is_absolute() or ".." in Path(tag).parts, f", which {latest} names"
     folder = root / tag
     found = folder if _is_folder(folder) else _lies_aside(folder)
-    if strays or found is None or (found == root and not holds_checkpoint(root)):  # "" and "." name the folder itself
+    if (
+        strays or found is None or (found == root and not (holds_checkpoint(root) or is_huggingface(root)))
+    ):  # "" and "." name the folder itself
         shown = tag if len(tag) <= LONGEST_SHOWN else f"{tag[:LONGEST_SHOWN]}…"
         raise CheckpointNotFoundError(f"no tag {shown!r} in {root}{named}{_there(root)}")
     return found
@@ -175,6 +180,8 @@ def _open(path: str | Path, tag: str | None, verify: bool) -> Checkpoint:
                 f"load it with Megatron-Core, and save it from a DeepSpeed engine"
             )
         return DcpCheckpoint(folder)
+    if is_huggingface(folder):
+        return HuggingFaceCheckpoint(folder)
     if is_marked(folder):
         raise unfinished(folder, NO_MODEL_STATES)
     if any(folder.glob("layer_*-model_states.pt")):

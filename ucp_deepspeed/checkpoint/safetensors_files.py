@@ -17,6 +17,9 @@ from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import DamagedCheckpointError, worded
 from ucp_deepspeed.layout import Shape
 
+WEIGHTS_NAME, WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+"""Files of Hugging Face's libraries: all weights, or which of several files has which."""
+
 
 class _Entry(BaseModel):
     """A tensor in the header; offsets are in bytes from the end of the header."""
@@ -51,18 +54,28 @@ class SafetensorsHeader:
         self.data_offset = 8 + length
         self.data_numbytes = path.stat().st_size - self.data_offset
 
-    def extent(self, key: str, shape: Shape) -> FileExtent:
-        """Return the range of one tensor. It must have the shape in the index and lie inside the file."""
+    @property
+    def keys(self) -> frozenset[str]:
+        """The names of the tensors."""
+        return frozenset(key for key, entry in self._entries.items() if isinstance(entry, _Entry))
+
+    def shape(self, key: str) -> Shape:
+        """Return the shape of a tensor, or raise DamagedCheckpointError if there is no such one."""
         entry = self._entries.get(key)
         if not isinstance(entry, _Entry):
             raise DamagedCheckpointError(f"{self.path} lacks {key}")
+        return entry.shape
+
+    def extent(self, key: str, shape: Shape) -> FileExtent:
+        """Return the range of one tensor. It must have the shape in the index and lie inside the file."""
+        found, entry = self.shape(key), self._entries[key]
+        assert isinstance(entry, _Entry)
         if entry.dtype not in ITEMSIZE:
             raise DamagedCheckpointError(f"{self.path}: {key} has the unknown dtype {entry.dtype!r}")
         begin, end = entry.data_offsets
         numel = prod(shape)
-        if entry.shape != shape:
-            found = list(entry.shape)
-            raise DamagedCheckpointError(f"{self.path}: {key} has shape {found}; the index says {list(shape)}")
+        if found != shape:
+            raise DamagedCheckpointError(f"{self.path}: {key} has shape {list(found)}; the index says {list(shape)}")
         if end - begin != numel * ITEMSIZE[entry.dtype] or not 0 <= begin <= end <= self.data_numbytes:
             raise DamagedCheckpointError(
                 f"{self.path}: {key}, {entry.dtype} of shape {list(shape)}, can't lie in bytes {begin} to {end} of "

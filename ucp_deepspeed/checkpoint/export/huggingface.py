@@ -27,12 +27,10 @@ from ucp_deepspeed.checkpoint.export.experts import with_single_experts
 from ucp_deepspeed.checkpoint.export.model_names import huggingface_weights
 from ucp_deepspeed.checkpoint.export.weights import DTYPES, Choice, check_complete, check_range, model_names
 from ucp_deepspeed.checkpoint.output import Output, OutputFile, OutputPlan, StoredTensor
-from ucp_deepspeed.checkpoint.safetensors_files import safetensors_file
+from ucp_deepspeed.checkpoint.safetensors_files import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, safetensors_file
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError, UnsupportedError
 from ucp_deepspeed.language.spec import Spec
-
-WEIGHTS_NAME, WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 
 METADATA = {"format": "pt"}
 """Text in the header of each file, which transformers and PEFT ask for."""
