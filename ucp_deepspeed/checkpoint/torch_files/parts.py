@@ -112,7 +112,7 @@ def archives_in(path: Path) -> list[tuple[int, int]]:
     """
     found: list[tuple[int, int]] = []
     with telling_damage(path):
-        stop = _without_gap(path, path.stat().st_size)
+        stop = path.stat().st_size
         while stop:
             with closing(FilePart(path, 0, stop)) as part:
                 opened = cast(IO[bytes], part)
