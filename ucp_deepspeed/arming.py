@@ -39,7 +39,8 @@ def _wrap_engine(module: ModuleType) -> None:
 
 
 def _wrap_config(module: ModuleType) -> None:
-    if not isinstance(vars(module.DeepSpeedConfig).get("_set_batch_related_parameters"), wrapt.FunctionWrapper):
+    found = vars(module.DeepSpeedConfig).get("_set_batch_related_parameters")
+    if found is not None and not isinstance(found, wrapt.FunctionWrapper):
         wrapt.wrap_function_wrapper(module, "DeepSpeedConfig._set_batch_related_parameters", _set_batch)
 
 

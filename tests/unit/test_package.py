@@ -191,6 +191,8 @@ def test_config_surface() -> None:
             {"save": {"on_signal": True}},
             "universal_checkpoint.save.on_signal: must be a folder, or a block of settings (found True); known keys: folder, ",
         ),
+        ({"save": {"keep": {"every": 3}}}, "universal_checkpoint.save.keep.last: "),
+        ({"save": {"on_signal": {"folder": "a", "exit_code": 0}}}, "universal_checkpoint.save.on_signal.exit_code: "),
         ({"save": {"on_signal": {}}}, "universal_checkpoint.save.on_signal.folder: "),
         ({"save": {"on_signal": ""}}, "universal_checkpoint.save.on_signal.folder: "),
         ({"keep": {"last": 3}}, "universal_checkpoint.keep: unknown key; it belongs into 'save'; known keys: enabled"),

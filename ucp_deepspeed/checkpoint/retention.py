@@ -24,7 +24,7 @@ class Keep(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    last: PositiveInt = 1
+    last: PositiveInt
     every: PositiveInt | None = None
 
 

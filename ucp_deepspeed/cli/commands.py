@@ -418,7 +418,7 @@ RUN = Command(
 
     When a node is lost or joins, all go on from the last checkpoint in a new round, on the nodes that are there. SCRIPT loads it
     by itself; it needs no import of this package. Ranks that the batch or the model-parallel sizes have no use for stand by.
-    {tp}, {pp} and {dp} in the ARGUMENTS are filled with the sizes of the round.
+    {tp}, {pp} and {dp} in the ARGUMENTS are filled with the sizes of the round. "-- -m MODULE" runs a module.
     """,
     context_settings={"allow_interspersed_args": False},
     params=[

@@ -61,24 +61,24 @@ def test_what_goes_and_what_stays(tmp_path: Path, ucp: Ucp) -> None:
 def test_none_is_whole(tmp_path: Path) -> None:
     for tag in saved(tmp_path, 1, 2):
         mark(tag)
-    prune(tmp_path, Keep())
+    prune(tmp_path, Keep(last=1))
     assert there(tmp_path) == ["step1", "step2"]
 
 
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="no folder at"):
-        prune(tmp_path / "missing", Keep())
+        prune(tmp_path / "missing", Keep(last=1))
 
 
 def test_what_is_read_or_written_stays(tmp_path: Path) -> None:
     first, second, _, newest = saved(tmp_path, 1, 2, 3, 4)
     assert hold(second)
     with reading(first), reading(newest):
-        found = {fate.checkpoint.path.name: fate.stays for fate in prune(tmp_path, Keep(), remove=False)}
+        found = {fate.checkpoint.path.name: fate.stays for fate in prune(tmp_path, Keep(last=1), remove=False)}
         assert found["step1"] == found["step4"] == "it is being read" and found["step2"] == "it is being written"
         assert found["step3"] is None or found["step3"] == "it is the newest whole one"
     release(second)
-    prune(tmp_path, Keep())
+    prune(tmp_path, Keep(last=1))
     assert there(tmp_path) == ["step4"]
 
 
@@ -92,13 +92,13 @@ def test_a_removal_that_was_killed_leaves_nothing_for_readers(tmp_path: Path, mo
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("ucp_deepspeed.transfer.commit._remove", killed)
-        prune(tmp_path, Keep())
+        prune(tmp_path, Keep(last=1))
     hidden = next(entry for entry in tmp_path.iterdir() if entry.name.startswith("."))
-    assert [fate.checkpoint.path.name for fate in prune(tmp_path, Keep())] == ["step2"]
+    assert [fate.checkpoint.path.name for fate in prune(tmp_path, Keep(last=1))] == ["step2"]
     gone = hidden.with_name(hidden.name.replace(f"-{os.getpid()}.", "-999999999."))
     hidden.rename(gone)
     saved(tmp_path, 3)
-    prune(tmp_path, Keep())
+    prune(tmp_path, Keep(last=1))
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
 
 

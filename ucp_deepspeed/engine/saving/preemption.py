@@ -201,9 +201,19 @@ def _stop(engine: Engine) -> None:
     except SaveError as error:  # this save is another chance
         logger.error("the save before the signal failed: %s", error)
     is_there = any(gathered((folder / f"global_step{engine.global_steps}").is_dir()))
-    with replaced(engine, **{IN_ONE_STEP: is_there}):
-        getattr(engine, "save_checkpoint")(config.folder)  # noqa: B009
-    end(engine)
+    try:
+        with replaced(engine, **{IN_ONE_STEP: is_there}):
+            getattr(engine, "save_checkpoint")(config.folder)  # noqa: B009
+        end(engine)
+    except SaveError:
+        if dist.get_rank() == 0:
+            logger.error(
+                "step %s could not be saved; mend what the error says, and start again: the run goes on from the newest whole "
+                "checkpoint of %s",
+                engine.global_steps,
+                folder,
+            )
+        raise
 
 
 def end(engine: Engine) -> None:
