@@ -256,7 +256,7 @@ def test_a_metadata_of_an_older_torch(tmp_path: Path) -> None:
             else:
                 super().save_global(obj, name)
 
-    Older(out, 2).dump(held)
+    Older(out, 4).dump(held)
     assert older.encode() in out.getvalue()
     (tmp_path / "a" / ".metadata").write_bytes(out.getvalue())
     assert torch.equal(read(tmp_path / "a")["w/fp32"], WEIGHT.flatten())
