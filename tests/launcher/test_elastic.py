@@ -257,7 +257,7 @@ def test_the_store_is_lost(nodes: Nodes) -> None:
     nodes.start("c")
     nodes.wait(lambda: nodes.steps() > done)
     nodes.agents["c"].send_signal(signal.SIGUSR1)
-    assert nodes.agents["c"].wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
+    assert nodes.agents["c"].wait(PATIENCE_SECONDS) == 128 + signal.SIGUSR1
     store.kill()
     assert (nodes.folder / "checkpoints" / "latest").read_text() == f"global_step{nodes.steps()}"
     check_stream(nodes)
