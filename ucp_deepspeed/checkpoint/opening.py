@@ -77,7 +77,7 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
         latest = root / LATEST_NAME
         if not latest.is_file() and (root / UNIVERSAL_LATEST_NAME).is_file():
             latest = root / UNIVERSAL_LATEST_NAME
-        if not latest.is_file() and is_huggingface(root):  # Trainer's folders have such files too, beside DeepSpeed's
+        if not latest.is_file() and is_huggingface(root) and not _has_saves(root):
             return root
         if not latest.is_file():
             lacking = "it holds neither checkpoint files nor a 'latest' file"
@@ -92,6 +92,17 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
         shown = tag if len(tag) <= LONGEST_SHOWN else f"{tag[:LONGEST_SHOWN]}…"
         raise CheckpointNotFoundError(f"no tag {shown!r} in {root}{named}{_there(root)}")
     return found
+
+
+TRAINER_NAME = "trainer_state.json"
+"""File in each checkpoint of transformers' Trainer, which has weights beside DeepSpeed's files, or in their place."""
+
+
+def _has_saves(root: Path) -> bool:
+    """Return whether a folder holds saves of a run, also unfinished ones, or is a checkpoint of Trainer's."""
+    folders = [entry for entry in root.iterdir() if entry.is_dir()]
+    saves = any(is_unfinished(entry) or holds_checkpoint(entry) or is_marked(entry) for entry in folders)
+    return saves or (root / TRAINER_NAME).is_file()
 
 
 def _is_folder(path: Path) -> bool:
