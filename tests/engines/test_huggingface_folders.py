@@ -66,12 +66,20 @@ def test_a_run_begins_with_the_weights(name: str, ranks: Ranks, tmp_path: Path) 
 
 def test_a_resume_asks_what_becomes_of_the_optimizer(ranks: Ranks, tmp_path: Path) -> None:
     """Its weights alone load with DeepSpeed's own arguments too."""
-    save_model("llama", tmp_path)
+    save_model("llama", tmp_path / "hf")
     run = run_of("llama", universal={"enabled": True})
     with pytest.raises(RankError, match=r"with weights alone: load_module_only=True") as caught:
-        ranks(1).run(train, run, 0, load=str(tmp_path))
+        ranks(1).run(train, run, 0, load=str(tmp_path), tag="hf")
     assert isinstance(caught.value.original, MismatchError)
-    ranks(1).run(train, run, 1, load=str(tmp_path), options={"load_module_only": True})
+    ranks(1).run(train, run, 1, load=str(tmp_path / "hf"), options={"load_module_only": True})
+
+
+def test_a_first_start_in_a_folder_with_weights(ranks: Ranks, tmp_path: Path) -> None:
+    """As with DeepSpeed alone: a script that always loads begins anew, and a later start finds what it saved."""
+    save_model("llama", tmp_path)
+    run = run_of("llama", universal={"enabled": True})
+    assert ranks(2).run(train, run, 1, load=str(tmp_path), save=str(tmp_path), save_tag="a")[0].load_path is None
+    assert ranks(1).run(train, run, 2, load=str(tmp_path))[0].load_path is not None
 
 
 def test_commands_take_it(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from deepspeed import comm as dist
 from ucp_deepspeed.checkpoint import Checkpoint, resolve_tag
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.one_save import check_one_save, places_of
+from ucp_deepspeed.checkpoint.huggingface import is_huggingface
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME, warn_of_sums_alone
+from ucp_deepspeed.checkpoint.tags import holds_checkpoint
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, home_of
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.agreement import check_same, gathered, portable, raise_first
@@ -138,6 +140,19 @@ def _look(
         streams = config.random_state == "restore" and config.load != "never"
         streams = streams and not options.load_module_only and not only_evaluates(engine)
         folder = _find(Path(load_dir), tag, config.load)
+        if (
+            folder is not None
+            and tag is None
+            and _has_weights_alone(folder)
+            and not _begins_with_weights(config, options)
+        ):
+            if dist.get_rank() == 0:
+                logger.warning(
+                    "%s holds weights of Hugging Face's libraries and no checkpoint: nothing is loaded, as with DeepSpeed alone; "
+                    'to begin with these weights, set "optimizer_states": "reset" and "scheduler": "keep" in the block',
+                    folder,
+                )
+            folder = None
         found = Found(folder, streams=streams)
         if folder is None:
             return found, None
@@ -158,6 +173,17 @@ def _look(
         seen.error = portable(error)
         return found, error
     return found, None
+
+
+def _has_weights_alone(folder: Path) -> bool:
+    return is_huggingface(folder) and not holds_checkpoint(folder)
+
+
+def _begins_with_weights(config: UniversalCheckpointConfig, options: LoadOptions) -> bool:
+    """Return whether a load may do without an optimizer's state. A script may load from any folder at its first start."""
+    return (
+        config.has_policies or config.load == "always" or options.load_module_only or not options.load_optimizer_states
+    )
 
 
 def _check_one_save(engine: Engine, checkpoint: Checkpoint) -> None:
