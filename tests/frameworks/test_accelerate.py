@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ucp_deepspeed import last_checkpoint
 from ucp_deepspeed.checkpoint.whole import problem_of
+from ucp_deepspeed.integrations import accelerate_data
 
 pytest.importorskip("accelerate")
 
@@ -176,6 +179,13 @@ def jobs_of_four(place: Place) -> list[Seen]:
         {"name": "two-models", "models": 2, "stage": 3, "batch": 2, "micro": 0, "load": place("both")},
         {"name": "odd", "schedule": "odd", "batch": 2, "micro": 0, "load": place("odd-2")},
         {"name": "stock", "gas": 2, "batch": 2, "load": place("stock"), "skip": 4},
+        *jobs_in_projects(place),
+    ]
+
+
+def jobs_in_projects(place: Place) -> list[Seen]:
+    """Those of them whose checkpoints Accelerate has named."""
+    return [
         {"name": "dead", "batch": 2, "project": place("dead"), "load": "", "micro": 0},
         {"name": "newest", "batch": 2, "project": place("runs"), "load": "", "saves": {"1": ""}, "micro": 1},
         {
@@ -287,6 +297,21 @@ def test_an_order_drawn_from_a_generator_is_drawn_again(seen: dict[str, Seen]) -
     assert steps(seen["4 drawn"]) == steps(seen["4 drawn-half"]) == whole[6:]
     assert steps(seen["4 drawn-end"]) == whole[4:]
     assert steps(seen["1 drawn"]) == whole[10:]
+
+
+def test_a_sampler_whose_generator_is_its_own() -> None:
+    """It isn't torch's, and has no state to keep."""
+
+    class Drawn(torch.utils.data.Sampler[int]):
+        generator = random.Random(1)
+
+        def __iter__(self) -> Iterator[int]:
+            return iter(self.generator.sample(range(4), 4))
+
+    loader = torch.utils.data.DataLoader(list(range(4)), sampler=Drawn())
+    assert accelerate_data._drawing(loader) is None and accelerate_data._order(loader) is None
+    drawn = torch.utils.data.DataLoader(list(range(4)), shuffle=True)
+    assert accelerate_data._drawing(drawn) is drawn.sampler
 
 
 @pytest.mark.parametrize("name", ["4 seedable-before", "4 seedable-since", "1 alone-on"])

@@ -482,9 +482,7 @@ STORE = Command(
     Start it on a machine that stays: losing it ends the run. It needs no accelerator, and next to no memory.
     """,
     params=[
-        option(
-            "--port", type=click.IntRange(0, 65535), default=29400, show_default=True, help="Port; 0 takes a free one."
-        ),
+        option("--port", type=click.IntRange(0, 65535), default=29400, show_default=True, help="Port; 0: a free one."),
     ],
 )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,15 +127,18 @@ def described(loader: Any, begun: int) -> dict[str, Any] | None:
 def _drawing(loader: Any) -> Any:
     """Return the sampler that draws a loader's order from a generator, anew in each epoch; None if there is none."""
     from accelerate.data_loader import SeedableRandomSampler
+    from torch import Generator
 
-    found, deeper = None, loader
-    while deeper is not None:
+    found, deeper = loader, loader
+    while deeper is not None:  # not by truth: a stream's sampler has no length
         found, batches = deeper, getattr(deeper, "batch_sampler", None)
-        deeper = (
-            batches if batches is not None else getattr(deeper, "sampler", None)
-        )  # not by truth: a stream's has no length
-    draws = found is not loader and hasattr(found, "generator") and not isinstance(found, SeedableRandomSampler)
-    return found if draws else None
+        deeper = batches if batches is not None else getattr(deeper, "sampler", None)
+    if found is loader or isinstance(found, SeedableRandomSampler) or not hasattr(found, "generator"):
+        return None
+    is_torchs = found.generator is None or isinstance(
+        found.generator, Generator
+    )  # any sampler may have such an attribute
+    return found if is_torchs else None
 
 
 def _order(loader: Any) -> Any:
@@ -303,7 +307,8 @@ def _count_the_rest(made: Any, loader: Any, skipped: int, batch: int) -> None:
 
     def begun() -> None:
         begin()
-        made.remainder = (len(made.dataset) - skipped) % batch
+        with suppress(TypeError):  # a dataset without a length
+            made.remainder = (len(made.dataset) - skipped) % batch
 
     if batch and not loader._drop_last and not isinstance(made.dataset, IterableDataset) and not _dispatches(made):
         made.begin = begun

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 from pydantic import AfterValidator, Field, InstanceOf, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
+from ucp_deepspeed.checkpoint.checkpoint import Precision
 from ucp_deepspeed.checkpoint.extra_states import is_extra_state
 from ucp_deepspeed.checkpoint.torch_files.unpickling import FragmentAddress, LossScaler
 from ucp_deepspeed.errors import DamagedCheckpointError, worded
@@ -214,3 +215,12 @@ def state_of(states: Mapping[Any, Any], index: int, path: Path) -> Mapping[str, 
             f"{path} holds a {type(found).__name__} as the optimizer's state of tensor {index}"
         )
     return found
+
+
+def enabled_precision(config: Mapping[str, Any]) -> Precision | None:
+    """Return the half precision that a config switches on."""
+    for name, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
+        held = (config[key].get("enabled") for key in keys if isinstance(config.get(key), dict))
+        if any(isinstance(value, int | str) and value for value in held):
+            return name  # type: ignore[return-value]
+    return None

@@ -22,6 +22,7 @@ from ucp_deepspeed.checkpoint.deepspeed.contents import (
     check_degree,
     check_numbers,
     check_types,
+    enabled_precision,
     in_flat,
     value_of,
 )
@@ -220,7 +221,7 @@ class DeepSpeedFiles:
         if "ds_config" not in saved and len(self._optimizer_prefixes) == 1:
             saved = self.open(self.path / min(filter(zero_file, self.names)))
         config = saved.get("ds_config")
-        if not isinstance(config, dict) or not (any(key in config for key in BATCH_KEYS) or _enabled(config)):
+        if not isinstance(config, dict) or not (any(key in config for key in BATCH_KEYS) or enabled_precision(config)):
             return {}
         return config
 
@@ -255,7 +256,7 @@ class DeepSpeedFiles:
         """Precision of the weights that the run trained with: from the config, else from the weights, the trained ones if the
         files tell these. Under ZeRO-3 only empty tensors remain of them, with the same dtype."""
         if self.config:
-            return _enabled(self.config) or "fp32"
+            return enabled_precision(self.config) or "fp32"
         if self._optimizer_prefixes == {"bf16_"}:
             return "bf16"
         saved = self.model_states(0)
@@ -493,12 +494,3 @@ def open_saved(path: Path, foreign: bool = False, summed: bool = False) -> dict[
     return open_torch_file(
         path, owned=ENGINE_KEYS if is_model_states(path.name) else None, foreign=foreign, summed=summed
     )
-
-
-def _enabled(config: Mapping[str, Any]) -> Precision | None:
-    """Return the half precision that a config switches on."""
-    for name, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
-        held = (config[key].get("enabled") for key in keys if isinstance(config.get(key), dict))
-        if any(isinstance(value, int | str) and value for value in held):
-            return name  # type: ignore[return-value]
-    return None
