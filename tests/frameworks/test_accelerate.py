@@ -184,7 +184,7 @@ def jobs_of_four(place: Place) -> list[Seen]:
 
 
 def jobs_in_projects(place: Place) -> list[Seen]:
-    """Those of them whose checkpoints Accelerate has named."""
+    """Jobs on four ranks in folders whose checkpoints Accelerate names."""
     return [
         {"name": "dead", "batch": 2, "project": place("dead"), "load": "", "micro": 0},
         {"name": "newest", "batch": 2, "project": place("runs"), "load": "", "saves": {"1": ""}, "micro": 1},
