@@ -58,6 +58,15 @@ class FragmentAddress:
     start: int
 
 
+@dataclass
+class SubparamShape:
+    """Stands in for DeepSpeed's class of this name: parameters whose sizes along one dimension are several tensors' together."""
+
+    patterns: list[str]
+    shape: tuple[tuple[int, ...] | int, ...]
+    partition_dim: int
+
+
 class ZeroStage(enum.IntEnum):
     """Stands in for DeepSpeed's ``ZeroStageEnum``."""
 
@@ -132,6 +141,7 @@ ALLOWED_CLASSES: list[Any] = [
     (DynamicLossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
     (FragmentAddress, "deepspeed.runtime.bf16_optimizer.fragment_address"),  # up to 0.7.2
+    (SubparamShape, "deepspeed.checkpoint.universal_checkpoint.SubparamShape"),
     (ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (zero_stage_by_name, "builtins.getattr"),
     (frozenset, "builtins.frozenset"),
@@ -158,6 +168,13 @@ ALLOWED: dict[str, Any] = {
     )
 }
 """`ALLOWED_CLASSES` by name."""
+
+STAND_INS: dict[type, tuple[str, str]] = {
+    kind: (name.rpartition(".")[0], name.rpartition(".")[2])
+    for name, kind in reversed(ALLOWED.items())
+    if isinstance(kind, type) and kind.__module__ == __name__
+}
+"""Classes that stand in for DeepSpeed's → the module and the name by which DeepSpeed finds its own today."""
 
 
 CODE_MODULES = frozenset("os posix nt sys subprocess shutil importlib runpy pty ctypes socket pickle code".split())  # noqa: SIM905

@@ -27,7 +27,11 @@ from ucp_deepspeed.checkpoint.torch_files.structure import (
     header_of,
     listed_as,
 )
+from ucp_deepspeed.checkpoint.torch_files.unpickling import STAND_INS
 from ucp_deepspeed.errors import naming
+
+_InPython: Any = pickle._Pickler  # type: ignore[attr-defined]
+"""pickle's own pickler in Python. Single steps of it can be replaced."""
 
 _LAST = (("version", b"3\n"), (".data/serialization_id", b"0" * 40))
 """Records that torch's writer adds at the end. The id is one for logs: nothing compares it."""
@@ -82,16 +86,40 @@ def archive_file(file_name: str, tensors: Mapping[str, StoredTensor], tied: Mapp
     Args:
         tied: further keys → the key of the tensor that each stands for; in the file they share its storage.
     """
-    contents: dict[int, StoredTensor] = {}
-    state = {name: _empty(tensor, contents) for name, tensor in tensors.items()}
-    state |= {alias: state[owner] for alias, owner in tied.items()}
-    return _saved(file_name, Path(file_name).stem, state, contents)
+    return value_archive(file_name, {**tensors, **{alias: tensors[owner] for alias, owner in tied.items()}})
 
 
 def tensor_archive(tensor: StoredTensor) -> ArchiveFile:
     """Lay out the archive that ``torch.save`` writes of one tensor to a stream."""
+    return value_archive("archive", tensor)
+
+
+def value_archive(file_name: str, value: Any) -> ArchiveFile:
+    """Lay out the archive that ``torch.save`` makes of a value.
+
+    Args:
+        value: plain data and tensors. A `StoredTensor` stands for a tensor to come; the same object at several places stands for
+            one. Objects of the classes of `unpickling.STAND_INS` are saved as DeepSpeed's own.
+    """
     contents: dict[int, StoredTensor] = {}
-    return _saved("archive", "archive", _empty(tensor, contents), contents)
+
+    class Pickler(_ByName):
+        """Base of the pickler in torch's ``_save``."""
+
+        def reducer_override(self, held: Any) -> Any:
+            return (
+                _empty(held, contents).__reduce_ex__(self.proto) if isinstance(held, StoredTensor) else NotImplemented
+            )
+
+    records, storages = records_to_save(value, Pickler)
+    filled = {f"data/{key}": contents.get(held._cdata) or _bytes_of(held) for key, held in storages.items()}
+    return _laid_out(
+        file_name, Path(file_name).stem, [*((name, data or filled[name]) for name, data in records), *_LAST]
+    )
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> bytes:
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes()  # type: ignore[call-overload]
 
 
 def one_behind_another(
@@ -122,16 +150,6 @@ def _empty(tensor: StoredTensor, contents: dict[int, StoredTensor]) -> torch.Ten
     storage = torch.UntypedStorage(tensor.numbytes, device="cpu")  # nobody touches its memory
     contents[storage._cdata] = tensor
     return torch.empty(0, dtype=NAMED_DTYPES[tensor.dtype], device="cpu").set_(storage).view(tensor.shape)
-
-
-def _saved(file_name: str, title: str, state: Any, contents: Mapping[int, StoredTensor]) -> ArchiveFile:
-    """Lay out the archive of a value. ``title``: what the names of its records begin with."""
-    records, storages = records_to_save(state)
-    held = [
-        (name, contents[storages[name.removeprefix("data/")]._cdata] if data is None else data)
-        for name, data in records
-    ]
-    return _laid_out(file_name, title, [*held, *_LAST])
 
 
 def _laid_out(file_name: str, title: str, records: Sequence[tuple[str, bytes | StoredTensor]]) -> ArchiveFile:
@@ -172,7 +190,23 @@ def _entry(name: str, data: bytes | StoredTensor, place: int) -> zipfile.ZipInfo
     return entry
 
 
-def records_to_save(state: Any) -> tuple[list[tuple[str, bytes | None]], dict[str, torch.UntypedStorage]]:
+class _ByName(_InPython):  # type: ignore[misc]
+    """Pickles a class that stands in for DeepSpeed's by the name of DeepSpeed's, without importing it."""
+
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        """Write the name of a class or function."""
+        found = STAND_INS.get(obj) if isinstance(obj, type) else None
+        if found is None:
+            super().save_global(obj, name)
+        else:
+            module, name = found
+            self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())  # in torch's protocol, 2
+            self.memoize(obj)
+
+
+def records_to_save(
+    state: Any, pickler: type[pickle.Pickler] = pickle.Pickler
+) -> tuple[list[tuple[str, bytes | None]], dict[str, torch.UntypedStorage]]:
     """Return the records of the zip file, in order, with None for the contents of storages; and the storages by their keys.
 
     torch's own ``_save`` makes the records, so that they are those of its version.
@@ -180,7 +214,7 @@ def records_to_save(state: Any) -> tuple[list[tuple[str, bytes | None]], dict[st
     zip_file = _Collector()
     storages: dict[str, torch.UntypedStorage] = {}
 
-    class Pickler(pickle.Pickler):
+    class Pickler(pickler):  # type: ignore[misc, valid-type]
         """Base of the pickler in ``_save``; it sees which key the pickler gives to which storage."""
 
         def __init_subclass__(cls) -> None:
