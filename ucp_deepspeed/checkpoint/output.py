@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 
@@ -64,16 +65,30 @@ class Region:
         return sum(piece.local_box.numel for piece in local.pieces) < prod(local.shape)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: regions of one type, end to end, wherever in the file."""
+    """A tensor in a file: regions of one type, wherever in the file. Elements of no region are zero.
+
+    Attributes:
+        starts: position of each region in the tensor, in elements. By default they lie end to end, and fill it.
+        dtype: type in the file; by default that of the regions.
+    """
 
     shape: Shape
     regions: tuple[Region, ...]
+    starts: tuple[int, ...] | None = None
+    dtype: str = ""
 
     def __post_init__(self) -> None:
-        assert self.regions and len({region.dtype for region in self.regions}) == 1
-        assert sum(region.numel for region in self.regions) == prod(self.shape)
+        if not self.dtype:
+            object.__setattr__(self, "dtype", self.regions[0].dtype)
+        stops = list(accumulate((region.numel for region in self.regions), initial=0))
+        if self.starts is None:
+            object.__setattr__(self, "starts", tuple(stops[:-1]))
+            assert stops[-1] == prod(self.shape)
+        ends = [start + region.numel for start, region in self.placed_regions]
+        assert {region.dtype for region in self.regions} <= {self.dtype}
+        assert all(end <= start for end, start in zip([0, *ends], [*(self.starts or ()), prod(self.shape)], strict=True))
 
     @classmethod
     def of(cls, region: Region) -> StoredTensor:
@@ -81,9 +96,10 @@ class StoredTensor:
         return cls(region.layout.locals[region.rank].shape, (region,))
 
     @property
-    def dtype(self) -> str:
-        """Type in the file."""
-        return self.regions[0].dtype
+    def placed_regions(self) -> Iterator[tuple[int, Region]]:
+        """The regions, each with its position in the tensor, in elements."""
+        assert self.starts is not None
+        return zip(self.starts, self.regions, strict=True)
 
     @property
     def numbytes(self) -> int:
@@ -92,11 +108,8 @@ class StoredTensor:
 
     def placed(self, file_offset: int) -> tuple[Region, ...]:
         """Return the regions at their places in a file, if the tensor begins at this byte."""
-        found: list[Region] = []
-        for region in self.regions:
-            found.append(replace(region, file_offset=file_offset))
-            file_offset += region.numbytes
-        return tuple(found)
+        size = ITEMSIZE[self.dtype]
+        return tuple(replace(region, file_offset=file_offset + start * size) for start, region in self.placed_regions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +168,7 @@ class OutputPlan:
         files: the files that hold tensors.
         finish: writes the rest into the folder, an index last, and makes sure that the result can be opened. It is called on rank
             0 when the files are whole, with the sums of these files.
+        view: the view that regions are of, if it isn't the one that the plan was made from.
         rest_numbytes: size of the rest, about.
         finish_records: called on rank 0 before ``finish``, if files have ``records``: with their sums, by the file's name.
     """
@@ -163,6 +177,7 @@ class OutputPlan:
     finish: Callable[[Path, Sequence[FileSums]], None] = lambda folder, sums: None
     rest_numbytes: int = 0
     finish_records: Callable[[Path, Mapping[str, Sequence[Run]]], None] = lambda folder, runs: None
+    view: UniversalView | None = None
 
 
 class Output(ABC):

@@ -69,6 +69,7 @@ def convert(
     if isinstance(view.checkpoint, DeepSpeedCheckpoint):
         check_one_save(view.checkpoint, places_of(view.checkpoint)[ranks.rank :: ranks.count])
     plan = output.plan(view)
+    view = plan.view or view
     _check_same_plan(view, plan, ranks)
     # 2. A hidden folder with all files; at the end of the block it gets its name.
     with _new_folder(destination, plan, ranks, then) as folder:

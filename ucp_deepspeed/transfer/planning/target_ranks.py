@@ -1,7 +1,6 @@
 """The ranks of a topology on which no engine runs yet, and what each of them would hold.
 
-They are laid out as DeepSpeed does with its default settings: no round robin, no alignment gaps, the model's order inside each
-parameter group.
+They are laid out as DeepSpeed does, by default with its default settings: see `BufferSettings`.
 """
 
 from __future__ import annotations
@@ -27,6 +26,31 @@ RankNumber = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
+class BufferSettings:
+    """Settings of an engine that say how its optimizer lays out its buffers. The defaults are DeepSpeed's.
+
+    Attributes:
+        in_model_order: inside each parameter group parameters stand in the model's order; else in that of the group's names.
+        fused: without ZeRO, each parameter group is one buffer (``FP16_Optimizer``).
+        flat: without ZeRO, the state is partitioned all the same (``BF16_Optimizer`` of a pipeline); None if the run's precision
+            tells.
+        sub_group_size: ZeRO-3's, in elements of a rank.
+        round_robin: ``round_robin_gradients`` of ZeRO-1 and 2.
+        alignment: each parameter but a group's first begins at a multiple of so many elements (``parameter_alignment``).
+    """
+
+    in_model_order: bool = True
+    fused: bool = False
+    flat: bool | None = None
+    sub_group_size: int = 1_000_000_000
+    round_robin: bool = False
+    alignment: int = 1
+
+
+DEFAULT_BUFFERS = BufferSettings()
+
+
+@dataclass(frozen=True, slots=True)
 class Replicas:
     """Ranks that hold the same, and one of them.
 
@@ -46,12 +70,14 @@ def target_ranks(
     topology: Topology,
     local_shapes: Mapping[str, HeldShapes],
     only: Collection[RankNumber] | None = None,
+    settings: BufferSettings = DEFAULT_BUFFERS,
 ) -> Iterator[TargetRank]:
     """Yield what each rank of a topology keeps, ordered by model-parallel and then data-parallel rank.
 
     Args:
         local_shapes: by logical name, over the target's model-parallel ranks.
         only: leave out all other ranks.
+        settings: how the engine lays out its buffers.
     """
     wanted = only if only is not None else set(product(range(topology.model_parallel), range(topology.dp)))
     numbers, spread = numbers_of_experts(local_shapes), replace(topology, dp=topology.dp // topology.ep)
@@ -61,7 +87,7 @@ def target_ranks(
         by_holder.setdefault(holder_of(name, numbers, topology.ep), []).append(name)
     common = [name for name in by_holder.get(None, ()) if name not in stacked]
     for rank in sorted({rank for rank, _ in wanted}):
-        shared = _held(view, topology, _numels(local_shapes, common, rank))
+        shared = _held(view, topology, settings, _numels(local_shapes, common, rank))
         parts = {name: numel // topology.ep for name, numel in _numels(local_shapes, list(stacked), rank).items()}
         experts: dict[int, list[TargetSlot]] = {}
         for part in sorted(part for held, part in wanted if held == rank):
@@ -69,7 +95,7 @@ def target_ranks(
             if ep_rank not in experts:
                 numels = _numels(local_shapes, by_holder.get(ep_rank, ()), rank) | parts
                 starts = {name: ep_rank * numel for name, numel in parts.items()}
-                experts[ep_rank] = _held(view, spread, numels, starts)
+                experts[ep_rank] = _held(view, spread, settings, numels, starts)
             replicas = Replicas(topology.dp, part, experts=False), Replicas(spread.dp, position, experts=True)
             slots = [_on(slot, replicas[0], view) for slot in shared]
             slots += [_on(slot, replicas[1], view) for slot in experts[ep_rank]]
@@ -88,19 +114,24 @@ def _numels(local_shapes: Mapping[str, HeldShapes], names: Sequence[str], rank: 
 
 
 def _held(
-    view: UniversalView, topology: Topology, numels: Mapping[str, int], starts: Mapping[str, int] = MappingProxyType({})
+    view: UniversalView,
+    topology: Topology,
+    settings: BufferSettings,
+    numels: Mapping[str, int],
+    starts: Mapping[str, int] = MappingProxyType({}),
 ) -> list[TargetSlot]:
-    """Return what ranks with these parameters partition among them, or hold alike: a slot for each parameter group, or without
+    """Return what ranks with these parameters partition among them, or hold alike: slots for each parameter group, or without
     ZeRO for each parameter, and one for each frozen parameter and buffer. Elastic files name no groups; then all count as one."""
     stage, dp = topology.zero_stage, topology.dp
     # A bf16 pipeline without ZeRO partitions its states all the same (``engine.py::_do_optimizer_sanity_check``).
-    flat = stage > 0 or (topology.pp > 1 and view.checkpoint.run.precision == "bf16")
+    flat = settings.flat if settings.flat is not None else topology.pp > 1 and view.checkpoint.run.precision == "bf16"
+    shared = flat or settings.fused or stage > 0
     group_of = {name: number for number, group in enumerate(view.groups) for name in group.names}
     joined: dict[Any, list[str]] = {}
-    for name, parameter in view.parameters.items():
+    for name in _ordered(view, settings):
         if name in numels:
-            key = group_of.get(name) if flat and parameter.kind == "trainable" else (name,)
-            joined.setdefault(key, []).append(name)
+            trained = view.parameters[name].kind == "trainable"
+            joined.setdefault(group_of.get(name) if shared and trained else (name,), []).append(name)
 
     def slot(names: Sequence[str]) -> TargetSlot:
         parameter, sizes = view.parameters[names[0]], tuple(numels[name] for name in names)
@@ -108,12 +139,48 @@ def _held(
         cut: Flattening = FlatGroup(sizes, 1, alignment=1)
         if stage == 3 and parameter.kind != "buffer":
             cut = SlicedGroup(sizes, dp)
-        elif trained and flat:
-            cut = FlatGroup(sizes, dp, alignment=2)
+        elif trained and (flat or stage > 0):
+            cut = FlatGroup(sizes, dp, _gaps(sizes, settings.alignment), alignment=2)
         group, dtype = (group_of.get(names[0], 0), "F32") if trained else (-1, parameter.states.get(WEIGHT, "F32"))
         return TargetSlot(tuple(names), cut, 0, group, starts=begins, itemsize=ITEMSIZE[dtype])
 
-    return [slot(names) for names in joined.values()]
+    return [slot(part) for names in joined.values() for part in _parts(names, numels, topology, settings)]
+
+
+def _ordered(view: UniversalView, settings: BufferSettings) -> list[str]:
+    """Return all names in the order in which an optimizer is given its parameters."""
+    if settings.in_model_order:
+        return list(view.parameters)
+    return list(dict.fromkeys([*(name for group in view.groups for name in group.names), *view.parameters]))
+
+
+def _parts(
+    names: Sequence[str], numels: Mapping[str, int], topology: Topology, settings: BufferSettings
+) -> list[Sequence[str]]:
+    """Return the parameters of each buffer of a group, in buffer order: at stage 3 of each sub-group
+    (``stage3.py::_create_fp16_sub_groups``), else of one buffer (``stage_1_and_2.py::_round_robin_reorder``)."""
+    if topology.zero_stage != 3:
+        step = topology.dp if settings.round_robin and topology.zero_stage else 1
+        return [[name for first in range(min(step, len(names))) for name in names[first::step]]]
+    found: list[list[str]] = [[]]
+    held = 0
+    for name in names:
+        if held >= settings.sub_group_size:
+            found.append([])
+            held = 0
+        found[-1].append(name)
+        held += -(-numels[name] // topology.dp)
+    return list(found)
+
+
+def _gaps(sizes: Sequence[int], alignment: int) -> tuple[int, ...]:
+    """Return the alignment zeros behind each parameter of a group; behind the last there are none."""
+    stop, found = 0, []
+    for size in sizes[:-1]:
+        stop += size
+        found.append(-stop % alignment)
+        stop += found[-1]
+    return (*found, 0)
 
 
 def _on(slot: TargetSlot, replicas: Replicas, view: UniversalView) -> TargetSlot:
