@@ -88,7 +88,9 @@ class StoredTensor:
             assert stops[-1] == prod(self.shape)
         ends = [start + region.numel for start, region in self.placed_regions]
         assert {region.dtype for region in self.regions} <= {self.dtype}
-        assert all(end <= start for end, start in zip([0, *ends], [*(self.starts or ()), prod(self.shape)], strict=True))
+        assert all(
+            end <= start for end, start in zip([0, *ends], [*(self.starts or ()), prod(self.shape)], strict=True)
+        )
 
     @classmethod
     def of(cls, region: Region) -> StoredTensor:

@@ -168,6 +168,17 @@ def is_number_in_tensor(key: str, state: torch.Tensor, buffer: torch.Tensor) -> 
     return state.ndim == 0 and buffer.ndim > 0
 
 
+def in_tensor(value: float) -> torch.Tensor:
+    """Return a number as torch's optimizers keep it; in double precision if single would round it."""
+    single = torch.tensor(float(value), dtype=torch.float32)
+    return single if single.item() == value else torch.tensor(float(value), dtype=torch.float64)
+
+
+def number_as_kept(value: float) -> float | torch.Tensor:
+    """Return a scalar of a state as the optimizer that made it keeps it: those of torch's in tensors, which tell fractions."""
+    return in_tensor(value) if isinstance(value, float) else value
+
+
 def _is_elementwise(state: torch.Tensor, buffer: torch.Tensor) -> bool:
     """Return whether a state's elements match the buffer's. Flat tensors hold the elements of any shape in order."""
     flat = 1 in (state.ndim, buffer.ndim)

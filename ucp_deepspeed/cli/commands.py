@@ -7,6 +7,7 @@ import click
 from ucp_deepspeed.cli.options import (
     CHECKPOINT,
     COUNT,
+    ENGINE_CONFIG,
     FAMILY,
     HELP,
     JSON,
@@ -21,6 +22,7 @@ from ucp_deepspeed.cli.options import (
     choice,
     folder,
     option,
+    topology,
 )
 
 INSPECT = Command(
@@ -61,6 +63,7 @@ CONVERT = Command(
         "ucp convert runs/a runs/a-universal --tag global_step500 --workers 8",
         "ucp convert runs/a runs/a-universal --on-unreadable drop",
         "ucp convert runs/a runs/a-dcp --to dcp",
+        "ucp convert runs/a runs/a-zero3 --to deepspeed --dp 8 --zero 3",
         "torchrun --nproc-per-node 4 -m ucp_deepspeed.convert runs/a runs/a-universal",
     ],
     short_help="Write a checkpoint in another form.",
@@ -74,10 +77,13 @@ CONVERT = Command(
         folder("destination", metavar="DST"),
         choice(
             "--to",
-            "universal dcp",
+            "universal dcp deepspeed",
             show_default=True,
-            help="Form to write: universal, or that of torch.distributed.checkpoint.",
+            help="Form to write: universal, that of torch.distributed.checkpoint, or DeepSpeed's own for an engine of the sizes "
+            "--tp to --zero.",
         ),
+        *topology(),
+        ENGINE_CONFIG,
         *READING,
         option("--workers", type=COUNT, default=2, show_default=True, help="Threads that copy."),
         option(
@@ -263,10 +269,7 @@ PLAN = Command(
     """,
     params=[
         folder("checkpoint", metavar="CKPT"),
-        option("--tp", type=COUNT, default=1, show_default=True, help="Tensor-parallel size."),
-        option("--pp", type=COUNT, default=1, show_default=True, help="Pipeline-parallel size."),
-        option("--dp", type=COUNT, required=True, help="Data-parallel size."),
-        option("--zero", type=click.IntRange(0, 3), required=True, help="ZeRO stage."),
+        *topology(required=True),
         option("--ep", type=COUNT, default=1, show_default=True, help="Expert-parallel size."),
         *READING,
         checkpoint(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -22,13 +23,14 @@ from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, home_of
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli.printing import echo, in_words
 from ucp_deepspeed.cli.progress import shown_progress
-from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError
+from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError, naming
 from ucp_deepspeed.language import load_spec
+from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.transfer.commit import write_atomically
 from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.processes import Ranks
 
-Form = Literal["universal", "dcp"]
+Form = Literal["universal", "dcp", "deepspeed"]
 """Forms to write, as ``--to`` names them."""
 
 
@@ -44,9 +46,14 @@ def write(
     on_unreadable: OnUnreadable,
     on_differing: OnDiffering,
     quiet: bool,
+    **engine: Any,
 ) -> None:
-    """Do what ``ucp convert`` says, with the ranks that the context's object joins; else alone."""
+    """Do what ``ucp convert`` says, with the ranks that the context's object joins; else alone.
+
+    Args: engine: the options that describe the engine which is to load DeepSpeed's own files.
+    """
     started = time.monotonic()
+    target, named = _target(to, **engine), None if spec is None else load_spec(spec)
     join = click.get_current_context().obj
     with join() if join else nullcontext(Ranks()) as ranks:
         checkpoint = open_checkpoint(source, tag)
@@ -56,14 +63,15 @@ def write(
         _check_free(destination, folder, checkpoint.path)
         for path in sorted(checkpoint.path.iterdir()):
             check_inside(path)
-        if to == "dcp" and ranks.rank == 0 and random_files.path_of(checkpoint.path, 0) is not None:
+        if to != "universal" and ranks.rank == 0 and random_files.path_of(checkpoint.path, 0) is not None:
             echo("left out: states of random numbers, which this form has no place for", err=True)
-        view = UniversalView.of(checkpoint, None if spec is None else load_spec(spec), vocabulary_size)
+        kept = {"drop_client_state": drop_client_state, "on_unreadable": on_unreadable, "on_differing": on_differing}
+        view = UniversalView.of(checkpoint, named, vocabulary_size, 1 if target is None else target["topology"].tp)
         with shown_progress("convert", quiet or ranks.rank != 0) as progress:
             count = convert(
                 view,
                 folder,
-                _output(to)(drop_client_state, on_unreadable, on_differing),
+                _output(to)(**kept, **({} if target is None else {"spec": named, **target})),
                 workers=workers,
                 progress=progress,
                 ranks=ranks,
@@ -81,13 +89,45 @@ def write(
         )
 
 
-def _output(to: Form) -> Callable[[Collection[str], OnUnreadable, OnDiffering], Output]:
+def _output(to: Form) -> Callable[..., Output]:
     """Return the class of a form's output. torch's own takes a moment to import."""
     if to == "universal":
         return UniversalOutput
-    from ucp_deepspeed.checkpoint.dcp.output import DcpOutput
+    if to == "dcp":
+        from ucp_deepspeed.checkpoint.dcp.output import DcpOutput
 
-    return DcpOutput
+        return DcpOutput
+    from ucp_deepspeed.transfer.native.output import NativeOutput
+
+    return NativeOutput
+
+
+def _target(to: Form, tp: int, pp: int, dp: int | None, zero: int | None, config: Path | None) -> dict[str, Any] | None:
+    """Return the engine that is to load DeepSpeed's own files; None for other forms.
+
+    Raises:
+        ConfigError: options are missing, or are of no use; or the config isn't one.
+    """
+    if to != "deepspeed":
+        if (tp, pp, dp, zero, config) != (1, 1, None, None, None):
+            raise ConfigError(
+                f"--tp, --pp, --dp, --zero and --config are for --to deepspeed; the form {to} has no topology"
+            )
+        return None
+    if dp is None or zero is None:
+        raise ConfigError("--to deepspeed needs the sizes of the engine that is to load: at least --dp and --zero")
+    return {"topology": Topology(tp, pp, dp, zero), "config": None if config is None else _config(config)}
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        with naming(path):
+            found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{path} isn't JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds no JSON object, as a DeepSpeed config is")
+    return found
 
 
 def _check_free(destination: Path, folder: Path, source: Path) -> None:

@@ -189,6 +189,12 @@ VOCABULARY = option(
     help="Rows of the vocabulary without padding; by default as the checkpoint records.",
 )
 READING = (TAG, SPEC, VOCABULARY)
+ENGINE_CONFIG = option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    metavar="FILE",
+    help="DeepSpeed config (JSON) of the engine of --to deepspeed; by default SRC's, with ZeRO stage --zero.",
+)
 JSON = option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 ENDINGS = ".svg", ".png", ".pdf"
 PLOT = option(
@@ -197,6 +203,16 @@ PLOT = option(
     metavar="FILE",
     help=f"Also draw a picture; the ending says how: {', '.join(ENDINGS)}.",
 )
+
+
+def topology(**settings: Any) -> list[click.Option]:
+    """Options that are the sizes of a target. Args: settings: of those without which there is no target."""
+    return [
+        option("--tp", type=COUNT, default=1, show_default=True, help="Tensor-parallel size."),
+        option("--pp", type=COUNT, default=1, show_default=True, help="Pipeline-parallel size."),
+        option("--dp", type=COUNT, help="Data-parallel size.", **settings),
+        option("--zero", type=click.IntRange(0, 3), help="ZeRO stage.", **settings),
+    ]
 
 
 def choice(name: str, choices: str, **settings: Any) -> click.Option:

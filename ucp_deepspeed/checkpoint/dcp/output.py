@@ -28,6 +28,7 @@ from ucp_deepspeed.checkpoint.dcp.metadata import FILES_ENDING, METADATA_NAME
 from ucp_deepspeed.checkpoint.dcp.record import RECORD_KEY, Record
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.output import Output, OutputPlan, Region, StoredTensor
+from ucp_deepspeed.checkpoint.slots import in_tensor
 from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.torch_files.writing import ArchiveFile, one_behind_another, tensor_archive, write_sums
 from ucp_deepspeed.checkpoint.universal.atoms_output import describe
@@ -212,7 +213,7 @@ def _objects(view: UniversalView, record: Record) -> dict[KeyPath, Any]:
             found |= {("optim", f"param_groups.{name}.{key}"): value for name in group.names}
         found["optim", "param_groups", number, "params"] = list(group.names)
         for name, scalars in _scalars(view, record, group.names, group.hyperparameters).items():
-            found |= {("optim", "state", name, key): _in_tensor(value) for key, value in scalars.items()}
+            found |= {("optim", "state", name, key): in_tensor(value) for key, value in scalars.items()}
     found |= {("model", key): value for key, value in record.values("extra_states").items()}
     run = record.run
     if run.lr_scheduler is not None:
@@ -245,9 +246,3 @@ def _scalars(
         if step is not None:
             scalars.setdefault("step", step)
     return found
-
-
-def _in_tensor(value: float) -> torch.Tensor:
-    """Return a number as torch's optimizers keep it; in double precision if single would round it."""
-    single = torch.tensor(float(value), dtype=torch.float32)
-    return single if single.item() == value else torch.tensor(float(value), dtype=torch.float64)

@@ -40,6 +40,9 @@ from ucp_deepspeed.checkpoint.deepspeed.written_names import (
     is_further,
     is_model_states,
     layer_file,
+    model_states_name,
+    optimizer_name,
+    optimizer_prefix,
     zero_file,
 )
 from ucp_deepspeed.checkpoint.deepspeed.zero_slots import BF16_OPTIMIZER, NamedShapes, ZeroFile
@@ -275,8 +278,8 @@ class DeepSpeedFiles:
 
     @cached_property
     def _optimizer_prefix(self) -> str:
-        """Prefix for the run's precision: a folder saved to twice may hold both. Since 0.6.2 bf16 has a prefix of its own."""
-        prefix = "bf16_" if self.precision == "bf16" else ""
+        """Prefix for the run's precision: a folder saved to twice may hold both."""
+        prefix = optimizer_prefix(self.precision)
         return prefix if prefix in self._optimizer_prefixes else ""
 
     @cached_property
@@ -292,12 +295,11 @@ class DeepSpeedFiles:
 
     def model_states_path(self, rank: int, partition: int) -> Path:
         """Return the path for a model-parallel rank; with ZeRO-3, for one of its partitions."""
-        prefix = f"zero_pp_rank_{partition}_" if self.sliced else ""
-        return self.path / f"{prefix}mp_rank_{rank:02d}_model_states.pt"
+        return self.path / model_states_name(rank, partition if self.sliced else None)
 
     def optimizer_path(self, rank: int, partition: int) -> Path:
         """Return the path for one partition of a model-parallel rank. DeepSpeed uses one of two names."""
-        return self.path / f"{self._optimizer_prefix}zero_pp_rank_{partition}_mp_rank_{rank:02d}_optim_states.pt"
+        return self.path / optimizer_name(rank, partition, self._optimizer_prefix)
 
     def expert_files(self, rank: int) -> list[Path]:
         """Return the files of all experts' weights. Under ZeRO only frozen parameters and buffers are taken from them."""

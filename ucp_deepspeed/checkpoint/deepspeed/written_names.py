@@ -27,6 +27,22 @@ LONGEST_NAME = 255
 """Bytes of a file's name, on any file system."""
 
 
+def model_states_name(rank: int, partition: int | None = None) -> str:
+    """Return the name of a model-parallel rank's model_states file; with ZeRO-3, of one of its partitions."""
+    prefix = "" if partition is None else f"zero_pp_rank_{partition}_"
+    return f"{prefix}mp_rank_{rank:02d}_model_states.pt"
+
+
+def optimizer_name(rank: int, partition: int, prefix: str) -> str:
+    """Return the name of the optimizer's file of one partition of a model-parallel rank. DeepSpeed uses two prefixes."""
+    return f"{prefix}zero_pp_rank_{partition}_mp_rank_{rank:02d}_optim_states.pt"
+
+
+def optimizer_prefix(precision: str) -> str:
+    """Return the prefix of these names: since 0.6.2 bf16 has one of its own."""
+    return "bf16_" if precision == "bf16" else ""
+
+
 def layer_file(file_name: str) -> tuple[int, int] | None:
     """Return layer and tensor-parallel rank of a layer file; None for any other file."""
     found = _LAYER_FILE.fullmatch(file_name)

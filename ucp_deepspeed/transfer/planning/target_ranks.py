@@ -127,15 +127,16 @@ def _held(
     flat = settings.flat if settings.flat is not None else topology.pp > 1 and view.checkpoint.run.precision == "bf16"
     shared = flat or settings.fused or stage > 0
     group_of = {name: number for number, group in enumerate(view.groups) for name in group.names}
+    # An optimizer is given no parameter that has no elements on its rank (``runtime/utils.py::is_optimized_parameter``).
+    kept = {name for name, numel in numels.items() if numel and view.parameters[name].kind == "trainable"}
     joined: dict[Any, list[str]] = {}
-    for name in _ordered(view, settings):
+    for name in ordered_names(view, settings):
         if name in numels:
-            trained = view.parameters[name].kind == "trainable"
-            joined.setdefault(group_of.get(name) if shared and trained else (name,), []).append(name)
+            joined.setdefault(group_of.get(name) if shared and name in kept else (name,), []).append(name)
 
     def slot(names: Sequence[str]) -> TargetSlot:
         parameter, sizes = view.parameters[names[0]], tuple(numels[name] for name in names)
-        trained, begins = parameter.kind == "trainable", tuple(starts.get(name, 0) for name in names)
+        trained, begins = names[0] in kept, tuple(starts.get(name, 0) for name in names)
         cut: Flattening = FlatGroup(sizes, 1, alignment=1)
         if stage == 3 and parameter.kind != "buffer":
             cut = SlicedGroup(sizes, dp)
@@ -147,7 +148,7 @@ def _held(
     return [slot(part) for names in joined.values() for part in _parts(names, numels, topology, settings)]
 
 
-def _ordered(view: UniversalView, settings: BufferSettings) -> list[str]:
+def ordered_names(view: UniversalView, settings: BufferSettings) -> list[str]:
     """Return all names in the order in which an optimizer is given its parameters."""
     if settings.in_model_order:
         return list(view.parameters)

@@ -1,0 +1,130 @@
+"""Files of the model's state as values to pickle (``engine.py::_common_checkpoint_state``)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ucp_deepspeed.checkpoint.checkpoint import WEIGHT, RunState
+from ucp_deepspeed.checkpoint.output import StoredTensor
+from ucp_deepspeed.checkpoint.torch_files.safe_load import PRECISIONS
+from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.layout.layout import NOTHING
+from ucp_deepspeed.transfer.native.buffers import Tensors
+from ucp_deepspeed.transfer.native.optimizer_states import RankOptimizer
+from ucp_deepspeed.transfer.native.run_values import RunValues
+from ucp_deepspeed.transfer.native.settings import WRITTEN_VERSION, NativeSettings
+from ucp_deepspeed.transfer.planning.target import TargetRank
+
+
+@dataclass(frozen=True)
+class RankModel:
+    """The model of one rank.
+
+    Attributes:
+        settings: the engine's.
+        view: the checkpoint's.
+        tensors: makes the tensors of its model-parallel rank.
+        target: the rank.
+        names: logical names → names in the files.
+        tied: further names in the files → the name that each tensor has.
+        values: values of the run.
+        optimizer: its optimizer.
+    """
+
+    settings: NativeSettings
+    view: UniversalView
+    tensors: Tensors
+    target: TargetRank
+    names: Mapping[str, str]
+    tied: Mapping[str, str]
+    values: RunValues
+    optimizer: RankOptimizer
+
+    def state(self) -> dict[str, Any]:
+        """Return what a file of the model's state holds."""
+        run, topology, stage = self.view.checkpoint.run, self.settings.topology, self.settings.stage
+        first = self.target.model_parallel_rank == self.target.data_parallel_rank == 0
+        return {
+            "module": self.module(),
+            "buffer_names": [self.names[name] for name in self._named("buffer")],
+            "optimizer": None if stage else self.optimizer.state_dict(),
+            "param_shapes": self.optimizer.trained_shapes if stage else None,
+            "frozen_param_shapes": self._frozen_shapes() if stage >= 2 else None,
+            "shared_params": (dict(self.tied) if first else {}) if stage else None,
+            "frozen_param_fragments": self._frozen_fragments() if stage >= 2 else None,
+            "lr_scheduler": None if run.lr_scheduler is None else dict(run.lr_scheduler),
+            **self.values.schedules,
+            **_counters(run),
+            "dp_world_size": topology.dp,
+            "mp_world_size": topology.model_parallel,
+            "checkpoint_parallel_dimensions": {"pp_degree": topology.pp, "tp_degree": topology.tp},
+            "ds_config": dict(self.settings.config),
+            "ds_version": WRITTEN_VERSION,
+            **self.values.client_state,
+        }
+
+    def module(self) -> OrderedDict[str, Any]:
+        """Return the module's ``state_dict()``. At stage 3 only buffers have elements."""
+        found: OrderedDict[str, Any] = OrderedDict()
+        for name in self._held:
+            parameter = self.view.parameters[name]
+            if parameter.kind != "buffer" and self.settings.stage == 3:
+                found[self.names[name]] = torch.empty(0, dtype=PRECISIONS[self.settings.precision])
+            else:
+                found[self.names[name]] = self._weight(name)
+        found.update((alias, found[owner]) for alias, owner in self.tied.items() if owner in found)
+        place = self.target.model_parallel_rank % self.settings.topology.tp
+        found.update(self.values.extra_states_on(self.settings.topology.tp, place))
+        return found
+
+    @property
+    def _held(self) -> list[str]:
+        rank = self.target.model_parallel_rank
+        return [name for name in self.view.parameters if self.tensors.layouts[name].locals[rank] != NOTHING]
+
+    def _empty(self, name: str) -> bool:
+        return 0 in self.tensors.local_shape(name)
+
+    def _named(self, kind: str) -> list[str]:
+        return [name for name in self._held if self.view.parameters[name].kind == kind]
+
+    def _weight(self, name: str) -> StoredTensor:
+        parameter = self.view.parameters[name]
+        dtype = self.settings.weight_dtype if parameter.kind == "trainable" else parameter.states[WEIGHT]
+        return self.tensors.weight(name, dtype)
+
+    @property
+    def _aside(self) -> list[str]:
+        """Names of the parameters that the optimizer doesn't have: frozen ones, and those without elements on this rank."""
+        aside = [slot.names[0] for slot in self.target.weights]
+        return [name for name in self._held if name in aside and self.view.parameters[name].kind != "buffer"]
+
+    def _frozen_shapes(self) -> OrderedDict[str, torch.Size]:
+        return OrderedDict((self.names[name], self.tensors.local_shape(name)) for name in self._aside)
+
+    def _frozen_fragments(self) -> OrderedDict[str, StoredTensor]:
+        """Return the frozen parameters: at stage 3 this rank's part of each."""
+        if self.settings.stage < 3:
+            return OrderedDict((self.names[name], self._weight(name)) for name in self._aside)
+        slots = {slot.names[0]: slot for slot in self.target.weights}
+        found: OrderedDict[str, StoredTensor] = OrderedDict()
+        for name in self._aside:
+            if self._empty(name):
+                found[self.names[name]] = self._weight(name)
+            else:
+                found[self.names[name]] = self.tensors.buffer(
+                    slots[name], WEIGHT, self.view.parameters[name].states[WEIGHT]
+                )
+        return found
+
+
+def _counters(run: RunState) -> dict[str, Any]:
+    found = {"skipped_steps": run.skipped_steps, "global_steps": run.global_steps}
+    if run.global_samples is not None:  # else the engine counts them by its batch
+        found["global_samples"] = run.global_samples
+    return found

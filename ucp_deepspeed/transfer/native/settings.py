@@ -1,0 +1,176 @@
+"""The engine that is to load the files: its settings, as far as they decide what is in the files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any, Literal
+
+from ucp_deepspeed.checkpoint.checkpoint import Precision, RunState
+from ucp_deepspeed.checkpoint.deepspeed.contents import enabled_precision
+from ucp_deepspeed.checkpoint.deepspeed.weights import FP32_NAMES
+from ucp_deepspeed.checkpoint.export.weights import DTYPES
+from ucp_deepspeed.dtypes import ITEMSIZE
+from ucp_deepspeed.errors import ConfigError, UnsupportedError
+from ucp_deepspeed.layout import Topology
+from ucp_deepspeed.transfer.planning.target_ranks import BufferSettings
+
+WRITTEN_VERSION = "0.19.8"
+"""Version of DeepSpeed whose files are written."""
+
+DEFAULT_CLIPPING = 1.0
+"""``gradient_clipping`` of that version (``runtime/constants.py``)."""
+
+OptimizerForm = Literal["plain", "fp16-unfused", "fp16-fused", "bf16-optimizer", "zero"]
+"""Class of the engine's optimizer: the base optimizer itself, ``FP16_UnfusedOptimizer``, ``FP16_Optimizer``, ``BF16_Optimizer``,
+or one of the two of ZeRO."""
+
+
+@dataclass(frozen=True)
+class NativeSettings:
+    """Settings of an engine.
+
+    Attributes:
+        topology: its topology.
+        precision: precision of the weights that it computes with.
+        form: see `OptimizerForm`.
+        buffers: the way in which it lays out the optimizer's buffers.
+        config: its DeepSpeed config, or the saving run's with the ZeRO stage of this one.
+        clip_grad: its ``gradient_clipping``; None if no config tells.
+    """
+
+    topology: Topology
+    precision: Precision
+    form: OptimizerForm
+    buffers: BufferSettings
+    config: Mapping[str, Any]
+    clip_grad: float | None
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage."""
+        return self.topology.zero_stage
+
+    @property
+    def partitioned(self) -> bool:
+        """Return whether each data-parallel rank has a file of its own with its part of the optimizer's state."""
+        return self.form in ("zero", "bf16-optimizer")
+
+    @property
+    def weight_dtype(self) -> str:
+        """Type of the trained weights, as a key of `ucp_deepspeed.dtypes.ITEMSIZE`."""
+        return DTYPES[self.precision]
+
+    @property
+    def scaling(self) -> dict[str, Any]:
+        """Values of a dynamic loss scaler that some classes don't keep, as this engine begins with them."""
+        given = _section(self.config, "fp16")
+        shift = int(_number(given, "hysteresis", 2))
+        return {
+            "cur_iter": 0,
+            "last_overflow_iter": -1,
+            "scale_factor": 2.0,
+            "scale_window": int(_number(given, "loss_scale_window", 1000)),
+            "min_scale": _number(given, "min_loss_scale", 1),
+            "delayed_shift": shift,
+            "cur_hysteresis": shift,
+            "consecutive_hysteresis": bool(given.get("consecutive_hysteresis", False)),
+            "raise_error_at_min_scale": True,
+        }
+
+    @classmethod
+    def of(
+        cls,
+        topology: Topology,
+        run: RunState,
+        groups: Sequence[Mapping[str, Any]],
+        saved: Mapping[str, Any],
+        config: Mapping[str, Any] | None = None,
+    ) -> NativeSettings:
+        """Tell the settings.
+
+        Args:
+            run: the run that saved.
+            groups: hyper-parameters of the optimizer's groups.
+            saved: config of that run; empty if it isn't known.
+            config: the engine's config; by default that of the run that saved.
+
+        Raises:
+            ConfigError: the config contradicts the topology.
+            UnsupportedError: an engine with this config keeps its state elsewhere.
+        """
+        given = saved if config is None else config
+        zero = _section(given, "zero_optimization")
+        if config is not None and zero.get("stage", 0) != topology.zero_stage:
+            raise ConfigError(f"the config has ZeRO stage {zero.get('stage', 0)}, and --zero {topology.zero_stage}")
+        precision = run.precision if config is None else enabled_precision(config) or "fp32"
+        _check_supported(zero)
+        form = _form(topology, precision, given, any(map(_is_fused, groups)))
+        size = ITEMSIZE[DTYPES[precision]]
+        buffers = BufferSettings(
+            in_model_order=bool(_section(saved, "zero_optimization").get("round_robin_gradients")),
+            fused=form == "fp16-fused",
+            flat=form == "bf16-optimizer",
+            sub_group_size=int(_number(zero, "sub_group_size", BufferSettings().sub_group_size)),
+            round_robin=form == "zero" and bool(zero.get("round_robin_gradients")),
+            alignment=16 // gcd(16, size) if form == "zero" and zero.get("parameter_alignment") else 1,
+        )
+        clipping = _number(given, "gradient_clipping", DEFAULT_CLIPPING) if "gradient_clipping" in given else None
+        return cls(topology, precision, form, buffers, _written(given, topology, precision), clipping)
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = config.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """Return a number in a config, or the default for ``"auto"`` and the like."""
+    found = config.get(key, default)
+    return found if isinstance(found, (int, float)) and not isinstance(found, bool) else default
+
+
+def _check_supported(zero: Mapping[str, Any]) -> None:
+    offloaded = _section(zero, "offload_optimizer").get("device"), _section(zero, "offload_param").get("device")
+    if "nvme" in offloaded:
+        raise UnsupportedError(
+            "an engine that offloads to NVMe keeps its state in files of its own, which aren't written: give --config with the "
+            'device "cpu", or resume with this package'
+        )
+    if zero.get("zenflow"):
+        raise UnsupportedError("ZenFlow's files aren't written: give --config without it, or resume with this package")
+
+
+def _is_fused(settings: Mapping[str, Any]) -> bool:
+    """Return whether a group's hyper-parameters are those of DeepSpeed's ``FusedAdam`` (``ops/adam/fused_adam.py``)."""
+    others = ("amsgrad", "max_coeff", "max_grad_norm")  # of DeepSpeedCPUAdam, and of LAMB
+    return "bias_correction" in settings and "betas" in settings and not any(key in settings for key in others)
+
+
+def _form(topology: Topology, precision: Precision, config: Mapping[str, Any], fused: bool) -> OptimizerForm:
+    """Return the class that an engine takes (``runtime/engine.py::_do_optimizer_sanity_check``)."""
+    stage, accumulated = topology.zero_stage, _section(config, "data_types").get("grad_accum_dtype")
+    offloaded = _section(_section(config, "zero_optimization"), "offload_optimizer").get("device") == "cpu"
+    if stage == 1 and precision == "bf16" and accumulated in FP32_NAMES and not offloaded:
+        return "bf16-optimizer"
+    if stage:
+        return "zero"
+    if precision == "fp32":
+        return "plain"
+    if precision == "bf16" and topology.pp > 1:
+        raise UnsupportedError(
+            "DeepSpeed can't load its own files of a pipeline in bf16 without ZeRO: take --zero 1, or resume with this package"
+        )
+    return "fp16-fused" if fused else "fp16-unfused"
+
+
+def _written(config: Mapping[str, Any], topology: Topology, precision: Precision) -> dict[str, Any]:
+    """Return the config to put into the files."""
+    found = dict(config)
+    found["zero_optimization"] = {**_section(config, "zero_optimization"), "stage": topology.zero_stage}
+    if (enabled_precision(found) or "fp32") != precision:
+        for key in ("bf16", "bfloat16", "fp16"):
+            found.pop(key, None)
+        found |= {precision: {"enabled": True}} if precision != "fp32" else {}
+    return found
