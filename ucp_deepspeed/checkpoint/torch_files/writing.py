@@ -164,7 +164,7 @@ def _laid_out(file_name: str, title: str, records: Sequence[tuple[str, bytes | S
         start = place + len(header)
         if isinstance(data, StoredTensor):
             parts += [region for region in data.placed(start) if region.numel]
-        else:
+        elif data:
             parts.append(Literal(data, start))
         place = start + entry.file_size
         if entry.file_size:

@@ -1,0 +1,118 @@
+"""DeepSpeed's own files of many topologies, against files that the oracle writes by brute force; and what isn't written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from native_files import NativeModel, NativeRun, write_native
+from spec_models import model_of
+
+Ucp = Callable[..., Result]
+
+KEPT_APART = {"ds_config", "param_slice_mappings", "step", "cur_iter", "checkpoint_parallel_dimensions"}
+"""Keys whose values the oracle doesn't have as the source's run, or has in DeepSpeed's wrong order."""
+
+SOURCE = NativeRun(dp=2, stage=1, precision="bf16")
+
+TARGETS = [
+    NativeRun(dp=1, stage=1, precision="bf16"),
+    NativeRun(dp=5, stage=1, precision="bf16"),
+    NativeRun(dp=3, stage=2, precision="bf16"),
+    NativeRun(dp=4, stage=2, precision="bf16", round_robin=True, parameter_alignment=True),
+    NativeRun(dp=3, stage=3, precision="bf16"),
+    NativeRun(dp=2, stage=3, precision="bf16", sub_group_size=40),
+    NativeRun(dp=2, stage=0, precision="bf16"),
+    NativeRun(dp=3, stage=1, precision="bf16", optimizer="bf16"),
+    NativeRun(tp=2, dp=2, stage=0, precision="bf16"),
+    NativeRun(tp=2, dp=3, stage=1, precision="bf16"),
+    NativeRun(tp=2, dp=4, stage=2, precision="bf16"),
+    NativeRun(tp=2, dp=2, stage=3, precision="bf16"),
+]
+
+
+def unlike(found: Any, expected: Any, place: str = "") -> Iterator[str]:
+    """Yield the places at which two values aren't the same; where the oracle has padding there must be zeros."""
+    if isinstance(expected, torch.Tensor) and isinstance(found, torch.Tensor):
+        same = (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        if not same or not torch.equal(found, torch.where(expected.isnan(), 0.0, expected).to(expected.dtype)):
+            yield f"{place}: {found} for {expected}"
+    elif isinstance(expected, Mapping):
+        yield from (f"{place}: {key!r} is on one side" for key in found.keys() ^ expected.keys())
+        for key in found.keys() & expected.keys() - KEPT_APART:
+            yield from unlike(found[key], expected[key], f"{place}/{key}")
+    elif isinstance(expected, (list, tuple)):
+        yield from [f"{place}: {len(found)} for {len(expected)}"] if len(found) != len(expected) else []
+        for number, pair in enumerate(zip(found, expected, strict=False)):
+            yield from unlike(*pair, f"{place}/{number}")
+    elif type(expected).__module__ == "deepspeed.runtime.fp16.loss_scaler":
+        yield from unlike(vars(found), vars(expected), place)
+    elif type(found) is not type(expected) or found != expected:
+        yield f"{place}: {found!r} for {expected!r}"
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    return {path.name: torch.load(path, weights_only=False) for path in sorted(folder.glob("*.pt"))}
+
+
+def config_of(run: NativeRun) -> dict[str, Any]:
+    """The config of the engine that a run of the oracle describes."""
+    zero = {"stage": run.stage, "round_robin_gradients": run.round_robin, "sub_group_size": run.sub_group_size}
+    config: dict[str, Any] = {"zero_optimization": zero | {"parameter_alignment": run.parameter_alignment}}
+    config |= {"gradient_clipping": 1.0, "data_types": {"grad_accum_dtype": "fp32" if run.kind == "bf16" else None}}
+    return config | ({run.precision: {"enabled": True}} if run.precision != "fp32" else {})
+
+
+def check(source: Path, model: NativeModel, run: NativeRun, folder: Path, ucp: Ucp, *options: object) -> None:
+    (folder / "config.json").write_text(json.dumps(config_of(run)))
+    sizes = ("--tp", run.tp, "--dp", run.dp, "--zero", run.stage, "--config", folder / "config.json")
+    result = ucp("convert", source, folder / "out", "--to", "deepspeed", *sizes, *options)
+    assert result.exit_code == 0, result.stderr
+    expected = write_native(folder / "expected", model, replace(run, steps=SOURCE.steps))
+    found = contents(folder / "out" / expected.name)
+    for file in found.values():
+        file.pop("global_samples", None)
+    oracle = contents(expected)
+    for file in oracle.values():
+        file.pop("global_samples", None)
+    assert found.keys() == oracle.keys()
+    assert list(unlike(found, oracle)) == []
+    assert ucp("diff", source, folder / "out", *options).exit_code == 0
+    assert ucp("verify", folder / "out").exit_code in (0, 2)
+
+
+@pytest.mark.parametrize("run", TARGETS, ids=str)
+def test_the_files_are_those_of_an_engine(run: NativeRun, right: Path, tmp_path: Path, ucp: Ucp) -> None:
+    source = write_native(tmp_path / "source", model_of(), SOURCE)
+    check(source, model_of(), run, tmp_path, ucp, "--spec", right)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--to", "deepspeed", "--dp", 2), "--to deepspeed needs the sizes of the engine that is to load: at least --dp and"),
+        (("--to", "dcp", "--dp", 2), "are for --to deepspeed; the form dcp has no topology"),
+        (("--to", "deepspeed", "--dp", 2, "--zero", 2, "--config", "{}/other.json"), "the config has ZeRO stage 3, and --zero 2"),
+        (("--to", "deepspeed", "--dp", 2, "--zero", 3, "--config", "{}/nvme.json"), "an engine that offloads to NVMe keeps its"),
+        (("--to", "deepspeed", "--dp", 2, "--zero", 3, "--config", "{}/latest"), "latest isn't JSON"),
+        (("--to", "deepspeed", "--dp", 2, "--zero", 1, "--config", "{}/fp16.json"), "has no loss scale, which fp16 resumes with"),
+        (("--to", "deepspeed", "--dp", 2, "--zero", 1, "--tp", 2), "name a spec"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_refused(options: tuple[Any, ...], told: str, tmp_path: Path, ucp: Ucp) -> None:
+    """Nothing is written, and the message says what to do."""
+    source = write_native(tmp_path / "source", model_of(), SOURCE)
+    offload = {"stage": 3, "offload_param": {"device": "nvme"}}
+    (source.parent / "other.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    (source.parent / "nvme.json").write_text(json.dumps({"zero_optimization": offload}))
+    (source.parent / "fp16.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}))
+    result = ucp("convert", source, tmp_path / "out", *(str(each).format(source.parent) for each in options))
+    assert (result.exit_code, (tmp_path / "out").exists()) == (2, False)
+    assert told in result.stderr
