@@ -200,3 +200,7 @@ class Output(ABC):
             MismatchError, UnsupportedError: the form can't hold what the checkpoint holds.
             ConfigError: a setting doesn't fit.
         """
+
+    def notes(self, view: UniversalView) -> list[str]:
+        """Return what the form doesn't keep of this checkpoint, and what its own library makes of it, for people."""
+        return []

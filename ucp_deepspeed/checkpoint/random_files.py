@@ -100,6 +100,12 @@ def path_of(folder: Path, rank: int) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
+def left_out(checkpoint: Checkpoint) -> list[str]:
+    """Return that a form without a place for states of random numbers leaves them out, in words, if there are any."""
+    there = path_of(checkpoint.path, 0) is not None
+    return ["left out: states of random numbers, which this form has no place for"] if there else []
+
+
 def _sum(line: bytes) -> str:
     return f"{sum_of(line):016x}"
 

@@ -77,10 +77,10 @@ CONVERT = Command(
         folder("destination", metavar="DST"),
         choice(
             "--to",
-            "universal dcp deepspeed",
+            "universal dcp deepspeed deepspeed-universal",
             show_default=True,
-            help="Form to write: universal, that of torch.distributed.checkpoint, or DeepSpeed's own for an engine of the sizes "
-            "--tp to --zero.",
+            help="Form to write: universal, that of torch.distributed.checkpoint, DeepSpeed's own for an engine of the sizes "
+            "--tp to --zero, or DeepSpeed's own universal folder.",
         ),
         *topology(),
         ENGINE_CONFIG,

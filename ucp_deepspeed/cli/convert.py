@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import click
 
-from ucp_deepspeed.checkpoint import open_checkpoint, random_files
+from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.bounds import check_inside
 from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
 from ucp_deepspeed.checkpoint.differing import OnDiffering
-from ucp_deepspeed.checkpoint.opening import LATEST_NAME, warn_of_sums_alone
+from ucp_deepspeed.checkpoint.opening import LATEST_NAME, UNIVERSAL_LATEST_NAME, read_latest, warn_of_sums_alone
 from ucp_deepspeed.checkpoint.output import Output
 from ucp_deepspeed.checkpoint.universal.atoms_output import UniversalOutput, left_out
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, home_of
@@ -30,7 +30,7 @@ from ucp_deepspeed.transfer.commit import write_atomically
 from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.processes import Ranks
 
-Form = Literal["universal", "dcp", "deepspeed"]
+Form = Literal["universal", "dcp", "deepspeed", "deepspeed-universal"]
 """Forms to write, as ``--to`` names them."""
 
 
@@ -60,22 +60,25 @@ def write(
         if ranks.rank == 0:
             warn_of_sums_alone(checkpoint)
         folder = destination / _tag(source, checkpoint.path)
-        _check_free(destination, folder, checkpoint.path)
+        latest = UNIVERSAL_LATEST_NAME if to == "deepspeed-universal" else LATEST_NAME
+        _check_free(destination / latest, folder, checkpoint.path)
         for path in sorted(checkpoint.path.iterdir()):
             check_inside(path)
-        if to != "universal" and ranks.rank == 0 and random_files.path_of(checkpoint.path, 0) is not None:
-            echo("left out: states of random numbers, which this form has no place for", err=True)
         kept = {"drop_client_state": drop_client_state, "on_unreadable": on_unreadable, "on_differing": on_differing}
+        more = {"own_names": named is None} if to == "deepspeed-universal" else {}
+        output = _output(to)(**kept, **(more if target is None else {"spec": named, **target}))
         view = UniversalView.of(checkpoint, named, vocabulary_size, 1 if target is None else target["topology"].tp)
+        for note in output.notes(view) if ranks.rank == 0 else ():
+            echo(note, err=True)
         with shown_progress("convert", quiet or ranks.rank != 0) as progress:
             count = convert(
                 view,
                 folder,
-                _output(to)(**kept, **({} if target is None else {"spec": named, **target})),
+                output,
                 workers=workers,
                 progress=progress,
                 ranks=ranks,
-                then=lambda: _point_to(destination, folder, checkpoint.run.global_steps),
+                then=lambda: _point_to(destination / latest, folder, checkpoint.run.global_steps),
             )
     if ranks.rank != 0:
         return
@@ -97,6 +100,10 @@ def _output(to: Form) -> Callable[..., Output]:
         from ucp_deepspeed.checkpoint.dcp.output import DcpOutput
 
         return DcpOutput
+    if to == "deepspeed-universal":
+        from ucp_deepspeed.checkpoint.deepspeed.consolidated_output import ConsolidatedOutput
+
+        return ConsolidatedOutput
     from ucp_deepspeed.transfer.native.output import NativeOutput
 
     return NativeOutput
@@ -130,8 +137,9 @@ def _config(path: Path) -> dict[str, Any]:
     return found
 
 
-def _check_free(destination: Path, folder: Path, source: Path) -> None:
-    latest = destination / LATEST_NAME
+def _check_free(latest: Path, folder: Path, source: Path) -> None:
+    """Check that nothing is in the way of the folder, and of the file that is to name it."""
+    destination = latest.parent
     if destination.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{destination} lies in the checkpoint that is read; name a folder outside it")
     if latest.is_dir():
@@ -145,16 +153,15 @@ def _check_free(destination: Path, folder: Path, source: Path) -> None:
     raise ConfigError(f"{folder} exists already; nothing was written{hint}")
 
 
-def _point_to(destination: Path, folder: Path, step: int) -> None:
+def _point_to(latest: Path, folder: Path, step: int) -> None:
     """Have ``latest`` name a new tag folder, unless it names one of a later step."""
-    latest = destination / LATEST_NAME
-    with suppress(UniversalCheckpointError):
-        current = open_checkpoint(destination)
+    with suppress(UniversalCheckpointError, OSError):
+        current = open_checkpoint(latest.parent, read_latest(latest))
         if current.run.global_steps > step:
-            tag = _tag(destination, current.path).as_posix()
+            tag = _tag(latest.parent, current.path).as_posix()
             echo(f"{latest} still names {tag}, which is of a later step", err=True)
             return
-    write_atomically(latest, folder.relative_to(destination).as_posix())
+    write_atomically(latest, folder.relative_to(latest.parent).as_posix())
 
 
 def _tag(source: Path, folder: Path) -> Path:

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import metadata as torchs
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from ucp_deepspeed import tunables
+from ucp_deepspeed.checkpoint import random_files
 from ucp_deepspeed.checkpoint.checkpoint import GROUP_STEP, MASTER, WEIGHT, OnUnreadable, Parameter, step_in_group
 from ucp_deepspeed.checkpoint.checksums import FileSums
 from ucp_deepspeed.checkpoint.dcp.catalog import DcpCheckpoint
@@ -86,6 +87,10 @@ class DcpOutput(Output):
         record = Record(view.checkpoint.path, index, tensors)
         finish, numbytes = partial(_finish, view, record, chunks, places), sum(each.nbytes for each in tensors.values())
         return OutputPlan(tuple(each.file for each in files), finish, numbytes, partial(write_sums, files))
+
+    def notes(self, view: UniversalView) -> list[str]:
+        """See `Output.notes`."""
+        return random_files.left_out(view.checkpoint)
 
 
 def _without_wrappers(logical_of: Mapping[str, str]) -> dict[str, str]:

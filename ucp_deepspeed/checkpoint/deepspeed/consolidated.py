@@ -12,32 +12,72 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Discriminator, PositiveInt, ValidationError
 
 from ucp_deepspeed.checkpoint.bounds import check_inside
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, Checkpoint, FileExtent, Parameter, ParameterGroup
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.contents import CONSOLIDATED_OPTIMIZER, check_types, item_of, value_of
-from ucp_deepspeed.checkpoint.deepspeed.files import DeepSpeedFiles
+from ucp_deepspeed.checkpoint.deepspeed.files import TOLD_KEY, DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed.run_state import loss_scale_of
 from ucp_deepspeed.checkpoint.deepspeed.zero_slots import ZERO_3, ZeroFile
 from ucp_deepspeed.checkpoint.slots import Slot, settings_in, split_states
 from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY
 from ucp_deepspeed.checkpoint.torch_files.safe_load import dtype_of, extent_of, open_torch_object, scalar_of
-from ucp_deepspeed.errors import DamagedCheckpointError, FormatError
+from ucp_deepspeed.errors import DamagedCheckpointError, FormatError, worded
 from ucp_deepspeed.layout import Layout, Shape, Topology
+from ucp_deepspeed.layout.pattern import Pattern
 from ucp_deepspeed.plan import Fragment
 
 ATOMS_FOLDER, OPTIMIZER_NAME = "zero", "optimizer_state.pt"
 """The folder in the tag's folder, and the file in it with all of the optimizer's state that is of no parameter."""
 
+PLAIN_NAME, SLICED_NAME = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"
+"""Names of the first file with the state of the run: engines look for the first one, with ZeRO-3 for the second."""
+
 STEP = "step"
 """Name of the file, and the state, that counts a parameter's steps."""
 
-_TENSOR, _VOCABULARY, _EXPERTS = "param", "vocab_tensor", "is_expert_param"
+TENSOR, VOCABULARY, EXPERTS, NUMBER_OF_EXPERTS = "param", "vocab_tensor", "is_expert_param", "ep_num_experts"
 """Keys in an atom's file: the tensor, and marks of those whose rows are the vocabulary, and of those of all experts."""
+
+CAT_DIM, SUB_PARAMS, SUB_PARAM_SHAPE = "cat_dim", "param_n_sub_params", "sub_param_shape"
+"""Keys that tell how tensor-parallel ranks share it: the dimension, and the tensors in it, if these are several."""
+
+
+class Told(BaseModel):
+    """What this package adds to a folder that it writes, so that nothing is lost when it reads it again.
+
+    Attributes:
+        patterns: by name; no others are known.
+        vocabulary_size: see `Checkpoint`.
+        may_be_buffers: names; see `Parameter.may_be_buffer`.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    patterns: Mapping[str, Annotated[Pattern, Discriminator("pattern")]]
+    vocabulary_size: PositiveInt | None
+    may_be_buffers: tuple[str, ...]
+
+    @classmethod
+    def read(cls, saved: Mapping[str, Any], path: Path) -> Told | None:
+        """Read it from a model_states file; None if another program has written it.
+
+        Raises:
+            DamagedCheckpointError: it can't be parsed.
+        """
+        if TOLD_KEY not in saved:
+            return None
+        try:
+            return cls.model_validate_json(saved[TOLD_KEY])
+        except ValidationError as error:
+            raise DamagedCheckpointError(
+                f"{path}: {TOLD_KEY!r} can't be parsed: {worded(error.errors()[0])}; {REMEDY}"
+            ) from error
 
 
 def is_consolidated(folder: Path) -> bool:
@@ -49,6 +89,18 @@ class _ModelStates(DeepSpeedFiles):
     """The model_states files, without those of an optimizer."""
 
     has_partitions = False
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """See `DeepSpeedFiles.names`. This package writes one file under two names, of which one counts."""
+        found = super().names
+        return found - {SLICED_NAME} if PLAIN_NAME in found and self.told is not None else found
+
+    @cached_property
+    def told(self) -> Told | None:
+        """What this package has added, if it wrote the folder."""
+        path = self.path / PLAIN_NAME
+        return Told.read(self.open(path), path) if path.is_file() else None
 
     def expert_files(self, rank: int) -> list[Path]:
         """See `DeepSpeedFiles.expert_files`: experts are consolidated too."""
@@ -116,11 +168,14 @@ class ConsolidatedCheckpoint(Checkpoint):
         self.run = replace(self._beside.run, loss_scale=scale)
         self.recorded_shapes: Mapping[str, Shape] = {}
         self.logical_names: Mapping[str, str] = {}
+        self._told = self._files.told
         self.patterns = {} if self._files.is_pipeline else self._beside.patterns
+        if self._told is not None:
+            self.patterns = self._told.patterns
 
     def _opened(self, path: Path) -> Any:
         self.versions.note(path)
-        return open_torch_object(path, owned=(_TENSOR,))
+        return open_torch_object(path, owned=(TENSOR,))
 
     @cached_property
     def _trained(self) -> Mapping[str, tuple[int, Shape]]:
@@ -163,7 +218,8 @@ class ConsolidatedCheckpoint(Checkpoint):
 
     def _whole(self, held: Parameter) -> Parameter:
         """Describe a buffer or frozen parameter as one rank's."""
-        return replace(held, local_shapes=(self.layout(held.name).logical_shape,), stage=None)
+        unsure = self._told is not None and held.name in self._told.may_be_buffers
+        return replace(held, local_shapes=(self.layout(held.name).logical_shape,), stage=None, may_be_buffer=unsure)
 
     def _atom(self, name: str) -> Parameter:
         """Describe a trained parameter by its files, or raise DamagedCheckpointError where they don't fit together."""
@@ -204,10 +260,10 @@ class ConsolidatedCheckpoint(Checkpoint):
             if isinstance(held, dict):
                 marks = {
                     "has_shape": True,
-                    "is_vocabulary": bool(held.get(_VOCABULARY)),
-                    "is_of_experts": bool(held.get(_EXPERTS)),
+                    "is_vocabulary": bool(held.get(VOCABULARY)),
+                    "is_of_experts": bool(held.get(EXPERTS)),
                 }
-                held = value_of(held, _TENSOR, "the key", path)
+                held = value_of(held, TENSOR, "the key", path)
             if not isinstance(held, (torch.Tensor, int, float)):
                 raise DamagedCheckpointError(
                     f"{path} holds a {type(held).__name__} where a tensor or a number is expected"
@@ -252,6 +308,8 @@ class ConsolidatedCheckpoint(Checkpoint):
     @cached_property
     def vocabulary_size(self) -> int | None:  # type: ignore[override]
         """See `Checkpoint`."""
+        if self._told is not None:
+            return self._told.vocabulary_size
         marked = (name for name in self._trained if self._open(name).is_vocabulary)
         rows = next((self._open(name).tensors[MASTER].shape[0] for name in marked), None)
         return rows if rows is not None else self._beside.vocabulary_size

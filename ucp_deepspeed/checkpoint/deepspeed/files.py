@@ -58,9 +58,12 @@ from ucp_deepspeed.layout import Topology
 VALUES_KEY = "ucp_optimizer_only"
 """Key under which saving adds to a model_states file the parameters that the optimizer has and no module, by name."""
 
+TOLD_KEY = "ucp_told"
+"""Key under which this package adds to DeepSpeed's universal folders what these have no place for (`consolidated.Told`)."""
+
 ENGINE_KEYS = frozenset(
     f"""
-    {VALUES_KEY}
+    {VALUES_KEY} {TOLD_KEY}
     module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments lr_scheduler
     data_sampler random_ltd skipped_steps global_steps global_samples sparse_tensor_module_names csr_tensor_module_names
     dp_world_size mp_world_size ds_config ds_version checkpoint_parallel_dimensions num_experts ds_autoep_layers

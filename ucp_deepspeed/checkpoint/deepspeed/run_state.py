@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ucp_deepspeed.checkpoint.checkpoint import SCALE_KEYS, Deferred, Differing, LossScale, ParameterGroup, RunState
 from ucp_deepspeed.checkpoint.deepspeed.contents import value_of
 from ucp_deepspeed.checkpoint.deepspeed.files import DeepSpeedFiles
@@ -15,7 +17,7 @@ from ucp_deepspeed.checkpoint.deepspeed.stage0_slots import stage0_form
 from ucp_deepspeed.checkpoint.encoding import same_value
 from ucp_deepspeed.checkpoint.slots import Slot, settings_in
 from ucp_deepspeed.checkpoint.torch_files.safe_load import read_tensors
-from ucp_deepspeed.checkpoint.torch_files.unpickling import DynamicLossScaler
+from ucp_deepspeed.checkpoint.torch_files.unpickling import DynamicLossScaler, LossScaler
 from ucp_deepspeed.errors import DamagedCheckpointError
 
 
@@ -53,6 +55,25 @@ def loss_scale_of(saved: Mapping[str, Any], path: Path) -> LossScale:
         raise DamagedCheckpointError(f"{path} lacks 'loss_scaler', which ZeRO in fp16 has in any version")
     values = {key: value for key, value in vars(scaler).items() if key not in ("dynamic", "dtype")}
     return LossScale(bool(saved.get("dynamic_loss_scale", isinstance(scaler, DynamicLossScaler))), values)
+
+
+SCALING: Mapping[str, Any] = {
+    **{"cur_iter": 0, "last_overflow_iter": -1, "scale_factor": 2.0, "scale_window": 1000, "min_scale": 1},
+    **{"delayed_shift": 1, "cur_hysteresis": 1, "consecutive_hysteresis": False, "raise_error_at_min_scale": True},
+}
+"""Values of DeepSpeed's ``DynamicLossScaler`` beside its scale, as it begins with them (``runtime/fp16/loss_scaler.py``)."""
+
+
+def scaler_of(scale: LossScale, usual: Mapping[str, Any] = SCALING) -> LossScaler:
+    """Return the object in which ZeRO's optimizers keep a loss scale: the inverse of `loss_scale_of`.
+
+    Args:
+        usual: values that the source's class doesn't keep.
+    """
+    scaler = DynamicLossScaler() if scale.dynamic else LossScaler()
+    kept = {**usual, **scale.values} if scale.dynamic else {"cur_scale": scale.values["cur_scale"]}
+    vars(scaler).update(kept, dynamic=scale.dynamic, **({"dtype": torch.float16} if scale.dynamic else {}))
+    return scaler
 
 
 def hyperparameters(files: DeepSpeedFiles, rank: int) -> list[Mapping[str, Any]]:

@@ -69,7 +69,7 @@ def write_sums(files: Sequence[ArchiveFile], folder: Path, runs: Mapping[str, Se
     Raises:
         OSError: a file can't be written.
     """
-    for file in files:
+    for file in (each for each in files if each.sums):
         path = folder / file.file.file_name
         known = {run[:2]: run.crc for run in joined(runs.get(file.file.file_name, ()))}
         with naming(path), path.open("r+b", buffering=0) as opened:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ucp_deepspeed.checkpoint import random_files
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, OnUnreadable
 from ucp_deepspeed.checkpoint.checksums import FileSums
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
@@ -77,6 +78,10 @@ class NativeOutput(Output):
         archives = tuple(value_archive(name, value) for name, value in files.values())
         finish = partial(_finish, files.manifest())
         return OutputPlan(tuple(each.file for each in archives), finish, 0, partial(write_sums, archives), found.view)
+
+    def notes(self, view: UniversalView) -> list[str]:
+        """See `Output.notes`."""
+        return random_files.left_out(view.checkpoint)
 
 
 def _check_written(view: UniversalView, topology: Topology) -> None:
