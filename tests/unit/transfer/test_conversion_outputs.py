@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from native_files import NativeModel, NativeParameter, NativeRun, write_native
 from safetensors.torch import load_file
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
 from ucp_deepspeed.checkpoint.checksums import FileSums
+from ucp_deepspeed.checkpoint.dcp.output import DcpOutput
 from ucp_deepspeed.checkpoint.export.torch_file import TorchOutput
 from ucp_deepspeed.checkpoint.export.weights import Choice
 from ucp_deepspeed.checkpoint.output import Literal, Output, OutputFile, OutputPlan, Region, StoredTensor
@@ -207,3 +210,15 @@ def test_ranks_that_would_write_other_things_are_refused(
     with ThreadPoolExecutor(2) as pool, pytest.raises(ConfigError, match="isn't what rank 1 sees"):
         list(pool.map(one, range(2)))
     assert not (tmp_path / "out").exists()
+
+
+def test_dcp_has_names_without_those_of_wrappers(tmp_path: Path) -> None:
+    values = {state: torch.randn(4, 3) for state in ("fp32", "exp_avg", "exp_avg_sq")}
+    parameter = NativeParameter("_orig_mod.w", values.pop("fp32"), values)
+    folder = write_native(tmp_path / "a", NativeModel((parameter,)), NativeRun(stage=1))
+    convert(UniversalView.of(open_checkpoint(folder)), tmp_path / "dcp", DcpOutput())
+    found = {"model.w": torch.empty(4, 3), "optim.state.w.exp_avg": torch.empty(4, 3)}
+    dcp.load(found, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert torch.equal(found["model.w"], parameter.fp32) and torch.equal(
+        found["optim.state.w.exp_avg"], values["exp_avg"]
+    )

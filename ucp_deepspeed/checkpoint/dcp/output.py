@@ -86,7 +86,7 @@ class DcpOutput(Output):
         index, tensors = describe(view, homes, self.drop_client_state, self.on_unreadable, self.on_differing)
         record = Record(view.checkpoint.path, index, tensors)
         finish, numbytes = partial(_finish, view, record, chunks, places), sum(each.nbytes for each in tensors.values())
-        return OutputPlan(tuple(each.file for each in files), finish, numbytes, partial(write_sums, files))
+        return OutputPlan(tuple(each.file for each in files), finish, numbytes, partial(write_sums, files), view)
 
     def notes(self, view: UniversalView) -> list[str]:
         """See `Output.notes`."""

@@ -67,14 +67,21 @@ OTHER_FORMS = "--to universal and --to dcp keep it"
 
 @dataclass(frozen=True)
 class ConsolidatedOutput(Output):
-    """See `Output`, and `ucp_deepspeed.checkpoint.universal.atoms_output.describe`."""
+    """See `Output`, and `ucp_deepspeed.checkpoint.universal.atoms_output.describe`.
+
+    Attributes:
+        own_names: whether parameters have the names of the model that was trained, as DeepSpeed's own tool gives them; else those
+            of the view, which a spec may have given.
+    """
 
     drop_client_state: Collection[str] = ()
     on_unreadable: OnUnreadable = "error"
     on_differing: OnDiffering = "error"
+    own_names: bool = True
 
     def plan(self, view: UniversalView) -> OutputPlan:
         """See `Output.plan`, and `describe` for further errors."""
+        view = self._named(view)
         homes = {(name, state): "" for name, each in view.parameters.items() for state in each.states}
         index, tensors = describe(view, homes, self.drop_client_state, self.on_unreadable, self.on_differing)
         record = Record(view.checkpoint.path, index, tensors)
@@ -84,10 +91,16 @@ class ConsolidatedOutput(Output):
             value_archive(f"{ATOMS_FOLDER}/{OPTIMIZER_NAME}", _optimizer(view, record)),
             value_archive(PLAIN_NAME, _model_states(view, record)),
         ]
-        return OutputPlan(tuple(each.file for each in files), _finish, finish_records=partial(write_sums, files))
+        archives = tuple(each.file for each in files)
+        return OutputPlan(archives, _finish, finish_records=partial(write_sums, files), view=view)
+
+    def _named(self, view: UniversalView) -> UniversalView:
+        names = (*view.logical_of, *view.checkpoint.tied)
+        return view.under({name: name for name in names}) if self.own_names else view
 
     def notes(self, view: UniversalView) -> list[str]:
         """See `Output.notes`."""
+        view = self._named(view)
         return [*_lost(view), *_otherwise_at_stage_3(view), *_unknown_layouts(view)]
 
 
@@ -140,7 +153,8 @@ def _optimizer(view: UniversalView, record: Record) -> dict[str, Any]:
     """Return what the optimizer keeps beside the states of parameters: under ZeRO-1's and 2's keys, and under ZeRO-3's."""
     groups = [{**group.hyperparameters, "params": [number]} for number, group in enumerate(record.groups)]
     scale = record.run.loss_scale
-    scaling = {} if scale is None else {"loss_scaler": scaler_of(scale), "dynamic_loss_scale": scale.dynamic}
+    config = record.values("client_state").get("ds_config")
+    scaling = {} if scale is None else {"loss_scaler": scaler_of(scale, config), "dynamic_loss_scale": scale.dynamic}
     steps = (record.scalars(name) for name in _trained(view))
     step = next((held[STEP] for held in steps if STEP in held), None)
     state = {} if step is None else {STEP: number_as_kept(step)}

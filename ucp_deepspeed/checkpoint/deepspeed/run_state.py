@@ -57,22 +57,27 @@ def loss_scale_of(saved: Mapping[str, Any], path: Path) -> LossScale:
     return LossScale(bool(saved.get("dynamic_loss_scale", isinstance(scaler, DynamicLossScaler))), values)
 
 
-SCALING: Mapping[str, Any] = {
-    **{"cur_iter": 0, "last_overflow_iter": -1, "scale_factor": 2.0, "scale_window": 1000, "min_scale": 1},
-    **{"delayed_shift": 1, "cur_hysteresis": 1, "consecutive_hysteresis": False, "raise_error_at_min_scale": True},
-}
-"""Values of DeepSpeed's ``DynamicLossScaler`` beside its scale, as it begins with them (``runtime/fp16/loss_scaler.py``)."""
-
-
-def scaler_of(scale: LossScale, usual: Mapping[str, Any] = SCALING) -> LossScaler:
+def scaler_of(scale: LossScale, config: Any) -> LossScaler:
     """Return the object in which ZeRO's optimizers keep a loss scale: the inverse of `loss_scale_of`.
 
     Args:
-        usual: values that the source's class doesn't keep.
+        config: the DeepSpeed config, if one is known. Values that the source's class doesn't keep are those that an engine begins
+            with (``runtime/fp16/loss_scaler.py``).
     """
-    scaler = DynamicLossScaler() if scale.dynamic else LossScaler()
-    kept = {**usual, **scale.values} if scale.dynamic else {"cur_scale": scale.values["cur_scale"]}
-    vars(scaler).update(kept, dynamic=scale.dynamic, **({"dtype": torch.float16} if scale.dynamic else {}))
+    if not scale.dynamic:
+        scaler = LossScaler()
+        vars(scaler).update(cur_scale=scale.values["cur_scale"], dynamic=False)
+        return scaler
+    given = config.get("fp16") if isinstance(config, Mapping) else None
+    given = given if isinstance(given, Mapping) else {}
+    told = {key: value for key, value in given.items() if isinstance(value, (int, float))}  # not "auto"
+    shift = told.get("hysteresis", 2)
+    begun = {"cur_iter": 0, "last_overflow_iter": -1, "scale_factor": 2.0}
+    begun |= {"scale_window": told.get("loss_scale_window", 1000), "min_scale": told.get("min_loss_scale", 1)}
+    begun |= {"delayed_shift": shift, "cur_hysteresis": shift, "raise_error_at_min_scale": True}
+    begun |= {"consecutive_hysteresis": told.get("consecutive_hysteresis", False)}
+    scaler = DynamicLossScaler()
+    vars(scaler).update({**begun, **scale.values, "dynamic": True, "dtype": torch.float16})
     return scaler
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, SCALE_KEYS, LossScale
+from ucp_deepspeed.checkpoint.deepspeed.run_state import scaler_of
 from ucp_deepspeed.checkpoint.output import StoredTensor
 from ucp_deepspeed.checkpoint.slots import number_as_kept
-from ucp_deepspeed.checkpoint.torch_files.unpickling import DynamicLossScaler, FragmentAddress, LossScaler, ZeroStage
+from ucp_deepspeed.checkpoint.torch_files.unpickling import FragmentAddress, ZeroStage
 from ucp_deepspeed.layout import FlatGroup
 from ucp_deepspeed.transfer.native.buffers import Tensors, unpadded
 from ucp_deepspeed.transfer.native.settings import DEFAULT_CLIPPING, WRITTEN_VERSION, NativeSettings
@@ -110,15 +111,9 @@ class RankOptimizer:
 
     def _scaler(self) -> dict[str, Any]:
         """Return the loss scale as ZeRO's optimizers keep it."""
-        dynamic = self.scale is not None and self.scale.dynamic
-        scaler = DynamicLossScaler() if dynamic else LossScaler()
-        vars(scaler).update(cur_scale=1.0, dynamic=dynamic)
-        if self.scale is not None:
-            kept = self.scale.values if dynamic else {"cur_scale": self.scale.values["cur_scale"]}
-            vars(scaler).update({**(self.settings.scaling if dynamic else {}), **kept})
-        if dynamic:
-            vars(scaler)["dtype"] = torch.float16
-        return {"loss_scaler": scaler, "dynamic_loss_scale": dynamic, "overflow": False}
+        scale = self.scale or LossScale(False, {"cur_scale": 1.0})
+        scaler = scaler_of(scale, self.settings.config)
+        return {"loss_scaler": scaler, "dynamic_loss_scale": scale.dynamic, "overflow": False}
 
     def _clipping(self) -> dict[str, Any]:
         """Return nothing if no config tells: the engine keeps its own then."""

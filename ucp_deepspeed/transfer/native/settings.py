@@ -62,23 +62,6 @@ class NativeSettings:
         """Type of the trained weights, as a key of `ucp_deepspeed.dtypes.ITEMSIZE`."""
         return DTYPES[self.precision]
 
-    @property
-    def scaling(self) -> dict[str, Any]:
-        """Values of a dynamic loss scaler that some classes don't keep, as this engine begins with them."""
-        given = _section(self.config, "fp16")
-        shift = int(_number(given, "hysteresis", 2))
-        return {
-            "cur_iter": 0,
-            "last_overflow_iter": -1,
-            "scale_factor": 2.0,
-            "scale_window": int(_number(given, "loss_scale_window", 1000)),
-            "min_scale": _number(given, "min_loss_scale", 1),
-            "delayed_shift": shift,
-            "cur_hysteresis": shift,
-            "consecutive_hysteresis": bool(given.get("consecutive_hysteresis", False)),
-            "raise_error_at_min_scale": True,
-        }
-
     @classmethod
     def of(
         cls,
