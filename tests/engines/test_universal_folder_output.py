@@ -55,6 +55,11 @@ def megatron(tp: int, stage: int) -> Run:
     return Run("megatron-deepspeed-llama", {"layers": 1}, tp=tp, zero={"stage": stage}, universal=None)
 
 
+def experts(ep: int, stage: int) -> Run:
+    config = {"expert_parallel": {"enabled": True, "autoep_size": ep}}
+    return Run("huggingface", {"family": "mixtral"}, zero={"stage": stage}, config=config)
+
+
 def mlp(stage: int, **changes: Any) -> Run:
     return Run("mlp", zero={"stage": stage}, **changes)
 
@@ -71,6 +76,8 @@ CASES = {
     "autotp-zero-3": Case(autotp(3, 1), 2, {"two": (autotp(1, 2), 2)}),
     "megatron-deepspeed": Case(megatron(2, 1), 2, {"one": (megatron(1, 2), 2)}, INFO),
     "megatron-deepspeed-padded": Case(megatron(1, 2), 1, {"two": (megatron(2, 1), 2)}, INFO),
+    "autoep": Case(experts(2, 1), 2, {"one": (experts(1, 2), 2)}),
+    "autoep-one": Case(experts(1, 1), 1, {"two": (experts(2, 1), 2)}),
     "pipeline": Case(PIPELINE, 2, {"one": (replace(PIPELINE, pp=1), 1), "two": (PIPELINE, 2)}),
 }
 

@@ -64,13 +64,14 @@ CONVERT = Command(
         "ucp convert runs/a runs/a-universal --on-unreadable drop",
         "ucp convert runs/a runs/a-dcp --to dcp",
         "ucp convert runs/a runs/a-zero3 --to deepspeed --dp 8 --zero 3",
+        "ucp convert runs/a runs/a-ds --to deepspeed-universal",
         "torchrun --nproc-per-node 4 -m ucp_deepspeed.convert runs/a runs/a-universal",
     ],
     short_help="Write a checkpoint in another form.",
     help="""Write checkpoint SRC in universal form, or another, to DST/<tag> and DST/latest. DST can then be loaded from.
 
     DST/<tag> must not exist yet. It appears when it is complete: an interrupted conversion leaves nothing to load.
-    DST/latest stays as it is if it names a tag of a later step.
+    DST/latest stays as it is if it names a tag of a later step. With --to deepspeed-universal it is DST/latest_universal.
     """,
     params=[
         folder("source", metavar="SRC"),
