@@ -25,6 +25,7 @@ from ucp_deepspeed.cli.inspect import inspect_checkpoint
 from ucp_deepspeed.errors import MismatchError, UnsupportedError
 
 GOLDEN = Path(__file__).parents[3] / "golden"
+GOLDEN_UNIVERSAL = GOLDEN.with_name("golden_universal")
 UNTOLD = "0.17.6/z0bf16_frozen-Adam"
 """DeepSpeed wrote no optimizer state into it."""
 UNRECORDED = "0.5.10/z3fp16_frozen-Adam"
@@ -136,3 +137,11 @@ def test_lost_files_of_the_optimizer_are_told(name: str, tmp_path: Path) -> None
     found = CliRunner().invoke(main, ["convert", str(tmp_path / "c"), str(tmp_path / "u")])
     assert found.exit_code and "(*_optim_states.pt) aren't there" in found.output
     assert not (tmp_path / "u").exists()
+
+
+def test_what_an_older_tool_made_is_what_it_was_made_from() -> None:
+    """The folder that ``ds_to_universal`` of 0.14.5 made of that version's files."""
+    source, made = GOLDEN / "0.14.5/z1bf16_ga32_frozen-Adam", GOLDEN_UNIVERSAL / "ds_to_universal-0.14.5"
+    assert open_checkpoint(made).form == "deepspeed universal"
+    found = CliRunner().invoke(main, ["diff", str(source), str(made)])
+    assert found.exit_code == 0, found.output
