@@ -49,7 +49,7 @@ CAT_DIM, SUB_PARAMS, SUB_PARAM_SHAPE = "cat_dim", "param_n_sub_params", "sub_par
 
 
 class Told(BaseModel):
-    """What this package adds to a folder that it writes, so that nothing is lost when it reads it again.
+    """Additions of this package to a folder that it writes, so that nothing is lost when it reads it again.
 
     Attributes:
         patterns: by name; no others are known.
@@ -98,7 +98,7 @@ class _ModelStates(DeepSpeedFiles):
 
     @cached_property
     def told(self) -> Told | None:
-        """What this package has added, if it wrote the folder."""
+        """The additions of this package, if it wrote the folder."""
         path = self.path / PLAIN_NAME
         return Told.read(self.open(path), path) if path.is_file() else None
 
