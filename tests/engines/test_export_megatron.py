@@ -16,7 +16,7 @@ from test_megatron_families import ALWAYS, ROUNDING, logits_of
 import ucp_deepspeed
 from ucp_deepspeed.errors import MismatchError, UnsupportedError
 from ucp_deepspeed.testing.ranks import RankPool
-from ucp_deepspeed.testing.runs import VOCABULARY, Run, batch_of, train
+from ucp_deepspeed.testing.runs import SEQUENCE, VOCABULARY, Run, batch_of, train
 
 Ranks = Callable[[int], RankPool]
 
@@ -31,6 +31,9 @@ SIZE: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
+GPT2: dict[str, Any] = {"n_embd": 48, "num_hidden_layers": 2, "n_head": 8, "n_inner": 40, "n_positions": SEQUENCE}
+GPT2 |= {"activation_function": "gelu", "tie_word_embeddings": True}
+
 MODELS = {
     "llama": (Run("llama", {"layers": 1, "vocabulary_multiple": 5}, tp=2, zero={"stage": 2}), "LlamaConfig", {}),
     "tied": (Run("llama", {"layers": 1, "tied": True}, tp=2), "LlamaConfig", {"tie_word_embeddings": True}),
@@ -41,6 +44,17 @@ MODELS = {
         "MixtralConfig",
         {"num_local_experts": 3, "num_experts_per_tok": 2}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    ),
+    "gpt2": (Run("gpt", {"layers": 2, "query_groups": 8}, tp=2), "GPT2Config", GPT2),
+    "neox": (
+        Run("gpt", {"layers": 1, "query_groups": 8, "tied": False, "rotary": True}, tp=2, zero={"stage": 2}),
+        "GPTNeoXConfig",
+        {"use_parallel_residual": False, "rotary_pct": 1.0},
+    ),
+    "megatron-deepspeed-gpt": (
+        Run("megatron-deepspeed-gpt", {"layers": 1, "query_groups": 8}),
+        "GPT2Config",
+        GPT2 | {"num_hidden_layers": 1},
     ),
     "megatron-deepspeed": (Run("megatron-deepspeed-llama", {"layers": 1}, tp=2), "LlamaConfig", {}),
 }
@@ -63,7 +77,7 @@ def check_logits(folder: Path, expected: torch.Tensor, run: Run) -> None:
 @pytest.mark.parametrize("title", MODELS)
 def test_transformers_computes_the_same(title: str, ranks: Ranks, tmp_path: Path) -> None:
     run, kind, changes = MODELS[title]
-    spec = "megatron_deepspeed_llama" if title == "megatron-deepspeed" else "auto"
+    spec = run.model.replace("-", "_") if title.startswith("megatron-deepspeed") else "auto"
     expected = ranks(2).run(logits_of, run, load=None, save=str(tmp_path / "run"), steps=STEP)[0]
     config = configured(tmp_path / "config", kind, **changes)
     with ucp_deepspeed.open_checkpoint(tmp_path / "run", spec=spec) as checkpoint:
@@ -86,7 +100,8 @@ def test_a_pipeline(ranks: Ranks, tmp_path: Path) -> None:
 
 def test_what_cannot_be_mapped_is_named(ranks: Ranks, tmp_path: Path) -> None:
     ranks(1).run(train, Run("llama", {"layers": 1}), 1, save=str(tmp_path / "llama"))
-    ranks(1).run(train, Run("gpt", {"layers": 1}), 1, save=str(tmp_path / "gpt"))
+    latent = Run("llama", {"layers": 2, "latent": True, "experts": 3, "query_groups": 8})
+    ranks(1).run(train, latent, 1, save=str(tmp_path / "latent"))
     out = tmp_path / "hf"
 
     def export(source: str, config: str | None = "LlamaConfig", **changes: Any) -> None:
@@ -104,8 +119,10 @@ def test_what_cannot_be_mapped_is_named(ranks: Ranks, tmp_path: Path) -> None:
         export("llama", num_attention_heads=7, num_key_value_heads=7, hidden_size=49)
     with pytest.raises(MismatchError, match=r"tie_word_embeddings: true, and .* has an output layer of its own"):
         export("llama", tie_word_embeddings=True)
-    with pytest.raises(UnsupportedError, match=r"(?s)names of Megatron's \(megatron_core_gpt\).*Hugging Face names"):
-        export("gpt")
+    with pytest.raises(
+        UnsupportedError, match=r"(?s)names of Megatron's \(megatron_core_deepseek\).*Hugging Face names"
+    ):
+        export("latent")
     assert not out.exists()
 
 

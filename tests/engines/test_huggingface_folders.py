@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import ucp_deepspeed
 from ucp_deepspeed.checkpoint import open_checkpoint
@@ -62,6 +63,20 @@ def test_a_run_begins_with_the_weights(name: str, ranks: Ranks, tmp_path: Path) 
         for each in trained:
             assert torch.equal(held.read(each.name, "fp32"), saved[each.name].float()), each.name
             assert not each.scalars.get("step")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_have_other_names_in_files(family: str, ranks: Ranks, tmp_path: Path) -> None:
+    """A file has a tensor for each matrix of an expert, and the model fuses them. transformers' own load says what they are."""
+    saved = save_model(family, tmp_path / "hf")
+    run = run_of(family, stage=2)
+    ranks(2).run(train, run, 0, load=str(tmp_path / "hf"), save=str(tmp_path / "b"), save_tag="b")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).state_dict()
+    with ucp_deepspeed.open_checkpoint(tmp_path / "b") as held:
+        trained = [each.name for each in held.parameters.values() if each.kind == "trainable"]
+        assert any("gate_up_proj" in name for name in trained) and not any("gate_up_proj" in name for name in saved)
+        for name in trained:
+            assert torch.equal(held.read(name, "fp32"), expected[name]), name
 
 
 def test_a_resume_asks_what_becomes_of_the_optimizer(ranks: Ranks, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ class Region:
         rank: the local tensor whose elements, in row-major order, are written. Its padding becomes zero.
         local_start: the first of them.
         file_offset: place of the first byte in the file; a multiple of the type's size.
+        transposed: the local tensor is a matrix, and its columns are written one after another: ``local_start`` counts so too.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Region:
     local_start: int
     numel: int
     file_offset: int = 0
+    transposed: bool = False
 
     @classmethod
     def whole(cls, view: UniversalView, name: str, state: str, dtype: str | None = None) -> Region:
@@ -56,7 +58,7 @@ class Region:
     def key(self) -> tuple[object, ...]:
         """Its fields but for the place, in brief: equal for equal content."""
         shape, held = self.layout.logical_shape, self.layout.locals[self.rank]
-        return self.name, self.state, self.dtype, shape, held, self.local_start, self.numel
+        return self.name, self.state, self.dtype, shape, held, self.local_start, self.numel, self.transposed
 
     @property
     def is_padded(self) -> bool:
@@ -95,7 +97,8 @@ class StoredTensor:
     @classmethod
     def of(cls, region: Region) -> StoredTensor:
         """Make the tensor of a region that is a whole local tensor."""
-        return cls(region.layout.locals[region.rank].shape, (region,))
+        shape = region.layout.locals[region.rank].shape
+        return cls(shape[::-1] if region.transposed else shape, (region,))
 
     @property
     def placed_regions(self) -> Iterator[tuple[int, Region]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -23,9 +24,11 @@ class Tensors(BaseModel):
 
     Attributes:
         from_: logical name, as in a renaming.
-        to: their names. With several the first dimension is cut.
-        parts: sizes of these tensors relative to one another, within a group of rows.
-        groups: number of groups of rows, one after another; each holds rows of every tensor.
+        to: their names, or the name of one tensor with all parts.
+        parts: sizes of the parts relative to one another, within a group of rows. Each is a tensor; or, with one name, they
+            come together in it, part by part.
+        groups: number of groups of rows, one after another; each holds rows of every part.
+        transpose: the tensors are the transposes of matrices.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -34,11 +37,13 @@ class Tensors(BaseModel):
     to: str | Annotated[tuple[str, ...], Field(min_length=1)]
     parts: tuple[Number, ...] = (1,)
     groups: Number = 1
+    transpose: Annotated[bool, Field(strict=True)] = False
 
     @model_validator(mode="after")
     def _check(self) -> Tensors:
-        if len(self.parts) != len(self.renamings):
-            raise ValueError(f"{len(self.renamings)} names and {len(self.parts)} parts")
+        names = len(self.renamings)
+        if not isinstance(self.to, str) and len(self.parts) != names:
+            raise ValueError(f"{names} names and {len(self.parts)} parts")
         return self
 
     @cached_property
@@ -79,42 +84,51 @@ class HuggingFaceNames(BaseModel):
         if len(applying) > 1:
             raise ValueError(f"{len(applying)} entries apply: {', '.join(each.from_ for each in applying)}")
         (tensors,) = applying
-        names = [str(each.logical_name(name)) for each in tensors.renamings]
-        if len(names) == 1:
-            return Cut(tuple(names), Layout.whole(shape))
+        if tensors.transpose and len(shape) != 2:
+            raise ValueError(f"shape {list(shape)} is no matrix, which could be transposed")
+        names = tuple(str(each.logical_name(name)) for each in tensors.renamings)
+        if len(tensors.parts) == 1:
+            return Cut(names, None, tensors.transpose)
         values = dimension_values(self.dimensions, config)
         parts, groups = [_value(part, values) for part in tensors.parts], _value(tensors.groups, values)
-        return Cut(tuple(names), _layout(shape, parts, groups))
+        return Cut(names, _layout(shape, parts, groups, isinstance(tensors.to, str)), tensors.transpose)
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The tensors that a logical parameter becomes: name and local tensor of each, in the same order."""
+    """The tensors that a logical parameter becomes: their names, and where its elements lie in the local tensors of the same
+    numbers, or in their transposes. Without a layout the one tensor is the parameter."""
 
     names: tuple[str, ...]
-    layout: Layout
+    layout: Layout | None
+    transposed: bool = False
 
 
 def _value(number: int | str, values: Mapping[str, int]) -> int:
     return number if isinstance(number, int) else evaluate(number, values)
 
 
-def _layout(shape: Shape, parts: Sequence[int], groups: int) -> Layout:
-    """Lay the rows of each part out, group by group."""
+def _layout(shape: Shape, parts: Sequence[int], groups: int, together: bool) -> Layout:
+    """Lay the rows of each part out, group by group, in a tensor for each part or ``together`` in one."""
     units = sum(parts) * groups
     if not shape or shape[0] % units or min(parts) < 1:
         raise ValueError(f"shape {list(shape)} can't be cut into {groups} groups of {':'.join(map(str, parts))}")
     unit, rest = shape[0] // units, shape[1:]
     before, held = 0, []
     for part in parts:
-        pieces = []
-        for group in range(groups):
-            first, rows = (group * sum(parts) + before) * unit, part * unit
-            start = group * rows
-            pieces.append(Piece(_rows(first, rows, rest), _rows(start, rows, rest)))
-        held.append(LocalTensor((groups * part * unit, *rest), tuple(pieces)))
+        rows, above = part * unit, groups * before * unit if together else 0
+        firsts = [(group * sum(parts) + before) * unit for group in range(groups)]
+        held.append(
+            [
+                Piece(_rows(first, rows, rest), _rows(above + group * rows, rows, rest))
+                for group, first in enumerate(firsts)
+            ]
+        )
         before += part
-    return Layout(shape, tuple(held))
+    if together:
+        return Layout(shape, (LocalTensor(shape, tuple(chain.from_iterable(held))),))
+    sizes = [(groups * part * unit, *rest) for part in parts]
+    return Layout(shape, tuple(LocalTensor(size, tuple(pieces)) for size, pieces in zip(sizes, held, strict=True)))
 
 
 def _rows(first: int, count: int, rest: Shape) -> Box:

@@ -45,6 +45,7 @@ class MegatronGptSize:
         latent: latent attention; the first layer is dense, and later layers have experts, one shared expert and a bias of the
             router (DeepSeek).
         positions: learned positions, without the Llama flavour; False for models that have none in their parameters (ALiBi).
+        rotary: rotary positions without the Llama flavour, in place of learned ones (GPT-NeoX).
     """
 
     layers: int = 2
@@ -63,6 +64,7 @@ class MegatronGptSize:
     experts: int = 0
     latent: bool = False
     positions: bool = True
+    rotary: bool = False
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads or self.heads % self.query_groups:
@@ -111,7 +113,7 @@ def build_megatron_gpt(size: MegatronGptSize, dtype: torch.dtype = torch.float32
         vocab_size=size.padded_vocabulary(degree),
         max_sequence_length=size.sequence,
         share_embeddings_and_output_weights=size.tied,
-        position_embedding_type="rope" if size.llama else "learned_absolute" if size.positions else "none",
+        position_embedding_type=_positions(size),
     )
     initialise(model, size, seed)
     if size.experts:
@@ -119,6 +121,12 @@ def build_megatron_gpt(size: MegatronGptSize, dtype: torch.dtype = torch.float32
     if size.qk_norm:
         sum_gradients_of_head_norms(model)
     return model.to(dtype)
+
+
+def _positions(size: MegatronGptSize) -> str:
+    if size.llama or size.rotary:
+        return "rope"
+    return "learned_absolute" if size.positions else "none"
 
 
 def layer_spec(size: MegatronGptSize, config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:

@@ -25,6 +25,7 @@ from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import naming
+from ucp_deepspeed.layout.box import flat_interval_boxes
 from ucp_deepspeed.transfer.copying import FileReader, TransferCount, gather
 
 
@@ -313,5 +314,28 @@ def _gather_chunk(view: UniversalView, chunk: FileRange, buffer: torch.Tensor, r
             continue
         elements = target.view(NAMED_DTYPES[part.dtype])
         local_start = part.local_start + first // ITEMSIZE[part.dtype]
-        count.add(gather(view, part.name, part.state, local_start, elements, reader, part.layout, part.rank))
+        if part.transposed:
+            count.add(_gather_columns(view, part, local_start, elements, reader))
+        else:
+            count.add(gather(view, part.name, part.state, local_start, elements, reader, part.layout, part.rank))
+    return count
+
+
+def _gather_columns(
+    view: UniversalView, part: Region, start: int, target: torch.Tensor, reader: FileReader
+) -> TransferCount:
+    """Fill ``target`` with a run of a local matrix's elements, column by column. Blocks of whole rows are read for it: another
+    chunk of the same matrix reads them again, from the page cache."""
+    rows, columns = part.layout.locals[part.rank].shape
+    count, place = TransferCount(), 0
+    for box in flat_interval_boxes((columns, rows), start, start + target.numel()):
+        found = target[place : place + box.numel].view(box.shape)
+        place += box.numel
+        step = max(tunables.PART_NUMBYTES // (columns * target.element_size()), 1)
+        for first in range(box.start[1], box.stop[1], step):
+            stop = min(first + step, box.stop[1])
+            block = torch.zeros((stop - first) * columns, dtype=target.dtype)
+            count.add(gather(view, part.name, part.state, first * columns, block, reader, part.layout, part.rank))
+            cut = block.view(-1, columns)[:, box.start[0] : box.stop[0]]
+            found[:, first - box.start[1] : stop - box.start[1]] = cut.t()
     return count

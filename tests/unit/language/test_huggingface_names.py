@@ -9,6 +9,7 @@ import torch
 
 from ucp_deepspeed.errors import SpecError
 from ucp_deepspeed.language import Spec
+from ucp_deepspeed.language.huggingface import Cut
 
 CONFIG = {"num_attention_heads": 6, "num_key_value_heads": 2}
 
@@ -28,15 +29,34 @@ def test_groups_are_taken_apart(rest: tuple[int, ...]) -> None:
     (entry,) = spec_of(parts=["heads // kv_heads", 1, 1], groups="kv_heads").huggingface
     whole = torch.arange(2 * 5 * 4 * (rest[0] if rest else 1)).view(40, *rest)
     cut = entry.cuts("a.7.qkv", tuple(whole.shape), CONFIG)
-    assert cut is not None and cut.names == ("7.q", "7.k", "7.v")
+    assert cut is not None and cut.names == ("7.q", "7.k", "7.v") and not cut.transposed
     groups = whole.view(2, 5, 4, *rest)
-    for local, expected in zip(cut.layout.locals, (groups[:, :3], groups[:, 3:4], groups[:, 4:]), strict=True):
-        found = torch.full(local.shape, -1)
+    for found, expected in zip(filled(cut, whole), (groups[:, :3], groups[:, 3:4], groups[:, 4:]), strict=True):
+        assert torch.equal(found, expected.reshape(-1, *rest))
+    assert entry.cuts("b.7.qkv", (40,), CONFIG) is None
+
+
+def filled(cut: Cut, whole: torch.Tensor) -> list[torch.Tensor]:
+    """Return the local tensors of a cut, element by element."""
+    assert cut.layout is not None
+    tensors = [torch.full(local.shape, -1) for local in cut.layout.locals]
+    for found, local in zip(tensors, cut.layout.locals, strict=True):
         for piece in local.pieces:
             there, here = (tuple(map(slice, box.start, box.stop)) for box in (piece.logical_box, piece.local_box))
             found[here] = whole[there]
-        assert torch.equal(found, expected.reshape(-1, *rest))
-    assert entry.cuts("b.7.qkv", (40,), CONFIG) is None
+    return tensors
+
+
+def test_parts_come_together_in_one_tensor() -> None:
+    (entry,) = spec_of(to="{n}.qkv", parts=["heads // kv_heads", 1, 1], groups="kv_heads", transpose=True).huggingface
+    whole = torch.arange(40 * 3).view(40, 3)
+    cut = entry.cuts("a.7.qkv", (40, 3), CONFIG)
+    assert cut is not None and cut.names == ("7.qkv",) and cut.transposed
+    (found,) = filled(cut, whole)
+    q, k, v = whole.view(2, 5, 4, 3).split((3, 1, 1), 1)
+    assert torch.equal(found, torch.cat([part.reshape(-1, 3) for part in (q, k, v)]))
+    with pytest.raises(ValueError, match=r"shape \[40\] is no matrix"):
+        entry.cuts("a.7.qkv", (40,), CONFIG)
 
 
 @pytest.mark.parametrize(

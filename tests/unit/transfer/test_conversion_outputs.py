@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,20 @@ class Shares(Output):
         return OutputPlan(tuple(files))
 
 
+@dataclass(frozen=True)
+class Transposes(Output):
+    """The transposes of all matrices, of the whole and of the local tensors of three ranks."""
+
+    def plan(self, view: UniversalView) -> OutputPlan:
+        tensors = {}
+        for name, layout in view.layouts_on(3).items():
+            for rank, local in enumerate(layout.locals):
+                if view.parameters[name].kind == "trainable" and len(local.shape) == 2:
+                    part = Region(name, MASTER, "F32", layout, rank, 0, prod(local.shape), transposed=True)
+                    tensors[f"{name}.{rank}"] = StoredTensor.of(part)
+        return OutputPlan((safetensors_file("transposes.safetensors", tensors),))
+
+
 def together(count: int, view: UniversalView, destination: Path, output: Output, **options: Any) -> None:
     """Convert on ranks that are threads, or on this process alone."""
     store = dist.HashStore()
@@ -103,6 +118,27 @@ def together(count: int, view: UniversalView, destination: Path, output: Output,
 def written(native: Callable[..., Path]) -> tuple[Path, Values]:
     values: Values = {}
     return native("a", values.update, tp=2, dp=2, stage=1), values
+
+
+@pytest.mark.parametrize("chunk_numbytes", [8, 56, 1 << 20])
+def test_matrices_are_transposed(
+    chunk_numbytes: int, written: tuple[Path, Values], view_of: View, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks begin and end within columns, and blocks of few rows are read."""
+    monkeypatch.setattr(tunables, "PART_NUMBYTES", 64)
+    folder, values = written
+    view = view_of(folder)
+    convert(view, tmp_path / "out", Transposes(), workers=2, chunk_numbytes=chunk_numbytes)
+    found = load_file(tmp_path / "out" / "transposes.safetensors")
+    assert found
+    for title, tensor in found.items():
+        name, rank = title.rsplit(".", 1)
+        local = view.layouts_on(3)[name].locals[int(rank)]
+        expected = torch.zeros(local.shape)
+        for piece in local.pieces:
+            there, here = (tuple(map(slice, box.start, box.stop)) for box in (piece.logical_box, piece.local_box))
+            expected[here] = values[name, MASTER][there]
+        assert torch.equal(tensor, expected.t()), title
 
 
 @pytest.mark.parametrize("count", [1, 2])

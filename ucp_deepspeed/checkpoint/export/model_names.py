@@ -18,7 +18,8 @@ from ucp_deepspeed.language.spec import Spec
 from ucp_deepspeed.layout import Box, Layout
 from ucp_deepspeed.layout.pattern import Shard
 
-_HEAD = "lm_head.weight"
+_HEADS = "lm_head.weight", "embed_out.weight"
+"""Names of output layers."""
 
 _MEGATRON = "embedding.word_embeddings.", "language_model."
 """Beginnings of names in Megatron's models, and in none of Hugging Face's."""
@@ -83,20 +84,20 @@ def _renamed(view: UniversalView, choice: Choice, config: Mapping[str, Any] | No
             continue
         if cut is None:
             problems.append(f"{name}: nothing tells what becomes of it")
-        elif len(cut.names) == 1:
-            tensors[cut.names[0]] = StoredTensor.of(region)
-        else:
-            for rank, title in enumerate(cut.names):
-                shape = cut.layout.locals[rank].shape
-                part = replace(region, layout=cut.layout, rank=rank, numel=prod(shape))
-                tensors[title] = StoredTensor.of(part)
+            continue
+        layout = cut.layout or region.layout
+        for rank, title in enumerate(cut.names):
+            numel = prod(layout.locals[rank].shape)
+            part = replace(region, layout=layout, rank=rank, numel=numel, transposed=cut.transposed)
+            tensors[title] = StoredTensor.of(part)
     if problems:
         told = f"{view.checkpoint.path} can't become a model of type {config.get('model_type')}"
         raise UnsupportedError(told, problems, "correct 'huggingface' in the spec, or the configuration")
-    if config.get("tie_word_embeddings") is (_HEAD in tensors):
-        there = "has an output layer of its own" if _HEAD in tensors else "has none, or ties it to the embedding"
+    has_head = not tensors.keys().isdisjoint(_HEADS)
+    if config.get("tie_word_embeddings") is has_head:
+        there = "has an output layer of its own" if has_head else "has none, or ties it to the embedding"
         raise MismatchError(
-            f"config.json says tie_word_embeddings: {str(_HEAD in tensors).lower()}, and {view.checkpoint.path} {there}; correct "
+            f"config.json says tie_word_embeddings: {str(has_head).lower()}, and {view.checkpoint.path} {there}; correct "
             f"config.json"
         )
     return Weights(tensors, {})
