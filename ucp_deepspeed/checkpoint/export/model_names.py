@@ -11,7 +11,7 @@ from ucp_deepspeed.checkpoint.export.weights import Choice, Weights, model_names
 from ucp_deepspeed.checkpoint.output import Region, StoredTensor
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import MismatchError, UnsupportedError
-from ucp_deepspeed.language.families import naming_specs
+from ucp_deepspeed.language.families import find_family
 from ucp_deepspeed.language.huggingface import HuggingFaceNames
 from ucp_deepspeed.language.schemes import plain_name
 from ucp_deepspeed.language.spec import Spec
@@ -39,7 +39,8 @@ def huggingface_weights(
         UnsupportedError: nothing tells the names of some parameters.
     """
     names = [name for name, parameter in view.parameters.items() if parameter.kind != "buffer"]
-    fitting = naming_specs(spec, names)
+    shapes = {name: [view.logical_shape(name)] for name in names}
+    fitting = [each.spec for each in find_family(names, shapes).candidates if each.fits] if spec is None else [spec]
     if not any(each.huggingface for each in fitting):
         if any(plain_name(name).startswith(_MEGATRON) for name in names):
             family = " or ".join(each.family for each in fitting) or "no known family"
