@@ -13,11 +13,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import benchmark_gpu
 import benchmark_megatron
@@ -31,6 +32,7 @@ from benchmark_commands import (
     deepspeed_exporter,
     ended_by_signals,
     exporter,
+    forget_pages,
     run_command,
 )
 from benchmark_profile import Phases, by_phase
@@ -39,9 +41,12 @@ from benchmark_report import Pair, Profile, Result, Runs, draw, machine, profile
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
+from ucp_deepspeed.layout import Shape
 from ucp_deepspeed.layout.pattern import Shard
 from ucp_deepspeed.testing.ranks import RankPool
 from ucp_deepspeed.testing.runs import Run
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -139,7 +144,7 @@ class Bench:
             if self._pool is not None:
                 _call(self._pool, on_rank.watch, repeat == 0)
             for way in ways if repeat % 2 == 0 else reversed(ways):
-                _forget_pages(way.source)
+                forget_pages(way.source)
                 pair = Pair(_settled(way.run), _settled(way.run))
                 if not repeat:
                     found[way.name] = Runs(pair)
@@ -218,7 +223,7 @@ class Bench:
         """Each time with cold and then with warm files, as in `compare`."""
         cold, warm = [], []
         for _ in range(max(self.repeats, 1)):
-            _forget_pages(source)
+            forget_pages(source)
             cold.append(run())
             warm.append(run())
         self.profiles[operation] = Profile(by_phase(warm, statistics.median), by_phase(cold, statistics.median))
@@ -227,7 +232,7 @@ class Bench:
         """The cost of DeepSpeed's conversion, and of the loads."""
         converted = self.folder / f"{source.name}-deepspeed"
         command = deepspeed_converter(source, converted / TAG, 2)
-        _forget_pages(source)
+        forget_pages(source)
         conversion = Pair(run_command(command, converted), run_command(command, converted, keep=True))
         natively = lambda: _slowest(self.pool(self.size.loading), on_rank.load_natively, str(converted), True)  # noqa: E731
         return conversion, [Way(LOAD_CONVERTED, converted, natively), *self._distributed(source)]
@@ -319,21 +324,44 @@ class Bench:
         ways = [Way(f"ours: ucp export --to torch, {n} worker{'s' * (n > 1)}", source, ours(n)) for n in (2, 1)]
         theirs = deepspeed_exporter(source, target)
         ways.append(Way("DeepSpeed: zero_to_fp32", source, lambda: run_command(theirs, target)))
+        exported = self.folder / "weights"
+        run_command(exporter(source, exported, 2), exported, keep=True)
+        copy = ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', exported, target]
+        ways.append(
+            Way("cp of the exported file, until it is on disk (the limit)", exported, lambda: run_command(copy, target))
+        )
         self.compare("export", ways)
+        shutil.rmtree(exported)
+
+    def resume_from_dcp(self, source: Path) -> None:
+        """A folder of PyTorch's distributed checkpoint, into an engine by ours, and into tensors by PyTorch's own load."""
+        folder = self.folder / "dcp"
+        run_command([*converter(source, folder, 2), "--to", "dcp"], folder, keep=True)
+        pool = self.pool(self.size.loading)
+        _call(pool, on_rank.build, self.run)
+        ours = lambda: _slowest(pool, on_rank.load_directly, str(folder))  # noqa: E731
+        keys = _of_each_state(
+            _shapes_of(UniversalView.of(open_checkpoint(source))), "model.{name}", "optim.state.{name}.{state}"
+        )
+        load = (keys, dict.fromkeys(keys, 0), str(folder / TAG), True)
+        theirs = lambda: _slowest(pool, on_rank.distribute, *load)  # noqa: E731
+        ways = [Way("ours: direct load", folder, ours), Way("PyTorch: dcp.load of the same files", folder, theirs)]
+        self.compare(f"resume from DCP, DP{self.size.loading}, ZeRO-1", ways)
+        _call(pool, on_rank.release)
+        shutil.rmtree(folder)
 
     def _distributed(self, source: Path) -> list[Way]:
         """Other distributed checkpoints of the same whole state: cut as the source is, loaded cut over the ranks."""
         view = UniversalView.of(open_checkpoint(source))
-        shapes = {
-            name: view.logical_shape(name) for name, entry in view.parameters.items() if entry.kind == "trainable"
-        }
+        shapes = _shapes_of(view)
         patterns, tp = view.patterns, view.checkpoint.topology.tp
         cut = {name: pattern.dim if isinstance(pattern := patterns[name], Shard) else None for name in shapes}
-        rows: dict[str, int | None] = dict.fromkeys(shapes, 0)
-        dims, ranks = (cut, tp) if tp > 1 else (rows, self.size.saving)
-        torch_folder = self.folder / f"{source.name}-distributed"
+        dims, ranks = (cut, tp) if tp > 1 else (dict.fromkeys(shapes, 0), self.size.saving)
+        torch_folder, each = self.folder / f"{source.name}-distributed", "{name}/{state}"
+        keys = _of_each_state(shapes, each)
+        rows = dict.fromkeys(keys, 0)
         with closing(RankPool(ranks)) as savers:
-            _call(savers, on_rank.distribute, shapes, dims, str(torch_folder), False)
+            _call(savers, on_rank.distribute, keys, _of_each_state(dims, each), str(torch_folder), False)
         megatron_folder = self.folder / f"{source.name}-megatron"
         described = self.folder / f"{source.name}-megatron.json"
         described.write_text(json.dumps({"shapes": shapes, "dims": dims}))
@@ -343,7 +371,7 @@ class Bench:
             megatron_folder,
             keep=True,
         )
-        load = (shapes, rows, str(torch_folder), True)
+        load = (keys, rows, str(torch_folder), True)
         loading = self.size.loading
         return [
             Way(
@@ -357,6 +385,20 @@ class Bench:
                 lambda: _slowest(self.pool(loading), benchmark_megatron.load, shapes, str(megatron_folder)),
             ),
         ]
+
+
+def _shapes_of(view: UniversalView) -> dict[str, Shape]:
+    held = view.parameters.items()
+    return {name: view.logical_shape(name) for name, entry in held if entry.kind == "trainable"}
+
+
+def _of_each_state(values: Mapping[str, T], *forms: str) -> dict[str, T]:
+    """Values by the keys of states, in place of parameters. Forms: of all keys, or of the masters' and the others'."""
+    return {
+        forms[-1 if state != "fp32" else 0].format(name=name, state=state): value
+        for name, value in values.items()
+        for state in ("fp32", "exp_avg", "exp_avg_sq")
+    }
 
 
 def _call(pool: RankPool, function: Callable[..., object], *arguments: object) -> list:
@@ -386,18 +428,6 @@ def _settled(run: Callable[[], Measured]) -> Measured:
     """Run once nothing is left to be written back, which would be measured too."""
     os.sync()
     return run()
-
-
-def _forget_pages(folder: Path) -> None:
-    """Have the kernel drop what it keeps of these files."""
-    os.sync()
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
 
 
 @click.command(help=__doc__)
@@ -472,6 +502,7 @@ def _run_parts(bench: Bench, only: Sequence[str]) -> None:
             for stage in (3, 0):
                 operation = f"resume, DP{saving} ZeRO-1 → DP{loading} ZeRO-{stage}"
                 bench.resume(operation, data, peers=False, zero={"stage": stage})
+            bench.resume_from_dcp(data)
     if "save" in only:
         bench.same_topology()
     bench.close()  # conversions run without idle ranks beside them

@@ -70,6 +70,18 @@ def deepspeed_exporter(source: Path, target: Path) -> list[object]:
     return [sys.executable, "-m", "deepspeed.utils.zero_to_fp32", source, target, "--max_shard_size", "1000GB"]
 
 
+def forget_pages(folder: Path) -> None:
+    """Have the kernel drop what it keeps of these files."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
 def run_command(command: Sequence[object], target: Path, keep: bool = False) -> Measured:
     """Run a command that makes a folder; its memory is that of all of its processes together."""
     shutil.rmtree(target, ignore_errors=True)

@@ -231,9 +231,10 @@ def read_sequentially(paths: list[str]) -> Measured:
 def distribute(
     shapes: Mapping[str, tuple[int, ...]], dims: Mapping[str, int | None], folder: str, load: bool
 ) -> Measured:
-    """PyTorch's distributed checkpoint of the same state: three fp32 tensors for each parameter, cut over all ranks.
+    """PyTorch's distributed checkpoint of fp32 tensors, cut over all ranks.
 
     Args:
+        shapes: by key.
         dims: dimension along which each is cut; None where every rank has it whole.
         load: instead of saving, into tensors that exist.
     """
@@ -242,11 +243,8 @@ def distribute(
 
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
     state: dict[str, Any] = {
-        f"{name}/{kind}": zeros(
-            shape, device_mesh=mesh, placements=[Replicate() if dims[name] is None else Shard(dims[name])]
-        )
-        for name, shape in shapes.items()
-        for kind in ("fp32", "exp_avg", "exp_avg_sq")
+        key: zeros(shape, device_mesh=mesh, placements=[Replicate() if dims[key] is None else Shard(dims[key])])
+        for key, shape in shapes.items()
     }
     with Gauge(folder) as gauge:
         if load:

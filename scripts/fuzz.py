@@ -40,14 +40,21 @@ from fuzz_alterations import (  # noqa: E402
     alter_header,
     alter_json,
     alter_lines,
+    alter_pickle,
     alter_words,
 )
 from native_files import NativeRun, add_manifest, as_version_1, write_native  # noqa: E402
 from spec_models import RIGHT, model_of  # noqa: E402
 
+import ucp_deepspeed  # noqa: E402
 from ucp_deepspeed.checkpoint import open_checkpoint  # noqa: E402
+from ucp_deepspeed.checkpoint.dcp.metadata import FILES_ENDING, METADATA_NAME  # noqa: E402
+from ucp_deepspeed.checkpoint.dcp.output import OBJECTS_NAME, DcpOutput  # noqa: E402
 from ucp_deepspeed.checkpoint.encoding import decode  # noqa: E402
+from ucp_deepspeed.checkpoint.export.huggingface import HuggingFaceOutput  # noqa: E402
+from ucp_deepspeed.checkpoint.export.weights import Choice  # noqa: E402
 from ucp_deepspeed.checkpoint.random_files import RANDOM_STATES_NAME, joined, parse_state, read_state  # noqa: E402
+from ucp_deepspeed.checkpoint.safetensors_files import WEIGHTS_INDEX_NAME  # noqa: E402
 from ucp_deepspeed.checkpoint.view import UniversalView  # noqa: E402
 from ucp_deepspeed.cli.inspect import inspect_checkpoint  # noqa: E402
 from ucp_deepspeed.errors import UniversalCheckpointError  # noqa: E402
@@ -77,6 +84,15 @@ def use_checkpoint(path: Path) -> None:
     opened.extra_states()
     view = UniversalView.of(opened)
     compare(view, view)
+
+
+def use_weights(path: Path) -> None:
+    """Open and inspect a folder of weights alone, and read them."""
+    with ucp_deepspeed.open_checkpoint(path.parent) as opened:
+        dict(opened.state_dict())
+        for name in opened.parameters:
+            opened.read(name)
+    json.dumps(inspect_checkpoint(open_checkpoint(path.parent), None, None))
 
 
 def use_latest(path: Path) -> None:
@@ -146,6 +162,7 @@ def make_targets(root: Path) -> dict[str, Target]:
     found["index"] = Target(root / "index" / "t" / "ucp_index.json", alter_json, use_checkpoint)
     atoms = next((root / "atoms" / "t").glob("atoms-*.safetensors"))
     found["atoms"] = Target(atoms, alter_header, use_checkpoint)
+    found |= make_foreign_targets(root, UniversalView.of(open_checkpoint(root / "zero2")))
     (root / "spec.yaml").write_text(RIGHT)
     found["spec"] = Target(root / "spec.yaml", alter_words, use_spec)
     (older.parent / "latest").write_text("global_step5")
@@ -172,6 +189,20 @@ def make_targets(root: Path) -> dict[str, Target]:
     )
     found["random states"] = Target(root / RANDOM_STATES_NAME, alter_lines, use_random_states)
     return found
+
+
+def make_foreign_targets(root: Path, view: UniversalView) -> dict[str, Target]:
+    """Write a checkpoint into folders of a PyTorch distributed checkpoint, and of a Hugging Face model."""
+    convert(view, root / "dcp", DcpOutput())
+    convert(view, root / "hugging face", HuggingFaceOutput(Choice(), shard_numbytes=1))
+    index, weights = root / "hugging face" / WEIGHTS_INDEX_NAME, next((root / "hugging face").glob("*.safetensors"))
+    return {
+        "dcp metadata": Target(root / "dcp" / METADATA_NAME, alter_pickle, use_checkpoint),
+        "dcp objects": Target(root / "dcp" / OBJECTS_NAME, alter_bytes, use_checkpoint),
+        "dcp chunks": Target(root / "dcp" / f"__1_0{FILES_ENDING}", alter_bytes, use_checkpoint),
+        "hugging face index": Target(index, alter_json, use_weights),
+        "hugging face weights": Target(weights, alter_header, use_weights),
+    }
 
 
 @contextmanager

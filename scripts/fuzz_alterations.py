@@ -215,6 +215,11 @@ def alter_archive(content: bytes, chance: random.Random) -> bytes:
     return written.getvalue()
 
 
+def alter_pickle(content: bytes, chance: random.Random) -> bytes:
+    """Alter a pickle by steps, or by bytes."""
+    return alter_bytes(content, chance) if chance.random() < 0.3 else alter_steps(content, chance)
+
+
 def alter_steps(pickled: bytes, chance: random.Random) -> bytes:
     """Remove, repeat, exchange or add steps of a pickle."""
     places = [place for _, _, place in pickletools.genops(pickled)] + [len(pickled)]

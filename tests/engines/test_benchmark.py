@@ -41,6 +41,7 @@ ROWS = {
     STRIDED: RESUMES | PEERS,
     "resume, DP4 ZeRO-1 → DP2 ZeRO-3": RESUMES,
     "resume, DP4 ZeRO-1 → DP2 ZeRO-0": RESUMES,
+    "resume from DCP, DP2, ZeRO-1": {"ours: direct load", "PyTorch: dcp.load of the same files"},
     "resume, same topology": {
         'ours: "load": "always"',
         'ours: "load": "always", unchecked',
@@ -69,6 +70,7 @@ ROWS = {
         "ours: ucp export --to torch, 2 workers",
         "ours: ucp export --to torch, 1 worker",
         "DeepSpeed: zero_to_fp32",
+        "cp of the exported file, until it is on disk (the limit)",
     },
 }
 
@@ -181,7 +183,7 @@ def test_what_is_ended_leaves_nothing(number: signal.Signals, script: ModuleType
 def test_rows_alternate_and_begin_on_a_settled_disk(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(script.os, "sync", lambda: told.append("sync"))
-    monkeypatch.setattr(script, "_forget_pages", lambda folder: None)
+    monkeypatch.setattr(script, "forget_pages", lambda folder: None)
     bench = script.Bench(script.SIZES["tiny"], 2, Path())
     bench._alternate([script.Way(name, Path(), lambda name=name: told.append(name)) for name in "ab"])
     assert told[::2] == ["sync"] * 12

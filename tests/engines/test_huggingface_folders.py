@@ -141,6 +141,10 @@ SPOILS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: spoil_index(folder, lambda files: files.update(dict.fromkeys(files, "../x.safetensors"))),
         r"names a file outside of its folder",
     ),
+    "a file without a name": (
+        lambda folder: spoil_index(folder, lambda files: files.update(dict.fromkeys(files, "x\0.safetensors"))),
+        r"names a file outside of its folder",
+    ),
     "a tensor that isn't there": (
         lambda folder: spoil_index(folder, lambda files: files.update({"more": first(folder).name})),
         r"lacks more",

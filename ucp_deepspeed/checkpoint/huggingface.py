@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ucp_deepspeed import tunables
-from ucp_deepspeed.checkpoint.bounds import check_regular, read_bounded
+from ucp_deepspeed.checkpoint.bounds import check_plain, check_regular, read_bounded
 from ucp_deepspeed.checkpoint.checkpoint import (
     WEIGHT,
     WEIGHTS_HINT,
@@ -89,8 +89,10 @@ class HuggingFaceCheckpoint(Checkpoint):
         except ValidationError as error:
             raise DamagedCheckpointError(f"{path} is no index: {worded(error.errors()[0])}; {REMEDY}") from error
         for name in found.values():
-            if Path(name).name != name:
-                raise DamagedCheckpointError(f"{path} names a file outside of its folder: {name!r:.80}")
+            try:
+                check_plain(name)
+            except ValueError as error:
+                raise DamagedCheckpointError(f"{path} names a file outside of its folder: {error}") from error
         return found
 
     def _header(self, name: str) -> SafetensorsHeader:
