@@ -11,8 +11,8 @@ done
 digest=$(sha256sum ucp_deepspeed/testing/device/device.cpp | cut -c1-12)
 build_op "ucp_standin_$digest" "from ucp_deepspeed.testing.device.stand_in import extension; extension()"
 [ $# -eq 0 ] || exec python -m pytest -q "$@"
-# All tests: those without ranks of their own side by side, and those whose nodes wait for one another most of the time; the
-# others one after the other.
+# All tests, side by side: those with ranks wait for one another and for the disk a third of the time. A file's tests stay
+# together, since they share what they have trained. Nodes of torch's agents wait most of the time.
 python -m pytest -q -n 2 --dist worksteal tests/unit
 python -m pytest -q -n 3 --dist worksteal tests/launcher/test_elastic.py
-exec python -m pytest -q --ignore tests/unit --ignore tests/launcher/test_elastic.py
+exec python -m pytest -q -n 2 --dist loadfile --ignore tests/unit --ignore tests/launcher/test_elastic.py
