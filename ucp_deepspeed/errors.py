@@ -140,7 +140,7 @@ def why_not_read(path: Path, error: Exception | None = None) -> OSError | None:
         return error
     try:
         with naming(path), path.open("rb") as file:
-            file.seek(max(os.fstat(file.fileno()).st_size - PROBED_NUMBYTES, 0))
+            file.seek(max(file.seek(0, os.SEEK_END) - PROBED_NUMBYTES, 0))
             file.read()
     except OSError as reason:
         return reason

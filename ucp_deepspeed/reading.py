@@ -44,6 +44,7 @@ from ucp_deepspeed.errors import (
 from ucp_deepspeed.language import Spec, load_spec
 from ucp_deepspeed.language.resolve import describe
 from ucp_deepspeed.layout import Box, Layout, Shape, Topology
+from ucp_deepspeed.remote import located
 from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.copying import FileReader, gather
 from ucp_deepspeed.transfer.exporting import Export, Form, check_apart
@@ -64,7 +65,7 @@ def tags(folder: str | Path) -> list[str]:
     Raises:
         CheckpointNotFoundError: there is no such folder.
     """
-    root = Path(folder)
+    root = located(folder)
     if not root.is_dir():
         raise CheckpointNotFoundError(f"no folder at {root}")
     return tags_in(root)
@@ -280,7 +281,7 @@ class OpenCheckpoint(AbstractContextManager["OpenCheckpoint"]):
             SpecError: nothing tells how tensors were cut.
             DamagedCheckpointError, OSError: a file is damaged, or the disk is full; nothing is left behind.
         """
-        view, folder = self._whole(), Path(destination)
+        view, folder = self._whole(), located(destination)
         output = Export(to, dtype, source, max_shard_size, config_from, self._spec, on_differing).output()
         check_apart(self._checkpoint, folder)
         convert(view, folder, output, workers=workers, progress=progress)

@@ -78,6 +78,24 @@ MOST_BETWEEN = 1 / 8
 COMPLETED_NUMBYTES = 64 << 20
 """Bytes of pieces that were read in part and are read whole for their checksums, or a 16th of what was read, if that is more."""
 
+# Remote folders
+
+REQUEST_NUMBYTES = 8 << 20
+"""Most bytes of one request to a store: enough that its start costs little, and few enough for one of each thread in memory."""
+
+LEAST_REQUEST_NUMBYTES = 1 << 20
+"""Shortest run of a strided block that is requested by itself. With shorter ones the gaps are fetched too: a request takes as
+long as a few MiB."""
+
+BLOCK_REQUEST_NUMBYTES = 1 << 18
+"""Bytes of a block that is fetched and kept when a little is read, such as an archive's directory."""
+
+KEPT_BLOCKS = 64
+"""Blocks that are kept, of all files."""
+
+KEPT_READ_NUMBYTES = 1 << 20
+"""Longest read that is made of blocks; a longer one is a request of its own."""
+
 # Ranks
 
 CONNECT_SECONDS = 60.0

@@ -28,8 +28,8 @@ MAY_IMPORT = {
     "layout": set(),
     "plan": {"layout"},
     "language": {"layout"},
-    "checkpoint": {"layout", "plan", "language"},
-    "transfer": {"layout", "plan", "language", "checkpoint"},
+    "checkpoint": {"layout", "plan", "language", "remote"},
+    "transfer": {"layout", "plan", "language", "checkpoint", "remote"},
     "megatron": {"layout", "parallel"},
 }
 """Sub-package → those that it may import, besides itself, ``errors``, ``dtypes`` and ``tunables``."""

@@ -16,6 +16,7 @@ from pydantic import AfterValidator
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.remote import located, numbytes_of
 
 LONGEST_NAME = 255
 """Most bytes of a file's name, as file systems have it."""
@@ -57,7 +58,7 @@ def check_regular(path: str | Path) -> None:
     """Raise a DamagedCheckpointError for a pipe, whose reading waits, a device, which may never end, or anything but a file.
     A missing path, or one that can't be inspected, is accepted."""
     try:
-        mode = os.stat(path).st_mode  # noqa: PTH116
+        mode = located(path).stat().st_mode
     except OSError:
         return
     if not stat.S_ISREG(mode):
@@ -74,7 +75,7 @@ def read_bounded(path: Path, most: int = tunables.DOCUMENT_NUMBYTES) -> bytes:
     check_regular(path)
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            size = numbytes_of(file)
             content = file.read(most + 1) if size <= most else b""
     except (OSError, ValueError) as error:
         raise DamagedCheckpointError(f"{path} can't be read: {error}") from error

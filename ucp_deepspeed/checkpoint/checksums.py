@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 import struct
 import zipfile
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from itertools import accumulate, chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Annotated, Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from xxhash import xxh3_64, xxh3_64_hexdigest, xxh3_64_intdigest
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.bounds import check_regular
 from ucp_deepspeed.errors import DamagedCheckpointError, FormatError
+from ucp_deepspeed.remote import numbytes_of, read_at
 
 CHECKSUMS_NAME = "ucp_checksums.jsonl"
 CHECKSUMS_VERSION = 1
@@ -172,7 +172,7 @@ class FileSums:
                     raise damaged(path, f"the places of its tensors, such as bytes {start} to {stop - 1},")
                 for number in numbers:
                     low, high = self.span(number)
-                    if sum_of(os.pread(file.fileno(), high - low, low)) != self.of_pieces[number]:
+                    if sum_of(read_at(file, low, high - low)) != self.of_pieces[number]:
                         raise damaged(path, f"bytes {low} to {high - 1}")
 
     def check(self, path: Path, at_most: int | None = None) -> None:
@@ -251,7 +251,7 @@ def sums_with(path: Path, ranges: tuple[tuple[int, int], ...], known: Mapping[in
     with path.open("rb", buffering=0) as file:
         for number in (each for each in range(count) if each not in known):
             start, stop = laid_out.span(number)
-            sums[number] = sum_of(os.pread(file.fileno(), stop - start, start))
+            sums[number] = sum_of(read_at(file, start, stop - start))
     return replace(laid_out, sums=sums.tobytes())
 
 
@@ -270,7 +270,7 @@ def _summed(
     sums: list[int] = []
     rest, buffer = xxh3_64(), memoryview(bytearray(piece))
     with path.open("rb", buffering=_BUFFERED) as file:
-        size, position = os.fstat(file.fileno()).st_size, 0
+        size, position = numbytes_of(file), 0
         for start, numbytes in (*ranges, (size, 0)):
             if start < position:  # the file is shorter now
                 return None
@@ -333,7 +333,7 @@ def _starts_of(raw: IO[bytes], archive: zipfile.ZipFile) -> dict[str, tuple[int,
     """Return where the content of each record begins, and its bytes, by name."""
     found = {}
     for record in archive.infolist():
-        header = os.pread(raw.fileno(), _LOCAL_HEADER.size, record.header_offset)
+        header = read_at(raw, record.header_offset, _LOCAL_HEADER.size)
         mark, name_length, extra = _LOCAL_HEADER.unpack(header)
         if mark != b"PK\x03\x04":
             raise ValueError(f"no header of {record.filename}")
@@ -445,6 +445,6 @@ def sums_by(folder: Path, digest: str | None, save_id: str | None) -> Callable[[
     @cache
     def sums(path: str) -> FileSums | None:
         held = saved()
-        return None if held is None else held.of(Path(path).name)
+        return None if held is None else held.of(PurePosixPath(path).name)
 
     return sums

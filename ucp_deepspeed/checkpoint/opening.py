@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +28,7 @@ from ucp_deepspeed.checkpoint.universal.index import (
     is_unfinished,
 )
 from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, FormatError
+from ucp_deepspeed.remote import RemotePath, located
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -62,7 +62,9 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
         CheckpointNotFoundError: there is no such folder, tag or ``latest`` file; lists the tags that there are.
         DamagedCheckpointError: the checkpoint there was never finished.
     """
-    root = Path(path)
+    root = located(path)
+    if isinstance(root, RemotePath):  # mypy sees a Path
+        root.refresh(everything=True)
     if not root.is_dir():
         hint = f": it is a file; name its folder, {root.parent}" if root.is_file() else ""
         raise CheckpointNotFoundError(f"no checkpoint folder at {root}{hint}")
@@ -85,6 +87,8 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
         tag = read_latest(latest)
         strays, named = Path(tag).is_absolute() or ".." in Path(tag).parts, f", which {latest} names"
     folder = root / tag
+    if isinstance(folder, RemotePath):
+        folder.refresh()
     found = folder if _is_folder(folder) else _lies_aside(folder)
     if (
         strays or found is None or (found == root and not (holds_checkpoint(root) or is_huggingface(root)))
@@ -127,7 +131,7 @@ def interrupted(root: Path) -> dict[Path, Path]:
 
 def _lies_aside(folder: Path) -> Path | None:
     """Return where the content of a missing folder lies; None if it is nowhere."""
-    if os.path.isdir(folder.parent) and folder in interrupted(folder.parent):  # noqa: PTH112
+    if _is_folder(folder.parent) and folder in interrupted(folder.parent):
         time.sleep(tunables.REPLACING_SECONDS)  # a save may be about to put the new one in its place
         return folder if folder.is_dir() else interrupted(folder.parent).get(folder)
     return None
@@ -219,5 +223,5 @@ def _there(root: Path) -> str:
         return f"; tags there: {', '.join(tags)}"
     runs: list[str] = []
     with suppress(OSError):  # a folder that can't be read is no run
-        runs = sorted(entry.name for entry in root.iterdir() if os.path.isfile(entry / LATEST_NAME))  # noqa: PTH113
+        runs = sorted(entry.name for entry in root.iterdir() if (entry / LATEST_NAME).is_file())
     return f"; runs there: {', '.join(runs)}; name the folder of one" if runs else "; no tag folders there"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -16,6 +15,7 @@ from ucp_deepspeed.checkpoint.output import Literal, OutputFile, StoredTensor
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import DamagedCheckpointError, worded
 from ucp_deepspeed.layout import Shape
+from ucp_deepspeed.remote import numbytes_of
 
 WEIGHTS_NAME, WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 """Files of Hugging Face's libraries: all weights, or which of several files has which."""
@@ -41,7 +41,7 @@ class SafetensorsHeader:
         try:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                fits = length <= min(os.fstat(file.fileno()).st_size, tunables.DOCUMENT_NUMBYTES)
+                fits = length <= min(numbytes_of(file), tunables.DOCUMENT_NUMBYTES)
                 raw = file.read(length) if fits else b""
         except OSError as error:
             raise DamagedCheckpointError(f"{path} can't be read: {error}") from error

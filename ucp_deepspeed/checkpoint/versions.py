@@ -6,18 +6,20 @@ import errno
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from ucp_deepspeed.checkpoint.bounds import check_regular
 from ucp_deepspeed.checkpoint.checksums import FileSums
 from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.remote import RemotePath, RemoteStatus, is_url, located
 
 
 class _Version(NamedTuple):
-    """Version of a file: its size, the time of its last write, its inode, and the time of the inode's last change."""
+    """Version of a file: its size, the time of its last write, its inode, and the time of the inode's last change. Of an object:
+    its size, and what its store tells versions apart by."""
 
     size: int
-    written: int
+    written: int | str
     inode: int
     changed: int
 
@@ -46,7 +48,7 @@ class FileVersions:
         self.sums: Callable[[str], FileSums | None] = lambda path: None
         self._first: dict[str, _Version | None] = {}
 
-    def note(self, path: str | Path, status: os.stat_result | None = None) -> None:
+    def note(self, path: str | Path, status: os.stat_result | RemoteStatus | None = None) -> None:
         """Note that a file is about to be read.
 
         Args:
@@ -58,7 +60,7 @@ class FileVersions:
         if status is None:
             check_regular(path)
         try:
-            version = _opened_version(path) if status is None else _version(status)
+            version = _opened_version(located(path)) if status is None else _version(status)
         except OSError:  # the code that reads it tells why
             return
         if not _are_same(version, self._first.setdefault(str(path), version)):
@@ -73,9 +75,12 @@ class FileVersions:
         Raises:
             DamagedCheckpointError: one was written, replaced or removed meanwhile, for example by a run that saves the tag again.
         """
-        for path in list(self._first) if paths is None else paths:
+        checked = list(self._first) if paths is None else list(paths)
+        for folder in {located(path).parent for path in checked if is_url(path)}:
+            cast(RemotePath, folder).refresh()
+        for path in checked:
             try:
-                now = _version(os.stat(path))  # noqa: PTH116
+                now = _version(located(path).stat())
             except FileNotFoundError:
                 now = None
             except OSError as error:
@@ -90,17 +95,21 @@ def _are_same(version: _Version | None, first: _Version | None) -> bool:
     return version is first if version is None or first is None else version.is_same(first)
 
 
-def _opened_version(path: str | Path) -> _Version | None:
+def _opened_version(path: Path) -> _Version | None:
     """Open a file and return its version, or None if there is no file. A network file system may report an outdated version of an
     unopened file."""
     try:
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+        if isinstance(path, RemotePath):
+            return _version(path.stat())
+        with path.open("rb", buffering=0) as file:
             return _version(os.fstat(file.fileno()))
     except FileNotFoundError:
         return None
 
 
-def _version(status: os.stat_result) -> _Version:
+def _version(status: os.stat_result | RemoteStatus) -> _Version:
+    if isinstance(status, RemoteStatus):
+        return _Version(status.st_size, status.identity, 0, 0)
     return _Version(status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns)
 
 

@@ -21,6 +21,7 @@ from ucp_deepspeed.checkpoint.opening import LATEST_NAME, open_checkpoint, read_
 from ucp_deepspeed.checkpoint.tags import is_dcp, is_marked, tags_in
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, is_unfinished
 from ucp_deepspeed.errors import UniversalCheckpointError
+from ucp_deepspeed.remote import located
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -61,7 +62,7 @@ class FoundCheckpoint:
 
 def checkpoints_in(folder: str | Path) -> list[FoundCheckpoint]:
     """Return the checkpoints in a folder, the newest first; none if there is no such folder."""
-    root = Path(folder)
+    root = located(folder)
     held = [*_tags_in(root), *(root / name for name in sorted(_unfinished_in(root)))]
     made = [entry for entry in _folders_in(root) if entry not in held and (_tags_of(entry) or _lacks(entry))]
     found = [_found(path, [path]) for path in dict.fromkeys(held)] + [_found(path, _tags_of(path)) for path in made]

@@ -26,6 +26,7 @@ from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError, naming
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.layout import Topology
+from ucp_deepspeed.remote import lies_in
 from ucp_deepspeed.transfer.commit import write_atomically
 from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.processes import Ranks
@@ -140,7 +141,7 @@ def _config(path: Path) -> dict[str, Any]:
 def _check_free(latest: Path, folder: Path, source: Path) -> None:
     """Check that nothing is in the way of the folder, and of the file that is to name it."""
     destination = latest.parent
-    if destination.resolve().is_relative_to(source.resolve()):
+    if lies_in(destination, source):
         raise ConfigError(f"{destination} lies in the checkpoint that is read; name a folder outside it")
     if latest.is_dir():
         raise ConfigError(f"{latest} is a folder, where a file is to name the tag; nothing was written")

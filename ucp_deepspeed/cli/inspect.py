@@ -34,6 +34,7 @@ from ucp_deepspeed.cli.printing import (
 from ucp_deepspeed.errors import ConfigError, UnsupportedError
 from ucp_deepspeed.language.globs import check_glob, compiled
 from ucp_deepspeed.reading import OpenCheckpoint, ParameterInfo
+from ucp_deepspeed.remote import located
 from ucp_deepspeed.transfer.planning.policies import some_names
 from ucp_deepspeed.transfer.stage_copies import recorded_differing
 
@@ -207,7 +208,7 @@ def _labelled(report: Mapping[str, Any]) -> dict[str, str]:
     sizes = [f"{state} {in_words(size)}" for state, size in report["state_bytes"].items()]
     numels = [f"{numel:,} {kind}" for kind, numel in report["numel"].items() if numel]
     local = "" if report["layouts"]["known"] else " (sum over the ranks' local tensors)"
-    path = Path(report["path"])
+    path = located(report["path"])
     aside = "" if home_of(path) == path else f": the tag {home_of(path).name}, since a save of it was interrupted"
     written = datetime.fromisoformat(report["written"]).astimezone().isoformat(" ", "minutes")
     return {

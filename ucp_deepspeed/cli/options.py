@@ -21,7 +21,8 @@ from typing import Any, NoReturn
 
 import click
 
-from ucp_deepspeed.errors import UniversalCheckpointError, escaped, is_of_system
+from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError, escaped, is_of_system
+from ucp_deepspeed.remote import is_url, located
 
 HELP = {"help_option_names": ["-h", "--help"]}
 """Settings of every command."""
@@ -142,6 +143,11 @@ class _Folder(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("an empty path names no folder", param, ctx)
+        if isinstance(value, str) and is_url(value):
+            try:
+                return located(value)
+            except ConfigError as error:
+                self.fail(str(error), param, ctx)
         return super().convert(value, param, ctx)
 
 

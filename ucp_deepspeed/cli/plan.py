@@ -17,6 +17,7 @@ from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.errors import ConfigError, listed
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.layout import Topology
+from ucp_deepspeed.remote import located
 from ucp_deepspeed.transfer.planning.policies import SCHEDULED, Policies
 from ucp_deepspeed.transfer.planning.targeting import RankPlan, TargetPlan, plan_target
 
@@ -95,7 +96,7 @@ def _report(plan: TargetPlan, folder: Path) -> dict[str, Any]:
         "total": _total(plan.ranks),
         "ranks": [
             {key: getattr(rank, key) for key in ("model_parallel_rank", "data_parallel_rank", *FIGURES)}
-            | {"files": sorted(str(Path(file).relative_to(folder)) for file in rank.files)}
+            | {"files": sorted(str(located(file).relative_to(folder)) for file in rank.files)}
             for rank in plan.ranks
         ],
     }

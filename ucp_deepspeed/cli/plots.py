@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ucp_deepspeed.cli.printing import box_in_words, echo, in_words, state_bytes
+from ucp_deepspeed.remote import located
 from ucp_deepspeed.transfer.planning.target_ranks import layer_of
 from ucp_deepspeed.transfer.planning.targeting import TargetPlan
 
@@ -79,7 +80,7 @@ def draw_plan(plan: TargetPlan, folder: Path, path: Path) -> None:
     ranks = plan.ranks[:: ceil(len(plan.ranks) / MOST_DRAWN)]
     files = sorted(plan.files)
     files = files[:: ceil(len(files) / MOST_DRAWN) or 1]
-    names = [str(Path(file).relative_to(folder)) for file in files]
+    names = [str(located(file).relative_to(folder)) for file in files]
     figure = _new_figure(10, 4 + 0.16 * min(len(files), MOST_NAMED))
     sizes, sources = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1 + 0.16 * min(len(files), MOST_NAMED)))
     edges = [number - 0.5 for number in range(len(ranks) + 1)]

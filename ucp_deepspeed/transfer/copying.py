@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from math import prod
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -29,7 +28,8 @@ from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 from ucp_deepspeed.layout import Layout
 from ucp_deepspeed.layout.box import row_major_strides
 from ucp_deepspeed.plan import BlockCopy, Fragment, StridedView, Target, joined, plan_tensor
-from ucp_deepspeed.transfer.open_files import OpenFile, most_open, unreadable
+from ucp_deepspeed.remote import RemotePath, is_url, located
+from ucp_deepspeed.transfer.open_files import OpenFile, RemoteFile, most_open, unreadable
 from ucp_deepspeed.transfer.pieces import PieceChecks
 from ucp_deepspeed.transfer.staging import Lanes
 
@@ -65,16 +65,22 @@ class FileReader:
         versions: versions of the checkpoint's files; they show files that were replaced since it was opened, and have their
             checksums, if there are any. A piece that was read whole and isn't what was saved is a DamagedCheckpointError.
         mapped: False to do without maps, as where the file system has none.
+        request_numbytes: most bytes of one request to a store. Each thread has them in memory beside what it fills.
         sums: to sum what is read of archives without checksums, apart from blocks with gaps. A record that was read whole and
             isn't what was saved is a DamagedCheckpointError.
     """
 
     def __init__(
-        self, versions: FileVersions | None = None, *, mapped: bool = True, sums: RecordSums | None = None
+        self,
+        versions: FileVersions | None = None,
+        *,
+        mapped: bool = True,
+        sums: RecordSums | None = None,
+        request_numbytes: int = tunables.REQUEST_NUMBYTES,
     ) -> None:
-        self._mapped, self._sums = mapped, sums
+        self._mapped, self._sums, self._request_numbytes = mapped, sums, request_numbytes
         self._versions = versions or FileVersions()
-        self._files: dict[str, OpenFile] = {}
+        self._files: dict[str, OpenFile | RemoteFile] = {}
         self._checks: dict[str, PieceChecks | None] = {}
         self._most_open = most_open()
         self._lock = threading.Lock()
@@ -116,7 +122,7 @@ class FileReader:
             return
         file, start = self._open(view, view.span(tuple(target.shape)))
         memory, numbytes = memoryview(target.view(-1).view(torch.uint8).numpy()), runs[1] * itemsize
-        if len(runs[0]) > 1 and self._checks_of(file.path) is not None:
+        if len(runs[0]) > 1 and not file.is_remote and self._checks_of(file.path) is not None:
             for number, run in enumerate(runs[0]):
                 file.read_into(start + run * itemsize, memory[number * numbytes : (number + 1) * numbytes])
             self._touch(file, start, view.span(tuple(target.shape)) * itemsize, len(memory))
@@ -157,12 +163,12 @@ class FileReader:
 
     def finish(self) -> None:
         """Check pieces that were read in part, those first of which the most was read. Their rest is read too, unless that would
-        be much beside what was read.
+        be much beside what was read, or be fetched from a store.
 
         Raises:
             DamagedCheckpointError: see `block`; or a piece isn't what was saved.
         """
-        checked = {path: checks for path, checks in self._checks.items() if checks is not None}
+        checked = {path: checks for path, checks in self._checks.items() if checks is not None and not is_url(path)}
         left = max(sum(checks.bytes_read for checks in checked.values()) // 16, tunables.COMPLETED_NUMBYTES)
         found = ((*part, path) for path, checks in checked.items() for part in checks.partly_read())
         for _, number, numbytes, path in sorted(found, reverse=True):
@@ -182,7 +188,7 @@ class FileReader:
     def _again(self, path: str, start: int, stop: int) -> memoryview:
         return memoryview(self._file(path).range(start, stop).numpy())
 
-    def _touch(self, file: OpenFile, start: int, span: int, numbytes: int) -> None:
+    def _touch(self, file: OpenFile | RemoteFile, start: int, span: int, numbytes: int) -> None:
         """Note bytes that were read evenly within a span."""
         if (checks := self._checks_of(file.path)) is not None:
             with self._telling_versions(file.path):
@@ -197,8 +203,12 @@ class FileReader:
             self._versions.check([path])
             raise
 
-    def _read(self, file: OpenFile, start: int, target: memoryview) -> None:
-        """Read a run of bytes and sum it, a piece at a time while it is in the processor's cache."""
+    def _read(self, file: OpenFile | RemoteFile, start: int, target: memoryview) -> None:
+        """Read a run of bytes and sum it, a piece at a time while it is in the processor's cache; of a store, all at once."""
+        if file.is_remote:
+            file.read_into(start, target)
+            self._add(file, start, target)
+            return
         if (checks := self._checks_of(file.path)) is not None:
             with self._telling_versions(file.path):
                 checks.read(start, target, file.read_into)
@@ -213,7 +223,7 @@ class FileReader:
             crc = zlib.crc32(target[place : place + step], crc)
         self._compare(file.path, number, Run(start, start + len(target), crc))
 
-    def _add(self, file: OpenFile, start: int, data: memoryview) -> None:
+    def _add(self, file: OpenFile | RemoteFile, start: int, data: memoryview) -> None:
         """Sum bytes that were read."""
         if (checks := self._checks_of(file.path)) is not None:
             with self._telling_versions(file.path):
@@ -234,7 +244,7 @@ class FileReader:
         numel = prod(shape) if file.is_mapped or _runs(view, shape) is not None else view.span(shape)
         return numel * ITEMSIZE[view.buffer.dtype]
 
-    def _open(self, view: StridedView[FileExtent], span: int) -> tuple[OpenFile, int]:
+    def _open(self, view: StridedView[FileExtent], span: int) -> tuple[OpenFile | RemoteFile, int]:
         """Return the file of a view, and the place of the view's first byte in it."""
         extent, itemsize = view.buffer, ITEMSIZE[view.buffer.dtype]
         file = self._file(extent.path)
@@ -244,7 +254,7 @@ class FileReader:
         assert view.start + span <= extent.numel, (view, span)
         return file, extent.file_offset + view.start * itemsize
 
-    def _file(self, path: str) -> OpenFile:
+    def _file(self, path: str) -> OpenFile | RemoteFile:
         with self._lock:
             file = self._files.pop(path, None) or self._opened(path)
             self._files[path] = file  # in the order of their last use
@@ -252,8 +262,11 @@ class FileReader:
                 del self._files[next(iter(self._files))]
         return file
 
-    def _opened(self, path: str) -> OpenFile:
-        if not Path(path).is_file():
+    def _opened(self, path: str) -> OpenFile | RemoteFile:
+        location = located(path)
+        if isinstance(location, RemotePath):
+            return self._opened_remotely(location)
+        if not location.is_file():
             raise DamagedCheckpointError(f"{path} is missing")
         try:
             file = OpenFile(path, self._mapped)
@@ -263,6 +276,16 @@ class FileReader:
             self._files.clear()  # this process has opened many others since; a file that a thread uses stays open
             file = OpenFile(path, self._mapped)
         self._versions.note(path, file.status)
+        return file
+
+    def _opened_remotely(self, location: RemotePath) -> RemoteFile:
+        try:
+            file = RemoteFile(location, self._request_numbytes)
+        except FileNotFoundError as error:
+            raise DamagedCheckpointError(f"{location} is missing") from error
+        except OSError as error:
+            raise unreadable(str(location), error) from error
+        self._versions.note(file.path, file.status)
         return file
 
     def close(self) -> None:
@@ -279,7 +302,8 @@ def _run_of(view: StridedView[FileExtent], shape: tuple[int, ...]) -> tuple[int,
     while outer and (shape[outer - 1] == 1 or view.strides[outer - 1] == numel):
         outer -= 1
         numel *= shape[outer]
-    return None if numel * ITEMSIZE[view.buffer.dtype] < tunables.LEAST_RUN_NUMBYTES and outer else (numel, outer)
+    least = tunables.LEAST_REQUEST_NUMBYTES if is_url(view.buffer.path) else tunables.LEAST_RUN_NUMBYTES
+    return None if numel * ITEMSIZE[view.buffer.dtype] < least and outer else (numel, outer)
 
 
 def _runs(view: StridedView[FileExtent], shape: tuple[int, ...]) -> tuple[Sequence[int], int] | None:

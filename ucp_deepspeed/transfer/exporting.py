@@ -16,6 +16,7 @@ from ucp_deepspeed.checkpoint.export.weights import Choice, WeightsSource
 from ucp_deepspeed.checkpoint.output import Output
 from ucp_deepspeed.errors import ConfigError
 from ucp_deepspeed.language import Spec
+from ucp_deepspeed.remote import lies_in, located
 
 Form = Literal["hf", "torch", "adapter"]
 """A folder for ``from_pretrained``, a file for ``torch.load``, or the adapter of a LoRA run for PEFT."""
@@ -52,7 +53,7 @@ class Export:
             raise ConfigError(f"to: expected one of {', '.join(get_args(Form))} (found {self.to!r})")
         choice, config_from = (
             Choice(self.dtype, self.source),
-            None if self.config_from is None else Path(self.config_from),
+            None if self.config_from is None else located(self.config_from),
         )
         if self.to == "torch":
             if config_from is not None:
@@ -72,7 +73,7 @@ def check_apart(checkpoint: Checkpoint, destination: Path) -> None:
     """
     if os.path.lexists(destination):
         raise ConfigError(f"{destination} exists already; nothing was written; name a new folder")
-    if destination.resolve().is_relative_to(checkpoint.path.resolve()):
+    if lies_in(destination, checkpoint.path):
         raise ConfigError(f"{destination} lies in the checkpoint that is read; name a folder outside it")
     for path in sorted(checkpoint.path.iterdir()):
         check_inside(path)

@@ -12,6 +12,7 @@ import torch
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.remote import RemotePath
 
 
 def most_open() -> int:
@@ -28,8 +29,43 @@ def close_quietly(descriptor: int) -> None:
         os.close(descriptor)
 
 
+class RemoteFile:
+    """An object in a store, with the interface of `OpenFile`: it is never mapped, and each read is a request, or several.
+
+    Args:
+        request_numbytes: most bytes of one request, which lie in memory once more.
+    """
+
+    is_mapped, is_remote = False, True
+
+    def __init__(self, path: RemotePath, request_numbytes: int) -> None:
+        self.path, self._location, self._step = str(path), path, request_numbytes
+        self.status = path.stat()
+        self.numbytes = self.status.st_size
+
+    def range(self, start: int, stop: int) -> torch.Tensor:
+        """Return bytes of the object in new memory."""
+        raw = torch.empty(stop - start, dtype=torch.uint8, device="cpu")
+        self.read_into(start, memoryview(raw.numpy()))
+        return raw
+
+    def read_into(self, start: int, target: memoryview) -> None:
+        """Fill memory with the bytes from a place on."""
+        for low in range(0, len(target), self._step):
+            part = target[low : low + self._step]
+            try:
+                part[:] = self._location.read_range(start + low, start + low + len(part))
+            except OSError as error:
+                raise unreadable(self.path, error) from error
+
+    def close(self) -> None:
+        """Do nothing: no connection belongs to one object."""
+
+
 class OpenFile:
     """An open file, at the latest closed when nobody uses it any more. It is mapped when blocks are asked for, if possible."""
+
+    is_remote = False
 
     def __init__(self, path: str, mapped: bool) -> None:
         self.path, self._mapped = path, mapped

@@ -14,7 +14,8 @@ from ucp_deepspeed.checkpoint.opening import LATEST_NAME, read_latest
 from ucp_deepspeed.checkpoint.retention import Fate, Keep, fates
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME
 from ucp_deepspeed.checkpoint.whole import checkpoints_in
-from ucp_deepspeed.errors import CheckpointNotFoundError
+from ucp_deepspeed.errors import CheckpointNotFoundError, ConfigError
+from ucp_deepspeed.remote import is_url
 from ucp_deepspeed.transfer.commit import hold, release, remove_hidden
 from ucp_deepspeed.transfer.open_files import close_quietly
 
@@ -77,9 +78,13 @@ def prune(
 
     Raises:
         CheckpointNotFoundError: there is no such folder.
+        ConfigError: it is in a store.
         DamagedCheckpointError: the file ``latest`` can't be read: nothing tells which checkpoint it names.
         OSError: one can't be removed.
     """
+    if is_url(folder):
+        told = "a store has none of the locks that tell which checkpoints are in use"
+        raise ConfigError(f"{folder}: {told}; remove tags with the store's own commands, such as aws s3 rm --recursive")
     root = Path(folder)
     if not root.is_dir():
         raise CheckpointNotFoundError(f"no folder at {root}")

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 from xxhash import xxh3_64
 
@@ -29,6 +29,7 @@ from ucp_deepspeed.checkpoint.torch_files.structure import structure_of
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, home_of, is_unfinished
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError, UniversalCheckpointError
+from ucp_deepspeed.remote import located
 
 Verdict = Literal["whole", "damaged", "unproven"]
 
@@ -204,7 +205,7 @@ def _verified(evidence: Evidence, tell: Tell, name: str) -> VerifiedFile:
     try:
         segments = list(_segments(numbytes, records, sums))
         with path.open("rb", buffering=0) as file:
-            found += [Problem(name, "bytes", text) for text in _differences(file.fileno(), path, segments, sums, tell)]
+            found += [Problem(name, "bytes", text) for text in _differences(file, path, segments, sums, tell)]
     except OSError as error:
         found.append(Problem(name, "unreadable", f"{path} can't be read: {error.strerror or error}; {REMEDY}"))
     return VerifiedFile(name, numbytes, 0 if sums is not None or name in evidence.summed else unchecked, tuple(found))
@@ -229,14 +230,14 @@ def _crosses(bounds: tuple[int, int], ranges: set[tuple[int, int]]) -> bool:
 
 
 def _differences(
-    descriptor: int, path: Path, segments: Sequence[_Segment], sums: FileSums | None, tell: Tell
+    file: IO[bytes], path: Path, segments: Sequence[_Segment], sums: FileSums | None, tell: Tell
 ) -> Iterator[str]:
     """Yield what differs in a file from what was saved."""
     rest, number = xxh3_64(), 0
     buffer = memoryview(bytearray(sums.piece if sums is not None else tunables.SUMMED_NUMBYTES))
     for segment in segments:
         crc, told = 0, False
-        for start, part in _parts(descriptor, segment, buffer):
+        for start, part in _parts(file, segment, buffer):
             tell(len(part))
             if segment.record is not None and segment.record.crc is not None:
                 crc = zlib.crc32(part, crc)
@@ -257,13 +258,13 @@ def _differences(
         yield f"{path}: bytes outside of its tensors differ from what was saved; {REMEDY}"
 
 
-def _parts(descriptor: int, segment: _Segment, buffer: memoryview) -> Iterator[tuple[int, memoryview]]:
+def _parts(file: IO[bytes], segment: _Segment, buffer: memoryview) -> Iterator[tuple[int, memoryview]]:
     """Yield the place and the bytes of each part of a segment, all but the last as long as the buffer."""
     for start in range(segment.start, segment.stop, len(buffer)):
         part = buffer[: segment.stop - start]
-        held = 0
+        held = file.seek(start) - start
         while held < len(part):
-            count = os.preadv(descriptor, [part[held:]], start + held)
+            count = file.readinto(part[held:])  # type: ignore[attr-defined]
             if not count:
                 raise OSError("it became shorter meanwhile")
             held += count
@@ -317,7 +318,7 @@ def verify_tags(
     Raises:
         CheckpointNotFoundError: there is no such folder, or no tag in it.
     """
-    root = Path(root)
+    root = located(root)
     if not root.is_dir() or not (names := _tags_of(root)):
         raise CheckpointNotFoundError(f"no tag folders in {root}" if root.is_dir() else f"no folder at {root}")
     latest, named = root / LATEST_NAME, None

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -47,7 +46,7 @@ from ucp_deepspeed.checkpoint.deepspeed.written_names import (
 )
 from ucp_deepspeed.checkpoint.deepspeed.zero_slots import BF16_OPTIMIZER, NamedShapes, ZeroFile
 from ucp_deepspeed.checkpoint.expert_names import expert_of, missing_expert, optimizer_file, weight_file
-from ucp_deepspeed.checkpoint.torch_files.archives import storages_of
+from ucp_deepspeed.checkpoint.torch_files.archives import is_archive_file, storages_of
 from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY
 from ucp_deepspeed.checkpoint.torch_files.foreign import opaque_in
 from ucp_deepspeed.checkpoint.torch_files.safe_load import PRECISIONS, open_torch_file
@@ -472,7 +471,7 @@ class DeepSpeedFiles:
             check_regular(path)
             if self.manifest is not None:
                 self.manifest.check_file(path)
-            elif not zipfile.is_zipfile(path):
+            elif not is_archive_file(path):
                 open_torch_file(path)
 
     def expected(self, topology: Topology) -> Iterator[str]:

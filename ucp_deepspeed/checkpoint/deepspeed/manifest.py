@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeInt
 from ucp_deepspeed.checkpoint.bounds import FileName, check_regular
 from ucp_deepspeed.checkpoint.checkpoint import Kind
 from ucp_deepspeed.checkpoint.encoding import has_its_sum, parse_document
+from ucp_deepspeed.checkpoint.torch_files.archives import is_archive_file
 from ucp_deepspeed.errors import DamagedCheckpointError, why_not_read
 from ucp_deepspeed.layout import Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern
@@ -171,7 +172,7 @@ class Manifest(BaseModel):
         recorded, found = self.files.get(path.name), path.stat().st_size
         other = f"{path} isn't the file that {MANIFEST_NAME} describes"
         if recorded is not None and found != recorded:
-            if zipfile.is_zipfile(path):
+            if is_archive_file(path):
                 raise DamagedCheckpointError(f"{other} ({recorded} bytes then, {found} now){STALE_MANIFEST}")
             raise DamagedCheckpointError(f"{path} is truncated: expected {recorded} bytes, found {found}")
         if path.name in self.contents and digest_of(path) != self.contents[path.name]:
@@ -185,7 +186,7 @@ def digest_of(path: Path) -> str | None:
         OSError: it can't be read.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             listed = [(record.filename, record.CRC, record.file_size) for record in archive.infolist()]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         if (reason := why_not_read(path, error)) is not None:

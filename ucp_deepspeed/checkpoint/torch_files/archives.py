@@ -11,6 +11,7 @@ import sys
 import zipfile
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import RawIOBase
 from itertools import pairwise
@@ -41,6 +42,13 @@ def storages_of(described: Any) -> list[tuple[int, int]]:
     found = (value for value in everything_in(described) if isinstance(value, torch.Tensor) and value.is_meta)
     places = {storage_start(each): each.untyped_storage().nbytes() for each in found if each.layout is torch.strided}
     return [(start, start + numbytes) for start, numbytes in places.items() if numbytes]
+
+
+def is_archive_file(path: Path) -> bool:
+    """Return whether a file has the end of an archive; a file that can't be read has none."""
+    with suppress(OSError), path.open("rb", buffering=0) as file:
+        return zipfile.is_zipfile(file)
+    return False
 
 
 LARGE = 2**32 - 1

@@ -17,6 +17,7 @@ from ucp_deepspeed.checkpoint.torch_files import unpickling
 from ucp_deepspeed.checkpoint.torch_files.archives import DEFAULT_ALIGNMENT, Archive, storage_start
 from ucp_deepspeed.checkpoint.torch_files.damage import telling_damage
 from ucp_deepspeed.checkpoint.torch_files.foreign import everything_in, opaque
+from ucp_deepspeed.remote import read_at
 
 
 class FilePart(io.RawIOBase):
@@ -24,7 +25,7 @@ class FilePart(io.RawIOBase):
 
     def __init__(self, path: Path, start: int, numbytes: int) -> None:
         super().__init__()
-        self._descriptor, self._start, self._numbytes, self._place = os.open(path, os.O_RDONLY), start, numbytes, 0
+        self._file, self._start, self._numbytes, self._place = path.open("rb", buffering=0), start, numbytes, 0
 
     def readable(self) -> bool:
         """Return True."""
@@ -45,14 +46,14 @@ class FilePart(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Read bytes up to the end of the part."""
         view = memoryview(buffer).cast("B")[: max(self._numbytes - self._place, 0)]
-        count = os.preadv(self._descriptor, [view], self._start + self._place) if view else 0
+        self._file.seek(self._start + self._place)
+        count = self._file.readinto(view) if view else 0  # type: ignore[attr-defined]
         self._place += count
-        return count
+        return int(count)
 
     def close(self) -> None:
         """Close the file."""
-        if not self.closed:
-            os.close(self._descriptor)
+        self._file.close()
         super().close()
 
 
@@ -100,7 +101,7 @@ def open_part(path: Path, start: int, numbytes: int) -> Any:
 def is_archive(path: Path, start: int) -> bool:
     """Return whether an archive of ``torch.save`` begins at a place of a file."""
     with telling_damage(path), path.open("rb", buffering=0) as file:
-        return os.pread(file.fileno(), 4, start) == zipfile.stringFileHeader  # type: ignore[attr-defined, no-any-return]
+        return read_at(file, start, 4) == zipfile.stringFileHeader  # type: ignore[attr-defined, no-any-return]
 
 
 def archives_in(path: Path) -> list[tuple[int, int]]:
@@ -135,6 +136,6 @@ def _without_gap(path: Path, stop: int) -> int:
     """Return where the last archive before a byte ends. This package leaves up to 63 zeros between two (`one_behind_another`)."""
     with path.open("rb", buffering=0) as file:
         start = max(stop - _END_NUMBYTES - DEFAULT_ALIGNMENT, 0)
-        tail = os.pread(file.fileno(), stop - start, start)
+        tail = read_at(file, start, stop - start)
     end = tail.rfind(_END) + _END_NUMBYTES
     return start + end if _END_NUMBYTES <= end <= len(tail) and not tail[end:].strip(b"\0") else stop

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import zipfile
 import zlib
@@ -18,6 +17,7 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY, telling_damage
 from ucp_deepspeed.checkpoint.torch_files.parts import FilePart, archives_in
 from ucp_deepspeed.errors import DamagedCheckpointError
+from ucp_deepspeed.remote import located, read_at
 
 _REFLECTED, _ONE, _X = 0xEDB88320, 1 << 31, 1 << 30
 """The polynomial of CRC-32, and two others, with the highest power in the lowest bit."""
@@ -144,7 +144,7 @@ class RecordSums:
         with self._lock:
             found = self._files.get(path)
         if found is None:
-            records = records_of(Path(path))
+            records = records_of(located(path))
             with self._lock:
                 found = self._files.setdefault(path, _FileSums(records, [record.start for record in records]))
         return found
@@ -231,8 +231,8 @@ class RecordSums:
         if sum(stop - start for start, stop in gaps) > record.numbytes * tunables.MOST_UNREAD:
             return
         if gaps:
-            with telling_damage(Path(path)), open(path, "rb", buffering=0) as file:  # noqa: PTH123
-                runs = joined([*runs, *(Run(start, stop, crc_of(file.fileno(), start, stop)) for start, stop in gaps)])
+            with telling_damage(located(path)), located(path).open("rb", buffering=0) as file:
+                runs = joined([*runs, *(Run(start, stop, crc_of(file, start, stop)) for start, stop in gaps)])
         assert len(runs) == 1, (record, runs)
         self._compare(path, number, runs[0].crc)
 
@@ -248,16 +248,16 @@ def _gaps(record: Record, runs: Iterable[Run]) -> Iterator[tuple[int, int]]:
         yield place, record.stop
 
 
-def crc_of(descriptor: int, start: int, stop: int) -> int:
+def crc_of(file: IO[bytes], start: int, stop: int) -> int:
     """Return the CRC-32 of a range of an open file.
 
     Raises:
         OSError: it can't be read, or ends before.
     """
-    crc, buffer = 0, memoryview(bytearray(min(tunables.SUMMED_NUMBYTES, stop - start)))
+    crc = 0
     while start < stop:
-        count = os.preadv(descriptor, [buffer[: stop - start]], start)
-        if not count:
+        part = read_at(file, start, min(tunables.SUMMED_NUMBYTES, stop - start))
+        if not part:
             raise OSError("became shorter while it was read")
-        crc, start = zlib.crc32(buffer[:count], crc), start + count
+        crc, start = zlib.crc32(part, crc), start + len(part)
     return crc

@@ -10,7 +10,6 @@ the object comes first, then the keys of its storages, then the storages one aft
 
 from __future__ import annotations
 
-import os
 import pickle
 import zipfile
 from collections.abc import Collection
@@ -29,6 +28,7 @@ from ucp_deepspeed.checkpoint.torch_files.archives import Archive, storage_start
 from ucp_deepspeed.checkpoint.torch_files.damage import refusal, telling_damage
 from ucp_deepspeed.checkpoint.torch_files.foreign import Content, opaque_in
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError, why_not_read
+from ucp_deepspeed.remote import is_url, numbytes_of
 
 TORCH_DTYPES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -136,10 +136,13 @@ def _unpickled(path: Path, tensors: bool, foreign: bool, summed: bool) -> Any:
 def _by_list(path: Path, **where: Any) -> Any:
     """Load with the unpickler of `unpickling`. Torch's own would call what it knows with any arguments."""
     with telling_damage(path):
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb", buffering=0) as file, zipfile.ZipFile(file) as archive:
             if any(name.endswith("constants.pkl") for name in archive.namelist()):
                 raise pickle.UnpicklingError("Unsupported class TorchScript")
-        return torch.load(path, weights_only=False, pickle_module=unpickling, **where)
+        if not is_url(path):
+            return torch.load(path, weights_only=False, pickle_module=unpickling, **where)
+        with path.open("rb", buffering=0) as file:
+            return torch.load(file, weights_only=False, pickle_module=unpickling, map_location=where["map_location"])
 
 
 def _unpickled_legacy(path: Path, start: bytes, tensors: bool) -> Any:
@@ -194,7 +197,7 @@ class _Storages:
     def place(self, keys: Any, start: int, tensors: bool) -> None:
         """Tell each storage where its bytes are, or read them. They follow ``start`` in the order of the keys."""
         with telling_damage(self._path), self._path.open("rb") as file:
-            file_numbytes = os.fstat(file.fileno()).st_size
+            file_numbytes = numbytes_of(file)
             if sorted(keys) != sorted(self._made):
                 raise pickle.UnpicklingError("lists other storages than it refers to")
             for key in keys:

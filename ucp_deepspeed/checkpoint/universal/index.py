@@ -33,6 +33,7 @@ from ucp_deepspeed.errors import DamagedCheckpointError
 from ucp_deepspeed.layout import Shape, Topology
 from ucp_deepspeed.layout.pattern import Pattern, Unique
 from ucp_deepspeed.plan import Fragment
+from ucp_deepspeed.remote import is_url
 
 INDEX_NAME = "ucp_index.json"
 CLIENT_TENSORS_NAME = "client_state.safetensors"
@@ -253,7 +254,9 @@ class UniversalCheckpoint(Checkpoint):
         if CLIENT_TENSORS_NAME not in self.index.files:
             return {}
         try:
-            loaded: Mapping[str, Any] = safetensors.torch.load_file(path)
+            loaded: Mapping[str, Any] = (
+                safetensors.torch.load(path.read_bytes()) if is_url(path) else safetensors.torch.load_file(path)
+            )
         except safetensors.SafetensorError as error:
             raise DamagedCheckpointError(f"{path} can't be read: {error}") from error
         return loaded

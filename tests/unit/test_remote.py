@@ -1,0 +1,203 @@
+"""Checkpoints in stores, by their URLs: the same values as of the same files on a disk, by ranges; and what goes wrong there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from click.testing import Result
+from native_files import NativeModel, NativeParameter, NativeRun, write_native
+from stores import Server, upload
+
+import ucp_deepspeed
+from ucp_deepspeed import tunables
+from ucp_deepspeed.errors import CheckpointNotFoundError, ConfigError, DamagedCheckpointError, UniversalCheckpointError
+from ucp_deepspeed.remote import RemotePath, located
+
+TESTS = Path(__file__).parents[1]
+GOLDEN = sorted(path.parent for path in (TESTS / "golden").rglob("latest"))
+
+Ucp = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four megabytes in each state of each of two parameters; DeepSpeed's files of two ranks."""
+    values = torch.randn(2, 3, 1024, 1024, generator=torch.Generator().manual_seed(5))
+    parameters = tuple(
+        NativeParameter(name, held[0], {"exp_avg": held[1], "exp_avg_sq": held[2]})
+        for name, held in zip(("one", "two"), values, strict=True)
+    )
+    return write_native(tmp_path_factory.mktemp("large") / "step3", NativeModel(parameters), NativeRun(dp=2, stage=1))
+
+
+def every_value(path: str | Path) -> dict[tuple[str, str], torch.Tensor]:
+    with ucp_deepspeed.open_checkpoint(path) as held:
+        named = ((name, state) for name, each in held.parameters.items() for state in each.states)
+        return {(name, state): held.read(name, state) for name, state in named}
+
+
+def same(a: dict[Any, torch.Tensor], b: dict[Any, torch.Tensor]) -> bool:
+    bits = lambda held: held.contiguous().view(-1).view(torch.uint8)  # noqa: E731
+    return bool(a) and a.keys() == b.keys() and all(torch.equal(bits(a[key]), bits(b[key])) for key in a)
+
+
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
+def test_what_every_release_of_deepspeed_wrote(folder: Path) -> None:
+    try:
+        expected = every_value(folder)
+    except UniversalCheckpointError as error:
+        pytest.skip(f"it needs a spec: {error}")
+    assert same(every_value(upload(folder, f"memory://golden/{folder.name}")), expected)
+
+
+def test_every_form(one: Path, ucp: Ucp, tmp_path: Path, server: Server) -> None:
+    """Universal, DCP, and weights for Hugging Face's libraries, from a store and in it."""
+    url = upload(one, "s3://bucket/forms/native")
+    for to in ("universal", "dcp"):
+        assert ucp("convert", url, tmp_path / to, "--to", to, "--quiet").exit_code == 0
+        there = upload(tmp_path / to, f"s3://bucket/forms/{to}")
+        assert ucp("diff", there, one).stdout.startswith("equal: ")
+        assert ucp("verify", there).exit_code == ucp("verify", tmp_path / to).exit_code
+    assert ucp("export", url, tmp_path / "hf", "--quiet").exit_code == 0
+    assert same(every_value(upload(tmp_path / "hf", "s3://bucket/forms/hf")), every_value(tmp_path / "hf"))
+
+
+def test_commands(one: Path, ucp: Ucp, server: Server) -> None:
+    run = upload(one.parent, "s3://bucket/run")
+    told = ucp("inspect", f"{run}/{one.name}")
+    assert told.exit_code == 0 and re.search(r"^path +s3://bucket/run/global_step5$", told.stdout, re.MULTILINE)
+    assert ucp("diff", f"{run}/{one.name}", one).stdout.startswith("equal: ")
+    assert ucp("verify", f"{run}/{one.name}").exit_code in (0, 1)
+    assert ucp("plan", f"{run}/{one.name}", "--dp", 4, "--zero", 3).exit_code == 0
+    assert ucp_deepspeed.tags(run) == [one.name]
+    refused = ucp("prune", run, "--last", 1)
+    assert refused.exit_code == 2 and "aws s3 rm" in refused.output
+
+
+def test_only_the_bytes_that_are_wanted(large: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look into the metadata of 24 MB takes little, and a slice takes its own bytes."""
+    url = upload(large, "s3://bucket/large")
+    whole = sum(path.stat().st_size for path in large.iterdir())
+    server.count_anew()
+    with ucp_deepspeed.open_checkpoint(url) as held, ucp_deepspeed.open_checkpoint(large) as local:
+        assert held.parameters.keys() == local.parameters.keys()
+        metadata = server.sent
+        assert metadata < 8 * tunables.BLOCK_REQUEST_NUMBYTES < whole / 8
+        rows = held.read("two", "exp_avg", slice(100, 612))  # and a little for the comparison of files with one another
+        server.count_anew()
+        rows = held.read("two", "exp_avg", slice(100, 612))
+        assert torch.equal(rows, local.read("two", "exp_avg", slice(100, 612)))
+        assert server.sent == rows.nbytes
+        held.read("one", "exp_avg", (0, 0))
+        server.count_anew()
+        columns = held.read("one", "exp_avg", (slice(0, 64), slice(0, 512)))  # short runs: their gaps are fetched too
+        assert torch.equal(columns, local.read("one", "exp_avg", (slice(0, 64), slice(0, 512))))
+        assert columns.nbytes < server.sent <= 2 * columns.nbytes and len(server.requested) == 1
+
+
+def test_short_requests(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little a request may fetch."""
+    url = upload(large, "memory://large")
+    longest = 0
+    read_range = RemotePath.read_range
+
+    def noted(path: RemotePath, start: int, stop: int) -> bytes:
+        nonlocal longest
+        longest = max(longest, stop - start)
+        return read_range(path, start, stop)
+
+    monkeypatch.setattr(RemotePath, "read_range", noted)
+    monkeypatch.setattr(tunables, "BLOCK_REQUEST_NUMBYTES", 1 << 12)
+    view = ucp_deepspeed.open_checkpoint(url)
+    view._checking_reader._request_numbytes = 1 << 16
+    assert torch.equal(view.read("two", "fp32"), ucp_deepspeed.open_checkpoint(large).read("two", "fp32"))
+    assert longest == 1 << 16
+
+
+def test_an_object_that_is_replaced(large: Path, server: Server) -> None:
+    url = upload(large, "s3://bucket/replaced")
+    held = ucp_deepspeed.open_checkpoint(url)
+    name = min(path.name for path in large.iterdir() if "optim" in path.name)
+    content = bytearray((large / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    fsspec.filesystem("s3").pipe_file(f"bucket/replaced/{name}", bytes(content))
+    with pytest.raises(DamagedCheckpointError, match=f"s3://bucket/replaced/{name} was changed while it was read"):
+        held.read("one", "exp_avg", slice(0, 2))
+
+
+@pytest.mark.parametrize("what", ["missing", "shorter", "lost"])
+def test_an_object_that_is_not_whole(what: str, large: Path, server: Server, tmp_path: Path) -> None:
+    """Objects that are missing or cut, or that the store can't send."""
+    copy = Path(shutil.copytree(large, tmp_path / "copy"))
+    path = max((path for path in copy.iterdir() if "optim" in path.name), key=lambda path: path.name)
+    url = upload(copy, f"s3://bucket/{what}")
+    fs = fsspec.filesystem("s3")
+    if what == "missing":
+        fs.rm(f"bucket/{what}/{path.name}")
+    elif what == "shorter":
+        fs.pipe_file(f"bucket/{what}/{path.name}", path.read_bytes()[:-5000])
+    fs.invalidate_cache()
+    with pytest.raises(DamagedCheckpointError, match=re.escape(path.name)) as error:
+        if what == "lost":
+            held = ucp_deepspeed.open_checkpoint(url)
+            with server.failing(416, "GET", path.name):
+                held.read("two", "exp_avg")
+        else:
+            ucp_deepspeed.open_checkpoint(url).read("two", "exp_avg")
+    assert f"s3://bucket/{what}" in str(error.value)
+
+
+def test_a_store_that_refuses(one: Path, server: Server, ucp: Ucp) -> None:
+    url = upload(one, "s3://bucket/refused")
+    with server.failing(403):
+        told = ucp("inspect", url)
+    assert told.exit_code == 2 and "s3://bucket/refused" in told.output and "Forbidden" in told.output
+    with pytest.raises(CheckpointNotFoundError, match="no checkpoint folder at s3://nobody/has/this"):
+        ucp_deepspeed.open_checkpoint("s3://nobody/has/this")
+
+
+def test_a_server_that_is_gone(one: Path) -> None:
+    server = Server()
+    url = upload(one, "s3://bucket/gone")
+    fs = fsspec.filesystem("s3")
+    fs.retries = 1
+    server.stop()
+    with pytest.raises(DamagedCheckpointError, match="s3://bucket/gone can't be read: EndpointConnectionError"):
+        ucp_deepspeed.open_checkpoint(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("zzz://a/b", "zzz://a/b is no URL that fsspec can open: Protocol not known: zzz"),
+        ("gs://a/b", "gs://a/b can't be read .*: pip install gcsfs"),
+        (Path("s3://a/b"), "s3:/a/b was a URL before it became a Path"),
+    ],
+)
+def test_urls_that_are_none(url: str | Path, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        ucp_deepspeed.open_checkpoint(url)
+
+
+def test_paths() -> None:
+    """As of `pathlib.Path`, as far as they are used."""
+    path = located("memory://run/step3")
+    assert str(path / "a" / "../b.pt") == "memory://run/step3/b.pt" and (path / "b.pt").suffix == ".pt"
+    assert path.parent == located("memory://run/") and path.parent.parent == path.parent and path.name == "step3"
+    assert str((path / "b").relative_to(path.parent)) == "step3/b" and not path.is_relative_to(located("memory://ru"))
+    assert located("file:///tmp/x") == Path("/tmp/x")
+    assert str(located("simplecache::memory://run/x").parent) == "simplecache::memory://run"
