@@ -42,6 +42,7 @@ setup(
     install_requires=[
         DEEPSPEED_RANGE,
         "torch>=2.6",
+        "fsspec>=2024.6",
         "numpy>=1.26",
         "pydantic>=2.7",
         "PyYAML>=6",
@@ -55,6 +56,7 @@ setup(
     extras_require={
         "hf": HUGGING_FACE,
         "lightning": ["lightning>=2.6,<2.7"],
+        "s3": ["s3fs>=2024.6"],
         "megatron": ["megatron-core>=0.16.1,<0.17"],
         "plots": ["matplotlib>=3.8"],
         "test": [

@@ -23,6 +23,9 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     pip install -q torch -c constraints.txt
     echo "setting up .venv: the package, DeepSpeed and what the tests use"
     pip install -q --no-build-isolation -e ".[megatron,plots,test,dev]" -c constraints.txt
+    # Beside the environment: botocore asks for another version of python-dateutil, and works with this one.
+    pip install -q --no-deps --upgrade --target .venv/s3 -c constraints.txt s3fs aiobotocore aioitertools botocore boto3 \
+        s3transfer jmespath moto flask flask-cors werkzeug blinker itsdangerous xmltodict responses cryptography cffi pycparser six
     echo "$wanted" > "$stamp"
 fi
 

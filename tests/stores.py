@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ def use(endpoint: str) -> None:
         AWS_DEFAULT_REGION="us-east-1",
         AWS_ENDPOINT_URL=endpoint,
     )
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
 
 
 def upload(folder: Path, url: str) -> str:
@@ -68,7 +71,8 @@ class Server:
         use(self.endpoint)
         import fsspec
 
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir(BUCKET)
+        with suppress(FileExistsError):  # moto's servers of one process share what they hold
+            fsspec.filesystem("s3").mkdir(BUCKET)
 
     def _answer(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         method, path, asked = environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("HTTP_RANGE", "")
