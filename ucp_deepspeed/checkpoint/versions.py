@@ -96,15 +96,19 @@ def _are_same(version: _Version | None, first: _Version | None) -> bool:
 
 
 def _opened_version(path: Path) -> _Version | None:
-    """Open a file and return its version, or None if there is no file. A network file system may report an outdated version of an
-    unopened file."""
+    """Return the version of a file, or None if there is no file."""
     try:
-        if isinstance(path, RemotePath):
-            return _version(path.stat())
-        with path.open("rb", buffering=0) as file:
-            return _version(os.fstat(file.fileno()))
+        return _version(status_of(path))
     except FileNotFoundError:
         return None
+
+
+def status_of(path: Path) -> os.stat_result | RemoteStatus:
+    """Open a file and return its status: a network file system may report an outdated one of an unopened file."""
+    if isinstance(path, RemotePath):
+        return path.stat()
+    with path.open("rb", buffering=0) as file:
+        return os.fstat(file.fileno())
 
 
 def _version(status: os.stat_result | RemoteStatus) -> _Version:

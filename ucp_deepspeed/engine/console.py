@@ -16,6 +16,7 @@ from deepspeed import comm as dist
 from deepspeed.utils import logger as deepspeeds
 
 from ucp_deepspeed.checkpoint.opening import LATEST_NAME
+from ucp_deepspeed.remote import located
 
 NAME = "ucp_deepspeed"
 
@@ -49,7 +50,7 @@ def show() -> None:
 @contextmanager
 def told_once(load_dir: str | Path, tag: str | None) -> Iterator[None]:
     """Let only the first rank say that DeepSpeed found no checkpoint, and not every rank, while DeepSpeed loads."""
-    if dist.get_rank() == 0 or tag is not None or (Path(load_dir) / LATEST_NAME).is_file():
+    if dist.get_rank() == 0 or tag is not None or (located(load_dir) / LATEST_NAME).is_file():
         yield
         return
 

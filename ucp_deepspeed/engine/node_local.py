@@ -14,6 +14,7 @@ from ucp_deepspeed.checkpoint.deepspeed.one_machine import NodeLocalFiles
 from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.errors import MismatchError
+from ucp_deepspeed.remote import is_url
 
 
 def writes_for_node(engine: Engine) -> bool:
@@ -26,7 +27,7 @@ def open_here(engine: Engine, folder: Path) -> Checkpoint:
     """Open the catalog of a checkpoint, checked as the config says; see `open_checkpoint`. On machines' own disks it holds as
     much as this machine has."""
     verify = engine.universal_checkpoint_config.verify == "pieces"
-    if not engine.use_node_local_storage() or (folder / INDEX_NAME).is_file():
+    if not engine.use_node_local_storage() or is_url(folder) or (folder / INDEX_NAME).is_file():
         return open_checkpoint(folder, verify=verify)
     return DeepSpeedCheckpoint(folder, NodeLocalFiles(folder, verify))
 

@@ -43,6 +43,7 @@ from ucp_deepspeed.engine.saving.background import check_background
 from ucp_deepspeed.engine.saving.preemption import watch
 from ucp_deepspeed.engine.saving.save import check_model
 from ucp_deepspeed.errors import UniversalCheckpointError, UnsupportedError
+from ucp_deepspeed.remote import is_url
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -172,6 +173,12 @@ def load_checkpoint(
         MismatchError: the engine has a scheduler, and the checkpoint no state of one.
     """
     with agreement():
+        if is_url(load_dir):
+            reason: UnsupportedError = getattr(engine, REASON)
+            told = f"{load_dir} is a URL, which DeepSpeed itself can't load, and this engine's loads are left to it"
+            raise UnsupportedError(
+                f"{told}: {reason.heading}", reason.problems, "copy the folder to a disk, and load it there"
+            )
         options = LoadOptions(*positional, **named)
         aside = _check_loadable(engine, Path(load_dir), None if tag is None else str(tag), options)
         if aside is not None:

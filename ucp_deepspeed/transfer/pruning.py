@@ -25,7 +25,7 @@ logger = logging.getLogger("ucp_deepspeed")
 @contextmanager
 def reading(tag: Path) -> Iterator[None]:
     """Keep a tag from being pruned in the block, where the file system has locks. Changes nothing on disk."""
-    descriptor = _opened(tag)
+    descriptor = None if is_url(tag) else _opened(tag)
     try:
         if descriptor is not None:
             with suppress(OSError):

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 from deepspeed import comm as dist
@@ -17,6 +16,7 @@ from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.agreement import agreement
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.errors import CheckpointNotFoundError, DamagedCheckpointError
+from ucp_deepspeed.remote import located
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -64,7 +64,7 @@ def _others(load_dir: str) -> list[str]:
     with agreement(tells=True) as told:
         told.mine = []
         if dist.get_rank() == 0:
-            root, tried = Path(load_dir), None
+            root, tried = located(load_dir), None
             with suppress(DamagedCheckpointError, OSError):
                 tried = read_latest(root / LATEST_NAME)
             found = (each.path for each in checkpoints_in(root) if each.problem is None)

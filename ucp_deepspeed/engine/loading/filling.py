@@ -22,13 +22,14 @@ from deepspeed import comm as dist
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checkpoint import MASTER
-from ucp_deepspeed.checkpoint.versions import FileVersions
+from ucp_deepspeed.checkpoint.versions import FileVersions, status_of
 from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.engine.agreement import agreement, portable
 from ucp_deepspeed.engine.exchange import Exchange, Held, Packing, begin_exchange
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot
 from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 from ucp_deepspeed.plan import Sharing, without
+from ucp_deepspeed.remote import located
 from ucp_deepspeed.transfer import CopyPool, FileReader, TransferCount, run_copies
 from ucp_deepspeed.transfer.planning.policies import Policies
 from ucp_deepspeed.transfer.planning.rank_planner import PlannedBuffer, PlannedRank, PlannedSlot
@@ -84,8 +85,7 @@ class Filling:
                 stops[extent.path] = max(stop, stops.get(extent.path, 0))
         for path, stop in stops.items():
             try:
-                with Path(path).open("rb") as file:
-                    status = os.fstat(file.fileno())
+                status = status_of(located(path))
             except OSError as error:
                 raise DamagedCheckpointError(f"{path} can't be read: {error.strerror or error}") from error
             if status.st_size < stop:
@@ -195,8 +195,9 @@ class _Filler:
 
     def __init__(self, memory_numbytes: int, versions: FileVersions, tensor_parallel: Any, threads: int) -> None:
         self.count, self._tensor_parallel = TransferCount(), tensor_parallel
-        self._reader = FileReader(versions)
         packed_numbytes = min(tunables.ROUND_NUMBYTES, memory_numbytes // 4)
+        request_numbytes = max(min(tunables.REQUEST_NUMBYTES, (memory_numbytes - packed_numbytes) // threads // 2), 1)
+        self._reader = FileReader(versions, request_numbytes=request_numbytes)
         self._packing = Packing(packed_numbytes)
         self._pool = CopyPool(threads, memory_numbytes - packed_numbytes)
         self._among_tensor_parallel: Shared = {}

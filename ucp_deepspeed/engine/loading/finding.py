@@ -35,6 +35,7 @@ from ucp_deepspeed.errors import (
     UniversalCheckpointError,
     UnsupportedError,
 )
+from ucp_deepspeed.remote import is_url, located
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -139,7 +140,7 @@ def _look(
     try:
         streams = config.random_state == "restore" and config.load != "never"
         streams = streams and not options.load_module_only and not only_evaluates(engine)
-        folder = _find(Path(load_dir), tag, config.load)
+        folder = _find(located(load_dir), tag, config.load)
         if (
             folder is not None
             and tag is None
@@ -214,6 +215,8 @@ def _by_rank(values: Sequence[Any]) -> str:
 def _find(load_dir: Path, tag: str | None, load: str) -> Path | None:
     """Return the tag folder. None leaves the load to DeepSpeed, which has its own message for a folder in which no tag was
     saved."""
+    if load == "never" and is_url(load_dir):
+        raise ConfigError(f'{load_dir} is a URL, which DeepSpeed itself can\'t load, and "load" is "never"')
     try:
         folder = resolve_tag(load_dir, tag)
     except CheckpointNotFoundError:
@@ -234,7 +237,7 @@ def _opened(engine: Engine, folder: Path, config: UniversalCheckpointConfig) -> 
         return open_here(engine, folder)
     except UnsupportedError as error:
         asked = config.load == "always" or config.has_policies
-        if asked or isinstance(error, FormatError) or (folder / INDEX_NAME).is_file():
+        if asked or is_url(folder) or isinstance(error, FormatError) or (folder / INDEX_NAME).is_file():
             raise
         for path in files_to_unpickle(folder, [entry.name for entry in folder.iterdir()], engine):
             look_into(path, None)

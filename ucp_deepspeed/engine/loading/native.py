@@ -40,6 +40,7 @@ from ucp_deepspeed.engine.names import ModelNames
 from ucp_deepspeed.engine.optimizers import EngineOptimizer, EngineSlot, is_offloaded, only_evaluates
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.language.schemes import seen_through
+from ucp_deepspeed.remote import is_url
 from ucp_deepspeed.transfer.planning.numbers import usable
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -85,6 +86,8 @@ def takes_universal_path(
     """Return whether this rank can't leave the load to DeepSpeed."""
     if not isinstance(checkpoint, DeepSpeedCheckpoint) or config.load == "always" or config.has_policies:
         return True
+    if is_url(checkpoint.path):
+        return True  # DeepSpeed opens files of mounted file systems alone
     if is_offloaded(engine) and engine.zero_optimization_stage() == 3:
         return True  # DeepSpeed finds no weights to fill (IndexError in ``stage3.py::_rigid_load_state_dict``)
     trusting = config.on_unreadable == "error"

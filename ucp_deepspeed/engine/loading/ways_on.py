@@ -22,6 +22,7 @@ from ucp_deepspeed.errors import (
     UniversalCheckpointError,
     UnsupportedError,
 )
+from ucp_deepspeed.remote import located
 
 T = TypeVar("T")
 
@@ -59,7 +60,7 @@ def telling_ways_on(load: Callable[..., T]) -> Callable[..., T]:
         try:
             return load(native, engine, load_dir, tag, *rest, **options)
         except UniversalCheckpointError as error:
-            way = None if tells_a_way_on(error) else _way_on(error, Path(load_dir), tag)
+            way = None if tells_a_way_on(error) else _way_on(error, located(load_dir), tag)
             if way is None:
                 raise
             if isinstance(error, ListingError):

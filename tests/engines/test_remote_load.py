@@ -1,0 +1,90 @@
+"""Loads from a store: the engine as from the same files on a disk, by ranges; and what goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import STEP, differences
+from stores import Server, upload, use
+
+from ucp_deepspeed import tunables
+from ucp_deepspeed.errors import ConfigError, DamagedCheckpointError, SaveError
+from ucp_deepspeed.testing.ranks import RankPool
+from ucp_deepspeed.testing.runs import Outcome, Run, train
+
+Ranks = Callable[[int], RankPool]
+
+SOURCE = Run("mlp", {"hidden": 512, "ffn": 1024}, zero={"stage": 1}, precision="bf16", groups="decay")
+TARGET = replace(SOURCE, zero={"stage": 3})
+
+
+def train_from(endpoint: str, *arguments: Any, **named: Any) -> Outcome:
+    """Do what `train` does, where a store is within reach."""
+    use(endpoint)
+    return train(*arguments, **named)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def saved(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that a run on two ranks saved, which lies in the store too."""
+    from ucp_deepspeed.testing.ranks import get_pool
+
+    folder = tmp_path_factory.mktemp("saved")
+    get_pool(2).run(train, SOURCE, STEP, save=str(folder), client_state={"epoch": 7})
+    upload(folder, "s3://bucket/saved")
+    return folder
+
+
+@pytest.mark.parametrize("target", [TARGET, SOURCE], ids=["another-stage", "the-same"])
+def test_as_from_a_disk(target: Run, saved: Path, server: Server, ranks: Ranks, tmp_path: Path) -> None:
+    """Also on the topology that saved, where a load from a disk is left to DeepSpeed."""
+    local = ranks(2).run(train, target, STEP + 1, load=str(saved), save=str(tmp_path / "local"), save_at=STEP + 1)
+    server.count_anew()
+    remote = ranks(2).run(
+        train_from,
+        *(server.endpoint, target, STEP + 1),
+        load="s3://bucket/saved",
+        save=str(tmp_path / "remote"),
+        save_at=STEP + 1,
+    )
+    assert differences(tmp_path / "remote", tmp_path / "local") == []
+    for one, other in zip(remote, local, strict=True):
+        assert (one.losses, one.client_state, one.counters) == (other.losses, other.client_state, other.counters)
+        assert one.load_path == "s3://bucket/saved/global_step3" and one.client_state["epoch"] == 7
+        assert one.report is not None
+    needed = sum(each.report.bytes_needed for each in remote)
+    whole = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
+    assert all(each.report.bytes_needed < 0.6 * whole for each in remote)
+    assert needed <= server.sent < needed + 2 * 10 * tunables.BLOCK_REQUEST_NUMBYTES
+
+
+def test_an_object_that_goes_wrong_while_it_is_read(saved: Path, server: Server, ranks: Ranks) -> None:
+    """The error is the same on all ranks, and names the object."""
+    with server.failing(403, "GET", "rank_1", "optim"):
+        with pytest.raises(
+            DamagedCheckpointError, match=r"s3://bucket/saved/\S*rank_1\S*optim\S* can't be read: Forbidden"
+        ):
+            ranks(2).run(train_from, server.endpoint, TARGET, STEP, load="s3://bucket/saved")
+
+
+def test_what_is_refused(saved: Path, server: Server, ranks: Ranks) -> None:
+    def refused(run: Run, **named: Any) -> None:
+        ranks(2).run(train_from, server.endpoint, run, STEP, **named)
+
+    with pytest.raises(ConfigError, match='is a URL, which DeepSpeed itself can\'t load, and "load" is "never"'):
+        refused(replace(TARGET, universal={"enabled": True, "load": "never"}), load="s3://bucket/saved")
+    with pytest.raises(
+        SaveError, match="s3://bucket/saved is a URL, and DeepSpeed saves into mounted file systems alone"
+    ):
+        refused(TARGET, load=str(saved), save="s3://bucket/saved", save_first=True)
