@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,13 @@ from checkpoints import STEP, differences
 from stores import Server, upload, use
 
 from ucp_deepspeed import tunables
-from ucp_deepspeed.errors import ConfigError, DamagedCheckpointError, SaveError
-from ucp_deepspeed.testing.ranks import RankPool
+from ucp_deepspeed.errors import ConfigError, SaveError, UniversalCheckpointError
+from ucp_deepspeed.testing.ranks import RankError, RankPool
 from ucp_deepspeed.testing.runs import Outcome, Run, train
 
 Ranks = Callable[[int], RankPool]
 
-SOURCE = Run("mlp", {"hidden": 512, "ffn": 1024}, zero={"stage": 1}, precision="bf16", groups="decay")
+SOURCE = Run("mlp", {"hidden": 1024, "ffn": 2048}, zero={"stage": 1}, precision="bf16", groups="decay")
 TARGET = replace(SOURCE, zero={"stage": 3})
 
 
@@ -61,30 +62,31 @@ def test_as_from_a_disk(target: Run, saved: Path, server: Server, ranks: Ranks, 
     assert differences(tmp_path / "remote", tmp_path / "local") == []
     for one, other in zip(remote, local, strict=True):
         assert (one.losses, one.client_state, one.counters) == (other.losses, other.client_state, other.counters)
-        assert one.load_path == "s3://bucket/saved/global_step3" and one.client_state["epoch"] == 7
+        assert one.load_path.startswith(f"s3://bucket/saved/global_step{STEP}/") and one.client_state["epoch"] == 7
         assert one.report is not None
     needed = sum(each.report.bytes_needed for each in remote)
     whole = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
     assert all(each.report.bytes_needed < 0.6 * whole for each in remote)
-    assert needed <= server.sent < needed + 2 * 10 * tunables.BLOCK_REQUEST_NUMBYTES
+    assert needed <= server.sent < needed + 2 * 12 * tunables.BLOCK_REQUEST_NUMBYTES
+
+
+def refusal(server: Server, ranks: Ranks, run: Run, **named: Any) -> BaseException | None:
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(train_from, server.endpoint, run, STEP, **named)
+    return caught.value.original
 
 
 def test_an_object_that_goes_wrong_while_it_is_read(saved: Path, server: Server, ranks: Ranks) -> None:
-    """The error is the same on all ranks, and names the object."""
+    """The error names the object."""
     with server.failing(403, "GET", "rank_1", "optim"):
-        with pytest.raises(
-            DamagedCheckpointError, match=r"s3://bucket/saved/\S*rank_1\S*optim\S* can't be read: Forbidden"
-        ):
-            ranks(2).run(train_from, server.endpoint, TARGET, STEP, load="s3://bucket/saved")
+        error = refusal(server, ranks, TARGET, load="s3://bucket/saved")
+    assert isinstance(error, UniversalCheckpointError)
+    assert re.search(r"Forbidden.*s3://bucket/saved/\S*rank_1\S*optim\S*", str(error))
 
 
 def test_what_is_refused(saved: Path, server: Server, ranks: Ranks) -> None:
-    def refused(run: Run, **named: Any) -> None:
-        ranks(2).run(train_from, server.endpoint, run, STEP, **named)
-
-    with pytest.raises(ConfigError, match='is a URL, which DeepSpeed itself can\'t load, and "load" is "never"'):
-        refused(replace(TARGET, universal={"enabled": True, "load": "never"}), load="s3://bucket/saved")
-    with pytest.raises(
-        SaveError, match="s3://bucket/saved is a URL, and DeepSpeed saves into mounted file systems alone"
-    ):
-        refused(TARGET, load=str(saved), save="s3://bucket/saved", save_first=True)
+    never = replace(TARGET, universal={"enabled": True, "load": "never"})
+    error = refusal(server, ranks, never, load="s3://bucket/saved")
+    assert isinstance(error, ConfigError) and "is a URL, which DeepSpeed itself can't load" in str(error)
+    error = refusal(server, ranks, TARGET, load=str(saved), save="s3://bucket/saved", save_first=True)
+    assert isinstance(error, SaveError) and "s3://bucket/saved is a URL" in str(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,20 @@ def test_what_every_release_of_deepspeed_wrote(folder: Path) -> None:
     except UniversalCheckpointError as error:
         pytest.skip(f"it needs a spec: {error}")
     assert same(every_value(upload(folder, f"memory://golden/{folder.name}")), expected)
+
+
+def test_client_states(one: Path) -> None:
+    """Tensors in it are read, those of the model aren't; they go on sharing storages."""
+    path = one / "mp_rank_00_model_states.pt"
+    held = torch.arange(6.0)
+    values = OrderedDict(a=held, b=[held[2:], (torch.nn.Parameter(torch.ones(3)), torch.empty(0))], c={"n": 1})
+    torch.save(torch.load(path, weights_only=False) | {"mine": values, "large": torch.zeros(1 << 16)}, path)
+    state = ucp_deepspeed.open_checkpoint(upload(one, "memory://client")).client_state
+    assert state.keys() == ucp_deepspeed.open_checkpoint(one).client_state.keys() == {"mine", "large"}
+    mine = state["mine"]
+    assert type(mine) is OrderedDict and torch.equal(mine["a"], held) and torch.equal(mine["b"][0], held[2:])
+    assert mine["a"].untyped_storage().data_ptr() == mine["b"][0].untyped_storage().data_ptr()
+    assert type(mine["b"][1][0]) is torch.nn.Parameter and mine["b"][1][1].numel() == 0 and mine["c"] == {"n": 1}
 
 
 def test_every_form(one: Path, ucp: Ucp, tmp_path: Path, server: Server) -> None:

@@ -49,10 +49,11 @@ from ucp_deepspeed.checkpoint.expert_names import expert_of, missing_expert, opt
 from ucp_deepspeed.checkpoint.torch_files.archives import is_archive_file, storages_of
 from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY
 from ucp_deepspeed.checkpoint.torch_files.foreign import opaque_in
-from ucp_deepspeed.checkpoint.torch_files.safe_load import PRECISIONS, open_torch_file
+from ucp_deepspeed.checkpoint.torch_files.safe_load import PRECISIONS, fill_described, open_torch_file
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.layout import Topology
+from ucp_deepspeed.remote import is_url
 
 VALUES_KEY = "ucp_optimizer_only"
 """Key under which saving adds to a model_states file the parameters that the optimizer has and no module, by name."""
@@ -360,13 +361,17 @@ class DeepSpeedFiles:
         return saved
 
     def client_state(self, rank: int, partition: int) -> dict[str, Any]:
-        """Return the top level of a model_states file, except the module and the keys in `unreadable`. Tensors are mapped."""
+        """Return the top level of a model_states file, except the module and the keys in `unreadable`. Tensors are mapped; of a
+        store they are read, and the optimizer's state is left out too."""
         path = self.model_states_path(rank, partition)
         self.versions.note(path)
         left_out = self.unreadable(rank, partition)
         self.check_tensors(path, {key: value for key, value in self.open(path).items() if key not in WEIGHTS_KEYS})
-        saved = open_torch_file(path, tensors=True, owned=ENGINE_KEYS, summed=True)
-        return {key: value for key, value in saved.items() if key != "module" and key not in left_out}
+        remote = is_url(path)
+        saved = open_torch_file(path, tensors=not remote, owned=ENGINE_KEYS, summed=True)
+        passed = left_out.keys() | (WEIGHTS_KEYS if remote else {"module"})
+        state = {key: value for key, value in saved.items() if key not in passed}
+        return fill_described(state, path) if remote else state
 
     def unreadable(self, rank: int, partition: int) -> dict[str, str]:
         """Keys of the user's in a model_states file that can't be read without running code of a class → that class."""
