@@ -122,7 +122,7 @@ def test_another_size_is_told(saved: Path) -> None:
         assert any(f"bytes instead of {len(held)}" in told for told in found.differences(saved))
     for size in range(0, len(held), 97):  # ends while it is read: the size was another one
         saved.write_bytes(held[:size])
-        with patch("ucp_deepspeed.checkpoint.checksums.os.fstat", return_value=SimpleNamespace(st_size=len(held))):
+        with patch("ucp_deepspeed.remote.os.fstat", return_value=SimpleNamespace(st_size=len(held))):
             assert found.differences(saved)
     saved.unlink()
     with pytest.raises(DamagedCheckpointError, match=r"x\.pt can't be read: No such file"):

@@ -103,7 +103,7 @@ def test_a_disk_that_fails_is_no_change(tmp_path: Path, monkeypatch: pytest.Monk
     found.note(tmp_path / "a")
     for number, told in ((errno.EIO, "a can't be read: Input/output error"), (errno.ESTALE, "a was changed while")):
 
-        def fail(path: object, number: int = number) -> None:
+        def fail(path: object, number: int = number, **settings: object) -> None:
             raise OSError(number, os.strerror(number))
 
         with monkeypatch.context() as patch:

@@ -46,10 +46,10 @@ from ucp_deepspeed.checkpoint.deepspeed.written_names import (
 )
 from ucp_deepspeed.checkpoint.deepspeed.zero_slots import BF16_OPTIMIZER, NamedShapes, ZeroFile
 from ucp_deepspeed.checkpoint.expert_names import expert_of, missing_expert, optimizer_file, weight_file
-from ucp_deepspeed.checkpoint.torch_files.archives import is_archive_file, storages_of
+from ucp_deepspeed.checkpoint.torch_files.archives import fill_described, is_archive_file, storages_of
 from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY
 from ucp_deepspeed.checkpoint.torch_files.foreign import opaque_in
-from ucp_deepspeed.checkpoint.torch_files.safe_load import PRECISIONS, fill_described, open_torch_file
+from ucp_deepspeed.checkpoint.torch_files.safe_load import PRECISIONS, open_torch_file
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.layout import Topology

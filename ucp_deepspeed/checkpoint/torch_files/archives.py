@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from io import RawIOBase
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 import torch
 
@@ -24,6 +24,9 @@ from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.torch_files.damage import telling_damage
 from ucp_deepspeed.checkpoint.torch_files.foreign import everything_in
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
+from ucp_deepspeed.remote import read_at
+
+T = TypeVar("T")
 
 REWRITE_HINT = "if you trust it, write it anew with torch.save(torch.load(path, weights_only=False), path)"
 
@@ -42,6 +45,34 @@ def storages_of(described: Any) -> list[tuple[int, int]]:
     found = (value for value in everything_in(described) if isinstance(value, torch.Tensor) and value.is_meta)
     places = {storage_start(each): each.untyped_storage().nbytes() for each in found if each.layout is torch.strided}
     return [(start, start + numbytes) for start, numbytes in places.items() if numbytes]
+
+
+def fill_described(value: T, path: Path) -> T:
+    """Return a value of `safe_load.open_torch_file`, with all tensors in it read where they stand. They go on sharing storages.
+
+    Raises:
+        UnsupportedError: one isn't strided.
+    """
+    read: dict[tuple[int, int], torch.UntypedStorage] = {}
+    for tensor in [each for each in everything_in(value) if isinstance(each, torch.Tensor) and each.is_meta]:
+        if tensor.layout is not torch.strided or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            kind = type(tensor).__name__ if tensor.layout is torch.strided else str(tensor.layout)
+            raise UnsupportedError(
+                f"{path} holds a {kind} among what the script saved, which is read of local files alone"
+            )
+        place = start, numbytes = storage_start(tensor), tensor.untyped_storage().nbytes()
+        if place not in read:
+            with telling_damage(path), path.open("rb", buffering=0) as file:
+                raw = bytearray(read_at(file, start, numbytes))
+            read[place] = (
+                torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8, device="cpu")
+            ).untyped_storage()
+        filled = torch.empty(0, dtype=tensor.dtype, device="cpu")
+        filled.set_(read[place], tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
+        if isinstance(tensor, torch.nn.Parameter):
+            filled = torch.nn.Parameter(filled, tensor.requires_grad)
+        torch.utils.swap_tensors(tensor, filled)
+    return value
 
 
 def is_archive_file(path: Path) -> bool:

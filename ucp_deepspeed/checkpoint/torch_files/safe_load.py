@@ -14,7 +14,7 @@ import pickle
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch._utils import _element_size
@@ -26,11 +26,9 @@ from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Precision
 from ucp_deepspeed.checkpoint.torch_files import unpickling
 from ucp_deepspeed.checkpoint.torch_files.archives import Archive, storage_start
 from ucp_deepspeed.checkpoint.torch_files.damage import refusal, telling_damage
-from ucp_deepspeed.checkpoint.torch_files.foreign import Content, everything_in, opaque_in
+from ucp_deepspeed.checkpoint.torch_files.foreign import Content, opaque_in
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError, why_not_read
-from ucp_deepspeed.remote import is_url, numbytes_of, read_at
-
-T = TypeVar("T")
+from ucp_deepspeed.remote import is_url, numbytes_of
 
 TORCH_DTYPES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -260,35 +258,6 @@ def read_tensor(tensor: torch.Tensor, path: Path) -> torch.Tensor:
     return (
         torch.frombuffer(raw, dtype=tensor.dtype).view(tensor.shape) if raw else torch.empty_like(tensor, device="cpu")
     )
-
-
-def fill_described(value: T, path: Path) -> T:
-    """Return a value of `open_torch_file`, with all tensors in it read, each where it stands: they go on sharing storages.
-
-    Raises:
-        UnsupportedError: one isn't strided.
-    """
-    read: dict[int, torch.UntypedStorage] = {}
-    for tensor in [each for each in everything_in(value) if isinstance(each, torch.Tensor) and each.is_meta]:
-        if tensor.layout is not torch.strided or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-            kind = type(tensor).__name__ if tensor.layout is torch.strided else str(tensor.layout)
-            raise UnsupportedError(
-                f"{path} holds a {kind} among what the script saved, which is read of local files alone"
-            )
-        storage = tensor.untyped_storage()
-        if storage._cdata not in read:
-            start, numbytes = storage_start(tensor), storage.nbytes()
-            with telling_damage(path), path.open("rb", buffering=0) as file:
-                raw = bytearray(read_at(file, start, numbytes))
-            read[storage._cdata] = (
-                torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8, device="cpu")
-            ).untyped_storage()
-        filled = torch.empty(0, dtype=tensor.dtype, device="cpu")
-        filled.set_(read[storage._cdata], tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
-        if isinstance(tensor, torch.nn.Parameter):
-            filled = torch.nn.Parameter(filled, tensor.requires_grad)
-        torch.utils.swap_tensors(tensor, filled)
-    return value
 
 
 def read_tensors(value: Any, path: Path) -> Any:
