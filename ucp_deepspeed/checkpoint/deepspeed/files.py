@@ -365,13 +365,11 @@ class DeepSpeedFiles:
         store they are read, and the optimizer's state is left out too."""
         path = self.model_states_path(rank, partition)
         self.versions.note(path)
-        left_out = self.unreadable(rank, partition)
+        left_out = {*self.unreadable(rank, partition), *(WEIGHTS_KEYS if is_url(path) else ("module",))}
         self.check_tensors(path, {key: value for key, value in self.open(path).items() if key not in WEIGHTS_KEYS})
-        remote = is_url(path)
-        saved = open_torch_file(path, tensors=not remote, owned=ENGINE_KEYS, summed=True)
-        passed = left_out.keys() | (WEIGHTS_KEYS if remote else {"module"})
-        state = {key: value for key, value in saved.items() if key not in passed}
-        return fill_described(state, path) if remote else state
+        saved = open_torch_file(path, tensors=not is_url(path), owned=ENGINE_KEYS, summed=True)
+        state = {key: value for key, value in saved.items() if key not in left_out}
+        return fill_described(state, path) if is_url(path) else state
 
     def unreadable(self, rank: int, partition: int) -> dict[str, str]:
         """Keys of the user's in a model_states file that can't be read without running code of a class → that class."""
