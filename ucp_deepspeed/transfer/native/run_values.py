@@ -9,8 +9,10 @@ from typing import Any
 
 from ucp_deepspeed.checkpoint.bounds import misshapen
 from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, OnUnreadable
+from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
 from ucp_deepspeed.checkpoint.deepspeed.recorded_layouts import INFO, REFUSED
+from ucp_deepspeed.checkpoint.extra_states import is_extra_state
 from ucp_deepspeed.checkpoint.torch_files.foreign import opaque_in
 from ucp_deepspeed.checkpoint.torch_files.writing import value_archive
 from ucp_deepspeed.checkpoint.universal.atoms_output import DATA_SCHEDULES, left_out
@@ -26,12 +28,14 @@ class RunValues:
         client_state: entries of the user's.
         schedules: states of DeepSpeed's schedules of data; None where there are none.
         extra_states: for each tensor-parallel rank of the checkpoint the extra states of modules, by key.
+        without_state: keys of modules that have the function for extra states, and return none.
     """
 
     config: Mapping[str, Any]
     client_state: Mapping[str, Any]
     schedules: Mapping[str, Any]
     extra_states: tuple[Mapping[str, Any], ...]
+    without_state: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, drop: Collection[str], on_unreadable: OnUnreadable) -> RunValues:
@@ -68,6 +72,7 @@ class RunValues:
             kept,
             {key: state.get(key) for key in DATA_SCHEDULES},
             tuple({key: value for key, value in held.items() if key not in drop} for held in extra),
+            tuple(_without_state(checkpoint)),
         )
 
     def extra_states_on(self, degree: int, rank: int) -> Mapping[str, Any]:
@@ -76,8 +81,9 @@ class RunValues:
         Raises:
             MismatchError: those of the ranks differ, and their number isn't the checkpoint's.
         """
+        none = dict.fromkeys(self.without_state)
         if degree == len(self.extra_states):
-            return self.extra_states[rank % degree]
+            return {**none, **self.extra_states[rank % degree]}
         first, *others = self.extra_states or ({},)
         if any(repr(other) != repr(first) for other in others):
             raise MismatchError(
@@ -85,7 +91,14 @@ class RunValues:
                 "--drop-client-state KEY for each",
                 sorted(first),
             )
-        return first
+        return {**none, **first}
+
+
+def _without_state(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield the keys under which a module's ``state_dict`` has None: strict loads ask for them. Only DeepSpeed's files tell."""
+    if isinstance(checkpoint, DeepSpeedCheckpoint) and not checkpoint.files.is_pipeline:
+        module = checkpoint.files.model_states(0)["module"]
+        yield from (key for key, value in module.items() if value is None and is_extra_state(key))
 
 
 def _unwritable(state: Mapping[Any, Any]) -> Iterator[str]:
