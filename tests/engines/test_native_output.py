@@ -167,13 +167,26 @@ CUT_CASES: dict[str, tuple[Run, Run, int, tuple[str, ...]]] = {
 }
 
 
+PIPELINE = Run("gpt", pp=2, partition="uniform", precision="bf16")
+UNTIED = Run("llama", pp=1, partition="uniform")
+
+CUT_CASES |= {
+    "tied pipeline of 2 to 1": (PIPELINE, replace(PIPELINE, pp=1), 2, ()),
+    "pipeline of 1 to 2": (UNTIED, replace(UNTIED, pp=2, zero={"stage": 0}), 2, ("--layers", "3,3")),
+}
+
+
 @pytest.mark.parametrize("case", CUT_CASES)
-def test_under_tensor_parallelism(case: str, source: Callable[..., Path], tmp_path: Path) -> None:
+def test_under_model_parallelism(case: str, source: Callable[..., Path], tmp_path: Path) -> None:
     run, target, ranks, options = CUT_CASES[case]
-    sizes = ("--tp", str(target.tp), "--dp", str(ranks // target.tp), "--zero", str(target.zero["stage"]))
+    pp = target.pp or 1
+    sizes = ["--tp", str(target.tp), "--pp", str(pp), "--dp", str(ranks // target.tp // pp)]
+    sizes += ["--zero", str(target.zero["stage"])]
     saved = source(run)
     written = converted(saved, tmp_path / "written", *sizes, *options)
-    check(saved, written, replace(target, seed=3), ranks, tmp_path / "again", options[1] if options else None)
+    check(
+        saved, written, replace(target, seed=3), ranks, tmp_path / "again", options[1] if "--spec" in options else None
+    )
 
 
 @pytest.mark.parametrize("form", ["universal", "dcp"])

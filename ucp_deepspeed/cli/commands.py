@@ -7,7 +7,6 @@ import click
 from ucp_deepspeed.cli.options import (
     CHECKPOINT,
     COUNT,
-    ENGINE_CONFIG,
     FAMILY,
     HELP,
     JSON,
@@ -20,6 +19,7 @@ from ucp_deepspeed.cli.options import (
     Commands,
     checkpoint,
     choice,
+    engine,
     folder,
     option,
     topology,
@@ -83,8 +83,7 @@ CONVERT = Command(
             help="Form to write: universal, that of torch.distributed.checkpoint, DeepSpeed's own for an engine of the sizes "
             "--tp to --zero, or DeepSpeed's own universal folder.",
         ),
-        *topology(),
-        ENGINE_CONFIG,
+        *engine(),
         *READING,
         option("--workers", type=COUNT, default=2, show_default=True, help="Threads that copy."),
         option(

@@ -110,21 +110,27 @@ def _output(to: Form) -> Callable[..., Output]:
     return NativeOutput
 
 
-def _target(to: Form, tp: int, pp: int, dp: int | None, zero: int | None, config: Path | None) -> dict[str, Any] | None:
+def _target(
+    to: Form, tp: int, pp: int, dp: int | None, zero: int | None, config: Path | None, layers: tuple[int, ...] | None
+) -> dict[str, Any] | None:
     """Return the engine that is to load DeepSpeed's own files; None for other forms.
 
     Raises:
         ConfigError: options are missing, or are of no use; or the config isn't one.
     """
     if to != "deepspeed":
-        if (tp, pp, dp, zero, config) != (1, 1, None, None, None):
+        if (tp, pp, dp, zero, config, layers) != (1, 1, None, None, None, None):
             raise ConfigError(
-                f"--tp, --pp, --dp, --zero and --config are for --to deepspeed; the form {to} has no topology"
+                f"--tp, --pp, --dp, --zero, --layers and --config are for --to deepspeed; the form {to} has no topology"
             )
         return None
     if dp is None or zero is None:
         raise ConfigError("--to deepspeed needs the sizes of the engine that is to load: at least --dp and --zero")
-    return {"topology": Topology(tp, pp, dp, zero), "config": None if config is None else _config(config)}
+    return {
+        "topology": Topology(tp, pp, dp, zero),
+        "config": None if config is None else _config(config),
+        "layers": layers,
+    }
 
 
 def _config(path: Path) -> dict[str, Any]:

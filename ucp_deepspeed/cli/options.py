@@ -167,6 +167,20 @@ class _Picture(click.Path):
         return path
 
 
+class _Counts(click.ParamType):
+    """Numbers from 1 on, with commas between them."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = value.split(",")
+        if not all(part.isdecimal() and int(part) for part in parts):
+            self.fail(f"{value!r} isn't a list of numbers from 1 on, such as 3,4", param, ctx)
+        return tuple(map(int, parts))
+
+
 def option(*names: str, **settings: Any) -> click.Option:
     """An option; settings as of `click.option`."""
     return click.Option(names, **settings)
@@ -195,6 +209,12 @@ VOCABULARY = option(
     help="Rows of the vocabulary without padding; by default as the checkpoint records.",
 )
 READING = (TAG, SPEC, VOCABULARY)
+LAYERS = option(
+    "--layers",
+    type=_Counts(),
+    metavar="N,N,…",
+    help="Layers of each stage of a pipeline, as DeepSpeed prints them; by default as in SRC, if that has --pp stages.",
+)
 ENGINE_CONFIG = option(
     "--config",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
@@ -219,6 +239,11 @@ def topology(**settings: Any) -> list[click.Option]:
         option("--dp", type=COUNT, help="Data-parallel size.", **settings),
         option("--zero", type=click.IntRange(0, 3), help="ZeRO stage.", **settings),
     ]
+
+
+def engine() -> list[click.Option]:
+    """Options that describe an engine that is to load DeepSpeed's own files."""
+    return [*topology(), LAYERS, ENGINE_CONFIG]
 
 
 def choice(name: str, choices: str, **settings: Any) -> click.Option:

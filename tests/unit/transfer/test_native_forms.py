@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from native_files import NativeModel, NativeRun, write_native
+from native_files import Cut, NativeModel, NativeParameter, NativeRun, write_native
 from spec_models import model_of
 
 Ucp = Callable[..., Result]
@@ -69,9 +69,23 @@ def config_of(run: NativeRun) -> dict[str, Any]:
     return config | ({run.precision: {"enabled": True}} if run.precision != "fp32" else {})
 
 
-def check(source: Path, model: NativeModel, run: NativeRun, folder: Path, ucp: Ucp, *options: object) -> None:
+def check(
+    source: Path, model: NativeModel, run: NativeRun, folder: Path, ucp: Ucp, more: tuple[str, ...], *options: object
+) -> None:
     (folder / "config.json").write_text(json.dumps(config_of(run)))
-    sizes = ("--tp", run.tp, "--dp", run.dp, "--zero", run.stage, "--config", folder / "config.json")
+    sizes = (
+        *more,
+        "--tp",
+        run.tp,
+        "--pp",
+        run.pp or 1,
+        "--dp",
+        run.dp,
+        "--zero",
+        run.stage,
+        "--config",
+        folder / "config.json",
+    )
     result = ucp("convert", source, folder / "out", "--to", "deepspeed", *sizes, *options)
     assert result.exit_code == 0, result.stderr
     expected = write_native(folder / "expected", model, replace(run, steps=SOURCE.steps))
@@ -90,7 +104,7 @@ def check(source: Path, model: NativeModel, run: NativeRun, folder: Path, ucp: U
 @pytest.mark.parametrize("run", TARGETS, ids=str)
 def test_the_files_are_those_of_an_engine(run: NativeRun, right: Path, tmp_path: Path, ucp: Ucp) -> None:
     source = write_native(tmp_path / "source", model_of(), SOURCE)
-    check(source, model_of(), run, tmp_path, ucp, "--spec", right)
+    check(source, model_of(), run, tmp_path, ucp, (), "--spec", right)
 
 
 @pytest.mark.parametrize(
@@ -116,3 +130,43 @@ def test_what_is_refused(options: tuple[Any, ...], told: str, tmp_path: Path, uc
     result = ucp("convert", source, tmp_path / "out", *(str(each).format(source.parent) for each in options))
     assert (result.exit_code, (tmp_path / "out").exists()) == (2, False)
     assert told in result.stderr
+
+
+def pipeline() -> NativeModel:
+    """Five layers; the third is a function, the last uses the first's weight."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = {
+        "tied_modules.embed.weight": (10, 4),
+        "1.up.weight": (8, 4),
+        "1.up.bias": (8,),
+        "3.down.weight": (4, 8),
+        "4.norm": (4,),
+    }
+    cuts: dict[str, Cut] = {"1.up.weight": "rows", "1.up.bias": "rows", "3.down.weight": "columns"}
+    held = []
+    for name, shape in shapes.items():
+        states = {key: torch.randn(shape, generator=generator) for key in ("exp_avg", "exp_avg_sq")}
+        value = torch.randn(shape, generator=generator)
+        held.append(NativeParameter(name, value, states, cut=cuts.get(name, "replicated"), frozen=name == "4.norm"))
+    return NativeModel(tuple(held), buffers={"3.seen": torch.arange(3)}, layers=5, tied={"embed": (0, 4)})
+
+
+PIPELINES = [
+    (NativeRun(dp=3, pp=2, stage=1), ()),
+    (NativeRun(dp=2, pp=1, stage=1), ()),
+    (NativeRun(dp=2, pp=3, stage=1, parts=(1, 2, 2)), ("--layers", "1,2,2")),
+    (NativeRun(tp=2, dp=2, pp=2, stage=0), ()),
+]
+
+
+@pytest.mark.parametrize(("run", "options"), PIPELINES, ids=str)
+def test_pipelines(run: NativeRun, options: tuple[str, ...], tmp_path: Path, ucp: Ucp) -> None:
+    source = NativeRun(dp=2, pp=2, stage=1)
+    folder = write_native(tmp_path / "source", pipeline(), source)
+    (tmp_path / "spec.yaml").write_text(
+        "family: mine\nrules:\n"
+        "  - {match: ['1.up.*'], pattern: shard, dim: 0}\n"
+        "  - {match: ['3.down.weight'], pattern: shard, dim: 1}\n"
+        "  - {match: ['tied_modules.**', '4.norm'], pattern: replicate}\n"
+    )
+    check(folder, pipeline(), run, tmp_path, ucp, options, "--spec", tmp_path / "spec.yaml")

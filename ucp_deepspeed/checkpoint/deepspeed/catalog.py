@@ -131,7 +131,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         if self.manifest is not None and self.manifest.has_extra_states is False:
             return found
         if self.files.is_pipeline:
-            return tuple(self._layers.extra_states(rank) for rank in range(self.topology.tp))
+            return tuple(self.layers.extra_states(rank) for rank in range(self.topology.tp))
         for rank in range(self.topology.model_parallel):
             module, path = self.files.model_states(rank)["module"], self.files.model_states_path(rank, 0)
             extra = extra_states_in(module, path)
@@ -339,14 +339,15 @@ class DeepSpeedCheckpoint(Checkpoint):
         """Return the weights and buffers in a model-parallel rank's files; in a pipeline those of all stages."""
         saved, path = self.files.model_states(rank), self.files.model_states_path(rank, 0)
         pipeline = self.files.is_pipeline
-        weights = self._layers.on(rank % self.topology.tp) if pipeline else tensors_in(saved["module"], path)
+        weights = self.layers.on(rank % self.topology.tp) if pipeline else tensors_in(saved["module"], path)
         found = {**weights, **tensors_in(saved.get(VALUES_KEY) or {}, path)}
         for expert in () if pipeline else self.files.expert_files(rank):
             found |= tensors_in(self.files.weights(expert), expert)
         return found
 
     @cached_property
-    def _layers(self) -> PipelineLayers:
+    def layers(self) -> PipelineLayers:
+        """The files of a pipeline's layers."""
         return PipelineLayers(self.files, self.topology, self._trained_numels)
 
     def _trained_numels(self) -> dict[str, int]:
@@ -365,8 +366,8 @@ class DeepSpeedCheckpoint(Checkpoint):
             return [name for name, kind in self._recorded_stages[0].items() if kind == "frozen"]
         claimed = {name for rank in self._firsts for slot in self._optimizer_slots(rank) for name in slot.names}
         claimed |= {name for rank in self._firsts for name in self.files.model_states(rank)["buffer_names"]}
-        recorded = self.manifest.parameters if self.manifest else self._layers.on(0)
-        return [name for name in self._layers.on(0) if name not in claimed and name in recorded]
+        recorded = self.manifest.parameters if self.manifest else self.layers.on(0)
+        return [name for name in self.layers.on(0) if name not in claimed and name in recorded]
 
     def recorded_groups(self, rank: int, ep_rank: int = 0) -> Groups | None:
         """Return the names in the optimizer's order on one model- and expert-parallel rank. The manifest records the first's."""
@@ -393,7 +394,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         stages = self.manifest.stages if self.manifest and described and self.topology.pp > 1 else None
         if stages is None:
             return None
-        saved = self._layers.on(0)  # frozen parameters may be missing from the files
+        saved = self.layers.on(0)  # frozen parameters may be missing from the files
         kinds: list[dict[str, Kind]] = [
             {name: kind for name, kind in held.items() if kind == "trainable" or (kind == "buffer" and name in saved)}
             for held in stages
@@ -421,7 +422,7 @@ class DeepSpeedCheckpoint(Checkpoint):
             shares = [{name: tuple(where[name][0].shape for where in held) for name in held[0]} for held in ranks]
         nothing: HeldShapes = (None,) * degree
         parameters: dict[str, Parameter] = {}
-        listed = self._layers.order() if self.files.is_pipeline else self.files.model_states(0)["module"]
+        listed = self.layers.order() if self.files.is_pipeline else self.files.model_states(0)["module"]
         order = {name: index for index, name in enumerate(listed)}
         for name in sorted(owners, key=lambda name: order.get(name, len(order))):
             shapes: HeldShapes = tuple(shape for held in shares for shape in held.get(name, nothing))

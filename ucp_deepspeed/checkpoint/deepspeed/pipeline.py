@@ -92,7 +92,7 @@ class PipelineLayers:
         self._check_all_there()
         named: dict[str, Located] = {}
         for key, located in self._tensors(tp_rank, self._needed).items():
-            named.setdefault(self._keys.get(key, key), located)  # for a tied module the first of its layers counts
+            named.setdefault(self.keys.get(key, key), located)  # for a tied module the first of its layers counts
         return named
 
     def _check_all_there(self) -> None:
@@ -117,7 +117,7 @@ class PipelineLayers:
         if self._files.manifest is None or self._needed is None:
             return self.on(0)
         places: dict[str, int] = {}
-        for key, name in self._keys.items():
+        for key, name in self.keys.items():
             if (layer := layer_of(key)) is not None:
                 places[name] = min(layer, places.get(name, layer))
         layers = {name: places.get(name, layer_of(name)) for name in self._files.manifest.parameters}
@@ -163,7 +163,7 @@ class PipelineLayers:
         return frozenset(layer for key in keys if (layer := layer_of(key)) is not None)
 
     @cached_property
-    def _keys(self) -> Mapping[str, str]:
+    def keys(self) -> Mapping[str, str]:
         """Key of a layer file → name, if they differ: for tied modules."""
         if self._files.manifest is not None:
             return self._files.manifest.layer_keys

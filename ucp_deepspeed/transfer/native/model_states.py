@@ -34,6 +34,7 @@ class RankModel:
         tied: further names in the files → the name that each tensor has.
         values: values of the run.
         optimizer: its optimizer.
+        layered: the module is a pipeline's, whose layers have files of their own.
     """
 
     settings: NativeSettings
@@ -44,13 +45,14 @@ class RankModel:
     tied: Mapping[str, str]
     values: RunValues
     optimizer: RankOptimizer
+    layered: bool = False
 
     def state(self) -> dict[str, Any]:
         """Return what a file of the model's state holds."""
         run, topology, stage = self.view.checkpoint.run, self.settings.topology, self.settings.stage
         first = self.target.model_parallel_rank == self.target.data_parallel_rank == 0
         return {
-            "module": self.module(),
+            "module": None if self.layered else self.module(),
             "buffer_names": [self.names[name] for name in self._named("buffer")],
             "optimizer": None if stage else self.optimizer.state_dict(),
             "param_shapes": self.optimizer.trained_shapes if stage else None,
@@ -69,7 +71,19 @@ class RankModel:
         }
 
     def module(self) -> OrderedDict[str, Any]:
-        """Return the module's ``state_dict()``. At stage 3 only buffers have elements."""
+        """Return the module's ``state_dict()``."""
+        found = self.weights()
+        found.update((alias, found[owner]) for alias, owner in self.tied.items() if owner in found)
+        found.update(self.extra_states())
+        return found
+
+    def extra_states(self) -> Mapping[str, Any]:
+        """Return the extra states of modules on this tensor-parallel rank."""
+        degree = self.settings.topology.tp
+        return self.values.extra_states_on(degree, self.target.model_parallel_rank % degree)
+
+    def weights(self) -> OrderedDict[str, Any]:
+        """Return parameters and buffers under their names in the files. At stage 3 only buffers have elements."""
         found: OrderedDict[str, Any] = OrderedDict()
         for name in self._held:
             parameter = self.view.parameters[name]
@@ -77,9 +91,6 @@ class RankModel:
                 found[self.names[name]] = torch.empty(0, dtype=PRECISIONS[self.settings.precision])
             else:
                 found[self.names[name]] = self._weight(name)
-        found.update((alias, found[owner]) for alias, owner in self.tied.items() if owner in found)
-        place = self.target.model_parallel_rank % self.settings.topology.tp
-        found.update(self.values.extra_states_on(self.settings.topology.tp, place))
         return found
 
     @property

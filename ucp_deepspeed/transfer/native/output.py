@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ucp_deepspeed.checkpoint import random_files
-from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, OnUnreadable
+from ucp_deepspeed.checkpoint.checkpoint import OnUnreadable
 from ucp_deepspeed.checkpoint.checksums import FileSums
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, MARK_NAME, Manifest, ManifestParameter, digest_of
@@ -28,14 +28,15 @@ from ucp_deepspeed.layout.pattern import PerRank, Unique
 from ucp_deepspeed.transfer.native.buffers import Tensors
 from ucp_deepspeed.transfer.native.model_states import RankModel
 from ucp_deepspeed.transfer.native.optimizer_states import HeldSlot, RankOptimizer
+from ucp_deepspeed.transfer.native.pipeline import Pipeline
 from ucp_deepspeed.transfer.native.run_values import RunValues
-from ucp_deepspeed.transfer.native.settings import WRITTEN_VERSION, NativeSettings
+from ucp_deepspeed.transfer.native.settings import WRITTEN_VERSION, NativeSettings, reorders
 from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
 from ucp_deepspeed.transfer.planning.pairing import Pair, pair
 from ucp_deepspeed.transfer.planning.policies import Obstacles, Policies
 from ucp_deepspeed.transfer.planning.rank_planner import RankPlanner, TargetOptimizer
 from ucp_deepspeed.transfer.planning.target import TargetRank
-from ucp_deepspeed.transfer.planning.target_ranks import ordered_names, stacked_experts, target_ranks
+from ucp_deepspeed.transfer.planning.target_ranks import stacked_experts, target_ranks
 from ucp_deepspeed.transfer.planning.targeting import describe_target
 
 RESUME_HINT = "an engine with this package resumes from the checkpoint itself, on any topology"
@@ -48,11 +49,13 @@ class NativeOutput(Output):
     Attributes:
         topology: topology of the engine that is to load the files.
         config: its DeepSpeed config; by default that of the run that saved.
+        layers: number of layers of each stage of a pipeline; by default as the checkpoint has them, if it has so many stages.
         spec: the spec that the user named.
     """
 
     topology: Topology
     config: Mapping[str, Any] | None = None
+    layers: tuple[int, ...] | None = None
     spec: Spec | None = None
     drop_client_state: Collection[str] = ()
     on_unreadable: OnUnreadable = "error"
@@ -64,17 +67,21 @@ class NativeOutput(Output):
         if checkpoint.lacking is not None:
             raise checkpoint.lacking
         _check_written(view, self.topology)
+        pipeline = Pipeline.of(checkpoint, self.topology, self.layers)
         values = RunValues.of(checkpoint, self.drop_client_state, self.on_unreadable)
         groups = [group.hyperparameters for group in view.groups]
-        settings = NativeSettings.of(self.topology, checkpoint.run, groups, values.config, self.config)
+        settings = NativeSettings.of(
+            self.topology, checkpoint.run, groups, values.config, self.config, _order(view, values, pipeline)
+        )
         if settings.precision == "fp16" and checkpoint.run.loss_scale is None:
             raise UnsupportedError(
                 f"{checkpoint.path} has no loss scale, which fp16 resumes with; write it for the precision of its run"
             )
         obstacles = Obstacles()
-        described = describe_target(view, self.topology, self.spec, obstacles)
+        stages = None if pipeline is None else pipeline.stages(view)
+        described = describe_target(view, self.topology, self.spec, obstacles, stages)
         found = pair(checkpoint, described, Policies(differing=self.on_differing), obstacles, lambda *_: ())
-        files = _Files(found, settings, values)
+        files = _Files(found, settings, values, pipeline)
         archives = tuple(value_archive(name, value) for name, value in files.values())
         finish = partial(_finish, files.manifest())
         return OutputPlan(tuple(each.file for each in archives), finish, 0, partial(write_sums, archives), found.view)
@@ -93,8 +100,9 @@ def _check_written(view: UniversalView, topology: Topology) -> None:
     path = view.checkpoint.path
     if stacked_experts(view) or any(expert_of(name) is not None for name in view.parameters):
         raise UnsupportedError(f"{path} has experts, which aren't written in DeepSpeed's own files; {RESUME_HINT}")
-    if topology.pp > 1 or _is_pipeline(view.checkpoint):
-        raise UnsupportedError(f"the layer files of pipelines aren't written; {RESUME_HINT}")
+    if topology.pp > 1 and topology.zero_stage > 1:
+        stage = topology.zero_stage
+        raise UnsupportedError(f"DeepSpeed refuses ZeRO-{stage} with pipeline parallelism; take --zero 0 or 1")
     if any(group.hyperparameters.get("use_muon") for group in view.groups):
         raise UnsupportedError(
             f"{path} has states of Muon, which aren't written in DeepSpeed's own files; {RESUME_HINT}"
@@ -105,18 +113,28 @@ def _check_written(view: UniversalView, topology: Topology) -> None:
         raise MismatchError(told, unsure, f"write ZeRO 0 to 2 with --zero; or {RESUME_HINT}")
 
 
-def _is_pipeline(checkpoint: Checkpoint) -> bool:
-    return isinstance(checkpoint, DeepSpeedCheckpoint) and checkpoint.files.is_pipeline
+def _order(view: UniversalView, values: RunValues, pipeline: Pipeline | None) -> tuple[str, ...]:
+    """Return all logical names in the order in which the saving run gave them to its optimizer, as far as the files tell."""
+    known = [] if reorders(values.config) else [name for group in view.groups for name in group.names]
+    names = list(dict.fromkeys([*known, *view.parameters]))
+    if pipeline is None:
+        return tuple(names)
+    own = {logical: name for name, logical in view.logical_of.items()}
+    logical = {own[name]: name for name in names}
+    return tuple(logical[name] for name in pipeline.ordered(list(logical)))
 
 
 class _Files:
     """The files of all ranks of an engine."""
 
-    def __init__(self, found: Pair, settings: NativeSettings, values: RunValues) -> None:
+    def __init__(
+        self, found: Pair, settings: NativeSettings, values: RunValues, pipeline: Pipeline | None = None
+    ) -> None:
         """Raises:
         MismatchError: the checkpoint can't be on this topology; lists all obstacles.
         """
         self.pair, self.settings, self.run, self.view = found, settings, values, found.view
+        self.pipeline = pipeline
         self.topology, checkpoint = settings.topology, found.checkpoint
         own = {name: logical for name, logical in self.view.logical_of.items() if name in checkpoint.parameters}
         self.names = {logical: name for name, logical in own.items()}
@@ -138,6 +156,16 @@ class _Files:
                 described = {"ds_config": dict(settings.config), "ds_version": WRITTEN_VERSION}
                 state = {"optimizer_state_dict": model.optimizer.state_dict(), **described}
                 yield optimizer_name(rank, partition, prefix), state
+        yield from self._layers(self.pipeline) if self.pipeline is not None else ()
+
+    def _layers(self, pipeline: Pipeline) -> Iterator[tuple[str, Any]]:
+        """Yield the name and content of each layer's file. They are those of the first data-parallel ranks."""
+        firsts = [model for model in self.ranks if model.target.data_parallel_rank == 0]
+        held: list[dict[str, Any]] = [{} for _ in range(self.topology.tp)]
+        for model in reversed(firsts):
+            held[model.target.model_parallel_rank % self.topology.tp] |= model.weights()
+        for layer, rank, name in pipeline.files():
+            yield name, pipeline.content(layer, held[rank], firsts[rank].extra_states())
 
     def _models(self) -> Iterator[RankModel]:
         """Plan one rank after another; collect the obstacles."""
@@ -146,15 +174,15 @@ class _Files:
         for target in target_ranks(self.view, self.topology, shapes, settings=self.settings.buffers):
             tensors = Tensors(self.view, self.pair.layouts, target.model_parallel_rank)
             optimizer = self._optimizer(planner, target, tensors)
-            held = self.names, self.tied, self.run
-            yield RankModel(self.settings, self.view, tensors, target, *held, optimizer)
+            held = self.names, self.tied, self.run, optimizer, self.pipeline is not None
+            yield RankModel(self.settings, self.view, tensors, target, *held)
 
     def _optimizer(self, planner: RankPlanner, target: TargetRank, tensors: Tensors) -> RankOptimizer:
         checkpoint, place = self.pair.checkpoint, (target.model_parallel_rank, 0)
         names = self.pair.names.source
         numbers = PartitionNumbers(checkpoint, names, self.topology, place, target.slots, self.pair.policies)
         kept = sorted({slot.group for slot in target.slots})
-        groups = {number: numbers.of_group(number, self.view.groups[number]) for number in kept if self.view.groups}
+        groups = {number: numbers.of_group(number, checkpoint.groups[number]) for number in kept if checkpoint.groups}
         states = planner.check(target, numbers)
         held = [HeldSlot(slot, found) for slot, found in zip(target.slots, states, strict=True)]
         held.sort(key=lambda each: each.slot.group)
@@ -165,15 +193,14 @@ class _Files:
     def manifest(self) -> Manifest:
         """Return what describes the files to this package: names and layouts, which DeepSpeed doesn't record."""
         firsts = [model for model in self.ranks if model.target.data_parallel_rank == 0][:: self.topology.tp]
-        ordered = ordered_names(self.view, self.settings.buffers)
-        groups = tuple(
-            tuple(self._named(model, number, ordered) for number in model.optimizer.groups) for model in firsts
-        )
+        groups = tuple(tuple(self._named(model, number) for number in model.optimizer.groups) for model in firsts)
         return Manifest(
             topology=self.topology,
             optimizer=self.settings.form,
             vocabulary_size=self.view.vocabulary_size,
             parameter_groups=groups,
+            group_numbers=None if self.pipeline is None else tuple(tuple(model.optimizer.groups) for model in firsts),
+            layer_keys={} if self.pipeline is None else self.pipeline.keys,
             parameters={self.names[name]: self._described(name) for name in self.view.parameters},
             has_extra_states=any(self.run.extra_states),
             same_numbers=self.same_numbers,
@@ -181,9 +208,9 @@ class _Files:
             files={},
         )
 
-    def _named(self, model: RankModel, number: int, ordered: Sequence[str]) -> tuple[str, ...]:
+    def _named(self, model: RankModel, number: int) -> tuple[str, ...]:
         held = {name for each in model.optimizer.held if each.slot.group == number for name in each.slot.names}
-        return tuple(self.names[name] for name in ordered if name in held)
+        return tuple(self.names[name] for name in self.settings.buffers.order if name in held)
 
     def _described(self, name: str) -> ManifestParameter:
         pattern, own, tp = self.view.patterns[name], self.names[name], self.topology.tp

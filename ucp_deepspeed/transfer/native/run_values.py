@@ -12,6 +12,7 @@ from ucp_deepspeed.checkpoint.checkpoint import Checkpoint, OnUnreadable
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
 from ucp_deepspeed.checkpoint.deepspeed.recorded_layouts import INFO, REFUSED
+from ucp_deepspeed.checkpoint.deepspeed.written_names import layer_file
 from ucp_deepspeed.checkpoint.extra_states import is_extra_state
 from ucp_deepspeed.checkpoint.torch_files.foreign import opaque_in
 from ucp_deepspeed.checkpoint.torch_files.writing import value_archive
@@ -96,9 +97,14 @@ class RunValues:
 
 def _without_state(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield the keys under which a module's ``state_dict`` has None: strict loads ask for them. Only DeepSpeed's files tell."""
-    if isinstance(checkpoint, DeepSpeedCheckpoint) and not checkpoint.files.is_pipeline:
-        module = checkpoint.files.model_states(0)["module"]
-        yield from (key for key, value in module.items() if value is None and is_extra_state(key))
+    if not isinstance(checkpoint, DeepSpeedCheckpoint):
+        return
+    held = {"": checkpoint.files.model_states(0)["module"] or {}}
+    for name in sorted(checkpoint.files.names) if checkpoint.files.is_pipeline else ():
+        if (place := layer_file(name)) is not None and place[1] == 0:
+            held[f"{place[0]}."] = checkpoint.files.weights(checkpoint.path / name)
+    for prefix, module in held.items():
+        yield from (f"{prefix}{key}" for key, value in module.items() if value is None and is_extra_state(key))
 
 
 def _unwritable(state: Mapping[Any, Any]) -> Iterator[str]:

@@ -70,6 +70,7 @@ class NativeSettings:
         groups: Sequence[Mapping[str, Any]],
         saved: Mapping[str, Any],
         config: Mapping[str, Any] | None = None,
+        order: tuple[str, ...] = (),
     ) -> NativeSettings:
         """Tell the settings.
 
@@ -78,6 +79,7 @@ class NativeSettings:
             groups: hyper-parameters of the optimizer's groups.
             saved: config of that run; empty if it isn't known.
             config: the engine's config; by default that of the run that saved.
+            order: see `BufferSettings`.
 
         Raises:
             ConfigError: the config contradicts the topology.
@@ -92,7 +94,7 @@ class NativeSettings:
         form = _form(topology, precision, given, any(map(_is_fused, groups)))
         size = ITEMSIZE[DTYPES[precision]]
         buffers = BufferSettings(
-            in_model_order=bool(_section(saved, "zero_optimization").get("round_robin_gradients")),
+            order=order,
             fused=form == "fp16-fused",
             flat=form == "bf16-optimizer",
             sub_group_size=int(_number(zero, "sub_group_size", BufferSettings().sub_group_size)),
@@ -101,6 +103,11 @@ class NativeSettings:
         )
         clipping = _number(given, "gradient_clipping", DEFAULT_CLIPPING) if "gradient_clipping" in given else None
         return cls(topology, precision, form, buffers, _written(given, topology, precision), clipping)
+
+
+def reorders(config: Mapping[str, Any]) -> bool:
+    """Return whether an engine with this config lists a group's parameters in another order than it is given them."""
+    return bool(_section(config, "zero_optimization").get("round_robin_gradients"))
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

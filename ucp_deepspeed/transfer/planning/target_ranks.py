@@ -30,7 +30,7 @@ class BufferSettings:
     """Settings of an engine that say how its optimizer lays out its buffers. The defaults are DeepSpeed's.
 
     Attributes:
-        in_model_order: inside each parameter group parameters stand in the model's order; else in that of the group's names.
+        order: logical names in the order in which the optimizer is given its parameters; empty for the model's.
         fused: without ZeRO, each parameter group is one buffer (``FP16_Optimizer``).
         flat: without ZeRO, the state is partitioned all the same (``BF16_Optimizer`` of a pipeline); None if the run's precision
             tells.
@@ -39,7 +39,7 @@ class BufferSettings:
         alignment: each parameter but a group's first begins at a multiple of so many elements (``parameter_alignment``).
     """
 
-    in_model_order: bool = True
+    order: tuple[str, ...] = ()
     fused: bool = False
     flat: bool | None = None
     sub_group_size: int = 1_000_000_000
@@ -130,7 +130,7 @@ def _held(
     # An optimizer is given no parameter that has no elements on its rank (``runtime/utils.py::is_optimized_parameter``).
     kept = {name for name, numel in numels.items() if numel and view.parameters[name].kind == "trainable"}
     joined: dict[Any, list[str]] = {}
-    for name in ordered_names(view, settings):
+    for name in settings.order or view.parameters:
         if name in numels:
             joined.setdefault(group_of.get(name) if shared and name in kept else (name,), []).append(name)
 
@@ -146,13 +146,6 @@ def _held(
         return TargetSlot(tuple(names), cut, 0, group, starts=begins, itemsize=ITEMSIZE[dtype])
 
     return [slot(part) for names in joined.values() for part in _parts(names, numels, topology, settings)]
-
-
-def ordered_names(view: UniversalView, settings: BufferSettings) -> list[str]:
-    """Return all names in the order in which an optimizer is given its parameters."""
-    if settings.in_model_order:
-        return list(view.parameters)
-    return list(dict.fromkeys([*(name for group in view.groups for name in group.names), *view.parameters]))
 
 
 def _parts(

@@ -167,14 +167,20 @@ def plan_target(
 
 
 def describe_target(
-    view: UniversalView, topology: Topology, spec: Spec | None, obstacles: Obstacles
+    view: UniversalView,
+    topology: Topology,
+    spec: Spec | None,
+    obstacles: Obstacles,
+    stages: Mapping[str, Collection[int]] | None = None,
 ) -> ModelDescription:
     """Describe the model of a checkpoint on another topology: its tensors are cut by the patterns, and its layers dealt out.
 
     Args:
         obstacles: takes the tensors that can't be cut.
+        stages: the pipeline stages that hold each parameter, by logical name; by default layers are dealt out evenly.
     """
-    checkpoint, tensors, stages = view.checkpoint, {}, _stages(view, topology, obstacles)
+    checkpoint, tensors = view.checkpoint, {}
+    stages = _stages(view, topology, obstacles) if stages is None else stages
     cut = lru_cache(maxsize=None)(lambda pattern, whole: pattern.local_shapes(whole, topology.tp))
     padded = lru_cache(maxsize=None)(lambda pattern, shares: pattern.logical_shape(shares, view.vocabulary_size))
     for name, parameter in checkpoint.parameters.items():
