@@ -80,8 +80,7 @@ CONVERT = Command(
             "--to",
             "universal dcp deepspeed deepspeed-universal",
             show_default=True,
-            help="Form to write: universal, that of torch.distributed.checkpoint, DeepSpeed's own for an engine of the sizes "
-            "--tp to --zero, or DeepSpeed's own universal folder.",
+            help="Form: universal, torch's DCP, DeepSpeed's own for an engine of the sizes --tp to --zero, or its universal one.",
         ),
         *engine(),
         *READING,
