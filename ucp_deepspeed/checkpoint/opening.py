@@ -19,6 +19,7 @@ from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME
 from ucp_deepspeed.checkpoint.deepspeed.written_names import is_model_states
 from ucp_deepspeed.checkpoint.huggingface import HuggingFaceCheckpoint, is_huggingface
 from ucp_deepspeed.checkpoint.tags import holds_checkpoint, is_dcp, is_marked, tags_in, unfinished
+from ucp_deepspeed.checkpoint.torch_dist.catalog import TorchDistCheckpoint, is_torch_dist
 from ucp_deepspeed.checkpoint.universal.index import (
     INDEX_NAME,
     PARTIAL_MARK,
@@ -35,9 +36,6 @@ logger = logging.getLogger("ucp_deepspeed")
 LATEST_NAME = "latest"
 UNIVERSAL_LATEST_NAME = "latest_universal"
 """File in which DeepSpeed's ds_to_universal names its folder."""
-
-MEGATRON_NAME = "common.pt"
-"""File that Megatron-Core puts beside the metadata of ``torch.distributed.checkpoint``; its keys are no ``state_dict``'s."""
 
 LONGEST_LATEST = 1 << 20
 """Most bytes of the file ``latest``: many times those of the longest path."""
@@ -189,11 +187,8 @@ def _open(path: str | Path, tag: str | None, verify: bool) -> Checkpoint:
     if native is not None:
         return DeepSpeedCheckpoint(folder, verify=verify)
     if is_dcp(folder):
-        if (folder / MEGATRON_NAME).is_file():
-            raise FormatError(
-                f"{folder} is a torch_dist folder of Megatron-Core, as its {MEGATRON_NAME} tells, which this release can't read: "
-                f"load it with Megatron-Core, and save it from a DeepSpeed engine"
-            )
+        if is_torch_dist(folder):
+            return TorchDistCheckpoint(folder)
         return DcpCheckpoint(folder)
     if is_huggingface(folder):
         return HuggingFaceCheckpoint(folder)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,28 +15,19 @@ from ucp_deepspeed.checkpoint.checkpoint import (
     MASTER,
     WEIGHT,
     WEIGHTS_HINT,
-    Checkpoint,
-    Deferred,
-    FileExtent,
-    Kind,
     Parameter,
     ParameterGroup,
-    Precision,
     RunState,
 )
+from ucp_deepspeed.checkpoint.dcp.chunked import ChunkedCheckpoint
 from ucp_deepspeed.checkpoint.dcp.entries import MISSING_HINT, Entries
-from ucp_deepspeed.checkpoint.dcp.metadata import METADATA_NAME, StoredTensor, read_metadata
+from ucp_deepspeed.checkpoint.dcp.metadata import METADATA_NAME, read_metadata
 from ucp_deepspeed.checkpoint.dcp.record import RECORD_KEY, Record
 from ucp_deepspeed.checkpoint.dcp.sorting import StoredGroup, sort_keys
 from ucp_deepspeed.checkpoint.encoding import same_value
-from ucp_deepspeed.checkpoint.slots import is_number_in_tensor
 from ucp_deepspeed.checkpoint.torch_files.foreign import opaque_in
-from ucp_deepspeed.checkpoint.torch_files.safe_load import PRECISIONS, TORCH_DTYPES
 from ucp_deepspeed.checkpoint.versions import FileVersions
-from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, UnsupportedError
-from ucp_deepspeed.layout import Layout, LocalTensor, Shape, Topology
-from ucp_deepspeed.layout.layout import pieces_of
-from ucp_deepspeed.plan import Fragment
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -48,7 +38,7 @@ STEPS = ("step", "global_step", "global_steps")
 """Names that programs give to the number of steps taken, at the top or in a ``train_state``."""
 
 
-class DcpCheckpoint(Checkpoint):
+class DcpCheckpoint(ChunkedCheckpoint):
     """A folder of ``torch.distributed.checkpoint``. See `Checkpoint`.
 
     Each stored chunk is a box of the whole parameter, so that its topology is one rank. A parameter that an optimizer has is
@@ -60,12 +50,10 @@ class DcpCheckpoint(Checkpoint):
         UnsupportedError: nothing tells which tensors are the model's, or their type has no universal form.
     """
 
-    topology = Topology()
-    recorded_shapes: Mapping[str, Shape] = MappingProxyType({})
-    logical_names: Mapping[str, str] = MappingProxyType({})
     form = "torch.distributed.checkpoint"
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.path, self.versions = path, FileVersions()
         self.versions.note(path / METADATA_NAME)
         self._metadata = read_metadata(path / METADATA_NAME)
@@ -78,27 +66,11 @@ class DcpCheckpoint(Checkpoint):
         self.tied = {} if index is None else index.tied
         self._use_record()
         self.lacking = self._why_lacking()
-        self._layout_of = lru_cache(maxsize=None)(self._find_layout)
         trained = self._trained()
         self.parameters = {name: self._parameter(name, name in trained) for name in self._sorted.weights}
         self._refuse_strays()
         self.groups = self._read_groups()
         self.run = self._read_run()
-
-    def fragments(
-        self, name: str, state: str, rank: int, local_start: int, local_stop: int
-    ) -> Iterator[Fragment[FileExtent]]:
-        """See `Checkpoint.fragments`."""
-        extent = self._entries.extent(self._key(name, state), tuple(self._tensor(name).chunks)[rank])
-        yield Fragment(local_start, local_stop - local_start, extent, local_start)
-
-    def layout(self, name: str) -> Layout:
-        """See `Checkpoint.layout`. The boxes are the stored chunks.
-
-        Raises:
-            DamagedCheckpointError: chunks are missing, or overlap.
-        """
-        return self._layout_of(self._sorted.weights[name])
 
     def client_state(self, rank: int = 0, partition: int = 0) -> tuple[str, dict[str, Any]]:
         """See `Checkpoint.client_state`: what was saved beside model, optimizer and scheduler."""
@@ -115,27 +87,6 @@ class DcpCheckpoint(Checkpoint):
         if self._record is not None:
             return (self._record.values("extra_states"),)
         return ({key: self._readable(each) for key, each in self._sorted.extra.items()},)
-
-    def check_sizes(self) -> None:
-        """See `Checkpoint.check_sizes`."""
-        self._entries.check_files()
-
-    def _key(self, name: str, state: str) -> str:
-        if state not in self.parameters[name].states:
-            raise KeyError(state)
-        return self._sorted.weights[name] if state in (MASTER, WEIGHT) else self._sorted.states[name][state]
-
-    def _tensor(self, name: str) -> StoredTensor:
-        return self._metadata.tensors[self._sorted.weights[name]]
-
-    def _find_layout(self, key: str) -> Layout:
-        tensor = self._metadata.tensors[key]
-        try:
-            held = (LocalTensor(box.shape, pieces_of(box, (0,) * len(box.shape))) for box in tensor.chunks)
-            return Layout(tensor.shape, tuple(held))
-        except ValueError as error:
-            told = f"{self._metadata.path} doesn't list the chunks of a whole tensor for {key!r:.80}: {error}"
-            raise DamagedCheckpointError(f"{told}; {MISSING_HINT}") from error
 
     def _use_record(self) -> None:
         """Take names from the record, if there is one: tied parameters stand under each of theirs."""
@@ -180,55 +131,11 @@ class DcpCheckpoint(Checkpoint):
         return {*self._sorted.states, *(name for group in self._sorted.groups for name in group.names)}
 
     def _parameter(self, name: str, trained: bool) -> Parameter:
-        tensor = self._tensor(name)
-        states = {MASTER if trained else WEIGHT: self._dtype(self._sorted.weights[name])}
-        numbers: dict[str, str] = {}
-        refused: dict[str, str] = {}
-        like = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        for state, key in self._sorted.states.get(name, {}).items() if trained else ():
-            held = self._metadata.tensors.get(key)
-            if held is None or is_number_in_tensor(state, torch.empty(held.shape, device="meta"), like):
-                if held is not None or isinstance(self._entries.value(key), int | float):
-                    numbers[state] = key
-                elif (value := self._entries.value(key)) is not None:
-                    refused[state] = f"optimizer state {state!r} is a {type(value).__name__} ({self.path})"
-            elif (
-                held.chunks.keys() == tensor.chunks.keys() and held.shape == tensor.shape and held.dtype in TORCH_DTYPES
-            ):
-                states[state] = self._dtype(key)
-            elif (
-                self._layout_of(key).logical_shape != self.layout(name).logical_shape or held.dtype not in TORCH_DTYPES
-            ):
-                found = f"{held.dtype}, shape {held.shape}"
-                refused[state] = (
-                    f"optimizer state {state!r} isn't element-wise: {found} of {tensor.shape} ({self.path})"
-                )
-            else:
-                told = f"optimizer state {state!r} is cut in another way than its parameter ({self.path})"
-                refused[state] = f"{told}; save it with the parameter's placements"
-        read = partial(lambda keys: {state: self._entries.number(key) for state, key in keys.items()}, numbers)
-        scalars: Mapping[str, float] = Deferred(read) if numbers else {}
-        kind: Kind = "trainable" if trained else "frozen"
-        untold = not trained
-        if self._record is not None:
-            entry = self._record.index.parameters[name]
-            kind, scalars, untold = entry.kind, self._record.scalars(name), entry.may_be_buffer
-        return Parameter(name, kind, (tensor.shape,), states, scalars, refused, may_be_buffer=untold)
-
-    def _dtype(self, key: str) -> str:
-        dtype = self._metadata.tensors[key].dtype
-        if dtype not in TORCH_DTYPES:
-            raise UnsupportedError(f"{self._metadata.path} has {key!r:.80} in {dtype}, which has no universal form")
-        return TORCH_DTYPES[dtype]
-
-    def _refuse_strays(self) -> None:
-        """Refuse states of no parameter, on the first parameter that is trained."""
-        first = next((name for name, each in self.parameters.items() if each.kind == "trainable"), None)
-        if first is not None and self._sorted.strays:
-            beside = {key: f"optimizer state {key!r} is of no parameter ({self.path})" for key in self._sorted.strays}
-            held = dict(self.parameters)
-            held[first] = replace(held[first], refused={**held[first].refused, **beside})
-            self.parameters = held
+        found = super()._parameter(name, trained)
+        if self._record is None:
+            return found
+        entry, scalars = self._record.index.parameters[name], self._record.scalars(name)
+        return replace(found, kind=entry.kind, scalars=scalars, may_be_buffer=entry.may_be_buffer)
 
     def _read_groups(self) -> tuple[ParameterGroup, ...]:
         """Read the groups. Parameters of the flattened form are in one group if their hyper-parameters are the same."""
@@ -250,13 +157,6 @@ class DcpCheckpoint(Checkpoint):
         found = {key: self._readable(each) for key, each in group.keys.items()}
         one = {key for key, value in found.items() if isinstance(value, torch.Tensor) and value.numel() == 1}
         return {key: value.item() if key in one else value for key, value in found.items()}
-
-    def _readable(self, key: str) -> Any:
-        value = self._entries.value(key)
-        if (kind := opaque_in(value)) is not None:
-            told = f"{self.path} holds an object of class {kind} as {key!r:.80}, which could run code when loaded and is refused"
-            raise DamagedCheckpointError(f"{told}; save it as plain numbers, texts, lists and dictionaries")
-        return value
 
     @cached_property
     def _saved(self) -> dict[str, Any]:
@@ -298,9 +198,7 @@ class DcpCheckpoint(Checkpoint):
     def _read_run(self) -> RunState:
         if self._record is not None:
             return self._record.run
-        dtypes = {self._tensor(name).dtype for name, each in self.parameters.items() if each.kind == "trainable"}
-        dtypes = dtypes or {held.dtype for held in map(self._tensor, self.parameters) if held.dtype.is_floating_point}
-        precision: Precision = next((name for name, dtype in PRECISIONS.items() if dtype in dtypes), "fp32")
+        precision = self._precision()
         if self.lacking is None and precision != "fp32":
             logger.info("%s: parameters are stored in %s; these are the masters", self.path, precision)
         scheduler = None

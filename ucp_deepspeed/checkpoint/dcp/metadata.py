@@ -53,6 +53,15 @@ class _StorageInfo(_Kept): ...
 class _StorageMeta(_Kept): ...
 
 
+class _SavePlan(_Kept): ...
+
+
+class _WriteItem(_Kept): ...
+
+
+class _WriteData(_Kept): ...
+
+
 class _Properties(_Kept):
     def __setstate__(self, state: Any) -> None:
         self.dtype = state[0]
@@ -77,14 +86,21 @@ class _MemoryFormat(enum.Enum):
     TORCH_PRESERVE_FORMAT = 2
 
 
+class _WriteItemType(enum.Enum):
+    TENSOR = 1
+    SHARD = 2
+    BYTE_IO = 3
+
+
 def _member(owner: Any, name: str) -> Any:
     """Stand in for ``getattr``, with which Python 3.11.2 pickles an enum's members."""
-    if owner is not _MemoryFormat or name not in _MemoryFormat.__members__:
+    if owner not in (_MemoryFormat, _WriteItemType) or name not in owner.__members__:
         raise pickle.UnpicklingError("Unsupported class getattr")
-    return _MemoryFormat[name]
+    return owner[name]
 
 
 _TORCHS = "torch.distributed.checkpoint"
+_MEGATRONS = "megatron.core.dist_checkpointing.strategies.torch"
 _OLDER = "torch.distributed._shard.sharded_tensor.metadata"  # up to 2.2
 
 ALLOWED: dict[str, Any] = {
@@ -97,6 +113,13 @@ ALLOWED: dict[str, Any] = {
     f"{_TORCHS}.metadata.MetadataIndex": _Index,
     f"{_TORCHS}.metadata.StorageMeta": _StorageMeta,
     f"{_TORCHS}.filesystem._StorageInfo": _StorageInfo,
+    f"{_TORCHS}.planner.SavePlan": _SavePlan,  # Megatron-Core keeps the plans of all ranks
+    f"{_TORCHS}.planner.WriteItem": _WriteItem,
+    f"{_TORCHS}.planner.WriteItemType": _WriteItemType,
+    f"{_TORCHS}.planner.TensorWriteData": _WriteData,
+    f"{_TORCHS}.planner.BytesIOWriteData": _WriteData,
+    f"{_MEGATRONS}.MCoreMetadata": _Metadata,  # of 0.15
+    f"{_MEGATRONS}.MCoreSavePlan": _SavePlan,
     f"{_OLDER}.TensorProperties": _Properties,
     f"{_OLDER}.MEM_FORMAT_ENCODING": _MemoryFormat,
     "torch.Size": torch.Size,

@@ -45,6 +45,7 @@ class Sorted:
     Attributes:
         weights: key of each parameter and buffer, by name.
         states: keys of the optimizer's states, by name and state.
+        masters: key of each master that isn't the weight itself, by name.
         groups: the parameter groups; in flattened form one for each parameter.
         strays: optimizer states of no parameter.
         by_position: whether the optimizer numbers its parameters instead of naming them.
@@ -54,6 +55,7 @@ class Sorted:
 
     weights: dict[str, str] = field(default_factory=dict)
     states: dict[str, dict[str, str]] = field(default_factory=dict)
+    masters: dict[str, str] = field(default_factory=dict)
     groups: list[StoredGroup] = field(default_factory=list)
     strays: list[str] = field(default_factory=list)
     by_position: bool = False
