@@ -34,6 +34,7 @@ from ucp_deepspeed.checkpoint.random_files import (
     read_state,
 )
 from ucp_deepspeed.checkpoint.tags import is_dcp, is_marked
+from ucp_deepspeed.checkpoint.torch_dist.catalog import COMMON_NAME, CONFIG_NAME, is_torch_dist
 from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY
 from ucp_deepspeed.checkpoint.torch_files.safe_load import scalar_of
 from ucp_deepspeed.checkpoint.universal.index import FORMAT_VERSION, INDEX_NAME, Index
@@ -173,10 +174,11 @@ def _of_metadata(evidence: Evidence) -> Collection[str]:
     except (UniversalCheckpointError, OSError) as error:
         evidence.problems.append(Problem(METADATA_NAME, "checkpoint", str(error)))
         return [METADATA_NAME]
-    for name in sizes:
+    beside = (COMMON_NAME, CONFIG_NAME) if is_torch_dist(evidence.path) else ()
+    for name in (*sizes, *beside):
         if not (evidence.path / name).is_file():
             evidence.add(name, "missing", f"is missing, and {METADATA_NAME} tells of it; {REMEDY}")
-    return {METADATA_NAME, *sizes}
+    return {METADATA_NAME, *sizes, *beside}
 
 
 def _read_sums(evidence: Evidence, checksums: str, save_id: str | None) -> None:

@@ -37,6 +37,9 @@ LATEST_NAME = "latest"
 UNIVERSAL_LATEST_NAME = "latest_universal"
 """File in which DeepSpeed's ds_to_universal names its folder."""
 
+MEGATRON_LATEST_NAME = "latest_checkpointed_iteration.txt"
+"""File in which Megatron-LM keeps the number of the last iteration (``megatron/training/checkpointing.py``)."""
+
 LONGEST_LATEST = 1 << 20
 """Most bytes of the file ``latest``: many times those of the longest path."""
 
@@ -54,7 +57,7 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
     Args:
         path: a tag folder, or a folder with tag folders in it.
         tag: name of the tag, which may lead out of the folder. Without it: ``path`` itself if it is a tag folder, else the tag in
-            its ``latest`` file, which may not lead out of the folder.
+            its ``latest`` file, or in Megatron-LM's, which may not lead out of the folder.
 
     Raises:
         CheckpointNotFoundError: there is no such folder, tag or ``latest`` file; lists the tags that there are.
@@ -77,12 +80,15 @@ def resolve_tag(path: str | Path, tag: str | None = None) -> Path:
         latest = root / LATEST_NAME
         if not latest.is_file() and (root / UNIVERSAL_LATEST_NAME).is_file():
             latest = root / UNIVERSAL_LATEST_NAME
+        if not latest.is_file() and (root / MEGATRON_LATEST_NAME).is_file():
+            latest = root / MEGATRON_LATEST_NAME
         if not latest.is_file() and is_huggingface(root) and not _has_saves(root):
             return root
         if not latest.is_file():
             lacking = "it holds neither checkpoint files nor a 'latest' file"
             raise CheckpointNotFoundError(f"{root} is not a checkpoint: {lacking}{_there(root)}")
         tag = read_latest(latest)
+        tag = f"iter_{int(tag):07d}" if latest.name == MEGATRON_LATEST_NAME and tag.isdecimal() else tag
         strays, named = Path(tag).is_absolute() or ".." in Path(tag).parts, f", which {latest} names"
     folder = root / tag
     if isinstance(folder, RemotePath):

@@ -112,6 +112,14 @@ _LEADING = re.compile(r"^(?:module\.|base_model\.model\.)+(?=.)")
 """Parts of wrappers around the whole model."""
 
 
+_FUSED_NORMS = (
+    (re.compile(r"\.self_attention\.linear_qkv\.layer_norm_(weight|bias)$"), r".input_layernorm.\1"),
+    (re.compile(r"\.mlp\.linear_fc1\.layer_norm_(weight|bias)$"), r".pre_mlp_layernorm.\1"),
+)
+"""Norms that Transformer Engine has in the layer behind them, and the modules that they are in Megatron-Core's own layers
+(``sharded_state_dict_keys_map`` in ``models/gpt/gpt_layer_specs.py``)."""
+
+
 def plain_name(name: str) -> str:
     """Return a name without the parts that wrappers put into it."""
     return _LEADING.sub("", _WRAPPED.sub("", name)) or name
@@ -126,13 +134,14 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def seen_through(source: Collection[str], target: Collection[str]) -> dict[str, str]:
-    """Map names of the source to names of the target that differ only by wrappers. Names that both sides have are left out.
+    """Map names of the source to names of the target that differ only by wrappers, or by where Megatron-Core has a norm. Names
+    that both sides have are left out.
 
     A name is left out if two on a side have the same plain name, or if a name that both sides have has that plain name too.
     """
     known, wanted = frozenset(source), frozenset(target)
-    taken = {plain_name(name) for name in known & wanted}
-    extra, missing = ([(plain_name(name), name) for name in names] for names in (known - wanted, wanted - known))
+    taken = {_alike(name) for name in known & wanted}
+    extra, missing = ([(_alike(name), name) for name in names] for names in (known - wanted, wanted - known))
     counts = Counter(plain for plain, _ in extra), Counter(plain for plain, _ in missing)
     of_plain = dict(missing)
     return {
@@ -140,3 +149,10 @@ def seen_through(source: Collection[str], target: Collection[str]) -> dict[str, 
         for plain, name in extra
         if plain not in taken and all(count[plain] == 1 for count in counts)
     }
+
+
+def _alike(name: str) -> str:
+    plain = plain_name(name)
+    for fused, apart in _FUSED_NORMS:
+        plain = fused.sub(apart, plain)
+    return plain

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import multiprocessing
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,11 +202,61 @@ class Training:
         """Load by Megatron-Core's own functions."""
         from megatron.core import dist_checkpointing
 
-        held = dist_checkpointing.load(self.state(is_loading=True), folder)
-        self.model.module.load_state_dict(held["model"])
-        self.optimizer.load_state_dict(held["optimizer"])
+        with self._steps_in_states():
+            held = dist_checkpointing.load(self.state(is_loading=True), folder)
+            self.model.module.load_state_dict(held["model"])
+            self.optimizer.load_state_dict(held["optimizer"])
         self.schedule.load_state_dict(held["opt_param_scheduler"])
         self.iteration = held["iteration"]
+
+    def values(self) -> dict[tuple[str, str], torch.Tensor]:
+        """Return masters (``fp32``) and states by name and state, on a rank that has them whole: without parallelism."""
+        (optimizer,) = self.optimizer.chained_optimizers
+        found: dict[tuple[str, str], torch.Tensor] = {}
+        for name, parameter in self.model.module.named_parameters():
+            if self.run.optimizer == "distributed":
+                held = optimizer._get_main_param_and_optimizer_states(parameter)
+            else:
+                main = getattr(parameter, "main_param", parameter)
+                held = {"param": main, **optimizer.optimizer.state[main]}
+            found[name, "fp32"] = held["param"].detach().view_as(parameter).clone()
+            found |= {(name, state): held[state].view_as(parameter).clone() for state in ("exp_avg", "exp_avg_sq")}
+        return found
+
+    @contextmanager
+    def _steps_in_states(self) -> Iterator[None]:
+        """Let the distributed optimizer load into torch's Adam, which counts in each parameter's state and not in the group.
+
+        It expects steps before the first one, a step among the stored states, and gives all parameters one tensor to count in.
+        """
+        if self.run.optimizer != "distributed":
+            yield
+            return
+        for each in self.optimizer.chained_optimizers:
+            each._init_optimizer_states_with_dummy_values()
+            setter = each._set_main_param_and_optimizer_states
+            each._set_main_param_and_optimizer_states = partial(_set_with_step, each, setter)
+        yield
+        for each in self.optimizer.chained_optimizers:
+            del each._set_main_param_and_optimizer_states
+            for state in each.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+
+def _set_with_step(
+    optimizer: Any, setter: Callable[..., None], parameter: torch.Tensor, tensors: dict[str, Any]
+) -> None:
+    group, order = optimizer.model_param_group_index_map[parameter]
+    main = optimizer.optimizer.param_groups[group]["params"][order]
+    setter(parameter, {**tensors, "step": optimizer.optimizer.state[main]["step"]})
+
+
+def loaded(run: MegatronRun, folder: str) -> dict[tuple[str, str], torch.Tensor]:
+    """On a rank: masters and states that Megatron-Core's own load has put into a run; see `Training.values`."""
+    with cuda_is_the_cpu():
+        training = Training(run)
+        training.load(folder)
+        return training.values()
 
 
 def save(run: MegatronRun, folder: str, steps: int = STEPS_AT_SAVE) -> list[float]:
