@@ -201,7 +201,7 @@ def logits_of(run: MegatronRun, folder: str) -> torch.Tensor:
 
 
 class Evil:
-    """What a pickle would call if it were read with its code."""
+    """An object whose pickle makes a folder, if it is read with its code."""
 
     def __reduce__(self) -> Any:
         return os.mkdir, ("evil",)
