@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 
 from ucp_deepspeed.checkpoint.bounds import read_bounded
-from ucp_deepspeed.checkpoint.checkpoint import WEIGHTS_HINT, Parameter, RunState
+from ucp_deepspeed.checkpoint.checkpoint import WEIGHT, WEIGHTS_HINT, FileExtent, Parameter, RunState
 from ucp_deepspeed.checkpoint.dcp.chunked import ChunkedCheckpoint
 from ucp_deepspeed.checkpoint.dcp.entries import MISSING_HINT, Entries
 from ucp_deepspeed.checkpoint.dcp.metadata import METADATA_NAME, read_metadata
+from ucp_deepspeed.checkpoint.torch_dist.buckets import Buckets
 from ucp_deepspeed.checkpoint.torch_dist.groups import StoredGroup, assigned, stored_groups
 from ucp_deepspeed.checkpoint.torch_dist.keys import SHARDING_HINT, sort_keys, unstacked
 from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY
@@ -25,6 +27,7 @@ from ucp_deepspeed.checkpoint.torch_files.safe_load import open_torch_file, read
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.errors import DamagedCheckpointError, FormatError, MismatchError
 from ucp_deepspeed.layout.pattern import Pattern
+from ucp_deepspeed.plan import Fragment
 
 COMMON_NAME = "common.pt"
 CONFIG_NAME = "metadata.json"
@@ -39,6 +42,15 @@ OWNED = (OPTIMIZER, SCHEDULER, ITERATION)
 
 MEGATRONS = ("args", "rerun_state_machine")
 """Entries of the training script's own, which another engine has no use for."""
+
+
+OF_FIRST_GROUP = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_0\.optimizer/shard_.*")
+"""Key of the object with the parameter groups, beside buffers; those of all data-parallel groups are the same."""
+
+
+def alone(value: Any) -> Any:
+    """Return the value of an object, which Megatron-Core saves in a list."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 class TorchDistCheckpoint(ChunkedCheckpoint):
@@ -65,8 +77,9 @@ class TorchDistCheckpoint(ChunkedCheckpoint):
         self._entries.check_files()
         self._common = open_torch_file(path / COMMON_NAME, owned=OWNED)
         self._sorted = self._keys = sort_keys(self._metadata)
+        self._buckets: Buckets | None = None
         self.lacking = self._why_lacking()
-        trained = self._sorted.states.keys() | self._sorted.masters.keys() if self.lacking is None else frozenset()
+        trained = self._trained()
         self._check_masters(trained & self._sorted.weights.keys())
         parameters = {name: self._parameter(name, name in trained) for name in self._sorted.weights}
         shapes = {name: each.local_shapes[0] or () for name, each in parameters.items() if each.kind == "trainable"}
@@ -88,10 +101,8 @@ class TorchDistCheckpoint(ChunkedCheckpoint):
     def extra_states(self) -> tuple[dict[str, Any], ...]:
         """See `Checkpoint.extra_states`. Those that hold objects of classes are left out: Transformer Engine's buffers."""
         found = {name: self._entries.value(key) for name, key in self._sorted.extra.items()}
-        alone = {
-            name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in found.items()
-        }
-        return ({name: value for name, value in alone.items() if value is not None and opaque_in(value) is None},)
+        found = {name: alone(value) for name, value in found.items()}
+        return ({name: value for name, value in found.items() if value is not None and opaque_in(value) is None},)
 
     @cached_property
     def _rest(self) -> dict[str, Any]:
@@ -103,8 +114,11 @@ class TorchDistCheckpoint(ChunkedCheckpoint):
         """Return why there is no optimizer state to go on with; None if there is."""
         held, path = self._keys, self._metadata.path
         if held.buckets:
-            told = f"{path} holds the distributed optimizer's buffers as they are, which don't say whose elements they hold"
-            return MismatchError(f"{told}: {SHARDING_HINT}. The weights are whole: {WEIGHTS_HINT}")
+            try:
+                self._buckets = Buckets(self._entries, held.weights)
+            except MismatchError as error:
+                return error
+            return None
         if not held.states and not held.masters:
             return MismatchError(f"{path} holds no optimizer state, only weights: {WEIGHTS_HINT}")
         if OPTIMIZER not in self._common:
@@ -112,7 +126,29 @@ class TorchDistCheckpoint(ChunkedCheckpoint):
             return MismatchError(f"{told}: {WEIGHTS_HINT}")
         return None
 
-    def _check_masters(self, trained: frozenset[str] | set[str]) -> None:
+    def _trained(self) -> Set[str]:
+        """Return the names of the parameters that the optimizer has."""
+        if self.lacking is not None:
+            return frozenset()
+        return (
+            self._sorted.states.keys() | self._sorted.masters.keys() if self._buckets is None else self._buckets.names
+        )
+
+    def _parameter(self, name: str, trained: bool) -> Parameter:
+        found = super()._parameter(name, trained)
+        return found if self._buckets is None or not trained else replace(found, states=self._buckets.states(name))
+
+    def fragments(
+        self, name: str, state: str, rank: int, local_start: int, local_stop: int
+    ) -> Iterator[Fragment[FileExtent]]:
+        """See `Checkpoint.fragments`."""
+        if self._buckets is None or state == WEIGHT:
+            yield from super().fragments(name, state, rank, local_start, local_stop)
+            return
+        box = tuple(self._tensor(name).chunks)[rank]
+        yield from self._buckets.fragments(name, state, box, local_start, local_stop)
+
+    def _check_masters(self, trained: Set[str]) -> None:
         """Check that each trained parameter has its master, which is the weight only where that is in fp32."""
         if not self._sorted.masters:
             return
@@ -126,7 +162,10 @@ class TorchDistCheckpoint(ChunkedCheckpoint):
             raise DamagedCheckpointError(f"{told}; {MISSING_HINT}")
 
     def _stored_groups(self) -> list[StoredGroup]:
-        return stored_groups(self._common[OPTIMIZER], self.path / COMMON_NAME)
+        if self._buckets is None:
+            return stored_groups(self._common[OPTIMIZER], self.path / COMMON_NAME)
+        held = [self._readable(key) for key in self._keys.buckets if OF_FIRST_GROUP.fullmatch(key)]
+        return [group for value in held for group in stored_groups(alone(value), self._metadata.path)]
 
     def _counted(self, parameter: Parameter) -> Parameter:
         """Return a parameter with the steps that it has taken."""
