@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import ucp_deepspeed
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import main
-from ucp_deepspeed.errors import DamagedCheckpointError, FormatError, UniversalCheckpointError
+from ucp_deepspeed.errors import DamagedCheckpointError, FormatError, MismatchError, UniversalCheckpointError
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.testing.megatron_training import (
     STEPS_AT_SAVE,
@@ -34,7 +35,7 @@ from ucp_deepspeed.testing.megatron_training import (
     loaded,
     save,
 )
-from ucp_deepspeed.testing.ranks import RankPool, reset_parallel_state
+from ucp_deepspeed.testing.ranks import RankError, RankPool, reset_parallel_state
 from ucp_deepspeed.testing.runs import VOCABULARY, Run, _build_model, batch_of
 from ucp_deepspeed.transfer.compare import compare
 
@@ -49,6 +50,9 @@ RUNS = {
     "fp32": MegatronRun("gpt", optimizer="plain", precision="fp32", tp=2),
     "single": MegatronRun(tp=2, metadata={"singleton_local_shards": True}),
     "experts": MegatronRun(tp=2, size={"experts": 3}),
+    "buckets-dp2": MegatronRun(precision="fp32", sharding="dp_reshardable"),
+    "buckets-tp2": MegatronRun(sharding="dp_reshardable", tp=2),
+    "unsharded": MegatronRun(sharding="dp_zero_gather_scatter"),
 }
 
 
@@ -129,8 +133,13 @@ TARGETS = {
     "fp32": (1, 1),
     "single": (1, 2),
     "experts": (1, 1),
+    "buckets-dp2": (1, 3),
+    "buckets-tp2": (1, 2),
 }
 """Tensor-parallel size and ZeRO stage of the engine that resumes, on two ranks."""
+
+EQUAL = {"buckets-dp2": "dp2", "buckets-tp2": "single"}
+"""Runs whose buffers Megatron-Core loads on their own topology alone → those of the same steps that it loads on any."""
 
 ROWS = {"tp2": 49}
 """Rows of the vocabulary, with the padding that both sides have, where there is some."""
@@ -145,8 +154,8 @@ def test_an_engine_of_another_topology_has_what_megatron_core_loads(
     target = Run(source.model, source.size, tp=tp, zero={"stage": stage}, precision=source.precision)  # type: ignore[arg-type]
     found, other = ranks(2).run(resume, target, str(folder), str(tmp_path))
     if tp == 1:
-        alone = MegatronRun(source.model, source.size, 1, source.precision, source.optimizer, metadata=source.metadata)
-        wanted = ranks(1).run(loaded, alone, str(folder))[0]
+        same = EQUAL.get(title, title)
+        wanted = ranks(1).run(loaded, replace(RUNS[same], tp=1), str(saved(ranks, same)))[0]
         check_equal(found["held"], wanted)
         check_equal(other["held"], wanted)
     assert found["rates"] == [4e-3 * (1 - 14 / 90)] * 2 and found["decays"] == [0.1, 0.0]
@@ -171,6 +180,23 @@ def test_the_tools_take_it(saved: Callable[..., Path], ranks: Ranks, tmp_path: P
     assert left_by("inspect", folder) == 0 and "megatron-core torch_dist" in capsys.readouterr().out
     assert left_by("plan", folder, "--dp", "3", "--tp", "2", "--zero", "1") == 0
     assert left_by("verify", folder) == 2 and "unproven" in capsys.readouterr().out
+
+
+def test_buffers_that_nothing_tells_are_refused(saved: Callable[..., Path], ranks: Ranks, tmp_path: Path) -> None:
+    """Weights that aren't the masters', and buffers that are no tensors. The weights load."""
+    folder = Path(shutil.copytree(saved(ranks, "buckets-tp2"), tmp_path / "copy"))
+    metadata, key = metadata_of(folder), "decoder.layers.mlp.linear_fc2.weight"
+    places = [index for index in metadata.storage_data if index.fqn == key]
+    metadata.storage_data[places[0]] = metadata.storage_data[places[1]]
+    write_metadata(folder, metadata)
+    for place, told in (
+        (folder, "0 parameters may be what .*fully_reshardable"),
+        (saved(ranks, "unsharded"), "they aren't tensors"),
+    ):
+        lacking = open_checkpoint(place).lacking
+        assert isinstance(lacking, MismatchError)
+        with pytest.raises(RankError, match=told):
+            ranks(1).run(resume, Run("llama", precision="bf16"), str(place), str(tmp_path / "none"))
 
 
 def left_by(*arguments: object) -> Any:

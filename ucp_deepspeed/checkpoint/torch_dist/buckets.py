@@ -109,6 +109,8 @@ class Buckets:
             if (match := _BUCKET.fullmatch(key)) is not None:
                 state = MASTER if match[2] == "param" else match[2]
                 self._buckets.setdefault(match[1], {})[state] = Bucket(key, tensor)
+        if not self._buckets:
+            self._refuse("they aren't tensors")
         self.places: dict[tuple[str, Box], Place] = {}
         self._find()
         self.names = frozenset(name for name, _ in self.places)
