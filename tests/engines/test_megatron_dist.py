@@ -183,14 +183,14 @@ def test_the_tools_take_it(saved: Callable[..., Path], ranks: Ranks, tmp_path: P
 
 
 def test_buffers_that_nothing_tells_are_refused(saved: Callable[..., Path], ranks: Ranks, tmp_path: Path) -> None:
-    """Weights that aren't the masters', and buffers that are no tensors. The weights load."""
+    """Two layers with the same weights, and buffers that are no tensors."""
     folder = Path(shutil.copytree(saved(ranks, "buckets-tp2"), tmp_path / "copy"))
     metadata, key = metadata_of(folder), "decoder.layers.mlp.linear_fc2.weight"
     places = [index for index in metadata.storage_data if index.fqn == key]
     metadata.storage_data[places[0]] = metadata.storage_data[places[1]]
     write_metadata(folder, metadata)
     for place, told in (
-        (folder, "0 parameters may be what .*fully_reshardable"),
+        (folder, "2 parameters may be what .*fully_reshardable"),
         (saved(ranks, "unsharded"), "they aren't tensors"),
     ):
         lacking = open_checkpoint(place).lacking
