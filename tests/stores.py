@@ -50,6 +50,7 @@ class Server:
     Attributes:
         sent: bytes of objects that it has sent.
         requested: objects that were read, each with the range that was asked for.
+        put: objects that were written, in order.
         fail: is asked for each request (method, path, range): a status to answer with, or None.
     """
 
@@ -62,7 +63,7 @@ class Server:
             def log(self, *args: Any, **settings: Any) -> None:
                 pass
 
-        self.sent, self.requested = 0, list[tuple[str, str]]()
+        self.sent, self.requested, self.put = 0, list[tuple[str, str]](), list[str]()
         self.fail: Callable[[str, str, str], int | None] = lambda method, path, asked: None
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=Quiet)
@@ -79,6 +80,8 @@ class Server:
         if (status := self.fail(method, path, asked)) is not None:
             start(f"{status} Failed", [("Content-Length", "0")])
             return []
+        if method == "PUT":
+            self.put.append(path)
         if method != "GET" or path.count("/") < 2:
             return self._app(environ, start)
         self.requested.append((path, asked))
@@ -102,6 +105,7 @@ class Server:
         """Forget what was counted."""
         self.sent = 0
         self.requested.clear()
+        self.put.clear()
 
     def stop(self) -> None:
         """Stop, as when a machine is lost."""

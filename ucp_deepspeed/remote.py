@@ -69,6 +69,11 @@ def lies_in(path: Path, folder: Path) -> bool:
     return is_url(path) == is_url(folder) and path.is_relative_to(folder)
 
 
+def is_taken(path: Path) -> bool:
+    """Return whether something is at a path, be it a link that leads nowhere."""
+    return path.exists() if is_url(path) else os.path.lexists(path)
+
+
 class RemoteStatus(NamedTuple):
     """The status of an object or folder: the fields of `os.stat_result` that are used, and what tells versions of it apart."""
 
@@ -297,6 +302,34 @@ class RemotePath:
     def read_bytes(self) -> bytes:
         """Return the whole content of a small object."""
         return self.read_range(0, self.stat().st_size)
+
+    def write_text(self, text: str, encoding: str = "utf-8") -> None:
+        """Put an object, in one step."""
+        with self.telling():
+            self.fs.pipe_file(self.path, text.encode(encoding))
+
+    def upload(self, file: Path) -> None:
+        """Put a file, in one step for readers.
+
+        Raises:
+            OSError: it couldn't be put, or has another size there.
+        """
+        numbytes = file.stat().st_size
+        with self.telling():
+            self.fs.put_file(str(file), self.path)
+            self.fs.invalidate_cache(self.path)
+        if (found := self.stat().st_size) != numbytes:
+            raise OSError(errno.EIO, f"{found} bytes arrived of {numbytes}", self._url)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Remove an object."""
+        with self.telling():
+            try:
+                self.fs.rm_file(self.path)
+            except FileNotFoundError:
+                if not missing_ok:
+                    raise
+            self.fs.invalidate_cache(self.path)
 
     def read_range(self, start: int, stop: int) -> bytes:
         """Return bytes of an object, by one request.

@@ -91,6 +91,66 @@ def test_every_form(one: Path, ucp: Ucp, tmp_path: Path, server: Server) -> None
     assert same(every_value(upload(tmp_path / "hf", "s3://bucket/forms/hf")), every_value(tmp_path / "hf"))
 
 
+FORMS: dict[str, tuple[str, ...]] = {
+    "universal": ("convert", "--to", "universal"),
+    "dcp": ("convert", "--to", "dcp"),
+    "deepspeed-universal": ("convert", "--to", "deepspeed-universal"),
+    "deepspeed": ("convert", "--to", "deepspeed", "--dp", "2", "--zero", "1"),
+    "hf": ("export", "--max-shard-size", "1KB"),
+    "torch": ("export", "--to", "torch"),
+}
+"""Forms to write, with the command."""
+
+LAST = {
+    "universal": "ucp_index.json",
+    "dcp": ".metadata",
+    "deepspeed": "ucp_manifest.json",
+    "hf": "model.safetensors.index.json",
+}
+"""Objects that come last, before the file that names the folder."""
+
+
+def objects_in(folder: str) -> dict[str, bytes]:
+    fs, path = fsspec.core.url_to_fs(folder)
+    fs.invalidate_cache()
+    return {name.removeprefix(f"{path}/"): fs.cat_file(name) for name in fs.find(path)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_store_as_destination(form: str, one: Path, ucp: Ucp, server: Server, tmp_path: Path) -> None:
+    """The same objects as files, to the byte; that by which readers know the folder comes last, and nothing else stays."""
+    command, *options = FORMS[form]
+    expected = ucp(command, one, tmp_path / "written", *options)
+    assert expected.exit_code == 0, expected.output
+    server.count_anew()
+    url = f"s3://bucket/written/{form}"
+    told = ucp(command, one, url, *options)
+    assert told.exit_code == 0 and re.search(rf"{url}\S*: read .* from \d+ files, wrote", told.output), told.output
+    files = (path for path in (tmp_path / "written").rglob("*") if path.is_file())
+    held = {path.relative_to(tmp_path / "written").as_posix(): path.read_bytes() for path in files}
+    found = objects_in(url)
+    assert held.keys() == found.keys() and [name for name in held if held[name] != found[name]] == []
+    put = [path for path in server.put if not path.endswith(("latest", "latest_universal"))]
+    assert put[0].endswith("ucp_unfinished.json") and put[-1].endswith(LAST.get(form, ""))
+    again = ucp(command, one, url, *options)
+    assert again.exit_code == 2 and "exists already; nothing was written" in again.output
+
+
+def test_a_store_that_stops_taking_objects(one: Path, ucp: Ucp, server: Server) -> None:
+    """Nothing is left there; what a killed writer left is told."""
+    url = "s3://bucket/stopped"
+    with server.failing(403, "PUT", "index"):
+        told = ucp("convert", one, url)
+    assert told.exit_code == 2 and "Forbidden" in told.output and url in told.output and objects_in(url) == {}
+    with server.failing(403, "PUT"):
+        assert ucp("convert", one, url).exit_code == 2
+    fsspec.filesystem("s3").pipe_file(f"bucket/stopped/{one.name}/ucp_unfinished.json", b"")
+    told = ucp("convert", one, url)
+    assert told.exit_code == 2 and "exists already" in told.output
+    with pytest.raises(DamagedCheckpointError, match="not finished"):
+        ucp_deepspeed.open_checkpoint(f"{url}/{one.name}")
+
+
 def test_commands(one: Path, ucp: Ucp, server: Server) -> None:
     run = upload(one.parent, "s3://bucket/run")
     told = ucp("inspect", f"{run}/{one.name}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -26,7 +25,7 @@ from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError, naming
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.layout import Topology
-from ucp_deepspeed.remote import lies_in
+from ucp_deepspeed.remote import is_taken, lies_in
 from ucp_deepspeed.transfer.commit import write_atomically
 from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.processes import Ranks
@@ -151,7 +150,7 @@ def _check_free(latest: Path, folder: Path, source: Path) -> None:
         raise ConfigError(f"{destination} lies in the checkpoint that is read; name a folder outside it")
     if latest.is_dir():
         raise ConfigError(f"{latest} is a folder, where a file is to name the tag; nothing was written")
-    if not os.path.lexists(folder):
+    if not is_taken(folder):
         return
     hint = ""
     if (folder / INDEX_NAME).is_file() and not latest.exists():  # killed between the two

@@ -21,6 +21,7 @@ from ucp_deepspeed.checkpoint.deepspeed.manifest import MARK_NAME
 from ucp_deepspeed.checkpoint.opening import interrupted
 from ucp_deepspeed.checkpoint.universal.index import PARTIAL_MARK, REPLACED_MARK, home_of
 from ucp_deepspeed.errors import ConfigError, naming
+from ucp_deepspeed.remote import RemotePath
 from ucp_deepspeed.transfer.open_files import close_quietly
 from ucp_deepspeed.transfer.signals import terminated_as_exception, undisturbed
 
@@ -434,6 +435,9 @@ def put_back(root: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's content in one step, durably; see `replace_text`. What killed processes were writing beside it goes."""
+    if isinstance(path, RemotePath):
+        path.write_text(text)
+        return
     _remove_abandoned_files(path.parent)
     replace_text(path, text)
     flush(path.parent)

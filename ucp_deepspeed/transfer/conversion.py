@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint.checksums import sums_with
@@ -21,10 +22,12 @@ from ucp_deepspeed.checkpoint.torch_files.records import RecordSums, Run, joined
 from ucp_deepspeed.checkpoint.universal.atoms_output import UniversalOutput
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError
+from ucp_deepspeed.remote import RemotePath, is_taken, is_url
 from ucp_deepspeed.transfer.commit import committed_folder, is_seen
 from ucp_deepspeed.transfer.copying import TransferCount
 from ucp_deepspeed.transfer.processes import Ranks
 from ucp_deepspeed.transfer.stage_copies import Seen, look, may_differ, merge, settle, with_copies_of
+from ucp_deepspeed.transfer.uploading import check_absent, uploaded_folder
 from ucp_deepspeed.transfer.writing import Runs, Sums, create_files, share_of, write_share
 
 logger = logging.getLogger("ucp_deepspeed")
@@ -110,7 +113,10 @@ def _with_copies(view: UniversalView, on_differing: OnDiffering, ranks: Ranks) -
 
 def _check_free(destination: Path) -> None:
     """Check early, before anything is read; `committed_folder` makes sure later."""
-    if os.path.lexists(destination):  # a link that leads nowhere, too
+    if is_url(destination):
+        check_absent(cast(RemotePath, destination))
+        return
+    if is_taken(destination):
         raise ConfigError(f"{destination} exists already; nothing was written")
     if blocking := next((parent for parent in destination.parents if parent.exists() and not parent.is_dir()), None):
         raise ConfigError(f"{blocking} is a file; nothing was written")
@@ -118,11 +124,15 @@ def _check_free(destination: Path) -> None:
 
 def _check_space(destination: Path, plan: OutputPlan) -> None:
     """Check the free space, which is better than an error after an hour; others' writes can still fill the disk meanwhile."""
-    place = next(parent for parent in destination.absolute().parents if parent.exists())
+    if is_url(destination):
+        place = Path(tempfile.gettempdir())
+    else:
+        place = next(parent for parent in destination.absolute().parents if parent.exists())
     disk, numbytes = shutil.disk_usage(place), plan.rest_numbytes + sum(file.numbytes for file in plan.files)
     if disk.total and numbytes > disk.free:  # some file systems in memory know of no size
         needed, free = f"{numbytes / 1e6:,.1f} MB", f"{disk.free / 1e6:,.1f} MB"
-        raise ConfigError(f"{destination} needs {needed}, and {free} are free there; nothing was written")
+        there = f"in {place}, where it is made (TMPDIR names another folder)" if is_url(destination) else "there"
+        raise ConfigError(f"{destination} needs {needed}, and {free} are free {there}; nothing was written")
 
 
 def _check_same_plan(view: UniversalView, plan: OutputPlan, ranks: Ranks) -> None:
@@ -146,12 +156,14 @@ def _new_folder(destination: Path, plan: OutputPlan, ranks: Ranks, then: Callabl
     """Yield the folder with all files in it, of their final sizes. Rank 0 makes and commits it; the others see it, and wait."""
     if ranks.rank == 0:
         _check_space(destination, plan)
-        with committed_folder(destination, then) as folder, ranks.failing_together():
+        making = uploaded_folder if is_url(destination) else committed_folder
+        with making(destination, then) as folder, ranks.failing_together():
             create_files(folder, plan.files)
-            ranks.broadcast("folder", folder.name)
+            ranks.broadcast("folder", str(folder) if is_url(destination) else folder.name)
             yield folder
     else:
-        folder = destination.parent / ranks.broadcast("folder")
+        told = ranks.broadcast("folder")
+        folder = Path(told) if is_url(destination) else destination.parent / told
         if not is_seen(folder):
             problem = f"{folder}, which rank 0 has made, isn't seen here"
             raise ConfigError(f"{problem}; it must lie on a file system that all ranks share")

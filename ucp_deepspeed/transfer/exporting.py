@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -16,7 +15,7 @@ from ucp_deepspeed.checkpoint.export.weights import Choice, WeightsSource
 from ucp_deepspeed.checkpoint.output import Output
 from ucp_deepspeed.errors import ConfigError
 from ucp_deepspeed.language import Spec
-from ucp_deepspeed.remote import lies_in, located
+from ucp_deepspeed.remote import is_taken, lies_in, located
 
 Form = Literal["hf", "torch", "adapter"]
 """A folder for ``from_pretrained``, a file for ``torch.load``, or the adapter of a LoRA run for PEFT."""
@@ -71,7 +70,7 @@ def check_apart(checkpoint: Checkpoint, destination: Path) -> None:
         ConfigError: it isn't, or doesn't.
         DamagedCheckpointError: a file is such a link.
     """
-    if os.path.lexists(destination):
+    if is_taken(destination):
         raise ConfigError(f"{destination} exists already; nothing was written; name a new folder")
     if lies_in(destination, checkpoint.path):
         raise ConfigError(f"{destination} lies in the checkpoint that is read; name a folder outside it")
