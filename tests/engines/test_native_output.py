@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
+import fsdp_runs
 import pytest
 import torch
 from checkpoints import LAST_STEP, STEP, differences
 
 from ucp_deepspeed.cli import main
 from ucp_deepspeed.testing import runs
-from ucp_deepspeed.testing.ranks import RankPool, get_pool
+from ucp_deepspeed.testing.models import build_mlp
+from ucp_deepspeed.testing.ranks import RankPool, get_pool, reset_parallel_state
 from ucp_deepspeed.testing.runs import Outcome, Run, train
 
 Ranks = Callable[[int], RankPool]
@@ -80,6 +83,50 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return of
 
 
+def go_on(folder: str, stage: int, universal: Mapping[str, Any] | None) -> tuple[list[torch.Tensor], Any]:
+    """On a rank: resume with a client optimizer and scheduler, take a step; the weights, and where the run stands."""
+    reset_parallel_state()
+    model = build_mlp(vocabulary=runs.VOCABULARY, seed=4, dtype=torch.bfloat16)
+    optimizer = fsdp_runs.optimizer_of(model)
+    config = (
+        MIXED
+        | {"zero_optimization": {"stage": stage}}
+        | ({} if universal is None else {"universal_checkpoint": universal})
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=fsdp_runs.schedule_of(optimizer), config=config
+    )
+    assert engine.load_checkpoint(folder)[0] is not None
+    batch = fsdp_runs.batch_of(Run(), 5)
+    engine.backward(engine(batch[:, :-1], batch[:, 1:]))
+    engine.step()
+    weights = [parameter.detach().clone() for parameter in engine.module.parameters()]
+    stands = (
+        engine.global_steps,
+        [group["lr"] for group in engine.optimizer.param_groups],
+        engine.lr_scheduler.last_epoch,
+    )
+    engine.destroy()
+    return weights, stands
+
+
+MIXED = {"train_micro_batch_size_per_gpu": 8, "zero_allow_untested_optimizer": True, "bf16": {"enabled": True}}
+
+
+def test_a_run_of_fsdp_goes_on(ranks: Ranks, tmp_path: Path) -> None:
+    """Its folder tells no config: the engine's says that the weights are in bf16."""
+    ranks(2).run(fsdp_runs.save, str(tmp_path / "dcp"), "nested")
+    (tmp_path / "config.json").write_text(json.dumps(MIXED | {"zero_optimization": {"stage": 2}}))
+    options = ("--dp", "2", "--zero", "2", "--config", str(tmp_path / "config.json"))
+    written = converted(tmp_path / "dcp", tmp_path / "written", *options)
+    assert differences(tmp_path / "dcp", written) == []
+    stock = ranks(2).run(go_on, str(written), 2, None)
+    hooked = ranks(2).run(go_on, str(tmp_path / "dcp"), 2, {"enabled": True})
+    for (found, place), (expected, wanted) in zip(stock, hooked, strict=True):
+        assert place == wanted and place[0] == fsdp_runs.STEPS + 1
+        assert all(map(torch.equal, found, expected))
+
+
 def drop_mappings(*of_files: dict[str, Any]) -> None:
     """Leave out where DeepSpeed thinks that parameters lie."""
     for held in (each for files in of_files for each in files.values() if "optimizer_state_dict" in each):
@@ -125,6 +172,12 @@ CASES: dict[str, tuple[Run, int, dict[str, Any]]] = {
         2,
         {"zero": {"stage": 2, "round_robin_gradients": True, "parameter_alignment": True}},
     ),
+    "out of another order": (
+        replace(PLAIN, zero={"stage": 2, "round_robin_gradients": True}),
+        2,
+        {"zero": {"stage": 1}},
+    ),
+    "tied to zero-3": (Run("huggingface", {"family": "qwen2_tied"}), 2, {"zero": {"stage": 3}}),
     "zero-1 to zero-3 with sub-groups": (PLAIN, 2, {"zero": {"stage": 3, "sub_group_size": 700}}),
     "zero-1 to unfused": (PLAIN, 2, {"zero": {"stage": 0}}),
     "zero-1 to BF16_Optimizer": (PLAIN, 2, {"config": ACCUMULATED}),
@@ -143,7 +196,7 @@ def test_a_stock_engine_resumes(case: str, source: Callable[..., Path], tmp_path
     run, ranks, changes = CASES[case]
     target = replace(run, seed=3, **changes)
     saved, options = source(run), ["--dp", str(ranks), "--zero", str(target.zero["stage"])]
-    if target.config or len(target.zero) > 1:
+    if target.config or len(target.zero) > 1 or len(run.zero) > 1:
         config = runs._config(replace(target, universal=None))
         (tmp_path / "config.json").write_text(json.dumps(config))
         options += ["--config", str(tmp_path / "config.json")]

@@ -85,12 +85,10 @@ class RankModel:
     def weights(self) -> OrderedDict[str, Any]:
         """Return parameters and buffers under their names in the files. At stage 3 only buffers have elements."""
         found: OrderedDict[str, Any] = OrderedDict()
+        empty = torch.empty(0, dtype=PRECISIONS[self.settings.precision])  # one for all: each has a record in the file
         for name in self._held:
-            parameter = self.view.parameters[name]
-            if parameter.kind != "buffer" and self.settings.stage == 3:
-                found[self.names[name]] = torch.empty(0, dtype=PRECISIONS[self.settings.precision])
-            else:
-                found[self.names[name]] = self._weight(name)
+            sliced = self.settings.stage == 3 and self.view.parameters[name].kind != "buffer"
+            found[self.names[name]] = empty if sliced else self._weight(name)
         return found
 
     @property
