@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from ucp_deepspeed.checkpoint.expert_names import expert_of
 from ucp_deepspeed.checkpoint.output import Output, OutputPlan
 from ucp_deepspeed.checkpoint.torch_files.writing import value_archive, write_sums
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.errors import MismatchError, UnsupportedError
+from ucp_deepspeed.errors import MismatchError, UniversalCheckpointError, UnsupportedError
 from ucp_deepspeed.language import Spec
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.layout.pattern import PerRank, Unique
@@ -77,18 +78,26 @@ class NativeOutput(Output):
             raise UnsupportedError(
                 f"{checkpoint.path} has no loss scale, which fp16 resumes with; write it for the precision of its run"
             )
-        obstacles = Obstacles()
-        stages = None if pipeline is None else pipeline.stages(view)
-        described = describe_target(view, self.topology, self.spec, obstacles, stages)
-        found = pair(checkpoint, described, Policies(differing=self.on_differing), obstacles, lambda *_: ())
+        found = self._paired(view, pipeline)
         files = _Files(found, settings, values, pipeline)
+        manifest = files.manifest(view)
         archives = tuple(value_archive(name, value) for name, value in files.values())
-        finish = partial(_finish, files.manifest())
+        finish = partial(_finish, manifest)
         return OutputPlan(tuple(each.file for each in archives), finish, 0, partial(write_sums, archives), found.view)
 
     def notes(self, view: UniversalView) -> list[str]:
         """See `Output.notes`."""
-        return random_files.left_out(view.checkpoint)
+        told = random_files.left_out(view.checkpoint)
+        with suppress(UniversalCheckpointError):  # `plan` raises it
+            told += self._paired(view, Pipeline.of(view.checkpoint, self.topology, self.layers)).rows.told()
+        return told
+
+    def _paired(self, view: UniversalView, pipeline: Pipeline | None) -> Pair:
+        """Pair the checkpoint with its own model on the other topology."""
+        obstacles, stages = Obstacles(), None if pipeline is None else pipeline.stages(view)
+        described = describe_target(view, self.topology, self.spec, obstacles, stages)
+        policies = Policies(differing=self.on_differing)
+        return pair(view.checkpoint, described, policies, obstacles, lambda *_: ())
 
 
 def _check_written(view: UniversalView, topology: Topology) -> None:
@@ -190,18 +199,22 @@ class _Files:
         run = self.view.checkpoint.run
         return RankOptimizer(self.settings, tensors, held, groups, self.names, run.loss_scale, run.global_steps)
 
-    def manifest(self) -> Manifest:
-        """Return what describes the files to this package: names and layouts, which DeepSpeed doesn't record."""
+    def manifest(self, view: UniversalView) -> Manifest:
+        """Return what describes the files to this package: names and layouts, which DeepSpeed doesn't record.
+
+        Args:
+            view: the checkpoint's, without rows of padding.
+        """
         firsts = [model for model in self.ranks if model.target.data_parallel_rank == 0][:: self.topology.tp]
         groups = tuple(tuple(self._named(model, number) for number in model.optimizer.groups) for model in firsts)
         return Manifest(
             topology=self.topology,
             optimizer=self.settings.form,
-            vocabulary_size=self.view.vocabulary_size,
+            vocabulary_size=view.vocabulary_size,
             parameter_groups=groups,
             group_numbers=None if self.pipeline is None else tuple(tuple(model.optimizer.groups) for model in firsts),
             layer_keys={} if self.pipeline is None else self.pipeline.keys,
-            parameters={self.names[name]: self._described(name) for name in self.view.parameters},
+            parameters={self.names[name]: self._described(name, view) for name in view.parameters},
             has_extra_states=any(self.run.extra_states),
             same_numbers=self.same_numbers,
             differing_copies=(),
@@ -212,15 +225,15 @@ class _Files:
         held = {name for each in model.optimizer.held if each.slot.group == number for name in each.slot.names}
         return tuple(self.names[name] for name in self.settings.buffers.order if name in held)
 
-    def _described(self, name: str) -> ManifestParameter:
-        pattern, own, tp = self.view.patterns[name], self.names[name], self.topology.tp
+    def _described(self, name: str, view: UniversalView) -> ManifestParameter:
+        pattern, own, tp = view.patterns[name], self.names[name], self.topology.tp
         shapes = self.pair.tensors[name].local_shapes
         stages = tuple(stage for stage in range(self.topology.pp) if shapes[stage * tp] is not None)
         local = tuple(shape for shape in shapes[stages[0] * tp : (stages[0] + 1) * tp] if shape is not None)
         known = self.view.parameters[name].kind != "buffer" and not isinstance(pattern, Unique | PerRank)
         return ManifestParameter(
             kind=self.view.parameters[name].kind,
-            logical_shape=self.view.logical_shape(name) if known else None,
+            logical_shape=view.logical_shape(name) if known else None,
             pattern=pattern if known else None,
             logical_name=name if name != own else None,
             local_shapes=local[:1] if len(set(local)) == 1 else local,
