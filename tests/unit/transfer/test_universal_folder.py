@@ -25,7 +25,7 @@ from ucp_deepspeed.checkpoint.dcp.output import DcpOutput
 from ucp_deepspeed.checkpoint.deepspeed.consolidated_output import ConsolidatedOutput
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import main
-from ucp_deepspeed.errors import UnsupportedError
+from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.layout.pattern import Replicate, Scale, Shard
 from ucp_deepspeed.transfer.compare import compare
 from ucp_deepspeed.transfer.conversion import convert
@@ -251,12 +251,12 @@ def test_the_notes_say_what_deepspeed_does_otherwise() -> None:
     for told in (
         "buffers and frozen parameters, 1 in all",
         "Adam's states alone into a ZeRO-3 engine, and here are: exp_avg",
-        "gives all 2 groups of a ZeRO-3 engine the first one's hyper-parameters",
+        "gives all 2 groups of a ZeRO-3 engine the hyper-parameters and steps of the first",
         "how tensor-parallel ranks share 1 parameters, such as a: convert with --spec",
-        "can't share b among tensor-parallel ranks",
+        "can't share 1 parameters among tensor-parallel ranks, such as b",
     ):
         assert told in notes
-    plain = changed("b", kind="frozen")
+    plain = Held({"a": (4, 2)})
     plain.parameters = {
         "a": replace(plain.parameters["a"], states=dict.fromkeys(("fp32", "exp_avg", "exp_avg_sq"), "F32"))
     }
@@ -276,3 +276,24 @@ def test_the_command_names_the_folder_in_the_file_that_deepspeed_reads(tmp_path:
     again = CliRunner().invoke(main, command)
     assert again.exit_code == 2 and "exists already" in again.output
     assert CliRunner().invoke(main, ["verify", str(tmp_path / "u" / "global_step5")]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "told", ["{", 5, '{"patterns": {"norm": {"pattern": "other"}}, "vocabulary_size": 5, "may_be_buffers": []}']
+)
+def test_damaged_additions_are_named(told: Any, tmp_path: Path) -> None:
+    folder = written(native(tmp_path / "a", stage=1), tmp_path / "u")
+    path = folder / "mp_rank_00_model_states.pt"
+    saved = torch.load(path, weights_only=False)
+    torch.save(saved | {"ucp_told": told}, path)
+    with pytest.raises(DamagedCheckpointError, match=r"mp_rank_00_model_states.pt: 'ucp_told' can't be parsed"):
+        open_checkpoint(folder)
+
+
+def test_files_of_two_runs_are_told_apart_from_one_file_with_two_names(tmp_path: Path) -> None:
+    folder = by_the_tool(native(tmp_path / "a", stage=1), tmp_path / "u" / "b")
+    (folder / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_bytes(
+        (folder / "mp_rank_00_model_states.pt").read_bytes()
+    )
+    with pytest.raises(DamagedCheckpointError, match="holds the files of two runs"):
+        open_checkpoint(folder)

@@ -263,9 +263,12 @@ def _otherwise_at_stage_3(view: UniversalView) -> Iterator[str]:
     if states != LOADED_AT_STAGE_3:
         found = ", ".join(sorted(states)) or "none"
         yield f"DeepSpeed by itself loads Adam's states alone into a ZeRO-3 engine, and here are: {found}"
-    settings = [dict(group.hyperparameters) for group in view.groups]
-    if any(each != settings[0] for each in settings):
-        yield f"DeepSpeed by itself gives all {len(settings)} groups of a ZeRO-3 engine the first one's hyper-parameters"
+    counted = [[view.parameters[name].scalars.get(STEP) for name in group.names] for group in view.groups]
+    kept = [(dict(group.hyperparameters), steps[:1]) for group, steps in zip(view.groups, counted, strict=True)]
+    if any(each != kept[0] for each in kept):
+        yield (
+            f"DeepSpeed by itself gives all {len(kept)} groups of a ZeRO-3 engine the hyper-parameters and steps of the first"
+        )
 
 
 def _unknown_layouts(view: UniversalView) -> Iterator[str]:
@@ -276,8 +279,12 @@ def _unknown_layouts(view: UniversalView) -> Iterator[str]:
             f"nothing tells how tensor-parallel ranks share {len(unknown)} parameters, such as {unknown[0]}: convert with --spec "
             f"before a load into an engine with tensor parallelism other than AutoTP's"
         )
-    for name in _trained(view):
-        pattern = view.patterns[name]
-        scaled = isinstance(pattern, Replicate) and pattern.scale is not None
-        if scaled or isinstance(pattern, ShardGrid) or (isinstance(pattern, Shard) and pattern.widths is not None):
-            yield f"DeepSpeed by itself can't share {name} among tensor-parallel ranks"
+    others = [name for name in _trained(view) if _is_beyond(view.patterns[name])]
+    if others:
+        yield f"DeepSpeed by itself can't share {len(others)} parameters among tensor-parallel ranks, such as {others[0]}"
+
+
+def _is_beyond(pattern: AnyPattern) -> bool:
+    """Return whether the marks of an atom can't express a pattern."""
+    scaled = isinstance(pattern, Replicate) and pattern.scale is not None
+    return scaled or isinstance(pattern, ShardGrid) or (isinstance(pattern, Shard) and pattern.widths is not None)
