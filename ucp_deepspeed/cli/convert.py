@@ -23,7 +23,7 @@ from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli.printing import echo, in_words
 from ucp_deepspeed.cli.progress import shown_progress
 from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError, naming
-from ucp_deepspeed.language import load_spec
+from ucp_deepspeed.language import Spec, load_spec
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.remote import is_taken, lies_in
 from ucp_deepspeed.transfer.commit import write_atomically
@@ -65,9 +65,8 @@ def write(
         for path in sorted(checkpoint.path.iterdir()):
             check_inside(path)
         kept = {"drop_client_state": drop_client_state, "on_unreadable": on_unreadable, "on_differing": on_differing}
-        more = {"own_names": named is None} if to == "deepspeed-universal" else {}
-        output = _output(to)(**kept, **(more if target is None else {"spec": named, **target}))
-        view = UniversalView.of(checkpoint, named, vocabulary_size, 1 if target is None else target["topology"].tp)
+        output = _output(to)(**kept, **target, **_named(to, named))
+        view = UniversalView.of(checkpoint, named, vocabulary_size, engine["tp"])
         for note in output.notes(view) if ranks.rank == 0 else ():
             echo(note, err=True)
         with shown_progress("convert", quiet or ranks.rank != 0) as progress:
@@ -109,20 +108,30 @@ def _output(to: Form) -> Callable[..., Output]:
     return NativeOutput
 
 
+def _named(to: Form, spec: Spec | None) -> dict[str, Any]:
+    """Return the settings of an output that follow from the spec that the user named."""
+    found: dict[str, dict[str, Any]] = {"deepspeed": {"spec": spec}, "deepspeed-universal": {"own_names": spec is None}}
+    return found.get(to, {})
+
+
 def _target(
     to: Form, tp: int, pp: int, dp: int | None, zero: int | None, config: Path | None, layers: tuple[int, ...] | None
-) -> dict[str, Any] | None:
-    """Return the engine that is to load DeepSpeed's own files; None for other forms.
+) -> dict[str, Any]:
+    """Return the settings of an output that describe the engine which is to load it.
 
     Raises:
         ConfigError: options are missing, or are of no use; or the config isn't one.
     """
+    if to == "deepspeed-universal" and zero is not None:
+        if zero == 0:
+            raise ConfigError("DeepSpeed loads its universal folder at ZeRO stages 1 to 3; leave --zero 0 out")
+        return {**_target(to, tp, pp, dp, None, config, layers), "bare": zero == 3}
     if to != "deepspeed":
         if (tp, pp, dp, zero, config, layers) != (1, 1, None, None, None, None):
             raise ConfigError(
                 f"--tp, --pp, --dp, --zero, --layers and --config are for --to deepspeed; the form {to} has no topology"
             )
-        return None
+        return {}
     if dp is None or zero is None:
         raise ConfigError("--to deepspeed needs the sizes of the engine that is to load: at least --dp and --zero")
     return {

@@ -138,6 +138,24 @@ def test_the_files_hold_what_those_of_the_tool_do(info: dict[str, Any], run: dic
         assert (type(step), step) == (type(expected), expected)
 
 
+def test_older_engines_at_stage_3_need_tensors_alone(tmp_path: Path) -> None:
+    source = native(tmp_path / "a", {}, dp=2, stage=3, precision="bf16")
+    theirs = atoms(by_the_tool(source, tmp_path / "u" / "theirs"))
+    command = ["convert", str(source), str(tmp_path / "ours"), "--to", "deepspeed-universal", "--zero"]
+    assert CliRunner().invoke(main, [*command, "3"]).exit_code == 0
+    ours = atoms(tmp_path / "ours" / "global_step5")
+    assert len(theirs) == 3 * len(SHAPES)
+    for name, (_, tensor) in theirs.items():
+        assert isinstance(ours[name][1], torch.Tensor) and torch.equal(ours[name][1], tensor)
+        assert type(torch.load(tmp_path / "ours" / "global_step5" / "zero" / name, weights_only=False)) is torch.Tensor
+    views = [UniversalView.of(open_checkpoint(path)) for path in (source, tmp_path / "ours")]
+    assert compare(*views) == []
+    refused = CliRunner().invoke(main, [*command, "0"])
+    assert refused.exit_code == 2 and "at ZeRO stages 1 to 3" in refused.output
+    refused = CliRunner().invoke(main, [*command, "3", "--tp", "2"])
+    assert refused.exit_code == 2 and "for --to deepspeed" in refused.output
+
+
 def test_both_kinds_of_engines_find_the_state_of_the_run(tmp_path: Path) -> None:
     source = native(tmp_path / "a", tp=2, dp=2, stage=1, precision="bf16")
     folder = written(source, tmp_path / "u")
@@ -252,7 +270,7 @@ def test_the_notes_say_what_deepspeed_does_otherwise() -> None:
         "buffers and frozen parameters, 1 in all",
         "Adam's states alone into a ZeRO-3 engine, and here are: exp_avg",
         "gives all 2 groups of a ZeRO-3 engine the hyper-parameters and steps of the first",
-        "how tensor-parallel ranks share 1 parameters, such as a: convert with --spec",
+        "nothing tells how its ranks would share 1 parameters, such as a",
         "can't share 1 parameters among tensor-parallel ranks, such as b",
     ):
         assert told in notes

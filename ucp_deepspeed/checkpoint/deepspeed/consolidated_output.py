@@ -72,12 +72,15 @@ class ConsolidatedOutput(Output):
     Attributes:
         own_names: whether parameters have the names of the model that was trained, as DeepSpeed's own tool gives them; else those
             of the view, which a spec may have given.
+        bare: whether the files of states hold flat tensors alone, as DeepSpeed's tool writes them from ZeRO-3. Before 0.19.4 ZeRO-3
+            loads no others. ZeRO-1 and 2, and tensor parallelism, need more.
     """
 
     drop_client_state: Collection[str] = ()
     on_unreadable: OnUnreadable = "error"
     on_differing: OnDiffering = "error"
     own_names: bool = True
+    bare: bool = False
 
     def plan(self, view: UniversalView) -> OutputPlan:
         """See `Output.plan`, and `describe` for further errors."""
@@ -87,7 +90,7 @@ class ConsolidatedOutput(Output):
         record = Record(view.checkpoint.path, index, tensors)
         _check_form(view, record)
         files = [
-            *_atoms(view, record),
+            *_atoms(view, record, self.bare),
             value_archive(f"{ATOMS_FOLDER}/{OPTIMIZER_NAME}", _optimizer(view, record)),
             value_archive(PLAIN_NAME, _model_states(view, record)),
         ]
@@ -101,7 +104,7 @@ class ConsolidatedOutput(Output):
     def notes(self, view: UniversalView) -> list[str]:
         """See `Output.notes`."""
         view = self._named(view)
-        return [*_lost(view), *_otherwise_at_stage_3(view), *_unknown_layouts(view)]
+        return [*_lost(view), *_otherwise_at_stage_3(view), *(() if self.bare else _unknown_layouts(view))]
 
 
 def _finish(folder: Path, sums: Sequence[FileSums]) -> None:
@@ -118,13 +121,14 @@ def _trained(view: UniversalView) -> list[str]:
     return [name for name, parameter in view.parameters.items() if parameter.kind == "trainable"]
 
 
-def _atoms(view: UniversalView, record: Record) -> Iterator[ArchiveFile]:
+def _atoms(view: UniversalView, record: Record, bare: bool) -> Iterator[ArchiveFile]:
     """Yield the files of each trained parameter, one for each state."""
     for name in _trained(view):
         marks = marks_of(name, view.patterns[name], view.logical_shape(name))
         for state in view.parameters[name].states:
-            tensor = StoredTensor.of(Region.whole(view, name, state))
-            yield value_archive(f"{ATOMS_FOLDER}/{name}/{state}.pt", {**marks, TENSOR: tensor})
+            region = Region.whole(view, name, state)
+            held = StoredTensor((region.numel,), (region,)) if bare else {**marks, TENSOR: StoredTensor.of(region)}
+            yield value_archive(f"{ATOMS_FOLDER}/{name}/{state}.pt", held)
         if STEP in (scalars := record.scalars(name)):
             yield value_archive(f"{ATOMS_FOLDER}/{name}/{STEP}.pt", number_as_kept(scalars[STEP]))
 
@@ -276,8 +280,8 @@ def _unknown_layouts(view: UniversalView) -> Iterator[str]:
     unknown = [name for name in _trained(view) if isinstance(view.patterns[name], Unique)]
     if unknown:
         yield (
-            f"nothing tells how tensor-parallel ranks share {len(unknown)} parameters, such as {unknown[0]}: convert with --spec "
-            f"before a load into an engine with tensor parallelism other than AutoTP's"
+            f"for an engine with tensor parallelism other than AutoTP's, convert with --spec: nothing tells how its ranks would "
+            f"share {len(unknown)} parameters, such as {unknown[0]}"
         )
     others = [name for name in _trained(view) if _is_beyond(view.patterns[name])]
     if others:
