@@ -72,8 +72,8 @@ class ConsolidatedOutput(Output):
     Attributes:
         own_names: whether parameters have the names of the model that was trained, as DeepSpeed's own tool gives them; else those
             of the view, which a spec may have given.
-        bare: whether the files of states hold flat tensors alone, as DeepSpeed's tool writes them from ZeRO-3. Before 0.19.4 ZeRO-3
-            loads no others. ZeRO-1 and 2, and tensor parallelism, need more.
+        bare: whether the files of states hold flat tensors alone, as DeepSpeed's tool does for ZeRO-3, which before 0.19.4
+            loads no others. ZeRO-1 and 2, and tensor parallelism, need more than that.
     """
 
     drop_client_state: Collection[str] = ()
