@@ -23,9 +23,16 @@ from test_export_megatron import check_logits, configured
 
 import ucp_deepspeed
 from ucp_deepspeed.checkpoint import open_checkpoint
+from ucp_deepspeed.checkpoint.torch_dist.output import TorchDistOutput
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli import main
-from ucp_deepspeed.errors import DamagedCheckpointError, FormatError, MismatchError, UniversalCheckpointError
+from ucp_deepspeed.errors import (
+    DamagedCheckpointError,
+    FormatError,
+    MismatchError,
+    UniversalCheckpointError,
+    UnsupportedError,
+)
 from ucp_deepspeed.language import load_spec
 from ucp_deepspeed.testing.megatron_training import (
     STEPS_AT_SAVE,
@@ -33,10 +40,11 @@ from ucp_deepspeed.testing.megatron_training import (
     Training,
     cuda_is_the_cpu,
     loaded,
+    resumed,
     save,
 )
 from ucp_deepspeed.testing.ranks import RankError, RankPool, reset_parallel_state
-from ucp_deepspeed.testing.runs import VOCABULARY, Run, _build_model, batch_of
+from ucp_deepspeed.testing.runs import VOCABULARY, Run, _build_model, batch_of, train
 from ucp_deepspeed.transfer.compare import compare
 
 Ranks = Callable[[int], RankPool]
@@ -55,6 +63,9 @@ RUNS = {
     "unsharded": MegatronRun(sharding="dp_zero_gather_scatter"),
 }
 
+LOSSES: dict[str, list[list[float]]] = {}
+"""Losses of the runs that have saved, by rank and step; they took two steps more than are saved."""
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
@@ -64,7 +75,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def get(ranks: Ranks, title: str) -> Path:
         if title not in made:
             made[title] = folder = tmp_path_factory.mktemp("megatron") / title / "iter_0000003"
-            ranks(2).run(save, RUNS[title], str(folder))
+            LOSSES[title] = ranks(2).run(save, RUNS[title], str(folder))
         return made[title]
 
     return get
@@ -180,6 +191,38 @@ def test_the_tools_take_it(saved: Callable[..., Path], ranks: Ranks, tmp_path: P
     assert left_by("inspect", folder) == 0 and "megatron-core torch_dist" in capsys.readouterr().out
     assert left_by("plan", folder, "--dp", "3", "--tp", "2", "--zero", "1") == 0
     assert left_by("verify", folder) == 2 and "unproven" in capsys.readouterr().out
+
+
+def test_megatron_core_loads_what_was_converted(saved: Callable[..., Path], ranks: Ranks, tmp_path: Path) -> None:
+    """From its own buffers, which it can't cut anew, and from an engine's files of other names: the run goes on as it was."""
+    for title in ("buckets-dp2", "buckets-tp2"):
+        assert left_by("convert", saved(ranks, title), tmp_path / title, "--to", "torch_dist", "--quiet") == 0
+        assert differences(saved(ranks, title), tmp_path / title / "iter_0000003") == []
+    for title, run in (("buckets-dp2", RUNS["dp2"]), ("buckets-tp2", replace(RUNS["single"], metadata={}))):
+        losses = ranks(2).run(resumed, run, str(tmp_path / title / "iter_0000003"))
+        assert losses == [each[STEPS_AT_SAVE:] for each in LOSSES[title]]
+    source = Run("llama", tp=2, precision="bf16", groups="decay")
+    ranks(2).run(train, source, STEPS_AT_SAVE, save=str(tmp_path / "engine"))
+    assert left_by("convert", tmp_path / "engine", tmp_path / "c", "--to", "torch_dist", "--quiet") == 0
+    found = ranks(1).run(masters, MegatronRun(), str(tmp_path / "c" / f"global_step{STEPS_AT_SAVE}"))[0]
+    with ucp_deepspeed.open_checkpoint(tmp_path / "engine") as checkpoint:
+        check_equal(found, {key: checkpoint.read(*key) for key in found})
+
+
+def masters(run: MegatronRun, folder: str) -> dict[tuple[str, str], torch.Tensor]:
+    """On a rank: what Megatron-Core loads of a folder without its schedule."""
+    with cuda_is_the_cpu():
+        training = Training(run)
+        training.load(folder, with_schedule=False)
+        return training.values()
+
+
+def test_what_megatron_core_has_no_place_for_is_refused(
+    saved: Callable[..., Path], ranks: Ranks, tmp_path: Path
+) -> None:
+    view = UniversalView.of(open_checkpoint(saved(ranks, "experts")))
+    with pytest.raises(UnsupportedError, match="isn't of a dense GPTModel"):
+        TorchDistOutput().plan(view)
 
 
 def test_buffers_that_nothing_tells_are_refused(saved: Callable[..., Path], ranks: Ranks, tmp_path: Path) -> None:

@@ -78,9 +78,10 @@ CONVERT = Command(
         folder("destination", metavar="DST"),
         choice(
             "--to",
-            "universal dcp deepspeed deepspeed-universal",
+            "universal dcp deepspeed deepspeed-universal torch_dist",
             show_default=True,
-            help="Form: universal, torch's DCP, DeepSpeed's own for an engine of the sizes --tp to --zero, or its universal one.",
+            help="Form: universal, torch's DCP, DeepSpeed's own for an engine of the sizes --tp to --zero, its universal one, or "
+            "Megatron-Core's.",
         ),
         *engine(),
         *READING,

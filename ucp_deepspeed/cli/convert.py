@@ -30,7 +30,7 @@ from ucp_deepspeed.transfer.commit import write_atomically
 from ucp_deepspeed.transfer.conversion import convert
 from ucp_deepspeed.transfer.processes import Ranks
 
-Form = Literal["universal", "dcp", "deepspeed", "deepspeed-universal"]
+Form = Literal["universal", "dcp", "deepspeed", "deepspeed-universal", "torch_dist"]
 """Forms to write, as ``--to`` names them."""
 
 
@@ -99,6 +99,10 @@ def _output(to: Form) -> Callable[..., Output]:
         from ucp_deepspeed.checkpoint.dcp.output import DcpOutput
 
         return DcpOutput
+    if to == "torch_dist":
+        from ucp_deepspeed.checkpoint.torch_dist.output import TorchDistOutput
+
+        return TorchDistOutput
     if to == "deepspeed-universal":
         from ucp_deepspeed.checkpoint.deepspeed.consolidated_output import ConsolidatedOutput
 

@@ -112,12 +112,12 @@ _LEADING = re.compile(r"^(?:module\.|base_model\.model\.)+(?=.)")
 """Parts of wrappers around the whole model."""
 
 
-_FUSED_NORMS = (
-    (re.compile(r"\.self_attention\.linear_qkv\.layer_norm_(weight|bias)$"), r".input_layernorm.\1"),
-    (re.compile(r"\.mlp\.linear_fc1\.layer_norm_(weight|bias)$"), r".pre_mlp_layernorm.\1"),
-)
-"""Norms that Transformer Engine has in the layer behind them, and the modules that they are in Megatron-Core's own layers
-(``sharded_state_dict_keys_map`` in ``models/gpt/gpt_layer_specs.py``)."""
+FUSED_NORMS: Mapping[str, str] = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""Beginnings of the names of norms that Transformer Engine has in the layer behind them → those of the modules that they are in
+Megatron-Core's own layers (``sharded_state_dict_keys_map`` in ``models/gpt/gpt_layer_specs.py``)."""
 
 
 def plain_name(name: str) -> str:
@@ -153,6 +153,6 @@ def seen_through(source: Collection[str], target: Collection[str]) -> dict[str, 
 
 def _alike(name: str) -> str:
     plain = plain_name(name)
-    for fused, apart in _FUSED_NORMS:
-        plain = fused.sub(apart, plain)
+    for fused, apart in FUSED_NORMS.items():
+        plain = plain.replace(f".{fused}", f".{apart}")
     return plain

@@ -198,7 +198,7 @@ class Training:
         with _children_allowed():
             dist_checkpointing.save(self.state(), folder, content_metadata=content)
 
-    def load(self, folder: str) -> None:
+    def load(self, folder: str, with_schedule: bool = True) -> None:
         """Load by Megatron-Core's own functions."""
         from megatron.core import dist_checkpointing
 
@@ -206,7 +206,8 @@ class Training:
             held = dist_checkpointing.load(self.state(is_loading=True), folder)
             self.model.module.load_state_dict(held["model"])
             self.optimizer.load_state_dict(held["optimizer"])
-        self.schedule.load_state_dict(held["opt_param_scheduler"])
+        if with_schedule:
+            self.schedule.load_state_dict(held["opt_param_scheduler"])
         self.iteration = held["iteration"]
 
     def values(self) -> dict[tuple[str, str], torch.Tensor]:
@@ -269,3 +270,11 @@ def save(run: MegatronRun, folder: str, steps: int = STEPS_AT_SAVE) -> list[floa
         dist.barrier()
         training.save(folder)
         return [*losses, training.step(), training.step()]
+
+
+def resumed(run: MegatronRun, folder: str) -> list[float]:
+    """On each rank: load, and take two more steps; their losses."""
+    with cuda_is_the_cpu():
+        training = Training(run)
+        training.load(folder)
+        return [training.step(), training.step()]

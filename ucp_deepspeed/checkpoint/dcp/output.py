@@ -54,7 +54,7 @@ KeyPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
     """Rows of one tensor, and its key in the folder."""
 
     key: str
@@ -81,7 +81,7 @@ class DcpOutput(Output):
         """See `Output.plan`, and `ucp_deepspeed.checkpoint.universal.atoms_output.describe` for the errors."""
         view = view.under(_without_wrappers(view.logical_of))
         chunks = list(_chunks(view, self.chunk_numbytes))
-        files, places = _lay_out(chunks, self.file_numbytes)
+        files, places = lay_out(chunks, self.file_numbytes)
         homes = {(name, state): "" for name, each in view.parameters.items() for state in each.states}
         index, tensors = describe(view, homes, self.drop_client_state, self.on_unreadable, self.on_differing)
         record = Record(view.checkpoint.path, index, tensors)
@@ -102,7 +102,7 @@ def _key_of(name: str, state: str) -> str:
     return f"model.{name}" if state in (MASTER, WEIGHT) else f"optim.state.{name}.{state}"
 
 
-def _chunks(view: UniversalView, numbytes: int) -> Iterator[_Chunk]:
+def _chunks(view: UniversalView, numbytes: int) -> Iterator[Chunk]:
     """Yield chunks of whole rows: each rank of FSDP2 reads those that it has a part of, whole."""
     for name, parameter in view.parameters.items():
         shape = view.logical_shape(name)
@@ -116,10 +116,10 @@ def _chunks(view: UniversalView, numbytes: int) -> Iterator[_Chunk]:
                 region = replace(whole, local_start=first * row, numel=count * row)
                 sizes = (count, *shape[1:]) if shape else ()
                 offsets = (first, *(0 for _ in shape[1:])) if shape else ()
-                yield _Chunk(_key_of(name, state), offsets, StoredTensor(sizes, (region,)))
+                yield Chunk(_key_of(name, state), offsets, StoredTensor(sizes, (region,)))
 
 
-def _lay_out(chunks: Sequence[_Chunk], numbytes: int) -> tuple[list[ArchiveFile], list[_StorageInfo]]:
+def lay_out(chunks: Sequence[Chunk], numbytes: int) -> tuple[list[ArchiveFile], list[_StorageInfo]]:
     """Place the chunks in files; return the place of each too."""
     bins: list[list[ArchiveFile]] = [[]]
     for chunk in chunks:
@@ -138,7 +138,7 @@ def _lay_out(chunks: Sequence[_Chunk], numbytes: int) -> tuple[list[ArchiveFile]
 def _finish(
     view: UniversalView,
     record: Record,
-    chunks: Sequence[_Chunk],
+    chunks: Sequence[Chunk],
     places: Sequence[_StorageInfo],
     folder: Path,
     sums: Sequence[FileSums],
@@ -162,7 +162,7 @@ def _path_of(key: str, view: UniversalView) -> KeyPath:
     return "optim", "state", name, state
 
 
-def _add_chunk(metadata: Any, chunk: _Chunk, view: UniversalView, place: _StorageInfo) -> None:
+def _add_chunk(metadata: Any, chunk: Chunk, view: UniversalView, place: _StorageInfo) -> None:
     key, region = chunk.key, chunk.tensor.regions[0]
     held = metadata.state_dict_metadata.get(key)
     if held is None:

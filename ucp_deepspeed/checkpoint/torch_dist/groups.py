@@ -117,7 +117,11 @@ def assigned(
 
 
 def _fits(group: StoredGroup, name: str, shape: Shape, spread: bool) -> bool:
-    decays = not (len(shape) == 1 or name.endswith(".bias"))
-    if NO_DECAY in group.settings and bool(group.settings[NO_DECAY]) != decays:
+    if NO_DECAY in group.settings and bool(group.settings[NO_DECAY]) != decays(name, shape):
         return False
     return not spread or bool(group.settings.get(OF_EXPERTS)) == (".experts." in name)
+
+
+def decays(name: str, shape: Shape) -> bool:
+    """Return whether Megatron-Core's rule gives a parameter weight decay."""
+    return not (len(shape) == 1 or name.endswith(".bias"))
