@@ -194,13 +194,17 @@ def test_the_tools_take_it(saved: Callable[..., Path], ranks: Ranks, tmp_path: P
 
 
 def test_megatron_core_loads_what_was_converted(saved: Callable[..., Path], ranks: Ranks, tmp_path: Path) -> None:
-    """From its own buffers, which it can't cut anew, and from an engine's files of other names: the run goes on as it was."""
+    """From its own buffers, which it can't cut anew, and from a plain optimizer and an engine: the run goes on as it was."""
     for title in ("buckets-dp2", "buckets-tp2"):
         assert left_by("convert", saved(ranks, title), tmp_path / title, "--to", "torch_dist", "--quiet") == 0
         assert differences(saved(ranks, title), tmp_path / title / "iter_0000003") == []
     for title, run in (("buckets-dp2", RUNS["dp2"]), ("buckets-tp2", replace(RUNS["single"], metadata={}))):
         losses = ranks(2).run(resumed, run, str(tmp_path / title / "iter_0000003"))
         assert losses == [each[STEPS_AT_SAVE:] for each in LOSSES[title]]
+    assert left_by("convert", saved(ranks, "plain"), tmp_path / "b", "--to", "torch_dist", "--quiet") == 0
+    wanted = ranks(1).run(loaded, RUNS["plain"], str(saved(ranks, "plain")))[0]
+    other = replace(RUNS["plain"], optimizer="distributed")
+    check_equal(ranks(1).run(loaded, other, str(tmp_path / "b" / "iter_0000003"))[0], wanted)
     source = Run("llama", tp=2, precision="bf16", groups="decay")
     ranks(2).run(train, source, STEPS_AT_SAVE, save=str(tmp_path / "engine"))
     assert left_by("convert", tmp_path / "engine", tmp_path / "c", "--to", "torch_dist", "--quiet") == 0

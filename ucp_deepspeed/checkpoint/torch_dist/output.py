@@ -100,7 +100,8 @@ class TorchDistOutput(Output):
             UnsupportedError: parameters aren't those of a dense GPTModel of Megatron-Core, or layers differ.
             MismatchError: parameters have taken different numbers of steps, or groups aren't Megatron-Core's.
         """
-        view = view.under(plain_names(view.logical_of.values()))
+        plain = plain_names(view.logical_of.values())
+        view = view.under({name: plain[logical] for name, logical in view.logical_of.items()})
         places = _places(view)
         homes = {(name, state): "" for name, each in view.parameters.items() for state in each.states}
         index, tensors = describe(view, homes, self.drop_client_state, self.on_unreadable, self.on_differing)
