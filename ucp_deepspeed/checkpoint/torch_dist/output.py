@@ -61,8 +61,11 @@ IDENTIFIERS: Mapping[str, Any] = {NO_DECAY: 1.0, "lr_mult": 1.0, OF_EXPERTS: Fal
 
 _LAYER = re.compile(r"(.*\.layers\.)(\d+)\.(.+)")
 
-_LINEAR = re.compile(r"(?<=\.)linear_(?:qkv|proj|fc1|fc2)\.weight$")
-"""Layers that ask for an extra state of theirs, which is None without FP8."""
+_LINEAR = re.compile(r"\.linear_\w+\.weight$")
+"""Weights of layers that ask for an extra state of theirs, which is None without FP8."""
+
+_CORE = ".layers.self_attention.core_attention._extra_state"
+"""The attention's, which Transformer Engine's asks for; others don't mind."""
 
 
 @dataclass(frozen=True)
@@ -260,8 +263,12 @@ def _write_extra_states(path: Path, metadata: Any, places: Mapping[str, _Place])
     torch.save([None], nothing)
     with naming(path), path.open("wb") as file:
         file.write(nothing.getvalue())
-    for place in places.values():
-        if place.number is not None and _LINEAR.search(place.key):
-            key = f"{place.key.removesuffix('weight')}_extra_state/shard_{place.number}_{place.count}"
-            metadata.state_dict_metadata[key] = torchs.BytesStorageMetadata()
-            metadata.storage_data[torchs.MetadataIndex(key)] = _StorageInfo(path.name, 0, len(nothing.getvalue()))
+    keys = {
+        f"{key}/shard_{place.number}_{place.count}"
+        for place in places.values()
+        if place.number is not None and _LINEAR.search(place.key)
+        for key in (f"{place.key.removesuffix('weight')}_extra_state", place.key.partition(".layers.")[0] + _CORE)
+    }
+    for key in sorted(keys):
+        metadata.state_dict_metadata[key] = torchs.BytesStorageMetadata()
+        metadata.storage_data[torchs.MetadataIndex(key)] = _StorageInfo(path.name, 0, len(nothing.getvalue()))
