@@ -84,7 +84,7 @@ def write(
     for entry in left_out(checkpoint, drop_client_state):
         echo(f"left out {entry}", err=True)
     if not quiet:
-        sizes = [entry.stat().st_size for entry in folder.iterdir()]
+        sizes = [entry.stat().st_size for entry in folder.rglob("*") if entry.is_file()]
         echo(
             f"{folder}: read {in_words(count.bytes_read)} from {len(count.files)} files, wrote {in_words(sum(sizes))} "
             f"to {len(sizes)} files in {time.monotonic() - started:.1f} s"

@@ -315,3 +315,11 @@ def test_files_of_two_runs_are_told_apart_from_one_file_with_two_names(tmp_path:
     )
     with pytest.raises(DamagedCheckpointError, match="holds the files of two runs"):
         open_checkpoint(folder)
+
+
+def test_it_may_lie_in_a_store(tmp_path: Path) -> None:
+    source, run = native(tmp_path / "a", dp=2, stage=1), CliRunner().invoke
+    done = run(main, ["convert", str(source), "memory://universal-folder/u", "--to", "deepspeed-universal"])
+    assert done.exit_code == 0 and f"to {4 * len(SHAPES) + 3} files" in done.output, done.output
+    found = run(main, ["diff", str(source), "memory://universal-folder/u"])
+    assert found.exit_code == 0, found.output

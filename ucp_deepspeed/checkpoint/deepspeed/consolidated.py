@@ -268,7 +268,8 @@ class ConsolidatedCheckpoint(Checkpoint):
                 raise DamagedCheckpointError(
                     f"{path} holds a {type(held).__name__} where a tensor or a number is expected"
                 )
-            values[path.stem] = scalar_of(held, path) if path.stem == STEP else held
+            state = path.name.removesuffix(".pt")
+            values[state] = scalar_of(held, path) if state == STEP else held
         return _Atom(values, **marks)
 
     def layout(self, name: str) -> Layout:
