@@ -168,6 +168,11 @@ class RemotePath:
         return PurePosixPath(self.name).suffix
 
     @property
+    def stem(self) -> str:
+        """The name without its ending."""
+        return PurePosixPath(self.name).stem
+
+    @property
     def parent(self) -> RemotePath:
         """The folder around it; of the first folder, itself."""
         if len(self.parts) < 2:

@@ -47,7 +47,10 @@ def saved(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("target", [TARGET, SOURCE], ids=["another-stage", "the-same"])
+LITTLE = replace(SOURCE, universal={"enabled": True, "read_memory_bytes": 1 << 20})
+
+
+@pytest.mark.parametrize("target", [TARGET, SOURCE, LITTLE], ids=["another-stage", "the-same", "little-memory"])
 def test_as_from_a_disk(target: Run, saved: Path, server: Server, ranks: Ranks, tmp_path: Path) -> None:
     """Also on the topology that saved, where a load from a disk is left to DeepSpeed."""
     local = ranks(2).run(train, target, STEP + 1, load=str(saved), save=str(tmp_path / "local"), save_at=STEP + 1)
@@ -64,6 +67,9 @@ def test_as_from_a_disk(target: Run, saved: Path, server: Server, ranks: Ranks, 
         assert (one.losses, one.client_state, one.counters) == (other.losses, other.client_state, other.counters)
         assert one.load_path.startswith(f"s3://bucket/saved/global_step{STEP}/") and one.client_state["epoch"] == 7
         assert one.report is not None
+    if target is LITTLE:
+        bounds = [list(map(int, asked.removeprefix("bytes=").split("-"))) for _, asked in server.requested]
+        assert len(bounds) > 50 and max(last - first for first, last in bounds) < 1 << 19
     needed = sum(each.report.bytes_needed for each in remote)
     whole = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
     assert all(each.report.bytes_needed < 0.6 * whole for each in remote)
