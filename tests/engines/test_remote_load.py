@@ -76,6 +76,15 @@ def test_as_from_a_disk(target: Run, saved: Path, server: Server, ranks: Ranks, 
     assert needed <= server.sent < needed + 2 * 12 * tunables.BLOCK_REQUEST_NUMBYTES
 
 
+def test_without_zero(server: Server, ranks: Ranks, tmp_path: Path) -> None:
+    """A single file has all, which DeepSpeed would look for on a disk."""
+    run = Run("mlp", zero={"stage": 0}, precision="bf16")
+    ranks(1).run(train, run, STEP, save=str(tmp_path / "a"))
+    url = upload(tmp_path / "a", "s3://bucket/stage0")
+    (loaded,) = ranks(1).run(train_from, server.endpoint, run, STEP, load=url, save=str(tmp_path / "b"))
+    assert loaded.report is not None and differences(tmp_path / "b", tmp_path / "a") == []
+
+
 def refusal(server: Server, ranks: Ranks, run: Run, **named: Any) -> BaseException | None:
     with pytest.raises(RankError) as caught:
         ranks(2).run(train_from, server.endpoint, run, STEP, **named)

@@ -269,6 +269,15 @@ def test_urls_that_are_none(url: str | Path, told: str) -> None:
         ucp_deepspeed.open_checkpoint(url)
 
 
+def test_an_object_that_ends_early() -> None:
+    fsspec.filesystem("memory").pipe_file("/short/x", b"abc")
+    path = RemotePath.of("memory://short/x")
+    assert path.read_range(1, 3) == b"bc"
+    with pytest.raises(OSError, match="2 bytes came of 8 from byte 1 on") as caught:
+        path.read_range(1, 9)
+    assert caught.value.filename == "memory://short/x"
+
+
 def test_paths() -> None:
     """As of `pathlib.Path`, as far as they are used."""
     path = located("memory://run/step3")
