@@ -115,6 +115,18 @@ def test_commands_take_it(tmp_path: Path) -> None:
     assert again.keys() == saved.keys() and all(torch.equal(again[key], saved[key]) for key in saved)
 
 
+def test_an_index_that_an_earlier_save_left(folder: Path, tmp_path: Path) -> None:
+    """``from_pretrained`` takes the single file where both are there."""
+    shutil.copytree(folder, tmp_path / "hf")
+    build_huggingface("llama", VOCABULARY, torch.float32, seed=12).save_pretrained(tmp_path / "new")
+    shutil.copy(tmp_path / "new" / "model.safetensors", tmp_path / "hf")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
+    with ucp_deepspeed.open_checkpoint(tmp_path / "hf") as checkpoint:
+        assert all(torch.equal(checkpoint.read(name), expected[name]) for name in checkpoint.parameters)
+    first(tmp_path / "hf").unlink()
+    assert open_checkpoint(tmp_path / "hf").parameters
+
+
 def spoil_index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())

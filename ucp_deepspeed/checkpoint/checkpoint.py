@@ -181,6 +181,7 @@ class Checkpoint(ABC):
         lacking: why no file holds the optimizer's state, or why its owner can't be told; code that needs the state raises it. The
             weights then replace the masters.
         unrecorded: parameters that the model had but whose value is in no file, and why; they aren't among ``parameters``.
+        excluded: parameters that the save left out on demand, with the reason; to a load they are missing.
         recorded_shapes: whole shape of each parameter, as a manifest or AutoTP records it for the files beside it.
         logical_names: name that a spec gave to each parameter when saving, if it isn't its own.
         vocabulary_size: rows of the unpadded vocabulary, if recorded.
@@ -199,6 +200,7 @@ class Checkpoint(ABC):
     refused: Mapping[str, str] = {}
     lacking: MismatchError | None = None
     unrecorded: Mapping[str, str] = {}
+    excluded: Mapping[str, str] = {}
     recorded_shapes: Mapping[str, Shape]
     logical_names: Mapping[str, str]
     vocabulary_size: int | None

@@ -28,7 +28,7 @@ class _DerivedCheckpoint(Checkpoint):
         self._inner, self._names = inner, names
         self.path, self.form, self.topology, self.run = inner.path, inner.form, inner.topology, inner.run
         self.vocabulary_size, self.versions = inner.vocabulary_size, inner.versions
-        self.lacking, self.unrecorded = inner.lacking, inner.unrecorded
+        self.lacking, self.unrecorded, self.excluded = inner.lacking, inner.unrecorded, inner.excluded
         self.logical_names, self.patterns = self._here(inner.logical_names), self._here(inner.patterns)
         self.refused, self.recorded_shapes = self._here(inner.refused), self._here(inner.recorded_shapes)
         self.parameters = {

@@ -78,9 +78,9 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.run = RunState(self._precision(), 0, None, 0, None, None, "")
 
     def _read_index(self) -> Mapping[str, str]:
-        """Return the file of each tensor."""
+        """Return the file of each tensor. Beside a single file an index is passed over, as transformers does."""
         path = self.path / WEIGHTS_INDEX_NAME
-        if not path.is_file():
+        if (self.path / WEIGHTS_NAME).is_file() or not path.is_file():
             return dict.fromkeys(self._header(WEIGHTS_NAME).keys, WEIGHTS_NAME)
         self.versions.note(path)
         check_regular(path)

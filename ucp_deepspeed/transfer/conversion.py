@@ -118,8 +118,10 @@ def _check_free(destination: Path) -> None:
         return
     if is_taken(destination):
         raise ConfigError(f"{destination} exists already; nothing was written")
-    if blocking := next((parent for parent in destination.parents if parent.exists() and not parent.is_dir()), None):
-        raise ConfigError(f"{blocking} is a file; nothing was written")
+    taken = (parent for parent in destination.parents if os.path.lexists(parent) and not parent.is_dir())
+    if blocking := next(taken, None):
+        kind = "a file" if blocking.exists() else "a link that leads nowhere"
+        raise ConfigError(f"{blocking} is {kind}; nothing was written; name another folder")
 
 
 def _check_space(destination: Path, plan: OutputPlan) -> None:

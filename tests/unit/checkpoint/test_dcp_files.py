@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat
 
 from ucp_deepspeed.checkpoint import open_checkpoint
 from ucp_deepspeed.checkpoint.dcp.output import DcpOutput
+from ucp_deepspeed.checkpoint.deepspeed.consolidated_output import ConsolidatedOutput
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.checkpoint.whole import checkpoints_in
 from ucp_deepspeed.errors import (
@@ -25,7 +26,9 @@ from ucp_deepspeed.errors import (
     UniversalCheckpointError,
     UnsupportedError,
 )
+from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.transfer.conversion import convert
+from ucp_deepspeed.transfer.native.output import NativeOutput
 from ucp_deepspeed.transfer.verification import verify
 
 WEIGHT = torch.arange(24.0).view(4, 6)
@@ -101,6 +104,18 @@ def test_half_precision_is_told_and_not_taken_for_more(tmp_path: Path) -> None:
     held["model"]["w"] = WEIGHT.bfloat16()
     checkpoint = open_checkpoint(save(tmp_path / "a", held))
     assert (checkpoint.parameters["w"].states["fp32"], checkpoint.run.precision) == ("BF16", "bf16")
+
+
+def test_fp16_without_a_loss_scale_is_refused_where_deepspeed_needs_one(tmp_path: Path) -> None:
+    """DeepSpeed's universal folder without one could be written, and not be read again."""
+    held = state()
+    held["model"]["w"] = WEIGHT.half()
+    view = UniversalView.of(open_checkpoint(save(tmp_path / "a", held)))
+    for output in (ConsolidatedOutput(), NativeOutput(Topology(dp=2, zero_stage=1))):
+        with pytest.raises(UnsupportedError, match="has no loss scale"):
+            convert(view, tmp_path / "b", output)
+    convert(view, tmp_path / "b", DcpOutput())
+    assert open_checkpoint(tmp_path / "b").run.precision == "fp16"
 
 
 class Planted:

@@ -125,3 +125,9 @@ def test_tensor_parallelism_needs_layouts(sharded: Path, spec_file: Path, tmp_pa
     assert not (tmp_path / "u").exists()
     assert ucp("convert", sharded, tmp_path / "u", "--spec", spec_file).exit_code == 0
     assert open_checkpoint(tmp_path / "u").parameters["block.rows"].local_shapes == ((6, 8),)
+
+
+def test_a_link_that_leads_nowhere(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    done = ucp("convert", saved, tmp_path / "link")
+    assert done.exit_code == 2 and "link is a link that leads nowhere; nothing was written; name another" in done.stderr

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 import ucp_deepspeed
 from ucp_deepspeed.errors import ConfigError
+from ucp_deepspeed.testing.ranks import get_pool
+from ucp_deepspeed.testing.runs import Run, train
 
 Ucp = Callable[..., Result]
 
@@ -125,6 +127,22 @@ def test_layers_of_a_pipeline_are_no_names_of_a_model(ucp: Ucp, tmp_path: Path) 
     )
     assert ucp("export", source, tmp_path / "hf", "--spec", spec).exit_code == 0
     assert set(load_file(tmp_path / "hf" / "model.safetensors")) == {"model.layers.0.weight", "model.layers.1.weight"}
+
+
+def test_without_the_frozen_parameters_there_is_no_whole_model(ucp: Ucp, tmp_path: Path) -> None:
+    """At ZeRO-1 DeepSpeed's own files say nothing of them; the manifest does."""
+    run = Run(zero={"stage": 1}, frozen=("linear_in.bias",))
+    options = {"exclude_frozen_parameters": True}
+    get_pool(1).run(train, run, 1, save=str(tmp_path / "run"), save_options=options, timeout=280)
+    for to in ("hf", "torch"):
+        done = ucp("export", tmp_path / "run", tmp_path / to, "--to", to)
+        assert done.exit_code == 2 and "linear_in.bias: the save left it out" in done.stderr, done.output
+        assert "save without exclude_frozen_parameters" in done.stderr and not (tmp_path / to).exists()
+
+
+def test_a_type_of_model_that_is_no_text(ucp: Ucp, saved: Path, tmp_path: Path) -> None:
+    config = configured(tmp_path / "base", model_type=["mlp"])
+    assert ucp("export", saved, tmp_path / "hf", "--config-from", config).exit_code == 0
 
 
 def test_from_python(saved: Path, tmp_path: Path) -> None:

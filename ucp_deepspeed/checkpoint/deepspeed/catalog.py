@@ -34,8 +34,10 @@ from ucp_deepspeed.checkpoint.deepspeed.run_state import (
 )
 from ucp_deepspeed.checkpoint.deepspeed.stage0_slots import Groups, stage0_form, stage0_slots, unnamed
 from ucp_deepspeed.checkpoint.deepspeed.weights import (
+    excluded,
     frozen_slots,
     module_slot,
+    never_stored,
     tensors_in,
     tied_names,
     weight_slots,
@@ -328,12 +330,13 @@ class DeepSpeedCheckpoint(Checkpoint):
         """Parameters of ZeRO-3 of which the files hold only the names, with the reason."""
         if not self.files.sliced or self.files.autoep:
             return {}
-        why = (
-            f"DeepSpeed {self.run.ds_version} left its value out: before 0.9.1 that of each frozen parameter at ZeRO-3, and of "
-            "what no optimizer has in any version"
-        )
         known = {*self._where(0), *self._aliases}
-        return {name: why for name in self.weights(0) if name not in known}
+        return {name: never_stored(self.run.ds_version) for name in self.weights(0) if name not in known}
+
+    @cached_property
+    def excluded(self) -> Mapping[str, str]:  # type: ignore[override]
+        """See `Checkpoint`. The manifest tells of them."""
+        return excluded(None if self.files.autoep else self.manifest, {*self.parameters, *self.tied, *self.unrecorded})
 
     def weights(self, rank: int) -> Mapping[str, Located]:
         """Return the weights and buffers in a model-parallel rank's files; in a pipeline those of all stages."""

@@ -212,10 +212,15 @@ def _check_form(view: UniversalView, record: Record) -> None:
     Raises:
         UnsupportedError: it can't; lists the parameters.
     """
-    problems = [*_unfit_names(view), *_unfit_numbers(view, record), *_unfit_groups(view, record)]
+    problems = [*_unfit_scale(record), *_unfit_names(view), *_unfit_numbers(view, record), *_unfit_groups(view, record)]
     if problems:
         told = f"{view.checkpoint.path} doesn't fit into DeepSpeed's universal folder, {OTHER_FORMS}"
         raise UnsupportedError("\n  ".join([f"{told}:", *problems[:MAX_LISTED]]))
+
+
+def _unfit_scale(record: Record) -> Iterator[str]:
+    if record.run.precision == "fp16" and record.run.loss_scale is None:
+        yield "it has no loss scale, with which DeepSpeed resumes in fp16"
 
 
 def _unfit_names(view: UniversalView) -> Iterator[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, WEIGHTS_HINT, Kind
 from ucp_deepspeed.checkpoint.deepspeed.autoep import AutoEpLayers
 from ucp_deepspeed.checkpoint.deepspeed.files import DeepSpeedFiles
+from ucp_deepspeed.checkpoint.deepspeed.manifest import Manifest
 from ucp_deepspeed.checkpoint.extra_states import is_extra_state
 from ucp_deepspeed.checkpoint.slots import Located, Slot, SplitStates, whole_slot
 from ucp_deepspeed.checkpoint.torch_files.safe_load import TORCH_DTYPES, storage_start
@@ -83,6 +85,24 @@ def tied_names(files: DeepSpeedFiles, module: Mapping[str, Located]) -> dict[str
         if repeated and name not in saved["buffer_names"]:
             shared[name] = first[place]
     return listed | shared | files.autoep.second_names(module)
+
+
+def never_stored(version: str) -> str:
+    """Return why the files of ZeRO-3 have no value of a parameter."""
+    return (
+        f"DeepSpeed {version} left its value out: before 0.9.1 that of each frozen parameter at ZeRO-3, and of what no "
+        "optimizer has in any version"
+    )
+
+
+def excluded(manifest: Manifest | None, known: Collection[str]) -> dict[str, str]:
+    """Return the frozen parameters that a manifest tells of and that aren't among the ``known``, with the reason."""
+    told = {} if manifest is None else manifest.parameters
+    gone = [name for name, each in told.items() if each.kind == "frozen" and name not in known]
+    stored = [
+        name for name in gone if all(map(prod, told[name].local_shapes or ()))
+    ]  # without elements they stand nowhere
+    return dict.fromkeys(stored, "the save left it out, with exclude_frozen_parameters")
 
 
 def without_optimizer(files: DeepSpeedFiles) -> MismatchError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,12 @@ def companions_of(checkpoint: Path, config_from: Path | None, main: str, others:
         return Companions({})
     found = {path for glob in (main, *others) for path in place.glob(glob) if path.is_file()}
     return Companions({path.relative_to(place).as_posix(): read_bounded(path) for path in sorted(found)}, place)
+
+
+def model_type_of(config: Mapping[str, Any]) -> str | None:
+    """Return the type that a model's configuration tells; None if it tells none."""
+    found = config.get("model_type")
+    return found if isinstance(found, str) else None
 
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

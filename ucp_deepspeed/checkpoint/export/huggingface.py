@@ -21,6 +21,7 @@ from ucp_deepspeed.checkpoint.export.companions import (
     CONFIG_NAME,
     Companions,
     companions_of,
+    model_type_of,
     with_dtype,
 )
 from ucp_deepspeed.checkpoint.export.experts import with_single_experts
@@ -69,7 +70,7 @@ class HuggingFaceOutput(Output):
         tensors = dict(weights.tensors)
         if config is None or config.get("tie_word_embeddings") is False:  # nobody would tie them again
             tensors |= {alias: tensors[owner] for alias, owner in weights.tied.items()}
-        tensors = with_single_experts(tensors, None if config is None else config.get("model_type"))
+        tensors = with_single_experts(tensors, None if config is None else model_type_of(config))
         if config is not None:
             companions = companions.with_document(CONFIG_NAME, with_dtype(config, _dtype_of(tensors)))
         files = shards_of(tensors, self.shard_numbytes)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+from ucp_deepspeed.checkpoint.export.companions import model_type_of
 from ucp_deepspeed.checkpoint.export.weights import Choice, Weights, model_names, weights_of
 from ucp_deepspeed.checkpoint.output import Region, StoredTensor
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -62,11 +63,12 @@ def _names_for(view: UniversalView, config: Mapping[str, Any] | None, specs: Seq
             f"{path} has names of {specs[0].family}: the configuration of the Hugging Face model tells its names and heads; name "
             f"its folder (--config-from), of type {types}"
         )
-    found = [each for each in known if config.get("model_type") in each.models]
+    kind = model_type_of(config)
+    found = [each for each in known if kind in each.models]
     if not found or any(each != found[0] for each in found):
         raise MismatchError(
             f"{path} has names of {' or '.join(spec.family for spec in specs)}, which can become models of type {types}; "
-            f"config.json is of type {config.get('model_type')!r}; name the folder of another (--config-from)"
+            f"config.json is of type {kind!r}; name the folder of another (--config-from)"
         )
     return found[0]
 

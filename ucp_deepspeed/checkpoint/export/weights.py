@@ -142,9 +142,10 @@ def check_complete(view: UniversalView) -> None:
     Raises:
         MismatchError: it has no value of some.
     """
-    if lacking := [f"{name}: {why}" for name, why in view.checkpoint.unrecorded.items()]:
+    checkpoint = view.checkpoint
+    if lacking := [f"{name}: {why}" for name, why in {**checkpoint.unrecorded, **checkpoint.excluded}.items()]:
         hint = "save without exclude_frozen_parameters, or export the adapter of a LoRA run alone: --adapter"
-        raise MismatchError(f"{view.checkpoint.path} has no value of some parameters", lacking, hint)
+        raise MismatchError(f"{checkpoint.path} has no value of some parameters", lacking, hint)
 
 
 def left_out(view: UniversalView) -> list[str]:

@@ -76,7 +76,8 @@ class NativeOutput(Output):
         )
         if settings.precision == "fp16" and checkpoint.run.loss_scale is None:
             raise UnsupportedError(
-                f"{checkpoint.path} has no loss scale, which fp16 resumes with; write it for the precision of its run"
+                f"{checkpoint.path} has no loss scale, with which fp16 resumes; name a config in bf16 or fp32 (--config), "
+                f"or: {RESUME_HINT}"
             )
         found = self._paired(view, pipeline)
         files = _Files(found, settings, values, pipeline)

@@ -88,7 +88,9 @@ class NativeSettings:
         given = saved if config is None else config
         zero = _section(given, "zero_optimization")
         if config is not None and zero.get("stage", 0) != topology.zero_stage:
-            raise ConfigError(f"the config has ZeRO stage {zero.get('stage', 0)}, and --zero {topology.zero_stage}")
+            raise ConfigError(
+                f"the config has ZeRO stage {zero.get('stage', 0)}, and --zero {topology.zero_stage}: make them the same"
+            )
         precision = run.precision if config is None else enabled_precision(config) or "fp32"
         _check_supported(zero)
         form = _form(topology, precision, given, any(map(_is_fused, groups)))
