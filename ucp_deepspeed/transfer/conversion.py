@@ -118,7 +118,7 @@ def _check_free(destination: Path) -> None:
         return
     if is_taken(destination):
         raise ConfigError(f"{destination} exists already; nothing was written")
-    taken = (parent for parent in destination.parents if os.path.lexists(parent) and not parent.is_dir())
+    taken = (parent for parent in destination.parents if is_taken(parent) and not parent.is_dir())
     if blocking := next(taken, None):
         kind = "a file" if blocking.exists() else "a link that leads nowhere"
         raise ConfigError(f"{blocking} is {kind}; nothing was written; name another folder")
