@@ -59,7 +59,8 @@ def native(folder: Path, info: Mapping[str, Any] = INFO, **run: Any) -> Path:
         )
         for name in SHAPES
     )
-    model = NativeModel(parameters, {"mask": torch.arange(4)})
+    frozen = NativeParameter("held", torch.randn(3, 2, generator=generator), frozen=True)
+    model = NativeModel((*parameters, frozen), {"mask": torch.arange(4)}, aliases={"tied": "norm"})
     return write_native(
         folder, model, NativeRun(**run), client_state={"universal_checkpoint_info": dict(info), "epoch": 3}
     )
@@ -119,7 +120,7 @@ def test_the_files_hold_what_those_of_the_tool_do(info: dict[str, Any], run: dic
     source = native(tmp_path / "a", info, **run)
     ours, theirs = written(source, tmp_path / "ours"), by_the_tool(source, tmp_path / "u" / "theirs")
     found, wanted, flat = atoms(ours), atoms(theirs), run["stage"] == 3
-    others = {"mask/fp32.pt"}  # the tool makes atoms of buffers too
+    others = {f"{name}/fp32.pt" for name in ("mask", "held", "tied")}  # the tool makes atoms of all that the module has
     steps = {name for name in found if name.endswith("/step.pt")} if flat else set()
     assert found.keys() - steps == wanted.keys() - others and len(found) == 4 * len(SHAPES)
     for name in found.keys() - steps:
@@ -192,6 +193,7 @@ def test_nothing_is_lost_when_the_package_reads_it(tmp_path: Path) -> None:
         found = UniversalView.of(open_checkpoint(tmp_path / f"{name}-u"))
         assert compare(source, found) == []
         assert found.patterns == source.patterns
+        assert found.tied == source.tied == {"tied": "norm"} and found.parameters["held"].kind == "frozen"
         assert found.vocabulary_size == source.vocabulary_size == 5
         assert found.checkpoint.run == source.checkpoint.run
         held = open_checkpoint(tmp_path / f"{name}-u").client_state()[1]
@@ -288,7 +290,7 @@ def test_the_command_names_the_folder_in_the_file_that_deepspeed_reads(tmp_path:
     (tmp_path / "u" / "latest").write_text("other")
     command = ["convert", str(source), str(tmp_path / "u"), "--to", "deepspeed-universal", "--quiet"]
     done = CliRunner().invoke(main, command)
-    assert done.exit_code == 0 and "buffers and frozen parameters, 1 in all" in done.output
+    assert done.exit_code == 0 and "buffers and frozen parameters, 2 in all" in done.output
     assert (tmp_path / "u" / "latest_universal").read_text() == "global_step5"
     assert (tmp_path / "u" / "latest").read_text() == "other"
     again = CliRunner().invoke(main, command)
