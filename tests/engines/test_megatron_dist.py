@@ -323,6 +323,13 @@ def of_another_form(folder: Path) -> None:
     (folder / "metadata.json").write_text('{"sharded_backend": "zarr"}')
 
 
+def without_a_part_of_a_buffer(folder: Path) -> None:
+    metadata = metadata_of(folder)
+    key = next(key for key in metadata.state_dict_metadata if key.endswith("bucket_idx_0.param"))
+    del metadata.state_dict_metadata[key].chunks[0]
+    write_metadata(folder, metadata)
+
+
 DAMAGES: Mapping[str, tuple[Callable[[Path], Any], type[UniversalCheckpointError], str]] = {
     "metadata": (with_code_in_metadata, DamagedCheckpointError, r"names posix\.mkdir, which isn't part"),
     "common": (with_code_in_common, DamagedCheckpointError, r"common\.pt .*posix\.mkdir"),
@@ -332,6 +339,11 @@ DAMAGES: Mapping[str, tuple[Callable[[Path], Any], type[UniversalCheckpointError
     "unfinished": (lambda folder: (folder / "metadata.json").unlink(), DamagedCheckpointError, "was never finished"),
     "no layer": (with_a_layer_elsewhere, DamagedCheckpointError, "doesn't list the chunks of a whole tensor"),
     "no master": (without_a_master, DamagedCheckpointError, "has no master of output_layer.weight, which others have"),
+    "no part": (
+        without_a_part_of_a_buffer,
+        DamagedCheckpointError,
+        r"no chunk of .*bucket_idx_0\.param holds element 0",
+    ),
     "zarr": (of_another_form, FormatError, "names the form 'zarr'"),
 }
 
@@ -342,7 +354,7 @@ def test_damage_is_named(
 ) -> None:
     damage, kind, told = DAMAGES[title]
     monkeypatch.chdir(tmp_path)
-    folder = Path(shutil.copytree(saved(ranks, "tp2"), tmp_path / "copy"))
+    folder = Path(shutil.copytree(saved(ranks, "buckets-dp2" if title == "no part" else "tp2"), tmp_path / "copy"))
     damage(folder)
     with pytest.raises(kind, match=told):
         UniversalView.of(open_checkpoint(folder))

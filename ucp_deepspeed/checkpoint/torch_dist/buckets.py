@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +19,11 @@ from typing import NoReturn
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHTS_HINT, FileExtent
-from ucp_deepspeed.checkpoint.dcp.entries import Entries
+from ucp_deepspeed.checkpoint.dcp.entries import MISSING_HINT, Entries
 from ucp_deepspeed.checkpoint.dcp.metadata import StoredTensor
 from ucp_deepspeed.checkpoint.torch_dist.keys import SHARDING_HINT
 from ucp_deepspeed.checkpoint.torch_files.safe_load import NAMED_DTYPES, TORCH_DTYPES
-from ucp_deepspeed.errors import MismatchError, naming
+from ucp_deepspeed.errors import DamagedCheckpointError, MismatchError, naming
 from ucp_deepspeed.layout import Box
 from ucp_deepspeed.plan import Fragment
 
@@ -82,9 +82,10 @@ class Bucket:
         """Yield the chunks that hold an interval: chunk, first element in it, and number of elements."""
         at = start
         while at < stop:
-            box = self.boxes[self.starts[bisect_right(self.starts, at) - 1]]
-            if at >= box.stop[0]:
-                raise ValueError(f"no chunk holds element {at}")
+            place = bisect_right(self.starts, at) - 1
+            box = self.boxes[self.starts[place]] if place >= 0 else None
+            if box is None or at >= box.stop[0]:
+                raise DamagedCheckpointError(f"no chunk of {self.key:.200} holds element {at}; {MISSING_HINT}")
             numel = min(stop, box.stop[0]) - at
             yield box, at - box.start[0], numel
             at += numel
@@ -109,16 +110,28 @@ class Buckets:
             if (match := _BUCKET.fullmatch(key)) is not None:
                 state = MASTER if match[2] == "param" else match[2]
                 self._buckets.setdefault(match[1], {})[state] = Bucket(key, tensor)
-        if not self._buckets:
-            self._refuse("they aren't tensors")
+        held = [each.tensor.shape for states in self._buckets.values() for each in states.values()]
+        if not held or any(len(shape) != 1 for shape in held):
+            self._refuse("they aren't tensors of one dimension")
         self.places: dict[tuple[str, Box], Place] = {}
         self._find()
-        self.names = frozenset(name for name, _ in self.places)
         self._check()
 
     def states(self, name: str) -> dict[str, str]:
         """Return the states of a parameter → their types, the master among them."""
-        bucket = next(place.bucket for (held, _), place in self.places.items() if held == name)
+        return self._states_in(self._bucket_of[name])
+
+    @property
+    def names(self) -> Set[str]:
+        """Names of the parameters that are there."""
+        return self._bucket_of.keys()
+
+    @cached_property
+    def _bucket_of(self) -> dict[str, str]:
+        """A bucket of each parameter."""
+        return {name: place.bucket for (name, _), place in self.places.items()}
+
+    def _states_in(self, bucket: str) -> dict[str, str]:
         return {state: TORCH_DTYPES[each.tensor.dtype] for state, each in self._buckets[bucket].items()}
 
     def fragments(self, name: str, state: str, box: Box, start: int, stop: int) -> Iterator[Fragment[FileExtent]]:
@@ -195,6 +208,9 @@ class Buckets:
             unknown = [each.tensor.dtype for each in bucket.values() if each.tensor.dtype not in TORCH_DTYPES]
             if len(shapes) != 1 or unknown:
                 self._refuse(f"{title} has states of different shapes, or of types without a universal form")
+        for (name, _), place in self.places.items():
+            if self._states_in(place.bucket) != self.states(name):
+                self._refuse(f"{place.bucket} has other states of {name} than {self._bucket_of[name]}")
 
     def _refuse(self, told: str) -> NoReturn:
         path = self._entries.metadata.path
