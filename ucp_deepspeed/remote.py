@@ -30,6 +30,9 @@ _JOINED = re.compile(r"(?:[A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]+:/(?!/)")
 
 _LOCAL = ("file://", "local://")
 
+_CHAIN = re.compile(r"((?:[A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]*://)(.*?)(::.*)?", re.DOTALL)
+"""A URL: what stands before the path, the path, and what an archive lies in, as in ``zip://run::s3://bucket/run.zip``."""
+
 _IDENTITIES = (
     *("ETag", "etag", "e_tag", "generation", "md5Hash", "content_md5"),
     *("mtime", "LastModified", "last_modified", "modified", "updated", "created"),
@@ -45,6 +48,12 @@ def is_url(path: object) -> bool:
     return "://" in text and _URL.match(text) is not None and not text.startswith(_LOCAL)
 
 
+def on_disk(path: Any) -> Any:
+    """Return the path that a URL of a mounted file system names, such as ``file:///runs``; all else as it is."""
+    text = str(path)
+    return text.partition("://")[2] if text.startswith(_LOCAL) else path
+
+
 def located(path: object) -> Path:
     """Return the path that a text means: a `pathlib.Path`, or for a URL what behaves like one as far as this package uses it.
 
@@ -53,13 +62,12 @@ def located(path: object) -> Path:
     """
     if isinstance(path, RemotePath):
         return cast(Path, path)
+    path = on_disk(path)
     text = str(path)
     if is_url(text):
         return cast(Path, RemotePath.of(text))
     if _JOINED.match(text) and not Path(text).parts[0] == "" and not Path(Path(text).parts[0]).exists():
         raise ConfigError(f"{text} was a URL before it became a Path, which joins slashes; give it as a text")
-    if text.startswith(_LOCAL):
-        return Path(text.partition("://")[2])
     return path if isinstance(path, Path) else Path(text)
 
 
@@ -103,6 +111,12 @@ class RemotePath:
     def __init__(self, fs: Any, path: str, url: str) -> None:
         self.fs, self.path, self._url = fs, path, url
 
+    def _split(self) -> tuple[str, str, str]:
+        """Return what stands before the path in the URL, the path without a slash at its end, and what an archive lies in."""
+        found = _CHAIN.fullmatch(self._url)
+        assert found is not None, self._url
+        return found[1], found[2].rstrip("/"), found[3] or ""
+
     @classmethod
     def of(cls, url: str) -> RemotePath:
         """Return the path of a URL; see `located`."""
@@ -119,7 +133,8 @@ class RemotePath:
         except Exception as error:
             told = str(error) or type(error).__name__
             raise ConfigError(f"{url} is no URL that fsspec can open: {told}; correct it, or name a folder") from error
-        return cls(fs, path.rstrip("/"), url.rstrip("/"))
+        before, inner, outer = cls(fs, path, url)._split()
+        return cls(fs, path.rstrip("/"), before + inner + outer)
 
     def __str__(self) -> str:
         return self._url
@@ -145,7 +160,9 @@ class RemotePath:
             if part == "..":
                 found = found.parent
             elif part not in ("", "."):
-                found = RemotePath(found.fs, f"{found.path}/{part}", f"{found._url}/{part}")
+                before, inner, outer = found._split()
+                url = f"{before}{inner}/{part}{outer}" if inner else f"{before}{part}{outer}"
+                found = RemotePath(found.fs, f"{found.path}/{part}", url)
         return found
 
     def as_posix(self) -> str:
@@ -155,7 +172,7 @@ class RemotePath:
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts of the URL behind its ``://``, of which the first may be a bucket."""
-        return tuple(part for part in self._url.partition("://")[2].split("/") if part)
+        return tuple(part for part in self._split()[1].split("/") if part)
 
     @property
     def name(self) -> str:
@@ -177,7 +194,8 @@ class RemotePath:
         """The folder around it; of the first folder, itself."""
         if len(self.parts) < 2:
             return self
-        return RemotePath(self.fs, self.path.rpartition("/")[0], self._url.rpartition("/")[0])
+        before, inner, outer = self._split()
+        return RemotePath(self.fs, self.path.rpartition("/")[0], before + inner.rpartition("/")[0] + outer)
 
     @property
     def parents(self) -> tuple[RemotePath, ...]:
@@ -194,13 +212,18 @@ class RemotePath:
 
     def is_relative_to(self, other: object) -> bool:
         """Return whether it lies in a folder, or is that."""
-        return self._url == str(other) or self._url.startswith(f"{str(other).rstrip('/')}/")
+        if not isinstance(other, RemotePath):
+            return is_url(other) and self.is_relative_to(located(other))
+        (before, inner, outer), (first, around, last) = self._split(), other._split()
+        inside = inner == around or not around or inner.startswith(f"{around}/")
+        return (before, outer) == (first, last) and inside
 
     def relative_to(self, other: object) -> PurePosixPath:
         """Return the path below a folder."""
         if not self.is_relative_to(other):
             raise ValueError(f"{self} doesn't lie in {other}")
-        return PurePosixPath(self._url[len(str(other).rstrip("/")) + 1 :])
+        around = cast(RemotePath, located(other))._split()[1]
+        return PurePosixPath(self._split()[1][len(around) :].lstrip("/"))
 
     def absolute(self) -> RemotePath:
         """Return itself."""

@@ -85,6 +85,15 @@ def test_without_zero(server: Server, ranks: Ranks, tmp_path: Path) -> None:
     assert loaded.report is not None and differences(tmp_path / "b", tmp_path / "a") == []
 
 
+def test_a_disk_by_url(saved: Path, ranks: Ranks) -> None:
+    """DeepSpeed itself would look for a folder named ``file:``."""
+    for loaded in ranks(2).run(train, SOURCE, STEP, load=f"file://{saved}"):
+        assert loaded.load_path.startswith(f"{saved}/global_step{STEP}/")
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(train, SOURCE, STEP, load=str(saved), save=f"file://{saved}", save_first=True)
+    assert isinstance(caught.value.original, SaveError) and "is a URL" in str(caught.value.original)
+
+
 def refusal(server: Server, ranks: Ranks, run: Run, **named: Any) -> BaseException | None:
     with pytest.raises(RankError) as caught:
         ranks(2).run(train_from, server.endpoint, run, STEP, **named)

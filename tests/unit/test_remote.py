@@ -163,6 +163,25 @@ def test_commands(one: Path, ucp: Ucp, server: Server) -> None:
     assert refused.exit_code == 2 and "aws s3 rm" in refused.output
 
 
+def test_folders_of_a_disk_by_url(one: Path, ucp: Ucp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ucp("inspect", f"file://{one}").exit_code == 0
+    assert ucp("convert", f"local://{one}/", f"file://{tmp_path}/made").exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "made"}
+    assert ucp("diff", "file://made", one).stdout.startswith("equal: ")
+
+
+def test_archives(one: Path, ucp: Ucp, server: Server, tmp_path: Path) -> None:
+    """A URL of what lies in an archive has the archive behind it."""
+    (tmp_path / "around").mkdir()
+    shutil.copytree(one, tmp_path / "around" / one.name)
+    archive = shutil.make_archive(str(tmp_path / "runs"), "zip", tmp_path, "around")
+    fsspec.filesystem("s3").put_file(archive, "bucket/runs.zip")
+    for url in (f"zip://around/::file://{archive}", "zip://around::s3://bucket/runs.zip"):
+        assert ucp("diff", url, one, "--tag-a", one.name).stdout.startswith("equal: ")
+        assert ucp("verify", url, "--tag", one.name).exit_code == ucp("verify", one).exit_code
+
+
 def test_only_the_bytes_that_are_wanted(large: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A look into the metadata of 24 MB takes little, and a slice takes its own bytes."""
     url = upload(large, "s3://bucket/large")
@@ -286,3 +305,13 @@ def test_paths() -> None:
     assert str((path / "b").relative_to(path.parent)) == "step3/b" and not path.is_relative_to(located("memory://ru"))
     assert located("file:///tmp/x") == Path("/tmp/x")
     assert str(located("simplecache::memory://run/x").parent) == "simplecache::memory://run"
+
+
+def test_paths_in_archives(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "a").write_bytes(b"abc")
+    outer = f"::file://{shutil.make_archive(str(tmp_path / 'x'), 'zip', tmp_path, 'run')}"
+    top, run = located(f"zip://{outer}"), located(f"zip://run/{outer}")
+    assert str(run / "a") == f"zip://run/a{outer}" and (run / "a").parent == run == top / "run" and run.parent == run
+    assert (run / "a").is_relative_to(run) and str((run / "a").relative_to(top)) == "run/a"
+    assert located(str(run / "a")).read_bytes() == b"abc" and [path.name for path in run.iterdir()] == ["a"]

@@ -143,11 +143,13 @@ class _Folder(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("an empty path names no folder", param, ctx)
-        if isinstance(value, str) and is_url(value):
+        if isinstance(value, str):
             try:
-                return located(value)
+                value = located(value)
             except ConfigError as error:
                 self.fail(str(error), param, ctx)
+            if is_url(value):
+                return value
         return super().convert(value, param, ctx)
 
 

@@ -43,7 +43,7 @@ from ucp_deepspeed.engine.saving.background import check_background
 from ucp_deepspeed.engine.saving.preemption import watch
 from ucp_deepspeed.engine.saving.save import check_model
 from ucp_deepspeed.errors import UniversalCheckpointError, UnsupportedError
-from ucp_deepspeed.remote import is_url
+from ucp_deepspeed.remote import is_url, on_disk
 
 logger = logging.getLogger("ucp_deepspeed")
 
@@ -179,6 +179,7 @@ def load_checkpoint(
             raise UnsupportedError(
                 f"{told}: {reason.heading}", reason.problems, "copy the folder to a disk, and load it there"
             )
+        load_dir = on_disk(load_dir)
         options = LoadOptions(*positional, **named)
         aside = _check_loadable(engine, Path(load_dir), None if tag is None else str(tag), options)
         if aside is not None:

@@ -54,6 +54,7 @@ from ucp_deepspeed.engine.optimizers import EngineOptimizer, engine_optimizer, i
 from ucp_deepspeed.engine.random_state import keep_to_restore, restore_random_state
 from ucp_deepspeed.engine.saving.background import settle_saves, wait_for_save
 from ucp_deepspeed.errors import DamagedCheckpointError, UniversalCheckpointError, UnsupportedError, system_errors_as
+from ucp_deepspeed.remote import on_disk
 from ucp_deepspeed.transfer import TransferCount
 from ucp_deepspeed.transfer.planning.numbers import PartitionNumbers
 from ucp_deepspeed.transfer.planning.pairing import Pair
@@ -108,6 +109,7 @@ def load_checkpoint(
     """
     wait_for_save(engine)
     settle_saves()
+    load_dir = on_disk(load_dir)
     schedule = load_lr_scheduler_states and engine.universal_checkpoint_config.scheduler == "restore"
     options = LoadOptions(load_module_strict, load_optimizer_states, schedule, load_module_only, custom_load_fn)
     started = time.monotonic()

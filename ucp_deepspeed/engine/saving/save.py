@@ -63,7 +63,7 @@ from ucp_deepspeed.language import logical_names, naming_specs, resolve_patterns
 from ucp_deepspeed.language.name_spaces import LogicalName
 from ucp_deepspeed.layout import Shape
 from ucp_deepspeed.layout.pattern import AnyPattern, Pattern, PerRank, Replicate, Unique
-from ucp_deepspeed.remote import is_url
+from ucp_deepspeed.remote import is_url, on_disk
 from ucp_deepspeed.transfer.commit import (
     flush,
     is_seen,
@@ -260,7 +260,7 @@ def _save_in_background(
 
 def _check_tag(save_dir: str, tag: str, asynchronous: bool, save_latest: bool) -> None:
     """Refuse a tag whose folder a save can't fill, or that ``latest`` can't name."""
-    if is_url(save_dir):
+    if is_url(save_dir) or on_disk(save_dir) is not save_dir:
         raise SaveError(
             f"{save_dir} is a URL, and DeepSpeed saves into mounted file systems alone: it would make a folder of that name; "
             f"save into a folder and copy it, or let ucp convert write there"
