@@ -285,7 +285,7 @@ class OpenCheckpoint(AbstractContextManager["OpenCheckpoint"]):
         output = Export(to, dtype, source, max_shard_size, config_from, self._spec, on_differing).output()
         check_apart(self._checkpoint, folder)
         convert(view, folder, output, workers=workers, progress=progress)
-        return left_out(view)
+        return [*left_out(view), *output.notes(view)]
 
     def _whole(self) -> UniversalView:
         """Return the view; raise the error that keeps whole tensors from being read."""

@@ -48,6 +48,8 @@ def write(
     view = UniversalView.of(checkpoint, named, vocabulary_size)
     if not quiet:
         echo(f"left out: {', '.join(left_out(view))}", err=True)
+        for note in output.notes(view):
+            echo(note, err=True)
     with shown_progress("export", quiet) as progress:
         count = convert(view, destination, output, workers=workers, progress=progress)
     if isinstance(output, HuggingFaceOutput) and not (destination / CONFIG_NAME).is_file():

@@ -118,6 +118,20 @@ def test_fp16_without_a_loss_scale_is_refused_where_deepspeed_needs_one(tmp_path
     assert open_checkpoint(tmp_path / "b").run.precision == "fp16"
 
 
+def test_an_average_of_the_weights_beside_the_model(tmp_path: Path) -> None:
+    """It has the model's names, and it lies in several chunks where FSDP2 has cut it."""
+    folder = save(tmp_path / "a", state(ema={"w": WEIGHT + 9}))
+    checkpoint = open_checkpoint(folder)
+    assert torch.equal(read(folder)["w/fp32"], WEIGHT.flatten())
+    assert torch.equal(checkpoint.client_state()[1]["ema"]["w"], WEIGHT + 9)
+    cut = state(ema={"w": Grid(WEIGHT + 9, ((1,), (2, 5)))})
+    write_chunks(tmp_path / "b", cut)
+    assert torch.equal(open_checkpoint(tmp_path / "b").client_state()[1]["ema"]["w"], WEIGHT + 9)
+    metadata(tmp_path / "b", lambda held: held.state_dict_metadata["ema.w"].chunks.pop())
+    with pytest.raises(DamagedCheckpointError, match=r"doesn't list the chunks of a whole tensor for 'ema.w'"):
+        open_checkpoint(tmp_path / "b").client_state()
+
+
 class Planted:
     """Makes a file when it is unpickled."""
 

@@ -161,3 +161,19 @@ def test_from_python(saved: Path, tmp_path: Path) -> None:
             checkpoint.state_dict(torch.int8)
         with pytest.raises(ConfigError, match="to: expected one of hf, torch, adapter"):
             checkpoint.export(tmp_path / "other", "gguf")  # type: ignore[arg-type]
+
+
+def test_other_adapters_are_told(ucp: Ucp, tmp_path: Path) -> None:
+    """PEFT's ``default`` is exported; one that is trained beside it is named, and so are those of a run without a ``default``."""
+    config = tmp_path / "config"
+    config.mkdir()
+    (config / "adapter_config.json").write_text("{}")
+    for title, adapters in (("both", ("default", "second")), ("other", ("second",))):
+        names = [f"q.lora_{matrix}.{adapter}.weight" for adapter in adapters for matrix in "AB"]
+        checkpoint_of(tmp_path / title, **dict.fromkeys(names, torch.ones(2, 3)))
+    done = ucp("export", tmp_path / "both", tmp_path / "a", "--adapter", "--config-from", config)
+    assert done.exit_code == 0 and "the adapters second, trained too, are left out" in done.stderr, done.output
+    with ucp_deepspeed.open_checkpoint(tmp_path / "both") as checkpoint:
+        assert "second" in checkpoint.export(tmp_path / "c", "adapter", config_from=config)[-1]
+    done = ucp("export", tmp_path / "other", tmp_path / "b", "--adapter", "--config-from", config)
+    assert done.exit_code == 2 and "it holds 'second'" in done.stderr and "save_pretrained" in done.stderr, done.output

@@ -53,7 +53,6 @@ class DcpCheckpoint(ChunkedCheckpoint):
     form = "torch.distributed.checkpoint"
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
         self.path, self.versions = path, FileVersions()
         self.versions.note(path / METADATA_NAME)
         self._metadata = read_metadata(path / METADATA_NAME)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -20,15 +20,14 @@ from ucp_deepspeed.checkpoint.checkpoint import (
     Parameter,
     Precision,
 )
-from ucp_deepspeed.checkpoint.dcp.entries import MISSING_HINT, Entries
+from ucp_deepspeed.checkpoint.dcp.entries import Entries
 from ucp_deepspeed.checkpoint.dcp.metadata import Metadata, StoredTensor
 from ucp_deepspeed.checkpoint.dcp.sorting import Sorted
 from ucp_deepspeed.checkpoint.slots import is_number_in_tensor
 from ucp_deepspeed.checkpoint.torch_files.foreign import opaque_in
 from ucp_deepspeed.checkpoint.torch_files.safe_load import PRECISIONS, TORCH_DTYPES
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
-from ucp_deepspeed.layout import Layout, LocalTensor, Shape, Topology
-from ucp_deepspeed.layout.layout import pieces_of
+from ucp_deepspeed.layout import Layout, Shape, Topology
 from ucp_deepspeed.plan import Fragment
 
 
@@ -41,9 +40,6 @@ class ChunkedCheckpoint(Checkpoint):
     _metadata: Metadata
     _entries: Entries
     _sorted: Sorted
-
-    def __init__(self) -> None:
-        self._layout_of = lru_cache(maxsize=None)(self._find_layout)
 
     def fragments(
         self, name: str, state: str, rank: int, local_start: int, local_stop: int
@@ -58,7 +54,7 @@ class ChunkedCheckpoint(Checkpoint):
         Raises:
             DamagedCheckpointError: chunks are missing, or overlap.
         """
-        return self._layout_of(self._sorted.weights[name])
+        return self._entries.layout(self._sorted.weights[name])
 
     def check_sizes(self) -> None:
         """See `Checkpoint.check_sizes`."""
@@ -71,15 +67,6 @@ class ChunkedCheckpoint(Checkpoint):
 
     def _tensor(self, name: str) -> StoredTensor:
         return self._metadata.tensors[self._sorted.weights[name]]
-
-    def _find_layout(self, key: str) -> Layout:
-        tensor = self._metadata.tensors[key]
-        try:
-            held = (LocalTensor(box.shape, pieces_of(box, (0,) * len(box.shape))) for box in tensor.chunks)
-            return Layout(tensor.shape, tuple(held))
-        except ValueError as error:
-            told = f"{self._metadata.path} doesn't list the chunks of a whole tensor for {key!r:.80}: {error}"
-            raise DamagedCheckpointError(f"{told}; {MISSING_HINT}") from error
 
     def _parameter(self, name: str, trained: bool) -> Parameter:
         tensor = self._tensor(name)
@@ -115,7 +102,7 @@ class ChunkedCheckpoint(Checkpoint):
         held, tensor = self._metadata.tensors[key], self._tensor(name)
         if held.chunks.keys() == tensor.chunks.keys() and held.shape == tensor.shape and held.dtype in TORCH_DTYPES:
             return None
-        if self._layout_of(key).logical_shape != self.layout(name).logical_shape or held.dtype not in TORCH_DTYPES:
+        if self._entries.layout(key).logical_shape != self.layout(name).logical_shape or held.dtype not in TORCH_DTYPES:
             found = f"{held.dtype}, shape {held.shape}"
             return f"{what} isn't element-wise: {found} of {tensor.shape} ({self.path})"
         told = f"{what} is cut in another way than its parameter ({self.path})"

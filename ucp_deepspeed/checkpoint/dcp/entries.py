@@ -12,12 +12,13 @@ import torch
 
 from ucp_deepspeed.checkpoint.bounds import check_inside, check_regular, misshapen
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent
-from ucp_deepspeed.checkpoint.dcp.metadata import Metadata, Part
+from ucp_deepspeed.checkpoint.dcp.metadata import Metadata, Part, StoredTensor
 from ucp_deepspeed.checkpoint.torch_files.parts import is_archive, open_part
 from ucp_deepspeed.checkpoint.torch_files.safe_load import extent_of, read_tensors
 from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError, naming
-from ucp_deepspeed.layout import Box
+from ucp_deepspeed.layout import Box, Layout, LocalTensor, Shape
+from ucp_deepspeed.layout.layout import pieces_of
 
 MISSING_HINT = "fetch it again from where it is whole, or take another checkpoint"
 
@@ -32,6 +33,7 @@ class Entries:
         self.metadata, self.folder, self._versions = metadata, metadata.path.parent, versions
         self._values: dict[bytes, Any] = {}
         self.extent = lru_cache(maxsize=None)(self._find_extent)
+        self.layout = lru_cache(maxsize=None)(self._find_layout)
 
     def check_files(self) -> None:
         """Check that each file is there, and as long as it must be; raise a DamagedCheckpointError."""
@@ -50,23 +52,47 @@ class Entries:
                 return
 
     def value(self, key: str) -> Any:
-        """Return an object, or a whole tensor in one chunk, read to the CPU. What isn't allowed in it is an `Opaque`.
+        """Return an object, or a whole tensor, read to the CPU. What isn't allowed in it is an `Opaque`.
 
         Raises:
-            DamagedCheckpointError, UnsupportedError: see `open_part`.
+            DamagedCheckpointError, UnsupportedError: see `open_part`; or chunks are missing, overlap or have another shape.
         """
         tensor = self.metadata.tensors.get(key)
         if tensor is None:
             return self._read(self.metadata.objects[key])
-        if len(tensor.chunks) != 1:
+        if [box.shape for box in tensor.chunks] != [tensor.shape]:
             if 0 in tensor.shape:
                 return torch.empty(tensor.shape, dtype=tensor.dtype)
-            raise UnsupportedError(
-                f"{self.metadata.path} has {key!r:.80} in {len(tensor.chunks)} chunks, and it is neither a weight nor an "
-                f"optimizer's state of one, which alone may be cut; save it whole"
-            )
+            return self._put_together(key, tensor)
         ((_, part),) = tensor.chunks.items()
         return self._read(part)
+
+    def _find_layout(self, key: str) -> Layout:
+        """Return the layout of a tensor whose boxes are the stored chunks.
+
+        Raises:
+            DamagedCheckpointError: chunks are missing, or overlap.
+        """
+        tensor = self.metadata.tensors[key]
+        try:
+            held = (LocalTensor(box.shape, pieces_of(box, (0,) * len(box.shape))) for box in tensor.chunks)
+            return Layout(tensor.shape, tuple(held))
+        except ValueError as error:
+            told = f"{self.metadata.path} doesn't list the chunks of a whole tensor for {key!r:.80}: {error}"
+            raise DamagedCheckpointError(f"{told}; {MISSING_HINT}") from error
+
+    def _put_together(self, key: str, tensor: StoredTensor) -> torch.Tensor:
+        self.layout(key)
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        if sum(part.numbytes for part in tensor.chunks.values()) >= whole.nbytes:
+            whole = torch.empty_like(whole, device="cpu")
+        for box, part in tensor.chunks.items():
+            chunk = self._read(part)
+            if whole.is_meta or not isinstance(chunk, torch.Tensor) or _kind(chunk) != (box.shape, tensor.dtype):
+                told = f"{self.folder / part.file_name} holds something else at byte {part.start}"
+                raise DamagedCheckpointError(f"{told} than the chunk of {key!r:.80} at {box.start}; {MISSING_HINT}")
+            whole[tuple(map(slice, box.start, box.stop))] = chunk
+        return whole
 
     def number(self, key: str) -> float:
         """Return the number in an entry.
@@ -140,3 +166,7 @@ class Entries:
         path = self.folder / part.file_name
         self._versions.note(path)
         return path
+
+
+def _kind(tensor: torch.Tensor) -> tuple[Shape, torch.dtype]:
+    return tuple(tensor.shape), tensor.dtype

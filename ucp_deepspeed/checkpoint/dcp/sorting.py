@@ -147,6 +147,8 @@ def _model_home(metadata: Metadata, others: Collection[str], named: Collection[s
         for home in _homes(metadata, key):
             homes[home] += not plain or plain_name(key[len(home) :].removeprefix(".")) in plain
     found = [home for home in homes if homes[home] == max(homes.values()) > 0]
+    if len(found) > 1:  # an average of the weights beside the model has the same names
+        found = [home for home in found if home.rpartition(".")[2] in _MODELS] or found
     if not plain:
         every = [home for home in homes if homes[home] == len(others)] if not metadata.has_paths else list(homes)
         called = [home for home in every if home.rpartition(".")[2] in _MODELS]

@@ -47,7 +47,11 @@ class AdapterOutput(Output):
         """See `Output.plan`."""
         names = {name: other for name in view.parameters if (other := saved_name(name, self.name)) is not None}
         if not names:
-            raise MismatchError(f"{view.checkpoint.path} holds no LoRA adapter of PEFT with the name {self.name!r}")
+            raise MismatchError(
+                f"{view.checkpoint.path} holds no LoRA adapter of PEFT with the name {self.name!r}",
+                [f"it holds {title!r}" for title in sorted({str(_title(name)) for name in adapters_in(view)})],
+                "save another adapter from the script: model.save_pretrained(folder)",
+            )
         if others := sorted(_trained(view) - set(adapters_in(view))):
             raise UnsupportedError(
                 f"{view.checkpoint.path} has trained parameters beside the adapter, which would be lost",
@@ -66,10 +70,24 @@ class AdapterOutput(Output):
         file = safetensors_file(ADAPTER_NAME, tensors, {"format": "pt"})
         return OutputPlan((file,), partial(_finish, view, tensors, companions), companions.numbytes)
 
+    def notes(self, view: UniversalView) -> list[str]:
+        """See `Output.notes`: other adapters that are trained."""
+        titles = {_title(name) for name in _trained(view)} - {self.name, None}
+        if not titles:
+            return []
+        told = f"the adapters {', '.join(sorted(map(str, titles)))}, trained too, are left out"
+        return [f"{told}; save these from the script: model.save_pretrained(folder)"]
+
 
 def adapters_in(view: UniversalView) -> list[str]:
     """Return the parameters that PEFT has put beside a model's own."""
     return [name for name in view.parameters if _LORA.fullmatch(name) or _MODULE.fullmatch(name)]
+
+
+def _title(name: str) -> str | None:
+    """Return the adapter that a parameter is part of; None if it is of none."""
+    found = _LORA.fullmatch(name) or _MODULE.fullmatch(name)
+    return found[2] if found else None
 
 
 def _trained(view: UniversalView) -> set[str]:

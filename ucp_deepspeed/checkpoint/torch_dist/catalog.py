@@ -67,7 +67,6 @@ class TorchDistCheckpoint(ChunkedCheckpoint):
     vocabulary_size = None
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
         self.path, self.versions = path, FileVersions()
         for name in (METADATA_NAME, COMMON_NAME, CONFIG_NAME):
             self.versions.note(path / name)

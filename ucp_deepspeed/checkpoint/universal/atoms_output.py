@@ -158,7 +158,8 @@ def describe(
         raise UnsupportedError(told, unread)
     refused = [f"{name}: {why}" for name, parameter in view.parameters.items() for why in parameter.refused.values()]
     if refused:
-        raise UnsupportedError("\n  ".join([f"{checkpoint.path} can't be converted:", *refused[:MAX_LISTED]]))
+        told = "\n  ".join([f"{checkpoint.path} can't be converted:", *refused[:MAX_LISTED]])
+        raise UnsupportedError(f"{told}\nucp export writes weights alone, without optimizer states")
     scalars, settings = _made_one(view, on_differing)
     values, tensors = _encoded_values(checkpoint, drop_client_state)
     source = IndexSource(form=checkpoint.form, **asdict(checkpoint.topology))
