@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from native_files import Cut, NativeModel, NativeParameter, NativeRun, write_native
 from spec_models import model_of
 
@@ -170,3 +171,42 @@ def test_pipelines(run: NativeRun, options: tuple[str, ...], tmp_path: Path, ucp
         "  - {match: ['tied_modules.**', '4.norm'], pattern: replicate}\n"
     )
     check(folder, pipeline(), run, tmp_path, ucp, options, "--spec", tmp_path / "spec.yaml")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--pp", 3, "--zero", 1), "has 2 stages, and --pp 3: say how many layers each has"),
+        (("--pp", 3, "--zero", 1, "--layers", "2,3"), "--layers gives 2 stages, and --pp 3"),
+        (("--pp", 2, "--zero", 2), "DeepSpeed refuses ZeRO-2 with pipeline parallelism; take --zero 0 or 1"),
+        (("--pp", 2, "--zero", 1, "--layers", "2,x"), "isn't a list of numbers from 1 on, such as 3,4"),
+    ],
+    ids=str,
+)
+def test_pipelines_that_are_refused(options: tuple[Any, ...], told: str, tmp_path: Path, ucp: Ucp) -> None:
+    source = write_native(tmp_path / "source", pipeline(), NativeRun(dp=2, pp=2, stage=1))
+    result = ucp("convert", source, tmp_path / "out", "--to", "deepspeed", "--dp", 2, *options)
+    assert (result.exit_code, (tmp_path / "out").exists()) == (2, False)
+    assert told in result.stderr
+
+
+def test_a_plain_model_becomes_no_pipeline(tmp_path: Path, ucp: Ucp) -> None:
+    """Nor a pipeline another one, unless DeepSpeed's own files tell its layers."""
+    plain = write_native(tmp_path / "plain", model_of(), SOURCE)
+    layered = write_native(tmp_path / "layered", pipeline(), NativeRun(dp=2, pp=2, stage=1))
+    assert ucp("convert", layered, tmp_path / "u").exit_code == 0
+    for source, pp in ((plain, 2), (tmp_path / "u", 2), (tmp_path / "u", 1)):
+        sizes = ("--pp", pp, "--dp", 2, "--zero", 1)
+        result = ucp("convert", source, tmp_path / "out", "--to", "deepspeed", *sizes)
+        assert (
+            result.exit_code == 2 and "doesn't tell the layers of a pipeline, of which each has a file" in result.stderr
+        )
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeeds_own_script_finds_the_masters(stage: int, tmp_path: Path, ucp: Ucp) -> None:
+    source = write_native(tmp_path / "source", model_of(), SOURCE)
+    assert ucp("convert", source, tmp_path / "out", "--to", "deepspeed", "--dp", 3, "--zero", stage).exit_code == 0
+    found = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "out"))
+    expected = {parameter.name: parameter.fp32 for parameter in model_of().parameters}
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
