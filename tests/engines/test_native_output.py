@@ -255,6 +255,31 @@ def test_under_model_parallelism(case: str, source: Callable[..., Path], tmp_pat
     )
 
 
+@pytest.mark.parametrize(("stage", "ep"), [(2, 1), (1, 2)])
+def test_experts(stage: int, ep: int, source: Callable[..., Path], tmp_path: Path) -> None:
+    """DeepSpeed's own layers, on as many expert-parallel ranks as before, and on fewer."""
+    run = Run("moe", {"ep": (2, 2)}, zero={"stage": 1}, precision="bf16", groups="decay")
+    saved, sizes = source(run), ("--dp", "2", "--ep", str(ep), "--zero", str(stage))
+    written = converted(saved, tmp_path / "written", *sizes)
+    check(saved, written, replace(run, size={"ep": (ep, ep)}, zero={"stage": stage}, seed=3), 2, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        (("--ep", "3"), "--ep 3 doesn't divide"),
+        (("--ep", "2", "--zero", "0"), "written in DeepSpeed's own files for ZeRO-1 and 2 alone"),
+    ],
+)
+def test_experts_that_are_refused(
+    sizes: tuple[str, ...], told: str, source: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = source(Run("moe", {"ep": (2, 2)}, zero={"stage": 1}, precision="bf16", groups="decay"))
+    with pytest.raises(SystemExit) as left:
+        main(["convert", str(saved), str(tmp_path / "out"), "--to", "deepspeed", "--dp", "2", "--zero", "1", *sizes])
+    assert left.value.code == 2 and told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["universal", "dcp"])
 def test_from_other_forms(form: str, source: Callable[..., Path], tmp_path: Path) -> None:
     """The config, the order of the groups and the numbers' types lie in them too."""

@@ -270,7 +270,6 @@ PLAN = Command(
     params=[
         folder("checkpoint", metavar="CKPT"),
         *topology(required=True),
-        option("--ep", type=COUNT, default=1, show_default=True, help="Expert-parallel size."),
         *READING,
         checkpoint(
             "--model",

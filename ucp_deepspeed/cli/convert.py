@@ -119,7 +119,7 @@ def _named(to: Form, spec: Spec | None) -> dict[str, Any]:
 
 
 def _target(
-    to: Form, tp: int, pp: int, dp: int | None, zero: int | None, config: Path | None, layers: tuple[int, ...] | None
+    to: Form, dp: int | None, zero: int | None, config: Path | None, layers: tuple[int, ...] | None, **sizes: int
 ) -> dict[str, Any]:
     """Return the settings of an output that describe the engine which is to load it.
 
@@ -129,17 +129,17 @@ def _target(
     if to == "deepspeed-universal" and zero is not None:
         if zero == 0:
             raise ConfigError("DeepSpeed loads its universal folder at ZeRO stages 1 to 3; leave --zero 0 out")
-        return {**_target(to, tp, pp, dp, None, config, layers), "bare": zero == 3}
+        return {**_target(to, dp, None, config, layers, **sizes), "bare": zero == 3}
     if to != "deepspeed":
-        if (tp, pp, dp, zero, config, layers) != (1, 1, None, None, None, None):
+        if (dp, zero, config, layers) != (None,) * 4 or set(sizes.values()) != {1}:
             raise ConfigError(
-                f"--tp, --pp, --dp, --zero, --layers and --config are for --to deepspeed; the form {to} has no topology"
+                f"--tp, --pp, --dp, --ep, --zero, --layers and --config are for --to deepspeed; the form {to} has no topology"
             )
         return {}
     if dp is None or zero is None:
         raise ConfigError("--to deepspeed needs the sizes of the engine that is to load: at least --dp and --zero")
     return {
-        "topology": Topology(tp, pp, dp, zero),
+        "topology": Topology(dp=dp, zero_stage=zero, **sizes),
         "config": None if config is None else _config(config),
         "layers": layers,
     }

@@ -240,6 +240,7 @@ def topology(**settings: Any) -> list[click.Option]:
         option("--pp", type=COUNT, default=1, show_default=True, help="Pipeline-parallel size."),
         option("--dp", type=COUNT, help="Data-parallel size.", **settings),
         option("--zero", type=click.IntRange(0, 3), help="ZeRO stage.", **settings),
+        option("--ep", type=COUNT, default=1, show_default=True, help="Expert-parallel size."),
     ]
 
 

@@ -27,6 +27,13 @@ OPTIONS = {
     "inspect": {"--tag", "--spec", "--vocabulary-size", "--match", "--all", "--json", "--plot"},
     "convert": {
         "--to",
+        "--tp",
+        "--pp",
+        "--dp",
+        "--ep",
+        "--zero",
+        "--layers",
+        "--config",
         "--tag",
         "--spec",
         "--vocabulary-size",

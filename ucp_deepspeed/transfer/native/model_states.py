@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ucp_deepspeed.checkpoint.checkpoint import WEIGHT, RunState
+from ucp_deepspeed.checkpoint.expert_names import expert_of
 from ucp_deepspeed.checkpoint.output import StoredTensor
 from ucp_deepspeed.checkpoint.torch_files.safe_load import PRECISIONS
 from ucp_deepspeed.checkpoint.view import UniversalView
-from ucp_deepspeed.layout.layout import NOTHING
 from ucp_deepspeed.transfer.native.buffers import Tensors
+from ucp_deepspeed.transfer.native.experts import Experts
 from ucp_deepspeed.transfer.native.optimizer_states import RankOptimizer
 from ucp_deepspeed.transfer.native.run_values import RunValues
 from ucp_deepspeed.transfer.native.settings import WRITTEN_VERSION, NativeSettings
@@ -35,6 +36,7 @@ class RankModel:
         values: values of the run.
         optimizer: its optimizer.
         layered: the module is a pipeline's, whose layers have files of their own.
+        experts: its experts, which have files of their own too.
     """
 
     settings: NativeSettings
@@ -46,6 +48,7 @@ class RankModel:
     values: RunValues
     optimizer: RankOptimizer
     layered: bool = False
+    experts: Experts = Experts({}, 1)  # noqa: RUF009
 
     def state(self) -> dict[str, Any]:
         """Return what a file of the model's state holds."""
@@ -55,7 +58,7 @@ class RankModel:
             "module": None if self.layered else self.module(),
             "buffer_names": [self.names[name] for name in self._named("buffer")],
             "optimizer": None if stage else self.optimizer.state_dict(),
-            "param_shapes": self.optimizer.trained_shapes if stage else None,
+            "param_shapes": self._trained_shapes() if stage else None,
             "frozen_param_shapes": self._frozen_shapes() if stage >= 2 else None,
             "shared_params": (dict(self.tied) if first else {}) if stage else None,
             "frozen_param_fragments": self._frozen_fragments() if stage >= 2 else None,
@@ -67,12 +70,17 @@ class RankModel:
             "checkpoint_parallel_dimensions": {"pp_degree": topology.pp, "tp_degree": topology.tp},
             "ds_config": dict(self.settings.config),
             "ds_version": WRITTEN_VERSION,
+            **(
+                {"num_experts": list(self.experts.counts.values()), "ds_autoep_layers": None}
+                if self.experts.counts
+                else {}
+            ),
             **self.values.client_state,
         }
 
     def module(self) -> OrderedDict[str, Any]:
         """Return the module's ``state_dict()``."""
-        found = self.weights()
+        found = self.weights([name for name in self._held if expert_of(name) is None])
         found.update((alias, found[owner]) for alias, owner in self.tied.items() if owner in found)
         found.update(self.extra_states())
         return found
@@ -82,19 +90,33 @@ class RankModel:
         degree = self.settings.topology.tp
         return self.values.extra_states_on(degree, self.target.model_parallel_rank % degree)
 
-    def weights(self) -> OrderedDict[str, Any]:
-        """Return parameters and buffers under their names in the files. At stage 3 only buffers have elements."""
+    def expert_weights(self) -> dict[str, StoredTensor]:
+        """Return the weights of all experts, by logical name."""
+        return {name: self._weight(name) for name in self.view.parameters if expert_of(name) is not None}
+
+    def weights(self, names: Sequence[str] | None = None) -> OrderedDict[str, Any]:
+        """Return parameters and buffers under their names in the files. At stage 3 only buffers have elements.
+
+        Args: names: logical names; by default all that the rank holds.
+        """
         found: OrderedDict[str, Any] = OrderedDict()
         empty = torch.empty(0, dtype=PRECISIONS[self.settings.precision])  # one for all: each has a record in the file
-        for name in self._held:
+        for name in self._held if names is None else names:
             sliced = self.settings.stage == 3 and self.view.parameters[name].kind != "buffer"
             found[self.names[name]] = empty if sliced else self._weight(name)
         return found
 
+    def _trained_shapes(self) -> list[OrderedDict[str, Any]]:
+        """Return shapes in each buffer; of models with experts DeepSpeed makes tuples of them (``checkpoint/utils.py``)."""
+        found: list[OrderedDict[str, Any]] = list(self.optimizer.trained_shapes)
+        if self.experts.counts:
+            found = [OrderedDict((name, tuple(shape)) for name, shape in shapes.items()) for shapes in found]
+        return found
+
     @property
     def _held(self) -> list[str]:
-        rank = self.target.model_parallel_rank
-        return [name for name in self.view.parameters if self.tensors.layouts[name].locals[rank] != NOTHING]
+        held = {name for slot in (*self.target.slots, *self.target.weights) for name in slot.names}
+        return self.experts.ordered(name for name in self.view.parameters if name in held)
 
     def _empty(self, name: str) -> bool:
         return 0 in self.tensors.local_shape(name)

@@ -18,7 +18,6 @@ from ucp_deepspeed.checkpoint.deepspeed.manifest import MANIFEST_NAME, MARK_NAME
 from ucp_deepspeed.checkpoint.deepspeed.written_names import model_states_name, optimizer_name, optimizer_prefix
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.encoding import with_sum
-from ucp_deepspeed.checkpoint.expert_names import expert_of
 from ucp_deepspeed.checkpoint.output import Output, OutputPlan
 from ucp_deepspeed.checkpoint.torch_files.writing import value_archive, write_sums
 from ucp_deepspeed.checkpoint.view import UniversalView
@@ -27,6 +26,7 @@ from ucp_deepspeed.language import Spec
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.layout.pattern import PerRank, Unique
 from ucp_deepspeed.transfer.native.buffers import Tensors
+from ucp_deepspeed.transfer.native.experts import Experts
 from ucp_deepspeed.transfer.native.model_states import RankModel
 from ucp_deepspeed.transfer.native.optimizer_states import HeldSlot, RankOptimizer
 from ucp_deepspeed.transfer.native.pipeline import Pipeline
@@ -37,7 +37,7 @@ from ucp_deepspeed.transfer.planning.pairing import Pair, pair
 from ucp_deepspeed.transfer.planning.policies import Obstacles, Policies
 from ucp_deepspeed.transfer.planning.rank_planner import RankPlanner, TargetOptimizer
 from ucp_deepspeed.transfer.planning.target import TargetRank
-from ucp_deepspeed.transfer.planning.target_ranks import stacked_experts, target_ranks
+from ucp_deepspeed.transfer.planning.target_ranks import target_ranks
 from ucp_deepspeed.transfer.planning.targeting import describe_target
 
 RESUME_HINT = "an engine with this package resumes from the checkpoint itself, on any topology"
@@ -71,16 +71,17 @@ class NativeOutput(Output):
         pipeline = Pipeline.of(checkpoint, self.topology, self.layers)
         values = RunValues.of(checkpoint, self.drop_client_state, self.on_unreadable)
         groups = [group.hyperparameters for group in view.groups]
-        settings = NativeSettings.of(
-            self.topology, checkpoint.run, groups, values.config, self.config, _order(view, values, pipeline)
-        )
+        experts = Experts.of(view, self.topology, RESUME_HINT)
+        order = tuple(experts.ordered(_order(view, values, pipeline)))
+        settings = NativeSettings.of(self.topology, checkpoint.run, groups, values.config, self.config, order)
         if settings.precision == "fp16" and checkpoint.run.loss_scale is None:
             raise UnsupportedError(
                 f"{checkpoint.path} has no loss scale, with which fp16 resumes; name a config in bf16 or fp32 (--config), "
                 f"or: {RESUME_HINT}"
             )
+        experts.check(settings.config, RESUME_HINT)
         found = self._paired(view, pipeline)
-        files = _Files(found, settings, values, pipeline)
+        files = _Files(found, settings, values, experts, pipeline)
         manifest = files.manifest(view)
         archives = tuple(value_archive(name, value) for name, value in files.values())
         finish = partial(_finish, manifest)
@@ -108,8 +109,6 @@ def _check_written(view: UniversalView, topology: Topology) -> None:
         UnsupportedError: it doesn't.
     """
     path = view.checkpoint.path
-    if stacked_experts(view) or any(expert_of(name) is not None for name in view.parameters):
-        raise UnsupportedError(f"{path} has experts, which aren't written in DeepSpeed's own files; {RESUME_HINT}")
     if topology.pp > 1 and topology.zero_stage > 1:
         stage = topology.zero_stage
         raise UnsupportedError(f"DeepSpeed refuses ZeRO-{stage} with pipeline parallelism; take --zero 0 or 1")
@@ -138,13 +137,13 @@ class _Files:
     """The files of all ranks of an engine."""
 
     def __init__(
-        self, found: Pair, settings: NativeSettings, values: RunValues, pipeline: Pipeline | None = None
+        self, found: Pair, settings: NativeSettings, values: RunValues, experts: Experts, pipeline: Pipeline | None
     ) -> None:
         """Raises:
         MismatchError: the checkpoint can't be on this topology; lists all obstacles.
         """
         self.pair, self.settings, self.run, self.view = found, settings, values, found.view
-        self.pipeline = pipeline
+        self.experts, self.pipeline = experts, pipeline
         self.topology, checkpoint = settings.topology, found.checkpoint
         own = {name: logical for name, logical in self.view.logical_of.items() if name in checkpoint.parameters}
         self.names = {logical: name for name, logical in own.items()}
@@ -167,6 +166,7 @@ class _Files:
                 state = {"optimizer_state_dict": model.optimizer.state_dict(), **described}
                 yield optimizer_name(rank, partition, prefix), state
         yield from self._layers(self.pipeline) if self.pipeline is not None else ()
+        yield from self.experts.files(self.ranks[0].expert_weights(), self.names)
 
     def _layers(self, pipeline: Pipeline) -> Iterator[tuple[str, Any]]:
         """Yield the name and content of each layer's file. They are those of the first data-parallel ranks."""
@@ -184,21 +184,24 @@ class _Files:
         for target in target_ranks(self.view, self.topology, shapes, settings=self.settings.buffers):
             tensors = Tensors(self.view, self.pair.layouts, target.model_parallel_rank)
             optimizer = self._optimizer(planner, target, tensors)
-            held = self.names, self.tied, self.run, optimizer, self.pipeline is not None
+            held = self.names, self.tied, self.run, optimizer, self.pipeline is not None, self.experts
             yield RankModel(self.settings, self.view, tensors, target, *held)
 
     def _optimizer(self, planner: RankPlanner, target: TargetRank, tensors: Tensors) -> RankOptimizer:
-        checkpoint, place = self.pair.checkpoint, (target.model_parallel_rank, 0)
-        names = self.pair.names.source
-        numbers = PartitionNumbers(checkpoint, names, self.topology, place, target.slots, self.pair.policies)
+        checkpoint, part = self.pair.checkpoint, target.data_parallel_rank
+        place = target.model_parallel_rank, part % self.topology.ep
+        source = self.pair.names.source
+        numbers = PartitionNumbers(checkpoint, source, self.topology, place, target.slots, self.pair.policies)
         kept = sorted({slot.group for slot in target.slots})
         groups = {number: numbers.of_group(number, checkpoint.groups[number]) for number in kept if checkpoint.groups}
+        groups = {number: self.experts.settings(group) for number, group in groups.items()}
+        names = self.experts.names_on(self.names, part)
         states = planner.check(target, numbers)
         held = [HeldSlot(slot, found) for slot, found in zip(target.slots, states, strict=True)]
         held.sort(key=lambda each: each.slot.group)
         self.same_numbers = self.same_numbers and not any(map(numbers.has_own, target.slots))
         run = self.view.checkpoint.run
-        return RankOptimizer(self.settings, tensors, held, groups, self.names, run.loss_scale, run.global_steps)
+        return RankOptimizer(self.settings, tensors, held, groups, names, run.loss_scale, run.global_steps)
 
     def manifest(self, view: UniversalView) -> Manifest:
         """Return what describes the files to this package: names and layouts, which DeepSpeed doesn't record.
