@@ -232,7 +232,10 @@ def test_a_destination_in_a_file(saved: Path, tmp_path: Path, ucp: Ucp) -> None:
     for destination in (tmp_path / "file", tmp_path / "file" / "below"):
         result = ucp("convert", saved, destination)
         [line] = result.stderr.splitlines()
-        assert (result.exit_code, line) == (2, f"error: {tmp_path / 'file'} is a file; nothing was written")
+        assert (result.exit_code, line) == (
+            2,
+            f"error: {tmp_path / 'file'} is a file; nothing was written; name another folder",
+        )
     assert (tmp_path / "file").read_text() == "kept"
 
 
