@@ -28,6 +28,7 @@ from ucp_deepspeed.errors import (
 )
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.transfer.conversion import convert
+from ucp_deepspeed.transfer.evidence.held_values import differing_ties
 from ucp_deepspeed.transfer.native.output import NativeOutput
 from ucp_deepspeed.transfer.verification import verify
 
@@ -130,6 +131,16 @@ def test_an_average_of_the_weights_beside_the_model(tmp_path: Path) -> None:
     metadata(tmp_path / "b", lambda held: held.state_dict_metadata["ema.w"].chunks.pop())
     with pytest.raises(DamagedCheckpointError, match=r"doesn't list the chunks of a whole tensor for 'ema.w'"):
         open_checkpoint(tmp_path / "b").client_state()
+
+
+def test_a_tied_parameter_stands_under_both_names(tmp_path: Path) -> None:
+    """torch saves its value twice and its states once; a model that ties the names takes it, if the values are equal."""
+    for second, dtype in ((WEIGHT, torch.float32), (WEIGHT + 1, torch.float32), (WEIGHT, torch.bfloat16)):
+        held = state()
+        held["model"]["head"] = second.to(dtype)
+        checkpoint = open_checkpoint(save(tmp_path / f"{second[0, 0]}-{dtype}", held))
+        told = differing_ties(checkpoint, {"head": "w"})
+        assert bool(told) != (torch.equal(second, WEIGHT) and dtype == torch.float32), told
 
 
 class Planted:

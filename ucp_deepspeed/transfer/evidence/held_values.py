@@ -10,7 +10,7 @@ from math import prod
 import torch
 
 from ucp_deepspeed import tunables
-from ucp_deepspeed.checkpoint.checkpoint import MASTER, Checkpoint, FileExtent, Parameter
+from ucp_deepspeed.checkpoint.checkpoint import MASTER, WEIGHT, Checkpoint, FileExtent, Parameter
 from ucp_deepspeed.checkpoint.torch_files.safe_load import INTEGERS, NAMED_DTYPES
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.dtypes import ITEMSIZE
@@ -164,17 +164,23 @@ def differing_ties(
 
 def _difference(held: HeldValues, name: str, owner: str, share: tuple[int, int] | None) -> str | None:
     one, other = held.checkpoint.parameters[name], held.checkpoint.parameters[owner]
-    for what in ("kind", "local_shapes", "scalars", "states"):
+    # Where nothing tells what a weight is, it may be a second copy of the master that the optimizer has under the other name.
+    copied = one.may_be_buffer and not other.may_be_buffer and one.states.keys() == {WEIGHT} and MASTER in other.states
+    pairs = {WEIGHT: MASTER} if copied else {state: state for state in one.states}
+    for what in ("local_shapes",) if copied else ("kind", "local_shapes", "scalars", "states"):
         mine, theirs = getattr(one, what), getattr(other, what)
         if (mine, theirs) != (theirs, mine):
             return f"their {what.replace('_', ' ')} are {mine} and {theirs}"
+    if copied and one.states[WEIGHT] != other.states[MASTER]:
+        return f"their types are {one.states[WEIGHT]} and {other.states[MASTER]}"
     if share is None:
         return None
-    for state in one.states:
+    for pair in pairs.items():
         for rank in (rank for rank, shape in enumerate(one.local_shapes) if shape is not None):
-            bits = (held.parts(each, state, rank, share) for each in (one, other))
-            if not all(torch.equal(*pair) for pair in zip(*bits, strict=True)):
-                return f"their values of {state!r} differ"
+            both = zip((one, other), pair, strict=True)
+            bits = (held.parts(each, state, rank, share) for each, state in both)
+            if not all(torch.equal(*found) for found in zip(*bits, strict=True)):
+                return f"their values of {pair[0]!r} differ"
     return None
 
 
