@@ -116,7 +116,9 @@ def test_the_files_are_those_of_an_engine(run: NativeRun, right: Path, tmp_path:
         (("--to", "deepspeed", "--dp", 2, "--zero", 2, "--config", "{}/other.json"), "the config has ZeRO stage 3, and --zero 2"),
         (("--to", "deepspeed", "--dp", 2, "--zero", 3, "--config", "{}/nvme.json"), "an engine that offloads to NVMe keeps its"),
         (("--to", "deepspeed", "--dp", 2, "--zero", 3, "--config", "{}/latest"), "latest isn't JSON"),
-        (("--to", "deepspeed", "--dp", 2, "--zero", 1, "--config", "{}/fp16.json"), "has no loss scale, which fp16 resumes with"),
+        (("--to", "deepspeed", "--dp", 2, "--zero", 1, "--config", "{}/fp16.json"), "has no loss scale, with which fp16 resumes"),
+        (("--to", "deepspeed", "--dp", 2, "--zero", 1, "--config", "{}/auto.json"), "fills in when it starts; write true or"),
+        (("--to", "deepspeed", "--dp", 2, "--zero", 1, "--layers", "2,3"), "is of no pipeline, and its files have no stages"),
         (("--to", "deepspeed", "--dp", 2, "--zero", 1, "--tp", 2), "name a spec"),
     ],
     ids=str,
@@ -128,9 +130,28 @@ def test_what_is_refused(options: tuple[Any, ...], told: str, tmp_path: Path, uc
     (source.parent / "other.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     (source.parent / "nvme.json").write_text(json.dumps({"zero_optimization": offload}))
     (source.parent / "fp16.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}))
+    (source.parent / "auto.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 1}, "fp16": {"enabled": "auto"}})
+    )
     result = ucp("convert", source, tmp_path / "out", *(str(each).format(source.parent) for each in options))
     assert (result.exit_code, (tmp_path / "out").exists()) == (2, False)
     assert told in result.stderr
+
+
+def test_a_config_that_leaves_numbers_open(tmp_path: Path, ucp: Ucp) -> None:
+    """The engine keeps its own clipping then; DeepSpeed takes sub-groups of no size for those of one parameter each."""
+    source = write_native(tmp_path / "source", model_of(), SOURCE)
+    for size, stage in (("auto", 1), (0, 3)):
+        zero, config = {"stage": stage, "sub_group_size": size}, tmp_path / f"{size}.json"
+        config.write_text(
+            json.dumps({"bf16": {"enabled": True}, "gradient_clipping": "auto", "zero_optimization": zero})
+        )
+        made = tmp_path / f"made{stage}"
+        options = ("--to", "deepspeed", "--dp", 2, "--zero", stage, "--config", config)
+        assert ucp("convert", source, made, *options).exit_code == 0
+        assert ucp("diff", source, made).stdout.startswith("equal: ")
+        held = contents(made / (made / "latest").read_text())
+        assert not any("clip_grad" in each["optimizer_state_dict"] for name, each in held.items() if "optim" in name)
 
 
 def pipeline() -> NativeModel:

@@ -48,6 +48,10 @@ class Pipeline:
                     f"{checkpoint.path} doesn't tell the layers of a pipeline, of which each has a file: take DeepSpeed's own "
                     f"files of a pipeline engine as SRC, or resume with this package"
                 )
+            if counts is not None:
+                raise ConfigError(
+                    f"{checkpoint.path} is of no pipeline, and its files have no stages: leave --layers out"
+                )
             return None
         if counts is not None and len(counts) != topology.pp:
             raise ConfigError(f"--layers gives {len(counts)} stages, and --pp {topology.pp}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ucp_deepspeed.checkpoint.checkpoint import Precision, RunState
 from ucp_deepspeed.checkpoint.deepspeed.contents import enabled_precision
@@ -15,6 +15,8 @@ from ucp_deepspeed.dtypes import ITEMSIZE
 from ucp_deepspeed.errors import ConfigError, UnsupportedError
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.transfer.planning.target_ranks import BufferSettings
+
+T = TypeVar("T")
 
 WRITTEN_VERSION = "0.19.8"
 """Version of DeepSpeed whose files are written."""
@@ -87,6 +89,8 @@ class NativeSettings:
         """
         given = saved if config is None else config
         zero = _section(given, "zero_optimization")
+        if config is not None:
+            _check_filled_in(config)
         if config is not None and zero.get("stage", 0) != topology.zero_stage:
             raise ConfigError(
                 f"the config has ZeRO stage {zero.get('stage', 0)}, and --zero {topology.zero_stage}: make them the same"
@@ -99,11 +103,11 @@ class NativeSettings:
             order=order,
             fused=form == "fp16-fused",
             flat=form == "bf16-optimizer",
-            sub_group_size=int(_number(zero, "sub_group_size", BufferSettings().sub_group_size)),
+            sub_group_size=max(int(_number(zero, "sub_group_size", BufferSettings().sub_group_size)), 1),
             round_robin=form == "zero" and bool(zero.get("round_robin_gradients")),
             alignment=16 // gcd(16, size) if form == "zero" and zero.get("parameter_alignment") else 1,
         )
-        clipping = _number(given, "gradient_clipping", DEFAULT_CLIPPING) if "gradient_clipping" in given else None
+        clipping = _number(given, "gradient_clipping", None)
         return cls(topology, precision, form, buffers, _written(given, topology, precision), clipping)
 
 
@@ -117,10 +121,20 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _number(config: Mapping[str, Any], key: str, default: float) -> float:
-    """Return a number in a config, or the default for ``"auto"`` and the like."""
-    found = config.get(key, default)
+def _number(config: Mapping[str, Any], key: str, default: T) -> float | T:
+    """Return a number in a config, or the default for ``"auto"`` and the like, and if it isn't there."""
+    found = config.get(key)
     return found if isinstance(found, (int, float)) and not isinstance(found, bool) else default
+
+
+def _check_filled_in(config: Mapping[str, Any]) -> None:
+    """Refuse a config that leaves the precision to a library which fills it in."""
+    for key in ("bf16", "bfloat16", "fp16"):
+        if isinstance(found := _section(config, key).get("enabled"), str):
+            raise ConfigError(
+                f'the config has "{key}": {{"enabled": "{found}"}}, which another library fills in when it starts; '
+                f"write true or false, as the engine has it"
+            )
 
 
 def _check_supported(zero: Mapping[str, Any]) -> None:
