@@ -143,6 +143,14 @@ def test_a_tied_parameter_stands_under_both_names(tmp_path: Path) -> None:
         assert bool(told) != (torch.equal(second, WEIGHT) and dtype == torch.float32), told
 
 
+def test_what_deepspeed_rounds_is_said(tmp_path: Path) -> None:
+    output, held = NativeOutput(Topology(dp=2, zero_stage=1)), state()
+    before = output.notes(UniversalView.of(open_checkpoint(save(tmp_path / "a", held))))
+    held["model"]["w"] = WEIGHT.double()
+    after = output.notes(UniversalView.of(open_checkpoint(save(tmp_path / "b", held))))
+    assert not any("fp64" in note for note in before) and any("such as w, are in fp64" in note for note in after)
+
+
 class Planted:
     """Makes a file when it is unpickled."""
 

@@ -89,7 +89,7 @@ class NativeOutput(Output):
 
     def notes(self, view: UniversalView) -> list[str]:
         """See `Output.notes`."""
-        told = random_files.left_out(view.checkpoint)
+        told = [*random_files.left_out(view.checkpoint), *_rounded(view)]
         with suppress(UniversalCheckpointError):  # `plan` raises it
             told += self._paired(view, Pipeline.of(view.checkpoint, self.topology, self.layers)).rows.told()
         return told
@@ -100,6 +100,16 @@ class NativeOutput(Output):
         described = describe_target(view, self.topology, self.spec, obstacles, stages)
         policies = Policies(differing=self.on_differing)
         return pair(view.checkpoint, described, policies, obstacles, lambda *_: ())
+
+
+def _rounded(view: UniversalView) -> list[str]:
+    wide = [
+        name for name, each in view.parameters.items() if each.kind == "trainable" and "F64" in each.states.values()
+    ]
+    if not wide:
+        return []
+    told = f"{len(wide)} of the trained parameters, such as {wide[0]}, are in fp64"
+    return [f"{told}: DeepSpeed's optimizers keep fp32, to which they are rounded"]
 
 
 def _check_written(view: UniversalView, topology: Topology) -> None:
