@@ -108,6 +108,12 @@ def test_commands_take_it(tmp_path: Path) -> None:
         run(main, ["plan", str(tmp_path / "hf"), "--dp", "2", "--zero", "3", "--optimizer-states", "reset"]).exit_code
         == 0
     )
+    told = run(main, ["convert", str(tmp_path / "hf"), str(tmp_path / "universal")])
+    assert told.exit_code == 2 and told.output.rstrip().endswith("ucp export writes the weights alone")
+    told = run(
+        main, ["export", str(tmp_path / "hf"), str(tmp_path / "again"), "--to", "torch", "--max-shard-size", "1GB"]
+    )
+    assert told.exit_code == 2 and "only the form hf has several files" in told.output
     assert run(main, ["export", str(tmp_path / "hf"), str(tmp_path / "again")]).exit_code == 0
     again = {
         key: value for path in (tmp_path / "again").glob("*.safetensors") for key, value in load_file(path).items()

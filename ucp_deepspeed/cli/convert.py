@@ -22,7 +22,7 @@ from ucp_deepspeed.checkpoint.universal.index import INDEX_NAME, home_of
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.cli.printing import echo, in_words
 from ucp_deepspeed.cli.progress import shown_progress
-from ucp_deepspeed.errors import ConfigError, UniversalCheckpointError, naming
+from ucp_deepspeed.errors import ConfigError, MismatchError, UniversalCheckpointError, naming
 from ucp_deepspeed.language import Spec, load_spec
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.remote import is_taken, lies_in
@@ -57,6 +57,9 @@ def write(
     join = click.get_current_context().obj
     with join() if join else nullcontext(Ranks()) as ranks:
         checkpoint = open_checkpoint(source, tag)
+        if checkpoint.lacking is not None:
+            way_on = "ucp convert writes what a run resumes from; ucp export writes the weights alone"
+            raise MismatchError(checkpoint.lacking.heading, checkpoint.lacking.problems, way_on)
         if ranks.rank == 0:
             warn_of_sums_alone(checkpoint)
         folder = destination / _tag(source, checkpoint.path)

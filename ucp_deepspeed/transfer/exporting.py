@@ -50,6 +50,8 @@ class Export:
         """
         if self.to not in get_args(Form):
             raise ConfigError(f"to: expected one of {', '.join(get_args(Form))} (found {self.to!r})")
+        if self.to != "hf" and self.max_shard_size != SHARD_SIZE:
+            raise ConfigError(f"max_shard_size: only the form hf has several files; leave it out for {self.to}")
         choice, config_from = (
             Choice(self.dtype, self.source),
             None if self.config_from is None else located(self.config_from),
