@@ -42,6 +42,11 @@ _IDENTITIES = (
 _TIMES = ("mtime", "LastModified", "last_modified", "modified", "updated", "created")
 
 
+_CREDENTIALS = (
+    "give credentials where fsspec finds them: environment variables, or files such as ~/.config/fsspec/s3.json"
+)
+
+
 def is_url(path: object) -> bool:
     """Return whether a path is one that fsspec reads, and not of a mounted file system."""
     text = str(path)
@@ -249,7 +254,8 @@ class RemotePath:
         except (MemoryError, RecursionError):
             raise
         except Exception as error:
-            raise OSError(errno.EIO, f"{type(error).__name__}: {error}", self._url) from error
+            way = f"; {_CREDENTIALS}" if "Credential" in type(error).__name__ else ""
+            raise OSError(errno.EIO, f"{type(error).__name__}: {error}{way}", self._url) from error
 
     def refresh(self, everything: bool = False) -> None:
         """List the folder anew, if it is one.

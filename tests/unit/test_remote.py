@@ -264,6 +264,18 @@ def test_a_store_that_refuses(one: Path, server: Server, ucp: Ucp) -> None:
         ucp_deepspeed.open_checkpoint("s3://nobody/has/this")
 
 
+def test_no_credentials(one: Path, server: Server, ucp: Ucp, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3 = fsspec.get_filesystem_class("s3")
+    s3.clear_instance_cache()
+    told = [ucp("inspect", "s3://bucket/any"), ucp("convert", one, "s3://bucket/any")]
+    s3.clear_instance_cache()
+    for each in told:
+        assert each.exit_code == 2 and "NoCredentialsError" in each.stderr and "give credentials" in each.stderr
+
+
 def test_a_server_that_is_gone(one: Path, server: Server) -> None:
     gone = Server()
     url = upload(one, "s3://bucket/gone")
