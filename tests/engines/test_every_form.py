@@ -32,7 +32,7 @@ FORMS = {
 """Forms, and the options that each needs. The last is for Megatron-Core's models alone."""
 
 NOT_KEPT = "global_samples", "lr_scheduler"
-"""What Megatron-Core's form has no place for."""
+"""Things that Megatron-Core's form has no place for."""
 
 
 def converted(source: Path, destination: Path, form: str) -> Path:
