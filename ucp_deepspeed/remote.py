@@ -167,7 +167,7 @@ class RemotePath:
             elif part not in ("", "."):
                 before, inner, outer = found._split()
                 url = f"{before}{inner}/{part}{outer}" if inner else f"{before}{part}{outer}"
-                found = RemotePath(found.fs, f"{found.path}/{part}", url)
+                found = RemotePath(found.fs, f"{found.path}/{part}" if found.path else part, url)
         return found
 
     def as_posix(self) -> str:

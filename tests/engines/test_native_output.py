@@ -280,6 +280,16 @@ def test_experts_that_are_refused(
     assert left.value.code == 2 and told in capsys.readouterr().err
 
 
+def test_experts_in_a_group_with_others(
+    source: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without ZeRO they may be; with it the stock engine has groups of their own."""
+    saved = source(Run("moe", {"ep": (1, 1)}, zero={"stage": 0}, optimizer=("AdamW", {"lr": 1e-3})), 1)
+    with pytest.raises(SystemExit) as left:
+        main(["convert", str(saved), str(tmp_path / "out"), "--to", "deepspeed", "--dp", "2", "--zero", "1"])
+    assert left.value.code == 2 and "experts and other parameters in one group" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["universal", "dcp"])
 def test_from_other_forms(form: str, source: Callable[..., Path], tmp_path: Path) -> None:
     """The config, the order of the groups and the numbers' types lie in them too."""

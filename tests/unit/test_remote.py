@@ -325,5 +325,6 @@ def test_paths_in_archives(tmp_path: Path) -> None:
     outer = f"::file://{shutil.make_archive(str(tmp_path / 'x'), 'zip', tmp_path, 'run')}"
     top, run = located(f"zip://{outer}"), located(f"zip://run/{outer}")
     assert str(run / "a") == f"zip://run/a{outer}" and (run / "a").parent == run == top / "run" and run.parent == run
+    assert [path.name for path in (top / "run").iterdir()] == ["a"]
     assert (run / "a").is_relative_to(run) and str((run / "a").relative_to(top)) == "run/a"
     assert located(str(run / "a")).read_bytes() == b"abc" and [path.name for path in run.iterdir()] == ["a"]

@@ -48,6 +48,12 @@ class Experts:
                 f"{path} has experts, which are written in DeepSpeed's own files for ZeRO-1 and 2 alone, without model "
                 f"parallelism; {hint}"
             )
+        for group in view.groups:
+            if len({expert_of(name) is None for name in group.names}) > 1:
+                raise UnsupportedError(
+                    f"{path} has experts and other parameters in one group, as engines with ZeRO, which would load the files, "
+                    f"can't have; {hint}"
+                )
         if wrong := [count for count in {topology.dp, *counts.values()} if counts and count % ep]:
             raise ConfigError(f"--ep {ep} doesn't divide {wrong[0]}: it must divide --dp and the number of experts")
         return cls(counts, ep)
