@@ -285,9 +285,13 @@ def test_experts_in_a_group_with_others(
 ) -> None:
     """Without ZeRO they may be; with it the stock engine has groups of their own."""
     saved = source(Run("moe", {"ep": (1, 1)}, zero={"stage": 0}, optimizer=("AdamW", {"lr": 1e-3})), 1)
-    with pytest.raises(SystemExit) as left:
-        main(["convert", str(saved), str(tmp_path / "out"), "--to", "deepspeed", "--dp", "2", "--zero", "1"])
-    assert left.value.code == 2 and "experts and other parameters in one group" in capsys.readouterr().err
+    for options, told in (
+        (("deepspeed", "--dp", "2", "--zero", "1"), "experts and other parameters in one group"),
+        (("deepspeed-universal",), "parameter group 0 has experts and others"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["convert", str(saved), str(tmp_path / "out"), "--to", *options])
+        assert left.value.code == 2 and told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["universal", "dcp"])

@@ -28,6 +28,11 @@ def expert_of(name: str) -> tuple[str, int] | None:
     return (found[1], int(found[2])) if found else None
 
 
+def mixes_experts(names: Iterable[str]) -> bool:
+    """Return whether parameters of one group are experts and others, as an engine with ZeRO has them in none."""
+    return len({expert_of(name) is None for name in names}) > 1
+
+
 def renumbered(name: str, shift: int) -> str:
     """Return the name of the same tensor in the expert with a number higher by ``shift``; other names stay as they are."""
     found = _NAME.fullmatch(name)

@@ -40,7 +40,7 @@ from ucp_deepspeed.checkpoint.deepspeed.consolidated import (
 from ucp_deepspeed.checkpoint.deepspeed.files import TOLD_KEY
 from ucp_deepspeed.checkpoint.deepspeed.run_state import scaler_of
 from ucp_deepspeed.checkpoint.differing import OnDiffering
-from ucp_deepspeed.checkpoint.expert_names import expert_of
+from ucp_deepspeed.checkpoint.expert_names import expert_of, mixes_experts
 from ucp_deepspeed.checkpoint.output import Output, OutputPlan, Region, StoredTensor
 from ucp_deepspeed.checkpoint.slots import number_as_kept
 from ucp_deepspeed.checkpoint.torch_files.safe_load import PRECISIONS, open_torch_file
@@ -242,6 +242,8 @@ def _unfit_groups(view: UniversalView, record: Record) -> Iterator[str]:
         if name not in listed:
             yield f"{name}: it is in no parameter group"
     for number, group in enumerate(record.groups):
+        if mixes_experts(group.names):
+            yield f"parameter group {number} has experts and others, as engines with ZeRO, which load the folder, can't have"
         held = {
             (tuple(sorted(view.parameters[name].states)), record.scalars(name).get(STEP)): name for name in group.names
         }

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ucp_deepspeed.checkpoint.expert_names import expert_of, numbers_of_experts, renumbered
+from ucp_deepspeed.checkpoint.expert_names import expert_of, mixes_experts, numbers_of_experts, renumbered
 from ucp_deepspeed.checkpoint.view import UniversalView
 from ucp_deepspeed.errors import ConfigError, UnsupportedError
 from ucp_deepspeed.layout import Topology
@@ -49,7 +49,7 @@ class Experts:
                 f"parallelism; {hint}"
             )
         for group in view.groups:
-            if len({expert_of(name) is None for name in group.names}) > 1:
+            if mixes_experts(group.names):
                 raise UnsupportedError(
                     f"{path} has experts and other parameters in one group, as engines with ZeRO, which would load the files, "
                     f"can't have; {hint}"
