@@ -18,6 +18,7 @@ import enum
 import fractions
 import pickle
 import re
+import sys
 import types
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -414,7 +415,9 @@ def _set_state(held: Any, state: Any) -> None:
         held.__setstate__(state)
         return
     state, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
-    held.__dict__.update(state or {})
+    # Names of attributes are one object each, wherever they stand: later instances of the class take them over, and pickle refers
+    # to an object that it has written.
+    held.__dict__.update({sys.intern(key) if type(key) is str else key: value for key, value in (state or {}).items()})
     for key, value in (slots or {}).items():
         setattr(held, key, value)
 
