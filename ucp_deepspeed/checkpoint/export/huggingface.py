@@ -62,8 +62,8 @@ class HuggingFaceOutput(Output):
 
     def plan(self, view: UniversalView) -> OutputPlan:
         """See `Output.plan`."""
-        check_complete(view)
         _check_names(view)
+        check_complete(view)
         companions = companions_of(view.checkpoint.path, self.config_from, CONFIG_NAME, BESIDE_MODEL)
         config = companions.document(CONFIG_NAME)
         weights = huggingface_weights(view, self.choice, config, self.spec)
