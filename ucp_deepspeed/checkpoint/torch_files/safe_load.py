@@ -25,7 +25,7 @@ from ucp_deepspeed.checkpoint.bounds import check_regular, misshapen
 from ucp_deepspeed.checkpoint.checkpoint import FileExtent, Precision
 from ucp_deepspeed.checkpoint.torch_files import unpickling
 from ucp_deepspeed.checkpoint.torch_files.archives import Archive, storage_start
-from ucp_deepspeed.checkpoint.torch_files.damage import refusal, telling_damage
+from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY, refusal, telling_damage
 from ucp_deepspeed.checkpoint.torch_files.foreign import Content, opaque_in
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError, why_not_read
 from ucp_deepspeed.remote import is_url, numbytes_of
@@ -103,7 +103,7 @@ def open_torch_object(
     """Return the object in a file as `open_torch_file` does, also if it is no dictionary."""
     check_regular(path)
     if not path.is_file():
-        raise DamagedCheckpointError(f"{path} is missing")
+        raise DamagedCheckpointError(f"{path} is missing; {REMEDY}")
     with telling_damage(path), path.open("rb") as file:
         start = file.read(len(_POINTER))
         # torch requires a whole one from the first byte on

@@ -266,10 +266,10 @@ class UniversalCheckpoint(Checkpoint):
             path = self.path / name
             check_inside(path)
             if not path.is_file():
-                raise DamagedCheckpointError(f"{path} is missing")
+                raise DamagedCheckpointError(f"{path} is missing; {REMEDY}")
             self.versions.note(path)
             if path.stat().st_size != size:
-                raise DamagedCheckpointError(f"{path} has {path.stat().st_size} bytes; the index says {size}")
+                raise DamagedCheckpointError(f"{path} has {path.stat().st_size} bytes; the index says {size}; {REMEDY}")
             if (sums := self.versions.sums(str(path))) is not None:
                 sums.check_opened(path)
 
