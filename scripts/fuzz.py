@@ -167,6 +167,13 @@ def make_targets(root: Path) -> dict[str, Target]:
     found["spec"] = Target(root / "spec.yaml", alter_words, use_spec)
     (older.parent / "latest").write_text("global_step5")
     found["latest"] = Target(older.parent / "latest", alter_bytes, use_latest)
+    (root / RANDOM_STATES_NAME).write_text(random_states())
+    found["random states"] = Target(root / RANDOM_STATES_NAME, alter_lines, use_random_states)
+    return found
+
+
+def random_states() -> str:
+    """Return the states of two ranks' random streams, as a save writes them."""
     ranks = ["world_size", "rank", "data_parallel_rank", "sequence_parallel_rank", "stage", "tensor_parallel_rank"]
     place = {**dict.fromkeys(ranks, 0), "accelerator": "cpu"}
     state = {
@@ -184,11 +191,7 @@ def make_targets(root: Path) -> dict[str, Target]:
             },
         },
     }
-    (root / RANDOM_STATES_NAME).write_text(
-        joined([json.dumps(state), json.dumps(state | {"place": place | {"rank": 1}})])
-    )
-    found["random states"] = Target(root / RANDOM_STATES_NAME, alter_lines, use_random_states)
-    return found
+    return joined([json.dumps(state), json.dumps(state | {"place": place | {"rank": 1}})])
 
 
 def make_foreign_targets(root: Path, view: UniversalView) -> dict[str, Target]:

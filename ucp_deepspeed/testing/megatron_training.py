@@ -102,7 +102,7 @@ class MegatronRun:
 
     @property
     def as_run(self) -> Run:
-        """The same model for DeepSpeed."""
+        """Return the run of the same model in DeepSpeed."""
         return Run(self.model, self.size, tp=self.tp, precision=self.precision)  # type: ignore[arg-type]
 
 
