@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 
-from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS, VALUES_KEY
+from ucp_deepspeed.checkpoint.deepspeed.files import ENGINE_KEYS
+from ucp_deepspeed.checkpoint.deepspeed.written_names import VALUES_KEY
 from ucp_deepspeed.engine.deepspeed_types import Engine
 from ucp_deepspeed.engine.names import optimizer_only
 from ucp_deepspeed.errors import SaveError

@@ -21,8 +21,9 @@ from ucp_deepspeed.checkpoint.bounds import check_inside
 from ucp_deepspeed.checkpoint.checkpoint import MASTER, Checkpoint, FileExtent, Parameter, ParameterGroup
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
 from ucp_deepspeed.checkpoint.deepspeed.contents import CONSOLIDATED_OPTIMIZER, check_types, item_of, value_of
-from ucp_deepspeed.checkpoint.deepspeed.files import TOLD_KEY, DeepSpeedFiles
+from ucp_deepspeed.checkpoint.deepspeed.files import DeepSpeedFiles
 from ucp_deepspeed.checkpoint.deepspeed.run_state import loss_scale_of
+from ucp_deepspeed.checkpoint.deepspeed.written_names import TOLD_KEY
 from ucp_deepspeed.checkpoint.deepspeed.zero_slots import ZERO_3, ZeroFile
 from ucp_deepspeed.checkpoint.slots import Slot, settings_in, split_states
 from ucp_deepspeed.checkpoint.torch_files.damage import REMEDY

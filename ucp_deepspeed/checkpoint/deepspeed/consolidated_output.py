@@ -37,8 +37,8 @@ from ucp_deepspeed.checkpoint.deepspeed.consolidated import (
     VOCABULARY,
     Told,
 )
-from ucp_deepspeed.checkpoint.deepspeed.files import TOLD_KEY
 from ucp_deepspeed.checkpoint.deepspeed.run_state import scaler_of
+from ucp_deepspeed.checkpoint.deepspeed.written_names import TOLD_KEY
 from ucp_deepspeed.checkpoint.differing import OnDiffering
 from ucp_deepspeed.checkpoint.expert_names import expert_of, mixes_experts
 from ucp_deepspeed.checkpoint.output import Output, OutputPlan, Region, StoredTensor

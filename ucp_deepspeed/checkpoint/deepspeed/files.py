@@ -35,6 +35,8 @@ from ucp_deepspeed.checkpoint.deepspeed.older_files import (
 )
 from ucp_deepspeed.checkpoint.deepspeed.written_names import (
     RANKS_FILE,
+    TOLD_KEY,
+    VALUES_KEY,
     check_written_name,
     is_further,
     is_model_states,
@@ -54,12 +56,6 @@ from ucp_deepspeed.checkpoint.versions import FileVersions
 from ucp_deepspeed.errors import DamagedCheckpointError, UnsupportedError
 from ucp_deepspeed.layout import Topology
 from ucp_deepspeed.remote import is_url
-
-VALUES_KEY = "ucp_optimizer_only"
-"""Key under which saving adds to a model_states file the parameters that the optimizer has and no module, by name."""
-
-TOLD_KEY = "ucp_told"
-"""Key under which this package adds to DeepSpeed's universal folders what these have no place for (`consolidated.Told`)."""
 
 ENGINE_KEYS = frozenset(
     f"""

@@ -10,6 +10,12 @@ from ucp_deepspeed.checkpoint.deepspeed.manifest import digest_of
 from ucp_deepspeed.checkpoint.expert_names import optimizer_file, weight_file
 from ucp_deepspeed.errors import DamagedCheckpointError
 
+VALUES_KEY = "ucp_optimizer_only"
+"""Key under which saving adds to a model_states file the parameters that the optimizer has and no module, by name."""
+
+TOLD_KEY = "ucp_told"
+"""Key under which this package adds to DeepSpeed's universal folders what these have no place for (`consolidated.Told`)."""
+
 logger = logging.getLogger("ucp_deepspeed")
 
 RANKS_FILE = re.compile(r"(?:(?:bf16_)?zero_pp_rank_(\d+)_)?mp_rank_(\d+)_(model|optim)_states\.pt")

@@ -20,7 +20,7 @@ from deepspeed import comm as dist
 from ucp_deepspeed import tunables
 from ucp_deepspeed.checkpoint import Checkpoint
 from ucp_deepspeed.checkpoint.deepspeed.catalog import DeepSpeedCheckpoint
-from ucp_deepspeed.checkpoint.deepspeed.files import VALUES_KEY
+from ucp_deepspeed.checkpoint.deepspeed.written_names import VALUES_KEY
 from ucp_deepspeed.checkpoint.random_files import RANDOM_STATES_NAME
 from ucp_deepspeed.config import UniversalCheckpointConfig
 from ucp_deepspeed.engine.agreement import agreement, agreement_before
